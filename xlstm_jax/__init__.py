@@ -1,0 +1,7 @@
+"""xLSTM in JAX: the cells, and one function per operation. Models come from `xlstm_jax.modules`."""
+
+from xlstm_jax import cells, ops
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "cells", "ops"]

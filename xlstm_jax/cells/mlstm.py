@@ -1,0 +1,123 @@
+"""mLSTM: a matrix memory per head, written by outer products and read by queries.
+
+Source: Beck et al. 2024, arXiv:2405.04517, section 2.3; the sigmoid input gate: arXiv:2503.14376.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xlstm_jax.cells.logspace import log_sigmoid, state_dtype
+from xlstm_jax.cells.time import scan_time
+from xlstm_jax.typing import Array, Bool, Float
+
+READ_FLOOR = -20.0
+"""Lowest log-scale at which a memory is read. Below -88 exp(-m) is inf in float32 and its gradient
+NaN; above -20 the read-out feels the floor by less than eps * exp(-20) = 2e-15."""
+
+TINY = 2.0**-120
+"""Lower bound of the normaliser, where exp(-m) has underflowed and the query meets nothing."""
+
+
+class MLSTMState(NamedTuple):
+    """Carry of one mLSTM layer; all zeros when empty. Leaves are float32 or wider.
+
+    Keys are stored as they come: the factor 1/sqrt(K) is on the query.
+    """
+
+    C: Float[Array, "B H K V"]  # matrix memory, times exp(-m)
+    n: Float[Array, "B H K"]  # normaliser, times exp(-m)
+    m: Float[Array, "B H"]  # log of the scale divided out of C and n
+
+
+def mlstm_init(
+    batch_size: int, num_heads: int, qk_dim: int, v_dim: int, dtype: jnp.dtype = jnp.float32
+) -> MLSTMState:
+    """The empty memory."""
+    return MLSTMState(
+        jnp.zeros((batch_size, num_heads, qk_dim, v_dim), dtype),
+        jnp.zeros((batch_size, num_heads, qk_dim), dtype),
+        jnp.zeros((batch_size, num_heads), dtype),
+    )
+
+
+def mlstm_step(
+    state: MLSTMState,
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B H K"],
+    v: Float[Array, "B H V"],
+    i: Float[Array, "B H"],
+    f: Float[Array, "B H"],
+    *,
+    input_gate: str = "exp",
+    normalize: bool = True,
+    eps: float = 1e-6,
+) -> tuple[MLSTMState, Float[Array, "B H V"]]:
+    """One time step, in the argument order of `jax.lax.scan`.
+
+    Args:
+        state: memory after step t-1.
+        q, k, v: query, key and value.
+        i, f: gate pre-activations; the forget gate is a sigmoid.
+        input_gate: `"exp"`, or `"sigmoid"`, which needs no scale: m is then 0 after every step.
+        normalize: divide by max(|q n|, exp(-m)) + eps.
+        eps: added after that maximum.
+
+    Returns the memory after step t, and h_t in the dtype of the state.
+    """
+    q, k, v, i, f = (a.astype(state.C.dtype) for a in (q, k, v, i, f))
+    kept = log_sigmoid(f) + state.m
+    log_i = i if input_gate == "exp" else log_sigmoid(i)
+    m = jnp.maximum(kept, log_i) if input_gate == "exp" else jnp.zeros_like(kept)
+    f_scaled = jnp.exp(kept - m)
+    i_scaled = jnp.exp(log_i - m)
+    C = f_scaled[..., None, None] * state.C + (i_scaled[..., None] * k)[..., None] * v[..., None, :]
+    n = f_scaled[..., None] * state.n + i_scaled[..., None] * k
+    state = MLSTMState(C, n, m)
+    return state, mlstm_read(state, q, normalize=normalize, eps=eps)
+
+
+def mlstm_read(
+    state: MLSTMState, q: Float[Array, "B H K"], *, normalize: bool, eps: float
+) -> Float[Array, "B H V"]:
+    """What a query finds in a memory."""
+    m = jnp.maximum(state.m, READ_FLOOR)
+    q = q * (q.shape[-1] ** -0.5 * jnp.exp(state.m - m)[..., None])
+    found = jnp.einsum("BHK,BHKV->BHV", q, state.C, precision=jax.lax.Precision.HIGHEST)
+    if not normalize:
+        return found
+    weight = jnp.sum(q * state.n, axis=-1)
+    norm = jnp.maximum(jnp.maximum(jnp.abs(weight), jnp.exp(-m)), TINY) + eps
+    return found / norm[..., None]
+
+
+def mlstm_scan(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    i: Float[Array, "B T H"],
+    f: Float[Array, "B T H"],
+    state: MLSTMState | None = None,
+    *,
+    reset: Bool[Array, "B T"] | None = None,
+    mask: Bool[Array, "B T"] | None = None,
+    input_gate: str = "exp",
+    normalize: bool = True,
+    eps: float = 1e-6,
+    reverse: bool = False,
+) -> tuple[Float[Array, "B T H V"], MLSTMState]:
+    """The recurrence over a sequence; `reset`, `mask` and `reverse` as in `scan_time`.
+
+    Returns h in the dtype of v, and the state after the last step.
+    """
+    B, _, H, K = q.shape
+    dtype = state_dtype(q, k, v, i, f)
+    state = mlstm_init(B, H, K, v.shape[-1], dtype) if state is None else state
+    state = jax.tree.map(lambda s: s.astype(dtype), state)
+
+    def step(state, x):
+        return mlstm_step(state, *x, input_gate=input_gate, normalize=normalize, eps=eps)
+
+    h, state = scan_time(step, state, (q, k, v, i, f), reset=reset, mask=mask, reverse=reverse)
+    return h.astype(v.dtype), state

@@ -1,0 +1,23 @@
+"""One function per op; each picks the way it is computed."""
+
+from xlstm_jax.ops.conv import causal_conv
+from xlstm_jax.ops.cross_entropy import CrossEntropy, cross_entropy
+from xlstm_jax.ops.lstm import lstm
+from xlstm_jax.ops.mlstm import mlstm
+from xlstm_jax.ops.norm import layer_norm, multi_head_norm, rms_norm, soft_cap
+from xlstm_jax.ops.registry import implementations
+from xlstm_jax.ops.slstm import slstm
+
+__all__ = [
+    "CrossEntropy",
+    "causal_conv",
+    "cross_entropy",
+    "implementations",
+    "layer_norm",
+    "lstm",
+    "mlstm",
+    "multi_head_norm",
+    "rms_norm",
+    "slstm",
+    "soft_cap",
+]

@@ -1,0 +1,104 @@
+"""Cross entropy of a linear head, computed in chunks so that all logits never exist at once."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xlstm_jax.cells.logspace import state_dtype
+from xlstm_jax.ops.checks import check_shapes
+from xlstm_jax.ops.norm import soft_cap as apply_soft_cap
+from xlstm_jax.typing import Array, Float, Int
+
+CHUNK_LOGITS = 2**20
+"""Logits of one chunk when `chunk_size` is None: 4 MiB in float32, small enough for a cache."""
+
+
+class CrossEntropy(NamedTuple):
+    """Sums over positions, each times its weight; divide by `weight_sum` for a mean."""
+
+    ce_sum: Float[Array, ""]  # nats
+    z_sum: Float[Array, ""]  # z_loss * logsumexp^2
+    weight_sum: Float[Array, ""]
+    correct_sum: Float[Array, ""]  # positions whose largest logit is the target
+
+
+def cross_entropy(
+    x: Float[Array, "B T D"],
+    kernel: Float[Array, "D vocab"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    soft_cap: float | None = None,
+    z_loss: float = 0.0,
+    chunk_size: int | None = None,
+) -> CrossEntropy:
+    """Cross entropy between softmax(soft_cap(x @ kernel)) and `targets`.
+
+    Args:
+        x: hidden states after the final norm.
+        kernel: weights of the head.
+        targets: token ids; any valid id where the weight is 0.
+        weights: what each position counts.
+        soft_cap: bound on the logits, as the model has it.
+        z_loss: weight of the squared log-normaliser; reported apart from the cross entropy.
+        chunk_size: positions whose logits exist at once, forward and backward; changes memory and
+            speed only. None takes about a million logits.
+
+    Returns sums in float32 or wider; gradients flow to `x` and `kernel`.
+
+    Raises:
+        ValueError: shapes that do not fit, or a chunk size below 1.
+    """
+    sizes = check_shapes(
+        "cross_entropy",
+        {
+            "x": (x, "B T D"),
+            "kernel": (kernel, "D vocab"),
+            "targets": (targets, "B T"),
+            "weights": (weights, "B T"),
+        },
+    )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(
+            f"cross_entropy: `chunk_size` must be at least 1, got {chunk_size}; "
+            "leave it None to let the op choose."
+        )
+    positions = sizes["B"] * sizes["T"]
+    chunk = min(positions, chunk_size or max(1, CHUNK_LOGITS // sizes["vocab"]))
+    flat = (x.reshape(positions, -1), targets.reshape(-1), weights.reshape(-1))
+    sums = functools.partial(_chunk_sums, soft_cap=soft_cap, z_loss=z_loss)
+    if chunk == positions:
+        return sums(kernel, *flat)
+    # Positions are padded to whole chunks with weight 0; only the chunk's logits ever exist, and
+    # the backward pass makes them again.
+    pad = -positions % chunk
+    flat = jax.tree.map(lambda a: jnp.pad(a, ((0, pad),) + ((0, 0),) * (a.ndim - 1)), flat)
+    chunks = jax.tree.map(lambda a: a.reshape((-1, chunk) + a.shape[1:]), flat)
+    body = jax.checkpoint(lambda total, now: (_add(total, sums(kernel, *now)), None))
+    zero = jnp.zeros((), state_dtype(x, kernel))
+    total, _ = jax.lax.scan(body, CrossEntropy(zero, zero, zero, zero), chunks)
+    return total
+
+
+def _chunk_sums(kernel, x, targets, weights, *, soft_cap, z_loss) -> CrossEntropy:
+    dtype = state_dtype(x, kernel)
+    logits = jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+    logits = apply_soft_cap(logits, soft_cap)
+    log_norm = jax.nn.logsumexp(logits, axis=-1)
+    # A product with a one-hot row, not a gather: its gradient is a product too, not a scatter.
+    vocab = jnp.arange(logits.shape[-1])[None]
+    picked = jnp.sum(jnp.where(vocab == targets[:, None], logits, 0), axis=-1)
+    weights = weights.astype(dtype)
+    correct = (jnp.argmax(logits, axis=-1) == targets).astype(dtype)
+    return CrossEntropy(
+        jnp.sum(weights * (log_norm - picked)),
+        jnp.sum(weights * z_loss * jnp.square(log_norm)),
+        jnp.sum(weights),
+        jnp.sum(weights * correct),
+    )
+
+
+def _add(a: CrossEntropy, b: CrossEntropy) -> CrossEntropy:
+    return CrossEntropy(*(p + q for p, q in zip(a, b, strict=True)))

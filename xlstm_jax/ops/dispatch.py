@@ -1,0 +1,60 @@
+"""Choosing how an op is computed: a named implementation runs or raises, only "auto" falls through."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is known of a call while tracing: all that a choice may depend on."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    dtype: jnp.dtype
+    platform: str  # "cpu", "gpu" or "tpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op, and why it cannot serve a call (None: it can)."""
+
+    fn: Callable[..., tuple[jax.Array, Any]]
+    unsupported: Callable[[Call], str | None] = lambda call: None
+
+
+def choose(op: str, table: Mapping[str, Implementation], name: str, call: Call) -> Implementation:
+    """The named implementation, or for "auto" the first of the table that can serve `call`.
+
+    Raises:
+        ValueError: no implementation has that name.
+        NotImplementedError: none asked for can serve the call; says why, for each.
+    """
+    if name != "auto" and name not in table:
+        known = ", ".join(table)
+        raise ValueError(
+            f"implementation={name!r} of {op} is not known; use 'auto' or one of: {known}."
+        )
+    refusals = []
+    for candidate in table if name == "auto" else (name,):
+        reason = table[candidate].unsupported(call)
+        if reason is None:
+            return table[candidate]
+        refusals.append(f"{candidate}: {reason}")
+    raise NotImplementedError(f"{op} cannot serve {call}: " + "; ".join(refusals) + ".")
+
+
+def refusals(table: Mapping[str, Implementation], call: Call) -> dict[str, str | None]:
+    """For every implementation of a table, None or the sentence why it cannot serve `call`."""
+    return {name: entry.unsupported(call) for name, entry in table.items()}
+
+
+def platform() -> str:
+    """The platform a computation traced now will run on."""
+    return jax.default_backend()
