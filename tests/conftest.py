@@ -1,0 +1,36 @@
+"""What every test stands on: eight virtual CPU devices, no silent broadcasting, seeded keys.
+
+Signatures are checked at run time by jaxtyping and beartype: `pyproject.toml` names the packages.
+"""
+
+import os
+
+# A test never needs an accelerator; where there is one, the numbers still have to be the CPU's.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+# Both must be said before the first computation: it freezes the number of devices.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A key with the same seed in every test."""
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """NumPy's generator with the same seed in every test."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def x64():
+    """Lets arrays be float64 while the test runs, and only then."""
+    with jax.enable_x64(True):
+        yield
