@@ -1,0 +1,38 @@
+"""The settings every test stands on: each of them is seen to refuse something."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+
+from xlstm_jax import cells
+
+
+def test_there_are_eight_cpu_devices():
+    assert [device.platform for device in jax.devices()] == ["cpu"] * 8
+
+
+def test_ranks_are_not_promoted_silently():
+    with pytest.raises(ValueError, match="rank_promotion"):
+        jnp.ones((2, 3)) + jnp.ones(3)
+
+
+def test_a_warning_is_an_error():
+    with pytest.raises(UserWarning, match="careful"):
+        warnings.warn("careful", stacklevel=1)
+
+
+def test_a_shape_that_contradicts_a_signature_is_refused():
+    state = cells.slstm_init(2, 3, 4)
+    with pytest.raises(jaxtyping.TypeCheckError, match="slstm_step"):
+        cells.slstm_step(state, jnp.zeros((2, 4, 3, 4)), jnp.zeros((3, 5, 4, 4)))
+
+
+def test_float64_is_off_without_the_fixture():
+    assert jnp.zeros(1).dtype == jnp.float32
+
+
+def test_float64_is_on_with_the_fixture(x64):
+    assert jnp.zeros(1).dtype == jnp.float64
