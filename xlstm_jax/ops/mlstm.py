@@ -8,6 +8,8 @@ from xlstm_jax.cells.mlstm import MLSTMState, mlstm_init, mlstm_scan
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.checks import check_choice, check_length, check_shapes
 from xlstm_jax.ops.dispatch import Implementation
+from xlstm_jax.ops.mlstm_chunkwise import mlstm_chunkwise
+from xlstm_jax.ops.mlstm_parallel import mlstm_parallel
 from xlstm_jax.typing import Array, Bool, Float
 
 
@@ -18,6 +20,8 @@ def _recurrent(q, k, v, i, f, state, *, chunk_size, **options):
 
 # Ordered: "auto" takes the first that can serve the call.
 IMPLEMENTATIONS = {
+    "chunkwise": Implementation(mlstm_chunkwise),
+    "parallel": Implementation(mlstm_parallel),
     "recurrent": Implementation(_recurrent),
 }
 

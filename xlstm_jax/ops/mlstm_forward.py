@@ -1,0 +1,115 @@
+"""Chunkwise mLSTM, forward: states at chunk borders, then all chunks at once.
+
+Source: arXiv:2503.14376, section 3. Names: `u` is the unnormalised read-out, `d` its normaliser,
+both divided by exp(m) with m the log-scale of the recurrence.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xlstm_jax.cells.mlstm import READ_FLOOR, TINY, MLSTMState
+from xlstm_jax.ops.mlstm_gates import ChunkGates, chunk_decays, source_decay
+from xlstm_jax.typing import Array, Float
+
+
+class Options(NamedTuple):
+    """What does not change while a program runs."""
+
+    chunk_size: int
+    max_state: bool  # the exponential input gate: m follows the gates; else m is 0 everywhere
+    normalize: bool
+    eps: float
+
+
+class Chunks(NamedTuple):
+    """Inputs cut into chunks, heads before positions."""
+
+    q: Float[Array, "N B H L K"]
+    k: Float[Array, "N B H L K"]
+    v: Float[Array, "N B H L V"]
+    gates: ChunkGates
+
+
+class Rows(NamedTuple):
+    """What the backward pass needs of every position besides the inputs."""
+
+    m: Float[Array, "N B H L"]  # log-scale of the recurrence after this step
+    d: Float[Array, "N B H L"]  # signed normaliser
+    h: Float[Array, "N B H L V"]
+
+
+def product(spec: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
+    """An einsum accumulated in `dtype`; float32 operands are never rounded to fewer digits."""
+    return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
+
+
+def chunkwise_forward(
+    options: Options, x: Chunks, state: MLSTMState
+) -> tuple[Rows, MLSTMState, MLSTMState]:
+    """Outputs of every position.
+
+    Returns rows (h in the dtype of v), the states at chunk starts (leading axis N), and the last.
+    """
+    starts, last = _border_states(options, x, state)
+    return _outputs(options, x, starts), starts, last
+
+
+def _border_states(options: Options, x: Chunks, state: MLSTMState):
+    decays = chunk_decays(x.gates)
+    # Increments are computed for all chunks at once, each in its own scale; the scan only adds.
+    own = decays.end_max if options.max_state else jnp.zeros_like(decays.end_max)
+    weight = jnp.exp(decays.to_end - own[..., None])[..., None]
+    keys = weight * x.k
+    C_new = product("NBHLK,NBHLV->NBHKV", keys.astype(x.v.dtype), x.v, state.C.dtype)
+    n_new = jnp.sum(keys, axis=-2)
+
+    def step(state, chunk):
+        across, own, C_new, n_new = chunk
+        m = jnp.maximum(across + state.m, own) if options.max_state else state.m
+        kept, added = jnp.exp(across + state.m - m), jnp.exp(own - m)
+        C = kept[..., None, None] * state.C + added[..., None, None] * C_new
+        n = kept[..., None] * state.n + added[..., None] * n_new
+        return MLSTMState(C, n, m), state
+
+    last, starts = jax.lax.scan(step, state, (decays.across, own, C_new, n_new))
+    return starts, last
+
+
+def row_scale(options: Options, gates: ChunkGates, m_start: Float[Array, "N B H"]):
+    """m of every position, as the step recurrence has it (0 without a max state)."""
+    if not options.max_state:
+        return jnp.zeros_like(gates.log_i)
+    inside = source_decay(gates.running, gates.log_i_or_start, gates.segment)
+    across = chunk_decays(gates).to_row + m_start[..., None]
+    return jnp.maximum(jnp.max(inside, axis=-1), across)
+
+
+def row_weights(gates: ChunkGates, m: Float[Array, "N B H L"], m_start: Float[Array, "N B H"]):
+    """Factors of sources `N B H L L` and of the state at the chunk's start `N B H L`, over e^m."""
+    m = jnp.maximum(m, READ_FLOOR)
+    source = source_decay(gates.running, gates.log_i, gates.segment)
+    across = chunk_decays(gates).to_row + m_start[..., None]
+    return jnp.exp(source - m[..., None]), jnp.exp(across - m)
+
+
+def row_norm(options: Options, m: Float[Array, "N B H L"], d: Float[Array, "N B H L"]):
+    """The divisor of every position, and whether it is |d| (else a bound: no gradient to d)."""
+    bound = jnp.maximum(jnp.exp(-jnp.maximum(m, READ_FLOOR)), TINY)
+    return jnp.maximum(jnp.abs(d), bound) + options.eps, jnp.abs(d) > bound
+
+
+def _outputs(options: Options, x: Chunks, starts: MLSTMState) -> Rows:
+    dtype, scale = starts.C.dtype, x.q.shape[-1] ** -0.5
+    m = row_scale(options, x.gates, starts.m)
+    inside, across = row_weights(x.gates, m, starts.m)
+    P = scale * product("NBHLK,NBHSK->NBHLS", x.q, x.k, dtype) * inside
+    q = (scale * across)[..., None] * x.q
+    u = product("NBHLS,NBHSV->NBHLV", P.astype(x.v.dtype), x.v, dtype)
+    u = u + product("NBHLK,NBHKV->NBHLV", q.astype(x.v.dtype), starts.C.astype(x.v.dtype), dtype)
+    if not options.normalize:
+        return Rows(m, jnp.zeros_like(m), u.astype(x.v.dtype))
+    d = jnp.sum(P, axis=-1) + jnp.sum(q * starts.n[..., None, :], axis=-1)
+    norm, _ = row_norm(options, m, d)
+    return Rows(m, d, (u / norm[..., None]).astype(x.v.dtype))

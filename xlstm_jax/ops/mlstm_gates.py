@@ -1,0 +1,113 @@
+"""Logarithmic gates of the mLSTM and the decays they make between positions of one chunk.
+
+A reset at t cuts the memory: what is written before t weighs nothing from t on. No sum of log f
+ever sees a minus infinity for it (running sums would lose their digits): `log_f` is 0 there and
+positions are compared by segment, the number of resets up to and including them.
+
+Source: arXiv:2405.04517, appendix (parallel form); arXiv:2503.14376, section 3 (chunkwise form).
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from xlstm_jax.cells.logspace import NEG, log_sigmoid
+from xlstm_jax.typing import Array, Bool, Float, Int
+
+
+class LogGates(NamedTuple):
+    """Gates of a sequence in log space; every leaf `B T H`, or `B T` for `reset`."""
+
+    log_i: Float[Array, "B T H"]  # NEG where masked
+    log_f: Float[Array, "B T H"]  # 0 where masked
+    reset: Bool[Array, "B T"] | None  # False where masked
+
+
+def log_gates(
+    i: Float[Array, "B T H"],
+    f: Float[Array, "B T H"],
+    reset: Bool[Array, "B T"] | None,
+    mask: Bool[Array, "B T"] | None,
+    *,
+    input_gate: str,
+    dtype: jnp.dtype,
+) -> LogGates:
+    """Log gates in `dtype`; a masked step writes nothing and forgets nothing, whatever it holds."""
+    if mask is not None:
+        i, f = (jnp.where(mask[..., None], gate, 0) for gate in (i, f))
+        reset = None if reset is None else reset & mask
+    i, f = i.astype(dtype), f.astype(dtype)
+    log_i = i if input_gate == "exp" else log_sigmoid(i)
+    log_f = log_sigmoid(f)
+    if mask is not None:
+        log_i = jnp.where(mask[..., None], log_i, NEG)
+        log_f = jnp.where(mask[..., None], log_f, 0)
+    return LogGates(log_i, log_f, reset)
+
+
+class Decays(NamedTuple):
+    """Log decays inside chunks; leading axes N B H, `L` positions of a chunk."""
+
+    to_row: Float[Array, "N B H L"]  # from the chunk's start to t; NEG once a reset lies between
+    to_end: Float[Array, "N B H L"]  # weight of source s in the state at the chunk's end
+    across: Float[Array, "N B H"]  # of the state at the start, at the chunk's end
+    end_max: Float[Array, "N B H"]  # stabiliser of `to_end`: with the empty memory of a reset
+
+
+class ChunkGates(NamedTuple):
+    """Gates of all chunks, heads before positions."""
+
+    log_i: Float[Array, "N B H L"]
+    log_f: Float[Array, "N B H L"]
+    reset: Bool[Array, "N B 1 L"] | None
+
+    @property
+    def segment(self) -> Int[Array, "N B 1 L"] | None:
+        """Resets seen in the chunk up to and including each position."""
+        return None if self.reset is None else jnp.cumsum(self.reset, axis=-1)
+
+    @property
+    def running(self) -> Float[Array, "N B H L"]:
+        """Sum of log f from the chunk's start to each position; a reset adds nothing."""
+        log_f = self.log_f if self.reset is None else jnp.where(self.reset, 0, self.log_f)
+        return jnp.cumsum(log_f, axis=-1)
+
+    @property
+    def log_i_or_start(self) -> Float[Array, "N B H L"]:
+        """What the stabiliser sees of a source.
+
+        The empty memory that a reset writes has m = 0, so that step ends with max(log f + 0, i).
+        """
+        if self.reset is None:
+            return self.log_i
+        return jnp.where(self.reset, jnp.maximum(self.log_i, self.log_f), self.log_i)
+
+
+def source_decay(
+    running: Float[Array, "N B H L"],
+    log_i: Float[Array, "N B H L"],
+    segment: Int[Array, "N B 1 L"] | None,
+) -> Float[Array, "N B H L L"]:
+    """log weight of source s (last axis) in row t; NEG where s > t or a reset lies between."""
+    L = running.shape[-1]
+    seen = jnp.tril(jnp.ones((L, L), bool))[None, None, None]
+    if segment is not None:
+        seen = seen & (segment[..., :, None] == segment[..., None, :])
+    return jnp.where(seen, running[..., :, None] + (log_i - running)[..., None, :], NEG)
+
+
+def chunk_decays(gates: ChunkGates) -> Decays:
+    """The decays between a chunk's borders and its positions."""
+    running, segment = gates.running, gates.segment
+    total = running[..., -1:]
+    to_end = total - running + gates.log_i
+    end_max = total - running + gates.log_i_or_start
+    if segment is None:
+        return Decays(running, to_end, total[..., 0], jnp.max(end_max, axis=-1))
+    alive = segment == segment[..., -1:]
+    return Decays(
+        jnp.where(segment == 0, running, NEG),
+        jnp.where(alive, to_end, NEG),
+        jnp.where(segment[..., -1] == 0, total[..., 0], NEG),
+        jnp.max(jnp.where(alive, end_max, NEG), axis=-1),
+    )
