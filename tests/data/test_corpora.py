@@ -1,0 +1,84 @@
+"""Built-in text. What is installed differs between machines; only the grammar is pinned."""
+
+import pytest
+
+from xlstm_jax.config import ConfigError
+from xlstm_jax.data import SPLITS, DataConfig, corpora, load
+from xlstm_jax.data.readers import Document
+
+AVAILABLE = [name for name in corpora.CORPORA if any(True for _ in corpora.CORPORA[name]())]
+
+
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_a_corpus_is_the_same_at_every_reading_and_names_no_document_twice(name):
+    documents = list(corpora.CORPORA[name]())
+    assert documents == list(corpora.CORPORA[name]())
+    assert len({document.name for document in documents}) == len(documents)
+    assert all(document.data for document in documents)
+
+
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_a_corpus_has_something_for_every_split_and_describes_itself(name):
+    loaded = {split: load(DataConfig(source=name), split) for split in SPLITS}
+    for split, windows in loaded.items():
+        description = windows.description
+        assert description["source"] == name
+        assert description["split"] == split
+        assert len(description["sha256"]) == 64
+        documents = description["num_documents"][split]
+        # A byte is a token, and every document is closed by one more.
+        assert windows.num_tokens == description["num_bytes"][split] + documents
+        assert windows.tokens.dtype == "uint16"
+    assert len({windows.description["sha256"] for windows in loaded.values()}) == 1
+
+
+@pytest.mark.skipif("stdlib" not in AVAILABLE, reason="this Python has no library sources")
+def test_the_library_source_code_comes_without_tests_and_other_peoples_packages():
+    names = [document.name for document in corpora.stdlib()]
+    assert "dataclasses.py" in names and "json/decoder.py" in names
+    unwanted = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
+    assert not any(unwanted & set(name.split("/")) for name in names)
+    assert not any("_sysconfigdata" in name for name in names)
+
+
+def test_the_grammar_is_the_same_bytes_on_every_machine():
+    description = load(DataConfig(source="grammar"), "train").description
+    assert description["sha256"] == "8ba96728490e4efeaef831a0d1cd2633e8074ae0499c92350be93ba3fb14e2e6"
+    assert 300_000 < sum(description["num_bytes"].values()) < 500_000
+
+
+def without(monkeypatch, *missing):
+    monkeypatch.setattr(
+        corpora,
+        "CORPORA",
+        {
+            name: (lambda: iter(())) if name in missing else read
+            for name, read in corpora.CORPORA.items()
+        },
+    )
+
+
+def test_a_python_without_library_sources_falls_back_in_order_and_says_so(
+    monkeypatch, caplog, tmp_path
+):
+    monkeypatch.setattr(corpora, "_folder", lambda: tmp_path)
+    without(monkeypatch, "topics")
+    windows = load(DataConfig(source="stdlib"), "train")
+    assert windows.description["source"] == "unicode"
+    assert "no corpus 'stdlib'; using 'unicode' instead" in caplog.text
+
+
+def test_the_last_resort_is_the_grammar(monkeypatch):
+    without(monkeypatch, "stdlib", "topics", "unicode", "texts")
+    assert load(DataConfig(), "valid").description["source"] == "grammar"
+
+
+def test_a_corpus_asked_for_by_name_is_not_replaced(monkeypatch):
+    without(monkeypatch, "topics")
+    with pytest.raises(ConfigError, match="data.source='topics' must be part of the running Pyth"):
+        load(DataConfig(source="topics"), "train")
+
+
+def test_a_corpus_that_cannot_fill_its_splits_is_replaced_too(monkeypatch):
+    monkeypatch.setitem(corpora.CORPORA, "stdlib", lambda: iter([Document("one", b"text")]))
+    assert load(DataConfig(), "train").description["source"] != "stdlib"

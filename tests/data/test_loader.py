@@ -1,0 +1,193 @@
+"""Batches by step: what an epoch holds, how a run resumes, how hosts share."""
+
+import dataclasses
+import inspect
+import itertools
+
+import numpy as np
+import pytest
+
+from xlstm_jax.config import ConfigError
+from xlstm_jax.data import (
+    SPLITS,
+    Batch,
+    DataConfig,
+    Windows,
+    batch_at,
+    batches,
+    eval_batches,
+    load,
+    tokenizers,
+)
+
+BYTE = tokenizers.get("byte")
+CFG = DataConfig(seq_len=8, batch_size=6)
+
+
+def text(num_windows, seq_len=CFG.seq_len):
+    tokens = np.arange(num_windows * seq_len + 1).astype(np.uint16) % 256
+    tokens[-1] = BYTE.eos_id
+    return Windows(tokens, seq_len, BYTE, {})
+
+
+def assert_equal(left, right):
+    for a, b in zip(left, right, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def indices(windows, cfg, num_steps):
+    return np.concatenate([batch_at(windows, cfg, step).index for step in range(num_steps)])
+
+
+@pytest.mark.parametrize("num_windows", [6, 7, 20, 101])
+def test_every_window_comes_once_an_epoch_and_the_border_drops_none(num_windows):
+    windows = text(num_windows)
+    epochs = 6  # as many as rows in a batch, so that the last batch ends with an epoch
+    order = indices(windows, CFG, num_windows).reshape(epochs, num_windows)
+    for epoch in order:
+        assert sorted(epoch) == list(range(num_windows))
+
+
+def test_every_epoch_and_every_seed_has_an_order_of_its_own():
+    windows = text(60)
+    orders = [indices(windows, dataclasses.replace(CFG, seed=seed), 20) for seed in (0, 1)]
+    epochs = {tuple(epoch) for order in orders for epoch in order.reshape(2, 60)}
+    assert len(epochs) == 4
+    assert tuple(range(60)) not in epochs
+
+
+def test_rows_are_those_of_the_numbered_windows():
+    windows = text(50)
+    batch = batch_at(windows, CFG, 3)
+    for row, number in enumerate(batch.index):
+        window = windows.window(int(number))
+        np.testing.assert_array_equal(batch.inputs[row], window[:-1])
+        np.testing.assert_array_equal(batch.targets[row], window[1:])
+
+
+@pytest.mark.parametrize("source", ["text", "parity"])
+@pytest.mark.parametrize("start", [0, 1, 9, 1_000_000])
+def test_the_iterator_gives_the_batches_of_its_steps_from_any_start(source, start):
+    """So a run that resumes at a step sees what an uninterrupted one would have seen."""
+    examples = (
+        text(50) if source == "text" else load(dataclasses.replace(CFG, source="parity"), "train")
+    )
+    with batches(examples, CFG, start) as iterator:
+        for step in range(start, start + 12):
+            assert_equal(next(iterator), batch_at(examples, CFG, step))
+
+
+def test_the_iterator_ends_after_its_steps_and_may_be_closed_twice():
+    iterator = batches(text(50), CFG, 2, num_steps=3)
+    assert [tuple(batch.index) for batch in iterator] == [
+        tuple(batch_at(text(50), CFG, step).index) for step in (2, 3, 4)
+    ]
+    iterator.close()
+    iterator.close()
+    assert next(iterator, None) is None
+
+
+def test_an_error_while_making_a_batch_reaches_the_caller():
+    class Broken(Windows):
+        def batch(self, index):
+            if index[0] == broken:
+                raise OSError("the disk is gone")
+            return super().batch(index)
+
+    good = text(50)
+    broken = batch_at(good, CFG, 2).index[0]
+    windows = Broken(good.tokens, good.seq_len, good.tokenizer, {})
+    with batches(windows, CFG) as iterator, pytest.raises(OSError, match="the disk is gone"):
+        list(itertools.islice(iterator, 5))
+
+
+@pytest.mark.parametrize("host_count", [1, 2, 3, 6])
+def test_the_blocks_of_the_hosts_in_order_are_the_global_batch(host_count):
+    windows = text(20)
+    for step in (0, 3, 7):  # step 3 reaches into the second epoch
+        parts = [
+            batch_at(windows, CFG, step, host_index=host, host_count=host_count)
+            for host in range(host_count)
+        ]
+        union = Batch(*(np.concatenate(leaves) for leaves in zip(*parts, strict=True)))
+        assert_equal(union, batch_at(windows, CFG, step))
+
+
+@pytest.mark.parametrize("num_windows", [1, 5, 6, 7, 12])
+@pytest.mark.parametrize("host_count", [1, 3])
+def test_evaluation_sees_every_window_once_in_order_and_pads_the_last_batch(
+    num_windows, host_count
+):
+    windows = text(num_windows)
+    hosts = [
+        list(eval_batches(windows, CFG, host_index=host, host_count=host_count))
+        for host in range(host_count)
+    ]
+    seen = [number for parts in zip(*hosts, strict=True) for part in parts for number in part.index]
+    assert len(seen) % CFG.batch_size == 0
+    assert seen == [*range(num_windows)] + [-1] * (-num_windows % CFG.batch_size)
+    every = [batch for host in hosts for batch in host]
+    assert sum(batch.weights.sum() for batch in every) == windows.num_targets
+    for batch in every:
+        assert batch.inputs.shape == (CFG.batch_size // host_count, CFG.seq_len)
+        assert (batch.weights[batch.index == -1] == 0).all()
+        assert (batch.segment_ids[batch.index == -1] == 0).all()
+
+
+def test_evaluation_may_stop_early():
+    assert len(list(eval_batches(text(50), CFG, max_batches=2))) == 2
+    assert len(list(eval_batches(text(5), CFG, max_batches=2))) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("seq_len", 0, r"data\.seq_len must be at least 1, got 0; leave it out"),
+        ("batch_size", 0, r"data\.batch_size must be at least 1, got 0; leave it out"),
+        ("seed", -1, r"data\.seed must be at least 0, got -1; leave it out"),
+        ("min_len", 1, r"data\.min_len must be at least 2, got 1; leave it out"),
+        ("num_eval_samples", 0, r"data\.num_eval_samples must be at least 1, got 0; leave"),
+        ("tokenizer", "words", r"tokenizer='words' is not known; use one of: 'byte'"),
+    ],
+)
+def test_a_field_out_of_range_is_refused_when_the_config_is_built(field, value, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        DataConfig(**{field: value})
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    sentence = r"data\.batch_size=6 must be at most the 5 rows of .*make the batch or .* smaller"
+    with pytest.raises(ConfigError, match=sentence):
+        batch_at(text(5), CFG, 0)
+    with pytest.raises(ConfigError, match=sentence):
+        batches(text(5), CFG)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"host_count": 4}, "batch_size=6 must be a multiple of host_count=4.*; change"),
+        ({"host_count": 0}, "batch_size=6 must be a multiple of host_count=0.*; change"),
+        ({"host_index": 2, "host_count": 2}, r"host_index must lie in 0\.\.1 .*got 2; pass"),
+        ({"host_index": -1, "host_count": 2}, r"host_index must lie in 0\.\.1 .*got -1; pass"),
+    ],
+)
+def test_hosts_that_cannot_share_a_batch_are_refused(arguments, sentence):
+    for read in (
+        lambda: batch_at(text(50), CFG, 0, **arguments),
+        lambda: batches(text(50), CFG, **arguments),
+        lambda: next(eval_batches(text(50), CFG, **arguments)),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            read()
+
+
+def test_a_negative_step_is_refused():
+    with pytest.raises(ConfigError, match="step must be at least 0, got -1; 0 is the first"):
+        batch_at(text(50), CFG, -1)
+
+
+def test_an_unknown_split_is_refused_with_the_splits_there_are():
+    with pytest.raises(ConfigError, match="split='dev' is not known; use one of: train, valid"):
+        inspect.unwrap(load)(CFG, "dev")
+    assert SPLITS == ("train", "valid", "test")

@@ -1,0 +1,80 @@
+"""A text that needs no installation: English-like sentences from a seeded grammar.
+
+Public domain, the same bytes on every machine. It is small and simple, yet has things to learn:
+spelling, agreement in number, brackets that close, sums that are right.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from xlstm_jax.data import hashing
+from xlstm_jax.data.readers import Document
+
+_NUM_DOCUMENTS, _NUM_SENTENCES = 200, 40
+
+_NOUNS = "cell gate river teacher garden sparrow engine number letter window clock".split()
+_ADJECTIVES = "old quiet bright narrow patient green hidden early careful empty".split()
+_VERBS = "follow remember forget open watch carry answer find write count".split()
+_PLACES = "in the house|under the bridge|near the sea|behind the hill|before noon".split("|")
+_JOINTS = "and then|because|while|so|but".split("|")
+
+Draw = Callable[[Sequence[str]], str]  # picks one
+
+
+@functools.cache
+def documents() -> tuple[Document, ...]:
+    """All documents, 0.4 MB together."""
+    return tuple(_document(number) for number in range(_NUM_DOCUMENTS))
+
+
+def _document(number: int) -> Document:
+    draw = _draws(number)
+    sentences = (_sentence(draw) for _ in range(_NUM_SENTENCES))
+    return Document(f"{number:03d}", "\n".join(sentences).encode() + b"\n")
+
+
+def _draws(number: int) -> Draw:
+    """Picks for one document, each a function of the document's number and of its place."""
+    # A sentence takes fewer than 30 picks; unused keys cost nothing.
+    keys = hashing.fold(hashing.key(number), np.arange(30 * _NUM_SENTENCES, dtype=np.uint64))
+    stream: Iterator[int] = iter(keys.tolist())
+
+    def draw(choices: Sequence[str]) -> str:
+        return choices[next(stream) % len(choices)]
+
+    return draw
+
+
+def _sentence(draw: Draw) -> str:
+    if draw("aab") == "b":
+        return _sum(draw)
+    clauses = _clause(draw)
+    if draw("ab") == "b":
+        clauses += f" {draw(_JOINTS)} {_clause(draw)}"
+    return clauses[0].upper() + clauses[1:] + "."
+
+
+def _clause(draw: Draw) -> str:
+    plural = draw("ab") == "b"
+    verb = draw(_VERBS) if plural else _third_person(draw(_VERBS))
+    aside = f" ({draw(_PLACES)})" if draw("aaab") == "b" else ""
+    return f"{_noun(draw, plural)}{aside} {verb} {_noun(draw, draw('ab') == 'b')}"
+
+
+def _third_person(verb: str) -> str:
+    if verb.endswith("ry"):
+        return verb[:-1] + "ies"
+    return verb + ("es" if verb.endswith("ch") else "s")
+
+
+def _noun(draw: Draw, plural: bool) -> str:
+    noun = draw(_NOUNS) + ("s" if plural else "")
+    article = draw(("the", "some" if plural else "every"))
+    return f"{article} {draw(_ADJECTIVES)} {noun}" if draw("ab") == "b" else f"{article} {noun}"
+
+
+def _sum(draw: Draw) -> str:
+    a, b = int(draw("123456789") + draw("0123456789")), int(draw("0123456789"))
+    return f"{a} + {b} = {a + b}, and {a} - {b} = {a - b}."

@@ -1,0 +1,157 @@
+"""Data sets by name, and their batches by step.
+
+The batch of a step is a pure function of the step: global position step * batch_size + row lies in
+an epoch and at a place of it, and the epoch's permutation says which row of the data set stands
+there. So the position of a run in its data is one integer, valid on any number of hosts.
+"""
+
+import functools
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+
+from xlstm_jax.config import ConfigError
+from xlstm_jax.data import corpora, hashing, packing, readers, tokenizers
+from xlstm_jax.data.batch import Batch, Examples, fill_up
+from xlstm_jax.data.config import SPLITS, DataConfig, Split
+from xlstm_jax.data.prefetch import BatchIterator
+from xlstm_jax.data.synthetic import Samples, parity
+from xlstm_jax.data.windows import Windows
+
+
+def _windows(corpus: readers.Corpus, cfg: DataConfig, split: Split) -> Windows:
+    """One split of a corpus as tokens, with a record of all of it."""
+    if not corpus.documents[split]:
+        raise ConfigError(
+            f"data.source={cfg.source!r} must hold at least one document for split={split!r}, and "
+            "none of its files falls there; add files, or sort them into train/, valid/ and test/."
+        )
+    tokenizer = tokenizers.get(cfg.tokenizer)
+    tokens = packing.concatenate(corpus.documents[split], tokenizer)
+    description = corpus.describe() | {
+        "split": split,
+        "tokenizer": tokenizer.name,
+        "num_tokens": len(tokens),
+        "python": platform.python_version(),  # built-in text differs between versions
+    }
+    return Windows(tokens, cfg.seq_len, tokenizer, description)
+
+
+def _corpus(cfg: DataConfig, split: Split) -> Windows:
+    return _windows(corpora.read_corpus(cfg.source), cfg, split)
+
+
+# Every source that goes by a name; anything else is a path.
+DATASETS: dict[str, Callable[[DataConfig, Split], Examples]] = {
+    **dict.fromkeys(corpora.CORPORA, _corpus),
+    "parity": functools.partial(Samples, parity.samples_at, parity.VOCAB_SIZE),
+}
+
+
+def load(cfg: DataConfig, split: Split) -> Examples:
+    """The rows of one split: `Windows` for text, `Samples` for a synthetic task.
+
+    Raises:
+        ConfigError: the source is not known or not there, or it has nothing for this split.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split={split!r} is not known; use one of: {', '.join(SPLITS)}.")
+    if cfg.source in DATASETS:
+        return DATASETS[cfg.source](cfg, split)
+    if not Path(cfg.source).expanduser().exists():
+        raise ConfigError(
+            f"data.source={cfg.source!r} is neither the name of a data set nor a path that exists; "
+            f"use a name ({', '.join(DATASETS)}) or give the path of "
+            f"{readers.LAYOUT.format(pattern=cfg.pattern)}."
+        )
+    return _windows(readers.read_path(cfg.source, cfg.pattern), cfg, split)
+
+
+def batch_at(
+    examples: Examples, cfg: DataConfig, step: int, *, host_index: int = 0, host_count: int = 1
+) -> Batch:
+    """The rows that step `step` trains on; with several hosts, this host's block of them.
+
+    Every epoch holds every row once, in an order of its own from (seed, epoch). A batch that
+    reaches the end of one goes on with the next, so no row is dropped.
+
+    Raises:
+        ConfigError: the batch is larger than the data, or hosts cannot share it evenly.
+    """
+    if step < 0:
+        raise ConfigError(f"step must be at least 0, got {step}; 0 is the first batch of a run.")
+    if cfg.batch_size > len(examples):
+        raise ConfigError(
+            f"data.batch_size={cfg.batch_size} must be at most the {len(examples)} rows of "
+            f"data.source={cfg.source!r}; make the batch or data.seq_len smaller, or add text."
+        )
+    rows = _host_rows(cfg, host_index, host_count)
+    position = step * cfg.batch_size + np.arange(rows.start, rows.stop, dtype=np.int64)
+    return examples.batch(_rows_at(examples, cfg, position))
+
+
+def _host_rows(cfg: DataConfig, host_index: int, host_count: int) -> range:
+    """The block of a global batch that one host feeds; the blocks in order are the batch."""
+    if host_count < 1 or cfg.batch_size % host_count:
+        raise ConfigError(
+            f"data.batch_size={cfg.batch_size} must be a multiple of host_count={host_count}, as "
+            "every host feeds the same number of rows; change the one or the other."
+        )
+    if not 0 <= host_index < host_count:
+        raise ConfigError(
+            f"host_index must lie in 0..{host_count - 1} for host_count={host_count}, got "
+            f"{host_index}; pass the number of this process."
+        )
+    share = cfg.batch_size // host_count
+    return range(host_index * share, (host_index + 1) * share)
+
+
+def _rows_at(
+    examples: Examples, cfg: DataConfig, position: Int64[np.ndarray, "B"]
+) -> Int64[np.ndarray, "B"]:
+    """Which row of the data set stands at each position of the endless stream of epochs."""
+    epoch, place = np.divmod(position, len(examples))
+    if not examples.shuffle:
+        return place
+    keys = hashing.fold(hashing.key(cfg.seed), epoch.astype(np.uint64))
+    return hashing.permute(place, len(examples), keys)
+
+
+def batches(
+    examples: Examples,
+    cfg: DataConfig,
+    start_step: int = 0,
+    num_steps: int | None = None,
+    *,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> BatchIterator:
+    """`batch_at` of start_step, start_step + 1, ..., prepared ahead by a thread.
+
+    A context manager; without `num_steps` it does not end. To resume, start at the step that
+    comes next: there is no other state.
+    """
+    make = functools.partial(batch_at, examples, cfg, host_index=host_index, host_count=host_count)
+    # Bad arguments raise here, in the caller's thread, and not at the first batch.
+    make(start_step)
+    return BatchIterator(make, start_step, num_steps)
+
+
+def eval_batches(
+    examples: Examples,
+    cfg: DataConfig,
+    max_batches: int | None = None,
+    *,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> Iterator[Batch]:
+    """Every row once, in order; the last batch is filled up with rows of weight 0."""
+    rows = _host_rows(cfg, host_index, host_count)
+    count = -(-len(examples) // cfg.batch_size)
+    for number in range(count if max_batches is None else min(count, max_batches)):
+        first = number * cfg.batch_size
+        index = np.arange(first + rows.start, min(first + rows.stop, len(examples)), dtype=np.int64)
+        yield fill_up(examples.batch(index), len(rows))
