@@ -1,0 +1,40 @@
+# One virtual environment per Python: .venv for python3, .venv-python3.12 for PYTHON=python3.12.
+PYTHON = python3
+VENV = $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+# What to add to the command of a target: make test ARGS="tests/cells -x"
+ARGS =
+
+INSTALLED = $(VENV)/.installed
+PYTEST = $(VENV)/bin/python -m pytest
+
+.PHONY: help install train test test-slow test-all lint
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+install: $(INSTALLED) ## the virtual environment; the others make it themselves when needed
+
+train: $(INSTALLED) ## the default run: a small xLSTM on the text of this Python installation
+	$(VENV)/bin/xlstm-jax train experiments/char_lm.py $(ARGS)
+
+test: $(INSTALLED) ## every test that is neither slow nor exhaustive
+	$(PYTEST) -m "not slow and not exhaustive" $(ARGS)
+
+test-slow: $(INSTALLED) ## the slow tests
+	$(PYTEST) -m "slow and not exhaustive" $(ARGS)
+
+test-all: $(INSTALLED) ## every test; before a release
+	$(PYTEST) $(ARGS)
+
+lint: $(INSTALLED) ## layout, common mistakes and types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
+
+# The environment's own Python is asked where there is one: $(PYTHON) is only needed to make it.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(VENV)/bin/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "xlstm-jax needs Python 3.11 or newer and $(PYTHON) is not; name one that is: make PYTHON=python3.12 $(or $(MAKECMDGOALS),install)" >&2; exit 1; }
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --editable '.[dev]' --constraint constraints.txt
+	@touch $@
