@@ -1,4 +1,4 @@
-"""Checks of what an op was given, made while tracing: each error is one sentence with its way out."""
+"""Checks of an op's arguments, made while tracing: each error is one sentence with its way out."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Choosing how an op is computed: a named implementation runs or raises, only "auto" falls through."""
+"""Choosing how an op is computed: a named way runs or raises, only "auto" falls through."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

@@ -1,0 +1,199 @@
+"""sLSTM as a scan over time whose gradient is written by hand.
+
+The loop forward holds one product with the recurrent weights and what depends on it; the loop
+backward holds the transposed product and six multiplications. Everything that can be known before
+or after a loop is computed for all steps at once, the weights' gradient as one product.
+
+Source: arXiv:2405.04517, section 2.2. The stabiliser m is a gauge of (c, n): h does not depend on
+it, so a loss on h needs no gradient through m; a loss on the returned c, n, m does (`_scale_grads`).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xlstm_jax.cells.logspace import NEG, log_sigmoid, state_dtype
+from xlstm_jax.cells.slstm import SLSTMState, slstm_init
+from xlstm_jax.typing import Array, Bool, Float
+
+
+class Flags(NamedTuple):
+    """Resets and masks, time first, with axes to broadcast against heads and cells."""
+
+    reset: Bool[Array, "T 1 B 1"] | None
+    mask: Bool[Array, "T 1 B 1"] | None
+
+
+def slstm_scan(
+    x: Float[Array, "B T 4 H K"],
+    r: Float[Array, "H K 4 K"],
+    b: Float[Array, "H 4 K"] | None = None,
+    state: SLSTMState | None = None,
+    *,
+    reset: Bool[Array, "B T"] | None = None,
+    mask: Bool[Array, "B T"] | None = None,
+    forget_gate: str = "sigmoid",
+    reverse: bool = False,
+) -> tuple[Float[Array, "B T H K"], SLSTMState]:
+    """The op `slstm`; arguments as there."""
+    B, _, _, H, K = x.shape
+    dtype = state_dtype(x, r)
+    state = slstm_init(B, H, K, dtype) if state is None else state
+    state = jax.tree.map(lambda s: jnp.swapaxes(s.astype(dtype), 0, 1), state)
+    if mask is not None:
+        x = jnp.where(mask[..., None, None, None], x, 0)
+        reset = None if reset is None else reset & mask
+    gates = x.astype(dtype)
+    if b is not None:
+        gates = gates + jnp.swapaxes(b, 0, 1)[None, None].astype(dtype)
+    if reverse:
+        gates, reset, mask = jax.tree.map(lambda a: jnp.flip(a, 1), (gates, reset, mask))
+    # Heads first inside the loop: its product then needs no transposition.
+    gates = jnp.transpose(gates, (1, 3, 0, 2, 4))
+    flags = Flags(*(None if f is None else f.T[:, None, :, None] for f in (reset, mask)))
+    h, state = _scan(forget_gate, gates, r.astype(dtype), state, flags)
+    h = jnp.transpose(h, (2, 0, 1, 3)).astype(x.dtype)
+    state = jax.tree.map(lambda s: jnp.swapaxes(s, 0, 1), state)
+    return jnp.flip(h, 1) if reverse else h, state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(
+    forget_gate: str,
+    x: Float[Array, "T H B 4 K"],
+    r: Float[Array, "H K 4 K"],
+    state: SLSTMState,
+    flags: Flags,
+) -> tuple[Float[Array, "T H B K"], SLSTMState]:
+    return _forward(forget_gate, x, r, state, flags)[0]
+
+
+def _forward(forget_gate, x, r, state, flags: Flags):
+    def step(state, now):
+        x, flags = now
+        seen = state
+        if flags.reset is not None:
+            seen = jax.tree.map(lambda s: jnp.where(flags.reset, 0, s), state)
+        gates = x + _dot("HBK,HKGJ->HBGJ", seen.h, r)
+        i, f, z, o = (gates[:, :, g] for g in range(4))
+        kept = jnp.where(seen.n == 0, NEG, _log_forget(forget_gate, f) + seen.m)
+        m = jnp.maximum(kept, i)
+        f_scaled, i_scaled = jnp.exp(kept - m), jnp.exp(i - m)
+        c = f_scaled * seen.c + i_scaled * jnp.tanh(z)
+        n = f_scaled * seen.n + i_scaled
+        h = jax.nn.sigmoid(o) * c / n
+        new = SLSTMState(c, n, h, m)
+        if flags.mask is not None:
+            new = jax.tree.map(lambda a, b: jnp.where(flags.mask, a, b), new, state)
+            h = jnp.where(flags.mask, h, 0)
+        return new, (h, gates, new)
+
+    last, (h, gates, states) = jax.lax.scan(step, state, (x, flags))
+    return (h, last), (r, state, flags, gates, states)
+
+
+class _Factors(NamedTuple):
+    """What the backward loop multiplies with; each `T H B K`."""
+
+    h_to_c: Float[Array, "..."]
+    h_to_n: Float[Array, "..."]
+    h_to_o: Float[Array, "..."]
+    c_to_i: Float[Array, "..."]
+    n_to_i: Float[Array, "..."]
+    c_to_f: Float[Array, "..."]
+    n_to_f: Float[Array, "..."]
+    c_to_z: Float[Array, "..."]
+    kept: Float[Array, "..."]
+
+
+def _factors(forget_gate, gates, before: SLSTMState, after: SLSTMState) -> _Factors:
+    i, f, z, o = (gates[..., g, :] for g in range(4))
+    slope = jnp.ones_like(f) if forget_gate == "exp" else jax.nn.sigmoid(-f)
+    kept = jnp.where(before.n == 0, NEG, _log_forget(forget_gate, f) + before.m)
+    f_scaled, i_scaled = jnp.exp(kept - after.m), jnp.exp(i - after.m)
+    z, o = jnp.tanh(z), jax.nn.sigmoid(o)
+    return _Factors(
+        h_to_c=o / after.n,
+        h_to_n=-after.h / after.n,
+        h_to_o=after.h * (1 - o),
+        c_to_i=i_scaled * z,
+        n_to_i=i_scaled,
+        c_to_f=f_scaled * before.c * slope,
+        n_to_f=f_scaled * before.n * slope,
+        c_to_z=i_scaled * (1 - jnp.square(z)),
+        kept=f_scaled,
+    )
+
+
+def _backward(forget_gate, residuals, cotangents):
+    r, first, flags, gates, states = residuals
+    dh, dlast = cotangents
+    before = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[:-1]]), first, states)
+    if flags.reset is not None:
+        before = jax.tree.map(lambda s: jnp.where(flags.reset, 0, s), before)
+    after = states
+    if flags.mask is not None:
+        # A masked step keeps the old state; any finite stand-in does for factors nobody reads.
+        gates = jnp.where(flags.mask[..., None], gates, 0)
+        before = jax.tree.map(lambda s: jnp.where(flags.mask, s, 0), before)
+        after = jax.tree.map(lambda s: jnp.where(flags.mask, s, 1), states)
+        dh = jnp.where(flags.mask, dh, 0)
+
+    def step(carry, now):
+        dc, dn, dh_next = carry
+        dh, w, (gauge_i, gauge_f), flags = now
+        dh = dh + dh_next
+        dc_now, dn_now = dc + dh * w.h_to_c, dn + dh * w.h_to_n
+        di = dc_now * w.c_to_i + dn_now * w.n_to_i + gauge_i
+        df = dc_now * w.c_to_f + dn_now * w.n_to_f + gauge_f
+        dgates = jnp.stack([di, df, dc_now * w.c_to_z, dh * w.h_to_o], axis=2)
+        new = (dc_now * w.kept, dn_now * w.kept, _dot("HBGJ,HKGJ->HBK", dgates, r))
+        if flags.reset is not None:
+            new = (new[0], new[1], jnp.where(flags.reset, 0, new[2]))
+        if flags.mask is not None:
+            new = tuple(jnp.where(flags.mask, a, b) for a, b in zip(new, carry, strict=True))
+            dgates = jnp.where(flags.mask[..., None], dgates, 0)
+        return new, dgates
+
+    factors = _factors(forget_gate, gates, before, after)
+    rho = dlast.m - dlast.c * states.c[-1] - dlast.n * states.n[-1]
+    gauge, rho = _scale_grads(forget_gate, gates, before, flags, rho)
+    carry = (dlast.c, dlast.n, dlast.h)
+    (dc, dn, dh0), dgates = jax.lax.scan(step, carry, (dh, factors, gauge, flags), reverse=True)
+    dr = _dot("THBK,THBGJ->HKGJ", before.h, dgates)
+    dstate = SLSTMState(dc, dn, dh0, rho + dc * first.c + dn * first.n)
+    return dgates, dr, dstate, Flags(None, None)
+
+
+_scan.defvjp(_forward, _backward)
+
+
+def _scale_grads(forget_gate, gates, before: SLSTMState, flags: Flags, rho):
+    """Gradient through m_t = max(log f_t + m_{t-1}, i_t) of a loss placed on the last m.
+
+    It follows the path of the maximum back from the last step until an input gate made m.
+
+    Returns the cotangents of i and of f, and of m before the first step.
+    """
+    i, f = gates[..., 0, :], gates[..., 1, :]
+    by_f = (before.n != 0) & (_log_forget(forget_gate, f) + before.m >= i)
+    made = ~by_f if flags.mask is None else ~by_f & flags.mask
+    # Counted from the end: 0 where no later step has made m anew.
+    count = jax.lax.cumsum(made.astype(jnp.int32), axis=0, reverse=True)
+    on_path = (count - made) == 0
+    if flags.mask is not None:
+        on_path = on_path & flags.mask
+    slope = jnp.ones_like(f) if forget_gate == "exp" else jax.nn.sigmoid(-f)
+    di = jnp.where(on_path & ~by_f, rho[None], 0)
+    df = jnp.where(on_path & by_f, rho[None] * slope, 0)
+    return (di, df), jnp.where(count[0] == 0, rho, 0)
+
+
+def _log_forget(forget_gate: str, f: Array) -> Array:
+    return f if forget_gate == "exp" else log_sigmoid(f)
+
+
+def _dot(spec: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)
