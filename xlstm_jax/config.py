@@ -192,7 +192,7 @@ def load_config(path: str | pathlib.Path, cls: type[T], size: str | None = None)
             raise ConfigError(
                 f"size={size!r} cannot be applied to {path}, which has none; leave it out."
             )
-        return from_dict(cls, _read_json(path))
+        return from_dict(cls, read_json(path))
     if path.suffix != ".py":
         raise ConfigError(
             f"{path} is neither a .py nor a .json file; name a CONFIG.py or a config.json."
@@ -205,7 +205,8 @@ def load_config(path: str | pathlib.Path, cls: type[T], size: str | None = None)
     return cfg
 
 
-def _read_json(path: pathlib.Path) -> Any:
+def read_json(path: pathlib.Path) -> Any:
+    """The contents of a JSON file; raises ConfigError if they are no JSON."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:

@@ -1,0 +1,26 @@
+"""Updating parameters: one pure step, and a loop that survives interruptions."""
+
+from xlstm_jax.train.checkpoint import Checkpointer, CheckpointError, restore_params
+from xlstm_jax.train.config import ExperimentConfig, TrainConfig
+from xlstm_jax.train.guard import DivergedError
+from xlstm_jax.train.loop import FitResult, fit
+from xlstm_jax.train.optimizer import decay_mask, make_optimizer, make_schedule
+from xlstm_jax.train.state import TrainState, init_state
+from xlstm_jax.train.step import make_train_step
+
+__all__ = [
+    "CheckpointError",
+    "Checkpointer",
+    "DivergedError",
+    "ExperimentConfig",
+    "FitResult",
+    "TrainConfig",
+    "TrainState",
+    "decay_mask",
+    "fit",
+    "init_state",
+    "make_optimizer",
+    "make_schedule",
+    "make_train_step",
+    "restore_params",
+]

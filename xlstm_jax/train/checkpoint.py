@@ -1,0 +1,184 @@
+"""A run's checkpoints: everything that belongs to a step, in one directory that appears at once.
+
+RUN/config.json              enough to rebuild the model
+RUN/checkpoints/STEP/state   the train state           (arrays)
+RUN/checkpoints/STEP/data    position in the data      (JSON)
+RUN/checkpoints/STEP/config  as it was at this step    (JSON)
+"""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from xlstm_jax.config import ConfigError, load_config
+from xlstm_jax.modules import LM
+from xlstm_jax.train import seal
+from xlstm_jax.train.config import ExperimentConfig
+from xlstm_jax.train.state import TrainState
+from xlstm_jax.typing import PyTree
+
+FOLDER = "checkpoints"
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that is not there or cannot be read; one sentence says which and what to do."""
+
+
+class Checkpointer:
+    """Writes the checkpoints of one run, in the background; a context manager.
+
+    Args:
+        run_dir: the run.
+        keep: how many to keep, the newest ones.
+    """
+
+    def __init__(self, run_dir: str | Path, keep: int = 3):
+        self._folder = Path(run_dir).resolve() / FOLDER
+        self._step = latest_step(run_dir)
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            ),
+        )
+
+    def _seal(self) -> None:
+        # Saves follow each other: the manager waits for one before it begins the next.
+        seal.write(self._folder / str(self._step))
+
+    def save(
+        self, step: int, state: TrainState, data_state: dict[str, Any], config: dict[str, Any]
+    ) -> None:
+        """Saves a step unless it is there already.
+
+        Returns once the state has been copied: its buffers may then be donated.
+        """
+        if step == self._step:
+            return
+        self._manager.wait_until_finished()
+        self._step = step
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave(data_state),
+                config=ocp.args.JsonSave(config),
+            ),
+            force=True,
+        )
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def steps(run_dir: str | Path) -> list[int]:
+    """The steps that have a complete checkpoint, oldest first."""
+    # A checkpoint is renamed to the bare number when it is complete.
+    folders = (Path(run_dir) / FOLDER).glob("*")
+    return sorted(int(path.name) for path in folders if path.name.isdecimal())
+
+
+def latest_step(run_dir: str | Path) -> int | None:
+    """The newest of `steps`; None if there is none."""
+    return max(steps(run_dir), default=None)
+
+
+def restore_latest(run_dir: str | Path, like: PyTree) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest state and data position of a run, or None if it has not saved any.
+
+    Args:
+        run_dir: the run.
+        like: a state of the same structure, or its shapes, with the dtypes and shardings wanted.
+
+    Raises:
+        CheckpointError: it is damaged or of another structure; nothing on disk is changed.
+    """
+    step = latest_step(run_dir)
+    if step is None:
+        return None
+    args = ocp.args.Composite(
+        state=ocp.args.StandardRestore(jax.tree.map(_abstract, like)),
+        data=ocp.args.JsonRestore(),
+    )
+    restored = _restore(Path(run_dir), step, args)
+    return restored.state, restored.data
+
+
+def restore_params(run_dir: str | Path, step: int | None = None) -> tuple[ExperimentConfig, PyTree]:
+    """The config and the parameters of a run, at its newest step or a given one.
+
+    Raises:
+        ConfigError: there is no run in this directory.
+        CheckpointError: it has not saved this step, or what it saved cannot be read.
+    """
+    cfg = load_config(run_dir, ExperimentConfig)
+    found = steps(run_dir)
+    if not found:
+        raise CheckpointError(f"{run_dir} has no checkpoint yet; train it first.")
+    if step is not None and step not in found:
+        words = ", ".join(map(str, found))
+        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; use one of: {words}.")
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(LM(cfg.model).init, jax.random.key(0), tokens)
+    like = {"params": jax.tree.map(_abstract, shapes["params"])}
+    item = ocp.args.PyTreeRestore(
+        item=like,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+        partial_restore=True,
+    )
+    step = found[-1] if step is None else step
+    restored = _restore(Path(run_dir), step, ocp.args.Composite(state=item))
+    return cfg, restored.state["params"]
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(x, "sharding", None)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _restore(run_dir: Path, step: int, args: ocp.args.Composite) -> Any:
+    folder = run_dir.resolve() / FOLDER
+    problem = seal.damage(folder / str(step))
+    if problem is not None:
+        raise CheckpointError(f"{problem}; {_way_out(run_dir, step)}.")
+    # A fresh manager, as one that has saved an item refuses another way of restoring it; read-only,
+    # as opening another kind would tidy the folder up.
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    try:
+        with ocp.CheckpointManager(folder, options=options) as manager:
+            return manager.restore(step, args=args)
+    # Anything can come out of the array store, a bare Exception included.
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise CheckpointError(
+            f"{folder / str(step)} must be a complete checkpoint of this config, but it cannot be "
+            f"read ({reason}); {_way_out(run_dir, step)}."
+        ) from error
+
+
+def _way_out(run_dir: Path, step: int) -> str:
+    earlier = [other for other in steps(run_dir) if other < step]
+    if earlier:
+        return f"delete {run_dir / FOLDER / str(step)} to go on from step {earlier[-1]}"
+    return "it is the only one, so start again with fresh=True (--fresh)"

@@ -1,0 +1,171 @@
+"""How a run updates its parameters, and what a whole run is made of."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+from xlstm_jax.config import ConfigError
+from xlstm_jax.data import DataConfig, Examples
+from xlstm_jax.modules import LMConfig
+
+Schedule = Literal["constant", "linear", "cosine", "exponential", "wsd"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimiser, schedule, guard and rhythm of a run.
+
+    A length in steps that is below 1 is a share of `steps`.
+    """
+
+    steps: int = 1000  # updates in all: warm-up, main part and cool-down
+    lr: float = 1e-3  # peak learning rate
+    schedule: Schedule = "cosine"  # shape of the main part
+    warmup_steps: int | float = 0.05  # linear, from 0
+    decay_steps: int | float = 0.2  # "wsd" only: the linear decay that ends the main part
+    end_factor: float = 0.1  # the main part ends at end_factor * lr; "constant" ignores it
+    cooldown_steps: int | float = 0  # linear, from there to cooldown_lr
+    cooldown_lr: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_pattern: str = r"(^|/)kernel$"  # regex over parameter paths: what weight decay touches
+    grad_clip: float | None = 0.5  # bound on the global norm of the gradient
+    accumulation: int = 1  # micro-batches of one update
+    z_loss: float = 0.0  # weight of the squared log-normaliser of the softmax; 1e-4 is usual
+    loss_chunk: int | None = None  # positions whose logits exist at once; None: the op chooses
+    guard_factor: float = 10.0  # an update is discarded if its norm is this many times the usual
+    guard_floor: float = 10.0  # ... and above this
+    max_consecutive_skips: int = 8  # discarded updates in a row that end the run
+    seed: int = 0  # parameters and dropout; the order of the data has its own
+    log_every: int = 10
+    eval_every: int = 200  # 0: never, not even at the end
+    eval_batches: int | None = 20  # batches of one evaluation; None: the whole held-out split
+    checkpoint_every: int = 200  # 0: by the clock and at the end only
+    checkpoint_minutes: float = 10.0  # 0: never by the clock
+    keep: int = 3  # newest checkpoints kept
+
+    def __post_init__(self):
+        for name, (demand, fits) in _DEMANDS.items():
+            value = getattr(self, name)
+            if value is not None and not fits(value):
+                default = getattr(TrainConfig, name)
+                raise ConfigError(
+                    f"train.{name} must be {demand}, got {value!r}; "
+                    f"leave it out for the default of {default!r}."
+                )
+        for name in ("warmup_steps", "decay_steps", "cooldown_steps"):
+            self._check_length(name)
+        self._check_parts()
+        try:
+            re.compile(self.decay_pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"train.decay_pattern must be a regular expression, got {self.decay_pattern!r} "
+                f"({error}); use '/kernel$' for weight matrices or '$^' for none."
+            ) from error
+
+    def _check_length(self, name: str) -> None:
+        value = getattr(self, name)
+        if value < 0 or (value >= 1 and value != int(value)):
+            raise ConfigError(
+                f"train.{name} must be a whole number of steps or a share below 1, got {value!r}; "
+                "0 leaves this part out."
+            )
+
+    def _check_parts(self) -> None:
+        parts = {"warmup_steps": self.num_warmup, "cooldown_steps": self.num_cooldown}
+        if self.schedule == "wsd":
+            parts["decay_steps"] = self.num_decay
+        if sum(parts.values()) > self.steps:
+            words = " + ".join(f"{name} {count}" for name, count in parts.items())
+            raise ConfigError(
+                f"train.steps must cover all parts of its schedule, got {self.steps} for {words}; "
+                "make it larger or a part shorter."
+            )
+
+    def _length(self, value: int | float) -> int:
+        return round(value * self.steps) if value < 1 else int(value)
+
+    @property
+    def num_warmup(self) -> int:
+        """Steps of the warm-up."""
+        return self._length(self.warmup_steps)
+
+    @property
+    def num_cooldown(self) -> int:
+        """Steps of the cool-down."""
+        return self._length(self.cooldown_steps)
+
+    @property
+    def num_main(self) -> int:
+        """Steps between warm-up and cool-down."""
+        return self.steps - self.num_warmup - self.num_cooldown
+
+    @property
+    def num_decay(self) -> int:
+        """Steps over which the main part falls."""
+        return self._length(self.decay_steps) if self.schedule == "wsd" else self.num_main
+
+
+def _at_least(least: float) -> tuple[str, Callable[[Any], bool]]:
+    return f"at least {least}", lambda value: value >= least
+
+
+_POSITIVE = ("above 0", lambda value: value > 0)
+_SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+
+_DEMANDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "steps": _at_least(1),
+    "lr": _POSITIVE,
+    "schedule": (f"one of {', '.join(SCHEDULES)}", lambda value: value in SCHEDULES),
+    "end_factor": ("above 0 and at most 1", lambda value: 0 < value <= 1),
+    "cooldown_lr": _at_least(0),
+    "b1": _SHARE,
+    "b2": _SHARE,
+    "eps": _POSITIVE,
+    "weight_decay": _at_least(0),
+    "grad_clip": _POSITIVE,
+    "accumulation": _at_least(1),
+    "z_loss": _at_least(0),
+    "loss_chunk": _at_least(1),
+    "guard_factor": ("above 1", lambda value: value > 1),
+    "guard_floor": _at_least(0),
+    "max_consecutive_skips": _at_least(1),
+    "seed": _at_least(0),
+    "log_every": _at_least(1),
+    "eval_every": _at_least(0),
+    "eval_batches": _at_least(1),
+    "checkpoint_every": _at_least(0),
+    "checkpoint_minutes": _at_least(0),
+    "keep": _at_least(1),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """A whole run: with it, everything the run did can be done again."""
+
+    name: str
+    model: LMConfig
+    data: DataConfig
+    train: TrainConfig
+
+    def __post_init__(self):
+        if self.data.batch_size % self.train.accumulation:
+            raise ConfigError(
+                "data.batch_size must be a multiple of train.accumulation, got "
+                f"{self.data.batch_size} and {self.train.accumulation}; change one of them."
+            )
+
+
+def check_vocabulary(cfg: ExperimentConfig, examples: Examples) -> None:
+    """Raises ConfigError if the data has token ids that the model does not."""
+    if cfg.model.vocab_size < examples.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size must be at least {examples.vocab_size}, which the token ids of "
+            f"data.source={cfg.data.source!r} need, got {cfg.model.vocab_size}; make it larger."
+        )

@@ -1,0 +1,87 @@
+"""Metrics of many steps, added up on the device and fetched in one transfer."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlstm_jax.train.step import Metrics
+from xlstm_jax.typing import Array, Float
+
+# How each metric of a step becomes one of many steps.
+PER_TOKEN = ("loss", "z_loss", "accuracy")  # weighted by the tokens of the step
+PER_STEP = ("grad_norm", "update_norm", "param_norm", "padding_fraction")
+ADDED = ("tokens", "documents", "skipped")
+LAST = ("lr",)
+LARGEST = ("skipped_in_a_row",)
+
+
+class Totals(NamedTuple):
+    """Sums over the steps of one logging interval.
+
+    Skipped steps count in `steps` and in what is added, but no loss or norm of theirs, finite or
+    not, enters a mean.
+    """
+
+    values: dict[str, Float[Array, ""]]
+    tokens: Float[Array, ""]  # of the steps that were taken
+    taken: Float[Array, ""]
+    steps: Float[Array, ""]
+
+
+def empty() -> Totals:
+    """No step yet."""
+    names = PER_TOKEN + PER_STEP + ADDED + LAST + LARGEST
+    # One buffer each: all are donated to the next step, and a buffer can be given away only once.
+    zeros = (jnp.array(np.zeros((), np.float32)) for _ in range(len(names) + 3))
+    return Totals({name: next(zeros) for name in names}, next(zeros), next(zeros), next(zeros))
+
+
+def add(totals: Totals, metrics: Metrics) -> Totals:
+    """The totals with one more step in them."""
+    taken = metrics["skipped"] == 0
+    tokens = jnp.where(taken, metrics["tokens"], 0.0).astype(jnp.float32)
+    count = taken.astype(jnp.float32)
+    values = {}
+    for name, value in totals.values.items():
+        now = metrics[name].astype(jnp.float32)
+        if name in PER_TOKEN:
+            values[name] = value + jnp.where(taken, now * tokens, 0.0)
+        elif name in PER_STEP:
+            values[name] = value + jnp.where(taken, now, 0.0)
+        elif name in ADDED:
+            values[name] = value + now
+        else:
+            values[name] = now if name in LAST else jnp.maximum(value, now)
+    return Totals(values, totals.tokens + tokens, totals.taken + count, totals.steps + 1)
+
+
+def summarise(totals: Totals) -> dict[str, float | None]:
+    """Means, sums and maxima of the interval; None where every step of it was skipped."""
+    host = jax.device_get(totals)
+    summary: dict[str, float | None] = {}
+    for name, value in host.values.items():
+        if name in PER_TOKEN:
+            summary[name] = float(value / host.tokens) if host.tokens else None
+        elif name in PER_STEP:
+            summary[name] = float(value / host.taken) if host.taken else None
+        else:
+            summary[name] = float(value)
+    for name in ("tokens", "documents", "skipped", "skipped_in_a_row"):
+        summary[name] = int(host.values[name])
+    loss = summary["loss"]
+    summary["perplexity"] = None if loss is None else math.exp(min(loss, 700.0))
+    return summary
+
+
+def to_json(totals: Totals) -> dict[str, object]:
+    """The totals as plain numbers; float32 survives the way through JSON bit for bit."""
+    return jax.tree.map(float, jax.device_get(totals))._asdict()
+
+
+def from_json(values: dict) -> Totals:
+    """The inverse of `to_json`."""
+    restored = Totals(**values)
+    return jax.tree.map(lambda zero, value: jnp.array(np.float32(value)) + zero, empty(), restored)

@@ -1,0 +1,105 @@
+"""AdamW with decay by parameter path, and learning rates as pure functions of the step."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from xlstm_jax.train.config import TrainConfig
+from xlstm_jax.typing import Array, ArrayLike, Float, Int, PyTree
+
+Schedule = Callable[[Int[ArrayLike, ""]], Float[ArrayLike, ""]]
+
+
+def make_schedule(cfg: TrainConfig) -> Schedule:
+    """The learning rate of each step: linear warm-up from 0, main part, linear cool-down.
+
+    The main part starts at `lr` and ends at `end_factor * lr` (a constant one stays at `lr`); the
+    cool-down goes from there to `cooldown_lr`, which it reaches at step `steps`. Parts of no steps
+    are left out.
+    """
+    lr, end = cfg.lr, cfg.lr * cfg.end_factor
+    hold = cfg.num_main - cfg.num_decay
+    decays = {
+        "constant": lambda: optax.constant_schedule(lr),
+        "linear": lambda: optax.linear_schedule(lr, end, cfg.num_decay),
+        "cosine": lambda: optax.cosine_decay_schedule(lr, cfg.num_decay, cfg.end_factor),
+        "exponential": lambda: optax.exponential_decay(
+            lr, cfg.num_decay, cfg.end_factor, end_value=end
+        ),
+        "wsd": lambda: optax.linear_schedule(lr, end, cfg.num_decay),
+    }
+    main_end = lr if cfg.schedule == "constant" or not cfg.num_decay else end
+    parts = [
+        (cfg.num_warmup, lambda: optax.linear_schedule(0.0, lr, cfg.num_warmup)),
+        (hold, lambda: optax.constant_schedule(lr)),
+        (cfg.num_decay, decays[cfg.schedule]),
+        (
+            cfg.num_cooldown,
+            lambda: optax.linear_schedule(main_end, cfg.cooldown_lr, cfg.num_cooldown),
+        ),
+    ]
+    used = [(length, make()) for length, make in parts if length]
+    starts = [sum(length for length, _ in used[:i]) for i in range(1, len(used))]
+    return optax.join_schedules([schedule for _, schedule in used], starts)
+
+
+def continued_end_factor(end_factor: float, old_decay_steps: int, new_decay_steps: int) -> float:
+    """`end_factor` for an exponential decay that goes on at the same rate to more steps.
+
+    Reaching 0.1 after 495,000 steps and going on to 540,000 ends at 0.0811.
+    """
+    return end_factor ** (new_decay_steps / old_decay_steps)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A parameter's path as "groups/a0/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def decay_mask(params: PyTree, pattern: str = TrainConfig.decay_pattern) -> PyTree:
+    """For each parameter, whether weight decay touches it: whether `pattern` is in its path."""
+    found = re.compile(pattern).search
+    return jax.tree_util.tree_map_with_path(lambda path, _: bool(found(path_name(path))), params)
+
+
+def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformationExtraArgs:
+    """AdamW: clip by global norm, Adam, decoupled decay, learning rate.
+
+    `update` takes `step`, which the schedule is a function of, and `lr_scale`, a factor on the
+    learning rate. Both are values, so one program serves a whole vmapped grid of learning rates.
+    """
+    clip = optax.identity() if cfg.grad_clip is None else optax.clip_by_global_norm(cfg.grad_clip)
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+        optax.add_decayed_weights(
+            cfg.weight_decay, mask=lambda params: decay_mask(params, cfg.decay_pattern)
+        ),
+        scale_by_learning_rate(make_schedule(cfg)),
+    )
+
+
+def scale_by_learning_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
+    """Descent by `lr_scale * schedule(step)`, with the step given and not counted.
+
+    A count of its own would stand still whenever the guard restores the optimiser's state.
+    """
+
+    def update(updates, state, params=None, *, step, lr_scale=1.0, **_):
+        lr = jnp.asarray(schedule(step) * lr_scale)
+        return jax.tree.map(lambda u: -lr.astype(u.dtype) * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def norm(tree: PyTree) -> Float[Array, ""]:
+    """Square root of the sum of squares of all leaves, in float32 or wider."""
+    return optax.tree.norm(jax.tree.map(_at_least_float32, tree))
+
+
+def _at_least_float32(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

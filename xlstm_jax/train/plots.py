@@ -1,0 +1,73 @@
+"""The picture of a run: its training loss and the held-out points."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def loss_curve(
+    records: list[dict[str, Any]], path: Path, title: str, bytes_per_token: float | None
+) -> None:
+    """Draws the records of metrics.jsonl into a PNG.
+
+    Args:
+        records: of training and evaluation, in order.
+        path: file to write.
+        title: what stands above.
+        bytes_per_token: turns nats per token into bits per byte; None where the data is no text.
+    """
+    # Half a second to import, which only the end of a run should cost.
+    from matplotlib.figure import Figure
+
+    scale = 1.0 if bytes_per_token is None else 1 / (math.log(2) * bytes_per_token)
+    steps, losses = _series(records, "loss")
+    figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses * scale, color="#9ecae1", linewidth=0.8)
+    axes.plot(steps, _smooth(losses) * scale, color="#08519c", linewidth=1.8, label="training")
+    points, valid = _series(records, "valid_loss")
+    if len(points):
+        axes.plot(
+            points, valid * scale, "o", color="#d94801", markersize=5, label="held out", zorder=3
+        )
+        axes.annotate(
+            f"{valid[-1] * scale:.3f}",
+            (points[-1], valid[-1] * scale),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="right",
+            color="#d94801",
+        )
+    _frame(axes, np.concatenate([_smooth(losses), valid]) * scale)
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats per token" if bytes_per_token is None else "bits per byte")
+    figure.savefig(path)
+
+
+def _frame(axes: Any, shown: np.ndarray) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    if len(shown):
+        # The first few losses are far above the rest and would press it flat.
+        low, high = shown.min(), np.quantile(shown, 0.98)
+        margin = 0.08 * (high - low) + 1e-3
+        axes.set_ylim(max(0.0, low - margin), high + 2 * margin)
+        axes.legend(frameon=False)
+
+
+def _series(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    found = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+    table = np.array(found, np.float64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """A centred mean over a twentieth of the run, over less of it near the ends."""
+    reach = len(values) // 40
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    near = np.minimum(reach, np.minimum(places, len(values) - 1 - places))
+    return (sums[places + near + 1] - sums[places - near]) / (2 * near + 1)

@@ -1,0 +1,44 @@
+"""Being asked to stop, without losing the work since the last checkpoint."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Self
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Inside `with`, the first SIGINT or SIGTERM makes it true; the second acts as usual.
+
+    Only the main thread can listen to signals; in another one this never becomes true.
+    """
+
+    def __init__(self):
+        self._requested = False
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __bool__(self) -> bool:
+        return self._requested
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._restore()

@@ -1,0 +1,52 @@
+"""Everything a step reads and writes besides the batch."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from xlstm_jax.train.guard import Guard
+from xlstm_jax.typing import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
+
+
+class TrainState(struct.PyTreeNode):
+    """One value per run; a leading axis on every leaf makes it many runs under `jax.vmap`."""
+
+    step: Int[Array, "*runs"]  # batches seen, skipped ones included: also the position in the data
+    params: PyTree
+    opt_state: PyTree
+    guard: Guard
+    lr_scale: Float[Array, "*runs"]  # factor on the schedule; differs over a learning-rate grid
+
+
+def init_state(
+    model: Any,
+    tx: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    tokens: Int[Array, "B T"],
+    *,
+    lr_scale: Float[ArrayLike, ""] = 1.0,
+) -> TrainState:
+    """The state before the first step, made in one compiled program.
+
+    Args:
+        model: a Flax module called with tokens.
+        tx: as for the step.
+        key: decides the parameters; `jax.vmap` over keys makes a state of many runs.
+        tokens: any tokens, as only parameters are made: a 1 x 1 array of zeros is enough.
+        lr_scale: factor on the learning rate.
+    """
+
+    def build(key, tokens, lr_scale):
+        params = model.init(key, tokens)["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=tx.init(params),
+            guard=Guard.start(),
+            lr_scale=jnp.asarray(lr_scale, jnp.float32),
+        )
+
+    return jax.jit(build)(key, tokens, lr_scale)

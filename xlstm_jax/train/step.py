@@ -1,0 +1,136 @@
+"""One update of the parameters: a pure function of a state and a batch."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from xlstm_jax.data import Batch
+from xlstm_jax.ops import CrossEntropy
+from xlstm_jax.train import guard, losses
+from xlstm_jax.train.config import TrainConfig
+from xlstm_jax.train.optimizer import make_schedule, norm
+from xlstm_jax.train.state import TrainState
+from xlstm_jax.typing import Array, Float, PRNGKeyArray, PyTree
+
+LossFn = Callable[[PyTree, Batch, PRNGKeyArray | None], tuple[Float[Array, ""], CrossEntropy]]
+Metrics = dict[str, Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+_DROPOUT = 1  # the purposes that share a seed: parameters use the key itself, dropout this fold
+
+
+def make_train_step(
+    model: Any,
+    tx: optax.GradientTransformation,
+    cfg: TrainConfig,
+    loss_fn: LossFn | None = None,
+) -> TrainStep:
+    """The step function `(state, batch) -> (state, metrics)`.
+
+    It is pure and not yet jitted: `jax.jit` it with the state donated, `jax.vmap` it over states
+    with `in_axes=(0, None)` to train many seeds on the same batches, `jax.lax.scan` it over a stack
+    of batches.
+
+    Args:
+        model: an `LM` or what is called like one.
+        tx: from `make_optimizer`, or any other transformation of optax.
+        cfg: accumulation, guard, z-loss.
+        loss_fn: sums of a batch; None takes `losses.language_model_loss`.
+
+    The metrics are scalars of this step. `loss` is the mean cross entropy over all tokens, without
+    the z-loss; `grad_norm` is taken before clipping; `skipped` is 1 where the guard discarded the
+    update; `skipped_in_a_row` counts those up to now.
+    """
+    if loss_fn is None:
+
+        def loss_fn(params, batch, key):
+            return losses.language_model_loss(model, params, batch, cfg, key)
+
+    tx = optax.with_extra_args_support(tx)
+    schedule = make_schedule(cfg)
+    has_dropout = getattr(getattr(model, "cfg", None), "dropout", 0.0) > 0
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = dropout_key(cfg.seed, state.step) if has_dropout else None
+        grads, sums = sum_gradients(loss_fn, state.params, batch, key, cfg.accumulation)
+        # A batch without any target has the mean 0/0: the guard discards it.
+        grads = jax.tree.map(lambda g: g / sums.weight_sum.astype(g.dtype), grads)
+        loss = sums.ce_sum / sums.weight_sum
+        grad_norm = norm(grads)
+        ok, watched = guard.judge(state.guard, cfg, loss, grad_norm)
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.params, step=state.step, lr_scale=state.lr_scale
+        )
+        params = guard.keep_if(ok, optax.apply_updates(state.params, updates), state.params)
+        new = state.replace(
+            step=state.step + 1,
+            params=params,
+            opt_state=guard.keep_if(ok, opt_state, state.opt_state),
+            guard=watched,
+        )
+        metrics = {
+            "loss": loss,
+            "z_loss": sums.z_sum / sums.weight_sum,
+            "perplexity": jnp.exp(loss),
+            "accuracy": sums.correct_sum / sums.weight_sum,
+            "lr": jnp.asarray(schedule(state.step) * state.lr_scale),
+            "grad_norm": grad_norm,
+            "update_norm": jnp.where(ok, norm(updates), 0.0),
+            "param_norm": norm(params),
+            "tokens": sums.weight_sum,
+            "documents": jnp.sum(jnp.max(batch.segment_ids, axis=-1)),
+            "padding_fraction": jnp.mean(batch.segment_ids == 0),
+            "skipped": 1 - ok.astype(jnp.int32),
+            "skipped_in_a_row": watched.skipped,
+        }
+        return new, metrics
+
+    return train_step
+
+
+def dropout_key(seed: int, step: Array) -> PRNGKeyArray:
+    """The key of a step: from the seed and the step alone, so that there is none to store."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), step)
+
+
+def sum_gradients(
+    loss_fn: LossFn,
+    params: PyTree,
+    batch: Batch,
+    key: PRNGKeyArray | None,
+    num_parts: int = 1,
+) -> tuple[PyTree, CrossEntropy]:
+    """Gradients of the summed loss, and the sums, over `num_parts` micro-batches in turn.
+
+    Sums over parts of unequal weight add up to the sum over the batch; means would not.
+    """
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if num_parts == 1:
+        return grad_fn(params, batch, key)
+    parts = jax.tree.map(functools.partial(_split_rows, num_parts=num_parts), batch)
+    shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], parts), key)
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
+    )
+
+    def body(total, now):
+        number, part = now
+        part_key = None if key is None else jax.random.fold_in(key, number)
+        found = grad_fn(params, part, part_key)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, found), None
+
+    (grads, sums), _ = jax.lax.scan(body, zeros, (jnp.arange(num_parts), parts))
+    return grads, sums
+
+
+def _split_rows(x: Array, *, num_parts: int) -> Array:
+    if x.shape[0] % num_parts:
+        raise ValueError(
+            f"a batch must have a multiple of accumulation={num_parts} rows, got {x.shape[0]}; "
+            "change data.batch_size or train.accumulation."
+        )
+    return x.reshape((num_parts, -1) + x.shape[1:])
