@@ -1,0 +1,169 @@
+"""Running a call: values, final state and all gradients, by an implementation or by the truth.
+
+Every program is compiled once per implementation, options and shapes, and shared by all tests.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.ops.subjects import LENGTHS, Case, L, Subject, pad, pad_time
+from xlstm_jax import cells, ops
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+"""Compiles four times as fast; the golden tests compile with the defaults."""
+
+OPS = {"mlstm": ops.mlstm, "slstm": ops.slstm, "lstm": ops.lstm}
+TRUTH = {"mlstm": cells.mlstm_scan, "slstm": cells.slstm_scan, "lstm": cells.lstm_scan}
+
+
+class Cotangents(NamedTuple):
+    """What a loss is made of: sums of products with the outputs.
+
+    `memory` weighs the leaves of the final state with their scale multiplied back in, in units of
+    exp(frame), so that the loss does not depend on the log-scale m; `state` weighs them as stored.
+    """
+
+    h: np.ndarray
+    memory: Any
+    state: Any
+    frame: np.ndarray | None
+
+
+class Result(NamedTuple):
+    h: np.ndarray
+    state: Any
+    gradients: dict[str, np.ndarray]  # by argument: inputs, weights, and "state.C" and so on
+
+
+def program(subject: Subject, reverse: bool = False, **options):
+    """A function of (inputs, weights, state, reset, mask) that calls the op."""
+    options = {**subject.options, **options}
+    if subject.op == "mlstm":
+        options = {"chunk_size": L, **options}
+
+    def call(inputs, weights, state, reset=None, mask=None):
+        return OPS[subject.op](
+            **inputs,
+            **weights,
+            state=state,
+            reset=reset,
+            mask=mask,
+            reverse=reverse,
+            implementation=subject.implementation,
+            **options,
+        )
+
+    return call
+
+
+def truth_program(variant: str, **options):
+    """The same call, step by step."""
+    subject = Subject(variant, "truth")
+
+    def call(inputs, weights, state, reset=None, mask=None):
+        return TRUTH[subject.op](
+            **inputs,
+            **weights,
+            state=state,
+            reset=reset,
+            mask=mask,
+            **{**subject.options, **options},
+        )
+
+    return call
+
+
+def run(subject: Subject, case: Case, cotangents: Cotangents, dtype="float32", **options) -> Result:
+    """Values and gradients of `case` in `dtype`, by the subject's implementation."""
+    return _run(_compiled(subject, tuple(sorted(options.items()))), case, cotangents, dtype)
+
+
+def run_truth(variant: str, case: Case, cotangents: Cotangents, **options) -> Result:
+    """Values and gradients of `case` by the float64 recurrence.
+
+    Shorter cases are filled up with masked steps, so that one program serves them all.
+    """
+    compiled = _compiled(Subject(variant, "truth"), tuple(sorted(options.items())))
+    padded = pad(case, max(LENGTHS))
+    h = pad_time(cotangents.h, padded.length)
+    result = _run(compiled, padded, cotangents._replace(h=h), "float64")
+    T = case.length
+    gradients = {
+        name: gradient[:, :T] if name in case.inputs else gradient
+        for name, gradient in result.gradients.items()
+    }
+    return Result(result.h[:, :T], result.state, gradients)
+
+
+def random_cotangents(variant: str, case: Case, *, stored=False, seed=1, **options) -> Cotangents:
+    """A random loss on h and on the final memory; `stored`: on its leaves as they are, instead."""
+    rng = np.random.default_rng(seed)
+    random = lambda x: rng.standard_normal(x.shape).astype(np.float32).astype(np.float64)  # noqa: E731
+    probe = run_truth(variant, case, no_cotangents(variant, case), **options)
+    frame = getattr(probe.state, "m", None)
+    state = jax.tree.map(random, probe.state)
+    zeros = jax.tree.map(np.zeros_like, state)
+    return Cotangents(random(probe.h), *((zeros, state) if stored else (state, zeros)), frame)
+
+
+def no_cotangents(variant: str, case: Case) -> Cotangents:
+    """The loss that is 0; the frame is that of the initial state."""
+    inputs = case.inputs
+    h = np.zeros(inputs["v"].shape if variant.startswith("mlstm") else inputs["x"][:, :, 0].shape)
+    zeros = jax.tree.map(np.zeros_like, case.state)
+    return Cotangents(h, zeros, zeros, getattr(case.state, "m", None))
+
+
+def only_h(variant: str, case: Case, h: np.ndarray) -> Cotangents:
+    """A loss on h alone."""
+    return no_cotangents(variant, case)._replace(h=h)
+
+
+@functools.cache
+def _compiled(subject: Subject, options: tuple[tuple[str, Any], ...]):
+    make = truth_program(subject.variant, **dict(options))
+    if subject.implementation != "truth":
+        make = program(subject, **dict(options))
+    return jax.jit(functools.partial(_evaluate, make), compiler_options=QUICK)
+
+
+def _evaluate(call, case: Case, cotangents: Cotangents):
+    def losses(inputs, weights, state):
+        h, last = call(inputs, weights, state, case.reset, case.mask)
+        return h, _memory(last, cotangents.frame), last
+
+    outputs, pull = jax.vjp(losses, case.inputs, case.weights, case.state)
+    return outputs[0], outputs[2], pull((cotangents.h, cotangents.memory, cotangents.state))
+
+
+def _memory(state, frame):
+    """Leaves with their scale multiplied back in, in units of exp(frame); m then says nothing."""
+    if frame is None:
+        return state
+    scale = jnp.exp(jnp.clip(state.m - frame, -80, 80))
+    leaves = {
+        name: leaf * scale.reshape(scale.shape + (1,) * (leaf.ndim - scale.ndim))
+        for name, leaf in state._asdict().items()
+        if name not in ("h", "m")
+    }
+    return state._replace(**leaves, m=jnp.zeros_like(state.m))
+
+
+def _run(compiled, case, cotangents, dtype) -> Result:
+    with jax.enable_x64(dtype == "float64"):
+        case, cotangents = jax.tree.map(lambda x: _as(x, dtype), (case, cotangents))
+        h, state, (inputs, weights, initial) = compiled(case, cotangents)
+        h, state, inputs, weights, initial = jax.tree.map(
+            lambda x: np.asarray(x, np.float64), (h, state, inputs, weights, initial)
+        )
+    gradients = {**inputs, **weights}
+    gradients |= {f"state.{name}": leaf for name, leaf in initial._asdict().items()}
+    return Result(h, state, gradients)
+
+
+def _as(x: np.ndarray, dtype: str) -> jax.Array:
+    return jnp.asarray(x, bool if x.dtype == bool else dtype)

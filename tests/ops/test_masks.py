@@ -1,0 +1,85 @@
+"""A masked step does not exist: for the state, for h, for the gradients, whatever it holds."""
+
+import jax
+import numpy as np
+
+from tests.ops import runs, tolerances
+from tests.ops.subjects import (
+    PRIMARY,
+    both_dtypes,
+    make_case,
+    pad,
+    subjects,
+    take_out_masked,
+    with_flags,
+)
+from tests.ops.tolerances import TABLE
+
+
+def _with_garbage(case):
+    """NaN in all inputs, and a reset, at every masked step."""
+    inputs = {}
+    for name, x in case.inputs.items():
+        inputs[name] = np.where(case.mask.reshape(case.mask.shape + (1,) * (x.ndim - 2)), x, np.nan)
+    return case._replace(inputs=inputs, reset=case.reset | ~case.mask)
+
+
+@both_dtypes
+@subjects(quick=PRIMARY)
+def test_a_masked_row_equals_the_row_without_these_positions(subject, dtype):
+    row, options = TABLE[dtype], subject.exact(dtype)
+    case = with_flags(make_case(subject.variant, 29), num_masked=13)
+    assert (case.reset & ~case.mask).any() and (case.reset & case.mask).any()
+    shorter = take_out_masked(case)
+    cotangents = runs.random_cotangents(subject.variant, case, **options)
+    keep = lambda x: x[case.mask].reshape((-1, shorter.length) + x.shape[2:])  # noqa: E731
+    masked = runs.run(subject, case, cotangents, dtype, **options)
+    loss = cotangents._replace(h=keep(cotangents.h))
+    taken_out = runs.run(subject, shorter, loss, dtype, **options)
+    assert not masked.h[~case.mask].any()
+    tolerances.assert_close(keep(masked.h), taken_out.h, row.h, "h")
+    tolerances.assert_states_close(masked.state, taken_out.state, row.state)
+    gradients = dict(masked.gradients)
+    for name in case.inputs:
+        assert not gradients[name][~case.mask].any(), f"d{name} is not 0 where masked"
+        gradients[name] = keep(gradients[name])
+    tolerances.assert_gradients_close(gradients, taken_out.gradients, row)
+
+
+@both_dtypes
+@subjects(quick=PRIMARY)
+def test_what_a_masked_step_holds_changes_no_bit(subject, dtype):
+    options = subject.exact(dtype)
+    case = with_flags(make_case(subject.variant, 29), num_masked=13)
+    cotangents = runs.random_cotangents(subject.variant, case, **options)
+    clean = runs.run(subject, case, cotangents, dtype, **options)
+    garbage = runs.run(subject, _with_garbage(case), cotangents, dtype, **options)
+    jax.tree.map(np.testing.assert_array_equal, garbage, clean)
+
+
+@both_dtypes
+@subjects()
+def test_a_row_of_masked_steps_leaves_the_state_as_it_is_bit_for_bit(subject, dtype):
+    options = subject.exact(dtype)
+    case = pad(make_case(subject.variant, 29), 29)
+    case.mask[:] = False
+    if subject.options.get("input_gate") == "sigmoid":  # its states have m = 0
+        case = case._replace(state=case.state._replace(m=np.zeros_like(case.state.m)))
+    cotangents = runs.random_cotangents(subject.variant, case, stored=True, **options)
+    result = runs.run(subject, _with_garbage(case), cotangents, dtype, **options)
+    jax.tree.map(np.testing.assert_array_equal, result.state, case.state)
+    assert not result.h.any()
+    for name in (*case.inputs, *case.weights):
+        assert not result.gradients[name].any(), f"d{name} is not 0"
+
+
+@subjects(quick=PRIMARY)
+def test_masked_steps_at_the_end_leave_the_state_bit_identical(subject):
+    """The state after t steps, whatever number of masked steps follows up to the end."""
+    case = pad(make_case(subject.variant, 29), 29)
+    for t in (8, 13, 24):
+        case.mask[:] = np.arange(29) < t
+        masked = runs.run(subject, case, runs.no_cotangents(subject.variant, case))
+        again = case._replace(state=masked.state, mask=np.zeros_like(case.mask))
+        kept = runs.run(subject, again, runs.no_cotangents(subject.variant, case))
+        jax.tree.map(np.testing.assert_array_equal, kept.state, masked.state)

@@ -1,0 +1,149 @@
+"""The stabiliser's promises: any scale of gates is finite, and the log-scale m means nothing."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from tests.ops import runs, tolerances
+from tests.ops.subjects import L, both_dtypes, empty, make_case, pad, subjects, with_flags
+from tests.ops.tolerances import TABLE
+
+T = 29
+EXTREMES = [-200.0, 200.0]
+
+
+def assert_finite(result):
+    """Values, state and every gradient."""
+    for leaf in (result.h, *result.state, *result.gradients.values()):
+        assert np.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize("scale", [0.1, 30.0])
+@subjects()
+def test_gates_of_any_scale_equal_the_recurrence(subject, scale):
+    row = TABLE["float32"] if scale < 1 else TABLE["float32, large gates"]
+    case = with_flags(make_case(subject.variant, T, gate_scale=scale), num_masked=13)
+    cotangents = runs.random_cotangents(subject.variant, case)
+    actual = runs.run(subject, case, cotangents)
+    expected = runs.run_truth(subject.variant, case, cotangents)
+    tolerances.assert_close(actual.h, expected.h, row.h, "h")
+    tolerances.assert_states_close(actual.state, expected.state, row.state)
+    tolerances.assert_gradients_close(actual.gradients, expected.gradients, row)
+
+
+@pytest.mark.parametrize("gate_i,gate_f", [*itertools.product(EXTREMES, EXTREMES), (0, 0)])
+@subjects()
+def test_values_and_gradients_stay_finite_at_extreme_gates(subject, gate_i, gate_f):
+    """Pre-activations of +-200, the same everywhere; at (0, 0) the sign is drawn anew each time."""
+    case = pad(make_case(subject.variant, T), T)
+    rng = np.random.default_rng(0)
+    i, f = _gates(case)
+    i[...] = gate_i or 200 * rng.choice([-1.0, 1.0], i.shape)
+    f[...] = gate_f or 200 * rng.choice([-1.0, 1.0], f.shape)
+    for start in (case, empty(case)):
+        cotangents = runs.random_cotangents(subject.variant, start)
+        assert_finite(runs.run(subject, start, cotangents))
+
+
+@subjects("mlstm", "mlstm_sigmoid", "mlstm_unnormalized")
+def test_a_query_of_zeros_reads_zero_and_has_finite_gradients(subject):
+    case = pad(make_case(subject.variant, T), T)
+    case.inputs["q"][:, ::3] = 0
+    case.inputs["i"][:, ::2] = 200  # exp(-m) underflows, so nothing but its floor is divided by
+    result = runs.run(subject, case, runs.random_cotangents(subject.variant, case))
+    assert not result.h[:, ::3].any()
+    assert_finite(result)
+
+
+@pytest.mark.parametrize("shift", [-100.0, 50.0])
+@subjects("mlstm", "mlstm_sigmoid", "mlstm_unnormalized", "slstm", "slstm_exp")
+def test_the_log_scale_of_the_initial_state_has_no_meaning(subject, shift):
+    """(C e^-c, n e^-c, m + c) is the same memory as (C, n, m), for every c at eps = 0."""
+    row, options = TABLE["float64"], subject.exact("float64")
+    case = with_flags(make_case(subject.variant, T), num_masked=13)
+    case.reset[:, :L] = False  # so that the initial state has a say
+    c = shift * np.random.default_rng(0).random(case.state.m.shape)
+    shifted = case._replace(state=_shift(case.state, c))
+    cotangents = runs.random_cotangents(subject.variant, case, **options)
+    plain = runs.run(subject, case, cotangents, "float64", **options)
+    moved = runs.run(subject, shifted, cotangents, "float64", **options)
+    tolerances.assert_close(moved.h, plain.h, row.h, "h")
+    tolerances.assert_states_close(moved.state, plain.state, row.state)
+    gradients = dict(moved.gradients)
+    for name in set(case.state._fields) - {"h", "m"}:
+        gradient = gradients[f"state.{name}"]
+        gradients[f"state.{name}"] = gradient * _scale_of(gradient, c)
+    tolerances.assert_gradients_close(gradients, plain.gradients, row)
+
+
+def _shift(state, c):
+    """The same memory with m + c in place of m."""
+    stored = {
+        name: leaf * _scale_of(leaf, c)
+        for name, leaf in state._asdict().items()
+        if name not in ("h", "m")
+    }
+    return state._replace(**stored, m=state.m + c)
+
+
+def _scale_of(leaf, c):
+    return np.exp(-c).reshape(c.shape + (1,) * (leaf.ndim - c.ndim))
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e3])
+@subjects("slstm", "slstm_exp")
+def test_slstm_is_bounded_at_any_gate_scale(subject, scale):
+    """|h| <= 1 and n >= 1 from the empty memory on, and gradients stay finite."""
+    case = pad(empty(make_case(subject.variant, T, gate_scale=scale)), T)
+    for t in range(1, T + 1, 4):
+        case.mask[:] = np.arange(T) < t
+        result = runs.run(subject, case, runs.random_cotangents(subject.variant, case))
+        assert np.abs(result.h).max() <= 1
+        assert result.state.n.min() >= 1
+        assert_finite(result)
+
+
+@pytest.mark.parametrize("gate_i", [-87.0, -100.0, -1e4])
+@subjects("slstm", "slstm_exp")
+def test_slstm_first_steps_have_true_gradients_below_the_range_of_exp(subject, gate_i):
+    """exp(log f - i) overflows there, before any minimum is taken; nothing may depend on it."""
+    case = pad(empty(make_case(subject.variant, T)), T)
+    case.inputs["x"][:, ::5, 0] = gate_i
+    case.reset[:, ::5] = True
+    cotangents = runs.random_cotangents(subject.variant, case)
+    actual = runs.run(subject, case, cotangents)
+    expected = runs.run_truth(subject.variant, case, cotangents)
+    assert_finite(actual)
+    tolerances.assert_close(actual.h, expected.h, TABLE["float32"].h, "h")
+    row = TABLE["float32, large gates"]
+    tolerances.assert_gradients_close(actual.gradients, expected.gradients, row)
+
+
+@both_dtypes
+@subjects("slstm", "slstm_exp")
+def test_slstm_ignores_the_log_scale_where_nothing_is_stored(subject, dtype):
+    """Elements with n = 0 beside others with n > 0: each follows its own first-step rule."""
+    case = pad(make_case(subject.variant, T), T)
+    hole = np.random.default_rng(0).random(case.state.n.shape) < 0.5
+    c, n, h, m = case.state
+    cleared = type(case.state)(np.where(hole, 0, c), np.where(hole, 0, n), h, np.where(hole, 0, m))
+    case = case._replace(state=cleared)
+    cotangents = runs.random_cotangents(subject.variant, case, stored=True)
+    clean = runs.run(subject, case, cotangents, dtype)
+    garbage = case._replace(state=cleared._replace(m=np.where(hole, 77.0, m)))
+    moved = runs.run(subject, garbage, cotangents, dtype)
+    np.testing.assert_array_equal(moved.h, clean.h)
+    for name, gradient in clean.gradients.items():
+        np.testing.assert_array_equal(moved.gradients[name], gradient)
+    assert not clean.gradients["state.m"][hole].any()
+    expected = runs.run_truth(subject.variant, case, cotangents)
+    tolerances.assert_close(clean.h, expected.h, TABLE[dtype].h, "h")
+    tolerances.assert_gradients_close(clean.gradients, expected.gradients, TABLE[dtype])
+
+
+def _gates(case):
+    """Views of the input and forget pre-activations of a case."""
+    if "x" in case.inputs:
+        return case.inputs["x"][:, :, 0], case.inputs["x"][:, :, 1]
+    return case.inputs["i"], case.inputs["f"]

@@ -1,0 +1,111 @@
+"""The one table of tolerances, and the comparison it is meant for.
+
+An array agrees when the root mean square of its error is small against the root mean square of the
+truth, and when 99.9 % of its elements are nowhere far off. The truth is the float64 recurrence.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+TAIL = 10.0
+"""The 99.9 % quantile of the error may be this many times what its root mean square may be."""
+
+FLOOR = 1e-3
+"""A gradient far smaller than the largest of its call is judged against this share of that one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """Relative error allowed, by what an array is."""
+
+    h: float
+    d_qkv: float
+    d_gates: float  # pre-activations, weights and biases that make them, and the log-scale m
+    state: float
+
+
+TABLE = {
+    "float32": Row(h=1e-5, d_qkv=2e-5, d_gates=5e-5, state=1e-5),
+    "float64": Row(h=1e-10, d_qkv=1e-10, d_gates=1e-10, state=1e-10),
+    "bfloat16": Row(h=1e-2, d_qkv=1.5e-2, d_gates=2e-2, state=1e-2),
+    # Rounding of sums of large gates alone is worth this much.
+    "float32, large gates": Row(h=1e-3, d_qkv=2e-3, d_gates=2e-3, state=1e-3),
+}
+
+GATES = ("i", "f", "x", "r", "b", "m")
+
+
+def relative_error(actual: np.ndarray, expected: np.ndarray, scale: float) -> tuple[float, float]:
+    """Root mean square and 99.9 % quantile of the error, in units of `scale`."""
+    if not np.isfinite(actual).all():
+        return np.inf, np.inf
+    error = np.abs(np.asarray(actual, np.float64) - expected).ravel() / scale
+    return float(np.sqrt(np.mean(error**2))), float(np.quantile(error, 0.999))
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float, name: str, floor=0.0):
+    """`actual` equals `expected` within `tolerance`; `floor` is the least scale to judge by."""
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape} != {expected.shape}"
+    if not expected.size:
+        return
+    scale = max(float(np.sqrt(np.mean(np.square(expected)))), floor)
+    if scale == 0.0:
+        assert not np.any(actual), f"{name}: must be zero, its largest element is {actual.max()}"
+        return
+    rms, tail = relative_error(actual, expected, scale)
+    assert rms <= tolerance and tail <= TAIL * tolerance, (
+        f"{name}: relative error {rms:.1e} (99.9 % quantile {tail:.1e}), allowed {tolerance:.0e}"
+    )
+
+
+def assert_gradients_close(actual: Mapping, expected: Mapping, row: Row):
+    """All gradients of one call agree: a mapping from an argument's name to its gradient."""
+    assert actual.keys() == expected.keys()
+    largest = max(float(np.sqrt(np.mean(np.square(g)))) for g in expected.values() if g.size)
+    for name, gradient in expected.items():
+        tolerance = row.d_gates if name.split(".")[-1] in GATES else row.d_qkv
+        assert_close(actual[name], gradient, tolerance, f"d{name}", floor=FLOOR * largest)
+
+
+def assert_states_close(actual, expected, tolerance: float):
+    """Two states hold the same memory; their log-scales m are free to differ."""
+    for name, (a, b) in _on_one_scale(actual, expected).items():
+        assert_close(a, b, tolerance, f"state.{name}")
+
+
+def _on_one_scale(a, b) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Leaves of two states, with the larger of both memories' own sizes divided out of C, c and n.
+
+    exp(m) itself may overflow; the sum of m and the logarithm of what is stored is all that is
+    exponentiated, and only below its maximum.
+    """
+    if not hasattr(a, "m"):
+        return {name: (getattr(a, name), getattr(b, name)) for name in a._fields}
+    sizes = [_log_size(state) for state in (a, b)]
+    scale = np.maximum(*sizes)
+    scale = np.where(np.isfinite(scale), scale, 0.0)
+    leaves = {}
+    for name in a._fields:
+        if name == "m":
+            continue
+        pair = []
+        for state in (a, b):
+            leaf = getattr(state, name)
+            factor = np.where(
+                np.isfinite(_log_size(state)), np.exp(np.minimum(state.m - scale, 700)), 0
+            )
+            factor = factor.reshape(factor.shape + (1,) * (leaf.ndim - factor.ndim))
+            pair.append(leaf if name == "h" else leaf * factor)
+        leaves[name] = tuple(pair)
+    return leaves
+
+
+def _log_size(state) -> np.ndarray:
+    """log of the largest true entry that shares one m; -inf where nothing is stored."""
+    shape = state.m.shape + (-1,)
+    stored = [np.abs(leaf.reshape(shape)) for leaf in state if leaf.ndim >= state.m.ndim]
+    largest = np.max(np.concatenate(stored[:2], axis=-1), axis=-1)
+    with np.errstate(divide="ignore"):
+        return state.m + np.log(largest)
