@@ -1,0 +1,54 @@
+"""Initial values of parameters, as functions (key, shape) -> float32 array.
+
+Sources: `small` Nguyen & Salazar 2019, arXiv:1910.05895; `wang` Wang & Komatsuzaki 2021 (GPT-J);
+their places in the models: arXiv:2405.04517, appendix, and arXiv:2503.13427, section 3.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from xlstm_jax.typing import Array, Float, PRNGKeyArray
+
+# Parameters are float32 also where jax_enable_x64 would make float64 the default.
+Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Float[Array, "..."]]
+
+
+def normal(std: float, mean: float = 0.0) -> Initializer:
+    """Independent normal values."""
+    return lambda key, shape: mean + std * jax.random.normal(key, shape, jnp.float32)
+
+
+def uniform(bound: float) -> Initializer:
+    """Independent values, uniform between -bound and bound."""
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def constant(value: float) -> Initializer:
+    """The same value everywhere."""
+    return lambda key, shape: jnp.full(shape, value, jnp.float32)
+
+
+zeros = constant(0.0)
+ones = constant(1.0)
+
+
+def small(dim: int) -> Initializer:
+    """Normal with variance 2 / (5 dim): projections that read the residual stream of width dim."""
+    return normal(math.sqrt(2 / (5 * dim)))
+
+
+def wang(dim: int, num_blocks: int) -> Initializer:
+    """Normal with deviation 2 / (blocks * sqrt(dim)): projections that add to the stream."""
+    return normal(2 / (num_blocks * math.sqrt(dim)))
+
+
+def linspace(first: float, last: float) -> Initializer:
+    """Equal steps from first to last along the last axis; a single value is `first`."""
+
+    def init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        return jnp.broadcast_to(jnp.linspace(first, last, shape[-1], dtype=jnp.float32), shape)
+
+    return init

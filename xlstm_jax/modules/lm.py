@@ -1,0 +1,147 @@
+"""The language model: token vectors, blocks, final norm, head."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from xlstm_jax import ops
+from xlstm_jax.modules import stack
+from xlstm_jax.modules.config import LMConfig
+from xlstm_jax.modules.initializers import Initializer, normal, small
+from xlstm_jax.modules.linear import Dense, Embedding
+from xlstm_jax.modules.norm import LayerNorm, RMSNorm
+from xlstm_jax.modules.stack import Stack, StackState
+from xlstm_jax.typing import Array, Bool, Float, Int
+
+
+class LM(nn.Module):
+    """Logits of the next token at every position, and the memory to go on with.
+
+    Source: arXiv:2405.04517 (first-generation blocks), arXiv:2503.13427 (large blocks).
+    """
+
+    cfg: LMConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        state: StackState | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+        *,
+        head: bool = True,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T vocab"] | Float[Array, "B T D"], StackState]:
+        """Read tokens after what `state` remembers.
+
+        Args:
+            tokens: token ids.
+            state: memory before the first position; None is the empty one.
+            segment_ids: 0 is padding, documents count from 1; a change starts from empty memory,
+                and so does a row's first token unless a state is given. None: one document.
+            mask: False where a position is to be passed over: it changes nothing in the state.
+            head: False returns the hidden states after the final norm instead of logits.
+            deterministic: False applies dropout, with `rngs={"dropout": key}`.
+
+        Returns logits in float32 or wider (hidden states in the dtype of activations), and the
+        state after the last position.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        cfg = self.cfg
+        _check(cfg, tokens, state, segment_ids, mask)
+        reset = None
+        if segment_ids is not None:
+            reset = document_starts(segment_ids)
+            mask = segment_ids != 0 if mask is None else mask & (segment_ids != 0)
+        table = Embedding(
+            cfg.vocab_size, cfg.dim, _init(cfg.embedding_std, cfg.dim), name="token_embedding"
+        )()
+        x = jnp.take(table, tokens, axis=0).astype(_activation_dtype(cfg, table))
+        rate = cfg.dropout if cfg.embedding_dropout else 0.0
+        x = nn.Dropout(rate, deterministic=deterministic)(x)
+        x, state = Stack(cfg, deterministic, name="stack")(x, state, reset, mask)
+        x = _final_norm(cfg)(x)
+        if not head:
+            return x, state
+        logits = self._head(x, table)
+        return ops.soft_cap(logits, cfg.logit_soft_cap), state
+
+    def _head(
+        self, x: Float[Array, "B T D"], table: Float[Array, "vocab D"]
+    ) -> Float[Array, "B T vocab"]:
+        cfg = self.cfg
+        if not cfg.tie_embeddings:
+            init = _init(cfg.head_std, cfg.dim)
+            return Dense(cfg.vocab_size, init, wide=True, name="lm_head")(x)
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        kernel = table.astype(x.dtype)
+        return jnp.einsum("BTD,ED->BTE", x, kernel, preferred_element_type=dtype)
+
+    @nn.nowrap
+    def init_state(self, batch_size: int) -> StackState:
+        """The empty memory: a tuple per run of the pattern, each leaf with axes `layers B ...`."""
+        return stack.init_state(self.cfg, batch_size)
+
+
+def head_kernel(cfg: LMConfig, params: Any) -> Float[Array, "D vocab"]:
+    """What turns hidden states into logits, tied or not; `params` are `variables["params"]`."""
+    if cfg.tie_embeddings:
+        return params["token_embedding"]["embedding"].T
+    return params["lm_head"]["kernel"]
+
+
+def document_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Where memory is to be emptied: the id differs from the one before.
+
+    A row's first token is no such place, whatever padding precedes it: memory is empty there, or it
+    was given on purpose.
+    """
+    padding = segment_ids == 0
+    before = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
+    has_begun = jnp.pad(jnp.cumsum(~padding, axis=1) > 0, ((0, 0), (1, 0)))[:, :-1]
+    return (segment_ids != before) & has_begun
+
+
+def _init(std: float | None, dim: int) -> Initializer:
+    return small(dim) if std is None else normal(std)
+
+
+def _activation_dtype(cfg: LMConfig, table: Array) -> jnp.dtype:
+    """As configured, except that float64 parameters mean a float64 model."""
+    return table.dtype if table.dtype == jnp.float64 else jnp.dtype(cfg.dtype)
+
+
+def _final_norm(cfg: LMConfig):
+    if cfg.final_norm == "none":
+        return lambda x: x
+    norm = LayerNorm if cfg.final_norm == "layer" else RMSNorm
+    return norm(cfg.final_norm_eps, cfg.final_norm_bias, name="out_norm")
+
+
+def _check(cfg: LMConfig, tokens, state, segment_ids, mask) -> None:
+    if tokens.ndim != 2 or tokens.shape[1] < 1:
+        raise ValueError(
+            f"tokens must have the axes (B T) with at least one position, got {tokens.shape}; "
+            "a single sequence is tokens[None]."
+        )
+    for name, array in (("segment_ids", segment_ids), ("mask", mask)):
+        if array is not None and array.shape != tokens.shape:
+            raise ValueError(
+                f"{name} must have the shape of tokens, {tokens.shape}, got {array.shape}; "
+                "give one value per token or leave it None."
+            )
+    if state is None:
+        return
+    expected = jax.eval_shape(lambda: stack.init_state(cfg, tokens.shape[0]))
+    same = jax.tree.structure(state) == jax.tree.structure(expected)
+    shapes = jax.tree.map(jnp.shape, (state, expected)) if same else (None, None)
+    if not same or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"state does not fit pattern={cfg.pattern!r} with {tokens.shape[0]} rows of tokens; "
+            "make it with init_state(batch_size) of the same model, or leave it None."
+        )

@@ -1,0 +1,61 @@
+"""Norms with their parameters.
+
+The first generation stores a scale as its offset from one (`scale_offset`), the large architecture
+stores the scale itself (`scale`): the names differ so that checkpoints cannot be mixed up.
+"""
+
+import flax.linen as nn
+
+from xlstm_jax import ops
+from xlstm_jax.modules.initializers import ones, zeros
+from xlstm_jax.typing import Array, Float
+
+
+class LayerNorm(nn.Module):
+    """Layer norm of the first generation (arXiv:2405.04517)."""
+
+    eps: float = 1e-5
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        scale = 1 + self.param("scale_offset", zeros, x.shape[-1:])
+        bias = self.param("bias", zeros, x.shape[-1:]) if self.use_bias else None
+        return ops.layer_norm(x, scale, bias, eps=self.eps)
+
+
+class RMSNorm(nn.Module):
+    """RMS norm of the large architecture (arXiv:2503.13427)."""
+
+    eps: float = 1e-6
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        scale = self.param("scale", ones, x.shape[-1:])
+        bias = self.param("bias", zeros, x.shape[-1:]) if self.use_bias else None
+        return ops.rms_norm(x, scale, bias, eps=self.eps)
+
+
+class MultiHeadNorm(nn.Module):
+    """Layer norm of each head apart, after a cell; heads are joined.
+
+    `as_offset` stores the scale as its offset from one, as the first generation does.
+    """
+
+    eps: float
+    as_offset: bool
+    use_scale: bool = True
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "B T H V"]) -> Float[Array, "B T F"]:
+        width = (h.shape[-2] * h.shape[-1],)
+        scale = bias = None
+        if self.use_scale and self.as_offset:
+            scale = 1 + self.param("scale_offset", zeros, width)
+        elif self.use_scale:
+            scale = self.param("scale", ones, width)
+        if self.use_bias:
+            bias = self.param("bias", zeros, width)
+        return ops.multi_head_norm(h, scale, bias, eps=self.eps)

@@ -1,0 +1,94 @@
+"""Which block stands where: patterns of one letter per block, and their cut into repeated runs."""
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from xlstm_jax.config import ConfigError
+
+
+class Run(NamedTuple):
+    """A group of blocks that is compiled once and applied `repeats` times."""
+
+    unit: str  # one letter per block of the group
+    repeats: int
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.unit) * self.repeats
+
+
+def ratio_pattern(ratio: str, num_blocks: int) -> str:
+    """xLSTM[a:b] of arXiv:2405.04517: a mLSTM blocks, then b sLSTM blocks, repeated.
+
+    Raises:
+        ConfigError: the ratio is not of the form "7:1", or does not fit `num_blocks`.
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", ratio)
+    unit = "m" * int(match[1]) + "s" * int(match[2]) if match else ""
+    if not unit:
+        raise ConfigError(f"ratio={ratio!r} must be two counts, such as '7:1' (mLSTM : sLSTM).")
+    if num_blocks < 1 or num_blocks % len(unit):
+        raise ConfigError(
+            f"num_blocks must be a multiple of {len(unit)} for ratio={ratio!r}, got {num_blocks}; "
+            "change it, or place the blocks with at()."
+        )
+    return unit * (num_blocks // len(unit))
+
+
+def at(num_blocks: int, *, slstm: Sequence[int]) -> str:
+    """sLSTM blocks at the given positions, counted from 0, and mLSTM blocks elsewhere.
+
+    Raises:
+        ConfigError: a position lies outside the model.
+    """
+    for position in slstm:
+        if not 0 <= position < num_blocks:
+            raise ConfigError(
+                f"slstm={list(slstm)} must hold positions from 0 to {num_blocks - 1}, "
+                f"got {position}; drop it or raise num_blocks={num_blocks}."
+            )
+    return "".join("s" if block in slstm else "m" for block in range(num_blocks))
+
+
+class _Cut(NamedTuple):
+    """A way to cut what is left of a pattern; the smallest is the best."""
+
+    letters: int  # to compile
+    num_runs: int
+    unevenness: int  # minus the squares of the run lengths: long runs stay whole
+    lengths: tuple[int, ...]  # of the runs, in blocks
+    runs: tuple[Run, ...]
+
+    def after(self, run: Run) -> "_Cut":
+        """This cut with one more run before it."""
+        return _Cut(
+            self.letters + len(run.unit),
+            self.num_runs + 1,
+            self.unevenness - run.num_blocks**2,
+            (run.num_blocks, *self.lengths),
+            (run, *self.runs),
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def cut(pattern: str) -> tuple[Run, ...]:
+    """The cut of a pattern into runs with the fewest letters to compile.
+
+    Ties go to fewer runs, then to uneven ones, then to a shorter first run. The cut decides how
+    parameters are stacked, so it may never depend on anything but the pattern.
+    """
+    best = {len(pattern): _Cut(0, 0, 0, (), ())}
+    for start in reversed(range(len(pattern))):
+        best[start] = min(best[start + run.num_blocks].after(run) for run in _runs(pattern[start:]))
+    return best[0].runs
+
+
+def _runs(pattern: str) -> Iterator[Run]:
+    """Every run that the pattern may begin with."""
+    for size in range(1, len(pattern) + 1):
+        unit, repeats = pattern[:size], 1
+        while pattern.startswith(unit, (repeats - 1) * size):
+            yield Run(unit, repeats)
+            repeats += 1

@@ -1,0 +1,135 @@
+"""Named sizes from the papers; parameter counts equal the published ones.
+
+Sources: arXiv:2405.04517 (table of sizes; sLSTM positions in the appendix), arXiv:2503.13427 (7B),
+arXiv:2510.02228 (scaling study).
+"""
+
+from collections.abc import Callable
+
+from xlstm_jax.config import ConfigError
+from xlstm_jax.modules.config import LMConfig
+from xlstm_jax.modules.feedforward import first_generation_width, large_width, scaling_width
+from xlstm_jax.modules.large import LargeConfig
+from xlstm_jax.modules.mlstm import MLSTMConfig
+from xlstm_jax.modules.patterns import at, ratio_pattern
+from xlstm_jax.modules.slstm import SLSTMConfig
+
+VOCAB_SIZE = 50304  # of GPT-2 and GPT-NeoX tokenizers, padded
+
+FIRST_GENERATION = {
+    "125m": (768, 24, (3, 20)),
+    "350m": (1024, 48, (3, 5, 7, 40, 42, 44)),
+    "760m": (1536, 48, (3, 5, 7, 40, 42, 44)),
+    "1.3b": (2048, 48, (3, 5, 7, 40, 42, 44)),
+    "2.7b": (2560, 64, None),
+}
+"""Size -> dim, blocks, sLSTM positions of the 7:1 variant (unpublished for 2.7b: every eighth)."""
+
+LADDER = {
+    "160m": (768, 12, 6),
+    "400m": (1024, 24, 4),
+    "830m": (1536, 24, 4),
+    "1.4b": (2048, 24, 4),
+    "2.7b": (2560, 32, 5),
+    "7b": (4096, 32, 8),
+}
+"""Size -> dim, blocks, heads of the runs at fixed ratios of tokens to parameters."""
+
+GRID = {
+    512: (4, (10, 12, 14, 16)),
+    640: (5, (10, 12, 13, 14, 16)),
+    768: (6, (12, 15, 18)),
+    896: (7, (12, 15, 18, 21, 24, 27)),
+    1024: (4, (18, 21, 24, 27, 30)),
+    1152: (9, (24, 27, 30)),
+    1280: (5, (24, 27, 30)),
+    1408: (11, (24, 27, 30)),
+    1536: (6, (24, 27, 30)),
+    1792: (7, (24, 27, 30)),
+    2048: (8, (24, 27, 30, 33, 36)),
+    2304: (9, (24, 27, 30, 33)),
+    2560: (10, (29, 32, 35, 38)),
+    2816: (11, (30, 32, 34, 36)),
+    3072: (12, (30, 32, 36)),
+    3328: (13, (32, 36)),
+    3584: (14, (32, 36)),
+    4096: (16, (30, 32)),
+}
+"""Width -> heads and numbers of blocks of the runs at fixed compute."""
+
+
+def get(name: str) -> LMConfig:
+    """The config of this name.
+
+    Raises:
+        ConfigError: no preset has it.
+    """
+    if name not in PRESETS:
+        raise ConfigError(
+            f"preset {name!r} is not known; presets.names() lists all, for example "
+            "xlstm_7b, xlstm_125m_7:1 or scaling_160m."
+        )
+    return PRESETS[name]()
+
+
+def names() -> tuple[str, ...]:
+    """All names that `get` knows."""
+    return tuple(PRESETS)
+
+
+def first_generation(
+    dim: int, pattern: str, *, num_heads: int = 4, vocab_size: int = VOCAB_SIZE
+) -> LMConfig:
+    """A model of first-generation blocks with the widths and numerics of the paper."""
+    return LMConfig(
+        vocab_size=vocab_size,
+        dim=dim,
+        pattern=pattern,
+        mlstm=MLSTMConfig(num_heads=num_heads, inner_dim=first_generation_width(dim, 2.0)),
+        slstm=SLSTMConfig(num_heads=num_heads, ffn_dim=first_generation_width(dim, 1.3)),
+        dtype="bfloat16",
+    )
+
+
+def large(
+    dim: int, num_blocks: int, num_heads: int, ffn_dim: int, *, vocab_size: int = VOCAB_SIZE
+) -> LMConfig:
+    """A model of large-architecture blocks with the norms and soft caps of the 7B model."""
+    return LMConfig(
+        vocab_size=vocab_size,
+        dim=dim,
+        pattern="M" * num_blocks,
+        large=LargeConfig(num_heads=num_heads, ffn_dim=ffn_dim),
+        final_norm="rms",
+        final_norm_eps=1e-6,
+        logit_soft_cap=30.0,
+        dtype="bfloat16",
+    )
+
+
+def scaling(dim: int, num_blocks: int, num_heads: int, *, vocab_size: int = VOCAB_SIZE) -> LMConfig:
+    """A shape of the scaling study, whose feed-forward widths are rounded by their own rule."""
+    return large(dim, num_blocks, num_heads, scaling_width(dim), vocab_size=vocab_size)
+
+
+def _seven_to_one(num_blocks: int, slstm: tuple[int, ...] | None) -> str:
+    return ratio_pattern("7:1", num_blocks) if slstm is None else at(num_blocks, slstm=slstm)
+
+
+def _presets() -> dict[str, Callable[[], LMConfig]]:
+    table: dict[str, Callable[[], LMConfig]] = {
+        "xlstm_7b": lambda: large(4096, 32, 8, large_width(4096, 2.6667))
+    }
+    for size, (dim, blocks, slstm) in FIRST_GENERATION.items():
+        for ratio, pattern in (("1:0", "m" * blocks), ("7:1", _seven_to_one(blocks, slstm))):
+            table[f"xlstm_{size}_{ratio}"] = lambda d=dim, p=pattern: first_generation(d, p)
+    for size, shape in LADDER.items():
+        table[f"scaling_{size}"] = lambda s=shape: scaling(*s)
+    for dim, (heads, depths) in GRID.items():
+        for blocks in depths:
+            shape = (dim, blocks, heads)
+            table[f"scaling_d{dim}_l{blocks}_h{heads}"] = lambda s=shape: scaling(*s)
+    return table
+
+
+PRESETS = _presets()
