@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.ops import tolerances
 from tests.ops.subjects import LENGTHS, Case, L, Subject, pad, pad_time
+from tests.ops.tolerances import Row
 from xlstm_jax import cells, ops
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""Compiles four times as fast; the golden tests compile with the defaults."""
+"""Compiler options: less optimisation, a quarter of the time to compile."""
 
 OPS = {"mlstm": ops.mlstm, "slstm": ops.slstm, "lstm": ops.lstm}
 TRUTH = {"mlstm": cells.mlstm_scan, "slstm": cells.slstm_scan, "lstm": cells.lstm_scan}
@@ -60,9 +62,8 @@ def program(subject: Subject, reverse: bool = False, **options):
     return call
 
 
-def truth_program(variant: str, **options):
-    """The same call, step by step."""
-    subject = Subject(variant, "truth")
+def truth_program(subject: Subject, **options):
+    """The same call, by the cell step by step."""
 
     def call(inputs, weights, state, reset=None, mask=None):
         return TRUTH[subject.op](
@@ -79,7 +80,8 @@ def truth_program(variant: str, **options):
 
 def run(subject: Subject, case: Case, cotangents: Cotangents, dtype="float32", **options) -> Result:
     """Values and gradients of `case` in `dtype`, by the subject's implementation."""
-    return _run(_compiled(subject, tuple(sorted(options.items()))), case, cotangents, dtype)
+    compiled = _compiled(subject, tuple(sorted(options.items())))
+    return _run(compiled, case, cotangents, dtype)
 
 
 def run_truth(variant: str, case: Case, cotangents: Cotangents, **options) -> Result:
@@ -87,16 +89,33 @@ def run_truth(variant: str, case: Case, cotangents: Cotangents, **options) -> Re
 
     Shorter cases are filled up with masked steps, so that one program serves them all.
     """
-    compiled = _compiled(Subject(variant, "truth"), tuple(sorted(options.items())))
     padded = pad(case, max(LENGTHS))
-    h = pad_time(cotangents.h, padded.length)
-    result = _run(compiled, padded, cotangents._replace(h=h), "float64")
+    loss = cotangents._replace(h=pad_time(cotangents.h, padded.length))
+    result = run(Subject(variant, "truth"), padded, loss, "float64", **options)
     T = case.length
     gradients = {
         name: gradient[:, :T] if name in case.inputs else gradient
         for name, gradient in result.gradients.items()
     }
     return Result(result.h[:, :T], result.state, gradients)
+
+
+def assert_equals_the_recurrence(
+    subject: Subject, case: Case, row: Row, dtype: str = "float32", *, stored=False, **options
+):
+    """Values, final state and gradients of one call agree with the float64 recurrence."""
+    truth = {name: value for name, value in options.items() if name != "chunk_size"}
+    cotangents = random_cotangents(subject.variant, case, stored=stored, **truth)
+    actual = run(subject, case, cotangents, dtype, **options)
+    expected = run_truth(subject.variant, case, cotangents, **truth)
+    assert_results_close(actual, expected, row)
+
+
+def assert_results_close(actual: Result, expected: Result, row: Row):
+    """h, the final state and all gradients agree."""
+    tolerances.assert_close(actual.h, expected.h, row.h, "h")
+    tolerances.assert_states_close(actual.state, expected.state, row.state)
+    tolerances.assert_gradients_close(actual.gradients, expected.gradients, row)
 
 
 def random_cotangents(variant: str, case: Case, *, stored=False, seed=1, **options) -> Cotangents:
@@ -118,17 +137,11 @@ def no_cotangents(variant: str, case: Case) -> Cotangents:
     return Cotangents(h, zeros, zeros, getattr(case.state, "m", None))
 
 
-def only_h(variant: str, case: Case, h: np.ndarray) -> Cotangents:
-    """A loss on h alone."""
-    return no_cotangents(variant, case)._replace(h=h)
-
-
 @functools.cache
 def _compiled(subject: Subject, options: tuple[tuple[str, Any], ...]):
-    make = truth_program(subject.variant, **dict(options))
-    if subject.implementation != "truth":
-        make = program(subject, **dict(options))
-    return jax.jit(functools.partial(_evaluate, make), compiler_options=QUICK)
+    make = truth_program if subject.implementation == "truth" else program
+    call = make(subject, **dict(options))
+    return jax.jit(functools.partial(_evaluate, call), compiler_options=QUICK)
 
 
 def _evaluate(call, case: Case, cotangents: Cotangents):
@@ -155,14 +168,26 @@ def _memory(state, frame):
 
 def _run(compiled, case, cotangents, dtype) -> Result:
     with jax.enable_x64(dtype == "float64"):
-        case, cotangents = jax.tree.map(lambda x: _as(x, dtype), (case, cotangents))
-        h, state, (inputs, weights, initial) = compiled(case, cotangents)
-        h, state, inputs, weights, initial = jax.tree.map(
-            lambda x: np.asarray(x, np.float64), (h, state, inputs, weights, initial)
+        args = _arrays(case, cotangents, dtype)
+        h, state, (inputs, weights, initial) = jax.tree.map(
+            lambda x: np.asarray(x, np.float64), compiled(*args)
         )
     gradients = {**inputs, **weights}
     gradients |= {f"state.{name}": leaf for name, leaf in initial._asdict().items()}
     return Result(h, state, gradients)
+
+
+def _arrays(case: Case, cotangents: Cotangents, dtype: str) -> tuple[Case, Cotangents]:
+    """Arguments on the device: in `dtype`, but for states, which are float32 or wider."""
+    memory = "float32" if dtype == "bfloat16" else dtype
+    args = jax.tree.map(lambda x: _as(x, memory), (case, cotangents))
+    if dtype == memory:
+        return args
+    case, cotangents = args
+    inputs, weights, h = jax.tree.map(
+        lambda x: x.astype(dtype), (case.inputs, case.weights, cotangents.h)
+    )
+    return case._replace(inputs=inputs, weights=weights), cotangents._replace(h=h)
 
 
 def _as(x: np.ndarray, dtype: str) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.ops import runs, tolerances
+from tests.ops import runs
 from tests.ops.subjects import Subject, make_case, with_flags
 from tests.ops.tolerances import TABLE
 from xlstm_jax import cells, ops
@@ -15,21 +15,11 @@ from xlstm_jax import cells, ops
 SUBJECT = Subject("mlstm", "chunkwise")
 
 
-def _assert_equals_the_recurrence(subject, case, row, dtype, **options):
-    truth = {name: value for name, value in options.items() if name != "chunk_size"}
-    cotangents = runs.random_cotangents(subject.variant, case, **truth)
-    actual = runs.run(subject, case, cotangents, dtype, **options)
-    expected = runs.run_truth(subject.variant, case, cotangents, **truth)
-    tolerances.assert_close(actual.h, expected.h, row.h, "h")
-    tolerances.assert_states_close(actual.state, expected.state, row.state)
-    tolerances.assert_gradients_close(actual.gradients, expected.gradients, row)
-
-
 @pytest.mark.parametrize("chunk_size", [1, 3, 16, 29, 64, None])
 def test_the_chunk_size_changes_nothing(chunk_size):
     case = with_flags(make_case("mlstm", 29), num_masked=5)
     options = {"chunk_size": chunk_size, **SUBJECT.exact("float64")}
-    _assert_equals_the_recurrence(SUBJECT, case, TABLE["float64"], "float64", **options)
+    runs.assert_equals_the_recurrence(SUBJECT, case, TABLE["float64"], "float64", **options)
 
 
 @pytest.mark.slow
@@ -43,7 +33,7 @@ def test_no_chunk_size_changes_anything(variant, chunk_size, flags):
         case = make_case(variant, 29, gate_scale=gate_scale, seed=seed)
         case = with_flags(case, num_masked=5, seed=seed) if flags else case
         options = {"chunk_size": chunk_size, **subject.exact("float64")}
-        _assert_equals_the_recurrence(subject, case, TABLE["float64"], "float64", **options)
+        runs.assert_equals_the_recurrence(subject, case, TABLE["float64"], "float64", **options)
 
 
 @pytest.mark.parametrize("where", ["every step", "chunk starts", "chunk ends"])
@@ -56,7 +46,7 @@ def test_resets_may_stand_at_chunk_borders(where):
         "chunk ends": steps % 8 == 7,
     }
     case.reset[:] = pattern[where]
-    _assert_equals_the_recurrence(
+    runs.assert_equals_the_recurrence(
         SUBJECT, case, TABLE["float64"], "float64", **SUBJECT.exact("float64")
     )
 

@@ -71,11 +71,11 @@ def assert_gradients_close(actual: Mapping, expected: Mapping, row: Row):
 
 def assert_states_close(actual, expected, tolerance: float):
     """Two states hold the same memory; their log-scales m are free to differ."""
-    for name, (a, b) in _on_one_scale(actual, expected).items():
+    for name, (a, b) in on_one_scale(actual, expected).items():
         assert_close(a, b, tolerance, f"state.{name}")
 
 
-def _on_one_scale(a, b) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def on_one_scale(a, b) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Leaves of two states, with the larger of both memories' own sizes divided out of C, c and n.
 
     exp(m) itself may overflow; the sum of m and the logarithm of what is stored is all that is

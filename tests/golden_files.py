@@ -1,0 +1,70 @@
+"""Reading the golden vectors: results of other implementations, kept in `tests/golden`.
+
+A file that is not kept there is read from the folder that the environment variable
+XLSTM_REFERENCE_DATA names, and the test is skipped where there is none.
+"""
+
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+FOLDER = pathlib.Path(__file__).parent / "golden"
+
+
+class Golden(NamedTuple):
+    """One file: arrays by their flat key, and the configuration they were made with."""
+
+    arrays: dict[str, np.ndarray]
+    config: dict[str, Any]
+
+    def under(self, prefix: str) -> dict[str, np.ndarray]:
+        """The arrays whose keys start with `prefix`, by the rest of their key."""
+        return {k.removeprefix(prefix): a for k, a in self.arrays.items() if k.startswith(prefix)}
+
+
+def load(name: str) -> Golden:
+    """The golden file `name` (without suffix); skips the test where it cannot be found."""
+    path = FOLDER / f"{name}.npz"
+    if path.exists():
+        with np.load(path) as file:
+            arrays = dict(file)
+        return Golden(arrays, json.loads(str(arrays.pop("about")))["config"])
+    reference = os.environ.get("XLSTM_REFERENCE_DATA")
+    if reference is None:
+        pytest.skip(f"{name} is not kept here; set XLSTM_REFERENCE_DATA to the folder that has it")
+    path = pathlib.Path(reference) / f"{name}.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    return Golden(arrays, json.loads(path.with_suffix(".json").read_text())["config"])
+
+
+def names(pattern: str) -> list[str]:
+    """The kept files that match a glob pattern, without suffix."""
+    return sorted(path.stem for path in FOLDER.glob(f"{pattern}.npz"))
+
+
+def assert_matches(
+    actual: np.ndarray, expected: np.ndarray, tolerance: float, name: str, largest: float = 0.0
+):
+    """max |actual - expected| <= tolerance * max |expected|.
+
+    `largest` is that maximum over all gradients of a file: one that is far smaller than the
+    largest is judged against a thousandth of it.
+    """
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape} != {expected.shape}"
+    scale = max(np.abs(expected).max(), 1e-3 * largest)
+    error = np.abs(np.asarray(actual, np.float64) - expected).max()
+    assert error <= tolerance * scale, (
+        f"{name}: largest error is {error / scale:.1e} of the maximum, allowed {tolerance:.0e}"
+    )
+
+
+def assert_all_match(actual: dict, expected: dict, tolerance: float):
+    """`assert_matches` for every array of `expected`, a file's gradients."""
+    largest = max(np.abs(array).max() for array in expected.values())
+    for name, array in expected.items():
+        assert_matches(actual[name], array, tolerance, f"d{name}", largest)

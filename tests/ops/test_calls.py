@@ -1,0 +1,259 @@
+"""The signature of the recurrent ops: dtypes, transformations, choices, and what they refuse."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from tests.ops import runs, tolerances
+from tests.ops.subjects import (
+    OPTIONS,
+    PRIMARY,
+    B,
+    H,
+    K,
+    L,
+    Subject,
+    V,
+    empty,
+    make_case,
+    pad,
+    subjects,
+    with_flags,
+)
+from tests.ops.tolerances import TABLE
+from xlstm_jax import ops
+from xlstm_jax.ops import dispatch
+
+
+@pytest.fixture
+def unchecked():
+    """Signatures unchecked, as for a user: the ops then refuse bad shapes themselves."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def arguments(op: str, T: int = 5, dtype="float32") -> dict[str, jax.Array]:
+    """Arrays of one call by argument name, without a state."""
+    case = make_case(op, T)
+    return {name: jnp.asarray(x, dtype) for name, x in {**case.inputs, **case.weights}.items()}
+
+
+@subjects(quick=PRIMARY)
+def test_bfloat16_inputs_give_float32_states_and_bfloat16_h(subject):
+    case = make_case(subject.variant, 29)
+    arrays = {**case.inputs, **case.weights}
+    call = lambda arrays: runs.OPS[subject.op](  # noqa: E731
+        **arrays, **subject.options, implementation=subject.implementation
+    )
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), arrays)
+    h, state = jax.eval_shape(call, shapes)
+    assert h.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in state} == {jnp.dtype("float32")}
+
+
+@subjects(quick=PRIMARY)
+def test_bfloat16_inputs_equal_the_recurrence_on_the_same_numbers(subject):
+    case = jax.tree.map(_as_bfloat16, make_case(subject.variant, 29))
+    cotangents = runs.random_cotangents(subject.variant, case)
+    cotangents = cotangents._replace(h=_as_bfloat16(cotangents.h))
+    actual = runs.run(subject, case, cotangents, "bfloat16")
+    expected = runs.run_truth(subject.variant, case, cotangents)
+    runs.assert_results_close(actual, expected, TABLE["bfloat16"])
+
+
+def _as_bfloat16(x: np.ndarray) -> np.ndarray:
+    return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+
+
+@subjects(quick=PRIMARY)
+def test_no_state_is_the_empty_memory(subject):
+    case = empty(make_case(subject.variant, 9))
+    call = jax.jit(runs.program(subject), compiler_options=runs.QUICK)
+    args = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), case)
+    given = call(args.inputs, args.weights, args.state)
+    left_out = call(args.inputs, args.weights, None)
+    jax.tree.map(np.testing.assert_array_equal, left_out, given)
+
+
+@subjects("slstm", "lstm")
+def test_no_bias_is_a_bias_of_zeros(subject):
+    case = make_case(subject.variant, 9)
+    case = case._replace(weights={**case.weights, "b": np.zeros_like(case.weights["b"])})
+    without = case._replace(weights={"r": case.weights["r"]})
+    cotangents = runs.random_cotangents(subject.variant, case)
+    given = runs.run(subject, case, cotangents)
+    left_out = runs.run(subject, without, cotangents)
+    gradients = {name: g for name, g in given.gradients.items() if name != "b"}
+    runs.assert_results_close(left_out, given._replace(gradients=gradients), TABLE["float32"])
+
+
+@subjects(quick=PRIMARY)
+def test_vmap_over_a_leading_axis_equals_a_loop(subject):
+    """Values and gradients, of inputs, flags and states; weights shared."""
+    cases = [
+        with_flags(make_case(subject.variant, 9, seed=s), num_masked=2, seed=s) for s in (0, 1)
+    ]
+    weights = jax.tree.map(jnp.float32, cases[0].weights)
+    cases = [case._replace(weights=cases[0].weights) for case in cases]
+    call = runs.program(subject)
+
+    def loss(weights, inputs, state, reset, mask):
+        h, last = call(inputs, weights, state, reset, mask)
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in (h, *last))
+
+    leaves = lambda c: jax.tree.map(  # noqa: E731
+        lambda x: jnp.asarray(x, bool if x.dtype == bool else jnp.float32),
+        (c.inputs, c.state, c.reset, c.mask),
+    )
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(leaves(case) for case in cases))
+    step = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    axes = (None, 0, 0, 0, 0)
+    mapped = jax.jit(jax.vmap(step, axes), compiler_options=runs.QUICK)(weights, *stacked)
+    step = jax.jit(step, compiler_options=runs.QUICK)
+    for index, case in enumerate(cases):
+        alone = jax.tree.leaves(step(weights, *leaves(case)))
+        together = [leaf[index] for leaf in jax.tree.leaves(mapped)]
+        for a, b in zip(together, alone, strict=True):
+            tolerances.assert_close(*map(np.asarray, (a, b)), 5e-5, "vmap", floor=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", PRIMARY)
+def test_without_jit_a_call_gives_the_same(op):
+    args = arguments(op)
+    eager = runs.OPS[op](**args)
+    compiled = jax.jit(runs.OPS[op])(**args)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), eager, compiled
+    )
+
+
+@pytest.mark.parametrize("op", PRIMARY)
+def test_implementations_are_listed_with_none_or_a_sentence(op):
+    table = ops.implementations(op)
+    assert {"mlstm": {"recurrent", "parallel", "chunkwise"}}.get(op, {"scan"}) <= table.keys()
+    assert None in table.values()
+    for refusal in table.values():
+        assert refusal is None or len(refusal.split()) > 3
+
+
+@pytest.mark.parametrize("op", PRIMARY)
+def test_an_unknown_implementation_is_refused_with_the_known_ones(op):
+    with pytest.raises(ValueError, match=r"implementation='fastest'.*not known.*'auto'") as error:
+        runs.OPS[op](**arguments(op), implementation="fastest")
+    for name in ops.implementations(op):
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize("op", PRIMARY)
+def test_a_named_implementation_that_cannot_serve_raises_its_reason(op):
+    for name, refusal in ops.implementations(op).items():
+        if refusal is not None:
+            with pytest.raises(NotImplementedError, match=name) as error:
+                runs.OPS[op](**arguments(op), implementation=name)
+            assert refusal in str(error.value)
+
+
+CALL = dispatch.Call(1, 2, 3, 4, 5, jnp.dtype("float32"), "cpu")
+REFUSES = dispatch.Implementation(lambda: "refused", lambda call: f"it needs K = 8, got {call.K}")
+SERVES = dispatch.Implementation(lambda: "served")
+
+
+def test_only_auto_falls_through_to_one_that_can_serve():
+    table = {"first": REFUSES, "second": SERVES}
+    assert dispatch.choose("op", table, "auto", CALL).fn() == "served"
+    with pytest.raises(NotImplementedError, match="first: it needs K = 8, got 4"):
+        dispatch.choose("op", table, "first", CALL)
+
+
+def test_auto_says_every_reason_when_none_can_serve():
+    table = {"first": REFUSES, "second": dataclasses.replace(REFUSES)}
+    with pytest.raises(NotImplementedError, match=r"first: it needs.*second: it needs"):
+        dispatch.choose("op", table, "auto", CALL)
+
+
+def test_listing_an_unknown_op_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"(?s)attention.*lstm"):
+        ops.implementations("attention")
+
+
+WRONG_SHAPES = [
+    ("mlstm", "q", (B, 5, H)),
+    ("mlstm", "k", (B, 5, H, K + 1)),
+    ("mlstm", "v", (B, 6, H, V)),
+    ("mlstm", "i", (B, 5, H + 1)),
+    ("mlstm", "f", (B, 5, 1)),
+    ("slstm", "x", (B, 5, 3, H, K)),
+    ("slstm", "r", (H, K, 4, K + 1)),
+    ("slstm", "b", (4, H, K)),
+    ("lstm", "x", (B, 5, 4, H)),
+    ("lstm", "r", (H + 1, K, 4, K)),
+]
+
+
+@pytest.mark.parametrize("op,name,shape", WRONG_SHAPES)
+def test_a_wrong_shape_is_refused_by_name_with_what_was_expected(unchecked, op, name, shape):
+    args = arguments(op)
+    wanted = " ".join({"q": "BTHK", "k": "BTHK", "v": "BTHV", "x": "BT4HK"}.get(name, ""))
+    with pytest.raises(ValueError) as error:
+        runs.OPS[op](**{**args, name: jnp.zeros(shape)})
+    message = str(error.value)
+    # Which of two arrays that disagree is wrong, nobody knows: the later one is named.
+    assert "shape" in message and "\n" not in message
+    assert wanted in message or "`" in message
+
+
+@pytest.mark.parametrize("flag", ["reset", "mask"])
+@pytest.mark.parametrize("op", PRIMARY)
+def test_flags_of_another_length_are_refused_by_name(unchecked, op, flag):
+    with pytest.raises(ValueError, match=rf"`{flag}`.*\(B T\).*T=5.*\({B}, 4\)"):
+        runs.OPS[op](**arguments(op), **{flag: jnp.ones((B, 4), bool)})
+
+
+@pytest.mark.parametrize("op", PRIMARY)
+def test_a_state_of_another_batch_is_refused_by_name(unchecked, op):
+    state = jax.tree.map(lambda x: jnp.asarray(x[:1], jnp.float32), make_case(op, 5).state)
+    with pytest.raises(ValueError, match=rf"`state\.\w+`.*B={B}"):
+        runs.OPS[op](**arguments(op), state=state)
+
+
+@pytest.mark.parametrize("op", PRIMARY)
+def test_a_sequence_without_steps_is_refused(unchecked, op):
+    args = {name: x[:, :0] if name not in ("r", "b") else x for name, x in arguments(op).items()}
+    with pytest.raises(ValueError, match="T must be at least 1, got 0"):
+        runs.OPS[op](**args)
+
+
+@pytest.mark.parametrize("chunk_size", [0, -8])
+def test_a_chunk_size_below_one_is_refused_with_the_way_out(chunk_size):
+    with pytest.raises(ValueError, match=rf"chunk_size.*at least 1.*{chunk_size}.*None"):
+        ops.mlstm(**arguments("mlstm"), chunk_size=chunk_size)
+
+
+def test_no_normaliser_needs_the_sigmoid_input_gate():
+    with pytest.raises(ValueError, match=r"normalize=False.*input_gate='sigmoid'.*'exp'"):
+        ops.mlstm(**arguments("mlstm"), normalize=False)
+
+
+def test_an_unknown_gate_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"input_gate.*'exp'.*'sigmoid'.*'relu'"):
+        ops.mlstm(**arguments("mlstm"), input_gate="relu")
+    with pytest.raises(ValueError, match=r"forget_gate.*'sigmoid'.*'exp'.*'relu'"):
+        ops.slstm(**arguments("slstm"), forget_gate="relu")
+
+
+@pytest.mark.parametrize("T", [1, L])
+def test_auto_takes_some_implementation_for_any_length(T):
+    for op in PRIMARY:
+        h, _ = jax.eval_shape(runs.OPS[op], **arguments(op, T))
+        assert h.shape[:2] == (B, T)
+
+
+def test_every_variant_names_an_op():
+    assert {Subject(variant, "").op for variant in OPTIONS} == set(runs.OPS)
+    assert pad(make_case("mlstm", 3), 5).length == 5
