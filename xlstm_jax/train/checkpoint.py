@@ -49,8 +49,10 @@ class Checkpointer:
         )
 
     def _seal(self) -> None:
-        # Saves follow each other: the manager waits for one before it begins the next.
-        seal.write(self._folder / str(self._step))
+        # Saves follow each other, so it is this step whose items have just been completed. They
+        # still lie under a temporary name: the seal appears together with them.
+        drafts = self._folder.glob(f"{self._step}.orbax-checkpoint-tmp*")
+        seal.write(next(drafts, self._folder / str(self._step)))
 
     def save(
         self, step: int, state: TrainState, data_state: dict[str, Any], config: dict[str, Any]
@@ -162,12 +164,11 @@ def _restore(run_dir: Path, step: int, args: ocp.args.Composite) -> Any:
     problem = seal.damage(folder / str(step))
     if problem is not None:
         raise CheckpointError(f"{problem}; {_way_out(run_dir, step)}.")
-    # A fresh manager, as one that has saved an item refuses another way of restoring it; read-only,
-    # as opening another kind would tidy the folder up.
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    # Without a manager: opening one would tidy the folder up.
+    handler = ocp.CompositeCheckpointHandler()
     try:
-        with ocp.CheckpointManager(folder, options=options) as manager:
-            return manager.restore(step, args=args)
+        with ocp.Checkpointer(handler) as reader:
+            return reader.restore(folder / str(step), args=args)
     # Anything can come out of the array store, a bare Exception included.
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -111,7 +111,7 @@ class TrainConfig:
         return self._length(self.decay_steps) if self.schedule == "wsd" else self.num_main
 
 
-def _at_least(least: float) -> tuple[str, Callable[[Any], bool]]:
+def _at_least(least: int | float) -> tuple[str, Callable[[Any], bool]]:
     return f"at least {least}", lambda value: value >= least
 
 

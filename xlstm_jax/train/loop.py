@@ -1,28 +1,27 @@
 """A run from its config to its end, through as many interruptions as there are."""
 
+import contextlib
 import dataclasses
-import logging
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 
-from xlstm_jax.config import ConfigError, differences, to_dict
-from xlstm_jax.data import Batch, Examples, Windows, loader
+from xlstm_jax.config import ConfigError, differences
+from xlstm_jax.data import Examples, Windows, loader
 from xlstm_jax.modules import LM
-from xlstm_jax.train import checkpoint, heldout, metrics, plots, rundir, writers
-from xlstm_jax.train.clock import Clock
+from xlstm_jax.train import plots, rundir
+from xlstm_jax.train.checkpoint import Checkpointer, restore_latest
 from xlstm_jax.train.config import ExperimentConfig, check_vocabulary
-from xlstm_jax.train.guard import DivergedError
 from xlstm_jax.train.optimizer import make_optimizer
+from xlstm_jax.train.position import Position
+from xlstm_jax.train.run import Run
 from xlstm_jax.train.signals import StopRequest
 from xlstm_jax.train.state import TrainState, init_state
-from xlstm_jax.train.step import make_train_step
-
-_log = logging.getLogger(__name__)
+from xlstm_jax.train.writers import CallbackWriter, ConsoleWriter, JsonlWriter, Writer
 
 OnMetrics = Callable[[int, dict[str, Any]], None]
 
@@ -35,25 +34,6 @@ class FitResult:
     step: int
     finished: bool  # False: it was asked to stop, and what it did is saved
     evaluation: dict[str, Any] | None  # the last one, with its step
-
-
-@dataclasses.dataclass(kw_only=True)
-class Position:
-    """Where a run stands, apart from its state; saved with it, so that a cut leaves no trace."""
-
-    step: int = 0
-    tokens_seen: int = 0  # up to the last record
-    totals: metrics.Totals = dataclasses.field(default_factory=metrics.empty)  # since then
-    evaluation: dict[str, Any] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return vars(self) | {"totals": metrics.to_json(self.totals)}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Position":
-        """The inverse of `to_json`."""
-        return cls(**values | {"totals": metrics.from_json(values["totals"])})
 
 
 def fit(
@@ -75,7 +55,7 @@ def fit(
         run_dir: checkpoints, config.json, run.json, metrics.jsonl and loss.png go there.
         fresh: discard the run that is there.
         console: show progress on standard output.
-        flops_per_step: of the model, forward and backward; adds a rate to the metrics.
+        flops_per_step: of the model, forward and backward; adds their rate to the records.
         on_metrics: called with each record, after it was written.
 
     Raises:
@@ -90,32 +70,41 @@ def fit(
     train = loader.load(cfg.data, "train")
     valid = loader.load(cfg.data, "valid") if cfg.train.eval_every else None
     check_vocabulary(cfg, train)
-    loader.batch_at(train, cfg.data, 0)  # raises if the data are too few for the batch
+    loader.batch_at(train, cfg.data, 0)  # raises if the data are too few for a batch
     state, position = _start(cfg, run_dir, train, fresh)
 
+    # Only from here on the disk changes.
     if fresh:
         rundir.discard(run_dir)
-    facts = {
-        "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "data": {"train": train.description} | ({"valid": valid.description} if valid else {}),
-    }
-    rundir.begin(run_dir, cfg, facts, position.step)
-    outputs: list[writers.Writer] = [writers.JsonlWriter(run_dir / rundir.METRICS)]
-    if console:
-        outputs.append(writers.ConsoleWriter(cfg.train.steps, position.step))
-    if on_metrics is not None:
-        outputs.append(writers.CallbackWriter(on_metrics))
-    try:
-        with checkpoint.Checkpointer(run_dir, cfg.train.keep) as saver, StopRequest() as stop:
-            run = _Run(cfg, run_dir, state, position, train, valid, outputs, saver, stop)
-            run.flops_per_step = flops_per_step
-            run.go()
-    finally:
-        for output in outputs:
-            output.close()
-    finished = position.step >= cfg.train.steps
+    rundir.begin(run_dir, cfg, _facts(state, train, valid), position.step)
+    with contextlib.ExitStack() as stack:
+        writers: list[Writer] = [JsonlWriter(run_dir / rundir.METRICS)]
+        if console:
+            writers.append(ConsoleWriter(cfg.train.steps, position.step))
+        if on_metrics is not None:
+            writers.append(CallbackWriter(on_metrics))
+        for writer in writers:
+            stack.callback(writer.close)
+        stack.enter_context(_compiled_programs(run_dir / rundir.CACHE))
+        stop = stack.enter_context(StopRequest())
+        run = Run(
+            cfg,
+            run_dir,
+            state=state,
+            position=position,
+            train=train,
+            valid=valid,
+            writers=writers,
+            checkpoints=stack.enter_context(Checkpointer(run_dir, cfg.train.keep)),
+            stop=lambda: stop.requested,
+            flops_per_step=flops_per_step,
+        )
+        run.go()
+    finished = position.step == cfg.train.steps
     if finished:
-        _draw(cfg, run_dir, train)
+        bytes_per_token = train.bytes_per_token if isinstance(train, Windows) else None
+        records = rundir.read_metrics(run_dir / rundir.METRICS)
+        plots.loss_curve(records, run_dir / rundir.CURVE, cfg.name, bytes_per_token)
     return FitResult(
         state=run.state, step=position.step, finished=finished, evaluation=position.evaluation
     )
@@ -127,165 +116,42 @@ def _start(
     """The newest state of the run, or the first one."""
     model, tx = LM(cfg.model), make_optimizer(cfg.train)
     key, tokens = jax.random.key(cfg.train.seed), jnp.zeros((1, 1), jnp.int32)
+    restored = None
     if not fresh:
         like = jax.eval_shape(lambda: init_state(model, tx, key, tokens))
-        restored = checkpoint.restore_latest(run_dir, like)
-        if restored is not None:
-            state, values = restored
-            lines = differences(train.description, values.pop("data"))
-            if lines:
-                raise ConfigError(
-                    f"run_dir={str(run_dir)!r} was trained on other data ({'; '.join(lines)}); "
-                    "bring that data back, or use another directory."
-                )
-            return state, Position.from_json(values)
-    return init_state(model, tx, key, tokens), Position()
-
-
-def _draw(cfg: ExperimentConfig, run_dir: Path, train: Examples) -> None:
-    bytes_per_token = train.bytes_per_token if isinstance(train, Windows) else None
-    records = rundir.read_metrics(run_dir / rundir.METRICS)
-    plots.loss_curve(records, run_dir / rundir.CURVE, cfg.name, bytes_per_token)
-
-
-class _Run:
-    """The loop, and what it touches on the host."""
-
-    flops_per_step: float | None = None
-
-    def __init__(
-        self,
-        cfg: ExperimentConfig,
-        run_dir: Path,
-        state: TrainState,
-        position: Position,
-        train: Examples,
-        valid: Examples | None,
-        outputs: list[writers.Writer],
-        saver: checkpoint.Checkpointer,
-        stop: StopRequest,
-    ):
-        self.cfg, self.run_dir, self.state, self.position = cfg, run_dir, state, position
-        self.train, self.outputs, self.saver, self.stop = train, outputs, saver, stop
-        model = LM(cfg.model)
-        self.evaluate = (
-            None if valid is None else heldout.make_evaluate(model, valid, cfg.data, cfg.train)
+        restored = restore_latest(run_dir, like)
+    if restored is None:
+        return init_state(model, tx, key, tokens), Position()
+    state, values = restored
+    lines = differences(train.description, values.pop("data"))
+    if lines:
+        raise ConfigError(
+            f"run_dir={str(run_dir)!r} was trained on other data ({'; '.join(lines)}); bring that "
+            "data back, use another directory, or fresh=True (--fresh) to discard that run."
         )
-        step_fn = make_train_step(model, make_optimizer(cfg.train), cfg.train)
+    return state, Position.from_json(values)
 
-        def step_and_count(state: TrainState, totals: metrics.Totals, batch: Batch):
-            state, found = step_fn(state, batch)
-            return state, metrics.add(totals, found)
 
-        self.step_fn = jax.jit(step_and_count, donate_argnums=(0, 1))
-        self.clock = Clock()
-        # The interval that is complete but not fetched: fetching at once would idle the device.
-        self.pending: tuple[int, metrics.Totals] | None = None
+def _facts(state: TrainState, train: Examples, valid: Examples | None) -> dict[str, Any]:
+    data = {"train": train.description}
+    if valid is not None:
+        data["valid"] = valid.description
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    return {"num_params": num_params, "data": data}
 
-    def go(self) -> None:
-        """Steps until the last one or until asked to stop; saves at the end in either case."""
-        cfg, position = self.cfg.train, self.position
-        self.saved_at = time.monotonic()
-        steps_left = cfg.steps - position.step
-        with loader.batches(self.train, self.cfg.data, position.step, steps_left) as batches:
-            while position.step < cfg.steps and not self.stop:
-                with self.clock.waiting():
-                    batch = next(batches)
-                self._step(batch)
-                self._after_step()
-        self._flush()
-        if not self.stop and float(position.totals.steps) > 0:
-            self._close_interval()
-            self._flush()
-        if not self.stop:
-            self._evaluate()
-        self._save()
 
-    def _step(self, batch: Batch) -> None:
-        position = self.position
-        self.state, position.totals = self.step_fn(self.state, position.totals, batch)
-        position.step += 1
-        if self.clock.running:
-            self.clock.step()
-        else:
-            # The first step compiled the program; the clock begins when it is over.
-            jax.block_until_ready(position.totals)
-            self.clock.start()
-        self._flush()
+@contextlib.contextmanager
+def _compiled_programs(folder: Path) -> Iterator[None]:
+    """Keeps compiled programs in `folder`, for the next start, unless the user has another place.
 
-    def _after_step(self) -> None:
-        cfg, step = self.cfg.train, self.position.step
-        if step % cfg.log_every == 0:
-            self._close_interval()
-        if self.evaluate is not None and step % cfg.eval_every == 0:
-            self._evaluate()
-        minutes = (time.monotonic() - self.saved_at) / 60
-        by_step = cfg.checkpoint_every and step % cfg.checkpoint_every == 0
-        by_clock = cfg.checkpoint_minutes and minutes >= cfg.checkpoint_minutes
-        if by_step or by_clock:
-            self._save()
-
-    def _close_interval(self) -> None:
-        self.pending = (self.position.step, self.position.totals)
-        self.position.totals = metrics.empty()
-
-    def _flush(self) -> None:
-        """Writes the interval that is complete, if any."""
-        if self.pending is None:
-            return
-        (step, totals), self.pending = self.pending, None
-        record: dict[str, Any] = metrics.summarise(totals)
-        lap = self.clock.lap()
-        if lap:
-            lap["tokens_per_second"] = record["tokens"] / float(totals.steps) / lap["step_time"]
-            if self.flops_per_step is not None:
-                lap["model_flops_per_second"] = self.flops_per_step / lap["step_time"]
-        self.position.tokens_seen += record["tokens"]
-        self._write(step, record | {"tokens_seen": self.position.tokens_seen} | lap)
-        if record["skipped_in_a_row"] >= self.cfg.train.max_consecutive_skips:
-            self._diverged()
-
-    def _write(self, step: int, record: dict[str, Any]) -> None:
-        for output in self.outputs:
-            output.write(step, record)
-
-    def _evaluate(self) -> None:
-        """Once per step at most; a run that is to stop evaluates when it goes on."""
-        position = self.position
-        done = position.evaluation is not None and position.evaluation["step"] == position.step
-        if self.evaluate is None or done:
-            return
-        self._flush()
-        with self.clock.paused():
-            found = self.evaluate(self.state.params, lambda: bool(self.stop))
-        if found is not None:
-            self._write(position.step, found)
-            position.evaluation = {"step": position.step} | found
-
-    def _save(self) -> None:
-        self._flush()
-        if int(self.state.guard.skipped) >= self.cfg.train.max_consecutive_skips:
-            self._diverged()
-        data = self.position.to_json() | {"data": self.train.description}
-        with self.clock.paused():
-            self.saver.save(self.position.step, self.state, data, to_dict(self.cfg))
-        self.saved_at = time.monotonic()
-
-    def _diverged(self) -> None:
-        """Ends the run, leaving what is needed to meet the same batches again."""
-        count, limit = int(self.state.guard.skipped), self.cfg.train.max_consecutive_skips
-        first = self.position.step - count
-        rows = {
-            str(step): loader.batch_at(self.train, self.cfg.data, step).index.tolist()
-            for step in range(first, first + limit)
-        }
-        usual = float(self.state.guard.usual_norm)
-        dump = {"first_skipped_step": first, "usual_grad_norm": usual, "rows_of_step": rows}
-        rundir.write_json(self.run_dir / rundir.DIVERGED, dump)
-        saved = checkpoint.latest_step(self.run_dir)
-        raise DivergedError(
-            f"{limit} updates in a row were discarded, the first at step {first}: their loss or "
-            f"gradient was not finite, or its norm was far above the usual {usual:.3g}; lower "
-            "train.lr in a new run, or resume this one, which meets the same batches again from "
-            f"{'its beginning' if saved is None else f'step {saved}'}."
-        )
+    The place is global to the process: it is given back at the end.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        yield
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()

@@ -27,23 +27,22 @@ def loss_curve(
     axes = figure.subplots()
     axes.plot(steps, losses * scale, color="#9ecae1", linewidth=0.8)
     axes.plot(steps, _smooth(losses) * scale, color="#08519c", linewidth=1.8, label="training")
-    points, valid = _series(records, "valid_loss")
+    is_text = bytes_per_token is not None
+    points, valid = _series(records, "valid_bits_per_byte" if is_text else "valid_loss")
     if len(points):
-        axes.plot(
-            points, valid * scale, "o", color="#d94801", markersize=5, label="held out", zorder=3
-        )
+        axes.plot(points, valid, "o", color="#d94801", markersize=5, label="held out", zorder=3)
         axes.annotate(
-            f"{valid[-1] * scale:.3f}",
-            (points[-1], valid[-1] * scale),
+            f"{valid[-1]:.3f}",
+            (points[-1], valid[-1]),
             xytext=(0, 8),
             textcoords="offset points",
             ha="right",
             color="#d94801",
         )
-    _frame(axes, np.concatenate([_smooth(losses), valid]) * scale)
+    _frame(axes, np.concatenate([_smooth(losses) * scale, valid]))
     axes.set_title(title, loc="left")
     axes.set_xlabel("step")
-    axes.set_ylabel("nats per token" if bytes_per_token is None else "bits per byte")
+    axes.set_ylabel("bits per byte" if is_text else "nats per token")
     figure.savefig(path)
 
 

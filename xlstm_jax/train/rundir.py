@@ -16,13 +16,9 @@ from xlstm_jax.config import ConfigError, differences, fingerprint, read_json, t
 from xlstm_jax.train import checkpoint
 from xlstm_jax.train.config import ExperimentConfig, TrainConfig
 
-CONFIG, RUN, METRICS, CURVE, DIVERGED = (
-    "config.json",
-    "run.json",
-    "metrics.jsonl",
-    "loss.png",
-    "diverged.json",
-)
+CONFIG, RUN, METRICS = "config.json", "run.json", "metrics.jsonl"
+CURVE, DIVERGED = "loss.png", "diverged.json"
+CACHE = "cache"  # compiled programs; a run that starts again uses them too
 
 # What may change when a run goes on, as it changes no number the run computes.
 FREE = frozenset({"name"}) | {

@@ -12,7 +12,7 @@ NAME = "seal.json"
 
 
 def write(folder: Path) -> None:
-    """Seals `folder` as it is now."""
+    """Seals the sub-folders of `folder` as they are now; files beside them may still change."""
     files = {str(path.relative_to(folder)): _measure(path) for path in _files(folder)}
     (folder / NAME).write_text(json.dumps(files, indent=1))
 
@@ -20,7 +20,7 @@ def write(folder: Path) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with `folder`, as half a sentence; None if it is as it was when sealed.
 
-    A folder that was never sealed, because its writer was killed just before, counts as whole.
+    A folder that was never sealed counts as whole.
     """
     if not (folder / NAME).is_file():
         return None
@@ -40,7 +40,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != NAME]
+    return [path for path in sorted(folder.glob("*/**/*")) if path.is_file()]
 
 
 def _measure(path: Path) -> dict[str, int]:

@@ -3,23 +3,20 @@
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Inside `with`, the first SIGINT or SIGTERM makes it true; the second acts as usual.
+    """Inside `with`, the first SIGINT or SIGTERM sets `requested`; the second acts as usual.
 
-    Only the main thread can listen to signals; in another one this never becomes true.
+    Only the main thread can listen to signals; in another one it stays False.
     """
 
     def __init__(self):
-        self._requested = False
-        self._previous: dict[signal.Signals, object] = {}
-
-    def __bool__(self) -> bool:
-        return self._requested
+        self.requested = False
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -27,7 +24,7 @@ class StopRequest:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._requested = True
+        self.requested = True
         self._restore()
 
     def _restore(self) -> None:

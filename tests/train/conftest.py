@@ -1,0 +1,112 @@
+"""A model that compiles at once, called like `LM`, and runs small enough to be cut and resumed."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xlstm_jax.data import Batch, DataConfig
+from xlstm_jax.modules import LMConfig
+from xlstm_jax.train import ExperimentConfig, TrainConfig, checkpoint, loop, run
+
+
+class TinyLM(nn.Module):
+    """Embedding, one hidden layer, head: the parameter names and the call of `LM`, no memory."""
+
+    cfg: LMConfig
+
+    @nn.compact
+    def __call__(self, tokens, state=None, segment_ids=None, mask=None, *, head=True, **_):
+        cfg = self.cfg
+        init = nn.initializers.normal(0.3)
+        table = nn.Embed(cfg.vocab_size, cfg.dim, embedding_init=init, name="token_embedding")
+        x = nn.tanh(nn.Dense(cfg.dim, name="hidden")(table(tokens)))
+        logits = nn.Dense(cfg.vocab_size, use_bias=False, name="lm_head")(x)
+        return (logits if head else x), state
+
+
+@pytest.fixture
+def tiny_lm(monkeypatch):
+    """Runs train a `TinyLM`."""
+    for module in (loop, run, checkpoint):
+        monkeypatch.setattr(module, "LM", TinyLM)
+    return TinyLM
+
+
+@pytest.fixture
+def tiny():
+    """A model for calls of a step."""
+    return TinyLM(LMConfig(vocab_size=11, dim=8, pattern="m"))
+
+
+@pytest.fixture
+def batches(rng):
+    """Makes batches with rows of very different weight."""
+
+    def make(num_rows=8, length=12, vocab=11):
+        shape = (num_rows, length)
+        counts = np.arange(length) < rng.integers(1, length + 1, (num_rows, 1))
+        return Batch(
+            inputs=rng.integers(0, vocab, shape).astype(np.int32),
+            targets=rng.integers(0, vocab, shape).astype(np.int32),
+            segment_ids=counts.astype(np.int32),
+            weights=counts.astype(np.float32),
+            index=np.arange(num_rows, dtype=np.int64),
+        )
+
+    return make
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Makes configs of runs over a little text; keywords go to TrainConfig."""
+    rng = np.random.default_rng(1)
+    for split, count in (("train", 3000), ("valid", 300), ("test", 300)):
+        folder = tmp_path / "text" / split
+        folder.mkdir(parents=True)
+        words = rng.choice(["state ", "gate ", "memory ", "scan\n"], count)
+        (folder / "a.txt").write_text("".join(words))
+
+    def make(data=None, model=None, **train):
+        defaults = dict(steps=12, lr=1e-2, log_every=3, eval_every=4, eval_batches=2)
+        return ExperimentConfig(
+            name="tiny",
+            model=LMConfig(**dict(vocab_size=257, dim=8, pattern="m") | (model or {})),
+            data=DataConfig(
+                **dict(source=str(tmp_path / "text"), seq_len=16, batch_size=4) | (data or {})
+            ),
+            train=TrainConfig(**defaults | dict(checkpoint_every=5) | train),
+        )
+
+    return make
+
+
+@pytest.fixture
+def same():
+    """Asserts that two trees are equal bit for bit."""
+
+    def check(a, b):
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            x, y = np.asarray(x), np.asarray(y)
+            assert x.dtype == y.dtype and x.shape == y.shape
+            assert x.tobytes() == y.tobytes()
+
+    return check
+
+
+@pytest.fixture
+def with_train():
+    """`with_train(cfg, lr=1)`: a run's config with other fields of `train`."""
+    return lambda cfg, **fields: dataclasses.replace(
+        cfg, train=dataclasses.replace(cfg.train, **fields)
+    )
+
+
+@pytest.fixture
+def tokens():
+    """Enough to make parameters."""
+    return jnp.zeros((1, 1), jnp.int32)

@@ -1,0 +1,25 @@
+"""Where a run stands, apart from its state."""
+
+import dataclasses
+from typing import Any, Self
+
+from xlstm_jax.train import metrics
+
+
+@dataclasses.dataclass(kw_only=True)
+class Position:
+    """Saved beside the state, so that a cut between two records leaves no trace in them."""
+
+    step: int = 0  # batches seen; the whole position in the data
+    tokens_seen: int = 0  # up to the last record
+    totals: metrics.Totals = dataclasses.field(default_factory=metrics.empty)  # since then
+    evaluation: dict[str, Any] | None = None  # the last one, with its step
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return vars(self) | {"totals": metrics.to_json(self.totals)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        return cls(**values | {"totals": metrics.from_json(values["totals"])})
