@@ -12,6 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+# The import hook names this checker and loads no more than `tests` itself, so it is loaded here.
+import tests.typechecker  # noqa: F401
+
 # Both must be said before the first computation: it freezes the number of devices.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
