@@ -1,0 +1,35 @@
+"""Arithmetic with logarithms of gates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xlstm_jax.cells import logspace
+
+
+@pytest.mark.parametrize("x", [-1e4, -200.0, -104.0, -1.0, 0.0, 1.0, 200.0])
+def test_log_sigmoid_is_exact_and_finite_with_a_finite_slope_for_any_input(x):
+    value, slope = jax.value_and_grad(logspace.log_sigmoid)(jnp.float32(x))
+    np.testing.assert_allclose(value, -np.logaddexp(0, -x), rtol=1e-6, atol=1e-38)
+    np.testing.assert_allclose(slope, np.exp(-np.logaddexp(0, x)), rtol=1e-5, atol=1e-38)
+
+
+def test_the_log_of_nothing_is_finite_and_leaves_nothing():
+    nothing = jnp.float32(logspace.NEG)
+    assert nothing - nothing == 0
+    assert jnp.exp(nothing) == 0
+    assert jnp.exp(nothing + 200.0) == 0
+
+
+@pytest.mark.parametrize(
+    "inputs,expected",
+    [
+        (["bfloat16"], "float32"),
+        (["float16", "bfloat16"], "float32"),
+        (["bfloat16", "float32"], "float32"),
+        (["float32", "float64"], "float64"),
+    ],
+)
+def test_memory_is_float32_or_wider(inputs, expected, x64):
+    assert logspace.state_dtype(*(jnp.zeros((), dtype) for dtype in inputs)) == expected
