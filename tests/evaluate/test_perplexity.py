@@ -1,0 +1,118 @@
+"""The measures are those of a direct computation with all logits at hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.generate.small import model_and_variables
+from xlstm_jax.config import ConfigError
+from xlstm_jax.data import DataConfig, Windows, load
+from xlstm_jax.evaluate import by_position, perplexity, position
+
+SEQ_LEN = 21
+
+
+class Letters:
+    """A tokenizer of ten letters; token 10 ends a document."""
+
+    name, vocab_size, eos_id = "letters", 11, 10
+
+    def num_bytes(self, ids):
+        return int(np.count_nonzero(np.asarray(ids) != self.eos_id))
+
+
+@pytest.fixture(scope="module")
+def windows():
+    """Seven windows, so batches of four leave a short one; documents of all lengths up to 24."""
+    rng = np.random.default_rng(0)
+    documents = [[*rng.integers(0, 10, length), 10] for length in rng.permutation(24)[:12]]
+    tokens = np.concatenate(documents).astype(np.uint16)[: 6 * SEQ_LEN + 9]
+    tokens[-1] = 10
+    return Windows(tokens, SEQ_LEN, Letters(), {})
+
+
+@pytest.fixture(scope="module")
+def small():
+    return model_and_variables()
+
+
+@pytest.fixture(scope="module")
+def losses(small, windows):
+    """Nats and weight of every target, all windows in one batch."""
+    model, variables = small
+    batch = windows.batch(np.arange(len(windows)))
+    logits, _ = jax.jit(model.apply)(variables, batch.inputs, segment_ids=batch.segment_ids)
+    nats = -jax.nn.log_softmax(logits)
+    picked = jnp.take_along_axis(nats, batch.targets[..., None], axis=-1)[..., 0]
+    return np.asarray(picked, np.float64), batch
+
+
+def test_perplexity_is_the_mean_over_all_targets_the_short_batch_included(small, windows, losses):
+    nats, batch = losses
+    found = perplexity(*small, windows, batch_size=4)
+    assert len(windows) % 4
+    assert found.num_tokens == batch.weights.sum() == windows.num_targets
+    mean = (nats * batch.weights).sum() / batch.weights.sum()
+    assert found.nats_per_token == pytest.approx(mean, rel=1e-5)
+
+
+def test_bits_per_byte_does_not_count_ends_of_documents_as_text(small, windows, losses):
+    nats, batch = losses
+    num_bytes = ((batch.targets != 10) * batch.weights).sum()
+    assert num_bytes < batch.weights.sum()
+    found = perplexity(*small, windows, batch_size=4)
+    expected = (nats * batch.weights).sum() / np.log(2) / num_bytes
+    assert found.bits_per_byte == pytest.approx(expected, rel=1e-5)
+    both = found.nats_per_token / np.log(2) / windows.bytes_per_token
+    assert found.bits_per_byte == pytest.approx(both, rel=1e-9)
+
+
+def test_perplexity_is_the_same_number_every_time(small, windows):
+    assert perplexity(*small, windows, batch_size=4) == perplexity(*small, windows, batch_size=4)
+
+
+def test_a_quick_look_reads_the_first_batches_only(small, windows, losses):
+    nats, batch = losses
+    found = perplexity(*small, windows, batch_size=4, max_batches=1)
+    weights = batch.weights[:4]
+    assert found.num_tokens == weights.sum()
+    assert found.nats_per_token == pytest.approx(
+        (nats[:4] * weights).sum() / weights.sum(), rel=1e-5
+    )
+
+
+def test_rows_that_are_no_text_have_no_bytes(small):
+    cfg = DataConfig(source="parity", seq_len=SEQ_LEN, max_len=8, num_eval_samples=5)
+    rows = load(cfg, "valid")
+    found = perplexity(*small, rows, batch_size=4)
+    assert found.bits_per_byte is None
+    assert found.num_tokens >= 5
+
+
+def test_loss_by_position_is_that_of_whole_windows(small, windows, losses, monkeypatch):
+    """Pieces of 4 cut buckets as well as documents; every document starts from nothing."""
+    monkeypatch.setattr(position, "PIECE", 4)
+    nats, batch = losses
+    found = by_position(*small, windows, batch_size=4)
+    assert [bucket[:2] for bucket in found] == [(0, 1), (1, 2), (2, 4), (4, 8), (8, 16), (16, 21)]
+    for start, stop, mean, count in found:
+        weights = batch.weights[:, start:stop]
+        assert count == weights.sum()
+        expected = (nats[:, start:stop] * weights).sum() / count
+        assert mean == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "buckets"),
+    [(1, [(0, 1)]), (2, [(0, 1), (1, 2)]), (8, [(0, 1), (1, 2), (2, 4), (4, 8)])],
+    ids="T{}".format,
+)
+def test_buckets_are_powers_of_two_up_to_the_window(seq_len, buckets):
+    assert list(dict.fromkeys(bucket for bucket, _, _ in position._pieces(seq_len))) == buckets
+
+
+@pytest.mark.parametrize("measure", [perplexity, by_position])
+def test_measuring_nothing_is_refused(small, windows, measure):
+    with pytest.raises(ConfigError, match="max_batches must be at least 1, got 0"):
+        measure(*small, windows, max_batches=0)

@@ -1,0 +1,116 @@
+"""The filters rule out what they say and nothing else; samplers draw from what is left."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xlstm_jax.config import ConfigError
+from xlstm_jax.generate import Sampler, greedy
+from xlstm_jax.generate.sampling import min_p, repetition_penalty, temperature, top_k, top_p
+
+PROBABILITIES = np.array([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]], np.float32)
+
+
+@pytest.fixture
+def logits():
+    return jnp.log(PROBABILITIES)
+
+
+def kept(logits):
+    return np.isfinite(np.asarray(logits)).tolist()
+
+
+def test_temperature_is_a_power_of_the_probabilities(logits):
+    found = jax.nn.softmax(temperature(logits, 0.5), axis=-1)
+    expected = PROBABILITIES**2 / (PROBABILITIES**2).sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_top_k_keeps_the_k_likeliest_and_leaves_them_as_they_are(logits):
+    found = top_k(logits, 2)
+    assert kept(found) == [[True, True, False, False], [False, False, True, True]]
+    np.testing.assert_array_equal(found[0, :2], logits[0, :2])
+
+
+def test_top_k_beyond_the_vocabulary_keeps_everything(logits):
+    np.testing.assert_array_equal(top_k(logits, 100), logits)
+
+
+@pytest.mark.parametrize(
+    ("p", "counts"), [(1e-6, [1, 1]), (0.45, [1, 2]), (0.74, [2, 3]), (0.89, [3, 3]), (1.0, [4, 4])]
+)
+def test_top_p_keeps_the_fewest_tokens_that_hold_p_together(logits, p, counts):
+    found = np.asarray(top_p(logits, p))
+    assert np.isfinite(found).sum(axis=-1).tolist() == counts
+    for row, count in enumerate(counts):
+        likeliest = np.argsort(-PROBABILITIES[row])[:count]
+        assert np.isfinite(found[row, likeliest]).all()
+
+
+def test_min_p_keeps_tokens_by_their_share_of_the_largest_probability(logits):
+    assert kept(min_p(logits, 0.4)) == [[True, True, False, False], [False, True, True, True]]
+    assert kept(min_p(logits, 1.0)) == [[True, False, False, False], [False, False, False, True]]
+
+
+def test_repetition_penalty_lowers_seen_tokens_of_either_sign_and_no_others():
+    logits = jnp.array([2.0, -2.0, 2.0, -2.0])
+    seen = jnp.array([True, True, False, False])
+    found = repetition_penalty(logits, seen, 2.0)
+    np.testing.assert_array_equal(found, jnp.array([1.0, -4.0, 2.0, -2.0]))
+
+
+def test_filters_compose_in_any_order_that_is_written_down(logits):
+    found = top_p(top_k(temperature(logits, 0.7), 3), 0.6)
+    assert kept(found)[0] == [True, False, False, False]
+
+
+def test_greedy_takes_the_likeliest_token(logits):
+    assert greedy(logits).tolist() == [0, 3]
+
+
+def test_a_sampler_draws_with_the_probabilities_that_its_filters_leave(logits, key):
+    sampler = Sampler(top_k=2)
+    draws = jax.vmap(lambda k: sampler(logits[0], k, jnp.zeros(4, bool)))(
+        jax.random.split(key, 4096)
+    )
+    shares = np.bincount(draws, minlength=4) / 4096
+    np.testing.assert_allclose(shares, [2 / 3, 1 / 3, 0, 0], atol=0.03)
+
+
+def test_every_field_of_a_sampler_takes_part(logits, key):
+    """Each leaves one token of two unlikely ones, so a field that is forgotten is noticed."""
+    seen = jnp.array([True, False, False, False])
+    for sampler, token in (
+        (Sampler(temperature=1e-3), 0),
+        (Sampler(top_k=1), 0),
+        (Sampler(top_p=0.3), 0),
+        (Sampler(min_p=0.9), 0),
+        (Sampler(repetition_penalty=10.0, temperature=1e-3), 1),
+    ):
+        draws = jax.vmap(lambda k, s=sampler: s(logits[0], k, seen))(jax.random.split(key, 64))
+        assert set(draws.tolist()) == {token}
+
+
+def test_samplers_with_equal_fields_share_what_was_compiled_for_them():
+    assert Sampler(top_k=3) == Sampler(top_k=3)
+    assert hash(Sampler(top_k=3)) == hash(Sampler(top_k=3))
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"temperature": 0.0},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"repetition_penalty": 0.0},
+    ],
+    ids=str,
+)
+def test_a_field_out_of_range_is_refused_with_its_value(field):
+    ((name, value),) = field.items()
+    with pytest.raises(ConfigError, match=f"{name} must be above 0.*got {value}"):
+        Sampler(**field)

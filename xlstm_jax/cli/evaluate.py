@@ -1,0 +1,69 @@
+"""`xlstm-jax evaluate RUN`: how well a trained model predicts held-out data."""
+
+import dataclasses
+import math
+
+from xlstm_jax import data
+from xlstm_jax.cli import console, options
+from xlstm_jax.cli.exit_codes import DONE
+from xlstm_jax.data.config import Split
+from xlstm_jax.evaluate import Bucket, Perplexity, by_position, perplexity
+from xlstm_jax.modules import LM
+from xlstm_jax.train import restore_params, rundir
+from xlstm_jax.train.config import check_vocabulary
+from xlstm_jax.train.loop import compiled_programs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Perplexity and bits per byte over a whole split, each token counted once."""
+
+    run: options.RunPath  # the folder of a run
+    split: Split = "valid"
+    source: str | None = None  # other data than the run's: a name, a file or a folder
+    seq_len: int | None = None  # another window than the run's, longer ones included
+    batch_size: int | None = None  # another batch than the run's; changes speed and memory
+    max_batches: int | None = None  # stop after so many
+    by_position: bool = False  # also the loss by position in the window
+    step: int | None = None  # of the checkpoint; None: the newest
+
+
+def run(args: list[str]) -> int:
+    """Returns 0.
+
+    Raises:
+        ConfigError: an option, the run or the data cannot be used.
+    """
+    chosen = options.parse("evaluate", Evaluate, args)
+    cfg, params = restore_params(chosen.run, chosen.step)
+    changes = {name: getattr(chosen, name) for name in ("source", "seq_len", "batch_size")}
+    given = {name: value for name, value in changes.items() if value is not None}
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **given))
+    examples = data.load(cfg.data, chosen.split)
+    check_vocabulary(cfg, examples)
+    model, variables = LM(cfg.model), {"params": params}
+    how = {"batch_size": cfg.data.batch_size, "max_batches": chosen.max_batches}
+    about = f"{cfg.data.source}, {chosen.split}, windows of {cfg.data.seq_len} tokens"
+    with compiled_programs(chosen.run / rundir.CACHE):
+        _say_perplexity(about, perplexity(model, variables, examples, **how))
+        if chosen.by_position:
+            _say_positions(by_position(model, variables, examples, **how))
+    return DONE
+
+
+def _say_perplexity(about: str, found: Perplexity) -> None:
+    rows = {"data": about}
+    if found.bits_per_byte is not None:
+        rows["bits per byte"] = f"{found.bits_per_byte:.4f}"
+    rows["nats per token"] = f"{found.nats_per_token:.4f}"
+    rows["perplexity"] = f"{math.exp(found.nats_per_token):.4f}"
+    rows["tokens"] = f"{found.num_tokens:,}"
+    console.facts(rows)
+
+
+def _say_positions(buckets: list[Bucket]) -> None:
+    lines = [
+        [f"{b.start}-{b.stop - 1}", f"{b.nats_per_token:.4f}", f"{b.num_tokens:,}"] for b in buckets
+    ]
+    console.say("\n")
+    console.table(["position", "nats per token", "tokens"], lines)

@@ -1,0 +1,6 @@
+"""What a command tells whoever called it."""
+
+DONE = 0  # or cleanly pre-empted
+BAD_ARGUMENT = 2  # or a configuration that cannot be used
+DIVERGED = 3
+INTERRUPTED = 130  # by Ctrl-C where there was nothing to save

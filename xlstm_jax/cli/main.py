@@ -1,0 +1,68 @@
+"""`xlstm-jax COMMAND ...`: finds the command, and turns what goes wrong into an exit code."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from xlstm_jax import __version__, xla_flags
+from xlstm_jax.cli.exit_codes import BAD_ARGUMENT, DONE, INTERRUPTED
+from xlstm_jax.config import ConfigError
+
+# Each is a module with `run(args) -> exit code`, imported when it is asked for.
+COMMANDS = {
+    "train": "train CONFIG.py: train a model, or go on with a run",
+    "evaluate": "evaluate RUN: perplexity and bits per byte on held-out data",
+    "generate": "generate RUN --prompt TEXT: continue a text",
+    "describe": "describe CONFIG.py: shapes, parameters, FLOPs and memory; trains nothing",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code.
+
+    0: done, or cleanly pre-empted. 2: a bad argument or configuration, said in one sentence on
+    stderr. 3: the run diverged.
+    """
+    # Before anything computes: XLA reads its flags once.
+    xla_flags.set_default_flags()
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(args)
+    except (ConfigError, NotImplementedError, ValueError) as error:
+        if not _is_a_sentence_of_ours(error):
+            raise
+        print(f"xlstm-jax: {error}", file=sys.stderr)
+        return BAD_ARGUMENT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        sys.stderr.close()
+        return DONE
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: xlstm-jax COMMAND ...\n")
+        print("\n".join(f"  xlstm-jax {line}" for line in COMMANDS.values()))
+        print("\n`xlstm-jax COMMAND --help` lists the options of a command.")
+        return DONE if args else BAD_ARGUMENT
+    if args[0] == "--version":
+        print(f"xlstm-jax {__version__}")
+        return DONE
+    if args[0] not in COMMANDS:
+        near = difflib.get_close_matches(args[0], COMMANDS, n=2) or list(COMMANDS)
+        raise ConfigError(f"{args[0]!r} is not a command; did you mean {' or '.join(near)}?")
+    return importlib.import_module(f"xlstm_jax.cli.{args[0]}").run(args[1:])
+
+
+def _is_a_sentence_of_ours(error: Exception) -> bool:
+    """Whether the library itself raised it; a ValueError from elsewhere is a bug to be seen."""
+    if isinstance(error, ConfigError):
+        return True
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and place.tb_frame.f_globals.get("__name__", "").startswith(
+        "xlstm_jax"
+    )

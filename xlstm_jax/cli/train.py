@@ -1,0 +1,99 @@
+"""`xlstm-jax train CONFIG.py`: trains, or goes on with a run, and shows what came of it."""
+
+import dataclasses
+import itertools
+import sys
+from pathlib import Path
+
+import jax
+
+from xlstm_jax import data
+from xlstm_jax.cli import console, options
+from xlstm_jax.cli.exit_codes import DIVERGED, DONE
+from xlstm_jax.data import Windows
+from xlstm_jax.flops import train_flops
+from xlstm_jax.generate import Sampler
+from xlstm_jax.generate.text import stream_text
+from xlstm_jax.modules import LM
+from xlstm_jax.train import DivergedError, ExperimentConfig, FitResult, checkpoint, fit, rundir
+
+# Of the sample at the end; a character may take several tokens.
+PROMPT_TOKENS, SAMPLE_CHARACTERS, MOST_TOKENS = 32, 300, 1200
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(options.WithConfig):
+    """Trains a model, or goes on with the run that is there."""
+
+    run_dir: Path | None = None  # None: runs/NAME for NAME.py; a run given as config goes on
+    fresh: bool = False  # discard the run that is there
+
+
+def run(args: list[str]) -> int:
+    """Returns 0 when the run is done or was asked to stop, 3 when it diverged.
+
+    Raises:
+        ConfigError: it cannot start; nothing on disk has changed.
+    """
+    chosen = options.parse_with_config("train", Train, args)
+    cfg = chosen.experiment
+    run_dir = _default_run_dir(chosen.config) if chosen.run_dir is None else chosen.run_dir
+    flops = cfg.data.batch_size * train_flops(cfg.model, cfg.data.seq_len)
+    try:
+        result = fit(cfg, run_dir, fresh=chosen.fresh, console=True, flops_per_step=flops)
+    except DivergedError as error:
+        print(f"xlstm-jax: {error}", file=sys.stderr)
+        return DIVERGED
+    if not result.finished:
+        steps = f"step {result.step} of {cfg.train.steps}"
+        console.say(f"\nStopped at {steps} and saved; the same command goes on from there.\n")
+        return DONE
+    _report(cfg, run_dir, result)
+    _show_sample(cfg, result)
+    return DONE
+
+
+def _default_run_dir(config: Path) -> Path:
+    if config.is_dir():
+        return config
+    return config.parent if config.suffix == ".json" else Path("runs", config.stem)
+
+
+def _report(cfg: ExperimentConfig, run_dir: Path, result: FitResult) -> None:
+    found = result.evaluation or {}
+    measures = []
+    if "valid_bits_per_byte" in found:
+        measures.append(f"{found['valid_bits_per_byte']:.4f} bits per byte")
+    if "valid_loss" in found:
+        measures.append(f"{found['valid_loss']:.4f} nats per token")
+        measures.append(f"{found['valid_tokens']:,} tokens")
+    rows = {
+        "held out": ", ".join(measures) or "not measured, as train.eval_every is 0",
+        "checkpoint": str(run_dir / checkpoint.FOLDER / str(result.step)),
+        "picture": str(run_dir / rundir.CURVE),
+    }
+    console.say("\n")
+    console.facts(rows)
+
+
+def _show_sample(cfg: ExperimentConfig, result: FitResult) -> None:
+    """Shows how the model goes on with the held-out text, where the data are text."""
+    windows = data.load(cfg.data, "valid")
+    if not isinstance(windows, Windows):
+        return
+    prompt = windows.tokenizer.decode(windows.tokens[:PROMPT_TOKENS])
+    console.say(f"\n{SAMPLE_CHARACTERS} characters that the model writes after {prompt!r}:\n\n")
+    parts = stream_text(
+        LM(cfg.model),
+        {"params": result.state.params},
+        windows.tokenizer,
+        prompt,
+        max_new_tokens=MOST_TOKENS,
+        # The end of a document would be the end of the sample.
+        sampler=Sampler(temperature=0.8, never=(windows.tokenizer.eos_id,)),
+        key=jax.random.key(cfg.train.seed),
+    )
+    characters = itertools.islice(itertools.chain.from_iterable(parts), SAMPLE_CHARACTERS)
+    for character in characters:
+        console.say(character)
+    console.say("\n")

@@ -1,0 +1,6 @@
+"""Measuring a trained model."""
+
+from xlstm_jax.evaluate.perplexity import Perplexity, perplexity
+from xlstm_jax.evaluate.position import Bucket, by_position
+
+__all__ = ["Bucket", "Perplexity", "by_position", "perplexity"]

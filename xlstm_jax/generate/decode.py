@@ -1,0 +1,280 @@
+"""Prompts to answers: a chunkwise prefill, then one jitted loop that makes a token per turn.
+
+The memory of a recurrent model has one size whatever the length of the text, so every token costs
+the same, and what a prompt left behind can be kept and continued.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlstm_jax import ops
+from xlstm_jax.config import ConfigError
+from xlstm_jax.generate.sampling import greedy
+from xlstm_jax.modules import LM, head_kernel
+from xlstm_jax.typing import Array, Bool, Float, Int, PRNGKeyArray
+
+# Positions in one pass over a prompt: the most, to bound its memory, and the least, so that short
+# prompts share one compiled pass. Between them widths are powers of two.
+PREFILL, LEAST_PREFILL = 512, 16
+
+# (logits, key, seen) -> token, for one row; hashable, and equal where it does the same.
+SamplerFn = Callable[..., Int[Array, ""]]
+State = Any  # the model's own
+
+
+class Generation(NamedTuple):
+    """Answers, and the memory after the last token of each."""
+
+    tokens: list[list[int]]  # per row, a stop token included as the last one
+    state: State  # has read prompts and answers: pass it on with what comes next
+
+
+class _Cursor(NamedTuple):
+    """Where decoding stands; the state has read everything before the token to be drawn."""
+
+    state: State
+    logits: Float[Array, "B vocab"]  # of the token to be drawn
+    seen: Bool[Array, "B vocab"]  # occurred in the prompt or the answer
+    length: Int[Array, "B"]  # tokens of the answer so far
+    done: Bool[Array, "B"]
+
+
+def generate(
+    model: LM,
+    variables: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampler: SamplerFn = greedy,
+    key: PRNGKeyArray | None = None,
+    state: State | None = None,
+    stop: Sequence[int] = (),
+) -> Generation:
+    """Answers to prompts of any lengths, in one batch.
+
+    A row's answer does not depend on its neighbours: short prompts are padded with positions that
+    leave the state untouched, and each row draws from a key of its own.
+
+    Args:
+        prompts: token ids, at least one per row.
+        sampler: `greedy`, a `Sampler`, or any hashable (logits, key, seen) -> token for one row.
+        key: row i draws from `fold_in(key, i)`; or B keys, one for each row. Not used by `greedy`.
+        state: memory to start from, as `Generation.state` or `model.apply` gave it; else empty.
+        stop: token ids that end a row.
+
+    Raises:
+        ConfigError: an argument that no answer can be made from; says which.
+    """
+    options: dict[str, Any] = dict(sampler=sampler, key=key, state=state, stop=stop)
+    pieces = stream(model, variables, prompts, max_new_tokens=max_new_tokens, **options)
+    return next(pieces)
+
+
+def stream(
+    model: LM,
+    variables: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    piece: int | None = None,
+    sampler: SamplerFn = greedy,
+    key: PRNGKeyArray | None = None,
+    state: State | None = None,
+    stop: Sequence[int] = (),
+) -> Iterator[Generation]:
+    """The same answers `piece` tokens at a time, each with the state after it.
+
+    Args and errors: those of `generate`; `piece=None` is one piece.
+    """
+    piece = max_new_tokens if piece is None else piece
+    _check(model, prompts, max_new_tokens, piece, sampler, key, state)
+    keys = _row_keys(key, len(prompts))
+    cursor = prefill(model, variables, prompts, state)
+    decode = functools.partial(
+        _decode,
+        model,
+        variables,
+        keys=keys,
+        stop=jnp.asarray(list(stop), jnp.int32),
+        sampler=sampler,
+        # A power of two, so that few sizes of the token buffer are ever compiled.
+        capacity=_power_of_two(piece),
+    )
+    return _pieces(decode, cursor, max_new_tokens, piece)
+
+
+def _pieces(decode, cursor: _Cursor, max_new_tokens: int, piece: int) -> Iterator[Generation]:
+    made = 0
+    while True:
+        before = cursor.length
+        cursor, tokens = decode(cursor, limit=min(piece, max_new_tokens - made))
+        rows = zip(np.asarray(tokens).tolist(), np.asarray(cursor.length - before), strict=True)
+        yield Generation([row[:length] for row, length in rows], cursor.state)
+        made += piece
+        if made >= max_new_tokens or bool(cursor.done.all()):
+            return
+
+
+def _power_of_two(size: int) -> int:
+    """The least one that is not below `size`."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def prefill(
+    model: LM, variables: Any, prompts: Sequence[Sequence[int]], state: State | None
+) -> _Cursor:
+    """Reads the prompts in chunkwise passes.
+
+    Rows are padded on the right, so that a row meets the same chunk boundaries in any company.
+    """
+    batch_size, vocab_size = len(prompts), model.cfg.vocab_size
+    state = model.init_state(batch_size) if state is None else state
+    logits = jnp.zeros((batch_size, vocab_size), jnp.float32)
+    seen = np.zeros((batch_size, vocab_size), bool)
+    lengths = np.array([len(prompt) for prompt in prompts])
+    start, total = 0, int(lengths.max())
+    while start < total:
+        width = min(PREFILL, max(LEAST_PREFILL, _power_of_two(total - start)))
+        tokens = np.zeros((batch_size, width), np.int32)
+        mask = start + np.arange(width)[None, :] < lengths[:, None]
+        for row, prompt in enumerate(prompts):
+            part = np.asarray(prompt[start : start + width], np.int32)
+            tokens[row, : len(part)] = part
+            seen[row, part] = True
+        logits, state = _read(model, variables, tokens, mask, state, logits)
+        start += width
+    return _Cursor(
+        state=state,
+        logits=logits,
+        seen=jnp.asarray(seen),
+        length=jnp.zeros(batch_size, jnp.int32),
+        done=jnp.zeros(batch_size, bool),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _read(
+    model: LM,
+    variables: Any,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    state: State,
+    logits: Float[Array, "B vocab"],
+) -> tuple[Float[Array, "B vocab"], State]:
+    """The logits after the last token of each row, which a row without tokens keeps, and the state.
+
+    The head sees one position per row: the logits of a whole prompt would outweigh the model.
+    """
+    hidden, state = model.apply(variables, tokens, state=state, mask=mask, head=False)
+    last = jnp.maximum(mask.sum(axis=1) - 1, 0)
+    x = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    kernel = head_kernel(model.cfg, variables["params"]).astype(x.dtype)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    found = jnp.einsum("BD,DE->BE", x, kernel, preferred_element_type=dtype)
+    found = ops.soft_cap(found, model.cfg.logit_soft_cap)
+    return jnp.where(mask.any(axis=1)[:, None], found, logits), state
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampler", "capacity"))
+def _decode(
+    model: LM,
+    variables: Any,
+    cursor: _Cursor,
+    *,
+    keys: PRNGKeyArray,
+    stop: Int[Array, "stop"],
+    limit: Int[Array, ""] | int,
+    sampler: SamplerFn,
+    capacity: int,
+) -> tuple[_Cursor, Int[Array, "B capacity"]]:
+    """Up to `limit` more tokens for each row, fewer when all rows have met a stop token."""
+
+    def unfinished(carry):
+        turn, cursor, _ = carry
+        return (turn < limit) & ~cursor.done.all()
+
+    def body(carry):
+        turn, cursor, tokens = carry
+        active = ~cursor.done
+        # Folding in the length makes a row's draws independent of when its neighbours stop.
+        draws = jax.vmap(jax.random.fold_in)(keys, cursor.length)
+        token = jax.vmap(sampler)(cursor.logits, draws, cursor.seen).astype(jnp.int32)
+        logits, state = model.apply(
+            variables, token[:, None], state=cursor.state, mask=active[:, None]
+        )
+        logits = logits[:, 0]
+        ends = (token[:, None] == stop[None, :]).any(axis=1)
+        cursor = _Cursor(
+            state=state,
+            logits=logits,
+            seen=cursor.seen | jax.nn.one_hot(token, logits.shape[-1], dtype=bool),
+            length=cursor.length + active,
+            done=cursor.done | ends,
+        )
+        return turn + 1, cursor, tokens.at[:, turn].set(token)
+
+    tokens = jnp.zeros((keys.shape[0], capacity), jnp.int32)
+    _, cursor, tokens = jax.lax.while_loop(unfinished, body, (0, cursor, tokens))
+    return cursor, tokens
+
+
+def _row_keys(key: PRNGKeyArray | None, batch_size: int) -> PRNGKeyArray:
+    key = jax.random.key(0) if key is None else key
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size))
+    if key.shape != (batch_size,):
+        raise ConfigError(
+            f"key must be one key or one for each of {batch_size} prompts, got {key.shape}; "
+            "give a single key to have it split."
+        )
+    return key
+
+
+def _check(model, prompts, max_new_tokens, piece, sampler, key, state) -> None:
+    """Raises a ConfigError for what would otherwise fail late, or give an answer to nothing."""
+    vocab_size = model.cfg.vocab_size
+    if not prompts:
+        raise ConfigError("prompts must hold at least one list of token ids, got none.")
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ConfigError(
+                f"prompts[{row}] must hold at least one token, got none; "
+                "give it the text to continue."
+            )
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise ConfigError(
+                f"prompts[{row}] must hold token ids in 0..{vocab_size - 1}, got {min(prompt)} to "
+                f"{max(prompt)}; encode it with the tokenizer the model was trained with."
+            )
+    if max_new_tokens < 0 or piece < min(1, max_new_tokens):
+        raise ConfigError(
+            "max_new_tokens must be at least 0 and piece at least 1, "
+            f"got {max_new_tokens} and {piece}."
+        )
+    if key is None and sampler is not greedy:
+        raise ConfigError(
+            "key must be given for a sampler that draws at random, got None; "
+            "pass jax.random.key(seed), or sampler=greedy."
+        )
+    if state is not None:
+        _check_state(model, state, len(prompts))
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.shape, tree)
+
+
+def _check_state(model: LM, state: State, batch_size: int) -> None:
+    wanted = jax.eval_shape(lambda: model.init_state(batch_size))
+    if _shapes(state) != _shapes(wanted):
+        raise ConfigError(
+            f"state must be the memory of this model for {batch_size} prompts, got one of other "
+            "shapes; give as many prompts as the state has rows."
+        )

@@ -1,0 +1,57 @@
+"""Text in, text out: what a person at a prompt sees of `decode.stream`."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from xlstm_jax.data.tokenizers import Tokenizer
+from xlstm_jax.generate import decode
+from xlstm_jax.modules import LM
+
+PIECE = 8  # tokens between two looks at the answer: few enough to seem alive, many to be fast
+
+
+def stream_text(
+    model: LM,
+    variables: Any,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    stop: Sequence[str] = (),
+    **options: Any,
+) -> Iterator[str]:
+    """The answer to a prompt as it grows, each part said once; it ends with the document.
+
+    Args:
+        stop: texts that end the answer and do not appear in it.
+        options: those of `decode.stream`, without its own `stop` and `piece`.
+
+    Raises:
+        ConfigError: as `decode.stream`, before any text is made.
+    """
+    ids = tokenizer.encode(prompt).tolist()
+    pieces = decode.stream(model, variables, [ids], piece=PIECE, stop=[tokenizer.eos_id], **options)
+    return _parts(pieces, tokenizer, stop)
+
+
+def _parts(pieces, tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
+    made: list[int] = []
+    said = 0
+    for piece in pieces:
+        made += piece.tokens[0]
+        text = tokenizer.decode(made)
+        ends = [place for place in map(text.find, stop) if place >= 0]
+        if ends:
+            yield text[said : min(ends)]
+            return
+        settled = len(text) - _unsettled(text, stop)
+        if settled > said:
+            yield text[said:settled]
+            said = settled
+    yield tokenizer.decode(made)[said:]
+
+
+def _unsettled(text: str, stop: Sequence[str]) -> int:
+    """Characters at the end that later tokens may change: half a character, half a stop text."""
+    torn = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+    begun = (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))
+    return max(torn, max(begun, default=0))
