@@ -49,7 +49,7 @@ class LMConfig:
         if not self.pattern:
             raise ConfigError("pattern must name at least one block, got ''; try 'mmms'.")
         for letter in dict.fromkeys(self.pattern):
-            check_choice(f"letter of pattern={self.pattern!r}, ", letter, SIZED_BY)
+            check_choice(f"pattern={self.pattern!r}: letter", letter, SIZED_BY)
             self.sizes_of(letter).check(self.dim)
         check_choice("final_norm", self.final_norm, get_args(FinalNorm))
         check_choice("dtype", self.dtype, get_args(Dtype))

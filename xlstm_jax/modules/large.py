@@ -4,44 +4,34 @@ Source: Beck et al. 2025, arXiv:2503.13427 (xLSTM 7B), section 3.
 """
 
 import dataclasses
-from typing import Literal
 
 import flax.linen as nn
 import jax
 
 from xlstm_jax import ops
-from xlstm_jax.cells import MLSTMState, mlstm_init
-from xlstm_jax.modules.checks import check_at_least, check_choice, check_divides
+from xlstm_jax.cells import MLSTMState
+from xlstm_jax.modules.cell import CellConfig
+from xlstm_jax.modules.checks import check_at_least, check_divides
 from xlstm_jax.modules.feedforward import scaling_width
 from xlstm_jax.modules.initializers import constant, linspace, small, wang, zeros
 from xlstm_jax.modules.linear import Dense
-from xlstm_jax.modules.mlstm import check_cell
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.typing import Array, Bool, Float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LargeConfig:
+class LargeConfig(CellConfig):
     """Sizes and numerics of a large-architecture block (letter M)."""
 
-    num_heads: int = 4  # H
+    FIELD = "large"
+
     qk_dim: int | None = None  # H * K; None: dim // 2
     v_dim: int | None = None  # H * V; None: dim
     ffn_dim: int | None = None  # None: 2.667 * dim, rounded up to a multiple of 64
     use_bias: bool = False  # of projections and norms; the gates always have theirs
     gate_soft_cap: float | None = 15.0
-    input_gate: Literal["exp", "sigmoid"] = "exp"
-    normalize: bool = True  # False needs the sigmoid input gate
     input_bias: float = -10.0  # initially nothing much is written
-    forget_bias: tuple[float, float] = (3.0, 6.0)  # first and last head: memories of many lengths
-    eps: float = 1e-6  # added to the normaliser
     norm_eps: float = 1e-6
-    chunk_size: int | None = None  # L; speed only, None lets the op choose
-    implementation: str = "auto"  # of ops.mlstm
-
-    def __post_init__(self):
-        check_choice("large.input_gate", self.input_gate, ("exp", "sigmoid"))
-        check_cell("large", self.normalize, self.input_gate, self.chunk_size)
 
     def widths(self, dim: int) -> tuple[int, int, int]:
         """H * K, H * V and the feed-forward width in a model of width `dim`."""
@@ -83,19 +73,9 @@ class LargeMLSTMLayer(nn.Module):
             for name, width in (("q", qk_dim), ("k", qk_dim), ("v", v_dim))
         )
         o = Dense(v_dim, zeros, cfg.use_bias, name="output_gate")(x)
-        h, state = ops.mlstm(
-            *(y.reshape(*y.shape[:2], cfg.num_heads, -1) for y in (q, k, v)),
-            self._gate("input_gate", constant(cfg.input_bias), x),
-            self._gate("forget_gate", linspace(*cfg.forget_bias), x),
-            state,
-            reset=reset,
-            mask=mask,
-            input_gate=cfg.input_gate,
-            normalize=cfg.normalize,
-            eps=cfg.eps,
-            chunk_size=cfg.chunk_size,
-            implementation=cfg.implementation,
-        )
+        i = self._gate("input_gate", constant(cfg.input_bias), x)
+        f = self._gate("forget_gate", linspace(*cfg.forget_bias), x)
+        h, state = cfg.run(q, k, v, i, f, state, reset=reset, mask=mask)
         norm = MultiHeadNorm(
             cfg.norm_eps, as_offset=False, use_bias=cfg.use_bias, name="multihead_norm"
         )
@@ -110,5 +90,4 @@ class LargeMLSTMLayer(nn.Module):
     def init_state(self, batch_size: int, dim: int) -> MLSTMState:
         """The empty memory."""
         qk_dim, v_dim, _ = self.cfg.widths(dim)
-        H = self.cfg.num_heads
-        return mlstm_init(batch_size, H, qk_dim // H, v_dim // H)
+        return self.cfg.empty(batch_size, qk_dim, v_dim)

@@ -6,6 +6,7 @@ All compute in the dtype of their input; parameters are float32 and cast at use.
 import flax.linen as nn
 import jax.numpy as jnp
 
+from xlstm_jax import ops
 from xlstm_jax.modules.initializers import Initializer, zeros
 from xlstm_jax.typing import Array, Float
 
@@ -27,7 +28,7 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*batch F_in"]) -> Float[Array, "*batch F_out"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         dtype = jnp.promote_types(x.dtype, jnp.float32) if self.wide else x.dtype
-        y = jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+        y = ops.dense(x, kernel, dtype=dtype)
         if self.use_bias:
             y = y + jnp.broadcast_to(self.param("bias", self.bias_init, y.shape[-1:]), y.shape)
         return y.astype(dtype)
@@ -50,13 +51,7 @@ class HeadwiseDense(nn.Module):
         P, F_in, F_out = self.num_groups, x.shape[-1], self.features
         kernel = self.param("kernel", self.kernel_init, (P, F_in // P, F_out // P))
         dtype = jnp.promote_types(x.dtype, jnp.float32) if self.wide else x.dtype
-        y = jnp.einsum(
-            "...PI,PIO->...PO",
-            x.reshape(*x.shape[:-1], P, F_in // P),
-            kernel.astype(x.dtype),
-            preferred_element_type=dtype,
-        )
-        y = y.reshape(*x.shape[:-1], F_out)
+        y = ops.grouped_dense(x, kernel, dtype=dtype)
         if self.use_bias:
             y = y + jnp.broadcast_to(self.param("bias", zeros, (F_out,)), y.shape)
         return y.astype(dtype)

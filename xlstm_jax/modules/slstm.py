@@ -19,6 +19,7 @@ from xlstm_jax.modules.feedforward import ACTIVATIONS, first_generation_width
 from xlstm_jax.modules.initializers import Initializer, linspace, small, uniform, zeros
 from xlstm_jax.modules.linear import HeadwiseDense
 from xlstm_jax.modules.norm import MultiHeadNorm
+from xlstm_jax.ops.registry import TABLES
 from xlstm_jax.typing import Array, Bool, Float, Int, PRNGKeyArray
 
 RecurrentInit = Literal["zeros", "standard"]
@@ -47,6 +48,7 @@ class SLSTMConfig:
         check_choice("slstm.forget_gate", self.forget_gate, ("sigmoid", "exp"))
         check_choice("slstm.recurrent_init", self.recurrent_init, get_args(RecurrentInit))
         check_choice("slstm.bias_init", self.bias_init, get_args(BiasInit))
+        check_choice("slstm.implementation", self.implementation, ("auto", *TABLES["slstm"]))
         check_choice("slstm.ffn_activation", self.ffn_activation, ACTIVATIONS)
         check_rate("slstm.ffn_dropout", self.ffn_dropout)
 

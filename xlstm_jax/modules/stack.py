@@ -27,6 +27,11 @@ REMAT_POLICIES = {
 """What a rematerialised group keeps for the backward pass, besides its input."""
 
 
+UNROLLED_BLOCKS = 6
+"""A model of at most so many blocks is compiled block by block: a scan stores and slices what its
+blocks exchange, a tenth to a quarter of a small model's step on a CPU."""
+
+
 class Group(nn.Module):
     """The blocks of one unit, one after the other."""
 
@@ -43,6 +48,11 @@ class Group(nn.Module):
         reset: Bool[Array, "B T"] | None,
         mask: Bool[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
+        if reset is not None or mask is not None:
+            # Tied to x, or JAX would compute all that follows from resets and masks alone, one
+            # L x L table after the other, before the scan over groups, and keep it.
+            flags = (reset, mask, jax.lax.stop_gradient(x))
+            reset, mask, _ = jax.lax.optimization_barrier(flags)
         new_states = []
         for j, letter in enumerate(self.unit):
             block = BLOCKS[letter](self.cfg, self.deterministic, name=f"block_{j}")
@@ -80,6 +90,7 @@ class Stack(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, 0, nn.broadcast, nn.broadcast),
                 length=run.repeats,
+                unroll=run.repeats if cfg.num_blocks <= UNROLLED_BLOCKS else 1,
             )
             stop = start + run.num_blocks
             first_blocks = jnp.arange(start, stop, len(run.unit), dtype=jnp.int32)

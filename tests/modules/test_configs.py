@@ -1,0 +1,97 @@
+"""What a model config refuses, and that it survives JSON."""
+
+import dataclasses
+
+import jaxtyping
+import pytest
+
+from tests.modules import models
+from xlstm_jax.config import ConfigError, from_dict, to_dict
+from xlstm_jax.modules import BLOCKS, LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig, presets
+from xlstm_jax.modules.config import SIZED_BY
+
+
+@pytest.fixture
+def unchecked_types():
+    """As outside of tests: there, only the config itself looks at its values."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (dict(pattern=""), "pattern must name at least one block, got ''; try"),
+        (dict(pattern="mxs"), "pattern='mxs': letter='x' is not known; use one of: m, s, M"),
+        (dict(dim=0), "dim must be at least 1, got 0;"),
+        (dict(vocab_size=0), "vocab_size must be at least 1, got 0;"),
+        (dict(dtype="float16"), "dtype='float16' is not known; use one of: float32, bfloat16"),
+        (dict(remat="some"), "remat='some' is not known; use one of: none, full, dots, names"),
+        (dict(final_norm="batch"), "final_norm='batch' is not known; use one of: layer, rms, none"),
+        (dict(dropout=1.0), "dropout must be at least 0 and below 1, got 1.0; 0 drops nothing"),
+        (
+            dict(mlstm=MLSTMConfig(num_heads=5, inner_dim=24)),
+            "mlstm.num_heads must divide the inner width=24, got 5; use for example 3, 4, 6,",
+        ),
+        (
+            dict(mlstm=MLSTMConfig(num_heads=2, inner_dim=24, qkv_block_size=5)),
+            "mlstm.qkv_block_size must divide the inner width=24, got 5;",
+        ),
+        (dict(slstm=SLSTMConfig(num_heads=3)), "slstm.num_heads must divide dim=16, got 3;"),
+        (dict(slstm=SLSTMConfig(num_heads=0)), "slstm.num_heads must divide dim=16, got 0;"),
+        (dict(slstm=SLSTMConfig(ffn_dim=-1)), "slstm.ffn_dim must be at least 0, got -1;"),
+        (dict(large=LargeConfig(num_heads=3)), "large.num_heads must divide qk_dim=8, got 3;"),
+        (
+            dict(large=LargeConfig(num_heads=8, v_dim=12)),
+            "large.num_heads must divide v_dim=12, got 8;",
+        ),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused_in_a_sentence(changes, sentence):
+    with pytest.raises(ConfigError) as error:
+        models.config(**changes)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (lambda: MLSTMConfig(conv_width=-1), "mlstm.conv_width must be at least 0, got -1;"),
+        (lambda: MLSTMConfig(chunk_size=0), "mlstm.chunk_size must be at least 1, got 0;"),
+        (lambda: MLSTMConfig(input_gate="relu"), "mlstm.input_gate='relu' is not known;"),
+        (
+            lambda: MLSTMConfig(implementation="fast"),
+            "mlstm.implementation='fast' is not known; use one of: auto, ",
+        ),
+        (lambda: SLSTMConfig(implementation="fast"), "slstm.implementation='fast' is not known;"),
+        (lambda: MLSTMConfig(normalize=False), "use one of: sigmoid"),
+        (lambda: LargeConfig(normalize=False), "use one of: sigmoid"),
+        (lambda: SLSTMConfig(forget_gate="relu"), "slstm.forget_gate='relu' is not known;"),
+        (lambda: SLSTMConfig(bias_init="ones"), "slstm.bias_init='ones' is not known;"),
+        (lambda: SLSTMConfig(ffn_activation="tanh"), "slstm.ffn_activation='tanh' is not known;"),
+        (lambda: SLSTMConfig(ffn_dropout=-0.1), "slstm.ffn_dropout must be at least 0"),
+    ],
+)
+def test_a_layer_config_refuses_what_its_op_would(make, sentence):
+    with pytest.raises(ConfigError) as error:
+        make()
+    assert sentence in str(error.value)
+
+
+def test_sizes_of_blocks_that_are_not_used_are_not_judged():
+    models.config(pattern="M", mlstm=MLSTMConfig(num_heads=7))
+
+
+@pytest.mark.parametrize("name", ["xlstm_7b", "xlstm_125m_7:1"])
+def test_a_config_survives_json(name):
+    cfg = presets.get(name)
+    assert from_dict(LMConfig, to_dict(cfg)) == cfg
+
+
+def test_every_letter_has_a_block_and_the_sizes_of_one():
+    assert set(BLOCKS) == set(SIZED_BY)
+    fields = {field.name for field in dataclasses.fields(LMConfig)}
+    assert set(SIZED_BY.values()) <= fields

@@ -1,0 +1,83 @@
+"""Patterns of blocks, and their cut into runs."""
+
+import random
+
+import pytest
+
+from xlstm_jax.config import ConfigError
+from xlstm_jax.modules import at, ratio_pattern
+from xlstm_jax.modules.patterns import Run, cut
+
+
+def test_a_ratio_repeats_mlstm_then_slstm():
+    assert ratio_pattern("7:1", 16) == "mmmmmmmsmmmmmmms"
+    assert ratio_pattern("1:1", 2) == "ms"
+    assert ratio_pattern("1:0", 3) == "mmm"
+    assert ratio_pattern("0:1", 2) == "ss"
+
+
+@pytest.mark.parametrize("ratio", ["7", "7-1", "0:0", "-1:1", ""])
+def test_a_ratio_that_is_none_is_refused(ratio):
+    with pytest.raises(ConfigError, match="must be two counts"):
+        ratio_pattern(ratio, 8)
+
+
+@pytest.mark.parametrize("num_blocks", [0, 12])
+def test_blocks_that_a_ratio_does_not_divide_are_refused(num_blocks):
+    with pytest.raises(ConfigError, match=f"multiple of 8 .*got {num_blocks}; .*at()"):
+        ratio_pattern("7:1", num_blocks)
+
+
+def test_positions_name_the_slstm_blocks():
+    assert at(6, slstm=[3, 5]) == "mmmsms"
+    assert at(3, slstm=()) == "mmm"
+
+
+@pytest.mark.parametrize("position", [-1, 6])
+def test_a_position_outside_the_model_is_refused(position):
+    with pytest.raises(ConfigError, match=f"positions from 0 to 5, got {position}"):
+        at(6, slstm=[2, position])
+
+
+@pytest.mark.parametrize(
+    "pattern, runs",
+    [
+        ("M" * 32, [("M", 32)]),
+        ("mmmmmmms" * 8, [("mmmmmmms", 8)]),
+        ("ms", [("ms", 1)]),
+        ("mms", [("m", 2), ("s", 1)]),
+        ("msM", [("msM", 1)]),
+        ("mmmmms", [("m", 5), ("s", 1)]),
+        (
+            at(48, slstm=(3, 5, 7, 40, 42, 44)),
+            [("m", 2), ("ms", 3), ("m", 32), ("sm", 3), ("m", 2)],
+        ),
+        (at(24, slstm=(3, 20)), [("m", 3), ("s", 1), ("m", 16), ("s", 1), ("m", 3)]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_pattern_is_cut_into_long_runs(pattern, runs):
+    assert cut(pattern) == tuple(Run(*run) for run in runs)
+
+
+def _fewest_letters(pattern: str) -> int:
+    """By trying every first run, then every cut of the rest."""
+    if not pattern:
+        return 0
+    counts = []
+    for size in range(1, len(pattern) + 1):
+        rest = pattern[size:]
+        counts.append(size + _fewest_letters(rest))
+        while rest.startswith(pattern[:size]):
+            rest = rest[size:]
+            counts.append(size + _fewest_letters(rest))
+    return min(counts)
+
+
+def test_a_cut_spells_the_pattern_with_as_few_letters_as_any():
+    rng = random.Random(0)
+    for _ in range(60):
+        pattern = "".join(rng.choices("msM", (3, 2, 1), k=rng.randint(1, 9)))
+        runs = cut(pattern)
+        assert "".join(run.unit * run.repeats for run in runs) == pattern
+        assert sum(len(run.unit) for run in runs) == _fewest_letters(pattern)

@@ -1,0 +1,84 @@
+"""Named sizes have exactly the published numbers of parameters."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from xlstm_jax import flops
+from xlstm_jax.config import ConfigError
+from xlstm_jax.modules import LM, LMConfig, presets
+
+# arXiv:2503.13427; arXiv:2405.04517, table of sizes; arXiv:2510.02228, logged runs.
+PUBLISHED = {
+    "xlstm_7b": 6_865_424_896,
+    "xlstm_125m_1:0": 163_806_144,
+    "xlstm_350m_1:0": 409_290_112,
+    "xlstm_760m_1:0": 840_427_392,
+    "xlstm_1.3b_1:0": 1_422_559_616,
+    "xlstm_2.7b_1:0": 2_788_396_032,
+    "xlstm_125m_7:1": 163_690_928,
+    "xlstm_350m_7:1": 408_436_048,
+    "xlstm_760m_7:1": 839_736_144,
+    "xlstm_1.3b_7:1": 1_420_065_104,
+    "xlstm_2.7b_7:1": 2_781_617_088,
+    "scaling_160m": 164_110_224,
+    "scaling_400m": 406_856_896,
+    "scaling_830m": 841_496_256,
+    "scaling_1.4b": 1_420_839_104,
+    "scaling_2.7b": 2_780_449_600,
+    "scaling_7b": 6_865_424_896,
+    "scaling_d512_l10_h4": 83_680_848,
+    "scaling_d640_l13_h5": 128_928_130,
+    "scaling_d896_l27_h7": 353_766_266,
+    "scaling_d1024_l18_h4": 330_898_576,
+    "scaling_d1152_l24_h9": 503_996_976,
+    "scaling_d1280_l30_h5": 724_018_220,
+    "scaling_d1408_l27_h11": 787_359_826,
+    "scaling_d1536_l24_h6": 841_643_808,
+    "scaling_d1792_l30_h7": 1_340_701_348,
+    "scaling_d2048_l36_h8": 2_028_825_152,
+    "scaling_d2304_l33_h9": 2_350_131_282,
+    "scaling_d2560_l29_h10": 2_544_671_300,
+    "scaling_d2816_l34_h11": 3_533_345_772,
+    "scaling_d3072_l36_h12": 4_410_154_848,
+    "scaling_d3328_l32_h13": 4_597_755_968,
+    "scaling_d3584_l36_h14": 5_930_162_672,
+    "scaling_d4096_l30_h16": 6_464_058_304,
+}
+
+
+def _count(cfg: LMConfig) -> int:
+    shapes = jax.eval_shape(LM(cfg).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_formula_gives_the_published_count(name):
+    assert flops.count_params(presets.get(name)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    "name", ["xlstm_7b", "xlstm_125m_1:0", "xlstm_125m_7:1", "xlstm_2.7b_7:1", "scaling_160m"]
+)
+def test_the_model_has_the_published_count(name):
+    assert _count(presets.get(name)) == PUBLISHED[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", presets.names())
+def test_the_model_of_every_preset_has_the_count_of_the_formula(name):
+    cfg = presets.get(name)
+    assert _count(cfg) == flops.count_params(cfg)
+
+
+def test_no_two_presets_of_one_shape_differ():
+    assert presets.get("scaling_160m") == presets.get("scaling_d768_l12_h6")
+    assert presets.get("scaling_7b") == presets.get("xlstm_7b")
+    assert len(presets.names()) == len(set(presets.names())) == 81
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ConfigError, match="preset 'xlstm_8b' is not known; presets.names"):
+        presets.get("xlstm_8b")

@@ -1,0 +1,108 @@
+"""The cost of a config: parameters as the model has them, FLOPs as published."""
+
+import dataclasses
+import math
+import random
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from xlstm_jax import flops
+from xlstm_jax.config import ConfigError
+from xlstm_jax.modules import LM, LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig, presets
+
+
+def _random_config(rng: random.Random) -> LMConfig:
+    heads = rng.choice([1, 2, 4])
+    dim = heads * rng.choice([4, 8, 12])
+    return LMConfig(
+        vocab_size=rng.randint(3, 40),
+        dim=dim,
+        pattern="".join(rng.choices("msM", k=rng.randint(1, 2))),
+        mlstm=MLSTMConfig(
+            num_heads=heads,
+            inner_dim=rng.choice([None, heads * 8]),
+            qkv_block_size=rng.choice([1, 2, 4]),
+            conv_width=rng.randint(0, 4),
+            use_bias=rng.random() < 0.5,
+        ),
+        slstm=SLSTMConfig(
+            num_heads=heads,
+            conv_width=rng.randint(0, 4),
+            group_norm_weight=rng.random() < 0.5,
+            ffn_dim=rng.choice([None, 0, 7]),
+            ffn_bias=rng.random() < 0.5,
+        ),
+        large=LargeConfig(
+            num_heads=heads,
+            qk_dim=rng.choice([None, heads * 3]),
+            v_dim=rng.choice([None, heads * 5]),
+            ffn_dim=rng.choice([None, 9]),
+            use_bias=rng.random() < 0.5,
+        ),
+        final_norm=rng.choice(["layer", "rms", "none"]),
+        final_norm_bias=rng.random() < 0.5,
+        tie_embeddings=rng.random() < 0.5,
+    )
+
+
+def test_the_formula_counts_the_parameters_of_any_model():
+    rng = random.Random(1)
+    for _ in range(9):
+        cfg = _random_config(rng)
+        shapes = jax.eval_shape(LM(cfg).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+        counted = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+        assert flops.count_params(cfg) == counted, cfg
+
+
+def test_the_cell_costs_what_is_published():
+    assert flops.first_cell_flops(64, 128, 256) == 11_736_389
+    assert flops.tfla_cell_flops(64, 128, 256) == 11_719_877
+    assert flops.tfla_cell_flops(128, 128, 256) == 26_560_581
+
+
+@pytest.mark.parametrize("seq_len", [2048, 8192, 16384])
+def test_a_token_of_a_large_model_costs_what_is_published_at_any_length(seq_len):
+    cfg = presets.scaling(2048, 24, 8)
+    per_token = flops.forward_flops(cfg, seq_len) / seq_len
+    assert per_token == pytest.approx(2.67164258e9, rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    "count, published", [("first", 2.809832926150656e18), ("tfla", 2.809679137800192e18)]
+)
+def test_a_training_run_costs_what_is_published(count, published):
+    cfg = presets.get("scaling_160m")
+    assert 128 * 3500 * flops.train_flops(cfg, 8192, count=count) == pytest.approx(published, 1e-12)
+
+
+def test_a_token_costs_six_flops_per_parameter_and_a_third_more_for_the_cells():
+    """6 N, without the embedding, is what the products with parameters cost."""
+    for name in ("xlstm_1.3b_1:0", "xlstm_1.3b_7:1", "xlstm_7b"):
+        cfg = presets.get(name)
+        used = flops.count_params(cfg) - cfg.vocab_size * cfg.dim
+        ratio = flops.train_flops(cfg, 2048) / (6 * used * 2048)
+        assert 1.0 < ratio < 1.35, (name, ratio)
+
+
+def test_every_kind_of_block_adds_its_own_cost():
+    cfg = dataclasses.replace(presets.get("xlstm_125m_1:0"), pattern="m")
+    costs = [
+        flops.forward_flops(dataclasses.replace(cfg, pattern=pattern), 100)
+        for pattern in ("m", "s", "ms")
+    ]
+    head = 100 * 2 * cfg.vocab_size * cfg.dim
+    assert costs[2] == pytest.approx(costs[0] + costs[1] - head)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (dict(seq_len=0), "seq_len must be at least 1, got 0"),
+        (dict(seq_len=8, count="all"), "count='all' is not known; use one of: first, tfla"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(arguments, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        flops.train_flops(presets.get("scaling_160m"), **arguments)
