@@ -60,13 +60,15 @@ def causal_conv(
     # move everything back. The order of a stable sort of "is masked" does that.
     x = jnp.where(mask[..., None], x, 0)
     order = jnp.argsort(~mask, axis=1, stable=True)
-    packed = _take(x, order)
+    packed = _reorder(x, order, mask)
     reset = None if reset is None else _take(reset & mask, order)
     y, _ = _convolve(packed, kernel, bias, state, reset)
-    y = jnp.where(mask[..., None], _take(y, jnp.argsort(order, axis=1)), 0)
+    y = jnp.where(mask[..., None], _reorder(y, jnp.argsort(order, axis=1), mask), 0)
     return y, _last_inputs(packed, state, reset, jnp.sum(mask, axis=1))
 
 
+# The taps cost more to keep than to make again.
+@jax.checkpoint
 def _convolve(x, kernel, bias, state, reset):
     W, T = kernel.shape[0], x.shape[1]
     dtype = jnp.result_type(x, kernel)
@@ -106,6 +108,11 @@ def _last_inputs(packed, state, reset, count):
     segment = _segments(reset, W1 + 1)
     # Masked positions hold no reset, so the running count at the end is that of the last document.
     return jnp.where((_take(segment, index) == segment[:, -1:])[..., None], last, 0)
+
+
+def _reorder(x: jax.Array, order: jax.Array, mask: jax.Array) -> jax.Array:
+    """`_take`, spared where nothing is masked: then the order is that of the row already."""
+    return jax.lax.cond(jnp.all(mask), lambda x: x, lambda x: _take(x, order), x)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.ops.checks import check_shapes
+from xlstm_jax.ops.dense import dense
 from xlstm_jax.ops.norm import soft_cap as apply_soft_cap
 from xlstm_jax.typing import Array, Float, Int
 
@@ -84,7 +85,7 @@ def cross_entropy(
 
 def _chunk_sums(kernel, x, targets, weights, *, soft_cap, z_loss) -> CrossEntropy:
     dtype = state_dtype(x, kernel)
-    logits = jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+    logits = dense(x, kernel, dtype=dtype)
     logits = apply_soft_cap(logits, soft_cap)
     log_norm = jax.nn.logsumexp(logits, axis=-1)
     # A product with a one-hot row, not a gather: its gradient is a product too, not a scatter.

@@ -54,6 +54,26 @@ class Decays(NamedTuple):
     end_max: Float[Array, "N B H"]  # stabiliser of `to_end`: with the empty memory of a reset
 
 
+GRID = 2.0**10
+"""Steps per unit of the coarse part of a running sum: exact in float32 up to 2^14 in magnitude."""
+
+
+class Running(NamedTuple):
+    """A running sum in two parts, so that the difference of two large ones keeps its digits.
+
+    The coarse parts are multiples of 1 / GRID: their sums and differences have no rounding error.
+    The fine parts stay below L / GRID. Measured on 512 steps with gates of scale 8 in float32: the
+    error of h falls from 1.6e-3 of its maximum to 6e-5, that of the step recurrence.
+    """
+
+    coarse: Float[Array, "..."]
+    fine: Float[Array, "..."]
+
+    @property
+    def total(self) -> Float[Array, "..."]:
+        return self.coarse + self.fine
+
+
 class ChunkGates(NamedTuple):
     """Gates of all chunks, heads before positions."""
 
@@ -67,10 +87,11 @@ class ChunkGates(NamedTuple):
         return None if self.reset is None else jnp.cumsum(self.reset, axis=-1)
 
     @property
-    def running(self) -> Float[Array, "N B H L"]:
+    def running(self) -> "Running":
         """Sum of log f from the chunk's start to each position; a reset adds nothing."""
         log_f = self.log_f if self.reset is None else jnp.where(self.reset, 0, self.log_f)
-        return jnp.cumsum(log_f, axis=-1)
+        coarse = jnp.round(log_f * GRID) / GRID
+        return Running(jnp.cumsum(coarse, axis=-1), jnp.cumsum(log_f - coarse, axis=-1))
 
     @property
     def log_i_or_start(self) -> Float[Array, "N B H L"]:
@@ -84,30 +105,34 @@ class ChunkGates(NamedTuple):
 
 
 def source_decay(
-    running: Float[Array, "N B H L"],
+    running: Running,
     log_i: Float[Array, "N B H L"],
     segment: Int[Array, "N B 1 L"] | None,
 ) -> Float[Array, "N B H L L"]:
     """log weight of source s (last axis) in row t; NEG where s > t or a reset lies between."""
-    L = running.shape[-1]
+    L = log_i.shape[-1]
     seen = jnp.tril(jnp.ones((L, L), bool))[None, None, None]
     if segment is not None:
         seen = seen & (segment[..., :, None] == segment[..., None, :])
-    return jnp.where(seen, running[..., :, None] + (log_i - running)[..., None, :], NEG)
+    coarse = running.coarse[..., :, None] - running.coarse[..., None, :]
+    fine = running.fine[..., :, None] + (log_i - running.fine)[..., None, :]
+    return jnp.where(seen, coarse + fine, NEG)
 
 
 def chunk_decays(gates: ChunkGates) -> Decays:
     """The decays between a chunk's borders and its positions."""
     running, segment = gates.running, gates.segment
-    total = running[..., -1:]
-    to_end = total - running + gates.log_i
-    end_max = total - running + gates.log_i_or_start
+    coarse = running.coarse[..., -1:] - running.coarse
+    fine = running.fine[..., -1:] - running.fine
+    to_end = coarse + (fine + gates.log_i)
+    end_max = coarse + (fine + gates.log_i_or_start)
+    to_row, across = running.total, running.total[..., -1]
     if segment is None:
-        return Decays(running, to_end, total[..., 0], jnp.max(end_max, axis=-1))
+        return Decays(to_row, to_end, across, jnp.max(end_max, axis=-1))
     alive = segment == segment[..., -1:]
     return Decays(
-        jnp.where(segment == 0, running, NEG),
+        jnp.where(segment == 0, to_row, NEG),
         jnp.where(alive, to_end, NEG),
-        jnp.where(segment[..., -1] == 0, total[..., 0], NEG),
+        jnp.where(segment[..., -1] == 0, across, NEG),
         jnp.max(jnp.where(alive, end_max, NEG), axis=-1),
     )
