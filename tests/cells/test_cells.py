@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 
 from tests.cells import naive
-from tests.ops.runs import QUICK
+from tests.quick import jit
 from xlstm_jax import cells
 
 B, T, H, K, V = 2, 11, 2, 4, 3
-
-jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 class Cell(NamedTuple):

@@ -10,13 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests import quick
 from tests.ops import tolerances
 from tests.ops.subjects import LENGTHS, Case, L, Subject, pad, pad_time
 from tests.ops.tolerances import Row
 from xlstm_jax import cells, ops
-
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""Compiler options: less optimisation, a quarter of the time to compile."""
 
 OPS = {"mlstm": ops.mlstm, "slstm": ops.slstm, "lstm": ops.lstm}
 TRUTH = {"mlstm": cells.mlstm_scan, "slstm": cells.slstm_scan, "lstm": cells.lstm_scan}
@@ -141,7 +139,7 @@ def no_cotangents(variant: str, case: Case) -> Cotangents:
 def _compiled(subject: Subject, options: tuple[tuple[str, Any], ...]):
     make = truth_program if subject.implementation == "truth" else program
     call = make(subject, **dict(options))
-    return jax.jit(functools.partial(_evaluate, call), compiler_options=QUICK)
+    return quick.jit(functools.partial(_evaluate, call))
 
 
 def _evaluate(call, case: Case, cotangents: Cotangents):

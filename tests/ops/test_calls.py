@@ -8,6 +8,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from tests import quick
 from tests.ops import runs, tolerances
 from tests.ops.subjects import (
     OPTIONS,
@@ -73,7 +74,7 @@ def _as_bfloat16(x: np.ndarray) -> np.ndarray:
 @subjects(quick=PRIMARY)
 def test_no_state_is_the_empty_memory(subject):
     case = empty(make_case(subject.variant, 9))
-    call = jax.jit(runs.program(subject), compiler_options=runs.QUICK)
+    call = quick.jit(runs.program(subject))
     args = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), case)
     given = call(args.inputs, args.weights, args.state)
     left_out = call(args.inputs, args.weights, None)
@@ -113,8 +114,8 @@ def test_vmap_over_a_leading_axis_equals_a_loop(subject):
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(leaves(case) for case in cases))
     step = jax.value_and_grad(loss, argnums=(0, 1, 2))
     axes = (None, 0, 0, 0, 0)
-    mapped = jax.jit(jax.vmap(step, axes), compiler_options=runs.QUICK)(weights, *stacked)
-    step = jax.jit(step, compiler_options=runs.QUICK)
+    mapped = quick.jit(jax.vmap(step, axes))(weights, *stacked)
+    step = quick.jit(step)
     for index, case in enumerate(cases):
         alone = jax.tree.leaves(step(weights, *leaves(case)))
         together = [leaf[index] for leaf in jax.tree.leaves(mapped)]

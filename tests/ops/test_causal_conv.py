@@ -1,0 +1,253 @@
+"""The causal convolution: its formula, its state, resets and masks, in values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from tests import golden_files, quick
+from xlstm_jax import ops
+
+B, T, F = 2, 11, 3
+WINDOWS = [1, 2, 4]
+windows = pytest.mark.parametrize("W", WINDOWS, ids="W{}".format)
+mixings = pytest.mark.parametrize("mixing", [False, True], ids=["depthwise", "mixing"])
+
+
+def make(W: int, mixing: bool, seed: int = 0) -> dict[str, np.ndarray]:
+    """Arguments of a call, in float64."""
+    rng = np.random.default_rng([seed, W])
+    out = F + 2 if mixing else F
+    return {
+        "x": rng.standard_normal((B, T, F)),
+        "kernel": rng.standard_normal((W, F, out) if mixing else (W, F)),
+        "bias": rng.standard_normal(out),
+        "state": rng.standard_normal((B, W - 1, F)),
+    }
+
+
+def one_row(x, kernel, bias, state, reset, mask):
+    """One sequence, step by step: the last W inputs, and what they make."""
+    W = kernel.shape[0]
+    window = [*state]
+    y = []
+    for now, forget, valid in zip(x, reset, mask, strict=True):
+        if not valid:
+            y.append(np.zeros_like(bias))
+            continue
+        if forget:
+            window = [np.zeros_like(now)] * (W - 1)
+        window = [*window, now]
+        taps = zip(window, kernel, strict=True)
+        y.append(bias + sum(w * k if k.ndim == 1 else w @ k for w, k in taps))
+        window = window[1:]
+    return np.stack(y), np.stack(window) if W > 1 else state
+
+
+def by_steps(args, reset, mask):
+    """Every row by `one_row`."""
+    rows = [
+        one_row(args["x"][b], args["kernel"], args["bias"], args["state"][b], reset[b], mask[b])
+        for b in range(B)
+    ]
+    return tuple(np.stack(leaf) for leaf in zip(*rows, strict=True))
+
+
+def inner(a, b):
+    """Sum of products of all leaves."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return sum(float(np.sum(np.asarray(x) * np.asarray(y))) for x, y in pairs)
+
+
+def pullback(call):
+    """A compiled (arguments, cotangents) -> (outputs, gradients)."""
+
+    def evaluate(args, cotangents):
+        outputs, pull = jax.vjp(call, args)
+        return outputs, pull(cotangents)[0]
+
+    return quick.jit(evaluate)
+
+
+def flags(rng, *, mask_rate=0.3):
+    """Random resets and masks, the same for every call with one generator."""
+    return rng.random((B, T)) < 0.3, rng.random((B, T)) >= mask_rate
+
+
+def call_with(reset, mask):
+    keywords = {}
+    if reset is not None:
+        keywords["reset"] = jnp.asarray(reset)
+    if mask is not None:
+        keywords["mask"] = jnp.asarray(mask)
+    return lambda args: ops.causal_conv(**args, **keywords)
+
+
+@pytest.mark.parametrize("kind", ["plain", "resets", "masks", "both"])
+@mixings
+@windows
+def test_values_states_and_gradients_equal_the_formula(W, mixing, kind, rng, x64):
+    args = make(W, mixing)
+    reset, mask = flags(rng)
+    given = (
+        reset if kind in ("resets", "both") else None,
+        mask if kind in ("masks", "both") else None,
+    )
+    reset = reset if given[0] is not None else np.zeros((B, T), bool)
+    mask = mask if given[1] is not None else np.ones((B, T), bool)
+    expected = by_steps(args, reset, mask)
+    cotangents = jax.tree.map(lambda x: rng.standard_normal(x.shape), expected)
+    direction = jax.tree.map(lambda x: rng.standard_normal(x.shape), args)
+    actual, gradients = pullback(call_with(*given))(*jax.tree.map(jnp.asarray, (args, cotangents)))
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+    # The formula is linear in inputs and in weights, so a central difference is exact.
+    ahead, behind = (
+        by_steps(jax.tree.map(lambda a, d, s=s: a + s * d, args, direction), reset, mask)
+        for s in (0.5, -0.5)
+    )
+    slope = inner(cotangents, ahead) - inner(cotangents, behind)
+    np.testing.assert_allclose(inner(gradients, direction), slope, rtol=1e-11)
+
+
+@pytest.mark.parametrize("W,mixing", [(1, False), (4, False), (4, True)])
+def test_a_sequence_can_be_cut_anywhere(W, mixing):
+    args = jax.tree.map(jnp.float32, make(W, mixing))
+    call = quick.jit(ops.causal_conv)
+    y, last = call(**args)
+    for cut in (1, 5, T - 1):
+        first, state = call(**{**args, "x": args["x"][:, :cut]})
+        second, state = call(**{**args, "x": args["x"][:, cut:], "state": state})
+        joined = np.concatenate([first, second], axis=1)
+        np.testing.assert_allclose(joined, y, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(state, last)
+
+
+def test_a_packed_row_equals_its_documents_apart():
+    args = jax.tree.map(jnp.float32, make(4, False))
+    borders = [0, 4, 5, T]
+    reset = np.zeros((B, T), bool)
+    reset[:, borders[:-1]] = True
+    y, last = quick.jit(call_with(reset, None))(args)
+    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+        call = quick.jit(ops.causal_conv)
+        apart, state = call(args["x"][:, start:stop], args["kernel"], args["bias"])
+        np.testing.assert_allclose(y[:, start:stop], apart, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(last, state)
+
+
+@pytest.mark.parametrize("W,mixing", [(1, False), (4, False), (4, True)])
+def test_a_masked_row_equals_the_row_without_these_positions(W, mixing, rng):
+    args = jax.tree.map(jnp.float32, make(W, mixing))
+    reset = rng.random((B, T)) < 0.3
+    mask = np.ones((B, T), bool)
+    for row in mask:
+        row[rng.choice(T, 4, replace=False)] = False
+    keep = lambda x: np.asarray(x)[mask].reshape((B, T - 4) + x.shape[2:])  # noqa: E731
+    y, last = quick.jit(call_with(reset, mask))(args)
+    without = {**args, "x": jnp.asarray(keep(args["x"]))}
+    shorter, state = quick.jit(call_with(keep(reset), None))(without)
+    np.testing.assert_allclose(keep(y), shorter, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(last, state)
+    assert not np.asarray(y)[~mask].any()
+
+
+@windows
+def test_what_a_masked_step_holds_changes_no_bit(W, rng):
+    args = jax.tree.map(jnp.float32, make(W, False))
+    reset, mask = flags(rng)
+    garbage = {**args, "x": jnp.where(mask[..., None], args["x"], jnp.nan)}
+
+    @quick.jit
+    def evaluate(args, reset):
+        outputs, pull = jax.vjp(call_with(reset, mask), args)
+        return outputs, pull(jax.tree.map(jnp.ones_like, outputs))[0]
+
+    clean = evaluate(args, reset)
+    jax.tree.map(np.testing.assert_array_equal, evaluate(garbage, reset | ~mask), clean)
+    assert not np.asarray(clean[1]["x"])[~mask].any()
+
+
+@windows
+def test_a_row_of_masked_steps_leaves_the_state_as_it_is(W):
+    args = jax.tree.map(jnp.float32, make(W, False))
+    y, state = quick.jit(call_with(np.ones((B, T), bool), np.zeros((B, T), bool)))(args)
+    np.testing.assert_array_equal(state, args["state"])
+    assert not y.any()
+
+
+@windows
+def test_an_output_depends_on_its_window_alone(W):
+    args = jax.tree.map(jnp.float32, make(W, False))
+    outputs = lambda x: ops.causal_conv(**{**args, "x": x})[0].sum((0, 2))  # noqa: E731
+    slope = quick.jit(jax.jacrev(outputs))(args["x"])
+    reach = np.abs(np.asarray(slope)).sum((1, 3))  # output step, input step
+    t, s = np.arange(T)[:, None], np.arange(T)[None]
+    np.testing.assert_array_equal(reach > 0, (s <= t) & (s > t - W))
+
+
+def test_no_state_is_zeros_and_no_bias_is_none():
+    args = jax.tree.map(jnp.float32, make(4, False))
+    zeros = {**args, "state": jnp.zeros_like(args["state"]), "bias": jnp.zeros(F)}
+    call = quick.jit(ops.causal_conv)
+    given, left_out = call(**zeros), call(args["x"], args["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, given, left_out)
+
+
+@mixings
+def test_bfloat16_inputs_give_bfloat16_outputs(mixing):
+    args = jax.tree.map(jnp.bfloat16, make(4, mixing))
+    y, state = jax.eval_shape(lambda args: ops.causal_conv(**args), args)
+    assert (y.dtype, state.dtype) == (jnp.bfloat16, jnp.bfloat16)
+
+
+def test_it_equals_the_golden_file():
+    golden = golden_files.load("v1_components")
+    x = jnp.asarray(golden.arrays["input/x"])
+    conv = golden.under("conv/")
+    kernel, bias = jnp.asarray(conv["param/weight"][:, 0].T), jnp.asarray(conv["param/bias"])
+    call, half = quick.jit(ops.causal_conv), x.shape[1] // 2
+    y, _ = call(x, kernel, bias)
+    golden_files.assert_matches(np.asarray(y), conv["output"], 2e-5, "y")
+    _, state = call(x[:, :half], kernel, bias)
+    golden_files.assert_matches(np.asarray(state), conv["state_after_half"], 2e-5, "state")
+    second, _ = call(x[:, half:], kernel, bias, state)
+    golden_files.assert_matches(np.asarray(second), conv["output"][:, half:], 2e-5, "rest")
+
+
+def test_mixing_channels_equals_the_golden_file():
+    golden = golden_files.load("v1_components")
+    conv = golden.under("conv_mixing/")
+    kernel = jnp.asarray(conv["param/weight"].transpose(2, 1, 0))
+    x, bias = jnp.asarray(golden.arrays["input/x"]), jnp.asarray(conv["param/bias"])
+    y, _ = quick.jit(ops.causal_conv)(x, kernel, bias)
+    golden_files.assert_matches(np.asarray(y), conv["output"], 2e-5, "y")
+
+
+@pytest.mark.parametrize(
+    "name,shape",
+    [
+        ("x", (B, T)),
+        ("kernel", (4, F + 1)),
+        ("kernel", (F,)),
+        ("bias", (F + 1,)),
+        ("state", (B, 4, F)),
+        ("state", (B + 1, 3, F)),
+        ("reset", (B, T + 1)),
+        ("mask", (B + 1, T)),
+    ],
+)
+def test_a_wrong_shape_is_refused_by_name(name, shape):
+    args = {**make(4, False), "reset": np.zeros((B, T)), "mask": np.ones((B, T))}
+    args = {
+        k: jnp.asarray(a, bool if k in ("reset", "mask") else "float32") for k, a in args.items()
+    }
+    args[name] = jnp.zeros(shape, args[name].dtype)
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(ValueError, match=rf"`{name}` must .*shape") as error:
+            ops.causal_conv(**args)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    assert str(shape) in str(error.value) and "\n" not in str(error.value)

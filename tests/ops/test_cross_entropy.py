@@ -1,0 +1,170 @@
+"""The chunked cross entropy equals the naive one, and never holds all logits."""
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from tests import quick
+from xlstm_jax import ops
+
+B, T, D, VOCAB = 2, 7, 5, 11
+
+
+def make(rng, dtype="float64"):
+    """x, kernel, targets, weights; some weights are 0, the others not all alike."""
+    weights = np.where(rng.random((B, T)) < 0.3, 0.0, rng.random((B, T)) + 0.5)
+    return (
+        jnp.asarray(3 * rng.standard_normal((B, T, D)), dtype),
+        jnp.asarray(rng.standard_normal((D, VOCAB)), dtype),
+        jnp.asarray(rng.integers(0, VOCAB, (B, T))),
+        jnp.asarray(weights, "float32" if dtype == "bfloat16" else dtype),
+    )
+
+
+def naive(x, kernel, targets, weights, soft_cap=None, z_loss=0.0):
+    """All logits at once, straight from the definitions."""
+    logits = x @ kernel
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    log_norm = jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    correct = jnp.argmax(logits, axis=-1) == targets
+    return ops.CrossEntropy(
+        jnp.sum(weights * (log_norm - picked)),
+        jnp.sum(weights * z_loss * log_norm**2),
+        jnp.sum(weights),
+        jnp.sum(weights * correct),
+    )
+
+
+def values_and_gradients(call, args):
+    """All four sums, and the gradients of a mixture of the first two to x and kernel."""
+
+    def loss(x, kernel):
+        sums = call(x, kernel, *args[2:])
+        return sums.ce_sum + 0.7 * sums.z_sum, sums
+
+    step = quick.jit(jax.grad(loss, (0, 1), has_aux=True))
+    gradients, sums = step(*args[:2])
+    return sums, gradients
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3, 7, B * T, 100])
+@pytest.mark.parametrize(
+    "options", [{}, {"soft_cap": 4.0, "z_loss": 1e-2}], ids=["plain", "capped"]
+)
+def test_any_chunk_size_equals_all_logits_at_once(chunk_size, options, rng, x64):
+    args = make(rng)
+    expected = values_and_gradients(lambda *a: naive(*a, **options), args)
+    chunked = lambda *a: ops.cross_entropy(*a, chunk_size=chunk_size, **options)  # noqa: E731
+    actual = values_and_gradients(chunked, args)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_a_position_of_weight_zero_has_no_say(rng):
+    x, kernel, targets, weights = make(rng, "float32")
+    sums, (dx, _) = values_and_gradients(
+        lambda *a: ops.cross_entropy(*a, chunk_size=4), (x, kernel, targets, weights)
+    )
+    off = np.asarray(weights) == 0
+    assert off.any() and not np.asarray(dx)[off].any()
+    moved = jnp.where(off, (targets + 1) % VOCAB, targets)
+    again = ops.cross_entropy(x, kernel, moved, weights, chunk_size=4)
+    np.testing.assert_allclose(again, sums, rtol=1e-6)
+
+
+def test_sums_are_float32_for_bfloat16_and_close_to_the_truth(rng):
+    args = make(rng, "bfloat16")
+    sums = ops.cross_entropy(*args, z_loss=1e-2, chunk_size=4)
+    assert {leaf.dtype for leaf in sums} == {jnp.dtype("float32")}
+    exact = naive(*jax.tree.map(lambda a: a.astype(jnp.float32), args[:2]), *args[2:], z_loss=1e-2)
+    np.testing.assert_allclose(sums.ce_sum, exact.ce_sum, rtol=1e-2)
+
+
+def test_large_logits_neither_overflow_nor_lose_the_target(rng):
+    x, kernel, targets, weights = make(rng, "float32")
+    sums, gradients = values_and_gradients(
+        lambda *a: ops.cross_entropy(*a, chunk_size=4), (1e3 * x, kernel, targets, weights)
+    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((sums, gradients)))
+
+
+def largest_array(closed) -> int:
+    """Elements of the largest array that a program makes, in all its inner programs."""
+    largest, programs = 0, [closed.jaxpr]
+    while programs:
+        program = programs.pop()
+        for equation in program.eqns:
+            largest = max([largest, *(v.aval.size for v in equation.outvars)])
+            programs += jax.extend.core.jaxprs_in_params(equation.params)
+    return largest
+
+
+LARGE = dict(batch=4, steps=64, dim=8, vocab=256)
+
+
+def gradient_of(chunk_size):
+    """The gradient program of a call whose logits are its largest array by far."""
+    b, t, d, vocab = LARGE.values()
+    args = (
+        jax.ShapeDtypeStruct((b, t, d), jnp.float32),
+        jax.ShapeDtypeStruct((d, vocab), jnp.float32),
+        jax.ShapeDtypeStruct((b, t), jnp.int32),
+        jax.ShapeDtypeStruct((b, t), jnp.float32),
+    )
+
+    def loss(x, kernel, targets, weights):
+        return ops.cross_entropy(x, kernel, targets, weights, chunk_size=chunk_size).ce_sum
+
+    return jax.grad(loss, (0, 1)), args
+
+
+def test_no_array_of_all_logits_is_ever_made_forward_or_backward():
+    b, t, _, vocab = LARGE.values()
+    gradient, args = gradient_of(32)
+    assert largest_array(jax.make_jaxpr(gradient)(*args)) <= 32 * vocab
+    gradient, args = gradient_of(b * t)  # the measurement does see them where they are
+    assert largest_array(jax.make_jaxpr(gradient)(*args)) >= b * t * vocab
+
+
+def test_the_compiled_program_needs_the_memory_of_a_chunk():
+    def temporary(chunk_size):
+        gradient, args = gradient_of(chunk_size)
+        return jax.jit(gradient).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(16) < temporary(LARGE["batch"] * LARGE["steps"]) / 3
+
+
+@pytest.fixture
+def unchecked():
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(
+    "argument,shape",
+    [
+        (0, (B, T)),
+        (1, (D + 1, VOCAB)),
+        (2, (B, T + 1)),
+        (3, (B,)),
+    ],
+)
+def test_a_wrong_shape_is_refused_by_name(unchecked, argument, shape, rng):
+    args = list(make(rng, "float32"))
+    args[argument] = jnp.zeros(shape, args[argument].dtype)
+    name = ("x", "kernel", "targets", "weights")[argument]
+    with pytest.raises(ValueError, match=rf"`{name}` must .*shape") as error:
+        ops.cross_entropy(*args)
+    assert str(shape) in str(error.value)
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1])
+def test_a_chunk_size_below_one_is_refused_with_the_way_out(chunk_size, rng):
+    with pytest.raises(ValueError, match=rf"chunk_size.*at least 1.*{chunk_size}.*None"):
+        ops.cross_entropy(*make(rng, "float32"), chunk_size=chunk_size)
