@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from xlstm_jax.data import Batch, DataConfig
 from xlstm_jax.modules import LMConfig
@@ -28,12 +29,35 @@ class TinyLM(nn.Module):
         return (logits if head else x), state
 
 
-@pytest.fixture
-def tiny_lm(monkeypatch):
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation(compiled):
+    """Compiles in half the time, and each program once: nothing here is about speed."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(compiled),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def tiny_lm():
     """Runs train a `TinyLM`."""
-    for module in (loop, run, checkpoint):
-        monkeypatch.setattr(module, "LM", TinyLM)
-    return TinyLM
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (loop, run, checkpoint):
+            patch.setattr(module, "LM", TinyLM)
+        yield TinyLM
 
 
 @pytest.fixture
@@ -60,24 +84,27 @@ def batches(rng):
     return make
 
 
-@pytest.fixture
-def experiment(tmp_path):
-    """Makes configs of runs over a little text; keywords go to TrainConfig."""
-    rng = np.random.default_rng(1)
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A folder with a little text."""
+    rng, root = np.random.default_rng(1), tmp_path_factory.mktemp("text")
     for split, count in (("train", 3000), ("valid", 300), ("test", 300)):
-        folder = tmp_path / "text" / split
-        folder.mkdir(parents=True)
+        (root / split).mkdir()
         words = rng.choice(["state ", "gate ", "memory ", "scan\n"], count)
-        (folder / "a.txt").write_text("".join(words))
+        (root / split / "a.txt").write_text("".join(words))
+    return root
+
+
+@pytest.fixture(scope="session")
+def experiment(text):
+    """Makes configs of runs over that text; keywords go to TrainConfig."""
 
     def make(data=None, model=None, **train):
         defaults = dict(steps=12, lr=1e-2, log_every=3, eval_every=4, eval_batches=2)
         return ExperimentConfig(
             name="tiny",
             model=LMConfig(**dict(vocab_size=257, dim=8, pattern="m") | (model or {})),
-            data=DataConfig(
-                **dict(source=str(tmp_path / "text"), seq_len=16, batch_size=4) | (data or {})
-            ),
+            data=DataConfig(**dict(source=str(text), seq_len=16, batch_size=4) | (data or {})),
             train=TrainConfig(**defaults | dict(checkpoint_every=5) | train),
         )
 

@@ -1,6 +1,6 @@
 """Updates that would do harm are discarded inside the step, before they reach the parameters."""
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ class Guard(NamedTuple):
     skipped: Int[Array, "*runs"]  # updates discarded in a row
 
     @classmethod
-    def start(cls) -> Self:
+    def start(cls) -> "Guard":
         """Nothing seen, nothing discarded."""
         return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
 

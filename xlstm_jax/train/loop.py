@@ -85,7 +85,7 @@ def fit(
             writers.append(CallbackWriter(on_metrics))
         for writer in writers:
             stack.callback(writer.close)
-        stack.enter_context(_compiled_programs(run_dir / rundir.CACHE))
+        stack.enter_context(compiled_programs(run_dir / rundir.CACHE))
         stop = stack.enter_context(StopRequest())
         run = Run(
             cfg,
@@ -141,7 +141,7 @@ def _facts(state: TrainState, train: Examples, valid: Examples | None) -> dict[s
 
 
 @contextlib.contextmanager
-def _compiled_programs(folder: Path) -> Iterator[None]:
+def compiled_programs(folder: Path) -> Iterator[None]:
     """Keeps compiled programs in `folder`, for the next start, unless the user has another place.
 
     The place is global to the process: it is given back at the end.

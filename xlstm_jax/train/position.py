@@ -1,7 +1,7 @@
 """Where a run stands, apart from its state."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 from xlstm_jax.train import metrics
 
@@ -20,6 +20,6 @@ class Position:
         return vars(self) | {"totals": metrics.to_json(self.totals)}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
+    def from_json(cls, values: dict[str, Any]) -> "Position":
         """The inverse of `to_json`."""
         return cls(**values | {"totals": metrics.from_json(values["totals"])})

@@ -12,13 +12,16 @@ from xlstm_jax.typing import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
 
 class TrainState(struct.PyTreeNode):
-    """One value per run; a leading axis on every leaf makes it many runs under `jax.vmap`."""
+    """One value per run; a leading axis on every leaf makes it many runs under `jax.vmap`.
 
-    step: Int[Array, "*runs"]  # batches seen, skipped ones included: also the position in the data
+    Fields have no shapes in their types, as trees of shapes, shardings or flags have this one too.
+    """
+
+    step: Any  # scalar: batches seen, skipped ones included; also the position in the data
     params: PyTree
     opt_state: PyTree
     guard: Guard
-    lr_scale: Float[Array, "*runs"]  # factor on the schedule; differs over a learning-rate grid
+    lr_scale: Any  # scalar: factor on the schedule; differs over a grid of learning rates
 
 
 def init_state(

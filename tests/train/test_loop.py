@@ -1,0 +1,343 @@
+"""A run may be cut anywhere; a directory holds one run; whatever is wrong leaves it as it was."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from xlstm_jax.config import ConfigError, to_dict
+from xlstm_jax.train import CheckpointError, DivergedError, checkpoint, fit, restore_params
+from xlstm_jax.train.signals import StopRequest
+
+SPEED = ("step_time", "data_wait", "tokens_per_second", "model_flops_per_second")
+
+
+def records(run_dir):
+    """What a run wrote, without how fast it was."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in r.items() if name not in SPEED} for r in lines]
+
+
+def contents(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+class CutError(Exception):
+    """A power failure."""
+
+
+def crash_at(step):
+    def cut(at, record):
+        if at >= step:
+            raise CutError
+
+    return cut
+
+
+def interrupt_at(step):
+    def cut(at, record):
+        if at == step and "loss" in record:
+            signal.raise_signal(signal.SIGINT)
+
+    return cut
+
+
+@pytest.fixture(scope="module")
+def original(tiny_lm, experiment, tmp_path_factory):
+    cfg, run_dir = experiment(), tmp_path_factory.mktemp("original") / "run"
+    return cfg, fit(cfg, run_dir), run_dir
+
+
+@pytest.fixture
+def whole(original, tmp_path):
+    """A config, the result of its uninterrupted run, and a copy of that run's directory."""
+    cfg, result, run_dir = original
+    shutil.copytree(run_dir, tmp_path / "whole")
+    return cfg, result, tmp_path / "whole"
+
+
+def test_a_run_leaves_its_files_and_learns(whole, same):
+    cfg, result, run_dir = whole
+    assert result.finished and result.step == 12
+    assert sorted(p.name for p in run_dir.iterdir()) == [
+        "checkpoints", "config.json", "loss.png", "metrics.jsonl", "run.json",
+    ]  # fmt: skip
+    assert json.loads((run_dir / "config.json").read_text()) == to_dict(cfg)
+    about = json.loads((run_dir / "run.json").read_text())
+    assert about["num_params"] == sum(x.size for x in jax.tree.leaves(result.state.params))
+    assert about["versions"]["jax"] == jax.__version__ and about["data"]["train"]["sha256"]
+    assert checkpoint.steps(run_dir) == [5, 10, 12]
+    same(restore_params(run_dir)[1], result.state.params)
+
+    train = [r for r in records(run_dir) if "loss" in r]
+    valid = [r for r in records(run_dir) if "valid_loss" in r]
+    assert [r["step"] for r in train] == [3, 6, 9, 12]
+    assert [r["step"] for r in valid] == [4, 8, 12]
+    assert [r["tokens_seen"] for r in train] == [192, 384, 576, 768]
+    assert train[-1]["loss"] < train[0]["loss"]
+    # A byte a token: bits per byte are nats per token in another unit.
+    assert valid[-1]["valid_bits_per_byte"] == pytest.approx(
+        valid[-1]["valid_loss"] / np.log(2), rel=1e-2
+    )
+    assert result.evaluation == valid[-1]
+
+
+@pytest.mark.parametrize("cut", [crash_at(3), crash_at(9), interrupt_at(3), interrupt_at(6)])
+def test_a_run_that_was_cut_ends_as_if_it_had_not_been(whole, tmp_path, same, cut):
+    cfg, expected, run_dir = whole
+    cut_dir = tmp_path / "cut"
+    try:
+        first = fit(cfg, cut_dir, on_metrics=cut)
+        # A signal ends the step at hand, saves it, and returns.
+        assert not first.finished and checkpoint.latest_step(cut_dir) == first.step < 12
+        assert not (cut_dir / "loss.png").exists()
+    except CutError:
+        assert (checkpoint.latest_step(cut_dir) or 0) < 12
+    result = fit(cfg, cut_dir)
+    assert result.finished and result.evaluation == expected.evaluation
+    same(result.state, expected.state)
+    assert records(cut_dir) == records(run_dir)
+    assert (cut_dir / "loss.png").exists()
+
+
+def test_a_finished_run_is_left_alone(whole, same):
+    cfg, expected, run_dir = whole
+    lines = records(run_dir)
+    result = fit(cfg, run_dir)
+    assert result.finished and result.evaluation == expected.evaluation
+    same(result.state, expected.state)
+    assert records(run_dir) == lines
+
+
+def test_a_fresh_start_discards_the_run_and_nothing_else(whole, with_train):
+    cfg, _, run_dir = whole
+    (run_dir / "notes.txt").write_text("mine")
+    other = with_train(cfg, lr=2e-2, steps=3)
+    assert fit(other, run_dir, fresh=True).step == 3
+    assert checkpoint.steps(run_dir) == [3]
+    assert [r["step"] for r in records(run_dir)] == [3, 3]
+    assert (run_dir / "notes.txt").read_text() == "mine"
+
+
+def test_a_directory_of_another_config_is_refused_with_the_differing_fields(whole, with_train):
+    cfg, _, run_dir = whole
+    before = contents(run_dir)
+    other = dataclasses.replace(
+        with_train(cfg, lr=2e-2), model=dataclasses.replace(cfg.model, dim=16)
+    )
+    with pytest.raises(ConfigError) as caught:
+        fit(other, run_dir)
+    message = str(caught.value)
+    assert "model.dim: 16 here, 8 there; train.lr: 0.02 here, 0.01 there" in message
+    assert "--fresh" in message and "\n" not in message
+    assert contents(run_dir) == before
+
+
+def test_what_changes_no_number_may_change(whole, with_train):
+    cfg, _, run_dir = whole
+    other = dataclasses.replace(with_train(cfg, log_every=5, keep=9, eval_batches=1), name="b")
+    assert fit(other, run_dir).finished
+    assert json.loads((run_dir / "config.json").read_text()) == to_dict(other)
+
+
+def test_steps_of_a_schedule_that_falls_cannot_be_added(whole, with_train):
+    cfg, _, run_dir = whole
+    with pytest.raises(ConfigError, match="train.steps: 20 here, 12 there.*only a constant"):
+        fit(with_train(cfg, steps=20), run_dir)
+
+
+def test_a_constant_schedule_goes_on_for_as_long_as_one_likes(
+    tiny_lm, experiment, with_train, tmp_path, same
+):
+    short = experiment(schedule="constant", warmup_steps=2, steps=5)
+    long = with_train(short, steps=8)
+    fit(short, tmp_path / "a")
+    same(fit(long, tmp_path / "a").state, fit(long, tmp_path / "b").state)
+
+
+def test_other_data_under_the_same_name_are_refused(tiny_lm, experiment, text, tmp_path):
+    shutil.copytree(text, tmp_path / "text")
+    cfg, run_dir = experiment(data={"source": str(tmp_path / "text")}, steps=3), tmp_path / "run"
+    fit(cfg, run_dir)
+    path = tmp_path / "text" / "train" / "a.txt"
+    path.write_text(path.read_text() + "more")
+    before = contents(run_dir)
+    with pytest.raises(ConfigError, match="was trained on other data.*sha256"):
+        fit(cfg, run_dir)
+    assert contents(run_dir) == before
+
+
+def test_a_truncated_checkpoint_is_refused_and_left_as_it_is(whole, with_train):
+    cfg, _, run_dir = whole
+    victim = max(
+        (p for p in (run_dir / "checkpoints" / "12").rglob("*") if p.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
+    victim.write_bytes(victim.read_bytes()[:100])
+    before = contents(run_dir)
+    with pytest.raises(CheckpointError, match="got 100; delete .*12 to go on from step 10"):
+        fit(cfg, run_dir)
+    assert contents(run_dir) == before
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "words"),
+    [
+        ({"source": "/nowhere"}, {}, "/nowhere"),
+        ({"batch_size": 10_000}, {}, "batch_size=10000"),
+        ({}, {"vocab_size": 100}, "model.vocab_size must be at least 257"),
+    ],
+)
+def test_a_run_that_cannot_begin_leaves_nothing(tiny_lm, experiment, tmp_path, data, model, words):
+    with pytest.raises(ConfigError, match=words):
+        fit(experiment(data=data, model=model), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_is_no_run_is_refused(tiny_lm, experiment, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="must be a folder"):
+        fit(experiment(), tmp_path / "file")
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="must have a config.json beside its checkpoints"):
+        fit(experiment(), tmp_path / "run")
+
+
+def test_too_many_skipped_updates_in_a_row_end_the_run(tiny_lm, experiment, tmp_path):
+    cfg = experiment(steps=40, lr=1e38, warmup_steps=0, eval_every=0, checkpoint_every=0)
+    run_dir = tmp_path / "run"
+    with pytest.raises(DivergedError, match="8 updates in a row were discarded from step"):
+        fit(cfg, run_dir)
+    dump = json.loads((run_dir / "diverged.json").read_text())
+    assert len(dump["rows_of_step"]) == 8
+    first = dump["first_skipped_step"]
+    assert dump["rows_of_step"][str(first)]
+    # What it had become is not saved: going on would be pointless.
+    assert checkpoint.latest_step(run_dir) is None
+    assert max(r["skipped_in_a_row"] for r in records(run_dir)) >= 8
+
+
+def test_the_clock_alone_can_ask_for_a_checkpoint(tiny_lm, experiment, tmp_path):
+    cfg = experiment(checkpoint_every=0, checkpoint_minutes=1e-9, steps=4, keep=10)
+    fit(cfg, tmp_path / "run")
+    assert checkpoint.steps(tmp_path / "run") == [1, 2, 3, 4]
+
+
+def test_a_run_can_show_its_progress_and_its_rate(tiny_lm, experiment, tmp_path, capsys):
+    found = {}
+    cfg = experiment(steps=6)
+    fit(
+        cfg,
+        tmp_path / "run",
+        console=True,
+        flops_per_step=100.0,
+        on_metrics=lambda step, record: found.update(record),
+    )
+    assert found["model_flops_per_second"] == pytest.approx(100.0 / found["step_time"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step 3/6  loss") and "bits per byte" in lines[-1]
+
+
+def test_compiled_programs_are_kept_beside_the_run_for_its_next_start(
+    tiny_lm, experiment, tmp_path, compiled
+):
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    try:
+        fit(experiment(steps=1, eval_every=0), tmp_path / "run")
+        assert list((tmp_path / "run" / "cache").iterdir())
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", str(compiled))
+
+
+def test_the_first_signal_asks_and_the_second_acts():
+    with StopRequest() as stop:
+        assert not stop.requested
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_another_thread_trains_without_listening_to_signals():
+    found = []
+
+    def enter():
+        with StopRequest() as stop:
+            found.append(stop.requested)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+SCRIPT = """
+    import sys
+    from xlstm_jax.data import DataConfig
+    from xlstm_jax.modules import LMConfig
+    from xlstm_jax.train import ExperimentConfig, TrainConfig, fit
+
+    cfg = ExperimentConfig(
+        name="cut",
+        model=LMConfig(vocab_size=257, dim=16, pattern="ms", dropout=0.1),
+        data=DataConfig(source="grammar", seq_len=32, batch_size=4),
+        train=TrainConfig(steps=60, log_every=4, eval_every=20, eval_batches=2),
+    )
+    result = fit(cfg, sys.argv[1], console=True)
+    print("finished" if result.finished else "stopped", result.step)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_killed_process_resumed_equals_an_uninterrupted_one(tmp_path, number):
+    """The real model, its real process, dropout included: losses equal bit for bit."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    environment["PYTHONPATH"] = str(pathlib.Path(__file__).parents[2])
+
+    def start(name):
+        return subprocess.Popen(
+            [sys.executable, "-W", "error", str(script), str(tmp_path / name)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    whole, _ = finish(start("whole"))
+    assert whole[-1] == "finished 60"
+    process, metrics = start("cut"), tmp_path / "cut" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()) and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(number)
+    lines, errors = finish(process)
+    assert lines[-1].startswith("stopped") and not errors, errors
+    assert finish(start("cut"))[0][-1] == "finished 60"
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+
+
+def finish(process):
+    """Standard output and error of a process that must leave with code 0."""
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    return out.splitlines(), err

@@ -1,0 +1,134 @@
+"""Metrics of an interval are those of its steps, and writers keep them."""
+
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from xlstm_jax.train import metrics, plots
+from xlstm_jax.train.clock import Clock
+from xlstm_jax.train.writers import ConsoleWriter, JsonlWriter
+
+
+def step(loss, tokens, skipped=0, **values):
+    names = metrics.PER_TOKEN + metrics.PER_STEP + metrics.ADDED + metrics.LAST + metrics.LARGEST
+    found = dict.fromkeys(names, 0.0) | dict(loss=loss, tokens=tokens, skipped=skipped) | values
+    return {name: jnp.asarray(value) for name, value in found.items()}
+
+
+def total(*steps):
+    totals = metrics.empty()
+    for one in steps:
+        totals = metrics.add(totals, one)
+    return totals
+
+
+def test_losses_are_weighted_by_tokens_and_norms_by_steps():
+    found = metrics.summarise(
+        total(
+            step(2.0, 30.0, grad_norm=1.0, lr=0.1, documents=2),
+            step(4.0, 10.0, grad_norm=2.0, lr=0.2, documents=3),
+        )
+    )
+    assert found["loss"] == pytest.approx(2.5)
+    assert found["perplexity"] == pytest.approx(np.exp(2.5))
+    assert found["grad_norm"] == pytest.approx(1.5)
+    assert found["lr"] == pytest.approx(0.2)
+    assert (found["tokens"], found["documents"], found["skipped"]) == (40, 5, 0)
+
+
+def test_a_skipped_step_counts_but_its_numbers_do_not():
+    nan = float("nan")
+    found = metrics.summarise(
+        total(
+            step(2.0, 30.0, grad_norm=1.0),
+            step(nan, 10.0, skipped=1, skipped_in_a_row=1, grad_norm=nan),
+            step(3.0, 30.0, grad_norm=3.0),
+        )
+    )
+    assert found["loss"] == pytest.approx(2.5) and found["grad_norm"] == pytest.approx(2.0)
+    assert (found["skipped"], found["skipped_in_a_row"], found["tokens"]) == (1, 1, 70)
+
+
+def test_an_interval_of_skipped_steps_has_no_loss():
+    found = metrics.summarise(total(step(float("nan"), 5.0, skipped=1)))
+    assert found["loss"] is found["perplexity"] is found["grad_norm"] is None
+
+
+def test_totals_survive_json_bit_for_bit(same):
+    totals = total(step(1 / 3, 7.0, grad_norm=1e-30), step(np.pi, 11.0, lr=1e-3))
+    same(metrics.from_json(json.loads(json.dumps(metrics.to_json(totals)))), totals)
+
+
+def test_totals_can_be_donated():
+    add = jax.jit(metrics.add, donate_argnums=0)
+    assert float(add(metrics.empty(), step(1.0, 1.0)).steps) == 1
+
+
+def test_what_is_not_finite_becomes_null(tmp_path):
+    writer = JsonlWriter(tmp_path / "m.jsonl")
+    writer.write(1, {"loss": float("nan"), "lr": 0.1})
+    writer.write(2, {"loss": 1.0, "none": None})
+    writer.close()
+    lines = (tmp_path / "m.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"step": 1, "loss": None, "lr": 0.1}
+    assert json.loads(lines[1]) == {"step": 2, "loss": 1.0, "none": None}
+
+
+RECORD = {"loss": 1.5, "skipped": 2, "step_time": 0.5, "tokens_per_second": 12345.6}
+EVALUATION = {"valid_loss": 1.25, "valid_accuracy": 0.5, "valid_bits_per_byte": 1.803}
+
+
+def show(is_terminal):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=is_terminal, width=100, color_system=None)
+    writer = ConsoleWriter(200, 40, console)
+    writer.write(80, RECORD)
+    writer.write(80, EVALUATION)
+    writer.close()
+    return file.getvalue()
+
+
+def test_piped_output_is_a_line_per_record():
+    first, second = show(is_terminal=False).splitlines()
+    assert first == "step 80/200  loss 1.5000  12,346 tokens/s  2 skipped  1:00 left"
+    assert second == "step 80/200  held-out loss 1.2500  bits per byte 1.803  accuracy 0.500"
+
+
+def test_a_terminal_shows_a_bar_with_the_time_left():
+    text = show(is_terminal=True)
+    assert "80/200" in text and "1:00 left" in text and "━" in text
+    assert "bits per byte 1.803" in text
+
+
+def test_the_clock_leaves_out_what_is_not_training(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("xlstm_jax.train.clock.time.perf_counter", lambda: now[0])
+    clock = Clock()
+    clock.step()
+    assert clock.lap() == {}  # compiling
+    clock.start()
+    with clock.waiting():
+        now[0] += 1.0
+    clock.step()
+    now[0] += 5.0
+    clock.step()
+    with clock.paused():
+        now[0] += 100.0
+    assert clock.lap() == {"step_time": 3.0, "data_wait": 0.5}
+    assert clock.lap() == {}
+
+
+@pytest.mark.parametrize("bytes_per_token", [None, 1.0])
+@pytest.mark.parametrize("count", [0, 1, 500])
+def test_the_loss_curve_is_a_small_picture(tmp_path, count, bytes_per_token):
+    records = [{"step": 10 * i, "loss": 5.5 / (1 + 0.1 * i)} for i in range(1, count + 1)]
+    records += [{"step": 5, "loss": None}]
+    records += [dict(step=10 * i, **EVALUATION) for i in range(100, count, 100)]
+    plots.loss_curve(records, tmp_path / "loss.png", "tiny", bytes_per_token)
+    data = (tmp_path / "loss.png").read_bytes()
+    assert data.startswith(b"\x89PNG") and len(data) < 300 * 1024
