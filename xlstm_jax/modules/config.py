@@ -41,7 +41,7 @@ class LMConfig:
     dropout: float = 0.0  # after mLSTM layers and sLSTM cells
     embedding_dropout: bool = False  # the same rate after the embedding
     dtype: Dtype = "float32"  # of activations; parameters are float32, gates and memory wider
-    remat: Remat = "names"  # what the backward pass keeps: all, nothing, products, named values
+    remat: Remat = "none"  # what the backward pass keeps: all, nothing, products, named values
 
     def __post_init__(self):
         check_at_least("vocab_size", self.vocab_size, 1)

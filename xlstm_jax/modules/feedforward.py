@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.modules.initializers import small, wang
-from xlstm_jax.modules.linear import Dense
+from xlstm_jax.modules.linear import Dense, dense_together
 from xlstm_jax.typing import Array, Float
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -79,7 +79,8 @@ class LargeFeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         dim = x.shape[-1]
-        gate = Dense(self.inner_dim, small(dim), self.use_bias, name="proj_up_gate")(x)
-        up = Dense(self.inner_dim, small(dim), self.use_bias, name="proj_up")(x)
+        names = "proj_up_gate", "proj_up"
+        layers = (Dense(self.inner_dim, small(dim), self.use_bias, name=name) for name in names)
+        gate, up = dense_together(x, *layers)
         down = Dense(dim, wang(dim, self.num_blocks), self.use_bias, name="proj_down")
         return down(jax.nn.silu(gate) * up)

@@ -14,7 +14,7 @@ from xlstm_jax.modules.cell import CellConfig
 from xlstm_jax.modules.checks import check_at_least, check_divides
 from xlstm_jax.modules.feedforward import scaling_width
 from xlstm_jax.modules.initializers import constant, linspace, small, wang, zeros
-from xlstm_jax.modules.linear import Dense
+from xlstm_jax.modules.linear import Dense, dense_together
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.typing import Array, Bool, Float
 
@@ -68,23 +68,34 @@ class LargeMLSTMLayer(nn.Module):
     ) -> tuple[Float[Array, "B T D"], MLSTMState]:
         cfg, dim = self.cfg, x.shape[-1]
         qk_dim, v_dim, _ = cfg.widths(dim)
-        q, k, v = (
-            Dense(width, small(dim), cfg.use_bias, name=name)(x)
-            for name, width in (("q", qk_dim), ("k", qk_dim), ("v", v_dim))
+        widths = {"q": qk_dim, "k": qk_dim, "v": v_dim, "output_gate": v_dim}
+        q, k, v, o = dense_together(
+            x,
+            *(
+                Dense(
+                    width, zeros if name == "output_gate" else small(dim), cfg.use_bias, name=name
+                )
+                for name, width in widths.items()
+            ),
         )
-        o = Dense(v_dim, zeros, cfg.use_bias, name="output_gate")(x)
-        i = self._gate("input_gate", constant(cfg.input_bias), x)
-        f = self._gate("forget_gate", linspace(*cfg.forget_bias), x)
+        biases = {
+            "input_gate": constant(cfg.input_bias),
+            "forget_gate": linspace(*cfg.forget_bias),
+        }
+        gates = dense_together(
+            x,
+            *(
+                Dense(cfg.num_heads, zeros, True, bias_init, wide=True, name=name)
+                for name, bias_init in biases.items()
+            ),
+        )
+        i, f = (ops.soft_cap(gate, cfg.gate_soft_cap) for gate in gates)
         h, state = cfg.run(q, k, v, i, f, state, reset=reset, mask=mask)
         norm = MultiHeadNorm(
             cfg.norm_eps, as_offset=False, use_bias=cfg.use_bias, name="multihead_norm"
         )
         out = Dense(dim, wang(dim, self.num_blocks), cfg.use_bias, name="out_proj")
         return out(jax.nn.sigmoid(o) * norm(h)), state
-
-    def _gate(self, name, bias_init, x: Float[Array, "B T D"]) -> Float[Array, "B T H"]:
-        gate = Dense(self.cfg.num_heads, zeros, True, bias_init, wide=True, name=name)(x)
-        return ops.soft_cap(gate, self.cfg.gate_soft_cap)
 
     @nn.nowrap
     def init_state(self, batch_size: int, dim: int) -> MLSTMState:

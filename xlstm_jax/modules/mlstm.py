@@ -16,7 +16,7 @@ from xlstm_jax.modules.checks import check_at_least, check_divides
 from xlstm_jax.modules.conv import CausalConv, conv_state
 from xlstm_jax.modules.feedforward import first_generation_width
 from xlstm_jax.modules.initializers import linspace, normal, ones, small, wang, zeros
-from xlstm_jax.modules.linear import Dense, HeadwiseDense
+from xlstm_jax.modules.linear import Dense, HeadwiseDense, dense_together
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.typing import Array, Bool, Float
 
@@ -104,10 +104,11 @@ class MLSTMLayer(nn.Module):
     ) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
         biases = normal(self.cfg.input_bias_std), linspace(*self.cfg.forget_bias)
         names = "input_gate", "forget_gate"
-        i, f = (
-            Dense(self.cfg.num_heads, zeros, True, bias_init, wide=True, name=name)(qkv)
+        layers = (
+            Dense(self.cfg.num_heads, zeros, True, bias_init, wide=True, name=name)
             for name, bias_init in zip(names, biases, strict=True)
         )
+        i, f = dense_together(qkv, *layers)
         return i, f
 
     @nn.nowrap

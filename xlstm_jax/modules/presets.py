@@ -88,6 +88,7 @@ def first_generation(
         mlstm=MLSTMConfig(num_heads=num_heads, inner_dim=first_generation_width(dim, 2.0)),
         slstm=SLSTMConfig(num_heads=num_heads, ffn_dim=first_generation_width(dim, 1.3)),
         dtype="bfloat16",
+        remat="names",
     )
 
 
@@ -104,6 +105,7 @@ def large(
         final_norm_eps=1e-6,
         logit_soft_cap=30.0,
         dtype="bfloat16",
+        remat="names",
     )
 
 
