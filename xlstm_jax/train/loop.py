@@ -146,7 +146,7 @@ def compiled_programs(folder: Path) -> Iterator[None]:
 
     The place is global to the process: it is given back at the end.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         yield
         return
     jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))

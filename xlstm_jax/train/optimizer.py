@@ -89,8 +89,8 @@ def scale_by_learning_rate(schedule: Schedule) -> optax.GradientTransformationEx
     A count of its own would stand still whenever the guard restores the optimiser's state.
     """
 
-    def update(updates, state, params=None, *, step, lr_scale=1.0, **_):
-        lr = jnp.asarray(schedule(step) * lr_scale)
+    def update(updates, state, params=None, **extra):
+        lr = jnp.asarray(schedule(extra["step"]) * extra.get("lr_scale", 1.0))
         return jax.tree.map(lambda u: -lr.astype(u.dtype) * u, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -22,4 +22,5 @@ class Position:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Position":
         """The inverse of `to_json`."""
-        return cls(**values | {"totals": metrics.from_json(values["totals"])})
+        totals: Any = metrics.from_json(values["totals"])
+        return cls(**values | {"totals": totals})

@@ -46,18 +46,18 @@ def make_train_step(
     the z-loss; `grad_norm` is taken before clipping; `skipped` is 1 where the guard discarded the
     update; `skipped_in_a_row` counts those up to now.
     """
-    if loss_fn is None:
 
-        def loss_fn(params, batch, key):
-            return losses.language_model_loss(model, params, batch, cfg, key)
+    def model_loss(params, batch, key):
+        return losses.language_model_loss(model, params, batch, cfg, key)
 
+    loss_of = loss_fn or model_loss
     tx = optax.with_extra_args_support(tx)
     schedule = make_schedule(cfg)
     has_dropout = _has_dropout(model.cfg)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = dropout_key(cfg.seed, state.step) if has_dropout else None
-        grads, sums = sum_gradients(loss_fn, state.params, batch, key, cfg.accumulation)
+        grads, sums = sum_gradients(loss_of, state.params, batch, key, cfg.accumulation)
         # A batch without any target has the mean 0/0: the guard discards it.
         grads = jax.tree.map(lambda g: g / sums.weight_sum.astype(g.dtype), grads)
         loss = sums.ce_sum / sums.weight_sum
