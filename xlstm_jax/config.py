@@ -44,7 +44,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     return _build(cls, values, where="")
 
 
-def _build(cls: type[T], values: Any, where: str) -> T:
+def _build(cls: Any, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or cls.__name__} must be a table of fields, got {values!r}.")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
@@ -75,7 +75,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     """`value`, as JSON gives it, in the type that `hint` asks for."""
     if hint is Any:
         return value
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _build(hint, value, where + ".")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -116,7 +116,7 @@ def _convert_union(hints: tuple[Any, ...], value: Any, where: str) -> Any:
     raise ConfigError(f"{where} must be {' or '.join(map(_spell, hints))}, got {value!r}.")
 
 
-def _convert_sequence(kind: type, hints: tuple[Any, ...], values: Any, where: str) -> Any:
+def _convert_sequence(kind: Any, hints: tuple[Any, ...], values: Any, where: str) -> Any:
     if kind is tuple and hints and hints[-1] is not Ellipsis:
         if len(hints) != len(values):
             raise ConfigError(f"{where} must have {len(hints)} values, got {len(values)}.")

@@ -43,7 +43,7 @@ def test_the_library_source_code_comes_without_tests_and_other_peoples_packages(
 
 def test_the_grammar_is_the_same_bytes_on_every_machine():
     description = load(DataConfig(source="grammar"), "train").description
-    assert description["sha256"] == "8ba96728490e4efeaef831a0d1cd2633e8074ae0499c92350be93ba3fb14e2e6"
+    assert description["sha256"].startswith("8ba96728490e4efeaef831a0d1cd2633")
     assert 300_000 < sum(description["num_bytes"].values()) < 500_000
 
 

@@ -14,7 +14,7 @@ NEG = -1e30
 
 
 def log_sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """log(1 / (1 + exp(-x))) for any x: as -softplus(-x), which neither overflows nor reaches -inf."""
+    """log(1 / (1 + exp(-x))) for any x: -softplus(-x), which neither overflows nor reaches -inf."""
     return -jax.nn.softplus(-x)
 
 

@@ -16,7 +16,7 @@ from xlstm_jax.typing import Array, Bool, Float
 
 
 class SLSTMState(NamedTuple):
-    """Carry of one sLSTM layer; all zeros when empty. Leaves are float32 or wider, whatever x is."""
+    """Carry of one sLSTM layer; all zeros when empty. Leaves are float32 or wider for any x."""
 
     c: Float[Array, "B H K"]  # cell, times exp(-m)
     n: Float[Array, "B H K"]  # normaliser, times exp(-m); >= 1 after the first step

@@ -111,9 +111,12 @@ class Sampler:
         if self.never:
             logits = logits.at[..., jnp.array(self.never)].set(-jnp.inf)
         logits = temperature(logits, self.temperature)
-        for limit, value in ((top_k, self.top_k), (top_p, self.top_p), (min_p, self.min_p)):
-            if value is not None:
-                logits = limit(logits, value)
+        if self.top_k is not None:
+            logits = top_k(logits, self.top_k)
+        if self.top_p is not None:
+            logits = top_p(logits, self.top_p)
+        if self.min_p is not None:
+            logits = min_p(logits, self.min_p)
         return jax.random.categorical(key, logits)
 
 

@@ -47,9 +47,11 @@ class CellConfig:
         mask: Bool[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T H V"], MLSTMState]:
         """`ops.mlstm` with these options, on projections whose heads are still joined."""
-        heads = (x.reshape(*x.shape[:2], self.num_heads, -1) for x in (q, k, v))
+        q, k, v = (x.reshape(*x.shape[:2], self.num_heads, -1) for x in (q, k, v))
         return ops.mlstm(
-            *heads,
+            q,
+            k,
+            v,
             i,
             f,
             state,

@@ -88,7 +88,7 @@ class Stack(nn.Module):
                 group,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, 0, nn.broadcast, nn.broadcast),
+                in_axes=(0, 0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=run.repeats,
                 unroll=run.repeats if cfg.num_blocks <= UNROLLED_BLOCKS else 1,
             )

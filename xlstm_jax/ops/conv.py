@@ -73,8 +73,8 @@ def _convolve(x, kernel, bias, state, reset):
     W, T = kernel.shape[0], x.shape[1]
     dtype = jnp.result_type(x, kernel)
     window = jnp.concatenate([state, x], axis=1)
-    segment = _segments(reset, W)
-    y = 0
+    segment = None if reset is None else _segments(reset, W)
+    y = jnp.zeros((), dtype)
     for j in range(W):
         tap = window[:, j : j + T]
         if segment is not None and j < W - 1:
@@ -92,8 +92,6 @@ def _convolve(x, kernel, bias, state, reset):
 
 def _segments(reset, W):
     """Number of resets seen so far, for the W-1 inputs of the state (0) and every position."""
-    if reset is None:
-        return None
     return jnp.pad(jnp.cumsum(reset, axis=1), ((0, 0), (W - 1, 0)))
 
 

@@ -33,18 +33,19 @@ def grouped_dense(
     Groups are joined to block-diagonal matrices at most `TILE` wide: groups of 4, as the published
     models have them, are far below what a matrix unit works on.
     """
-    P, I, O = kernel.shape
-    joined = max(n for n in range(1, P + 1) if P % n == 0 and (n == 1 or n * max(I, O) <= TILE))
-    blocks = kernel.reshape(P // joined, joined, I, O)
+    P, rows, columns = kernel.shape
+    most = max(1, TILE // max(rows, columns))
+    joined = max(n for n in range(1, P + 1) if P % n == 0 and n <= most)
+    blocks = kernel.reshape(P // joined, joined, rows, columns)
     eye = jnp.eye(joined, dtype=kernel.dtype)
-    tiles = jnp.einsum("TPIO,PQ->TPIQO", blocks, eye).reshape(-1, joined * I, joined * O)
+    tiles = jnp.einsum("TPIO,PQ->TPIQO", blocks, eye).reshape(-1, joined * rows, joined * columns)
     if tiles.shape[0] == 1:
         return dense(x, tiles[0], dtype=dtype)
-    parts = x.reshape(*x.shape[:-1], P // joined, joined * I)
+    parts = x.reshape(*x.shape[:-1], P // joined, joined * rows)
     y = jnp.einsum(
         "...TI,TIO->...TO", parts, tiles.astype(x.dtype), preferred_element_type=dtype or x.dtype
     )
-    return y.reshape(*x.shape[:-1], P * O)
+    return y.reshape(*x.shape[:-1], P * columns)
 
 
 def _product(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:

@@ -49,7 +49,7 @@ def mlstm_chunkwise(
         normalize=normalize,
         eps=eps,
     )
-    h, state = _chunkwise(options, q, k, v, gates, state)
+    h, state = _chunkwise(options, q, k, v, gates, state)  # pyright: ignore[reportGeneralTypeIssues]
     return h if mask is None else jnp.where(mask[..., None, None], h, 0), state
 
 

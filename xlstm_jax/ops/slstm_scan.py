@@ -5,7 +5,7 @@ backward holds the transposed product and six multiplications. Everything that c
 or after a loop is computed for all steps at once, the weights' gradient as one product.
 
 Source: arXiv:2405.04517, section 2.2. The stabiliser m is a gauge of (c, n): h does not depend on
-it, so a loss on h needs no gradient through m; a loss on the returned c, n, m does (`_scale_grads`).
+it, so a loss on h needs no gradient through m; one on the returned c, n, m does (`_scale_grads`).
 """
 
 import functools
@@ -53,7 +53,8 @@ def slstm_scan(
     # Heads first inside the loop: its product then needs no transposition.
     gates = jnp.transpose(gates, (1, 3, 0, 2, 4))
     flags = Flags(*(None if f is None else f.T[:, None, :, None] for f in (reset, mask)))
-    h, state = _scan(forget_gate, gates, r.astype(dtype), state, flags)
+    r = r.astype(dtype)
+    h, state = _scan(forget_gate, gates, r, state, flags)  # pyright: ignore[reportGeneralTypeIssues]
     h = jnp.transpose(h, (2, 0, 1, 3)).astype(x.dtype)
     state = jax.tree.map(lambda s: jnp.swapaxes(s, 0, 1), state)
     return jnp.flip(h, 1) if reverse else h, state
