@@ -3,12 +3,12 @@
 import pytest
 
 from tests.ops import runs
-from tests.ops.subjects import LENGTHS, make_case, subjects, with_flags
+from tests.ops.subjects import LENGTHS, PRIMARY, make_case, subjects, with_flags
 from tests.ops.tolerances import TABLE
 
 
 @pytest.mark.parametrize("T", LENGTHS, ids="T{}".format)
-@subjects()
+@subjects(quick=PRIMARY)
 def test_any_length_equals_the_recurrence(subject, T):
     case = make_case(subject.variant, T)
     runs.assert_equals_the_recurrence(subject, case, TABLE["float32"], "float32", stored=True)

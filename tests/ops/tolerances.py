@@ -83,29 +83,23 @@ def on_one_scale(a, b) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """
     if not hasattr(a, "m"):
         return {name: (getattr(a, name), getattr(b, name)) for name in a._fields}
-    sizes = [_log_size(state) for state in (a, b)]
-    scale = np.maximum(*sizes)
+    scale = np.maximum(_log_size(a), _log_size(b))
     scale = np.where(np.isfinite(scale), scale, 0.0)
-    leaves = {}
-    for name in a._fields:
-        if name == "m":
-            continue
-        pair = []
-        for state in (a, b):
-            leaf = getattr(state, name)
-            factor = np.where(
-                np.isfinite(_log_size(state)), np.exp(np.minimum(state.m - scale, 700)), 0
-            )
-            factor = factor.reshape(factor.shape + (1,) * (leaf.ndim - factor.ndim))
-            pair.append(leaf if name == "h" else leaf * factor)
-        leaves[name] = tuple(pair)
-    return leaves
+    names = [name for name in a._fields if name != "m"]
+    return {name: (_rescaled(a, name, scale), _rescaled(b, name, scale)) for name in names}
+
+
+def _rescaled(state, name: str, scale: np.ndarray) -> np.ndarray:
+    leaf = getattr(state, name)
+    if name == "h":  # an output, not a memory
+        return leaf
+    # Where nothing is stored m says nothing, and may be far above the scale of the other state.
+    factor = np.exp(np.minimum(state.m - scale, 700))
+    return leaf * factor.reshape(factor.shape + (1,) * (leaf.ndim - factor.ndim))
 
 
 def _log_size(state) -> np.ndarray:
     """log of the largest true entry that shares one m; -inf where nothing is stored."""
-    shape = state.m.shape + (-1,)
-    stored = [np.abs(leaf.reshape(shape)) for leaf in state if leaf.ndim >= state.m.ndim]
-    largest = np.max(np.concatenate(stored[:2], axis=-1), axis=-1)
+    matrix, normaliser = (np.abs(leaf.reshape(state.m.shape + (-1,))) for leaf in state[:2])
     with np.errstate(divide="ignore"):
-        return state.m + np.log(largest)
+        return state.m + np.log(np.maximum(matrix.max(-1), normaliser.max(-1)))
