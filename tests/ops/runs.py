@@ -87,7 +87,7 @@ def run_truth(variant: str, case: Case, cotangents: Cotangents, **options) -> Re
 
     Shorter cases are filled up with masked steps, so that one program serves them all.
     """
-    padded = pad(case, max(LENGTHS))
+    padded = pad(case, max(case.length, *LENGTHS))
     loss = cotangents._replace(h=pad_time(cotangents.h, padded.length))
     result = run(Subject(variant, "truth"), padded, loss, "float64", **options)
     T = case.length

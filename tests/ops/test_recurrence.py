@@ -25,3 +25,15 @@ def test_float64_equals_the_recurrence_to_rounding(subject):
     """A loss on the stored leaves, not only on the memory: the log-scales m agree as well."""
     case = make_case(subject.variant, 29)
     runs.assert_equals_the_recurrence(subject, case, TABLE["float64"], "float64", stored=True)
+
+
+@pytest.mark.slow
+@subjects("mlstm", "mlstm_sigmoid", "mlstm_unnormalized", "slstm", "lstm")
+def test_long_sequences_keep_the_digits(subject):
+    """No sum of log gates runs over all of T, so errors do not grow with it.
+
+    With an exponential forget gate m itself may grow with T, and its rounding with it.
+    """
+    options = {"chunk_size": 64} if subject.op == "mlstm" else {}
+    case = make_case(subject.variant, 300)
+    runs.assert_equals_the_recurrence(subject, case, TABLE["float32"], **options)
