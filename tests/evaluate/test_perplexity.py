@@ -18,6 +18,12 @@ class Letters:
 
     name, vocab_size, eos_id = "letters", 11, 10
 
+    def encode(self, text):
+        return np.array([int(letter) for letter in text], np.uint16)
+
+    def decode(self, ids):
+        return "".join(str(i) for i in ids if i != self.eos_id)
+
     def num_bytes(self, ids):
         return int(np.count_nonzero(np.asarray(ids) != self.eos_id))
 
@@ -34,7 +40,7 @@ def windows():
 
 @pytest.fixture(scope="module")
 def small():
-    return model_and_variables()
+    return model_and_variables("m")
 
 
 @pytest.fixture(scope="module")

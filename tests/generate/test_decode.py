@@ -72,8 +72,8 @@ def test_an_answer_continued_from_its_state_equals_one_go(small, answers):
 
 def test_the_state_is_the_models_own_after_reading_prompt_and_answer(small, answers):
     model, variables = small
-    tokens = np.array([PROMPTS[2] + answers.tokens[2]], np.int32)
-    _, state = model.apply(variables, tokens)
+    tokens = jnp.array([PROMPTS[2] + answers.tokens[2]])
+    _, state = jax.jit(model.apply)(variables, tokens)
     for ours, theirs in zip(jax.tree.leaves(answers.state), jax.tree.leaves(state), strict=True):
         np.testing.assert_allclose(ours[:, 2], theirs[:, 0], rtol=1e-4, atol=1e-5)
 

@@ -1,5 +1,5 @@
 """The commands of `xlstm-jax`."""
 
-from xlstm_jax.cli.main import main
+from xlstm_jax.cli.commands import main
 
 __all__ = ["main"]

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import io
 import os
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -102,13 +103,8 @@ def _columns(count: str | None) -> Iterator[None]:
 
 
 def _sentence(box: str, command: str, cls: type) -> str:
-    """What tyro says in a framed box, in one sentence.
-
-    The first part of the box is the complaint, the second, if any, repeats the help.
-    """
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    rule = next((n for n, line in enumerate(lines) if not line.strip("─╰╯ ")), len(lines))
-    complaint = " ".join(filter(None, lines[:rule]))
+    """What tyro says in a box, in one sentence."""
+    complaint = _complaint(box)
     see = f"see `xlstm-jax {command} --help`."
     kind, _, rest = complaint.partition(": ")
     if kind == "Unrecognized options":
@@ -123,9 +119,24 @@ def _sentence(box: str, command: str, cls: type) -> str:
     return f"{complaint[0].lower()}{complaint[1:]}; {see}"
 
 
+def _complaint(box: str) -> str:
+    """The first part of the box below its title; the others repeat the help.
+
+    Frames and rules are drawn in ASCII where the output is, and coloured where it is a terminal.
+    """
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if line.strip("─-╰╯│ "):
+            parts[-1].append(line.strip("│ "))
+        else:
+            parts.append([])
+    return " ".join(next(filter(None, parts)))
+
+
 def _unknown(tokens: Sequence[str], command: str, cls: type) -> str:
     name = next((token for token in tokens if token.startswith("-")), tokens[0]).split("=")[0]
-    near = difflib.get_close_matches(name.replace("-", "_"), _normal(_names(cls)), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name.replace("-", "_"), _normal(_names(cls)), n=3)
     # Of a dotted name the last part is what people remember: lr for train.lr.
     near = near or [n for n in _normal(_names(cls)) if n.endswith("." + name.lstrip("-"))]
     names = " or ".join(_normal(_names(cls))[n] for n in near)

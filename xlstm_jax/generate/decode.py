@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Key
 
 from xlstm_jax import ops
 from xlstm_jax.config import ConfigError
@@ -25,6 +26,7 @@ PREFILL, LEAST_PREFILL = 512, 16
 # (logits, key, seen) -> token, for one row; hashable, and equal where it does the same.
 SamplerFn = Callable[..., Int[Array, ""]]
 State = Any  # the model's own
+AnyKey = PRNGKeyArray | Key[Array, "keys"]
 
 
 class Generation(NamedTuple):
@@ -51,7 +53,7 @@ def generate(
     *,
     max_new_tokens: int,
     sampler: SamplerFn = greedy,
-    key: PRNGKeyArray | None = None,
+    key: AnyKey | None = None,
     state: State | None = None,
     stop: Sequence[int] = (),
 ) -> Generation:
@@ -83,7 +85,7 @@ def stream(
     max_new_tokens: int,
     piece: int | None = None,
     sampler: SamplerFn = greedy,
-    key: PRNGKeyArray | None = None,
+    key: AnyKey | None = None,
     state: State | None = None,
     stop: Sequence[int] = (),
 ) -> Iterator[Generation]:
@@ -186,7 +188,7 @@ def _decode(
     variables: Any,
     cursor: _Cursor,
     *,
-    keys: PRNGKeyArray,
+    keys: Key[Array, "B"],
     stop: Int[Array, "stop"],
     limit: Int[Array, ""] | int,
     sampler: SamplerFn,
@@ -223,7 +225,7 @@ def _decode(
     return cursor, tokens
 
 
-def _row_keys(key: PRNGKeyArray | None, batch_size: int) -> PRNGKeyArray:
+def _row_keys(key: AnyKey | None, batch_size: int) -> Key[Array, "B"]:
     key = jax.random.key(0) if key is None else key
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)

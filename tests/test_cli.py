@@ -1,0 +1,271 @@
+"""Commands do what they say, and refuse what they cannot in one sentence, with nothing changed."""
+
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from experiments.char_lm import SMOKE
+from xlstm_jax import config, xla_flags
+from xlstm_jax.cli import main, train
+from xlstm_jax.train import DivergedError, FitResult, TrainState
+from xlstm_jax.train.guard import Guard
+
+CONFIG = str(Path(__file__).parents[1] / "experiments" / "char_lm.py")
+
+# Of a run whose training is left out; nobody looks inside.
+STATE = TrainState(
+    step=jnp.array(0), params={}, opt_state={}, guard=Guard.start(), lr_scale=jnp.array(1.0)
+)
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """An empty working directory; flags of XLA are left alone, as it has read them long ago."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(xla_flags, "set_default_flags", lambda: None)
+    return tmp_path
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refuse(capsys, *argv):
+    """Runs a command that must fail; returns its sentence."""
+    folder = Path.cwd()
+    before = files(folder)
+    assert main([*argv]) == 2
+    assert files(folder) == before
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("xlstm-jax: ") and err.endswith(".\n") or err.endswith("?\n")
+    assert err.count("\n") == 1
+    return err.removeprefix("xlstm-jax: ").strip()
+
+
+# Arguments -> what the sentence must say.
+BAD = {
+    "trian CONFIG": "'trian' is not a command; did you mean train?",
+    "train": "the config must come first, got nothing; write `xlstm-jax train CONFIG.py`",
+    "train --size smoke": "the config must come first, got '--size'",
+    "train missing.py": "missing.py does not exist",
+    "train CONFIG --size big": "size='big' is not known here; use one of: smoke, cpu, paper.",
+    "train CONFIG --model.dmi 8": "--model.dmi is not an option of `xlstm-jax train`; did you mean "
+    "--model.dim",
+    "train CONFIG --lr 1": "--lr is not an option of `xlstm-jax train`; did you mean --train.lr",
+    "train CONFIG --zzz 1": "--zzz is not an option of `xlstm-jax train`; see",
+    "train CONFIG --trian.lr=1": "did you mean --train.lr",
+    "train CONFIG extra": "extra is not an option of `xlstm-jax train`",
+    "train CONFIG --model.dim": "missing value for argument '--model.dim'",
+    "train CONFIG --model.dim wide": "--model.dim cannot be read: invalid literal for int()",
+    "train CONFIG --model.dtype half": "invalid choice 'half' for argument '--model.dtype', "
+    "expected one of ('float32', 'bfloat16')",
+    "train CONFIG --model.dim 0": "dim must be at least 1, got 0",
+    "train CONFIG --model.pattern mx": "pattern='mx'",
+    "train CONFIG --model.mlstm.num-heads 3": "num_heads must divide",
+    "train CONFIG --model.mlstm.chunk-size 0": "chunk_size must be at least 1, got 0",
+    "train CONFIG --model.mlstm.implementation fast": "implementation='fast' is not known",
+    "train CONFIG --size smoke --data.source nowhere": "data.source='nowhere' is neither",
+    "train CONFIG --size smoke --data.batch-size 100000": "data.batch_size=100000 must be at most",
+    "train CONFIG --size smoke --model.vocab-size 9": "model.vocab_size must be at least 257",
+    "train CONFIG --train.accumulation 3": "must be a multiple of train.accumulation",
+    "train CONFIG --train.lr -1": "train.lr must be above 0, got -1",
+    "train CONFIG --size smoke --run-dir file": "run_dir='file' must be a folder",
+    "train CONFIG --size smoke --run-dir other": "belongs to another config (train.lr: 0.003 here, "
+    "0.5 there)",
+    "describe CONFIG --model.dim 0": "dim must be at least 1, got 0",
+    "describe CONFIG --fresh": "--fresh is not an option of `xlstm-jax describe`",
+    "evaluate": "`xlstm-jax evaluate` needs RUN",
+    "evaluate nowhere": "nowhere does not exist",
+    "evaluate other": "other has no checkpoint yet; train it first",
+    "evaluate other --split all": "invalid choice 'all' for argument '--split'",
+    "generate other": "`xlstm-jax generate` needs --prompt",
+    "generate other --prompt": "missing value for argument '--prompt'",
+    "generate other --prompt=": "--prompt must be the text to continue, got ''",
+    "generate other --prompt a --top-k 0": "top_k must be above 0, got 0",
+    "generate other --prompt a --top-q 1": "did you mean --top-p or --top-k",
+    "generate other --prompt a": "other has no checkpoint yet; train it first",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_what_cannot_be_done_is_refused_in_one_sentence(workplace, capsys, line):
+    (workplace / "file").write_text("no folder")
+    cfg = dataclasses.replace(SMOKE, train=dataclasses.replace(SMOKE.train, lr=0.5))
+    (workplace / "other").mkdir()
+    (workplace / "other" / "config.json").write_text(json.dumps(config.to_dict(cfg)))
+    argv = [CONFIG if word == "CONFIG" else word for word in line.split()]
+    assert BAD[line] in refuse(capsys, *argv)
+
+
+def test_a_fault_that_is_no_bad_input_keeps_its_traceback(monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("from elsewhere")
+
+    monkeypatch.setattr(train, "fit", broken)
+    with pytest.raises(ValueError, match="from elsewhere"):
+        main(["train", CONFIG, "--size", "smoke"])
+
+
+@pytest.mark.parametrize("command", ["train", "describe"])
+def test_help_lists_every_field_of_the_config_with_its_default(capsys, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        main([command, CONFIG, "--size", "smoke", "--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    fields = config.flatten(config.to_dict(SMOKE))
+    for name, value in fields.items():
+        option = f"--{name.replace('_', '-')}"
+        assert f" {option}" in text, option
+        words = value if isinstance(value, list) else [value]
+        default = text[text.index("(default: ", text.index(f" {option}")) :]
+        assert default.startswith(f"(default: {shlex.join(map(str, words))})"), option
+
+
+def test_help_without_a_config_lists_the_same_options(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert all(
+        f"--{name.replace('_', '-')}" in text for name in config.flatten(config.to_dict(SMOKE))
+    )
+    assert "--run-dir" in text and "--fresh" in text
+
+
+@pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["-h"], 0)])
+def test_the_command_alone_lists_its_commands(capsys, argv, code):
+    assert main(argv) == code
+    text = capsys.readouterr().out
+    assert all(
+        f"xlstm-jax {name} " in text for name in ("train", "evaluate", "generate", "describe")
+    )
+
+
+def test_options_reach_the_run_and_both_spellings_of_a_name_count(monkeypatch):
+    seen = []
+
+    def fit(cfg, run_dir, **options):
+        seen.append((cfg, run_dir, options["fresh"]))
+        return FitResult(state=STATE, step=3, finished=False, evaluation=None)
+
+    monkeypatch.setattr(train, "fit", fit)
+    options = "--size smoke --run-dir here --fresh --train.lr 1e-4 --model.mlstm.num_heads 2"
+    more = "--train.warmup-steps=5 --model.mlstm.forget-bias 1 2 --train.grad-clip None"
+    assert main(["train", CONFIG, *options.split(), *more.split()]) == 0
+    ((cfg, run_dir, fresh),) = seen
+    assert (run_dir, fresh) == (Path("here"), True)
+    assert cfg.train == dataclasses.replace(SMOKE.train, lr=1e-4, warmup_steps=5, grad_clip=None)
+    mlstm = dataclasses.replace(SMOKE.model.mlstm, num_heads=2, forget_bias=(1.0, 2.0))
+    assert cfg.model == dataclasses.replace(SMOKE.model, mlstm=mlstm)
+    assert cfg.data == SMOKE.data
+
+
+def test_a_run_that_was_asked_to_stop_is_no_failure(monkeypatch, capsys):
+    stopped = FitResult(state=STATE, step=7, finished=False, evaluation=None)
+    monkeypatch.setattr(train, "fit", lambda *args, **options: stopped)
+    assert main(["train", CONFIG, "--size", "smoke"]) == 0
+    assert "Stopped at step 7 of 20" in capsys.readouterr().out
+
+
+def test_a_run_that_diverged_has_an_exit_code_of_its_own(monkeypatch, capsys):
+    def fit(*args, **options):
+        raise DivergedError("8 updates in a row were discarded; lower train.lr.")
+
+    monkeypatch.setattr(train, "fit", fit)
+    assert main(["train", CONFIG, "--size", "smoke"]) == 3
+    assert capsys.readouterr().err == (
+        "xlstm-jax: 8 updates in a row were discarded; lower train.lr.\n"
+    )
+
+
+def test_a_run_lies_where_its_config_says(workplace):
+    (workplace / "old").mkdir()
+    assert train._default_run_dir(Path(CONFIG)) == Path("runs/char_lm")
+    assert train._default_run_dir(Path("old/config.json")) == Path("old")
+    assert train._default_run_dir(Path("old")) == Path("old")
+
+
+def test_describe_tells_shapes_costs_and_the_decayed_set_and_leaves_no_trace(workplace, capsys):
+    assert main(["describe", CONFIG, "--size", "smoke"]) == 0
+    text = capsys.readouterr().out
+    assert not files(workplace)
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
+    assert rows["lm_head/kernel"] == "32 x 257 8,224 yes".split()
+    assert rows["token_embedding/embedding"][-1] == "no"
+    counts = [int(row[-2].replace(",", "")) for row in rows.values() if row[-1] in ("yes", "no")]
+    assert rows["parameters"] == [f"{sum(counts):,}"]
+    assert "256 = 4 x 64" in text and "FLOPs per token" in text and "on one device" in text
+
+
+def test_flags_of_xla_are_set_before_anything_else(monkeypatch):
+    calls = []
+    monkeypatch.setattr(xla_flags, "set_default_flags", lambda: calls.append("flags"))
+    monkeypatch.setattr("xlstm_jax.cli.commands._dispatch", lambda args: calls.append(args) or 0)
+    assert main(["describe"]) == 0
+    assert calls == ["flags", ["describe"]]
+
+
+def xlstm_jax(*argv):
+    """A command in a process of its own: its output, as it was written; it must succeed."""
+    command = [sys.executable, "-m", "xlstm_jax", *argv]
+    done = subprocess.run(command, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+@pytest.mark.slow
+def test_a_small_run_is_trained_measured_read_out_and_found_finished(workplace, capsys):
+    first = xlstm_jax("train", CONFIG, "--size", "smoke")
+    run = workplace / "runs" / "char_lm"
+    for text in ("bits per byte", "runs/char_lm/checkpoints/20", "runs/char_lm/loss.png"):
+        assert text in first
+    assert (run / "loss.png").is_file() and (run / "checkpoints" / "20").is_dir()
+    sample = first.split(":\n\n")[-1].removesuffix("\n")
+    assert len(sample) == 300
+
+    options = ["--prompt", "the old cell", "--max-new-tokens", "40", "--temperature", "0"]
+    told = xlstm_jax("generate", "runs/char_lm", *options)
+    assert told.startswith("the old cell")
+
+    assert main(["evaluate", "runs/char_lm", "--split", "test", "--by-position"]) == 0
+    measured = capsys.readouterr().out
+    assert "bits per byte" in measured and "32-63" in measured
+
+    # Nothing is left to train: only the report is made again, with the same sample.
+    assert main(["train", "runs/char_lm/config.json"]) == 0
+    again = capsys.readouterr().out
+    assert again.split(":\n\n")[-1].removesuffix("\n") == sample
+    assert "step 5/20" not in again
+
+    array = max((run / "checkpoints" / "20" / "state").rglob("*"), key=lambda p: p.stat().st_size)
+    os.truncate(array, array.stat().st_size // 2)
+    assert "bytes, got" in refuse(capsys, "evaluate", "runs/char_lm")
+    assert "bytes, got" in refuse(capsys, "train", "runs/char_lm/config.json")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_saves_and_goes_on_where_it_was(workplace):
+    options = ["--size", "smoke", "--train.steps", "100000", "--train.schedule", "constant"]
+    command = [sys.executable, "-m", "xlstm_jax", "train", CONFIG, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        metrics = workplace / "runs" / "char_lm" / "metrics.jsonl"
+        while not metrics.is_file() or metrics.read_text().count("\n") < 3:
+            assert process.poll() is None
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0
+    assert "the same command goes on from there" in out
+    (step,) = (int(path.name) for path in (workplace / "runs/char_lm/checkpoints").iterdir())
+    assert f"Stopped at step {step} of 100000" in out
