@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.char_lm import SMOKE
-from xlstm_jax import config, xla_flags
+from xlstm_jax import config, memory
 from xlstm_jax.cli import main, train
 from xlstm_jax.train import DivergedError, FitResult, TrainState
 from xlstm_jax.train.guard import Guard
@@ -31,7 +31,7 @@ STATE = TrainState(
 def workplace(tmp_path, monkeypatch):
     """An empty working directory; flags of XLA are left alone, as it has read them long ago."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(xla_flags, "set_default_flags", lambda: None)
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda: None)
     return tmp_path
 
 
@@ -210,7 +210,7 @@ def test_describe_tells_shapes_costs_and_the_decayed_set_and_leaves_no_trace(wor
 
 def test_flags_of_xla_are_set_before_anything_else(monkeypatch):
     calls = []
-    monkeypatch.setattr(xla_flags, "set_default_flags", lambda: calls.append("flags"))
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda: calls.append("flags"))
     monkeypatch.setattr("xlstm_jax.cli.commands._dispatch", lambda args: calls.append(args) or 0)
     assert main(["describe"]) == 0
     assert calls == ["flags", ["describe"]]

@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from xlstm_jax import __version__, xla_flags
+from xlstm_jax import __version__, memory
 from xlstm_jax.cli.exit_codes import BAD_ARGUMENT, DONE, INTERRUPTED
 from xlstm_jax.config import ConfigError
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stderr. 3: the run diverged.
     """
     # Before anything computes: XLA reads its flags once.
-    xla_flags.set_default_flags()
+    memory.keep_freed_memory()
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(args)
