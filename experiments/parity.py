@@ -1,0 +1,260 @@
+"""Does memory mixing let a model count modulo 2, far beyond the lengths it was trained on?
+
+An answer: xLSTM[0:1] and xLSTM[1:1], which have sLSTM blocks, reach a scaled accuracy above 0.95 at
+every length up to 256 with at least one of three seeds, trained on rows of up to 40 tokens;
+xLSTM[1:0], whose mLSTM blocks do not mix memories, stays below 0.3 at lengths 128 to 256.
+
+    python experiments/parity.py --size cpu                  # all three models, JSON and picture
+    xlstm-jax train experiments/parity.py                    # xLSTM[1:1] alone, as a usual run
+
+Scaled accuracy is (accuracy - 1/2) / (1 - 1/2): 0 is chance, 1 is perfect. The three seeds of a
+model share their data and are one program under `jax.vmap`.
+
+Source of the task: Beck et al. 2024, arXiv:2405.04517, appendix B.1.1 (the sLSTM block has no
+convolution there). Sizes: smoke (seconds), cpu (the answer, minutes), paper (the published steps).
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import pathlib
+import platform
+import sys
+import time
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from xlstm_jax import memory
+from xlstm_jax.config import ConfigError
+from xlstm_jax.data import Batch, DataConfig
+from xlstm_jax.data.synthetic import parity
+from xlstm_jax.modules import LM, LMConfig, MLSTMConfig, SLSTMConfig
+from xlstm_jax.train import ExperimentConfig, TrainConfig
+
+CHANCE = 0.5
+BUCKETS = ((3, 40), (40, 64), (64, 128), (128, 256))
+"""Shortest and longest sample of each evaluation, answer included."""
+
+PATTERNS = {"xLSTM[0:1]": "ss", "xLSTM[1:1]": "ms", "xLSTM[1:0]": "mm"}
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+CPU = ExperimentConfig(
+    name="parity",
+    model=LMConfig(
+        vocab_size=parity.VOCAB_SIZE,
+        dim=32,
+        pattern="ms",
+        mlstm=MLSTMConfig(num_heads=1),
+        slstm=SLSTMConfig(
+            num_heads=1, conv_width=0, recurrent_init="standard", bias_init="small_init"
+        ),
+    ),
+    data=DataConfig(source="parity", seq_len=39, batch_size=128, max_len=40, seed=1),
+    train=TrainConfig(
+        steps=2000,
+        lr=5e-3,
+        warmup_steps=0.1,
+        end_factor=0.01,
+        b2=0.99,
+        grad_clip=1.0,
+        log_every=100,
+    ),
+)
+SMOKE = dataclasses.replace(
+    CPU,
+    data=dataclasses.replace(CPU.data, batch_size=16, num_eval_samples=64),
+    train=dataclasses.replace(CPU.train, steps=20, log_every=10),
+)
+PAPER = dataclasses.replace(
+    CPU,
+    model=dataclasses.replace(CPU.model, dim=64),
+    data=dataclasses.replace(CPU.data, batch_size=256),
+    train=dataclasses.replace(CPU.train, steps=100_000, lr=1e-3, end_factor=1e-2),
+)
+SIZES = {"smoke": SMOKE, "cpu": CPU, "paper": PAPER}
+
+
+def config(size: str = "cpu") -> ExperimentConfig:
+    """The run of that size, of xLSTM[1:1].
+
+    Raises:
+        ConfigError: there is no such size.
+    """
+    if size not in SIZES:
+        raise ConfigError(f"size={size!r} is not known here; use one of: {', '.join(SIZES)}.")
+    return SIZES[size]
+
+
+def train_seeds(cfg: ExperimentConfig, num_seeds: int):
+    """Parameters of all seeds (a leading axis) after training, and the losses [steps, seeds]."""
+    import jax
+    import jax.numpy as jnp
+
+    from xlstm_jax.train import optimizer, state, step
+
+    model = LM(cfg.model)
+    tx = optimizer.make_optimizer(cfg.train)
+    keys = jax.random.split(jax.random.key(cfg.train.seed), num_seeds)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    states = jax.vmap(lambda key: state.init_state(model, tx, key, tokens))(keys)
+    update = jax.vmap(step.make_train_step(model, tx, cfg.train), in_axes=(0, None))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(states, batches):
+        return jax.lax.scan(lambda s, b: _drop_metrics(update(s, b)), states, batches)
+
+    losses = []
+    for first in range(0, cfg.train.steps, cfg.train.log_every):
+        states, loss = run(states, _steps(cfg, first))
+        losses.append(np.asarray(loss))
+        mean = ", ".join(f"{value:.4f}" for value in losses[-1].mean(axis=0))
+        print(f"  step {first + len(loss):5d}  loss of each seed {mean}", flush=True)
+    return states.params, np.concatenate(losses)
+
+
+def _drop_metrics(updated):
+    state, metrics = updated
+    return state, metrics["loss"]
+
+
+def _steps(cfg: ExperimentConfig, first: int) -> Batch:
+    """The batches of the next `log_every` steps, stacked."""
+    count = min(cfg.train.log_every, cfg.train.steps - first)
+    rows = cfg.data.batch_size
+    flat = samples(cfg.data, "train", first * rows, count * rows, cfg.data.min_len, 40)
+    return Batch(*(a.reshape(count, rows, *a.shape[1:]) for a in flat))
+
+
+def samples(
+    data: DataConfig, split: Literal["train", "test"], start: int, count: int, low: int, high: int
+) -> Batch:
+    """Samples of lengths low to high, in rows just long enough."""
+    return parity.samples(data.seed, split, start, count, low, high, row_len=high)
+
+
+def scaled_accuracies(cfg: ExperimentConfig, params) -> dict[str, list[float]]:
+    """Per bucket of lengths, the scaled accuracy of every seed, pooled over held-out samples."""
+    import jax
+
+    from xlstm_jax.train import losses
+
+    model = LM(cfg.model)
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, None))
+    def accuracy(params, batch):
+        _, sums = losses.language_model_loss(model, params, batch, cfg.train)
+        return sums.correct_sum / sums.weight_sum
+
+    scores, count = {}, cfg.data.num_eval_samples
+    for low, high in BUCKETS:
+        parts = [
+            accuracy(params, samples(cfg.data, "test", start, min(1024, count), low, high))
+            for start in range(0, count, 1024)
+        ]
+        pooled = np.mean([np.asarray(part) for part in parts], axis=0)
+        scores[f"{low}-{high}"] = [float((a - CHANCE) / (1 - CHANCE)) for a in pooled]
+    return scores
+
+
+def run_model(cfg: ExperimentConfig, name: str, num_seeds: int) -> dict:
+    """Train and score one model; its row of the result."""
+    import jax
+
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, pattern=PATTERNS[name]))
+    print(f"{name}: {num_seeds} seeds, {cfg.train.steps} steps", flush=True)
+    start = time.perf_counter()
+    params, losses = train_seeds(cfg, num_seeds)
+    scores = scaled_accuracies(cfg, params)
+    seconds = time.perf_counter() - start
+    for bucket, values in scores.items():
+        print(f"  lengths {bucket:8s} " + "  ".join(f"{v:6.3f}" for v in values), flush=True)
+    return {
+        "pattern": PATTERNS[name],
+        "parameters": sum(leaf[0].size for leaf in jax.tree.leaves(params)),
+        "final_loss": [float(v) for v in losses[-min(100, len(losses)) :].mean(axis=0)],
+        "scaled_accuracy": scores,
+        "seconds": round(seconds, 1),
+    }
+
+
+def outcome(models: dict[str, dict]) -> dict[str, bool]:
+    """Whether each part of the expected answer came out."""
+
+    def solved(name):
+        by_seed = np.array(list(models[name]["scaled_accuracy"].values()))
+        return bool((by_seed > 0.95).all(axis=0).any())
+
+    longest = models["xLSTM[1:0]"]["scaled_accuracy"]["128-256"]
+    return {
+        "xLSTM[0:1] above 0.95 at every length with some seed": solved("xLSTM[0:1]"),
+        "xLSTM[1:1] above 0.95 at every length with some seed": solved("xLSTM[1:1]"),
+        "xLSTM[1:0] below 0.3 at 128-256 with every seed": bool(max(longest) < 0.3),
+    }
+
+
+def draw(result: dict, path: pathlib.Path) -> None:
+    """Scaled accuracy over length, a line per seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    labels = [f"{low}–{high}" for low, high in BUCKETS]
+    for (name, row), colour in zip(result["models"].items(), ("C0", "C2", "C3"), strict=True):
+        by_seed = np.array(list(row["scaled_accuracy"].values()))
+        axes.plot(labels, by_seed.max(axis=1), "-", color=colour, label=f"{name}, best seed")
+        axes.plot(labels, by_seed, "o", color=colour, alpha=0.35)
+    axes.axhline(0, color="0.5", lw=0.8, ls=":")
+    axes.axhspan(0.95, 1.05, color="C2", alpha=0.08)
+    axes.set_ylim(-0.1, 1.05)
+    axes.set_xlabel("length of the sample (training: 3–40)")
+    axes.set_ylabel("scaled accuracy (0 is chance)")
+    axes.set_title("Parity: only memory mixing extrapolates")
+    axes.legend(frameon=False, loc="center left")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train all three models and write one JSON file and one picture."""
+
+    size: Literal["smoke", "cpu", "paper"] = "cpu"
+    num_seeds: int = 3  # trained together, as one program
+    out: pathlib.Path = RESULTS / "parity.json"  # the picture lies beside it
+
+
+def main(options: Options) -> int:
+    """Run the experiment; 0 if the expected outcome came out (smoke: always), else 1."""
+    memory.keep_freed_memory()
+    import jax
+
+    cfg = config(options.size)
+    models = {name: run_model(cfg, name, options.num_seeds) for name in PATTERNS}
+    result = {
+        "experiment": "parity",
+        "size": options.size,
+        "date": datetime.date.today().isoformat(),
+        "command": f"python experiments/parity.py --size {options.size}",
+        "hardware": f"{jax.devices()[0].device_kind}, {platform.machine()}",
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "seconds": round(sum(row["seconds"] for row in models.values()), 1),
+        "models": models,
+        "outcome": outcome(models),
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    draw(result, options.out.with_suffix(".png"))
+    for sentence, came_out in result["outcome"].items():
+        print(f"{'yes' if came_out else 'NO '}  {sentence}")
+    print(f"{result['seconds']} s; {options.out} and {options.out.with_suffix('.png').name}")
+    return 0 if options.size == "smoke" or all(result["outcome"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, description=__doc__)))
