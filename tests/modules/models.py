@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from xlstm_jax.modules import LM, LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig
 
@@ -25,25 +26,30 @@ def config(pattern: str = MIXED, **changes) -> LMConfig:
     return dataclasses.replace(cfg, **changes)
 
 
-def shaken(tree, key: jax.Array, dtype=jnp.float32):
-    """Parameters moved away from their initial values, where zeros would hide mistakes."""
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    moved = [
-        (leaf + 0.3 * jax.random.normal(k, leaf.shape)).astype(dtype)
-        for leaf, k in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(structure, moved)
+def shaken(tree, seed: int = 0, dtype=np.float32):
+    """Values like those of `tree`, moved to where zeros cannot hide mistakes."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(leaf + 0.3 * rng.standard_normal(leaf.shape), dtype), tree
+    )
 
 
-def model_and_variables(cfg: LMConfig, key: jax.Array, dtype=jnp.float32):
-    """A model and shaken parameters."""
+def model_and_variables(cfg: LMConfig, seed: int = 0, dtype=np.float32):
+    """A model, and parameters of which none is 0."""
     model = LM(cfg)
-    shapes = jax.eval_shape(model.init, key, jnp.zeros((1, 1), jnp.int32))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
-    return model, shaken(zeros, key, dtype)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes)
+    return model, shaken(zeros, seed, dtype)
 
 
-def tokens(key: jax.Array, batch_size: int, length: int, vocab_size: int = 11) -> jax.Array:
+def apply(model: LM, variables, tokens, *arguments, **options):
+    """`model.apply`, compiled as a whole: op by op it would take many times as long."""
+    static = ("head", "deterministic")
+    compiled = jax.jit(model.apply, static_argnames=static)
+    return compiled(variables, tokens, *arguments, **options)
+
+
+def tokens(seed: int, batch_size: int, length: int, vocab_size: int = 11) -> jax.Array:
     """Random token ids."""
-    return jax.random.randint(key, (batch_size, length), 0, vocab_size)
+    ids = np.random.default_rng(seed).integers(0, vocab_size, (batch_size, length))
+    return jnp.asarray(ids, jnp.int32)

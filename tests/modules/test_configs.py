@@ -2,21 +2,12 @@
 
 import dataclasses
 
-import jaxtyping
 import pytest
 
 from tests.modules import models
 from xlstm_jax.config import ConfigError, from_dict, to_dict
 from xlstm_jax.modules import BLOCKS, LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig, presets
 from xlstm_jax.modules.config import SIZED_BY
-
-
-@pytest.fixture
-def unchecked_types():
-    """As outside of tests: there, only the config itself looks at its values."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked_types")

@@ -1,0 +1,131 @@
+"""Initial values: each parameter starts as the paper's model does."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xlstm_jax.modules import LM, LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig
+
+DIM, NUM_BLOCKS = 128, 3
+SMALL = math.sqrt(2 / (5 * DIM))
+WANG = 2 / (NUM_BLOCKS * math.sqrt(DIM))
+
+
+def _params(**changes):
+    cfg = LMConfig(vocab_size=257, dim=DIM, pattern="msM", **changes)
+    assert cfg.num_blocks == NUM_BLOCKS
+    run = jax.jit(LM(cfg).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    blocks = run.pop("stack")["run_0"]
+    named = {"m": blocks["block_0"], "s": blocks["block_1"], "M": blocks["block_2"], **run}
+    leaves = jax.tree_util.tree_leaves_with_path(named)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in leaves
+    }
+
+
+@pytest.fixture(scope="module")
+def params():
+    return _params(mlstm=MLSTMConfig(use_bias=True), large=LargeConfig(use_bias=True))
+
+
+STANDARD_DEVIATIONS = {
+    "token_embedding/embedding": SMALL,
+    "lm_head/kernel": SMALL,
+    "m/mlstm/proj_up/kernel": SMALL,
+    "m/mlstm/q_proj/kernel": SMALL,
+    "m/mlstm/k_proj/kernel": SMALL,
+    "m/mlstm/v_proj/kernel": SMALL,
+    "m/mlstm/proj_down/kernel": WANG,
+    "s/slstm/input_gate/kernel": SMALL,
+    "s/slstm/forget_gate/kernel": SMALL,
+    "s/slstm/cell_input/kernel": SMALL,
+    "s/slstm/output_gate/kernel": SMALL,
+    "s/ffn/proj_up/kernel": SMALL,
+    "s/ffn/proj_down/kernel": WANG,
+    "M/mlstm/q/kernel": SMALL,
+    "M/mlstm/k/kernel": SMALL,
+    "M/mlstm/v/kernel": SMALL,
+    "M/mlstm/out_proj/kernel": WANG,
+    "M/ffn/proj_up_gate/kernel": SMALL,
+    "M/ffn/proj_up/kernel": SMALL,
+    "M/ffn/proj_down/kernel": WANG,
+}
+
+
+@pytest.mark.parametrize("name", STANDARD_DEVIATIONS)
+def test_a_projection_starts_normal_with_the_deviation_of_its_place(params, name):
+    leaf, std = params[name].ravel(), STANDARD_DEVIATIONS[name]
+    error = 4 / math.sqrt(leaf.size)
+    assert abs(leaf.mean()) < error * std
+    assert abs(leaf.std() / std - 1) < error
+    assert np.abs(leaf).max() > 2.5 * std  # not uniform
+
+
+@pytest.mark.parametrize(
+    "name", ["m/mlstm/conv/kernel", "m/mlstm/conv/bias", "s/slstm/conv/kernel"]
+)
+def test_a_convolution_starts_uniform_within_its_fan_in(params, name):
+    assert 0.47 < np.abs(params[name]).max() <= 0.5
+    assert abs(params[name].std() * math.sqrt(12) - 1) < 0.15
+
+
+CONSTANTS = {
+    "m/mlstm/input_gate/kernel": 0.0,
+    "m/mlstm/forget_gate/kernel": 0.0,
+    "m/mlstm/learnable_skip": 1.0,
+    "m/mlstm/out_norm/scale_offset": 0.0,
+    "m/mlstm/proj_up/bias": 0.0,
+    "m/mlstm/q_proj/bias": 0.0,
+    "m/mlstm/proj_down/bias": 0.0,
+    "m/xlstm_norm/scale_offset": 0.0,
+    "s/xlstm_norm/scale_offset": 0.0,
+    "s/ffn_norm/scale_offset": 0.0,
+    "s/slstm/group_norm/scale_offset": 0.0,
+    "s/slstm/recurrent_kernel": 0.0,
+    "M/mlstm/input_gate/kernel": 0.0,
+    "M/mlstm/forget_gate/kernel": 0.0,
+    "M/mlstm/input_gate/bias": -10.0,
+    "M/mlstm/output_gate/kernel": 0.0,
+    "M/mlstm/output_gate/bias": 0.0,
+    "M/mlstm/multihead_norm/scale": 1.0,
+    "M/mlstm/multihead_norm/bias": 0.0,
+    "M/norm_mlstm/scale": 1.0,
+    "M/norm_ffn/scale": 1.0,
+    "out_norm/scale_offset": 0.0,
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_parameter_starts_at_its_constant(params, name):
+    assert np.array_equal(params[name], np.full_like(params[name], CONSTANTS[name]))
+
+
+def test_gate_biases_start_for_memories_of_many_lengths(params):
+    for block in "mM":
+        np.testing.assert_allclose(params[f"{block}/mlstm/forget_gate/bias"], [[3, 4, 5, 6]])
+    assert 0 < np.abs(params["m/mlstm/input_gate/bias"]).max() < 0.4
+    bias = params["s/slstm/bias"][0]  # heads, gates, 32 cells of a head
+    # Block 1 of 3: exponent 0.3 + 1.3 / 2.
+    expected = 5 - 12 * (np.arange(32) / 31) ** 0.95
+    np.testing.assert_allclose(bias[:, 1], np.tile(expected, (4, 1)), rtol=1e-5, atol=1e-5)
+    assert not bias[:, [0, 2, 3]].any()
+
+
+def test_standard_initial_values_of_the_slstm_are_uniform():
+    slstm = SLSTMConfig(recurrent_init="standard", bias_init="standard")
+    params = _params(slstm=slstm)
+    for name in ("recurrent_kernel", "bias"):
+        leaf, bound = params[f"s/slstm/{name}"], 1 / math.sqrt(DIM)
+        assert 0.95 * bound < np.abs(leaf).max() <= bound
+        assert abs(leaf.std() * math.sqrt(3) / bound - 1) < 0.15
+
+
+def test_the_tables_start_with_the_deviation_given():
+    params = _params(embedding_std=0.5, head_std=0.02, slstm=SLSTMConfig(bias_init="zeros"))
+    assert abs(params["token_embedding/embedding"].std() / 0.5 - 1) < 0.05
+    assert abs(params["lm_head/kernel"].std() / 0.02 - 1) < 0.05
+    assert not params["s/slstm/bias"].any()

@@ -1,0 +1,122 @@
+"""The language model around its stack: head, dtypes, dropout, and what it refuses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.modules import models
+from xlstm_jax.modules import LM, MLSTMConfig, SLSTMConfig, head_kernel
+from xlstm_jax.modules.lm import document_starts
+
+
+def test_a_tied_head_is_the_embedding():
+    cfg = models.config("m", tie_embeddings=True, logit_soft_cap=None)
+    model, variables = models.model_and_variables(cfg)
+    assert "lm_head" not in variables["params"]
+    tokens = models.tokens(0, 1, 3)
+    hidden, _ = models.apply(model, variables, tokens, head=False)
+    logits, _ = models.apply(model, variables, tokens)
+    kernel = head_kernel(cfg, variables["params"])
+    np.testing.assert_array_equal(kernel, variables["params"]["token_embedding"]["embedding"].T)
+    np.testing.assert_allclose(logits, hidden @ kernel, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_are_the_capped_product_of_hidden_states_and_head():
+    cfg = models.config("M", logit_soft_cap=0.5)
+    model, variables = models.model_and_variables(cfg)
+    tokens = models.tokens(0, 1, 3)
+    hidden, _ = models.apply(model, variables, tokens, head=False)
+    logits, _ = models.apply(model, variables, tokens)
+    plain = hidden @ head_kernel(cfg, variables["params"])
+    np.testing.assert_allclose(logits, 0.5 * jnp.tanh(plain / 0.5), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "norm, parameters",
+    [("layer", {"scale_offset", "bias"}), ("rms", {"scale", "bias"}), ("none", set())],
+)
+def test_the_final_norm_is_the_one_named(norm, parameters, key):
+    cfg = models.config("m", final_norm=norm, final_norm_bias=True)
+    shapes = jax.eval_shape(LM(cfg).init, key, jnp.zeros((1, 1), jnp.int32))["params"]
+    assert set(shapes.get("out_norm", {})) == parameters
+
+
+def test_bfloat16_activations_leave_gates_memory_and_logits_in_float32():
+    cfg = models.config(dtype="bfloat16")
+    model, variables = models.model_and_variables(cfg)
+    tokens = models.tokens(0, 2, 6)
+    logits, state = models.apply(model, variables, tokens)
+    hidden, _ = models.apply(model, variables, tokens, head=False)
+    assert logits.dtype == jnp.float32 and hidden.dtype == jnp.bfloat16
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        is_conv = ".conv" in jax.tree_util.keystr(path)
+        assert leaf.dtype == (jnp.bfloat16 if is_conv else jnp.float32), path
+    expected, _ = models.apply(LM(dataclasses.replace(cfg, dtype="float32")), variables, tokens)
+    error = jnp.sqrt(jnp.mean(jnp.square(logits - expected)) / jnp.mean(jnp.square(expected)))
+    assert 0 < error < 0.05
+    gradient = jax.jit(jax.grad(lambda v: jnp.sum(jnp.sin(model.apply(v, tokens)[0]))))(variables)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_document_starts_are_changes_after_the_first_token():
+    ids = jnp.array([[1, 1, 2, 3, 0, 0], [0, 0, 1, 1, 2, 2], [1, 0, 2, 2, 2, 2]])
+    assert document_starts(ids).astype(int).tolist() == [
+        [0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 0, 1, 0],
+        [0, 1, 1, 0, 0, 0],
+    ]
+
+
+@pytest.mark.parametrize("letter", ["m", "s"])
+def test_dropout_acts_only_when_asked_and_follows_its_key(letter):
+    slstm = SLSTMConfig(num_heads=2, ffn_dim=0)
+    cfg = models.config(letter * 2, dropout=0.5, slstm=slstm)
+    model, variables = models.model_and_variables(cfg)
+    tokens = models.tokens(0, 1, 4)
+
+    def run(seed, **options):
+        rngs = {"dropout": jax.random.key(seed)}
+        return models.apply(model, variables, tokens, rngs=rngs, **options)[0]
+
+    plain = models.apply(LM(models.config(letter * 2, slstm=slstm)), variables, tokens)[0]
+    np.testing.assert_array_equal(run(0), plain)
+    dropped = run(0, deterministic=False)
+    assert not np.allclose(dropped, plain)
+    np.testing.assert_array_equal(dropped, run(0, deterministic=False))
+    assert not np.allclose(dropped, run(1, deterministic=False))
+
+
+def test_embedding_dropout_removes_its_share_of_the_input(key):
+    # A block whose output is zero passes the embedding on.
+    cfg = models.config("m", dropout=0.5, embedding_dropout=True, final_norm="none", dim=64)
+    cfg = dataclasses.replace(cfg, mlstm=MLSTMConfig(num_heads=2, inner_dim=8))
+    model, variables = models.model_and_variables(cfg)
+    variables["params"]["stack"] = jax.tree.map(jnp.zeros_like, variables["params"]["stack"])
+    options = dict(head=False, deterministic=False, rngs={"dropout": key})
+    hidden, _ = models.apply(model, variables, models.tokens(0, 2, 32), **options)
+    assert 0.45 < float(jnp.mean(hidden == 0)) < 0.55
+
+
+TOKENS = jnp.zeros((2, 3), jnp.int32)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "tokens, arguments, sentence",
+    [
+        (TOKENS[0], {}, r"tokens must have the axes \(B T\) .* got \(3,\); .*tokens\[None\]"),
+        (TOKENS[:, :0], {}, r"tokens must have .* at least one position, got \(2, 0\)"),
+        (TOKENS, dict(mask=TOKENS[:, :2] == 0), r"mask must have the shape of tokens, \(2, 3\)"),
+        (TOKENS, dict(segment_ids=TOKENS[:1]), r"segment_ids must have .* got \(1, 3\);"),
+        (TOKENS, dict(state=((),)), "state does not fit pattern='m' with 2 rows.*init_state"),
+        (TOKENS, dict(state=LM(models.config("m")).init_state(3)), "state does not fit"),
+        (TOKENS, dict(state=LM(models.config("M")).init_state(2)), "state does not fit"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(tokens, arguments, sentence):
+    model, variables = models.model_and_variables(models.config("m"))
+    with pytest.raises(ValueError, match=sentence):
+        model.apply(variables, tokens, **arguments)
