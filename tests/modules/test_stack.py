@@ -57,6 +57,16 @@ def test_every_block_starts_differently(key):
     assert not np.allclose(kernel[0], kernel[1])
 
 
+def test_every_block_knows_its_place_in_the_model(key):
+    """The forget bias of the sLSTM blocks at 1, 3 and 5 of 6, bent by their depth."""
+    cfg = models.config("msmsms")
+    params = jax.jit(LM(cfg).init)(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    bias = params["stack"]["run_0"]["block_1"]["slstm"]["bias"][:, 0, 1]
+    share = np.linspace(0, 1, 8)
+    expected = [5 - 12 * share ** (0.3 + 1.3 * block / 5) for block in (1, 3, 5)]
+    np.testing.assert_allclose(bias, expected, rtol=0, atol=1e-5)
+
+
 def test_a_returned_state_has_the_form_of_an_empty_one():
     model, variables = models.model_and_variables(models.config())
     apply = lambda: model.apply(variables, jnp.zeros((3, 2), jnp.int32))[1]  # noqa: E731
