@@ -33,6 +33,7 @@ class LM(nn.Module):
         mask: Bool[Array, "B T"] | None = None,
         *,
         head: bool = True,
+        has_padding: bool = True,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T vocab"] | Float[Array, "B T D"], StackState]:
         """Read tokens after what `state` remembers.
@@ -43,6 +44,7 @@ class LM(nn.Module):
             segment_ids: 0 is padding, documents count from 1; a change starts from empty memory,
                 and so does a row's first token unless a state is given. None: one document.
             mask: False where a position is to be passed over: it changes nothing in the state.
+            has_padding: False promises that no segment id is 0, and saves the work of masks.
             head: False returns the hidden states after the final norm instead of logits.
             deterministic: False applies dropout, with `rngs={"dropout": key}`.
 
@@ -57,7 +59,8 @@ class LM(nn.Module):
         reset = None
         if segment_ids is not None:
             reset = document_starts(segment_ids)
-            mask = segment_ids != 0 if mask is None else mask & (segment_ids != 0)
+            if has_padding:
+                mask = segment_ids != 0 if mask is None else mask & (segment_ids != 0)
         table = Embedding(
             cfg.vocab_size, cfg.dim, _init(cfg.embedding_std, cfg.dim), name="token_embedding"
         )()

@@ -35,6 +35,7 @@ class TrainConfig:
     decay_pattern: str = r"(^|/)kernel$"  # regex over parameter paths: what weight decay touches
     grad_clip: float | None = 0.5  # bound on the global norm of the gradient
     accumulation: int = 1  # micro-batches of one update
+    document_resets: bool = True  # a document starts from empty memory, not from the one before
     z_loss: float = 0.0  # weight of the squared log-normaliser of the softmax; 1e-4 is usual
     loss_chunk: int | None = None  # positions whose logits exist at once; None: the op chooses
     guard_factor: float = 10.0  # an update is discarded if its norm is this many times the usual

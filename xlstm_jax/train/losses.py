@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax.numpy as jnp
+
 from xlstm_jax import ops
 from xlstm_jax.data import Batch
 from xlstm_jax.modules import head_kernel
@@ -26,14 +28,17 @@ def language_model_loss(
         model: an `LM` or what is called like one.
         params: its parameters.
         batch: rows; documents that share a row are told apart by `segment_ids`.
-        cfg: z-loss and chunk size.
+        cfg: z-loss, chunk size, and whether a document starts from empty memory.
         dropout_key: None computes without dropout.
     """
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    # Padding weighs nothing: as a document of its own it needs no masks.
+    documents = jnp.where(batch.segment_ids == 0, -1, batch.segment_ids)
     hidden, _ = model.apply(
         {"params": params},
         batch.inputs,
-        segment_ids=batch.segment_ids,
+        segment_ids=documents if cfg.document_resets else None,
+        has_padding=False,
         head=False,
         deterministic=dropout_key is None,
         rngs=rngs,

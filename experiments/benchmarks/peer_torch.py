@@ -1,0 +1,144 @@
+"""Train steps of the official PyTorch package, timed on request: the other column.
+
+Runs under an interpreter of its own, which needs `torch`, `xlstm` and `mlstm_kernels`; it uses the
+package through its public classes. It answers in JSON lines on standard output:
+
+    python peer_torch.py large        # first answer: versions, parameters, and the variants tried
+    5                                 # each line of input: train so many steps ...
+    {"seconds": [...]}                # ... and say how long each of them took
+
+Both models are float32. Of the variants of a model that a CPU can run, the one with the fastest
+step is kept.
+"""
+
+# pyright: reportMissingImports=false
+
+import json
+import statistics
+import sys
+import time
+import warnings
+from importlib import metadata
+
+import torch
+from xlstm import (
+    FeedForwardConfig,
+    mLSTMBlockConfig,
+    mLSTMLayerConfig,
+    sLSTMBlockConfig,
+    sLSTMLayerConfig,
+    xLSTMLMModel,
+    xLSTMLMModelConfig,
+)
+from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
+
+VOCAB_SIZE = 256
+SHAPES = {"large": (4, 512), "v1": (8, 256)}
+
+
+def large(kernel: str, chunk_size: int) -> torch.nn.Module:
+    """Width 256, 4 blocks, 4 heads. It has to return states: without them its train mode fails."""
+    config = xLSTMLargeConfig(
+        embedding_dim=256,
+        num_heads=4,
+        num_blocks=4,
+        vocab_size=VOCAB_SIZE,
+        chunkwise_kernel=f"chunkwise--{kernel}",
+        sequence_kernel="native_sequence__native",
+        step_kernel="native",
+        mode="train",
+        chunk_size=chunk_size,
+        return_last_states=True,
+        autocast_kernel_dtype="float32",
+    )
+    return xLSTMLarge(config)
+
+
+def first_generation() -> torch.nn.Module:
+    """Width 128, 6 blocks, the second an sLSTM; on a CPU there is only its `vanilla` backend."""
+    slstm = sLSTMLayerConfig(
+        backend="vanilla", num_heads=4, dtype="float32", enable_automatic_mixed_precision=False
+    )
+    config = xLSTMLMModelConfig(
+        vocab_size=VOCAB_SIZE,
+        embedding_dim=128,
+        num_blocks=6,
+        context_length=256,
+        slstm_at=[1],
+        mlstm_block=mLSTMBlockConfig(mlstm=mLSTMLayerConfig(num_heads=4)),
+        slstm_block=sLSTMBlockConfig(slstm=slstm, feedforward=FeedForwardConfig(proj_factor=1.3)),
+    )
+    model = xLSTMLMModel(config)
+    model.reset_parameters()
+    return model
+
+
+VARIANTS = {
+    "large": {
+        f"{kernel}, chunks of {size}": lambda kernel=kernel, size=size: large(kernel, size)
+        for kernel in ("native_autograd", "native_custbw")
+        for size in (32, 64, 128)
+    },
+    "v1": {"parallel mLSTM, vanilla sLSTM": first_generation},
+}
+
+
+class Training:
+    """A model, its optimiser, and one batch to train on."""
+
+    def __init__(self, model: torch.nn.Module, shape: tuple[int, int]):
+        self.model = model
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
+        tokens = torch.randint(0, VOCAB_SIZE, (shape[0], shape[1] + 1))
+        self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].reshape(-1)
+
+    def step(self) -> float:
+        """Seconds of one step: forward, loss, backward, gradient clip, update."""
+        start = time.perf_counter()
+        out = self.model(self.inputs)
+        logits = out[0] if isinstance(out, tuple) else out
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB_SIZE), self.targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        loss.item()
+        return time.perf_counter() - start
+
+    def parameters(self) -> int:
+        """How many there are."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def fastest(name: str, steps: int) -> tuple[Training, dict[str, float]]:
+    """The training whose step is fastest, and the median seconds of all variants."""
+    trainings, medians = {}, {}
+    for variant, make in VARIANTS[name].items():
+        torch.manual_seed(0)
+        trainings[variant] = Training(make(), SHAPES[name])
+        trainings[variant].step()  # warm-up
+        medians[variant] = statistics.median(trainings[variant].step() for _ in range(steps))
+    return trainings[min(medians, key=lambda variant: medians[variant])], medians
+
+
+def main(name: str) -> None:
+    """Answer until the input ends."""
+    warnings.simplefilter("ignore")
+    training, medians = fastest(name, steps=5 if len(VARIANTS[name]) > 1 else 1)
+    packages = ("xlstm", "mlstm_kernels", "torch")
+    hello = {
+        "variant": min(medians, key=lambda variant: medians[variant]),
+        "tried_median_seconds": medians,
+        "parameters": training.parameters(),
+        "threads": torch.get_num_threads(),
+        "versions": {package: metadata.version(package) for package in packages},
+    }
+    print(json.dumps(hello), flush=True)
+    for line in sys.stdin:
+        print(json.dumps({"seconds": [training.step() for _ in range(int(line))]}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
