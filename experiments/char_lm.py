@@ -27,7 +27,7 @@ CPU = ExperimentConfig(
         slstm=SLSTMConfig(num_heads=4),
     ),
     data=DataConfig(source="stdlib", seq_len=256, batch_size=8),
-    train=TrainConfig(steps=800, lr=3e-3, eval_every=200, eval_batches=40, grad_clip=1.0),
+    train=TrainConfig(steps=500, lr=3e-3, eval_every=100, eval_batches=40, grad_clip=1.0),
 )
 SMOKE = dataclasses.replace(
     CPU,

@@ -171,11 +171,14 @@ def test_options_reach_the_run_and_both_spellings_of_a_name_count(monkeypatch):
     assert cfg.data == SMOKE.data
 
 
-def test_a_run_that_was_asked_to_stop_is_no_failure(monkeypatch, capsys):
-    stopped = FitResult(state=STATE, step=7, finished=False, evaluation=None)
+@pytest.mark.parametrize(("step", "measured_at"), [(7, None), (20, None), (20, 10)])
+def test_a_run_that_was_asked_to_stop_is_no_failure(monkeypatch, capsys, step, measured_at):
+    """Also where that was after its last step, while it was measured."""
+    evaluation = None if measured_at is None else {"step": measured_at, "valid_loss": 1.0}
+    stopped = FitResult(state=STATE, step=step, finished=step == 20, evaluation=evaluation)
     monkeypatch.setattr(train, "fit", lambda *args, **options: stopped)
     assert main(["train", CONFIG, "--size", "smoke"]) == 0
-    assert "Stopped at step 7 of 20" in capsys.readouterr().out
+    assert f"Stopped at step {step} of 20" in capsys.readouterr().out
 
 
 def test_a_run_that_diverged_has_an_exit_code_of_its_own(monkeypatch, capsys):

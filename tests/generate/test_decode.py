@@ -128,6 +128,8 @@ def test_equal_prompts_draw_different_answers_and_a_key_repeats_them(small, key)
     drawn = generate(*small, [[1, 2]] * 4, **options).tokens
     assert len(set(map(tuple, drawn))) == 4
     assert generate(*small, [[1, 2]] * 4, **options).tokens == drawn
+    options["key"] = jax.random.PRNGKey(0)  # of the older kind, with the same seed
+    assert generate(*small, [[1, 2]] * 4, **options).tokens == drawn
 
 
 def unseen(logits, key, seen):

@@ -44,13 +44,19 @@ def run(args: list[str]) -> int:
     except DivergedError as error:
         print(f"xlstm-jax: {error}", file=sys.stderr)
         return DIVERGED
-    if not result.finished:
+    if not _is_complete(cfg, result):
         steps = f"step {result.step} of {cfg.train.steps}"
         console.say(f"\nStopped at {steps} and saved; the same command goes on from there.\n")
         return DONE
     _report(cfg, run_dir, result)
     _show_sample(cfg, result)
     return DONE
+
+
+def _is_complete(cfg: ExperimentConfig, result: FitResult) -> bool:
+    """Whether nothing is left to do; a run may also be stopped while it is measured at its end."""
+    measured_at = (result.evaluation or {}).get("step")
+    return result.finished and (measured_at == result.step or not cfg.train.eval_every)
 
 
 def _default_run_dir(config: Path) -> Path:

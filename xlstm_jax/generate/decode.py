@@ -226,17 +226,17 @@ def _decode(
 
 
 def _row_keys(key: AnyKey | None, batch_size: int) -> Key[Array, "B"]:
-    key = jax.random.key(0) if key is None else key
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    if key.ndim == 0:
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size))
-    if key.shape != (batch_size,):
+    given = jax.random.key(0) if key is None else jnp.asarray(key)
+    if not jnp.issubdtype(given.dtype, jax.dtypes.prng_key):
+        given = jax.random.wrap_key_data(given)
+    if given.ndim == 0:
+        return jax.vmap(jax.random.fold_in, (None, 0))(given, jnp.arange(batch_size))
+    if given.shape != (batch_size,):
         raise ConfigError(
-            f"key must be one key or one for each of {batch_size} prompts, got {key.shape}; "
+            f"key must be one key or one for each of {batch_size} prompts, got {given.shape}; "
             "give a single key to have it split."
         )
-    return key
+    return given
 
 
 def _check(model, prompts, max_new_tokens, piece, sampler, key, state) -> None:
