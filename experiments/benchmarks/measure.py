@@ -74,7 +74,7 @@ def versions() -> dict[str, str]:
 def settings() -> dict[str, str]:
     """When, and with which flags of XLA."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
-    return {"date": now, "memory": os.environ.get("XLA_FLAGS", "")}
+    return {"date": now, "xla_flags": os.environ.get("XLA_FLAGS", "")}
 
 
 def _first_of(path: str, name: str) -> str | None:
