@@ -5,7 +5,8 @@ VENV = $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 ARGS =
 
 INSTALLED = $(VENV)/.installed
-PYTEST = $(VENV)/bin/python -m pytest
+# Two workers: the tests mostly compile small programs, one core each.
+PYTEST = $(VENV)/bin/python -m pytest -n 2
 
 .PHONY: help install train test test-slow test-all lint
 

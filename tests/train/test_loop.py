@@ -265,7 +265,15 @@ def test_compiled_programs_are_kept_beside_the_run_for_its_next_start(
         jax.config.update("jax_compilation_cache_dir", str(compiled))
 
 
-def test_the_first_signal_asks_and_the_second_acts():
+@pytest.fixture
+def interrupts():
+    """SIGINT raises KeyboardInterrupt, also where the tests run in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_signal_asks_and_the_second_acts(interrupts):
     with StopRequest() as stop:
         assert not stop.requested
         signal.raise_signal(signal.SIGTERM)
