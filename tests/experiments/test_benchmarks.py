@@ -9,10 +9,10 @@ from experiments.benchmarks import cases, depth, length, measure, peer, train_st
 from experiments.benchmarks.cases import Case
 from xlstm_jax import memory
 from xlstm_jax.config import ConfigError
-from xlstm_jax.modules import LMConfig, MLSTMConfig, presets
+from xlstm_jax.modules import LMConfig, SLSTMConfig, presets
 
 TINY = Case(
-    model=LMConfig(vocab_size=11, dim=8, pattern="m", mlstm=MLSTMConfig(num_heads=2)),
+    model=LMConfig(vocab_size=11, dim=8, pattern="s", slstm=SLSTMConfig(num_heads=2), remat="none"),
     batch_size=2,
     seq_len=4,
 )
@@ -101,9 +101,9 @@ def test_cost_per_token_is_given_for_each_length():
 def test_compile_times_are_compared_at_their_fastest(monkeypatch):
     seconds = iter([2.0, 4.0, 8.0, 6.0])
     monkeypatch.setattr(depth, "compile_seconds", lambda model: next(seconds))
-    models = {"one": TINY.model, "two": dataclasses.replace(TINY.model, pattern="mm")}
+    models = {"one": TINY.model, "two": dataclasses.replace(TINY.model, pattern="ss")}
     result = depth.compare(models, [("two", "one")], repeats=2)
-    assert result["models"]["one"] == {"pattern": "m", "runs": 1, "seconds": [2.0, 8.0]}
+    assert result["models"]["one"] == {"pattern": "s", "runs": 1, "seconds": [2.0, 8.0]}
     assert result["ratios"] == {"two / one": 2.0}
 
 
