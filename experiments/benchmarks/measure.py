@@ -38,7 +38,7 @@ def summary(times: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def matrix_product(size: int = MATRIX_SIZE) -> Callable[[], jax.Array]:
+def matrix_product(size: int) -> Callable[[], jax.Array]:
     """A compiled product of two float32 matrices, ready to be timed: 2 * size^3 FLOPs."""
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.float32)
     product = jax.jit(jnp.dot).lower(a, b).compile()

@@ -82,7 +82,7 @@ def train(name: str, options: Options) -> dict[str, Any]:
 def in_turns(name: str, case: cases.Case, other: peer.Peer | None, repeats: int) -> dict[str, Any]:
     """Times of both, a few steps each, until each has had `repeats`."""
     advance, program = cases.compiled_step(case)
-    product = measure.matrix_product()
+    product = measure.matrix_product(measure.MATRIX_SIZE)
     measure.seconds(advance, 2)
     ours, theirs, products = [], [], []
     while len(ours) < repeats:
