@@ -27,7 +27,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from xlstm_jax import memory
+from xlstm_jax import cpu
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import Batch, DataConfig
 from xlstm_jax.data.synthetic import parity
@@ -231,7 +231,7 @@ class Options:
 
 def main(options: Options) -> int:
     """Run the experiment; 0 if the expected outcome came out (smoke: always), else 1."""
-    memory.keep_freed_memory()
+    cpu.prepare()
     import jax
 
     cfg = config(options.size)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.char_lm import SMOKE
-from xlstm_jax import config, memory
+from xlstm_jax import config, cpu
 from xlstm_jax.cli import main, train
 from xlstm_jax.train import DivergedError, FitResult, TrainState
 from xlstm_jax.train.guard import Guard
@@ -29,9 +29,9 @@ STATE = TrainState(
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
-    """An empty working directory; flags of XLA are left alone, as it has read them long ago."""
+    """An empty working directory; the process of the tests stays as it is."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(memory, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(cpu, "prepare", lambda: None)
     return tmp_path
 
 
@@ -211,12 +211,12 @@ def test_describe_tells_shapes_costs_and_the_decayed_set_and_leaves_no_trace(wor
     assert "256 = 4 x 64" in text and "FLOPs per token" in text and "on one device" in text
 
 
-def test_flags_of_xla_are_set_before_anything_else(monkeypatch):
+def test_the_process_is_prepared_before_anything_else(monkeypatch):
     calls = []
-    monkeypatch.setattr(memory, "keep_freed_memory", lambda: calls.append("flags"))
+    monkeypatch.setattr(cpu, "prepare", lambda: calls.append("prepare"))
     monkeypatch.setattr("xlstm_jax.cli.commands._dispatch", lambda args: calls.append(args) or 0)
     assert main(["describe"]) == 0
-    assert calls == ["flags", ["describe"]]
+    assert calls == ["prepare", ["describe"]]
 
 
 def xlstm_jax(*argv):

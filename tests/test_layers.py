@@ -27,7 +27,7 @@ STOREY_4 = (
     "xlstm_jax.report",
     "xlstm_jax.compat",
     "xlstm_jax.flops",
-    "xlstm_jax.memory",
+    "xlstm_jax.cpu",
 )
 STOREY_5 = (*STOREY_4, "xlstm_jax.cli", "xlstm_jax.__main__")
 
@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "xlstm_jax.report": (*STOREY_3, "xlstm_jax"),
     "xlstm_jax.compat": (*STOREY_3, "xlstm_jax"),
     "xlstm_jax.flops": (*STOREY_3, "xlstm_jax"),
-    "xlstm_jax.memory": (),
+    "xlstm_jax.cpu": (),
     "xlstm_jax.cli": STOREY_4,
     "xlstm_jax.__main__": STOREY_5,
     "experiments": STOREY_5,
@@ -67,7 +67,7 @@ OTHERS_ONLY = {
     "xlstm_jax.cells": {"jax", "jaxtyping", "numpy"},
     "xlstm_jax.ops": {"jax", "jaxtyping", "numpy"},
     "xlstm_jax": set(),
-    "xlstm_jax.memory": set(),
+    "xlstm_jax.cpu": {"jax"},
 }
 
 # Others' package -> the rooms it may appear in (a file counts as a room).

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import tyro
 
 from experiments.benchmarks import cases, depth, length, measure, peer
-from xlstm_jax import memory
+from xlstm_jax import cpu
 from xlstm_jax.config import ConfigError, to_dict
 from xlstm_jax.flops import count_params, train_flops
 
@@ -47,7 +47,7 @@ class Options:
 
 def main(options: Options) -> int:
     """Run the chosen sections; 0 unless an option cannot be used."""
-    memory.keep_freed_memory()
+    cpu.prepare()
     result: dict[str, Any] = {
         "benchmark": "train_step",
         **measure.settings(),

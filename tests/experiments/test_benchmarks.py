@@ -7,7 +7,7 @@ import pytest
 
 from experiments.benchmarks import cases, depth, length, measure, peer, train_step
 from experiments.benchmarks.cases import Case
-from xlstm_jax import memory
+from xlstm_jax import cpu
 from xlstm_jax.config import ConfigError
 from xlstm_jax.modules import LMConfig, SLSTMConfig, presets
 
@@ -30,7 +30,7 @@ def tiny(monkeypatch, compiled):
     monkeypatch.setattr(cases, "CASES", {"large": TINY})
     monkeypatch.setattr(cases, "compiled_step", lambda case: compiled)
     monkeypatch.setattr(measure, "MATRIX_SIZE", 8)
-    monkeypatch.setattr(memory, "keep_freed_memory", lambda: False)
+    monkeypatch.setattr(cpu, "prepare", lambda: False)
 
 
 def test_a_run_without_a_peer_leaves_its_column_empty(tiny, tmp_path, capsys):

@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from xlstm_jax import __version__, memory
+from xlstm_jax import __version__, cpu
 from xlstm_jax.cli.exit_codes import BAD_ARGUMENT, DONE, INTERRUPTED
 from xlstm_jax.config import ConfigError
 
@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done, or cleanly pre-empted. 2: a bad argument or configuration, said in one sentence on
     stderr. 3: the run diverged.
     """
-    # Before anything computes: XLA reads its flags once.
-    memory.keep_freed_memory()
+    # Before anything computes.
+    cpu.prepare()
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(args)
