@@ -4,6 +4,7 @@ All compute in the dtype of their input; parameters are float32 and cast at use.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -39,16 +40,22 @@ class Dense(nn.Module):
         return dense_together(x, self)[0]
 
 
-def dense_together(x: Float[Array, "*batch F_in"], *layers: Dense) -> list[Array]:
+def dense_together(
+    x: Float[Array, "*batch F_in"] | Sequence[Float[Array, "*batch F"]], *layers: Dense
+) -> list[Array]:
     """What each layer makes of the same x, by one product with all kernels side by side.
 
     One product is faster than several, forward and backward; parameters stay those of each layer.
-    All layers must have the same `wide`.
+    All layers must have the same `wide`. Where x comes in parts, it stands for them joined.
     """
-    dtype = jnp.promote_types(x.dtype, jnp.float32) if layers[0].wide else x.dtype
-    kernels, biases = zip(*(layer.weights(x.shape[-1]) for layer in layers), strict=True)
+    parts = x if isinstance(x, Sequence) else (x,)
+    dtype = parts[0].dtype
+    dtype = jnp.promote_types(dtype, jnp.float32) if layers[0].wide else dtype
+    in_dim = sum(part.shape[-1] for part in parts)
+    kernels, biases = zip(*(layer.weights(in_dim) for layer in layers), strict=True)
     kernel = kernels[0] if len(kernels) == 1 else jnp.concatenate(kernels, axis=1)
-    y = ops.dense(x, kernel, dtype=dtype)
+    rows = jnp.split(kernel, list(itertools.accumulate(p.shape[-1] for p in parts))[:-1])
+    y = sum(ops.dense(part, k, dtype=dtype) for part, k in zip(parts, rows, strict=True))
     stops = list(itertools.accumulate(k.shape[1] for k in kernels))
     outputs = jnp.split(y, stops[:-1], axis=-1)
     return [

@@ -85,7 +85,7 @@ class MLSTMLayer(nn.Module):
         u, conv = CausalConv(cfg.conv_width, name="conv")(a, conv, reset=reset, mask=mask)
         u = jax.nn.silu(u)
         q, k, v = (self._project(name, y, dim) for name, y in (("q", u), ("k", u), ("v", a)))
-        i, f = self._gates(jnp.concatenate([q, k, v], axis=-1))
+        i, f = self._gates(q, k, v)
         h, cell = cfg.run(q, k, v, i, f, cell, reset=reset, mask=mask)
         h = MultiHeadNorm(cfg.norm_eps, as_offset=True, name="out_norm")(h)
         skip = self.param("learnable_skip", ones, (inner_dim,)).astype(x.dtype)
@@ -100,7 +100,10 @@ class MLSTMLayer(nn.Module):
         return HeadwiseDense(x.shape[-1], groups, small(dim), self.cfg.use_bias, name=name)(x)
 
     def _gates(
-        self, qkv: Float[Array, "B T F"]
+        self,
+        q: Float[Array, "B T F"],
+        k: Float[Array, "B T F"],
+        v: Float[Array, "B T F"],
     ) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
         biases = normal(self.cfg.input_bias_std), linspace(*self.cfg.forget_bias)
         names = "input_gate", "forget_gate"
@@ -108,7 +111,7 @@ class MLSTMLayer(nn.Module):
             Dense(self.cfg.num_heads, zeros, True, bias_init, wide=True, name=name)
             for name, bias_init in zip(names, biases, strict=True)
         )
-        i, f = dense_together(qkv, *layers)
+        i, f = dense_together((q, k, v), *layers)
         return i, f
 
     @nn.nowrap
