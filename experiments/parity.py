@@ -54,7 +54,7 @@ CPU = ExperimentConfig(
     ),
     data=DataConfig(source="parity", seq_len=39, batch_size=128, max_len=40, seed=1),
     train=TrainConfig(
-        steps=2000,
+        steps=1200,
         lr=5e-3,
         warmup_steps=0.1,
         end_factor=0.01,
@@ -205,10 +205,14 @@ def draw(result: dict, path: pathlib.Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     labels = [f"{low}–{high}" for low, high in BUCKETS]
-    for (name, row), colour in zip(result["models"].items(), ("C0", "C2", "C3"), strict=True):
+    # Side by side, as models that solve the task lie on one line.
+    styles = zip(("C0", "C2", "C3"), (-0.06, 0, 0.06), strict=True)
+    for (name, row), (colour, shift) in zip(result["models"].items(), styles, strict=True):
         by_seed = np.array(list(row["scaled_accuracy"].values()))
-        axes.plot(labels, by_seed.max(axis=1), "-", color=colour, label=f"{name}, best seed")
-        axes.plot(labels, by_seed, "o", color=colour, alpha=0.35)
+        x = np.arange(len(labels)) + shift
+        axes.plot(x, by_seed.max(axis=1), "-", color=colour, label=f"{name}, best seed")
+        axes.plot(x, by_seed, "o", color=colour, alpha=0.35)
+    axes.set_xticks(range(len(labels)), labels)
     axes.axhline(0, color="0.5", lw=0.8, ls=":")
     axes.axhspan(0.95, 1.05, color="C2", alpha=0.08)
     axes.set_ylim(-0.1, 1.05)

@@ -35,14 +35,41 @@ def test_a_product_and_its_gradients_equal_the_plain_ones(batch, rng, x64):
     )
 
 
-# Groups joined to one block, to several, and too wide to be joined.
-@pytest.mark.parametrize("groups,rows,columns", [(6, 4, 4), (1, 5, 3), (3, 200, 8), (130, 4, 4)])
+# Small groups; then groups joined to one block, to several, and too wide to be joined.
+@pytest.mark.parametrize(
+    "groups,rows,columns",
+    [(6, 4, 4), (1, 5, 3), (130, 3, 8), (6, 12, 12), (1, 9, 3), (130, 12, 10), (3, 200, 8)],
+)
 def test_groups_do_not_mix(groups, rows, columns, rng, x64):
     x = jnp.asarray(rng.standard_normal((2, 3, groups * rows)))
     kernel = jnp.asarray(rng.standard_normal((groups, rows, columns)))
     assert_same(
         slope_and_value(ops.grouped_dense, x, kernel), slope_and_value(per_group, x, kernel)
     )
+
+
+def test_the_gradient_of_small_groups_counts_every_row(rng, x64):
+    """More rows than are added up at once, and no multiple of that."""
+    x, kernel = jnp.asarray(rng.standard_normal((5, 7, 12))), jnp.asarray(rng.random((3, 4, 4)))
+    assert_same(
+        slope_and_value(ops.grouped_dense, x, kernel), slope_and_value(per_group, x, kernel)
+    )
+
+
+@pytest.mark.parametrize("width", [4, 12])
+def test_groups_of_bfloat16_may_be_accumulated_and_returned_in_float32(width, rng):
+    x = jnp.asarray(rng.standard_normal((4, 3 * width)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.standard_normal((3, width, width)), jnp.float32)
+    assert ops.grouped_dense(x, kernel).dtype == jnp.bfloat16
+    y = ops.grouped_dense(x, kernel, dtype=jnp.dtype("float32"))
+    assert y.dtype == jnp.float32
+    rounded = np.asarray(kernel.astype(jnp.bfloat16), np.float64)
+    exact = per_group(np.asarray(x, np.float64), rounded)
+    np.testing.assert_allclose(y, exact, rtol=1e-4, atol=1e-4)
+    dx, dkernel = jax.grad(
+        lambda *args: ops.grouped_dense(*args).sum().astype(jnp.float32), (0, 1)
+    )(x, kernel)
+    assert (dx.dtype, dkernel.dtype) == (jnp.bfloat16, jnp.float32)
 
 
 def test_gradients_of_a_mapped_product_are_those_of_a_loop(rng, x64):
