@@ -54,7 +54,7 @@ CPU = ExperimentConfig(
     ),
     data=DataConfig(source="parity", seq_len=39, batch_size=128, max_len=40, seed=1),
     train=TrainConfig(
-        steps=1200,
+        steps=1500,
         lr=5e-3,
         warmup_steps=0.1,
         end_factor=0.01,

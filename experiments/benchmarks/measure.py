@@ -59,7 +59,7 @@ def machine() -> dict[str, Any]:
         "processor": _first_of("/proc/cpuinfo", "model name") or platform.machine(),
         "cores": os.cpu_count(),
         "memory": _first_of("/proc/meminfo", "MemTotal"),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "c_library": " ".join(platform.libc_ver()),
         "devices": [device.device_kind for device in jax.devices()],
     }
