@@ -73,7 +73,10 @@ def test_a_layer_config_refuses_what_its_op_would(make, sentence):
 
 
 def test_sizes_of_blocks_that_are_not_used_are_not_judged():
-    models.config(pattern="M", mlstm=MLSTMConfig(num_heads=7))
+    heads = MLSTMConfig(num_heads=7)
+    assert models.config(pattern="M", mlstm=heads).mlstm == heads
+    with pytest.raises(ConfigError, match=r"mlstm\.num_heads"):
+        models.config(pattern="m", mlstm=heads)
 
 
 @pytest.mark.parametrize("name", ["xlstm_7b", "xlstm_125m_7:1"])

@@ -79,10 +79,8 @@ def fit(
     rundir.begin(run_dir, cfg, _facts(state, train, valid), position.step)
     with contextlib.ExitStack() as stack:
         writers: list[Writer] = [JsonlWriter(run_dir / rundir.METRICS)]
-        if console:
-            writers.append(ConsoleWriter(cfg.train.steps, position.step))
-        if on_metrics is not None:
-            writers.append(CallbackWriter(on_metrics))
+        writers += [ConsoleWriter(cfg.train.steps, position.step)] if console else []
+        writers += [CallbackWriter(on_metrics)] if on_metrics is not None else []
         for writer in writers:
             stack.callback(writer.close)
         stack.enter_context(compiled_programs(run_dir / rundir.CACHE))
