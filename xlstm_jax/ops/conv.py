@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.ops.checks import check_length, check_shapes
+from xlstm_jax.ops.once import gradient_computed_once
 from xlstm_jax.typing import Array, Bool, Float
 
 
@@ -87,7 +88,7 @@ def _convolve(x, kernel, bias, state, reset):
         # Inputs of an earlier document must not reach the next call.
         alive = segment == segment[:, -1:]
         window = jnp.where(alive[..., None], window, 0)
-    return y.astype(dtype), window[:, T:]
+    return gradient_computed_once(y.astype(dtype)), window[:, T:]
 
 
 def _segments(reset, W):

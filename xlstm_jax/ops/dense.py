@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.ops import dispatch
+from xlstm_jax.ops.once import computed_once
 from xlstm_jax.typing import Array, Float
 
 TILE = 256
@@ -82,7 +83,21 @@ def _backward(dtype, residuals, dy):
     dy = jax.lax.optimization_barrier(dy.astype(x.dtype)).reshape(-1, dy.shape[-1])
     dx = jax.lax.dot_general(dy, kernel, (((1,), (1,)), ((), ())))
     flat = x.reshape(-1, x.shape[-1])
-    return dx.reshape(x.shape), jax.lax.dot_general(flat, dy, (((0,), (0,)), ((), ())))
+    return dx.reshape(x.shape), _weight_gradient(flat, dy)
+
+
+NARROW = 16
+_ROWS_PER_SUM = 512
+
+
+def _weight_gradient(x: Float[Array, "N F_in"], dy: Float[Array, "N F_out"]) -> Array:
+    """x' dy."""
+    N, F_out = dy.shape
+    if F_out > NARROW or N % _ROWS_PER_SUM:
+        return jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
+    x, dy = (a.reshape(-1, _ROWS_PER_SUM, a.shape[-1]) for a in (x, dy))
+    parts = jax.lax.dot_general(dy, x, (((1,), (1,)), ((0,), (0,))))
+    return jnp.sum(parts, axis=0).T
 
 
 _cpu_product.defvjp(_forward, _backward)
@@ -90,10 +105,9 @@ _cpu_product.defvjp(_forward, _backward)
 
 @jax.custom_vjp
 def _cpu_groups(x: Float[Array, "N P I"], kernel: Float[Array, "P I O"]) -> Float[Array, "N P O"]:
-    # One feature of every group at a time, against contiguous weights. The barriers keep what
-    # makes x and the weights from being made again for each feature.
-    x, columns = jax.lax.optimization_barrier((x, jnp.moveaxis(kernel, 1, 0)))
-    return sum(x[:, :, i, None] * columns[i][None] for i in range(kernel.shape[1]))
+    # One feature of every group at a time, against contiguous weights.
+    columns = jnp.moveaxis(kernel, 1, 0)
+    return computed_once(sum(x[:, :, i, None] * columns[i][None] for i in range(kernel.shape[1])))
 
 
 def _groups_forward(x, kernel):
@@ -102,7 +116,7 @@ def _groups_forward(x, kernel):
 
 def _groups_backward(residuals, dy):
     x, kernel = residuals
-    x, dy = jax.lax.optimization_barrier((x, dy))
+    dy = computed_once(dy)
     return _cpu_groups(dy, jnp.swapaxes(kernel, 1, 2)), _sum_of_outer_products(x, dy)
 
 

@@ -14,7 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cells.mlstm import READ_FLOOR, MLSTMState
-from xlstm_jax.ops.mlstm_forward import Chunks, Options, Rows, product, row_norm, row_weights
+from xlstm_jax.ops.mlstm_forward import (
+    Chunks,
+    Options,
+    Rows,
+    by_position,
+    in_one_row,
+    product,
+    row_norm,
+    row_weights,
+)
 from xlstm_jax.ops.mlstm_gates import ChunkGates, chunk_decays
 from xlstm_jax.typing import Array, Float, Int
 
@@ -22,19 +31,19 @@ from xlstm_jax.typing import Array, Float, Int
 class ChunkGrads(NamedTuple):
     """Cotangents of the inputs; those of the gates are of their logarithms."""
 
-    q: Float[Array, "N B H L K"]
-    k: Float[Array, "N B H L K"]
-    v: Float[Array, "N B H L V"]
-    log_i: Float[Array, "N B H L"]
-    log_f: Float[Array, "N B H L"]
+    q: Float[Array, "Z L K"]
+    k: Float[Array, "Z L K"]
+    v: Float[Array, "Z L V"]
+    log_i: Float[Array, "Z L"]
+    log_f: Float[Array, "Z L"]
 
 
 class _RowGrads(NamedTuple):
     """Cotangents of a row's read-out `u`, of its normaliser `d`, and of its log-scale `m`."""
 
-    u: Float[Array, "N B H L V"]
-    d: Float[Array, "N B H L"]
-    m: Float[Array, "N B H L"]
+    u: Float[Array, "Z L V"]
+    d: Float[Array, "Z L"]
+    m: Float[Array, "Z L"]
 
 
 def chunkwise_backward(
@@ -43,7 +52,7 @@ def chunkwise_backward(
     rows: Rows,
     starts: MLSTMState,
     last: MLSTMState,
-    dh: Float[Array, "N B H L V"],
+    dh: Float[Array, "Z L V"],
     dlast: MLSTMState,
 ) -> tuple[ChunkGrads, MLSTMState]:
     """Cotangents of the inputs and of the state before the first step."""
@@ -67,7 +76,7 @@ def chunkwise_backward(
     return grads, dfirst
 
 
-def _row_grads(options: Options, rows: Rows, dh: Float[Array, "N B H L V"]) -> _RowGrads:
+def _row_grads(options: Options, rows: Rows, dh: Float[Array, "Z L V"]) -> _RowGrads:
     dtype = rows.m.dtype
     dh = dh.astype(dtype)
     if not options.normalize:
@@ -82,9 +91,9 @@ def _row_grads(options: Options, rows: Rows, dh: Float[Array, "N B H L V"]) -> _
 def _border_grads(x: Chunks, drows: _RowGrads, q_across, starts, last, dlast):
     """Cotangents of the states leaving each chunk, what scaling those states costs, and d first."""
     dtype = starts.C.dtype
-    read = product("NBHLK,NBHLV->NBHKV", q_across.astype(x.v.dtype), _as(drows.u, x.v), dtype)
+    read = product("ZLK,ZLV->ZKV", q_across.astype(x.v.dtype), _as(drows.u, x.v), dtype)
     read_n = jnp.sum(q_across * drows.d[..., None], axis=-2)
-    m_end = jnp.concatenate([starts.m[1:], last.m[None]])
+    m_end = jnp.concatenate([starts.m[last.m.size :], last.m])
     kept = jnp.exp(chunk_decays(x.gates).across + starts.m - m_end)
 
     def step(carry, chunk):
@@ -96,8 +105,9 @@ def _border_grads(x: Chunks, drows: _RowGrads, q_across, starts, last, dlast):
         return (dC_start, dn_start, phi_start), carry
 
     first = (dlast.C, dlast.n, _inner(dlast, last))
-    xs = (kept, read, read_n, starts.C, starts.n)
+    xs = tuple(by_position(a, last) for a in (kept, read, read_n, starts.C, starts.n))
     (dC, dn, dm), (dC_end, dn_end, phi) = jax.lax.scan(step, first, xs, reverse=True)
+    dC_end, dn_end, phi = (in_one_row(a) for a in (dC_end, dn_end, phi))
     return (dC_end, dn_end, m_end), phi, MLSTMState(dC, dn, dm)
 
 
@@ -108,18 +118,18 @@ def _input_grads(options, x: Chunks, rows: Rows, starts, drows: _RowGrads, insid
     du = _as(drows.u, x.v)
     to_end = jnp.exp(chunk_decays(x.gates).to_end - m_end[..., None])
     inside = scale * inside
-    dS = (product("NBHLV,NBHSV->NBHLS", du, x.v, dtype) + drows.d[..., None]) * inside
-    P = product("NBHLK,NBHSK->NBHLS", x.q, x.k, dtype) * inside
+    dS = (product("ZLV,ZSV->ZLS", du, x.v, dtype) + drows.d[..., None]) * inside
+    P = product("ZLK,ZSK->ZLS", x.q, x.k, dtype) * inside
     dS, P = _as(dS, x.v), _as(P, x.v)
-    read = product("NBHLV,NBHKV->NBHLK", du, C, dtype)
+    read = product("ZLV,ZKV->ZLK", du, C, dtype)
     if options.normalize:
         read = read + drows.d[..., None] * starts.n[..., None, :]
-    dq = product("NBHLS,NBHSK->NBHLK", dS, x.k, dtype) + (scale * across)[..., None] * read
-    written = product("NBHSV,NBHKV->NBHSK", x.v, dC_end, dtype) + dn_end[..., None, :]
-    dk = product("NBHLS,NBHLK->NBHSK", dS, x.q, dtype) + to_end[..., None] * written
+    dq = product("ZLS,ZSK->ZLK", dS, x.k, dtype) + (scale * across)[..., None] * read
+    written = product("ZSV,ZKV->ZSK", x.v, dC_end, dtype) + dn_end[..., None, :]
+    dk = product("ZLS,ZLK->ZSK", dS, x.q, dtype) + to_end[..., None] * written
     keys = _as(to_end[..., None] * x.k, x.v)
-    dv = product("NBHLS,NBHLV->NBHSV", P, du, dtype)
-    dv = dv + product("NBHSK,NBHKV->NBHSV", keys, dC_end, dtype)
+    dv = product("ZLS,ZLV->ZSV", P, du, dtype)
+    dv = dv + product("ZSK,ZKV->ZSV", keys, dC_end, dtype)
     return dq, dk, dv
 
 
@@ -127,9 +137,9 @@ def _scale_grads(gates: ChunkGates, m, m_start, dm, dm_last):
     """Gradient through m_t = max(log f_t + m_{t-1}, log i_t), along the path of the maximum.
 
     Args:
-        gates, m, m_start: gates, m of every position and at chunk starts.
-        dm: cotangent of m of every position `N B H L`.
-        dm_last: cotangent of the last m `B H`, beside `dm`.
+        gates, m, m_start: gates, m of every position and at chunk starts `Z`.
+        dm: cotangent of m of every position `Z L`.
+        dm_last: cotangent of the last m `Y`, beside `dm`.
 
     Returns cotangents of log i, log f, and of m before the first step.
     """
@@ -147,27 +157,28 @@ def _scale_grads(gates: ChunkGates, m, m_start, dm, dm_last):
         whole, entering = chunk
         return entering + jnp.where(whole, leaving, 0), leaving
 
-    first, leaving = jax.lax.scan(step, dm_last, (whole, entering), reverse=True)
-    total = _suffix_sum(dm, segment, leaving)
+    xs = tuple(a.reshape((-1,) + dm_last.shape) for a in (whole, entering))
+    first, leaving = jax.lax.scan(step, dm_last, xs, reverse=True)
+    total = _suffix_sum(dm, segment, in_one_row(leaving))
     return jnp.where(through_f, 0, total), jnp.where(through_f, total, 0), first
 
 
 def _suffix_sum(
-    x: Float[Array, "N B H L"],
-    segment: Int[Array, "N B #H L"] | None,
-    leaving: Float[Array, "N B H"],
-) -> Float[Array, "N B H L"]:
+    x: Float[Array, "Z L"],
+    segment: Int[Array, "Z L"] | None,
+    leaving: Float[Array, "Z"],
+) -> Float[Array, "Z L"]:
     """sum over t >= j of x_t in j's segment, plus `leaving` where that is the chunk's last one."""
     if segment is None:
         return jax.lax.cumsum(x, axis=x.ndim - 1, reverse=True) + leaving[..., None]
     L = x.shape[-1]
-    later = jnp.triu(jnp.ones((L, L), bool))[None, None, None]
+    later = jnp.triu(jnp.ones((L, L), bool))[None]
     same = later & (segment[..., :, None] == segment[..., None, :])
     total = jnp.sum(jnp.where(same, x[..., None, :], 0), axis=-1)
     return total + jnp.where(segment == segment[..., -1:], leaving[..., None], 0)
 
 
-def _inner(cotangent: MLSTMState, state: MLSTMState) -> Float[Array, "B H"]:
+def _inner(cotangent: MLSTMState, state: MLSTMState) -> Float[Array, "Y"]:
     """What scaling the whole state costs."""
     C = jnp.sum(cotangent.C * state.C, axis=(-2, -1))
     return C + jnp.sum(cotangent.n * state.n, axis=-1)

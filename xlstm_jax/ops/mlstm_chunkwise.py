@@ -12,6 +12,7 @@ from xlstm_jax.cells.logspace import NEG
 from xlstm_jax.cells.mlstm import MLSTMState
 from xlstm_jax.ops.mlstm_backward import chunkwise_backward
 from xlstm_jax.ops.mlstm_forward import Chunks, Options, chunkwise_forward
+from xlstm_jax.ops.once import computed_once
 from xlstm_jax.ops.mlstm_gates import ChunkGates, LogGates, log_gates
 from xlstm_jax.typing import Array, Bool, Float
 
@@ -67,20 +68,22 @@ def _chunkwise(options: Options, q, k, v, gates: LogGates, state: MLSTMState):
 
 
 def _forward(options: Options, q, k, v, gates: LogGates, state: MLSTMState):
-    T = q.shape[1]
+    B, T, H = q.shape[:3]
     x = _cut(options.chunk_size, q, k, v, gates)
-    rows, starts, last = chunkwise_forward(options, x, state)
-    return (_join(rows.h, T), last), (x, rows, starts, last)
+    rows, starts, last = chunkwise_forward(options, x, jax.tree.map(_in_one_row, state))
+    h = _join(rows.h, B, T, H)
+    return (h, jax.tree.map(_by_head, last, state)), (x, rows, starts, last)
 
 
 def _backward(options: Options, residuals, cotangents):
     x, rows, starts, last = residuals
     dh, dlast = cotangents
-    T = dh.shape[1]
-    dh = _heads_first(_chunk(dh, options.chunk_size))
-    grads, dstate = chunkwise_backward(options, x, rows, starts, last, dh, dlast)
-    dq, dk, dv, dlog_i, dlog_f = (_join(g, T) for g in grads)
-    return dq, dk, dv, LogGates(dlog_i, dlog_f, None), dstate
+    B, T, H = dh.shape[:3]
+    dh = _chunk(dh, options.chunk_size)
+    flat = jax.tree.map(_in_one_row, dlast)
+    grads, dfirst = chunkwise_backward(options, x, rows, starts, last, dh, flat)
+    dq, dk, dv, dlog_i, dlog_f = (_join(g, B, T, H) for g in grads)
+    return dq, dk, dv, LogGates(dlog_i, dlog_f, None), jax.tree.map(_by_head, dfirst, dlast)
 
 
 _chunkwise.defvjp(_forward, _backward)
@@ -88,28 +91,38 @@ _chunkwise.defvjp(_forward, _backward)
 
 def _cut(L: int, q, k, v, gates: LogGates) -> Chunks:
     """Chunks of length L; the last is filled with steps that write and forget nothing."""
-    log_i = _heads_first(_chunk(gates.log_i, L, fill=NEG))
-    log_f = _heads_first(_chunk(gates.log_f, L))
-    reset = None if gates.reset is None else _chunk(gates.reset, L)[:, :, None]
-    q, k, v = (_heads_first(_chunk(a, L)) for a in (q, k, v))
+    log_i = _chunk(gates.log_i, L, fill=NEG)
+    log_f = _chunk(gates.log_f, L)
+    log_i, log_f = computed_once((log_i, log_f))
+    reset = gates.reset
+    if reset is not None:
+        reset = _chunk(jnp.broadcast_to(reset[..., None], gates.log_i.shape), L)
+    q, k, v = (_chunk(a, L) for a in (q, k, v))
     return Chunks(q, k, v, ChunkGates(log_i, log_f, reset))
 
 
 def _chunk(x: Array, L: int, fill: float = 0) -> Array:
-    """`B T ...` to `N B L ...`."""
-    B, T = x.shape[:2]
+    """`B T H ...` to `Z L ...`, with Z = N * B * H."""
+    B, T, H = x.shape[:3]
     pad = -T % L
     if pad:
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
-    return jnp.moveaxis(x.reshape((B, -1, L) + x.shape[2:]), 1, 0)
+    x = x.reshape((B, -1, L, H) + x.shape[3:])
+    x = jnp.transpose(x, (1, 0, 3, 2, *range(4, x.ndim)))
+    return x.reshape((-1, L) + x.shape[4:])
 
 
-def _heads_first(x: Array) -> Array:
-    """`N B L H ...` to `N B H L ...`."""
-    return jnp.swapaxes(x, 2, 3)
+def _join(x: Array, B: int, T: int, H: int) -> Array:
+    """`Z L ...` to `B T H ...`, without what fills the last chunk."""
+    x = x.reshape((-1, B, H) + x.shape[1:])
+    x = jnp.transpose(x, (1, 0, 3, 2, *range(4, x.ndim)))
+    return x.reshape((B, -1, H) + x.shape[4:])[:, :T]
 
 
-def _join(x: Array, T: int) -> Array:
-    """`N B H L ...` to `B T H ...`, without what fills the last chunk."""
-    x = jnp.moveaxis(jnp.swapaxes(x, 2, 3), 0, 1)
-    return x.reshape((x.shape[0], -1) + x.shape[3:])[:, :T]
+def _in_one_row(leaf: Array) -> Array:
+    """`B H ...` to `B * H ...`."""
+    return leaf.reshape((-1,) + leaf.shape[2:])
+
+
+def _by_head(leaf: Array, like: Array) -> Array:
+    return leaf.reshape(like.shape)

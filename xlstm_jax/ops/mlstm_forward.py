@@ -1,5 +1,9 @@
 """Chunkwise mLSTM, forward: states at chunk borders, then all chunks at once.
 
+Chunks of all sequences and heads lie behind each other on one axis Z, position in the sequence
+first (Z = N * B * H): loops over three axes are what XLA for CPUs makes fast. In a mesh, call these
+functions on the shards.
+
 Source: arXiv:2503.14376, section 3. Names: `u` is the unnormalised read-out, `d` its normaliser,
 both divided by exp(m) with m the log-scale of the recurrence.
 """
@@ -24,20 +28,20 @@ class Options(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """Inputs cut into chunks, heads before positions."""
+    """Inputs cut into chunks."""
 
-    q: Float[Array, "N B H L K"]
-    k: Float[Array, "N B H L K"]
-    v: Float[Array, "N B H L V"]
+    q: Float[Array, "Z L K"]
+    k: Float[Array, "Z L K"]
+    v: Float[Array, "Z L V"]
     gates: ChunkGates
 
 
 class Rows(NamedTuple):
     """What the backward pass needs of every position besides the inputs."""
 
-    m: Float[Array, "N B H L"]  # log-scale of the recurrence after this step
-    d: Float[Array, "N B H L"]  # signed normaliser
-    h: Float[Array, "N B H L V"]
+    m: Float[Array, "Z L"]  # log-scale of the recurrence after this step
+    d: Float[Array, "Z L"]  # signed normaliser
+    h: Float[Array, "Z L V"]
 
 
 def product(spec: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
@@ -50,7 +54,8 @@ def chunkwise_forward(
 ) -> tuple[Rows, MLSTMState, MLSTMState]:
     """Outputs of every position.
 
-    Returns rows (h in the dtype of v), the states at chunk starts (leading axis N), and the last.
+    State leaves have one leading axis, B * H. Returns rows (h in the dtype of v), the states at chunk
+    starts (leading axis Z), and the last.
     """
     starts, last = _border_states(options, x, state)
     return _outputs(options, x, starts), starts, last
@@ -62,8 +67,9 @@ def _border_states(options: Options, x: Chunks, state: MLSTMState):
     own = decays.end_max if options.max_state else jnp.zeros_like(decays.end_max)
     weight = jnp.exp(decays.to_end - own[..., None])[..., None]
     keys = weight * x.k
-    C_new = product("NBHLK,NBHLV->NBHKV", keys.astype(x.v.dtype), x.v, state.C.dtype)
+    C_new = product("ZLK,ZLV->ZKV", keys.astype(x.v.dtype), x.v, state.C.dtype)
     n_new = jnp.sum(keys, axis=-2)
+    news = tuple(by_position(a, state) for a in (decays.across, own, C_new, n_new))
 
     def step(state, chunk):
         across, own, C_new, n_new = chunk
@@ -73,11 +79,21 @@ def _border_states(options: Options, x: Chunks, state: MLSTMState):
         n = kept[..., None] * state.n + added[..., None] * n_new
         return MLSTMState(C, n, m), state
 
-    last, starts = jax.lax.scan(step, state, (decays.across, own, C_new, n_new))
-    return starts, last
+    last, starts = jax.lax.scan(step, state, news)
+    return jax.tree.map(in_one_row, starts), last
 
 
-def row_scale(options: Options, gates: ChunkGates, m_start: Float[Array, "N B H"]):
+def by_position(x: Float[Array, "Z ..."], state: MLSTMState) -> Float[Array, "N Y ..."]:
+    """The leading axis in two: chunks of a sequence, and sequences with their heads."""
+    return x.reshape((-1,) + state.m.shape + x.shape[1:])
+
+
+def in_one_row(x: Float[Array, "N Y ..."]) -> Float[Array, "Z ..."]:
+    """The reverse of `by_position`."""
+    return x.reshape((-1,) + x.shape[2:])
+
+
+def row_scale(options: Options, gates: ChunkGates, m_start: Float[Array, "Z"]):
     """m of every position, as the step recurrence has it (0 without a max state)."""
     if not options.max_state:
         return jnp.zeros_like(gates.log_i)
@@ -86,15 +102,15 @@ def row_scale(options: Options, gates: ChunkGates, m_start: Float[Array, "N B H"
     return jnp.maximum(jnp.max(inside, axis=-1), across)
 
 
-def row_weights(gates: ChunkGates, m: Float[Array, "N B H L"], m_start: Float[Array, "N B H"]):
-    """Factors of sources `N B H L L` and of the state at the chunk's start `N B H L`, over e^m."""
+def row_weights(gates: ChunkGates, m: Float[Array, "Z L"], m_start: Float[Array, "Z"]):
+    """Factors of sources `Z L L` and of the state at the chunk's start `Z L`, over e^m."""
     m = jnp.maximum(m, READ_FLOOR)
     source = source_decay(gates.running, gates.log_i, gates.segment)
     across = chunk_decays(gates).to_row + m_start[..., None]
     return jnp.exp(source - m[..., None]), jnp.exp(across - m)
 
 
-def row_norm(options: Options, m: Float[Array, "N B H L"], d: Float[Array, "N B H L"]):
+def row_norm(options: Options, m: Float[Array, "Z L"], d: Float[Array, "Z L"]):
     """The divisor of every position, and whether it is |d| (else a bound: no gradient to d)."""
     bound = jnp.maximum(jnp.exp(-jnp.maximum(m, READ_FLOOR)), TINY)
     return jnp.maximum(jnp.abs(d), bound) + options.eps, jnp.abs(d) > bound
@@ -104,10 +120,10 @@ def _outputs(options: Options, x: Chunks, starts: MLSTMState) -> Rows:
     dtype, scale = starts.C.dtype, x.q.shape[-1] ** -0.5
     m = row_scale(options, x.gates, starts.m)
     inside, across = row_weights(x.gates, m, starts.m)
-    P = scale * product("NBHLK,NBHSK->NBHLS", x.q, x.k, dtype) * inside
+    P = scale * product("ZLK,ZSK->ZLS", x.q, x.k, dtype) * inside
     q = (scale * across)[..., None] * x.q
-    u = product("NBHLS,NBHSV->NBHLV", P.astype(x.v.dtype), x.v, dtype)
-    u = u + product("NBHLK,NBHKV->NBHLV", q.astype(x.v.dtype), starts.C.astype(x.v.dtype), dtype)
+    u = product("ZLS,ZSV->ZLV", P.astype(x.v.dtype), x.v, dtype)
+    u = u + product("ZLK,ZKV->ZLV", q.astype(x.v.dtype), starts.C.astype(x.v.dtype), dtype)
     if not options.normalize:
         return Rows(m, jnp.zeros_like(m), u.astype(x.v.dtype))
     d = jnp.sum(P, axis=-1) + jnp.sum(q * starts.n[..., None, :], axis=-1)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import NEG, log_sigmoid
+from xlstm_jax.ops.once import computed_once
 from xlstm_jax.typing import Array, Bool, Float, Int
 
 
@@ -46,12 +47,12 @@ def log_gates(
 
 
 class Decays(NamedTuple):
-    """Log decays inside chunks; leading axes N B H, `L` positions of a chunk."""
+    """Log decays inside chunks; Z chunks of all sequences and heads, L positions each."""
 
-    to_row: Float[Array, "N B H L"]  # from the chunk's start to t; NEG once a reset lies between
-    to_end: Float[Array, "N B H L"]  # weight of source s in the state at the chunk's end
-    across: Float[Array, "N B H"]  # of the state at the start, at the chunk's end
-    end_max: Float[Array, "N B H"]  # stabiliser of `to_end`: with the empty memory of a reset
+    to_row: Float[Array, "Z L"]  # from the chunk's start to t; NEG once a reset lies between
+    to_end: Float[Array, "Z L"]  # weight of source s in the state at the chunk's end
+    across: Float[Array, "Z"]  # of the state at the start, at the chunk's end
+    end_max: Float[Array, "Z"]  # stabiliser of `to_end`: with the empty memory of a reset
 
 
 GRID = 2.0**10
@@ -75,26 +76,28 @@ class Running(NamedTuple):
 
 
 class ChunkGates(NamedTuple):
-    """Gates of all chunks, heads before positions."""
+    """Gates of Z chunks: those of all sequences and heads, one behind the other."""
 
-    log_i: Float[Array, "N B H L"]
-    log_f: Float[Array, "N B H L"]
-    reset: Bool[Array, "N B 1 L"] | None
+    log_i: Float[Array, "Z L"]
+    log_f: Float[Array, "Z L"]
+    reset: Bool[Array, "Z L"] | None
 
     @property
-    def segment(self) -> Int[Array, "N B 1 L"] | None:
+    def segment(self) -> Int[Array, "Z L"] | None:
         """Resets seen in the chunk up to and including each position."""
         return None if self.reset is None else jnp.cumsum(self.reset, axis=-1)
 
     @property
-    def running(self) -> "Running":
+    def running(self) -> Running:
         """Sum of log f from the chunk's start to each position; a reset adds nothing."""
         log_f = self.log_f if self.reset is None else jnp.where(self.reset, 0, self.log_f)
         coarse = jnp.round(log_f * GRID) / GRID
-        return Running(jnp.cumsum(coarse, axis=-1), jnp.cumsum(log_f - coarse, axis=-1))
+        return computed_once(
+            Running(jnp.cumsum(coarse, axis=-1), jnp.cumsum(log_f - coarse, axis=-1))
+        )
 
     @property
-    def log_i_or_start(self) -> Float[Array, "N B H L"]:
+    def log_i_or_start(self) -> Float[Array, "Z L"]:
         """What the stabiliser sees of a source.
 
         The empty memory that a reset writes has m = 0, so that step ends with max(log f + 0, i).
@@ -106,12 +109,12 @@ class ChunkGates(NamedTuple):
 
 def source_decay(
     running: Running,
-    log_i: Float[Array, "N B H L"],
-    segment: Int[Array, "N B 1 L"] | None,
-) -> Float[Array, "N B H L L"]:
+    log_i: Float[Array, "Z L"],
+    segment: Int[Array, "Z L"] | None,
+) -> Float[Array, "Z L L"]:
     """log weight of source s (last axis) in row t; NEG where s > t or a reset lies between."""
     L = log_i.shape[-1]
-    seen = jnp.tril(jnp.ones((L, L), bool))[None, None, None]
+    seen = jnp.tril(jnp.ones((L, L), bool))[None]
     if segment is not None:
         seen = seen & (segment[..., :, None] == segment[..., None, :])
     coarse = running.coarse[..., :, None] - running.coarse[..., None, :]
