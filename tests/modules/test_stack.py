@@ -96,6 +96,20 @@ def test_gradients_do_not_depend_on_what_is_kept_for_them(remat):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
 
 
+def test_what_is_made_again_is_not_kept():
+    """Of four blocks, few enough to be compiled one by one."""
+
+    def temporary_bytes(remat):
+        model = LM(models.config("mmmm", remat=remat))
+        tokens = jnp.zeros((4, 64), jnp.int32)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
+        loss = jax.grad(lambda v, t: jnp.sum(model.apply(v, t)[0]))
+        program = jax.jit(loss).lower(shapes, tokens).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("full") < 0.6 * temporary_bytes("none")
+
+
 def _num_operations(cfg) -> int:
     """Operations of the lowered gradient of a whole model."""
     model = LM(cfg)

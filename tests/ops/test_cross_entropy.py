@@ -85,6 +85,13 @@ def test_sums_are_float32_for_bfloat16_and_close_to_the_truth(rng):
     np.testing.assert_allclose(sums.ce_sum, exact.ce_sum, rtol=1e-2)
 
 
+def test_of_equal_logits_the_first_is_the_largest():
+    """Logits of two tokens are equal, of a third smaller."""
+    x, kernel = jnp.ones((1, 3, 1)), jnp.asarray([[2.0, 1.0, 2.0]])
+    targets, weights = jnp.asarray([[0, 1, 2]]), jnp.asarray([[1.0, 10.0, 100.0]])
+    assert float(ops.cross_entropy(x, kernel, targets, weights).correct_sum) == 1.0
+
+
 def test_large_logits_neither_overflow_nor_lose_the_target(rng):
     x, kernel, targets, weights = make(rng, "float32")
     sums, gradients = values_and_gradients(

@@ -27,7 +27,7 @@ def assert_same(actual, expected):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 3, 4)])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 3, 4), (2, 16), (48,)])
 def test_a_product_and_its_gradients_equal_the_plain_ones(batch, rng, x64):
     x, kernel = jnp.asarray(rng.standard_normal((*batch, 5))), jnp.asarray(rng.random((5, 7)))
     assert_same(

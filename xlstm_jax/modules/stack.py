@@ -77,10 +77,11 @@ class Stack(nn.Module):
         reset: Bool[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], StackState]:
-        cfg = self.cfg
-        group = Group
+        cfg, group = self.cfg, Group
+        unroll = cfg.num_blocks <= UNROLLED_BLOCKS
         if cfg.remat != "none":
-            # Inside a scan nothing can be merged with the forward pass anyway.
+            # In a scan nothing made again can be merged with the forward pass, written out it is.
+            unroll = False
             group = nn.remat(Group, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
         new_state, start = [], 0
         for i, run in enumerate(cut(cfg.pattern)):
@@ -90,7 +91,7 @@ class Stack(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, 0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=run.repeats,
-                unroll=run.repeats if cfg.num_blocks <= UNROLLED_BLOCKS else 1,
+                unroll=run.repeats if unroll else 1,
             )
             stop = start + run.num_blocks
             first_blocks = jnp.arange(start, stop, len(run.unit), dtype=jnp.int32)

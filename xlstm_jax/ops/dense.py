@@ -1,6 +1,7 @@
 """Products with a weight matrix, and with one matrix per group of features."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -86,18 +87,22 @@ def _backward(dtype, residuals, dy):
     return dx.reshape(x.shape), _weight_gradient(flat, dy)
 
 
-NARROW = 16
-_ROWS_PER_SUM = 512
+_NARROW, _SUMS = 16, 16
 
 
-def _weight_gradient(x: Float[Array, "N F_in"], dy: Float[Array, "N F_out"]) -> Array:
-    """x' dy."""
-    N, F_out = dy.shape
-    if F_out > NARROW or N % _ROWS_PER_SUM:
+def _weight_gradient(
+    x: Float[Array, "N F_in"], dy: Float[Array, "N F_out"]
+) -> Float[Array, "F_in F_out"]:
+    """x' dy; a narrow one as a few sums over part of the rows each, transposed.
+
+    XLA for CPUs is slow at one long sum: 0.10 instead of 0.75 ms of processor time for 2048 rows,
+    256 and 8 features (float32, AMD EPYC, 2026-11-23).
+    """
+    sums = math.gcd(x.shape[0], _SUMS)
+    if dy.shape[1] > _NARROW or sums == 1:
         return jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
-    x, dy = (a.reshape(-1, _ROWS_PER_SUM, a.shape[-1]) for a in (x, dy))
-    parts = jax.lax.dot_general(dy, x, (((1,), (1,)), ((0,), (0,))))
-    return jnp.sum(parts, axis=0).T
+    x, dy = (a.reshape(sums, -1, a.shape[-1]) for a in (x, dy))
+    return jnp.sum(jax.lax.dot_general(dy, x, (((1,), (1,)), ((0,), (0,)))), axis=0).T
 
 
 _cpu_product.defvjp(_forward, _backward)
@@ -107,7 +112,8 @@ _cpu_product.defvjp(_forward, _backward)
 def _cpu_groups(x: Float[Array, "N P I"], kernel: Float[Array, "P I O"]) -> Float[Array, "N P O"]:
     # One feature of every group at a time, against contiguous weights.
     columns = jnp.moveaxis(kernel, 1, 0)
-    return computed_once(sum(x[:, :, i, None] * columns[i][None] for i in range(kernel.shape[1])))
+    y = sum(x[:, :, i, None] * columns[i][None] for i in range(kernel.shape[1]))
+    return computed_once(y)
 
 
 def _groups_forward(x, kernel):

@@ -12,8 +12,8 @@ from xlstm_jax.cells.logspace import NEG
 from xlstm_jax.cells.mlstm import MLSTMState
 from xlstm_jax.ops.mlstm_backward import chunkwise_backward
 from xlstm_jax.ops.mlstm_forward import Chunks, Options, chunkwise_forward
-from xlstm_jax.ops.once import computed_once
 from xlstm_jax.ops.mlstm_gates import ChunkGates, LogGates, log_gates
+from xlstm_jax.ops.once import computed_once
 from xlstm_jax.typing import Array, Bool, Float
 
 CHUNK_SIZE = 64

@@ -54,8 +54,8 @@ def chunkwise_forward(
 ) -> tuple[Rows, MLSTMState, MLSTMState]:
     """Outputs of every position.
 
-    State leaves have one leading axis, B * H. Returns rows (h in the dtype of v), the states at chunk
-    starts (leading axis Z), and the last.
+    State leaves have one leading axis, Y = B * H. Returns rows (h in the dtype of v), the states at
+    chunk starts (leading axis Z), and the last.
     """
     starts, last = _border_states(options, x, state)
     return _outputs(options, x, starts), starts, last
