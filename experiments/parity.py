@@ -215,11 +215,11 @@ def draw(result: dict, path: pathlib.Path) -> None:
     axes.set_xticks(range(len(labels)), labels)
     axes.axhline(0, color="0.5", lw=0.8, ls=":")
     axes.axhspan(0.95, 1.05, color="C2", alpha=0.08)
-    axes.set_ylim(-0.1, 1.05)
+    axes.set_ylim(top=1.05)
     axes.set_xlabel("length of the sample (training: 3–40)")
     axes.set_ylabel("scaled accuracy (0 is chance)")
     axes.set_title("Parity: only memory mixing extrapolates")
-    axes.legend(frameon=False, loc="center left")
+    axes.legend(frameon=False, loc="center right")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
