@@ -24,7 +24,7 @@ from xlstm_jax.ops.mlstm_forward import (
     row_norm,
     row_weights,
 )
-from xlstm_jax.ops.mlstm_gates import ChunkGates, chunk_decays
+from xlstm_jax.ops.mlstm_gates import ChunkGates, Decays, chunk_decays
 from xlstm_jax.typing import Array, Float, Int
 
 
@@ -56,14 +56,15 @@ def chunkwise_backward(
     dlast: MLSTMState,
 ) -> tuple[ChunkGrads, MLSTMState]:
     """Cotangents of the inputs and of the state before the first step."""
+    decays = chunk_decays(x.gates)
     drows = _row_grads(options, rows, dh)
-    inside, across = row_weights(x.gates, rows.m, starts.m)
+    inside, across = row_weights(x.gates, decays, rows.m, starts.m)
     q_across = (x.q.shape[-1] ** -0.5 * across)[..., None] * x.q
-    dends, phi, dfirst = _border_grads(x, drows, q_across, starts, last, dlast)
-    dq, dk, dv = _input_grads(options, x, rows, starts, drows, inside, across, dends)
+    dends, phi, dfirst = _border_grads(x, decays, drows, q_across, starts, last, dlast)
+    dq, dk, dv = _input_grads(options, x, decays, starts, drows, inside, across, dends)
     dlog_i = jnp.sum(x.k * dk, axis=-1)
     flow = jnp.sum(x.q * dq, axis=-1) - dlog_i
-    dlog_f = _suffix_sum(flow, x.gates.segment, phi)
+    dlog_f = _suffix_sum(flow, decays.segment, phi)
     if x.gates.reset is not None:
         dlog_f = jnp.where(x.gates.reset, 0, dlog_f)
     if options.max_state:
@@ -88,13 +89,13 @@ def _row_grads(options: Options, rows: Rows, dh: Float[Array, "Z L V"]) -> _RowG
     return _RowGrads(dh / norm[..., None], jnp.where(by_d, jnp.sign(rows.d) * dnorm, 0), dm)
 
 
-def _border_grads(x: Chunks, drows: _RowGrads, q_across, starts, last, dlast):
+def _border_grads(x: Chunks, decays: Decays, drows: _RowGrads, q_across, starts, last, dlast):
     """Cotangents of the states leaving each chunk, what scaling those states costs, and d first."""
     dtype = starts.C.dtype
     read = product("ZLK,ZLV->ZKV", q_across.astype(x.v.dtype), _as(drows.u, x.v), dtype)
     read_n = jnp.sum(q_across * drows.d[..., None], axis=-2)
     m_end = jnp.concatenate([starts.m[last.m.size :], last.m])
-    kept = jnp.exp(chunk_decays(x.gates).across + starts.m - m_end)
+    kept = jnp.exp(decays.across + starts.m - m_end)
 
     def step(carry, chunk):
         dC, dn, phi = carry
@@ -111,12 +112,14 @@ def _border_grads(x: Chunks, drows: _RowGrads, q_across, starts, last, dlast):
     return (dC_end, dn_end, m_end), phi, MLSTMState(dC, dn, dm)
 
 
-def _input_grads(options, x: Chunks, rows: Rows, starts, drows: _RowGrads, inside, across, dends):
+def _input_grads(
+    options, x: Chunks, decays: Decays, starts, drows: _RowGrads, inside, across, dends
+):
     dtype, scale = starts.C.dtype, x.q.shape[-1] ** -0.5
     dC_end, dn_end, m_end = dends
     C, dC_end = _as(starts.C, x.v), _as(dC_end, x.v)
     du = _as(drows.u, x.v)
-    to_end = jnp.exp(chunk_decays(x.gates).to_end - m_end[..., None])
+    to_end = jnp.exp(decays.to_end - m_end[..., None])
     inside = scale * inside
     dS = (product("ZLV,ZSV->ZLS", du, x.v, dtype) + drows.d[..., None]) * inside
     P = product("ZLK,ZSK->ZLS", x.q, x.k, dtype) * inside

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cells.mlstm import READ_FLOOR, TINY, MLSTMState
-from xlstm_jax.ops.mlstm_gates import ChunkGates, chunk_decays, source_decay
+from xlstm_jax.ops.mlstm_gates import ChunkGates, Decays, chunk_decays, source_decay
 from xlstm_jax.typing import Array, Float
 
 
@@ -57,12 +57,12 @@ def chunkwise_forward(
     State leaves have one leading axis, Y = B * H. Returns rows (h in the dtype of v), the states at
     chunk starts (leading axis Z), and the last.
     """
-    starts, last = _border_states(options, x, state)
-    return _outputs(options, x, starts), starts, last
-
-
-def _border_states(options: Options, x: Chunks, state: MLSTMState):
     decays = chunk_decays(x.gates)
+    starts, last = _border_states(options, x, decays, state)
+    return _outputs(options, x, decays, starts), starts, last
+
+
+def _border_states(options: Options, x: Chunks, decays: Decays, state: MLSTMState):
     # Increments are computed for all chunks at once, each in its own scale; the scan only adds.
     own = decays.end_max if options.max_state else jnp.zeros_like(decays.end_max)
     weight = jnp.exp(decays.to_end - own[..., None])[..., None]
@@ -93,20 +93,22 @@ def in_one_row(x: Float[Array, "N Y ..."]) -> Float[Array, "Z ..."]:
     return x.reshape((-1,) + x.shape[2:])
 
 
-def row_scale(options: Options, gates: ChunkGates, m_start: Float[Array, "Z"]):
+def _row_scale(options: Options, gates: ChunkGates, decays: Decays, m_start: Float[Array, "Z"]):
     """m of every position, as the step recurrence has it (0 without a max state)."""
     if not options.max_state:
         return jnp.zeros_like(gates.log_i)
-    inside = source_decay(gates.running, gates.log_i_or_start, gates.segment)
-    across = chunk_decays(gates).to_row + m_start[..., None]
+    inside = source_decay(decays, gates.log_i_or_start)
+    across = decays.to_row + m_start[..., None]
     return jnp.maximum(jnp.max(inside, axis=-1), across)
 
 
-def row_weights(gates: ChunkGates, m: Float[Array, "Z L"], m_start: Float[Array, "Z"]):
-    """Factors of sources `Z L L` and of the state at the chunk's start `Z L`, over e^m."""
+def row_weights(
+    gates: ChunkGates, decays: Decays, m: Float[Array, "Z L"], m_start: Float[Array, "Z"]
+) -> tuple[Float[Array, "Z L L"], Float[Array, "Z L"]]:
+    """Factors of sources and of the state at the chunk's start, over e^m."""
     m = jnp.maximum(m, READ_FLOOR)
-    source = source_decay(gates.running, gates.log_i, gates.segment)
-    across = chunk_decays(gates).to_row + m_start[..., None]
+    source = source_decay(decays, gates.log_i)
+    across = decays.to_row + m_start[..., None]
     return jnp.exp(source - m[..., None]), jnp.exp(across - m)
 
 
@@ -116,10 +118,10 @@ def row_norm(options: Options, m: Float[Array, "Z L"], d: Float[Array, "Z L"]):
     return jnp.maximum(jnp.abs(d), bound) + options.eps, jnp.abs(d) > bound
 
 
-def _outputs(options: Options, x: Chunks, starts: MLSTMState) -> Rows:
+def _outputs(options: Options, x: Chunks, decays: Decays, starts: MLSTMState) -> Rows:
     dtype, scale = starts.C.dtype, x.q.shape[-1] ** -0.5
-    m = row_scale(options, x.gates, starts.m)
-    inside, across = row_weights(x.gates, m, starts.m)
+    m = _row_scale(options, x.gates, decays, starts.m)
+    inside, across = row_weights(x.gates, decays, m, starts.m)
     P = scale * product("ZLK,ZSK->ZLS", x.q, x.k, dtype) * inside
     q = (scale * across)[..., None] * x.q
     u = product("ZLS,ZSV->ZLV", P.astype(x.v.dtype), x.v, dtype)

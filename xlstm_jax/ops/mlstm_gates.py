@@ -46,15 +46,6 @@ def log_gates(
     return LogGates(log_i, log_f, reset)
 
 
-class Decays(NamedTuple):
-    """Log decays inside chunks; Z chunks of all sequences and heads, L positions each."""
-
-    to_row: Float[Array, "Z L"]  # from the chunk's start to t; NEG once a reset lies between
-    to_end: Float[Array, "Z L"]  # weight of source s in the state at the chunk's end
-    across: Float[Array, "Z"]  # of the state at the start, at the chunk's end
-    end_max: Float[Array, "Z"]  # stabiliser of `to_end`: with the empty memory of a reset
-
-
 GRID = 2.0**10
 """Steps per unit of the coarse part of a running sum: exact in float32 up to 2^14 in magnitude."""
 
@@ -70,10 +61,6 @@ class Running(NamedTuple):
     coarse: Float[Array, "..."]
     fine: Float[Array, "..."]
 
-    @property
-    def total(self) -> Float[Array, "..."]:
-        return self.coarse + self.fine
-
 
 class ChunkGates(NamedTuple):
     """Gates of Z chunks: those of all sequences and heads, one behind the other."""
@@ -81,20 +68,6 @@ class ChunkGates(NamedTuple):
     log_i: Float[Array, "Z L"]
     log_f: Float[Array, "Z L"]
     reset: Bool[Array, "Z L"] | None
-
-    @property
-    def segment(self) -> Int[Array, "Z L"] | None:
-        """Resets seen in the chunk up to and including each position."""
-        return None if self.reset is None else jnp.cumsum(self.reset, axis=-1)
-
-    @property
-    def running(self) -> Running:
-        """Sum of log f from the chunk's start to each position; a reset adds nothing."""
-        log_f = self.log_f if self.reset is None else jnp.where(self.reset, 0, self.log_f)
-        coarse = jnp.round(log_f * GRID) / GRID
-        return computed_once(
-            Running(jnp.cumsum(coarse, axis=-1), jnp.cumsum(log_f - coarse, axis=-1))
-        )
 
     @property
     def log_i_or_start(self) -> Float[Array, "Z L"]:
@@ -107,35 +80,53 @@ class ChunkGates(NamedTuple):
         return jnp.where(self.reset, jnp.maximum(self.log_i, self.log_f), self.log_i)
 
 
-def source_decay(
-    running: Running,
-    log_i: Float[Array, "Z L"],
-    segment: Int[Array, "Z L"] | None,
-) -> Float[Array, "Z L L"]:
+class Decays(NamedTuple):
+    """Log decays inside Z chunks; made once per pass, for all that reads them."""
+
+    running: Running
+    segment: Int[Array, "Z L"] | None  # resets seen in the chunk up to and including each position
+    to_row: Float[Array, "Z L"]  # from the chunk's start to t; NEG once a reset lies between
+    to_end: Float[Array, "Z L"]  # weight of source s in the state at the chunk's end
+    across: Float[Array, "Z"]  # of the state at the start, at the chunk's end
+    end_max: Float[Array, "Z"]  # stabiliser of `to_end`: with the empty memory of a reset
+
+
+def chunk_decays(gates: ChunkGates) -> Decays:
+    """The decays between a chunk's borders and its positions."""
+    running = _running_sum(gates)
+    coarse = running.coarse[..., -1:] - running.coarse
+    fine = running.fine[..., -1:] - running.fine
+    to_end = coarse + (fine + gates.log_i)
+    end_max = coarse + (fine + gates.log_i_or_start)
+    to_row = running.coarse + running.fine
+    across = to_row[..., -1]
+    if gates.reset is None:
+        return Decays(running, None, to_row, to_end, across, jnp.max(end_max, axis=-1))
+    segment = jnp.cumsum(gates.reset, axis=-1)
+    alive = segment == segment[..., -1:]
+    return Decays(
+        running,
+        segment,
+        jnp.where(segment == 0, to_row, NEG),
+        jnp.where(alive, to_end, NEG),
+        jnp.where(segment[..., -1] == 0, across, NEG),
+        jnp.max(jnp.where(alive, end_max, NEG), axis=-1),
+    )
+
+
+def _running_sum(gates: ChunkGates) -> Running:
+    """Sum of log f from the chunk's start to each position; a reset adds nothing."""
+    log_f = gates.log_f if gates.reset is None else jnp.where(gates.reset, 0, gates.log_f)
+    coarse = jnp.round(log_f * GRID) / GRID
+    return computed_once(Running(jnp.cumsum(coarse, axis=-1), jnp.cumsum(log_f - coarse, axis=-1)))
+
+
+def source_decay(decays: Decays, log_i: Float[Array, "Z L"]) -> Float[Array, "Z L L"]:
     """log weight of source s (last axis) in row t; NEG where s > t or a reset lies between."""
-    L = log_i.shape[-1]
+    L, running, segment = log_i.shape[-1], decays.running, decays.segment
     seen = jnp.tril(jnp.ones((L, L), bool))[None]
     if segment is not None:
         seen = seen & (segment[..., :, None] == segment[..., None, :])
     coarse = running.coarse[..., :, None] - running.coarse[..., None, :]
     fine = running.fine[..., :, None] + (log_i - running.fine)[..., None, :]
     return jnp.where(seen, coarse + fine, NEG)
-
-
-def chunk_decays(gates: ChunkGates) -> Decays:
-    """The decays between a chunk's borders and its positions."""
-    running, segment = gates.running, gates.segment
-    coarse = running.coarse[..., -1:] - running.coarse
-    fine = running.fine[..., -1:] - running.fine
-    to_end = coarse + (fine + gates.log_i)
-    end_max = coarse + (fine + gates.log_i_or_start)
-    to_row, across = running.total, running.total[..., -1]
-    if segment is None:
-        return Decays(to_row, to_end, across, jnp.max(end_max, axis=-1))
-    alive = segment == segment[..., -1:]
-    return Decays(
-        jnp.where(segment == 0, to_row, NEG),
-        jnp.where(alive, to_end, NEG),
-        jnp.where(segment[..., -1] == 0, across, NEG),
-        jnp.max(jnp.where(alive, end_max, NEG), axis=-1),
-    )
