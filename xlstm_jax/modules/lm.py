@@ -87,7 +87,7 @@ class LM(nn.Module):
 
     @nn.nowrap
     def init_state(self, batch_size: int) -> StackState:
-        """The empty memory: a tuple per run of the pattern, each leaf with axes `layers B ...`."""
+        """The empty memory: per letter of the pattern, each leaf with axes `layers B ...`."""
         return stack.init_state(self.cfg, batch_size)
 
 

@@ -1,6 +1,7 @@
 """Which block stands where: patterns of one letter per block, and their cut into repeated runs."""
 
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -9,14 +10,22 @@ from xlstm_jax.config import ConfigError
 
 
 class Run(NamedTuple):
-    """A group of blocks that is compiled once and applied `repeats` times."""
+    """A unit of blocks that is compiled once, and the steps of a loop over it."""
 
-    unit: str  # one letter per block of the group
-    repeats: int
+    unit: str  # one letter per block
+    steps: tuple[str, ...]  # what each step applies: the unit, or the unit without some letters
 
     @property
     def num_blocks(self) -> int:
-        return len(self.unit) * self.repeats
+        return sum(map(len, self.steps))
+
+    @property
+    def pattern(self) -> str:
+        return "".join(self.steps)
+
+    def has_always(self, letter: str) -> bool:
+        """Whether every step applies all blocks of this letter."""
+        return all(step.count(letter) == self.unit.count(letter) for step in self.steps)
 
 
 def ratio_pattern(ratio: str, num_blocks: int) -> str:
@@ -74,10 +83,9 @@ class _Cut(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def cut(pattern: str) -> tuple[Run, ...]:
-    """The cut of a pattern into runs with the fewest letters to compile.
+    """The cut of a pattern into repeated units, with the fewest letters to compile.
 
-    Ties go to fewer runs, then to uneven ones, then to a shorter first run. The cut decides how
-    parameters are stacked, so it may never depend on anything but the pattern.
+    Ties go to fewer runs, then to uneven ones, then to a shorter first run.
     """
     best = {len(pattern): _Cut(0, 0, 0, (), ())}
     for start in reversed(range(len(pattern))):
@@ -90,5 +98,29 @@ def _runs(pattern: str) -> Iterator[Run]:
     for size in range(1, len(pattern) + 1):
         unit, repeats = pattern[:size], 1
         while pattern.startswith(unit, (repeats - 1) * size):
-            yield Run(unit, repeats)
+            yield Run(unit, (unit,) * repeats)
             repeats += 1
+
+
+@functools.lru_cache(maxsize=256)
+def fold(pattern: str) -> Run:
+    """The whole pattern as one run, in whose unit every letter stands once.
+
+    Of all orders of the letters, one with the fewest steps; among these, one in which the fewest
+    letters are ever left out.
+    """
+
+    def cost(run: Run) -> tuple[int, int]:
+        return len(run.steps), sum(not run.has_always(letter) for letter in run.unit)
+
+    orders = itertools.permutations(sorted(set(pattern)))
+    return min((_folded(pattern, "".join(order)) for order in orders), key=cost)
+
+
+def _folded(pattern: str, unit: str) -> Run:
+    steps = [""]
+    for letter in pattern:
+        if steps[-1] and unit.index(letter) <= unit.index(steps[-1][-1]):
+            steps.append("")
+        steps[-1] += letter
+    return Run(unit, tuple(steps))

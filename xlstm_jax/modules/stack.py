@@ -1,9 +1,12 @@
-"""Blocks in the order of a pattern, each run of the pattern compiled once and scanned.
+"""The blocks of a model, in the order of its pattern.
 
-Compile time grows with the letters of the cut pattern, not with depth. Parameters and states of a
-run have a leading axis `layers`, one entry per repeat, also where a run is not repeated.
+Parameters and states lie by letter: `m` holds those of all "m" blocks behind one leading axis
+`layers`. How the blocks are looped over is chosen per call and changes neither. Where there are
+loops, compile time grows with the kinds of blocks, not with depth.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -11,20 +14,21 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from xlstm_jax.modules import loops
 from xlstm_jax.modules.block import BLOCKS
 from xlstm_jax.modules.config import LMConfig
-from xlstm_jax.modules.patterns import cut
-from xlstm_jax.typing import Array, Bool, Float, Int
+from xlstm_jax.modules.patterns import Run, cut, fold
+from xlstm_jax.typing import Array, Bool, Float, PyTree
 
-# Per run, per block of its unit: the block's state, every leaf "layers B ...".
-StackState = tuple[tuple[Any, ...], ...]
+# Letter -> state of its blocks, every leaf "layers B ...".
+StackState = dict[str, Any]
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "names": jax.checkpoint_policies.save_only_these_names("block_output", "chunk_states"),
 }
-"""What a rematerialised group keeps for the backward pass, besides its input."""
+"""What a rematerialised step keeps for the backward pass, besides its input."""
 
 
 UNROLLED_BLOCKS = 6
@@ -32,39 +36,8 @@ UNROLLED_BLOCKS = 6
 blocks exchange, a tenth to a quarter of a small model's step on a CPU."""
 
 
-class Group(nn.Module):
-    """The blocks of one unit, one after the other."""
-
-    cfg: LMConfig
-    unit: str
-    deterministic: bool
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        first_block: Int[Array, ""],
-        states: tuple[Any, ...] | None,
-        reset: Bool[Array, "B T"] | None,
-        mask: Bool[Array, "B T"] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
-        if reset is not None or mask is not None:
-            # Tied to x, or JAX would compute all that follows from resets and masks alone, one
-            # L x L table after the other, before the scan over groups, and keep it.
-            flags = (reset, mask, jax.lax.stop_gradient(x))
-            reset, mask, _ = jax.lax.optimization_barrier(flags)
-        new_states = []
-        for j, letter in enumerate(self.unit):
-            block = BLOCKS[letter](self.cfg, self.deterministic, name=f"block_{j}")
-            state = None if states is None else states[j]
-            x, state = block(x, state, reset, mask, first_block + j)
-            x = checkpoint_name(x, "block_output")
-            new_states.append(state)
-        return x, tuple(new_states)
-
-
 class Stack(nn.Module):
-    """All blocks of a model: run i of the cut pattern holds its parameters under `run_i`."""
+    """All blocks of a model."""
 
     cfg: LMConfig
     deterministic: bool = True
@@ -77,41 +50,81 @@ class Stack(nn.Module):
         reset: Bool[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], StackState]:
-        cfg, group = self.cfg, Group
-        unroll = cfg.num_blocks <= UNROLLED_BLOCKS
-        if cfg.remat != "none":
-            # In a scan nothing made again can be merged with the forward pass, written out it is.
-            unroll = False
-            group = nn.remat(Group, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
-        new_state, start = [], 0
-        for i, run in enumerate(cut(cfg.pattern)):
-            scanned = nn.scan(
-                group,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(0, 0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-                length=run.repeats,
-                unroll=run.repeats if unroll else 1,
-            )
-            stop = start + run.num_blocks
-            first_blocks = jnp.arange(start, stop, len(run.unit), dtype=jnp.int32)
-            run_state = None if state is None else state[i]
-            layers = scanned(cfg, run.unit, self.deterministic, name=f"run_{i}")
-            x, run_state = layers(x, first_blocks, run_state, reset, mask)
-            new_state.append(run_state)
-            start = stop
-        return x, tuple(new_state)
+        cfg = self.cfg
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+
+        def apply(letter: str, x, own, number):
+            params, state = own
+            block = BLOCKS[letter](cfg, self.deterministic, parent=None)
+            rngs = {} if key is None else {"dropout": jax.random.fold_in(key, number)}
+            flags = _tied(x, reset, mask)
+            x, state = block.apply({"params": params}, x, state, *flags, number, rngs=rngs)
+            return checkpoint_name(x, "block_output"), state
+
+        blocks = {
+            letter: (self._params(letter, x), None if state is None else state[letter])
+            for letter in sorted(set(cfg.pattern))
+        }
+        # Written out, what is made again would be merged with the forward pass.
+        if cfg.remat == "none" and cfg.num_blocks <= UNROLLED_BLOCKS:
+            return loops.one_by_one(cfg.pattern, apply, x, blocks)
+        return loops.scanned(_runs(cfg, x.shape[1]), apply, x, blocks, _checkpoint(cfg))
+
+    def _params(self, letter: str, x: Float[Array, "B T D"]) -> PyTree:
+        """Parameters of all blocks of a letter, every leaf "layers ..."."""
+        if not self.is_initializing():
+            return self.get_variable("params", letter)
+        cfg = self.cfg
+        numbers = jnp.asarray([n for n, other in enumerate(cfg.pattern) if other == letter])
+
+        def init_block(key, number):
+            block = BLOCKS[letter](cfg, parent=None)
+            return block.init(key, x[:1, :1], None, None, None, number)["params"]
+
+        def init_blocks(key):
+            keys = jax.random.split(key, len(numbers))
+            return jax.jit(jax.vmap(init_block))(keys, numbers)
+
+        return self.param(letter, init_blocks)
+
+
+def _tied(x, reset, mask):
+    """Resets and masks, tied to x.
+
+    JAX would compute all that follows from them alone, one L x L table after the other, before the
+    loop over blocks, and keep it.
+    """
+    if reset is None and mask is None:
+        return None, None
+    return jax.lax.optimization_barrier((reset, mask, jax.lax.stop_gradient(x)))[:2]
+
+
+def _checkpoint(cfg: LMConfig) -> Callable[[Callable], Callable]:
+    if cfg.remat == "none":
+        return lambda step: step
+    policy = REMAT_POLICIES[cfg.remat]
+    return functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+
+
+def _runs(cfg: LMConfig, T: int) -> tuple[Run, ...]:
+    """What to loop over.
+
+    Steps that leave blocks out need the fewest kinds of steps, at the price of a branch, which
+    keeps room for what the backward pass reads whether it was taken or not: they are for
+    training with rematerialisation.
+    """
+    runs, folded = cut(cfg.pattern), fold(cfg.pattern)
+    if cfg.remat == "none" or T == 1 or sum(len(run.unit) for run in runs) <= len(folded.unit):
+        return runs
+    return (folded,)
 
 
 def init_state(cfg: LMConfig, batch_size: int) -> StackState:
     """The empty memory of all blocks."""
-    return tuple(
-        tuple(
-            jax.tree.map(
-                lambda leaf, n=run.repeats: jnp.broadcast_to(leaf[None], (n, *leaf.shape)),
-                BLOCKS[letter](cfg, parent=None).init_state(batch_size),
-            )
-            for letter in run.unit
-        )
-        for run in cut(cfg.pattern)
-    )
+
+    def of_all(letter: str) -> Any:
+        one = BLOCKS[letter](cfg, parent=None).init_state(batch_size)
+        n = cfg.pattern.count(letter)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (n, *leaf.shape)), one)
+
+    return {letter: of_all(letter) for letter in sorted(set(cfg.pattern))}
