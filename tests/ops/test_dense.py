@@ -56,7 +56,7 @@ def test_the_gradient_of_small_groups_counts_every_row(rng, x64):
     )
 
 
-@pytest.mark.parametrize("width", [4, 12])
+@pytest.mark.parametrize("width", [4, 12, 256])
 def test_groups_of_bfloat16_may_be_accumulated_and_returned_in_float32(width, rng):
     x = jnp.asarray(rng.standard_normal((4, 3 * width)), jnp.bfloat16)
     kernel = jnp.asarray(rng.standard_normal((3, width, width)), jnp.float32)

@@ -53,10 +53,12 @@ def grouped_dense(
     tiles = jnp.einsum("TPIO,PQ->TPIQO", blocks, eye).reshape(-1, joined * rows, joined * columns)
     if tiles.shape[0] == 1:
         return dense(x, tiles[0], dtype=dtype)
-    parts = x.reshape(*x.shape[:-1], P // joined, joined * rows)
-    y = jnp.einsum(
-        "...TI,TIO->...TO", parts, tiles.astype(x.dtype), preferred_element_type=dtype or x.dtype
-    )
+    parts, tiles = x.reshape(*x.shape[:-1], P // joined, joined * rows), tiles.astype(x.dtype)
+    if dispatch.platform() == "cpu":
+        # Its library refuses bfloat16 where groups are not the first axis (jaxlib 0.10.2).
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        parts, tiles = parts.astype(wide), tiles.astype(wide)
+    y = jnp.einsum("...TI,TIO->...TO", parts, tiles, preferred_element_type=dtype or x.dtype)
     return y.reshape(*x.shape[:-1], P * columns)
 
 
