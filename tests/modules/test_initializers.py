@@ -18,8 +18,7 @@ def _params(**changes):
     cfg = LMConfig(vocab_size=257, dim=DIM, pattern="msM", **changes)
     assert cfg.num_blocks == NUM_BLOCKS
     run = jax.jit(LM(cfg).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    blocks = run.pop("stack")["run_0"]
-    named = {"m": blocks["block_0"], "s": blocks["block_1"], "M": blocks["block_2"], **run}
+    named = {**run.pop("stack"), **run}
     leaves = jax.tree_util.tree_leaves_with_path(named)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)

@@ -54,11 +54,23 @@ def test_bfloat16_activations_leave_gates_memory_and_logits_in_float32():
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         is_conv = ".conv" in jax.tree_util.keystr(path)
         assert leaf.dtype == (jnp.bfloat16 if is_conv else jnp.float32), path
-    expected, _ = models.apply(LM(dataclasses.replace(cfg, dtype="float32")), variables, tokens)
-    error = jnp.sqrt(jnp.mean(jnp.square(logits - expected)) / jnp.mean(jnp.square(expected)))
-    assert 0 < error < 0.05
     gradient = jax.jit(jax.grad(lambda v: jnp.sum(jnp.sin(model.apply(v, tokens)[0]))))(variables)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_bfloat16_activations_change_logits_by_a_few_per_cent():
+    """Of five models with random weights the median: a model may well amplify what is rounded."""
+    narrow, wide = (LM(models.config(dtype=dtype)) for dtype in ("bfloat16", "float32"))
+    tokens = models.tokens(0, 2, 6)
+
+    @jax.jit
+    def error(variables):
+        expected = wide.apply(variables, tokens)[0]
+        difference = narrow.apply(variables, tokens)[0] - expected
+        return jnp.sqrt(jnp.mean(jnp.square(difference)) / jnp.mean(jnp.square(expected)))
+
+    errors = [error(models.model_and_variables(wide.cfg, seed)[1]) for seed in range(5)]
+    assert 0 < np.median(errors) < 0.05
 
 
 def test_document_starts_are_changes_after_the_first_token():

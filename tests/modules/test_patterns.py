@@ -6,7 +6,7 @@ import pytest
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.modules import at, ratio_pattern
-from xlstm_jax.modules.patterns import Run, cut
+from xlstm_jax.modules.patterns import Run, cut, fold
 
 
 def test_a_ratio_repeats_mlstm_then_slstm():
@@ -57,7 +57,7 @@ def test_a_position_outside_the_model_is_refused(position):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_pattern_is_cut_into_long_runs(pattern, runs):
-    assert cut(pattern) == tuple(Run(*run) for run in runs)
+    assert cut(pattern) == tuple(Run(unit, (unit,) * repeats) for unit, repeats in runs)
 
 
 def _fewest_letters(pattern: str) -> int:
@@ -79,5 +79,36 @@ def test_a_cut_spells_the_pattern_with_as_few_letters_as_any():
     for _ in range(60):
         pattern = "".join(rng.choices("msM", (3, 2, 1), k=rng.randint(1, 9)))
         runs = cut(pattern)
-        assert "".join(run.unit * run.repeats for run in runs) == pattern
+        assert "".join(run.pattern for run in runs) == pattern
         assert sum(len(run.unit) for run in runs) == _fewest_letters(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern, unit, steps",
+    [
+        ("MMM", "M", "M M M"),
+        ("msms", "ms", "ms ms"),
+        ("mmsmm", "ms", "m ms m m"),
+        ("smmsm", "sm", "sm m sm"),
+        ("ssmm", "sm", "s sm m"),
+        ("msMmM", "msM", "msM mM"),
+    ],
+)
+def test_a_folded_pattern_has_every_letter_once(pattern, unit, steps):
+    assert fold(pattern) == Run(unit, tuple(steps.split()))
+
+
+def test_a_folded_pattern_knows_which_letters_are_always_there():
+    run = fold("mmsmm")
+    assert [run.has_always(letter) for letter in "ms"] == [True, False]
+    assert run.num_blocks == 5
+
+
+def test_a_folded_pattern_is_the_pattern():
+    rng = random.Random(1)
+    for _ in range(60):
+        pattern = "".join(rng.choices("msM", (3, 2, 1), k=rng.randint(1, 12)))
+        run = fold(pattern)
+        assert run.pattern == pattern
+        assert sorted(run.unit) == sorted(set(pattern))
+        assert all(step == "".join(x for x in run.unit if x in step) for step in run.steps)

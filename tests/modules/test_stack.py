@@ -10,50 +10,89 @@ import numpy as np
 import pytest
 
 from tests.modules import models
-from xlstm_jax.modules import BLOCKS, LM, presets
-from xlstm_jax.modules.patterns import cut
-from xlstm_jax.modules.stack import Stack
+from xlstm_jax.modules import BLOCKS, LM, presets, stack
 
 
-def _unrolled(cfg, params, x, state, reset, mask):
-    for run, run_params, run_state in zip(cut(cfg.pattern), params.values(), state, strict=True):
-        for repeat in range(run.repeats):
-            for j, letter in enumerate(run.unit):
-                own, own_state = jax.tree.map(
-                    lambda leaf, n=repeat: leaf[n], (run_params[f"block_{j}"], run_state[j])
-                )
-                x, _ = BLOCKS[letter](cfg).apply({"params": own}, x, own_state, reset, mask)
-    return x
+def _in_a_loop(cfg, params, x, state, reset, mask):
+    """The output, and the new states of all blocks in the order of the pattern."""
+    seen, states = dict.fromkeys(cfg.pattern, 0), []
+    for number, letter in enumerate(cfg.pattern):
+        own = jax.tree.map(
+            lambda leaf, n=seen[letter]: leaf[n], (params[letter], state and state[letter])
+        )
+        x, new = BLOCKS[letter](cfg).apply({"params": own[0]}, x, own[1], reset, mask, number)
+        states.append(new)
+        seen[letter] += 1
+    return x, states
 
 
-def test_a_scan_over_blocks_equals_the_loop(key):
-    cfg = models.config("mmmsmsMM")
-    assert [run.unit for run in cut(cfg.pattern)] == ["m", "ms", "M"]
-    stack = Stack(cfg)
+def _in_order(cfg, states):
+    """States by letter as a list in the order of the pattern."""
+    left = {
+        letter: iter([jax.tree.map(lambda leaf, n=n: leaf[n], tree) for n in range(count)])
+        for letter, tree in states.items()
+        for count in [jax.tree.leaves(tree)[0].shape[0]]
+    }
+    return [next(left[letter]) for letter in cfg.pattern]
+
+
+def _slopes(run, params, x, state):
+    """Value and gradients of all that a run over the blocks returns."""
+
+    def loss(*args):
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(run(*args)))
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(params, x, state)
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("with_state", [True, pytest.param(False, marks=slow)], ids=["state", ""])
+@pytest.mark.parametrize(
+    "pattern, remat, num_bodies",
+    [
+        ("mmsM", "none", None),  # written out
+        ("mmmsmsMM", "none", 4),  # run after run
+        pytest.param("mmmsmmms", "none", 4, marks=slow),
+        ("mmmsmmms", "full", 2),  # steps without an s
+        pytest.param("smmsmM", "full", 3, marks=slow),  # no letter in all steps
+    ],
+)
+def test_a_loop_over_blocks_equals_the_blocks_in_turn(pattern, remat, num_bodies, with_state, key):
+    cfg = models.config(pattern, remat=remat)
+    if num_bodies is not None:
+        assert sum(len(run.unit) for run in stack.runs_of(cfg, 5)) == num_bodies
     x = jax.random.normal(key, (2, 5, cfg.dim))
     reset = jax.random.bernoulli(jax.random.key(1), 0.2, (2, 5))
     mask = jax.random.bernoulli(jax.random.key(2), 0.8, (2, 5))
     params = models.model_and_variables(cfg)[1]["params"]["stack"]
-    state = models.shaken(LM(cfg).init_state(2), seed=1)
-    actual, _ = jax.jit(stack.apply)({"params": params}, x, state, reset, mask)
-    expected = jax.jit(functools.partial(_unrolled, cfg))(params, x, state, reset, mask)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * float(jnp.abs(actual).max()))
+    state = models.shaken(LM(cfg).init_state(2), seed=1) if with_state else None
+
+    def of_stack(params, x, state):
+        y, states = stack.Stack(cfg).apply({"params": params}, x, state, reset, mask)
+        return y, _in_order(cfg, states)
+
+    actual = _slopes(of_stack, params, x, state)
+    expected = _slopes(lambda *args: _in_a_loop(cfg, *args, reset, mask), params, x, state)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
 
 
 def test_parameters_and_states_have_the_layers_first(key):
     cfg = models.config("mmmsms")
-    shapes = jax.eval_shape(LM(cfg).init, key, jnp.zeros((1, 1), jnp.int32))["params"]
-    for i, run in enumerate(cut(cfg.pattern)):
-        leaves = jax.tree.leaves(shapes["stack"][f"run_{i}"])
-        assert {leaf.shape[0] for leaf in leaves} == {run.repeats}
-    for run, run_state in zip(cut(cfg.pattern), LM(cfg).init_state(5), strict=True):
-        assert len(run_state) == len(run.unit)
-        assert {leaf.shape[:2] for leaf in jax.tree.leaves(run_state)} == {(run.repeats, 5)}
+    shapes = jax.eval_shape(LM(cfg).init, key, jnp.zeros((1, 1), jnp.int32))["params"]["stack"]
+    state = LM(cfg).init_state(5)
+    assert set(shapes) == set(state) == {"m", "s"}
+    for letter, count in (("m", 4), ("s", 2)):
+        assert {leaf.shape[0] for leaf in jax.tree.leaves(shapes[letter])} == {count}
+        assert {leaf.shape[:2] for leaf in jax.tree.leaves(state[letter])} == {(count, 5)}
 
 
 def test_every_block_starts_differently(key):
     params = jax.jit(LM(models.config("MM")).init)(key, jnp.zeros((1, 1), jnp.int32))["params"]
-    kernel = params["stack"]["run_0"]["block_0"]["mlstm"]["q"]["kernel"]
+    kernel = params["stack"]["M"]["mlstm"]["q"]["kernel"]
     assert not np.allclose(kernel[0], kernel[1])
 
 
@@ -61,7 +100,7 @@ def test_every_block_knows_its_place_in_the_model(key):
     """The forget bias of the sLSTM blocks at 1, 3 and 5 of 6, bent by their depth."""
     cfg = models.config("msmsms")
     params = jax.jit(LM(cfg).init)(key, jnp.zeros((1, 1), jnp.int32))["params"]
-    bias = params["stack"]["run_0"]["block_1"]["slstm"]["bias"][:, 0, 1]
+    bias = params["stack"]["s"]["slstm"]["bias"][:, 0, 1]
     share = np.linspace(0, 1, 8)
     expected = [5 - 12 * share ** (0.3 + 1.3 * block / 5) for block in (1, 3, 5)]
     np.testing.assert_allclose(bias, expected, rtol=0, atol=1e-5)
@@ -81,9 +120,6 @@ def _gradient(remat):
     tokens = models.tokens(0, 1, 4)
     loss = lambda variables: jnp.sum(jnp.sin(model.apply(variables, tokens)[0]))  # noqa: E731
     return jax.tree.leaves(jax.jit(jax.grad(loss))(variables))
-
-
-slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -127,7 +163,14 @@ def test_a_program_does_not_grow_with_depth(pattern):
 
 def test_an_irregular_preset_is_as_large_a_program_as_its_shortening():
     cfg = presets.get("xlstm_350m_7:1")
-    small = dataclasses.replace(models.config(), pattern=cfg.pattern)
-    short = dataclasses.replace(small, pattern="mmsmsmsmm")
-    assert sum(len(run.unit) for run in cut(cfg.pattern)) == 7
-    assert _num_operations(small) < 2.5 * _num_operations(short)
+    assert cfg.num_blocks == 48
+    small = dataclasses.replace(models.config(), pattern=cfg.pattern, remat=cfg.remat)
+    short = dataclasses.replace(small, pattern="mmsmsm")
+    assert _num_operations(small) < 1.05 * _num_operations(short)
+
+
+def test_reading_one_token_takes_no_branches():
+    """A branch keeps a GPU waiting, and nothing is rematerialised."""
+    cfg = models.config("mmmsmmmmms", remat="names")
+    assert all(run.has_always(letter) for run in stack.runs_of(cfg, 1) for letter in run.unit)
+    assert not stack.runs_of(cfg, 2)[0].has_always("s")

@@ -68,7 +68,7 @@ class Stack(nn.Module):
         # Written out, what is made again would be merged with the forward pass.
         if cfg.remat == "none" and cfg.num_blocks <= UNROLLED_BLOCKS:
             return loops.one_by_one(cfg.pattern, apply, x, blocks)
-        return loops.scanned(_runs(cfg, x.shape[1]), apply, x, blocks, _checkpoint(cfg))
+        return loops.scanned(runs_of(cfg, x.shape[1]), apply, x, blocks, _checkpoint(cfg))
 
     def _params(self, letter: str, x: Float[Array, "B T D"]) -> PyTree:
         """Parameters of all blocks of a letter, every leaf "layers ..."."""
@@ -106,7 +106,7 @@ def _checkpoint(cfg: LMConfig) -> Callable[[Callable], Callable]:
     return functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
 
 
-def _runs(cfg: LMConfig, T: int) -> tuple[Run, ...]:
+def runs_of(cfg: LMConfig, T: int) -> tuple[Run, ...]:
     """What to loop over.
 
     Steps that leave blocks out need the fewest kinds of steps, at the price of a branch, which
