@@ -103,7 +103,7 @@ def test_compile_times_are_compared_at_their_fastest(monkeypatch):
     monkeypatch.setattr(depth, "compile_seconds", lambda model: next(seconds))
     models = {"one": TINY.model, "two": dataclasses.replace(TINY.model, pattern="ss")}
     result = depth.compare(models, [("two", "one")], repeats=2)
-    assert result["models"]["one"] == {"pattern": "s", "runs": 1, "seconds": [2.0, 8.0]}
+    assert result["models"]["one"] == {"pattern": "s", "bodies": 1, "seconds": [2.0, 8.0]}
     assert result["ratios"] == {"two / one": 2.0}
 
 

@@ -112,7 +112,7 @@ def experiment(text):
 
 
 @pytest.fixture
-def same():
+def assert_same():
     """Asserts that two trees are equal bit for bit."""
 
     def check(a, b):

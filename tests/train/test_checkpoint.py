@@ -40,23 +40,23 @@ def contents(folder):
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_the_newest_state_comes_back_bit_for_bit(saved, same):
+def test_the_newest_state_comes_back_bit_for_bit(saved, assert_same):
     run_dir, _, states = saved
     assert checkpoint.steps(run_dir) == [2, 4]  # the oldest made room
     before = contents(run_dir)
     like = jax.eval_shape(lambda: states[4])
     state, data = checkpoint.restore_latest(run_dir, like)
     assert isinstance(state, TrainState) and data == {"step": 4, "third": 1 / 3}
-    same(state, states[4])
+    assert_same(state, states[4])
     assert contents(run_dir) == before
 
 
-def test_parameters_come_back_without_the_optimiser(saved, same):
+def test_parameters_come_back_without_the_optimiser(saved, assert_same):
     run_dir, cfg, states = saved
     for step, expected in ((None, 4), (2, 2)):
         found, params = restore_params(run_dir, step)
         assert found == cfg
-        same(params, states[expected].params)
+        assert_same(params, states[expected].params)
 
 
 def test_a_run_without_checkpoints_has_nothing_to_restore(tmp_path, saved):

@@ -70,7 +70,7 @@ def whole(original, tmp_path):
     return cfg, result, tmp_path / "whole"
 
 
-def test_a_run_leaves_its_files_and_learns(whole, same):
+def test_a_run_leaves_its_files_and_learns(whole, assert_same):
     cfg, result, run_dir = whole
     assert result.finished and result.step == 12
     assert sorted(p.name for p in run_dir.iterdir()) == [
@@ -81,7 +81,7 @@ def test_a_run_leaves_its_files_and_learns(whole, same):
     assert about["num_params"] == sum(x.size for x in jax.tree.leaves(result.state.params))
     assert about["versions"]["jax"] == jax.__version__ and about["data"]["train"]["sha256"]
     assert checkpoint.steps(run_dir) == [5, 10, 12]
-    same(restore_params(run_dir)[1], result.state.params)
+    assert_same(restore_params(run_dir)[1], result.state.params)
 
     train = [r for r in records(run_dir) if "loss" in r]
     valid = [r for r in records(run_dir) if "valid_loss" in r]
@@ -97,7 +97,7 @@ def test_a_run_leaves_its_files_and_learns(whole, same):
 
 
 @pytest.mark.parametrize("cut", [crash_at(3), crash_at(9), interrupt_at(3), interrupt_at(6)])
-def test_a_run_that_was_cut_ends_as_if_it_had_not_been(whole, tmp_path, same, cut):
+def test_a_run_that_was_cut_ends_as_if_it_had_not_been(whole, tmp_path, assert_same, cut):
     cfg, expected, run_dir = whole
     cut_dir = tmp_path / "cut"
     try:
@@ -109,17 +109,17 @@ def test_a_run_that_was_cut_ends_as_if_it_had_not_been(whole, tmp_path, same, cu
         assert (checkpoint.latest_step(cut_dir) or 0) < 12
     result = fit(cfg, cut_dir)
     assert result.finished and result.evaluation == expected.evaluation
-    same(result.state, expected.state)
+    assert_same(result.state, expected.state)
     assert records(cut_dir) == records(run_dir)
     assert (cut_dir / "loss.png").exists()
 
 
-def test_a_finished_run_is_left_alone(whole, same):
+def test_a_finished_run_is_left_alone(whole, assert_same):
     cfg, expected, run_dir = whole
     lines = records(run_dir)
     result = fit(cfg, run_dir)
     assert result.finished and result.evaluation == expected.evaluation
-    same(result.state, expected.state)
+    assert_same(result.state, expected.state)
     assert records(run_dir) == lines
 
 
@@ -161,12 +161,14 @@ def test_steps_of_a_schedule_that_falls_cannot_be_added(whole, with_train):
 
 
 def test_a_constant_schedule_goes_on_for_as_long_as_one_likes(
-    tiny_lm, experiment, with_train, tmp_path, same
+    tiny_lm, experiment, with_train, tmp_path, assert_same
 ):
     short = experiment(schedule="constant", warmup_steps=2, steps=5)
     long = with_train(short, steps=8)
-    fit(short, tmp_path / "a")
-    same(fit(long, tmp_path / "a").state, fit(long, tmp_path / "b").state)
+    assert int(fit(short, tmp_path / "a").state.step) == 5
+    continued, whole = fit(long, tmp_path / "a").state, fit(long, tmp_path / "b").state
+    assert int(continued.step) == 8
+    assert_same(continued, whole)
 
 
 def test_other_data_under_the_same_name_are_refused(tiny_lm, experiment, text, tmp_path):

@@ -59,9 +59,10 @@ def test_an_interval_of_skipped_steps_has_no_loss():
     assert found["loss"] is found["perplexity"] is found["grad_norm"] is None
 
 
-def test_totals_survive_json_bit_for_bit(same):
+def test_totals_survive_json_bit_for_bit(assert_same):
     totals = total(step(1 / 3, 7.0, grad_norm=1e-30), step(np.pi, 11.0, lr=1e-3))
-    same(metrics.from_json(json.loads(json.dumps(metrics.to_json(totals)))), totals)
+    restored = metrics.from_json(json.loads(json.dumps(metrics.to_json(totals))))
+    assert_same(restored, totals)
 
 
 def test_totals_can_be_donated():

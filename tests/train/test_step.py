@@ -98,12 +98,12 @@ def poison(batch):
     return batch._replace(weights=weights)
 
 
-def test_a_batch_with_nan_changes_nothing_but_the_count(tiny, start, batches, same):
+def test_a_batch_with_nan_changes_nothing_but_the_count(tiny, start, batches, assert_same):
     step = stepper(tiny)
     state, _ = step(start, batches())
     after, metrics = step(state, poison(batches()))
     assert metrics["skipped"] == 1 and metrics["update_norm"] == 0
-    same((after.params, after.opt_state), (state.params, state.opt_state))
+    assert_same((after.params, after.opt_state), (state.params, state.opt_state))
     assert after.step == state.step + 1 and after.guard.skipped == 1
     assert after.guard.usual_norm == state.guard.usual_norm
     healed, metrics = step(after, batches())
@@ -111,11 +111,11 @@ def test_a_batch_with_nan_changes_nothing_but_the_count(tiny, start, batches, sa
     assert np.isfinite(metrics["loss"])
 
 
-def test_a_batch_without_any_target_is_skipped(tiny, start, batches, same):
+def test_a_batch_without_any_target_is_skipped(tiny, start, batches, assert_same):
     state, batch = start, batches()
     after, metrics = stepper(tiny)(state, batch._replace(weights=np.zeros_like(batch.weights)))
     assert metrics["skipped"] == 1
-    same(after.params, state.params)
+    assert_same(after.params, state.params)
 
 
 def test_an_exploding_gradient_is_discarded_by_the_usual_norm(tiny, start, batches):
@@ -131,7 +131,7 @@ def test_an_exploding_gradient_is_discarded_by_the_usual_norm(tiny, start, batch
     assert metrics["skipped"] == 0
 
 
-def test_after_too_many_in_a_row_nothing_is_taken_any_more(tiny, start, batches, same):
+def test_after_too_many_in_a_row_nothing_is_taken_any_more(tiny, start, batches, assert_same):
     cfg = dataclasses.replace(PLAIN, max_consecutive_skips=3)
     step, state = stepper(tiny, cfg), start
     for count in (1, 2, 3):
@@ -139,7 +139,7 @@ def test_after_too_many_in_a_row_nothing_is_taken_any_more(tiny, start, batches,
         assert metrics["skipped_in_a_row"] == count
     after, metrics = step(state, batches())
     assert metrics["skipped_in_a_row"] == 4
-    same(after.params, state.params)
+    assert_same(after.params, state.params)
 
 
 def test_seeds_and_rates_train_together_as_they_do_alone(tiny, tokens, batches):
