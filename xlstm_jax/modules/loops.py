@@ -93,20 +93,18 @@ class _Place(NamedTuple):
 
 def _places(run: Run, first: int) -> list[_Place]:
     """One per letter of the unit; `first` is the number of the run's first block."""
-    places = [_Place([], [], []) for _ in run.unit]
+    table = np.zeros((len(run.unit), 3, len(run.steps)), np.int32)
     seen, number = dict.fromkeys(run.unit, 0), first
-    for step in run.steps:
+    for n, step in enumerate(run.steps):
         left = list(step)
-        for letter, place in zip(run.unit, places, strict=True):
+        for j, letter in enumerate(run.unit):
             present = left[:1] == [letter]
-            place.number.append(number)
-            place.index.append(min(seen[letter], run.pattern.count(letter) - 1))
-            place.present.append(present)
+            table[j, :, n] = number, seen[letter], present
             if present:
                 left.pop(0)
                 seen[letter] += 1
                 number += 1
-    return [_Place(*(np.asarray(values) for values in place)) for place in places]
+    return [_Place(numbers, indices, present > 0) for numbers, indices, present in table]
 
 
 def _inputs(run: Run, blocks: Blocks) -> list[Any]:

@@ -13,7 +13,7 @@ from xlstm_jax.cells.mlstm import MLSTMState
 from xlstm_jax.ops.mlstm_backward import chunkwise_backward
 from xlstm_jax.ops.mlstm_forward import Chunks, Options, chunkwise_forward
 from xlstm_jax.ops.mlstm_gates import ChunkGates, LogGates, log_gates
-from xlstm_jax.ops.once import computed_once
+from xlstm_jax.ops.once import computed_once, stored
 from xlstm_jax.typing import Array, Bool, Float
 
 CHUNK_SIZE = 64
@@ -70,7 +70,8 @@ def _chunkwise(options: Options, q, k, v, gates: LogGates, state: MLSTMState):
 def _forward(options: Options, q, k, v, gates: LogGates, state: MLSTMState):
     B, T, H = q.shape[:3]
     x = _cut(options.chunk_size, q, k, v, gates)
-    rows, starts, last = chunkwise_forward(options, x, jax.tree.map(_in_one_row, state))
+    first = stored(jax.tree.map(_in_one_row, state))
+    rows, starts, last = chunkwise_forward(options, x, first)
     h = _join(rows.h, B, T, H)
     return (h, jax.tree.map(_by_head, last, state)), (x, rows, starts, last)
 
@@ -80,7 +81,7 @@ def _backward(options: Options, residuals, cotangents):
     dh, dlast = cotangents
     B, T, H = dh.shape[:3]
     dh = _chunk(dh, options.chunk_size)
-    flat = jax.tree.map(_in_one_row, dlast)
+    flat = stored(jax.tree.map(_in_one_row, dlast))
     grads, dfirst = chunkwise_backward(options, x, rows, starts, last, dh, flat)
     dq, dk, dv, dlog_i, dlog_f = (_join(g, B, T, H) for g in grads)
     return dq, dk, dv, LogGates(dlog_i, dlog_f, None), jax.tree.map(_by_head, dfirst, dlast)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from xlstm_jax.cells.logspace import NEG
 from xlstm_jax.cells.mlstm import READ_FLOOR, TINY, MLSTMState
 from xlstm_jax.ops.mlstm_gates import LogGates, log_gates
+from xlstm_jax.ops.once import stored
 from xlstm_jax.typing import Array, Bool, Float
 
 
@@ -33,6 +34,7 @@ def mlstm_parallel(
     """The op `mlstm` over all pairs of positions; arguments as in `ops.mlstm`."""
     del chunk_size  # one chunk, as long as the sequence
     dtype, scale = state.C.dtype, q.shape[-1] ** -0.5
+    state = stored(state)
     if mask is not None:
         q, k, v = (jnp.where(mask[..., None, None], a, 0) for a in (q, k, v))
     out_dtype = v.dtype

@@ -23,6 +23,16 @@ def computed_once(x: PyTree) -> PyTree:
     return jax.lax.cond(yes, lambda x: x, lambda x: jax.tree.map(jnp.zeros_like, x), x)
 
 
+def stored(x: PyTree) -> PyTree:
+    """x, in memory, for products that are to read it; on a CPU.
+
+    Where an operand of a product is one value repeated, such as the zeros of an empty memory, XLA's
+    library for CPUs reads past that value: outputs of a sequence of one chunk were off by 1e8 times
+    their size (jaxlib 0.10.2).
+    """
+    return computed_once(x)
+
+
 @jax.custom_vjp
 def gradient_computed_once(x: Array) -> Array:
     """x, whose cotangent is stored before anything reads it, on a CPU; see `computed_once`."""

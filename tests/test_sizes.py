@@ -1,0 +1,97 @@
+"""Sizes at which a compiler chooses other products than for the small arrays of other tests.
+
+At these sizes XLA for CPUs hands whole groups of operations to a library that small arrays never
+meet. It once returned garbage for a memory of zeros that was never stored.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xlstm_jax import ops
+from xlstm_jax.modules import LM, LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig
+
+SIZES = {  # B T H K V; one chunk, unless said otherwise
+    "one head": (64, 64, 1, 64, 64),
+    "short": (16, 40, 4, 32, 64),
+    "wide": (8, 63, 4, 64, 128),
+    "two chunks": (8, 128, 4, 64, 64),
+}
+
+
+def _inputs(size, rng):
+    B, T, H, K, V = SIZES[size]
+    shapes = [(B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H), (B, T, H)]
+    q, k, v, i, f = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes)
+    return q, k, v, i, f + 3
+
+
+def _close(actual, expected, tolerance):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("implementation", ["chunkwise", "parallel"])
+def test_mlstm_from_an_empty_memory_equals_the_recurrence(implementation, size, rng):
+    def outputs(name):
+        return jax.jit(lambda *x: ops.mlstm(*x, implementation=name)[0])
+
+    inputs = _inputs(size, rng)
+    _close(outputs(implementation)(*inputs), outputs("recurrent")(*inputs), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("implementation", ["chunkwise", "parallel"])
+@pytest.mark.parametrize("with_state", [False, True], ids=["outputs", "outputs and state"])
+def test_gradients_of_mlstm_equal_those_of_the_recurrence(with_state, implementation, size, rng):
+    def slopes(name):
+        def loss(*x):
+            found = ops.mlstm(*x, implementation=name)
+            found = found if with_state else found[:1]
+            return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(found))
+
+        return jax.jit(jax.grad(loss, range(5)))
+
+    inputs = _inputs(size, rng)
+    _close(slopes(implementation)(*inputs), slopes("recurrent")(*inputs), 1e-3)
+
+
+@pytest.mark.parametrize(
+    "pattern, dim, T, remat",
+    [
+        ("ms", 128, 48, "none"),
+        ("M", 128, 48, "none"),
+        pytest.param("ms", 128, 1, "none", marks=pytest.mark.slow),
+        pytest.param("mm", 32, 39, "full", marks=pytest.mark.slow),
+        pytest.param("msmmM", 64, 128, "full", marks=pytest.mark.slow),
+    ],
+)
+def test_rows_of_a_large_batch_equal_the_rows_of_small_ones(pattern, dim, T, remat, rng):
+    heads = 1 if dim == 32 else 4
+    cfg = LMConfig(
+        vocab_size=256,
+        dim=dim,
+        pattern=pattern,
+        mlstm=MLSTMConfig(num_heads=heads),
+        slstm=SLSTMConfig(num_heads=heads),
+        large=LargeConfig(num_heads=heads),
+        remat=remat,
+    )
+    model, tokens = LM(cfg), jnp.asarray(rng.integers(0, 256, (64, T)))
+    params = jax.jit(model.init)(jax.random.key(0), tokens[:1, :1])
+
+    @jax.jit
+    def run(params, tokens):
+        loss = lambda params: jnp.sum(jnp.sin(model.apply(params, tokens)[0]))  # noqa: E731
+        return model.apply(params, tokens)[0], jax.grad(loss)(params)
+
+    logits = jax.jit(lambda params, tokens: model.apply(params, tokens)[0])(params, tokens)
+    parts = [run(params, part) for part in jnp.split(tokens, 32)]
+    _close(logits, jnp.concatenate([part[0] for part in parts]), 1e-4)
+    gradient = jax.tree.map(lambda *leaves: sum(leaves), *(part[1] for part in parts))
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
+    for a, b in zip(*map(jax.tree.leaves, (run(params, tokens)[1], gradient)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * largest)
