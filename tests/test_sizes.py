@@ -59,6 +59,30 @@ def test_gradients_of_mlstm_equal_those_of_the_recurrence(with_state, implementa
     _close(slopes(implementation)(*inputs), slopes("recurrent")(*inputs), 1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["chunkwise", "parallel"])
+def test_gradients_of_a_state_alone_equal_those_of_the_recurrence(implementation, rng):
+    """Nothing is asked of the outputs: their cotangents are zeros that were never stored."""
+
+    def slopes(name):
+        def loss(*x):
+            options = dict(implementation=name, input_gate="sigmoid", normalize=False)
+            return sum(jnp.sum(jnp.sin(leaf)) for leaf in ops.mlstm(*x, **options)[1])
+
+        return jax.jit(jax.grad(loss, (1, 2, 3, 4)))
+
+    inputs = _inputs("one head", rng)
+    _close(slopes(implementation)(*inputs), slopes("recurrent")(*inputs), 1e-3)
+
+
+@pytest.mark.parametrize("op", [ops.slstm, ops.lstm])
+def test_one_step_from_an_empty_memory_equals_the_first_of_two(op, rng):
+    x = jnp.asarray(rng.standard_normal((64, 2, 4, 4, 64)), jnp.float32)
+    r = jnp.asarray(rng.standard_normal((4, 64, 4, 64)) / 8, jnp.float32)
+    run = jax.jit(lambda x, r: op(x, r)[0])
+    np.testing.assert_allclose(run(x[:, :1], r), run(x, r)[:, :1], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "pattern, dim, T, remat",
     [

@@ -56,7 +56,8 @@ slow = pytest.mark.slow
         ("mmmsmsMM", "none", 4),  # run after run
         pytest.param("mmmsmmms", "none", 4, marks=slow),
         ("mmmsmmms", "full", 2),  # steps without an s
-        pytest.param("smmsmM", "full", 3, marks=slow),  # no letter in all steps
+        pytest.param("mmsmsMm", "full", 3, marks=slow),  # two letters that are left out
+        pytest.param("mmssmmM", "full", 4, marks=slow),  # no letter in all steps: run after run
     ],
 )
 def test_a_loop_over_blocks_equals_the_blocks_in_turn(pattern, remat, num_bodies, with_state, key):
@@ -174,3 +175,22 @@ def test_reading_one_token_takes_no_branches():
     cfg = models.config("mmmsmmmmms", remat="names")
     assert all(run.has_always(letter) for run in stack.runs_of(cfg, 1) for letter in run.unit)
     assert not stack.runs_of(cfg, 2)[0].has_always("s")
+
+
+def test_written_out_and_in_a_loop_the_same_is_dropped(key):
+    """Every loop draws by the number of the block."""
+    variables = models.model_and_variables(models.config("mmmsmm"))[1]
+    options = dict(deterministic=False, rngs={"dropout": key})
+
+    def logits(remat):
+        model = LM(models.config("mmmsmm", remat=remat, dropout=0.5))
+        return models.apply(model, variables, models.tokens(0, 2, 4), **options)[0]
+
+    np.testing.assert_allclose(logits("none"), logits("full"), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", ["mm", "mmmm", "mms"])
+def test_parameters_of_another_pattern_are_refused(pattern):
+    variables = models.model_and_variables(models.config("mmm"))[1]
+    with pytest.raises(ValueError, match="params of blocks '[ms]' must hold . layers for pattern"):
+        LM(models.config(pattern)).apply(variables, jnp.zeros((1, 2), jnp.int32))

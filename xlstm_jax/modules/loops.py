@@ -87,7 +87,7 @@ class _Place(NamedTuple):
     """Where a letter of the unit stands, per step."""
 
     number: Int[Array, "*steps"]  # of the block in the model
-    index: Int[Array, "*steps"]  # among the run's blocks of this letter
+    rank: Int[Array, "*steps"]  # among the run's blocks of this letter
     present: Bool[Array, "*steps"]
 
 
@@ -104,7 +104,7 @@ def _places(run: Run, first: int) -> list[_Place]:
                 left.pop(0)
                 seen[letter] += 1
                 number += 1
-    return [_Place(numbers, indices, present > 0) for numbers, indices, present in table]
+    return [_Place(numbers, ranks, present > 0) for numbers, ranks, present in table]
 
 
 def _inputs(run: Run, blocks: Blocks) -> list[Any]:
@@ -121,7 +121,7 @@ def _apply_if(place: _Place, letter: str, apply: ApplyBlock, x, all_blocks):
     """A block of this step, if it has one; else x, and zeros for a state."""
 
     def present(x):
-        own = jax.tree.map(lambda leaf: leaf[place.index], all_blocks)
+        own = jax.tree.map(lambda leaf: leaf[place.rank], all_blocks)
         return apply(letter, x, own, place.number)
 
     def absent(x):

@@ -1,8 +1,9 @@
 """The blocks of a model, in the order of its pattern.
 
 Parameters and states lie by letter: `m` holds those of all "m" blocks behind one leading axis
-`layers`. How the blocks are looped over is chosen per call and changes neither. Where there are
-loops, compile time grows with the kinds of blocks, not with depth.
+`layers`. How the blocks are looped over is chosen per call and changes neither. In loops, compile
+time grows with how irregular a pattern is, with rematerialisation mostly not even with that, and
+never with depth.
 """
 
 import functools
@@ -26,7 +27,7 @@ StackState = dict[str, Any]
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "names": jax.checkpoint_policies.save_only_these_names("block_output", "chunk_states"),
+    "names": jax.checkpoint_policies.save_only_these_names("block_output"),
 }
 """What a rematerialised step keeps for the backward pass, besides its input."""
 
@@ -72,9 +73,11 @@ class Stack(nn.Module):
 
     def _params(self, letter: str, x: Float[Array, "B T D"]) -> PyTree:
         """Parameters of all blocks of a letter, every leaf "layers ..."."""
-        if not self.is_initializing():
-            return self.get_variable("params", letter)
         cfg = self.cfg
+        if not self.is_initializing():
+            params = self.get_variable("params", letter)
+            _check_layers(cfg, letter, params)
+            return params
         numbers = jnp.asarray([n for n, other in enumerate(cfg.pattern) if other == letter])
 
         def init_block(key, number):
@@ -86,6 +89,16 @@ class Stack(nn.Module):
             return jax.jit(jax.vmap(init_block))(keys, numbers)
 
         return self.param(letter, init_blocks)
+
+
+def _check_layers(cfg: LMConfig, letter: str, params: PyTree) -> None:
+    found = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
+    if found != {(cfg.pattern.count(letter),)}:
+        raise ValueError(
+            f"params of blocks {letter!r} must hold {cfg.pattern.count(letter)} layers for "
+            f"pattern={cfg.pattern!r}, got {sorted(n for (n,) in found) or 'none'}; "
+            "use parameters made by init of the same model."
+        )
 
 
 def _tied(x, reset, mask):
@@ -109,12 +122,19 @@ def _checkpoint(cfg: LMConfig) -> Callable[[Callable], Callable]:
 def runs_of(cfg: LMConfig, T: int) -> tuple[Run, ...]:
     """What to loop over.
 
-    Steps that leave blocks out need the fewest kinds of steps, at the price of a branch, which
-    keeps room for what the backward pass reads whether it was taken or not: they are for
-    training with rematerialisation.
+    Steps that leave blocks out need the fewest compiled blocks, at the price of a branch. It keeps
+    room for what the backward pass reads whether it was taken or not, so it is for training with
+    rematerialisation; and every step of the backward pass adds to the gradients of all blocks of
+    the letter that is left out, so that may only be a rare one.
     """
     runs, folded = cut(cfg.pattern), fold(cfg.pattern)
-    if cfg.remat == "none" or T == 1 or sum(len(run.unit) for run in runs) <= len(folded.unit):
+    most_frequent = max(folded.unit, key=cfg.pattern.count)
+    if (
+        cfg.remat == "none"
+        or T == 1
+        or sum(len(run.unit) for run in runs) <= len(folded.unit)
+        or not folded.has_always(most_frequent)
+    ):
         return runs
     return (folded,)
 

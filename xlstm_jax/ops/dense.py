@@ -104,7 +104,9 @@ def _weight_gradient(
     if dy.shape[1] > _NARROW or sums == 1:
         return jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
     x, dy = (a.reshape(sums, -1, a.shape[-1]) for a in (x, dy))
-    return jnp.sum(jax.lax.dot_general(dy, x, (((1,), (1,)), ((0,), (0,)))), axis=0).T
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    parts = jax.lax.dot_general(dy.astype(wide), x.astype(wide), (((1,), (1,)), ((0,), (0,))))
+    return jnp.sum(parts, axis=0).T.astype(x.dtype)
 
 
 _cpu_product.defvjp(_forward, _backward)

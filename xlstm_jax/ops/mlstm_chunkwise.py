@@ -70,7 +70,7 @@ def _chunkwise(options: Options, q, k, v, gates: LogGates, state: MLSTMState):
 def _forward(options: Options, q, k, v, gates: LogGates, state: MLSTMState):
     B, T, H = q.shape[:3]
     x = _cut(options.chunk_size, q, k, v, gates)
-    first = stored(jax.tree.map(_in_one_row, state))
+    first = stored(jax.tree.map(_heads_in_one_row, state))
     rows, starts, last = chunkwise_forward(options, x, first)
     h = _join(rows.h, B, T, H)
     return (h, jax.tree.map(_by_head, last, state)), (x, rows, starts, last)
@@ -81,7 +81,9 @@ def _backward(options: Options, residuals, cotangents):
     dh, dlast = cotangents
     B, T, H = dh.shape[:3]
     dh = _chunk(dh, options.chunk_size)
-    flat = stored(jax.tree.map(_in_one_row, dlast))
+    flat = stored(jax.tree.map(_heads_in_one_row, dlast))
+    if not options.normalize:  # else the division by norms makes it more than a constant
+        dh = stored(dh)
     grads, dfirst = chunkwise_backward(options, x, rows, starts, last, dh, flat)
     dq, dk, dv, dlog_i, dlog_f = (_join(g, B, T, H) for g in grads)
     return dq, dk, dv, LogGates(dlog_i, dlog_f, None), jax.tree.map(_by_head, dfirst, dlast)
@@ -120,7 +122,7 @@ def _join(x: Array, B: int, T: int, H: int) -> Array:
     return x.reshape((B, -1, H) + x.shape[4:])[:, :T]
 
 
-def _in_one_row(leaf: Array) -> Array:
+def _heads_in_one_row(leaf: Array) -> Array:
     """`B H ...` to `B * H ...`."""
     return leaf.reshape((-1,) + leaf.shape[2:])
 
