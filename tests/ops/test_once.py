@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.once import computed_once, gradient_computed_once
 
 
@@ -39,3 +40,11 @@ def test_the_compiled_program_stores_it():
     assert " conditional(" in program
     plain = jax.jit(_weights, static_argnums=1).lower(gates, lambda x: x).compile().as_text()
     assert " conditional(" not in plain
+
+
+def test_a_default_device_decides_and_not_the_machine(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert dispatch.platform() == "gpu"
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert dispatch.platform() == "cpu"
+        assert "stablehlo.case" in jax.jit(computed_once).lower(jnp.zeros(3)).as_text()

@@ -56,5 +56,11 @@ def refusals(table: Mapping[str, Implementation], call: Call) -> dict[str, str |
 
 
 def platform() -> str:
-    """The platform a computation traced now will run on."""
-    return jax.default_backend()
+    """The platform a computation traced now will run on: that of `jax.default_device`, where set.
+
+    That inputs were put elsewhere is not known while tracing.
+    """
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
