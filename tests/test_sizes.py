@@ -27,7 +27,7 @@ def _inputs(size, rng):
     return q, k, v, i, f + 3
 
 
-def _close(actual, expected, tolerance):
+def _assert_close(actual, expected, tolerance):
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(jnp.abs(b).max()))
 
@@ -39,7 +39,7 @@ def test_mlstm_from_an_empty_memory_equals_the_recurrence(implementation, size, 
         return jax.jit(lambda *x: ops.mlstm(*x, implementation=name)[0])
 
     inputs = _inputs(size, rng)
-    _close(outputs(implementation)(*inputs), outputs("recurrent")(*inputs), 1e-5)
+    _assert_close(outputs(implementation)(*inputs), outputs("recurrent")(*inputs), 1e-5)
 
 
 @pytest.mark.slow
@@ -56,7 +56,7 @@ def test_gradients_of_mlstm_equal_those_of_the_recurrence(with_state, implementa
         return jax.jit(jax.grad(loss, range(5)))
 
     inputs = _inputs(size, rng)
-    _close(slopes(implementation)(*inputs), slopes("recurrent")(*inputs), 1e-3)
+    _assert_close(slopes(implementation)(*inputs), slopes("recurrent")(*inputs), 1e-3)
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_gradients_of_a_state_alone_equal_those_of_the_recurrence(implementation
         return jax.jit(jax.grad(loss, (1, 2, 3, 4)))
 
     inputs = _inputs("one head", rng)
-    _close(slopes(implementation)(*inputs), slopes("recurrent")(*inputs), 1e-3)
+    _assert_close(slopes(implementation)(*inputs), slopes("recurrent")(*inputs), 1e-3)
 
 
 @pytest.mark.parametrize("op", [ops.slstm, ops.lstm])
@@ -114,7 +114,7 @@ def test_rows_of_a_large_batch_equal_the_rows_of_small_ones(pattern, dim, T, rem
 
     logits = jax.jit(lambda params, tokens: model.apply(params, tokens)[0])(params, tokens)
     parts = [run(params, part) for part in jnp.split(tokens, 32)]
-    _close(logits, jnp.concatenate([part[0] for part in parts]), 1e-4)
+    _assert_close(logits, jnp.concatenate([part[0] for part in parts]), 1e-4)
     gradient = jax.tree.map(lambda *leaves: sum(leaves), *(part[1] for part in parts))
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
     for a, b in zip(*map(jax.tree.leaves, (run(params, tokens)[1], gradient)), strict=True):
