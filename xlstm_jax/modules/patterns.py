@@ -1,4 +1,4 @@
-"""Which block stands where: patterns of one letter per block, and their cut into repeated runs."""
+"""Which block stands where: patterns of one letter per block, and the loops that spell them."""
 
 import functools
 import itertools
