@@ -1,7 +1,8 @@
 """Reading the golden vectors: results of other implementations, kept in `tests/golden`.
 
 A file that is not kept there is read from the folder that the environment variable
-XLSTM_REFERENCE_DATA names, and the test is skipped where there is none.
+XLSTM_REFERENCE_DATA names, and the test is skipped where there is none. Where XLSTM_GOLDEN_ERRORS
+names a file, every comparison adds a line to it: `golden/errors.py` makes a table of them.
 """
 
 import json
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
+
+_loaded: list[str] = []  # the last one is whose vectors are being compared
 
 
 class Golden(NamedTuple):
@@ -28,6 +31,7 @@ class Golden(NamedTuple):
 
 def load(name: str) -> Golden:
     """The golden file `name` (without suffix); skips the test where it cannot be found."""
+    _loaded.append(name)
     path = FOLDER / f"{name}.npz"
     if path.exists():
         with np.load(path) as file:
@@ -58,6 +62,7 @@ def assert_matches(
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape} != {expected.shape}"
     scale = max(np.abs(expected).max(), 1e-3 * largest)
     error = np.abs(np.asarray(actual, np.float64) - expected).max()
+    _record(error / scale if error else 0.0, tolerance, is_gradient=largest > 0)
     assert error <= tolerance * scale, (
         f"{name}: largest error is {error / scale:.1e} of the maximum, allowed {tolerance:.0e}"
     )
@@ -68,3 +73,12 @@ def assert_all_match(actual: dict, expected: dict, tolerance: float):
     largest = max(np.abs(array).max() for array in expected.values())
     for name, array in expected.items():
         assert_matches(actual[name], array, tolerance, f"d{name}", largest)
+
+
+def _record(error: float, tolerance: float, *, is_gradient: bool) -> None:
+    path = os.environ.get("XLSTM_GOLDEN_ERRORS")
+    if path is not None and _loaded:
+        precision = "float64" if 0 < tolerance < 1e-9 else "float32"
+        line = [_loaded[-1], precision, "gradients" if is_gradient else "values", float(error)]
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")

@@ -25,11 +25,13 @@ def _random_config(rng: random.Random) -> LMConfig:
             inner_dim=rng.choice([None, heads * 8]),
             qkv_block_size=rng.choice([1, 2, 4]),
             conv_width=rng.randint(0, 4),
+            conv_mixing=rng.random() < 0.5,
             use_bias=rng.random() < 0.5,
         ),
         slstm=SLSTMConfig(
             num_heads=heads,
             conv_width=rng.randint(0, 4),
+            conv_mixing=rng.random() < 0.5,
             group_norm_weight=rng.random() < 0.5,
             ffn_dim=rng.choice([None, 0, 7]),
             ffn_bias=rng.random() < 0.5,

@@ -52,7 +52,7 @@ def forward_flops(cfg: LMConfig, seq_len: int, *, count: str = "first") -> float
 
 def _mlstm_params(cfg: LMConfig) -> int:
     D, F, H = cfg.dim, cfg.mlstm.width(cfg.dim), cfg.mlstm.num_heads
-    conv = F * (cfg.mlstm.conv_width + 1) if cfg.mlstm.conv_width else 0
+    conv = _conv_params(F, cfg.mlstm.conv_width, cfg.mlstm.conv_mixing)
     qkv = 3 * F * cfg.mlstm.qkv_block_size
     gates = 2 * (3 * F * H + H)
     biases = 2 * F + 3 * F + D if cfg.mlstm.use_bias else 0
@@ -60,9 +60,13 @@ def _mlstm_params(cfg: LMConfig) -> int:
     return 3 * D * F + conv + qkv + gates + norm_and_skip + biases
 
 
+def _conv_params(features: int, width: int, mixing: bool) -> int:
+    return features * (width * (features if mixing else 1) + 1) if width else 0
+
+
 def _slstm_params(cfg: LMConfig) -> int:
     D, sizes = cfg.dim, cfg.slstm
-    conv = D * (sizes.conv_width + 1) if sizes.conv_width else 0
+    conv = _conv_params(D, sizes.conv_width, sizes.conv_mixing)
     gates = 2 * 4 * D * (D // sizes.num_heads) + 4 * D  # input and recurrent weights, bias
     norms = D + D * sizes.group_norm_weight
     U = sizes.ffn_width(D)
@@ -123,17 +127,22 @@ def _mlstm_flops(cfg: LMConfig, count: str) -> float:
     D, F, H = cfg.dim, cfg.mlstm.width(cfg.dim), cfg.mlstm.num_heads
     linear = 2 * D * 2 * F + 2 * F * D + 3 * 2 * F * cfg.mlstm.qkv_block_size
     gates = 2 * (2 * 3 * F * H + H)
-    conv = (2 * cfg.mlstm.conv_width + (cfg.mlstm.conv_width > 0)) * F
+    conv = _conv_flops(F, cfg.mlstm.conv_width, cfg.mlstm.conv_mixing)
     elementwise = 5 * F  # two silu, the skip's product and sum, the gating product
     chunk = cfg.mlstm.chunk_size or CHUNK_SIZE
     cell = H / chunk * CELL_FLOPS[count](chunk, F // H, F // H)
     return linear + gates + conv + elementwise + cell
 
 
+def _conv_flops(features: int, width: int, mixing: bool) -> float:
+    return features * (2 * width * (features if mixing else 1) + 1) if width else 0
+
+
 def _slstm_flops(cfg: LMConfig, count: str) -> float:
     del count  # there is one way to count an sLSTM step
     D, sizes = cfg.dim, cfg.slstm
-    conv = (2 * sizes.conv_width + 2) * D if sizes.conv_width else 0  # bias and silu are the 2
+    silu = D if sizes.conv_width else 0
+    conv = _conv_flops(D, sizes.conv_width, sizes.conv_mixing) + silu
     products = 2 * 2 * 4 * D * (D // sizes.num_heads)  # input and recurrent weights
     # Two sums per gate; log sigmoid and its sum with m, the maximum, two exponents and their exp;
     # tanh and c (3), n (2), sigmoid and h (2).

@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train CONFIG.py: train a model, or go on with a run",
     "evaluate": "evaluate RUN: perplexity and bits per byte on held-out data",
     "generate": "generate RUN --prompt TEXT: continue a text",
+    "convert": "convert hf-to-run FOLDER RUN, run-to-hf RUN FOLDER: weights in and out",
     "describe": "describe CONFIG.py: shapes, parameters, FLOPs and memory; trains nothing",
 }
 

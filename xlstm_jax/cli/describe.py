@@ -2,23 +2,45 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
+from xlstm_jax.config import ConfigError
 from xlstm_jax.data import Batch
 from xlstm_jax.flops import count_params, train_flops
 from xlstm_jax.modules import LM
+from xlstm_jax.sharding import MESH_AXES, bytes_per_device, get_rules
 from xlstm_jax.train import ExperimentConfig, decay_mask, make_optimizer
 from xlstm_jax.train.losses import language_model_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Devices along each axis."""
+
+    data: int = 1
+    fsdp: int = 1
+    seq: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for name in MESH_AXES:
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"mesh.{name} must be at least 1, got {getattr(self, name)}; 1 cuts nothing."
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Describe(options.WithConfig):
     """Shapes, parameters, the decayed set, FLOPs and memory of a config; trains nothing."""
+
+    rules: Literal["data", "fsdp", "fsdp_tensor", "fsdp_seq"] = "data"  # what cuts which axis
+    mesh: Mesh = Mesh()  # the devices, which need not be here
 
 
 def run(args: list[str]) -> int:
@@ -27,7 +49,8 @@ def run(args: list[str]) -> int:
     Raises:
         ConfigError: the config cannot be used.
     """
-    cfg = options.parse_with_config("describe", Describe, args).experiment
+    chosen = options.parse_with_config("describe", Describe, args, presets_too=True)
+    cfg = chosen.experiment
     params = _params(cfg)
     mask = decay_mask(params, cfg.train.decay_pattern)
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -41,10 +64,11 @@ def run(args: list[str]) -> int:
         ]
         for path, leaf in leaves
     ]
+    num_decayed = sum(leaf.size for path, leaf in leaves if decayed[path])
+    facts = _sizes(cfg, num_decayed) | _memory(chosen, params)
     console.table(["parameter", "shape", "count", "decayed"], rows)
     console.say("\n")
-    num_decayed = sum(leaf.size for path, leaf in leaves if decayed[path])
-    console.facts(_sizes(cfg, num_decayed) | _memory(cfg, params))
+    console.facts(facts)
     return DONE
 
 
@@ -69,16 +93,44 @@ def _sizes(cfg: ExperimentConfig, num_decayed: int) -> dict[str, str]:
     }
 
 
-def _memory(cfg: ExperimentConfig, params: Any) -> dict[str, str]:
+def _memory(chosen: Describe, params: Any) -> dict[str, str]:
     """Bytes on one device, by what they are for; temporaries of the compiled step are left out."""
+    cfg, rules = chosen.experiment, get_rules(chosen.rules)
+    sizes = dataclasses.asdict(chosen.mesh)
+    held = bytes_per_device(params, rules, sizes)
+    moments = jax.eval_shape(make_optimizer(cfg.train).init, params)
     parts = {
-        "parameters": _bytes(params),
-        "gradients": _bytes(params),
-        "optimiser": _bytes(jax.eval_shape(make_optimizer(cfg.train).init, params)),
-        "activations": _bytes(_kept_for_backward(cfg, params)),
+        "parameters": held,
+        "gradients": held,
+        "optimiser": bytes_per_device(moments, rules, sizes),
+        "activations": _bytes(_kept_for_backward(cfg, params)) // _cuts_of_batch(chosen),
     }
     words = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items())
-    return {"memory, at least": f"{_mib(sum(parts.values()))} on one device ({words})"}
+    where = "one device"
+    if math.prod(sizes.values()) > 1:
+        mesh = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        where = f"each device of {mesh} under {chosen.rules}"
+    return {"memory, at least": f"{_mib(sum(parts.values()))} on {where} ({words})"}
+
+
+def _cuts_of_batch(chosen: Describe) -> int:
+    """How many devices share the activations of a micro-batch."""
+    cfg, rules, sizes = chosen.experiment, get_rules(chosen.rules), dataclasses.asdict(chosen.mesh)
+    lengths = {
+        "batch": ("rows of a micro-batch", cfg.data.batch_size // cfg.train.accumulation),
+        "time": ("data.seq_len", cfg.data.seq_len),
+    }
+    cuts = 1
+    for name, (what, length) in lengths.items():
+        parts = math.prod(sizes[axis] for axis in rules[name])
+        if length % parts:
+            axes = " x ".join(rules[name])
+            raise ConfigError(
+                f"{what} must be a multiple of {parts}, the devices of {axes}, got {length}; "
+                "change it or the mesh."
+            )
+        cuts *= parts
+    return cuts
 
 
 def _kept_for_backward(cfg: ExperimentConfig, params: Any) -> list[Any]:

@@ -14,7 +14,9 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from xlstm_jax.config import ConfigError, load_config
-from xlstm_jax.train import ExperimentConfig
+from xlstm_jax.data import DataConfig
+from xlstm_jax.modules import presets
+from xlstm_jax.train import ExperimentConfig, TrainConfig
 
 T = TypeVar("T")
 ConfigPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG.py")]
@@ -36,14 +38,25 @@ class WithConfig:
 C = TypeVar("C", bound=WithConfig)
 
 
-def parse_with_config(command: str, cls: type[C], args: Sequence[str]) -> C:
+def parse_with_config(
+    command: str, cls: type[C], args: Sequence[str], *, presets_too: bool = False
+) -> C:
     """As `parse`; the config, which comes first, gives every field of the experiment its default.
+
+    Args:
+        command: its name, for errors.
+        cls: what the arguments become.
+        args: the arguments.
+        presets_too: the name of a preset may stand for a config.
 
     Raises:
         ConfigError: as `parse`, or there is no config, or it cannot be used.
     """
     if args and not args[0].startswith("-"):
-        experiment = load_config(args[0], ExperimentConfig, _value_of("--size", args))
+        if presets_too and args[0] in presets.names():
+            experiment = _with_preset(args[0])
+        else:
+            experiment = load_config(args[0], ExperimentConfig, _value_of("--size", args))
         default = cls(config=Path(args[0]), experiment=experiment)
         return parse(command, cls, args, default)
     if _asks_for_help(args):
@@ -52,6 +65,11 @@ def parse_with_config(command: str, cls: type[C], args: Sequence[str]) -> C:
         f"the config must come first, got {repr(args[0]) if args else 'nothing'}; "
         f"write `xlstm-jax {command} CONFIG.py`, and options after it."
     )
+
+
+def _with_preset(name: str) -> ExperimentConfig:
+    model = presets.get(name)
+    return ExperimentConfig(name=name, model=model, data=DataConfig(), train=TrainConfig())
 
 
 def parse(command: str, cls: type[T], args: Sequence[str], default: T | None = None) -> T:

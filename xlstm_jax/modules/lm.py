@@ -67,8 +67,7 @@ class LM(nn.Module):
         x = jnp.take(table, tokens, axis=0).astype(_activation_dtype(cfg, table))
         rate = cfg.dropout if cfg.embedding_dropout else 0.0
         x = nn.Dropout(rate, deterministic=deterministic)(x)
-        x, state = Stack(cfg, deterministic, name="stack")(x, state, reset, mask)
-        x = _final_norm(cfg)(x)
+        x, state = _backbone(cfg, deterministic, x, state, reset, mask)
         if not head:
             return x, state
         logits = self._head(x, table)
@@ -89,6 +88,48 @@ class LM(nn.Module):
     def init_state(self, batch_size: int) -> StackState:
         """The empty memory: per letter of the pattern, each leaf with axes `layers B ...`."""
         return stack.init_state(self.cfg, batch_size)
+
+
+class Backbone(nn.Module):
+    """The blocks and the final norm of a model, for inputs that are vectors already.
+
+    Its parameters are those of `LM` without `token_embedding` and `lm_head`; `vocab_size` and what
+    else concerns these two is without effect.
+    """
+
+    cfg: LMConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        state: StackState | None = None,
+        reset: Bool[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T D"], StackState]:
+        """As `LM`, from vectors to the hidden states after the final norm.
+
+        Args:
+            x: inputs.
+            state: memory before the first position; None is the empty one.
+            reset: True where memory is emptied before a position.
+            mask: False where a position is to be passed over.
+            deterministic: False applies dropout, with `rngs={"dropout": key}`.
+        """
+        return _backbone(self.cfg, deterministic, x, state, reset, mask)
+
+    @nn.nowrap
+    def init_state(self, batch_size: int) -> StackState:
+        """The empty memory: per letter of the pattern, each leaf with axes `layers B ...`."""
+        return stack.init_state(self.cfg, batch_size)
+
+
+def _backbone(cfg: LMConfig, deterministic: bool, x, state, reset, mask):
+    """Called inside a module, whose submodules `stack` and `out_norm` it makes."""
+    x, state = Stack(cfg, deterministic, name="stack")(x, state, reset, mask)
+    return _final_norm(cfg)(x), state
 
 
 def head_kernel(cfg: LMConfig, params: Any) -> Float[Array, "D vocab"]:

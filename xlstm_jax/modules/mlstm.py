@@ -30,6 +30,7 @@ class MLSTMConfig(CellConfig):
     inner_dim: int | None = None  # F, of all heads; None: 2 * dim, rounded up to a multiple of 64
     qkv_block_size: int = 4  # q, k and v mix features in groups of this size
     conv_width: int = 4  # W; 0: no convolution
+    conv_mixing: bool = False  # the convolution mixes features; else each has its own window
     use_bias: bool = False  # of the projections; gates and convolution always have theirs
     input_bias_std: float = 0.1  # initial input-gate bias, normal around 0
     norm_eps: float = 1e-5
@@ -82,7 +83,9 @@ class MLSTMLayer(nn.Module):
         conv, cell = (None, None) if state is None else state
         up = Dense(2 * inner_dim, small(dim), cfg.use_bias, name="proj_up")(x)
         a, z = jnp.split(up, 2, axis=-1)
-        u, conv = CausalConv(cfg.conv_width, name="conv")(a, conv, reset=reset, mask=mask)
+        u, conv = CausalConv(cfg.conv_width, cfg.conv_mixing, name="conv")(
+            a, conv, reset=reset, mask=mask
+        )
         u = jax.nn.silu(u)
         q, k, v = (self._project(name, y, dim) for name, y in (("q", u), ("k", u), ("v", a)))
         i, f = self._gates(q, k, v)

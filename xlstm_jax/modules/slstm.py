@@ -32,6 +32,7 @@ class SLSTMConfig:
 
     num_heads: int = 4  # H; memories mix inside a head
     conv_width: int = 4  # W; 0: neither convolution nor its activation
+    conv_mixing: bool = False  # the convolution mixes features; else each has its own window
     forget_gate: Literal["sigmoid", "exp"] = "sigmoid"
     recurrent_init: RecurrentInit = "zeros"
     bias_init: BiasInit = "powerlaw_blockdependent"
@@ -91,7 +92,9 @@ class SLSTMLayer(nn.Module):
         cfg, (B, T, D) = self.cfg, x.shape
         H, K = cfg.num_heads, D // cfg.num_heads
         conv, cell = (None, None) if state is None else state
-        u, conv = CausalConv(cfg.conv_width, name="conv")(x, conv, reset=reset, mask=mask)
+        u, conv = CausalConv(cfg.conv_width, cfg.conv_mixing, name="conv")(
+            x, conv, reset=reset, mask=mask
+        )
         u = u if cfg.conv_width == 0 else jax.nn.silu(u)
         gates = [
             HeadwiseDense(D, H, small(D), wide=True, name=name)(y).reshape(B, T, H, K)

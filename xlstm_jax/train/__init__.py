@@ -5,7 +5,7 @@ from xlstm_jax.train.config import ExperimentConfig, TrainConfig
 from xlstm_jax.train.guard import DivergedError
 from xlstm_jax.train.loop import FitResult, fit
 from xlstm_jax.train.optimizer import decay_mask, make_optimizer, make_schedule
-from xlstm_jax.train.state import TrainState, init_state
+from xlstm_jax.train.state import TrainState, first_state, init_state
 from xlstm_jax.train.step import make_train_step
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "decay_mask",
+    "first_state",
     "fit",
     "init_state",
     "make_optimizer",

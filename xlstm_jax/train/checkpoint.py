@@ -4,6 +4,8 @@ RUN/config.json              enough to rebuild the model
 RUN/checkpoints/STEP/state   the train state           (arrays)
 RUN/checkpoints/STEP/data    position in the data      (JSON)
 RUN/checkpoints/STEP/config  as it was at this step    (JSON)
+
+A run that begins with given parameters has a step 0 that holds these alone.
 """
 
 from pathlib import Path
@@ -102,6 +104,40 @@ def steps(run_dir: str | Path) -> list[int]:
 def latest_step(run_dir: str | Path) -> int | None:
     """The newest of `steps`; None if there is none."""
     return max(steps(run_dir), default=None)
+
+
+_PARAMS_ALONE = {"params_alone": True}  # in place of a position in the data
+
+
+def save_params(run_dir: str | Path, params: PyTree, config: dict[str, Any]) -> None:
+    """Saves parameters as step 0 of a new run: training then begins with them.
+
+    Neither moments nor a copy of the parameters are made in memory.
+    """
+    folder = Path(run_dir).resolve() / FOLDER / "0"
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(
+            folder,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave({"params": params}),
+                data=ocp.args.JsonSave(_PARAMS_ALONE),
+                config=ocp.args.JsonSave(config),
+            ),
+        )
+    seal.write(folder)
+
+
+def has_params_alone(run_dir: str | Path) -> bool:
+    """Whether the newest checkpoint is one of `save_params`.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    step = latest_step(run_dir)
+    if step != 0:
+        return False
+    found = _restore(Path(run_dir), step, ocp.args.Composite(data=ocp.args.JsonRestore()))
+    return found.data == _PARAMS_ALONE
 
 
 def restore_latest(run_dir: str | Path, like: PyTree) -> tuple[TrainState, dict[str, Any]] | None:

@@ -14,13 +14,18 @@ from xlstm_jax.config import ConfigError, differences
 from xlstm_jax.data import Examples, Windows, loader
 from xlstm_jax.modules import LM
 from xlstm_jax.train import plots, rundir
-from xlstm_jax.train.checkpoint import Checkpointer, restore_latest
+from xlstm_jax.train.checkpoint import (
+    Checkpointer,
+    has_params_alone,
+    restore_latest,
+    restore_params,
+)
 from xlstm_jax.train.config import ExperimentConfig, check_vocabulary
 from xlstm_jax.train.optimizer import make_optimizer
 from xlstm_jax.train.position import Position
 from xlstm_jax.train.run import Run
 from xlstm_jax.train.signals import StopRequest
-from xlstm_jax.train.state import TrainState, init_state
+from xlstm_jax.train.state import TrainState, first_state, init_state
 from xlstm_jax.train.writers import CallbackWriter, ConsoleWriter, JsonlWriter, Writer
 
 OnMetrics = Callable[[int, dict[str, Any]], None]
@@ -115,6 +120,9 @@ def _start(
     model, tx = LM(cfg.model), make_optimizer(cfg.train)
     key, tokens = jax.random.key(cfg.train.seed), jnp.zeros((1, 1), jnp.int32)
     restored = None
+    if not fresh and has_params_alone(run_dir):
+        _, params = restore_params(run_dir)
+        return first_state(params, tx), Position()
     if not fresh:
         like = jax.eval_shape(lambda: init_state(model, tx, key, tokens))
         restored = restore_latest(run_dir, like)

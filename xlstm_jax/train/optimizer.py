@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from xlstm_jax.sharding import path_name
 from xlstm_jax.train.config import TrainConfig
 from xlstm_jax.typing import Array, ArrayLike, Float, Int, PyTree
 
@@ -53,11 +53,6 @@ def continued_end_factor(end_factor: float, old_decay_steps: int, new_decay_step
     Reaching 0.1 after 495,000 steps and going on to 540,000 ends at 0.0811.
     """
     return end_factor ** (new_decay_steps / old_decay_steps)
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """A parameter's path as "groups/a0/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def decay_mask(params: PyTree, pattern: str = TrainConfig.decay_pattern) -> PyTree:

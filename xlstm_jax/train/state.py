@@ -43,13 +43,19 @@ def init_state(
     """
 
     def build(key, tokens, lr_scale):
-        params = model.init(key, tokens)["params"]
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=tx.init(params),
-            guard=Guard.start(),
-            lr_scale=jnp.asarray(lr_scale, jnp.float32),
-        )
+        return first_state(model.init(key, tokens)["params"], tx, lr_scale)
 
     return jax.jit(build)(key, tokens, lr_scale)
+
+
+def first_state(
+    params: PyTree, tx: optax.GradientTransformation, lr_scale: Float[ArrayLike, ""] = 1.0
+) -> TrainState:
+    """The state before the first step, of given parameters."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        guard=Guard.start(),
+        lr_scale=jnp.asarray(lr_scale, jnp.float32),
+    )

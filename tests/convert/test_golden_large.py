@@ -1,0 +1,196 @@
+"""The large architecture, and checkpoint folders of `transformers`, against reference vectors."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import golden_files
+from tests.convert import published
+from tests.golden_files import FOLDER, assert_all_match, assert_matches
+from xlstm_jax import convert
+from xlstm_jax.convert import large, large_config, mapping, names
+from xlstm_jax.convert.fields import Fields
+from xlstm_jax.convert.tensors import Arrays
+from xlstm_jax.generate import generate
+from xlstm_jax.modules import LM, Backbone
+
+LARGE = ["xlstm_large_small", "xlstm_large_bias_capped"]
+HF = ["hf_tiny", "hf_tiny_sharded"]
+
+every_large = pytest.mark.parametrize("name", LARGE)
+every_model = pytest.mark.parametrize("name", LARGE + HF)
+both_types = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+
+def _large(name):
+    golden = golden_files.load(name)
+    fields = Fields(golden.config, "the config")
+    cfg = large_config.to_ours(
+        fields,
+        dim=fields.count("embedding_dim"),
+        num_blocks=fields.count("num_blocks"),
+        factor=large.FFN_FACTOR,
+        dtype="float32",
+    )
+    return golden, cfg, mapping.load(cfg, names.LARGE, Arrays(golden.under("param/")))
+
+
+def _model(name):
+    """A file's vectors, and the model they belong to."""
+    if name in LARGE:
+        return _large(name)
+    return golden_files.load(f"{name}_io"), *convert.load_hf(FOLDER / name)
+
+
+def _apply(cfg, params, ids, state=None):
+    return jax.jit(LM(cfg).apply)({"params": params}, jnp.asarray(ids), state)
+
+
+def _assert_same_states(state, found, tolerance):
+    numbers = sorted({key.split("/")[0] for key in found})
+    assert len(numbers) == state["M"].m.shape[0]
+    for number in numbers:
+        ours = jax.tree.map(lambda leaf, number=number: leaf[int(number)], state["M"])
+        c, n, m = (found[f"{number}/{leaf}"] for leaf in "cnm")
+        published.assert_same_mlstm_memory(ours, c, n, m, tolerance)
+
+
+@every_model
+def test_logits_and_states_match(name):
+    golden, cfg, params = _model(name)
+    logits, state = _apply(cfg, params, golden.arrays["input/ids"])
+    tolerance = published.VALUES["float32"]
+    assert_matches(logits, golden.arrays["output/logits"], tolerance, "logits")
+    _assert_same_states(state, golden.under("state/"), tolerance)
+
+
+@every_model
+def test_steps_match(name):
+    golden, cfg, params = _model(name)
+    ids, found, state = jnp.asarray(golden.arrays["input/ids"]), [], None
+    step = jax.jit(LM(cfg).apply)
+    state = LM(cfg).init_state(ids.shape[0])
+    for t in range(ids.shape[1]):
+        logits, state = step({"params": params}, ids[:, t : t + 1], state)
+        found.append(logits)
+    tolerance = published.VALUES["float32"]
+    logits = np.concatenate(found, axis=1)
+    assert_matches(logits, golden.arrays["output/logits_step"], tolerance, "logits")
+    _assert_same_states(state, golden.under("state/"), tolerance)
+
+
+@every_large
+def test_prefills_of_any_length_match(name):
+    golden, cfg, params = _large(name)
+    for length in golden.config["prefill_lengths"]:
+        ids = golden.arrays["input/ids"][:, :length]
+        logits, state = _apply(cfg, params, ids)
+        expected = golden.arrays[f"output/logits_last_prefill_{length}"]
+        assert_matches(logits[:, -1], expected, published.VALUES["float32"], f"{length} tokens")
+        found = golden.under(f"state_prefill_{length}/")
+        _assert_same_states(state, found, published.VALUES["float32"])
+
+
+@every_model
+def test_the_residual_stream_matches_after_every_block(name):
+    golden, cfg, params = _model(name)
+    if name in LARGE:
+        stream = [golden.arrays["output/embedding"]]
+        stream += [golden.arrays[f"output/block_{n}"] for n in range(cfg.num_blocks)]
+    else:  # the last of theirs is taken after the final norm
+        stream = [golden.arrays[f"output/hidden_states_{n}"] for n in range(cfg.num_blocks)]
+    x = jnp.asarray(params["token_embedding"]["embedding"])[golden.arrays["input/ids"]]
+    for number, expected in enumerate(stream):
+        y = x
+        if number:
+            part = dataclasses.replace(cfg, pattern="M" * number, final_norm="none")
+            blocks = jax.tree.map(lambda leaf, n=number: leaf[:n], params["stack"])
+            y, _ = jax.jit(Backbone(part).apply)({"params": {"stack": blocks}}, x)
+        assert_matches(y, expected, published.VALUES["float32"], f"after {number} blocks")
+
+
+@every_large
+@both_types
+def test_training_logits_and_loss_match(name, dtype, x64):
+    golden, cfg, params = _large(name)
+    logits, loss = _training(golden, cfg, published.cast(params, dtype))
+    assert_matches(
+        logits, golden.arrays["output64/train_logits"], published.VALUES[dtype], "logits"
+    )
+    expected = golden.arrays["output64/train_loss"]
+    assert_matches(np.asarray(loss), expected, published.VALUES[dtype], "loss")
+
+
+def _training(golden, cfg, params):
+    length = int(golden.arrays["input/train_len"])
+    ids = jnp.asarray(golden.arrays["input/ids"][:, :length])
+    labels = jnp.asarray(golden.arrays["input/labels"][:, :length])
+    logits, _ = jax.jit(LM(cfg).apply)({"params": params}, ids)
+    return logits, published.mean_cross_entropy(logits, labels)
+
+
+@every_large
+def test_gradients_of_the_training_loss_match(name):
+    golden, cfg, params = _large(name)
+
+    @jax.jit
+    def gradients(params):
+        return jax.grad(lambda p: _training(golden, cfg, p)[1])(params)
+
+    actual = dict(mapping.store(cfg, names.LARGE, gradients(params)))
+    assert_all_match(actual, golden.under("grad/param/"), published.GRADIENTS["float32"])
+
+
+@every_model
+def test_greedy_sequences_match_token_for_token(name):
+    golden, cfg, params = _model(name)
+    if name in LARGE:
+        prompts = golden.arrays["input/ids"][:, : int(golden.arrays["input/greedy_prompt_len"])]
+        expected = golden.arrays["output/greedy_tokens"]
+    else:
+        length = int(golden.arrays["input/prefill_len"])
+        prompts = golden.arrays["input/ids"][:, :length]
+        expected = golden.arrays["output/greedy_sequence"][:, length:]
+    found = generate(
+        LM(cfg), {"params": params}, prompts.tolist(), max_new_tokens=expected.shape[1]
+    )
+    assert found.tokens == expected.tolist()
+
+
+@pytest.mark.parametrize("name", HF)
+def test_the_shifted_loss_matches(name):
+    golden, cfg, params = _model(name)
+    ids = jnp.asarray(golden.arrays["input/ids"])
+    logits, _ = _apply(cfg, params, ids)
+    loss = published.mean_cross_entropy(logits[:, :-1], ids[:, 1:])
+    expected = golden.arrays["output/loss_shifted"]
+    assert_matches(np.asarray(loss), expected, published.VALUES["float32"], "loss")
+
+
+def test_a_plain_folder_holds_the_parameters_of_its_vectors():
+    _, cfg, params = _large("xlstm_large_small")
+    loaded_cfg, loaded = convert.load_large(FOLDER / "xlstm_large_plain_checkpoint")
+    assert loaded_cfg == cfg
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, loaded, params))
+
+
+def test_fused_weights_are_the_separate_ones():
+    golden, cfg, params = _large("xlstm_large_small")
+    tensors, fused = golden.under("param/"), golden.under("fused/")
+    for number in range(cfg.num_blocks):
+        block = names.LARGE_BLOCK.format(number)
+        for whole, parts in names.FUSED.items():
+            for kind in (".weight", ".bias"):
+                held = [tensors.pop(block + p + kind, None) for p in parts]
+                held = [array for array in held if array is not None]
+                # The gates alone have biases in this model.
+                if held:
+                    rows = np.concatenate(held)
+                    tensors[block + whole + kind] = rows
+                    if block + whole + kind in fused:
+                        assert np.array_equal(fused[block + whole + kind], rows)
+    loaded = mapping.load(cfg, names.LARGE, large.Unfused(Arrays(tensors), cfg))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, loaded, params))

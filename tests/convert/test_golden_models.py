@@ -1,0 +1,182 @@
+"""First-generation stacks and language models against the vectors of the official package."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import golden_files
+from tests.convert import published
+from tests.golden_files import assert_all_match, assert_matches
+from xlstm_jax import convert
+from xlstm_jax.convert import mapping, names
+from xlstm_jax.modules import LM, Backbone
+from xlstm_jax.sharding import path_name
+from xlstm_jax.train import TrainConfig, decay_mask
+
+STACKS = ["xlstm_block_stack_1_1", "xlstm_block_stack_bias"]
+LMS = ["xlstm_lm_1_1", "xlstm_lm_slstm_only", "xlstm_lm_tied"]
+
+every_stack = pytest.mark.parametrize("name", STACKS)
+every_lm = pytest.mark.parametrize("name", LMS)
+both_types = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+
+class Model:
+    """A file's model with its parameters in one type."""
+
+    def __init__(self, name: str, dtype: str):
+        self.golden = golden_files.load(name)
+        config = published.nested(self.golden.config)
+        self.cfg, params = convert.load_v1(config, self.golden.under("param/"))
+        self.params = published.cast(params, dtype)
+        self.module = (LM if name in LMS else Backbone)(self.cfg)
+        ids = self.golden.arrays.get("input/ids")
+        self.x = jnp.asarray(ids) if ids is not None else self._vectors(dtype)
+        self.empty = self.module.init_state(self.x.shape[0])
+        self.start = published.cast(published.without_scale(self.empty), dtype)
+
+    def _vectors(self, dtype):
+        return published.cast(self.golden.arrays["input/x"], dtype)
+
+    def apply(self, params, x, state):
+        return self.module.apply({"params": params}, x, state)
+
+    def tensors(self, params):
+        """Under the names of the file."""
+        start = "" if isinstance(self.module, LM) else names.V1_STACK
+        found = mapping.store(self.cfg, names.V1, params)
+        return {name.removeprefix(start): array for name, array in found}
+
+
+@every_stack
+@both_types
+def test_a_stack_matches_with_its_gradients(name, dtype, x64):
+    model = Model(name, dtype)
+    dy = published.cast(model.golden.arrays["input/dy"], dtype)
+
+    @jax.jit
+    def both(params, x):
+        y, pull = jax.vjp(lambda p, x: model.apply(p, x, model.start)[0], params, x)
+        return y, pull(dy)
+
+    y, (dparams, dx) = both(model.params, model.x)
+    assert_matches(y, model.golden.arrays["output64/y"], published.VALUES[dtype], "y")
+    expected = model.golden.under("grad64/param/") | {"x": model.golden.arrays["grad64/input/x"]}
+    assert_all_match(model.tensors(dparams) | {"x": dx}, expected, published.GRADIENTS[dtype])
+
+
+@every_lm
+@both_types
+def test_logits_and_loss_match(name, dtype, x64):
+    model = Model(name, dtype)
+    logits, _ = jax.jit(model.apply)(model.params, model.x, model.start)
+    assert_matches(logits, model.golden.arrays["output64/logits"], published.VALUES[dtype], "y")
+    loss = published.mean_cross_entropy(logits, jnp.asarray(model.golden.arrays["input/labels"]))
+    expected = model.golden.arrays["output64/loss"]
+    assert_matches(np.asarray(loss), expected, published.VALUES[dtype], "loss")
+
+
+@every_lm
+def test_gradients_of_the_loss_match(name):
+    model = Model(name, "float32")
+    labels = jnp.asarray(model.golden.arrays["input/labels"])
+
+    @jax.jit
+    def gradients(params):
+        return jax.grad(
+            lambda p: published.mean_cross_entropy(model.apply(p, model.x, model.start)[0], labels)
+        )(params)
+
+    actual = model.tensors(gradients(model.params))
+    assert_all_match(actual, model.golden.under("grad/param/"), published.GRADIENTS["float32"])
+
+
+@pytest.mark.parametrize("name", STACKS + LMS)
+def test_steps_and_states_match(name):
+    """One position at a time, from the empty memory, and the memory of every block at the end."""
+    model = Model(name, "float32")
+    step, state, ys = jax.jit(model.apply), model.empty, []
+    for t in range(model.x.shape[1]):
+        y, state = step(model.params, model.x[:, t : t + 1], state)
+        ys.append(y)
+    tolerance = published.VALUES["float32"]
+    key = "output/logits_step" if name in LMS else "output/y_step"
+    assert_matches(np.concatenate(ys, axis=1), model.golden.arrays[key], tolerance, "y")
+    for number, letter in enumerate(model.cfg.pattern):
+        layer = model.cfg.pattern[:number].count(letter)
+        ours = jax.tree.map(lambda leaf, layer=layer: leaf[layer], state[letter])
+        _assert_same_state(ours, model.golden.under(f"state/block_{number}/"), tolerance)
+
+
+def _assert_same_state(ours, found, tolerance):
+    # Theirs holds the current input too.
+    assert_matches(ours.conv, found["conv_state"][:, 1:], tolerance, "conv")
+    if "slstm_state" in found:
+        cell = published.slstm_state(found["slstm_state"], ours.cell.c.shape[1])
+        for field, expected in cell._asdict().items():
+            assert_matches(getattr(ours.cell, field), expected, tolerance, field)
+        return
+    root = np.sqrt(ours.cell.C.shape[-2])  # their keys are divided by it when they are stored
+    c, n, m = (found[f"mlstm_state/{leaf}"] for leaf in "cnm")
+    published.assert_same_mlstm_memory(ours.cell, c * root, n * root, m, tolerance)
+
+
+@every_stack
+def test_the_start_of_m_moves_a_sequence_by_less_than_rounding(name, x64):
+    """The reference starts at m = 0 in steps and without any m in sequences; we start at 0.
+
+    The two differ by what eps weighs, in float64 far above rounding and in float32 far below.
+    """
+    model = Model(name, "float64")
+    y, _ = jax.jit(model.apply)(model.params, model.x, published.cast(model.empty, "float64"))
+    assert_matches(y, model.golden.arrays["output64/y"], 1e-6, "y")
+
+
+@every_lm
+def test_what_is_decayed_is_what_the_reference_decays(name):
+    golden = golden_files.load(name)
+    cfg, params = convert.load_v1(published.nested(golden.config), golden.under("param/"))
+    decayed = set()
+    for pattern, table in (
+        (TrainConfig.decay_pattern, []),
+        (r"(^|/)(kernel|embedding)$", ["token_embedding.weight"]),  # weight_decay_on_embedding
+    ):
+        mask = decay_mask(params, pattern)
+        by_path = {path_name(p): m for p, m in jax.tree_util.tree_leaves_with_path(mask)}
+        places = mapping.places(cfg, names.V1, mapping.parameters(cfg))
+        decayed = {name for name, place in places.items() if by_path[place.path]}
+        assert decayed == set(golden.config["weight_decay_params"]) | set(table)
+
+
+def _as_cuda(tensors):
+    """The same sLSTM weights as the backend `cuda` stores them."""
+    tensors = dict(tensors)
+    for name in [name for name in tensors if name.endswith("_recurrent_kernel_")]:
+        H, wide, K = tensors[name].shape
+        kernel = tensors[name].reshape(H, 4, K, K).transpose(0, 3, 1, 2)
+        tensors[name] = kernel.reshape(H, K, wide)
+        bias = re.sub("_recurrent_kernel_$", "_bias_", name)
+        tensors[bias] = tensors[bias].reshape(4, H, K).transpose(1, 0, 2).reshape(-1)
+    return tensors
+
+
+@every_stack
+def test_both_layouts_of_slstm_weights_give_the_same_parameters(name):
+    golden = golden_files.load(name)
+    config, tensors = published.nested(golden.config), golden.under("param/")
+    a = convert.load_v1(config, tensors)
+    b = convert.load_v1(config, _as_cuda(tensors))
+    assert a[0] == b[0]
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, a[1], b[1]))
+
+
+def test_a_tied_model_may_repeat_its_table_as_a_head():
+    golden = golden_files.load("xlstm_lm_tied")
+    tensors = golden.under("param/")
+    tensors["lm_head.weight"] = tensors["token_embedding.weight"]
+    tensors["xlstm_block_stack.blocks.0.xlstm.mlstm_cell.causal_mask"] = np.zeros((32, 32), bool)
+    cfg, params = convert.load_v1(published.nested(golden.config), tensors)
+    assert cfg.tie_embeddings and "lm_head" not in params

@@ -1,0 +1,119 @@
+"""First-generation layers and blocks against the vectors of the official package."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests import golden_files
+from tests.convert import published
+from tests.golden_files import assert_all_match, assert_matches
+from xlstm_jax.convert import v1
+from xlstm_jax.modules import BLOCKS, LMConfig
+from xlstm_jax.modules.mlstm import MLSTMLayer
+from xlstm_jax.modules.slstm import SLSTMLayer
+
+# File -> the letter of its block, and where names begin, theirs and ours.
+PARTS = {
+    "mlstm_layer": ("m", "xlstm.", "stack/m/mlstm/"),
+    "mlstm_layer_bias": ("m", "xlstm.", "stack/m/mlstm/"),
+    "mlstm_block": ("m", "", "stack/m/"),
+    "slstm_layer": ("s", "xlstm.", "stack/s/slstm/"),
+    "slstm_layer_no_conv": ("s", "xlstm.", "stack/s/slstm/"),
+    "slstm_block": ("s", "", "stack/s/"),
+}
+
+every_part = pytest.mark.parametrize("name", PARTS)
+both_types = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+
+def _config(letter: str, config: dict) -> LMConfig:
+    """A model whose first block is the one of a file, which has the fields of its parts mixed."""
+    feedforward = dict(config.get("feedforward", {}))
+    feedforward.pop("up_dim", None)
+    parts = {k: v for k, v in config.items() if k not in ("feedforward", "inner_dim")}
+    model = {k: parts.pop(k) for k in ("embedding_dim", "bias", "context_length") if k in parts}
+    parts.pop("block_idx", None)
+    model["num_blocks"] = parts.pop("num_blocks", 1)
+    model["slstm_at"] = list(range(model["num_blocks"])) if letter == "s" else []
+    slstm = {"slstm": parts if letter == "s" else {}, "feedforward": feedforward}
+    blocks = {"mlstm_block": {"mlstm": parts if letter == "m" else {}}, "slstm_block": slstm}
+    cfg = v1.config_of(model | blocks)
+    return LMConfig(**{f: getattr(cfg, f) for f in cfg.__dataclass_fields__} | {"pattern": letter})
+
+
+class Part:
+    """A layer or block with a file's parameters and inputs, in one type."""
+
+    def __init__(self, name: str, dtype: str):
+        self.golden = golden_files.load(name)
+        self.letter, self.theirs, self.ours = PARTS[name]
+        self.cfg = _config(self.letter, self.golden.config)
+        is_block = name.endswith("block")
+        layer = {"m": (MLSTMLayer, self.cfg.mlstm), "s": (SLSTMLayer, self.cfg.slstm)}[self.letter]
+        self.module = BLOCKS[self.letter](self.cfg) if is_block else layer[0](layer[1], 1)
+        tensors = self.golden.under("param/")
+        params = published.part_params(self.cfg, tensors, self.theirs, self.ours)
+        self.params = published.cast(params, dtype)
+        self.x = published.cast(self.golden.arrays["input/x"], dtype)
+        B, _, D = self.x.shape
+        sizes = (B,) if is_block else (B, D, np.dtype(dtype))
+        self.empty = self.module.init_state(*sizes)
+        self.start = published.without_scale(self.empty) if self.letter == "m" else self.empty
+        self.start = published.cast(self.start, dtype)
+
+    def apply(self, params, x, state):
+        return self.module.apply({"params": params}, x, state)
+
+
+@every_part
+@both_types
+def test_values_match(name, dtype, x64):
+    part = Part(name, dtype)
+    y, _ = jax.jit(part.apply)(part.params, part.x, part.start)
+    assert_matches(y, part.golden.arrays["output64/y"], published.VALUES[dtype], "y")
+
+
+@every_part
+@both_types
+def test_gradients_match(name, dtype, x64):
+    part = Part(name, dtype)
+    dy = published.cast(part.golden.arrays["input/dy"], dtype)
+
+    @jax.jit
+    def gradients(params, x):
+        _, pull = jax.vjp(lambda p, x: part.apply(p, x, part.start)[0], params, x)
+        return pull(dy)
+
+    dparams, dx = gradients(part.params, part.x)
+    actual = published.part_tensors(part.cfg, dparams, part.theirs, part.ours)
+    expected = part.golden.under("grad64/param/")
+    assert_all_match(
+        actual | {"x": dx},
+        expected | {"x": part.golden.arrays["grad64/input/x"]},
+        published.GRADIENTS[dtype],
+    )
+
+
+@every_part
+def test_steps_and_states_match(name):
+    """One position at a time, from the empty memory, and the memory after the last."""
+    part = Part(name, "float32")
+    step, state, ys = jax.jit(part.apply), part.empty, []
+    for t in range(part.x.shape[1]):
+        y, state = step(part.params, part.x[:, t : t + 1], state)
+        ys.append(y)
+    tolerance = published.VALUES["float32"]
+    assert_matches(np.concatenate(ys, axis=1), part.golden.arrays["output/y_step"], tolerance, "y")
+    found = part.golden.under("state/")
+    if "conv_state" in found:
+        # Theirs holds the current input too.
+        assert_matches(state.conv, found["conv_state"][:, 1:], tolerance, "conv")
+    if part.letter == "s":
+        cell = published.slstm_state(found["slstm_state"], part.cfg.slstm.num_heads)
+        for field, expected in cell._asdict().items():
+            assert_matches(getattr(state.cell, field), expected, tolerance, field)
+    else:
+        # Their keys are divided by the root of their size when they are stored.
+        root = np.sqrt(state.cell.C.shape[-2])
+        c, n, m = (found[f"mlstm_state/{leaf}"] for leaf in "cnm")
+        published.assert_same_mlstm_memory(state.cell, c * root, n * root, m, tolerance)

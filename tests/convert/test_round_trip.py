@@ -1,0 +1,203 @@
+"""What is written is what was read; what is trained here can be written."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tests.golden_files import FOLDER
+from xlstm_jax import convert, sharding
+from xlstm_jax.config import ConfigError
+from xlstm_jax.convert import hf, large_config, mapping, names, tensors
+from xlstm_jax.convert.layouts import LAYOUTS
+from xlstm_jax.modules import LM, LargeConfig, LMConfig, presets
+
+HF = ["hf_tiny", "hf_tiny_sharded"]
+every_folder = pytest.mark.parametrize("name", HF)
+
+
+def model(**changes) -> LMConfig:
+    sizes = {"vocab_size": 23, "dim": 16, "pattern": "MM", "final_norm": "rms"}
+    sizes |= {"final_norm_eps": 1e-6, "logit_soft_cap": 30.0}
+    return LMConfig(**sizes | {"large": LargeConfig(num_heads=2)} | changes)
+
+
+@pytest.fixture
+def params(key):
+    return init(model(), key)
+
+
+def init(cfg, key):
+    return jax.jit(LM(cfg).init)(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def contents(folder):
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= safetensors.numpy.load_file(file)
+    return found
+
+
+def assert_same_trees(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, a, b))
+
+
+@every_folder
+def test_a_folder_that_was_read_is_written_tensor_for_tensor(name, tmp_path):
+    cfg, params = convert.load_hf(FOLDER / name)
+    convert.save_hf(tmp_path / "out", cfg, params)
+    before, after = contents(FOLDER / name), contents(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for key, array in before.items():
+        assert after[key].dtype == array.dtype and np.array_equal(after[key], array), key
+    assert convert.load_hf(tmp_path / "out")[0] == cfg
+
+
+def test_the_config_that_is_written_says_what_the_one_that_was_read_says(tmp_path):
+    cfg, params = convert.load_hf(FOLDER / "hf_tiny")
+    convert.save_hf(tmp_path / "out", cfg, params)
+    before, after = (
+        json.loads((f / "config.json").read_text()) for f in (FOLDER / "hf_tiny", tmp_path / "out")
+    )
+    # The width of the feed-forward layer is 352 = 2.667 * 128 up to a multiple of 16: 2.75 * 128.
+    rewritten = {"ffn_proj_factor", "ffn_round_up_to_multiple_of", "transformers_version"}
+    assert {k for k in before if before[k] != after.get(k)} == rewritten
+
+
+def test_shards_have_an_index_and_read_as_one_file_does(tmp_path, params):
+    convert.save_hf(tmp_path / "one", model(), params)
+    convert.save_hf(tmp_path / "many", model(), params, max_shard_bytes=6000)
+    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "many" / tensors.INDEX).read_text())
+    assert set(index["weight_map"].values()) == set(files)
+    assert index["weight_map"].keys() == contents(tmp_path / "one").keys()
+    assert index["metadata"]["total_size"] == 4 * index["metadata"]["total_parameters"]
+    assert_same_trees(convert.load_hf(tmp_path / "many")[1], params)
+    assert not list(tmp_path.glob(".*")), "a draft was left behind"
+
+
+def test_bfloat16_is_rounded_once(tmp_path, params):
+    convert.save_hf(tmp_path / "out", model(), params, dtype="bfloat16")
+    cfg, loaded = convert.load_hf(tmp_path / "out")
+    assert cfg.dtype == "bfloat16"
+    assert convert.load_hf(tmp_path / "out", dtype="float32")[0].dtype == "float32"
+    rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), params)
+    assert_same_trees(loaded, rounded)
+    assert {a.dtype for a in contents(tmp_path / "out").values()} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_a_tied_head_is_written_as_a_table_of_its_own(tmp_path, key):
+    cfg = model(tie_embeddings=True)
+    params = init(cfg, key)
+    convert.save_hf(tmp_path / "out", cfg, params)
+    loaded_cfg, loaded = convert.load_hf(tmp_path / "out")
+    assert not loaded_cfg.tie_embeddings
+    tokens = jnp.arange(6)[None]
+    a, _ = LM(cfg).apply({"params": params}, tokens)
+    b, _ = LM(loaded_cfg).apply({"params": loaded}, tokens)
+    assert jnp.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_the_files_decide_about_a_flag_that_transformers_ignores(tmp_path, params, has_head):
+    convert.save_hf(tmp_path / "out", model(), params)
+    edit(tmp_path / "out", tie_word_embeddings=True)
+    if not has_head:
+        held = contents(tmp_path / "out")
+        del held[hf.HEAD]
+        safetensors.numpy.save_file(held, tmp_path / "out" / "model.safetensors")
+    cfg, _ = convert.load_hf(tmp_path / "out")
+    assert cfg.tie_embeddings == (not has_head)
+
+
+def edit(folder, *drop, **changes):
+    config = json.loads((folder / hf.CONFIG).read_text()) | changes
+    config = {name: value for name, value in config.items() if name not in drop}
+    (folder / hf.CONFIG).write_text(json.dumps(config))
+
+
+def test_a_config_with_the_second_names_of_its_sizes_is_read(tmp_path, params):
+    convert.save_hf(tmp_path / "out", model(), params)
+    whole = convert.load_hf(tmp_path / "out")[0]
+    edit(tmp_path / "out", "hidden_size", "num_hidden_layers")
+    assert convert.load_hf(tmp_path / "out")[0] == whole
+    edit(tmp_path / "out", hidden_size=8)
+    with pytest.raises(ConfigError, match="hidden_size and embedding_dim of .* got 8 and 16"):
+        convert.load_hf(tmp_path / "out")
+
+
+def test_a_bias_in_the_blocks_gives_the_final_norm_none(tmp_path, key):
+    cfg = model(large=LargeConfig(num_heads=2, use_bias=True))
+    convert.save_hf(tmp_path / "out", cfg, init(cfg, key))
+    assert convert.load_hf(tmp_path / "out")[0].final_norm_bias is False
+
+
+def test_parameters_go_onto_the_active_mesh():
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    with jax.set_mesh(mesh):
+        _, placed = convert.load_hf(FOLDER / "hf_tiny")
+    kernel = placed["stack"]["M"]["ffn"]["proj_up"]["kernel"]
+    # Too small to be gathered, large enough to be cut with its heads.
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, None, "tensor")
+    assert len(kernel.sharding.device_set) == 8
+    _, whole = convert.load_hf(FOLDER / "hf_tiny")
+    assert_same_trees(jax.device_get(placed), jax.device_get(whole))
+
+
+@pytest.mark.parametrize("width", [1, 3, 7, 64, 100, 352, 2048, 2112, 10944])
+@pytest.mark.parametrize("dim", [3, 48, 100, 768, 4096])
+def test_factors_give_back_the_width(width, dim):
+    assert int(dim * large_config.factor_of(width, dim)) == width
+
+
+def test_the_7b_model_has_a_name_for_every_parameter_and_the_published_config():
+    cfg = presets.get("xlstm_7b")
+    table = mapping.places(cfg, names.HF, mapping.parameters(cfg))
+    sizes = [int(np.prod(place.their_shape)) for place in table.values()]
+    assert sum(sizes) == 6_865_424_896
+    config = hf.config_of(cfg)
+    published = {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_heads": 8,
+        "vocab_size": 50304,
+        "qk_dim_factor": 0.5,
+        "v_dim_factor": 1.0,
+        "ffn_proj_factor": 2.667,
+        "ffn_round_up_to_multiple_of": 64,
+        "gate_soft_cap": 15.0,
+        "output_logit_soft_cap": 30.0,
+        "use_bias": False,
+    }
+    assert {name: config[name] for name in published} == published
+
+
+@pytest.mark.parametrize("rules", [names.V1, names.LARGE, names.HF])
+def test_no_name_and_no_path_stands_twice(rules):
+    assert len({rule.theirs + rule.ours.split("/")[1] for rule in rules}) == len(rules)
+    assert len({rule.ours for rule in rules}) == len(rules)
+
+
+def test_every_layout_is_undone(rng):
+    shapes = {
+        "same": [(3,), (3, 4)],
+        "transposed": [(3, 4)],
+        "headwise": [(2, 3, 4)],
+        "convolution": [(4, 6), (4, 6, 6)],
+        "recurrent": [(2, 3, 4, 3)],
+        "gate_biases": [(2, 4, 3)],
+    }
+    assert shapes.keys() == LAYOUTS.keys()
+    for name, layout in LAYOUTS.items():
+        for shape in shapes[name]:
+            array = rng.normal(size=shape)
+            theirs = layout.to_theirs(array)
+            assert theirs.shape == layout.their_shape(shape)
+            assert np.array_equal(layout.to_ours(theirs, shape), array)

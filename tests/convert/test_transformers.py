@@ -1,0 +1,54 @@
+"""Beside the packages whose weights we read, where they are installed."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.golden_files import FOLDER
+from xlstm_jax import convert
+from xlstm_jax.convert import compare
+from xlstm_jax.data import DataConfig, loader
+from xlstm_jax.modules import LM, LargeConfig, LMConfig
+from xlstm_jax.train import TrainConfig, init_state, make_optimizer, make_train_step
+
+REASON = "the logits of transformers need the packages torch and transformers"
+torch = pytest.importorskip("torch", reason=REASON)
+transformers = pytest.importorskip("transformers", reason=REASON)
+
+pytestmark = [
+    # Not ours to mend.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+@pytest.mark.parametrize("name", ["hf_tiny", "hf_tiny_sharded"])
+def test_logits_of_a_folder_that_was_read_are_those_of_transformers(name):
+    found = compare.with_transformers(FOLDER / name, *convert.load_hf(FOLDER / name))
+    assert found is not None and found.error < 2e-5
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_a_model_trained_here_has_the_same_logits_there(tmp_path, use_bias):
+    model = LMConfig(
+        vocab_size=257,
+        dim=64,
+        pattern="MM",
+        large=LargeConfig(num_heads=2, ffn_dim=96, use_bias=use_bias),
+        final_norm="rms",
+        final_norm_eps=1e-6,
+        logit_soft_cap=30.0,
+    )
+    cfg, data = TrainConfig(steps=20, lr=3e-3), DataConfig(source="grammar", seq_len=64)
+    tx, examples = make_optimizer(cfg), loader.load(data, "train")
+    state = init_state(LM(model), tx, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    step = jax.jit(make_train_step(LM(model), tx, cfg))
+    losses = []
+    for number in range(20):
+        state, metrics = step(state, loader.batch_at(examples, data, number))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.5
+    convert.save_hf(tmp_path / "out", model, state.params, max_shard_bytes=100_000)
+    found = compare.with_transformers(tmp_path / "out", model, state.params)
+    assert found is not None and found.error < 2e-5

@@ -1,0 +1,143 @@
+"""`xlstm-jax convert` and `describe` on published models."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.char_lm import SMOKE
+from tests.golden_files import FOLDER
+from tests.test_cli import refuse, workplace  # noqa: F401
+from xlstm_jax import config, convert
+from xlstm_jax.cli import main
+from xlstm_jax.convert import licence
+from xlstm_jax.modules import LM, LargeConfig, LMConfig
+from xlstm_jax.train import ExperimentConfig, checkpoint, fit, restore_params
+
+HF = FOLDER / "hf_tiny"
+
+
+def assert_same_trees(a, b):
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, a, b))
+
+
+def test_a_run_made_of_a_folder_holds_its_parameters(workplace, capsys):  # noqa: F811
+    assert main(["convert", "hf-to-run", str(HF), "run", "--no-compare"]) == 0
+    said = capsys.readouterr().out
+    assert "430,020" in said or "parameters" in said
+    assert licence.UNKNOWN in said and "not compared, as --no-compare asks" in said
+    cfg, params = restore_params("run")
+    model, expected = convert.load_hf(HF)
+    assert cfg.model == model and cfg.name == "run"
+    assert_same_trees(params, expected)
+
+
+def test_the_way_out_gives_back_the_folder(workplace, capsys):  # noqa: F811
+    source = shutil.copytree(HF, workplace / "hf", copy_function=shutil.copyfile)
+    card = "---\nlicense: other\nlicense_name: some-terms\n---\nWeights.\n"
+    (source / "README.md").write_text(card)
+    assert main(["convert", "hf-to-run", "hf", "run", "--no-compare"]) == 0
+    assert main(["convert", "run-to-hf", "run", "out", "--no-compare"]) == 0
+    assert capsys.readouterr().out.count("other, some-terms (README.md)") == 2
+    assert licence.find("out") == "other, some-terms (README.md)"
+    a, b = convert.load_hf("hf"), convert.load_hf("out")
+    assert a[0] == b[0]
+    assert_same_trees(a[1], b[1])
+
+
+def test_a_licence_file_counts_where_no_card_speaks(tmp_path):
+    assert licence.find(tmp_path) == licence.UNKNOWN
+    (tmp_path / "LICENSE").write_text("\n  Some Community License\n\nterms\n")
+    assert licence.find(tmp_path) == "Some Community License (LICENSE)"
+
+
+TINY = LMConfig(
+    vocab_size=257,
+    dim=16,
+    pattern="M",
+    large=LargeConfig(num_heads=2),
+    final_norm="rms",
+    final_norm_eps=1e-6,
+)
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_converted_parameters(workplace):  # noqa: F811
+    params = jax.jit(LM(TINY).init)(jax.random.key(5), jnp.zeros((1, 1), jnp.int32))["params"]
+    convert.save_hf("hf", TINY, params)
+    options = ["--train.steps", "3", "--train.lr", "1e-9", "--train.warmup-steps", "0"]
+    options += ["--data.source", "grammar", "--data.seq-len", "32", "--train.eval-every", "0"]
+    assert main(["convert", "hf-to-run", "hf", "run", "--no-compare", *options]) == 0
+    assert checkpoint.has_params_alone("run")
+    result = fit(config.load_config("run", ExperimentConfig), "run")
+    assert result.step == 3 and not checkpoint.has_params_alone("run")
+    # The rate is so small that they are still where they began.
+    close = jax.tree.map(lambda a, b: jnp.allclose(a, b, atol=1e-6), result.state.params, params)
+    assert jax.tree.all(close)
+
+
+BAD = {
+    "convert": None,
+    "convert hf-to-rnu a b": "'hf-to-rnu' is not a direction; did you mean hf-to-run?",
+    "convert hf-to-run nothing run": "nothing must be a folder with a config.json",
+    "convert hf-to-run HF taken": "RUN='taken' must be a new folder or an empty one",
+    "convert hf-to-run HF run --dtype float16": "dtype",
+    "convert run-to-hf nothing out": "nothing",
+    "convert run-to-hf taken taken": "model.safetensors is there",
+}
+
+
+@pytest.mark.parametrize("command", [command for command, words in BAD.items() if words])
+def test_what_cannot_be_converted_is_refused_with_nothing_written(workplace, capsys, command):  # noqa: F811
+    (workplace / "taken").mkdir()
+    (workplace / "taken" / "model.safetensors").write_bytes(b"")
+    assert BAD[command] in refuse(capsys, *command.replace("HF", str(HF)).split())
+
+
+def test_damaged_weights_leave_no_run(workplace, capsys):  # noqa: F811
+    source = shutil.copytree(HF, workplace / "hf", copy_function=shutil.copyfile)
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "damaged or cut short" in refuse(capsys, "convert", "hf-to-run", "hf", "run")
+
+
+def test_a_model_of_other_blocks_cannot_be_written(workplace, capsys):  # noqa: F811
+    params = jax.jit(LM(SMOKE.model).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    checkpoint.save_params("run", params["params"], config.to_dict(SMOKE))
+    (workplace / "run" / "config.json").write_text(json.dumps(config.to_dict(SMOKE)))
+    assert "pattern='ms' with other letters" in refuse(capsys, "convert", "run-to-hf", "run", "out")
+
+
+def test_help_names_both_directions(capsys):
+    assert main(["convert", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "convert hf-to-run --help" in said and "convert run-to-hf --help" in said
+    assert main(["convert"]) == 2
+
+
+@pytest.mark.parametrize(
+    "rules, mesh, gib",
+    [
+        ("data", [], 25.6),
+        ("fsdp", ["--mesh.fsdp", "8"], 25.6 / 8),
+        ("fsdp_tensor", ["--mesh.fsdp", "4", "--mesh.tensor", "2"], 25.6 / 8),
+        ("fsdp_seq", ["--mesh.fsdp", "2", "--mesh.seq", "2"], 25.6 / 2),
+    ],
+)
+@pytest.mark.slow
+def test_the_7b_model_is_described_under_any_rules(capsys, rules, mesh, gib):
+    assert main(["describe", "xlstm_7b", "--rules", rules, *mesh]) == 0
+    said = capsys.readouterr().out
+    assert "6,865,424,896" in said
+    words = said[said.index("(parameters ") + len("(parameters ") :]
+    found = float(words[: words.index(" MiB")].replace(",", "")) / 1024
+    assert found == pytest.approx(gib, rel=0.01)
+
+
+def test_a_batch_that_the_mesh_cannot_cut_is_refused(workplace, capsys):  # noqa: F811
+    text = refuse(capsys, "describe", "xlstm_7b", "--rules", "fsdp", "--mesh.fsdp", "3")
+    assert (
+        "rows of a micro-batch must be a multiple of 3, the devices of data x fsdp, got 16" in text
+    )

@@ -1,0 +1,132 @@
+"""`xlstm-jax convert hf-to-run` and `run-to-hf`: weights of `transformers` in and out."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import tyro
+
+from xlstm_jax import convert
+from xlstm_jax.cli import console, options
+from xlstm_jax.cli.exit_codes import BAD_ARGUMENT, DONE
+from xlstm_jax.config import ConfigError, to_dict
+from xlstm_jax.convert import compare, licence, writing
+from xlstm_jax.data import DataConfig
+from xlstm_jax.modules import LMConfig
+from xlstm_jax.train import ExperimentConfig, TrainConfig, checkpoint, restore_params, rundir
+from xlstm_jax.typing import PyTree
+
+Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HfToRun:
+    """Makes a run of a checkpoint folder of `transformers`; it can be evaluated and trained on."""
+
+    folder: Folder  # with config.json and safetensors files
+    run: options.RunPath  # the folder of the run; a new one
+    dtype: Dtype | None = None  # of activations; None: as the folder says
+    compare: bool = True  # with the logits of transformers, where it is installed
+    data: DataConfig = DataConfig()  # of the run
+    train: TrainConfig = TrainConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunToHf:
+    """Makes a checkpoint folder that `transformers` loads of a run of large blocks."""
+
+    run: options.RunPath
+    folder: Folder  # a new one
+    step: int | None = None  # of the checkpoint; None: the newest
+    dtype: Dtype = "float32"  # of the stored tensors
+    max_shard_bytes: int = 5 * 10**9  # of one file
+    compare: bool = True  # with the logits of transformers, where it is installed
+
+
+def run(args: list[str]) -> int:
+    """Returns 0.
+
+    Raises:
+        ConfigError: an option, the run or the weights cannot be used; nothing has been written.
+    """
+    if not args or args[0] in ("-h", "--help"):
+        lines = [f"  xlstm-jax convert {name} --help" for name in DIRECTIONS]
+        console.say("\n".join(["the options of a direction:", "", *lines, ""]))
+        return DONE if args else BAD_ARGUMENT
+    if args[0] not in DIRECTIONS:
+        near = difflib.get_close_matches(args[0], DIRECTIONS, n=1) or list(DIRECTIONS)
+        raise ConfigError(f"{args[0]!r} is not a direction; did you mean {' or '.join(near)}?")
+    return DIRECTIONS[args[0]](args[1:])
+
+
+def _hf_to_run(args: list[str]) -> int:
+    chosen = options.parse("convert hf-to-run", HfToRun, args)
+    if chosen.run.exists() and (not chosen.run.is_dir() or any(chosen.run.iterdir())):
+        raise ConfigError(
+            f"RUN={str(chosen.run)!r} must be a new folder or an empty one; name another one."
+        )
+    model, params = convert.load_hf(chosen.folder, dtype=chosen.dtype)
+    cfg = ExperimentConfig(
+        name=chosen.run.resolve().name, model=model, data=chosen.data, train=chosen.train
+    )
+    terms = licence.find(chosen.folder)
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    facts = {"num_params": num_params, "converted_from": str(chosen.folder)}
+    rundir.begin(chosen.run, cfg, facts, step=0)
+    licence.write(chosen.run, terms)
+    checkpoint.save_params(chosen.run, params, to_dict(cfg))
+    _say(chosen.run, num_params, terms, chosen.folder, model, params, chosen.compare)
+    return DONE
+
+
+def _run_to_hf(args: list[str]) -> int:
+    chosen = options.parse("convert run-to-hf", RunToHf, args)
+    writing.check_free(chosen.folder)
+    cfg, params = restore_params(chosen.run, chosen.step)
+    convert.save_hf(
+        chosen.folder,
+        cfg.model,
+        params,
+        dtype=chosen.dtype,
+        max_shard_bytes=chosen.max_shard_bytes,
+    )
+    terms = "they were trained here; it is for you to choose one"
+    if (chosen.run / licence.FILE).exists():
+        terms = licence.find(chosen.run)
+        licence.write(chosen.folder, terms)
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    _say(chosen.folder, num_params, terms, chosen.folder, cfg.model, params, chosen.compare)
+    return DONE
+
+
+def _say(
+    written: Path,
+    num_params: int,
+    terms: str,
+    folder: Path,
+    model: LMConfig,
+    params: PyTree,
+    wanted: bool,
+) -> None:
+    rows = {
+        "written": str(written),
+        "parameters": f"{num_params:,}",
+        "licence of the weights": terms,
+        "logits": "not compared, as --no-compare asks",
+    }
+    if wanted:
+        rows["logits"] = _comparison(compare.with_transformers(folder, model, params))
+    console.facts(rows)
+
+
+def _comparison(found: compare.Comparison | None) -> str:
+    if found is None:
+        return "not compared: transformers or torch is not installed"
+    return f"differ from those of {found.versions} by {found.error:.1e} of the largest"
+
+
+DIRECTIONS = {"hf-to-run": _hf_to_run, "run-to-hf": _run_to_hf}
+"""Word -> what does it."""

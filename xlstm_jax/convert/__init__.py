@@ -1,0 +1,8 @@
+"""Weights of other implementations: read into our models, and written for others to read."""
+
+from xlstm_jax.convert.hf import load_hf, save_hf
+from xlstm_jax.convert.large import load_large
+from xlstm_jax.convert.tensors import WeightsError
+from xlstm_jax.convert.v1 import load_v1
+
+__all__ = ["WeightsError", "load_hf", "load_large", "load_v1", "save_hf"]

@@ -1,0 +1,173 @@
+"""Checkpoint folders of `transformers`: xLSTMForCausalLM, in safetensors files.
+
+Source of the layout: the public model class and config of the package `transformers`, 5.23.
+"""
+
+import dataclasses
+import json
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xlstm_jax.config import ConfigError, read_json
+from xlstm_jax.convert import large_config, mapping, names, writing
+from xlstm_jax.convert.fields import Fields
+from xlstm_jax.convert.tensors import Folder
+from xlstm_jax.modules import LMConfig
+from xlstm_jax.typing import PyTree
+
+CONFIG = "config.json"
+FFN_FACTOR = 2.667
+HEAD, EMBEDDING = "lm_head.weight", "backbone.embeddings.weight"
+OUT_NORM = "backbone.out_norm.weight"
+
+# Of every folder that transformers writes, or how it runs; they change no number.
+WITHOUT_EFFECT = (
+    "architectures",
+    "transformers_version",
+    "use_cache",
+    "max_inference_chunksize",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+SPECIAL_TOKENS = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+
+
+def load_hf(folder: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, PyTree]:
+    """The model of a folder that `save_pretrained` of `transformers` wrote, in one file or several.
+
+    Parameters are float32. They are read leaf by leaf, so that the host holds little more than the
+    result, and go onto the active mesh (`jax.set_mesh`) where there is one.
+
+    What `transformers` accepts and ignores is done as it does it: a model with
+    `tie_word_embeddings` has two tables if the files have two, and is tied if they have one.
+    Attention masks, which it ignores, are `mask` and `segment_ids` of our model.
+
+    Args:
+        folder: with `config.json` and `model.safetensors`, or shards and their index.
+        dtype: of activations, "float32" or "bfloat16"; None: as the config says.
+
+    Raises:
+        ConfigError: a field of the config cannot be honoured.
+        WeightsError: a file is damaged, or tensors do not fit the config.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(
+            f"{folder} must be a folder with a {CONFIG}, but has none; name a folder that "
+            "save_pretrained wrote."
+        )
+    source = Folder(folder)
+    cfg = _config(folder / CONFIG, source.shapes(), dtype)
+    return cfg, mapping.load(cfg, names.HF, source)
+
+
+def _config(path: Path, shapes: Container[str], dtype: str | None) -> LMConfig:
+    fields = Fields(read_json(path), str(path))
+    fields.refuse_unless(
+        "model_type", "xlstm", "xlstm", "only xLSTMForCausalLM can be read from such a folder"
+    )
+    fields.refuse_unless(
+        "weight_mode", "single", "single", "transformers reads no other; write separate weights"
+    )
+    if not fields.flag("add_out_norm", True) and OUT_NORM in shapes:
+        raise ConfigError(
+            f"add_out_norm of {path} must be true where the weights have {OUT_NORM!r}, got False; "
+            "transformers applies that norm all the same: set it to true for the same numbers, or "
+            "remove the tensor."
+        )
+    stored = fields.get("dtype", None) or fields.get("torch_dtype", None) or "float32"
+    cfg = large_config.to_ours(
+        fields,
+        dim=_either(fields, "hidden_size", "embedding_dim", path),
+        num_blocks=_either(fields, "num_hidden_layers", "num_blocks", path),
+        factor=FFN_FACTOR,
+        dtype=dtype or stored,
+    )
+    tied = fields.flag("tie_word_embeddings", False) and HEAD not in shapes
+    fields.ignore(*WITHOUT_EFFECT)
+    fields.done()
+    # Its final norm has no bias, whatever use_bias says.
+    return dataclasses.replace(cfg, tie_embeddings=tied, final_norm_bias=False)
+
+
+def _either(fields: Fields, name: str, other: str, path: Path) -> int:
+    """A size that has two names; the second alone counts as well."""
+    if name in fields and other in fields and fields.count(name) != fields.count(other):
+        raise ConfigError(
+            f"{name} and {other} of {path} must be equal, got {fields.count(name)} and "
+            f"{fields.count(other)}; remove the one that is wrong."
+        )
+    return fields.count(other if name not in fields and other in fields else name)
+
+
+def save_hf(
+    folder: str | Path,
+    cfg: LMConfig,
+    params: PyTree,
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a model so that `transformers` loads it: config.json and safetensors files.
+
+    A tied head is written out as a table of its own, as `transformers` does not tie this model.
+
+    Args:
+        folder: a new one, or one without weights in it.
+        cfg: a model of large blocks.
+        params: as `LM(cfg).init` makes them, under "params".
+        dtype: of the stored tensors, "float32" or "bfloat16".
+        max_shard_bytes: tensors go into as many files as it takes; a larger tensor has its own.
+
+    Raises:
+        ConfigError: the model has something that `transformers` does not, or the folder is taken.
+    """
+    folder = Path(folder)
+    config = config_of(cfg, dtype)
+    tensors = mapping.store(cfg, names.HF, params)
+    if cfg.tie_embeddings:
+        head = np.asarray(params["token_embedding"]["embedding"])
+        tensors = [*tensors, (HEAD, head)]
+    writing.write(
+        folder,
+        tensors,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        files={CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n"},
+    )
+
+
+def config_of(cfg: LMConfig, dtype: str = "float32") -> dict[str, Any]:
+    """The config.json of a model.
+
+    Raises:
+        ConfigError: it has something that `transformers` does not; names all of it.
+    """
+    if cfg.final_norm == "none" or cfg.final_norm_bias:
+        raise ConfigError(
+            "the model must have final_norm='rms' without a bias for transformers, which always "
+            f"applies that norm, got final_norm={cfg.final_norm!r} with final_norm_bias="
+            f"{cfg.final_norm_bias}; keep it as a run."
+        )
+    return {
+        "architectures": ["xLSTMForCausalLM"],
+        "model_type": "xlstm",
+        "dtype": dtype,
+        "hidden_size": cfg.dim,
+        "embedding_dim": cfg.dim,
+        "num_hidden_layers": cfg.num_blocks,
+        "num_blocks": cfg.num_blocks,
+        "tie_word_embeddings": False,
+        "chunkwise_kernel": "chunkwise--native_autograd",
+        "sequence_kernel": "native_sequence__native",
+        "step_kernel": "native",
+        "autocast_kernel_dtype": "bfloat16",
+        "use_cache": True,
+        "max_inference_chunksize": 16384,
+        **SPECIAL_TOKENS,
+        **large_config.to_theirs(cfg),
+    }

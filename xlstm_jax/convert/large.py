@@ -1,0 +1,120 @@
+"""Plain folders of the large architecture: config.yaml and safetensors files.
+
+Source of the layout: the public class xLSTMLarge of the package `xlstm`, 2.0.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from xlstm_jax.config import ConfigError
+from xlstm_jax.convert import large_config, mapping, names
+from xlstm_jax.convert.fields import Fields
+from xlstm_jax.convert.tensors import Folder, Source, WeightsError
+from xlstm_jax.modules import LMConfig
+from xlstm_jax.typing import PyTree
+
+CONFIG = "config.yaml"
+FFN_FACTOR = 2.6667
+
+
+def load_large(folder: str | Path, *, dtype: str = "float32") -> tuple[LMConfig, PyTree]:
+    """The model of a folder with `config.yaml` and `model.safetensors`, or `model_0`, `model_1` ...
+
+    Separate and fused weights are read. Parameters are float32; they are read leaf by leaf and go
+    onto the active mesh where there is one.
+
+    Args:
+        folder: where the files are.
+        dtype: of activations, "float32" or "bfloat16".
+
+    Raises:
+        ConfigError: a field of the config cannot be honoured.
+        WeightsError: a file is damaged, or tensors do not fit the config.
+    """
+    folder = Path(folder)
+    fields = Fields(_read_yaml(folder / CONFIG), str(folder / CONFIG))
+    cfg = large_config.to_ours(
+        fields,
+        dim=fields.count("embedding_dim"),
+        num_blocks=fields.count("num_blocks"),
+        factor=FFN_FACTOR,
+        dtype=dtype,
+    )
+    mode = fields.get("weight_mode", "single")
+    if mode not in ("single", "fused"):
+        raise ConfigError(
+            f"weight_mode of {folder / CONFIG} must be 'single' or 'fused', got {mode!r}; "
+            "correct it."
+        )
+    fields.done()
+    source = Folder(folder)
+    return cfg, mapping.load(cfg, names.LARGE, Unfused(source, cfg) if mode == "fused" else source)
+
+
+def _read_yaml(path: Path) -> Mapping:
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"{path.parent} must have a {CONFIG}, but it cannot be read; name a folder of the "
+            "package xlstm."
+        ) from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not valid YAML ({reason}); fetch it again.") from error
+
+
+class Unfused:
+    """Fused weights under the names of separate ones: rows of what is stored.
+
+    Raises:
+        WeightsError: a fused tensor has not the rows of all its parts.
+    """
+
+    def __init__(self, source: Source, cfg: LMConfig):
+        self._source, self._shapes = source, dict(source.shapes())
+        self._rows: dict[str, tuple[str, int, int]] = {}
+        for whole, parts in _parts(cfg).items():
+            if whole in self._shapes:
+                self._divide(whole, parts)
+
+    def _divide(self, whole: str, parts: Mapping[str, int]) -> None:
+        shape, stop = self._shapes.pop(whole), 0
+        if shape[0] != sum(parts.values()):
+            raise WeightsError(
+                f"{whole} must have {sum(parts.values())} rows, those of {', '.join(parts)}, got "
+                f"{shape}; check that config and weights belong together."
+            )
+        for name, count in parts.items():
+            start, stop = stop, stop + count
+            self._rows[name] = whole, start, stop
+            self._shapes[name] = (count, *shape[1:])
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str) -> np.ndarray:
+        if name not in self._rows:
+            return self._source.read(name)
+        whole, start, stop = self._rows[name]
+        return self._source.read(whole)[start:stop]
+
+
+def _parts(cfg: LMConfig) -> dict[str, dict[str, int]]:
+    """Fused name -> the names of its parts, in their order, and the rows of each."""
+    rows = {
+        name: place.their_shape[0]
+        for name, place in mapping.places(cfg, names.LARGE, mapping.parameters(cfg)).items()
+    }
+    found = {}
+    for number in range(cfg.num_blocks):
+        block = names.LARGE_BLOCK.format(number)
+        for fused, members in names.FUSED.items():
+            for kind in (".weight", ".bias"):
+                parts = [name for m in members if (name := block + m + kind) in rows]
+                found[block + fused + kind] = {name: rows[name] for name in parts}
+    return {whole: parts for whole, parts in found.items() if parts}

@@ -1,0 +1,148 @@
+"""Parameters of a model from tensors under other names, and back, by the rules of `names`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlstm_jax import sharding
+from xlstm_jax.convert.layouts import LAYOUTS, Layout
+from xlstm_jax.convert.names import Rule
+from xlstm_jax.convert.tensors import Source, WeightsError
+from xlstm_jax.modules import LM, LMConfig
+from xlstm_jax.typing import PyTree
+
+
+class Place(NamedTuple):
+    """Where a tensor of another implementation belongs in our tree."""
+
+    path: str
+    layer: int | None  # its place on the leading axis `layers`; None where there is no such axis
+    shape: tuple[int, ...]  # ours, of this tensor alone
+    layout: Layout
+
+    @property
+    def their_shape(self) -> tuple[int, ...]:
+        return self.layout.their_shape(self.shape)
+
+
+def parameters(cfg: LMConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape and dtype of every parameter of a model; nothing is computed."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    tree = jax.eval_shape(LM(cfg).init, jax.random.key(0), tokens)["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {sharding.path_name(path): leaf for path, leaf in leaves}
+
+
+def places(cfg: LMConfig, rules: Sequence[Rule], leaves: Mapping[str, Any]) -> dict[str, Place]:
+    """Their name -> the place in our tree, for all of these parameters of a model.
+
+    Args:
+        cfg: the model.
+        rules: names and layouts.
+        leaves: path -> parameter, or its shape.
+
+    Raises:
+        WeightsError: the other implementation has no name for a parameter.
+    """
+    rule_of = {rule.ours: rule for rule in rules}
+    nameless = [path for path in leaves if path not in rule_of]
+    if nameless:
+        raise WeightsError(
+            f"the other implementation has no parameter for {', '.join(nameless)}; "
+            "turn off the option that makes it."
+        )
+    found = {}
+    for path, leaf in leaves.items():
+        rule = rule_of[path]
+        layout = LAYOUTS[rule.layout]
+        if path.startswith("stack/"):
+            letter = path.split("/")[1]
+            numbers = [n for n, other in enumerate(cfg.pattern) if other == letter]
+            for layer, number in enumerate(numbers):
+                name = rule.theirs.format(number)
+                found[name] = Place(path, layer, leaf.shape[1:], layout)
+        else:
+            found[rule.theirs] = Place(path, None, leaf.shape, layout)
+    return found
+
+
+def load(
+    cfg: LMConfig, rules: Sequence[Rule], source: Source, without: Sequence[str] = ()
+) -> PyTree:
+    """Parameters of a model, from a source; on the active mesh where there is one.
+
+    Leaf by leaf, and tensor by tensor in each: on the host there is never more than one leaf.
+
+    Args:
+        cfg: the model.
+        rules: names and layouts.
+        source: the tensors.
+        without: paths of parameters that are not in the source and are to be left out.
+
+    Raises:
+        WeightsError: tensors are missing, too many or of another shape; all are listed.
+    """
+    leaves = {path: leaf for path, leaf in parameters(cfg).items() if path not in without}
+    table = places(cfg, rules, leaves)
+    check(table, source.shapes())
+    by_path: dict[str, list[tuple[str, Place]]] = {path: [] for path in leaves}
+    for name, place in table.items():
+        by_path[place.path].append((name, place))
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        host = np.empty(leaf.shape, leaf.dtype)
+        for name, place in by_path[path]:
+            part = host if place.layer is None else host[place.layer]
+            part[...] = place.layout.to_ours(source.read(name), place.shape)
+        _insert(tree, path, _put(path, host))
+    return tree
+
+
+def store(cfg: LMConfig, rules: Sequence[Rule], params: PyTree) -> Iterator[tuple[str, np.ndarray]]:
+    """Their names and arrays, one at a time."""
+    leaves = {
+        sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    for name, place in places(cfg, rules, leaves).items():
+        leaf = leaves[place.path]
+        part = leaf if place.layer is None else leaf[place.layer]
+        yield name, np.ascontiguousarray(place.layout.to_theirs(np.asarray(part)))
+
+
+def check(table: Mapping[str, Place], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises WeightsError unless there is exactly one tensor of the right shape per place."""
+    problems = [
+        f"{name} is missing ({place.path})" for name, place in table.items() if name not in found
+    ]
+    problems += [
+        f"{name} {shape} is not known" for name, shape in found.items() if name not in table
+    ]
+    problems += [
+        f"{name} must have the shape {place.their_shape}, got {found[name]} ({place.path})"
+        for name, place in table.items()
+        if name in found and found[name] != place.their_shape
+    ]
+    if problems:
+        raise WeightsError(
+            "tensors do not fit the config: "
+            + "; ".join(problems)
+            + "; check that config and weights belong together."
+        )
+
+
+def _insert(tree: dict[str, Any], path: str, value: Any) -> None:
+    *folders, name = path.split("/")
+    for folder in folders:
+        tree = tree.setdefault(folder, {})
+    tree[name] = value
+
+
+def _put(path: str, host: np.ndarray) -> jax.Array:
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jnp.asarray(host)
+    rules = sharding.get_rules("fsdp_tensor")  # where an axis of the mesh is 1, it cuts nothing
+    return jax.device_put(host, sharding.sharding_of(path, host.shape, rules, mesh))

@@ -1,0 +1,133 @@
+"""Where tensors come from: a dict of arrays, or a folder of safetensors files.
+
+A source tells the shapes of all tensors without reading them, and reads one at a time.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from xlstm_jax.config import ConfigError
+
+INDEX = "model.safetensors.index.json"
+READABLE = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": None}
+"""Types a parameter may be stored in; bfloat16 is not NumPy's own."""
+
+
+class WeightsError(ConfigError):
+    """Weights that are damaged or do not fit; the message lists all that is wrong with them."""
+
+
+@runtime_checkable  # so that signatures can be checked at run time
+class Source(Protocol):
+    """Tensors by name."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def read(self, name: str) -> np.ndarray: ...
+
+
+class Arrays:
+    """Tensors that are in memory already."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self._arrays = arrays
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(array.shape) for name, array in self._arrays.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return np.asarray(self._arrays[name])
+
+
+class Folder:
+    """The safetensors files of a folder.
+
+    A file is mapped into memory for one tensor at a time: what has been read of it does not stay.
+
+    Raises:
+        WeightsError: there is no such file, one is damaged, or an index names what is not there.
+    """
+
+    def __init__(self, folder: Path):
+        self._file_of: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file in _files(folder):
+            for name, shape in _header(file).items():
+                if name in self._file_of:
+                    raise WeightsError(
+                        f"tensor {name!r} must be in one file of {folder}, but is in "
+                        f"{self._file_of[name].name} and {file.name}; keep one of them."
+                    )
+                self._file_of[name], self._shapes[name] = file, shape
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str) -> np.ndarray:
+        with _open(self._file_of[name]) as file:
+            return file.get_tensor(name)
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WeightsError(
+                f"{index} must be JSON with a weight_map, but it cannot be read ({error!r}); "
+                "fetch it again."
+            ) from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise WeightsError(
+                f"{folder} lacks {', '.join(missing)} of the {len(names)} files that {INDEX} "
+                "names; fetch them again."
+            )
+        return [folder / name for name in names]
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise WeightsError(
+            f"{folder} has no model.safetensors and no {INDEX}; name a folder of weights in the "
+            "safetensors format."
+        )
+    return files
+
+
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    with _open(file) as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        for name, part in slices.items():
+            if part.get_dtype() not in READABLE:
+                raise WeightsError(
+                    f"tensor {name!r} of {file} must be one of {', '.join(READABLE)}, got "
+                    f"{part.get_dtype()}; convert it first."
+                )
+        return {name: tuple(part.get_shape()) for name, part in slices.items()}
+
+
+def _open(file: Path) -> Any:
+    safetensors = import_safetensors()
+    try:
+        return safetensors.safe_open(file, framework="numpy")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{file} must be a whole safetensors file, but it is damaged or cut short "
+            f"({error}); fetch it again."
+        ) from error
+
+
+def import_safetensors() -> Any:
+    """The package, which is an extra."""
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "reading and writing weights of other implementations needs the package safetensors; "
+            "install it with `pip install 'xlstm-jax[hf]'`."
+        ) from error
+    return safetensors

@@ -1,0 +1,210 @@
+"""First-generation models of the package `xlstm`: xLSTMLMModel and xLSTMBlockStack.
+
+Source of the layout: the public classes of the package `xlstm`, 2.0.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from xlstm_jax.config import ConfigError
+from xlstm_jax.convert import mapping, names
+from xlstm_jax.convert.fields import Fields
+from xlstm_jax.convert.tensors import Arrays, WeightsError
+from xlstm_jax.modules import LMConfig
+from xlstm_jax.modules.feedforward import first_generation_width
+from xlstm_jax.modules.mlstm import MLSTMConfig
+from xlstm_jax.modules.patterns import at
+from xlstm_jax.modules.slstm import SLSTMConfig
+from xlstm_jax.typing import PyTree
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "relu": "relu",
+    "relu^2": "relu2",
+    "selu": "selu",
+    "sigmoid": "sigmoid",
+    "swish": "swish",
+}
+"""Their name -> ours."""
+
+KERNEL, BIAS = "slstm_cell._recurrent_kernel_", "slstm_cell._bias_"
+
+
+def load_v1(
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> tuple[LMConfig, PyTree]:
+    """A first-generation model from its config and its `state_dict`.
+
+    Both ways in which sLSTM weights are stored are read: of the backends `vanilla` and `cuda`,
+    told apart by their shape. `context_length` is no limit here. A config without `vocab_size` is
+    one of xLSTMBlockStack: the parameters then lack embedding and head, and are those of
+    `modules.Backbone`.
+
+    Args:
+        config: the fields of xLSTMLMModelConfig or xLSTMBlockStackConfig, as nested dicts.
+        tensors: name -> NumPy array, with the names of the module's `state_dict`.
+
+    Raises:
+        ConfigError: a field cannot be honoured.
+        WeightsError: tensors are missing, too many, or of another shape.
+    """
+    cfg = config_of(config)
+    without: tuple[str, ...] = ()
+    if config.get("vocab_size") is None:
+        without = ("token_embedding/embedding", "lm_head/kernel")
+        tensors = {names.V1_STACK + name: array for name, array in tensors.items()}
+    arrays = _as_vanilla(_without_copies(tensors, cfg))
+    return cfg, mapping.load(cfg, names.V1, Arrays(arrays), without)
+
+
+def config_of(config: Mapping[str, Any]) -> LMConfig:
+    """The model that a first-generation config describes.
+
+    Raises:
+        ConfigError: a field cannot be honoured.
+    """
+    fields = Fields(config, "the config")
+    dim, num_blocks = fields.count("embedding_dim"), fields.count("num_blocks")
+    pattern = _pattern(fields, num_blocks)
+    bias = fields.flag("bias", False)
+    has_norm = fields.flag("add_post_blocks_norm", True)
+    cfg = LMConfig(
+        vocab_size=fields.count("vocab_size") if "vocab_size" in fields else 1,
+        dim=dim,
+        pattern=pattern,
+        mlstm=_mlstm(fields, dim, bias) if "m" in pattern else MLSTMConfig(),
+        slstm=_slstm(fields, dim) if "s" in pattern else SLSTMConfig(),
+        final_norm="layer" if has_norm else "none",
+        tie_embeddings=fields.flag("tie_weights", False),
+        dropout=float(fields.number("dropout", 0.0)),
+        embedding_dropout=fields.flag("add_embedding_dropout", False),
+    )
+    # Longer inputs than the context are fine here; weight decay is chosen by the training config.
+    fields.ignore("vocab_size", "context_length", "weight_decay_on_embedding")
+    fields.ignore("mlstm_block", "slstm_block", "_block_map")
+    fields.done()
+    return cfg
+
+
+def _pattern(fields: Fields, num_blocks: int) -> str:
+    slstm_at = fields.get("slstm_at", [])
+    if slstm_at == "all" or fields.get("mlstm_block", None) is None:
+        return "s" * num_blocks
+    return at(num_blocks, slstm=list(slstm_at))
+
+
+def _mlstm(fields: Fields, dim: int, bias: bool) -> MLSTMConfig:
+    layer = _layer(fields, "mlstm_block", "mlstm")
+    inner_dim = _width(layer, dim, 2.0)
+    layer.ignore("bias", "dropout", "context_length", "embedding_dim")  # the model's count
+    layer.ignore("_num_blocks", "_proj_up_dim", "_inner_embedding_dim")
+    cfg = MLSTMConfig(
+        num_heads=layer.count("num_heads", 4),
+        inner_dim=inner_dim,
+        qkv_block_size=layer.count("qkv_proj_blocksize", 4),
+        conv_width=int(layer.number("conv1d_kernel_size", 4)),
+        use_bias=bias,
+    )
+    layer.done()
+    return cfg
+
+
+def _slstm(fields: Fields, dim: int) -> SLSTMConfig:
+    layer = _layer(fields, "slstm_block", "slstm")
+    layer.refuse_unless("function", "slstm", "slstm", "the nearest is `ops.lstm`, without a block")
+    for name, off in (("gradient_recurrent_cut", False), ("gradient_recurrent_clipval", None)):
+        layer.refuse_unless(name, off, off, "gradients here are the true ones; clip their norm")
+    layer.refuse_unless("forward_clipval", None, None, "outputs are not clipped here")
+    layer.ignore("embedding_dim", "hidden_size", "num_gates", "num_states", "dropout")
+    layer.ignore("_block_idx", "_num_blocks", "backend", "batch_size", "internal_input_shape")
+    layer.ignore("input_shape", "output_shape", "constants", "initial_val")
+    layer.ignore("enable_automatic_mixed_precision", *(f"dtype{x}" for x in _DTYPES))
+    cfg = SLSTMConfig(
+        num_heads=layer.count("num_heads", 4),
+        conv_width=int(layer.number("conv1d_kernel_size", 4)),
+        recurrent_init=layer.get("recurrent_weight_init", "zeros"),
+        bias_init=layer.get("bias_init", "powerlaw_blockdependent"),
+        group_norm_weight=layer.flag("group_norm_weight", True),
+        **_feedforward(fields, dim),
+    )
+    layer.done()
+    return cfg
+
+
+_DTYPES = ("", "_b", "_r", "_w", "_g", "_s", "_a")
+
+
+def _feedforward(fields: Fields, dim: int) -> dict[str, Any]:
+    block = fields.table("slstm_block")
+    if block and block.is_null("feedforward"):
+        return {"ffn_dim": 0}
+    layer = (block and block.table("feedforward")) or Fields({}, "feedforward of slstm_block")
+    layer.refuse_unless("ff_type", "ffn_gated", "ffn_gated", "the gated one is the only one")
+    activation = layer.get("act_fn", "gelu")
+    if activation not in ACTIVATIONS:
+        raise ConfigError(
+            f"act_fn of feedforward must be one of {', '.join(ACTIVATIONS)}, got {activation!r}; "
+            "the nearest is gelu."
+        )
+    width = _width(layer, dim, 1.3)
+    layer.ignore("embedding_dim", "_num_blocks", "_proj_up_dim")
+    found = {
+        "ffn_dim": width,
+        "ffn_activation": ACTIVATIONS[activation],
+        # Those of the model do not reach the feed-forward layer.
+        "ffn_bias": layer.flag("bias", False),
+        "ffn_dropout": float(layer.number("dropout", 0.0)),
+    }
+    layer.done()
+    return found
+
+
+def _layer(fields: Fields, block: str, name: str) -> Fields:
+    table = fields.table(block)
+    layer = table.table(name) if table else None
+    return layer or Fields({}, f"{name} of {block}")
+
+
+def _width(layer: Fields, dim: int, factor: float) -> int:
+    return first_generation_width(
+        dim,
+        layer.number("proj_factor", factor),
+        layer.count("round_proj_up_to_multiple_of", 64),
+        round_up=layer.flag("round_proj_up_dim_up", True),
+    )
+
+
+def _without_copies(tensors: Mapping[str, np.ndarray], cfg: LMConfig) -> dict[str, np.ndarray]:
+    """Without what a state_dict repeats: the head of a tied model, and stored causal masks."""
+    copies = {"lm_head.weight"} if cfg.tie_embeddings else set()
+    return {
+        name: array
+        for name, array in tensors.items()
+        if name not in copies and not name.endswith("mlstm_cell.causal_mask")
+    }
+
+
+def _as_vanilla(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """sLSTM weights as the backend `vanilla` stores them; `cuda` uses the same names otherwise.
+
+    Raises:
+        WeightsError: they are laid out in neither way.
+    """
+    tensors = dict(tensors)
+    for name in [name for name in tensors if name.endswith(KERNEL)]:
+        kernel, bias_name = tensors[name], name.removesuffix(KERNEL) + BIAS
+        if kernel.ndim != 3 or 4 * min(kernel.shape[1:]) != max(kernel.shape[1:]):
+            raise WeightsError(
+                f"{name} must have the shape (heads, 4 K, K) or (heads, K, 4 K), got "
+                f"{kernel.shape}; check that it belongs to an sLSTM."
+            )
+        H, K, wide = kernel.shape
+        if K > wide:
+            continue
+        tensors[name] = kernel.transpose(0, 2, 1)
+        if bias_name in tensors and tensors[bias_name].size == 4 * H * K:
+            bias = tensors[bias_name].reshape(H, 4, K)
+            tensors[bias_name] = bias.transpose(1, 0, 2).reshape(-1)
+    return tensors

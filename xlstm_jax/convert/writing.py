@@ -1,0 +1,110 @@
+"""Writing tensors into safetensors files, so that a folder has all of them or none."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from xlstm_jax.config import ConfigError
+from xlstm_jax.convert.tensors import INDEX, import_safetensors
+
+STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def write(
+    folder: Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    dtype: str,
+    max_shard_bytes: int,
+    files: Mapping[str, str],
+) -> None:
+    """Writes tensors, and texts beside them; the host holds one file's tensors at a time.
+
+    Args:
+        folder: a new one, or one without weights in it.
+        tensors: names and arrays.
+        dtype: a key of `STORED`.
+        max_shard_bytes: of one file, unless a single tensor is larger.
+        files: name -> text of what else is to stand in the folder.
+
+    Raises:
+        ConfigError: the dtype is not known, the folder is taken, or a size is below 1.
+    """
+    if dtype not in STORED:
+        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(STORED)}; use float32.")
+    if max_shard_bytes < 1:
+        raise ConfigError(
+            f"max_shard_bytes must be at least 1, got {max_shard_bytes}; 5e9 is usual."
+        )
+    check_free(folder, files)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _write_shards(draft, tensors, STORED[dtype], max_shard_bytes)
+        for name, text in files.items():
+            (draft / name).write_text(text)
+        folder.mkdir(exist_ok=True)
+        # The config comes last: without it nobody takes the folder for a whole one.
+        for path in sorted(draft.iterdir(), key=lambda path: path.name in files):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_free(folder: Path, files: Iterable[str] = ("config.json",)) -> None:
+    """Raises ConfigError where weights, or one of these files, stand in the folder already."""
+    taken = [*folder.glob("*.safetensors*"), *(p for f in files if (p := folder / f).exists())]
+    if folder.is_file() or taken:
+        raise ConfigError(
+            f"folder={str(folder)!r} must be new or hold no weights, but "
+            + (f"{taken[0].name} is there" if taken else "it is a file")
+            + "; name another one."
+        )
+
+
+def _write_shards(
+    draft: Path, tensors: Iterable[tuple[str, np.ndarray]], dtype: np.dtype, limit: int
+) -> None:
+    shards: list[list[str]] = []
+    batch: dict[str, np.ndarray] = {}
+    size = total = count = 0
+    for name, array in tensors:
+        array = np.asarray(array).astype(dtype, copy=False)
+        if batch and size + array.nbytes > limit:
+            shards.append(_write_one(draft, len(shards), batch))
+            batch, size = {}, 0
+        batch[name] = array
+        size += array.nbytes
+        total += array.nbytes
+        count += array.size
+    shards.append(_write_one(draft, len(shards), batch))
+    if len(shards) == 1:
+        os.replace(draft / _draft_name(0), draft / "model.safetensors")
+        return
+    weight_map = {}
+    for number, held in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(draft / _draft_name(number), draft / file)
+        weight_map |= dict.fromkeys(held, file)
+    index = {
+        "metadata": {"total_parameters": count, "total_size": total},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _draft_name(number: int) -> str:
+    return f"{number}.part"
+
+
+def _write_one(draft: Path, number: int, batch: dict[str, np.ndarray]) -> list[str]:
+    safetensors = import_safetensors()
+    # PyTorch's readers ask for this word.
+    safetensors.numpy.save_file(batch, draft / _draft_name(number), metadata={"format": "pt"})
+    return list(batch)

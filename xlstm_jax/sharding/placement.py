@@ -1,0 +1,62 @@
+"""Where each parameter lies on a mesh, by its path and a table of rules."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from xlstm_jax.sharding.axes import logical_axes, path_name
+from xlstm_jax.sharding.rules import Rules
+from xlstm_jax.typing import PyTree
+
+SMALLEST_CUT = 2**18
+"""Parameters of fewer elements (of one layer) are not cut by fsdp: gathering them costs more than
+they take."""
+
+
+def partition_spec(
+    path: str,
+    shape: Sequence[int],
+    rules: Rules,
+    mesh_sizes: Mapping[str, int],
+    smallest: int = SMALLEST_CUT,
+) -> PartitionSpec:
+    """The mesh axes that cut each axis of a parameter.
+
+    Axes that the mesh lacks, that do not divide an axis of the parameter, or that already cut
+    another one, are left out: the parameter is then held whole along it.
+    """
+    names = logical_axes(path, len(shape))
+    one_layer = math.prod(n for n, name in zip(shape, names, strict=True) if name != "layers")
+    used: set[str] = set()
+    cuts = []
+    for length, name in zip(shape, names, strict=True):
+        chosen: list[str] = []
+        for axis in rules[name] if name else ():
+            parts = math.prod(mesh_sizes[a] for a in chosen) * mesh_sizes.get(axis, 1)
+            too_small = axis == "fsdp" and one_layer < smallest
+            if axis in mesh_sizes and axis not in used and length % parts == 0 and not too_small:
+                chosen.append(axis)
+                used.add(axis)
+        cuts.append(chosen[0] if len(chosen) == 1 else tuple(chosen) or None)
+    return PartitionSpec(*cuts)
+
+
+def sharding_of(
+    path: str, shape: Sequence[int], rules: Rules, mesh: jax.sharding.Mesh
+) -> NamedSharding:
+    """The sharding of a parameter on a mesh."""
+    return NamedSharding(mesh, partition_spec(path, shape, rules, dict(mesh.shape)))
+
+
+def bytes_per_device(params: PyTree, rules: Rules, mesh_sizes: Mapping[str, int]) -> int:
+    """What one device holds of parameters, or of a tree with the paths of parameters in it."""
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        spec = partition_spec(path_name(path), leaf.shape, rules, mesh_sizes)
+        axes = [axis for cut in spec if cut for axis in ((cut,) if isinstance(cut, str) else cut)]
+        parts = math.prod(mesh_sizes[axis] for axis in axes)
+        total += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize // parts
+    return total
