@@ -31,7 +31,7 @@ GIB = 2**30
 DEMANDED_GIB = 1.5
 MODEL = presets.large(1024, 17, 4, 2752, vocab_size=25_600)  # 1.00 GiB in float32
 
-# What each process does after "import resource"; FOLDER and RUN are filled in.
+# What each process does.
 PROCESSES = {
     "interpreter": "",
     "imports": "import jax; from xlstm_jax import convert; from xlstm_jax.cli import main; "
@@ -96,7 +96,8 @@ def random_tensors() -> Iterator[tuple[str, np.ndarray]]:
 
 def peak(code: str) -> int:
     """The largest resident size, in bytes, of a process that runs some code."""
-    ending = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    # Not ru_maxrss, which begins with the size of the process that started this one.
+    ending = "print(next(x for x in open('/proc/self/status') if x.startswith('VmHWM')).split()[1])"
     command = [sys.executable, "-c", f"{code}\n{ending}"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return int(done.stdout.split()[-1]) * 1024  # Linux counts in KiB

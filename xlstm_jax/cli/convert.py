@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -75,9 +76,13 @@ def _hf_to_run(args: list[str]) -> int:
     terms = licence.find(chosen.folder)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     facts = {"num_params": num_params, "converted_from": str(chosen.folder)}
-    rundir.begin(chosen.run, cfg, facts, step=0)
-    licence.write(chosen.run, terms)
-    checkpoint.save_params(chosen.run, params, to_dict(cfg))
+    try:
+        rundir.begin(chosen.run, cfg, facts, step=0)
+        licence.write(chosen.run, terms)
+        checkpoint.save_params(chosen.run, params, to_dict(cfg))
+    except BaseException:
+        shutil.rmtree(chosen.run, ignore_errors=True)  # half a run is none
+        raise
     _say(chosen.run, num_params, terms, chosen.folder, model, params, chosen.compare)
     return DONE
 

@@ -15,6 +15,9 @@ from xlstm_jax.modules import LM, LMConfig
 from xlstm_jax.typing import PyTree
 
 
+_ALIGNMENT = 64  # bytes
+
+
 class Place(NamedTuple):
     """Where a tensor of another implementation belongs in our tree."""
 
@@ -93,7 +96,7 @@ def load(
         by_path[place.path].append((name, place))
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
-        host = np.empty(leaf.shape, leaf.dtype)
+        host = _empty(leaf.shape, leaf.dtype)
         for name, place in by_path[path]:
             part = host if place.layer is None else host[place.layer]
             part[...] = place.layout.to_ours(source.read(name), place.shape)
@@ -138,6 +141,14 @@ def _insert(tree: dict[str, Any], path: str, value: Any) -> None:
     for folder in folders:
         tree = tree.setdefault(folder, {})
     tree[name] = value
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that begins where JAX on a CPU takes it as it is, instead of copying it."""
+    size = np.dtype(dtype).itemsize * int(np.prod(shape))
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _put(path: str, host: np.ndarray) -> jax.Array:
