@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments.benchmarks import cases, depth, length, measure, peer, train_step
+from experiments.benchmarks import cases, convert_memory, depth, length, measure, peer, train_step
 from experiments.benchmarks.cases import Case
 from xlstm_jax import cpu
 from xlstm_jax.config import ConfigError
@@ -116,3 +116,16 @@ def test_the_shortened_preset_has_both_kinds_of_block():
     pattern = depth.shortened(presets.get(depth.PRESET).pattern, 6)
     assert len(pattern) == 6
     assert set(pattern) == {"m", "s"}
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_conversion_is_that_of_its_own_process(monkeypatch, tmp_path, capsys):
+    tiny = presets.large(16, 2, 2, 24, vocab_size=32)
+    monkeypatch.setattr(convert_memory, "MODEL", tiny)
+    out = tmp_path / "memory.json"
+    assert convert_memory.main(convert_memory.Options(shard_mib=1, out=out)) == 0
+    found = json.loads(out.read_text())
+    assert found["checkpoint_bytes"] > 4 * found["parameters"]
+    peaks = found["peak_bytes"]
+    assert 0 < peaks["interpreter"] < peaks["imports"] < peaks["hf-to-run"]
+    assert "load_hf: peak" in capsys.readouterr().out

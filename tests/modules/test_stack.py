@@ -37,7 +37,7 @@ def _in_order(cfg, states):
 
 
 def _slopes(run, params, x, state):
-    """Value and gradients of all that a run over the blocks returns, each by a weight of its own."""
+    """Value and gradients of all that a run returns, each leaf with a weight of its own."""
 
     def loss(*args):
         leaves = jax.tree.leaves(run(*args))

@@ -84,6 +84,10 @@ def _hf_to_run(args: list[str]) -> int:
         shutil.rmtree(chosen.run, ignore_errors=True)  # half a run is none
         raise
     _say(chosen.run, num_params, terms, chosen.folder, model, params, chosen.compare)
+    tokenizer = cfg.data.tokenizer
+    console.say(
+        f"The run reads and writes text by its tokenizer {tokenizer!r}; the folder's is not read.\n"
+    )
     return DONE
 
 

@@ -14,7 +14,6 @@ from xlstm_jax.convert.tensors import Source, WeightsError
 from xlstm_jax.modules import LM, LMConfig
 from xlstm_jax.typing import PyTree
 
-
 _ALIGNMENT = 64  # bytes
 
 
