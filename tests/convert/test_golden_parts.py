@@ -37,7 +37,7 @@ def _config(letter: str, config: dict) -> LMConfig:
     model["slstm_at"] = list(range(model["num_blocks"])) if letter == "s" else []
     slstm = {"slstm": parts if letter == "s" else {}, "feedforward": feedforward}
     blocks = {"mlstm_block": {"mlstm": parts if letter == "m" else {}}, "slstm_block": slstm}
-    cfg = v1.config_of(model | blocks)
+    cfg = v1.config_of(model | blocks, bare=True)
     return LMConfig(**{f: getattr(cfg, f) for f in cfg.__dataclass_fields__} | {"pattern": letter})
 
 

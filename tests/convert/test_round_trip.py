@@ -1,6 +1,7 @@
 """What is written is what was read; what is trained here can be written."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +138,19 @@ def test_a_bias_in_the_blocks_gives_the_final_norm_none(tmp_path, key):
     cfg = model(large=LargeConfig(num_heads=2, use_bias=True))
     convert.save_hf(tmp_path / "out", cfg, init(cfg, key))
     assert convert.load_hf(tmp_path / "out")[0].final_norm_bias is False
+
+
+def test_a_plain_folder_may_have_several_numbered_files(tmp_path):
+    source = FOLDER / "xlstm_large_plain_checkpoint"
+    shutil.copyfile(source / "config.yaml", tmp_path / "config.yaml")
+    held = sorted(contents(source).items())
+    for number in range(3):
+        part = dict(held[number::3])
+        safetensors.numpy.save_file(part, tmp_path / f"model_{number}.safetensors")
+    cfg, params = convert.load_large(tmp_path)
+    expected_cfg, expected = convert.load_large(source)
+    assert cfg == expected_cfg
+    assert_same_trees(params, expected)
 
 
 def test_parameters_go_onto_the_active_mesh():

@@ -38,9 +38,8 @@ def load_v1(
     """A first-generation model from its config and its `state_dict`.
 
     Both ways in which sLSTM weights are stored are read: of the backends `vanilla` and `cuda`,
-    told apart by their shape. `context_length` is no limit here. A config without `vocab_size` is
-    one of xLSTMBlockStack: the parameters then lack embedding and head, and are those of
-    `modules.Backbone`.
+    told apart by their shape. `context_length` is no limit here. Tensors of an xLSTMBlockStack make
+    parameters without embedding and head, those of `modules.Backbone`.
 
     Args:
         config: the fields of xLSTMLMModelConfig or xLSTMBlockStackConfig, as nested dicts.
@@ -50,17 +49,21 @@ def load_v1(
         ConfigError: a field cannot be honoured.
         WeightsError: tensors are missing, too many, or of another shape.
     """
-    cfg = config_of(config)
-    without: tuple[str, ...] = ()
-    if config.get("vocab_size") is None:
-        without = ("token_embedding/embedding", "lm_head/kernel")
+    bare = not any(name.startswith(names.V1_STACK) for name in tensors)
+    cfg = config_of(config, bare=bare)
+    without = ("token_embedding/embedding", "lm_head/kernel") if bare else ()
+    if bare:
         tensors = {names.V1_STACK + name: array for name, array in tensors.items()}
     arrays = _as_vanilla(_without_copies(tensors, cfg))
     return cfg, mapping.load(cfg, names.V1, Arrays(arrays), without)
 
 
-def config_of(config: Mapping[str, Any]) -> LMConfig:
+def config_of(config: Mapping[str, Any], *, bare: bool = False) -> LMConfig:
     """The model that a first-generation config describes.
+
+    Args:
+        config: its fields.
+        bare: whether it is of blocks alone, and so needs no vocabulary.
 
     Raises:
         ConfigError: a field cannot be honoured.
@@ -71,7 +74,7 @@ def config_of(config: Mapping[str, Any]) -> LMConfig:
     bias = fields.flag("bias", False)
     has_norm = fields.flag("add_post_blocks_norm", True)
     cfg = LMConfig(
-        vocab_size=fields.count("vocab_size") if "vocab_size" in fields else 1,
+        vocab_size=1 if bare else fields.count("vocab_size"),
         dim=dim,
         pattern=pattern,
         mlstm=_mlstm(fields, dim, bias) if "m" in pattern else MLSTMConfig(),
@@ -117,9 +120,10 @@ def _slstm(fields: Fields, dim: int) -> SLSTMConfig:
     for name, off in (("gradient_recurrent_cut", False), ("gradient_recurrent_clipval", None)):
         layer.refuse_unless(name, off, off, "gradients here are the true ones; clip their norm")
     layer.refuse_unless("forward_clipval", None, None, "outputs are not clipped here")
+    layer.refuse_unless("initial_val", 0.0, 0.0, "memory is empty at first; give a state instead")
     layer.ignore("embedding_dim", "hidden_size", "num_gates", "num_states", "dropout")
     layer.ignore("_block_idx", "_num_blocks", "backend", "batch_size", "internal_input_shape")
-    layer.ignore("input_shape", "output_shape", "constants", "initial_val")
+    layer.ignore("input_shape", "output_shape", "constants")
     layer.ignore("enable_automatic_mixed_precision", *(f"dtype{x}" for x in _DTYPES))
     cfg = SLSTMConfig(
         num_heads=layer.count("num_heads", 4),
