@@ -1,7 +1,7 @@
 """How much memory does it take to read the weights of another implementation?
 
-An answer: a checkpoint of 1 GiB in shards is read with a peak below 1.5 GiB above the interpreter,
-and made a run of with no more.
+An answer: a checkpoint of 1 GiB in shards is read, and made a run of, with a peak below 1.5 GiB
+above the interpreter. What the way back takes is measured too: the parameters and one of its files.
 
     python experiments/benchmarks/convert_memory.py --out RESULT.json
 
@@ -40,6 +40,9 @@ PROCESSES = {
     "jax.block_until_ready(convert.load_hf({folder!r})[1])",
     "hf-to-run": "from xlstm_jax.cli import main; "
     "main(['convert', 'hf-to-run', {folder!r}, {run!r}, '--no-compare'])",
+    "run-to-hf": "from xlstm_jax.cli import main; "
+    "main(['convert', 'run-to-hf', {run!r}, {back!r}, '--no-compare', "
+    "'--max-shard-bytes', str(2**28)])",
 }
 
 
@@ -57,10 +60,8 @@ def main(options: Options) -> int:
         folder = pathlib.Path(place, "hf")
         write_checkpoint(folder, options.shard_mib * 2**20)
         files = sorted(path.stat().st_size for path in folder.glob("*.safetensors"))
-        peaks = {
-            name: peak(code.format(folder=str(folder), run=str(pathlib.Path(place, "run"))))
-            for name, code in PROCESSES.items()
-        }
+        folders = {"folder": str(folder), "run": f"{place}/run", "back": f"{place}/back"}
+        peaks = {name: peak(code.format(**folders)) for name, code in PROCESSES.items()}
     result = {
         "benchmark": "convert_memory",
         **measure.settings(),
@@ -109,7 +110,7 @@ def sentences(result: dict[str, Any]) -> list[str]:
     bare = peaks["interpreter"]
     lines = [
         f"checkpoint: {result['checkpoint_bytes'] / GIB:.2f} GiB in {result['files']} files, "
-        f"{result['parameters']:,} parameters"
+        f"{result['parameters']:,} parameters; demanded of reading: below {DEMANDED_GIB} GiB"
     ]
     return lines + [
         f"{name}: peak {size / GIB:.2f} GiB, {(size - bare) / GIB:.2f} GiB above the interpreter"

@@ -1,5 +1,6 @@
 """Weights and configs that do not fit are refused in one sentence that names all of it."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from tests.convert import published
 from tests.golden_files import FOLDER
 from xlstm_jax import convert
 from xlstm_jax.config import ConfigError
-from xlstm_jax.convert import WeightsError, large, tensors
+from xlstm_jax.convert import WeightsError, large, mapping, names, tensors
 from xlstm_jax.modules import LMConfig
 
 
@@ -86,8 +87,11 @@ def test_a_shard_that_is_not_there_is_named(shards):
     assert "lacks model-00003-of-00004.safetensors of the 4 files" in text
 
 
-def test_an_index_that_cannot_be_read_is_named(shards):
-    (shards / tensors.INDEX).write_text("{}")
+@pytest.mark.parametrize(
+    "text", ["{}", "{", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ""}}']
+)
+def test_an_index_that_cannot_be_read_is_named(shards, text):
+    (shards / tensors.INDEX).write_text(text)
     assert tensors.INDEX in message(convert.load_hf, shards, error=WeightsError)
 
 
@@ -120,8 +124,8 @@ HF_FIELDS = {
     "num_blocks": (3, "num_hidden_layers and num_blocks of"),
     "use_bias": ("yes", "must be true or false, got 'yes'"),
     "norm_eps": ("small", "norm_eps of"),
-    "vocab_size": (0, "must be a whole number above 0, got 0"),
-    "gate_soft_cap": ("none", "must be a number, got 'none'"),
+    "vocab_size": (0, "must be a whole number of at least 1, got 0"),
+    "gate_soft_cap": ("none", "must be a finite number, got 'none'"),
 }
 
 
@@ -233,12 +237,61 @@ def test_a_first_generation_field_that_cannot_be_honoured_is_named(v1, name, unc
     assert expected in message(convert.load_v1, config, arrays)
 
 
-def test_recurrent_weights_in_no_known_layout_are_refused(v1):
+def test_recurrent_weights_in_no_known_layout_are_listed_with_the_rest(v1):
     config, arrays = v1
     name = "xlstm_block_stack.blocks.1.xlstm.slstm_cell._recurrent_kernel_"
     arrays[name] = np.zeros((2, 16, 16), np.float32)
+    del arrays["lm_head.weight"]
     text = message(convert.load_v1, config, arrays, error=WeightsError)
-    assert "(heads, 4 K, K) or (heads, K, 4 K), got (2, 16, 16)" in text
+    assert f"{name} must have the shape (2, 64, 16), got (2, 16, 16)" in text
+    assert "lm_head.weight is missing" in text
+
+
+def test_a_head_that_is_not_the_table_of_a_tied_model_is_not_passed_over():
+    golden = golden_files.load("xlstm_lm_tied")
+    arrays = golden.under("param/") | {"lm_head.weight": np.zeros((3, 3), np.float32)}
+    text = message(convert.load_v1, published.nested(golden.config), arrays, error=WeightsError)
+    assert "lm_head.weight (3, 3) is not known" in text
+
+
+def test_a_model_without_tensors_lacks_its_embedding_too(v1):
+    text = message(convert.load_v1, v1[0], {}, error=WeightsError)
+    assert "token_embedding.weight is missing" in text and "lm_head.weight is missing" in text
+
+
+def test_names_of_a_bare_stack_are_its_own():
+    golden = golden_files.load("xlstm_block_stack_1_1")
+    arrays = golden.under("param/")
+    del arrays["post_blocks_norm.weight"]
+    text = message(convert.load_v1, published.nested(golden.config), arrays, error=WeightsError)
+    assert "config: post_blocks_norm.weight is missing" in text
+
+
+@pytest.mark.parametrize(
+    "array", [np.ones(3, np.int32), np.ones(3, complex), np.array(["a"]), [1.0]]
+)
+def test_what_is_no_array_of_numbers_is_named(v1, array, unchecked_types):
+    config, arrays = v1
+    arrays["lm_head.weight"] = array
+    text = message(convert.load_v1, config, arrays, error=WeightsError)
+    assert "must be arrays of floating-point numbers, got lm_head.weight (" in text
+
+
+@pytest.mark.parametrize("places", ["every", None, 1, ["1"], [None], [True], [1.0]])
+def test_places_that_are_no_numbers_are_refused(v1, places):
+    config, arrays = v1
+    text = message(convert.load_v1, config | {"slstm_at": places}, arrays)
+    assert (
+        f"slstm_at of the config must be 'all' or a list of block numbers, got {places!r}" in text
+    )
+
+
+def test_a_misspelt_part_is_said_to_be_ignored(v1, caplog):
+    config, arrays = v1
+    config["slstm_block"]["feed_forward"] = None
+    convert.load_v1(config | {"weight_decay_on_embedding": True}, arrays)
+    assert "unknown fields of slstm_block of the config are ignored: feed_forward" in caplog.text
+    assert "train.decay_pattern=" in caplog.text
 
 
 def test_positions_outside_the_model_are_refused(v1):
@@ -246,9 +299,76 @@ def test_positions_outside_the_model_are_refused(v1):
     assert "positions from 0 to 1" in message(convert.load_v1, config | {"slstm_at": [2]}, arrays)
 
 
-def test_fused_rows_that_do_not_add_up_are_refused():
+WHOLE = "backbone.blocks.0.mlstm_layer.ifgate_preact.weight"
+
+
+@pytest.mark.parametrize("shape", [(7, 32), ()])
+def test_fused_rows_that_do_not_add_up_are_listed(shape):
     cfg, _ = convert.load_large(PLAIN)
-    whole = "backbone.blocks.0.mlstm_layer.ifgate_preact.weight"
-    source = tensors.Arrays({whole: np.zeros((7, 32), np.float32)})
-    text = message(large.Unfused, source, cfg, error=WeightsError)
-    assert f"{whole} must have 8 rows" in text and "got (7, 32)" in text
+    source = large.Unfused(tensors.Arrays({WHOLE: np.zeros(shape, np.float32)}), cfg)
+    text = message(mapping.load, cfg, names.LARGE, source, error=WeightsError)
+    assert f"{WHOLE} {shape} is not known" in text
+    assert "backbone.blocks.0.mlstm_layer.igate_preact.weight is missing" in text
+
+
+def test_fused_weights_beside_separate_ones_are_one_too_many():
+    cfg, params = convert.load_large(PLAIN)
+    held = dict(mapping.store(cfg, names.LARGE, params))
+    source = large.Unfused(tensors.Arrays(held | {WHOLE: np.zeros((8, 32), np.float32)}), cfg)
+    text = message(mapping.load, cfg, names.LARGE, source, error=WeightsError)
+    assert f"{WHOLE} (8, 32) is not known" in text
+
+
+# How parameters may be spoilt -> what the sentence must say.
+SPOILT = {
+    "none": (lambda cfg, p: (cfg, {}), "lm_head/kernel (128, 96) is missing"),
+    "variables": (lambda cfg, p: (cfg, {"params": p}), "give variables['params']"),
+    "vocabulary": (
+        lambda cfg, p: (dataclasses.replace(cfg, vocab_size=50), p),
+        "lm_head/kernel must have the shape (128, 50), got (128, 96)",
+    ),
+    "blocks": (
+        lambda cfg, p: (dataclasses.replace(cfg, pattern="MMM"), p),
+        "stack/M/norm_ffn/scale must have the shape (3, 128), got (2, 128)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_parameters_of_another_model_are_not_written(name, tmp_path):
+    spoil, expected = SPOILT[name]
+    arguments = spoil(*convert.load_hf(FOLDER / "hf_tiny"))
+    text = message(convert.save_hf, tmp_path / "out", *arguments, error=WeightsError)
+    assert expected in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_index_beside_a_whole_file_is_not_read(folder):
+    (folder / tensors.INDEX).write_text("{}")
+    assert convert.load_hf(folder)[0].num_blocks == 2
+
+
+def test_a_tie_that_is_not_made_is_logged(folder, caplog):
+    edit(folder, tie_word_embeddings=True)
+    assert not convert.load_hf(folder)[0].tie_embeddings
+    assert "is ignored, as the weights have two tables" in caplog.text
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize(
+    "field", ["vocab_size", "norm_eps", "eps", "qk_dim_factor", "gate_soft_cap"]
+)
+def test_numbers_that_are_none_are_named(folder, field, number):
+    edit(folder, **{field: number})
+    assert f"{field} of {folder / 'config.json'} must be" in message(convert.load_hf, folder)
+
+
+def test_a_number_in_yaml_may_lack_its_point(plain):
+    path = plain / "config.yaml"
+    path.write_text(path.read_text().replace("norm_eps: 1.0e-06", "norm_eps: 1e-6"))
+    assert convert.load_large(plain)[0].large.norm_eps == 1e-6
+
+
+def test_a_plain_config_of_other_bytes_is_refused(plain):
+    (plain / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "is not valid YAML" in message(convert.load_large, plain)

@@ -19,7 +19,7 @@ def config(pattern: str = MIXED, **changes) -> LMConfig:
         dim=16,
         pattern=pattern,
         mlstm=MLSTMConfig(num_heads=2, inner_dim=24, qkv_block_size=3, conv_width=4),
-        slstm=SLSTMConfig(num_heads=2, ffn_dim=20, conv_width=3, conv_mixing=True),
+        slstm=SLSTMConfig(num_heads=2, ffn_dim=20, conv_width=3),
         large=LargeConfig(num_heads=2, qk_dim=12, v_dim=20, ffn_dim=28),
         logit_soft_cap=30.0,
     )

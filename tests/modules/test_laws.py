@@ -1,5 +1,7 @@
 """Laws of every block and of a mixed model: time may be cut, documents and padding do not leak."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,13 @@ def _assert_same(actual, expected, tolerance=TOLERANCE):
 
 
 def _model(pattern):
-    return models.model_and_variables(models.config(pattern), dtype=np.float64)
+    """Where one kind of block is alone, its convolution mixes channels."""
+    cfg = models.config(pattern)
+    mixing = {
+        field: dataclasses.replace(getattr(cfg, field), conv_mixing=pattern != MIXED)
+        for field in ("mlstm", "slstm")
+    }
+    return models.model_and_variables(dataclasses.replace(cfg, **mixing), dtype=np.float64)
 
 
 @each_pattern

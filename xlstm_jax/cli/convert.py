@@ -12,12 +12,13 @@ import tyro
 from xlstm_jax import convert
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import BAD_ARGUMENT, DONE
-from xlstm_jax.config import ConfigError, to_dict
-from xlstm_jax.convert import compare, licence, writing
+from xlstm_jax.config import ConfigError, read_json, to_dict
+from xlstm_jax.convert import compare, hf, licence, writing
 from xlstm_jax.data import DataConfig
-from xlstm_jax.modules import LMConfig
 from xlstm_jax.train import ExperimentConfig, TrainConfig, checkpoint, restore_params, rundir
-from xlstm_jax.typing import PyTree
+
+SPECIAL_TOKENS = "special_tokens.json"
+"""In a run made of others' weights: the ids of their config, for the way back."""
 
 Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
 Dtype = Literal["float32", "bfloat16"]
@@ -43,7 +44,7 @@ class RunToHf:
     folder: Folder  # a new one
     step: int | None = None  # of the checkpoint; None: the newest
     dtype: Dtype = "float32"  # of the stored tensors
-    max_shard_bytes: int = 5 * 10**9  # of one file
+    max_shard_bytes: int = 10**9  # of one file
     compare: bool = True  # with the logits of transformers, where it is installed
 
 
@@ -73,21 +74,25 @@ def _hf_to_run(args: list[str]) -> int:
     cfg = ExperimentConfig(
         name=chosen.run.resolve().name, model=model, data=chosen.data, train=chosen.train
     )
-    terms = licence.find(chosen.folder)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     facts = {"num_params": num_params, "converted_from": str(chosen.folder)}
     try:
         rundir.begin(chosen.run, cfg, facts, step=0)
-        licence.write(chosen.run, terms)
+        terms = licence.carry(chosen.folder, chosen.run)
+        tokens = hf.special_tokens_of(chosen.folder)
+        rundir.write_json(chosen.run / SPECIAL_TOKENS, tokens)
         checkpoint.save_params(chosen.run, params, to_dict(cfg))
     except BaseException:
         shutil.rmtree(chosen.run, ignore_errors=True)  # half a run is none
         raise
-    _say(chosen.run, num_params, terms, chosen.folder, model, params, chosen.compare)
-    tokenizer = cfg.data.tokenizer
-    console.say(
-        f"The run reads and writes text by its tokenizer {tokenizer!r}; the folder's is not read.\n"
-    )
+    rows = {"written": str(chosen.run), "parameters": f"{num_params:,}"}
+    rows |= {"licence of the weights": terms}
+    if model.tie_embeddings:
+        rows["logits"] = "not compared, as transformers makes a random head for a tied model"
+    else:
+        rows["logits"] = _comparison(chosen.folder, chosen.compare)
+    rows["tokenizer"] = f"{cfg.data.tokenizer!r} of the run; the folder's is not read"
+    console.facts(rows)
     return DONE
 
 
@@ -95,43 +100,33 @@ def _run_to_hf(args: list[str]) -> int:
     chosen = options.parse("convert run-to-hf", RunToHf, args)
     writing.check_free(chosen.folder)
     cfg, params = restore_params(chosen.run, chosen.step)
+    tokens = chosen.run / SPECIAL_TOKENS
     convert.save_hf(
         chosen.folder,
         cfg.model,
         params,
         dtype=chosen.dtype,
         max_shard_bytes=chosen.max_shard_bytes,
+        special_tokens=read_json(tokens) if tokens.exists() else hf.SPECIAL_TOKENS,
     )
     terms = "they were trained here; it is for you to choose one"
     if (chosen.run / licence.FILE).exists():
-        terms = licence.find(chosen.run)
-        licence.write(chosen.folder, terms)
+        terms = licence.carry(chosen.run, chosen.folder)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-    _say(chosen.folder, num_params, terms, chosen.folder, cfg.model, params, chosen.compare)
+    rows = {"written": str(chosen.folder), "parameters": f"{num_params:,}"}
+    rows |= {"licence of the weights": terms}
+    console.facts(rows | {"logits": _comparison(chosen.folder, chosen.compare)})
     return DONE
 
 
-def _say(
-    written: Path,
-    num_params: int,
-    terms: str,
-    folder: Path,
-    model: LMConfig,
-    params: PyTree,
-    wanted: bool,
-) -> None:
-    rows = {
-        "written": str(written),
-        "parameters": f"{num_params:,}",
-        "licence of the weights": terms,
-        "logits": "not compared, as --no-compare asks",
-    }
-    if wanted:
-        rows["logits"] = _comparison(compare.with_transformers(folder, model, params))
-    console.facts(rows)
-
-
-def _comparison(found: compare.Comparison | None) -> str:
+def _comparison(folder: Path, wanted: bool) -> str:
+    if not wanted:
+        return "not compared, as --no-compare asks"
+    try:
+        found = compare.with_transformers(folder)
+    except Exception as error:  # whatever theirs may raise, what was asked for is done
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return f"not compared: transformers cannot read or run the folder ({reason})"
     if found is None:
         return "not compared: transformers or torch is not installed"
     return f"differ from those of {found.versions} by {found.error:.1e} of the largest"

@@ -12,8 +12,8 @@ from xlstm_jax.cli.exit_codes import DONE
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import Batch
 from xlstm_jax.flops import count_params, train_flops
-from xlstm_jax.modules import LM
-from xlstm_jax.sharding import MESH_AXES, bytes_per_device, get_rules
+from xlstm_jax.modules import LM, param_shapes
+from xlstm_jax.sharding import MESH_AXES, bytes_per_device, get_rules, path_name
 from xlstm_jax.train import ExperimentConfig, decay_mask, make_optimizer
 from xlstm_jax.train.losses import language_model_loss
 
@@ -51,13 +51,13 @@ def run(args: list[str]) -> int:
     """
     chosen = options.parse_with_config("describe", Describe, args, presets_too=True)
     cfg = chosen.experiment
-    params = _params(cfg)
+    params = param_shapes(cfg.model)
     mask = decay_mask(params, cfg.train.decay_pattern)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     decayed = dict(zip([path for path, _ in leaves], jax.tree.leaves(mask), strict=True))
     rows = [
         [
-            jax.tree_util.keystr(path, simple=True, separator="/"),
+            path_name(path),
             " x ".join(map(str, leaf.shape)),
             f"{leaf.size:,}",
             "yes" if decayed[path] else "no",
@@ -70,11 +70,6 @@ def run(args: list[str]) -> int:
     console.say("\n")
     console.facts(facts)
     return DONE
-
-
-def _params(cfg: ExperimentConfig) -> Any:
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(LM(cfg.model).init, jax.random.key(0), tokens)["params"]
 
 
 def _sizes(cfg: ExperimentConfig, num_decayed: int) -> dict[str, str]:
@@ -110,7 +105,9 @@ def _memory(chosen: Describe, params: Any) -> dict[str, str]:
     if math.prod(sizes.values()) > 1:
         mesh = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
         where = f"each device of {mesh} under {chosen.rules}"
-    return {"memory, at least": f"{_mib(sum(parts.values()))} on {where} ({words})"}
+    if sizes["tensor"] > 1:
+        words += " as cut by rows and time alone"
+    return {"memory, without temporaries": f"{_mib(sum(parts.values()))} on {where} ({words})"}
 
 
 def _cuts_of_batch(chosen: Describe) -> int:

@@ -1,6 +1,5 @@
 """Logits of the reference implementation, where it is installed, beside ours."""
 
-import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,8 +7,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from xlstm_jax.modules import LM, LMConfig
-from xlstm_jax.typing import PyTree
+from xlstm_jax.config import read_json
+from xlstm_jax.convert import hf
+from xlstm_jax.modules import LM
 
 TOKENS = 64
 
@@ -28,29 +28,26 @@ class Comparison(NamedTuple):
     versions: str
 
 
-def with_transformers(folder: str | Path, cfg: LMConfig, params: PyTree) -> Comparison | None:
-    """Compares a model with what `transformers` makes of a folder, on random tokens, in float32.
+def with_transformers(folder: str | Path) -> Comparison | None:
+    """Compares what we make of a folder with what `transformers` does, on random tokens.
 
-    Returns None where `transformers` or `torch` is not installed.
+    Both compute in float32. Returns None where `transformers` or `torch` is not installed.
     """
     try:
         torch: Any = importlib.import_module("torch")
         transformers: Any = importlib.import_module("transformers")
     except ModuleNotFoundError:
         return None
+    cfg, params = hf.load_hf(folder, dtype="float32")
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, TOKENS))
-    config = transformers.AutoConfig.from_pretrained(folder)
-    for name, kernel in _KERNELS.items():
-        setattr(config, name, kernel)
+    ours, _ = LM(cfg).apply({"params": params}, jnp.asarray(tokens))
+    config = transformers.xLSTMConfig(**read_json(Path(folder) / hf.CONFIG) | _KERNELS)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=torch.float32
     )
     # Its cache has the widths of the keys rounded up, and does not take those of every model.
     with torch.no_grad():
         theirs = model.eval()(torch.from_numpy(tokens), use_cache=False).logits.numpy()
-    ours, _ = LM(dataclasses.replace(cfg, dtype="float32")).apply(
-        {"params": params}, jnp.asarray(tokens)
-    )
     error = np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     return Comparison(float(error), versions)

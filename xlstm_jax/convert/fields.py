@@ -2,8 +2,10 @@
 refused, or said to be unknown; none is passed over in silence."""
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+import math
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
 
 from xlstm_jax.config import ConfigError
 
@@ -34,7 +36,7 @@ class Fields:
         """The value of a field, or the default of the other implementation.
 
         Raises:
-            ConfigError: it is not there and has no default, or has another type than the default.
+            ConfigError: it is not there and has no default.
         """
         self._seen.add(name)
         value = self._values.get(name, default)
@@ -42,32 +44,52 @@ class Fields:
             raise ConfigError(f"{self._where} must have the field {name!r}; add it.")
         return value
 
-    def number(self, name: str, default: Any = _MISSING) -> Any:
-        """A field that must hold a number.
+    def number(self, name: str, default: Any = _MISSING, *, least: float | None = None) -> Any:
+        """A field that must hold a finite number, of at least `least`.
 
         Raises:
             ConfigError: it does not.
         """
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigError(
-                f"{name} of {self._where} must be a number, got {value!r}; correct it."
-            )
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            self._refuse(name, "a finite number", value)
+        if least is not None and value < least:
+            self._refuse(name, f"at least {least}", value)
         return value
 
-    def count(self, name: str, default: Any = _MISSING) -> int:
-        """A field that must hold a whole number above 0.
+    def positive(self, name: str, default: Any = _MISSING) -> float:
+        """A field that must hold a number above 0.
 
         Raises:
             ConfigError: it does not.
         """
         value = self.number(name, default)
-        if value != int(value) or value < 1:
-            raise ConfigError(
-                f"{name} of {self._where} must be a whole number above 0, got {value!r}; "
-                "correct it."
-            )
+        if value <= 0:
+            self._refuse(name, "above 0", value)
+        return float(value)
+
+    def count(self, name: str, default: Any = _MISSING, *, least: int = 1) -> int:
+        """A field that must hold a whole number of at least `least`.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        value = self.number(name, default)
+        if value != int(value) or value < least:
+            self._refuse(name, f"a whole number of at least {least}", value)
         return int(value)
+
+    def choice(self, name: str, default: str, choices: Iterable[str], nearest: str) -> str:
+        """A field that must hold one of these words.
+
+        Raises:
+            ConfigError: it holds something else; says the nearest choice.
+        """
+        value, choices = self.get(name, default), tuple(choices)
+        if value not in choices:
+            self._refuse(name, f"one of {', '.join(choices)}", value, f"the nearest is {nearest}")
+        return value
 
     def flag(self, name: str, default: Any = _MISSING) -> bool:
         """A field that must be true or false.
@@ -77,9 +99,7 @@ class Fields:
         """
         value = self.get(name, default)
         if not isinstance(value, bool):
-            raise ConfigError(
-                f"{name} of {self._where} must be true or false, got {value!r}; correct it."
-            )
+            self._refuse(name, "true or false", value)
         return value
 
     def table(self, name: str) -> "Fields | None":
@@ -95,9 +115,10 @@ class Fields:
         """
         value = self.get(name, default)
         if value != wanted:
-            raise ConfigError(
-                f"{name} of {self._where} must be {wanted!r} here, got {value!r}; {instead}."
-            )
+            self._refuse(name, f"{wanted!r} here", value, instead)
+
+    def _refuse(self, name: str, demand: str, value: Any, way_out: str = "correct it") -> NoReturn:
+        raise ConfigError(f"{name} of {self._where} must be {demand}, got {value!r}; {way_out}.")
 
     def ignore(self, *names: str) -> None:
         """Fields that change no number: which kernel runs, what memory it takes, who wrote it."""

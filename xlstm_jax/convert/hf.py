@@ -5,7 +5,8 @@ Source of the layout: the public model class and config of the package `transfor
 
 import dataclasses
 import json
-from collections.abc import Container
+import logging
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from xlstm_jax.typing import PyTree
 
 CONFIG = "config.json"
 FFN_FACTOR = 2.667
-HEAD, EMBEDDING = "lm_head.weight", "backbone.embeddings.weight"
+HEAD = "lm_head.weight"
 OUT_NORM = "backbone.out_norm.weight"
 
 # Of every folder that transformers writes, or how it runs; they change no number.
@@ -33,7 +34,7 @@ WITHOUT_EFFECT = (
     "bos_token_id",
     "eos_token_id",
 )
-SPECIAL_TOKENS = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+SPECIAL_TOKENS: Mapping[str, int] = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 
 
 def load_hf(folder: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, PyTree]:
@@ -42,9 +43,9 @@ def load_hf(folder: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, 
     Parameters are float32. They are read leaf by leaf, so that the host holds little more than the
     result, and go onto the active mesh (`jax.set_mesh`) where there is one.
 
-    What `transformers` accepts and ignores is done as it does it: a model with
-    `tie_word_embeddings` has two tables if the files have two, and is tied if they have one.
-    Attention masks, which it ignores, are `mask` and `segment_ids` of our model.
+    `transformers` ignores `tie_word_embeddings`: where the files have two tables, so do we, for the
+    same numbers, and log it; where they have one, the model is tied, as the flag says. Attention
+    masks, which it ignores as well, are `mask` and `segment_ids` of our model.
 
     Args:
         folder: with `config.json` and `model.safetensors`, or shards and their index.
@@ -87,7 +88,12 @@ def _config(path: Path, shapes: Container[str], dtype: str | None) -> LMConfig:
         factor=FFN_FACTOR,
         dtype=dtype or stored,
     )
-    tied = fields.flag("tie_word_embeddings", False) and HEAD not in shapes
+    wants_tie = fields.flag("tie_word_embeddings", False)
+    tied = wants_tie and HEAD not in shapes
+    if wants_tie and not tied:
+        logging.getLogger(__name__).warning(
+            "tie_word_embeddings of %s is ignored, as the weights have two tables", path
+        )
     fields.ignore(*WITHOUT_EFFECT)
     fields.done()
     # Its final norm has no bias, whatever use_bias says.
@@ -101,6 +107,7 @@ def _either(fields: Fields, name: str, other: str, path: Path) -> int:
             f"{name} and {other} of {path} must be equal, got {fields.count(name)} and "
             f"{fields.count(other)}; remove the one that is wrong."
         )
+    fields.ignore(name, other)
     return fields.count(other if name not in fields and other in fields else name)
 
 
@@ -110,7 +117,8 @@ def save_hf(
     params: PyTree,
     *,
     dtype: str = "float32",
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = 10**9,
+    special_tokens: Mapping[str, int] = SPECIAL_TOKENS,
 ) -> None:
     """Writes a model so that `transformers` loads it: config.json and safetensors files.
 
@@ -122,12 +130,15 @@ def save_hf(
         params: as `LM(cfg).init` makes them, under "params".
         dtype: of the stored tensors, "float32" or "bfloat16".
         max_shard_bytes: tensors go into as many files as it takes; a larger tensor has its own.
+        special_tokens: ids that the config names; generation stops at `eos_token_id`.
 
     Raises:
         ConfigError: the model has something that `transformers` does not, or the folder is taken.
+        WeightsError: the parameters are not those of the model; all that differs is listed.
     """
     folder = Path(folder)
-    config = config_of(cfg, dtype)
+    config = config_of(cfg, dtype) | dict(special_tokens)
+    mapping.check_params(cfg, params)
     tensors = mapping.store(cfg, names.HF, params)
     if cfg.tie_embeddings:
         head = np.asarray(params["token_embedding"]["embedding"])
@@ -139,6 +150,12 @@ def save_hf(
         max_shard_bytes=max_shard_bytes,
         files={CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n"},
     )
+
+
+def special_tokens_of(folder: str | Path) -> dict[str, int]:
+    """The ids that the config of a folder names."""
+    values = read_json(Path(folder) / CONFIG)
+    return {n: values[n] for n in SPECIAL_TOKENS if type(values.get(n)) is int}
 
 
 def config_of(cfg: LMConfig, dtype: str = "float32") -> dict[str, Any]:
@@ -166,7 +183,8 @@ def config_of(cfg: LMConfig, dtype: str = "float32") -> dict[str, Any]:
         "sequence_kernel": "native_sequence__native",
         "step_kernel": "native",
         "autocast_kernel_dtype": "bfloat16",
-        "use_cache": True,
+        # Its cache has the widths rounded up to 64, and takes no others.
+        "use_cache": all(width % 64 == 0 for width in cfg.large.widths(cfg.dim)[:2]),
         "max_inference_chunksize": 16384,
         **SPECIAL_TOKENS,
         **large_config.to_theirs(cfg),

@@ -3,15 +3,17 @@
 Source of the layout: the public class xLSTMLarge of the package `xlstm`, 2.0.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.convert import large_config, mapping, names
 from xlstm_jax.convert.fields import Fields
-from xlstm_jax.convert.tensors import Folder, Source, WeightsError
+from xlstm_jax.convert.tensors import Folder, Source
 from xlstm_jax.modules import LMConfig
 from xlstm_jax.typing import PyTree
 
@@ -54,41 +56,53 @@ def load_large(folder: str | Path, *, dtype: str = "float32") -> tuple[LMConfig,
 
 
 def _read_yaml(path: Path) -> Mapping:
-    import yaml
-
     try:
-        return yaml.safe_load(path.read_text())
+        import yaml
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"reading {path} needs the package PyYAML; install it with `pip install "
+            "'xlstm-jax[hf]'`."
+        ) from error
+    try:
+        return _with_floats(yaml.safe_load(path.read_text()))
     except OSError as error:
         raise ConfigError(
             f"{path.parent} must have a {CONFIG}, but it cannot be read; name a folder of the "
             "package xlstm."
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} is not valid YAML ({reason}); fetch it again.") from error
+
+
+def _with_floats(values: Any) -> Any:
+    """YAML 1.1 takes 1e-6 for a word, as it has no point; those who write it mean the number."""
+    if not isinstance(values, dict):
+        return values
+    is_number = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+").fullmatch
+    return {
+        name: float(value) if isinstance(value, str) and is_number(value) else value
+        for name, value in values.items()
+    }
 
 
 class Unfused:
     """Fused weights under the names of separate ones: rows of what is stored.
 
-    Raises:
-        WeightsError: a fused tensor has not the rows of all its parts.
+    What does not fit, in its rows or because the separate ones are there too, stays as it is, and
+    is then listed with all that is wrong.
     """
 
     def __init__(self, source: Source, cfg: LMConfig):
         self._source, self._shapes = source, dict(source.shapes())
         self._rows: dict[str, tuple[str, int, int]] = {}
         for whole, parts in _parts(cfg).items():
-            if whole in self._shapes:
+            rows = self._shapes.get(whole, ())[:1]
+            if rows == (sum(parts.values()),) and not self._shapes.keys() & parts.keys():
                 self._divide(whole, parts)
 
     def _divide(self, whole: str, parts: Mapping[str, int]) -> None:
         shape, stop = self._shapes.pop(whole), 0
-        if shape[0] != sum(parts.values()):
-            raise WeightsError(
-                f"{whole} must have {sum(parts.values())} rows, those of {', '.join(parts)}, got "
-                f"{shape}; check that config and weights belong together."
-            )
         for name, count in parts.items():
             start, stop = stop, stop + count
             self._rows[name] = whole, start, stop

@@ -9,9 +9,13 @@ from xlstm_jax.modules import LMConfig
 from xlstm_jax.modules.feedforward import large_width
 from xlstm_jax.modules.large import LargeConfig
 
+NO_CAP = 1e10
+"""A soft cap for configs that must have one: in float32 it changes nothing."""
+
 DTYPES = ("float32", "bfloat16")
 
-# They choose among ways to compute the same numbers.
+# They choose among kernels, and how far these round; here gates, memory and sums are always float32
+# or wider.
 _WITHOUT_EFFECT = (
     "chunkwise_kernel",
     "sequence_kernel",
@@ -39,7 +43,7 @@ def to_ours(fields: Fields, *, dim: int, num_blocks: int, factor: float, dtype: 
     """
     fields.ignore(*_WITHOUT_EFFECT)
     multiple = fields.count("ffn_round_up_to_multiple_of", 64)
-    norm_eps = float(fields.number("norm_eps", 1e-6))
+    norm_eps = float(fields.number("norm_eps", 1e-6, least=0))
     use_bias = fields.flag("use_bias", False)
     has_norm = fields.flag("add_out_norm", True)
     return LMConfig(
@@ -49,13 +53,13 @@ def to_ours(fields: Fields, *, dim: int, num_blocks: int, factor: float, dtype: 
         large=LargeConfig(
             num_heads=fields.count("num_heads"),
             # Truncated, as the original does.
-            qk_dim=int(dim * fields.number("qk_dim_factor", 0.5)),
-            v_dim=int(dim * fields.number("v_dim_factor", 1.0)),
-            ffn_dim=large_width(dim, fields.number("ffn_proj_factor", factor), multiple),
+            qk_dim=int(dim * fields.positive("qk_dim_factor", 0.5)),
+            v_dim=int(dim * fields.positive("v_dim_factor", 1.0)),
+            ffn_dim=large_width(dim, fields.positive("ffn_proj_factor", factor), multiple),
             use_bias=use_bias,
             gate_soft_cap=_cap(fields, "gate_soft_cap", 15.0),
             norm_eps=norm_eps,
-            eps=float(fields.number("eps", 1e-6)),
+            eps=float(fields.number("eps", 1e-6, least=0)),
             chunk_size=fields.count("chunk_size", 64),
         ),
         final_norm="rms" if has_norm else "none",
@@ -67,8 +71,8 @@ def to_ours(fields: Fields, *, dim: int, num_blocks: int, factor: float, dtype: 
 
 
 def _cap(fields: Fields, name: str, default: float) -> float | None:
-    value = fields.get(name, default)
-    return None if value is None else float(fields.number(name, default))
+    cap = None if fields.get(name, default) is None else fields.positive(name, default)
+    return None if cap == NO_CAP else cap
 
 
 def _dtype(name: str) -> Any:
@@ -102,18 +106,18 @@ def to_theirs(cfg: LMConfig) -> dict[str, Any]:
         "use_bias": large.use_bias,
         "norm_reduction_force_float32": True,
         "add_out_norm": cfg.final_norm == "rms",
-        "norm_eps": large.norm_eps,
+        "norm_eps": float(large.norm_eps),
         "qk_dim_factor": factor_of(qk_dim, dim),
         "v_dim_factor": factor_of(v_dim, dim),
         "mode": "inference",
         "chunk_size": large.chunk_size or 64,
         "return_last_states": True,
-        "eps": large.eps,
+        "eps": float(large.eps),
         "inference_state_dtype": "float32",
         "ffn_proj_factor": factor,
         "ffn_round_up_to_multiple_of": multiple,
-        "gate_soft_cap": large.gate_soft_cap,
-        "output_logit_soft_cap": cfg.logit_soft_cap,
+        "gate_soft_cap": float(large.gate_soft_cap or NO_CAP),
+        "output_logit_soft_cap": float(cfg.logit_soft_cap or NO_CAP),
         "weight_mode": "single",
     }
 

@@ -11,7 +11,7 @@ from xlstm_jax import sharding
 from xlstm_jax.convert.layouts import LAYOUTS, Layout
 from xlstm_jax.convert.names import Rule
 from xlstm_jax.convert.tensors import Source, WeightsError
-from xlstm_jax.modules import LM, LMConfig
+from xlstm_jax.modules import LMConfig, param_shapes
 from xlstm_jax.typing import PyTree
 
 _ALIGNMENT = 64  # bytes
@@ -32,8 +32,11 @@ class Place(NamedTuple):
 
 def parameters(cfg: LMConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape and dtype of every parameter of a model; nothing is computed."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    tree = jax.eval_shape(LM(cfg).init, jax.random.key(0), tokens)["params"]
+    return by_path(param_shapes(cfg))
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """Path -> leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {sharding.path_name(path): leaf for path, leaf in leaves}
 
@@ -90,13 +93,13 @@ def load(
     leaves = {path: leaf for path, leaf in parameters(cfg).items() if path not in without}
     table = places(cfg, rules, leaves)
     check(table, source.shapes())
-    by_path: dict[str, list[tuple[str, Place]]] = {path: [] for path in leaves}
+    parts: dict[str, list[tuple[str, Place]]] = {path: [] for path in leaves}
     for name, place in table.items():
-        by_path[place.path].append((name, place))
+        parts[place.path].append((name, place))
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         host = _empty(leaf.shape, leaf.dtype)
-        for name, place in by_path[path]:
+        for name, place in parts[path]:
             part = host if place.layer is None else host[place.layer]
             part[...] = place.layout.to_ours(source.read(name), place.shape)
         _insert(tree, path, _put(path, host))
@@ -105,13 +108,36 @@ def load(
 
 def store(cfg: LMConfig, rules: Sequence[Rule], params: PyTree) -> Iterator[tuple[str, np.ndarray]]:
     """Their names and arrays, one at a time."""
-    leaves = {
-        sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    leaves = by_path(params)
     for name, place in places(cfg, rules, leaves).items():
         leaf = leaves[place.path]
         part = leaf if place.layer is None else leaf[place.layer]
         yield name, np.ascontiguousarray(place.layout.to_theirs(np.asarray(part)))
+
+
+def check_params(cfg: LMConfig, params: PyTree) -> None:
+    """Raises WeightsError, with all that is wrong, unless these are the parameters of the model."""
+    expected, found = parameters(cfg), by_path(params)
+    if expected and set(found) == {f"params/{path}" for path in expected}:
+        raise WeightsError("params must be the parameters alone; give variables['params'].")
+    problems = [
+        f"{path} {leaf.shape} is missing" for path, leaf in expected.items() if path not in found
+    ]
+    problems += [
+        f"{path} {np.shape(leaf)} is not known"
+        for path, leaf in found.items()
+        if path not in expected
+    ]
+    problems += [
+        f"{path} must have the shape {leaf.shape}, got {np.shape(found[path])}"
+        for path, leaf in expected.items()
+        if path in found and np.shape(found[path]) != leaf.shape
+    ]
+    if problems:
+        raise WeightsError(
+            f"params do not fit the config: {'; '.join(problems)}; "
+            "give the config that they were made with."
+        )
 
 
 def check(table: Mapping[str, Place], found: Mapping[str, tuple[int, ...]]) -> None:

@@ -78,6 +78,8 @@ V1 = (
     ),
 )
 
+V1_BARE = tuple(rule._replace(theirs=rule.theirs.removeprefix(V1_STACK)) for rule in V1)
+
 # The package `xlstm`, xLSTMLarge, with separate weights.
 LARGE_BLOCK = "backbone.blocks.{}."
 

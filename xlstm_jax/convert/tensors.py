@@ -30,9 +30,23 @@ class Source(Protocol):
 
 
 class Arrays:
-    """Tensors that are in memory already."""
+    """Tensors that are in memory already.
+
+    Raises:
+        WeightsError: some are no arrays of floating-point numbers; all are listed.
+    """
 
     def __init__(self, arrays: Mapping[str, np.ndarray]):
+        strange = [
+            f"{name} ({getattr(array, 'dtype', type(array).__name__)})"
+            for name, array in arrays.items()
+            if not _is_floating(getattr(array, "dtype", None))
+        ]
+        if strange:
+            raise WeightsError(
+                f"tensors must be arrays of floating-point numbers, got {', '.join(strange)}; "
+                "convert them with `.float().numpy()` or leave them out."
+            )
         self._arrays = arrays
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -40,6 +54,11 @@ class Arrays:
 
     def read(self, name: str) -> np.ndarray:
         return np.asarray(self._arrays[name])
+
+
+def _is_floating(dtype: Any) -> bool:
+    # bfloat16 is not among NumPy's own kinds.
+    return isinstance(dtype, np.dtype) and (dtype.kind == "f" or dtype.name == "bfloat16")
 
 
 class Folder:
@@ -72,15 +91,12 @@ class Folder:
 
 
 def _files(folder: Path) -> list[Path]:
+    whole = folder / "model.safetensors"  # where there is one, transformers reads no other
+    if whole.is_file():
+        return [whole]
     index = folder / INDEX
     if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(
-                f"{index} must be JSON with a weight_map, but it cannot be read ({error!r}); "
-                "fetch it again."
-            ) from error
+        names = _named_by(index)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise WeightsError(
@@ -95,6 +111,19 @@ def _files(folder: Path) -> list[Path]:
             "safetensors format."
         )
     return files
+
+
+def _named_by(index: Path) -> list[str]:
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise ValueError("files must be named by words")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise WeightsError(
+            f"{index} must be JSON with a weight_map from tensors to files, but it cannot be read "
+            f"({error!r}); fetch it again."
+        ) from error
+    return sorted(names)
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:

@@ -3,7 +3,8 @@
 Source of the layout: the public classes of the package `xlstm`, 2.0.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from xlstm_jax.config import ConfigError
 from xlstm_jax.convert import mapping, names
 from xlstm_jax.convert.fields import Fields
-from xlstm_jax.convert.tensors import Arrays, WeightsError
+from xlstm_jax.convert.tensors import Arrays
 from xlstm_jax.modules import LMConfig
 from xlstm_jax.modules.feedforward import first_generation_width
 from xlstm_jax.modules.mlstm import MLSTMConfig
@@ -28,6 +29,9 @@ ACTIVATIONS = {
     "swish": "swish",
 }
 """Their name -> ours."""
+
+WITHOUT = ("token_embedding/embedding", "lm_head/kernel")
+"""What a bare stack does not have."""
 
 KERNEL, BIAS = "slstm_cell._recurrent_kernel_", "slstm_cell._bias_"
 
@@ -49,13 +53,12 @@ def load_v1(
         ConfigError: a field cannot be honoured.
         WeightsError: tensors are missing, too many, or of another shape.
     """
-    bare = not any(name.startswith(names.V1_STACK) for name in tensors)
+    bare = any(name.startswith("blocks.") for name in tensors)
     cfg = config_of(config, bare=bare)
-    without = ("token_embedding/embedding", "lm_head/kernel") if bare else ()
-    if bare:
-        tensors = {names.V1_STACK + name: array for name, array in tensors.items()}
-    arrays = _as_vanilla(_without_copies(tensors, cfg))
-    return cfg, mapping.load(cfg, names.V1, Arrays(arrays), without)
+    source = Arrays(_as_vanilla(_without_copies(tensors, cfg)))
+    if not bare:
+        return cfg, mapping.load(cfg, names.V1, source)
+    return cfg, mapping.load(cfg, names.V1_BARE, source, without=WITHOUT)
 
 
 def config_of(config: Mapping[str, Any], *, bare: bool = False) -> LMConfig:
@@ -84,18 +87,33 @@ def config_of(config: Mapping[str, Any], *, bare: bool = False) -> LMConfig:
         dropout=float(fields.number("dropout", 0.0)),
         embedding_dropout=fields.flag("add_embedding_dropout", False),
     )
-    # Longer inputs than the context are fine here; weight decay is chosen by the training config.
-    fields.ignore("vocab_size", "context_length", "weight_decay_on_embedding")
-    fields.ignore("mlstm_block", "slstm_block", "_block_map")
+    if fields.flag("weight_decay_on_embedding", False):
+        logging.getLogger(__name__).warning(
+            "weight_decay_on_embedding is part of training here: "
+            r"train.decay_pattern='(^|/)(kernel|embedding)$'"
+        )
+    # Longer inputs than the context are fine here.
+    fields.ignore("vocab_size", "context_length", "_block_map")
     fields.done()
     return cfg
 
 
 def _pattern(fields: Fields, num_blocks: int) -> str:
     slstm_at = fields.get("slstm_at", [])
+    is_list = isinstance(slstm_at, Sequence) and not isinstance(slstm_at, str)
+    if slstm_at != "all" and not (is_list and all(type(place) is int for place in slstm_at)):
+        raise ConfigError(
+            f"slstm_at of the config must be 'all' or a list of block numbers, got {slstm_at!r}; "
+            "correct it."
+        )
     if slstm_at == "all" or fields.get("mlstm_block", None) is None:
         return "s" * num_blocks
-    return at(num_blocks, slstm=list(slstm_at))
+    if slstm_at and fields.is_null("slstm_block"):
+        raise ConfigError(
+            f"slstm_block of the config must be given for slstm_at={slstm_at!r}, got None; "
+            "give it or leave slstm_at empty."
+        )
+    return at(num_blocks, slstm=slstm_at)
 
 
 def _mlstm(fields: Fields, dim: int, bias: bool) -> MLSTMConfig:
@@ -107,7 +125,7 @@ def _mlstm(fields: Fields, dim: int, bias: bool) -> MLSTMConfig:
         num_heads=layer.count("num_heads", 4),
         inner_dim=inner_dim,
         qkv_block_size=layer.count("qkv_proj_blocksize", 4),
-        conv_width=int(layer.number("conv1d_kernel_size", 4)),
+        conv_width=layer.count("conv1d_kernel_size", 4, least=0),
         use_bias=bias,
     )
     layer.done()
@@ -127,7 +145,7 @@ def _slstm(fields: Fields, dim: int) -> SLSTMConfig:
     layer.ignore("enable_automatic_mixed_precision", *(f"dtype{x}" for x in _DTYPES))
     cfg = SLSTMConfig(
         num_heads=layer.count("num_heads", 4),
-        conv_width=int(layer.number("conv1d_kernel_size", 4)),
+        conv_width=layer.count("conv1d_kernel_size", 4, least=0),
         recurrent_init=layer.get("recurrent_weight_init", "zeros"),
         bias_init=layer.get("bias_init", "powerlaw_blockdependent"),
         group_norm_weight=layer.flag("group_norm_weight", True),
@@ -144,15 +162,15 @@ def _feedforward(fields: Fields, dim: int) -> dict[str, Any]:
     block = fields.table("slstm_block")
     if block and block.is_null("feedforward"):
         return {"ffn_dim": 0}
-    layer = (block and block.table("feedforward")) or Fields({}, "feedforward of slstm_block")
+    layer = _layer(fields, "slstm_block", "feedforward")
     layer.refuse_unless("ff_type", "ffn_gated", "ffn_gated", "the gated one is the only one")
-    activation = layer.get("act_fn", "gelu")
-    if activation not in ACTIVATIONS:
-        raise ConfigError(
-            f"act_fn of feedforward must be one of {', '.join(ACTIVATIONS)}, got {activation!r}; "
-            "the nearest is gelu."
-        )
+    activation = layer.choice("act_fn", "gelu", ACTIVATIONS, nearest="gelu")
     width = _width(layer, dim, 1.3)
+    if width == 0:
+        raise ConfigError(
+            "proj_factor of feedforward must not be rounded down to a width of 0; raise it, or "
+            "give no feedforward at all."
+        )
     layer.ignore("embedding_dim", "_num_blocks", "_proj_up_dim")
     found = {
         "ffn_dim": width,
@@ -166,15 +184,18 @@ def _feedforward(fields: Fields, dim: int) -> dict[str, Any]:
 
 
 def _layer(fields: Fields, block: str, name: str) -> Fields:
-    table = fields.table(block)
-    layer = table.table(name) if table else None
+    table = fields.table(block) or Fields({}, block)
+    layer = table.table(name)
+    table.ignore("mlstm", "slstm", "_num_blocks", "_block_idx")
+    table.ignore(*(["feedforward"] if block == "slstm_block" else []))
+    table.done()
     return layer or Fields({}, f"{name} of {block}")
 
 
 def _width(layer: Fields, dim: int, factor: float) -> int:
     return first_generation_width(
         dim,
-        layer.number("proj_factor", factor),
+        layer.positive("proj_factor", factor),
         layer.count("round_proj_up_to_multiple_of", 64),
         round_up=layer.flag("round_proj_up_dim_up", True),
     )
@@ -182,31 +203,25 @@ def _width(layer: Fields, dim: int, factor: float) -> int:
 
 def _without_copies(tensors: Mapping[str, np.ndarray], cfg: LMConfig) -> dict[str, np.ndarray]:
     """Without what a state_dict repeats: the head of a tied model, and stored causal masks."""
-    copies = {"lm_head.weight"} if cfg.tie_embeddings else set()
-    return {
-        name: array
-        for name, array in tensors.items()
-        if name not in copies and not name.endswith("mlstm_cell.causal_mask")
-    }
+    found = {n: a for n, a in tensors.items() if not n.endswith("mlstm_cell.causal_mask")}
+    head, table = (found.get(f"{part}.weight") for part in ("lm_head", "token_embedding"))
+    if cfg.tie_embeddings and head is not None and table is not None:
+        if np.array_equal(head, table):
+            del found["lm_head.weight"]
+    return found
 
 
 def _as_vanilla(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """sLSTM weights as the backend `vanilla` stores them; `cuda` uses the same names otherwise.
 
-    Raises:
-        WeightsError: they are laid out in neither way.
+    What is laid out in neither way stays as it is.
     """
     tensors = dict(tensors)
     for name in [name for name in tensors if name.endswith(KERNEL)]:
         kernel, bias_name = tensors[name], name.removesuffix(KERNEL) + BIAS
-        if kernel.ndim != 3 or 4 * min(kernel.shape[1:]) != max(kernel.shape[1:]):
-            raise WeightsError(
-                f"{name} must have the shape (heads, 4 K, K) or (heads, K, 4 K), got "
-                f"{kernel.shape}; check that it belongs to an sLSTM."
-            )
-        H, K, wide = kernel.shape
-        if K > wide:
+        if np.ndim(kernel) != 3 or 4 * kernel.shape[1] != kernel.shape[2]:
             continue
+        H, K, _ = kernel.shape
         tensors[name] = kernel.transpose(0, 2, 1)
         if bias_name in tensors and tensors[bias_name].size == 4 * H * K:
             bias = tensors[bias_name].reshape(H, 4, K)

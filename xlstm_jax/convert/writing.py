@@ -1,4 +1,4 @@
-"""Writing tensors into safetensors files, so that a folder has all of them or none."""
+"""Writing tensors into safetensors files, so that a folder that has a config has all of them."""
 
 import json
 import os
@@ -45,11 +45,14 @@ def write(
     check_free(folder, files)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    draft.chmod(0o755)  # as other folders are, not for its owner alone
     try:
         _write_shards(draft, tensors, STORED[dtype], max_shard_bytes)
         for name, text in files.items():
             (draft / name).write_text(text)
-        folder.mkdir(exist_ok=True)
+        if not folder.exists():
+            os.replace(draft, folder)
+            return
         # The config comes last: without it nobody takes the folder for a whole one.
         for path in sorted(draft.iterdir(), key=lambda path: path.name in files):
             os.replace(path, folder / path.name)

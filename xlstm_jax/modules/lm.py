@@ -132,6 +132,12 @@ def _backbone(cfg: LMConfig, deterministic: bool, x, state, reset, mask):
     return _final_norm(cfg)(x), state
 
 
+def param_shapes(cfg: LMConfig) -> Any:
+    """The tree of a model's parameters as shapes and dtypes; nothing is computed."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(LM(cfg).init, jax.random.key(0), tokens)["params"]
+
+
 def head_kernel(cfg: LMConfig, params: Any) -> Float[Array, "D vocab"]:
     """What turns hidden states into logits, tied or not; `params` are `variables["params"]`."""
     if cfg.tie_embeddings:
