@@ -94,6 +94,7 @@ def config_of(config: Mapping[str, Any], *, bare: bool = False) -> LMConfig:
         )
     # Longer inputs than the context are fine here.
     fields.ignore("vocab_size", "context_length", "_block_map")
+    fields.ignore("mlstm_block", "slstm_block")  # one that no place names
     fields.done()
     return cfg
 
