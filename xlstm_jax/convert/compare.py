@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from xlstm_jax.config import read_json
 from xlstm_jax.convert import hf
 from xlstm_jax.modules import LM
 
@@ -41,7 +40,7 @@ def with_transformers(folder: str | Path) -> Comparison | None:
     cfg, params = hf.load_hf(folder, dtype="float32")
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, TOKENS))
     ours, _ = LM(cfg).apply({"params": params}, jnp.asarray(tokens))
-    config = transformers.xLSTMConfig(**read_json(Path(folder) / hf.CONFIG) | _KERNELS)
+    config = transformers.xLSTMConfig(**hf.read_config(folder) | _KERNELS)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=torch.float32
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_jax.config import ConfigError, read_json
+from xlstm_jax.config import ConfigError
 from xlstm_jax.convert import large_config, mapping, names, writing
 from xlstm_jax.convert.fields import Fields
 from xlstm_jax.convert.tensors import Folder
@@ -67,7 +67,7 @@ def load_hf(folder: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, 
 
 
 def _config(path: Path, shapes: Container[str], dtype: str | None) -> LMConfig:
-    fields = Fields(read_json(path), str(path))
+    fields = Fields(read_config(path.parent), str(path))
     fields.refuse_unless(
         "model_type", "xlstm", "xlstm", "only xLSTMForCausalLM can be read from such a folder"
     )
@@ -152,9 +152,25 @@ def save_hf(
     )
 
 
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a folder, as it is.
+
+    Raises:
+        ConfigError: it is no JSON, or no table of fields.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}); fetch it again.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must be a table of fields, got {values!r}; fetch it again.")
+    return values
+
+
 def special_tokens_of(folder: str | Path) -> dict[str, int]:
     """The ids that the config of a folder names."""
-    values = read_json(Path(folder) / CONFIG)
+    values = read_config(folder)
     return {n: values[n] for n in SPECIAL_TOKENS if type(values.get(n)) is int}
 
 
