@@ -1,10 +1,12 @@
 """Beside the official package `xlstm`, where it is installed: its own configs and state dicts."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from xlstm_jax import convert
 from xlstm_jax.modules import LM, Backbone
@@ -38,10 +40,15 @@ def _model(**options):
     torch.manual_seed(0)
     model = xlstm.xLSTMLMModel(config).eval()
     model.reset_parameters()
+    return config, _shaken(model)
+
+
+def _shaken(model):
+    """No parameter is where zeros hide mistakes."""
     with torch.no_grad():
-        for parameter in model.parameters():  # none is where zeros hide mistakes
+        for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return config, model
+    return model
 
 
 def _arrays(module):
@@ -66,4 +73,48 @@ def test_a_model_and_its_stack_compute_the_same_here(name, caplog):
     cfg, params = convert.load_v1(dataclasses.asdict(stack.config), _arrays(stack))
     y, _ = Backbone(cfg).apply({"params": params}, jnp.asarray(x.numpy()))
     _assert_close(y, stack(x))
+    assert not caplog.text, "a field of their own config is unknown"
+
+
+LARGE = {
+    "usual": {},
+    "unusual": {
+        "use_bias": True,
+        "add_out_norm": False,
+        "qk_dim_factor": 1.0,
+        "v_dim_factor": 0.5,
+        "ffn_proj_factor": 1.5,
+        "gate_soft_cap": 5.0,
+        "output_logit_soft_cap": 10.0,
+    },
+}
+
+
+@pytest.mark.parametrize("weight_mode", ["single", "fused"])
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_model_computes_the_same_here(name, weight_mode, tmp_path, caplog):
+    large = pytest.importorskip("xlstm.xlstm_large.model", reason=REASON)
+    config = large.xLSTMLargeConfig(
+        embedding_dim=64,
+        num_heads=4,
+        num_blocks=2,
+        vocab_size=50,
+        weight_mode=weight_mode,
+        mode="inference",
+        return_last_states=True,
+        chunkwise_kernel="chunkwise--native_autograd",
+        sequence_kernel="native_sequence__native",
+        step_kernel="native",
+        autocast_kernel_dtype="float32",
+        **LARGE[name],
+    )
+    torch.manual_seed(0)
+    theirs = _shaken(large.xLSTMLarge(config).eval())
+    # JSON is YAML.
+    (tmp_path / "config.yaml").write_text(json.dumps(dataclasses.asdict(config)))
+    safetensors.numpy.save_file(_arrays(theirs), tmp_path / "model.safetensors")
+    cfg, params = convert.load_large(tmp_path)
+    ids = torch.randint(0, 50, (2, 20))
+    logits, _ = LM(cfg).apply({"params": params}, jnp.asarray(ids.numpy()))
+    _assert_close(logits, theirs(ids)[0])
     assert not caplog.text, "a field of their own config is unknown"
