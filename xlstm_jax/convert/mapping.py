@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlstm_jax import sharding
-from xlstm_jax.convert.layouts import LAYOUTS, Layout
+from xlstm_jax.convert.layouts import LAYOUTS, Layout, Shape
 from xlstm_jax.convert.names import Rule
 from xlstm_jax.convert.tensors import Source, WeightsError
 from xlstm_jax.modules import LMConfig, param_shapes
@@ -117,22 +117,11 @@ def store(cfg: LMConfig, rules: Sequence[Rule], params: PyTree) -> Iterator[tupl
 
 def check_params(cfg: LMConfig, params: PyTree) -> None:
     """Raises WeightsError, with all that is wrong, unless these are the parameters of the model."""
-    expected, found = parameters(cfg), by_path(params)
-    if expected and set(found) == {f"params/{path}" for path in expected}:
+    expected = {path: leaf.shape for path, leaf in parameters(cfg).items()}
+    found = {path: np.shape(leaf) for path, leaf in by_path(params).items()}
+    if set(found) == {f"params/{path}" for path in expected}:
         raise WeightsError("params must be the parameters alone; give variables['params'].")
-    problems = [
-        f"{path} {leaf.shape} is missing" for path, leaf in expected.items() if path not in found
-    ]
-    problems += [
-        f"{path} {np.shape(leaf)} is not known"
-        for path, leaf in found.items()
-        if path not in expected
-    ]
-    problems += [
-        f"{path} must have the shape {leaf.shape}, got {np.shape(found[path])}"
-        for path, leaf in expected.items()
-        if path in found and np.shape(found[path]) != leaf.shape
-    ]
+    problems = _problems(expected, found)
     if problems:
         raise WeightsError(
             f"params do not fit the config: {'; '.join(problems)}; "
@@ -140,25 +129,37 @@ def check_params(cfg: LMConfig, params: PyTree) -> None:
         )
 
 
-def check(table: Mapping[str, Place], found: Mapping[str, tuple[int, ...]]) -> None:
+def check(table: Mapping[str, Place], found: Mapping[str, Shape]) -> None:
     """Raises WeightsError unless there is exactly one tensor of the right shape per place."""
-    problems = [
-        f"{name} is missing ({place.path})" for name, place in table.items() if name not in found
-    ]
-    problems += [
-        f"{name} {shape} is not known" for name, shape in found.items() if name not in table
-    ]
-    problems += [
-        f"{name} must have the shape {place.their_shape}, got {found[name]} ({place.path})"
-        for name, place in table.items()
-        if name in found and found[name] != place.their_shape
-    ]
+    expected = {name: place.their_shape for name, place in table.items()}
+    problems = _problems(expected, found, {n: f" ({p.path} here)" for n, p in table.items()})
     if problems:
         raise WeightsError(
-            "tensors do not fit the config: "
-            + "; ".join(problems)
-            + "; check that config and weights belong together."
+            f"tensors do not fit the config: {'; '.join(problems)}; "
+            "check that config and weights belong together."
         )
+
+
+def _problems(
+    expected: Mapping[str, Shape],
+    found: Mapping[str, Shape],
+    remarks: Mapping[str, str] | None = None,
+) -> list[str]:
+    """What is missing, what is surplus, and what has another shape."""
+    remark = (remarks or {}).get
+    lines = [
+        f"{name} {shape} is missing{remark(name, '')}"
+        for name, shape in expected.items()
+        if name not in found
+    ]
+    lines += [
+        f"{name} {shape} is not known" for name, shape in found.items() if name not in expected
+    ]
+    return lines + [
+        f"{name} must have the shape {shape}, got {found[name]}{remark(name, '')}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
 
 
 def _insert(tree: dict[str, Any], path: str, value: Any) -> None:
