@@ -58,8 +58,7 @@ class Stack(nn.Module):
             params, state = own
             block = BLOCKS[letter](cfg, self.deterministic, parent=None)
             rngs = {} if key is None else {"dropout": jax.random.fold_in(key, number)}
-            flags = _tied(x, reset, mask)
-            x, state = block.apply({"params": params}, x, state, *flags, number, rngs=rngs)
+            x, state = block.apply({"params": params}, x, state, reset, mask, number, rngs=rngs)
             return checkpoint_name(x, "block_output"), state
 
         blocks = {
@@ -99,17 +98,6 @@ def _check_layers(cfg: LMConfig, letter: str, params: PyTree) -> None:
             f"pattern={cfg.pattern!r}, got {sorted(n for (n,) in found) or 'none'}; "
             "use parameters made by init of the same model."
         )
-
-
-def _tied(x, reset, mask):
-    """Resets and masks, tied to x.
-
-    JAX would compute all that follows from them alone, one L x L table after the other, before the
-    loop over blocks, and keep it.
-    """
-    if reset is None and mask is None:
-        return None, None
-    return jax.lax.optimization_barrier((reset, mask, jax.lax.stop_gradient(x)))[:2]
 
 
 def _checkpoint(cfg: LMConfig) -> Callable[[Callable], Callable]:
