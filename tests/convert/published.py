@@ -85,6 +85,20 @@ def assert_same_mlstm_memory(actual: MLSTMState, c, n, m, tolerance: float) -> N
         )
 
 
+def assert_same_layer_state(actual: Any, found: Mapping[str, np.ndarray], tolerance: float) -> None:
+    """The memory of a first-generation layer, against the reference's after its steps."""
+    if "conv_state" in found:  # theirs holds the current input too
+        golden_files.assert_matches(actual.conv, found["conv_state"][:, 1:], tolerance, "conv")
+    if "slstm_state" in found:
+        cell = slstm_state(found["slstm_state"], actual.cell.c.shape[1])
+        for field, expected in cell._asdict().items():
+            golden_files.assert_matches(getattr(actual.cell, field), expected, tolerance, field)
+        return
+    root = np.sqrt(actual.cell.C.shape[-2])  # their keys are divided by it when they are stored
+    c, n, m = (found[f"mlstm_state/{leaf}"] for leaf in "cnm")
+    assert_same_mlstm_memory(actual.cell, c * root, n * root, m, tolerance)
+
+
 def slstm_state(array: np.ndarray, num_heads: int) -> SLSTMState:
     """The reference's (4, B, H K) in the order h, c, n, m."""
     h, c, n, m = array.reshape(4, array.shape[1], num_heads, -1)

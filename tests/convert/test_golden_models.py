@@ -108,20 +108,9 @@ def test_steps_and_states_match(name):
     for number, letter in enumerate(model.cfg.pattern):
         layer = model.cfg.pattern[:number].count(letter)
         ours = jax.tree.map(lambda leaf, layer=layer: leaf[layer], state[letter])
-        _assert_same_state(ours, model.golden.under(f"state/block_{number}/"), tolerance)
-
-
-def _assert_same_state(ours, found, tolerance):
-    # Theirs holds the current input too.
-    assert_matches(ours.conv, found["conv_state"][:, 1:], tolerance, "conv")
-    if "slstm_state" in found:
-        cell = published.slstm_state(found["slstm_state"], ours.cell.c.shape[1])
-        for field, expected in cell._asdict().items():
-            assert_matches(getattr(ours.cell, field), expected, tolerance, field)
-        return
-    root = np.sqrt(ours.cell.C.shape[-2])  # their keys are divided by it when they are stored
-    c, n, m = (found[f"mlstm_state/{leaf}"] for leaf in "cnm")
-    published.assert_same_mlstm_memory(ours.cell, c * root, n * root, m, tolerance)
+        published.assert_same_layer_state(
+            ours, model.golden.under(f"state/block_{number}/"), tolerance
+        )
 
 
 @every_stack

@@ -104,16 +104,4 @@ def test_steps_and_states_match(name):
         ys.append(y)
     tolerance = published.VALUES["float32"]
     assert_matches(np.concatenate(ys, axis=1), part.golden.arrays["output/y_step"], tolerance, "y")
-    found = part.golden.under("state/")
-    if "conv_state" in found:
-        # Theirs holds the current input too.
-        assert_matches(state.conv, found["conv_state"][:, 1:], tolerance, "conv")
-    if part.letter == "s":
-        cell = published.slstm_state(found["slstm_state"], part.cfg.slstm.num_heads)
-        for field, expected in cell._asdict().items():
-            assert_matches(getattr(state.cell, field), expected, tolerance, field)
-    else:
-        # Their keys are divided by the root of their size when they are stored.
-        root = np.sqrt(state.cell.C.shape[-2])
-        c, n, m = (found[f"mlstm_state/{leaf}"] for leaf in "cnm")
-        published.assert_same_mlstm_memory(state.cell, c * root, n * root, m, tolerance)
+    published.assert_same_layer_state(state, part.golden.under("state/"), tolerance)
