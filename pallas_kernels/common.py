@@ -1,0 +1,108 @@
+"""What the kernels share: where they run, how arrays are filled up to tiles, exact products."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+LANES = 128
+"""Elements in the last axis of a TPU's tile: widths and chunks are multiples of it."""
+
+_interpreter: contextvars.ContextVar[Any] = contextvars.ContextVar("interpreter", default=None)
+_lanes: contextvars.ContextVar[int] = contextvars.ContextVar("lanes", default=LANES)
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def interpreted(how: Any = True, *, lanes: int = LANES) -> Iterator[None]:
+    """Kernels traced inside run as plain XLA programs, on any device; for tests.
+
+    A kernel asked for by its name then runs where it would refuse; `"auto"` still passes it over.
+
+    Args:
+        how: what `pallas_call(interpret=...)` takes: True, or `pltpu.InterpretParams`.
+        lanes: the multiple of widths and chunks, in place of 128: small cases stay small.
+    """
+    tokens = _interpreter.set(how), _lanes.set(lanes)
+    try:
+        yield
+    finally:
+        _interpreter.reset(tokens[0])
+        _lanes.reset(tokens[1])
+
+
+@contextlib.contextmanager
+def compiled_for(chip: str) -> Iterator[None]:
+    """What is traced inside is meant for `chip`, a key of `tiles.CHIPS`, which need not be here."""
+    token = _target.set(chip)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def interpreter() -> Any:
+    """What to give `pallas_call` as `interpret`: False outside of `interpreted`."""
+    return _interpreter.get() or False
+
+
+def target() -> str | None:
+    """The chip of `compiled_for`, or None."""
+    return _target.get()
+
+
+def lanes() -> int:
+    """The multiple that widths and chunks are filled up to."""
+    return _lanes.get()
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The least multiple that is not below `size`."""
+    return -(-size // multiple) * multiple
+
+
+def fill(x: jax.Array, axis: int, size: int, value: float = 0) -> jax.Array:
+    """`x` with `value` behind it along `axis`, up to `size`; `x` itself where nothing is missing."""
+    missing = size - x.shape[axis]
+    if not missing:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def product(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+    """Matrix product over one axis of each, in float32; float32 operands keep all their digits."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(
+        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def refused_dtype(dtype: jnp.dtype) -> str | None:
+    """Why no kernel computes with `dtype`, or None."""
+    if dtype in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
+        return None
+    if dtype == jnp.dtype("float16"):
+        return "float16 overflows in exponential gates; use bfloat16 or float32"
+    return f"it computes with float32 and bfloat16, not with {dtype}"
+
+
+def column(row: jax.Array) -> jax.Array:
+    """`1 L` to `L 1`, by a mask and a sum: a reshape of lanes to sublanes is not on every chip."""
+    return jnp.sum(jnp.where(_diagonal(row.shape[1]), row, 0.0), axis=1, keepdims=True)
+
+
+def as_row(column: jax.Array) -> jax.Array:
+    """`L 1` to `1 L`, by a mask and a sum."""
+    return jnp.sum(jnp.where(_diagonal(column.shape[0]), column, 0.0), axis=0, keepdims=True)
+
+
+def _diagonal(size: int) -> jax.Array:
+    square = (size, size)
+    rows = jax.lax.broadcasted_iota(jnp.int32, square, 0)
+    return rows == jax.lax.broadcasted_iota(jnp.int32, square, 1)

@@ -1,0 +1,1 @@
+"""Kernels of the mLSTM: chunks of a sequence, and one step."""

@@ -1,0 +1,216 @@
+"""mLSTM forward on a TPU: one pass over the chunks of a sequence, the state never leaves VMEM.
+
+The grid is (batch, heads, blocks of chunks), blocks in order. A chunk is worked through in strips
+of rows; what lies above the diagonal in whole tiles is left out. The output block of the final
+state, which stays in place while blocks of one head follow each other, is the memory itself.
+
+Source of the formulas: arXiv:2405.04517 and arXiv:2503.14376; the schedule is ours.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import common
+from pallas_kernels.common import as_row, product
+from pallas_kernels.mlstm import cost, gates
+from pallas_kernels.mlstm.options import Options
+
+
+class Forward(NamedTuple):
+    """Results of the forward kernel; the last three are None unless asked for."""
+
+    h: jax.Array  # B T HV
+    C: jax.Array  # B H K V
+    n: jax.Array  # B H 1 K
+    d: jax.Array | None  # B H 1 T, the signed normaliser
+    C_starts: jax.Array | None  # B H N K V, states at chunk starts
+    n_starts: jax.Array | None  # B H N 1 K
+
+
+def mlstm_forward(
+    options: Options,
+    rows: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    C: jax.Array,
+    n: jax.Array,
+    *,
+    save: bool,
+) -> Forward:
+    """All chunks of all sequences.
+
+    Args:
+        rows: `B H 8 T`, of `gates.forward_rows`.
+        q, k, v: `B T HK`, `B T HK`, `B T HV`; heads side by side, widths multiples of the tile.
+        C, n: `B H K V` and `B H 1 K`, float32: the memory before the first step.
+        save: also return what the backward kernel needs.
+    """
+    B, H, _, T = rows.shape
+    K, V = C.shape[2:]
+    L = options.chunk
+    span = L * options.chunks_per_block
+
+    def tokens(width):
+        return pl.BlockSpec((1, span, width), lambda b, h, c: (b, c, h))
+
+    def fixed(*shape):
+        return pl.BlockSpec((1, 1, *shape), lambda b, h, c: (b, h, 0, 0))
+
+    def starts(*shape):
+        block = (1, 1, options.chunks_per_block, *shape)
+        return pl.BlockSpec(block, lambda b, h, c: (b, h, c, 0, 0))
+
+    outputs = [
+        (tokens(V), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+        (fixed(K, V), jax.ShapeDtypeStruct(C.shape, jnp.float32)),
+        (fixed(1, K), jax.ShapeDtypeStruct(n.shape, jnp.float32)),
+    ]
+    if save:
+        states = (B, H, T // L, K, V)
+        outputs += [
+            (pl.BlockSpec((1, 1, 1, span), _time_last), _float32(B, H, 1, T)),
+            (starts(K, V), jax.ShapeDtypeStruct(states, options.saved_dtype)),
+            (starts(1, K), _float32(B, H, T // L, 1, K)),
+        ]
+    specs, shapes = zip(*outputs, strict=True)
+    found = pl.pallas_call(
+        functools.partial(_body, options),
+        grid=(B, H, T // span),
+        in_specs=[
+            pl.BlockSpec((1, 1, 8, span), _time_last),
+            tokens(K),
+            tokens(K),
+            tokens(V),
+            pl.BlockSpec(memory_space=pl.ANY),
+            fixed(1, K),
+        ],
+        out_specs=list(specs),
+        out_shape=list(shapes),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=options.vmem_bytes,
+        ),
+        cost_estimate=cost.forward(options, B, T, H, K, V, q.dtype, save=save),
+        interpret=common.interpreter(),
+        name="mlstm_forward",
+    )(rows, q, k, v, C, n)
+    return Forward(*found, *([] if save else [None] * 3))
+
+
+def _time_last(b, h, c):
+    return b, h, 0, c
+
+
+def _float32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _body(options: Options, rows, q, k, v, C_first, n_first, h, C, n, *saved):
+    b, head, block = (pl.program_id(axis) for axis in range(3))
+
+    @pl.when(block == 0)
+    def _():
+        pltpu.sync_copy(C_first.at[b, head], C.at[0, 0])
+        n[...] = n_first[...]
+
+    for index in range(options.chunks_per_block):
+        chunk = slice(index * options.chunk, (index + 1) * options.chunk)
+        d_ref = None
+        if saved:
+            d_ref, C_starts, n_starts = saved
+            C_starts[0, 0, index] = C[0, 0].astype(options.saved_dtype)
+            n_starts[0, 0, index] = n[0, 0]
+        _outputs(options, chunk, rows, q, k, v, h, C[0, 0], n[0, 0], d_ref)
+        _update(options, chunk, rows, k, v, C, n)
+
+
+def _outputs(options: Options, chunk, rows, q_ref, k_ref, v_ref, h_ref, C, n, d_ref):
+    """h of one chunk from the memory at its start."""
+    C = C.astype(v_ref.dtype)
+    strips = options.strips(chunk)
+    for strip in strips:
+        by_row = rows[0, 0, :, strip].T
+        across = by_row[:, gates.ACROSS : gates.ACROSS + 1]
+        q = q_ref[0, strip]
+        weights, total = [], None
+        for source in strips:
+            if source.start > strip.start:
+                break
+            x = log_weights(options, by_row, rows[0, 0, :, source], source == strip, upper=False)
+            P = product(q, k_ref[0, source], (1, 1)) * jnp.exp(x)
+            total = P if total is None else total + P
+            weights.append(P.astype(v_ref.dtype))
+        seen = slice(chunk.start, strip.stop)
+        u = across * product(q, C) + product(joined(weights, 1), v_ref[0, seen])
+        if options.normalize:
+            read = across * folded(q.astype(jnp.float32) * n)
+            d = jnp.sum(folded(total) + read, axis=1, keepdims=True)
+            bound = by_row[:, gates.EXTRA : gates.EXTRA + 1]
+            u = u * (1.0 / (jnp.maximum(jnp.abs(d), bound) + options.eps))
+            if d_ref is not None:
+                d_ref[0, 0, :, strip] = as_row(d)
+        h_ref[0, strip] = u.astype(h_ref.dtype)
+
+
+def _update(options: Options, chunk, rows, k_ref, v_ref, C, n):
+    """The memory after one chunk."""
+    written = rows[0, 0, gates.WRITTEN : gates.WRITTEN + 1, chunk]
+    kept = rows[0, 0, gates.KEPT : gates.KEPT + 1, chunk.start : chunk.start + 1]
+    keys = k_ref[0, chunk]
+    weighted = (keys.T.astype(jnp.float32) * written).astype(v_ref.dtype)
+    C[0, 0] = kept * C[0, 0] + product(weighted, v_ref[0, chunk])
+    n[0, 0] = kept * n[0, 0] + row_product(written, keys)
+
+
+def log_weights(options: Options, column, row, on_diagonal: bool, *, upper: bool):
+    """log weight of sources in rows, one tile; NEG where a source comes later, or before a reset.
+
+    Args:
+        column: `R 8`, gates by position along the first axis of the tile.
+        row: `8 R`, gates by position along the second.
+        upper: whether sources stand along the first axis, so that the upper triangle is seen.
+    """
+    mine, other = (gates.SOURCE, gates.ROW) if upper else (gates.ROW, gates.SOURCE)
+    near = column[:, mine : mine + 1] + row[other : other + 1]
+    far = column[:, gates.COARSE : gates.COARSE + 1] - row[gates.COARSE : gates.COARSE + 1]
+    x = near - far if upper else near + far
+    seen = None
+    if on_diagonal:
+        first = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+        second = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        seen = first <= second if upper else first >= second
+    if options.resets:
+        same = column[:, gates.SEGMENT : gates.SEGMENT + 1] == row[gates.SEGMENT : gates.SEGMENT + 1]
+        seen = same if seen is None else seen & same
+    return x if seen is None else jnp.where(seen, x, gates.NEG)
+
+
+def row_product(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """`1 L` in float32 times `L K`, with all digits of the weights for operands in bfloat16 too.
+
+    Eight rows cost a matrix unit what one costs: three of them carry the weights' parts.
+    """
+    if x.dtype == jnp.float32:
+        return product(weights, x)
+    high = weights.astype(x.dtype).astype(jnp.float32)
+    middle = (weights - high).astype(x.dtype).astype(jnp.float32)
+    low = weights - high - middle
+    parts = jnp.concatenate([high, middle, low], axis=0).astype(x.dtype)
+    return jnp.sum(product(parts, x), axis=0, keepdims=True)
+
+
+def folded(x: jax.Array) -> jax.Array:
+    """Sum of the pieces of one lane width along the last axis: the same total, fewer shuffles."""
+    width = min(common.lanes(), x.shape[1])
+    return sum(x[:, start : start + width] for start in range(0, x.shape[1], width))
+
+
+def joined(pieces: list[jax.Array], axis: int) -> jax.Array:
+    """The pieces behind each other."""
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=axis)

@@ -1,0 +1,172 @@
+"""The mLSTM on a TPU with its exact gradient: arrays in, arrays out.
+
+Source: arXiv:2405.04517, section 2.3; chunkwise form: arXiv:2503.14376, section 3.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels import common, tiles
+from pallas_kernels.mlstm import gates as pre
+from pallas_kernels.mlstm.options import Options
+from pallas_kernels.mlstm.tpu_backward import mlstm_backward
+from pallas_kernels.mlstm.tpu_forward import mlstm_forward
+
+State = tuple[jax.Array, jax.Array, jax.Array]
+"""C `B H K V`, n `B H K`, m `B H`: the memory over e^m, float32."""
+
+
+def mlstm(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    i: jax.Array,
+    f: jax.Array,
+    state: State,
+    *,
+    reset: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    input_gate: str = "exp",
+    normalize: bool = True,
+    eps: float = 1e-6,
+    chunk_size: int | None = None,
+    normalizer_grad: bool = True,
+    saved_dtype: jnp.dtype | None = None,
+) -> tuple[jax.Array, State]:
+    """mLSTM over a sequence, computed by TPU kernels.
+
+    Args:
+        q, k, v: `B T H K`, `B T H K`, `B T H V`, all float32 or all bfloat16; 1/sqrt(K) is applied
+            to q here.
+        i, f: `B T H`, gate pre-activations; the forget gate is a sigmoid.
+        state: the memory before the first step.
+        reset: `B T`; where True, everything before this position is forgotten.
+        mask: `B T`; where False, the state is left as it is, and h is 0.
+        input_gate: "exp", or "sigmoid", whose states have m = 0.
+        normalize: divide by max(|q n|, exp(-m)) + eps; False needs the sigmoid input gate.
+        eps: added after that maximum. Its gradient through m is left out: 5e-6 of that of i.
+        chunk_size: positions between two known states, a multiple of 128; None: of `tiles`.
+        normalizer_grad: False takes the normaliser for a constant, which is right only where
+            nothing depends on the scale of h (a norm without eps follows).
+        saved_dtype: of the states kept for the gradient; None: that of q.
+
+    Any T, K and V: they are filled up to tiles with steps that write and forget nothing and with
+    zeros, which changes no result.
+
+    Returns h in the dtype of v, and the memory after the last step.
+
+    Raises:
+        ValueError: a dtype that is not supported, a chunk that is no multiple of the tile, heads
+            wider than VMEM allows; with sizes that fit.
+    """
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    tile = tiles.mlstm(K, V, v.dtype, T, chunk_size)
+    if mask is not None:
+        q, k, v = (jnp.where(mask[..., None, None], x, 0) for x in (q, k, v))
+    gates = pre.log_gates(i, f, reset, mask, input_gate=input_gate)
+    if input_gate == "sigmoid":
+        state = _without_scale(state)
+    options = Options(
+        chunk=tile.chunk,
+        strip=tile.strip,
+        chunks_per_block=tile.chunks_per_block,
+        max_state=input_gate == "exp",
+        normalize=normalize,
+        eps=eps,
+        normalizer_grad=normalizer_grad,
+        resets=reset is not None,
+        saved_dtype=jnp.dtype(saved_dtype or q.dtype),
+        vmem_bytes=tile.vmem_bytes,
+    )
+    padded = common.round_up(T, tile.chunk)
+    widths = [common.round_up(size, common.lanes()) for size in (K, V)]
+    q, k, v = (
+        common.fill(common.fill(x, 3, width), 1, padded).reshape(B, padded, H * width)
+        for x, width in ((q, widths[0]), (k, widths[0]), (v, widths[1]))
+    )
+    gates = pre.LogGates(
+        common.fill(gates.log_i, 1, padded, pre.NEG),
+        common.fill(gates.log_f, 1, padded),
+        None if reset is None else common.fill(gates.reset, 1, padded),
+    )
+    C, n, m = state
+    C = common.fill(common.fill(C, 2, widths[0]), 3, widths[1])
+    n = common.fill(n, 2, widths[0])[:, :, None]
+    h, C, n, m = _core(options, K, q, k, v, gates, C, n, m)
+    h = h.reshape(B, padded, H, widths[1])[:, :T, :, :V]
+    if mask is not None:
+        h = jnp.where(mask[..., None, None], h, 0)
+    return h, (C[:, :, :K, :V], n[:, :, 0, :K], m)
+
+
+def _without_scale(state: State) -> State:
+    """The same memory with m = 0."""
+    C, n, m = state
+    factor = jnp.exp(m)
+    return factor[..., None, None] * C, factor[..., None] * n, jnp.zeros_like(m)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _core(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m):
+    """Whole chunks, whole tiles: `B T HK` and so on. Returns h, C, n, m."""
+    decays = pre.decays(gates, m, options.chunk, max_state=options.max_state)
+    found = mlstm_forward(options, pre.forward_rows(decays, K), q, k, v, C, n, save=False)
+    return found.h, found.C, found.n, decays.m_end[..., -1]
+
+
+def _forward(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m):
+    decays = pre.decays(gates, m, options.chunk, max_state=options.max_state)
+    found = mlstm_forward(options, pre.forward_rows(decays, K), q, k, v, C, n, save=True)
+    h = checkpoint_name(found.h, "mlstm_h")
+    d, C_starts, n_starts = (
+        checkpoint_name(x, name)
+        for x, name in zip(found[3:], ("mlstm_rows", "mlstm_states", "mlstm_states"), strict=True)
+    )
+    residuals = (q, k, v, gates, m, h, d, C_starts, n_starts, found.C, found.n)
+    return (h, found.C, found.n, decays.m_end[..., -1]), residuals
+
+
+def _backward(options: Options, K: int, residuals, cotangents):
+    q, k, v, gates, m, h, d, C_starts, n_starts, C, n = residuals
+    dh, dC, dn, dm = cotangents
+    decays = pre.decays(gates, m, options.chunk, max_state=options.max_state)
+    norm, extra = _normaliser(options, decays, h, d, dh)
+    rows = pre.backward_rows(decays, K, norm, extra)
+    found = mlstm_backward(options, rows, q, k, v, dh, C_starts, n_starts, dC, dn)
+    scaling = jnp.sum(dC * C, axis=(2, 3)) + jnp.sum(dn * n, axis=(2, 3))
+    shape = decays.m.shape
+    dlog_i = found.k_dk.reshape(shape)
+    flow = found.q_dq.reshape(shape) - dlog_i
+    leaving = jnp.concatenate([found.scaling[..., 1:], scaling[..., None]], axis=-1)
+    dlog_f = pre.suffix_sum(flow, leaving, decays.segment, gates.reset)
+    dm_first = found.scaling[..., 0]
+    if options.max_state:
+        through_i, through_f, first = pre.scale_grads(decays, dm - scaling)
+        dlog_i, dlog_f, dm_first = dlog_i + through_i, dlog_f + through_f, dm_first + first
+    dlog_i, dlog_f = (
+        jnp.swapaxes(g.reshape(g.shape[:2] + (-1,)), 1, 2) for g in (dlog_i, dlog_f)
+    )
+    dgates = pre.LogGates(dlog_i, dlog_f, None)
+    return found.q, found.k, found.v, dgates, found.C, found.n, dm_first
+
+
+def _normaliser(options: Options, decays: pre.Decays, h, d, dh):
+    """The normaliser of every row, and its cotangent times itself; `B H N L` each."""
+    shape = decays.m.shape
+    if not options.normalize:
+        return None, jnp.zeros(shape, jnp.float32)
+    d, bound = d.reshape(shape), pre.lower_bound(decays.m)
+    norm = jnp.maximum(jnp.abs(d), bound) + options.eps
+    if not options.normalizer_grad:
+        return norm, jnp.zeros(shape, jnp.float32)
+    B, H = shape[:2]
+    each = (dh.astype(jnp.float32) * h.astype(jnp.float32)).reshape(B, dh.shape[1], H, -1)
+    weight = jnp.swapaxes(jnp.sum(each, axis=-1), 1, 2).reshape(shape)
+    return norm, jnp.where(jnp.abs(d) > bound, -jnp.sign(d) * weight, 0)
+
+
+_core.defvjp(_forward, _backward)
