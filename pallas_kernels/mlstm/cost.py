@@ -36,7 +36,8 @@ def backward(
     """What `mlstm_backward` does."""
     square = _share(options) * options.chunk
     item = jnp.dtype(dtype).itemsize
-    tokens = (4 * K + 3 * V) * item + 12 * 4
+    with_h = options.normalize and options.normalizer_grad
+    tokens = (4 * K + (4 if with_h else 3) * V) * item + 12 * 4
     saved = K * V * jnp.dtype(options.saved_dtype).itemsize + 4 * K
     states = (T // options.chunk) * saved + 2 * (K * V + K) * 4
     return pl.CostEstimate(

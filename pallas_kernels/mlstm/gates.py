@@ -167,18 +167,18 @@ def forward_rows(x: Decays, qk_dim: int) -> jax.Array:
     return _pack(x, row, across, lower_bound(m))
 
 
-def backward_rows(x: Decays, qk_dim: int, norm: jax.Array | None, extra: jax.Array) -> jax.Array:
+def backward_rows(x: Decays, qk_dim: int, norm: jax.Array | None, sign: jax.Array) -> jax.Array:
     """The array `B H 8 T` of the backward kernel: as forward, weights divided by `norm` as well.
 
-    So the kernel reads cotangents of h as they come. `extra` is the cotangent of a row's
-    normaliser times `norm`; both are `B H N L`.
+    So the kernel reads cotangents of h as they come: times `sign`, in place of the lower bound,
+    their product with h is the cotangent of a row's normaliser times `norm`; all `B H N L`.
     """
     m = jnp.maximum(x.m, READ_FLOOR)
     row = x.fine - m - 0.5 * jnp.log(float(qk_dim))
     across = qk_dim**-0.5 * jnp.exp(x.to_row + x.m_start[..., None] - m)
     if norm is not None:
         row, across = row - jnp.log(norm), across / norm
-    return _pack(x, row, across, extra)
+    return _pack(x, row, across, sign)
 
 
 def lower_bound(m: jax.Array) -> jax.Array:

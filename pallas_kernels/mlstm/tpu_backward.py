@@ -44,6 +44,7 @@ def mlstm_backward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    h: jax.Array | None,
     dh: jax.Array,
     C_starts: jax.Array,
     n_starts: jax.Array,
@@ -55,6 +56,7 @@ def mlstm_backward(
     Args:
         rows: `B H 8 T`, of `gates.backward_rows`.
         q, k, v, dh: `B T HK`, `B T HK`, `B T HV`, `B T HV`, as in the forward kernel.
+        h: `B T HV`, the forward kernel's; None: the normaliser has no gradient.
         C_starts, n_starts: `B H N K V` and `B H N 1 K`, states at chunk starts.
         dC, dn: `B H K V` and `B H 1 K`, float32: cotangents of the memory after the last step.
     """
@@ -76,6 +78,7 @@ def mlstm_backward(
     def by_time(count):
         return pl.BlockSpec((1, 1, count, span), lambda b, h, c: (b, h, 0, last - c))
 
+    outputs = [] if h is None else [h]
     same = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     dq, dk, dv, sums, dC, dn = pl.pallas_call(
         functools.partial(_body, options),
@@ -86,6 +89,7 @@ def mlstm_backward(
             tokens(K),
             tokens(V),
             tokens(V),
+            *(tokens(V) for _ in outputs),
             starts(K, V),
             starts(1, K),
             pl.BlockSpec(memory_space=pl.ANY),
@@ -98,120 +102,131 @@ def mlstm_backward(
             jax.ShapeDtypeStruct(dC.shape, jnp.float32),
             jax.ShapeDtypeStruct(dn.shape, jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=options.vmem_bytes,
-        ),
+        compiler_params=options.compiler_params(),
         cost_estimate=cost.backward(options, B, T, H, K, V, q.dtype),
         interpret=common.interpreter(),
         name="mlstm_backward",
-    )(rows, q, k, v, dh, C_starts, n_starts, dC, dn)
-    scaling = sums[:, :, SCALING].reshape(B, H, -1, options.chunk)[..., : _sum_width(options)]
+    )(rows, q, k, v, dh, *outputs, C_starts, n_starts, dC, dn)
+    # The sum over a whole state is left spread over the first lanes of its chunk.
+    scaling = sums[:, :, SCALING].reshape(B, H, -1, options.chunk)[..., : common.lanes()]
     return Backward(dq, dk, dv, sums[:, :, K_DK], sums[:, :, Q_DQ], scaling.sum(-1), dC, dn)
 
 
-def _sum_width(options: Options) -> int:
-    """Lanes that the sum over a whole state is spread over."""
-    return min(common.lanes(), options.chunk)
+class _Refs(NamedTuple):
+    """References to the blocks that the kernel reads and writes."""
+
+    rows: jax.Ref
+    q: jax.Ref
+    k: jax.Ref
+    v: jax.Ref
+    dh: jax.Ref
+    h: jax.Ref | None
+    C_starts: jax.Ref
+    n_starts: jax.Ref
+    dC_last: jax.Ref
+    dn_last: jax.Ref
+    dq: jax.Ref
+    dk: jax.Ref
+    dv: jax.Ref
+    sums: jax.Ref
+    dC: jax.Ref
+    dn: jax.Ref
+
+    def row(self, index: int, positions: slice) -> jax.Array:
+        """`1 L`: one kind of gate."""
+        return self.rows[0, 0, index : index + 1, positions]
+
+    def column(self, positions: slice) -> jax.Array:
+        """`L 8`: all gates of these positions."""
+        return self.rows[0, 0, :, positions].T
 
 
-def _body(
-    options: Options,
-    rows,
-    q,
-    k,
-    v,
-    dh,
-    C_starts,
-    n_starts,
-    dC_last,
-    dn_last,
-    dq,
-    dk,
-    dv,
-    sums,
-    dC,
-    dn,
-):
+def _body(options: Options, *refs):
+    has_h = options.normalize and options.normalizer_grad
+    x = _Refs(*refs) if has_h else _Refs(*refs[:5], None, *refs[5:])
     b, head, block = (pl.program_id(axis) for axis in range(3))
 
     @pl.when(block == 0)
     def _():
-        pltpu.sync_copy(dC_last.at[b, head], dC.at[0, 0])
-        dn[...] = dn_last[...]
+        pltpu.sync_copy(x.dC_last.at[b, head], x.dC.at[0, 0])
+        x.dn[...] = x.dn_last[...]
 
     for index in reversed(range(options.chunks_per_block)):
         chunk = slice(index * options.chunk, (index + 1) * options.chunk)
+        strips = options.strips(chunk)
+        extra = {strip.start: _normaliser_cotangent(x, strip) for strip in strips} if has_h else {}
         # Keys first: the products of the square are consumed while they are made.
         squares = {}
-        for source in options.strips(chunk):
-            _keys(options, chunk, source, rows, q, k, v, dh, dC, dn, dk, dv, sums, squares)
-        C, n = C_starts[0, 0, index], n_starts[0, 0, index]
-        for strip in options.strips(chunk):
-            _queries(options, chunk, strip, rows, q, k, dh, C, n, dq, sums, squares)
-        _update(options, chunk, rows, q, dh, C, n, dC, dn, sums)
+        for source in strips:
+            _keys(options, x, chunk, source, extra, squares)
+        for strip in strips:
+            _queries(x, index, chunk, strip, extra, squares)
+        _update(x, index, chunk, [extra[strip.start] for strip in strips] if has_h else [])
 
 
-def _keys(
-    options: Options, chunk, source, rows, q_ref, k_ref, v_ref, dh_ref, dC, dn, dk, dv, sums, squares
-):
+def _normaliser_cotangent(x: _Refs, strip: slice) -> tuple[jax.Array, jax.Array]:
+    """The cotangent of a row's normaliser, times the normaliser: as a column and as a row."""
+    dh, h = (ref[0, strip].astype(jnp.float32) for ref in (x.dh, x.h))
+    sign = x.column(strip)[:, gates.EXTRA : gates.EXTRA + 1]
+    found = sign * jnp.sum(folded(dh * h), axis=1, keepdims=True)
+    return found, as_row(found)
+
+
+def _keys(options: Options, x: _Refs, chunk: slice, source: slice, extra: dict, squares: dict):
     """dk and dv of one strip of keys; leaves the cotangents of the square in `squares`."""
-    k, v = k_ref[0, source], v_ref[0, source]
-    column = rows[0, 0, :, source].T
-    weights = []
+    k, v = x.k[0, source], x.v[0, source]
+    column = x.column(source)
+    P, dS = [], []
     for strip in options.strips(chunk):
         if strip.start < source.start:
             continue
-        row = rows[0, 0, :, strip]
-        x = log_weights(options, column, row, strip == source, upper=True)
-        D = jnp.exp(x)
-        weights.append((product(k, q_ref[0, strip], (1, 1)) * D).astype(v.dtype))
-        dP = product(v, dh_ref[0, strip], (1, 1))
-        if options.normalize:
-            dP = dP + row[gates.EXTRA : gates.EXTRA + 1]
-        squares[strip.start, source.start] = (dP * D).astype(v.dtype)
+        weights = log_weights(options, column, x.rows[0, 0, :, strip], strip == source, upper=True)
+        D = jnp.exp(weights)
+        P.append((product(k, x.q[0, strip], (1, 1)) * D).astype(v.dtype))
+        dP = product(v, x.dh[0, strip], (1, 1))
+        dP = dP + extra[strip.start][1] if extra else dP
+        dS.append((dP * D).astype(v.dtype))
+        squares[strip.start, source.start] = dS[-1]
     written = column[:, gates.WRITTEN : gates.WRITTEN + 1]
     later = slice(source.start, chunk.stop)
-    dC_end = dC[0, 0].astype(v.dtype)
-    dv_found = written * product(k, dC_end) + product(joined(weights, 1), dh_ref[0, later])
-    dv[0, source] = dv_found.astype(dv.dtype)
-    through_state = product(v, dC_end, (1, 1)) + dn[0, 0]
-    dS = [square for (_, start), square in squares.items() if start == source.start]
-    dk_found = written * through_state + product(joined(dS, 1), q_ref[0, later])
-    dk[0, source] = dk_found.astype(dk.dtype)
-    sums[0, 0, K_DK : K_DK + 1, source] = _row_sums(k, dk_found)
+    dC = x.dC[0, 0].astype(v.dtype)
+    dv = written * product(k, dC) + product(joined(P, 1), x.dh[0, later])
+    x.dv[0, source] = dv.astype(v.dtype)
+    through_state = product(v, dC, (1, 1)) + x.dn[0, 0]
+    dk = written * through_state + product(joined(dS, 1), x.q[0, later])
+    x.dk[0, source] = dk.astype(k.dtype)
+    x.sums[0, 0, K_DK : K_DK + 1, source] = _row_sums(k, dk)
 
 
-def _queries(options: Options, chunk, strip, rows, q_ref, k_ref, dh_ref, C, n, dq, sums, squares):
+def _queries(x: _Refs, index: int, chunk: slice, strip: slice, extra: dict, squares: dict):
     """dq of one strip of queries."""
-    column = rows[0, 0, :, strip].T
-    across = column[:, gates.ACROSS : gates.ACROSS + 1]
+    q, dh = x.q[0, strip], x.dh[0, strip]
+    across = x.column(strip)[:, gates.ACROSS : gates.ACROSS + 1]
     dS = [square for (start, _), square in squares.items() if start == strip.start]
+    read = product(dh, x.C_starts[0, 0, index].astype(dh.dtype), (1, 1))
+    read = read + extra[strip.start][0] * x.n_starts[0, 0, index] if extra else read
     seen = slice(chunk.start, strip.stop)
-    read = product(dh_ref[0, strip], C.astype(dh_ref.dtype), (1, 1))
-    if options.normalize:
-        read = read + column[:, gates.EXTRA : gates.EXTRA + 1] * n
-    dq_found = across * read + product(joined(dS, 0), k_ref[0, seen], (0, 0))
-    dq[0, strip] = dq_found.astype(dq.dtype)
-    sums[0, 0, Q_DQ : Q_DQ + 1, strip] = _row_sums(q_ref[0, strip], dq_found)
+    dq = across * read + product(joined(dS, 0), x.k[0, seen], (0, 0))
+    x.dq[0, strip] = dq.astype(q.dtype)
+    x.sums[0, 0, Q_DQ : Q_DQ + 1, strip] = _row_sums(q, dq)
 
 
-def _update(options: Options, chunk, rows, q_ref, dh_ref, C, n, dC, dn, sums):
+def _update(x: _Refs, index: int, chunk: slice, extra: list):
     """The cotangent of the memory before the chunk, and what scaling that memory costs."""
-    across = rows[0, 0, gates.ACROSS : gates.ACROSS + 1, chunk]
-    kept = rows[0, 0, gates.KEPT : gates.KEPT + 1, chunk.start : chunk.start + 1]
-    q = q_ref[0, chunk]
+    across = x.row(gates.ACROSS, chunk)
+    kept = x.row(gates.KEPT, slice(chunk.start, chunk.start + 1))
+    q = x.q[0, chunk]
     weighted = (q.T.astype(jnp.float32) * across).astype(q.dtype)
-    dC_start = kept * dC[0, 0] + product(weighted, dh_ref[0, chunk])
-    dC[0, 0] = dC_start
-    dn_start = kept * dn[0, 0]
-    if options.normalize:
-        extra = rows[0, 0, gates.EXTRA : gates.EXTRA + 1, chunk]
-        dn_start = dn_start + row_product(across * extra, q)
-    dn[0, 0] = dn_start
-    scaling = jnp.sum(folded(dC_start * C.astype(jnp.float32)), axis=0, keepdims=True)
-    lanes = slice(chunk.start, chunk.start + _sum_width(options))
-    sums[0, 0, SCALING : SCALING + 1, lanes] = scaling + folded(dn_start * n)
+    dC = kept * x.dC[0, 0] + product(weighted, x.dh[0, chunk])
+    x.dC[0, 0] = dC
+    dn = kept * x.dn[0, 0]
+    if extra:
+        dn = dn + row_product(across * joined([row for _, row in extra], 1), q)
+    x.dn[0, 0] = dn
+    scaling = dC * x.C_starts[0, 0, index].astype(jnp.float32)
+    scaling = jnp.sum(folded(scaling), axis=0, keepdims=True) + folded(dn * x.n_starts[0, 0, index])
+    lanes = slice(chunk.start, chunk.start + scaling.shape[1])
+    x.sums[0, 0, SCALING : SCALING + 1, lanes] = scaling
 
 
 def _row_sums(x: jax.Array, dx: jax.Array) -> jax.Array:

@@ -92,10 +92,7 @@ def mlstm_forward(
         ],
         out_specs=list(specs),
         out_shape=list(shapes),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=options.vmem_bytes,
-        ),
+        compiler_params=options.compiler_params(),
         cost_estimate=cost.forward(options, B, T, H, K, V, q.dtype, save=save),
         interpret=common.interpreter(),
         name="mlstm_forward",

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import common, tiles
 from pallas_kernels.mlstm import gates as pre
+from pallas_kernels.mlstm.decode import mlstm_decode
 from pallas_kernels.mlstm.options import Options
 from pallas_kernels.mlstm.tpu_backward import mlstm_backward
 from pallas_kernels.mlstm.tpu_forward import mlstm_forward
@@ -62,8 +63,7 @@ def mlstm(
         ValueError: a dtype that is not supported, a chunk that is no multiple of the tile, heads
             wider than VMEM allows; with sizes that fit.
     """
-    B, T, H, K = q.shape
-    V = v.shape[-1]
+    T, K, V = q.shape[1], q.shape[-1], v.shape[-1]
     tile = tiles.mlstm(K, V, v.dtype, T, chunk_size)
     if mask is not None:
         q, k, v = (jnp.where(mask[..., None, None], x, 0) for x in (q, k, v))
@@ -80,9 +80,52 @@ def mlstm(
         normalizer_grad=normalizer_grad,
         resets=reset is not None,
         saved_dtype=jnp.dtype(saved_dtype or q.dtype),
-        vmem_bytes=tile.vmem_bytes,
+        vmem_bytes=tiles.mlstm_vmem_limit(tile, K, V, v.dtype),
     )
-    padded = common.round_up(T, tile.chunk)
+    compute = _filled if T > 1 else _step
+    h, state = compute(options, q, k, v, gates, state)
+    return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
+
+
+def _without_scale(state: State) -> State:
+    """The same memory with m = 0."""
+    C, n, m = state
+    factor = jnp.exp(m)
+    return factor[..., None, None] * C, factor[..., None] * n, jnp.zeros_like(m)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _step(options: Options, q, k, v, gates: pre.LogGates, state: State) -> tuple[jax.Array, State]:
+    """T = 1: the kernel for one step; its gradient is that of a chunk with one position."""
+    return mlstm_decode(
+        q,
+        k,
+        v,
+        gates,
+        state,
+        max_state=options.max_state,
+        normalize=options.normalize,
+        eps=options.eps,
+    )
+
+
+def _step_forward(options: Options, *arrays):
+    return jax.vjp(functools.partial(_filled, options), *arrays)
+
+
+def _step_backward(options: Options, pull, cotangents):
+    del options
+    return pull(cotangents)
+
+
+_step.defvjp(_step_forward, _step_backward)
+
+
+def _filled(options: Options, q, k, v, gates: pre.LogGates, state: State):
+    """`_core` for any sizes: filled up to whole chunks and tiles."""
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    padded = common.round_up(T, options.chunk)
     widths = [common.round_up(size, common.lanes()) for size in (K, V)]
     q, k, v = (
         common.fill(common.fill(x, 3, width), 1, padded).reshape(B, padded, H * width)
@@ -91,23 +134,14 @@ def mlstm(
     gates = pre.LogGates(
         common.fill(gates.log_i, 1, padded, pre.NEG),
         common.fill(gates.log_f, 1, padded),
-        None if reset is None else common.fill(gates.reset, 1, padded),
+        None if gates.reset is None else common.fill(gates.reset, 1, padded),
     )
     C, n, m = state
     C = common.fill(common.fill(C, 2, widths[0]), 3, widths[1])
     n = common.fill(n, 2, widths[0])[:, :, None]
     h, C, n, m = _core(options, K, q, k, v, gates, C, n, m)
     h = h.reshape(B, padded, H, widths[1])[:, :T, :, :V]
-    if mask is not None:
-        h = jnp.where(mask[..., None, None], h, 0)
     return h, (C[:, :, :K, :V], n[:, :, 0, :K], m)
-
-
-def _without_scale(state: State) -> State:
-    """The same memory with m = 0."""
-    C, n, m = state
-    factor = jnp.exp(m)
-    return factor[..., None, None] * C, factor[..., None] * n, jnp.zeros_like(m)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -134,9 +168,10 @@ def _backward(options: Options, K: int, residuals, cotangents):
     q, k, v, gates, m, h, d, C_starts, n_starts, C, n = residuals
     dh, dC, dn, dm = cotangents
     decays = pre.decays(gates, m, options.chunk, max_state=options.max_state)
-    norm, extra = _normaliser(options, decays, h, d, dh)
-    rows = pre.backward_rows(decays, K, norm, extra)
-    found = mlstm_backward(options, rows, q, k, v, dh, C_starts, n_starts, dC, dn)
+    norm, sign = _normaliser(options, decays, d)
+    rows = pre.backward_rows(decays, K, norm, sign)
+    h = h if options.normalize and options.normalizer_grad else None
+    found = mlstm_backward(options, rows, q, k, v, h, dh, C_starts, n_starts, dC, dn)
     scaling = jnp.sum(dC * C, axis=(2, 3)) + jnp.sum(dn * n, axis=(2, 3))
     shape = decays.m.shape
     dlog_i = found.k_dk.reshape(shape)
@@ -154,19 +189,14 @@ def _backward(options: Options, K: int, residuals, cotangents):
     return found.q, found.k, found.v, dgates, found.C, found.n, dm_first
 
 
-def _normaliser(options: Options, decays: pre.Decays, h, d, dh):
-    """The normaliser of every row, and its cotangent times itself; `B H N L` each."""
+def _normaliser(options: Options, decays: pre.Decays, d):
+    """The normaliser of every row, `B H N L`, and minus the sign with which d is in it, or 0."""
     shape = decays.m.shape
     if not options.normalize:
         return None, jnp.zeros(shape, jnp.float32)
     d, bound = d.reshape(shape), pre.lower_bound(decays.m)
     norm = jnp.maximum(jnp.abs(d), bound) + options.eps
-    if not options.normalizer_grad:
-        return norm, jnp.zeros(shape, jnp.float32)
-    B, H = shape[:2]
-    each = (dh.astype(jnp.float32) * h.astype(jnp.float32)).reshape(B, dh.shape[1], H, -1)
-    weight = jnp.swapaxes(jnp.sum(each, axis=-1), 1, 2).reshape(shape)
-    return norm, jnp.where(jnp.abs(d) > bound, -jnp.sign(d) * weight, 0)
+    return norm, jnp.where(jnp.abs(d) > bound, -jnp.sign(d), 0)
 
 
 _core.defvjp(_forward, _backward)
