@@ -62,7 +62,9 @@ def current_chip() -> str | None:
         return common.target()
     kind = jax.devices()[0].device_kind
     # The longest name that fits: "TPU v5 lite" is not a "TPU v5".
-    known = {chip.device_kind: name for name, chip in CHIPS.items() if kind.startswith(chip.device_kind)}
+    known = {
+        chip.device_kind: name for name, chip in CHIPS.items() if kind.startswith(chip.device_kind)
+    }
     return known[max(known, key=len)] if known else None
 
 
@@ -122,7 +124,8 @@ def _too_wide(K, V, dtype, chunk_size, chip) -> str:
         fits = _fitting(K, V, dtype, None, chip)
         return f"{sentence}; chunk_size={fits.chunk} fits"
     width = max(
-        w for w in range(common.LANES, 8192, common.LANES)
+        w
+        for w in range(common.LANES, 8192, common.LANES)
         if mlstm_vmem_bytes(Tile(common.LANES, common.LANES, 1), w, w, dtype) <= vmem
     )
     return f"{sentence}; K = V = {width} fits: use more heads"

@@ -7,6 +7,7 @@ Source: arXiv:2405.04517, section 2.3.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ def mlstm_decode(
     max_state: bool,
     normalize: bool,
     eps: float,
+    interpret: Any = False,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     """h and the memory after one step; under `jit` with the state donated it is updated in place.
 
@@ -43,6 +45,7 @@ def mlstm_decode(
         state: C `B H K V`, n `B H K`, m `B H`, float32.
         max_state: whether m follows the gates; else it is 0.
         normalize, eps: as in `vjp.mlstm`.
+        interpret: of `pallas_call`.
 
     Returns h `B 1 H V` in the dtype of v, and C, n, m.
     """
@@ -75,7 +78,7 @@ def mlstm_decode(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
         ),
         cost_estimate=cost.step(B, H, K, V, v.dtype),
-        interpret=common.interpreter(),
+        interpret=interpret,
         name="mlstm_decode",
     )(factors, *(_head_first(x) for x in (q, k, v)), C, n[:, :, None])
     return _head_first(h), (C, n[:, :, 0], m)

@@ -1,7 +1,8 @@
 """What does not change while an mLSTM kernel runs."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
@@ -19,11 +20,17 @@ class Options(NamedTuple):
     resets: bool
     saved_dtype: jnp.dtype  # of the states kept at chunk starts
     vmem_bytes: int | None  # what a kernel may take of VMEM; None: the compiler's default
+    lanes: int  # widths are multiples of it
+    interpret: Any  # of `pallas_call`; here, as a gradient is traced when its context has gone
 
     def strips(self, chunk: slice) -> list[slice]:
         """The positions of a chunk in pieces of `strip`."""
         starts = range(chunk.start, chunk.stop, self.strip)
         return [slice(start, start + self.strip) for start in starts]
+
+    def folded(self, x: jax.Array) -> jax.Array:
+        """Sum of the tiles along the last axis: the same total later, with fewer shuffles."""
+        return sum(x[:, start : start + self.lanes] for start in range(0, x.shape[1], self.lanes))
 
     def compiler_params(self) -> pltpu.CompilerParams:
         """For a grid of batch, heads and blocks of chunks in their order."""

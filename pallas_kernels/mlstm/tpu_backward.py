@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import common
 from pallas_kernels.common import as_row, product
 from pallas_kernels.mlstm import cost, gates
 from pallas_kernels.mlstm.options import Options
-from pallas_kernels.mlstm.tpu_forward import folded, joined, log_weights, row_product
+from pallas_kernels.mlstm.tpu_forward import joined, log_weights, row_product
 
 
 class Backward(NamedTuple):
@@ -104,11 +103,11 @@ def mlstm_backward(
         ],
         compiler_params=options.compiler_params(),
         cost_estimate=cost.backward(options, B, T, H, K, V, q.dtype),
-        interpret=common.interpreter(),
+        interpret=options.interpret,
         name="mlstm_backward",
     )(rows, q, k, v, dh, *outputs, C_starts, n_starts, dC, dn)
     # The sum over a whole state is left spread over the first lanes of its chunk.
-    scaling = sums[:, :, SCALING].reshape(B, H, -1, options.chunk)[..., : common.lanes()]
+    scaling = sums[:, :, SCALING].reshape(B, H, -1, options.chunk)[..., : options.lanes]
     return Backward(dq, dk, dv, sums[:, :, K_DK], sums[:, :, Q_DQ], scaling.sum(-1), dC, dn)
 
 
@@ -154,21 +153,25 @@ def _body(options: Options, *refs):
     for index in reversed(range(options.chunks_per_block)):
         chunk = slice(index * options.chunk, (index + 1) * options.chunk)
         strips = options.strips(chunk)
-        extra = {strip.start: _normaliser_cotangent(x, strip) for strip in strips} if has_h else {}
+        extra = (
+            {strip.start: _normaliser_cotangent(options, x, strip) for strip in strips}
+            if has_h
+            else {}
+        )
         # Keys first: the products of the square are consumed while they are made.
         squares = {}
         for source in strips:
             _keys(options, x, chunk, source, extra, squares)
         for strip in strips:
-            _queries(x, index, chunk, strip, extra, squares)
-        _update(x, index, chunk, [extra[strip.start] for strip in strips] if has_h else [])
+            _queries(options, x, index, chunk, strip, extra, squares)
+        _update(options, x, index, chunk, [extra[strip.start] for strip in strips] if has_h else [])
 
 
-def _normaliser_cotangent(x: _Refs, strip: slice) -> tuple[jax.Array, jax.Array]:
+def _normaliser_cotangent(options: Options, x: _Refs, strip: slice) -> tuple[jax.Array, jax.Array]:
     """The cotangent of a row's normaliser, times the normaliser: as a column and as a row."""
     dh, h = (ref[0, strip].astype(jnp.float32) for ref in (x.dh, x.h))
     sign = x.column(strip)[:, gates.EXTRA : gates.EXTRA + 1]
-    found = sign * jnp.sum(folded(dh * h), axis=1, keepdims=True)
+    found = sign * jnp.sum(options.folded(dh * h), axis=1, keepdims=True)
     return found, as_row(found)
 
 
@@ -195,10 +198,12 @@ def _keys(options: Options, x: _Refs, chunk: slice, source: slice, extra: dict, 
     through_state = product(v, dC, (1, 1)) + x.dn[0, 0]
     dk = written * through_state + product(joined(dS, 1), x.q[0, later])
     x.dk[0, source] = dk.astype(k.dtype)
-    x.sums[0, 0, K_DK : K_DK + 1, source] = _row_sums(k, dk)
+    x.sums[0, 0, K_DK : K_DK + 1, source] = _row_sums(options, k, dk)
 
 
-def _queries(x: _Refs, index: int, chunk: slice, strip: slice, extra: dict, squares: dict):
+def _queries(
+    options: Options, x: _Refs, index: int, chunk: slice, strip: slice, extra: dict, squares: dict
+):
     """dq of one strip of queries."""
     q, dh = x.q[0, strip], x.dh[0, strip]
     across = x.column(strip)[:, gates.ACROSS : gates.ACROSS + 1]
@@ -208,10 +213,10 @@ def _queries(x: _Refs, index: int, chunk: slice, strip: slice, extra: dict, squa
     seen = slice(chunk.start, strip.stop)
     dq = across * read + product(joined(dS, 0), x.k[0, seen], (0, 0))
     x.dq[0, strip] = dq.astype(q.dtype)
-    x.sums[0, 0, Q_DQ : Q_DQ + 1, strip] = _row_sums(q, dq)
+    x.sums[0, 0, Q_DQ : Q_DQ + 1, strip] = _row_sums(options, q, dq)
 
 
-def _update(x: _Refs, index: int, chunk: slice, extra: list):
+def _update(options: Options, x: _Refs, index: int, chunk: slice, extra: list):
     """The cotangent of the memory before the chunk, and what scaling that memory costs."""
     across = x.row(gates.ACROSS, chunk)
     kept = x.row(gates.KEPT, slice(chunk.start, chunk.start + 1))
@@ -224,11 +229,12 @@ def _update(x: _Refs, index: int, chunk: slice, extra: list):
         dn = dn + row_product(across * joined([row for _, row in extra], 1), q)
     x.dn[0, 0] = dn
     scaling = dC * x.C_starts[0, 0, index].astype(jnp.float32)
-    scaling = jnp.sum(folded(scaling), axis=0, keepdims=True) + folded(dn * x.n_starts[0, 0, index])
+    scaling = jnp.sum(options.folded(scaling), axis=0, keepdims=True)
+    scaling = scaling + options.folded(dn * x.n_starts[0, 0, index])
     lanes = slice(chunk.start, chunk.start + scaling.shape[1])
     x.sums[0, 0, SCALING : SCALING + 1, lanes] = scaling
 
 
-def _row_sums(x: jax.Array, dx: jax.Array) -> jax.Array:
+def _row_sums(options: Options, x: jax.Array, dx: jax.Array) -> jax.Array:
     """The sum of x * dx over the last axis, as a row."""
-    return as_row(jnp.sum(folded(x.astype(jnp.float32) * dx), axis=1, keepdims=True))
+    return as_row(jnp.sum(options.folded(x.astype(jnp.float32) * dx), axis=1, keepdims=True))

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import common
 from pallas_kernels.common import as_row, product
 from pallas_kernels.mlstm import cost, gates
 from pallas_kernels.mlstm.options import Options
@@ -94,7 +93,7 @@ def mlstm_forward(
         out_shape=list(shapes),
         compiler_params=options.compiler_params(),
         cost_estimate=cost.forward(options, B, T, H, K, V, q.dtype, save=save),
-        interpret=common.interpreter(),
+        interpret=options.interpret,
         name="mlstm_forward",
     )(rows, q, k, v, C, n)
     return Forward(*found, *([] if save else [None] * 3))
@@ -146,8 +145,8 @@ def _outputs(options: Options, chunk, rows, q_ref, k_ref, v_ref, h_ref, C, n, d_
         seen = slice(chunk.start, strip.stop)
         u = across * product(q, C) + product(joined(weights, 1), v_ref[0, seen])
         if options.normalize:
-            read = across * folded(q.astype(jnp.float32) * n)
-            d = jnp.sum(folded(total) + read, axis=1, keepdims=True)
+            read = across * options.folded(q.astype(jnp.float32) * n)
+            d = jnp.sum(options.folded(total) + read, axis=1, keepdims=True)
             bound = by_row[:, gates.EXTRA : gates.EXTRA + 1]
             u = u * (1.0 / (jnp.maximum(jnp.abs(d), bound) + options.eps))
             if d_ref is not None:
@@ -183,7 +182,9 @@ def log_weights(options: Options, column, row, on_diagonal: bool, *, upper: bool
         second = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
         seen = first <= second if upper else first >= second
     if options.resets:
-        same = column[:, gates.SEGMENT : gates.SEGMENT + 1] == row[gates.SEGMENT : gates.SEGMENT + 1]
+        same = (
+            column[:, gates.SEGMENT : gates.SEGMENT + 1] == row[gates.SEGMENT : gates.SEGMENT + 1]
+        )
         seen = same if seen is None else seen & same
     return x if seen is None else jnp.where(seen, x, gates.NEG)
 
@@ -200,12 +201,6 @@ def row_product(weights: jax.Array, x: jax.Array) -> jax.Array:
     low = weights - high - middle
     parts = jnp.concatenate([high, middle, low], axis=0).astype(x.dtype)
     return jnp.sum(product(parts, x), axis=0, keepdims=True)
-
-
-def folded(x: jax.Array) -> jax.Array:
-    """Sum of the pieces of one lane width along the last axis: the same total, fewer shuffles."""
-    width = min(common.lanes(), x.shape[1])
-    return sum(x[:, start : start + width] for start in range(0, x.shape[1], width))
 
 
 def joined(pieces: list[jax.Array], axis: int) -> jax.Array:

@@ -81,6 +81,8 @@ def mlstm(
         resets=reset is not None,
         saved_dtype=jnp.dtype(saved_dtype or q.dtype),
         vmem_bytes=tiles.mlstm_vmem_limit(tile, K, V, v.dtype),
+        lanes=common.lanes(),
+        interpret=common.interpreter(),
     )
     compute = _filled if T > 1 else _step
     h, state = compute(options, q, k, v, gates, state)
@@ -106,6 +108,7 @@ def _step(options: Options, q, k, v, gates: pre.LogGates, state: State) -> tuple
         max_state=options.max_state,
         normalize=options.normalize,
         eps=options.eps,
+        interpret=options.interpret,
     )
 
 
@@ -126,7 +129,7 @@ def _filled(options: Options, q, k, v, gates: pre.LogGates, state: State):
     B, T, H, K = q.shape
     V = v.shape[-1]
     padded = common.round_up(T, options.chunk)
-    widths = [common.round_up(size, common.lanes()) for size in (K, V)]
+    widths = [common.round_up(size, options.lanes) for size in (K, V)]
     q, k, v = (
         common.fill(common.fill(x, 3, width), 1, padded).reshape(B, padded, H * width)
         for x, width in ((q, widths[0]), (k, widths[0]), (v, widths[1]))
@@ -182,9 +185,7 @@ def _backward(options: Options, K: int, residuals, cotangents):
     if options.max_state:
         through_i, through_f, first = pre.scale_grads(decays, dm - scaling)
         dlog_i, dlog_f, dm_first = dlog_i + through_i, dlog_f + through_f, dm_first + first
-    dlog_i, dlog_f = (
-        jnp.swapaxes(g.reshape(g.shape[:2] + (-1,)), 1, 2) for g in (dlog_i, dlog_f)
-    )
+    dlog_i, dlog_f = (jnp.swapaxes(g.reshape(g.shape[:2] + (-1,)), 1, 2) for g in (dlog_i, dlog_f))
     dgates = pre.LogGates(dlog_i, dlog_f, None)
     return found.q, found.k, found.v, dgates, found.C, found.n, dm_first
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests import quick
 from tests.ops import tolerances
@@ -46,16 +47,17 @@ def program(subject: Subject, reverse: bool = False, **options):
         options = {"chunk_size": L, **options}
 
     def call(inputs, weights, state, reset=None, mask=None):
-        return OPS[subject.op](
-            **inputs,
-            **weights,
-            state=state,
-            reset=reset,
-            mask=mask,
-            reverse=reverse,
-            implementation=subject.implementation,
-            **options,
-        )
+        with subject.where_it_runs():
+            return OPS[subject.op](
+                **inputs,
+                **weights,
+                state=state,
+                reset=reset,
+                mask=mask,
+                reverse=reverse,
+                implementation=subject.implementation,
+                **options,
+            )
 
     return call
 
@@ -78,6 +80,8 @@ def truth_program(subject: Subject, **options):
 
 def run(subject: Subject, case: Case, cotangents: Cotangents, dtype="float32", **options) -> Result:
     """Values and gradients of `case` in `dtype`, by the subject's implementation."""
+    if dtype == "float64" and subject.widest != dtype:
+        pytest.skip(f"{subject.implementation} computes in {subject.widest}")
     compiled = _compiled(subject, tuple(sorted(options.items())))
     return _run(compiled, case, cotangents, dtype)
 

@@ -1,14 +1,17 @@
 """What the laws are tested on: every implementation of every op, and the inputs they are given."""
 
+import contextlib
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
+from pallas_kernels import common
 from xlstm_jax import cells, ops
 
 B, H, K, V = 2, 2, 8, 12
 L = 8  # the chunk of every chunkwise call here
+KERNELS = ("pallas_tpu",)  # those that an interpreter runs on any device
 LENGTHS = (1, L - 1, L, L + 1, 3 * L + 5)
 
 
@@ -21,6 +24,22 @@ class Subject(NamedTuple):
     @property
     def op(self) -> str:
         return self.variant.split("_")[0]
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it is written for a device that is not here, so that tests interpret it."""
+        return self.implementation in KERNELS
+
+    def where_it_runs(self) -> contextlib.AbstractContextManager:
+        """What its calls are traced in."""
+        if not self.is_kernel:
+            return contextlib.nullcontext()
+        return common.interpreted(lanes=L)
+
+    @property
+    def widest(self) -> str:
+        """The widest dtype it computes in."""
+        return "float32" if self.is_kernel else "float64"
 
     def exact(self, dtype: str) -> dict[str, Any]:
         """Options under which the laws hold to rounding: eps is added in units of exp(m)."""
@@ -44,6 +63,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 PRIMARY = ("mlstm", "slstm", "lstm")
 
 
+def implementations(op: str) -> dict[str, str | None]:
+    """As `ops.implementations`, where kernels are interpreted."""
+    with common.interpreted(lanes=L):
+        return ops.implementations(op)
+
+
 def subjects(*variants: str, quick: tuple[str, ...] = tuple(OPTIONS)):
     """A decorator: the test runs on every implementation of these variants (none named: of all).
 
@@ -52,7 +77,7 @@ def subjects(*variants: str, quick: tuple[str, ...] = tuple(OPTIONS)):
     """
     cases = []
     for variant in variants or OPTIONS:
-        for name, refusal in ops.implementations(variant.split("_")[0]).items():
+        for name, refusal in implementations(variant.split("_")[0]).items():
             marks = [] if refusal is None else [pytest.mark.skip(reason=refusal)]
             marks += [] if variant in quick else [pytest.mark.slow]
             cases.append(pytest.param(Subject(variant, name), id=f"{variant}-{name}", marks=marks))

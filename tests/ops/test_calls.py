@@ -46,12 +46,11 @@ def arguments(op: str, T: int = 5, dtype="float32") -> dict[str, jax.Array]:
 @subjects(quick=PRIMARY)
 def test_bfloat16_inputs_give_float32_states_and_bfloat16_h(subject):
     case = make_case(subject.variant, 29)
-    arrays = {**case.inputs, **case.weights}
-    call = lambda arrays: runs.OPS[subject.op](  # noqa: E731
-        **arrays, **subject.options, implementation=subject.implementation
+    call = runs.program(subject)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), (case.inputs, case.weights)
     )
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), arrays)
-    h, state = jax.eval_shape(call, shapes)
+    h, state = jax.eval_shape(call, *shapes, None)
     assert h.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in state} == {jnp.dtype("float32")}
 

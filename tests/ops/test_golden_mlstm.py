@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 
+from pallas_kernels import common
 from tests import golden_files
 from tests.ops import runs, tolerances
-from tests.ops.subjects import Case, Subject
-from xlstm_jax import cells, ops
+from tests.ops.subjects import Case, L, Subject, implementations
+from xlstm_jax import cells
 
 NAMES = [
     name for name in golden_files.names("mlstm_cell_*") if name != "mlstm_cell_sigmoid_input_gate"
@@ -17,7 +18,7 @@ KEYS = {"C": "c", "n": "n", "m": "m"}
 
 # `recurrent` is the scan of the cell, so the cell on its own need not be quick.
 every_way = pytest.mark.parametrize(
-    "way", [*ops.implementations("mlstm"), pytest.param("cell", marks=pytest.mark.slow)]
+    "way", [*implementations("mlstm"), pytest.param("cell", marks=pytest.mark.slow)]
 )
 dtypes = pytest.mark.parametrize(
     "dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)]
@@ -45,12 +46,14 @@ def _case(given: dict[str, np.ndarray]) -> Case:
 
 
 def _run(way, case, cotangents, dtype, variant="mlstm", **options):
-    refusal = ops.implementations("mlstm").get(way)
+    refusal = implementations("mlstm").get(way)
     if refusal is not None:
         pytest.skip(refusal)
     if way == "cell":
         options.pop("chunk_size")
     subject = Subject(variant, "truth" if way == "cell" else way)
+    if subject.is_kernel:
+        options["chunk_size"] = common.round_up(options["chunk_size"], L)
     return runs.run(subject, case, cotangents, dtype, **options)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import common
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -19,6 +21,8 @@ class Call:
     V: int
     dtype: jnp.dtype
     platform: str  # "cpu", "gpu" or "tpu"
+    chunk_size: int | None = None
+    named: bool = False  # the implementation was asked for by its name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,7 @@ def choose(op: str, table: Mapping[str, Implementation], name: str, call: Call) 
         raise ValueError(
             f"implementation={name!r} of {op} is not known; use 'auto' or one of: {known}."
         )
+    call = dataclasses.replace(call, named=name != "auto")
     refusals = []
     for candidate in table if name == "auto" else (name,):
         reason = table[candidate].unsupported(call)
@@ -55,11 +60,20 @@ def refusals(table: Mapping[str, Implementation], call: Call) -> dict[str, str |
     return {name: entry.unsupported(call) for name, entry in table.items()}
 
 
+def refuses_tpu_kernel(call: Call) -> str | None:
+    """Why no TPU kernel can serve a call, whatever its sizes, or None."""
+    if call.platform == "tpu" or (call.named and common.interpreter()):
+        return common.refused_dtype(call.dtype)
+    return f"it runs on a TPU, not on {call.platform!r}"
+
+
 def platform() -> str:
     """The platform a computation traced now will run on: that of `jax.default_device`, where set.
 
     That inputs were put elsewhere is not known while tracing.
     """
+    if common.target() is not None:
+        return "tpu"
     device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if device is None:
         return jax.default_backend()

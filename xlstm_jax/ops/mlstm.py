@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.cells.mlstm import MLSTMState, mlstm_init, mlstm_scan
-from xlstm_jax.ops import dispatch
+from xlstm_jax.ops import dispatch, mlstm_pallas
 from xlstm_jax.ops.checks import check_choice, check_length, check_shapes
 from xlstm_jax.ops.dispatch import Implementation
 from xlstm_jax.ops.mlstm_chunkwise import mlstm_chunkwise
@@ -20,6 +20,7 @@ def _recurrent(q, k, v, i, f, state, *, chunk_size, **options):
 
 # Ordered: "auto" takes the first that can serve the call.
 IMPLEMENTATIONS = {
+    "pallas_tpu": Implementation(mlstm_pallas.mlstm_pallas, mlstm_pallas.refusal),
     "chunkwise": Implementation(mlstm_chunkwise),
     "parallel": Implementation(mlstm_parallel),
     "recurrent": Implementation(_recurrent),
@@ -64,7 +65,7 @@ def mlstm(
         ValueError: shapes that do not fit, an unknown gate or implementation, a chunk size below 1.
         NotImplementedError: the implementation cannot serve this call; says why.
     """
-    call = _check(q, k, v, i, f, state, reset, mask)
+    call = _check(q, k, v, i, f, state, reset, mask, chunk_size)
     check_choice("mlstm", "input_gate", input_gate, ("exp", "sigmoid"))
     if not normalize and input_gate == "exp":
         raise ValueError(
@@ -76,9 +77,9 @@ def mlstm(
             f"mlstm: `chunk_size` must be at least 1, got {chunk_size}; "
             "leave it None to let the op choose."
         )
-    if implementation == "auto" and call.T == 1:
-        implementation = "recurrent"  # decoding: a chunk of one step only adds work
     chosen = dispatch.choose("mlstm", IMPLEMENTATIONS, implementation, call)
+    if implementation == "auto" and call.T == 1 and chosen is IMPLEMENTATIONS["chunkwise"]:
+        chosen = IMPLEMENTATIONS["recurrent"]  # decoding: a chunk of one step only adds work
     dtype = state_dtype(q, k, v, i, f)
     if state is None:
         state = mlstm_init(call.B, call.H, call.K, call.V, dtype)
@@ -96,7 +97,7 @@ def _flip(x: jax.Array) -> jax.Array:
     return jnp.flip(x, axis=1)
 
 
-def _check(q, k, v, i, f, state, reset, mask) -> dispatch.Call:
+def _check(q, k, v, i, f, state, reset, mask, chunk_size) -> dispatch.Call:
     arrays = {
         "q": (q, "B T H K"),
         "k": (k, "B T H K"),
@@ -113,4 +114,7 @@ def _check(q, k, v, i, f, state, reset, mask) -> dispatch.Call:
     sizes = check_shapes("mlstm", arrays)
     check_length("mlstm", sizes)
     B, T, H, K, V = (sizes[axis] for axis in "BTHKV")
-    return dispatch.Call(B, T, H, K, V, jnp.dtype(v.dtype), dispatch.platform())
+    # What is float64 anywhere is computed in float64.
+    wide = state_dtype(q, k, v, i, f)
+    dtype = jnp.dtype(v.dtype) if wide == jnp.float32 else wide
+    return dispatch.Call(B, T, H, K, V, dtype, dispatch.platform(), chunk_size)

@@ -17,7 +17,7 @@ TABLES = {
 def implementations(op: str) -> dict[str, str | None]:
     """For each implementation of `op`, None or the sentence why it cannot run here.
 
-    Judged for a float32 call of a common shape on the default device.
+    Judged for a float32 call of a common shape on the default device, asked for by name.
 
     Raises:
         ValueError: there is no such op.
@@ -25,5 +25,6 @@ def implementations(op: str) -> dict[str, str | None]:
     if op not in TABLES:
         known = ", ".join(TABLES)
         raise ValueError(f"op={op!r} has no implementations to list; use one of: {known}.")
-    call = dispatch.Call(1, 128, 1, 128, 128, jnp.dtype(jnp.float32), dispatch.platform())
+    dtype = jnp.dtype(jnp.float32)
+    call = dispatch.Call(1, 128, 1, 128, 128, dtype, dispatch.platform(), named=True)
     return dispatch.refusals(TABLES[op], call)

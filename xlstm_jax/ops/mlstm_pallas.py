@@ -1,0 +1,51 @@
+"""The op `mlstm` by TPU kernels: what they refuse, and the call."""
+
+import functools
+
+import jax.numpy as jnp
+
+from xlstm_jax.cells.mlstm import MLSTMState
+from xlstm_jax.ops.dispatch import Call, refuses_tpu_kernel
+from xlstm_jax.ops.sharded import per_device
+from xlstm_jax.typing import Array, Bool, Float
+
+
+def refusal(call: Call) -> str | None:
+    """Why the kernels cannot serve a call, or None."""
+    reason = refuses_tpu_kernel(call)
+    if reason is not None:
+        return reason
+    from pallas_kernels import tiles
+
+    return tiles.mlstm_refusal(call.K, call.V, call.dtype, call.chunk_size)
+
+
+def mlstm_pallas(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    i: Float[Array, "B T H"],
+    f: Float[Array, "B T H"],
+    state: MLSTMState,
+    *,
+    reset: Bool[Array, "B T"] | None = None,
+    mask: Bool[Array, "B T"] | None = None,
+    **options,
+) -> tuple[Float[Array, "B T H V"], MLSTMState]:
+    """The op `mlstm`; arguments as there. A single step updates the state in place."""
+    from pallas_kernels.mlstm import vjp
+
+    dtype = jnp.result_type(q, k, v)
+    compute = functools.partial(_compute, functools.partial(vjp.mlstm, **options))
+    args = (*(x.astype(dtype) for x in (q, k, v)), i, f, tuple(state), reset, mask)
+    state_axes = ("B H K V", "B H K", "B H")
+    flags = tuple(None if flag is None else "B T" for flag in (reset, mask))
+    axes = ("B T H K", "B T H K", "B T H V", "B T H", "B T H", state_axes, *flags)
+    out_axes = ("B T H V", state_axes)
+    B, _, H, _ = q.shape
+    h, state = per_device(compute, args, axes, out_axes, batch=B, heads=H)
+    return h.astype(v.dtype), MLSTMState(*state)
+
+
+def _compute(kernel, q, k, v, i, f, state, reset, mask):
+    return kernel(q, k, v, i, f, state, reset=reset, mask=mask)
