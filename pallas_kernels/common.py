@@ -65,7 +65,7 @@ def round_up(size: int, multiple: int) -> int:
 
 
 def fill(x: jax.Array, axis: int, size: int, value: float = 0) -> jax.Array:
-    """`x` with `value` behind it along `axis`, up to `size`; `x` itself where nothing is missing."""
+    """`x` with `value` behind it along `axis`, up to `size`; the same array if none is missing."""
     missing = size - x.shape[axis]
     if not missing:
         return x

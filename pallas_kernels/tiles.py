@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import common
+from pallas_kernels.slstm import sizes
 
 MIB = 1 << 20
 
@@ -35,7 +36,7 @@ CHIPS = {
 }
 
 SCOPED_BYTES = 16 * MIB
-"""What a kernel may take of VMEM unless it asks for more; XLA keeps the rest for other operations."""
+"""What a kernel may take of VMEM unless it asks for more; XLA uses the rest between kernels."""
 
 
 class Tile(NamedTuple):
@@ -131,6 +132,29 @@ def _too_wide(K, V, dtype, chunk_size, chip) -> str:
     return f"{sentence}; K = V = {width} fits: use more heads"
 
 
+def slstm_vmem_bytes(chip: str | None = None) -> int:
+    """What the sLSTM kernels may take of VMEM: all of a small one, half of a large one."""
+    chip = chip or current_chip()
+    if common.interpreter() or chip is None:
+        return SCOPED_BYTES
+    return max(SCOPED_BYTES, CHIPS[chip].vmem_bytes // 2)
+
+
+def slstm_refusal(K: int, dtype: jnp.dtype, chip: str | None = None) -> str | None:
+    """Why no sLSTM kernel serves heads of width K, with a width that is served; None: one does."""
+    reason = common.refused_dtype(jnp.dtype(dtype))
+    if reason is not None:
+        return reason
+    vmem = slstm_vmem_bytes(chip)
+    widest = sizes.widest(jnp.dtype(dtype), vmem)
+    if common.round_up(K, common.lanes()) <= widest:
+        return None
+    return (
+        f"the recurrent weights of heads of K={K} in {dtype} do not fit {vmem / MIB:.0f} MiB of "
+        f"VMEM; K={widest} fits: use more heads"
+    )
+
+
 def mlstm_vmem_bytes(tile: Tile, K: int, V: int, dtype: jnp.dtype) -> int:
     """What the backward kernel, the larger one, takes of VMEM.
 
@@ -156,8 +180,13 @@ def mlstm_vmem_limit(tile: Tile, K: int, V: int, dtype: jnp.dtype) -> int | None
 def _fitting(K, V, dtype, chunk_size, chip) -> Tile | None:
     """The table's tile, or the next smaller one that fits the chip's memory."""
     best = _nearest(chip, K, V)
+    if jnp.dtype(dtype) == jnp.float32:
+        # A product is six there: what starting a block costs does not count, the code's size does.
+        best = best._replace(chunks_per_block=1)
     if chunk_size is not None:
-        blocks = max(1, best.chunk * best.chunks_per_block // chunk_size)
+        blocks = min(
+            best.chunks_per_block, max(1, best.chunk * best.chunks_per_block // chunk_size)
+        )
         sizes = [Tile(chunk_size, best.strip, blocks)]
     else:
         sizes = [best]

@@ -20,7 +20,7 @@ TINY = 2.0**-120
 """Lower bound of the normaliser, where exp(-m) has underflowed and the query meets nothing."""
 
 READ_FLOOR = -20.0
-"""Lowest log-scale at which a memory is read: exp(-m) of anything lower nears the end of float32."""
+"""Lowest log-scale at which a memory is read: far below, exp(-m) is no float32."""
 
 GRID = 2.0**10
 """Steps per unit of the coarse part of a sum: exact in float32 up to 2^14 in magnitude."""
@@ -35,7 +35,7 @@ class LogGates(NamedTuple):
 
 
 class Decays(NamedTuple):
-    """Log decays of N chunks, and the log-scale m of every position; leaves `B H N L` or `B H N`."""
+    """Log decays of N chunks, and the log-scale m of every position; `B H N L` unless said."""
 
     log_i: jax.Array
     coarse: jax.Array  # sum of log f from the chunk's start up to each position, on the grid

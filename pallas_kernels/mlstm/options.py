@@ -32,6 +32,12 @@ class Options(NamedTuple):
         """Sum of the tiles along the last axis: the same total later, with fewer shuffles."""
         return sum(x[:, start : start + self.lanes] for start in range(0, x.shape[1], self.lanes))
 
+    def metadata(self) -> dict[str, str]:
+        """Words that XLA repeats in its message, should VMEM overflow while compiling."""
+        tile = f"chunk {self.chunk}, {self.chunks_per_block} a block"
+        smaller = max(self.lanes, self.chunk // 2)
+        return {"tile": tile, "if_vmem_overflows": f"pass chunk_size={smaller}"}
+
     def compiler_params(self) -> pltpu.CompilerParams:
         """For a grid of batch, heads and blocks of chunks in their order."""
         return pltpu.CompilerParams(

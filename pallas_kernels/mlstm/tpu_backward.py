@@ -104,6 +104,7 @@ def mlstm_backward(
         compiler_params=options.compiler_params(),
         cost_estimate=cost.backward(options, B, T, H, K, V, q.dtype),
         interpret=options.interpret,
+        metadata=options.metadata(),
         name="mlstm_backward",
     )(rows, q, k, v, dh, *outputs, C_starts, n_starts, dC, dn)
     # The sum over a whole state is left spread over the first lanes of its chunk.

@@ -94,6 +94,7 @@ def mlstm_forward(
         compiler_params=options.compiler_params(),
         cost_estimate=cost.forward(options, B, T, H, K, V, q.dtype, save=save),
         interpret=options.interpret,
+        metadata=options.metadata(),
         name="mlstm_forward",
     )(rows, q, k, v, C, n)
     return Forward(*found, *([] if save else [None] * 3))

@@ -6,8 +6,8 @@ import pytest
 
 from tests import golden_files
 from tests.ops import runs, tolerances
-from tests.ops.subjects import Case, Subject
-from xlstm_jax import cells, ops
+from tests.ops.subjects import Case, Subject, implementations
+from xlstm_jax import cells
 
 NAMES = golden_files.names("slstm_cell_*")
 LEAVES = {"slstm": ("h", "c", "n", "m"), "lstm": ("h", "c")}  # their order in a file
@@ -17,7 +17,7 @@ STATES = {"slstm": cells.SLSTMState, "lstm": cells.LSTMState}
 def _ways():
     for name in NAMES:
         op = golden_files.load(name).config["function"]
-        yield from ((name, way) for way in [*ops.implementations(op), "cell"])
+        yield from ((name, way) for way in [*implementations(op), "cell"])
 
 
 def _gates(x: np.ndarray, num_heads: int) -> np.ndarray:
@@ -70,7 +70,7 @@ def test_both_layouts_of_the_parameters_in_a_file_are_the_same(name):
 def test_values_states_and_gradients_equal_the_golden_file(name, way, dtype):
     golden = golden_files.load(name)
     op, H = golden.config["function"], golden.config["num_heads"]
-    refusal = ops.implementations(op).get(way)
+    refusal = implementations(op).get(way)
     if refusal is not None:
         pytest.skip(refusal)
     tolerance, d_tolerance = (1e-10, 1e-10) if dtype == "float64" else (2e-5, 2e-4)

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.cells.lstm import LSTMState, lstm_scan
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.checks import check_length, check_shapes
@@ -60,4 +61,7 @@ def check_gated(op: str, x, r, b, state, reset, mask) -> dispatch.Call:
     sizes = check_shapes(op, arrays)
     check_length(op, sizes)
     B, T, H, K = (sizes[axis] for axis in "BTHK")
-    return dispatch.Call(B, T, H, K, K, jnp.dtype(x.dtype), dispatch.platform())
+    # What is float64 anywhere is computed in float64.
+    wide = state_dtype(x, r)
+    dtype = jnp.dtype(x.dtype) if wide == jnp.float32 else wide
+    return dispatch.Call(B, T, H, K, K, dtype, dispatch.platform())

@@ -5,7 +5,7 @@ recurrence crosses a sequence or a head, so `shard_map` needs no communication.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,26 +30,26 @@ def per_device(
         batch, heads: sizes of these axes. A mesh axis that does not divide them is not used:
             its devices then compute the same.
     """
-    batch_axes, head_axes = _usable(batch, BATCH_AXES), _usable(heads, (HEAD_AXIS,))
-    if not batch_axes and not head_axes:
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    # Within a `shard_map` of the caller some axes, or all, are placed already.
+    free = {name for name, kind in kinds.items() if kind != AxisType.Manual}
+    if not free:
         return fn(*args)
+    batch_axes = _dividing(batch, [name for name in BATCH_AXES if name in free], mesh.shape)
+    head_axes = _dividing(heads, [name for name in (HEAD_AXIS,) if name in free], mesh.shape)
 
     def spec(letters: str) -> P:
         placed = {"B": batch_axes or None, "H": head_axes or None}
         return P(*(placed.get(letter) for letter in letters.split()))
 
     specs = jax.tree.map(spec, (axes, out_axes))
-    mesh = jax.sharding.get_abstract_mesh()
-    names = set(batch_axes + head_axes)
     mapped = jax.shard_map(
-        fn, mesh=mesh, in_specs=specs[0], out_specs=specs[1], axis_names=names, check_vma=False
+        fn, mesh=mesh, in_specs=specs[0], out_specs=specs[1], axis_names=free, check_vma=False
     )
     return mapped(*args)
 
 
-def _usable(size: int, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes of the active mesh among `names` that XLA still places, if they divide `size`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    free = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    found = tuple(n for n in names if free.get(n) == AxisType.Auto and mesh.shape[n] > 1)
-    return found if size % math.prod(mesh.shape[n] for n in found) == 0 else ()
+def _dividing(size: int, names: list[str], lengths: Mapping[str, int]) -> tuple[str, ...]:
+    """These axes of a mesh, if together they divide `size`."""
+    return tuple(names) if size % math.prod(lengths[name] for name in names) == 0 else ()

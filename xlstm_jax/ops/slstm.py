@@ -1,7 +1,7 @@
 """The sLSTM over a sequence."""
 
 from xlstm_jax.cells.slstm import SLSTMState
-from xlstm_jax.ops import dispatch
+from xlstm_jax.ops import dispatch, slstm_pallas
 from xlstm_jax.ops.checks import check_choice
 from xlstm_jax.ops.dispatch import Implementation
 from xlstm_jax.ops.lstm import check_gated
@@ -9,7 +9,10 @@ from xlstm_jax.ops.slstm_scan import slstm_scan
 from xlstm_jax.typing import Array, Bool, Float
 
 # Ordered: "auto" takes the first that can serve the call.
-IMPLEMENTATIONS = {"scan": Implementation(slstm_scan)}
+IMPLEMENTATIONS = {
+    "pallas_tpu": Implementation(slstm_pallas.slstm_pallas, slstm_pallas.refusal),
+    "scan": Implementation(slstm_scan),
+}
 
 
 def slstm(

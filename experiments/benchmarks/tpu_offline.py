@@ -1,0 +1,137 @@
+"""Compiling for TPUs that are not here, and reading the schedule of every kernel off the compiler.
+
+Needs libtpu (`pip install xlstm-jax[tpu]`), no TPU. A kernel's scheduled bundles are the cycles of
+one step of its grid, before any waiting for memory: a lower bound, good for comparison. Where a
+kernel holds an inner loop, its body is counted once.
+"""
+
+import atexit
+import contextlib
+import functools
+import glob
+import os
+import re
+import shutil
+import tempfile
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from pallas_kernels import common
+
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "v7x": "tpu7x:2x2x1",
+}
+
+
+KERNEL = r"(?:mlstm|slstm)_(?:forward|backward|decode)"
+
+
+class Schedule(NamedTuple):
+    """One kernel as the compiler has laid it out."""
+
+    bundles: int
+    spills: int  # vectors stored for lack of registers
+    matrix_share: float  # of the slots of the matrix units, how many are taken
+    vector_share: float  # the same of the arithmetic slots
+
+
+def start(*, schedules: bool = False) -> None:
+    """Prepare libtpu, before its first use in a process.
+
+    Args:
+        schedules: have it write down how it lays out everything it compiles; takes several times
+            as long.
+    """
+    os.environ |= {
+        # Without a TPU there is nobody to ask and nothing to lock.
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    if schedules:
+        options = f"--xla_jf_dump_to={_folder()} --xla_jf_dump_llo_text=true"
+        os.environ["LIBTPU_INIT_ARGS"] = options
+
+
+@functools.cache
+def _folder() -> str:
+    """Where libtpu writes its schedules."""
+    folder = tempfile.mkdtemp(prefix="tpu-schedules-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def devices(topology: str) -> tuple:
+    """The devices of a topology such as "v5e:4x4"."""
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    return tuple(found.devices)
+
+
+def compile_for(
+    chip: str, fn, *args, mesh: Mesh | None = None, shardings=None, donate: int | None = None
+) -> jax.stages.Compiled:
+    """`fn` compiled for arguments of these shapes, for one chip or for a mesh of its topology.
+
+    Args:
+        chip: a key of `TOPOLOGIES`.
+        fn: a pure function.
+        args: trees of `jax.ShapeDtypeStruct`.
+        mesh: of the chip's devices; None: the first of them alone.
+        shardings: for a mesh, a sharding for every array, in a tree like `args`.
+        donate: the number of an argument whose memory the results may take.
+    """
+    if mesh is None:
+        place = SingleDeviceSharding(devices(TOPOLOGIES[chip])[0])
+        shardings = jax.tree.map(lambda _: place, args)
+    args = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), args, shardings
+    )
+    on_mesh = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+    with common.compiled_for(chip), on_mesh:
+        return jax.jit(fn, donate_argnums=donate).lower(*args).compile()
+
+
+def kernels(compiled: jax.stages.Compiled) -> set[str]:
+    """The names of our kernels in a program."""
+    lines = [line for line in compiled.as_text().splitlines() if '"tpu_custom_call"' in line]
+    return {name for line in lines for name in re.findall(KERNEL, line)}
+
+
+def schedules() -> dict[str, Schedule]:
+    """Those of our kernels compiled since this was last asked, by name."""
+    found = {}
+    for path in glob.glob(f"{_folder()}/*schedule-analysis_final_bundles.txt"):
+        stem = re.sub(r"-\d+-schedule-analysis_final_bundles\.txt$", "", path)
+        match = re.search(r"total scheduled bundles: *(\d+)", _read(path))
+        kernel = re.search(KERNEL, os.path.basename(stem))
+        utilisation = glob.glob(f"{glob.escape(stem)}-*per-bundle-utilization.txt")
+        if match and kernel and utilisation:
+            found[kernel[0]] = _schedule(int(match[1]), _read(utilisation[0]))
+    for path in glob.glob(f"{_folder()}/*"):
+        os.remove(path)
+    return found
+
+
+def _schedule(bundles: int, table: str) -> Schedule:
+    """From the compiler's table: a line of slot names, one of their capacities, one per bundle."""
+    lines = table.splitlines()
+    names = [name.strip() for name in lines[1].split(",")]
+    capacity = dict(zip(names, map(int, lines[2].split()), strict=True))
+    rows = [list(map(int, line.split())) for line in lines[4:] if line.strip()]
+    used = dict(zip(names, map(sum, zip(*rows, strict=True)), strict=True))
+    share = lambda slot: used[slot] / capacity[slot] / len(rows)  # noqa: E731
+    return Schedule(bundles, used["VSTORE:SPILL"], share("MXU"), share("VALU"))
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()

@@ -1,0 +1,163 @@
+"""Which tiles should the mLSTM kernels take on each TPU?
+
+An answer: for every chip and head width the candidates that compile, ranked by what bounds them,
+the matrix units or the memory; the best goes into the table of `pallas_kernels/tiles.py`.
+
+    python experiments/benchmarks/tpu_tiles.py --out RESULT.json
+    python experiments/benchmarks/tpu_tiles.py --write RESULT.json
+
+No TPU is needed: kernels are compiled by libtpu and their schedules read. Times are lower bounds
+from bundles, clock and traffic; nothing is timed. Candidates that do not fit VMEM are dropped and
+listed. Every candidate stores some vectors for lack of registers; how many is in the result.
+"""
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import pathlib
+import re
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from experiments.benchmarks import tpu_offline
+from pallas_kernels import tiles
+from pallas_kernels.mlstm import cost
+from pallas_kernels.mlstm.options import Options
+from pallas_kernels.mlstm.tpu_backward import mlstm_backward
+from pallas_kernels.mlstm.tpu_forward import mlstm_forward
+from pallas_kernels.tiles import CHIPS, MIB, Tile
+
+CANDIDATES = {  # by the side of the matrix unit
+    128: [Tile(128, 128, 2), Tile(128, 128, 4), Tile(256, 128, 1), Tile(256, 128, 2)]
+    + [Tile(256, 128, 4), Tile(512, 128, 1)],
+    256: [Tile(128, 128, 4), Tile(256, 256, 1), Tile(256, 256, 2), Tile(512, 256, 1)]
+    + [Tile(512, 256, 2)],
+}
+WIDTHS = [(128, 256), (256, 512), (512, 512), (1024, 1024)]
+LENGTH = 8192  # of the sequences whose traffic is counted
+FILE = pathlib.Path(tiles.__file__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    chips: tuple[str, ...] = tuple(CHIPS)
+    widths: tuple[tuple[int, int], ...] = tuple(WIDTHS)  # K and V of a head
+    out: pathlib.Path | None = None  # where to write what was found, as JSON
+    write: pathlib.Path | None = None  # a result: put its best rows into the table
+
+
+def calls(
+    tile: Tile, K: int, V: int, dtype=jnp.dtype(jnp.bfloat16), *, resets: bool = False
+) -> dict[str, Any]:
+    """The kernels of one head over a few chunks, with the shapes of their arguments."""
+    B = H = 1
+    T = 2 * tile.chunk * tile.chunks_per_block
+    options = Options(
+        chunk=tile.chunk,
+        strip=tile.strip,
+        chunks_per_block=tile.chunks_per_block,
+        max_state=True,
+        normalize=True,
+        eps=1e-6,
+        normalizer_grad=True,
+        resets=resets,
+        saved_dtype=dtype,
+        vmem_bytes=tiles.mlstm_vmem_limit(tile, K, V, dtype),
+        lanes=128,
+        interpret=False,
+    )
+    shape = lambda *sizes, of=dtype: jax.ShapeDtypeStruct(sizes, of)  # noqa: E731
+    f32 = functools.partial(shape, of=jnp.float32)
+    rows, q, v = f32(B, H, 8, T), shape(B, T, H * K), shape(B, T, H * V)
+    C, n, N = f32(B, H, K, V), f32(B, H, 1, K), T // tile.chunk
+    saved = (shape(B, H, N, K, V), f32(B, H, N, 1, K))
+    return {
+        "mlstm_forward": (
+            lambda *args: tuple(mlstm_forward(options, *args, save=True)),
+            (rows, q, q, v, C, n),
+            cost.forward(options, B, LENGTH, H, K, V, dtype, save=True),
+        ),
+        "mlstm_backward": (
+            lambda *args: tuple(mlstm_backward(options, *args)),
+            (rows, q, q, v, v, v, *saved, C, n),
+            cost.backward(options, B, LENGTH, H, K, V, dtype),
+        ),
+    }
+
+
+def examine(chip: str, tile: Tile, K: int, V: int) -> dict[str, Any]:
+    """Bundles and traffic per token and head of both kernels, and the time they bound."""
+    row: dict[str, Any] = {"chip": chip, "K": K, "V": V, "tile": list(tile)}
+    row["vmem_mib"] = round(tiles.mlstm_vmem_bytes(tile, K, V, jnp.dtype(jnp.bfloat16)) / MIB, 1)
+    if row["vmem_mib"] * MIB > CHIPS[chip].vmem_bytes:
+        return {**row, "dropped": "needs more VMEM than there is, by estimate"}
+    clock = CHIPS[chip].flops_per_second / CHIPS[chip].flops_per_bundle
+    bound = 0.0
+    for name, (fn, shapes, work) in calls(tile, K, V).items():
+        try:
+            tpu_offline.compile_for(chip, fn, *shapes)
+            schedule = tpu_offline.schedules()[name]
+        except jax.errors.JaxRuntimeError as error:
+            return {**row, "dropped": str(error).splitlines()[0]}
+        span = tile.chunk * tile.chunks_per_block
+        memory = work.bytes_accessed / LENGTH / CHIPS[chip].hbm_bytes_per_second
+        compute = schedule.bundles / span / clock
+        bound += max(memory, compute)
+        row[name] = {
+            "bundles_per_token": round(schedule.bundles / span, 2),
+            "spills_per_token": round(schedule.spills / span, 2),
+            "matrix_share": round(schedule.matrix_share, 3),
+            "bytes_per_token": round(work.bytes_accessed / LENGTH),
+            "compute_ns": round(1e9 * compute, 2),
+            "memory_ns": round(1e9 * memory, 2),
+        }
+    return {**row, "bound_ns": round(1e9 * bound, 2)}
+
+
+def best(rows: list[dict[str, Any]]) -> dict[tuple[str, int, int], Tile]:
+    """For each chip and width the candidate with the lowest bound."""
+    found: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for row in rows:
+        key = (row["chip"], row["K"], row["V"])
+        if "bound_ns" in row and row["bound_ns"] < found.get(key, {"bound_ns": 1e9})["bound_ns"]:
+            found[key] = row
+    return {key: Tile(*row["tile"]) for key, row in found.items()}
+
+
+def fill_table(rows: list[dict[str, Any]]) -> None:
+    """Put the best rows into the source of `tiles.TABLE`."""
+    lines = [
+        f'    ("{chip}", {K}, {V}): Tile({tile.chunk}, {tile.strip}, {tile.chunks_per_block}),\n'
+        for (chip, K, V), tile in sorted(best(rows).items())
+    ]
+    source = FILE.read_text(encoding="utf-8")
+    table = "TABLE = {\n" + "".join(lines) + "}\n"
+    FILE.write_text(re.sub(r"TABLE = \{\n.*?\n\}\n", table, source, count=1, flags=re.DOTALL))
+
+
+def main(args: Arguments) -> int:
+    if args.write is not None:
+        fill_table(json.loads(args.write.read_text(encoding="utf-8"))["rows"])
+        return 0
+    tpu_offline.start(schedules=True)
+    rows = []
+    for chip in args.chips:
+        for K, V in args.widths:
+            for tile in CANDIDATES[CHIPS[chip].matrix_unit]:
+                rows.append(examine(chip, tile, K, V))
+                print(json.dumps(rows[-1]), flush=True)
+    if args.out is not None:
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+        result = {"date": f"{datetime.date.today()}", "versions": versions, "rows": rows}
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Arguments, description=__doc__)))

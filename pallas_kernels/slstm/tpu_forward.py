@@ -1,0 +1,192 @@
+"""The sLSTM over a sequence as one TPU kernel; the weights of a head are fetched once.
+
+Time is the last axis of the grid, and the block of weights does not depend on it. The memory is
+carried in the block of the final state, which stays on the chip until its program is through.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.slstm import packed
+from pallas_kernels.slstm.sizes import Blocks
+
+NEG = -1e30
+"""The log of nothing; finite, so that NEG - NEG is 0 and not NaN."""
+
+RESET, MASKED = 1, 2
+"""Bits of a flag: the memory before the step is empty; the step does not exist."""
+
+
+def slstm_forward(
+    x: jax.Array,
+    words: jax.Array,
+    bias: jax.Array,
+    state: jax.Array,
+    flags: jax.Array | None,
+    *,
+    blocks: Blocks,
+    forget_gate: str,
+    save: bool,
+    save_gates: bool,
+    vmem_bytes: int,
+    interpret,
+) -> tuple[jax.Array, ...]:
+    """All steps, in sizes that are multiples of their blocks.
+
+    Args:
+        x: pre-activations `T H B 4K`, the gates i, f, z, o one behind the other.
+        words: packed recurrent weights, `H terms K/2 4K`.
+        bias: `H 1 4K` in float32.
+        state: c, n, h and m before the first step, `4 H B K` in float32.
+        flags: `T B lanes` in int32, the same in every lane, or None where all of them are 0.
+        blocks: the division among programs.
+        forget_gate: "sigmoid" or "exp".
+        save: also return what the gradient needs.
+        save_gates: and the gates.
+        vmem_bytes: bytes of VMEM the kernel may use.
+        interpret: what `pallas_call` takes.
+
+    Returns h after each step `T H B K` in the dtype of x (also where a step is masked: the h of the
+    memory), the state after the last step `4 H B K`; with `save` h (in the dtype of x), c, n and m
+    as each step sees them, `T H B K`, and with `save_gates` the gates `T H B 4K` in float32.
+    """
+    T, H, B, width = x.shape
+    K = width // 4
+    shape = jax.ShapeDtypeStruct
+    sequence = functools.partial(sequence_spec, blocks, lambda t: t)
+    whole = pl.BlockSpec((4, blocks.heads, blocks.rows, K), lambda h, b, t: (0, h, b, 0))
+    outputs = [
+        (sequence(K), shape((T, H, B, K), x.dtype)),
+        (whole, shape(state.shape, jnp.float32)),
+    ]
+    if save:
+        outputs.append((sequence(K), shape((T, H, B, K), x.dtype)))
+        outputs += [(sequence(K), shape((T, H, B, K), jnp.float32))] * 3
+    if save_gates:
+        outputs.append((sequence(width), shape(x.shape, jnp.float32)))
+    by_head = pl.BlockSpec((blocks.heads, 1, width), lambda h, b, t: (h, 0, 0))
+    specs = [sequence(width), weights_spec(words, blocks), by_head, whole]
+    if flags is not None:
+        specs.append(flags_spec(flags, blocks, lambda t: t))
+    arguments = (x, words, bias, state, *(() if flags is None else (flags,)))
+    out_specs, out_shape = zip(*outputs, strict=True)
+    results = pl.pallas_call(
+        functools.partial(
+            _body,
+            unroll=blocks.unroll,
+            forget_gate=forget_gate,
+            flagged=flags is not None,
+        ),
+        grid=(H // blocks.heads, B // blocks.rows, T // blocks.steps),
+        in_specs=specs,
+        out_specs=list(out_specs),
+        out_shape=list(out_shape),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=T * H * B * K * (8 * K + 20),
+            transcendentals=T * H * B * K * (6 if forget_gate == "sigmoid" else 4),
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in (*arguments, *out_shape)),
+        ),
+        interpret=interpret,
+        name="slstm_forward",
+    )(*arguments)
+    return tuple(results)
+
+
+def sequence_spec(blocks: Blocks, at, width: int) -> pl.BlockSpec:
+    """Blocks of an array `T H B width`; `at` gives the block of time of a program."""
+    shape = (blocks.steps, blocks.heads, blocks.rows, width)
+    return pl.BlockSpec(shape, lambda h, b, t: (at(t), h, b, 0))
+
+
+def weights_spec(words: jax.Array, blocks: Blocks) -> pl.BlockSpec:
+    """Blocks of packed weights; one buffer, as they change only with the heads."""
+    shape = (blocks.heads, *words.shape[1:])
+    return pl.BlockSpec(shape, lambda h, b, t: (h, 0, 0, 0), pipeline_mode=pl.Buffered(1))
+
+
+def flags_spec(flags: jax.Array, blocks: Blocks, at) -> pl.BlockSpec:
+    """Blocks of flags `T B lanes`."""
+    shape = (blocks.steps, blocks.rows, flags.shape[-1])
+    return pl.BlockSpec(shape, lambda h, b, t: (at(t), b, 0))
+
+
+def read_flags(flags: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    """Whether each element of `B width` is reset and whether it is masked, from `B lanes`."""
+    wide = jnp.concatenate([flags] * (width // flags.shape[-1]), axis=1)
+    return wide & RESET != 0, wide & MASKED != 0
+
+
+def log_forget(f: jax.Array, forget_gate: str) -> jax.Array:
+    """log of the factor that f becomes."""
+    if forget_gate == "exp":
+        return f
+    return jnp.minimum(f, 0.0) - jnp.log1p(jnp.exp(-jnp.abs(f)))
+
+
+def scales(i: jax.Array, log_f: jax.Array, n: jax.Array, m: jax.Array) -> tuple[jax.Array, ...]:
+    """The factors of old and new memory, the new log-scale, and whether it came from the old one.
+
+    Where nothing is stored yet (n = 0) the old scale does not count.
+    """
+    kept = jnp.where(n == 0.0, NEG, log_f + m)
+    difference = kept - i
+    from_old = difference >= 0.0
+    # One of the two factors is exp(0).
+    smaller = jnp.exp(-jnp.abs(difference))
+    f_scaled = jnp.where(from_old, 1.0, smaller)
+    i_scaled = jnp.where(from_old, smaller, 1.0)
+    return f_scaled, i_scaled, jnp.maximum(kept, i), from_old
+
+
+def step(gates: jax.Array, c: jax.Array, n: jax.Array, m: jax.Array, forget_gate: str):
+    """c, n, h and m after a step, from `B 4K` gates and the memory before."""
+    i, f, z, o = split_gates(gates)
+    f_scaled, i_scaled, m, _ = scales(i, log_forget(f, forget_gate), n, m)
+    c = f_scaled * c + i_scaled * jnp.tanh(z)
+    n = f_scaled * n + i_scaled
+    # sigmoid(o) c / n with one division; where exp(-o) overflows the quotient is 0, as it should.
+    return c, n, c / (n * (1.0 + jnp.exp(-o))), m
+
+
+def split_gates(gates: jax.Array) -> list[jax.Array]:
+    """i, f, z and o out of `B 4K`."""
+    K = gates.shape[-1] // 4
+    return [gates[..., g * K : (g + 1) * K] for g in range(4)]
+
+
+def _body(x, words, bias, first, *refs, unroll, forget_gate, flagged):
+    flags, (h_out, last, *saved) = (refs[0], refs[1:]) if flagged else (None, refs)
+    steps, heads, _, K = h_out.shape
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        last[...] = first[...]
+
+    def advance(t, head, state):
+        reset, masked = (None, None) if flags is None else read_flags(flags[t], K)
+        c, n, h, m = state if reset is None else [jnp.where(reset, 0.0, leaf) for leaf in state]
+        gates = x[t, head].astype(jnp.float32) + bias[head] + packed.times(h, words[head])
+        for ref, value in zip(saved, (h, c, n, m, gates), strict=False):
+            ref[t, head] = value.astype(ref.dtype)
+        new = step(gates, c, n, m, forget_gate)
+        if masked is not None:
+            new = [jnp.where(masked, old, leaf) for old, leaf in zip(state, new, strict=True)]
+        h_out[t, head] = new[2].astype(h_out.dtype)
+        return new
+
+    @pl.loop(0, steps // unroll)
+    def _(turn):
+        states = [[last[leaf, head] for leaf in range(4)] for head in range(heads)]
+        for part in range(unroll):
+            t = turn * unroll + part
+            states = [advance(t, head, states[head]) for head in range(heads)]
+        for head in range(heads):
+            for leaf in range(4):
+                last[leaf, head] = states[head][leaf]

@@ -1,0 +1,59 @@
+"""The calls of the ops that are compiled: shapes of a model's layer, functions of arrays alone."""
+
+import jax
+import jax.numpy as jnp
+
+from xlstm_jax import cells, ops
+
+B, H = 4, 8
+
+
+def shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def mlstm(T: int, K: int, V: int, dtype=jnp.bfloat16, *, flags: bool = False, **options):
+    """A call of `ops.mlstm` on what projections yield, and the shapes of its arguments."""
+    memory = cells.MLSTMState(shape(B, H, K, V), shape(B, H, K), shape(B, H))
+    gates = shape(B, T, H, dtype=dtype)
+    joined = (shape(B, T, H * width, dtype=dtype) for width in (K, K, V))
+    args = (*joined, gates, gates, memory)
+    if flags:
+        args = (*args, shape(B, T, dtype=bool), shape(B, T, dtype=bool))
+
+    def call(q, k, v, i, f, state, reset=None, mask=None):
+        q, k, v = (x.reshape(B, T, H, -1) for x in (q, k, v))
+        options_ = dict(reset=reset, mask=mask, implementation="pallas_tpu", **options)
+        h, state = ops.mlstm(q, k, v, i, f, state, **options_)
+        return h.reshape(B, T, -1), state
+
+    return call, args
+
+
+def slstm(T: int, K: int, dtype=jnp.bfloat16, *, flags: bool = False, **options):
+    """A call of `ops.slstm`, and the shapes of its arguments."""
+    memory = cells.SLSTMState(*(shape(B, H, K) for _ in range(4)))
+    args = (shape(B, T, 4, H, K, dtype=dtype), shape(H, K, 4, K), shape(H, 4, K), memory)
+    if flags:
+        args = (*args, shape(B, T, dtype=bool), shape(B, T, dtype=bool))
+
+    def call(x, r, b, state, reset=None, mask=None):
+        flags = dict(reset=reset, mask=mask)
+        return ops.slstm(x, r, b, state, **flags, implementation="pallas_tpu", **options)
+
+    return call, args
+
+
+def gradient(call):
+    """The gradient of a loss on everything that `call` returns, by all its floating arguments."""
+
+    def loss(*args):
+        outputs = jax.tree.leaves(call(*args))
+        return sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in outputs)
+
+    def compute(*args):
+        is_flag = [getattr(a, "dtype", None) == jnp.dtype(bool) for a in args]
+        numbers = tuple(n for n, flag in enumerate(is_flag) if not flag)
+        return jax.grad(loss, argnums=numbers)(*args)
+
+    return compute

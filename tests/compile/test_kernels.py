@@ -1,0 +1,109 @@
+"""Every kernel, forward and gradient, compiles for every chip: one of them, and a mesh of four."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.benchmarks import tpu_offline
+from tests.compile import calls
+
+COLLECTIVES = r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+
+CALLS = {
+    "mlstm": calls.mlstm(512, 256, 512),
+    "mlstm, resets and masks": calls.mlstm(512, 256, 512, flags=True),
+    "mlstm, odd sizes, float32": calls.mlstm(300, 64, 96, jnp.float32),
+    "mlstm, sigmoid, no normaliser": calls.mlstm(
+        256, 128, 256, input_gate="sigmoid", normalize=False
+    ),
+    "slstm": calls.slstm(256, 256),
+    "slstm, resets and masks": calls.slstm(100, 64, flags=True),
+    "slstm, float32": calls.slstm(64, 128, jnp.float32),
+}
+STEPS = {
+    "mlstm": calls.mlstm(1, 256, 512),
+    "mlstm, odd widths": calls.mlstm(1, 64, 96, jnp.float32),
+    "mlstm, resets and masks": calls.mlstm(1, 256, 512, flags=True),
+    "slstm": calls.slstm(1, 256),
+    "slstm, resets and masks": calls.slstm(1, 64, jnp.float32, flags=True),
+}
+
+
+@pytest.mark.parametrize("name", ["mlstm", "slstm"])
+def test_the_forward_pass_compiles(chip, name):
+    call, args = CALLS[name]
+    found = tpu_offline.kernels(tpu_offline.compile_for(chip, call, *args))
+    assert found == {f"{name[:5]}_forward"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_gradient_compiles(chip, name):
+    call, args = CALLS[name]
+    found = tpu_offline.kernels(tpu_offline.compile_for(chip, calls.gradient(call), *args))
+    assert found == {f"{name[:5]}_forward", f"{name[:5]}_backward"}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_single_step_compiles_and_updates_a_donated_state_in_place(chip, name):
+    call, args = STEPS[name]
+    number = 5 if name.startswith("mlstm") else 3
+    compiled = tpu_offline.compile_for(chip, call, *args, donate=number)
+    assert tpu_offline.kernels(compiled) == {f"{name[:5]}_decode"}
+    largest = max(args[number], key=lambda leaf: leaf.size)
+    assert compiled.memory_analysis().alias_size_in_bytes >= largest.size * 4
+    sizes = ",".join(map(str, largest.shape))
+    assert not re.search(rf"= f32\[{sizes}\]\S* copy\(", compiled.as_text())
+
+
+def _mesh(chip: str) -> Mesh:
+    devices = np.array(tpu_offline.devices(tpu_offline.TOPOLOGIES[chip])[:4]).reshape(2, 1, 1, 2)
+    return Mesh(devices, ("data", "fsdp", "seq", "tensor"), axis_types=(AxisType.Auto,) * 4)
+
+
+def _specs(name: str, args):
+    """Batch over data, heads over tensor."""
+    if name == "mlstm":
+        joined, gates = P("data", None, "tensor"), P("data", None, "tensor")
+        return (joined, joined, joined, gates, gates, type(args[5])(*[P("data", "tensor")] * 3))
+    state = type(args[3])(*[P("data", "tensor")] * 4)
+    return (P("data", None, None, "tensor"), P("tensor"), P("tensor"), state)
+
+
+@pytest.mark.parametrize("name", ["mlstm", "slstm"])
+def test_on_a_mesh_no_device_talks_to_another(chip, name):
+    """But for the sum of the recurrent weights' gradient over the batch, as for any weights."""
+    mesh = _mesh(chip)
+    call, args = CALLS[name]
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        _specs(name, args),
+        is_leaf=lambda x: isinstance(x, P),
+    )
+    kwargs = dict(mesh=mesh, shardings=shardings)
+    forward = tpu_offline.compile_for(chip, call, *args, **kwargs).as_text()
+    assert not re.findall(COLLECTIVES, forward)
+    # The cotangents come from a loss that is local, too: none of it is summed over devices.
+    backward = tpu_offline.compile_for(chip, _pulled(call), *args, **kwargs).as_text()
+    found = set(re.findall(COLLECTIVES, backward))
+    assert found <= ({"all-reduce"} if name == "slstm" else set())
+
+
+def _pulled(call):
+    def compute(*args):
+        outputs, pull = jax.vjp(call, *args)
+        return pull(jax.tree.map(jnp.sin, outputs))
+
+    return compute
+
+
+@pytest.mark.parametrize("name", ["mlstm", "slstm"])
+def test_a_mapped_axis_compiles(name):
+    call, args = CALLS[name]
+    mapped = jax.tree.map(lambda x: calls.shape(2, *x.shape, dtype=x.dtype), args)
+    found = tpu_offline.compile_for("v5e", jax.vmap(calls.gradient(call)), *mapped)
+    assert tpu_offline.kernels(found) == {f"{name}_forward", f"{name}_backward"}

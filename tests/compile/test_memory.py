@@ -1,0 +1,37 @@
+"""What does not fit VMEM: refused before lowering, or explained by the compiler."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.benchmarks import tpu_offline, tpu_tiles
+from pallas_kernels import tiles
+from pallas_kernels.tiles import CHIPS, Tile
+from tests.compile import calls
+
+
+def test_a_head_wider_than_vmem_is_refused_before_lowering_with_a_width_that_fits():
+    call, args = calls.mlstm(256, 4096, 4096)
+    with pytest.raises(NotImplementedError, match=r"K=4096.*MiB.*v5e has 128 MiB.*fits"):
+        tpu_offline.compile_for("v5e", call, *args)
+
+
+def test_an_overflow_while_compiling_names_the_tile_and_one_that_fits(monkeypatch):
+    monkeypatch.setattr(tiles, "mlstm_vmem_limit", lambda *args: 1 << 20)
+    fn, shapes, _ = tpu_tiles.calls(Tile(512, 128, 1), 256, 512)["mlstm_backward"]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="chunk_size=256"):
+        tpu_offline.compile_for("v5e", fn, *shapes)
+
+
+@pytest.mark.parametrize("name", ["mlstm_forward", "mlstm_backward"])
+@pytest.mark.parametrize("dtype", [jnp.dtype("bfloat16"), jnp.dtype("float32")], ids=str)
+@pytest.mark.parametrize("K,V", [(256, 512), (1024, 1024)])
+def test_what_the_estimate_allows_compiles_within_it(chip, K, V, dtype, name):
+    """At the tile that the table or the rule gives."""
+    refusal = tiles.mlstm_refusal(K, V, dtype, chip=chip)
+    if refusal is not None:
+        assert tiles.mlstm_vmem_bytes(Tile(128, 128, 1), K, V, dtype) > CHIPS[chip].vmem_bytes
+        return
+    tile = tiles.mlstm(K, V, dtype, 8192, None, chip)
+    fn, shapes, _ = tpu_tiles.calls(tile, K, V, dtype)[name]
+    assert tpu_offline.kernels(tpu_offline.compile_for(chip, fn, *shapes)) == {name}

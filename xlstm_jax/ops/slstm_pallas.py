@@ -1,0 +1,53 @@
+"""The op `slstm` by TPU kernels: what they refuse, and the call."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from xlstm_jax.cells.slstm import SLSTMState, slstm_init
+from xlstm_jax.ops.dispatch import Call, refuses_tpu_kernel
+from xlstm_jax.ops.sharded import per_device
+from xlstm_jax.typing import Array, Bool, Float
+
+
+def refusal(call: Call) -> str | None:
+    """Why the kernels cannot serve a call, or None."""
+    reason = refuses_tpu_kernel(call)
+    if reason is not None:
+        return reason
+    from pallas_kernels import tiles
+
+    return tiles.slstm_refusal(call.K, call.dtype)
+
+
+def slstm_pallas(
+    x: Float[Array, "B T 4 H K"],
+    r: Float[Array, "H K 4 K"],
+    b: Float[Array, "H 4 K"] | None = None,
+    state: SLSTMState | None = None,
+    *,
+    reset: Bool[Array, "B T"] | None = None,
+    mask: Bool[Array, "B T"] | None = None,
+    forget_gate: str = "sigmoid",
+    reverse: bool = False,
+) -> tuple[Float[Array, "B T H K"], SLSTMState]:
+    """The op `slstm`; arguments as there. A single step updates the state in place."""
+    from pallas_kernels import tiles
+    from pallas_kernels.slstm import vjp
+
+    B, _, _, H, K = x.shape
+    state = slstm_init(B, H, K) if state is None else state
+    state = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state)
+    if reverse:
+        x, reset, mask = jax.tree.map(lambda a: jnp.flip(a, 1), (x, reset, mask))
+    kernel = functools.partial(
+        vjp.slstm, forget_gate=forget_gate, vmem_bytes=tiles.slstm_vmem_bytes()
+    )
+    leaves = (state.c, state.n, state.h, state.m)
+    axes = ("B T G H K", "H K G J", None if b is None else "H G K", ("B H K",) * 4)
+    flags = tuple(None if flag is None else "B T" for flag in (reset, mask))
+    out_axes = ("B T H K", ("B H K",) * 4)
+    args = (x, r, b, leaves, reset, mask)
+    h, leaves = per_device(kernel, args, (*axes, *flags), out_axes, batch=B, heads=H)
+    return jnp.flip(h, 1) if reverse else h, SLSTMState(*leaves)
