@@ -1,6 +1,8 @@
 # One virtual environment per Python: .venv for python3, .venv-python3.12 for PYTHON=python3.12.
 PYTHON = python3
 VENV = $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+# With libtpu, which compiles for TPUs that are not here; apart, as it is of no use without them.
+TPU_VENV = .venv-tpu
 # What to add to the command of a target: make test ARGS="tests/cells -x"
 ARGS =
 
@@ -8,7 +10,7 @@ INSTALLED = $(VENV)/.installed
 # Two workers: the tests mostly compile small programs, one core each.
 PYTEST = $(VENV)/bin/python -m pytest -n 2
 
-.PHONY: help install train test test-slow test-all lint
+.PHONY: help install train test test-slow test-compile test-all lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +26,9 @@ test: $(INSTALLED) ## every test that is neither slow nor exhaustive
 test-slow: $(INSTALLED) ## the slow tests
 	$(PYTEST) -m "slow and not exhaustive" $(ARGS)
 
+test-compile: $(TPU_VENV)/.installed ## kernels compiled for v5e, v5p and v6e; without a TPU
+	$(TPU_VENV)/bin/python -m pytest -n 2 tests/compile -m "not slow" $(ARGS)
+
 test-all: $(INSTALLED) ## every test; before a release
 	$(PYTEST) $(ARGS)
 
@@ -38,4 +43,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 		{ echo "xlstm-jax needs Python 3.11 or newer and $(PYTHON) is not; name one that is: make PYTHON=python3.12 $(or $(MAKECMDGOALS),install)" >&2; exit 1; }
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --editable '.[dev]' --constraint constraints.txt
+	@touch $@
+
+$(TPU_VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(TPU_VENV)/bin/pip || $(PYTHON) -m venv $(TPU_VENV)
+	$(TPU_VENV)/bin/python -m pip install --editable '.[dev,tpu]' --constraint constraints.txt
 	@touch $@

@@ -85,7 +85,9 @@ def mlstm(
     if common.interpreter():
         chunk = min(chunk_size or 2 * lanes, whole)
         return _blocks(Tile(chunk, lanes, 2), T)
-    tile = _fitting(K, V, dtype, chunk_size, chip or current_chip())
+    chip = chip or current_chip()
+    tile = None if chip is None else _fitting(K, V, dtype, chunk_size, chip)
+    assert tile is not None  # or else it was refused
     if tile.chunk > whole:
         tile = Tile(whole, _strip(whole, tile.strip), tile.chunks_per_block)
     return _blocks(tile, T)
@@ -121,8 +123,8 @@ def _too_wide(K, V, dtype, chunk_size, chip) -> str:
         f"heads of K={K}, V={V} need {need / MIB:.1f} MiB with chunks of {smallest.chunk}, "
         f"a {chip} has {vmem / MIB:.0f} MiB of VMEM"
     )
-    if chunk_size is not None and _fitting(K, V, dtype, None, chip) is not None:
-        fits = _fitting(K, V, dtype, None, chip)
+    fits = None if chunk_size is None else _fitting(K, V, dtype, None, chip)
+    if fits is not None:
         return f"{sentence}; chunk_size={fits.chunk} fits"
     width = max(
         w

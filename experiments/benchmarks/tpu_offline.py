@@ -95,6 +95,13 @@ def compile_for(
     args = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), args, shardings
     )
+    return compile_placed(chip, fn, *args, mesh=mesh, donate=donate)
+
+
+def compile_placed(
+    chip: str, fn, *args, mesh: Mesh | None = None, donate: int | None = None
+) -> jax.stages.Compiled:
+    """As `compile_for`, of shapes that say where they lie."""
     on_mesh = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
     with common.compiled_for(chip), on_mesh:
         return jax.jit(fn, donate_argnums=donate).lower(*args).compile()
@@ -102,8 +109,24 @@ def compile_for(
 
 def kernels(compiled: jax.stages.Compiled) -> set[str]:
     """The names of our kernels in a program."""
-    lines = [line for line in compiled.as_text().splitlines() if '"tpu_custom_call"' in line]
-    return {name for line in lines for name in re.findall(KERNEL, line)}
+    return {name for line in _calls(compiled) for name in re.findall(KERNEL, line)}
+
+
+def bytes_accessed(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """What each of our kernels has told the compiler of its traffic with HBM."""
+    found = {}
+    for line in _calls(compiled):
+        name, moved = re.search(KERNEL, line), re.search(r'bytes_accessed":"(\d+)"', line)
+        if name and moved:
+            found[name[0]] = int(moved[1])
+    return found
+
+
+def _calls(compiled: jax.stages.Compiled) -> list[str]:
+    """The instructions that call kernels; one with metadata takes several lines."""
+    instruction = r"^\s*(?:ROOT )?%\S+ = "
+    found = re.split(f"(?={instruction})", str(compiled.as_text()), flags=re.MULTILINE)
+    return [text for text in found if '"tpu_custom_call"' in text]
 
 
 def schedules() -> dict[str, Schedule]:

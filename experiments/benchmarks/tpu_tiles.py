@@ -39,6 +39,7 @@ CANDIDATES = {  # by the side of the matrix unit
     256: [Tile(128, 128, 4), Tile(256, 256, 1), Tile(256, 256, 2), Tile(512, 256, 1)]
     + [Tile(512, 256, 2)],
 }
+BFLOAT16 = jnp.dtype(jnp.bfloat16)
 WIDTHS = [(128, 256), (256, 512), (512, 512), (1024, 1024)]
 LENGTH = 8192  # of the sequences whose traffic is counted
 FILE = pathlib.Path(tiles.__file__)
@@ -53,11 +54,10 @@ class Arguments:
 
 
 def calls(
-    tile: Tile, K: int, V: int, dtype=jnp.dtype(jnp.bfloat16), *, resets: bool = False
+    tile: Tile, K: int, V: int, dtype: jnp.dtype = BFLOAT16, *, resets: bool = False
 ) -> dict[str, Any]:
-    """The kernels of one head over a few chunks, with the shapes of their arguments."""
-    B = H = 1
-    T = 2 * tile.chunk * tile.chunks_per_block
+    """The kernels of one head, with the shapes of their arguments and their work."""
+    B, H, T = 1, 1, LENGTH
     options = Options(
         chunk=tile.chunk,
         strip=tile.strip,
@@ -81,12 +81,12 @@ def calls(
         "mlstm_forward": (
             lambda *args: tuple(mlstm_forward(options, *args, save=True)),
             (rows, q, q, v, C, n),
-            cost.forward(options, B, LENGTH, H, K, V, dtype, save=True),
+            cost.forward(options, B, T, H, K, V, dtype, save=True),
         ),
         "mlstm_backward": (
             lambda *args: tuple(mlstm_backward(options, *args)),
             (rows, q, q, v, v, v, *saved, C, n),
-            cost.backward(options, B, LENGTH, H, K, V, dtype),
+            cost.backward(options, B, T, H, K, V, dtype),
         ),
     }
 
@@ -94,7 +94,7 @@ def calls(
 def examine(chip: str, tile: Tile, K: int, V: int) -> dict[str, Any]:
     """Bundles and traffic per token and head of both kernels, and the time they bound."""
     row: dict[str, Any] = {"chip": chip, "K": K, "V": V, "tile": list(tile)}
-    row["vmem_mib"] = round(tiles.mlstm_vmem_bytes(tile, K, V, jnp.dtype(jnp.bfloat16)) / MIB, 1)
+    row["vmem_mib"] = round(tiles.mlstm_vmem_bytes(tile, K, V, BFLOAT16) / MIB, 1)
     if row["vmem_mib"] * MIB > CHIPS[chip].vmem_bytes:
         return {**row, "dropped": "needs more VMEM than there is, by estimate"}
     clock = CHIPS[chip].flops_per_second / CHIPS[chip].flops_per_bundle

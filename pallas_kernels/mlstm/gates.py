@@ -220,7 +220,7 @@ def suffix_sum(
         reset: `B T`; the result is 0 there.
     """
     axis = x.ndim - 1
-    if segment is None:
+    if segment is None or reset is None:
         return jax.lax.cumsum(x, axis=axis, reverse=True) + leaving[..., None]
     flags = jnp.broadcast_to(reset[:, None], x.shape[:2] + reset.shape[1:]).reshape(x.shape)
     # A position's sum ends where the next position starts a segment.

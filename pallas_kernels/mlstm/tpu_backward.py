@@ -143,7 +143,7 @@ class _Refs(NamedTuple):
 
 def _body(options: Options, *refs):
     has_h = options.normalize and options.normalizer_grad
-    x = _Refs(*refs) if has_h else _Refs(*refs[:5], None, *refs[5:])
+    x = _Refs._make(refs if has_h else (*refs[:5], None, *refs[5:]))
     b, head, block = (pl.program_id(axis) for axis in range(3))
 
     @pl.when(block == 0)
@@ -170,6 +170,7 @@ def _body(options: Options, *refs):
 
 def _normaliser_cotangent(options: Options, x: _Refs, strip: slice) -> tuple[jax.Array, jax.Array]:
     """The cotangent of a row's normaliser, times the normaliser: as a column and as a row."""
+    assert x.h is not None
     dh, h = (ref[0, strip].astype(jnp.float32) for ref in (x.dh, x.h))
     sign = x.column(strip)[:, gates.EXTRA : gates.EXTRA + 1]
     found = sign * jnp.sum(options.folded(dh * h), axis=1, keepdims=True)

@@ -135,18 +135,18 @@ def _outputs(options: Options, chunk, rows, q_ref, k_ref, v_ref, h_ref, C, n, d_
         by_row = rows[0, 0, :, strip].T
         across = by_row[:, gates.ACROSS : gates.ACROSS + 1]
         q = q_ref[0, strip]
-        weights, total = [], None
+        weights = []
         for source in strips:
             if source.start > strip.start:
                 break
             x = log_weights(options, by_row, rows[0, 0, :, source], source == strip, upper=False)
-            P = product(q, k_ref[0, source], (1, 1)) * jnp.exp(x)
-            total = P if total is None else total + P
-            weights.append(P.astype(v_ref.dtype))
+            weights.append(product(q, k_ref[0, source], (1, 1)) * jnp.exp(x))
         seen = slice(chunk.start, strip.stop)
-        u = across * product(q, C) + product(joined(weights, 1), v_ref[0, seen])
+        P = joined([weight.astype(v_ref.dtype) for weight in weights], 1)
+        u = across * product(q, C) + product(P, v_ref[0, seen])
         if options.normalize:
             read = across * options.folded(q.astype(jnp.float32) * n)
+            total = functools.reduce(jnp.add, weights)  # before it is rounded
             d = jnp.sum(options.folded(total) + read, axis=1, keepdims=True)
             bound = by_row[:, gates.EXTRA : gates.EXTRA + 1]
             u = u * (1.0 / (jnp.maximum(jnp.abs(d), bound) + options.eps))

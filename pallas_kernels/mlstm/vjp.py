@@ -85,7 +85,7 @@ def mlstm(
         interpret=common.interpreter(),
     )
     compute = _filled if T > 1 else _step
-    h, state = compute(options, q, k, v, gates, state)
+    h, state = compute(options, q, k, v, gates, state)  # pyright: ignore[reportGeneralTypeIssues]
     return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
 
 
@@ -142,7 +142,8 @@ def _filled(options: Options, q, k, v, gates: pre.LogGates, state: State):
     C, n, m = state
     C = common.fill(common.fill(C, 2, widths[0]), 3, widths[1])
     n = common.fill(n, 2, widths[0])[:, :, None]
-    h, C, n, m = _core(options, K, q, k, v, gates, C, n, m)
+    args = (q, k, v, gates, C, n, m)
+    h, C, n, m = _core(options, K, *args)  # pyright: ignore[reportGeneralTypeIssues]
     h = h.reshape(B, padded, H, widths[1])[:, :T, :, :V]
     return h, (C[:, :, :K, :V], n[:, :, 0, :K], m)
 

@@ -38,13 +38,12 @@ def slstm_pallas(
 
     B, _, _, H, K = x.shape
     state = slstm_init(B, H, K) if state is None else state
-    state = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state)
+    leaves = tuple(leaf.astype(jnp.float32) for leaf in state)
     if reverse:
         x, reset, mask = jax.tree.map(lambda a: jnp.flip(a, 1), (x, reset, mask))
     kernel = functools.partial(
         vjp.slstm, forget_gate=forget_gate, vmem_bytes=tiles.slstm_vmem_bytes()
     )
-    leaves = (state.c, state.n, state.h, state.m)
     axes = ("B T G H K", "H K G J", None if b is None else "H G K", ("B H K",) * 4)
     flags = tuple(None if flag is None else "B T" for flag in (reset, mask))
     out_axes = ("B T H K", ("B H K",) * 4)

@@ -1,0 +1,178 @@
+"""How many cycles do the TPU kernels take, by the compiler's own schedule?
+
+An answer: a table of kernels and chips with scheduled bundles, which `tests/compile` holds the
+kernels to; ten per cent more fail it.
+
+    python experiments/benchmarks/tpu_schedules.py --out tests/compile/schedules.json
+
+No TPU is needed. The unit of an mLSTM kernel is one token of one head, that of an sLSTM kernel one
+step of one head, of either decode kernel one head. A kernel over time with an inner loop (sLSTM)
+has its body counted once, together with what starts a block.
+"""
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from experiments.benchmarks import tpu_offline, tpu_tiles
+from experiments.benchmarks.tpu_tiles import BFLOAT16
+from pallas_kernels import tiles
+from pallas_kernels.mlstm import gates
+from pallas_kernels.mlstm.decode import mlstm_decode
+from pallas_kernels.slstm import sizes
+from pallas_kernels.slstm.decode import slstm_decode
+from pallas_kernels.slstm.tpu_backward import slstm_backward
+from pallas_kernels.slstm.tpu_forward import slstm_forward
+from pallas_kernels.tiles import CHIPS
+
+
+class Case(NamedTuple):
+    """One kernel at one size."""
+
+    kernel: str
+    size: str
+    fn: Callable[..., Any]
+    shapes: tuple
+    units: int  # tokens, steps or heads that one pass through the schedule stands for
+    all_units: int  # of the whole call, by which its traffic is divided
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    chips: tuple[str, ...] = tuple(CHIPS)
+    quick: bool = False  # only the head width of the large models
+    out: pathlib.Path | None = None  # where to write what was found, as JSON
+
+
+def shape(*of: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(of, dtype)
+
+
+def cases(chip: str, *, quick: bool = False) -> list[Case]:
+    """Everything that is held to a budget on one chip."""
+    widths = [(256, 512)] if quick else tpu_tiles.WIDTHS
+    found = [case for K, V in widths for case in mlstm_cases(chip, K, V)]
+    found += [case for K in ([256] if quick else [256, 512]) for case in slstm_cases(chip, K)]
+    return [*found, mlstm_step(256, 512), slstm_step(256)]
+
+
+def mlstm_cases(chip: str, K: int, V: int) -> list[Case]:
+    """Forward with everything saved, and backward, at the tile of the table."""
+    if tiles.mlstm_refusal(K, V, BFLOAT16, chip=chip) is not None:
+        return []
+    tile = tiles.mlstm(K, V, BFLOAT16, 8192, None, chip)
+    span = tile.chunk * tile.chunks_per_block
+    size = f"K={K} V={V} chunk={tile.chunk} strip={tile.strip} blocks={tile.chunks_per_block}"
+    return [
+        Case(name, size, fn, shapes, span, tpu_tiles.LENGTH)
+        for name, (fn, shapes, _) in tpu_tiles.calls(tile, K, V).items()
+    ]
+
+
+def slstm_cases(chip: str, K: int, B: int = 8, H: int = 4, T: int = 256) -> list[Case]:
+    """Forward with everything saved, and backward."""
+    vmem = tiles.slstm_vmem_bytes(chip)
+    blocks = sizes.blocks(B, T, H, K, BFLOAT16, vmem)
+    assert blocks is not None
+    common = dict(blocks=blocks, forget_gate="sigmoid", vmem_bytes=vmem, interpret=False)
+    bf16 = functools.partial(shape, dtype=jnp.bfloat16)
+    words = functools.partial(shape, dtype=jnp.uint32)
+    state, rows = shape(4, H, B, K), (T, H, B, K)
+    forward = functools.partial(slstm_forward, save=True, save_gates=True, **common)
+    backward = functools.partial(slstm_backward, **common)
+    x, r, b = bf16(T, H, B, 4 * K), words(H, 1, K // 2, 4 * K), shape(H, 1, 4 * K)
+    turned, seen = words(H, 1, 2 * K, K), (shape(*rows),) * 3
+    units, size = blocks.heads * blocks.unroll, f"B={B} K={K} heads={blocks.heads}"
+    return [
+        Case("slstm_forward", size, forward, (x, r, b, state, None), units, T * H),
+        Case(
+            "slstm_backward",
+            size,
+            backward,
+            (shape(T, H, B, 4 * K), turned, seen, bf16(*rows), state, None),
+            units,
+            T * H,
+        ),
+    ]
+
+
+def mlstm_step(K: int, V: int, B: int = 8, H: int = 8) -> Case:
+    bf16 = functools.partial(shape, dtype=jnp.bfloat16)
+    q, v, gate = bf16(B, 1, H, K), bf16(B, 1, H, V), shape(B, 1, H)
+    state = (shape(B, H, K, V), shape(B, H, K), shape(B, H))
+
+    def step(q, k, v, log_i, log_f, state):
+        log_gates = gates.LogGates(log_i, log_f, None)
+        return mlstm_decode(q, k, v, log_gates, state, max_state=True, normalize=True, eps=1e-6)
+
+    shapes = (q, q, v, gate, gate, state)
+    return Case("mlstm_decode", f"K={K} V={V}", step, shapes, 1, B * H)
+
+
+def slstm_step(K: int, B: int = 8, H: int = 4) -> Case:
+    bf16 = functools.partial(shape, dtype=jnp.bfloat16)
+    shapes = (bf16(B, 4, H, K), bf16(H, K, 4, K), shape(H, 4, K), (shape(B, H, K),) * 4)
+    return Case("slstm_decode", f"B={B} K={K}", slstm_decode, shapes, 1, H)
+
+
+def examine(chip: str, case: Case) -> dict[str, Any]:
+    """One row of the table."""
+    donate = len(case.shapes) - 1 if case.kernel.endswith("decode") else None
+    compiled = tpu_offline.compile_for(chip, case.fn, *case.shapes, donate=donate)
+    schedule = tpu_offline.schedules()[case.kernel]
+    moved = tpu_offline.bytes_accessed(compiled)[case.kernel]
+    return {
+        "kernel": case.kernel,
+        "chip": chip,
+        "size": case.size,
+        "bundles": round(schedule.bundles / case.units, 2),
+        "spills": round(schedule.spills / case.units, 2),
+        "matrix_share": round(schedule.matrix_share, 3),
+        "hbm_bytes": round(moved / case.all_units),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line per kernel and size, bundles by chip."""
+    chips = [chip for chip in CHIPS if any(row["chip"] == chip for row in rows)]
+    lines = ["| kernel | size | HBM bytes | " + " | ".join(chips) + " |"]
+    lines.append("|---" * (3 + len(chips)) + "|")
+    keys = dict.fromkeys((row["kernel"], row["size"], row["hbm_bytes"]) for row in rows)
+    for key in keys:
+        of_chip = {
+            row["chip"]: f"{row['bundles']} ({row['spills']}, {row['matrix_share']:.0%})"
+            for row in rows
+            if (row["kernel"], row["size"], row["hbm_bytes"]) == key
+        }
+        cells = [*map(str, key), *(of_chip.get(chip, "") for chip in chips)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(args: Arguments) -> int:
+    tpu_offline.start(schedules=True)
+    rows = []
+    for chip in args.chips:
+        for case in cases(chip, quick=args.quick):
+            rows.append(examine(chip, case))
+            print(json.dumps(rows[-1]), flush=True)
+    print(table(rows), file=sys.stderr)
+    if args.out is not None:
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+        result = {"date": f"{datetime.date.today()}", "versions": versions, "rows": rows}
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Arguments, description=__doc__)))
