@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 """Elements in the last axis of a TPU's tile: widths and chunks are multiples of it."""
@@ -80,6 +81,22 @@ def product(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> j
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(
         a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def compiler_params(semantics: tuple[str, ...], vmem_bytes: int | None) -> pltpu.CompilerParams:
+    """What every kernel is compiled with.
+
+    Args:
+        semantics: "parallel" or "arbitrary" (in order) for each axis of the grid.
+        vmem_bytes: what it may take of VMEM; None is the compiler's default.
+    """
+    return pltpu.CompilerParams(
+        dimension_semantics=semantics,  # pyright: ignore[reportArgumentType]
+        vmem_limit_bytes=vmem_bytes,
+        # Blocks are whole parts of their arrays, so no copy can leave one: the interpreter raises
+        # where it would. The checks cost up to 5 % of all bundles on a v5p.
+        disable_bounds_checks=True,
     )
 
 

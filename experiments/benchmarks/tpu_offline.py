@@ -6,20 +6,21 @@ kernel holds an inner loop, its body is counted once.
 """
 
 import atexit
-import contextlib
 import functools
 import glob
 import os
 import re
 import shutil
 import tempfile
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import topologies
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import common
+from xlstm_jax.sharding import MESH_AXES
 
 TOPOLOGIES = {
     "v4": "v4:2x2x1",
@@ -76,6 +77,13 @@ def devices(topology: str) -> tuple:
     return tuple(found.devices)
 
 
+def mesh_of(chips: Sequence[Any], fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """These devices along the axes of a mesh; data takes what the others leave."""
+    sizes = (len(chips) // (fsdp * tensor), fsdp, 1, tensor)
+    grid = mesh_utils.create_device_mesh(sizes, devices=chips)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
 def compile_for(
     chip: str, fn, *args, mesh: Mesh | None = None, shardings=None, donate: int | None = None
 ) -> jax.stages.Compiled:
@@ -85,13 +93,13 @@ def compile_for(
         chip: a key of `TOPOLOGIES`.
         fn: a pure function.
         args: trees of `jax.ShapeDtypeStruct`.
-        mesh: of the chip's devices; None: the first of them alone.
+        mesh: of the chip's devices, of `mesh_of`; None: the first of them alone.
         shardings: for a mesh, a sharding for every array, in a tree like `args`.
         donate: the number of an argument whose memory the results may take.
     """
     if mesh is None:
-        place = SingleDeviceSharding(devices(TOPOLOGIES[chip])[0])
-        shardings = jax.tree.map(lambda _: place, args)
+        mesh = mesh_of(devices(TOPOLOGIES[chip])[:1])
+        shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), args)
     args = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), args, shardings
     )
@@ -99,11 +107,10 @@ def compile_for(
 
 
 def compile_placed(
-    chip: str, fn, *args, mesh: Mesh | None = None, donate: int | None = None
+    chip: str, fn, *args, mesh: Mesh, donate: int | None = None
 ) -> jax.stages.Compiled:
     """As `compile_for`, of shapes that say where they lie."""
-    on_mesh = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
-    with common.compiled_for(chip), on_mesh:
+    with common.compiled_for(chip), jax.set_mesh(mesh):
         return jax.jit(fn, donate_argnums=donate).lower(*args).compile()
 
 

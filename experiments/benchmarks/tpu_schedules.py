@@ -41,6 +41,7 @@ class Case(NamedTuple):
 
     kernel: str
     size: str
+    tile: str
     fn: Callable[..., Any]
     shapes: tuple
     units: int  # tokens, steps or heads that one pass through the schedule stands for
@@ -72,9 +73,9 @@ def mlstm_cases(chip: str, K: int, V: int) -> list[Case]:
         return []
     tile = tiles.mlstm(K, V, BFLOAT16, 8192, None, chip)
     span = tile.chunk * tile.chunks_per_block
-    size = f"K={K} V={V} chunk={tile.chunk} strip={tile.strip} blocks={tile.chunks_per_block}"
+    words = f"chunk={tile.chunk} strip={tile.strip} blocks={tile.chunks_per_block}"
     return [
-        Case(name, size, fn, shapes, span, tpu_tiles.LENGTH)
+        Case(name, f"K={K} V={V}", words, fn, shapes, span, tpu_tiles.LENGTH)
         for name, (fn, shapes, _) in tpu_tiles.calls(tile, K, V).items()
     ]
 
@@ -92,12 +93,14 @@ def slstm_cases(chip: str, K: int, B: int = 8, H: int = 4, T: int = 256) -> list
     backward = functools.partial(slstm_backward, **common)
     x, r, b = bf16(T, H, B, 4 * K), words(H, 1, K // 2, 4 * K), shape(H, 1, 4 * K)
     turned, seen = words(H, 1, 2 * K, K), (shape(*rows),) * 3
-    units, size = blocks.heads * blocks.unroll, f"B={B} K={K} heads={blocks.heads}"
+    units, size = blocks.heads * blocks.unroll, f"B={B} K={K}"
+    tile = f"heads={blocks.heads} steps={blocks.steps}"
     return [
-        Case("slstm_forward", size, forward, (x, r, b, state, None), units, T * H),
+        Case("slstm_forward", size, tile, forward, (x, r, b, state, None), units, T * H),
         Case(
             "slstm_backward",
             size,
+            tile,
             backward,
             (shape(T, H, B, 4 * K), turned, seen, bf16(*rows), state, None),
             units,
@@ -116,13 +119,13 @@ def mlstm_step(K: int, V: int, B: int = 8, H: int = 8) -> Case:
         return mlstm_decode(q, k, v, log_gates, state, max_state=True, normalize=True, eps=1e-6)
 
     shapes = (q, q, v, gate, gate, state)
-    return Case("mlstm_decode", f"K={K} V={V}", step, shapes, 1, B * H)
+    return Case("mlstm_decode", f"K={K} V={V}", "", step, shapes, 1, B * H)
 
 
 def slstm_step(K: int, B: int = 8, H: int = 4) -> Case:
     bf16 = functools.partial(shape, dtype=jnp.bfloat16)
     shapes = (bf16(B, 4, H, K), bf16(H, K, 4, K), shape(H, 4, K), (shape(B, H, K),) * 4)
-    return Case("slstm_decode", f"B={B} K={K}", slstm_decode, shapes, 1, H)
+    return Case("slstm_decode", f"B={B} K={K}", "", slstm_decode, shapes, 1, H)
 
 
 def examine(chip: str, case: Case) -> dict[str, Any]:
@@ -135,6 +138,7 @@ def examine(chip: str, case: Case) -> dict[str, Any]:
         "kernel": case.kernel,
         "chip": chip,
         "size": case.size,
+        "tile": case.tile,
         "bundles": round(schedule.bundles / case.units, 2),
         "spills": round(schedule.spills / case.units, 2),
         "matrix_share": round(schedule.matrix_share, 3),
@@ -143,20 +147,23 @@ def examine(chip: str, case: Case) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: one line per kernel and size, bundles by chip."""
+    """Markdown: a line per kernel and size; by chip bundles, spills and share of matrix units."""
     chips = [chip for chip in CHIPS if any(row["chip"] == chip for row in rows)]
-    lines = ["| kernel | size | HBM bytes | " + " | ".join(chips) + " |"]
+    lines = ["| kernel | size | " + " | ".join(chips) + " | HBM bytes |"]
     lines.append("|---" * (3 + len(chips)) + "|")
-    keys = dict.fromkeys((row["kernel"], row["size"], row["hbm_bytes"]) for row in rows)
-    for key in keys:
-        of_chip = {
-            row["chip"]: f"{row['bundles']} ({row['spills']}, {row['matrix_share']:.0%})"
-            for row in rows
-            if (row["kernel"], row["size"], row["hbm_bytes"]) == key
-        }
-        cells = [*map(str, key), *(of_chip.get(chip, "") for chip in chips)]
-        lines.append("| " + " | ".join(cells) + " |")
+    for kernel, size in dict.fromkeys((row["kernel"], row["size"]) for row in rows):
+        found = {r["chip"]: r for r in rows if (r["kernel"], r["size"]) == (kernel, size)}
+        moved = sorted({row["hbm_bytes"] for row in found.values()})
+        cells = [_cell(found.get(chip)) for chip in chips]
+        span = " to ".join(f"{x:,}" for x in dict.fromkeys((moved[0], moved[-1])))
+        lines.append("| " + " | ".join([f"`{kernel}`", size, *cells, span]) + " |")
     return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['bundles']:g} ({row['spills']:g}, {row['matrix_share']:.0%})"
 
 
 def main(args: Arguments) -> int:

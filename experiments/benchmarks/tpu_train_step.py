@@ -21,14 +21,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import tyro
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.benchmarks import tpu_offline
 from xlstm_jax.data import Batch
 from xlstm_jax.modules import LM, presets
-from xlstm_jax.sharding import MESH_AXES, get_rules, path_name, sharding_of
+from xlstm_jax.sharding import get_rules, path_name, sharding_of
 from xlstm_jax.train.config import TrainConfig
 from xlstm_jax.train.optimizer import make_optimizer
 from xlstm_jax.train.state import first_state
@@ -49,8 +48,7 @@ class Arguments:
 def compile_step(args: Arguments) -> tuple[jax.stages.Compiled, Any]:
     """The step, and its state as shapes with shardings."""
     devices = tpu_offline.devices(args.topology)
-    grid = mesh_utils.create_device_mesh((1, len(devices), 1, 1), devices=devices)
-    mesh = Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    mesh = tpu_offline.mesh_of(devices, fsdp=len(devices))
     model, cfg = LM(presets.get(args.preset)), TrainConfig()
     tx = make_optimizer(cfg)
 

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import common
 from pallas_kernels.common import column
@@ -74,9 +73,7 @@ def mlstm_decode(
             jax.ShapeDtypeStruct((B, H, 1, K), jnp.float32),
         ],
         input_output_aliases={4: 1, 5: 2},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-        ),
+        compiler_params=common.compiler_params(("parallel", "parallel", "arbitrary"), None),
         cost_estimate=cost.step(B, H, K, V, v.dtype),
         interpret=interpret,
         name="mlstm_decode",

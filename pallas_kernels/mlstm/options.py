@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
 
 class Options(NamedTuple):
@@ -37,13 +36,3 @@ class Options(NamedTuple):
         tile = f"chunk {self.chunk}, {self.chunks_per_block} a block"
         smaller = max(self.lanes, self.chunk // 2)
         return {"tile": tile, "if_vmem_overflows": f"pass chunk_size={smaller}"}
-
-    def compiler_params(self) -> pltpu.CompilerParams:
-        """For a grid of batch, heads and blocks of chunks in their order."""
-        return pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=self.vmem_bytes,
-            # Blocks are whole parts of their arrays, so no copy can leave one: the interpreter
-            # raises where it would. The checks cost 3 to 5 % of all bundles on a v5p.
-            disable_bounds_checks=True,
-        )

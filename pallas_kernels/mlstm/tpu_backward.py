@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import common
 from pallas_kernels.common import as_row, product
 from pallas_kernels.mlstm import cost, gates
 from pallas_kernels.mlstm.options import Options
-from pallas_kernels.mlstm.tpu_forward import joined, log_weights, row_product
+from pallas_kernels.mlstm.tpu_forward import IN_ORDER, joined, log_weights, row_product
 
 
 class Backward(NamedTuple):
@@ -101,7 +102,7 @@ def mlstm_backward(
             jax.ShapeDtypeStruct(dC.shape, jnp.float32),
             jax.ShapeDtypeStruct(dn.shape, jnp.float32),
         ],
-        compiler_params=options.compiler_params(),
+        compiler_params=common.compiler_params(IN_ORDER, options.vmem_bytes),
         cost_estimate=cost.backward(options, B, T, H, K, V, q.dtype),
         interpret=options.interpret,
         metadata=options.metadata(),

@@ -15,9 +15,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import common
 from pallas_kernels.common import as_row, product
 from pallas_kernels.mlstm import cost, gates
 from pallas_kernels.mlstm.options import Options
+
+IN_ORDER = ("parallel", "parallel", "arbitrary")
+"""Batch and heads in any order, the chunks of a sequence in theirs."""
 
 
 class Forward(NamedTuple):
@@ -91,7 +95,7 @@ def mlstm_forward(
         ],
         out_specs=list(specs),
         out_shape=list(shapes),
-        compiler_params=options.compiler_params(),
+        compiler_params=common.compiler_params(IN_ORDER, options.vmem_bytes),
         cost_estimate=cost.forward(options, B, T, H, K, V, q.dtype, save=save),
         interpret=options.interpret,
         metadata=options.metadata(),

@@ -8,7 +8,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import common
 from pallas_kernels.slstm import sizes, tpu_forward
@@ -75,9 +74,7 @@ def slstm_decode(
         out_specs=[leaf] * 4,
         out_shape=out_shape,
         input_output_aliases={first + index: index for index in range(4)},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_bytes
-        ),
+        compiler_params=common.compiler_params(("arbitrary",), vmem_bytes),
         cost_estimate=pl.CostEstimate(
             flops=H * B * K * (8 * K + 20),
             transcendentals=H * B * K * (6 if forget_gate == "sigmoid" else 4),

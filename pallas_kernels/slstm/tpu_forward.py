@@ -9,8 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import common
 from pallas_kernels.slstm import packed
 from pallas_kernels.slstm.sizes import Blocks
 
@@ -85,9 +85,7 @@ def slstm_forward(
         in_specs=specs,
         out_specs=list(out_specs),
         out_shape=list(out_shape),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes
-        ),
+        compiler_params=common.compiler_params(("parallel", "parallel", "arbitrary"), vmem_bytes),
         cost_estimate=pl.CostEstimate(
             flops=T * H * B * K * (8 * K + 20),
             transcendentals=T * H * B * K * (6 if forget_gate == "sigmoid" else 4),

@@ -4,9 +4,8 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.benchmarks import tpu_offline
@@ -61,8 +60,7 @@ def test_a_single_step_compiles_and_updates_a_donated_state_in_place(chip, name)
 
 
 def _mesh(chip: str) -> Mesh:
-    devices = np.array(tpu_offline.devices(tpu_offline.TOPOLOGIES[chip])[:4]).reshape(2, 1, 1, 2)
-    return Mesh(devices, ("data", "fsdp", "seq", "tensor"), axis_types=(AxisType.Auto,) * 4)
+    return tpu_offline.mesh_of(tpu_offline.devices(tpu_offline.TOPOLOGIES[chip])[:4], tensor=2)
 
 
 def _specs(name: str, args):

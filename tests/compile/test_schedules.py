@@ -37,7 +37,7 @@ def _found(chip: str, folder: pathlib.Path, *options: str) -> list[dict]:
 
 
 def _assert_within_budget(rows: list[dict]):
-    key = lambda row: (row["kernel"], row["chip"], row["size"])  # noqa: E731
+    key = lambda row: (row["kernel"], row["chip"], row["size"], row["tile"])  # noqa: E731
     budget = {key(row): row for row in STORED}
     for row in rows:
         stored = budget.get(key(row))
