@@ -2,7 +2,7 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -73,6 +73,26 @@ def fill(x: jax.Array, axis: int, size: int, value: float = 0) -> jax.Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, missing)
     return jnp.pad(x, widths, constant_values=value)
+
+
+def joining_batch(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, all of whose arguments and results have the batch first; `vmap` adds to the batch.
+
+    A kernel that copies from HBM by itself cannot be given another axis by Pallas.
+    """
+    mapped = jax.custom_batching.custom_vmap(kernel)
+
+    @mapped.def_vmap
+    def _(size, is_mapped, *args):
+        def join(x, has_axis):
+            x = x if has_axis else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape((-1,) + x.shape[2:])
+
+        results = joining_batch(kernel)(*jax.tree.map(join, args, tuple(is_mapped)))
+        results = jax.tree.map(lambda x: x.reshape((size, -1) + x.shape[1:]), results)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return mapped
 
 
 def product(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:

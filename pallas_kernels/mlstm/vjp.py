@@ -152,20 +152,23 @@ def _filled(options: Options, q, k, v, gates: pre.LogGates, state: State):
 def _core(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m):
     """Whole chunks, whole tiles: `B T HK` and so on. Returns h, C, n, m."""
     decays = pre.decays(gates, m, options.chunk, max_state=options.max_state)
-    found = mlstm_forward(options, pre.forward_rows(decays, K), q, k, v, C, n, save=False)
+    found = _kernel(options, save=False)(pre.forward_rows(decays, K), q, k, v, C, n)
     return found.h, found.C, found.n, decays.m_end[..., -1]
+
+
+def _kernel(options: Options, *, save: bool):
+    return common.joining_batch(functools.partial(mlstm_forward, options, save=save))
 
 
 def _forward(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m):
     decays = pre.decays(gates, m, options.chunk, max_state=options.max_state)
-    found = mlstm_forward(options, pre.forward_rows(decays, K), q, k, v, C, n, save=True)
+    found = _kernel(options, save=True)(pre.forward_rows(decays, K), q, k, v, C, n)
     h = checkpoint_name(found.h, "mlstm_h")
-    d, C_starts, n_starts = (
-        checkpoint_name(x, name)
-        for x, name in zip(found[3:], ("mlstm_rows", "mlstm_states", "mlstm_states"), strict=True)
-    )
-    residuals = (q, k, v, gates, m, h, d, C_starts, n_starts, found.C, found.n)
-    return (h, found.C, found.n, decays.m_end[..., -1]), residuals
+    d = checkpoint_name(found.d, "mlstm_rows")
+    states = (found.C_starts, found.n_starts, found.C, found.n)
+    states = [checkpoint_name(x, "mlstm_states") for x in states]
+    residuals = (q, k, v, gates, m, h, d, *states)
+    return (h, *states[2:], decays.m_end[..., -1]), residuals
 
 
 def _backward(options: Options, K: int, residuals, cotangents):
@@ -175,7 +178,8 @@ def _backward(options: Options, K: int, residuals, cotangents):
     norm, sign = _normaliser(options, decays, d)
     rows = pre.backward_rows(decays, K, norm, sign)
     h = h if options.normalize and options.normalizer_grad else None
-    found = mlstm_backward(options, rows, q, k, v, h, dh, C_starts, n_starts, dC, dn)
+    backward = common.joining_batch(functools.partial(mlstm_backward, options))
+    found = backward(rows, q, k, v, h, dh, C_starts, n_starts, dC, dn)
     scaling = jnp.sum(dC * C, axis=(2, 3)) + jnp.sum(dn * n, axis=(2, 3))
     shape = decays.m.shape
     dlog_i = found.k_dk.reshape(shape)

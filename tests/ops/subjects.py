@@ -69,17 +69,18 @@ def implementations(op: str) -> dict[str, str | None]:
         return ops.implementations(op)
 
 
-def subjects(*variants: str, quick: tuple[str, ...] = tuple(OPTIONS)):
+def subjects(*variants: str, quick: tuple[str, ...] = tuple(OPTIONS), quick_kernels: bool = False):
     """A decorator: the test runs on every implementation of these variants (none named: of all).
 
     An implementation that cannot run here is skipped with its own sentence; variants that are not
-    `quick` run among the slow tests.
+    `quick` run among the slow tests, and so do kernels, which are interpreted, unless asked for.
     """
     cases = []
     for variant in variants or OPTIONS:
         for name, refusal in implementations(variant.split("_")[0]).items():
             marks = [] if refusal is None else [pytest.mark.skip(reason=refusal)]
-            marks += [] if variant in quick else [pytest.mark.slow]
+            fast = quick if name not in KERNELS else PRIMARY if quick_kernels else ()
+            marks += [] if variant in fast else [pytest.mark.slow]
             cases.append(pytest.param(Subject(variant, name), id=f"{variant}-{name}", marks=marks))
     return pytest.mark.parametrize("subject", cases)
 

@@ -8,13 +8,13 @@ from tests.ops.tolerances import TABLE
 
 
 @pytest.mark.parametrize("T", LENGTHS, ids="T{}".format)
-@subjects(quick=PRIMARY)
+@subjects(quick=PRIMARY, quick_kernels=True)
 def test_any_length_equals_the_recurrence(subject, T):
     case = make_case(subject.variant, T)
     runs.assert_equals_the_recurrence(subject, case, TABLE["float32"], "float32", stored=True)
 
 
-@subjects()
+@subjects(quick_kernels=True)
 def test_resets_and_masks_equal_the_recurrence(subject):
     case = with_flags(make_case(subject.variant, 29), num_masked=13)
     runs.assert_equals_the_recurrence(subject, case, TABLE["float32"], "float32")

@@ -1,0 +1,200 @@
+"""Kernels on a mesh of devices: each computes its part, and all that is returned stays the same."""
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import common
+from tests import quick
+from tests.ops.tolerances import TABLE, assert_close, assert_gradients_close
+from xlstm_jax import cells, ops
+from xlstm_jax.sharding import make_mesh
+
+T, K, V = 9, 8, 8
+MESHES = {
+    "data, fsdp, tensor": dict(data=2, fsdp=2, tensor=2),
+    "seq": dict(data=2, seq=2, tensor=2),
+}
+OPS = ("mlstm", "slstm")
+IN_SPECS = {
+    "mlstm": dict.fromkeys("qkvif", P("data", None, "tensor")),
+    "slstm": {"x": P("data", None, None, "tensor"), "r": P("tensor"), "b": P("tensor")},
+}
+
+
+class Call(NamedTuple):
+    """Differentiable arguments of one call, flags, and the loss on everything it returns."""
+
+    inputs: dict[str, Any]
+    state: Any
+    flags: dict[str, Any]
+    cotangents: tuple[Any, Any]
+
+
+def make_call(op: str, B: int = 4, H: int = 2) -> Call:
+    rng = np.random.default_rng([B, H])
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    if op == "mlstm":
+        inputs = {name: normal(B, T, H, K) for name in "qkv"}
+        inputs |= {name: normal(B, T, H) for name in "if"}
+        state = cells.MLSTMState(normal(B, H, K, V), normal(B, H, K), normal(B, H))
+    else:
+        inputs = {"x": normal(B, T, 4, H, K), "r": 0.2 * normal(H, K, 4, K), "b": normal(H, 4, K)}
+        c, n, h, m = (normal(B, H, K) for _ in range(4))
+        state = cells.SLSTMState(c, 1 + jnp.abs(n), h, m)
+    cotangents = normal(B, T, H, V), jax.tree.map(lambda leaf: normal(*leaf.shape), state)
+    flags = {"reset": rng.random((B, T)) < 0.2, "mask": rng.random((B, T)) < 0.8}
+    return Call(inputs, state, jax.tree.map(jnp.asarray, flags), cotangents)
+
+
+def by_kernels(op: str, inputs, state, flags):
+    call = functools.partial(getattr(ops, op), implementation="pallas_tpu")
+    if op == "mlstm":
+        call = functools.partial(call, chunk_size=8)
+    return call(**inputs, state=state, **flags)
+
+
+def evaluate(compute, call: Call):
+    """What `compute` returns and all gradients, by name."""
+    run = lambda inputs, state: compute(inputs, state, call.flags)  # noqa: E731
+    (h, state), pull = jax.vjp(run, call.inputs, call.state)
+    inputs, first = pull(call.cotangents)
+    gradients = inputs | {f"state.{name}": leaf for name, leaf in first._asdict().items()}
+    return {"h": h, **state._asdict()}, gradients
+
+
+@contextlib.contextmanager
+def on(mesh):
+    """Kernels interpreted, on all devices of `mesh`; None: on one."""
+    with common.interpreted(lanes=8), contextlib.ExitStack() as stack:
+        if mesh is not None:
+            stack.enter_context(jax.set_mesh(mesh))
+        yield
+
+
+def results(compute, call: Call, mesh):
+    with on(mesh):
+        found = quick.jit(functools.partial(evaluate, compute))(call)
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+
+
+@functools.cache
+def alone(op: str):
+    """Results on one device."""
+    return results(functools.partial(by_kernels, op), make_call(op), None)
+
+
+def assert_the_same(actual, expected):
+    row = TABLE["float32"]
+    for name, value in expected[0].items():
+        assert_close(actual[0][name], value, row.h, name)
+    assert_gradients_close(actual[1], expected[1], row)
+
+
+def named(name: str, jaxpr):
+    """Equations of this name in a program, also inside of what it calls."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == name:
+            yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from named(name, inner)
+
+
+def equations(name: str, compute, call: Call, mesh) -> list:
+    """Equations of this name in the program of all results."""
+    with on(mesh):
+        program = jax.make_jaxpr(functools.partial(evaluate, compute))(call)
+    return list(named(name, program.jaxpr))
+
+
+def cut_by(spec: P) -> set[str]:
+    """Axes of a mesh that a spec names."""
+    return {axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_a_mesh_changes_no_value_and_no_gradient(mesh, op):
+    """An axis `seq` cuts nothing: its devices compute the same, and nothing is summed twice."""
+    compute = functools.partial(by_kernels, op)
+    assert_the_same(results(compute, make_call(op), make_mesh(**mesh)), alone(op))
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [dict(data=8), dict(data=2, tensor=4), dict(data=1, seq=2, tensor=4)],
+    ids=["batch", "heads", "nothing is cut"],
+)
+@pytest.mark.parametrize("op", OPS)
+def test_what_a_mesh_does_not_divide_is_computed_by_all_its_devices(op, mesh):
+    compute = functools.partial(by_kernels, op)
+    assert_the_same(results(compute, make_call(op), make_mesh(**mesh)), alone(op))
+
+
+@pytest.mark.parametrize(
+    "B,H,axes",
+    [
+        (4, 2, {"data", "fsdp", "tensor"}),
+        (3, 2, {"tensor"}),
+        (4, 3, {"data", "fsdp"}),
+        (3, 3, set()),
+    ],
+)
+@pytest.mark.parametrize("op", OPS)
+def test_devices_share_the_batch_and_the_heads(op, B, H, axes):
+    mesh = make_mesh(**MESHES["data, fsdp, tensor"])
+    maps = equations("shard_map", functools.partial(by_kernels, op), make_call(op, B, H), mesh)
+    forward = maps[0].params["in_specs"]
+    assert set.union(*map(cut_by, forward)) == axes
+    assert len(maps) >= 2  # of the gradient, too
+
+
+def placed_by_the_caller(op: str, mesh, axis_names: set[str]):
+    """The op inside of the caller's own `shard_map` over these axes."""
+    keep = lambda spec: P(*(a if a in axis_names else None for a in spec))  # noqa: E731
+    specs = {name: keep(spec) for name, spec in IN_SPECS[op].items()}
+    memory, time = keep(P("data", "tensor")), keep(P("data"))
+    out_specs = (keep(P("data", None, "tensor")), memory)
+    return jax.shard_map(
+        functools.partial(by_kernels, op),
+        mesh=mesh,
+        in_specs=(specs, memory, time),
+        out_specs=out_specs,
+        axis_names=axis_names,
+        check_vma=False,
+    )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_within_the_callers_shard_map_nothing_is_mapped_again(op):
+    mesh = make_mesh(data=4, tensor=2)
+    compute = placed_by_the_caller(op, mesh, set(mesh.axis_names))
+    call = make_call(op)
+    assert_the_same(results(compute, call, mesh), alone(op))
+    for eqn in equations("shard_map", compute, call, mesh):
+        (inner,) = jaxprs_in_params(eqn.params)
+        assert not list(named("shard_map", inner))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_axes_that_the_callers_shard_map_leaves_are_used(op):
+    """The caller maps the batch over data; the op the rest of it over fsdp, heads over tensor."""
+    mesh = make_mesh(**MESHES["data, fsdp, tensor"])
+    compute = placed_by_the_caller(op, mesh, {"data"})
+    assert_the_same(results(compute, make_call(op), mesh), alone(op))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("meshed", [False, True], ids=["one device", "mesh"])
+def test_auto_passes_kernels_over_although_they_would_be_interpreted(op, meshed):
+    compute = lambda inputs, state, flags: getattr(ops, op)(**inputs, state=state, **flags)  # noqa: E731
+    mesh = make_mesh(data=4, tensor=2) if meshed else None
+    assert not equations("pallas_call", compute, make_call(op), mesh)
+    assert equations("pallas_call", functools.partial(by_kernels, op), make_call(op), mesh)
