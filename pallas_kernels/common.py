@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 """Elements in the last axis of a TPU's tile: widths and chunks are multiples of it."""
@@ -104,13 +103,16 @@ def product(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> j
     )
 
 
-def compiler_params(semantics: tuple[str, ...], vmem_bytes: int | None) -> pltpu.CompilerParams:
+def compiler_params(semantics: tuple[str, ...], vmem_bytes: int | None) -> Any:
     """What every kernel is compiled with.
 
     Args:
         semantics: "parallel" or "arbitrary" (in order) for each axis of the grid.
         vmem_bytes: what it may take of VMEM; None is the compiler's default.
     """
+    # Here, as whoever asks for the platform alone needs nothing of Pallas.
+    from jax.experimental.pallas import tpu as pltpu
+
     return pltpu.CompilerParams(
         dimension_semantics=semantics,  # pyright: ignore[reportArgumentType]
         vmem_limit_bytes=vmem_bytes,

@@ -7,8 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import common
-
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -62,6 +60,8 @@ def refusals(table: Mapping[str, Implementation], call: Call) -> dict[str, str |
 
 def refuses_tpu_kernel(call: Call) -> str | None:
     """Why no TPU kernel can serve a call, whatever its sizes, or None."""
+    from pallas_kernels import common
+
     if call.platform == "tpu" or (call.named and common.interpreter()):
         return common.refused_dtype(call.dtype)
     return f"it runs on a TPU, not on {call.platform!r}"
@@ -72,6 +72,8 @@ def platform() -> str:
 
     That inputs were put elsewhere is not known while tracing.
     """
+    from pallas_kernels import common
+
     if common.target() is not None:
         return "tpu"
     device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
