@@ -119,10 +119,14 @@ def _body(normalize: bool, eps: float, factors, q, k, v, C_old, n_old, h, C, n):
     key = k[0, 0].astype(jnp.float32) * factor(ADDED)
     memory = factor(KEPT) * C_old[0, 0] + column(key) * v[0, 0].astype(jnp.float32)
     C[0, 0] = memory
-    n_new = factor(KEPT) * n_old[0, 0] + key
-    n[0, 0] = n_new
+
+    # Once, however many blocks of columns there are: both are one buffer.
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        n[0, 0] = factor(KEPT) * n_old[0, 0] + key
+
     u = jnp.sum(column(query) * memory, axis=0, keepdims=True)
     if normalize:
-        d = jnp.sum(query * n_new, axis=1, keepdims=True)
+        d = jnp.sum(query * n[0, 0], axis=1, keepdims=True)
         u = u / (jnp.maximum(jnp.abs(d), factor(BOUND)) + eps)
     h[0, 0] = u.astype(h.dtype)
