@@ -13,7 +13,7 @@ PYTEST = $(VENV)/bin/python -m pytest -n 2
 .PHONY: help install train test test-slow test-compile test-all lint
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 install: $(INSTALLED) ## the virtual environment; the others make it themselves when needed
 

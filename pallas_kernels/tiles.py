@@ -19,7 +19,7 @@ MIB = 1 << 20
 class Chip(NamedTuple):
     """One TPU core, by public data sheets."""
 
-    device_kind: str  # what jax calls it
+    device_kinds: tuple[str, ...]  # what jax may call it
     vmem_bytes: int
     matrix_unit: int  # side of one matrix unit
     flops_per_second: float  # bfloat16
@@ -28,11 +28,11 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v4": Chip("TPU v4", 16 * MIB, 128, 1.38e14, 131_072, 6.15e11),
-    "v5e": Chip("TPU v5 lite", 128 * MIB, 128, 1.97e14, 131_072, 8.2e11),
-    "v5p": Chip("TPU v5", 64 * MIB, 128, 2.30e14, 131_072, 1.23e12),
-    "v6e": Chip("TPU v6 lite", 128 * MIB, 256, 9.2e14, 524_288, 1.64e12),
-    "v7x": Chip("TPU7x", 64 * MIB, 256, 1.16e15, 524_288, 3.7e12),
+    "v4": Chip(("TPU v4",), 16 * MIB, 128, 1.38e14, 131_072, 6.15e11),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 128 * MIB, 128, 1.97e14, 131_072, 8.2e11),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 64 * MIB, 128, 2.30e14, 131_072, 1.23e12),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 128 * MIB, 256, 9.2e14, 524_288, 1.64e12),
+    "v7x": Chip(("TPU7x", "TPU7"), 64 * MIB, 256, 1.16e15, 524_288, 3.7e12),
 }
 
 SCOPED_BYTES = 16 * MIB
@@ -78,11 +78,7 @@ def current_chip() -> str | None:
     if common.target() is not None:
         return common.target()
     kind = jax.devices()[0].device_kind
-    # The longest name that fits: "TPU v5 lite" is not a "TPU v5".
-    known = {
-        chip.device_kind: name for name, chip in CHIPS.items() if kind.startswith(chip.device_kind)
-    }
-    return known[max(known, key=len)] if known else None
+    return next((name for name, chip in CHIPS.items() if kind in chip.device_kinds), None)
 
 
 def mlstm(
@@ -125,7 +121,7 @@ def mlstm_refusal(
     chip = chip or current_chip()
     if chip is None:
         kind, known = jax.devices()[0].device_kind, ", ".join(CHIPS)
-        return f"the memory of a {kind!r} is not known; known are {known}"
+        return f"the memory of a {kind!r} is not known, only of {known}; name 'chunkwise'"
     if _fitting(K, V, dtype, chunk_size, chip) is not None:
         return None
     return _too_wide(K, V, dtype, chunk_size, chip)
@@ -185,8 +181,9 @@ def mlstm_vmem_bytes(tile: Tile, K: int, V: int, dtype: jnp.dtype) -> int:
     span = tile.chunk * tile.chunks_per_block
     tokens = span * ((4 * K + 4 * V) * item + 12 * 4)
     states = tile.chunks_per_block * (K * V * item + 8 * 4 * K) + 4 * K * V + 2 * 8 * 4 * K
+    square = tile.chunk * (tile.chunk + tile.strip) // 2 * item
     waiting = 1.55 if item == 2 else 1.75
-    return round(2 * (tokens + states) * waiting)
+    return round(2 * (tokens + states) * waiting) + square
 
 
 def mlstm_vmem_limit(tile: Tile, K: int, V: int, dtype: jnp.dtype) -> int | None:

@@ -105,6 +105,7 @@ def examine(chip: str, tile: Tile, K: int, V: int) -> dict[str, Any]:
             tpu_offline.compile_for(chip, fn, *shapes)
             schedule = tpu_offline.schedules()[name]
         except jax.errors.JaxRuntimeError as error:
+            tpu_offline.schedules()  # of what failed: not to be taken for the next one's
             return {**row, "dropped": str(error).splitlines()[0]}
         span = tile.chunk * tile.chunks_per_block
         memory = work.bytes_accessed / LENGTH / CHIPS[chip].hbm_bytes_per_second

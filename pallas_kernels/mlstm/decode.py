@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import common
+from pallas_kernels import common, tiles
 from pallas_kernels.common import column
 from pallas_kernels.mlstm import cost
 from pallas_kernels.mlstm import gates as pre
@@ -21,7 +21,7 @@ from pallas_kernels.mlstm import gates as pre
 KEPT, ADDED, BOUND, READ = range(4)
 
 BLOCK_BYTES = 2 << 20
-"""Most of one head's memory that is in VMEM at once; held four times: old and new, each twice."""
+"""Most of one head's memory that is in VMEM at once, where its columns can be cut."""
 
 
 def mlstm_decode(
@@ -73,12 +73,25 @@ def mlstm_decode(
             jax.ShapeDtypeStruct((B, H, 1, K), jnp.float32),
         ],
         input_output_aliases={4: 1, 5: 2},
-        compiler_params=common.compiler_params(("parallel", "parallel", "arbitrary"), None),
+        compiler_params=common.compiler_params(
+            ("parallel", "parallel", "arbitrary"), max(tiles.SCOPED_BYTES, vmem_bytes(K, V))
+        ),
         cost_estimate=cost.step(B, H, K, V, v.dtype),
         interpret=interpret,
         name="mlstm_decode",
     )(factors, *(_head_first(x) for x in (q, k, v)), C, n[:, :, None])
     return _head_first(h), (C, n[:, :, 0], m)
+
+
+def vmem_bytes(K: int, V: int) -> int:
+    """VMEM that one step takes: old and new memory, each twice, and what turning q and k takes."""
+    return 4 * 4 * K * _width(K, V) + 3 * 4 * K * K + (1 << 20)
+
+
+def fits_vmem(K: int, V: int) -> bool:
+    """Whether heads of these widths can take a step by this kernel on the chip at hand."""
+    chip = tiles.current_chip()
+    return chip is None or vmem_bytes(K, V) <= tiles.CHIPS[chip].vmem_bytes
 
 
 def _factors(gates: pre.LogGates, m: jax.Array, max_state: bool) -> tuple[jax.Array, jax.Array]:

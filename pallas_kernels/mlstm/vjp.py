@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import common, tiles
 from pallas_kernels.mlstm import gates as pre
-from pallas_kernels.mlstm.decode import mlstm_decode
+from pallas_kernels.mlstm.decode import fits_vmem, mlstm_decode
 from pallas_kernels.mlstm.options import Options
 from pallas_kernels.mlstm.tpu_backward import mlstm_backward
 from pallas_kernels.mlstm.tpu_forward import mlstm_forward
@@ -54,22 +54,30 @@ def mlstm(
             nothing depends on the scale of h (a norm without eps follows).
         saved_dtype: of the states kept for the gradient; None: that of q.
 
+    There is no second derivative: take it of the form that XLA compiles.
+
     Any T, K and V: they are filled up to tiles with steps that write and forget nothing and with
     zeros, which changes no result.
 
     Returns h in the dtype of v, and the memory after the last step.
 
     Raises:
-        ValueError: a dtype that is not supported, a chunk that is no multiple of the tile, heads
-            wider than VMEM allows; with sizes that fit.
+        ValueError: an unknown gate, a dtype that is not supported, a chunk that is no multiple of
+            the tile, heads wider than VMEM allows; with sizes that fit.
     """
     T, K, V = q.shape[1], q.shape[-1], v.shape[-1]
+    if input_gate not in ("exp", "sigmoid"):
+        raise ValueError(f"mlstm: `input_gate` must be 'exp' or 'sigmoid', got {input_gate!r}.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"mlstm: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; "
+            "cast them to the widest."
+        )
     tile = tiles.mlstm(K, V, v.dtype, T, chunk_size)
     if mask is not None:
         q, k, v = (jnp.where(mask[..., None, None], x, 0) for x in (q, k, v))
     gates = pre.log_gates(i, f, reset, mask, input_gate=input_gate)
-    if input_gate == "sigmoid":
-        state = _without_scale(state)
+    C, n, m = (leaf.astype(jnp.float32) for leaf in state)
     options = Options(
         chunk=tile.chunk,
         strip=tile.strip,
@@ -84,8 +92,8 @@ def mlstm(
         lanes=common.lanes(),
         interpret=common.interpreter(),
     )
-    compute = _filled if T > 1 else _step
-    h, state = compute(options, q, k, v, gates, state)  # pyright: ignore[reportGeneralTypeIssues]
+    compute = _step if T == 1 and fits_vmem(K, V) else _filled
+    h, state = compute(options, q, k, v, gates, (C, n, m))  # pyright: ignore[reportGeneralTypeIssues]
     return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
 
 
@@ -126,6 +134,8 @@ _step.defvjp(_step_forward, _step_backward)
 
 def _filled(options: Options, q, k, v, gates: pre.LogGates, state: State):
     """`_core` for any sizes: filled up to whole chunks and tiles."""
+    if not options.max_state:
+        state = _without_scale(state)
     B, T, H, K = q.shape
     V = v.shape[-1]
     padded = common.round_up(T, options.chunk)

@@ -9,8 +9,6 @@ import pytest
 
 from experiments.benchmarks import tpu_offline
 
-tpu_offline.start()
-
 CHIPS = [
     *(pytest.param(chip, id=chip) for chip in ("v5e", "v5p", "v6e")),
     *(pytest.param(chip, id=chip, marks=pytest.mark.slow) for chip in ("v4", "v7x")),
@@ -18,7 +16,9 @@ CHIPS = [
 
 
 def pytest_collection_modifyitems(items):
-    if importlib.util.find_spec("libtpu") is None:
+    if importlib.util.find_spec("libtpu") is not None:
+        tpu_offline.start()
+    else:
         reason = "libtpu is not installed here; `make test-compile` has an environment with it"
         for item in items:
             if item.path.parent.name == "compile":

@@ -68,6 +68,12 @@ def test_a_single_step_compiles_and_updates_a_donated_state_in_place(chip, name)
     assert not re.search(rf"= f32\[{sizes}\]\S* copy\(", compiled.as_text())
 
 
+@pytest.mark.parametrize("K,V", [(1280, 1280), (1000, 1000), (512, 1024)])
+def test_wide_heads_take_a_step_too(K, V):
+    call, args = calls.mlstm(1, K, V)
+    assert tpu_offline.kernels(tpu_offline.compile_for("v5e", call, *args)) == {"mlstm_decode"}
+
+
 def _mesh(chip: str) -> Mesh:
     return tpu_offline.mesh_of(tpu_offline.devices(tpu_offline.TOPOLOGIES[chip])[:4], tensor=2)
 

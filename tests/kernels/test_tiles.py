@@ -146,7 +146,9 @@ def test_a_call_without_a_tile_raises_what_its_refusal_says():
 
 def test_a_device_that_is_no_tpu_we_know_is_refused_with_those_that_are():
     refusal = tiles.mlstm_refusal(64, 64, BFLOAT16)
-    assert refusal == "the memory of a 'cpu' is not known; known are " + ", ".join(CHIPS)
+    assert refusal == (
+        f"the memory of a 'cpu' is not known, only of {', '.join(CHIPS)}; name 'chunkwise'"
+    )
 
 
 @every_chip

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import common
@@ -198,3 +199,16 @@ def test_auto_passes_kernels_over_although_they_would_be_interpreted(op, meshed)
     mesh = make_mesh(data=4, tensor=2) if meshed else None
     assert not equations("pallas_call", compute, make_call(op), mesh)
     assert equations("pallas_call", functools.partial(by_kernels, op), make_call(op), mesh)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_axes_of_explicit_meshes_are_placed_as_well(op):
+    """The kind that `jax.make_mesh` makes unless told otherwise."""
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    call = make_call(op)
+    with on(mesh):
+        compute = quick.jit(lambda call: by_kernels(op, call.inputs, call.state, call.flags))
+        h, state = jax.tree.map(np.asarray, compute(call))
+    expected, _ = alone(op)
+    for name, found in {"h": h, **state._asdict()}.items():
+        assert_close(found, expected[name], TABLE["float32"].h, name)

@@ -116,5 +116,5 @@ def _check(q, k, v, i, f, state, reset, mask, chunk_size) -> dispatch.Call:
     B, T, H, K, V = (sizes[axis] for axis in "BTHKV")
     # What is float64 anywhere is computed in float64.
     wide = state_dtype(q, k, v, i, f)
-    dtype = jnp.dtype(v.dtype) if wide == jnp.float32 else wide
+    dtype = jnp.result_type(q, k, v) if wide == jnp.float32 else wide
     return dispatch.Call(B, T, H, K, V, dtype, dispatch.platform(), chunk_size)

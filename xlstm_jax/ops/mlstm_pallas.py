@@ -32,7 +32,7 @@ def mlstm_pallas(
     mask: Bool[Array, "B T"] | None = None,
     **options,
 ) -> tuple[Float[Array, "B T H V"], MLSTMState]:
-    """The op `mlstm`; arguments as there. A single step updates the state in place."""
+    """The op `mlstm`; arguments as there. A donated state is updated in place where T = 1."""
     from pallas_kernels.mlstm import vjp
 
     dtype = jnp.result_type(q, k, v)

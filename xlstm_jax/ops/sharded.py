@@ -27,8 +27,12 @@ def per_device(
         axes: for each argument, its axes as letters: "B" the batch, "H" the heads. A tree of such
             strings for a tree of arrays.
         out_axes: the same for what `fn` returns.
-        batch, heads: sizes of these axes. A mesh axis that does not divide them is not used:
-            its devices then compute the same.
+        batch, heads: sizes of these axes. The batch is cut along data and fsdp, heads along
+            tensor; axes of other names, and those that do not divide, are not used: their devices
+            compute the same.
+
+    Within a `shard_map` of the caller's own, all of whose axes are placed, `fn` is called as it is;
+    that one needs check_vma=False, as kernels do not say how their results vary over the mesh.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -47,9 +51,15 @@ def per_device(
     mapped = jax.shard_map(
         fn, mesh=mesh, in_specs=specs[0], out_specs=specs[1], axis_names=free, check_vma=False
     )
+    if AxisType.Explicit in kinds.values():
+        args = jax.tree.map(jax.sharding.reshard, args, specs[0])
     return mapped(*args)
 
 
 def _dividing(size: int, names: list[str], lengths: Mapping[str, int]) -> tuple[str, ...]:
-    """These axes of a mesh, if together they divide `size`."""
-    return tuple(names) if size % math.prod(lengths[name] for name in names) == 0 else ()
+    """As many of these axes of a mesh as together divide `size`."""
+    chosen: list[str] = []
+    for name in names:
+        if size % math.prod(lengths[n] for n in (*chosen, name)) == 0:
+            chosen.append(name)
+    return tuple(chosen)

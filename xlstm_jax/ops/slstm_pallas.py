@@ -32,7 +32,7 @@ def slstm_pallas(
     forget_gate: str = "sigmoid",
     reverse: bool = False,
 ) -> tuple[Float[Array, "B T H K"], SLSTMState]:
-    """The op `slstm`; arguments as there. A single step updates the state in place."""
+    """The op `slstm`; arguments as there. A donated state is updated in place where T = 1."""
     from pallas_kernels import tiles
     from pallas_kernels.slstm import vjp
 
