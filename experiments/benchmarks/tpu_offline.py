@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import mesh_utils, topologies
+import numpy as np
+from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import common
@@ -78,10 +79,11 @@ def devices(topology: str) -> tuple:
 
 
 def mesh_of(chips: Sequence[Any], fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """These devices along the axes of a mesh; data takes what the others leave."""
+    """These devices in their order along the axes of a mesh; data takes what the others leave."""
     sizes = (len(chips) // (fsdp * tensor), fsdp, 1, tensor)
-    grid = mesh_utils.create_device_mesh(sizes, devices=chips)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(
+        np.asarray(chips).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
 
 
 def compile_for(

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import tyro
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -48,7 +49,8 @@ class Arguments:
 def compile_step(args: Arguments) -> tuple[jax.stages.Compiled, Any]:
     """The step, and its state as shapes with shardings."""
     devices = tpu_offline.devices(args.topology)
-    mesh = tpu_offline.mesh_of(devices, fsdp=len(devices))
+    ring = mesh_utils.create_device_mesh((len(devices),), devices=devices)
+    mesh = tpu_offline.mesh_of(ring.tolist(), fsdp=len(devices))
     model, cfg = LM(presets.get(args.preset)), TrainConfig()
     tx = make_optimizer(cfg)
 
