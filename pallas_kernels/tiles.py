@@ -202,12 +202,14 @@ def _fitting(K, V, dtype, chunk_size, chip) -> Tile | None:
         blocks = min(
             best.chunks_per_block, max(1, best.chunk * best.chunks_per_block // chunk_size)
         )
-        sizes = [Tile(chunk_size, best.strip, blocks)]
+        candidates = [Tile(chunk_size, best.strip, blocks)]
     else:
-        sizes = [best]
-        while sizes[-1].chunk > common.LANES:
-            sizes.append(Tile(sizes[-1].chunk // 2, best.strip, sizes[-1].chunks_per_block))
-    for size in sizes:
+        candidates = [best]
+        while candidates[-1].chunk > common.LANES:
+            candidates.append(
+                Tile(candidates[-1].chunk // 2, best.strip, candidates[-1].chunks_per_block)
+            )
+    for size in candidates:
         for blocks in range(size.chunks_per_block, 0, -1):
             tile = Tile(size.chunk, _strip(size.chunk, size.strip), blocks)
             if mlstm_vmem_bytes(tile, K, V, dtype) <= CHIPS[chip].vmem_bytes:

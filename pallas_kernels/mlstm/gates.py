@@ -64,7 +64,7 @@ class Packed(NamedTuple):
     segment: jax.Array
 
 
-COARSE, ROW, SOURCE, ACROSS, WRITTEN, EXTRA, KEPT, SEGMENT = range(8)
+COARSE, ROW, SOURCE, ACROSS, WRITTEN, EXTRA, KEPT, SEGMENT = range(len(Packed._fields))
 
 
 def log_gates(
