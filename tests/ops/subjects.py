@@ -73,16 +73,25 @@ def subjects(*variants: str, quick: tuple[str, ...] = tuple(OPTIONS), quick_kern
     """A decorator: the test runs on every implementation of these variants (none named: of all).
 
     An implementation that cannot run here is skipped with its own sentence; variants that are not
-    `quick` run among the slow tests, and so do kernels, which are interpreted, unless asked for.
+    `quick` run among the slow tests, and so do kernels, which are interpreted. With `quick_kernels`
+    they are quick, and their other variants slow; else those are for `make test-all`.
     """
     cases = []
     for variant in variants or OPTIONS:
         for name, refusal in implementations(variant.split("_")[0]).items():
             marks = [] if refusal is None else [pytest.mark.skip(reason=refusal)]
-            fast = quick if name not in KERNELS else PRIMARY if quick_kernels else ()
-            marks += [] if variant in fast else [pytest.mark.slow]
+            marks += _speed(variant, name, quick, quick_kernels)
             cases.append(pytest.param(Subject(variant, name), id=f"{variant}-{name}", marks=marks))
     return pytest.mark.parametrize("subject", cases)
+
+
+def _speed(variant: str, name: str, quick: tuple[str, ...], quick_kernels: bool) -> list:
+    if name not in KERNELS:
+        return [] if variant in quick else [pytest.mark.slow]
+    rare = variant not in PRIMARY
+    if quick_kernels:
+        return [pytest.mark.slow] if rare else []
+    return [pytest.mark.exhaustive if rare else pytest.mark.slow]
 
 
 both_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -18,6 +18,8 @@ from tests.ops.tolerances import TABLE, assert_close, assert_gradients_close
 from xlstm_jax import cells, ops
 from xlstm_jax.sharding import make_mesh
 
+pytestmark = pytest.mark.slow  # one program for eight devices after another
+
 T, K, V = 9, 8, 8
 MESHES = {
     "data, fsdp, tensor": dict(data=2, fsdp=2, tensor=2),
