@@ -8,7 +8,7 @@ from tests.ops.tolerances import TABLE
 
 
 @pytest.mark.parametrize("T", LENGTHS, ids="T{}".format)
-@subjects(quick=PRIMARY, quick_kernels=True)
+@subjects(quick=PRIMARY)
 def test_any_length_equals_the_recurrence(subject, T):
     case = make_case(subject.variant, T)
     runs.assert_equals_the_recurrence(subject, case, TABLE["float32"], "float32", stored=True)
