@@ -11,6 +11,12 @@ import jax.numpy as jnp
 LANES = 128
 """Elements in the last axis of a TPU's tile: widths and chunks are multiples of it."""
 
+NEG = -1e30
+"""The log of nothing; finite, so that NEG - NEG is 0 and not NaN."""
+
+SCOPED_BYTES = 16 << 20
+"""What a kernel may take of VMEM unless it asks for more: all that the smallest TPU has."""
+
 _interpreter: contextvars.ContextVar[Any] = contextvars.ContextVar("interpreter", default=None)
 _lanes: contextvars.ContextVar[int] = contextvars.ContextVar("lanes", default=LANES)
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
@@ -36,7 +42,11 @@ def interpreted(how: Any = True, *, lanes: int = LANES) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiled_for(chip: str) -> Iterator[None]:
-    """What is traced inside is meant for `chip`, a key of `tiles.CHIPS`, which need not be here."""
+    """What is traced inside is meant for `chip`, which need not be here.
+
+    Args:
+        chip: a key of `tiles.CHIPS` or of `gpu.CHIPS`.
+    """
     token = _target.set(chip)
     try:
         yield

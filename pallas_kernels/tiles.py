@@ -35,9 +35,6 @@ CHIPS = {
     "v7x": Chip(("TPU7x", "TPU7"), 64 * MIB, 256, 1.16e15, 524_288, 3.7e12),
 }
 
-SCOPED_BYTES = 16 * MIB
-"""What a kernel may take of VMEM unless it asks for more; XLA uses the rest between kernels."""
-
 
 class Tile(NamedTuple):
     """How an mLSTM kernel cuts a sequence."""
@@ -150,8 +147,8 @@ def slstm_vmem_bytes(chip: str | None = None) -> int:
     """What the sLSTM kernels may take of VMEM: all of a small one, half of a large one."""
     chip = chip or current_chip()
     if common.interpreter() or chip is None:
-        return SCOPED_BYTES
-    return max(SCOPED_BYTES, CHIPS[chip].vmem_bytes // 2)
+        return common.SCOPED_BYTES
+    return max(common.SCOPED_BYTES, CHIPS[chip].vmem_bytes // 2)
 
 
 def slstm_refusal(K: int, dtype: jnp.dtype, chip: str | None = None) -> str | None:
@@ -189,7 +186,7 @@ def mlstm_vmem_bytes(tile: Tile, K: int, V: int, dtype: jnp.dtype) -> int:
 def mlstm_vmem_limit(tile: Tile, K: int, V: int, dtype: jnp.dtype) -> int | None:
     """The limit to compile with; None where the default one will do."""
     need = mlstm_vmem_bytes(tile, K, V, dtype)
-    return None if need <= SCOPED_BYTES else common.round_up(need, MIB)
+    return None if need <= common.SCOPED_BYTES else common.round_up(need, MIB)
 
 
 def _fitting(K, V, dtype, chunk_size, chip) -> Tile | None:

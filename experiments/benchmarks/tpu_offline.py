@@ -6,9 +6,14 @@ kernel holds an inner loop, its body is counted once.
 """
 
 import atexit
+import datetime
 import functools
 import glob
+import importlib.metadata
+import json
+import math
 import os
+import pathlib
 import re
 import shutil
 import tempfile
@@ -122,13 +127,29 @@ def kernels(compiled: jax.stages.Compiled) -> set[str]:
 
 
 def bytes_accessed(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """What each of our kernels has told the compiler of its traffic with HBM."""
+    """What each of our kernels reads and writes: its operands and results, each once."""
     found = {}
-    for line in _calls(compiled):
-        name, moved = re.search(KERNEL, line), re.search(r'bytes_accessed":"(\d+)"', line)
-        if name and moved:
-            found[name[0]] = int(moved[1])
+    for text in _calls(compiled):
+        name = re.search(KERNEL, text)
+        results, _, rest = text.partition(" custom-call(")
+        operands = re.search(r"operand_layout_constraints=\{(.*?\})\}", rest, re.DOTALL)
+        if name and operands:
+            found[name[0]] = _array_bytes(results) + _array_bytes(operands[1])
     return found
+
+
+def _array_bytes(text: str) -> int:
+    """The size of all arrays that a piece of a program's text names, such as `bf16[8,128]`."""
+    item = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4}
+    arrays = re.findall(rf"\b({'|'.join(item)})\[([\d,]+)\]", text)
+    return sum(item[kind] * math.prod(map(int, sizes.split(","))) for kind, sizes in arrays)
+
+
+def write(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """A result as JSON, with the versions and the date it belongs to."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    result = {"date": f"{datetime.date.today()}", "versions": versions, "rows": rows}
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _calls(compiled: jax.stages.Compiled) -> list[str]:

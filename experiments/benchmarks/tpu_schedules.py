@@ -11,9 +11,7 @@ has its body counted once, together with what starts a block.
 """
 
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
 import json
 import pathlib
 import sys
@@ -175,9 +173,7 @@ def main(args: Arguments) -> int:
             print(json.dumps(rows[-1]), flush=True)
     print(table(rows), file=sys.stderr)
     if args.out is not None:
-        versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-        result = {"date": f"{datetime.date.today()}", "versions": versions, "rows": rows}
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        tpu_offline.write(args.out, rows)
     return 0
 
 

@@ -12,9 +12,7 @@ listed. Every candidate stores some vectors for lack of registers; how many is i
 """
 
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
 import json
 import pathlib
 import re
@@ -163,9 +161,7 @@ def main(args: Arguments) -> int:
                 rows.append(examine(chip, tile, K, V))
                 print(json.dumps(rows[-1]), flush=True)
     if args.out is not None:
-        versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-        result = {"date": f"{datetime.date.today()}", "versions": versions, "rows": rows}
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        tpu_offline.write(args.out, rows)
     return 0
 
 

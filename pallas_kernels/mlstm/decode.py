@@ -74,7 +74,7 @@ def mlstm_decode(
         ],
         input_output_aliases={4: 1, 5: 2},
         compiler_params=common.compiler_params(
-            ("parallel", "parallel", "arbitrary"), max(tiles.SCOPED_BYTES, vmem_bytes(K, V))
+            ("parallel", "parallel", "arbitrary"), max(common.SCOPED_BYTES, vmem_bytes(K, V))
         ),
         cost_estimate=cost.step(B, H, K, V, v.dtype),
         interpret=interpret,

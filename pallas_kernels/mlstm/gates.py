@@ -13,8 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-NEG = -1e30
-"""The log of nothing; finite, so that NEG - NEG is 0 and not NaN."""
+from pallas_kernels.common import NEG
 
 TINY = 2.0**-120
 """Lower bound of the normaliser, where exp(-m) has underflowed and the query meets nothing."""

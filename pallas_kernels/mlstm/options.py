@@ -34,5 +34,6 @@ class Options(NamedTuple):
     def metadata(self) -> dict[str, str]:
         """Words that XLA repeats in its message, should VMEM overflow while compiling."""
         tile = f"chunk {self.chunk}, {self.chunks_per_block} a block"
-        smaller = max(self.lanes, self.chunk // 2)
-        return {"tile": tile, "if_vmem_overflows": f"pass chunk_size={smaller}"}
+        smaller = self.chunk // 2 // self.lanes * self.lanes
+        advice = f"pass chunk_size={smaller}" if smaller else "use more heads, each less wide"
+        return {"tile": tile, "if_vmem_overflows": advice}

@@ -79,6 +79,7 @@ def mlstm_backward(
         return pl.BlockSpec((1, 1, count, span), lambda b, h, c: (b, h, 0, last - c))
 
     outputs = [] if h is None else [h]
+    memory = [(B, H, 4, T), dC.shape, dn.shape]
     same = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     dq, dk, dv, sums, dC, dn = pl.pallas_call(
         functools.partial(_body, options),
@@ -96,12 +97,7 @@ def mlstm_backward(
             fixed(1, K),
         ],
         out_specs=[tokens(K), tokens(K), tokens(V), by_time(4), fixed(K, V), fixed(1, K)],
-        out_shape=[
-            *same,
-            jax.ShapeDtypeStruct((B, H, 4, T), jnp.float32),
-            jax.ShapeDtypeStruct(dC.shape, jnp.float32),
-            jax.ShapeDtypeStruct(dn.shape, jnp.float32),
-        ],
+        out_shape=[*same, *(jax.ShapeDtypeStruct(x, jnp.float32) for x in memory)],
         compiler_params=common.compiler_params(IN_ORDER, options.vmem_bytes),
         cost_estimate=cost.backward(options, B, T, H, K, V, q.dtype),
         interpret=options.interpret,

@@ -66,13 +66,7 @@ def mlstm(
             the tile, heads wider than VMEM allows; with sizes that fit.
     """
     T, K, V = q.shape[1], q.shape[-1], v.shape[-1]
-    if input_gate not in ("exp", "sigmoid"):
-        raise ValueError(f"mlstm: `input_gate` must be 'exp' or 'sigmoid', got {input_gate!r}.")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            f"mlstm: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; "
-            "cast them to the widest."
-        )
+    _check(q, k, v, input_gate, normalize)
     tile = tiles.mlstm(K, V, v.dtype, T, chunk_size)
     if mask is not None:
         q, k, v = (jnp.where(mask[..., None, None], x, 0) for x in (q, k, v))
@@ -95,6 +89,19 @@ def mlstm(
     compute = _step if T == 1 and fits_vmem(K, V) else _filled
     h, state = compute(options, q, k, v, gates, (C, n, m))  # pyright: ignore[reportGeneralTypeIssues]
     return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
+
+
+def _check(q, k, v, input_gate: str, normalize: bool) -> None:
+    """What the op `mlstm` has checked for whoever calls it."""
+    if input_gate not in ("exp", "sigmoid"):
+        raise ValueError(f"mlstm: `input_gate` must be 'exp' or 'sigmoid', got {input_gate!r}.")
+    if input_gate == "exp" and not normalize:
+        raise ValueError("mlstm: normalize=False needs input_gate='sigmoid', got 'exp'.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"mlstm: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; "
+            "cast them to the widest."
+        )
 
 
 def _without_scale(state: State) -> State:

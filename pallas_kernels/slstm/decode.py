@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import common
-from pallas_kernels.slstm import sizes, tpu_forward
+from pallas_kernels.slstm import cost, sizes, tpu_forward
 
 State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """c, n, h, m: each `B H K` in float32; n = 0 where nothing is stored."""
@@ -25,7 +25,7 @@ def slstm_decode(
     mask: jax.Array | None = None,
     *,
     forget_gate: str = "sigmoid",
-    vmem_bytes: int = sizes.VMEM_BYTES,
+    vmem_bytes: int = common.SCOPED_BYTES,
 ) -> tuple[jax.Array, State]:
     """One step, without a gradient; `vjp.slstm` with T = 1 is the same step and has one.
 
@@ -75,11 +75,7 @@ def slstm_decode(
         out_shape=out_shape,
         input_output_aliases={first + index: index for index in range(4)},
         compiler_params=common.compiler_params(("arbitrary",), vmem_bytes),
-        cost_estimate=pl.CostEstimate(
-            flops=H * B * K * (8 * K + 20),
-            transcendentals=H * B * K * (6 if forget_gate == "sigmoid" else 4),
-            bytes_accessed=sum(a.size * a.dtype.itemsize for a in (*arguments, *out_shape)),
-        ),
+        cost_estimate=cost.forward(H * B * K, K, forget_gate, (*arguments, *out_shape)),
         interpret=common.interpreter(),
         name="slstm_decode",
     )(*arguments)

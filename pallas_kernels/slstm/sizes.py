@@ -20,9 +20,6 @@ MAX_HEADS = 4
 MAX_STEPS = 32
 """Steps of one program; by then the cost of starting one is divided away."""
 
-VMEM_BYTES = 16 << 20
-"""The VMEM that every TPU has."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:

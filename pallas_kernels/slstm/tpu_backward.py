@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import common
-from pallas_kernels.slstm import packed, tpu_forward
+from pallas_kernels.slstm import cost, packed, tpu_forward
 from pallas_kernels.slstm.sizes import Blocks
 
 
@@ -68,11 +68,7 @@ def slstm_backward(
         out_specs=[sequence(width), whole],
         out_shape=out_shape,
         compiler_params=common.compiler_params(("parallel", "parallel", "arbitrary"), vmem_bytes),
-        cost_estimate=pl.CostEstimate(
-            flops=T * H * B * K * (8 * K + 60),
-            transcendentals=T * H * B * K * (8 if forget_gate == "sigmoid" else 5),
-            bytes_accessed=sum(a.size * a.dtype.itemsize for a in (*arguments, *out_shape)),
-        ),
+        cost_estimate=cost.backward(T * H * B * K, K, forget_gate, (*arguments, *out_shape)),
         interpret=interpret,
         name="slstm_backward",
     )(*arguments)

@@ -11,11 +11,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import common
-from pallas_kernels.slstm import packed
+from pallas_kernels.common import NEG
+from pallas_kernels.slstm import cost, packed
 from pallas_kernels.slstm.sizes import Blocks
-
-NEG = -1e30
-"""The log of nothing; finite, so that NEG - NEG is 0 and not NaN."""
 
 RESET, MASKED = 1, 2
 """Bits of a flag: the memory before the step is empty; the step does not exist."""
@@ -86,11 +84,7 @@ def slstm_forward(
         out_specs=list(out_specs),
         out_shape=list(out_shape),
         compiler_params=common.compiler_params(("parallel", "parallel", "arbitrary"), vmem_bytes),
-        cost_estimate=pl.CostEstimate(
-            flops=T * H * B * K * (8 * K + 20),
-            transcendentals=T * H * B * K * (6 if forget_gate == "sigmoid" else 4),
-            bytes_accessed=sum(a.size * a.dtype.itemsize for a in (*arguments, *out_shape)),
-        ),
+        cost_estimate=cost.forward(T * H * B * K, K, forget_gate, (*arguments, *out_shape)),
         interpret=interpret,
         name="slstm_forward",
     )(*arguments)

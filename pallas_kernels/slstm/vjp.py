@@ -47,7 +47,7 @@ def slstm(
     *,
     forget_gate: str = "sigmoid",
     save_gates: bool | None = None,
-    vmem_bytes: int = sizes.VMEM_BYTES,
+    vmem_bytes: int = common.SCOPED_BYTES,
 ) -> tuple[jax.Array, State]:
     """sLSTM over a sequence, computed by TPU kernels.
 

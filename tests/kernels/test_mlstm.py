@@ -15,9 +15,11 @@ from jax.extend.core import jaxprs_in_params
 
 from pallas_kernels import common, tiles
 from pallas_kernels.mlstm import decode, gates
+from pallas_kernels.mlstm.options import Options
 from pallas_kernels.mlstm.vjp import mlstm
 from pallas_kernels.tiles import Tile
 from tests import quick
+from tests.kernels.calls import calls
 from tests.ops.tolerances import TABLE, assert_close, assert_gradients_close
 from xlstm_jax import cells
 from xlstm_jax.cells.time import scan_time
@@ -136,22 +138,6 @@ def equations(jaxpr, times: int = 1):
             inside = times * math.prod(eqn.params["grid_mapping"].grid)
         for inner in jaxprs_in_params(eqn.params):
             yield from equations(inner, inside)
-
-
-def calls(function, *arguments, lanes=LANES) -> list:
-    """Every `pallas_call` of `function` whose results are used, also inside of what it calls."""
-
-    def of(jaxpr):
-        used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name != "pallas_call":
-                for inner in jaxprs_in_params(eqn.params):
-                    yield from of(inner)
-            elif used & {id(v) for v in eqn.outvars}:
-                yield eqn
-
-    with common.interpreted(lanes=lanes):
-        return list(of(jax.make_jaxpr(function)(*arguments).jaxpr))
 
 
 def run(case: Case, **options):
@@ -676,3 +662,24 @@ def test_one_step_reads_no_memory_before_it_is_written_nor_twice_at_once(how, mo
         actual = quick.jit(run)(jax.tree.map(jnp.asarray, case))
     assert_step_equals_the_cell(case, actual)
     assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "chunk,advice", [(512, "chunk_size=256"), (384, "chunk_size=128"), (128, "use more heads")]
+)
+def test_the_advice_for_an_overflow_is_a_chunk_that_is_allowed(chunk, advice):
+    options = Options(
+        chunk, 128, 1, True, True, 1e-6, True, False, jnp.dtype("bfloat16"), None, 128, False
+    )
+    assert advice in options.metadata()["if_vmem_overflows"]
+
+
+@pytest.mark.parametrize("what", ["gate", "normaliser", "dtypes"])
+def test_what_the_op_would_refuse_the_kernel_refuses_too(what):
+    case = jax.tree.map(jnp.asarray, make_case())
+    options = {"gate": {"input_gate": "relu"}, "normaliser": {"normalize": False}}.get(what, {})
+    args = list(case[:6])
+    if what == "dtypes":
+        args[0] = args[0].astype(jnp.bfloat16)
+    with common.interpreted(lanes=LANES), pytest.raises(ValueError, match="must|needs"):
+        mlstm(*args, **options)

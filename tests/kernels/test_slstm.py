@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jax.extend.core import jaxprs_in_params
 
 from pallas_kernels import common
 from pallas_kernels.slstm import packed, sizes
 from pallas_kernels.slstm.decode import slstm_decode
 from pallas_kernels.slstm.vjp import slstm
 from tests import quick
+from tests.kernels.calls import calls
 from tests.ops.tolerances import TABLE, assert_close, assert_gradients_close
 from xlstm_jax import cells
 
@@ -100,22 +100,6 @@ def assert_equal_results(actual, expected, row=TABLE["float32"]):
     assert_gradients_close(pick(actual), pick(expected), row)
 
 
-def calls(function, *arguments) -> list:
-    """Every `pallas_call` of `function` whose results are used, also inside of what it calls."""
-
-    def of(jaxpr):
-        used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name != "pallas_call":
-                for inner in jaxprs_in_params(eqn.params):
-                    yield from of(inner)
-            elif used & {id(v) for v in eqn.outvars}:
-                yield eqn
-
-    with common.interpreted(lanes=LANES):
-        return list(of(jax.make_jaxpr(function)(*arguments).jaxpr))
-
-
 @pytest.mark.parametrize("T", [1, STEPS - 1, STEPS, STEPS + 1, 3 * STEPS + 1, 3 * STEPS + 2])
 def test_blocks_of_time_do_not_show(T):
     flags = T % STEPS == 2  # a number of steps without, one with, that has to be filled up
@@ -133,7 +117,7 @@ def test_any_batch_width_and_number_of_heads_equals_the_recurrence():
 @pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
 def test_several_heads_of_one_program_equal_the_recurrence(flags):
     case = make_case(T=12, H=8, K=6, flags=flags)
-    assert sizes.blocks(2, 12, 8, 8, jnp.dtype("float32"), sizes.VMEM_BYTES).heads == 4
+    assert sizes.blocks(2, 12, 8, 8, jnp.dtype("float32"), common.SCOPED_BYTES).heads == 4
     assert_equal_results(kernel(case), truth(case))
 
 
@@ -340,9 +324,9 @@ def test_the_width_that_a_refusal_names_fits():
     message = f"do not fit into {SMALL} bytes of VMEM; K may be up to {widest}."
     assert message in refusal(make_case(T=2, K=widest + 1), vmem_bytes=SMALL)
     for dtype in map(jnp.dtype, ("float32", "bfloat16")):
-        widest = sizes.widest(dtype, sizes.VMEM_BYTES)
-        assert sizes.blocks(8, 64, 4, widest, dtype, sizes.VMEM_BYTES) is not None
-        assert sizes.blocks(8, 64, 4, widest + 128, dtype, sizes.VMEM_BYTES) is None
+        widest = sizes.widest(dtype, common.SCOPED_BYTES)
+        assert sizes.blocks(8, 64, 4, widest, dtype, common.SCOPED_BYTES) is not None
+        assert sizes.blocks(8, 64, 4, widest + 128, dtype, common.SCOPED_BYTES) is None
 
 
 def test_a_state_that_vmem_cannot_hold_is_not_decoded():
@@ -363,9 +347,9 @@ def test_a_block_of_time_fits_and_fills_up_little(T, fits):
 @pytest.mark.parametrize("K", [128, 256, 512, 768])
 def test_blocks_fit_and_cover_the_call(B, K):
     dtype, H, T = jnp.dtype("bfloat16"), 8, 50
-    blocks = sizes.blocks(B, T, H, K, dtype, sizes.VMEM_BYTES)
+    blocks = sizes.blocks(B, T, H, K, dtype, common.SCOPED_BYTES)
     needed = sizes.vmem_bytes(blocks.rows, K, dtype, blocks.steps, heads=blocks.heads)
-    assert needed <= sizes.VMEM_BYTES
+    assert needed <= common.SCOPED_BYTES
     assert blocks.num_rows >= B and blocks.num_rows % blocks.rows == 0 == blocks.rows % sizes.ROWS
     assert blocks.num_steps >= T and blocks.num_steps % blocks.steps == 0 == H % blocks.heads
 

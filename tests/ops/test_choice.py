@@ -117,3 +117,11 @@ def test_a_float64_gate_makes_a_call_wide(chosen):
     arguments["i"] = jax.ShapeDtypeStruct(arguments["i"].shape, jnp.float64)
     name, call = chosen("mlstm", arguments, "v5e")
     assert (name, call.dtype) == ("chunkwise", jnp.dtype("float64"))
+
+
+def test_what_is_judged_is_the_dtype_that_is_computed_with(chosen):
+    """Heads that fit a v4 in bfloat16 do not in float32, which a float32 query makes of them."""
+    arguments = shapes("mlstm", "bfloat16", K=640)
+    assert chosen("mlstm", arguments, "v4")[0] == "pallas_tpu"
+    q = jax.ShapeDtypeStruct(arguments["q"].shape, "float32")
+    assert chosen("mlstm", {**arguments, "q": q}, "v4")[0] == "chunkwise"
