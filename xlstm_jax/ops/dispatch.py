@@ -67,15 +67,26 @@ def refuses_tpu_kernel(call: Call) -> str | None:
     return f"it runs on a TPU, not on {call.platform!r}"
 
 
+def refuses_triton_kernel(call: Call) -> str | None:
+    """Why no Triton kernel can serve a call, whatever its sizes, or None."""
+    from pallas_kernels import common, gpu
+
+    if call.named and common.interpreter():
+        return gpu.interpreter_refusal() or common.refused_dtype(call.dtype)
+    if call.platform != "gpu":
+        return f"it runs on a GPU, not on {call.platform!r}"
+    return common.refused_dtype(call.dtype) or gpu.refusal()
+
+
 def platform() -> str:
     """The platform a computation traced now will run on: that of `jax.default_device`, where set.
 
     That inputs were put elsewhere is not known while tracing.
     """
-    from pallas_kernels import common
+    from pallas_kernels import common, gpu
 
     if common.target() is not None:
-        return "tpu"
+        return "gpu" if common.target() in gpu.CHIPS else "tpu"
     device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if device is None:
         return jax.default_backend()

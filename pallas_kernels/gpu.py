@@ -1,0 +1,220 @@
+"""Calling a Triton kernel from JAX: compiled through jax-triton, or computed by Triton's interpreter.
+
+jax-triton changed the names of its arguments between 0.3 (jax 0.10) and 0.4 (jax 0.11); nothing
+outside of this file knows. Both keep what they have compiled by kernel, shapes and constants.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import common
+
+OLDEST = 80
+"""Compute capability of Ampere, times ten: the first with products of bfloat16."""
+
+
+class Chip(NamedTuple):
+    """One generation of GPUs, by NVIDIA's tuning guides."""
+
+    capability: int  # times ten
+    shared_bytes: int  # what one program may take of a multiprocessor's shared memory
+
+
+CHIPS = {
+    "sm_80": Chip(80, 163 << 10),  # A100
+    "sm_90": Chip(90, 227 << 10),  # H100, H200
+    "sm_100": Chip(100, 227 << 10),  # B200
+}
+"""What kernels are compiled for in tests; chips between two of them use the tiles of the lower."""
+
+
+def current_chip() -> str | None:
+    """The key in `CHIPS` of what a computation traced now runs on; None: no GPU that we know."""
+    if common.target() is not None:
+        return common.target()
+    capability = _capability()
+    known = [name for name, chip in CHIPS.items() if chip.capability <= (capability or 0)]
+    return known[-1] if known else None
+
+
+def refusal() -> str | None:
+    """Why no Triton kernel can run on this machine's GPU, or None."""
+    if common.target() is None:
+        capability = _capability()
+        if capability is None:
+            return f"it needs an NVIDIA GPU, not a {jax.devices()[0].device_kind!r}"
+        if capability < OLDEST:
+            kind = jax.devices()[0].device_kind
+            return (
+                f"it needs an NVIDIA GPU of compute capability 8.0 or newer (Ampere), a {kind} has "
+                f"{capability // 10}.{capability % 10}"
+            )
+    return _unusable()
+
+
+def interpreter_refusal() -> str | None:
+    """Why Triton's interpreter cannot compute kernels in this process, or None."""
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError:
+        return "triton is not installed; `pip install triton`"
+    if triton.knobs.runtime.interpret:
+        return None
+    return "Triton compiles in this process; set TRITON_INTERPRET=1 before it is imported"
+
+
+def call(
+    kernel: Any,
+    arrays: Sequence[jax.Array],
+    out_shape: Sequence[jax.ShapeDtypeStruct],
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    num_warps: int = 4,
+    num_stages: int = 2,
+    aliases: Mapping[int, int] | None = None,
+    target: str | None = None,
+    interpret: bool = False,
+    **constants: Any,
+) -> tuple[jax.Array, ...]:
+    """Results of a Triton kernel, whose parameters are the arrays, the results, then constants.
+
+    Args:
+        kernel: what `triton.jit` returns.
+        arrays: contiguous, as all arrays of XLA.
+        out_shape: of the results; they hold anything before the kernel writes them.
+        name: of the call in the compiled program.
+        grid: programs along up to three axes.
+        num_warps, num_stages: of `triton.Config`.
+        aliases: number of an array to the number of the result that takes its place in memory.
+        target: a key of `CHIPS`, to compile for a chip that is not here; None: the one at hand.
+        interpret: compute on the host, one program after the other; for tests.
+        constants: the kernel's `tl.constexpr` parameters.
+
+    There is no gradient and no `vmap`: see `common.joining_batch`.
+    """
+    aliases = dict(aliases or {})
+    if interpret:
+        return _interpreted(kernel, arrays, out_shape, grid, aliases, constants)
+    jax_triton = importlib.import_module("jax_triton")
+    renamed = _version("jax-triton") >= (0, 4)
+    shapes = {"out_type" if renamed else "out_shape": tuple(out_shape)}
+    return jax_triton.triton_call(
+        *arrays,
+        kernel=kernel,
+        name=name,
+        grid=grid,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        input_output_aliases=aliases,
+        compute_capability=None if target is None else CHIPS[target].capability,
+        **shapes,
+        **constants,
+    )
+
+
+def _capability() -> int | None:
+    """Of the first device, times ten; None: no NVIDIA GPU."""
+    found = getattr(jax.devices()[0], "compute_capability", None)
+    try:
+        major, minor = str(found).split(".")
+        return 10 * int(major) + int(minor)
+    except ValueError:  # not a GPU, or one of AMD, whose capability is a name
+        return None
+
+
+@functools.cache
+def _unusable() -> str | None:
+    """Why Triton kernels cannot be compiled in this environment, or None."""
+    way_out = "install the pair that belongs to this jax: `pip install xlstm-jax[gpu]`"
+    for module, package in (("triton", "triton"), ("jax_triton", "jax-triton")):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name == module:
+                return f"{package} is not installed; {way_out}"
+            return f"{package} does not load ({error}); {way_out}"
+        except Exception as error:  # whatever versions that do not belong together may raise
+            return f"{package} does not load ({type(error).__name__}: {error}); {way_out}"
+    if (_version("jax") >= (0, 11)) != (_version("jax-triton") >= (0, 4)):
+        versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "jax-triton"))
+        return f"{versions} do not belong together; {way_out}"
+    if importlib.import_module("triton").knobs.runtime.interpret:
+        return "TRITON_INTERPRET is set, so Triton compiles nothing; unset it"
+    return None
+
+
+def _version(package: str) -> tuple[int, int]:
+    major, minor = importlib.metadata.version(package).split(".")[:2]
+    return int(major), int(minor)
+
+
+_interpreter_lock = threading.Lock()
+"""Triton's interpreter keeps the program's number in one place for all threads."""
+
+
+def _interpreted(kernel, arrays, out_shape, grid, aliases, constants) -> tuple[jax.Array, ...]:
+    def run(*inputs):
+        inputs = [np.array(x) for x in inputs]
+        outputs = [_anything(x.shape, x.dtype) for x in out_shape]
+        for source, result in aliases.items():
+            outputs[result] = inputs[source]
+        with _interpreter_lock:
+            kernel[grid](*(_HostArray(x) for x in (*inputs, *outputs)), **constants)
+        return tuple(outputs)
+
+    return jax.pure_callback(run, tuple(out_shape), *arrays)
+
+
+def _anything(shape, dtype) -> np.ndarray:
+    """Memory that nobody has written: NaN, so that reading it shows."""
+    return np.full(shape, np.nan if jnp.issubdtype(dtype, jnp.floating) else -1, dtype)
+
+
+class _HostArray:
+    """A NumPy array with as much of a tensor's interface as Triton's interpreter asks for."""
+
+    def __init__(self, array: np.ndarray):
+        language = importlib.import_module("triton.language")
+        self.array = array
+        self.dtype = getattr(language, str(array.dtype))
+        self.shape = array.shape
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self) -> "_HostArray":
+        return self
+
+    def cpu(self) -> "_HostArray":
+        return self
+
+    def new_empty(self, *_, **__) -> "_HostArray":
+        return _HostArray(self.array)
+
+    def set_(self, storage: "_HostArray", *_) -> "_HostArray":
+        self.array = storage.array
+        return self
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def stride(self) -> tuple[int, ...]:
+        return tuple(step // self.array.itemsize for step in self.array.strides)
+
+    def element_size(self) -> int:
+        return self.array.itemsize
+
+    def copy_(self, other: "_HostArray") -> None:
+        """Nothing: the interpreter has written into the array itself."""
