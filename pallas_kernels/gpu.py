@@ -1,4 +1,4 @@
-"""Calling a Triton kernel from JAX: compiled through jax-triton, or computed by Triton's interpreter.
+"""Calling a Triton kernel from JAX: compiled by jax-triton, or computed by Triton's interpreter.
 
 jax-triton changed the names of its arguments between 0.3 (jax 0.10) and 0.4 (jax 0.11); nothing
 outside of this file knows. Both keep what they have compiled by kernel, shapes and constants.

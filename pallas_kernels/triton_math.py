@@ -1,10 +1,17 @@
-"""What the Triton kernels share; needs Triton to import."""
+"""What the Triton kernels share; needs Triton to import.
+
+Every kernel is marked `no_type_check`: Triton reads its source, and a checker of annotations at run
+time, as the tests have one, would hide that behind a wrapper of its own.
+"""
+
+from typing import no_type_check
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
+@no_type_check
 def product(a, b, UPCAST: tl.constexpr):
     """`a @ b` in float32. float32 operands are taken as three parts of tf32 each: all but the last
     two bits. UPCAST is for the interpreter, which cannot multiply bfloat16."""

@@ -7,6 +7,8 @@ import os
 
 # A test never needs an accelerator; where there is one, the numbers still have to be the CPU's.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Triton kernels are interpreted; read when Triton is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import jax
 import numpy as np

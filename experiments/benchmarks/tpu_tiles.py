@@ -25,7 +25,7 @@ import tyro
 
 from experiments.benchmarks import tpu_offline
 from pallas_kernels import tiles
-from pallas_kernels.mlstm import cost
+from pallas_kernels.mlstm import backends, cost
 from pallas_kernels.mlstm.options import Options
 from pallas_kernels.mlstm.tpu_backward import mlstm_backward
 from pallas_kernels.mlstm.tpu_forward import mlstm_forward
@@ -58,16 +58,14 @@ def calls(
     """The kernels of one head, with the shapes of their arguments and their work."""
     B, H, T = 1, 1, LENGTH
     options = Options(
-        chunk=tile.chunk,
-        strip=tile.strip,
-        chunks_per_block=tile.chunks_per_block,
+        kernels=backends.tpu(),
+        tile=tile,
         max_state=True,
         normalize=True,
         eps=1e-6,
         normalizer_grad=True,
         resets=resets,
         saved_dtype=dtype,
-        vmem_bytes=tiles.mlstm_vmem_limit(tile, K, V, dtype),
         lanes=128,
         interpret=False,
     )

@@ -36,7 +36,7 @@ def backward(
     """What `mlstm_backward` does."""
     square = _share(options) * options.chunk
     item = jnp.dtype(dtype).itemsize
-    with_h = options.normalize and options.normalizer_grad
+    with_h = options.with_h
     tokens = (4 * K + (4 if with_h else 3) * V) * item + 12 * 4
     saved = K * V * jnp.dtype(options.saved_dtype).itemsize + 4 * K
     states = (T // options.chunk) * saved + 2 * (K * V + K) * 4
@@ -59,4 +59,4 @@ def step(B: int, H: int, K: int, V: int, dtype: jnp.dtype) -> pl.CostEstimate:
 
 
 def _share(options: Options) -> float:
-    return (1 + options.strip / options.chunk) / 2
+    return (1 + options.tile.strip / options.chunk) / 2

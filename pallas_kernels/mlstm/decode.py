@@ -7,7 +7,6 @@ Source: arXiv:2405.04517, section 2.3.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +16,21 @@ from pallas_kernels import common, tiles
 from pallas_kernels.common import column
 from pallas_kernels.mlstm import cost
 from pallas_kernels.mlstm import gates as pre
+from pallas_kernels.mlstm.options import Options
 
-KEPT, ADDED, BOUND, READ = range(4)
+KEPT, ADDED, BOUND, READ = range(len(pre.StepFactors._fields))
 
 BLOCK_BYTES = 2 << 20
 """Most of one head's memory that is in VMEM at once, where its columns can be cut."""
 
 
 def mlstm_decode(
+    options: Options,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     gates: pre.LogGates,
     state: tuple[jax.Array, jax.Array, jax.Array],
-    *,
-    max_state: bool,
-    normalize: bool,
-    eps: float,
-    interpret: Any = False,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     """h and the memory after one step; under `jit` with the state donated it is updated in place.
 
@@ -42,21 +38,18 @@ def mlstm_decode(
         q, k, v: `B 1 H K`, `B 1 H K`, `B 1 H V`; zeros where masked.
         gates: `B 1 H`, and resets `B 1`.
         state: C `B H K V`, n `B H K`, m `B H`, float32.
-        max_state: whether m follows the gates; else it is 0.
-        normalize, eps: as in `vjp.mlstm`.
-        interpret: of `pallas_call`.
 
     Returns h `B 1 H V` in the dtype of v, and C, n, m.
     """
     C, n, m = state
     B, H, K, V = C.shape
-    factors, m = _factors(gates, m, max_state)
+    factors, m = pre.step_factors(gates, m, max_state=options.max_state)
     width = _width(K, V)
     per_head = lambda *shape: pl.BlockSpec((1, 1, *shape), lambda b, h, c: (b, h, 0, 0))  # noqa: E731
     memory = pl.BlockSpec((1, 1, K, width), lambda b, h, c: (b, h, 0, c))
     values = pl.BlockSpec((1, 1, 1, width), lambda b, h, c: (b, h, 0, c))
     h, C, n = pl.pallas_call(
-        functools.partial(_body, normalize, eps),
+        functools.partial(_body, options.normalize, options.eps),
         grid=(B, H, V // width),
         in_specs=[
             per_head(8, common.LANES),
@@ -77,9 +70,9 @@ def mlstm_decode(
             ("parallel", "parallel", "arbitrary"), max(common.SCOPED_BYTES, vmem_bytes(K, V))
         ),
         cost_estimate=cost.step(B, H, K, V, v.dtype),
-        interpret=interpret,
+        interpret=options.interpret,
         name="mlstm_decode",
-    )(factors, *(_head_first(x) for x in (q, k, v)), C, n[:, :, None])
+    )(_tile(factors), *(_head_first(x) for x in (q, k, v)), C, n[:, :, None])
     return _head_first(h), (C, n[:, :, 0], m)
 
 
@@ -94,20 +87,10 @@ def fits_vmem(K: int, V: int) -> bool:
     return chip is None or vmem_bytes(K, V) <= tiles.CHIPS[chip].vmem_bytes
 
 
-def _factors(gates: pre.LogGates, m: jax.Array, max_state: bool) -> tuple[jax.Array, jax.Array]:
-    """What the step multiplies with, `B H 8 128`, and the new m."""
-    log_i, log_f = gates.log_i[:, 0], gates.log_f[:, 0]
-    kept = log_f + m
-    before = kept
-    if gates.reset is not None:
-        reset = gates.reset  # B 1, as the gates' B H
-        kept, before = jnp.where(reset, pre.NEG, kept), jnp.where(reset, log_f, kept)
-    m = jnp.maximum(before, log_i) if max_state else jnp.zeros_like(m)
-    # Memories are read at a log-scale of at least READ_FLOOR: the query carries the difference.
-    read = jnp.exp(m - jnp.maximum(m, pre.READ_FLOOR))
-    rows = [jnp.exp(kept - m), jnp.exp(log_i - m), pre.lower_bound(m), read]
-    rows = common.fill(jnp.stack(rows, axis=-1), 2, 8)
-    return jnp.broadcast_to(rows[..., None], (*rows.shape, common.LANES)), m
+def _tile(factors: pre.StepFactors) -> jax.Array:
+    """The factors of a step as `B H 8 128`, one a row."""
+    rows = common.fill(jnp.stack(factors, axis=-1), 2, 8)
+    return jnp.broadcast_to(rows[..., None], (*rows.shape, common.LANES))
 
 
 def _width(K: int, V: int) -> int:

@@ -180,6 +180,31 @@ def backward_rows(x: Decays, qk_dim: int, norm: jax.Array | None, sign: jax.Arra
     return _pack(x, row, across, sign)
 
 
+class StepFactors(NamedTuple):
+    """What one step multiplies with; `B H` each."""
+
+    kept: jax.Array  # the memory
+    added: jax.Array  # the key
+    bound: jax.Array  # the normaliser is at least this
+    read: jax.Array  # the query
+
+
+def step_factors(
+    gates: LogGates, m: jax.Array, *, max_state: bool
+) -> tuple[StepFactors, jax.Array]:
+    """Factors of a step from the gates `B 1 H` and m before it, and m after it."""
+    log_i, log_f = gates.log_i[:, 0], gates.log_f[:, 0]
+    kept = log_f + m
+    before = kept
+    if gates.reset is not None:
+        reset = gates.reset  # B 1, as the gates' B H
+        kept, before = jnp.where(reset, NEG, kept), jnp.where(reset, log_f, kept)
+    m = jnp.maximum(before, log_i) if max_state else jnp.zeros_like(m)
+    # Memories are read at a log-scale of at least READ_FLOOR: the query carries the difference.
+    read = jnp.exp(m - jnp.maximum(m, READ_FLOOR))
+    return StepFactors(jnp.exp(kept - m), jnp.exp(log_i - m), lower_bound(m), read), m
+
+
 def lower_bound(m: jax.Array) -> jax.Array:
     """What a normaliser is at least: exp(-m), as long as float32 can say it."""
     return jnp.maximum(jnp.exp(-jnp.maximum(m, READ_FLOOR)), TINY)

@@ -1,31 +1,52 @@
-"""What does not change while an mLSTM kernel runs."""
+"""What does not change while mLSTM kernels run, and what they owe the gradient in `vjp`."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
+class Kernels(NamedTuple):
+    """The kernels of one kind of chip; those of TPUs and GPUs keep the same contract."""
+
+    tile: Callable[..., Any]  # (K, V, dtype, T, chunk_size) -> the tile of a call; may refuse it
+    width: Callable[[int, int], int]  # (size, lanes) -> the width that heads are filled up to
+    forward: Callable[..., "Forward"]  # (options, rows, q, k, v, C, n, *, save)
+    backward: Callable[..., "Backward"]  # (options, rows, q, k, v, h, dh, C_starts, ..., dC, dn)
+    step: Callable[..., Any]  # (options, q, k, v, gates, state) -> h, state: one position
+    takes_step: Callable[[int, int], bool]  # (K, V): whether `step` can serve these widths
+
+
 class Options(NamedTuple):
     """Static sizes and numerics; hashable, so that it can be part of a jit cache key."""
 
-    chunk: int  # L: positions between two borders at which the state is known
-    strip: int  # rows of a chunk worked on at once
-    chunks_per_block: int  # chunks per step of the grid
+    kernels: Kernels
+    tile: Any  # what `kernels.tile` has returned; its `chunk` is the positions between two borders
     max_state: bool  # the exponential input gate: m follows the gates; else m is 0 everywhere
     normalize: bool
     eps: float
     normalizer_grad: bool  # False: the normaliser is taken for a constant, as in reference training
     resets: bool
     saved_dtype: jnp.dtype  # of the states kept at chunk starts
-    vmem_bytes: int | None  # what a kernel may take of VMEM; None: the compiler's default
-    lanes: int  # widths are multiples of it
-    interpret: Any  # of `pallas_call`; here, as a gradient is traced when its context has gone
+    lanes: int  # the least width of a tile
+    interpret: Any  # here, as a gradient is traced when the context of `interpreted` has gone
+    target: str | None = None  # the chip to compile for, where it is not here
+
+    @property
+    def chunk(self) -> int:
+        """L: positions between two borders at which the state is known."""
+        return self.tile.chunk
+
+    @property
+    def with_h(self) -> bool:
+        """Whether the normaliser has a gradient, for which h is needed."""
+        return self.normalize and self.normalizer_grad
 
     def strips(self, chunk: slice) -> list[slice]:
-        """The positions of a chunk in pieces of `strip`."""
-        starts = range(chunk.start, chunk.stop, self.strip)
-        return [slice(start, start + self.strip) for start in starts]
+        """The positions of a chunk in pieces of a strip; on TPUs."""
+        starts = range(chunk.start, chunk.stop, self.tile.strip)
+        return [slice(start, start + self.tile.strip) for start in starts]
 
     def folded(self, x: jax.Array) -> jax.Array:
         """Sum of the tiles along the last axis: the same total later, with fewer shuffles."""
@@ -33,7 +54,31 @@ class Options(NamedTuple):
 
     def metadata(self) -> dict[str, str]:
         """Words that XLA repeats in its message, should VMEM overflow while compiling."""
-        tile = f"chunk {self.chunk}, {self.chunks_per_block} a block"
+        tile = f"chunk {self.chunk}, {self.tile.chunks_per_block} a block"
         smaller = self.chunk // 2 // self.lanes * self.lanes
         advice = f"pass chunk_size={smaller}" if smaller else "use more heads, each less wide"
         return {"tile": tile, "if_vmem_overflows": advice}
+
+
+class Forward(NamedTuple):
+    """Results of a forward pass; the last three are None unless asked for."""
+
+    h: jax.Array  # B T HV
+    C: jax.Array  # B H K V, after the last step
+    n: jax.Array  # B H 1 K
+    d: jax.Array | None  # B H 1 T, the signed normaliser
+    C_starts: jax.Array | None  # B H N K V, states at chunk starts
+    n_starts: jax.Array | None  # B H N 1 K
+
+
+class Backward(NamedTuple):
+    """Results of a backward pass; C and n are cotangents of the memory before the first step."""
+
+    q: jax.Array  # B T HK
+    k: jax.Array  # B T HK
+    v: jax.Array  # B T HV
+    k_dk: jax.Array  # B H T, the sum of k * dk per position
+    q_dq: jax.Array  # B H T
+    scaling: jax.Array  # B H N, what scaling the state before each chunk costs
+    C: jax.Array  # B H K V
+    n: jax.Array  # B H 1 K

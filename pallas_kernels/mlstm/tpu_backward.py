@@ -15,25 +15,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import common
+from pallas_kernels import common, tiles
 from pallas_kernels.common import as_row, product
 from pallas_kernels.mlstm import cost, gates
-from pallas_kernels.mlstm.options import Options
+from pallas_kernels.mlstm.options import Backward, Options
 from pallas_kernels.mlstm.tpu_forward import IN_ORDER, joined, log_weights, row_product
-
-
-class Backward(NamedTuple):
-    """Results of the backward kernel; dC and dn are those of the memory before the first step."""
-
-    q: jax.Array  # B T HK
-    k: jax.Array  # B T HK
-    v: jax.Array  # B T HV
-    k_dk: jax.Array  # B H T, the sum of k * dk per position
-    q_dq: jax.Array  # B H T
-    scaling: jax.Array  # B H N, what scaling the state before each chunk costs
-    C: jax.Array  # B H K V
-    n: jax.Array  # B H 1 K
-
 
 K_DK, Q_DQ, SCALING = range(3)
 
@@ -62,7 +48,8 @@ def mlstm_backward(
     """
     B, H, _, T = rows.shape
     K, V = dC.shape[2:]
-    span = options.chunk * options.chunks_per_block
+    span = options.chunk * options.tile.chunks_per_block
+    limit = tiles.mlstm_vmem_limit(options.tile, K, V, v.dtype)
     last = T // span - 1
 
     def tokens(width):
@@ -72,7 +59,7 @@ def mlstm_backward(
         return pl.BlockSpec((1, 1, *shape), lambda b, h, c: (b, h, 0, 0))
 
     def starts(*shape):
-        block = (1, 1, options.chunks_per_block, *shape)
+        block = (1, 1, options.tile.chunks_per_block, *shape)
         return pl.BlockSpec(block, lambda b, h, c: (b, h, last - c, 0, 0))
 
     def by_time(count):
@@ -98,7 +85,7 @@ def mlstm_backward(
         ],
         out_specs=[tokens(K), tokens(K), tokens(V), by_time(4), fixed(K, V), fixed(1, K)],
         out_shape=[*same, *(jax.ShapeDtypeStruct(x, jnp.float32) for x in memory)],
-        compiler_params=common.compiler_params(IN_ORDER, options.vmem_bytes),
+        compiler_params=common.compiler_params(IN_ORDER, limit),
         cost_estimate=cost.backward(options, B, T, H, K, V, q.dtype),
         interpret=options.interpret,
         metadata=options.metadata(),
@@ -139,7 +126,7 @@ class _Refs(NamedTuple):
 
 
 def _body(options: Options, *refs):
-    has_h = options.normalize and options.normalizer_grad
+    has_h = options.with_h
     x = _Refs._make(refs if has_h else (*refs[:5], None, *refs[5:]))
     b, head, block = (pl.program_id(axis) for axis in range(3))
 
@@ -148,7 +135,7 @@ def _body(options: Options, *refs):
         pltpu.sync_copy(x.dC_last.at[b, head], x.dC.at[0, 0])
         x.dn[...] = x.dn_last[...]
 
-    for index in reversed(range(options.chunks_per_block)):
+    for index in reversed(range(options.tile.chunks_per_block)):
         chunk = slice(index * options.chunk, (index + 1) * options.chunk)
         strips = options.strips(chunk)
         extra = (

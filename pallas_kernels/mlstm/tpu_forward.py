@@ -8,31 +8,19 @@ Source of the formulas: arXiv:2405.04517 and arXiv:2503.14376; the schedule is o
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import common
+from pallas_kernels import common, tiles
 from pallas_kernels.common import as_row, product
 from pallas_kernels.mlstm import cost, gates
-from pallas_kernels.mlstm.options import Options
+from pallas_kernels.mlstm.options import Forward, Options
 
 IN_ORDER = ("parallel", "parallel", "arbitrary")
 """Batch and heads in any order, the chunks of a sequence in theirs."""
-
-
-class Forward(NamedTuple):
-    """Results of the forward kernel; the last three are None unless asked for."""
-
-    h: jax.Array  # B T HV
-    C: jax.Array  # B H K V
-    n: jax.Array  # B H 1 K
-    d: jax.Array | None  # B H 1 T, the signed normaliser
-    C_starts: jax.Array | None  # B H N K V, states at chunk starts
-    n_starts: jax.Array | None  # B H N 1 K
 
 
 def mlstm_forward(
@@ -57,7 +45,8 @@ def mlstm_forward(
     B, H, _, T = rows.shape
     K, V = C.shape[2:]
     L = options.chunk
-    span = L * options.chunks_per_block
+    span = L * options.tile.chunks_per_block
+    limit = tiles.mlstm_vmem_limit(options.tile, K, V, v.dtype)
 
     def tokens(width):
         return pl.BlockSpec((1, span, width), lambda b, h, c: (b, c, h))
@@ -66,7 +55,7 @@ def mlstm_forward(
         return pl.BlockSpec((1, 1, *shape), lambda b, h, c: (b, h, 0, 0))
 
     def starts(*shape):
-        block = (1, 1, options.chunks_per_block, *shape)
+        block = (1, 1, options.tile.chunks_per_block, *shape)
         return pl.BlockSpec(block, lambda b, h, c: (b, h, c, 0, 0))
 
     outputs = [
@@ -95,7 +84,7 @@ def mlstm_forward(
         ],
         out_specs=list(specs),
         out_shape=list(shapes),
-        compiler_params=common.compiler_params(IN_ORDER, options.vmem_bytes),
+        compiler_params=common.compiler_params(IN_ORDER, limit),
         cost_estimate=cost.forward(options, B, T, H, K, V, q.dtype, save=save),
         interpret=options.interpret,
         metadata=options.metadata(),
@@ -120,7 +109,7 @@ def _body(options: Options, rows, q, k, v, C_first, n_first, h, C, n, *saved):
         pltpu.sync_copy(C_first.at[b, head], C.at[0, 0])
         n[...] = n_first[...]
 
-    for index in range(options.chunks_per_block):
+    for index in range(options.tile.chunks_per_block):
         chunk = slice(index * options.chunk, (index + 1) * options.chunk)
         d_ref = None
         if saved:

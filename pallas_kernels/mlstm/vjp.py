@@ -1,4 +1,4 @@
-"""The mLSTM on a TPU with its exact gradient: arrays in, arrays out.
+"""The mLSTM by kernels, with its exact gradient: arrays in, arrays out.
 
 Source: arXiv:2405.04517, section 2.3; chunkwise form: arXiv:2503.14376, section 3.
 """
@@ -9,18 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import common, tiles
+from pallas_kernels import common
 from pallas_kernels.mlstm import gates as pre
-from pallas_kernels.mlstm.decode import fits_vmem, mlstm_decode
-from pallas_kernels.mlstm.options import Options
-from pallas_kernels.mlstm.tpu_backward import mlstm_backward
-from pallas_kernels.mlstm.tpu_forward import mlstm_forward
+from pallas_kernels.mlstm.options import Kernels, Options
 
 State = tuple[jax.Array, jax.Array, jax.Array]
 """C `B H K V`, n `B H K`, m `B H`: the memory over e^m, float32."""
 
 
 def mlstm(
+    kernels: Kernels,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -37,9 +35,10 @@ def mlstm(
     normalizer_grad: bool = True,
     saved_dtype: jnp.dtype | None = None,
 ) -> tuple[jax.Array, State]:
-    """mLSTM over a sequence, computed by TPU kernels.
+    """mLSTM over a sequence.
 
     Args:
+        kernels: one of `backends`.
         q, k, v: `B T H K`, `B T H K`, `B T H V`, all float32 or all bfloat16; 1/sqrt(K) is applied
             to q here.
         i, f: `B T H`, gate pre-activations; the forget gate is a sigmoid.
@@ -49,7 +48,8 @@ def mlstm(
         input_gate: "exp", or "sigmoid", whose states have m = 0.
         normalize: divide by max(|q n|, exp(-m)) + eps; False needs the sigmoid input gate.
         eps: added after that maximum. Its gradient through m is left out: 5e-6 of that of i.
-        chunk_size: positions between two known states, a multiple of 128; None: of `tiles`.
+        chunk_size: positions between two known states, a multiple of the tile (128 on a TPU, 64 on
+            a GPU); None: of the table of tiles.
         normalizer_grad: False takes the normaliser for a constant, which is right only where
             nothing depends on the scale of h (a norm without eps follows).
         saved_dtype: of the states kept for the gradient; None: that of q.
@@ -63,30 +63,29 @@ def mlstm(
 
     Raises:
         ValueError: an unknown gate, a dtype that is not supported, a chunk that is no multiple of
-            the tile, heads wider than VMEM allows; with sizes that fit.
+            the tile, heads wider than the chip allows; with sizes that fit.
     """
     T, K, V = q.shape[1], q.shape[-1], v.shape[-1]
     _check(q, k, v, input_gate, normalize)
-    tile = tiles.mlstm(K, V, v.dtype, T, chunk_size)
+    tile = kernels.tile(K, V, v.dtype, T, chunk_size)
     if mask is not None:
         q, k, v = (jnp.where(mask[..., None, None], x, 0) for x in (q, k, v))
     gates = pre.log_gates(i, f, reset, mask, input_gate=input_gate)
     C, n, m = (leaf.astype(jnp.float32) for leaf in state)
     options = Options(
-        chunk=tile.chunk,
-        strip=tile.strip,
-        chunks_per_block=tile.chunks_per_block,
+        kernels=kernels,
+        tile=tile,
         max_state=input_gate == "exp",
         normalize=normalize,
         eps=eps,
         normalizer_grad=normalizer_grad,
         resets=reset is not None,
         saved_dtype=jnp.dtype(saved_dtype or q.dtype),
-        vmem_bytes=tiles.mlstm_vmem_limit(tile, K, V, v.dtype),
         lanes=common.lanes(),
         interpret=common.interpreter(),
+        target=common.target(),
     )
-    compute = _step if T == 1 and fits_vmem(K, V) else _filled
+    compute = _step if T == 1 and kernels.takes_step(K, V) else _filled
     h, state = compute(options, q, k, v, gates, (C, n, m))  # pyright: ignore[reportGeneralTypeIssues]
     return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
 
@@ -114,17 +113,7 @@ def _without_scale(state: State) -> State:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _step(options: Options, q, k, v, gates: pre.LogGates, state: State) -> tuple[jax.Array, State]:
     """T = 1: the kernel for one step; its gradient is that of a chunk with one position."""
-    return mlstm_decode(
-        q,
-        k,
-        v,
-        gates,
-        state,
-        max_state=options.max_state,
-        normalize=options.normalize,
-        eps=options.eps,
-        interpret=options.interpret,
-    )
+    return options.kernels.step(options, q, k, v, gates, state)
 
 
 def _step_forward(options: Options, *arrays):
@@ -146,7 +135,7 @@ def _filled(options: Options, q, k, v, gates: pre.LogGates, state: State):
     B, T, H, K = q.shape
     V = v.shape[-1]
     padded = common.round_up(T, options.chunk)
-    widths = [common.round_up(size, options.lanes) for size in (K, V)]
+    widths = [options.kernels.width(size, options.lanes) for size in (K, V)]
     q, k, v = (
         common.fill(common.fill(x, 3, width), 1, padded).reshape(B, padded, H * width)
         for x, width in ((q, widths[0]), (k, widths[0]), (v, widths[1]))
@@ -174,7 +163,7 @@ def _core(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m):
 
 
 def _kernel(options: Options, *, save: bool):
-    return common.joining_batch(functools.partial(mlstm_forward, options, save=save))
+    return common.joining_batch(functools.partial(options.kernels.forward, options, save=save))
 
 
 def _forward(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m):
@@ -194,8 +183,8 @@ def _backward(options: Options, K: int, residuals, cotangents):
     decays = pre.decays(gates, m, options.chunk, max_state=options.max_state)
     norm, sign = _normaliser(options, decays, d)
     rows = pre.backward_rows(decays, K, norm, sign)
-    h = h if options.normalize and options.normalizer_grad else None
-    backward = common.joining_batch(functools.partial(mlstm_backward, options))
+    h = h if options.with_h else None
+    backward = common.joining_batch(functools.partial(options.kernels.backward, options))
     found = backward(rows, q, k, v, h, dh, C_starts, n_starts, dC, dn)
     scaling = jnp.sum(dC * C, axis=(2, 3)) + jnp.sum(dn * n, axis=(2, 3))
     shape = decays.m.shape

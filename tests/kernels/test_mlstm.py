@@ -14,9 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import jaxprs_in_params
 
 from pallas_kernels import common, tiles
-from pallas_kernels.mlstm import decode, gates
+from pallas_kernels.mlstm import backends, decode, gates, vjp
 from pallas_kernels.mlstm.options import Options
-from pallas_kernels.mlstm.vjp import mlstm
 from pallas_kernels.tiles import Tile
 from tests import quick
 from tests.kernels.calls import calls
@@ -28,6 +27,7 @@ from xlstm_jax.cells.time import scan_time
 pytestmark = pytest.mark.slow
 
 LANES = 8
+mlstm = functools.partial(vjp.mlstm, backends.tpu())
 LEAVES = ("C", "n", "m")
 INPUTS = ("q", "k", "v", "i", "f")
 
@@ -668,9 +668,8 @@ def test_one_step_reads_no_memory_before_it_is_written_nor_twice_at_once(how, mo
     "chunk,advice", [(512, "chunk_size=256"), (384, "chunk_size=128"), (128, "use more heads")]
 )
 def test_the_advice_for_an_overflow_is_a_chunk_that_is_allowed(chunk, advice):
-    options = Options(
-        chunk, 128, 1, True, True, 1e-6, True, False, jnp.dtype("bfloat16"), None, 128, False
-    )
+    tile, dtype = Tile(chunk, 128, 1), jnp.dtype("bfloat16")
+    options = Options(backends.tpu(), tile, True, True, 1e-6, True, False, dtype, 128, False)
     assert advice in options.metadata()["if_vmem_overflows"]
 
 

@@ -11,7 +11,7 @@ from xlstm_jax import cells, ops
 
 B, H, K, V = 2, 2, 8, 12
 L = 8  # the chunk of every chunkwise call here
-KERNELS = ("pallas_tpu",)  # those that an interpreter runs on any device
+KERNELS = ("pallas_tpu", "triton")  # those that an interpreter runs on any device
 LENGTHS = (1, L - 1, L, L + 1, 3 * L + 5)
 
 

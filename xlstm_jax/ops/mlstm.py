@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.cells.mlstm import MLSTMState, mlstm_init, mlstm_scan
-from xlstm_jax.ops import dispatch, mlstm_pallas
+from xlstm_jax.ops import dispatch, mlstm_kernel
 from xlstm_jax.ops.checks import check_choice, check_length, check_shapes
 from xlstm_jax.ops.dispatch import Implementation
 from xlstm_jax.ops.mlstm_chunkwise import mlstm_chunkwise
@@ -20,7 +20,8 @@ def _recurrent(q, k, v, i, f, state, *, chunk_size, **options):
 
 # Ordered: "auto" takes the first that can serve the call.
 IMPLEMENTATIONS = {
-    "pallas_tpu": Implementation(mlstm_pallas.mlstm_pallas, mlstm_pallas.refusal),
+    "pallas_tpu": Implementation(mlstm_kernel.mlstm_tpu, mlstm_kernel.tpu_refusal),
+    "triton": Implementation(mlstm_kernel.mlstm_triton, mlstm_kernel.triton_refusal),
     "chunkwise": Implementation(mlstm_chunkwise),
     "parallel": Implementation(mlstm_parallel),
     "recurrent": Implementation(_recurrent),

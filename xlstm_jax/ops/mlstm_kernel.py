@@ -1,18 +1,19 @@
-"""The op `mlstm` by TPU kernels: what they refuse, and the call."""
+"""The op `mlstm` by the kernels of TPUs and GPUs: what they refuse, and the call."""
 
 import functools
 
 import jax.numpy as jnp
 
 from xlstm_jax.cells.mlstm import MLSTMState
-from xlstm_jax.ops.dispatch import Call, refuses_tpu_kernel
+from xlstm_jax.ops import dispatch
+from xlstm_jax.ops.dispatch import Call
 from xlstm_jax.ops.sharded import per_device
 from xlstm_jax.typing import Array, Bool, Float
 
 
-def refusal(call: Call) -> str | None:
-    """Why the kernels cannot serve a call, or None."""
-    reason = refuses_tpu_kernel(call)
+def tpu_refusal(call: Call) -> str | None:
+    """Why the TPU's kernels cannot serve a call, or None."""
+    reason = dispatch.refuses_tpu_kernel(call)
     if reason is not None:
         return reason
     from pallas_kernels import tiles
@@ -20,7 +21,32 @@ def refusal(call: Call) -> str | None:
     return tiles.mlstm_refusal(call.K, call.V, call.dtype, call.chunk_size)
 
 
-def mlstm_pallas(
+def triton_refusal(call: Call) -> str | None:
+    """Why the Triton kernels cannot serve a call, or None."""
+    reason = dispatch.refuses_triton_kernel(call)
+    if reason is not None:
+        return reason
+    from pallas_kernels.mlstm import triton_tiles
+
+    return triton_tiles.refusal(call.K, call.V, call.dtype, call.chunk_size)
+
+
+def mlstm_tpu(q, k, v, i, f, state, **options):
+    """By Pallas kernels; see `_mlstm`."""
+    from pallas_kernels.mlstm import backends
+
+    return _mlstm(backends.tpu(), q, k, v, i, f, state, **options)
+
+
+def mlstm_triton(q, k, v, i, f, state, **options):
+    """By Triton kernels; see `_mlstm`."""
+    from pallas_kernels.mlstm import backends
+
+    return _mlstm(backends.triton(), q, k, v, i, f, state, **options)
+
+
+def _mlstm(
+    kernels,
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],
@@ -36,7 +62,7 @@ def mlstm_pallas(
     from pallas_kernels.mlstm import vjp
 
     dtype = jnp.result_type(q, k, v)
-    compute = functools.partial(_compute, functools.partial(vjp.mlstm, **options))
+    compute = functools.partial(_compute, functools.partial(vjp.mlstm, kernels, **options))
     args = (*(x.astype(dtype) for x in (q, k, v)), i, f, tuple(state), reset, mask)
     state_axes = ("B H K V", "B H K", "B H")
     flags = tuple(None if flag is None else "B T" for flag in (reset, mask))

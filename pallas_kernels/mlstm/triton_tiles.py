@@ -1,0 +1,131 @@
+"""Sizes of the Triton kernels' blocks by chip, head width and dtype: one rule.
+
+It takes the widest result of one program that the compiler lays out without storing registers, two
+loads ahead. `experiments/benchmarks/gpu_tiles.py` compiles what the rule gives, and its neighbours,
+for every chip without having one.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from pallas_kernels import common, gpu
+
+
+class States(NamedTuple):
+    """Blocks of `triton_kernels.states`."""
+
+    k: int
+    v: int
+    positions: int
+    warps: int
+    stages: int
+
+
+class Outputs(NamedTuple):
+    """Blocks of `triton_kernels.outputs`, for one of its four results."""
+
+    rows: int  # positions of one program
+    others: int  # positions looked at together
+    inner: int  # of the width that is summed over, in products of positions; the whole is held
+    memory: int  # of the width that is summed over, in the product with the memory
+    width: int  # of the result of one program
+    warps: int
+    stages: int
+
+
+class Tile(NamedTuple):
+    """How one call is cut."""
+
+    chunk: int
+    states: States
+    h: Outputs
+    dq: Outputs
+    dk: Outputs
+    dv: Outputs
+
+
+ROWS = 64
+"""Positions of one program: what one instruction of a group of four warps multiplies."""
+
+LONG_CHUNK, SHORT_CHUNK = 256, 128
+"""A chunk's square costs L (K + V) operations, its state in memory K V / L: they balance near the
+root of K V; wider heads than this have the long chunk."""
+
+
+def mlstm(K: int, V: int, dtype: jnp.dtype, T: int, chunk_size: int | None) -> Tile:
+    """The tile of one call, on the chip at hand or of `common.compiled_for`.
+
+    Raises:
+        ValueError: `refusal` has a reason.
+    """
+    reason = refusal(K, V, dtype, chunk_size)
+    if reason is not None:
+        raise ValueError(f"mlstm: {reason}.")
+    lanes = common.lanes()
+    K, V = width(K, lanes), width(V, lanes)
+    if common.interpreter():
+        chunk = min(chunk_size or 2 * lanes, common.round_up(T, lanes))
+        block = Outputs(lanes, lanes, lanes, lanes, lanes, 4, 1)
+        return Tile(chunk, States(lanes, lanes, lanes, 4, 1), block, block, block, block)
+    chip = gpu.current_chip()
+    assert chip is not None  # or else the call was refused
+    chunk = chunk_size or (LONG_CHUNK if K * V > 128 * 256 else SHORT_CHUNK)
+    read, written = (outputs(*sizes, dtype, chip) for sizes in ((K, V), (V, K)))
+    return Tile(
+        min(chunk, common.round_up(T, ROWS)),
+        states(K, V, dtype),
+        h=read,
+        dq=written,
+        dk=written,
+        dv=read,
+    )
+
+
+def refusal(K: int, V: int, dtype: jnp.dtype, chunk_size: int | None = None) -> str | None:
+    """Why no tile serves a call, with sizes that would be served; None: one does."""
+    reason = common.refused_dtype(jnp.dtype(dtype))
+    if reason is not None:
+        return reason
+    multiple = min(common.lanes(), ROWS)
+    if chunk_size is not None and chunk_size % multiple:
+        near = common.round_up(chunk_size, multiple)
+        return (
+            f"chunk_size={chunk_size} is not a multiple of {multiple}, the tile; use {near} or None"
+        )
+    return None
+
+
+def width(size: int, lanes: int) -> int:
+    """The width that heads are filled up to: a power of two, beyond 64 a multiple of 64."""
+    if size > 64:
+        return common.round_up(size, 64)
+    return max(min(lanes, 16), 1 << (size - 1).bit_length())
+
+
+def states(K: int, V: int, dtype: jnp.dtype) -> States:
+    """For memories `K V`."""
+    if jnp.dtype(dtype).itemsize == 4:
+        return States(_factor(K, 64), _factor(V, 64), 32, 4, 2)
+    return States(_factor(K, 64), _factor(V, 128), 64, 4, 3)
+
+
+def outputs(inner: int, result: int, dtype: jnp.dtype, chip: str) -> Outputs:
+    """For results of a width, from products over another width."""
+    if jnp.dtype(dtype).itemsize == 4:
+        # Each operand is three numbers in registers, so little of it may be there at a time.
+        block, columns = _factor(inner, 32), _factor(result, 128)
+        return Outputs(ROWS, 32, block, block, columns, 8 if columns == 128 else 4, 2)
+    block = _factor(inner, 512)
+    whole = block == inner
+    # From Hopper on operands are multiplied where they lie, and not out of registers.
+    hopper = gpu.CHIPS[chip].capability >= 90
+    columns = _factor(result, 512 if inner <= 256 and hopper else 256)
+    others = 64 if inner + columns <= (512 if hopper else 384) and whole else 32
+    warps = 4 if inner + columns <= (256 if hopper else 128) else 8
+    return Outputs(ROWS, others, block, _factor(inner, 64), columns, warps, 2)
+
+
+def _factor(size: int, most: int) -> int:
+    """The largest power of two that divides `size`, up to `most`."""
+    return min(size & -size, most)
