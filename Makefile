@@ -1,8 +1,8 @@
 # One virtual environment per Python: .venv for python3, .venv-python3.12 for PYTHON=python3.12.
 PYTHON = python3
 VENV = $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
-# With libtpu, which compiles for TPUs that are not here; apart, as it is of no use without them.
-TPU_VENV = .venv-tpu
+# With the compilers for TPUs and GPUs that are not here; apart, as two gigabytes serve nothing else.
+COMPILE_VENV = .venv-compile
 # What to add to the command of a target: make test ARGS="tests/cells -x"
 ARGS =
 
@@ -26,8 +26,8 @@ test: $(INSTALLED) ## every test that is neither slow nor exhaustive
 test-slow: $(INSTALLED) ## the slow tests
 	$(PYTEST) -m "slow and not exhaustive" $(ARGS)
 
-test-compile: $(TPU_VENV)/.installed ## kernels compiled for v5e, v5p and v6e; without a TPU
-	$(TPU_VENV)/bin/python -m pytest -n 2 tests/compile -m "not slow" $(ARGS)
+test-compile: $(COMPILE_VENV)/.installed ## kernels compiled for TPUs and GPUs; without any of them
+	TRITON_INTERPRET=0 $(COMPILE_VENV)/bin/python -m pytest -n 2 tests/compile -m "not slow" $(ARGS)
 
 test-all: $(INSTALLED) ## every test; before a release
 	$(PYTEST) $(ARGS)
@@ -45,7 +45,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --editable '.[dev]' --constraint constraints.txt
 	@touch $@
 
-$(TPU_VENV)/.installed: pyproject.toml constraints.txt
-	test -x $(TPU_VENV)/bin/pip || $(PYTHON) -m venv $(TPU_VENV)
-	$(TPU_VENV)/bin/python -m pip install --editable '.[dev,tpu]' --constraint constraints.txt
+$(COMPILE_VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(COMPILE_VENV)/bin/pip || $(PYTHON) -m venv $(COMPILE_VENV)
+	$(COMPILE_VENV)/bin/python -m pip install --editable '.[dev,compile]' --constraint constraints.txt
 	@touch $@

@@ -7,7 +7,9 @@ outside of this file knows. Both keep what they have compiled by kernel, shapes 
 import functools
 import importlib
 import importlib.metadata
+import os
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,14 +28,18 @@ class Chip(NamedTuple):
 
     capability: int  # times ten
     shared_bytes: int  # what one program may take of a multiprocessor's shared memory
+    wide: bool  # matrices are multiplied where they lie, by a group of warps, not out of registers
 
 
 CHIPS = {
-    "sm_80": Chip(80, 163 << 10),  # A100
-    "sm_90": Chip(90, 227 << 10),  # H100, H200
-    "sm_100": Chip(100, 227 << 10),  # B200
+    "sm_80": Chip(80, 163 << 10, False),  # A100
+    "sm_86": Chip(86, 99 << 10, False),  # A10, RTX 30
+    "sm_89": Chip(89, 99 << 10, False),  # L4, L40, RTX 40
+    "sm_90": Chip(90, 227 << 10, True),  # H100, H200
+    "sm_100": Chip(100, 227 << 10, True),  # B200
+    "sm_120": Chip(120, 99 << 10, False),  # RTX 50
 }
-"""What kernels are compiled for in tests; chips between two of them use the tiles of the lower."""
+"""A chip between two of them is taken for the lower one."""
 
 
 def current_chip() -> str | None:
@@ -94,7 +100,9 @@ def call(
         name: of the call in the compiled program.
         grid: programs along up to three axes.
         num_warps, num_stages: of `triton.Config`.
-        aliases: number of an array to the number of the result that takes its place in memory.
+        aliases: number of an array to the number of the result that takes its place in memory, to
+            be written through the array's parameter. Such results come last, and what stands for
+            them among the parameters, which jax-triton 0.4 does not fill, is left alone.
         target: a key of `CHIPS`, to compile for a chip that is not here; None: the one at hand.
         interpret: compute on the host, one program after the other; for tests.
         constants: the kernel's `tl.constexpr` parameters.
@@ -105,20 +113,28 @@ def call(
     if interpret:
         return _interpreted(kernel, arrays, out_shape, grid, aliases, constants)
     jax_triton = importlib.import_module("jax_triton")
-    renamed = _version("jax-triton") >= (0, 4)
-    shapes = {"out_type" if renamed else "out_shape": tuple(out_shape)}
-    return jax_triton.triton_call(
-        *arrays,
-        kernel=kernel,
-        name=name,
-        grid=grid,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        input_output_aliases=aliases,
-        compute_capability=None if target is None else CHIPS[target].capability,
-        **shapes,
-        **constants,
-    )
+    _write_for_the_older_assembler()
+    if _version("jax-triton") >= (0, 4):
+        named: dict[str, Any] = {"out_type": tuple(out_shape)}
+        named["backend_options"] = {"enable_fp_fusion": True}  # the default of 0.3
+        constants |= {kernel.arg_names[len(arrays) + result]: 0 for result in aliases.values()}
+    else:
+        named = {"out_shape": tuple(out_shape)}
+    with warnings.catch_warnings():
+        # 0.4 would have mutable arrays instead, which 0.3 does not take.
+        warnings.filterwarnings("ignore", "input_output_aliases", DeprecationWarning)
+        return jax_triton.triton_call(
+            *arrays,
+            kernel=kernel,
+            name=name,
+            grid=grid,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            input_output_aliases=aliases,
+            compute_capability=None if target is None else CHIPS[target].capability,
+            **named,
+            **constants,
+        )
 
 
 def _capability() -> int | None:
@@ -150,6 +166,17 @@ def _unusable() -> str | None:
     if importlib.import_module("triton").knobs.runtime.interpret:
         return "TRITON_INTERPRET is set, so Triton compiles nothing; unset it"
     return None
+
+
+@functools.cache
+def _write_for_the_older_assembler() -> None:
+    """Have Triton write what the assembler of CUDA 12.9 reads, which is the one beside jax.
+
+    It brings two of its own; from Hopper on it would write for the newer, which XLA does not use.
+    """
+    nvidia = importlib.import_module("triton").knobs.nvidia
+    if not os.environ.get("TRITON_PTXAS_BLACKWELL_PATH"):
+        nvidia.ptxas_blackwell = nvidia.ptxas.path
 
 
 def _version(package: str) -> tuple[int, int]:

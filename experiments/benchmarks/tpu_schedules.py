@@ -3,7 +3,8 @@
 An answer: a table of kernels and chips with scheduled bundles, which `tests/compile` holds the
 kernels to; ten per cent more fail it.
 
-    .venv-tpu/bin/python experiments/benchmarks/tpu_schedules.py --out tests/compile/schedules.json
+    .venv-compile/bin/python experiments/benchmarks/tpu_schedules.py \
+        --out tests/compile/schedules.json
 
 No TPU is needed. The unit of an mLSTM kernel is one token of one head, that of an sLSTM kernel one
 step of one head, of either decode kernel one head. A kernel over time with an inner loop (sLSTM)

@@ -3,8 +3,8 @@
 An answer: for every chip and head width the candidates that compile, ranked by what bounds them,
 the matrix units or the memory; the best goes into the table of `pallas_kernels/tiles.py`.
 
-    .venv-tpu/bin/python experiments/benchmarks/tpu_tiles.py --out RESULT.json
-    .venv-tpu/bin/python experiments/benchmarks/tpu_tiles.py --write RESULT.json
+    .venv-compile/bin/python experiments/benchmarks/tpu_tiles.py --out RESULT.json
+    .venv-compile/bin/python experiments/benchmarks/tpu_tiles.py --write RESULT.json
 
 No TPU is needed: kernels are compiled by libtpu and their schedules read. Times are lower bounds
 from bundles, clock and traffic; nothing is timed. Candidates that do not fit VMEM are dropped and

@@ -4,7 +4,7 @@ An answer: the whole step, optimiser included, compiled by libtpu for the pod, w
 each chip holds and the communication in the program. Weights and moments are cut over all chips,
 rows of the batch as well; nothing may be held whole by accident.
 
-    .venv-tpu/bin/python experiments/benchmarks/tpu_train_step.py --topology v5e:4x4
+    .venv-compile/bin/python experiments/benchmarks/tpu_train_step.py --topology v5e:4x4
 
 Nothing is timed. The kernels are those of `pallas_kernels`.
 """

@@ -49,13 +49,13 @@ def step(
     B, H, K, V = C.shape
     shape = jax.ShapeDtypeStruct
     # n is not written in place: programs of other columns read the old one.
-    h, C, n = gpu.call(
+    h, n, C = gpu.call(
         _kernel,
         (jnp.stack(factors, axis=-1), q, k, v, C, n),
-        (shape(v.shape, v.dtype), shape(C.shape, jnp.float32), shape(n.shape, jnp.float32)),
+        (shape(v.shape, v.dtype), shape(n.shape, jnp.float32), shape(C.shape, jnp.float32)),
         name="mlstm_decode",
         grid=(B * H, triton.cdiv(V, COLUMNS)),
-        aliases={4: 1},
+        aliases={4: 2},
         num_warps=4,
         num_stages=3,
         target=options.target,
@@ -78,11 +78,11 @@ def _kernel(
     q,  # B H K
     k,  # B H K
     v,  # B H V
-    C_old,  # B H K V, float32; the same memory as C
+    C,  # B H K V, float32, in place
     n_old,  # B H K, float32
     h,  # B H V
-    C,  # B H K V
     n,  # B H K
+    C_again,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -111,7 +111,7 @@ def _kernel(
             tl.store(n + head * K + at_k, new, in_k)
         tile = head * K * V + at_k[:, None] * V + at_v[None, :]
         inside = in_k[:, None] & in_v[None, :]
-        memory = kept * tl.load(C_old + tile, inside, other=0.0) + key[:, None] * values[None, :]
+        memory = kept * tl.load(C + tile, inside, other=0.0) + key[:, None] * values[None, :]
         tl.store(C + tile, memory, inside)
         u += tl.sum(query[:, None] * memory, axis=0)
     if NORMALIZE:

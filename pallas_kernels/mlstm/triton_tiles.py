@@ -65,16 +65,18 @@ def mlstm(K: int, V: int, dtype: jnp.dtype, T: int, chunk_size: int | None) -> T
     lanes = common.lanes()
     K, V = width(K, lanes), width(V, lanes)
     if common.interpreter():
-        chunk = min(chunk_size or 2 * lanes, common.round_up(T, lanes))
-        block = Outputs(lanes, lanes, lanes, lanes, lanes, 4, 1)
-        return Tile(chunk, States(lanes, lanes, lanes, 4, 1), block, block, block, block)
+        rows = min(lanes, ROWS)
+        k, v = (_factor(size, rows) for size in (K, V))
+        read, written = (Outputs(rows, rows, a, a, b, 4, 1) for a, b in ((k, v), (v, k)))
+        chunk = min(chunk_size or 2 * rows, common.round_up(T, rows))
+        return Tile(chunk, States(k, v, rows, 4, 1), read, written, written, read)
     chip = gpu.current_chip()
     assert chip is not None  # or else the call was refused
     chunk = chunk_size or (LONG_CHUNK if K * V > 128 * 256 else SHORT_CHUNK)
     read, written = (outputs(*sizes, dtype, chip) for sizes in ((K, V), (V, K)))
     return Tile(
         min(chunk, common.round_up(T, ROWS)),
-        states(K, V, dtype),
+        states(K, V, dtype, chip),
         h=read,
         dq=written,
         dk=written,
@@ -103,11 +105,13 @@ def width(size: int, lanes: int) -> int:
     return max(min(lanes, 16), 1 << (size - 1).bit_length())
 
 
-def states(K: int, V: int, dtype: jnp.dtype) -> States:
+def states(K: int, V: int, dtype: jnp.dtype, chip: str) -> States:
     """For memories `K V`."""
     if jnp.dtype(dtype).itemsize == 4:
         return States(_factor(K, 64), _factor(V, 64), 32, 4, 2)
-    return States(_factor(K, 64), _factor(V, 128), 64, 4, 3)
+    # From Blackwell on the memory is no longer held in registers between two products.
+    warps = 8 if gpu.CHIPS[chip].capability >= 100 else 4
+    return States(_factor(K, 64), _factor(V, 128), 64, warps, 3)
 
 
 def outputs(inner: int, result: int, dtype: jnp.dtype, chip: str) -> Outputs:
@@ -115,15 +119,15 @@ def outputs(inner: int, result: int, dtype: jnp.dtype, chip: str) -> Outputs:
     if jnp.dtype(dtype).itemsize == 4:
         # Each operand is three numbers in registers, so little of it may be there at a time.
         block, columns = _factor(inner, 32), _factor(result, 128)
-        return Outputs(ROWS, 32, block, block, columns, 8 if columns == 128 else 4, 2)
-    block = _factor(inner, 512)
-    whole = block == inner
-    # From Hopper on operands are multiplied where they lie, and not out of registers.
-    hopper = gpu.CHIPS[chip].capability >= 90
-    columns = _factor(result, 512 if inner <= 256 and hopper else 256)
-    others = 64 if inner + columns <= (512 if hopper else 384) and whole else 32
-    warps = 4 if inner + columns <= (256 if hopper else 128) else 8
-    return Outputs(ROWS, others, block, _factor(inner, 64), columns, warps, 2)
+        return Outputs(ROWS, 32, block, block, columns, 8, 2)
+    wide, shared = gpu.CHIPS[chip].wide, gpu.CHIPS[chip].shared_bytes
+    # What is summed over is held whole for all products of positions, where there is room.
+    whole = _factor(inner, 512 if shared >= 128 << 10 else 256) == inner
+    block = inner if whole else _factor(inner, 128)
+    columns = _factor(result, 512 if inner <= 256 and wide else 256)
+    others = 64 if inner + columns <= (512 if chip == "sm_90" else 384) and whole else 32
+    few = inner + columns <= (256 if wide else 128) or (not whole and columns <= 64)
+    return Outputs(ROWS, others, block, _factor(inner, 64), columns, 4 if few else 8, 2)
 
 
 def _factor(size: int, most: int) -> int:

@@ -113,7 +113,8 @@ def _without_scale(state: State) -> State:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _step(options: Options, q, k, v, gates: pre.LogGates, state: State) -> tuple[jax.Array, State]:
     """T = 1: the kernel for one step; its gradient is that of a chunk with one position."""
-    return options.kernels.step(options, q, k, v, gates, state)
+    step = common.joining_batch(functools.partial(options.kernels.step, options))
+    return step(q, k, v, gates, state)
 
 
 def _step_forward(options: Options, *arrays):

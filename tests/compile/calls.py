@@ -2,17 +2,30 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from xlstm_jax import cells, ops
 
 B, H = 4, 8
+
+COLLECTIVES = r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
 
 
 def shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-def mlstm(T: int, K: int, V: int, dtype=jnp.bfloat16, *, flags: bool = False, **options):
+def mlstm(
+    T: int,
+    K: int,
+    V: int,
+    dtype=jnp.bfloat16,
+    *,
+    flags: bool = False,
+    implementation: str = "pallas_tpu",
+    **options,
+):
     """A call of `ops.mlstm` on what projections yield, and the shapes of its arguments."""
     memory = cells.MLSTMState(shape(B, H, K, V), shape(B, H, K), shape(B, H))
     gates = shape(B, T, H, dtype=dtype)
@@ -23,14 +36,22 @@ def mlstm(T: int, K: int, V: int, dtype=jnp.bfloat16, *, flags: bool = False, **
 
     def call(q, k, v, i, f, state, reset=None, mask=None):
         q, k, v = (x.reshape(B, T, H, -1) for x in (q, k, v))
-        options_ = dict(reset=reset, mask=mask, implementation="pallas_tpu", **options)
+        options_ = dict(reset=reset, mask=mask, implementation=implementation, **options)
         h, state = ops.mlstm(q, k, v, i, f, state, **options_)
         return h.reshape(B, T, -1), state
 
     return call, args
 
 
-def slstm(T: int, K: int, dtype=jnp.bfloat16, *, flags: bool = False, **options):
+def slstm(
+    T: int,
+    K: int,
+    dtype=jnp.bfloat16,
+    *,
+    flags: bool = False,
+    implementation: str = "pallas_tpu",
+    **options,
+):
     """A call of `ops.slstm`, and the shapes of its arguments."""
     memory = cells.SLSTMState(*(shape(B, H, K) for _ in range(4)))
     args = (shape(B, T, 4, H, K, dtype=dtype), shape(H, K, 4, K), shape(H, 4, K), memory)
@@ -39,7 +60,7 @@ def slstm(T: int, K: int, dtype=jnp.bfloat16, *, flags: bool = False, **options)
 
     def call(x, r, b, state, reset=None, mask=None):
         flags = dict(reset=reset, mask=mask)
-        return ops.slstm(x, r, b, state, **flags, implementation="pallas_tpu", **options)
+        return ops.slstm(x, r, b, state, **flags, implementation=implementation, **options)
 
     return call, args
 
@@ -57,3 +78,28 @@ def gradient(call):
         return jax.grad(loss, argnums=numbers)(*args)
 
     return compute
+
+
+def pulled(call):
+    """Gradients of what `call` returns, by cotangents that are made where they are used."""
+
+    def compute(*args):
+        outputs, pull = jax.vjp(call, *args)
+        return pull(jax.tree.map(jnp.sin, outputs))
+
+    return compute
+
+
+def specs(name: str, args):
+    """Batch over data, heads over tensor."""
+    if name == "mlstm":
+        joined, gates = P("data", None, "tensor"), P("data", None, "tensor")
+        return (joined, joined, joined, gates, gates, type(args[5])(*[P("data", "tensor")] * 3))
+    state = type(args[3])(*[P("data", "tensor")] * 4)
+    return (P("data", None, None, "tensor"), P("tensor"), P("tensor"), state)
+
+
+def shardings(mesh: Mesh, name: str, args):
+    """The same on a mesh."""
+    is_spec = lambda x: isinstance(x, P)  # noqa: E731
+    return jax.tree.map(lambda x: NamedSharding(mesh, x), specs(name, args), is_leaf=is_spec)

@@ -5,13 +5,10 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from experiments.benchmarks import tpu_offline
 from tests.compile import calls
-
-COLLECTIVES = r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
 
 CALLS = {
     "mlstm": calls.mlstm(512, 256, 512),
@@ -78,40 +75,18 @@ def _mesh(chip: str) -> Mesh:
     return tpu_offline.mesh_of(tpu_offline.devices(tpu_offline.TOPOLOGIES[chip])[:4], tensor=2)
 
 
-def _specs(name: str, args):
-    """Batch over data, heads over tensor."""
-    if name == "mlstm":
-        joined, gates = P("data", None, "tensor"), P("data", None, "tensor")
-        return (joined, joined, joined, gates, gates, type(args[5])(*[P("data", "tensor")] * 3))
-    state = type(args[3])(*[P("data", "tensor")] * 4)
-    return (P("data", None, None, "tensor"), P("tensor"), P("tensor"), state)
-
-
 @pytest.mark.parametrize("name", ["mlstm", "slstm"])
 def test_on_a_mesh_no_device_talks_to_another(chip, name):
     """But for the sum of the recurrent weights' gradient over the batch, as for any weights."""
     mesh = _mesh(chip)
     call, args = CALLS[name]
-    shardings = jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec),
-        _specs(name, args),
-        is_leaf=lambda x: isinstance(x, P),
-    )
-    kwargs = dict(mesh=mesh, shardings=shardings)
+    kwargs = dict(mesh=mesh, shardings=calls.shardings(mesh, name, args))
     forward = tpu_offline.compile_for(chip, call, *args, **kwargs).as_text()
-    assert not re.findall(COLLECTIVES, forward)
+    assert not re.findall(calls.COLLECTIVES, forward)
     # The cotangents come from a loss that is local, too: none of it is summed over devices.
-    backward = tpu_offline.compile_for(chip, _pulled(call), *args, **kwargs).as_text()
-    found = set(re.findall(COLLECTIVES, backward))
+    backward = tpu_offline.compile_for(chip, calls.pulled(call), *args, **kwargs).as_text()
+    found = set(re.findall(calls.COLLECTIVES, backward))
     assert found <= ({"all-reduce"} if name == "slstm" else set())
-
-
-def _pulled(call):
-    def compute(*args):
-        outputs, pull = jax.vjp(call, *args)
-        return pull(jax.tree.map(jnp.sin, outputs))
-
-    return compute
 
 
 @pytest.mark.parametrize("name", ["mlstm", "slstm"])

@@ -2,7 +2,6 @@
 
 import re
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -66,7 +65,7 @@ def _copies(text: str, least: int) -> list[str]:
 def test_aligned_sizes_are_not_copied(part):
     """Neither queries, keys, values and h, nor the memory, in values and in cotangents."""
     call, args = calls.mlstm(T, K, V)
-    fn = call if part == "forward" else _pulled(call)
+    fn = call if part == "forward" else calls.pulled(call)
     text = tpu_offline.compile_for("v5e", fn, *args).as_text()
     assert not _copies(text, least=B * T * H * K * 2)
 
@@ -76,16 +75,6 @@ def test_widths_that_are_no_multiple_of_a_tile_are_filled_up():
     call, args = calls.mlstm(T, K - 8, V)
     text = tpu_offline.compile_for("v5e", call, *args).as_text()
     assert any(found.startswith("pad") for found in _copies(text, least=B * T * H * K * 2))
-
-
-def _pulled(call):
-    """Cotangents that are made where they are used."""
-
-    def compute(*args):
-        outputs, pull = jax.vjp(call, *args)
-        return pull(jax.tree.map(jnp.sin, outputs))
-
-    return compute
 
 
 def test_the_cost_given_to_the_compiler_is_that_of_the_formulas():

@@ -1,0 +1,186 @@
+"""Every Triton kernel, forward and gradient, compiles for every chip, and fits its registers."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.benchmarks import gpu_offline, gpu_resources, tpu_offline
+from experiments.benchmarks.gpu_resources import WIDTHS
+from experiments.benchmarks.kernel_cases import PARTS, Case
+from pallas_kernels import common
+from tests.compile import calls
+from xlstm_jax import ops
+
+KERNELS = {
+    "mlstm": {
+        "forward": {"mlstm_states", "mlstm_h"},
+        "gradient": {f"mlstm_{x}" for x in ("states", "h", "dstates", "dq", "dk", "dv")},
+        "decode": {"mlstm_decode"},
+    },
+    "slstm": {
+        "forward": {"slstm_forward"},
+        "gradient": {"slstm_forward", "slstm_backward"},
+        "decode": {"slstm_decode"},
+    },
+}
+TRITON = dict(implementation="triton")
+CALLS = {
+    "mlstm": calls.mlstm(512, 256, 512, **TRITON),
+    "mlstm, resets and masks": calls.mlstm(512, 256, 512, flags=True, **TRITON),
+    "mlstm, odd sizes, float32": calls.mlstm(300, 40, 96, jnp.float32, **TRITON),
+    "mlstm, sigmoid, no normaliser": calls.mlstm(
+        256, 128, 256, input_gate="sigmoid", normalize=False, **TRITON
+    ),
+    "slstm": calls.slstm(256, 256, **TRITON),
+    "slstm, resets and masks": calls.slstm(100, 64, flags=True, **TRITON),
+    "slstm, float32": calls.slstm(64, 128, jnp.float32, **TRITON),
+}
+STEPS = {
+    "mlstm": calls.mlstm(1, 256, 512, **TRITON),
+    "mlstm, odd widths": calls.mlstm(1, 40, 96, jnp.float32, **TRITON),
+    "mlstm, resets and masks": calls.mlstm(1, 256, 512, flags=True, **TRITON),
+    "slstm": calls.slstm(1, 256, **TRITON),
+    "slstm, resets and masks": calls.slstm(1, 64, jnp.float32, flags=True, **TRITON),
+}
+
+
+def _param(*values):
+    """A case of the op that the first value begins with."""
+    op = values[0][:5]
+    has_none = "triton" not in ops.implementations(op)
+    skip = pytest.mark.skipif(has_none, reason=f"{op} has no Triton kernels yet")
+    return pytest.param(*values, id="-".join(map(str, values)), marks=skip)
+
+
+OPS = [_param(op) for op in KERNELS]
+
+
+@pytest.mark.parametrize(
+    "op,dtype,K,V",
+    [
+        _param(op, dtype, K, V)
+        for op in KERNELS
+        for dtype, widths in WIDTHS[op].items()
+        for K, V in widths
+    ],
+)
+def test_no_kernel_spills_or_takes_more_than_there_is(gpu_chip, op, dtype, K, V):
+    """At the tile of the table, forward, gradient and one step."""
+    for part in PARTS:
+        T = 1 if part == "decode" else 1024
+        case = Case(op=op, part=part, B=16, T=T, H=4, K=K, V=V, dtype=dtype)
+        found = gpu_resources.found(gpu_chip, case)
+        assert {kernel.name for kernel in found} == KERNELS[op][part]
+        assert [gpu_resources.complaints(gpu_chip, kernel) for kernel in found] == [[]] * len(found)
+
+
+NEWEST_ASSEMBLY = 8.8
+"""What the assembler of CUDA 12.9 can read, the oldest that comes with JAX."""
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_triton_writes_can_be_read_by_the_assembler_of_the_cuda_wheels(gpu_chip, op):
+    """Triton's own is newer, and XLA does not use it."""
+    K, V = WIDTHS[op]["bfloat16"][0]
+    case = Case(op=op, part="forward", B=16, T=256, H=4, K=K, V=V)
+    for kernel in gpu_resources.found(gpu_chip, case):
+        assert kernel.assembly <= NEWEST_ASSEMBLY
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_matrices_are_multiplied_by_the_units_of_the_chip(gpu_chip, op):
+    K, V = WIDTHS[op]["bfloat16"][1]
+    case = Case(op=op, part="gradient", B=16, T=1024, H=4, K=K, V=V)
+    unit = {"sm_90": "wgmma", "sm_100": "tcgen05.mma"}.get(gpu_chip, "mma.sync")
+    if op == "slstm":
+        unit = "mma.sync"  # the only one for 16 rows, which are all that a step has
+    for kernel in gpu_resources.found(gpu_chip, case):
+        assert kernel.matrix_unit == unit
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_forward_pass_compiles(gpu_chip, op):
+    call, args = CALLS[op]
+    found = gpu_offline.kernels(gpu_offline.compile_for(gpu_chip, call, *args))
+    assert found == KERNELS[op]["forward"]
+
+
+@pytest.mark.parametrize("name", [_param(name) for name in CALLS if name not in KERNELS])
+def test_the_gradient_compiles_with_every_option(name):
+    _assert_gradient_compiles("sm_90", name)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_gradient_compiles(gpu_chip, op):
+    _assert_gradient_compiles(gpu_chip, op)
+
+
+def _assert_gradient_compiles(chip, name):
+    call, args = CALLS[name]
+    found = gpu_offline.kernels(gpu_offline.compile_for(chip, calls.gradient(call), *args))
+    assert found == KERNELS[name[:5]]["gradient"]
+
+
+@pytest.mark.parametrize("name", [_param(name) for name in STEPS])
+def test_a_single_step_compiles_and_updates_a_donated_state_in_place(gpu_chip, name):
+    call, args = STEPS[name]
+    number = 5 if name.startswith("mlstm") else 3
+    compiled = gpu_offline.compile_for(gpu_chip, call, *args, donate=number)
+    assert gpu_offline.kernels(compiled) == KERNELS[name[:5]]["decode"]
+    largest = max(args[number], key=lambda leaf: leaf.size)
+    assert compiled.memory_analysis().alias_size_in_bytes >= largest.size * 4
+    sizes = ",".join(map(str, largest.shape))
+    assert not re.search(rf"= f32\[{sizes}\]\S* copy\(", compiled.as_text())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_on_a_mesh_no_device_talks_to_another(op):
+    """But for the sum of the recurrent weights' gradient over the batch, as for any weights."""
+    mesh = tpu_offline.mesh_of(gpu_offline.devices("sm_90", 4), tensor=2)
+    call, args = CALLS[op]
+    kwargs = dict(mesh=mesh, shardings=calls.shardings(mesh, op, args))
+    forward = gpu_offline.compile_for("sm_90", call, *args, **kwargs)
+    assert gpu_offline.kernels(forward) == KERNELS[op]["forward"]
+    assert not re.findall(calls.COLLECTIVES, forward.as_text())
+    # The cotangents come from a loss that is local, too: none of it is summed over devices.
+    backward = gpu_offline.compile_for("sm_90", calls.pulled(call), *args, **kwargs).as_text()
+    found = set(re.findall(calls.COLLECTIVES, backward))
+    assert found <= ({"all-reduce"} if op == "slstm" else set())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_mapped_axis_compiles(op):
+    call, args = CALLS[op]
+    mapped = jax.tree.map(lambda x: calls.shape(2, *x.shape, dtype=x.dtype), args)
+    found = gpu_offline.compile_for("sm_90", jax.vmap(calls.gradient(call)), *mapped)
+    assert gpu_offline.kernels(found) == KERNELS[op]["gradient"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_on_a_gpu_the_kernels_are_taken_unasked(op):
+    sizes = {"mlstm": (512, 256, 512), "slstm": (256, 256)}[op]
+    call, args = getattr(calls, op)(*sizes, implementation="auto")
+    found = gpu_offline.kernels(gpu_offline.compile_for("sm_90", call, *args))
+    assert found == KERNELS[op]["forward"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_gpu_has_no_kernel_for_float16(op):
+    sizes = {"mlstm": (512, 256, 512), "slstm": (256, 256)}[op]
+    call, args = getattr(calls, op)(*sizes, jnp.float16, **TRITON)
+    with pytest.raises(NotImplementedError, match="float16 overflows"):
+        gpu_offline.launches_for("sm_90", call, *args)
+
+
+def test_a_chunk_that_is_no_multiple_of_a_tile_is_refused_with_one_that_is():
+    call, args = calls.mlstm(512, 256, 512, chunk_size=100, **TRITON)
+    with pytest.raises(NotImplementedError, match="chunk_size=100 is not a multiple of 64.*128"):
+        gpu_offline.launches_for("sm_90", call, *args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_tpu_has_no_triton(op):
+    with common.compiled_for("v5e"):
+        assert "runs on a GPU" in str(ops.implementations(op)["triton"])
