@@ -24,6 +24,7 @@ COLOURS = {
     "attention": "#7f8c8d",
     "mlstm_kernels": "#e08e0b",
     "fla": "#2e8b57",
+    "xlstm": "#e08e0b",
 }
 
 

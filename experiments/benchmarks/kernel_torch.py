@@ -13,13 +13,16 @@ import math
 import sys
 from typing import Any
 
-PACKAGES = {"mlstm_kernels": "mlstm_kernels", "fla": "flash-linear-attention"}
+PACKAGES = {"mlstm_kernels": "mlstm_kernels", "fla": "flash-linear-attention", "xlstm": "xlstm"}
+OPS = {"mlstm_kernels": "mlstm", "fla": "mlstm", "xlstm": "slstm"}
 CHUNK = 128
 """Of `mlstm_kernels`: the fastest in its own benchmark."""
 
 
 def function(candidate: str, case: dict[str, Any]):
-    """h of q, k, v, i, f by the package's documented call."""
+    """h of the arrays by the package's documented call."""
+    if candidate == "xlstm":
+        return _slstm_cell(case)
     if candidate == "mlstm_kernels":
         from mlstm_kernels.torch.chunkwise.triton_xl_chunk import mlstm_chunkwise__xl_chunk
 
@@ -37,6 +40,20 @@ def function(candidate: str, case: dict[str, Any]):
     return simple_gla
 
 
+def _slstm_cell(case: dict[str, Any]):
+    """The cell with its CUDA kernel, which is compiled when it is made."""
+    import torch
+    from xlstm.blocks.slstm.cell import sLSTMCell, sLSTMCellConfig
+
+    sizes = dict(hidden_size=case["H"] * case["K"], num_heads=case["H"], batch_size=case["B"])
+    config = sLSTMCellConfig(**sizes, backend="cuda", dtype=case["dtype"])
+    cell = sLSTMCell(config).to("cuda")
+    with torch.no_grad():
+        for parameter in cell.parameters():  # its own start from zero recurrent weights
+            parameter.normal_(std=1 / math.sqrt(case["K"]))
+    return lambda x: cell(x)[0]
+
+
 def arrays(candidate: str, case: dict[str, Any]) -> list[Any]:
     """Random inputs in the package's own layout: no time goes into transposing."""
     import torch
@@ -45,6 +62,8 @@ def arrays(candidate: str, case: dict[str, Any]) -> list[Any]:
     dtype = getattr(torch, case["dtype"])
     heads_first = candidate == "mlstm_kernels"
     torch.manual_seed(0)
+    if candidate == "xlstm":
+        return [torch.randn((B, T, 4 * H * K), device="cuda", dtype=dtype)]
 
     def normal(*width: int):
         rows = (H, T) if heads_first else (T, H)
@@ -116,7 +135,7 @@ def refusal(candidate: str, case: dict[str, Any]) -> str | None:
 
     if not torch.cuda.is_available():
         return "its kernels need an NVIDIA GPU, and torch finds none"
-    if case["op"] != "mlstm" or case["part"] == "decode":
+    if case["op"] != OPS[candidate] or case["part"] == "decode":
         return f"it has no documented call for {case['op']}, {case['part']}"
     return None
 

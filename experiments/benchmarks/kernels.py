@@ -29,10 +29,10 @@ from xlstm_jax.config import ConfigError
 ROOT = pathlib.Path(__file__).parents[2]
 CANDIDATES = {
     "mlstm": ("triton", "chunkwise", "attention", "mlstm_kernels", "fla"),
-    "slstm": ("triton", "scan"),
+    "slstm": ("triton", "scan", "xlstm"),
     "decode": ("triton", "recurrent"),
 }
-PEERS = ("mlstm_kernels", "fla")  # PyTorch packages; the others are ours, or JAX's
+PEERS = ("mlstm_kernels", "fla", "xlstm")  # PyTorch packages; the others are ours, or JAX's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

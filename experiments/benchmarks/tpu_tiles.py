@@ -52,12 +52,9 @@ class Arguments:
     write: pathlib.Path | None = None  # a result: put its best rows into the table
 
 
-def calls(
-    tile: Tile, K: int, V: int, dtype: jnp.dtype = BFLOAT16, *, resets: bool = False
-) -> dict[str, Any]:
-    """The kernels of one head, with the shapes of their arguments and their work."""
-    B, H, T = 1, 1, LENGTH
-    options = Options(
+def options_of(tile: Tile, dtype: jnp.dtype = BFLOAT16, *, resets: bool = False) -> Options:
+    """Those of a layer at its defaults."""
+    return Options(
         kernels=backends.tpu(),
         tile=tile,
         max_state=True,
@@ -69,6 +66,14 @@ def calls(
         lanes=128,
         interpret=False,
     )
+
+
+def calls(
+    tile: Tile, K: int, V: int, dtype: jnp.dtype = BFLOAT16, *, resets: bool = False
+) -> dict[str, Any]:
+    """The kernels of one head, with the shapes of their arguments and their work."""
+    B, H, T = 1, 1, LENGTH
+    options = options_of(tile, dtype, resets=resets)
     shape = lambda *sizes, of=dtype: jax.ShapeDtypeStruct(sizes, of)  # noqa: E731
     f32 = functools.partial(shape, of=jnp.float32)
     rows, q, v = f32(B, H, 8, T), shape(B, T, H * K), shape(B, T, H * V)
