@@ -2,7 +2,7 @@
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -102,6 +102,54 @@ def joining_batch(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return results, jax.tree.map(lambda _: True, results)
 
     return mapped
+
+
+def folding(
+    kernel: Callable[..., Any],
+    axes: Sequence[tuple[int | None, int | None]],
+    out_axes: Sequence[tuple[int, int]],
+) -> Callable[..., Any]:
+    """`kernel`, to whose batch `vmap` adds, or to whose heads where weights are mapped as well.
+
+    Args:
+        kernel: its arguments are arrays or None, its results a tuple of arrays.
+        axes: of every argument that of the batch and that of the heads; None: it has none.
+        out_axes: the same of every result.
+    """
+    mapped = jax.custom_batching.custom_vmap(kernel)
+
+    @mapped.def_vmap
+    def _(size, is_mapped, *args):
+        has_axis = [x is not None and bool(mark) for x, mark in zip(args, is_mapped, strict=True)]
+        rows = list(zip(args, has_axis, axes, strict=True))
+        into = 1 if any(has and of[0] is None for _, has, of in rows) else 0
+        if any(has and of[into] is None for _, has, of in rows):  # flags beside mapped weights
+            placed = [x if has or x is None else _repeated(x, size) for x, has, _ in rows]
+            found = jax.lax.map(lambda one: folding(kernel, axes, out_axes)(*one), tuple(placed))
+            return found, (True,) * len(out_axes)
+        found = folding(kernel, axes, out_axes)(
+            *(_merged(x, has, of[into], size) for x, has, of in rows)
+        )
+        results = []
+        for x, of in zip(found, out_axes, strict=True):
+            axis = of[into]
+            x = x.reshape(*x.shape[:axis], size, -1, *x.shape[axis + 1 :])
+            results.append(jnp.moveaxis(x, axis, 0))
+        return tuple(results), (True,) * len(out_axes)
+
+    return mapped
+
+
+def _repeated(x: jax.Array, size: int) -> jax.Array:
+    return jnp.broadcast_to(x, (size, *x.shape))
+
+
+def _merged(x: jax.Array | None, has_axis: bool, axis: int | None, size: int):
+    """`x` with the first of its axes, repeated where it has none, put before `axis` and joined."""
+    if x is None or axis is None:
+        return x
+    x = jnp.moveaxis(x if has_axis else _repeated(x, size), 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def product(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:

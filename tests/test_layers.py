@@ -60,7 +60,7 @@ MAY_IMPORT = {
 
 # Room -> the only packages of others it may import, the standard library aside.
 OTHERS_ONLY = {
-    "pallas_kernels": {"jax", "numpy"},
+    "pallas_kernels": {"jax", "numpy", "triton"},
     "xlstm_jax.typing": {"jax", "jaxtyping"},
     "xlstm_jax.config": {"jax", "jaxtyping"},
     "xlstm_jax.sharding": {"jax", "jaxtyping", "numpy"},
@@ -74,6 +74,9 @@ OTHERS_ONLY = {
 ONLY_IN = {
     "flax": ("xlstm_jax.modules", "xlstm_jax.compat", "xlstm_jax.train.state", "experiments"),
 }
+
+# Others' package -> how the files are called that import it; no others do where it is missing.
+ONLY_IN_FILES = {"triton": "triton_"}
 
 # Room -> packages of others it must do without: data are prepared where there is no accelerator.
 WITHOUT = {"xlstm_jax.data": {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}}
@@ -124,6 +127,9 @@ def fault(module: str, target: str) -> str | None:
         return "is what this room does without"
     if top in ONLY_IN and not any(belongs_to(module, home) for home in ONLY_IN[top]):
         return f"is for {', '.join(ONLY_IN[top])}"
+    start = ONLY_IN_FILES.get(top, "")
+    if room != "experiments" and not module.split(".")[-1].startswith(start):
+        return f"is for files called {start}*"
     return None
 
 
@@ -187,6 +193,9 @@ def test_the_kernels_are_among_the_files_read():
         ("xlstm_jax.surprise", "import os"),
         ("pallas_kernels.common", "from xlstm_jax.typing import Array"),
         ("pallas_kernels.common", "import optax"),
+        ("pallas_kernels.gpu", "import triton"),
+        ("pallas_kernels.mlstm.vjp", "def late():\n    import triton.language as tl"),
+        ("xlstm_jax.ops.triton_mlstm", "import triton"),
     ],
 )
 def test_an_import_that_breaks_a_rule_is_found(module, source):
@@ -211,6 +220,7 @@ def test_an_import_that_breaks_a_rule_is_found(module, source):
         ("xlstm_jax.train.writers", "from xlstm_jax import __version__"),
         ("xlstm_jax.cli", "import tyro\nfrom xlstm_jax import flops, train"),
         ("pallas_kernels.mlstm.vjp", "import jax\nfrom pallas_kernels import tiles"),
+        ("pallas_kernels.mlstm.triton_decode", "import triton\nimport triton.language as tl"),
     ],
 )
 def test_an_import_that_keeps_the_rules_is_let_pass(module, source):

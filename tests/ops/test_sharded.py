@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import common
 from tests import quick
+from tests.ops.subjects import KERNELS, implementations
 from tests.ops.tolerances import TABLE, assert_close, assert_gradients_close
 from xlstm_jax import cells, ops
 from xlstm_jax.sharding import make_mesh
@@ -26,10 +27,35 @@ MESHES = {
     "seq": dict(data=2, seq=2, tensor=2),
 }
 OPS = ("mlstm", "slstm")
+PRIMITIVES = {"pallas_tpu": "pallas_call", "triton": "pure_callback"}
+"""What an interpreted kernel is in a program."""
 IN_SPECS = {
     "mlstm": dict.fromkeys("qkvif", P("data", None, "tensor")),
     "slstm": {"x": P("data", None, None, "tensor"), "r": P("tensor"), "b": P("tensor")},
 }
+
+
+class Subject(NamedTuple):
+    """An op by one kind of kernels."""
+
+    op: str
+    kernels: str
+
+    @property
+    def primitive(self) -> str:
+        return PRIMITIVES[self.kernels]
+
+
+def _subjects():
+    """Every kernel of both ops; one that nothing can compute here is skipped with its reason."""
+    for op in OPS:
+        for name, refusal in implementations(op).items():
+            if name in KERNELS:
+                marks = [] if refusal is None else pytest.mark.skip(reason=refusal)
+                yield pytest.param(Subject(op, name), id=f"{op}-{name}", marks=marks)
+
+
+every_kernel = pytest.mark.parametrize("subject", list(_subjects()))
 
 
 class Call(NamedTuple):
@@ -57,9 +83,9 @@ def make_call(op: str, B: int = 4, H: int = 2) -> Call:
     return Call(inputs, state, jax.tree.map(jnp.asarray, flags), cotangents)
 
 
-def by_kernels(op: str, inputs, state, flags):
-    call = functools.partial(getattr(ops, op), implementation="pallas_tpu")
-    if op == "mlstm":
+def by_kernels(subject: Subject, inputs, state, flags):
+    call = functools.partial(getattr(ops, subject.op), implementation=subject.kernels)
+    if subject.op == "mlstm":
         call = functools.partial(call, chunk_size=8)
     return call(**inputs, state=state, **flags)
 
@@ -89,9 +115,9 @@ def results(compute, call: Call, mesh):
 
 
 @functools.cache
-def alone(op: str):
+def alone(subject: Subject):
     """Results on one device."""
-    return results(functools.partial(by_kernels, op), make_call(op), None)
+    return results(functools.partial(by_kernels, subject), make_call(subject.op), None)
 
 
 def assert_the_same(actual, expected):
@@ -122,12 +148,12 @@ def cut_by(spec: P) -> set[str]:
     return {axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)}
 
 
-@pytest.mark.parametrize("op", OPS)
+@every_kernel
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-def test_a_mesh_changes_no_value_and_no_gradient(mesh, op):
+def test_a_mesh_changes_no_value_and_no_gradient(mesh, subject):
     """An axis `seq` cuts nothing: its devices compute the same, and nothing is summed twice."""
-    compute = functools.partial(by_kernels, op)
-    assert_the_same(results(compute, make_call(op), make_mesh(**mesh)), alone(op))
+    compute = functools.partial(by_kernels, subject)
+    assert_the_same(results(compute, make_call(subject.op), make_mesh(**mesh)), alone(subject))
 
 
 @pytest.mark.parametrize(
@@ -135,10 +161,10 @@ def test_a_mesh_changes_no_value_and_no_gradient(mesh, op):
     [dict(data=8), dict(data=2, tensor=4), dict(data=1, seq=2, tensor=4)],
     ids=["batch", "heads", "nothing is cut"],
 )
-@pytest.mark.parametrize("op", OPS)
-def test_what_a_mesh_does_not_divide_is_computed_by_all_its_devices(op, mesh):
-    compute = functools.partial(by_kernels, op)
-    assert_the_same(results(compute, make_call(op), make_mesh(**mesh)), alone(op))
+@every_kernel
+def test_what_a_mesh_does_not_divide_is_computed_by_all_its_devices(subject, mesh):
+    compute = functools.partial(by_kernels, subject)
+    assert_the_same(results(compute, make_call(subject.op), make_mesh(**mesh)), alone(subject))
 
 
 @pytest.mark.parametrize(
@@ -150,23 +176,25 @@ def test_what_a_mesh_does_not_divide_is_computed_by_all_its_devices(op, mesh):
         (3, 3, set()),
     ],
 )
-@pytest.mark.parametrize("op", OPS)
-def test_devices_share_the_batch_and_the_heads(op, B, H, axes):
+@every_kernel
+def test_devices_share_the_batch_and_the_heads(subject, B, H, axes):
     mesh = make_mesh(**MESHES["data, fsdp, tensor"])
-    maps = equations("shard_map", functools.partial(by_kernels, op), make_call(op, B, H), mesh)
+    maps = equations(
+        "shard_map", functools.partial(by_kernels, subject), make_call(subject.op, B, H), mesh
+    )
     forward = maps[0].params["in_specs"]
     assert set.union(*map(cut_by, forward)) == axes
     assert len(maps) >= 2  # of the gradient, too
 
 
-def placed_by_the_caller(op: str, mesh, axis_names: set[str]):
+def placed_by_the_caller(subject: Subject, mesh, axis_names: set[str]):
     """The op inside of the caller's own `shard_map` over these axes."""
     keep = lambda spec: P(*(a if a in axis_names else None for a in spec))  # noqa: E731
-    specs = {name: keep(spec) for name, spec in IN_SPECS[op].items()}
+    specs = {name: keep(spec) for name, spec in IN_SPECS[subject.op].items()}
     memory, time = keep(P("data", "tensor")), keep(P("data"))
     out_specs = (keep(P("data", None, "tensor")), memory)
     return jax.shard_map(
-        functools.partial(by_kernels, op),
+        functools.partial(by_kernels, subject),
         mesh=mesh,
         in_specs=(specs, memory, time),
         out_specs=out_specs,
@@ -175,42 +203,44 @@ def placed_by_the_caller(op: str, mesh, axis_names: set[str]):
     )
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_within_the_callers_shard_map_nothing_is_mapped_again(op):
+@every_kernel
+def test_within_the_callers_shard_map_nothing_is_mapped_again(subject):
     mesh = make_mesh(data=4, tensor=2)
-    compute = placed_by_the_caller(op, mesh, set(mesh.axis_names))
-    call = make_call(op)
-    assert_the_same(results(compute, call, mesh), alone(op))
+    compute = placed_by_the_caller(subject, mesh, set(mesh.axis_names))
+    call = make_call(subject.op)
+    assert_the_same(results(compute, call, mesh), alone(subject))
     for eqn in equations("shard_map", compute, call, mesh):
         (inner,) = jaxprs_in_params(eqn.params)
         assert not list(named("shard_map", inner))
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_axes_that_the_callers_shard_map_leaves_are_used(op):
+@every_kernel
+def test_axes_that_the_callers_shard_map_leaves_are_used(subject):
     """The caller maps the batch over data; the op the rest of it over fsdp, heads over tensor."""
     mesh = make_mesh(**MESHES["data, fsdp, tensor"])
-    compute = placed_by_the_caller(op, mesh, {"data"})
-    assert_the_same(results(compute, make_call(op), mesh), alone(op))
+    compute = placed_by_the_caller(subject, mesh, {"data"})
+    assert_the_same(results(compute, make_call(subject.op), mesh), alone(subject))
 
 
-@pytest.mark.parametrize("op", OPS)
+@every_kernel
 @pytest.mark.parametrize("meshed", [False, True], ids=["one device", "mesh"])
-def test_auto_passes_kernels_over_although_they_would_be_interpreted(op, meshed):
-    compute = lambda inputs, state, flags: getattr(ops, op)(**inputs, state=state, **flags)  # noqa: E731
+def test_auto_passes_kernels_over_although_they_would_be_interpreted(subject, meshed):
+    compute = lambda inputs, state, flags: getattr(ops, subject.op)(**inputs, state=state, **flags)  # noqa: E731
     mesh = make_mesh(data=4, tensor=2) if meshed else None
-    assert not equations("pallas_call", compute, make_call(op), mesh)
-    assert equations("pallas_call", functools.partial(by_kernels, op), make_call(op), mesh)
+    assert not equations(subject.primitive, compute, make_call(subject.op), mesh)
+    assert equations(
+        subject.primitive, functools.partial(by_kernels, subject), make_call(subject.op), mesh
+    )
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_axes_of_explicit_meshes_are_placed_as_well(op):
+@every_kernel
+def test_axes_of_explicit_meshes_are_placed_as_well(subject):
     """The kind that `jax.make_mesh` makes unless told otherwise."""
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
-    call = make_call(op)
+    call = make_call(subject.op)
     with on(mesh):
-        compute = quick.jit(lambda call: by_kernels(op, call.inputs, call.state, call.flags))
+        compute = quick.jit(lambda call: by_kernels(subject, call.inputs, call.state, call.flags))
         h, state = jax.tree.map(np.asarray, compute(call))
-    expected, _ = alone(op)
+    expected, _ = alone(subject)
     for name, found in {"h": h, **state._asdict()}.items():
         assert_close(found, expected[name], TABLE["float32"].h, name)

@@ -1,7 +1,7 @@
 """The sLSTM over a sequence."""
 
 from xlstm_jax.cells.slstm import SLSTMState
-from xlstm_jax.ops import dispatch, slstm_pallas
+from xlstm_jax.ops import dispatch, slstm_kernel
 from xlstm_jax.ops.checks import check_choice
 from xlstm_jax.ops.dispatch import Implementation
 from xlstm_jax.ops.lstm import check_gated
@@ -10,7 +10,8 @@ from xlstm_jax.typing import Array, Bool, Float
 
 # Ordered: "auto" takes the first that can serve the call.
 IMPLEMENTATIONS = {
-    "pallas_tpu": Implementation(slstm_pallas.slstm_pallas, slstm_pallas.refusal),
+    "pallas_tpu": Implementation(slstm_kernel.slstm_tpu, slstm_kernel.tpu_refusal),
+    "triton": Implementation(slstm_kernel.slstm_triton, slstm_kernel.triton_refusal),
     "scan": Implementation(slstm_scan),
 }
 

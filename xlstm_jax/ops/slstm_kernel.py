@@ -1,4 +1,4 @@
-"""The op `slstm` by TPU kernels: what they refuse, and the call."""
+"""The op `slstm` by the kernels of TPUs and GPUs: what they refuse, and the call."""
 
 import functools
 
@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cells.slstm import SLSTMState, slstm_init
-from xlstm_jax.ops.dispatch import Call, refuses_tpu_kernel
+from xlstm_jax.ops import dispatch
+from xlstm_jax.ops.dispatch import Call
 from xlstm_jax.ops.sharded import per_device
 from xlstm_jax.typing import Array, Bool, Float
 
 
-def refusal(call: Call) -> str | None:
-    """Why the kernels cannot serve a call, or None."""
-    reason = refuses_tpu_kernel(call)
+def tpu_refusal(call: Call) -> str | None:
+    """Why the TPU's kernels cannot serve a call, or None."""
+    reason = dispatch.refuses_tpu_kernel(call)
     if reason is not None:
         return reason
     from pallas_kernels import tiles
@@ -21,11 +22,33 @@ def refusal(call: Call) -> str | None:
     return tiles.slstm_refusal(call.K, call.dtype)
 
 
-def slstm_pallas(
+def triton_refusal(call: Call) -> str | None:
+    """Why the Triton kernels cannot serve a call, or None."""
+    return dispatch.refuses_triton_kernel(call)
+
+
+def slstm_tpu(x, r, b=None, state=None, **options):
+    """By Pallas kernels; see `_slstm`."""
+    from pallas_kernels import tiles
+    from pallas_kernels.slstm import vjp
+
+    kernel = functools.partial(vjp.slstm, vmem_bytes=tiles.slstm_vmem_bytes())
+    return _slstm(kernel, x, r, b, state, **options)
+
+
+def slstm_triton(x, r, b=None, state=None, **options):
+    """By Triton kernels; see `_slstm`."""
+    from pallas_kernels.slstm import triton_vjp
+
+    return _slstm(triton_vjp.slstm, x, r, b, state, **options)
+
+
+def _slstm(
+    kernel,
     x: Float[Array, "B T 4 H K"],
     r: Float[Array, "H K 4 K"],
-    b: Float[Array, "H 4 K"] | None = None,
-    state: SLSTMState | None = None,
+    b: Float[Array, "H 4 K"] | None,
+    state: SLSTMState | None,
     *,
     reset: Bool[Array, "B T"] | None = None,
     mask: Bool[Array, "B T"] | None = None,
@@ -33,17 +56,12 @@ def slstm_pallas(
     reverse: bool = False,
 ) -> tuple[Float[Array, "B T H K"], SLSTMState]:
     """The op `slstm`; arguments as there. A donated state is updated in place where T = 1."""
-    from pallas_kernels import tiles
-    from pallas_kernels.slstm import vjp
-
     B, _, _, H, K = x.shape
     state = slstm_init(B, H, K) if state is None else state
     leaves = tuple(leaf.astype(jnp.float32) for leaf in state)
     if reverse:
         x, reset, mask = jax.tree.map(lambda a: jnp.flip(a, 1), (x, reset, mask))
-    kernel = functools.partial(
-        vjp.slstm, forget_gate=forget_gate, vmem_bytes=tiles.slstm_vmem_bytes()
-    )
+    kernel = functools.partial(kernel, forget_gate=forget_gate)
     axes = ("B T G H K", "H K G J", None if b is None else "H G K", ("B H K",) * 4)
     flags = tuple(None if flag is None else "B T" for flag in (reset, mask))
     out_axes = ("B T H K", ("B H K",) * 4)

@@ -1,0 +1,109 @@
+"""The mLSTM's TPU kernel for one step: the cell's numbers, in place, in blocks of columns."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import common
+from pallas_kernels.mlstm import backends, decode
+from tests import quick
+from tests.kernels import mlstm_cases
+from tests.kernels.calls import calls
+from tests.kernels.mlstm_cases import (
+    LANES,
+    STRICT,
+    assert_equal_results,
+    assert_step_equals_the_cell,
+    make_case,
+    make_step,
+    truth,
+)
+
+# Interpreted kernels: once is enough. Quick ones are among tests/ops.
+pytestmark = pytest.mark.slow
+
+kernel = functools.partial(mlstm_cases.interpret, backends.tpu())
+run = functools.partial(mlstm_cases.run, backends.tpu())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
+def test_one_step_equals_the_cell(flags, dtype):
+    case = make_step(dtype)
+    if not flags:
+        case = jax.tree.map(lambda x: x[:2], case)._replace(reset=None, mask=None)
+    with common.interpreted(lanes=LANES):
+        actual = quick.jit(run)(jax.tree.map(jnp.asarray, case))
+    assert_step_equals_the_cell(case, actual)
+
+
+@pytest.mark.parametrize("options", [{"normalize": False}, {"eps": 0.5}, {}], ids=str)
+def test_one_step_with_the_sigmoid_input_gate_equals_the_cell(options):
+    case = make_step()
+    case = jax.tree.map(lambda x: x[:2], case._replace(mask=None))
+    options = {"input_gate": "sigmoid", **options}
+    with common.interpreted(lanes=LANES):
+        actual = quick.jit(functools.partial(run, **options))(jax.tree.map(jnp.asarray, case))
+    assert_step_equals_the_cell(case, actual, **options)
+
+
+def test_a_memory_in_several_blocks_of_columns_equals_the_cell(monkeypatch):
+    """V = 384 in three blocks of 128; h of each, and n once."""
+    monkeypatch.setattr(decode, "BLOCK_BYTES", 4 * 8 * 128)
+    case = make_step(K=8, V=384)
+    (call,) = calls(run, jax.tree.map(jnp.asarray, case))
+    assert call.params["grid_mapping"].grid == (5, 3, 3)
+    with common.interpreted(lanes=LANES):
+        actual = quick.jit(run)(jax.tree.map(jnp.asarray, case))
+    assert_step_equals_the_cell(case, actual)
+
+
+@pytest.mark.parametrize("K,V", [(8, 8), (256, 512), (512, 1024), (1280, 1280), (96, 100), (96, 7)])
+def test_blocks_of_columns_divide_the_memory(K, V):
+    case = make_case(B=1, T=1, H=1, K=K, V=V)
+    (call,) = calls(run, jax.tree.map(jnp.asarray, case))
+    columns = V // call.params["grid_mapping"].grid[2]
+    assert V % columns == 0
+    assert columns == V or columns % common.LANES == 0
+    assert 4 * K * columns <= decode.BLOCK_BYTES
+
+
+def test_one_step_writes_the_memory_in_place():
+    """C and n go to the kernel with nothing but an axis added, and share their buffers with it."""
+    case = jax.tree.map(jnp.asarray, make_case(T=1))
+    (call,) = calls(run, case)
+    aliases = dict(call.params["input_output_aliases"])
+    assert aliases == {4: 1, 5: 2}
+    for given, returned in aliases.items():
+        assert call.invars[given].aval == call.outvars[returned].aval
+    assert [call.outvars[number].aval.shape for number in (1, 2)] == [(2, 2, 6, 10), (2, 2, 1, 6)]
+
+
+def test_one_step_decodes_unless_it_is_differentiated():
+    case = jax.tree.map(jnp.asarray, make_case(T=1))
+    names = lambda function: [call.params["name"] for call in calls(function, case)]  # noqa: E731
+    assert names(run) == ["mlstm_decode"]
+    gradient = jax.grad(lambda c: run(c)[0].sum())
+    assert names(gradient) == ["mlstm_forward", "mlstm_backward"]
+
+
+@pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
+def test_one_step_has_the_gradients_of_the_cell(flags):
+    case = make_case(B=4, T=1)
+    if flags:
+        reset, mask = np.array([[1, 1, 0, 0], [1, 0, 1, 0]], bool)[..., None]
+        case = case._replace(reset=reset, mask=mask)
+    assert_equal_results(kernel(case), truth(case))
+
+
+@pytest.mark.parametrize("how", STRICT.values(), ids=STRICT)
+def test_one_step_reads_no_memory_before_it_is_written_nor_twice_at_once(how, monkeypatch, capfd):
+    monkeypatch.setattr(decode, "BLOCK_BYTES", 4 * 8 * 128)
+    case = make_step(K=8, V=256)
+    with common.interpreted(how, lanes=LANES):
+        actual = quick.jit(run)(jax.tree.map(jnp.asarray, case))
+    assert_step_equals_the_cell(case, actual)
+    assert "RACE DETECTED" not in capfd.readouterr().out

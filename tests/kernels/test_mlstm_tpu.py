@@ -1,0 +1,180 @@
+"""What is particular to the mLSTM's TPU kernels: tiles, strips, what is kept for a gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import common
+from pallas_kernels.mlstm import backends
+from pallas_kernels.mlstm.options import Options
+from pallas_kernels.tiles import Tile
+from tests import quick
+from tests.kernels import mlstm_cases
+from tests.kernels.calls import calls
+from tests.kernels.mlstm_cases import (
+    LANES,
+    LEAVES,
+    RESETS,
+    STRICT,
+    assert_equal_results,
+    constant_normaliser,
+    in_bfloat16,
+    make_case,
+    truth,
+    with_resets,
+)
+from tests.ops.tolerances import TABLE, assert_close
+
+# Interpreted kernels, a hundred of them: once is enough. Quick ones are among tests/ops.
+pytestmark = pytest.mark.slow
+
+kernel = functools.partial(mlstm_cases.interpret, backends.tpu())
+run = functools.partial(mlstm_cases.run, backends.tpu())
+
+
+# Tiles and strips
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("chunk_size", [128, 256])
+def test_tiles_of_real_width_equal_the_recurrence(chunk_size, dtype):
+    """Two strips of 128 rows in a chunk of 256; 300 steps fill up three or two chunks."""
+    case = in_bfloat16(make_case(B=1, T=300, K=64, V=128, flags=True))
+    actual = kernel(in_bfloat16(case, dtype), lanes=128, chunk_size=chunk_size)
+    assert_equal_results(actual, truth(case), TABLE[dtype])
+
+
+TILES = [Tile(8, 8, 4), Tile(16, 16, 2), Tile(32, 8, 1), Tile(64, 32, 1)]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: "-".join(map(str, tile)))
+def test_strips_and_blocks_of_chunks_do_not_show(tile):
+    case = make_case(T=64, flags=True)
+    assert_equal_results(kernel(case, tile=tile), truth(case))
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": False}], ids=["normalised", "plain"])
+def test_strips_do_not_show_with_the_sigmoid_input_gate(options):
+    case = make_case(T=64)
+    options = {"input_gate": "sigmoid", **options}
+    assert_equal_results(kernel(case, tile=Tile(16, 8, 2), **options), truth(case, **options))
+
+
+@pytest.mark.parametrize("chunk_size", [8, 16, 32])
+@pytest.mark.parametrize("where", RESETS)
+def test_the_chunk_size_changes_nothing_wherever_resets_are(chunk_size, where):
+    case = with_resets(make_case(T=64, flags=True), where, chunk_size)
+    assert_equal_results(kernel(case, chunk_size=chunk_size), truth(case))
+
+
+@pytest.mark.parametrize("scale", [8.0, 30.0])
+def test_large_gates_in_long_chunks_equal_the_recurrence(scale):
+    case = make_case(T=120, scale=scale, flags=True)
+    actual = kernel(case, tile=Tile(64, 16, 2))
+    assert_equal_results(actual, truth(case), TABLE["float32, large gates"])
+
+
+def test_a_memory_of_tiny_scale_is_read_as_little_as_by_the_recurrence():
+    """Log-scales around the lowest at which a memory is read, and nothing that is written."""
+    case = make_case(T=64, flags=True)
+    case.state[2][:] = [[-20.0, -25.0], [-22.0, -200.0]]
+    case.i[:] -= 250
+    case.reset[:] = False
+    actual, expected = kernel(case), truth(case)
+    assert np.abs(expected["h"]).max() < 1e-6
+    assert_close(actual["h"], expected["h"], TABLE["float32"].h, "h")
+
+
+# What the gradient takes for constant, and what is kept for it
+
+
+def test_a_normaliser_without_gradient_is_a_constant():
+    case = make_case(T=64, flags=True)
+    constant = truth(case, constant_normaliser)
+    actual = kernel(case, normalizer_grad=False)
+    assert_equal_results(actual, constant)
+    # It matters: under this loss the whole gradient is another one.
+    error = np.abs(actual["dq"] - truth(case)["dq"]).max()
+    assert error > 0.1 * np.abs(constant["dq"]).max()
+
+
+def test_states_saved_in_bfloat16_cost_gradients_their_digits_and_values_nothing():
+    case = make_case(T=64, flags=True)
+    expected, wide = truth(case), kernel(case)
+    narrow = kernel(case, saved_dtype=jnp.dtype("bfloat16"))
+    assert_equal_results(wide, expected)
+    assert_equal_results(narrow, expected, TABLE["bfloat16"])
+    for name in ("h", *LEAVES):
+        np.testing.assert_array_equal(narrow[name], wide[name])
+    for name in ("dq", "df"):
+        errors = [np.abs(result[name] - expected[name]).max() for result in (wide, narrow)]
+        assert errors[0] < 0.1 * errors[1]
+
+
+def test_states_saved_in_float32_serve_inputs_of_bfloat16():
+    case = in_bfloat16(make_case(T=64, flags=True))
+    actual = kernel(in_bfloat16(case, "bfloat16"), saved_dtype=jnp.dtype("float32"))
+    assert_equal_results(actual, truth(case), TABLE["bfloat16"])
+
+
+def test_only_a_gradient_makes_the_forward_kernel_write_what_it_keeps():
+    """h and the last memory; for a gradient the normaliser and the memories at chunk starts too."""
+    case = jax.tree.map(jnp.asarray, make_case())
+    (alone,) = calls(run, case)
+    assert [v.aval.ndim for v in alone.outvars] == [3, 4, 4]
+    forward, backward = calls(jax.grad(lambda c: run(c)[0].sum(), allow_int=True), case)
+    assert [v.aval.ndim for v in forward.outvars] == [3, 4, 4, 4, 5, 5]
+    assert forward.params["name"] == "mlstm_forward"
+    assert backward.params["name"] == "mlstm_backward"
+
+
+def test_what_remat_keeps_is_not_computed_again():
+    case = jax.tree.map(jnp.asarray, make_case())
+    names = ("mlstm_h", "mlstm_rows", "mlstm_states")
+
+    def gradient(policy):
+        again = jax.checkpoint(lambda c: run(c)[0], policy=policy)
+        return jax.grad(lambda c: jnp.sum(again(c) * c.dh))
+
+    policies = jax.checkpoint_policies
+    kept = calls(gradient(policies.save_only_these_names(*names)), case)
+    assert [call.params["name"] for call in kept] == ["mlstm_forward", "mlstm_backward"]
+    assert len(calls(gradient(policies.nothing_saveable), case)) == 3
+
+
+# Memory that is not there, and races
+
+
+@pytest.mark.parametrize("how", STRICT.values(), ids=STRICT)
+@pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
+@pytest.mark.parametrize("tile", [Tile(16, 8, 2), Tile(8, 8, 1)], ids=["16-8-2", "8-8-1"])
+def test_no_memory_is_read_before_it_is_written_nor_twice_at_once(tile, flags, how, capfd):
+    case = make_case(T=61 if tile.chunk > 8 else 21, flags=flags)
+    assert_equal_results(kernel(case, how=how, tile=tile), truth(case))
+    forward = functools.partial(mlstm_cases.run, mlstm_cases.cut(backends.tpu(), tile))
+    with common.interpreted(how, lanes=LANES):
+        h, _ = quick.jit(forward)(jax.tree.map(jnp.asarray, case))
+    assert_close(np.asarray(h), truth(case)["h"], TABLE["float32"].h, "h")
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "chunk,advice", [(512, "chunk_size=256"), (384, "chunk_size=128"), (128, "use more heads")]
+)
+def test_the_advice_for_an_overflow_is_a_chunk_that_is_allowed(chunk, advice):
+    tile, dtype = Tile(chunk, 128, 1), jnp.dtype("bfloat16")
+    options = Options(backends.tpu(), tile, True, True, 1e-6, True, False, dtype, 128, False)
+    assert advice in options.metadata()["if_vmem_overflows"]
+
+
+@pytest.mark.parametrize("what", ["gate", "normaliser", "dtypes"])
+def test_what_the_op_would_refuse_the_kernel_refuses_too(what):
+    case = jax.tree.map(jnp.asarray, make_case())
+    options = {"gate": {"input_gate": "relu"}, "normaliser": {"normalize": False}}.get(what, {})
+    if what == "dtypes":
+        case = case._replace(q=case.q.astype(jnp.bfloat16))
+    with common.interpreted(lanes=LANES), pytest.raises(ValueError, match="must|needs"):
+        run(case, **options)

@@ -1,0 +1,123 @@
+"""The rule of the Triton kernels' tiles: blocks divide what they cut; what has none is refused."""
+
+import itertools
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import common, gpu
+from pallas_kernels.mlstm import triton_tiles
+from pallas_kernels.mlstm.triton_tiles import Tile
+
+DTYPES = [jnp.dtype("float32"), jnp.dtype("bfloat16")]
+SIZES = (1, 6, 16, 20, 48, 64, 65, 96, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048)
+LENGTHS = (1, 63, 64, 65, 100, 128, 300, 1000, 4096)
+CHUNKS = (None, 64, 128, 192, 256, 512)
+LEAST = 16
+"""Rows and columns that every product of blocks must have on a GPU."""
+
+every_chip = pytest.mark.parametrize("chip", gpu.CHIPS)
+both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def is_power_of_two(size: int) -> bool:
+    return size > 0 and size & (size - 1) == 0
+
+
+def assert_whole(tile: Tile, K: int, V: int, least=LEAST):
+    """Powers of two that divide the widths and the chunk that they cut, and no block too small."""
+    cuts = [(tile.states.k, K), (tile.states.v, V), (tile.states.positions, tile.chunk)]
+    for block, read, written in ((tile.h, K, V), (tile.dv, K, V), (tile.dq, V, K), (tile.dk, V, K)):
+        cuts += [(block.inner, read), (block.memory, read), (block.width, written)]
+        cuts += [(block.rows, tile.chunk), (block.others, block.rows)]
+    for size, whole in cuts:
+        assert is_power_of_two(size) and size >= least and whole % size == 0, (size, whole, tile)
+    for block in tile[1:]:
+        assert is_power_of_two(block.warps) and block.stages >= 1
+
+
+@every_chip
+@both_dtypes
+def test_blocks_divide_every_call(chip, dtype):
+    with common.compiled_for(chip):
+        for K, V in itertools.product(SIZES, SIZES):
+            widths = [triton_tiles.width(size, common.LANES) for size in (K, V)]
+            assert_whole(triton_tiles.mlstm(K, V, dtype, 1000, None), *widths)
+
+
+@every_chip
+@both_dtypes
+@pytest.mark.parametrize("T", LENGTHS)
+def test_a_chunk_is_the_one_asked_for_unless_the_sequence_is_shorter(chip, dtype, T):
+    longest = common.round_up(T, triton_tiles.ROWS)
+    with common.compiled_for(chip):
+        for chunk_size in CHUNKS:
+            tile = triton_tiles.mlstm(128, 256, dtype, T, chunk_size)
+            assert_whole(tile, 128, 256)
+            default = triton_tiles.mlstm(128, 256, dtype, 4096, None).chunk
+            assert tile.chunk == min(chunk_size or default, longest)
+
+
+@every_chip
+def test_wide_heads_have_the_longer_chunk(chip):
+    with common.compiled_for(chip):
+        chunks = [
+            triton_tiles.mlstm(K, 2 * K, jnp.dtype("bfloat16"), 4096, None).chunk
+            for K in (64, 128, 256, 512)
+        ]
+    assert chunks == [128, 128, 256, 256]
+
+
+@pytest.mark.parametrize("lanes", [8, 16, 32, 64, 128])
+def test_blocks_of_interpreted_calls_divide_them_too(lanes):
+    for K, V, T in itertools.product((1, 6, 20, 64, 96), (10, 16, 128), (1, 9, 100)):
+        with common.interpreted(lanes=lanes):
+            tile = triton_tiles.mlstm(K, V, DTYPES[0], T, None)
+        widths = [triton_tiles.width(size, lanes) for size in (K, V)]
+        assert_whole(tile, *widths, least=min(lanes, LEAST))
+
+
+@pytest.mark.parametrize("size", range(1, 300, 7))
+def test_a_width_is_filled_up_to_the_least_one_that_blocks_divide(size):
+    """Powers of two up to 64, then multiples of 64."""
+    width = triton_tiles.width(size, common.LANES)
+    allowed = [16, 32, 64, *range(128, 512, 64)]
+    assert width == min(w for w in allowed if w >= size)
+    assert triton_tiles.width(width, common.LANES) == width
+
+
+@pytest.mark.parametrize("lanes,least", [(4, 4), (8, 8), (16, 16), (128, 16)])
+def test_interpreted_widths_may_be_smaller(lanes, least):
+    assert triton_tiles.width(1, lanes) == least
+
+
+@pytest.mark.parametrize(
+    "dtype,chunk_size,sentence",
+    [
+        ("float16", None, "float16 overflows in exponential gates; use bfloat16 or float32"),
+        ("float64", None, "it computes with float32 and bfloat16, not with float64"),
+        (
+            "bfloat16",
+            100,
+            "chunk_size=100 is not a multiple of 64, the tile; use 128 or None",
+        ),
+        ("float32", 32, "chunk_size=32 is not a multiple of 64, the tile; use 64 or None"),
+    ],
+)
+def test_what_has_no_tile_is_refused_with_what_has_one(dtype, chunk_size, sentence):
+    dtype = jnp.dtype(dtype)
+    assert triton_tiles.refusal(64, 64, dtype, chunk_size) == sentence
+    with common.compiled_for("sm_80"), pytest.raises(ValueError) as error:
+        triton_tiles.mlstm(64, 64, dtype, 256, chunk_size)
+    assert str(error.value) == f"mlstm: {sentence}."
+
+
+def test_calls_of_any_width_have_a_tile():
+    for dtype, chunk_size in itertools.product(DTYPES, CHUNKS):
+        assert triton_tiles.refusal(4096, 8192, dtype, chunk_size) is None
+
+
+def test_interpreted_chunks_are_multiples_of_the_lanes():
+    with common.interpreted(lanes=8):
+        assert triton_tiles.refusal(6, 10, DTYPES[0], 24) is None
+        assert "not a multiple of 8" in str(triton_tiles.refusal(6, 10, DTYPES[0], 20))
