@@ -125,6 +125,7 @@ def _assert_gradient_compiles(chip, name):
 
 @pytest.mark.parametrize("name", [_param(name) for name in STEPS])
 def test_a_single_step_compiles_and_updates_a_donated_state_in_place(gpu_chip, name):
+    """But for h of the sLSTM: programs of other cells still read the old one."""
     call, args = STEPS[name]
     number = 5 if name.startswith("mlstm") else 3
     compiled = gpu_offline.compile_for(gpu_chip, call, *args, donate=number)
@@ -132,7 +133,8 @@ def test_a_single_step_compiles_and_updates_a_donated_state_in_place(gpu_chip, n
     largest = max(args[number], key=lambda leaf: leaf.size)
     assert compiled.memory_analysis().alias_size_in_bytes >= largest.size * 4
     sizes = ",".join(map(str, largest.shape))
-    assert not re.search(rf"= f32\[{sizes}\]\S* copy\(", compiled.as_text())
+    copies = re.findall(rf"= f32\[{sizes}\]\S* copy\(", compiled.as_text())
+    assert len(copies) == (1 if name.startswith("slstm") else 0)
 
 
 @pytest.mark.parametrize("op", OPS)
