@@ -34,7 +34,8 @@ def forward(K: int, dtype: jnp.dtype) -> Tile:
     if _fits(8 * K * K * (4 if wide else 1)):
         return _resident(K)
     block = _factor(K, 64)
-    kept = block if not wide and _fits(8 * K * block + (24 << 10)) else 0
+    whole = K & (K - 1) == 0  # what is kept is one product with all cells, so a power of two
+    kept = block if whole and not wide and _fits(8 * K * block + (24 << 10)) else 0
     return Tile(False, 8, 2, block, min(block, 32 if wide else 64), kept)
 
 

@@ -119,7 +119,7 @@ def _backward(options: Options, residuals, cotangents):
     weights = r.astype(h.dtype)
     if gates is None:
         recurrent = _product(options, "BTHK,HKGJ->BTGHJ", before, weights)
-        gates = x.astype(jnp.float32) + jnp.swapaxes(b, 0, 1) + recurrent
+        gates = x.astype(jnp.float32) + jnp.swapaxes(b, 0, 1)[None, None] + recurrent
     # A loss on the stored m that is one on the memory moves c and n with it; rho is what remains.
     rho = dlast[3] - dlast[0] * last[0] - dlast[1] * last[1]
     dlast = jnp.stack([dlast[0], dlast[1], dlast[2], rho])
