@@ -52,7 +52,8 @@ def mlstm(
             a GPU); None: of the table of tiles.
         normalizer_grad: False takes the normaliser for a constant, which is right only where
             nothing depends on the scale of h (a norm without eps follows).
-        saved_dtype: of the states kept for the gradient; None: that of q.
+        saved_dtype: of the states kept for the gradient, and on a GPU of those that h is read from
+            within a sequence; None: that of q.
 
     There is no second derivative: take it of the form that XLA compiles.
 
