@@ -429,7 +429,7 @@ def assert_step_equals_the_cell(case: Case, found, row=TABLE["float32"], **optio
 
 
 @pytest.mark.parametrize("forget_gate", ["sigmoid", "exp"])
-@pytest.mark.parametrize("width", [1, 5, 8, 16, 64, 96, 128, 192])
+@pytest.mark.parametrize("width", [5, 8, 64, 96, 128])
 @both_flags
 def test_one_step_equals_the_cell(flags, width, forget_gate):
     case = step_case(flags, K=width)
@@ -747,7 +747,7 @@ def test_rows_of_a_vmap_share_programs():
     assert launches(mapped, stacked) == [("slstm_forward", (2, 1))]
 
 
-@pytest.mark.parametrize("inner", [("x",), ("r", "x"), ("reset", "mask"), ("state",)], ids=str)
+@pytest.mark.parametrize("inner", [("x",), ("r", "x"), ("state", "mask")], ids=str)
 @pytest.mark.parametrize("outer", [("x",), ("r", "b"), ("reset", "mask")], ids=str)
 def test_a_vmap_in_a_vmap_equals_two_loops(outer, inner):
     """Outer 3, inner 2; what is mapped by both has two axes in front."""
