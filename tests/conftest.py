@@ -22,6 +22,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """A compiled program takes tens of memory maps, and past 65,530 of them XLA crashes on Linux."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def key() -> jax.Array:
     """A key with the same seed in every test."""

@@ -11,9 +11,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import common
 from pallas_kernels.slstm import cost, sizes, tpu_forward
-
-State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-"""c, n, h, m: each `B H K` in float32; n = 0 where nothing is stored."""
+from pallas_kernels.slstm.contract import MASKED, RESET, State, check_arguments
 
 
 def slstm_decode(
@@ -92,39 +90,13 @@ def decode_vmem_bytes(B: int, H: int, K: int, dtype: jnp.dtype, r_dtype: jnp.dty
     return weights + converted + 2 * 2 * 4 * B * H * K * 4 + B * K * 4 * (2 * 4 + 16)
 
 
-def check_arguments(function: str, x, r, state: State, forget_gate: str) -> None:
-    """What the kernels can compute with; x as `B T 4 H K`.
-
-    Raises:
-        ValueError: see `slstm`.
-    """
-    refusal = common.refused_dtype(x.dtype)
-    if refusal is not None:
-        raise ValueError(f"{function}: `x` is {x.dtype}; {refusal}.")
-    if forget_gate not in ("sigmoid", "exp"):
-        raise ValueError(
-            f"{function}: `forget_gate` must be 'sigmoid' or 'exp', got {forget_gate!r}."
-        )
-    B, gates, H, K = x.shape[0], *x.shape[2:]
-    shapes = {"r": (r, (H, K, 4, K))}
-    shapes |= {f"state.{name}": (leaf, (B, H, K)) for name, leaf in zip("cnhm", state, strict=True)}
-    for name, (array, shape) in shapes.items():
-        if array.shape != shape:
-            raise ValueError(
-                f"{function}: `{name}` must have the shape {shape} with an `x` of B={B}, H={H} and "
-                f"K={K}, got {array.shape}."
-            )
-    if gates != 4:
-        raise ValueError(f"{function}: `x` must hold 4 gates (i, f, z, o), got {gates}.")
-
-
 def _flags(B: int, reset: jax.Array | None, mask: jax.Array | None) -> jax.Array:
-    """`B 1`, with the bits of `tpu_forward`."""
+    """`B 1`, with the bits of `contract`."""
     flags = jnp.zeros((B,), jnp.int32)
     if reset is not None:
-        flags = jnp.where(reset, tpu_forward.RESET, flags)
+        flags = jnp.where(reset, RESET, flags)
     if mask is not None:
-        flags = jnp.where(mask, flags, tpu_forward.MASKED)
+        flags = jnp.where(mask, flags, MASKED)
     return flags[:, None]
 
 
@@ -137,7 +109,7 @@ def _body(x, r, b, *refs, forget_gate, flagged):
     reset, masked = None, None
     if flags is not None:
         wide = jnp.broadcast_to(flags[...], (x.shape[1], K))
-        reset, masked = (wide & bit != 0 for bit in (tpu_forward.RESET, tpu_forward.MASKED))
+        reset, masked = (wide & bit != 0 for bit in (RESET, MASKED))
     c, n, h, m = state if reset is None else [jnp.where(reset, 0.0, leaf) for leaf in state]
     recurrent = common.product(h.astype(x.dtype), r[0].astype(x.dtype))
     gates = x[0].astype(jnp.float32) + b[0] + recurrent

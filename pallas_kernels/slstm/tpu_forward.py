@@ -13,10 +13,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels import common
 from pallas_kernels.common import NEG
 from pallas_kernels.slstm import cost, packed
+from pallas_kernels.slstm.contract import MASKED, RESET
 from pallas_kernels.slstm.sizes import Blocks
-
-RESET, MASKED = 1, 2
-"""Bits of a flag: the memory before the step is empty; the step does not exist."""
 
 
 def slstm_forward(

@@ -13,16 +13,13 @@ import triton.language as tl
 
 from pallas_kernels import common, gpu
 from pallas_kernels.slstm import triton_tiles
+from pallas_kernels.slstm.contract import State
 from pallas_kernels.slstm.triton_calls import Options
 from pallas_kernels.slstm.triton_step import read_flags, step
 from pallas_kernels.triton_math import product
 
 CELLS = 32
 """Cells of one program, which reads their weights from all cells of the head."""
-
-State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-"""c, n, h, m: each `B H K` in float32; n = 0 where nothing is stored."""
-
 
 def decode(
     options: Options, x: jax.Array, r: jax.Array, b: jax.Array, state: State, flags

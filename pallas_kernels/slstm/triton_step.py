@@ -8,9 +8,9 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-RESET = tl.constexpr(1)
-MASKED = tl.constexpr(2)
-"""Bits of a flag: the memory before the step is empty; the step does not exist."""
+from pallas_kernels.slstm import contract
+
+RESET, MASKED = tl.constexpr(contract.RESET), tl.constexpr(contract.MASKED)
 
 
 @triton.jit

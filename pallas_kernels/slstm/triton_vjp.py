@@ -12,11 +12,16 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import common
 from pallas_kernels.slstm import triton_calls, triton_tiles
-from pallas_kernels.slstm.decode import check_arguments
-from pallas_kernels.slstm.tpu_forward import MASKED, RESET
+from pallas_kernels.slstm.contract import (
+    MASKED,
+    RESET,
+    SAVED_GATES_BYTES,
+    State,
+    check_arguments,
+    first_m_gradient,
+)
 from pallas_kernels.slstm.triton_calls import Options
-from pallas_kernels.slstm.triton_decode import State, decode
-from pallas_kernels.slstm.vjp import SAVED_GATES_BYTES
+from pallas_kernels.slstm.triton_decode import decode
 
 
 def slstm(
@@ -127,7 +132,7 @@ def _backward(options: Options, residuals, cotangents):
     dr = _product(options, "BTHK,BTGHJ->HKGJ", before, dx).astype(r.dtype)
     db = jnp.swapaxes(jnp.sum(dx, axis=(0, 1), dtype=jnp.float32), 0, 1)
     dc, dn, dh_first, rho = dfirst
-    dm = rho + dc * first[0] + dn * first[1]
+    dm = first_m_gradient(rho, dc, dn, first[0], first[1])
     return dx, dr, db, jnp.stack([dc, dn, dh_first, dm]), None
 
 

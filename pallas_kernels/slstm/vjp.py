@@ -14,16 +14,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import common
 from pallas_kernels.slstm import packed, sizes
-from pallas_kernels.slstm.decode import check_arguments, decode_vmem_bytes, slstm_decode
+from pallas_kernels.slstm.contract import (
+    MASKED,
+    RESET,
+    SAVED_GATES_BYTES,
+    State,
+    check_arguments,
+    first_m_gradient,
+)
+from pallas_kernels.slstm.decode import decode_vmem_bytes, slstm_decode
 from pallas_kernels.slstm.tpu_backward import slstm_backward
-from pallas_kernels.slstm.tpu_forward import MASKED, RESET, slstm_forward
-
-State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-"""c, n, h, m: each `B H K` in float32; n = 0 where nothing is stored."""
-
-SAVED_GATES_BYTES = 1 << 29
-"""Gates of a call are kept for its gradient up to this size; computing them again is one product
-over all steps at once, a small part of the gradient, so larger calls had better save the memory."""
+from pallas_kernels.slstm.tpu_forward import slstm_forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +236,8 @@ def _core_backward(options: _Options, residuals, cotangents):
     dr = _product(options, "THBK,THBJ->HKJ", seen_h, dx).astype(r.dtype)
     db = jnp.sum(dx, axis=(0, 2), dtype=jnp.float32)[:, None]
     dc, dn, dh_first, rho = dfirst
-    return dx, dr, db, jnp.stack([dc, dn, dh_first, rho + dc * first[0] + dn * first[1]]), None
+    dm = first_m_gradient(rho, dc, dn, first[0], first[1])
+    return dx, dr, db, jnp.stack([dc, dn, dh_first, dm]), None
 
 
 _core.defvjp(_core_forward, _core_backward)

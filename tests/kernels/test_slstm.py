@@ -219,6 +219,19 @@ def test_a_masked_step_is_never_read_and_leaves_the_state_bit_for_bit(save_gates
         assert_close(asleep[f"d{name}"], leaf.astype(np.float64), 1e-6, f"d{name}")
 
 
+def test_a_reset_leaves_no_trace_of_a_spoilt_memory():
+    """Nor does any gradient reach it, not even that of m, which moves all of the memory."""
+    case = make_case()
+    reset = np.zeros(case.x.shape[:2], bool)
+    reset[:, 0] = True
+    case = case._replace(reset=reset)
+    spoilt = case._replace(state=tuple(np.full_like(leaf, np.nan) for leaf in case.state))
+    clean, found = kernel(case), kernel(spoilt)
+    for name, value in clean.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    assert not any(found[f"d{name}"].any() for name in LEAVES)
+
+
 @pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
 @pytest.mark.parametrize("forget_gate", ["sigmoid", "exp"])
 def test_decoding_equals_the_step_of_the_cell(forget_gate, flags):

@@ -285,8 +285,11 @@ def test_a_reset_leaves_no_trace_of_a_spoilt_memory(T, rubbish, tiles):
     case = jax.tree.map(jnp.asarray, case._replace(reset=reset))
     spoilt = case._replace(state=tuple(jnp.full_like(leaf, rubbish) for leaf in case.state))
     with tiled(tiles()), common.interpreted(lanes=LANES):
-        compute = quick.jit(lambda c: call(c))
-        jax.tree.map(np.testing.assert_array_equal, compute(spoilt), compute(case))
+        compute = quick.jit(lambda c: jax.vjp(lambda s: call(c._replace(state=s)), c.state))
+        found, clean = compute(spoilt), compute(case)
+        jax.tree.map(np.testing.assert_array_equal, found[0], clean[0])
+        for leaf in found[1]((case.dh, case.dstate))[0]:
+            assert not leaf.any()
 
 
 @both_kernels
