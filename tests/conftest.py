@@ -24,7 +24,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """A compiled program takes tens of memory maps, and past 65,530 of them XLA crashes on Linux."""
+    """A compiled program takes tens of memory maps; past 65,530 of them XLA crashes on Linux."""
     yield
     jax.clear_caches()
 

@@ -19,7 +19,7 @@ over all steps at once, a small part of the gradient, so larger calls had better
 def first_m_gradient(rho: jax.Array, dc: jax.Array, dn: jax.Array, c: jax.Array, n: jax.Array):
     """The gradient of the first m: rho, and what m moves as the scale of c and n.
 
-    Where no gradient reaches c or n, as before a reset, what they hold does not count: not even NaN.
+    Where no gradient reaches c or n, as before a reset, what they hold does not count, be it NaN.
     """
     moved = jnp.where(dc == 0, 0.0, dc * c) + jnp.where(dn == 0, 0.0, dn * n)
     return rho + moved

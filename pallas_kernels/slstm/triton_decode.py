@@ -21,6 +21,7 @@ from pallas_kernels.triton_math import product
 CELLS = 32
 """Cells of one program, which reads their weights from all cells of the head."""
 
+
 def decode(
     options: Options, x: jax.Array, r: jax.Array, b: jax.Array, state: State, flags
 ) -> State:
