@@ -3,11 +3,14 @@
 Source: arXiv:2405.04517, appendix (window 4 before the mLSTM and sLSTM gates).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from xlstm_jax.ops.checks import check_length, check_shapes
 from xlstm_jax.ops.once import gradient_computed_once
+from xlstm_jax.ops.sharded import cut_by, per_device
 from xlstm_jax.typing import Array, Bool, Float
 
 
@@ -54,9 +57,23 @@ def causal_conv(
         state = jnp.zeros((B, W - 1, F), x.dtype)
     check_shapes("causal_conv", {"state": (state, f"{B} {W - 1} {F}")})
     state = state.astype(x.dtype)
+    spans = cut_by("T", T)
+    if not spans:
+        return _whole(x, kernel, bias, state, reset, mask)
+    F = "F" if depthwise else "G"  # features that mix are not cut
+    axes = ("B T F", "W F", "F", "B W F", "B T", "B T")
+    args = (x, kernel, bias, state, reset, mask)
+    axes = tuple(None if a is None else n.replace("F", F) for a, n in zip(args, axes, strict=True))
+    axes = axes if depthwise else (axes[0], "W G J", *axes[2:])
+    lengths = {"B": B, "T": T} | ({"F": sizes["F"]} if depthwise else {})
+    run = functools.partial(_span, spans)
+    return per_device(run, args, axes, (f"B T {F}", f"B W {F}"), lengths)
+
+
+def _whole(x, kernel, bias, state, reset, mask):
+    """All of time at once, or as much of it as one device has."""
     if mask is None:
-        y, state = _convolve(x, kernel, bias, state, reset)
-        return y, state
+        return _convolve(x, kernel, bias, state, reset)
     # A masked row is the row without those positions: move them behind the rest, convolve, and
     # move everything back. The order of a stable sort of "is masked" does that.
     x = jnp.where(mask[..., None], x, 0)
@@ -66,6 +83,57 @@ def causal_conv(
     y, _ = _convolve(packed, kernel, bias, state, reset)
     y = jnp.where(mask[..., None], _reorder(y, jnp.argsort(order, axis=1), mask), 0)
     return y, _last_inputs(packed, state, reset, jnp.sum(mask, axis=1))
+
+
+def _span(axes: tuple[str, ...], x, kernel, bias, state, reset, mask):
+    """One device's span of time, within a `shard_map`; `state` stands before the first span.
+
+    Of the spans before it a device needs their last inputs: of the nearest one alone, unless that
+    may have fewer than there are in a state.
+    """
+    W1, count, rank = state.shape[1], jax.lax.axis_size(axes), jax.lax.axis_index(axes)
+    if W1 == 0:
+        return _whole(x, kernel, bias, state, reset, mask)
+    own, number = _left_behind(x, jnp.zeros_like(state), reset, mask)
+    if mask is None and x.shape[1] >= W1:
+        last = jnp.where(rank == count - 1, own, 0)
+        sent = jax.lax.ppermute(own, axes, [(j, j + 1) for j in range(count - 1)])
+        first = jnp.where(rank == 0, state, sent)
+        y, _ = _whole(x, kernel, bias, first, reset, mask)
+        return y, jax.lax.psum(last, axes)
+    spans = jax.lax.all_gather((own, number), axes)
+    first = last = state
+    for j in range(count):
+        last = _shifted(last, spans[0][j], spans[1][j])
+        first = jnp.where(j < rank, last, first)
+    y, _ = _whole(x, kernel, bias, first, reset, mask)
+    return y, last
+
+
+def _left_behind(x, empty, reset, mask):
+    """The last inputs of a span, zeros before them, and how many of a state they replace."""
+    W1 = empty.shape[1]
+    if mask is None:
+        mask = jnp.ones(x.shape[:2], bool)
+        packed = x
+    else:
+        x = jnp.where(mask[..., None], x, 0)
+        order = jnp.argsort(~mask, axis=1, stable=True)
+        packed = _reorder(x, order, mask)
+        reset = None if reset is None else _take(reset & mask, order)
+    number = jnp.sum(mask, axis=1)
+    last = _last_inputs(packed, empty, reset, number)
+    # A reset forgets all inputs before it: zeros, too, replace what was there.
+    cut = False if reset is None else jnp.any(reset, axis=1)
+    return last, jnp.where(cut, W1, jnp.minimum(number, W1))
+
+
+def _shifted(state, inputs, number):
+    """A state after a span: as many of its oldest inputs as the span replaces have left it."""
+    W1 = state.shape[1]
+    index = jnp.arange(W1)[None] + number[:, None]
+    kept = _take(state, jnp.minimum(index, W1 - 1))
+    return jnp.where((index < W1)[..., None], kept, inputs)
 
 
 # The taps cost more to keep than to make again.

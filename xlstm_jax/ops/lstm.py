@@ -1,12 +1,11 @@
 """The LSTM over a sequence."""
 
-import jax.numpy as jnp
+import functools
 
-from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.cells.lstm import LSTMState, lstm_scan
 from xlstm_jax.ops import dispatch
-from xlstm_jax.ops.checks import check_length, check_shapes
 from xlstm_jax.ops.dispatch import Implementation
+from xlstm_jax.ops.gated import check_gated, on_a_mesh
 from xlstm_jax.typing import Array, Bool, Float
 
 # Ordered: "auto" takes the first that can serve the call.
@@ -44,24 +43,5 @@ def lstm(
     """
     call = check_gated("lstm", x, r, b, state, reset, mask)
     chosen = dispatch.choose("lstm", IMPLEMENTATIONS, implementation, call)
-    return chosen.fn(x, r, b, state, reset=reset, mask=mask, reverse=reverse)
-
-
-def check_gated(op: str, x, r, b, state, reset, mask) -> dispatch.Call:
-    """The call of an op with four gates and memory mixing, once its shapes fit."""
-    arrays = {
-        "x": (x, "B T 4 H K"),
-        "r": (r, "H K 4 K"),
-        "b": (b, "H 4 K"),
-        "reset": (reset, "B T"),
-        "mask": (mask, "B T"),
-    }
-    leaves = {} if state is None else state._asdict()
-    arrays |= {f"state.{name}": (leaf, "B H K") for name, leaf in leaves.items()}
-    sizes = check_shapes(op, arrays)
-    check_length(op, sizes)
-    B, T, H, K = (sizes[axis] for axis in "BTHK")
-    # What is float64 anywhere is computed in float64.
-    wide = state_dtype(x, r)
-    dtype = jnp.dtype(x.dtype) if wide == jnp.float32 else wide
-    return dispatch.Call(B, T, H, K, K, dtype, dispatch.platform())
+    compute = functools.partial(chosen.fn, reverse=reverse)
+    return on_a_mesh(compute, LSTMState, call, x, r, b, state, reset, mask)

@@ -9,7 +9,9 @@ from xlstm_jax.ops import dispatch, mlstm_kernel
 from xlstm_jax.ops.checks import check_choice, check_length, check_shapes
 from xlstm_jax.ops.dispatch import Implementation
 from xlstm_jax.ops.mlstm_chunkwise import mlstm_chunkwise
+from xlstm_jax.ops.mlstm_context import mlstm_context
 from xlstm_jax.ops.mlstm_parallel import mlstm_parallel
+from xlstm_jax.ops.sharded import cut_by, per_device
 from xlstm_jax.typing import Array, Bool, Float
 
 
@@ -89,9 +91,26 @@ def mlstm(
     arrays = (q, k, v, i, f, reset, mask)
     if reverse:
         arrays = jax.tree.map(_flip, arrays)
-    *arrays, reset, mask = arrays
-    h, state = chosen.fn(*arrays, state, reset=reset, mask=mask, **options)
+    h, state = _on_a_mesh(chosen, call, state, arrays, options)
     return _flip(h) if reverse else h, state
+
+
+def _on_a_mesh(chosen: Implementation, call: dispatch.Call, state: MLSTMState, arrays, options):
+    """Each device its rows and its heads, and where the rules cut time its span of the sequence."""
+    spans = cut_by("T", call.T)
+
+    def compute(q, k, v, i, f, reset, mask, state):
+        args = (q, k, v, i, f, state)
+        if spans:
+            return mlstm_context(chosen.fn, spans, *args, reset, mask, **options)
+        return chosen.fn(*args, reset=reset, mask=mask, **options)
+
+    names = ("B T H K", "B T H K", "B T H V", "B T H", "B T H", "B T", "B T")
+    axes = tuple(None if x is None else name for x, name in zip(arrays, names, strict=True))
+    state_axes = MLSTMState("B H K V", "B H K", "B H")
+    sizes = {"B": call.B, "H": call.H} | ({"T": call.T} if spans else {})
+    args, out_axes = (*arrays, state), ("B T H V", state_axes)
+    return per_device(compute, args, (*axes, state_axes), out_axes, sizes)
 
 
 def _flip(x: jax.Array) -> jax.Array:

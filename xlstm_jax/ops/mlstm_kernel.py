@@ -1,13 +1,10 @@
 """The op `mlstm` by the kernels of TPUs and GPUs: what they refuse, and the call."""
 
-import functools
-
 import jax.numpy as jnp
 
 from xlstm_jax.cells.mlstm import MLSTMState
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.dispatch import Call
-from xlstm_jax.ops.sharded import per_device
 from xlstm_jax.typing import Array, Bool, Float
 
 
@@ -62,16 +59,8 @@ def _mlstm(
     from pallas_kernels.mlstm import vjp
 
     dtype = jnp.result_type(q, k, v)
-    compute = functools.partial(_compute, functools.partial(vjp.mlstm, kernels, **options))
-    args = (*(x.astype(dtype) for x in (q, k, v)), i, f, tuple(state), reset, mask)
-    state_axes = ("B H K V", "B H K", "B H")
-    flags = tuple(None if flag is None else "B T" for flag in (reset, mask))
-    axes = ("B T H K", "B T H K", "B T H V", "B T H", "B T H", state_axes, *flags)
-    out_axes = ("B T H V", state_axes)
-    B, _, H, _ = q.shape
-    h, state = per_device(compute, args, axes, out_axes, batch=B, heads=H)
-    return h.astype(v.dtype), MLSTMState(*state)
-
-
-def _compute(kernel, q, k, v, i, f, state, reset, mask):
-    return kernel(q, k, v, i, f, state, reset=reset, mask=mask)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    h, state_after = vjp.mlstm(
+        kernels, q, k, v, i, f, tuple(state), reset=reset, mask=mask, **options
+    )
+    return h.astype(v.dtype), MLSTMState(*state_after)

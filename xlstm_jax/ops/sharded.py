@@ -1,10 +1,10 @@
-"""Kernels on a mesh: each device computes its own part of the batch and of the heads.
+"""Ops on a mesh: each device computes its own rows and heads, and where it can its span of time.
 
-A kernel is opaque to XLA's partitioner, which would gather its operands everywhere. Nothing of a
-recurrence crosses a sequence or a head, so `shard_map` needs no communication.
+A kernel is opaque to XLA's partitioner, which would gather its operands everywhere, and of other
+forms it sees too little: chunks of all rows and heads on one axis cannot be cut any more. Nothing
+of a recurrence crosses a row or a head, so `shard_map` over these needs no communication.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,24 +12,29 @@ import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-BATCH_AXES = ("data", "fsdp")
-HEAD_AXIS = "tensor"
+from xlstm_jax.sharding.axes import cutting, dividing
+
+LETTERS = {"B": "batch", "T": "time", "H": "heads", "F": "inner"}
+"""Axes that may be cut -> what they are for the rules."""
 
 
 def per_device(
-    fn: Callable[..., Any], args: Any, axes: Any, out_axes: Any, *, batch: int, heads: int
+    fn: Callable[..., Any],
+    args: Any,
+    axes: Any,
+    out_axes: Any,
+    sizes: Mapping[str, int],
 ) -> Any:
-    """`fn(*args)`, cut over the active mesh (`jax.set_mesh`) by batch and by heads.
+    """`fn(*args)`, cut over the active mesh (`jax.set_mesh`) as the rules in use say.
 
     Args:
-        fn: computes every sequence and every head on its own.
+        fn: computes every row, every head and, where it is cut, every span of time on its own.
         args: a tuple of pytrees of arrays; None stays None.
-        axes: for each argument, its axes as letters: "B" the batch, "H" the heads. A tree of such
-            strings for a tree of arrays.
+        axes: for each argument, its axes as letters, of which those of `LETTERS` may be cut. A tree
+            of such strings for a tree of arrays.
         out_axes: the same for what `fn` returns.
-        batch, heads: sizes of these axes. The batch is cut along data and fsdp, heads along
-            tensor; axes of other names, and those that do not divide, are not used: their devices
-            compute the same.
+        sizes: the lengths of the axes to cut; one that is left out is not cut. Axes of the mesh
+            that do not divide a length are not used: their devices compute the same.
 
     Within a `shard_map` of the caller's own, all of whose axes are placed, `fn` is called as it is;
     that one needs check_vma=False, as kernels do not say how their results vary over the mesh.
@@ -38,13 +43,11 @@ def per_device(
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     # Within a `shard_map` of the caller some axes, or all, are placed already.
     free = {name for name, kind in kinds.items() if kind != AxisType.Manual}
-    if not free:
+    if not free or mesh.size == 1:
         return fn(*args)
-    batch_axes = _dividing(batch, [name for name in BATCH_AXES if name in free], mesh.shape)
-    head_axes = _dividing(heads, [name for name in (HEAD_AXIS,) if name in free], mesh.shape)
+    placed = {letter: cut_by(letter, length) or None for letter, length in sizes.items()}
 
     def spec(letters: str) -> P:
-        placed = {"B": batch_axes or None, "H": head_axes or None}
         return P(*(placed.get(letter) for letter in letters.split()))
 
     specs = jax.tree.map(spec, (axes, out_axes))
@@ -56,10 +59,10 @@ def per_device(
     return mapped(*args)
 
 
-def _dividing(size: int, names: list[str], lengths: Mapping[str, int]) -> tuple[str, ...]:
-    """As many of these axes of a mesh as together divide `size`."""
-    chosen: list[str] = []
-    for name in names:
-        if size % math.prod(lengths[n] for n in (*chosen, name)) == 0:
-            chosen.append(name)
-    return tuple(chosen)
+def cut_by(letter: str, length: int) -> tuple[str, ...]:
+    """The axes of the active mesh that cut an axis of this length, longer than 1 themselves."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    sizes = {name: mesh.shape[name] for name, kind in kinds if kind != AxisType.Manual}
+    sizes = {name: size for name, size in sizes.items() if size > 1}
+    return dividing(length, cutting(LETTERS[letter]), sizes)

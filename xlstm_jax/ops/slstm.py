@@ -1,10 +1,12 @@
 """The sLSTM over a sequence."""
 
+import functools
+
 from xlstm_jax.cells.slstm import SLSTMState
 from xlstm_jax.ops import dispatch, slstm_kernel
 from xlstm_jax.ops.checks import check_choice
 from xlstm_jax.ops.dispatch import Implementation
-from xlstm_jax.ops.lstm import check_gated
+from xlstm_jax.ops.gated import check_gated, on_a_mesh
 from xlstm_jax.ops.slstm_scan import slstm_scan
 from xlstm_jax.typing import Array, Bool, Float
 
@@ -50,6 +52,5 @@ def slstm(
     check_choice("slstm", "forget_gate", forget_gate, ("sigmoid", "exp"))
     call = check_gated("slstm", x, r, b, state, reset, mask)
     chosen = dispatch.choose("slstm", IMPLEMENTATIONS, implementation, call)
-    return chosen.fn(
-        x, r, b, state, reset=reset, mask=mask, forget_gate=forget_gate, reverse=reverse
-    )
+    compute = functools.partial(chosen.fn, forget_gate=forget_gate, reverse=reverse)
+    return on_a_mesh(compute, SLSTMState, call, x, r, b, state, reset, mask)

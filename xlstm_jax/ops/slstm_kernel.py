@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from xlstm_jax.cells.slstm import SLSTMState, slstm_init
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.dispatch import Call
-from xlstm_jax.ops.sharded import per_device
 from xlstm_jax.typing import Array, Bool, Float
 
 
@@ -61,10 +60,5 @@ def _slstm(
     leaves = tuple(leaf.astype(jnp.float32) for leaf in state)
     if reverse:
         x, reset, mask = jax.tree.map(lambda a: jnp.flip(a, 1), (x, reset, mask))
-    kernel = functools.partial(kernel, forget_gate=forget_gate)
-    axes = ("B T G H K", "H K G J", None if b is None else "H G K", ("B H K",) * 4)
-    flags = tuple(None if flag is None else "B T" for flag in (reset, mask))
-    out_axes = ("B T H K", ("B H K",) * 4)
-    args = (x, r, b, leaves, reset, mask)
-    h, leaves = per_device(kernel, args, (*axes, *flags), out_axes, batch=B, heads=H)
+    h, leaves = kernel(x, r, b, leaves, reset, mask, forget_gate=forget_gate)
     return jnp.flip(h, 1) if reverse else h, SLSTMState(*leaves)

@@ -1,13 +1,18 @@
-"""What each dimension of a parameter is: one table, from its path to the names of its axes.
+"""What each dimension of an array is, and where that cuts it.
 
-Parameters are plain arrays, so this table is all there is. Moments and averages of parameters lie
-under the same paths with something before them, and match the same rows.
+For parameters one table, from a path to the names of its axes. They are plain arrays, so this table
+is all there is. Moments and averages of parameters lie under the same paths with something before
+them, and match the same rows. Activations name their axes where they are made: `constrain`.
 """
 
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from xlstm_jax.sharding.rules import rules_in_use
 
 LOGICAL_AXES = ("batch", "time", "embed", "inner", "mlp", "heads", "vocab", "layers")
 """embed: model width, where a parameter reads it; inner: heads x head size; mlp: feed-forward."""
@@ -60,3 +65,46 @@ def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
         if re.search(rf"(^|/){pattern}$", path) and ndim - len(names) in (0, 1):
             return ("layers",) * (ndim - len(names)) + names
     raise KeyError(f"{path} with {ndim} axes has no row in the table of logical axes.")
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """x, cut by the rules in use along the axes of the active mesh (`jax.set_mesh`).
+
+    Args:
+        x: an activation.
+        names: what each of its axes is, of `LOGICAL_AXES`; None for one that is never cut.
+
+    Without a mesh, and within a `shard_map` that has placed all of it, x is returned as it is.
+    """
+    free = free_axes()
+    if all(size == 1 for size in free.values()):
+        return x
+    used: set[str] = set()
+    spec = []
+    for length, name in zip(x.shape, names, strict=True):
+        cut = dividing(length, [a for a in cutting(name) if a not in used], free)
+        used.update(cut)
+        spec.append(cut or None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def cutting(name: str | None) -> tuple[str, ...]:
+    """The axes of a mesh that the rules in use give to an axis."""
+    return rules_in_use()[name] if name else ()
+
+
+def free_axes() -> dict[str, int]:
+    """Axes of the active mesh that XLA places, with their sizes; those of a `shard_map` are not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
+
+
+def dividing(length: int, axes: Iterable[str], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """As many of these axes, as far as there are any, as together divide `length`."""
+    chosen, parts = [], 1
+    for axis in axes:
+        if axis in sizes and length % (parts * sizes[axis]) == 0:
+            chosen.append(axis)
+            parts *= sizes[axis]
+    return tuple(chosen)

@@ -1,38 +1,147 @@
 """Meshes: devices along the axes data, fsdp, seq, tensor."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
-from jax.sharding import AxisType
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
 
 from xlstm_jax.config import ConfigError
+from xlstm_jax.sharding.rules import RULES, RulesName
 
 MESH_AXES = ("data", "fsdp", "seq", "tensor")
 
+SMALLEST_CUT = 2**18
+"""Parameters of fewer elements (of one layer) are not cut by fsdp: gathering them costs more than
+they take."""
 
-def make_mesh(data: int = -1, fsdp: int = 1, seq: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of a mesh, and what these axes cut.
+
+    One axis may be -1: it takes the devices that the others leave.
+    """
+
+    data: int = -1  # rows of the batch
+    fsdp: int = 1  # rows of the batch, parameters and moments
+    seq: int = 1  # time: the sequence of a row
+    tensor: int = 1  # heads and features
+    rules: RulesName | Literal["auto"] = "auto"  # "auto": the least table that uses these axes
+    smallest_cut: int = SMALLEST_CUT  # elements; smaller parameters are held whole under fsdp
+    slstm_time: Literal["gather", "refuse"] = "gather"  # under seq, as an sLSTM cannot be cut
+
+    def __post_init__(self):
+        free = [name for name in MESH_AXES if getattr(self, name) == -1]
+        for name in MESH_AXES:
+            if getattr(self, name) < 1 and name not in free:
+                raise ConfigError(
+                    f"mesh.{name} must be at least 1, got {getattr(self, name)}; 1 cuts nothing, "
+                    "-1 takes the devices that the other axes leave."
+                )
+        if len(free) > 1:
+            raise ConfigError(
+                f"one axis of a mesh may be -1, got {' and '.join(free)}; give all others a size."
+            )
+
+    def sizes(self, count: int) -> dict[str, int]:
+        """Devices along each axis, of `count` in all.
+
+        Raises:
+            ConfigError: they do not multiply to `count`.
+        """
+        sizes = {name: getattr(self, name) for name in MESH_AXES}
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        if count % fixed == 0:
+            sizes = {name: count // fixed if size == -1 else size for name, size in sizes.items()}
+        if math.prod(sizes.values()) != count or -1 in sizes.values():
+            words = ", ".join(f"{name}={size}" for name, size in sizes.items())
+            raise ConfigError(
+                f"the sizes of a mesh must multiply to {count}, the number of devices, got "
+                f"{words}; with one axis beside data, for example: {_factorisations(count)}."
+            )
+        return sizes
+
+    def rules_name(self) -> str:
+        """The table of rules, chosen or the first that uses every axis that is not 1.
+
+        Raises:
+            ConfigError: devices along an axis would all do the same.
+        """
+        needed = {name for name in MESH_AXES[1:] if getattr(self, name) != 1}
+        fits = {name: needed <= used_axes(name) for name in RULES}
+        if self.rules == "auto" and any(fits.values()):
+            return next(name for name, fit in fits.items() if fit)
+        if self.rules != "auto" and fits[self.rules]:
+            return self.rules
+        if not any(fits.values()):
+            axes = " and ".join(sorted(needed))
+            raise ConfigError(f"no table of rules cuts by {axes} at once; set one of them to 1.")
+        idle = " and ".join(sorted(needed - used_axes(self.rules)))
+        others = ", ".join(name for name, fit in fits.items() if fit)
+        raise ConfigError(
+            f"mesh.rules={self.rules!r} has no use for the axis {idle}, whose devices would all do "
+            f"the same; set it to 1, or use one of: {others}."
+        )
+
+
+def used_axes(name: str) -> set[str]:
+    """The axes of a mesh that a table of rules has a use for."""
+    return {axis for axes in RULES[name].values() for axis in axes}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, seq: int = 1, tensor: int = 1) -> Mesh:
     """All devices of the process, or of all processes, as a mesh; enter it with `jax.set_mesh`.
 
-    One size may be -1: it takes what the others leave.
+    One size may be -1: it takes what the others leave. Where `jax.default_device` names a device,
+    the mesh is that one alone.
 
     Raises:
         ConfigError: the sizes do not multiply to the number of devices.
     """
-    sizes = {"data": data, "fsdp": fsdp, "seq": seq, "tensor": tensor}
-    count = jax.device_count()
-    free = [name for name, size in sizes.items() if size == -1]
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if len(free) == 1 and fixed > 0 and count % fixed == 0:
-        sizes[free[0]] = count // fixed
-    if min(sizes.values()) < 1 or math.prod(sizes.values()) != count:
-        words = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ConfigError(
-            f"the sizes of a mesh must multiply to {count}, the number of devices, got {words}; "
-            f"with one axis beside data, for example: {_factorisations(count)}."
-        )
+    devices = _devices()
+    sizes = MeshConfig(data=data, fsdp=fsdp, seq=seq, tensor=tensor).sizes(len(devices))
+    return mesh_of(devices, sizes)
+
+
+def mesh_of(devices: Sequence[Any], sizes: dict[str, int]) -> Mesh:
+    """These devices along the axes of a mesh, neighbours of the network along the inner axes.
+
+    Several slices, which a slower network joins, lie behind each other along data, the outermost
+    axis.
+
+    Raises:
+        ConfigError: data does not divide by the number of slices.
+    """
+    shape = tuple(sizes[name] for name in MESH_AXES)
     # Explicit, as the default of make_mesh is another one.
     types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types)
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(devices) == 1:
+        return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=types)
+    if len(slices) == 1 or devices[0].platform != "tpu":
+        arranged = mesh_utils.create_device_mesh(shape, devices=devices)
+        return Mesh(arranged, MESH_AXES, axis_types=types)
+    if sizes["data"] % len(slices):
+        raise ConfigError(
+            f"data={sizes['data']} must be a multiple of {len(slices)}, the number of slices: only "
+            "whole rows cross the slow network between them; make data larger or fsdp smaller."
+        )
+    outer = (len(slices), *(1,) * (len(shape) - 1))
+    inner = (shape[0] // len(slices), *shape[1:])
+    arranged = mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices)
+    return Mesh(arranged, MESH_AXES, axis_types=types)
+
+
+def _devices() -> list[Any]:
+    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if chosen is None or isinstance(chosen, str):
+        return jax.devices(chosen)
+    return [chosen]
 
 
 def _factorisations(count: int) -> str:

@@ -1,0 +1,234 @@
+"""The sequence cut over devices: they exchange summaries, and all results stay the same."""
+
+import functools
+import importlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests import quick
+from tests.ops.tolerances import TABLE, assert_close, assert_gradients_close
+from xlstm_jax import cells, ops
+from xlstm_jax.ops import mlstm_context
+from xlstm_jax.sharding import get_rules, make_mesh, use_rules
+from xlstm_jax.sharding.mesh import mesh_of
+
+B, T, H, K, V = 2, 48, 2, 8, 8
+VARIANTS = {
+    "exp": {},
+    "sigmoid": dict(input_gate="sigmoid"),
+    "unnormalized": dict(input_gate="sigmoid", normalize=False),
+}
+PATHS = {"gather": 16, "logarithm": 1}
+"""Whether all spans are gathered, by the largest number of them for which they are."""
+
+
+@pytest.fixture(params=PATHS.values(), ids=PATHS)
+def path(request, monkeypatch):
+    whole = mlstm_context.mlstm_context
+    fewer = functools.partial(whole, gathered_spans=request.param)
+    monkeypatch.setattr(importlib.import_module("xlstm_jax.ops.mlstm"), "mlstm_context", fewer)
+
+
+def flags(kind: str, rng):
+    """Resets: on the borders of spans of 6, beside them, and anywhere; and masked steps."""
+    reset, mask = np.zeros((B, T), bool), np.ones((B, T), bool)
+    if kind in ("borders", "everything"):
+        reset[0, [6, 11, 12, 18, 19, 47]] = True
+        reset[1, [0, 30, 42]] = True
+    if kind in ("random", "everything"):
+        reset |= rng.random((B, T)) < 0.1
+    if kind in ("masks", "everything"):
+        mask = rng.random((B, T)) < 0.7
+        mask[0, 12:25] = False  # two whole spans, and a piece of a third
+    found = {"reset": reset} if kind != "masks" else {}
+    found |= {"mask": mask} if kind in ("masks", "everything") else {}
+    return {} if kind == "none" else jax.tree.map(jnp.asarray, found)
+
+
+FLAGS = ("none", "borders", "random", "masks", "everything")
+
+
+def evaluate(op, inputs, state, flags, cotangents):
+    """What an op returns and all gradients."""
+    run = lambda inputs, state: op(**inputs, state=state, **flags)  # noqa: E731
+    (y, last), pull = jax.vjp(run, inputs, state)
+    return (y, last), pull(cotangents)
+
+
+def on_a_mesh(op, mesh, *args, rules="fsdp_seq"):
+    with use_rules(get_rules(rules)), jax.set_mesh(mesh):
+        return quick.jit(functools.partial(evaluate, op))(*args)
+
+
+def mlstm_call(rng, T=T, gate_scale=1.0):
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    inputs = {name: normal(B, T, H, K) for name in "qkv"}
+    inputs |= {"i": gate_scale * normal(B, T, H), "f": gate_scale * normal(B, T, H) + 2}
+    state = cells.MLSTMState(normal(B, H, K, V), normal(B, H, K), normal(B, H))
+    return inputs, state, (normal(B, T, H, V), jax.tree.map(jnp.ones_like, state))
+
+
+def assert_the_same(actual, expected):
+    row = TABLE["float32"]
+    (y, last), (inputs, first) = expected
+    for name, found, value in (("y", actual[0][0], y), *_leaves(actual[0][1], last)):
+        assert_close(np.asarray(found), np.asarray(value, np.float64), row.h, name)
+    gradients = {n: np.asarray(x, np.float64) for n, x in inputs.items()}
+    gradients |= {n: np.asarray(x, np.float64) for n, _, x in _leaves(first, first)}
+    found = {n: np.asarray(x) for n, x in actual[1][0].items()}
+    found |= {n: np.asarray(x) for n, x, _ in _leaves(actual[1][1], first)}
+    assert_gradients_close(found, gradients, row)
+
+
+def _leaves(a, b):
+    names = a._fields if hasattr(a, "_fields") else ("state",)
+    return zip(names, jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+
+
+@pytest.mark.parametrize("kind", FLAGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_spans_of_eight_devices_equal_one_sequence(variant, kind, path, rng):
+    inputs, state, cotangents = mlstm_call(rng)
+    args = inputs, state, flags(kind, rng), cotangents
+    op = functools.partial(ops.mlstm, chunk_size=4, **VARIANTS[variant])
+    expected = quick.jit(functools.partial(evaluate, op))(*args)
+    mesh = make_mesh(data=1, seq=8)
+    assert_the_same(on_a_mesh(op, mesh, *args), expected)
+
+
+def test_gradients_are_off_by_a_hundred_thousandth_of_the_largest_at_most(path, rng):
+    inputs, state, cotangents = mlstm_call(rng)
+    args = inputs, state, flags("borders", rng), cotangents
+    expected = quick.jit(functools.partial(evaluate, ops.mlstm))(*args)[1]
+    found = on_a_mesh(ops.mlstm, make_mesh(data=1, seq=8), *args)[1]
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
+
+
+def test_any_number_of_devices_may_share_a_sequence(path, rng):
+    inputs, state, cotangents = mlstm_call(rng)
+    args = inputs, state, flags("borders", rng), cotangents
+    expected = quick.jit(functools.partial(evaluate, ops.mlstm))(*args)
+    mesh = mesh_of(jax.devices()[:6], dict(data=1, fsdp=1, seq=6, tensor=1))
+    assert_the_same(on_a_mesh(ops.mlstm, mesh, *args), expected)
+
+
+@pytest.mark.parametrize("implementation", ["chunkwise", "parallel", "recurrent"])
+def test_every_implementation_is_cut(implementation, rng):
+    inputs, state, cotangents = mlstm_call(rng)
+    args = inputs, state, flags("everything", rng), cotangents
+    op = functools.partial(ops.mlstm, implementation=implementation)
+    expected = quick.jit(functools.partial(evaluate, op))(*args)
+    assert_the_same(on_a_mesh(op, make_mesh(data=2, seq=4), *args), expected)
+
+
+@pytest.mark.parametrize("scale", [10.0, 100.0])
+def test_gates_of_any_scale_keep_their_digits(scale, path, rng):
+    inputs, state, cotangents = mlstm_call(rng, gate_scale=scale)
+    zeros = jax.tree.map(jnp.zeros_like, state)
+    args = inputs, state, flags("random", rng), (cotangents[0], zeros)
+    expected = quick.jit(functools.partial(evaluate, ops.mlstm))(*args)
+    found = on_a_mesh(ops.mlstm, make_mesh(data=1, seq=8), *args)
+    row = TABLE["float32, large gates"]
+    assert_close(np.asarray(found[0][0]), np.asarray(expected[0][0], np.float64), row.h, "h")
+    for leaf in jax.tree.leaves(found):
+        assert np.isfinite(leaf).all()
+
+
+def test_long_spans_equal_one_sequence(rng):
+    """Longer than the chunks in which gates are added up, which do not divide them."""
+    inputs, state, cotangents = mlstm_call(rng, T=2 * 700)
+    reset = jnp.asarray(rng.random((B, 1400)) < 0.002)
+    args = inputs, state, {"reset": reset}, cotangents
+    expected = quick.jit(functools.partial(evaluate, ops.mlstm))(*args)
+    assert_the_same(on_a_mesh(ops.mlstm, make_mesh(data=4, seq=2), *args), expected)
+
+
+def conv_call(rng, T=T, W=4, mixing=False):
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    kernel = normal(W, 6, 6) if mixing else normal(W, 6)
+    inputs = {"x": normal(B, T, 6), "kernel": kernel, "bias": normal(6)}
+    return inputs, normal(B, W - 1, 6), (normal(B, T, 6), normal(B, W - 1, 6))
+
+
+@pytest.mark.parametrize("kind", FLAGS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mixing": True}, {"W": 1}, {"W": 9}],
+    ids=["apart", "mixing", "one tap", "windows longer than spans"],
+)
+def test_a_convolution_reaches_over_the_borders_of_spans(options, kind, rng):
+    inputs, state, cotangents = conv_call(rng, **options)
+    args = inputs, state, flags(kind, rng), cotangents
+    expected = quick.jit(functools.partial(evaluate, ops.causal_conv))(*args)
+    found = on_a_mesh(ops.causal_conv, make_mesh(data=1, seq=8), *args)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        largest = float(np.max(np.abs(b), initial=1.0))
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("name", ["slstm", "lstm"])
+def test_what_cannot_be_cut_gathers_its_time(name, rng):
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    inputs = {"x": normal(B, T, 4, H, K), "r": 0.2 * normal(H, K, 4, K), "b": normal(H, 4, K)}
+    kind = {"slstm": cells.SLSTMState, "lstm": cells.LSTMState}[name]
+    leaves = {leaf: 1 + jnp.abs(normal(B, H, K)) for leaf in kind._fields}
+    state = kind(**leaves)
+    args = inputs, state, flags("everything", rng), (normal(B, T, H, K), state)
+    op = getattr(ops, name)
+    expected = quick.jit(functools.partial(evaluate, op))(*args)
+    assert_the_same(on_a_mesh(op, make_mesh(data=2, seq=2, tensor=2), *args), expected)
+
+
+def test_lengths_that_devices_cannot_share_are_not_cut(rng):
+    inputs, state, cotangents = mlstm_call(rng, T=13)
+    args = inputs, state, {}, cotangents
+    expected = quick.jit(functools.partial(evaluate, ops.mlstm))(*args)
+    assert_the_same(on_a_mesh(ops.mlstm, make_mesh(data=1, seq=8), *args), expected)
+
+
+def test_rows_heads_and_time_are_cut_at_once(rng):
+    """Where no table of rules is in use, whatever the mesh has an axis for is cut."""
+    inputs, state, cotangents = mlstm_call(rng)
+    args = inputs, state, flags("random", rng), cotangents
+    expected = quick.jit(functools.partial(evaluate, ops.mlstm))(*args)
+    mesh = make_mesh(data=2, seq=2, tensor=2)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(functools.partial(evaluate, ops.mlstm)).lower(*args).compile()
+        assert_the_same(compiled(*args), expected)
+    assert f"f32[1,{T // 2},1,{K}]" in compiled.as_text()
+
+
+COLLECTIVE = re.compile(
+    r"= (\S+) (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)\("
+)
+
+
+def exchanged(op, mesh, *args):
+    """Every exchange between devices in the program of an op's results: what, and which shape."""
+    with use_rules(get_rules("fsdp_seq")), jax.set_mesh(mesh):
+        text = jax.jit(op).lower(*args).compile().as_text()
+    return sorted(COLLECTIVE.findall(text))
+
+
+def test_devices_exchange_one_summary_whatever_the_length(rng):
+    """Forward; what the gradient adds, too, does not grow with the length."""
+    mesh = make_mesh(data=1, seq=8)
+    found = {}
+    for length in (T, 8 * T):
+        inputs, _, _ = mlstm_call(rng, T=length)
+        inputs = jax.device_put(inputs, NamedSharding(mesh, P(None, "seq")))
+        forward = lambda inputs: ops.mlstm(**inputs)[0]  # noqa: E731
+        loss = lambda inputs: jnp.sum(ops.mlstm(**inputs)[0])  # noqa: E731
+        found[length] = [exchanged(op, mesh, inputs) for op in (forward, jax.grad(loss))]
+    assert found[T] == found[8 * T]
+    ((shape, kind),) = found[T][0]
+    numbers = K * V + K + 2
+    assert kind == "all-gather" and shape.startswith(f"f32[8,{B},{H},{numbers}]")
