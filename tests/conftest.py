@@ -29,6 +29,13 @@ def forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """Whatever takes all devices takes the first one alone."""
+    with jax.default_device(jax.devices()[0]):
+        yield
+
+
 @pytest.fixture
 def key() -> jax.Array:
     """A key with the same seed in every test."""

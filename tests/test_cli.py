@@ -28,7 +28,7 @@ STATE = TrainState(
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
+def workplace(tmp_path, monkeypatch, one_device):
     """An empty working directory; the process of the tests stays as it is."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cpu, "prepare", lambda: None)

@@ -143,7 +143,7 @@ def test_help_names_both_directions(capsys):
 )
 @pytest.mark.slow
 def test_the_7b_model_is_described_under_any_rules(capsys, rules, mesh, gib):
-    assert main(["describe", "xlstm_7b", "--rules", rules, *mesh]) == 0
+    assert main(["describe", "xlstm_7b", "--mesh.rules", rules, *mesh]) == 0
     said = capsys.readouterr().out
     assert "6,865,424,896" in said
     words = said[said.index("(parameters ") + len("(parameters ") :]
@@ -152,7 +152,6 @@ def test_the_7b_model_is_described_under_any_rules(capsys, rules, mesh, gib):
 
 
 def test_a_batch_that_the_mesh_cannot_cut_is_refused(workplace, capsys):  # noqa: F811
-    text = refuse(capsys, "describe", "xlstm_7b", "--rules", "fsdp", "--mesh.fsdp", "3")
-    assert (
-        "rows of a micro-batch must be a multiple of 3, the devices of data x fsdp, got 16" in text
-    )
+    text = refuse(capsys, "describe", "xlstm_7b", "--mesh.fsdp", "3")
+    assert "data.batch_size must be a multiple of 3, the devices along data=1 x fsdp=3, got" in text
+    assert "got 16; 15 or 18 would do" in text

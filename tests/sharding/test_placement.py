@@ -115,7 +115,7 @@ def test_a_mesh_takes_all_devices():
     assert sharding.make_mesh(data=1, tensor=-1).shape["tensor"] == 8
 
 
-@pytest.mark.parametrize("sizes", [{"data": 3}, {"data": 2, "fsdp": 2}, {"fsdp": 0}, {"fsdp": 3}])
+@pytest.mark.parametrize("sizes", [{"data": 3}, {"data": 2, "fsdp": 2}, {"fsdp": 3}])
 def test_a_mesh_that_does_not_fit_is_refused_with_those_that_would(sizes):
     with pytest.raises(ConfigError, match="multiply to 8.*8 x 1, 4 x 2, 2 x 4, 1 x 8"):
         sharding.make_mesh(**sizes)

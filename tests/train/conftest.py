@@ -14,6 +14,14 @@ from xlstm_jax.modules import LMConfig
 from xlstm_jax.train import ExperimentConfig, TrainConfig, checkpoint, loop, run
 
 
+class Hidden(nn.Module):
+    """A layer by the names of one of ours: every parameter has its place on a mesh."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(x.shape[-1], name="proj_down")(x)
+
+
 class TinyLM(nn.Module):
     """Embedding, one hidden layer, head: the parameter names and the call of `LM`, no memory."""
 
@@ -24,7 +32,7 @@ class TinyLM(nn.Module):
         cfg = self.cfg
         init = nn.initializers.normal(0.3)
         table = nn.Embed(cfg.vocab_size, cfg.dim, embedding_init=init, name="token_embedding")
-        x = nn.tanh(nn.Dense(cfg.dim, name="hidden")(table(tokens)))
+        x = nn.tanh(Hidden(name="ffn")(table(tokens)))
         logits = nn.Dense(cfg.vocab_size, use_bias=False, name="lm_head")(x)
         return (logits if head else x), state
 
@@ -35,7 +43,7 @@ def compiled(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compilation(compiled):
+def quick_compilation(compiled, one_device):
     """Compiles in half the time, and each program once: nothing here is about speed."""
     settings = {
         "jax_disable_most_optimizations": True,

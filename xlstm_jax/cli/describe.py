@@ -2,45 +2,29 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data import Batch
 from xlstm_jax.flops import count_params, train_flops
 from xlstm_jax.modules import LM, param_shapes
 from xlstm_jax.sharding import MESH_AXES, bytes_per_device, get_rules, path_name
+from xlstm_jax.sharding.rules import Rules
 from xlstm_jax.train import ExperimentConfig, decay_mask, make_optimizer
+from xlstm_jax.train.config import check_lengths
 from xlstm_jax.train.losses import language_model_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mesh:
-    """Devices along each axis."""
-
-    data: int = 1
-    fsdp: int = 1
-    seq: int = 1
-    tensor: int = 1
-
-    def __post_init__(self):
-        for name in MESH_AXES:
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"mesh.{name} must be at least 1, got {getattr(self, name)}; 1 cuts nothing."
-                )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Describe(options.WithConfig):
-    """Shapes, parameters, the decayed set, FLOPs and memory of a config; trains nothing."""
+    """Shapes, parameters, the decayed set, FLOPs and memory of a config; trains nothing.
 
-    rules: Literal["data", "fsdp", "fsdp_tensor", "fsdp_seq"] = "data"  # what cuts which axis
-    mesh: Mesh = Mesh()  # the devices, which need not be here
+    The devices of its mesh need not be here; an axis of -1 counts as 1.
+    """
 
 
 def run(args: list[str]) -> int:
@@ -90,8 +74,7 @@ def _sizes(cfg: ExperimentConfig, num_decayed: int) -> dict[str, str]:
 
 def _memory(chosen: Describe, params: Any) -> dict[str, str]:
     """Bytes on one device, by what they are for; temporaries of the compiled step are left out."""
-    cfg, rules = chosen.experiment, get_rules(chosen.rules)
-    sizes = dataclasses.asdict(chosen.mesh)
+    cfg, rules, sizes = chosen.experiment, _rules(chosen), _sizes_of_mesh(chosen)
     held = bytes_per_device(params, rules, sizes)
     moments = jax.eval_shape(make_optimizer(cfg.train).init, params)
     parts = {
@@ -104,7 +87,7 @@ def _memory(chosen: Describe, params: Any) -> dict[str, str]:
     where = "one device"
     if math.prod(sizes.values()) > 1:
         mesh = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-        where = f"each device of {mesh} under {chosen.rules}"
+        where = f"each device of {mesh} under {cfg.mesh.rules_name()}"
     if sizes["tensor"] > 1:
         words += " as cut by rows and time alone"
     return {"memory, without temporaries": f"{_mib(sum(parts.values()))} on {where} ({words})"}
@@ -112,22 +95,18 @@ def _memory(chosen: Describe, params: Any) -> dict[str, str]:
 
 def _cuts_of_batch(chosen: Describe) -> int:
     """How many devices share the activations of a micro-batch."""
-    cfg, rules, sizes = chosen.experiment, get_rules(chosen.rules), dataclasses.asdict(chosen.mesh)
-    lengths = {
-        "batch": ("rows of a micro-batch", cfg.data.batch_size // cfg.train.accumulation),
-        "time": ("data.seq_len", cfg.data.seq_len),
-    }
-    cuts = 1
-    for name, (what, length) in lengths.items():
-        parts = math.prod(sizes[axis] for axis in rules[name])
-        if length % parts:
-            axes = " x ".join(rules[name])
-            raise ConfigError(
-                f"{what} must be a multiple of {parts}, the devices of {axes}, got {length}; "
-                "change it or the mesh."
-            )
-        cuts *= parts
-    return cuts
+    cfg, rules, sizes = chosen.experiment, _rules(chosen), _sizes_of_mesh(chosen)
+    check_lengths(cfg, rules, sizes)
+    return math.prod(sizes[axis] for axis in (*rules["batch"], *rules["time"]))
+
+
+def _sizes_of_mesh(chosen: Describe) -> dict[str, int]:
+    sizes = {name: getattr(chosen.experiment.mesh, name) for name in MESH_AXES}
+    return {name: max(size, 1) for name, size in sizes.items()}
+
+
+def _rules(chosen: Describe) -> Rules:
+    return get_rules(chosen.experiment.mesh.rules_name())
 
 
 def _kept_for_backward(cfg: ExperimentConfig, params: Any) -> list[Any]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from xlstm_jax.modules.initializers import small, wang
 from xlstm_jax.modules.linear import Dense, dense_together
+from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Float
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -63,7 +64,7 @@ class GatedFeedForward(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         dim = x.shape[-1]
         up = Dense(2 * self.inner_dim, small(dim), self.use_bias, name="proj_up")(x)
-        gate, linear = jnp.split(up, 2, axis=-1)
+        gate, linear = (constrain(y, "batch", "time", "mlp") for y in jnp.split(up, 2, axis=-1))
         down = Dense(dim, wang(dim, self.num_blocks), self.use_bias, name="proj_down")
         y = down(ACTIVATIONS[self.activation](gate) * linear)
         return nn.Dropout(self.dropout, deterministic=self.deterministic)(y)
@@ -81,6 +82,6 @@ class LargeFeedForward(nn.Module):
         dim = x.shape[-1]
         names = "proj_up_gate", "proj_up"
         layers = (Dense(self.inner_dim, small(dim), self.use_bias, name=name) for name in names)
-        gate, up = dense_together(x, *layers)
+        gate, up = (constrain(y, "batch", "time", "mlp") for y in dense_together(x, *layers))
         down = Dense(dim, wang(dim, self.num_blocks), self.use_bias, name="proj_down")
         return down(jax.nn.silu(gate) * up)

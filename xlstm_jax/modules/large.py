@@ -16,6 +16,7 @@ from xlstm_jax.modules.feedforward import scaling_width
 from xlstm_jax.modules.initializers import constant, linspace, small, wang, zeros
 from xlstm_jax.modules.linear import Dense, dense_together
 from xlstm_jax.modules.norm import MultiHeadNorm
+from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Bool, Float
 
 
@@ -69,7 +70,7 @@ class LargeMLSTMLayer(nn.Module):
         cfg, dim = self.cfg, x.shape[-1]
         qk_dim, v_dim, _ = cfg.widths(dim)
         widths = {"q": qk_dim, "k": qk_dim, "v": v_dim, "output_gate": v_dim}
-        q, k, v, o = dense_together(
+        projections = dense_together(
             x,
             *(
                 Dense(
@@ -78,6 +79,7 @@ class LargeMLSTMLayer(nn.Module):
                 for name, width in widths.items()
             ),
         )
+        q, k, v, o = (constrain(y, "batch", "time", "inner") for y in projections)
         biases = {
             "input_gate": constant(cfg.input_bias),
             "forget_gate": linspace(*cfg.forget_bias),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from xlstm_jax import ops
 from xlstm_jax.modules.initializers import Initializer, zeros
+from xlstm_jax.sharding import is_cut
 from xlstm_jax.typing import Array, Float
 
 
@@ -46,11 +47,15 @@ def dense_together(
     """What each layer makes of the same x, by one product with all kernels side by side.
 
     One product is faster than several, forward and backward; parameters stay those of each layer.
+    Where devices share the features, the products are apart.
     All layers must have the same `wide`. Where x comes in parts, it stands for them joined.
     """
+    if len(layers) > 1 and is_cut("inner"):
+        # Side by side, each device would hold columns of other kernels than of its own.
+        return [y for layer in layers for y in dense_together(x, layer)]
     parts = x if isinstance(x, Sequence) else (x,)
     dtype = parts[0].dtype
-    dtype = jnp.promote_types(dtype, jnp.float32) if layers[0].wide else dtype
+    dtype = jnp.promote_types(dtype, jnp.float32) if any(y.wide for y in layers) else dtype
     in_dim = sum(part.shape[-1] for part in parts)
     kernels, biases = zip(*(layer.weights(in_dim) for layer in layers), strict=True)
     kernel = kernels[0] if len(kernels) == 1 else jnp.concatenate(kernels, axis=1)

@@ -13,6 +13,7 @@ from xlstm_jax.modules.initializers import Initializer, normal, small
 from xlstm_jax.modules.linear import Dense, Embedding
 from xlstm_jax.modules.norm import LayerNorm, RMSNorm
 from xlstm_jax.modules.stack import Stack, StackState
+from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Bool, Float, Int
 
 
@@ -66,7 +67,7 @@ class LM(nn.Module):
         )()
         x = jnp.take(table, tokens, axis=0).astype(_activation_dtype(cfg, table))
         rate = cfg.dropout if cfg.embedding_dropout else 0.0
-        x = nn.Dropout(rate, deterministic=deterministic)(x)
+        x = constrain(nn.Dropout(rate, deterministic=deterministic)(x), "batch", "time", None)
         x, state = _backbone(cfg, deterministic, x, state, reset, mask)
         if not head:
             return x, state

@@ -18,6 +18,7 @@ from xlstm_jax.modules.feedforward import first_generation_width
 from xlstm_jax.modules.initializers import linspace, normal, ones, small, wang, zeros
 from xlstm_jax.modules.linear import Dense, HeadwiseDense, dense_together
 from xlstm_jax.modules.norm import MultiHeadNorm
+from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Bool, Float
 
 
@@ -82,7 +83,7 @@ class MLSTMLayer(nn.Module):
         inner_dim = cfg.width(dim)
         conv, cell = (None, None) if state is None else state
         up = Dense(2 * inner_dim, small(dim), cfg.use_bias, name="proj_up")(x)
-        a, z = jnp.split(up, 2, axis=-1)
+        a, z = (constrain(y, "batch", "time", "inner") for y in jnp.split(up, 2, axis=-1))
         u, conv = CausalConv(cfg.conv_width, cfg.conv_mixing, name="conv")(
             a, conv, reset=reset, mask=mask
         )

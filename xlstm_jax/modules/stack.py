@@ -19,6 +19,7 @@ from xlstm_jax.modules import loops
 from xlstm_jax.modules.block import BLOCKS
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.patterns import Run, cut, fold
+from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Bool, Float, PyTree
 
 # Letter -> state of its blocks, every leaf "layers B ...".
@@ -59,6 +60,7 @@ class Stack(nn.Module):
             block = BLOCKS[letter](cfg, self.deterministic, parent=None)
             rngs = {} if key is None else {"dropout": jax.random.fold_in(key, number)}
             x, state = block.apply({"params": params}, x, state, reset, mask, number, rngs=rngs)
+            x = constrain(x, "batch", "time", None)
             return checkpoint_name(x, "block_output"), state
 
         blocks = {

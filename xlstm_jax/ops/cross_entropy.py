@@ -10,6 +10,7 @@ from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.ops.checks import check_shapes
 from xlstm_jax.ops.dense import dense
 from xlstm_jax.ops.norm import soft_cap as apply_soft_cap
+from xlstm_jax.ops.sharded import summed_over_devices
 from xlstm_jax.typing import Array, Float, Int
 
 CHUNK_LOGITS = 2**20
@@ -66,10 +67,17 @@ def cross_entropy(
             f"cross_entropy: `chunk_size` must be at least 1, got {chunk_size}; "
             "leave it None to let the op choose."
         )
-    positions = sizes["B"] * sizes["T"]
-    chunk = min(positions, chunk_size or max(1, CHUNK_LOGITS // sizes["vocab"]))
-    flat = (x.reshape(positions, -1), targets.reshape(-1), weights.reshape(-1))
+    chunk_size = chunk_size or max(1, CHUNK_LOGITS // sizes["vocab"])
     sums = functools.partial(_chunk_sums, soft_cap=soft_cap, z_loss=z_loss)
+    run = functools.partial(_sums, sums, chunk_size)
+    return summed_over_devices(run, x, kernel, targets, weights)
+
+
+def _sums(sums, chunk_size: int, x, kernel, targets, weights) -> CrossEntropy:
+    """Of one device's positions."""
+    positions = targets.size
+    chunk = min(positions, chunk_size)
+    flat = (x.reshape(positions, -1), targets.reshape(-1), weights.reshape(-1))
     if chunk == positions:
         return sums(kernel, *flat)
     # Positions are padded to whole chunks with weight 0; only the chunk's logits ever exist, and

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.once import computed_once
+from xlstm_jax.sharding.axes import free_axes
 from xlstm_jax.typing import Array, Float
 
 TILE = 256
@@ -41,7 +42,7 @@ def grouped_dense(
     models have them, are far below what a matrix unit works on.
     """
     P, rows, columns = kernel.shape
-    if dispatch.platform() == "cpu" and max(rows, columns) <= CPU_SMALL_GROUP:
+    if _on_one_cpu() and max(rows, columns) <= CPU_SMALL_GROUP:
         wide = jnp.promote_types(x.dtype, jnp.float32)
         parts = x.reshape(-1, P, rows)
         y = _cpu_groups(parts.astype(wide), kernel.astype(x.dtype).astype(wide))
@@ -62,8 +63,13 @@ def grouped_dense(
     return y.reshape(*x.shape[:-1], P * columns)
 
 
+def _on_one_cpu() -> bool:
+    """What is written for CPUs joins rows and time on one axis, which a mesh cannot cut by both."""
+    return dispatch.platform() == "cpu" and not any(n > 1 for n in free_axes().values())
+
+
 def _product(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
-    if dispatch.platform() == "cpu":
+    if _on_one_cpu():
         return _cpu_product(x, kernel, dtype)
     return jnp.dot(x, kernel, preferred_element_type=dtype)
 

@@ -95,22 +95,25 @@ def mlstm(
     return _flip(h) if reverse else h, state
 
 
-def _on_a_mesh(chosen: Implementation, call: dispatch.Call, state: MLSTMState, arrays, options):
+def _on_a_mesh(chosen: Implementation, call: dispatch.Call, state, arrays, options):
     """Each device its rows and its heads, and where the rules cut time its span of the sequence."""
     spans = cut_by("T", call.T)
 
     def compute(q, k, v, i, f, reset, mask, state):
-        args = (q, k, v, i, f, state)
+        args = (q, k, v, i, f, MLSTMState(*state))
         if spans:
-            return mlstm_context(chosen.fn, spans, *args, reset, mask, **options)
-        return chosen.fn(*args, reset=reset, mask=mask, **options)
+            h, state = mlstm_context(chosen.fn, spans, *args, reset, mask, **options)
+        else:
+            h, state = chosen.fn(*args, reset=reset, mask=mask, **options)
+        return h, tuple(state)
 
     names = ("B T H K", "B T H K", "B T H V", "B T H", "B T H", "B T", "B T")
-    axes = tuple(None if x is None else name for x, name in zip(arrays, names, strict=True))
-    state_axes = MLSTMState("B H K V", "B H K", "B H")
+    axes = [None if x is None else name for x, name in zip(arrays, names, strict=True)]
+    state_axes = ("B H K V", "B H K", "B H")
     sizes = {"B": call.B, "H": call.H} | ({"T": call.T} if spans else {})
-    args, out_axes = (*arrays, state), ("B T H V", state_axes)
-    return per_device(compute, args, (*axes, state_axes), out_axes, sizes)
+    args, out_axes = (*arrays, tuple(state)), ("B T H V", state_axes)
+    h, state = per_device(compute, args, (*axes, state_axes), out_axes, sizes)
+    return h, MLSTMState(*state)
 
 
 def _flip(x: jax.Array) -> jax.Array:

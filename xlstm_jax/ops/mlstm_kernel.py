@@ -58,9 +58,8 @@ def _mlstm(
     """The op `mlstm`; arguments as there. A donated state is updated in place where T = 1."""
     from pallas_kernels.mlstm import vjp
 
-    dtype = jnp.result_type(q, k, v)
+    dtype, out_dtype = jnp.result_type(q, k, v), v.dtype
     q, k, v = (x.astype(dtype) for x in (q, k, v))
-    h, state_after = vjp.mlstm(
-        kernels, q, k, v, i, f, tuple(state), reset=reset, mask=mask, **options
-    )
-    return h.astype(v.dtype), MLSTMState(*state_after)
+    memory = state.C, state.n, state.m
+    h, memory = vjp.mlstm(kernels, q, k, v, i, f, memory, reset=reset, mask=mask, **options)
+    return h.astype(out_dtype), MLSTMState(*memory)

@@ -5,6 +5,7 @@ forms it sees too little: chunks of all rows and heads on one axis cannot be cut
 of a recurrence crosses a row or a head, so `shard_map` over these needs no communication.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,10 +46,12 @@ def per_device(
     free = {name for name, kind in kinds.items() if kind != AxisType.Manual}
     if not free or mesh.size == 1:
         return fn(*args)
-    placed = {letter: cut_by(letter, length) or None for letter, length in sizes.items()}
+    placed = {letter: cut_by(letter, length) for letter, length in sizes.items()}
+    # Named nowhere, an axis of one device would still be summed over in the gradient.
+    placed["B"] += tuple(sorted(name for name in free if mesh.shape[name] == 1))
 
     def spec(letters: str) -> P:
-        return P(*(placed.get(letter) for letter in letters.split()))
+        return P(*(placed.get(letter) or None for letter in letters.split()))
 
     specs = jax.tree.map(spec, (axes, out_axes))
     mapped = jax.shard_map(
@@ -66,3 +69,44 @@ def cut_by(letter: str, length: int) -> tuple[str, ...]:
     sizes = {name: mesh.shape[name] for name, kind in kinds if kind != AxisType.Manual}
     sizes = {name: size for name, size in sizes.items() if size > 1}
     return dividing(length, cutting(LETTERS[letter]), sizes)
+
+
+def summed_over_devices(
+    fn: Callable[..., Any], x: jax.Array, weights: jax.Array, *positions: jax.Array
+) -> Any:
+    """`fn(x, weights, *positions)`, sums over positions, each device adding up its own.
+
+    Where features are shared by devices too, these divide the positions among them: each then needs
+    all of the weights, but nobody waits for others in every chunk of a long loop.
+
+    Args:
+        fn: returns a tree of sums.
+        x: `B T D`.
+        weights: what every device needs all of.
+        positions: arrays `B T`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = {name for name, kind in kinds if kind != AxisType.Manual}
+    if not free or mesh.size == 1:
+        return fn(x, weights, *positions)
+    batch, time = cut_by("B", x.shape[0]), cut_by("T", x.shape[1])
+    rest = {name: mesh.shape[name] for name in free if name not in (*batch, *time)}
+    time += dividing(x.shape[1] // _product(mesh, time), sorted(rest), rest)
+
+    def add_up(*args):
+        return jax.tree.map(lambda a: jax.lax.psum(a, (*batch, *time)), fn(*args))
+
+    row = P(batch or None, time or None)
+    specs = (P(*row, None), P(), *(row for _ in positions))
+    mapped = jax.shard_map(
+        add_up, mesh=mesh, in_specs=specs, out_specs=P(), axis_names=free, check_vma=False
+    )
+    args = (x, weights, *positions)
+    if AxisType.Explicit in mesh.axis_types:
+        args = tuple(map(jax.sharding.reshard, args, specs))
+    return mapped(*args)
+
+
+def _product(mesh: Any, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)

@@ -88,6 +88,12 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
+def is_cut(name: str) -> bool:
+    """Whether the active mesh has more than one device along what cuts this axis."""
+    free = free_axes()
+    return any(free.get(axis, 1) > 1 for axis in cutting(name))
+
+
 def cutting(name: str | None) -> tuple[str, ...]:
     """The axes of a mesh that the rules in use give to an axis."""
     return rules_in_use()[name] if name else ()

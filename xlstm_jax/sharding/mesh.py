@@ -103,7 +103,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, seq: int = 1, tensor: int = 1) -> M
     Raises:
         ConfigError: the sizes do not multiply to the number of devices.
     """
-    devices = _devices()
+    devices = available()
     sizes = MeshConfig(data=data, fsdp=fsdp, seq=seq, tensor=tensor).sizes(len(devices))
     return mesh_of(devices, sizes)
 
@@ -137,7 +137,8 @@ def mesh_of(devices: Sequence[Any], sizes: dict[str, int]) -> Mesh:
     return Mesh(arranged, MESH_AXES, axis_types=types)
 
 
-def _devices() -> list[Any]:
+def available() -> list[Any]:
+    """All devices of all processes, or `jax.default_device` alone where it is set."""
     chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if chosen is None or isinstance(chosen, str):
         return jax.devices(chosen)

@@ -64,46 +64,6 @@ def tree_shardings(
     )
 
 
-def batch_sharding(mesh: jax.sharding.Mesh, rules: Rules, ndim: int = 2) -> NamedSharding:
-    """Where rows of a batch lie, `B` or `B T`."""
-    cut = [tuple(a for a in rules[name] if a in mesh.shape) for name in ("batch", "time")]
-    return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in cut[:ndim])))
-
-
-def global_batch(
-    batch: PyTree,
-    mesh: jax.sharding.Mesh,
-    rules: Rules,
-    first_row: int = 0,
-    num_rows: int | None = None,
-) -> PyTree:
-    """Rows on the host as arrays on all devices of a mesh.
-
-    Args:
-        batch: a tree of NumPy arrays, `B` or `B T`: the rows that this process feeds.
-        first_row: the place of the first of them among the rows of all processes.
-        num_rows: how many all processes feed; None: this one feeds all there are.
-    """
-
-    def place(x: np.ndarray) -> jax.Array:
-        shape = (len(x) if num_rows is None else num_rows, *x.shape[1:])
-
-        def piece(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(shape[0])
-            return x[(slice(start - first_row, stop - first_row), *index[1:])]
-
-        return jax.make_array_from_callback(shape, batch_sharding(mesh, rules, x.ndim), piece)
-
-    return jax.tree.map(place, batch)
-
-
-def rows_of_process(mesh: jax.sharding.Mesh, rules: Rules, num_rows: int) -> range:
-    """The rows of a global batch that the devices of this process need."""
-    indices = batch_sharding(mesh, rules, 1).addressable_devices_indices_map((num_rows,))
-    bounds = [index[0].indices(num_rows)[:2] for index in indices.values() if index]
-    return range(min(start for start, _ in bounds), max(stop for _, stop in bounds))
-
-
 def bytes_per_device(params: PyTree, rules: Rules, mesh_sizes: Mapping[str, int]) -> int:
     """What one device holds of parameters, or of a tree with the paths of parameters in it."""
     total = 0

@@ -56,7 +56,7 @@ RULES: dict[str, Rules] = {
 
 assert tuple(RULES) == get_args(RulesName)
 
-EVERYTHING: Rules = RULES["fsdp_tensor"] | {"time": ("seq",)}
+EVERYTHING: Rules = {**RULES["fsdp_tensor"], "time": ("seq",)}
 """What cuts activations where no table is in use: every axis that a mesh may have."""
 
 _in_use: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=EVERYTHING)

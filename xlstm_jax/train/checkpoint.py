@@ -8,6 +8,7 @@ RUN/checkpoints/STEP/config  as it was at this step    (JSON)
 A run that begins with given parameters has a step 0 that holds these alone.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +25,9 @@ from xlstm_jax.train.state import TrainState
 from xlstm_jax.typing import PyTree
 
 FOLDER = "checkpoints"
+
+Place = Callable[[PyTree], PyTree]
+"""From a tree to a sharding for each of its leaves."""
 
 
 class CheckpointError(ConfigError):
@@ -148,12 +152,16 @@ def has_params_alone(run_dir: str | Path) -> bool:
     return found.data == _PARAMS_ALONE
 
 
-def restore_latest(run_dir: str | Path, like: PyTree) -> tuple[TrainState, dict[str, Any]] | None:
+def restore_latest(
+    run_dir: str | Path, like: PyTree, place: Place | None = None
+) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest state and data position of a run, or None if it has not saved any.
 
     Args:
         run_dir: the run.
-        like: a state of the same structure, or its shapes, with the dtypes and shardings wanted.
+        like: a state of the same structure, or its shapes, with the dtypes wanted.
+        place: where each leaf is to lie, whatever devices it was saved from; None: on one device,
+            or where `like` lies.
 
     Raises:
         CheckpointError: it is damaged or of another structure; nothing on disk is changed.
@@ -162,15 +170,22 @@ def restore_latest(run_dir: str | Path, like: PyTree) -> tuple[TrainState, dict[
     if step is None:
         return None
     args = ocp.args.Composite(
-        state=ocp.args.StandardRestore(jax.tree.map(_abstract, like)),
+        state=ocp.args.StandardRestore(_abstract(like, place)),
         data=ocp.args.JsonRestore(),
     )
     restored = _restore(Path(run_dir), step, args)
     return restored.state, restored.data
 
 
-def restore_params(run_dir: str | Path, step: int | None = None) -> tuple[ExperimentConfig, PyTree]:
+def restore_params(
+    run_dir: str | Path, step: int | None = None, place: Place | None = None
+) -> tuple[ExperimentConfig, PyTree]:
     """The config and the parameters of a run, at its newest step or a given one.
+
+    Args:
+        run_dir: the run.
+        step: one of `steps`; None takes the newest.
+        place: as of `restore_latest`.
 
     Raises:
         ConfigError: there is no run in this directory.
@@ -185,7 +200,7 @@ def restore_params(run_dir: str | Path, step: int | None = None) -> tuple[Experi
         raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; use one of: {words}.")
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(LM(cfg.model).init, jax.random.key(0), tokens)
-    like = {"params": jax.tree.map(_abstract, shapes["params"])}
+    like = {"params": _abstract(shapes["params"], place)}
     item = ocp.args.PyTreeRestore(
         item=like,
         restore_args=ocp.checkpoint_utils.construct_restore_args(like),
@@ -196,11 +211,17 @@ def restore_params(run_dir: str | Path, step: int | None = None) -> tuple[Experi
     return cfg, restored.state["params"]
 
 
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(x, "sharding", None)
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+def _abstract(tree: PyTree, place: Place | None) -> PyTree:
+    def there(x: Any) -> Any:
+        given = getattr(x, "sharding", None)
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0]) if given is None else given
+
+    shardings = jax.tree.map(there, tree) if place is None else place(tree)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
 
 
 def _restore(run_dir: Path, step: int, args: ocp.args.Composite) -> Any:

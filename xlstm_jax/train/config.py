@@ -1,13 +1,17 @@
 """How a run updates its parameters, and what a whole run is made of."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import DataConfig, Examples
 from xlstm_jax.modules import LMConfig
+from xlstm_jax.modules.config import SIZED_BY
+from xlstm_jax.sharding import MeshConfig
+from xlstm_jax.sharding.rules import Rules
 
 Schedule = Literal["constant", "linear", "cosine", "exponential", "wsd"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
@@ -154,6 +158,7 @@ class ExperimentConfig:
     model: LMConfig
     data: DataConfig
     train: TrainConfig
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         if self.data.batch_size % self.train.accumulation:
@@ -169,4 +174,30 @@ def check_vocabulary(cfg: ExperimentConfig, examples: Examples) -> None:
         raise ConfigError(
             f"model.vocab_size must be at least {examples.vocab_size}, which the token ids of "
             f"data.source={cfg.data.source!r} need, got {cfg.model.vocab_size}; make it larger."
+        )
+
+
+def check_lengths(cfg: ExperimentConfig, rules: Rules, sizes: Mapping[str, int]) -> None:
+    """Raises ConfigError where devices along the axes of a mesh cannot share the work evenly."""
+    rows = cfg.data.batch_size // cfg.train.accumulation
+    what = "data.batch_size" if cfg.train.accumulation == 1 else "data.batch_size / accumulation"
+    lengths = [("batch", what, rows), ("time", "data.seq_len", cfg.data.seq_len)]
+    for letter in dict.fromkeys(cfg.model.pattern):
+        heads = cfg.model.sizes_of(letter).num_heads
+        lengths.append(("heads", f"model.{SIZED_BY[letter]}.num_heads", heads))
+    for name, what, length in lengths:
+        parts = math.prod(sizes[axis] for axis in rules[name])
+        if length % parts:
+            axes = " x ".join(f"{axis}={sizes[axis]}" for axis in rules[name])
+            near = {max(1, length // parts) * parts, (length // parts + 1) * parts}
+            raise ConfigError(
+                f"{what} must be a multiple of {parts}, the devices along {axes}, got {length}; "
+                f"{' or '.join(map(str, sorted(near)))} would do, or another mesh."
+            )
+    cuts_time = math.prod(sizes[axis] for axis in rules["time"]) > 1
+    if cuts_time and "s" in cfg.model.pattern and cfg.mesh.slstm_time == "refuse":
+        raise ConfigError(
+            f"mesh.seq={sizes['seq']} cannot cut sLSTM blocks (s in "
+            f"model.pattern={cfg.model.pattern!r}), whose memories mix from step to step; use "
+            "mesh.slstm_time='gather' to compute them on every device, or seq=1."
         )

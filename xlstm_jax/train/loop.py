@@ -13,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from xlstm_jax.config import ConfigError, differences
 from xlstm_jax.data import Examples, Windows, loader
 from xlstm_jax.modules import LM
+from xlstm_jax.sharding import Devices, make_devices
 from xlstm_jax.train import plots, rundir
 from xlstm_jax.train.checkpoint import (
     Checkpointer,
@@ -20,7 +21,7 @@ from xlstm_jax.train.checkpoint import (
     restore_latest,
     restore_params,
 )
-from xlstm_jax.train.config import ExperimentConfig, check_vocabulary
+from xlstm_jax.train.config import ExperimentConfig, check_lengths, check_vocabulary
 from xlstm_jax.train.optimizer import make_optimizer
 from xlstm_jax.train.position import Position
 from xlstm_jax.train.run import Run
@@ -72,11 +73,13 @@ def fit(
     run_dir = Path(run_dir)
     if not fresh:
         rundir.check(run_dir, cfg)
+    devices = make_devices(cfg.mesh)
+    check_lengths(cfg, devices.rules, devices.mesh.shape)
     train = loader.load(cfg.data, "train")
     valid = loader.load(cfg.data, "valid") if cfg.train.eval_every else None
     check_vocabulary(cfg, train)
     loader.batch_at(train, cfg.data, 0)  # raises if the data are too few for a batch
-    state, position = _start(cfg, run_dir, train, fresh)
+    state, position = _start(cfg, run_dir, train, fresh, devices)
 
     # Only from here on the disk changes.
     if fresh:
@@ -90,6 +93,7 @@ def fit(
             stack.callback(writer.close)
         stack.enter_context(compiled_programs(run_dir / rundir.CACHE))
         stop = stack.enter_context(StopRequest())
+        stack.enter_context(devices.active())
         run = Run(
             cfg,
             run_dir,
@@ -100,6 +104,7 @@ def fit(
             writers=writers,
             checkpoints=stack.enter_context(Checkpointer(run_dir, cfg.train.keep)),
             stop=lambda: stop.requested,
+            devices=devices,
             flops_per_step=flops_per_step,
         )
         run.go()
@@ -114,20 +119,22 @@ def fit(
 
 
 def _start(
-    cfg: ExperimentConfig, run_dir: Path, train: Examples, fresh: bool
+    cfg: ExperimentConfig, run_dir: Path, train: Examples, fresh: bool, devices: Devices
 ) -> tuple[TrainState, Position]:
-    """The newest state of the run, or the first one."""
+    """The newest state of the run, or the first one; each part of it where it belongs."""
     model, tx = LM(cfg.model), make_optimizer(cfg.train)
     key, tokens = jax.random.key(cfg.train.seed), jnp.zeros((1, 1), jnp.int32)
     restored = None
     if not fresh and has_params_alone(run_dir):
-        _, params = restore_params(run_dir)
-        return first_state(params, tx), Position()
+        _, params = restore_params(run_dir, place=devices.of_tree)
+        like = jax.eval_shape(lambda params: first_state(params, tx), params)
+        make = jax.jit(lambda params: first_state(params, tx), out_shardings=devices.of_tree(like))
+        return make(params), Position()
     if not fresh:
         like = jax.eval_shape(lambda: init_state(model, tx, key, tokens))
-        restored = restore_latest(run_dir, like)
+        restored = restore_latest(run_dir, like, place=devices.of_tree)
     if restored is None:
-        return init_state(model, tx, key, tokens), Position()
+        return init_state(model, tx, key, tokens, devices=devices), Position()
     state, values = restored
     lines = differences(train.description, values.pop("data"))
     if lines:

@@ -10,6 +10,7 @@ import jax
 from xlstm_jax.config import to_dict
 from xlstm_jax.data import Batch, Examples, loader
 from xlstm_jax.modules import LM
+from xlstm_jax.sharding import Devices, use_rules
 from xlstm_jax.train import heldout, metrics, rundir
 from xlstm_jax.train.checkpoint import Checkpointer, latest_step
 from xlstm_jax.train.clock import Clock
@@ -38,6 +39,7 @@ class Run:
         writers: take the records.
         checkpoints: takes the states.
         stop: whether somebody has asked to stop.
+        devices: where everything lies; active for as long as the run goes.
         flops_per_step: of the model; None leaves the rate out of the records.
     """
 
@@ -53,16 +55,20 @@ class Run:
         writers: Sequence[Writer],
         checkpoints: Checkpointer,
         stop: Callable[[], bool],
+        devices: Devices,
         flops_per_step: float | None = None,
     ):
         self.state, self.position = state, position
         self._cfg, self._run_dir, self._train, self._writers = cfg, run_dir, train, writers
         self._checkpoints, self._stop, self._flops = checkpoints, stop, flops_per_step
+        self._devices = devices
         model = LM(cfg.model)
         self._evaluate_params = (
-            None if valid is None else heldout.make_evaluate(model, valid, cfg.data, cfg.train)
+            None
+            if valid is None
+            else heldout.make_evaluate(model, valid, cfg.data, cfg.train, devices)
         )
-        self._step_fn = _make_step(model, cfg)
+        self._step_fn = _make_step(model, cfg, devices)
         self._clock = Clock()
         self._complete: tuple[int, metrics.Totals] | None = None  # an interval not yet fetched
         self._saved_at = time.monotonic()
@@ -85,6 +91,7 @@ class Run:
 
     def _step(self, batch: Batch) -> None:
         position = self.position
+        batch = self._devices.batch(batch)
         self.state, position.totals = self._step_fn(self.state, position.totals, batch)
         position.step += 1
         if self._clock.running:
@@ -192,12 +199,15 @@ class Run:
         )
 
 
-def _make_step(model: Any, cfg: ExperimentConfig) -> Callable[..., tuple[TrainState, Any]]:
+def _make_step(
+    model: Any, cfg: ExperimentConfig, devices: Devices
+) -> Callable[..., tuple[TrainState, Any]]:
     step_fn = make_train_step(model, make_optimizer(cfg.train), cfg.train)
 
     def step_and_count(state: TrainState, totals: metrics.Totals, batch: Batch):
-        state, found = step_fn(state, batch)
-        return state, metrics.add(totals, found)
+        with use_rules(devices.rules):
+            state, found = step_fn(state, batch)
+        return devices.hold(state), metrics.add(totals, found)
 
     return jax.jit(step_and_count, donate_argnums=(0, 1))
 

@@ -32,6 +32,8 @@ FREE = frozenset({"name"}) | {
         "keep",
     )
 }
+# Nor any but in its last digits: a run may go on on other devices.
+ANYWHERE = "mesh."
 
 _PACKAGES = ("xlstm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -52,6 +54,7 @@ def check(run_dir: Path, cfg: ExperimentConfig) -> None:
         line
         for line in differences(to_dict(cfg), stored)
         if line.split(":")[0] not in FREE | _extendable(cfg.train, stored)
+        and not line.startswith(ANYWHERE)
     ]
     if lines:
         steps = any(line.startswith("train.steps:") for line in lines)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from xlstm_jax.sharding import Devices
 from xlstm_jax.train.guard import Guard
 from xlstm_jax.typing import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
@@ -31,6 +32,7 @@ def init_state(
     tokens: Int[Array, "B T"],
     *,
     lr_scale: Float[ArrayLike, ""] = 1.0,
+    devices: Devices | None = None,
 ) -> TrainState:
     """The state before the first step, made in one compiled program.
 
@@ -40,12 +42,18 @@ def init_state(
         key: decides the parameters; `jax.vmap` over keys makes a state of many runs.
         tokens: any tokens, as only parameters are made: a 1 x 1 array of zeros is enough.
         lr_scale: factor on the learning rate.
+        devices: where each part of it is made, so that it is nowhere whole; None: on one device.
     """
 
     def build(key, tokens, lr_scale):
         return first_state(model.init(key, tokens)["params"], tx, lr_scale)
 
-    return jax.jit(build)(key, tokens, lr_scale)
+    args = key, tokens, lr_scale
+    if devices is None:
+        return jax.jit(build)(*args)
+    shardings = devices.of_tree(jax.eval_shape(build, *args))
+    with devices.active():
+        return jax.jit(build, out_shardings=shardings)(*args)
 
 
 def first_state(

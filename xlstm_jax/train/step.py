@@ -138,4 +138,5 @@ def _split_rows(x: Array, *, num_parts: int) -> Array:
             f"a batch must have a multiple of accumulation={num_parts} rows, got {x.shape[0]}; "
             "change data.batch_size or train.accumulation."
         )
-    return x.reshape((num_parts, -1) + x.shape[1:])
+    # Every part has rows of every device.
+    return jnp.swapaxes(x.reshape((-1, num_parts) + x.shape[1:]), 0, 1)

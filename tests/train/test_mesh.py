@@ -1,0 +1,289 @@
+"""Training on a mesh: the same losses, gradients and runs as on one device."""
+
+import dataclasses
+import functools
+import re
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tests import quick
+from xlstm_jax.config import ConfigError
+from xlstm_jax.data import Batch
+from xlstm_jax.modules import (
+    LM,
+    LargeConfig,
+    LMConfig,
+    MLSTMConfig,
+    SLSTMConfig,
+    param_shapes,
+    presets,
+)
+from xlstm_jax.sharding import MeshConfig, get_rules, make_devices, partition_spec, path_name
+from xlstm_jax.train import TrainConfig, fit, init_state, make_optimizer, rundir
+from xlstm_jax.train.losses import language_model_loss
+from xlstm_jax.train.step import make_train_step
+
+slow = pytest.mark.slow
+MESHES = {
+    "data": MeshConfig(smallest_cut=2),
+    "fsdp": MeshConfig(fsdp=4, smallest_cut=2),
+    "fsdp_tensor": MeshConfig(fsdp=2, tensor=2, smallest_cut=2),
+    "fsdp_seq": MeshConfig(fsdp=2, seq=2, smallest_cut=2),
+}
+"""Eight devices under every table of rules, which cuts as much as it can."""
+
+every_table = pytest.mark.parametrize(
+    "mesh",
+    [
+        # A table that cuts in every way is quick, the others are among the slow tests.
+        pytest.param(mesh, id=name, marks=[] if name in ("fsdp_tensor", "fsdp_seq") else slow)
+        for name, mesh in MESHES.items()
+    ],
+)
+T, VOCAB = 48, 64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def all_devices(one_device):
+    """Not the first one alone, as other tests of training have it."""
+    with jax.default_device(None):
+        yield
+
+
+def config(pattern: str, remat: str = "none") -> LMConfig:
+    return LMConfig(
+        vocab_size=VOCAB,
+        dim=64,
+        pattern=pattern,
+        mlstm=MLSTMConfig(num_heads=4),
+        slstm=SLSTMConfig(num_heads=4, recurrent_init="standard"),
+        large=LargeConfig(num_heads=4),
+        remat=remat,
+    )
+
+
+def packed_batch(rng, num_rows=8) -> Batch:
+    """Rows of several documents with padding behind, and of very different weight."""
+    shape = (num_rows, T)
+    documents = np.sort(rng.integers(1, 4, shape), axis=1).astype(np.int32)
+    documents[0, 40:] = 0
+    weights = rng.random(shape) < np.linspace(0.2, 1.0, num_rows)[:, None]
+    tokens = rng.integers(0, VOCAB, (2, *shape)).astype(np.int32)
+    return Batch(*tokens, documents, weights.astype(np.float32), np.arange(num_rows))
+
+
+TRAIN = TrainConfig(loss_chunk=16, z_loss=1e-2)
+
+
+def shaken_params(model, rng):
+    """Parameters none of which is where it starts, at zero or one."""
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape).astype(x.dtype), params)
+
+
+def loss_and_gradients(model, params, batch):
+    return jax.value_and_grad(lambda p: language_model_loss(model, p, batch, TRAIN)[0])(params)
+
+
+@functools.cache
+def alone(pattern: str, remat: str):
+    """Parameters, a batch, and what one device makes of them."""
+    rng = np.random.default_rng(0)
+    model = LM(config(pattern, remat))
+    params, batch = shaken_params(model, rng), packed_batch(rng)
+    return params, batch, quick.jit(functools.partial(loss_and_gradients, model))(params, batch)
+
+
+@every_table
+@pytest.mark.parametrize(
+    "pattern,remat",
+    [("msM", "none"), pytest.param("mMsmMs", "full", marks=slow)],
+)
+def test_loss_and_every_gradient_are_those_of_one_device(pattern, remat, mesh, capfd):
+    """Nor does the compiler complain that it has to gather what was cut."""
+    params, batch, (loss, gradients) = alone(pattern, remat)
+    devices = make_devices(mesh)
+    shardings = devices.of_tree(params)
+    compute = functools.partial(loss_and_gradients, LM(config(pattern, remat)))
+    with devices.active():
+        placed = jax.device_put(params, shardings), devices.batch(batch)
+        found = quick.jit(compute, out_shardings=(None, shardings))(*placed)
+    assert "nvoluntary" not in capfd.readouterr().err
+    np.testing.assert_allclose(found[0], loss, rtol=1e-5)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients))
+    for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
+
+
+def test_a_cut_that_cannot_be_kept_is_complained_about(capfd):
+    """What the test above looks for is what the compiler says."""
+    devices = make_devices(MESHES["fsdp"])
+
+    def turn(x):
+        x = jax.lax.with_sharding_constraint(x, P("fsdp", None, "data"))
+        return jax.lax.with_sharding_constraint(jnp.sin(x), P(None, ("data", "fsdp"), None))
+
+    with devices.active():
+        jax.jit(turn).lower(jnp.zeros((8, 8, 8))).compile()
+    assert "nvoluntary" in capfd.readouterr().err
+
+
+@slow
+@every_table
+def test_a_step_updates_as_one_device_does(mesh, rng):
+    """From two micro-batches, rows of both on every device."""
+    cfg = TrainConfig(accumulation=2, lr=1e-2, warmup_steps=0, loss_chunk=16)
+    model, tx = LM(config("mM")), make_optimizer(cfg)
+    key, tokens, batch = jax.random.key(0), jnp.zeros((1, 1), jnp.int32), packed_batch(rng, 16)
+
+    def train(devices):
+        state = init_state(model, tx, key, tokens, devices=devices)
+        step = quick.jit(make_train_step(model, tx, cfg))
+        if devices is None:
+            return step(state, batch)
+        with devices.active():
+            return step(state, devices.batch(batch))
+
+    expected, found = train(None), train(make_devices(mesh))
+    # Adam divides by the size of a gradient, however small: the sign of noise moves a parameter.
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    for name in ("loss", "grad_norm", "tokens"):
+        np.testing.assert_allclose(found[1][name], expected[1][name], rtol=1e-5)
+
+
+@every_table
+def test_the_state_is_made_where_it_belongs(mesh):
+    """Nothing above the threshold is whole on a device under fsdp, moments neither."""
+    cfg = dataclasses.replace(mesh, smallest_cut=2**12)
+    devices, tx = make_devices(cfg), make_optimizer(TRAIN)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    state = init_state(LM(config("msM")), tx, jax.random.key(0), tokens, devices=devices)
+    parts = dict(devices.mesh.shape)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        one_layer = leaf.size // (leaf.shape[0] if "/stack/" in path_name(path) else 1)
+        pieces = leaf.size // leaf.addressable_shards[0].data.size
+        if one_layer >= cfg.smallest_cut and "fsdp" in devices.rules["embed"]:
+            uncut = re.search(
+                r"(input_gate|forget_gate|recurrent_kernel|[qkv]_proj)/?", path_name(path)
+            )
+            assert pieces % parts["fsdp"] == 0 or uncut, path_name(path)
+        if cfg.rules_name() == "data":
+            assert pieces == 1
+
+
+def test_no_large_parameter_of_the_7b_model_is_whole_under_fsdp():
+    sizes = {"data": 32, "fsdp": 8, "seq": 1, "tensor": 1}
+    shapes = param_shapes(presets.get("xlstm_7b"))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        spec = partition_spec(path_name(path), leaf.shape, get_rules("fsdp"), sizes)
+        one_layer = leaf.size // (leaf.shape[0] if path_name(path).startswith("stack/") else 1)
+        assert one_layer < 2**18 or "fsdp" in spec, path_name(path)
+
+
+# Runs
+
+
+def on(cfg, **mesh):
+    """A run's config on another mesh."""
+    return dataclasses.replace(cfg, mesh=MeshConfig(smallest_cut=2, **mesh))
+
+
+def fit_alone(cfg, run_dir, **options):
+    with jax.default_device(jax.devices()[0]):
+        return fit(cfg, run_dir, **options)
+
+
+def losses(run_dir):
+    return [r["loss"] for r in rundir.read_metrics(run_dir / rundir.METRICS) if "loss" in r]
+
+
+RUN_MESHES = {
+    "data": dict(data=8),
+    "fsdp": dict(data=2, fsdp=4),
+    "fsdp_tensor": dict(fsdp=2, tensor=2),
+    "fsdp_seq": dict(fsdp=2, seq=2),
+}
+
+
+@pytest.fixture(scope="module")
+def run_config(experiment):
+    model = dict(pattern="ms", mlstm=MLSTMConfig(num_heads=2), slstm=SLSTMConfig(num_heads=2))
+    return experiment(data=dict(batch_size=8), model=model, steps=6, log_every=1, eval_every=3)
+
+
+@pytest.fixture(scope="module")
+def one_run(run_config, tmp_path_factory):
+    """Losses of a run that one device did from beginning to end."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    result = fit_alone(run_config, run_dir)
+    return losses(run_dir), result.evaluation
+
+
+@slow
+@pytest.mark.parametrize("mesh", RUN_MESHES.values(), ids=RUN_MESHES)
+def test_a_run_goes_on_on_any_other_mesh(mesh, run_config, one_run, tmp_path):
+    """Begun on one device, gone on on a mesh, ended on another one."""
+    run_dir = tmp_path / "run"
+
+    def stop_at(step):
+        def note(now, record):
+            if now == step:
+                signal.raise_signal(signal.SIGTERM)
+
+        return note
+
+    fit_alone(run_config, run_dir, on_metrics=stop_at(2))
+    fit(on(run_config, **mesh), run_dir, on_metrics=stop_at(4))
+    result = fit(on(run_config, data=4, fsdp=2), run_dir)
+    assert result.finished and len(losses(run_dir)) == 6
+    np.testing.assert_allclose(losses(run_dir), one_run[0], rtol=1e-5)
+    assert result.evaluation["valid_loss"] == pytest.approx(one_run[1]["valid_loss"], rel=1e-5)
+
+
+@slow
+def test_a_run_resumed_on_its_own_mesh_is_the_same_bit_for_bit(run_config, tmp_path, assert_same):
+    cfg = on(run_config, fsdp=2, seq=2)
+    whole = fit(cfg, tmp_path / "whole")
+
+    def note(step, record):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    assert not fit(cfg, tmp_path / "cut", on_metrics=note).finished
+    result = fit(cfg, tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert_same(result.state, whole.state)
+
+
+@pytest.mark.parametrize(
+    "change,sentence",
+    [
+        (dict(mesh=dict(data=3)), "must multiply to 8.*got data=3.*8 x 1, 4 x 2"),
+        (
+            dict(mesh=dict(fsdp=8), data=dict(batch_size=4)),
+            "batch_size must be a multiple of 8.*data=1 x fsdp=8, got 4; 8 would do",
+        ),
+        (
+            dict(mesh=dict(seq=8), data=dict(seq_len=20)),
+            "seq_len must be a multiple of 8.*16 or 24",
+        ),
+        (dict(mesh=dict(tensor=8)), r"model.mlstm.num_heads must be a multiple of 8.*got 4"),
+        (dict(mesh=dict(tensor=2, seq=2)), "no table of rules cuts by seq and tensor at once"),
+        (dict(mesh=dict(fsdp=2, rules="data")), "no use for the axis fsdp.*use one of: fsdp, "),
+        (dict(mesh=dict(data=-1, fsdp=-1)), "one axis of a mesh may be -1, got data and fsdp"),
+        (dict(mesh=dict(seq=2, slstm_time="refuse"), model=dict(pattern="ms")), "cannot cut sLSTM"),
+    ],
+)
+def test_what_devices_cannot_share_is_refused(change, sentence, experiment, tmp_path):
+    data = dict(batch_size=8) | change.get("data", {})
+    model = dict(dim=16, mlstm=MLSTMConfig(num_heads=4)) | change.get("model", {})
+    with pytest.raises(ConfigError, match=sentence):
+        cfg = experiment(data=data, model=model)
+        fit(dataclasses.replace(cfg, mesh=MeshConfig(**change["mesh"])), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

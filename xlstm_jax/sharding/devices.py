@@ -1,0 +1,90 @@
+"""A mesh and its rules together: where everything of a run lies."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from xlstm_jax.sharding.mesh import SMALLEST_CUT, MeshConfig, available, mesh_of
+from xlstm_jax.sharding.placement import tree_shardings
+from xlstm_jax.sharding.rules import Rules, get_rules, use_rules
+from xlstm_jax.typing import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The devices of a run along the axes of a mesh, and what these axes cut."""
+
+    mesh: Mesh
+    rules: Rules
+    smallest_cut: int = SMALLEST_CUT
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Within, functions are compiled for these devices; call what was compiled here as well."""
+        with jax.set_mesh(self.mesh), use_rules(self.rules):
+            yield
+
+    def of_tree(self, tree: PyTree) -> PyTree:
+        """A sharding for every leaf of a `TrainState`, or of another tree of parameters."""
+        return tree_shardings(tree, self.rules, self.mesh, self.smallest_cut)
+
+    def hold(self, tree: PyTree) -> PyTree:
+        """The tree, compiled so that it stays where `of_tree` says."""
+        return jax.lax.with_sharding_constraint(tree, self.of_tree(tree))
+
+    def of_batch(self, ndim: int = 2) -> NamedSharding:
+        """Where rows lie, `B` or `B T`."""
+        cut = (self.rules["batch"] or None, self.rules["time"] or None)
+        return NamedSharding(self.mesh, PartitionSpec(*cut[:ndim]))
+
+    def everywhere(self, tree: PyTree) -> PyTree:
+        """Values that every device has whole."""
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def batch(self, rows: PyTree, num_rows: int | None = None, first_row: int = 0) -> PyTree:
+        """Rows on the host as arrays on all devices.
+
+        Args:
+            rows: a tree of NumPy arrays, `B` or `B T`: those that this process feeds.
+            num_rows: how many all processes feed together; None: this one feeds all.
+            first_row: the place of the first of its rows among them.
+        """
+
+        def place(x: np.ndarray) -> jax.Array:
+            shape = (len(x) if num_rows is None else num_rows, *x.shape[1:])
+
+            def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
+                start, stop, _ = index[0].indices(shape[0])
+                return x[(slice(start - first_row, stop - first_row), *index[1:])]
+
+            x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
+            return jax.make_array_from_callback(shape, self.of_batch(x.ndim), piece)
+
+        return jax.tree.map(place, rows)
+
+    def rows_of_process(self, num_rows: int) -> range:
+        """The rows of a global batch that the devices of this process need."""
+        indices = self.of_batch(1).addressable_devices_indices_map((num_rows,))
+        bounds = [index[0].indices(num_rows)[:2] for index in indices.values() if index]
+        return range(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+
+
+def make_devices(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Devices:
+    """The devices of this run as a mesh.
+
+    Args:
+        cfg: sizes and rules.
+        devices: which; None takes all of all processes, or `jax.default_device` where it is set.
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices, or an axis has no use.
+    """
+    devices = available() if devices is None else devices
+    rules = get_rules(cfg.rules_name())
+    return Devices(mesh_of(devices, cfg.sizes(len(devices))), rules, cfg.smallest_cut)
