@@ -124,7 +124,8 @@ def outputs(inner: int, result: int, dtype: jnp.dtype, chip: str) -> Outputs:
     # What is summed over is held whole for all products of positions, where there is room.
     whole = _factor(inner, 512 if shared >= 128 << 10 else 256) == inner
     block = inner if whole else _factor(inner, 128)
-    columns = _factor(result, 512 if inner <= 256 and wide else 256)
+    widest = 128 if chip == "sm_120" else 256  # of which 256 would take all registers
+    columns = _factor(result, 512 if inner <= 256 and wide else widest)
     others = 64 if inner + columns <= (512 if chip == "sm_90" else 384) and whole else 32
     few = inner + columns <= (256 if wide else 128) or (not whole and columns <= 64)
     return Outputs(ROWS, others, block, _factor(inner, 64), columns, 4 if few else 8, 2)

@@ -2,6 +2,7 @@
 
 from xlstm_jax.sharding.axes import constrain, is_cut, logical_axes, path_name
 from xlstm_jax.sharding.devices import Devices, make_devices
+from xlstm_jax.sharding.distributed import Processes, init_distributed
 from xlstm_jax.sharding.mesh import MESH_AXES, MeshConfig, make_mesh
 from xlstm_jax.sharding.placement import (
     bytes_per_device,
@@ -16,9 +17,11 @@ __all__ = [
     "RULES",
     "Devices",
     "MeshConfig",
+    "Processes",
     "bytes_per_device",
     "constrain",
     "get_rules",
+    "init_distributed",
     "is_cut",
     "logical_axes",
     "make_devices",

@@ -27,7 +27,7 @@ _AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"m/mlstm/[qkv]_proj/kernel", ("inner", None, None)),  # small blocks on a diagonal
     (r"m/mlstm/(proj_up|[qkv]_proj)/bias", ("inner",)),
     (r"m/mlstm/learnable_skip", ("inner",)),
-    # Its rows are those of q, k and v one after the other, which no cut of the heads respects.
+    # Its rows are those of q, k and v one after the other, which no cut respects; it is small.
     (r"m/mlstm/(input|forget)_gate/kernel", (None, "heads")),
     (r"M/mlstm/(input|forget)_gate/kernel", ("embed", "heads")),
     (r"mlstm/(input|forget)_gate/bias", (None,)),
@@ -35,11 +35,11 @@ _AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"M/mlstm/(q|k|v|output_gate)/bias", ("inner",)),
     (r"M/mlstm/out_proj/kernel", ("inner", "embed")),
     (r"(out_proj|proj_down)/bias", (None,)),
-    (r"s/slstm/(input_gate|forget_gate|cell_input|output_gate)/kernel", ("heads", None, None)),
-    (r"s/slstm/recurrent_kernel", ("heads", None, None, None)),
+    (r"s/slstm/(input_gate|forget_gate|cell_input|output_gate)/kernel", ("heads", "embed", None)),
+    (r"s/slstm/recurrent_kernel", ("heads", "embed", None, None)),
     (r"s/slstm/bias", ("heads", None, None)),
     (r"conv/kernel", (None, None)),
-    (r"conv/kernel", (None, None, None)),  # channels mix
+    (r"conv/kernel", (None, "embed", None)),  # channels mix
     (r"conv/bias", (None,)),
     (r"ffn/(proj_up|proj_up_gate)/kernel", ("embed", "mlp")),
     (r"ffn/(proj_up|proj_up_gate)/bias", ("mlp",)),

@@ -16,6 +16,14 @@ from xlstm_jax.typing import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
+class Share:
+    """One of several blocks of rows."""
+
+    index: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Devices:
     """The devices of a run along the axes of a mesh, and what these axes cut."""
 
@@ -46,33 +54,40 @@ class Devices:
         """Values that every device has whole."""
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
-    def batch(self, rows: PyTree, num_rows: int | None = None, first_row: int = 0) -> PyTree:
+    def batch(self, rows: PyTree, num_rows: int | None = None) -> PyTree:
         """Rows on the host as arrays on all devices.
 
         Args:
-            rows: a tree of NumPy arrays, `B` or `B T`: those that this process feeds.
-            num_rows: how many all processes feed together; None: this one feeds all.
-            first_row: the place of the first of its rows among them.
+            rows: a tree of NumPy arrays, `B` or `B T`: all rows, or this process' share of them.
+            num_rows: how many there are in all; None: these are all.
         """
 
         def place(x: np.ndarray) -> jax.Array:
             shape = (len(x) if num_rows is None else num_rows, *x.shape[1:])
+            first = 0 if len(x) == shape[0] else self.share_of_rows(shape[0]).index * len(x)
 
             def piece(index: tuple[slice, ...] | None) -> np.ndarray:
                 assert index is not None
                 start, stop, _ = index[0].indices(shape[0])
-                return x[(slice(start - first_row, stop - first_row), *index[1:])]
+                return x[(slice(start - first, stop - first), *index[1:])]
 
             x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
             return jax.make_array_from_callback(shape, self.of_batch(x.ndim), piece)
 
         return jax.tree.map(place, rows)
 
-    def rows_of_process(self, num_rows: int) -> range:
-        """The rows of a global batch that the devices of this process need."""
+    def share_of_rows(self, num_rows: int) -> Share:
+        """The rows of a batch that the devices of this process need.
+
+        One of several blocks of equal size; all rows, where a process needs others than one block.
+        """
         indices = self.of_batch(1).addressable_devices_indices_map((num_rows,))
         bounds = [index[0].indices(num_rows)[:2] for index in indices.values() if index]
-        return range(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+        start, stop = min(first for first, _ in bounds), max(last for _, last in bounds)
+        size = stop - start
+        if num_rows % size or start % size:
+            return Share(0, 1)
+        return Share(start // size, num_rows // size)
 
 
 def make_devices(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Devices:

@@ -24,8 +24,9 @@ from xlstm_jax.train.checkpoint import (
 from xlstm_jax.train.config import ExperimentConfig, check_lengths, check_vocabulary
 from xlstm_jax.train.optimizer import make_optimizer
 from xlstm_jax.train.position import Position
+from xlstm_jax.train.processes import log, process_log, wait_for_all
 from xlstm_jax.train.run import Run
-from xlstm_jax.train.signals import StopRequest
+from xlstm_jax.train.signals import SharedStop, StopRequest
 from xlstm_jax.train.state import TrainState, first_state, init_state
 from xlstm_jax.train.writers import CallbackWriter, ConsoleWriter, JsonlWriter, Writer
 
@@ -71,6 +72,7 @@ def fit(
         DivergedError: `max_consecutive_skips` updates in a row were discarded.
     """
     run_dir = Path(run_dir)
+    first = jax.process_index() == 0  # which alone writes, but for shares of checkpoints and a log
     if not fresh:
         rundir.check(run_dir, cfg)
     devices = make_devices(cfg.mesh)
@@ -82,17 +84,23 @@ def fit(
     state, position = _start(cfg, run_dir, train, fresh, devices)
 
     # Only from here on the disk changes.
-    if fresh:
+    wait_for_all("before the run begins")
+    if first and fresh:
         rundir.discard(run_dir)
-    rundir.begin(run_dir, cfg, _facts(state, train, valid), position.step)
+    if first:
+        rundir.begin(run_dir, cfg, _facts(state, train, valid), position.step)
+    wait_for_all("the run has begun")
     with contextlib.ExitStack() as stack:
-        writers: list[Writer] = [JsonlWriter(run_dir / rundir.METRICS)]
-        writers += [ConsoleWriter(cfg.train.steps, position.step)] if console else []
+        stack.enter_context(process_log(run_dir))
+        log.info("begins at step %d of %d", position.step, cfg.train.steps)
+        writers: list[Writer] = [JsonlWriter(run_dir / rundir.METRICS)] if first else []
+        writers += [ConsoleWriter(cfg.train.steps, position.step)] if console and first else []
         writers += [CallbackWriter(on_metrics)] if on_metrics is not None else []
         for writer in writers:
             stack.callback(writer.close)
         stack.enter_context(compiled_programs(run_dir / rundir.CACHE))
-        stop = stack.enter_context(StopRequest())
+        alone = jax.process_count() == 1
+        stop = stack.enter_context(StopRequest()) if alone else SharedStop()
         stack.enter_context(devices.active())
         run = Run(
             cfg,
@@ -103,13 +111,14 @@ def fit(
             valid=valid,
             writers=writers,
             checkpoints=stack.enter_context(Checkpointer(run_dir, cfg.train.keep)),
-            stop=lambda: stop.requested,
+            stop=stop,
             devices=devices,
             flops_per_step=flops_per_step,
         )
         run.go()
+        log.info("ends at step %d of %d", position.step, cfg.train.steps)
     finished = position.step == cfg.train.steps
-    if finished:
+    if finished and first:
         bytes_per_token = train.bytes_per_token if isinstance(train, Windows) else None
         records = rundir.read_metrics(run_dir / rundir.METRICS)
         plots.loss_curve(records, run_dir / rundir.CURVE, cfg.name, bytes_per_token)

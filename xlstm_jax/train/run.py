@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from xlstm_jax.config import to_dict
 from xlstm_jax.data import Batch, Examples, loader
@@ -18,6 +19,7 @@ from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.guard import DivergedError
 from xlstm_jax.train.optimizer import make_optimizer
 from xlstm_jax.train.position import Position
+from xlstm_jax.train.signals import Stop
 from xlstm_jax.train.state import TrainState
 from xlstm_jax.train.step import make_train_step
 from xlstm_jax.train.writers import Writer
@@ -38,7 +40,7 @@ class Run:
         valid: held-out rows, if any.
         writers: take the records.
         checkpoints: takes the states.
-        stop: whether somebody has asked to stop.
+        stop: by which somebody may ask to stop.
         devices: where everything lies; active for as long as the run goes.
         flops_per_step: of the model; None leaves the rate out of the records.
     """
@@ -54,7 +56,7 @@ class Run:
         valid: Examples | None,
         writers: Sequence[Writer],
         checkpoints: Checkpointer,
-        stop: Callable[[], bool],
+        stop: Stop,
         devices: Devices,
         flops_per_step: float | None = None,
     ):
@@ -77,9 +79,17 @@ class Run:
         """Steps until the last one or until asked to stop; saves in either case."""
         cfg, position = self._cfg.train, self.position
         steps_left = cfg.steps - position.step
-        with loader.batches(self._train, self._cfg.data, position.step, steps_left) as batches:
+        share = self._devices.share_of_rows(self._cfg.data.batch_size)
+        with loader.batches(
+            self._train,
+            self._cfg.data,
+            position.step,
+            steps_left,
+            host_index=share.index,
+            host_count=share.count,
+        ) as batches:
             self._evaluate_if_due()  # where the run was cut, if it was cut before that
-            while position.step < cfg.steps and not self._stop():
+            while position.step < cfg.steps and not self._stop.at(position.step):
                 with self._clock.waiting():
                     batch = next(batches)
                 self._step(batch)
@@ -91,7 +101,7 @@ class Run:
 
     def _step(self, batch: Batch) -> None:
         position = self.position
-        batch = self._devices.batch(batch)
+        batch = self._devices.batch(batch, self._cfg.data.batch_size)
         self.state, position.totals = self._step_fn(self.state, position.totals, batch)
         position.step += 1
         if self._clock.running:
@@ -107,11 +117,18 @@ class Run:
         if step % cfg.log_every == 0:
             self._close_interval()
         self._evaluate_if_due()
-        minutes = (time.monotonic() - self._saved_at) / 60
         by_step = cfg.checkpoint_every and step % cfg.checkpoint_every == 0
-        by_clock = cfg.checkpoint_minutes and minutes >= cfg.checkpoint_minutes
-        if by_step or by_clock:
+        if by_step or self._is_due_by_clock(step):
             self._save()
+
+    def _is_due_by_clock(self, step: int) -> bool:
+        cfg = self._cfg.train
+        minutes = (time.monotonic() - self._saved_at) / 60
+        due = cfg.checkpoint_minutes > 0 and minutes >= cfg.checkpoint_minutes
+        if jax.process_count() == 1 or cfg.checkpoint_minutes == 0:
+            return due
+        # The clock of the first process counts, and is asked for now and then.
+        return step % cfg.log_every == 0 and bool(multihost_utils.broadcast_one_to_all(due))
 
     def _finish(self) -> None:
         """Records what is left of an interval, and the final held-out loss."""
@@ -165,7 +182,7 @@ class Run:
             return
         self._record()
         with self._clock.paused():
-            found = self._evaluate_params(self.state.params, self._stop)
+            found = self._evaluate_params(self.state.params, lambda: self._stop.requested)
         if found is not None:
             self._write(position.step, found)
             position.evaluation = {"step": position.step} | found

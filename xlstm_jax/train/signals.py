@@ -3,9 +3,39 @@
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+from jax.experimental import multihost_utils
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@runtime_checkable  # so that signatures can be checked at run time
+class Stop(Protocol):
+    """Being asked to stop."""
+
+    @property
+    def requested(self) -> bool:
+        """Whether to stop at once, whatever is going on."""
+        ...
+
+    def at(self, step: int) -> bool:
+        """Whether to stop before this step."""
+        ...
+
+
+class SharedStop:
+    """With several processes: a SIGTERM to one of them stops all, before the same step.
+
+    JAX's runtime listens to the signal and lets the processes agree on a step that none of them has
+    begun, so `at` has to be asked before every step.
+    """
+
+    requested = False
+
+    def at(self, step: int) -> bool:
+        """Whether to stop before this step; the same in every process."""
+        return multihost_utils.reached_preemption_sync_point(step)
 
 
 class StopRequest:
@@ -17,6 +47,11 @@ class StopRequest:
     def __init__(self):
         self.requested = False
         self._previous: dict[signal.Signals, Any] = {}
+
+    def at(self, step: int) -> bool:
+        """Whether to stop before this step."""
+        del step
+        return self.requested
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():

@@ -1,0 +1,205 @@
+"""Several real processes that train one model: stopped, killed, and resumed by more or fewer."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from xlstm_jax.config import to_dict
+from xlstm_jax.data import loader
+from xlstm_jax.sharding import MeshConfig
+from xlstm_jax.train import checkpoint, rundir
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def config(experiment):
+    """A run of eight steps on four devices, however many processes have them."""
+    model = dict(pattern="mM", dim=16)
+    train = dict(steps=STEPS, log_every=1, eval_every=4, checkpoint_every=3)
+    cfg = experiment(data=dict(batch_size=8), model=model, **train)
+    return dataclasses.replace(cfg, mesh=MeshConfig(fsdp=2, smallest_cut=2))
+
+
+class Run:
+    """A run of several processes in a folder of its own."""
+
+    def __init__(self, folder: Path, cfg, compiled: Path):
+        self.folder, self.cfg, self.run_dir = folder, cfg, folder / "run"
+        self.environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        }
+
+    def start(self, name: str, count: int, events=(), devices=4, missing=(), minutes=2.0, cfg=None):
+        """Starts `count` processes with `devices` in all; returns them."""
+        port, processes = free_port(), []
+        for number in set(range(count)) - set(missing):
+            told = dict(timeout_minutes=minutes)
+            if count > 1:
+                told |= dict(coordinator=f"127.0.0.1:{port}", num_processes=count)
+                told |= dict(process_id=number)
+            options = dict(
+                name=name,
+                run_dir=str(self.run_dir),
+                config=to_dict(self.cfg if cfg is None else cfg),
+                processes=told,
+                devices=devices // count,
+                events=list(events),
+            )
+            command = [sys.executable, "-m", "tests.train.process", json.dumps(options)]
+            pipe = subprocess.PIPE
+            processes.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=self.environment, stdout=pipe, stderr=pipe, text=True
+                )
+            )
+        return processes
+
+    def go(self, name: str, count: int, **options):
+        """Runs `count` processes to their end; returns what each says."""
+        return [_said(process) for process in self.start(name, count, **options)]
+
+    def losses(self) -> list[float]:
+        records = rundir.read_metrics(self.run_dir / rundir.METRICS)
+        return [record["loss"] for record in records if "loss" in record]
+
+    def rows(self, name: str) -> list[set[int]]:
+        """Rows of the data set that all processes have fed together, step by step."""
+        files = self.folder.glob(f"{name}_*.jsonl")
+        steps = [[json.loads(line) for line in path.read_text().splitlines()] for path in files]
+        return [set().union(*step) for step in zip(*steps, strict=True)]
+
+    def expected_rows(self, first: int, last: int) -> list[set[int]]:
+        examples = loader.load(self.cfg.data, "train")
+        return [
+            set(loader.batch_at(examples, self.cfg.data, step).index.tolist())
+            for step in range(first, last)
+        ]
+
+
+def _said(process, seconds=240):
+    out, err = process.communicate(timeout=seconds)
+    assert process.returncode == 0, err[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture
+def run(tmp_path, config, compiled):
+    return Run(tmp_path, config, compiled)
+
+
+@pytest.fixture(scope="module")
+def whole(config, compiled, tmp_path_factory):
+    """The run that two processes do without any interruption."""
+    done = Run(tmp_path_factory.mktemp("whole"), config, compiled)
+    done.go("all", 2)
+    return done
+
+
+SIGTERM_TO_ONE = {"process": 1, "step": 3, "signal": "SIGTERM"}
+
+
+def test_a_signal_to_one_process_stops_both_at_one_step_and_one_goes_on(run, whole):
+    assert whole.rows("all") == whole.expected_rows(0, STEPS)
+    first, second = run.go("two", 2, events=[SIGTERM_TO_ONE])
+    assert first == second and not first["finished"] and 3 <= first["step"] < STEPS
+    assert checkpoint.latest_step(run.run_dir) == first["step"]
+    for number in range(2):
+        log = (run.run_dir / f"process_{number}.log").read_text()
+        assert f"process {number} of 2" in log and f"ends at step {first['step']} of 8" in log
+    assert run.rows("two") == run.expected_rows(0, first["step"])
+    (end,) = run.go("one", 1)
+    assert end == {"step": STEPS, "finished": True}
+    assert run.rows("one") == run.expected_rows(first["step"], STEPS)
+    np.testing.assert_allclose(run.losses(), whole.losses(), rtol=1e-5)
+
+
+def test_resumed_by_as_many_processes_the_run_is_the_same_bit_for_bit(run, whole):
+    first, _ = run.go("cut", 2, events=[SIGTERM_TO_ONE])
+    run.go("rest", 2)
+    assert run.losses() == whole.losses()
+    assert run.rows("cut") + run.rows("rest") == run.expected_rows(0, STEPS)
+
+
+def test_one_then_two_then_four_processes(run, whole):
+    stop = {"process": 0, "signal": "SIGTERM"}
+    (first,) = run.go("one", 1, events=[stop | {"step": 2}])
+    second = run.go("two", 2, events=[stop | {"step": 4}])
+    last = run.go("four", 4)
+    assert 2 <= first["step"] < second[0]["step"] < STEPS
+    assert last == [{"step": STEPS, "finished": True}] * 4
+    np.testing.assert_allclose(run.losses(), whole.losses(), rtol=1e-5)
+    fed = run.rows("one") + run.rows("two") + run.rows("four")
+    assert fed == run.expected_rows(0, STEPS)
+
+
+def test_killed_while_it_saves_a_run_goes_on_from_the_step_before(run, whole):
+    """One process vanishes before it has written its share; the other one waits for it in vain."""
+    kill = {"process": 1, "step": 6, "signal": "SIGKILL"}
+    processes = run.start("cut", 2, events=[kill])
+    processes[1].communicate(timeout=240)
+    assert processes[1].returncode == -signal.SIGKILL
+    drafts = run.run_dir / checkpoint.FOLDER
+    deadline = time.monotonic() + 60
+    while not list(drafts.glob("6.orbax-checkpoint-tmp*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    processes[0].kill()
+    processes[0].communicate(timeout=60)
+    assert list(drafts.glob("6.orbax-checkpoint-tmp*")) and checkpoint.latest_step(run.run_dir) == 3
+    run.go("rest", 2)
+    assert run.losses() == whole.losses()
+    assert run.rows("rest") == run.expected_rows(3, STEPS)
+
+
+def test_a_process_that_never_arrives_is_named(run):
+    processes = run.start("late", 3, missing=[2], minutes=0.15)
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode != 0
+        assert "process 2 has not arrived at 127.0.0.1:" in err
+    assert not run.run_dir.exists()
+
+
+def test_processes_that_disagree_are_told(run):
+    (first,) = run.start("a", 2, missing=[1], minutes=0.5)
+    assert first.args
+    options = json.loads(first.args[-1])
+    options["processes"] |= dict(num_processes=3, process_id=1)
+    command = [*first.args[:-1], json.dumps(options)]
+    other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    sentence = "every process must be told the same num_processes, got 2 in process 0 and 3"
+    assert sentence in first.communicate(timeout=120)[1] and sentence in other.stderr
+
+
+def test_a_process_alone_is_no_program_of_several():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "SLURM_"))}
+    code = "from xlstm_jax.sharding import init_distributed as i; i(); import jax; "
+    code += "print(jax.process_count())"
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert said.stdout.strip() == "1", said.stderr
