@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +48,7 @@ class Run:
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
 
-    def start(self, name: str, count: int, events=(), devices=4, missing=(), minutes=2.0, cfg=None):
+    def start(self, name: str, count: int, devices=4, missing=(), minutes=2.0, **more):
         """Starts `count` processes with `devices` in all; returns them."""
         port, processes = free_port(), []
         for number in set(range(count)) - set(missing):
@@ -60,10 +59,10 @@ class Run:
             options = dict(
                 name=name,
                 run_dir=str(self.run_dir),
-                config=to_dict(self.cfg if cfg is None else cfg),
+                config=to_dict(self.cfg),
                 processes=told,
                 devices=devices // count,
-                events=list(events),
+                **more,
             )
             command = [sys.executable, "-m", "tests.train.process", json.dumps(options)]
             pipe = subprocess.PIPE
@@ -153,18 +152,14 @@ def test_one_then_two_then_four_processes(run, whole):
 
 
 def test_killed_while_it_saves_a_run_goes_on_from_the_step_before(run, whole):
-    """One process vanishes before it has written its share; the other one waits for it in vain."""
-    kill = {"process": 1, "step": 6, "signal": "SIGKILL"}
-    processes = run.start("cut", 2, events=[kill])
-    processes[1].communicate(timeout=240)
-    assert processes[1].returncode == -signal.SIGKILL
-    drafts = run.run_dir / checkpoint.FOLDER
-    deadline = time.monotonic() + 60
-    while not list(drafts.glob("6.orbax-checkpoint-tmp*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    processes[0].kill()
-    processes[0].communicate(timeout=60)
-    assert list(drafts.glob("6.orbax-checkpoint-tmp*")) and checkpoint.latest_step(run.run_dir) == 3
+    """When all is written and nothing is final yet; the other process then waits in vain."""
+    processes = run.start("cut", 2, killed_while_saving=6)
+    processes[0].communicate(timeout=240)
+    assert processes[0].returncode == -signal.SIGKILL
+    processes[1].kill()
+    processes[1].communicate(timeout=60)
+    assert list((run.run_dir / checkpoint.FOLDER).glob("6.orbax-checkpoint-tmp*/state/*"))
+    assert checkpoint.latest_step(run.run_dir) == 3
     run.go("rest", 2)
     assert run.losses() == whole.losses()
     assert run.rows("rest") == run.expected_rows(3, STEPS)
