@@ -15,6 +15,7 @@ from xlstm_jax.flops import train_flops
 from xlstm_jax.generate import Sampler
 from xlstm_jax.generate.text import stream_text
 from xlstm_jax.modules import LM
+from xlstm_jax.sharding import Processes, init_distributed
 from xlstm_jax.train import DivergedError, ExperimentConfig, FitResult, checkpoint, fit, rundir
 
 # Of the sample at the end; a character may take several tokens.
@@ -27,6 +28,7 @@ class Train(options.WithConfig):
 
     run_dir: Path | None = None  # None: runs/NAME for NAME.py; a run given as config goes on
     fresh: bool = False  # discard the run that is there
+    processes: Processes = Processes()  # of several, which one this is
 
 
 def run(args: list[str]) -> int:
@@ -36,6 +38,7 @@ def run(args: list[str]) -> int:
         ConfigError: it cannot start; nothing on disk has changed.
     """
     chosen = options.parse_with_config("train", Train, args)
+    init_distributed(chosen.processes)
     cfg = chosen.experiment
     run_dir = _default_run_dir(chosen.config) if chosen.run_dir is None else chosen.run_dir
     flops = cfg.data.batch_size * train_flops(cfg.model, cfg.data.seq_len)
@@ -44,12 +47,15 @@ def run(args: list[str]) -> int:
     except DivergedError as error:
         print(f"xlstm-jax: {error}", file=sys.stderr)
         return DIVERGED
+    if jax.process_index() > 0:  # the first one speaks for all
+        return DONE
     if not _is_complete(cfg, result):
         steps = f"step {result.step} of {cfg.train.steps}"
         console.say(f"\nStopped at {steps} and saved; the same command goes on from there.\n")
         return DONE
     _report(cfg, run_dir, result)
-    _show_sample(cfg, result)
+    if jax.process_count() == 1:  # else no process has all parameters
+        _show_sample(cfg, result)
     return DONE
 
 

@@ -10,7 +10,7 @@ from xlstm_jax.modules.mlstm import MLSTMConfig
 from xlstm_jax.modules.slstm import SLSTMConfig
 
 Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["none", "full", "dots", "names"]
+Remat = Literal["none", "full", "dots", "names", "offload"]
 FinalNorm = Literal["layer", "rms", "none"]
 
 SIZED_BY = {"m": "mlstm", "s": "slstm", "M": "large"}
@@ -41,7 +41,7 @@ class LMConfig:
     dropout: float = 0.0  # after mLSTM layers and sLSTM cells
     embedding_dropout: bool = False  # the same rate after the embedding
     dtype: Dtype = "float32"  # of activations; parameters are float32, gates and memory wider
-    remat: Remat = "none"  # what the backward pass keeps: all, nothing, products, named values
+    remat: Remat = "none"  # kept: all, nothing, products, outputs of blocks (on the host)
 
     def __post_init__(self):
         check_at_least("vocab_size", self.vocab_size, 1)

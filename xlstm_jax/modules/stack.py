@@ -29,8 +29,15 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "names": jax.checkpoint_policies.save_only_these_names("block_output"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_output"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
-"""What a rematerialised step keeps for the backward pass, besides its input."""
+"""What a rematerialised step keeps for the backward pass, besides its input; "offload" what "names"
+keeps, in the memory of the host."""
 
 
 UNROLLED_BLOCKS = 6
