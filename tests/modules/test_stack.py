@@ -125,7 +125,8 @@ def _gradient(remat):
 
 
 @pytest.mark.parametrize(
-    "remat", ["names", pytest.param("dots", marks=slow), pytest.param("full", marks=slow)]
+    "remat",
+    ["names", *(pytest.param(name, marks=slow) for name in ("dots", "full", "offload"))],
 )
 def test_gradients_do_not_depend_on_what_is_kept_for_them(remat):
     actual, expected = _gradient(remat), _gradient("none")

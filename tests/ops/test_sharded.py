@@ -151,7 +151,7 @@ def cut_by(spec: P) -> set[str]:
 @every_kernel
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_a_mesh_changes_no_value_and_no_gradient(mesh, subject):
-    """An axis `seq` cuts nothing: its devices compute the same, and nothing is summed twice."""
+    """An axis `seq` that does not divide the steps cuts nothing, and nothing is summed twice."""
     compute = functools.partial(by_kernels, subject)
     assert_the_same(results(compute, make_call(subject.op), make_mesh(**mesh)), alone(subject))
 
@@ -183,7 +183,7 @@ def test_devices_share_the_batch_and_the_heads(subject, B, H, axes):
         "shard_map", functools.partial(by_kernels, subject), make_call(subject.op, B, H), mesh
     )
     forward = maps[0].params["in_specs"]
-    assert set.union(*map(cut_by, forward)) == axes
+    assert {axis for axis in set.union(*map(cut_by, forward)) if mesh.shape[axis] > 1} == axes
     assert len(maps) >= 2  # of the gradient, too
 
 
