@@ -47,7 +47,12 @@ MAY_IMPORT = {
     "xlstm_jax.evaluate": (*STOREY_3, "xlstm_jax", "xlstm_jax.train.checkpoint"),
     "xlstm_jax.convert": (*STOREY_3, "xlstm_jax", "xlstm_jax.train.checkpoint"),
     "xlstm_jax.scaling": (*STOREY_3, "xlstm_jax", "xlstm_jax.train"),
-    "xlstm_jax.plan": (*STOREY_3, "xlstm_jax", "xlstm_jax.train.step"),
+    "xlstm_jax.plan": (
+        *STOREY_3,
+        "xlstm_jax",
+        "xlstm_jax.flops",
+        *(f"xlstm_jax.train.{name}" for name in ("config", "optimizer", "state", "step")),
+    ),
     "xlstm_jax.check": (*STOREY_3, "xlstm_jax", "xlstm_jax.train.step"),
     "xlstm_jax.report": (*STOREY_3, "xlstm_jax"),
     "xlstm_jax.compat": (*STOREY_3, "xlstm_jax"),

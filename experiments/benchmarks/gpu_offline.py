@@ -20,12 +20,13 @@ from jax.experimental import topologies
 from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments.benchmarks import gpu_devices, tpu_offline
+from experiments.benchmarks import tpu_offline
 from pallas_kernels import common, gpu
+from xlstm_jax.plan import gpus
 
 DEVICES = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200"}
 DEVICES |= {"sm_86": "A10", "sm_89": "L4", "sm_120": "RTX 5090"}
-"""The device that stands for a chip; a key of `gpu_devices.DEVICES`."""
+"""The device that stands for a chip; a key of `gpus.DEVICES`."""
 
 MATRIX_UNITS = ("tcgen05.mma", "wgmma", "mma.sync")
 ELEMENTS = {"bfloat16": "bf16", "float32": "fp32", "int32": "i32", "uint32": "u32"}
@@ -177,7 +178,7 @@ def devices(chip: str, count: int = 1) -> tuple:
     """That many devices of one machine."""
     found = topologies.get_topology_desc(
         platform="cuda",
-        target_config=gpu_devices.target_config(DEVICES[chip]),
+        target_config=gpus.target_config(DEVICES[chip]),
         topology=f"1x1x{count}",
     )
     return tuple(found.devices)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from experiments.benchmarks.gpu_devices import Device
+from xlstm_jax.plan.gpus import Device
 
 PARTS = ("forward", "gradient", "decode")
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}

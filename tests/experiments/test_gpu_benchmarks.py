@@ -6,10 +6,11 @@ import zlib
 import jax
 import pytest
 
-from experiments.benchmarks import gpu_devices, gpu_offline, gpu_resources
+from experiments.benchmarks import gpu_offline, gpu_resources
 from experiments.benchmarks.gpu_offline import Resources
 from experiments.benchmarks.gpu_resources import Arguments
 from pallas_kernels import gpu
+from xlstm_jax.plan import gpus
 
 MESSAGE = zlib.compress(b'\n\x07 "kernel"\x00\x01"\x0dmlstm_forward')
 KERNEL = Resources("mlstm_h", 128, 0, 65536, 256, 8.8, "wgmma", 8, 2, (64, 1), {"L": 128})
@@ -56,10 +57,10 @@ def test_kernels_are_found_in_functions_within_functions():
 
 @pytest.mark.parametrize("chip", gpu.CHIPS)
 def test_a_chip_is_described_by_one_of_its_devices(chip):
-    device = gpu_devices.DEVICES[gpu_offline.DEVICES[chip]]
+    device = gpus.DEVICES[gpu_offline.DEVICES[chip]]
     assert device.capability == gpu.CHIPS[chip].capability
     assert (device.shared_kib - 1) << 10 == gpu.CHIPS[chip].shared_bytes
-    text = gpu_devices.target_config(gpu_offline.DEVICES[chip])
+    text = gpus.target_config(gpu_offline.DEVICES[chip])
     assert f"shared_memory_per_block_optin: {gpu.CHIPS[chip].shared_bytes} " in text
     assert re.search(
         rf"{{ major: {device.capability // 10} minor: {device.capability % 10} }}", text

@@ -9,6 +9,7 @@ import pytest
 
 from tests import quick
 from xlstm_jax import ops
+from xlstm_jax.ops import dispatch
 
 B, T, D, VOCAB = 2, 7, 5, 11
 
@@ -175,3 +176,13 @@ def test_a_wrong_shape_is_refused_by_name(unchecked, argument, shape, rng):
 def test_a_chunk_size_below_one_is_refused_with_the_way_out(chunk_size, rng):
     with pytest.raises(ValueError, match=rf"chunk_size.*at least 1.*{chunk_size}.*None"):
         ops.cross_entropy(*make(rng, "float32"), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("platform,chunks", [("cpu", 205), ("tpu", 4), ("gpu", 4)])
+def test_an_accelerator_computes_a_thousand_positions_at_once(platform, chunks, monkeypatch):
+    """Or it would spend its time reading weights: 4,096 positions of 50,304 logits."""
+    monkeypatch.setattr(dispatch, "platform", lambda: platform)
+    shape = lambda *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype)  # noqa: E731
+    args = shape(2, 2048, 8), shape(8, 50304), shape(2, 2048, dtype=jnp.int32), shape(2, 2048)
+    program = str(jax.make_jaxpr(lambda *args: ops.cross_entropy(*args))(*args))
+    assert f"length={chunks}\n" in program

@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "evaluate RUN: perplexity and bits per byte on held-out data",
     "generate": "generate RUN --prompt TEXT: continue a text",
     "convert": "convert hf-to-run FOLDER RUN, run-to-hf RUN FOLDER: weights in and out",
+    "plan": "plan CONFIG.py --topology v5e:4x4: a run compiled for hardware that is not here",
     "describe": "describe CONFIG.py: shapes, parameters, FLOPs and memory; trains nothing",
 }
 

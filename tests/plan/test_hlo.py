@@ -1,0 +1,155 @@
+"""What devices exchange, and what they read and write, off the text of a compiled program."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from xlstm_jax.plan.hlo import Collective, Program, _group
+from xlstm_jax.sharding import make_mesh
+
+LAYERS, WIDTH, ROWS = 7, 64, 16
+
+
+@pytest.fixture(scope="module")
+def program():
+    """A loop over layers whose weights are cut over four of eight devices."""
+    mesh = make_mesh(data=2, fsdp=4)
+
+    def loss(weights, x):
+        def layer(x, w):
+            return jnp.tanh(x @ w), None
+
+        return jnp.sum(jax.lax.scan(layer, x, weights)[0])
+
+    put = lambda shape, *spec: jax.ShapeDtypeStruct(  # noqa: E731
+        shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec))
+    )
+    weights = put((LAYERS, WIDTH, WIDTH), None, "fsdp")
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(loss).lower(weights, put((ROWS, WIDTH), ("data", "fsdp")))
+        return Program(lowered.compile().as_text())
+
+
+def test_what_a_loop_exchanges_counts_as_often_as_it_runs(program):
+    (gather,) = (c for c in program.collectives if c.kind == "all-gather")
+    assert gather.times == LAYERS and gather.group == (0, 1, 2, 3)
+    assert gather.payload == WIDTH * WIDTH * 4 and gather.sent == 0.75 * gather.payload
+    (reduce,) = (c for c in program.collectives if c.kind == "all-reduce")
+    assert reduce.times == 1 and reduce.payload == 4 and len(reduce.group) == 8
+
+
+def test_a_slice_of_a_stack_is_not_the_whole_of_it(program):
+    """Every step of the loop reads the weights of one layer, and writes and reads them gathered."""
+    layer = WIDTH * WIDTH * 4
+    rows = ROWS // 8 * WIDTH * 4
+    least = LAYERS * (layer / 4 + 2 * layer + 2 * rows)
+    assert least < program.memory_traffic < 2 * least
+
+
+@pytest.mark.parametrize(
+    "text,group",
+    [
+        ("replica_groups={{0,4},{1,5}}, x", (0, 4)),
+        ("replica_groups=[2,4]<=[8], dimensions={0}", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), use_global_device_ids=true", (0, 4)),
+        ("replica_groups=[1,8]<=[8]", tuple(range(8))),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=8] {'a':(1)2}", (0, 4)),
+        ("replica_groups=mesh['a'=8] {'a':(2)4}", (0, 1, 2, 3)),
+        ("source_target_pairs={{0,1},{1,2}}", (0, 1)),
+        ("dimensions={0}", ()),
+    ],
+)
+def test_groups_are_read_in_every_spelling(text, group):
+    assert _group(text) == group
+
+
+@pytest.mark.parametrize(
+    "kind,payload,sent",
+    [
+        ("all-gather", 800, 700),
+        ("reduce-scatter", 800, 700),
+        ("all-reduce", 800, 1400),
+        ("all-to-all", 800, 700),
+        ("collective-permute", 800, 800),
+    ],
+)
+def test_a_ring_sends_what_it_must(kind, payload, sent):
+    assert Collective(kind, payload, tuple(range(8)), 1, "f32").sent == pytest.approx(sent)
+
+
+STARTED = """HloModule step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%scattered (p: bf16[64,8]) -> bf16[16,8] {
+  %p = bf16[64,8]{1,0} parameter(0)
+  ROOT %r = bf16[16,8]{1,0} reduce-scatter(%p), replica_groups=[1,4]<=[4],
+    dimensions={0}, to_apply=%add
+}
+
+%body (t: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
+  %t = (s32[], bf16[16,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = bf16[16,8]{1,0} get-tuple-element(%t), index=1
+  %s = (bf16[16,8]{1,0}, bf16[64,8]{1,0:T(8,128)(2,1)}) all-gather-start(%x),
+    replica_groups=[1,4]<=[4], dimensions={0}
+  %g = bf16[64,8]{1,0} all-gather-done(%s)
+  %y = bf16[16,8]{1,0} fusion(%g), kind=kCustom, calls=%scattered
+  ROOT %u = (s32[], bf16[16,8]{1,0}) tuple(%i, %y)
+}
+
+%more (t.1: (s32[], bf16[16,8])) -> pred[] {
+  %t.1 = (s32[], bf16[16,8]{1,0}) parameter(0)
+  ROOT %true = pred[] constant(true)
+}
+
+ENTRY %main (q: bf16[16,8]) -> (s32[], bf16[16,8]) {
+  %q = bf16[16,8]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %init = (s32[], bf16[16,8]{1,0}) tuple(%zero, %q)
+  ROOT %w = (s32[], bf16[16,8]{1,0}) while(%init), condition=%more, body=%body,
+    backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+
+
+def test_what_is_started_early_or_fused_counts_once():
+    """As compilers for accelerators write it, in several lines where there is much to say."""
+    found = {c.kind: c for c in Program(STARTED).collectives}
+    assert set(found) == {"all-gather", "reduce-scatter"}
+    assert all(c.payload == 64 * 8 * 2 and c.times == 5 for c in found.values())
+    piece, whole = 16 * 8 * 2, 64 * 8 * 2  # each written once and read once in every step
+    assert Program(STARTED).memory_traffic == 5 * 2 * (piece + whole)
+
+
+def test_a_loop_whose_length_only_its_condition_tells_is_counted():
+    """As compilers for TPUs write it."""
+    text = STARTED.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
+    text = text.replace(',\n    backend_config={"known_trip_count":{"n":"5"}}', "")
+    condition = """  %n = s32[]{:T(128)} constant(5)
+  %j = s32[] get-tuple-element(%t.1), index=0
+  ROOT %less = pred[] compare(%j, %n), direction=LT"""
+    counted = text.replace("  ROOT %true = pred[] constant(true)", condition)
+    assert "known_trip_count" not in counted
+    assert {c.times for c in Program(counted).collectives} == {5}
+    with pytest.raises(ValueError, match="the loop w does not say how often it runs"):
+        _ = Program(text).times
+
+
+def test_an_exchange_spread_over_several_fusions_is_one():
+    """They have its channel in common."""
+    one = STARTED.replace("reduce-scatter(%p),", "reduce-scatter(%p), channel_id=7,")
+    twice = one.replace(
+        "  ROOT %u = (s32[]",
+        "  %z = bf16[16,8]{1,0} fusion(%g), kind=kCustom, calls=%scattered\n  ROOT %u = (s32[]",
+    )
+    assert len(Program(twice).collectives) == len(Program(one).collectives) == 2
