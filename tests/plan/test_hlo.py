@@ -93,7 +93,10 @@ STARTED = """HloModule step
 %scattered (p: bf16[64,8]) -> bf16[16,8] {
   %p = bf16[64,8]{1,0} parameter(0)
   ROOT %r = bf16[16,8]{1,0} reduce-scatter(%p), replica_groups=[1,4]<=[4],
-    dimensions={0}, to_apply=%add
+    dimensions={0}, to_apply=%add,
+    frontend_attributes={kernel_metadata={
+"tile":"chunk 256, 2 a block"
+}}, metadata={op_name="step"}
 }
 
 %body (t: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
@@ -146,10 +149,13 @@ def test_a_loop_whose_length_only_its_condition_tells_is_counted():
 
 
 def test_an_exchange_spread_over_several_fusions_is_one():
-    """They have its channel in common."""
-    one = STARTED.replace("reduce-scatter(%p),", "reduce-scatter(%p), channel_id=7,")
-    twice = one.replace(
-        "  ROOT %u = (s32[]",
-        "  %z = bf16[16,8]{1,0} fusion(%g), kind=kCustom, calls=%scattered\n  ROOT %u = (s32[]",
-    )
+    """They have its channel in common; sums of several arrays may have, too, and are several."""
+    again = "  %again = (bf16[16,8]{1,0}, bf16[64,8]{1,0}) all-gather-start(%x), channel_id=7,"
+    again += " replica_groups=[1,4]<=[4], dimensions={0}\n"
+    one = STARTED.replace("all-gather-start(%x),", "all-gather-start(%x), channel_id=7,")
+    twice = one.replace("  %g = ", again + "  %g = ")
     assert len(Program(twice).collectives) == len(Program(one).collectives) == 2
+    scattered = STARTED.replace("reduce-scatter(%p),", "reduce-scatter(%p), channel_id=7,")
+    fusion = "  %z = bf16[16,8]{1,0} fusion(%g), kind=kCustom, calls=%scattered\n"
+    sums = scattered.replace("  ROOT %u = (s32[]", fusion + "  ROOT %u = (s32[]")
+    assert {c.times for c in Program(sums).collectives} == {5, 10}

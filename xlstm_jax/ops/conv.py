@@ -58,7 +58,7 @@ def causal_conv(
     check_shapes("causal_conv", {"state": (state, f"{B} {W - 1} {F}")})
     state = state.astype(x.dtype)
     spans = cut_by("T", T)
-    if not spans:
+    if not spans or W == 1:  # a window of one reaches nowhere
         return _whole(x, kernel, bias, state, reset, mask)
     F = "F" if depthwise else "G"  # features that mix are not cut
     axes = ("B T F", "W F", "F", "B W F", "B T", "B T")
@@ -74,6 +74,9 @@ def _whole(x, kernel, bias, state, reset, mask):
     """All of time at once, or as much of it as one device has."""
     if mask is None:
         return _convolve(x, kernel, bias, state, reset)
+    if kernel.shape[0] == 1:
+        y, _ = _convolve(jnp.where(mask[..., None], x, 0), kernel, bias, state, None)
+        return jnp.where(mask[..., None], y, 0), state
     # A masked row is the row without those positions: move them behind the rest, convolve, and
     # move everything back. The order of a stable sort of "is masked" does that.
     x = jnp.where(mask[..., None], x, 0)
@@ -92,8 +95,6 @@ def _span(axes: tuple[str, ...], x, kernel, bias, state, reset, mask):
     may have fewer than there are in a state.
     """
     W1, count, rank = state.shape[1], jax.lax.axis_size(axes), jax.lax.axis_index(axes)
-    if W1 == 0:
-        return _whole(x, kernel, bias, state, reset, mask)
     own, number = _left_behind(x, jnp.zeros_like(state), reset, mask)
     if mask is None and x.shape[1] >= W1:
         last = jnp.where(rank == count - 1, own, 0)

@@ -94,7 +94,7 @@ class Program:
             if header:
                 current = self.computations.setdefault(header[2], [])
                 self.entry = header[2] if header[1] else self.entry
-            elif line.startswith("}"):
+            elif line == "}":
                 current = None
             elif current is not None:
                 found = _INSTRUCTION.match(line)
@@ -146,7 +146,9 @@ class Program:
                     payload = _payload(kind, instruction, len(group))
                     dtype = instruction.shapes[0][0]
                     channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-                    key = channel[0] if channel else f"{name} {instruction.name}"
+                    # Sums over devices may have the same one without being the same.
+                    shared = channel and kind == "all-gather" and instruction.shapes
+                    key = f"{channel[0]} {shared}" if shared else f"{name} {instruction.name}"
                     if key not in found or found[key].times < times:
                         found[key] = Collective(kind, payload, group, times, dtype)
         return list(found.values())
@@ -232,11 +234,11 @@ def _whole_lines(text: str) -> Iterator[str]:
     """Lines of a program; an instruction whose metadata has line breaks is one line again."""
     held = ""
     for line in text.splitlines():
-        if held and not re.match(r"^\s+(ROOT )?%?[\w.\-]+ = |^}|^\S", line):
+        begins = _INSTRUCTION.match(line) or _COMPUTATION.match(line) or line in ("", "}")
+        if _INSTRUCTION.match(held) and not begins:
             held += line
             continue
-        if held:
-            yield held
+        yield held
         held = line
     yield held
 
