@@ -147,8 +147,9 @@ class Program:
                     dtype = instruction.shapes[0][0]
                     channel = re.search(r"channel_id=(\d+)", instruction.attributes)
                     # Sums over devices may have the same one without being the same.
-                    shared = channel and kind == "all-gather" and instruction.shapes
-                    key = f"{channel[0]} {shared}" if shared else f"{name} {instruction.name}"
+                    key = f"{name} {instruction.name}"
+                    if channel is not None and kind == "all-gather":
+                        key = f"{channel[0]} {instruction.shapes}"
                     if key not in found or found[key].times < times:
                         found[key] = Collective(kind, payload, group, times, dtype)
         return list(found.values())
