@@ -1,5 +1,6 @@
 """Who a process is, of how many; the roll-call itself is tested with real processes."""
 
+import jax
 import pytest
 
 from xlstm_jax.config import ConfigError
@@ -49,6 +50,7 @@ def test_the_environment_of_jax_says_who_a_process_is():
 def test_one_process_joins_nobody(monkeypatch):
     monkeypatch.setattr(distributed, "call_the_roll", None)
     init_distributed(Processes(coordinator="a:1", num_processes=1, process_id=0))
+    assert not jax.distributed.is_initialized()
 
 
 def test_a_process_that_has_all_devices_feeds_all_rows():

@@ -5,6 +5,8 @@ import json
 import math
 from pathlib import Path
 
+import jax
+
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
 from xlstm_jax.plan import Plan, find_target, plan
@@ -30,6 +32,8 @@ def run(args: list[str]) -> int:
     Raises:
         ConfigError: the config cannot be used, or its mesh or batch does not fit the hardware.
     """
+    # Nothing is computed, and a compiler that is installed would be looked for as a device.
+    jax.config.update("jax_platforms", "cpu")
     chosen = options.parse_with_config("plan", PlanRun, args, presets_too=True)
     found = plan(chosen.experiment, find_target(chosen.topology))
     console.facts(rows(found))

@@ -1,4 +1,4 @@
-"""Where each parameter and each row of a batch lies on a mesh, by a table of rules."""
+"""Where each parameter lies on a mesh, by its path and a table of rules."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from xlstm_jax.sharding.axes import logical_axes, path_name
+from xlstm_jax.sharding.axes import dividing, logical_axes, path_name
 from xlstm_jax.sharding.mesh import SMALLEST_CUT
 from xlstm_jax.sharding.rules import Rules
 from xlstm_jax.typing import PyTree
@@ -30,14 +30,12 @@ def partition_spec(
     used: set[str] = set()
     cuts = []
     for length, name in zip(shape, names, strict=True):
-        chosen: list[str] = []
-        for axis in rules[name] if name else ():
-            parts = math.prod(mesh_sizes[a] for a in chosen) * mesh_sizes.get(axis, 1)
-            too_small = axis == "fsdp" and one_layer < smallest
-            if axis in mesh_sizes and axis not in used and length % parts == 0 and not too_small:
-                chosen.append(axis)
-                used.add(axis)
-        cuts.append(chosen[0] if len(chosen) == 1 else tuple(chosen) or None)
+        axes = [axis for axis in (rules[name] if name else ()) if axis not in used]
+        if one_layer < smallest:
+            axes = [axis for axis in axes if axis != "fsdp"]
+        chosen = dividing(length, axes, mesh_sizes)
+        used.update(chosen)
+        cuts.append(chosen[0] if len(chosen) == 1 else chosen or None)
     return PartitionSpec(*cuts)
 
 
