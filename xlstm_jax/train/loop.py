@@ -93,9 +93,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.enter_context(process_log(run_dir))
         log.info("begins at step %d of %d", position.step, cfg.train.steps)
-        writers: list[Writer] = [JsonlWriter(run_dir / rundir.METRICS)] if first else []
-        writers += [ConsoleWriter(cfg.train.steps, position.step)] if console and first else []
-        writers += [CallbackWriter(on_metrics)] if on_metrics is not None else []
+        writers = _writers(cfg, run_dir, position.step, console, on_metrics)
         for writer in writers:
             stack.callback(writer.close)
         stack.enter_context(compiled_programs(run_dir / rundir.CACHE))
@@ -119,12 +117,27 @@ def fit(
         log.info("ends at step %d of %d", position.step, cfg.train.steps)
     finished = position.step == cfg.train.steps
     if finished and first:
-        bytes_per_token = train.bytes_per_token if isinstance(train, Windows) else None
-        records = rundir.read_metrics(run_dir / rundir.METRICS)
-        plots.loss_curve(records, run_dir / rundir.CURVE, cfg.name, bytes_per_token)
+        _draw(cfg, run_dir, train)
     return FitResult(
         state=run.state, step=position.step, finished=finished, evaluation=position.evaluation
     )
+
+
+def _writers(
+    cfg: ExperimentConfig, run_dir: Path, step: int, console: bool, on_metrics: OnMetrics | None
+) -> list[Writer]:
+    """What takes the records; of several processes the first one alone writes and shows them."""
+    writers: list[Writer] = []
+    if jax.process_index() == 0:
+        writers.append(JsonlWriter(run_dir / rundir.METRICS))
+        writers += [ConsoleWriter(cfg.train.steps, step)] if console else []
+    return writers + ([] if on_metrics is None else [CallbackWriter(on_metrics)])
+
+
+def _draw(cfg: ExperimentConfig, run_dir: Path, train: Examples) -> None:
+    bytes_per_token = train.bytes_per_token if isinstance(train, Windows) else None
+    records = rundir.read_metrics(run_dir / rundir.METRICS)
+    plots.loss_curve(records, run_dir / rundir.CURVE, cfg.name, bytes_per_token)
 
 
 def _start(
