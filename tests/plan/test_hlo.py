@@ -159,3 +159,36 @@ def test_an_exchange_spread_over_several_fusions_is_one():
     fusion = "  %z = bf16[16,8]{1,0} fusion(%g), kind=kCustom, calls=%scattered\n"
     sums = scattered.replace("  ROOT %u = (s32[]", fusion + "  ROOT %u = (s32[]")
     assert {c.times for c in Program(sums).collectives} == {5, 10}
+
+
+def test_an_exchange_that_lasts_through_a_loop_runs_once():
+    """It begins before the loop and ends after it; in every step other work is fused with a part of
+    it."""
+    part = """%part (p.9: bf16[16,8]) -> bf16[64,8] {
+  %p.9 = bf16[16,8]{1,0} parameter(0)
+  ROOT %g.9 = bf16[64,8]{1,0} all-gather(%p.9), channel_id=9, replica_groups=[1,4]<=[4]
+}
+
+"""
+    text = STARTED.replace("%body (", part + part.replace("part", "begin") + "%body (")
+    text = text.replace("  %y = ", "  %v = bf16[64,8]{1,0} fusion(%x), calls=%part\n  %y = ")
+    early = "  %early = bf16[64,8]{1,0} fusion(%q), calls=%begin\n"
+    found = [c.times for c in Program(text.replace("  %init = ", early + "  %init = ")).collectives]
+    assert sorted(found) == [1, 5, 5]
+
+
+def test_a_sum_and_the_slice_that_a_device_keeps_are_one_exchange():
+    """As compilers for TPUs write a sum that every device needs a part of."""
+    kept = """  %sum = bf16[64,8]{1,0} all-reduce(%p), replica_groups=[1,4]<=[4], to_apply=%add
+  %zero.9 = s32[] constant(0)
+  ROOT %r = bf16[16,8]{1,0} dynamic-slice(%sum, %zero.9, %zero.9), dynamic_slice_sizes={16,8}
+}
+
+%body ("""
+    whole = STARTED[STARTED.index("  ROOT %r = ") : STARTED.index("%body (") + len("%body (")]
+    (sums,) = (
+        c
+        for c in Program(STARTED.replace(whole, kept)).collectives
+        if c.times == 5 and c.kind != "all-gather"
+    )
+    assert (sums.kind, sums.payload) == ("reduce-scatter", 64 * 8 * 2)

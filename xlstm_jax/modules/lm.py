@@ -13,7 +13,6 @@ from xlstm_jax.modules.initializers import Initializer, normal, small
 from xlstm_jax.modules.linear import Dense, Embedding
 from xlstm_jax.modules.norm import LayerNorm, RMSNorm
 from xlstm_jax.modules.stack import Stack, StackState
-from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Bool, Float, Int
 
 
@@ -65,9 +64,9 @@ class LM(nn.Module):
         table = Embedding(
             cfg.vocab_size, cfg.dim, _init(cfg.embedding_std, cfg.dim), name="token_embedding"
         )()
-        x = jnp.take(table, tokens, axis=0).astype(_activation_dtype(cfg, table))
+        x = ops.embed(tokens, table, dtype=_activation_dtype(cfg, table))
         rate = cfg.dropout if cfg.embedding_dropout else 0.0
-        x = constrain(nn.Dropout(rate, deterministic=deterministic)(x), "batch", "time", None)
+        x = nn.Dropout(rate, deterministic=deterministic)(x)
         x, state = _backbone(cfg, deterministic, x, state, reset, mask)
         if not head:
             return x, state

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from xlstm_jax.ops.parameters import cut_of, gathered
 from xlstm_jax.sharding.axes import cutting, dividing
 
 LETTERS = {"B": "batch", "T": "time", "H": "heads", "F": "inner"}
@@ -40,73 +41,78 @@ def per_device(
     Within a `shard_map` of the caller's own, all of whose axes are placed, `fn` is called as it is;
     that one needs check_vma=False, as kernels do not say how their results vary over the mesh.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    # Within a `shard_map` of the caller some axes, or all, are placed already.
-    free = {name for name, kind in kinds.items() if kind != AxisType.Manual}
-    if not free or mesh.size == 1:
+    free = devices_to_place()
+    if not free:
         return fn(*args)
     placed = {letter: cut_by(letter, length) for letter, length in sizes.items()}
     # Named nowhere, an axis of one device would still be summed over in the gradient.
-    placed["B"] += tuple(sorted(name for name in free if mesh.shape[name] == 1))
+    placed["B"] += tuple(sorted(name for name, size in free.items() if size == 1))
 
     def spec(letters: str) -> P:
         return P(*(placed.get(letter) or None for letter in letters.split()))
 
     specs = jax.tree.map(spec, (axes, out_axes))
+    return placed_by_device(fn, args, *specs)
+
+
+def devices_to_place() -> dict[str, int]:
+    """The axes of the active mesh and their sizes, without those that a `shard_map` of the caller
+    has placed already; none if there is one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size == 1:
+        return {}
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in kinds if kind != AxisType.Manual}
+
+
+def placed_by_device(fn: Callable[..., Any], args: Any, specs: Any, out_specs: Any) -> Any:
+    """`fn(*args)` by each device for its part, cut as the specs say."""
+    mesh = jax.sharding.get_abstract_mesh()
     mapped = jax.shard_map(
-        fn, mesh=mesh, in_specs=specs[0], out_specs=specs[1], axis_names=free, check_vma=False
+        fn,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=out_specs,
+        axis_names=set(devices_to_place()),
+        check_vma=False,
     )
-    if AxisType.Explicit in kinds.values():
-        args = jax.tree.map(jax.sharding.reshard, args, specs[0])
+    if AxisType.Explicit in mesh.axis_types:
+        args = jax.tree.map(jax.sharding.reshard, args, specs)
     return mapped(*args)
 
 
 def cut_by(letter: str, length: int) -> tuple[str, ...]:
     """The axes of the active mesh that cut an axis of this length, longer than 1 themselves."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    sizes = {name: mesh.shape[name] for name, kind in kinds if kind != AxisType.Manual}
-    sizes = {name: size for name, size in sizes.items() if size > 1}
+    sizes = {name: size for name, size in devices_to_place().items() if size > 1}
     return dividing(length, cutting(LETTERS[letter]), sizes)
 
 
 def summed_over_devices(
-    fn: Callable[..., Any], x: jax.Array, weights: jax.Array, *positions: jax.Array
+    fn: Callable[..., Any], x: jax.Array, kernel: jax.Array, *positions: jax.Array
 ) -> Any:
-    """`fn(x, weights, *positions)`, sums over positions, each device adding up its own.
+    """`fn(x, kernel, *positions)`, sums over positions, each device adding up its own.
 
     Where features are shared by devices too, these divide the positions among them: each then needs
-    all of the weights, but nobody waits for others in every chunk of a long loop.
+    all of the kernel, but nobody waits for others in every chunk of a long loop.
 
     Args:
         fn: returns a tree of sums.
         x: `B T D`.
-        weights: what every device needs all of.
+        kernel: `D vocab`, of the head. Where devices share it, it travels in x's dtype, once.
         positions: arrays `B T`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    free = {name for name, kind in kinds if kind != AxisType.Manual}
-    if not free or mesh.size == 1:
-        return fn(x, weights, *positions)
+    free = devices_to_place()
+    if not free:
+        return fn(x, kernel, *positions)
     batch, time = cut_by("B", x.shape[0]), cut_by("T", x.shape[1])
-    rest = {name: mesh.shape[name] for name in free if name not in (*batch, *time)}
-    time += dividing(x.shape[1] // _product(mesh, time), sorted(rest), rest)
+    rest = {name: size for name, size in free.items() if name not in (*batch, *time)}
+    time += dividing(x.shape[1] // math.prod(free[axis] for axis in time), sorted(rest), rest)
+    cut = cut_of(kernel.shape, ("embed", "vocab"))
 
-    def add_up(*args):
-        return jax.tree.map(lambda a: jax.lax.psum(a, (*batch, *time)), fn(*args))
+    def add_up(x, part, *positions):
+        sums = fn(x, gathered(part, cut, x.dtype), *positions)
+        return jax.tree.map(lambda a: jax.lax.psum(a, (*batch, *time)), sums)
 
     row = P(batch or None, time or None)
-    specs = (P(*row, None), P(), *(row for _ in positions))
-    mapped = jax.shard_map(
-        add_up, mesh=mesh, in_specs=specs, out_specs=P(), axis_names=free, check_vma=False
-    )
-    args = (x, weights, *positions)
-    if AxisType.Explicit in mesh.axis_types:
-        args = tuple(map(jax.sharding.reshard, args, specs))
-    return mapped(*args)
-
-
-def _product(mesh: Any, axes: tuple[str, ...]) -> int:
-    return math.prod(mesh.shape[axis] for axis in axes)
+    specs = (P(*row, None), cut, *(row for _ in positions))
+    return placed_by_device(add_up, (x, kernel, *positions), specs, P())

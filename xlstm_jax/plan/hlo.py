@@ -135,7 +135,8 @@ class Program:
     def collectives(self) -> list[Collective]:
         """Every exchange between two devices or more.
 
-        TPUs spread one over several fusions, which have its channel in common.
+        TPUs spread one over several fusions, which have its channel in common: other work goes on
+        meanwhile, a whole loop maybe, and it runs as often as the fusion that runs least.
         """
         found: dict[str, Collective] = {}
         for name, times in self.times.items():
@@ -150,9 +151,17 @@ class Program:
                     key = f"{name} {instruction.name}"
                     if channel is not None and kind == "all-gather":
                         key = f"{channel[0]} {instruction.shapes}"
-                    if key not in found or found[key].times < times:
+                    if self._is_scattered(name, instruction):
+                        kind = "reduce-scatter"
+                    if key not in found or times < found[key].times:
                         found[key] = Collective(kind, payload, group, times, dtype)
         return list(found.values())
+
+    def _is_scattered(self, computation: str, instruction: Instruction) -> bool:
+        """Whether a sum is one with the slice of it that a device keeps, as TPUs write it."""
+        last = self.computations[computation][-1]
+        is_slice = last.opcode == "dynamic-slice" and last.operands[:1] == (instruction.name,)
+        return is_slice and instruction.opcode == "all-reduce"
 
     @functools.cached_property
     def memory_traffic(self) -> int:

@@ -18,8 +18,8 @@ LOGICAL_AXES = ("batch", "time", "embed", "inner", "mlp", "heads", "vocab", "lay
 """embed: model width, where a parameter reads it; inner: heads x head size; mlp: feed-forward."""
 
 _AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    # Rows alone: a table cut along its width as well makes the look-up gather all of it.
-    (r"token_embedding/embedding", ("vocab", None)),
+    # Along its width only where the number of rows cannot be divided.
+    (r"token_embedding/embedding", ("vocab", "embed")),
     (r"lm_head/kernel", ("embed", "vocab")),
     (r"(\w*norm|norm_\w+)/(scale|scale_offset|bias)", (None,)),
     (r"m/mlstm/proj_up/kernel", ("embed", "inner")),
