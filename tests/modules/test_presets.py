@@ -76,7 +76,7 @@ def test_the_model_of_every_preset_has_the_count_of_the_formula(name):
 def test_no_two_presets_of_one_shape_differ():
     assert presets.get("scaling_160m") == presets.get("scaling_d768_l12_h6")
     assert presets.get("scaling_7b") == presets.get("xlstm_7b")
-    assert len(presets.names()) == len(set(presets.names())) == 81
+    assert len(presets.names()) == len(set(presets.names())) == 82
 
 
 def test_an_unknown_preset_is_refused():

@@ -5,18 +5,16 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
-from xlstm_jax.data import Batch
 from xlstm_jax.flops import count_params, train_flops
-from xlstm_jax.modules import LM, param_shapes
+from xlstm_jax.modules import param_shapes
+from xlstm_jax.plan.activations import cuts_of_batch, kept_for_backward
 from xlstm_jax.sharding import MESH_AXES, bytes_per_device, get_rules, path_name
 from xlstm_jax.sharding.rules import Rules
 from xlstm_jax.train import ExperimentConfig, decay_mask, make_optimizer
 from xlstm_jax.train.config import check_lengths
-from xlstm_jax.train.losses import language_model_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,13 +73,14 @@ def _sizes(cfg: ExperimentConfig, num_decayed: int) -> dict[str, str]:
 def _memory(chosen: Describe, params: Any) -> dict[str, str]:
     """Bytes on one device, by what they are for; temporaries of the compiled step are left out."""
     cfg, rules, sizes = chosen.experiment, _rules(chosen), _sizes_of_mesh(chosen)
+    check_lengths(cfg, rules, sizes)
     held = bytes_per_device(params, rules, sizes)
     moments = jax.eval_shape(make_optimizer(cfg.train).init, params)
     parts = {
         "parameters": held,
         "gradients": held,
         "optimiser": bytes_per_device(moments, rules, sizes),
-        "activations": _bytes(_kept_for_backward(cfg, params)) // _cuts_of_batch(chosen),
+        "activations": kept_for_backward(cfg) // cuts_of_batch(rules, sizes),
     }
     words = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items())
     where = "one device"
@@ -93,13 +92,6 @@ def _memory(chosen: Describe, params: Any) -> dict[str, str]:
     return {"memory, without temporaries": f"{_mib(sum(parts.values()))} on {where} ({words})"}
 
 
-def _cuts_of_batch(chosen: Describe) -> int:
-    """How many devices share the activations of a micro-batch."""
-    cfg, rules, sizes = chosen.experiment, _rules(chosen), _sizes_of_mesh(chosen)
-    check_lengths(cfg, rules, sizes)
-    return math.prod(sizes[axis] for axis in (*rules["batch"], *rules["time"]))
-
-
 def _sizes_of_mesh(chosen: Describe) -> dict[str, int]:
     sizes = {name: getattr(chosen.experiment.mesh, name) for name in MESH_AXES}
     return {name: max(size, 1) for name, size in sizes.items()}
@@ -107,31 +99,6 @@ def _sizes_of_mesh(chosen: Describe) -> dict[str, int]:
 
 def _rules(chosen: Describe) -> Rules:
     return get_rules(chosen.experiment.mesh.rules_name())
-
-
-def _kept_for_backward(cfg: ExperimentConfig, params: Any) -> list[Any]:
-    """Shapes of what the forward pass leaves for the backward pass, besides the parameters."""
-    model, rows = LM(cfg.model), cfg.data.batch_size // cfg.train.accumulation
-    shape = (rows, cfg.data.seq_len)
-    ids, weights = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
-    batch = Batch(ids, ids, ids, weights, jax.ShapeDtypeStruct(shape[:1], jnp.int32))
-
-    def backward(params, batch):
-        def loss(params):
-            return language_model_loss(model, params, batch, cfg.train)[0]
-
-        return jax.tree.leaves(jax.vjp(loss, params)[1])
-
-    closed = jax.make_jaxpr(backward)(params, batch)
-    # A variable may be kept more than once; what was handed in lives elsewhere, constants do not
-    # count.
-    inputs = set(closed.jaxpr.invars)
-    kept = {id(out): out for out in closed.jaxpr.outvars if not hasattr(out, "val")}
-    return [out.aval for out in kept.values() if out not in inputs]
-
-
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _mib(size: int) -> str:

@@ -9,7 +9,8 @@ import jax
 
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
-from xlstm_jax.plan import Plan, find_target, plan
+from xlstm_jax.plan import Plan, find_target, fit, plan
+from xlstm_jax.plan.search import Candidate
 
 GIB = 2**30
 
@@ -23,6 +24,8 @@ class PlanRun(options.WithConfig):
     """
 
     topology: str = "v5e:4x4"  # or v5p:8x8x4; GPUs as hosts x GPUs: h100:32x8
+    slices: int = 1  # so many such TPUs, joined by a slower network
+    fit: bool = False  # search mesh, rematerialisation and batch size for the fastest that fits
     out: Path | None = None  # all figures as JSON
 
 
@@ -35,12 +38,31 @@ def run(args: list[str]) -> int:
     # Nothing is computed, and a compiler that is installed would be looked for as a device.
     jax.config.update("jax_platforms", "cpu")
     chosen = options.parse_with_config("plan", PlanRun, args, presets_too=True)
-    found = plan(chosen.experiment, find_target(chosen.topology))
-    console.facts(rows(found))
+    target = find_target(chosen.topology, chosen.slices)
+    if chosen.fit:
+        best, found = fit(chosen.experiment, target, tell=_tell)
+        console.facts(rows(found) | {"to have it": _flags(best)})
+    else:
+        found = plan(chosen.experiment, target)
+        console.facts(rows(found))
     if chosen.out is not None:
         figures = dataclasses.asdict(found) | {"fits": found.fits, "limit": found.limit}
         chosen.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return DONE
+
+
+def _tell(candidate: Candidate, found: Plan) -> None:
+    """A line for everything that the search compiles."""
+    verdict = "fits" if found.fits else "does not fit"
+    needs = f"{found.held_bytes / GIB:.1f} of {found.memory_bytes / GIB:.1f} GiB"
+    console.say(f"{_flags(candidate)}: {needs}, {verdict}\n")
+
+
+def _flags(candidate: Candidate) -> str:
+    cfg = candidate.cfg
+    axes = [f"--mesh.{name} {n}" for name, n in candidate.sizes.items() if n > 1 or name == "data"]
+    batch = f"--data.batch-size {cfg.data.batch_size}"
+    return " ".join([*axes, f"--model.remat {cfg.model.remat}", batch])
 
 
 def rows(found: Plan) -> dict[str, str]:
@@ -56,7 +78,8 @@ def rows(found: Plan) -> dict[str, str]:
         "memory a device": _memory(found),
     }
     for kind, (times, sent) in sorted(found.collectives.items()):
-        rows[kind] = f"{times:,} a step, {sent / GIB:.3f} GiB sent by a device"
+        count = "" if found.refusal else f"{times:,} a step, "
+        rows[kind] = f"{count}{sent / GIB:.3f} GiB sent by a device"
     for name, seconds in found.seconds.items():
         rows[f"{name} bound"] = f"{1e3 * seconds:,.1f} ms"
     rate = found.tokens_per_step / found.step_seconds
@@ -66,6 +89,8 @@ def rows(found: Plan) -> dict[str, str]:
         f"{rate:,.0f} tokens/s, {share:.0%} of the peak"
     )
     rows["compiled in"] = f"{found.compile_seconds:.0f} s"
+    if found.refusal:
+        rows["compiled in"] = f"not compiled, all of it by formula: {found.refusal}"
     return rows
 
 
@@ -73,9 +98,11 @@ def _memory(found: Plan) -> str:
     parts = {
         "parameters": found.params_bytes,
         "optimiser": found.optimizer_bytes,
-        "temporaries with activations": found.temporary_bytes,
+        "activations": found.activations_bytes,
+        "temporaries": found.temporary_bytes,
     }
     words = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     verdict = "fits" if found.fits else "does not fit"
     there = f"{found.held_bytes / GIB:.2f} of {found.memory_bytes / GIB:.2f} GiB"
-    return f"{there}, {verdict} ({words})"
+    least = "at least " if found.refusal else ""
+    return f"{least}{there}, {verdict} ({words})"

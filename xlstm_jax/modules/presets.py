@@ -1,4 +1,4 @@
-"""Named sizes from the papers; parameter counts equal the published ones.
+"""Named sizes from the papers; parameter counts equal the published ones, and one of 70B.
 
 Sources: arXiv:2405.04517 (table of sizes; sLSTM positions in the appendix), arXiv:2503.13427 (7B),
 arXiv:2510.02228 (scaling study).
@@ -120,7 +120,9 @@ def _seven_to_one(num_blocks: int, slstm: tuple[int, ...] | None) -> str:
 
 def _presets() -> dict[str, Callable[[], LMConfig]]:
     table: dict[str, Callable[[], LMConfig]] = {
-        "xlstm_7b": lambda: large(4096, 32, 8, large_width(4096, 2.6667))
+        "xlstm_7b": lambda: large(4096, 32, 8, large_width(4096, 2.6667)),
+        # Of no paper: twice the width with as wide heads, for plans of what is larger.
+        "xlstm_70b": lambda: large(8192, 86, 16, large_width(8192, 2.6667)),
     }
     for size, (dim, blocks, slstm) in FIRST_GENERATION.items():
         for ratio, pattern in (("1:0", "m" * blocks), ("7:1", _seven_to_one(blocks, slstm))):

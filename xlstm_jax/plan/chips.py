@@ -19,6 +19,7 @@ class Chip(NamedTuple):
     near_rate: float  # bytes sent to chips of the same slice or host, all links in one direction
     far_rate: float  # bytes sent to others
     device: str = ""  # of `gpus.DEVICES`
+    parts: int = 1  # devices of JAX, each with its share of all this
 
 
 GIB = 2**30
@@ -28,7 +29,7 @@ TPUS = {
     "v5e": Chip("v5e", 197e12, 16 * GIB, 0.819e12, 200e9, 3.125e9),
     "v5p": Chip("v5p", 459e12, 95 * GIB, 2.765e12, 600e9, 6.25e9),
     "v6e": Chip("v6e", 918e12, 32 * GIB, 1.638e12, 400e9, 12.5e9),
-    "v7x": Chip("v7x", 2307e12, 192 * GIB, 7.38e12, 600e9, 12.5e9),
+    "v7x": Chip("v7x", 2307e12, 192 * GIB, 7.38e12, 600e9, 12.5e9, parts=2),
 }
 """A slice of a pod is one network; far is the data centre's."""
 

@@ -1,16 +1,20 @@
-"""What a compiled step takes: memory by kind, exchanges between chips, and bounds on its time."""
+"""What a step takes: memory by kind, exchanges between chips, and bounds on its time."""
 
 import dataclasses
 import math
 import time
+from typing import Any
 
 import jax
 
 from xlstm_jax.flops import count_params, train_flops
+from xlstm_jax.plan.activations import cuts_of_batch, kept_per_row
+from xlstm_jax.plan.formula import estimate
 from xlstm_jax.plan.hlo import Collective, Program
 from xlstm_jax.plan.step import Compiled, compile_step
 from xlstm_jax.plan.topology import Target
-from xlstm_jax.train.config import ExperimentConfig
+from xlstm_jax.sharding import get_rules
+from xlstm_jax.train.config import ExperimentConfig, check_lengths
 from xlstm_jax.typing import PyTree
 
 RECOMPUTED = {"none": 0.0, "full": 1.0, "names": 1.0, "offload": 1.0, "dots": 0.0}
@@ -31,12 +35,14 @@ class Plan:
     flops: float  # of the model, of all devices together
     params_bytes: int
     optimizer_bytes: int
-    temporary_bytes: int  # activations among them
+    activations_bytes: int  # of the temporaries, what forward leaves for backward, by shapes
+    temporary_bytes: int  # all others
     held_bytes: int  # in all
     memory_bytes: int  # what there is
     collectives: dict[str, tuple[int, float]]  # kind -> how many run, bytes a device sends
     seconds: dict[str, float]  # compute, memory, network: none of them can be beaten
     compile_seconds: float
+    refusal: str = ""  # why nothing was compiled and all of it is by formula; memory at the least
 
     @property
     def fits(self) -> bool:
@@ -58,11 +64,14 @@ def plan(cfg: ExperimentConfig, target: Target) -> Plan:
 
     FLOPs are those of `flops.train_flops` and what is computed again; memory and exchanges are the
     compiled program's, with loops as often as they run. Times are what the data sheet's peaks
-    allow: lower bounds, each as if the others took no time.
+    allow: lower bounds, each as if the others took no time. For hardware that cannot be compiled
+    for, memory and exchanges are by formula, and the plan says so.
 
     Raises:
         ConfigError: the mesh does not fit the hardware, or the batch not the mesh.
     """
+    if target.refusal:
+        return _by_formula(cfg, target)
     start = time.perf_counter()
     compiled = compile_step(cfg, target)
     seconds = time.perf_counter() - start
@@ -71,30 +80,73 @@ def plan(cfg: ExperimentConfig, target: Target) -> Plan:
     assert memory is not None
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     held += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    flops = cfg.data.batch_size * train_flops(cfg.model, cfg.data.seq_len)
-    done = flops * (3 + RECOMPUTED[cfg.model.remat]) / 3 / len(target.devices)
-    chip = target.chip
+    sizes = dict(compiled.devices.mesh.shape)
+    kept, _ = _kept(cfg, target, sizes)
+    # Under `tensor` features are cut as well, which shapes do not tell.
+    kept = min(kept, memory.temp_size_in_bytes)
     return Plan(
-        topology=target.name,
-        num_chips=target.num_chips,
-        mesh=dict(compiled.devices.mesh.shape),
-        rules=cfg.mesh.rules_name(),
-        num_params=count_params(cfg.model),
-        tokens_per_step=cfg.data.batch_size * cfg.data.seq_len,
-        flops=flops,
+        **_facts(cfg, target, sizes),
         params_bytes=_held(compiled.state.params),
         optimizer_bytes=_held(compiled.state.opt_state),
-        temporary_bytes=memory.temp_size_in_bytes,
+        activations_bytes=kept,
+        temporary_bytes=memory.temp_size_in_bytes - kept,
         held_bytes=held,
-        memory_bytes=chip.memory,
         collectives=_by_kind(program.collectives),
         seconds={
-            "compute": done / chip.flops,
-            "memory": program.memory_traffic / chip.memory_rate,
+            "compute": compute_seconds(cfg, target),
+            "memory": program.memory_traffic / target.chip.memory_rate,
             "network": _network_seconds(program.collectives, compiled, target),
         },
         compile_seconds=seconds,
     )
+
+
+def _by_formula(cfg: ExperimentConfig, target: Target) -> Plan:
+    sizes = cfg.mesh.sizes(target.num_devices)
+    check_lengths(cfg, get_rules(cfg.mesh.rules_name()), sizes)
+    found = estimate(cfg, target, sizes)
+    kept, copies = _kept(cfg, target, sizes)
+    return Plan(
+        **_facts(cfg, target, sizes),
+        params_bytes=found.params_bytes,
+        optimizer_bytes=found.optimizer_bytes,
+        activations_bytes=kept,
+        temporary_bytes=found.params_bytes + copies,  # gradients
+        held_bytes=2 * found.params_bytes + found.optimizer_bytes + kept + copies,
+        collectives={kind: (0, sent) for kind, sent in found.sent.items()},
+        seconds={"compute": compute_seconds(cfg, target), "network": found.network_seconds},
+        compile_seconds=0.0,
+        refusal=target.refusal,
+    )
+
+
+def _kept(cfg: ExperimentConfig, target: Target, sizes: dict[str, int]) -> tuple[int, int]:
+    """Bytes of activations on a device, and of parameters in their dtype."""
+    with target.compiling():
+        each, copies = kept_per_row(cfg)
+    rows = cfg.data.batch_size // cfg.train.accumulation
+    kept = each * rows // cuts_of_batch(get_rules(cfg.mesh.rules_name()), sizes)
+    return kept, copies // (sizes["fsdp"] * sizes["tensor"])
+
+
+def _facts(cfg: ExperimentConfig, target: Target, sizes: dict[str, int]) -> dict[str, Any]:
+    return {
+        "topology": target.name,
+        "num_chips": target.num_chips,
+        "mesh": sizes,
+        "rules": cfg.mesh.rules_name(),
+        "num_params": count_params(cfg.model),
+        "tokens_per_step": cfg.data.batch_size * cfg.data.seq_len,
+        "flops": cfg.data.batch_size * train_flops(cfg.model, cfg.data.seq_len),
+        "memory_bytes": target.chip.memory,
+    }
+
+
+def compute_seconds(cfg: ExperimentConfig, target: Target) -> float:
+    """Of one step at the chip's peak, with what is computed again."""
+    flops = cfg.data.batch_size * train_flops(cfg.model, cfg.data.seq_len)
+    again = (3 + RECOMPUTED[cfg.model.remat]) / 3
+    return flops * again / target.num_devices / target.chip.flops
 
 
 def _held(tree: PyTree) -> int:

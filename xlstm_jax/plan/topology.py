@@ -26,9 +26,11 @@ class Target:
 
     name: str
     chip: Chip  # per device of JAX: half a chip where a chip is two of these
-    devices: tuple[Any, ...]
+    devices: tuple[Any, ...]  # as the compiler knows them; none where it cannot be asked
+    num_devices: int
     num_chips: int
     near: int  # devices joined by the fast network
+    refusal: str = ""  # why the compiler cannot be asked
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
@@ -37,16 +39,23 @@ class Target:
             yield
 
 
-def find_target(name: str) -> Target:
+def find_target(name: str, slices: int = 1) -> Target:
     """The hardware of a name: for TPUs VERSION:AxB or AxBxC, for GPUs KIND:HOSTSxGPUS.
 
+    Args:
+        slices: how many such TPUs the network of a data centre joins.
+
     Raises:
-        ConfigError: the name cannot be read, or its compiler is not installed.
+        ConfigError: the name cannot be read, or there are slices of GPUs.
     """
     kind, _, shape = name.partition(":")
     sizes = tuple(int(size) for size in shape.split("x")) if _is_shape(shape) else ()
+    if slices < 1 or (slices > 1 and kind in GPUS):
+        raise ConfigError(
+            f"slices={slices} must be 1, or more of a TPU; GPUs are hosts x GPUs: {kind}:32x8."
+        )
     if kind in TPUS and len(sizes) in (2, 3):
-        return _tpus(kind, sizes)
+        return _tpus(kind, sizes, slices)
     if kind in GPUS and len(sizes) == 2:
         return _gpus(kind, sizes)
     raise ConfigError(
@@ -70,44 +79,43 @@ def start_libtpu() -> None:
     }
 
 
-def _tpus(kind: str, sizes: tuple[int, ...]) -> Target:
+def _tpus(kind: str, sizes: tuple[int, ...], slices: int) -> Target:
     shape = "x".join(map(str, sizes))
     start_libtpu()
-    name = f"{_TPU_NAMES.get(kind, kind)}:{shape}"
-    devices = _described(f"{kind}:{shape}", "libtpu", platform="tpu", topology_name=name)
-    count = math.prod(sizes)
-    chip = _per_device(TPUS[kind], len(devices) // count)
-    return Target(f"{kind}:{shape}", chip, devices, count, near=len(devices))
+    description: dict[str, Any] = {"topology_name": f"{_TPU_NAMES.get(kind, kind)}:{shape}"}
+    if slices > 1:
+        description["num_slices"] = slices
+    devices, refusal = _described("libtpu", "tpu", **description)
+    chip, each = _per_device(TPUS[kind]), math.prod(sizes)
+    name = f"{kind}:{shape}" + (f" in {slices} slices" if slices > 1 else "")
+    near, chips = each * TPUS[kind].parts, each * slices
+    return Target(name, chip, devices, near * slices, chips, near, refusal)
 
 
 def _gpus(kind: str, sizes: tuple[int, ...]) -> Target:
     hosts, each = sizes
-    devices = _described(
-        f"{kind}:{hosts}x{each}",
-        "JAX's CUDA plugin",
-        platform="cuda",
-        target_config=gpus.target_config(GPUS[kind].device),
-        topology=f"1x{hosts}x{each}",
+    description = gpus.target_config(GPUS[kind].device)
+    devices, refusal = _described(
+        "JAX's CUDA plugin", "cuda", target_config=description, topology=f"1x{hosts}x{each}"
     )
-    return Target(f"{kind}:{hosts}x{each}", GPUS[kind], devices, hosts * each, near=each)
+    count = hosts * each
+    return Target(f"{kind}:{hosts}x{each}", GPUS[kind], devices, count, count, each, refusal)
 
 
 @functools.cache
-def _described(name: str, package: str, **description: str) -> tuple[Any, ...]:
+def _described(package: str, platform: str, **description: Any) -> tuple[tuple[Any, ...], str]:
+    """The devices, or why there are none."""
     try:
-        return tuple(topologies.get_topology_desc(**description).devices)
+        return tuple(topologies.get_topology_desc(platform=platform, **description).devices), ""
     except (RuntimeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
         reason = str(error).strip().split("\n")[0][:200]
-        raise ConfigError(
-            f"topology={name!r} cannot be compiled for here ({reason}); it needs {package}, which "
-            "pip install 'xlstm-jax[compile]' brings, and a shape that there is."
-        ) from error
+        return (), (
+            f"it cannot be compiled for here ({reason}); that needs {package}, which "
+            "pip install 'xlstm-jax[compile]' brings, and a shape that there is"
+        )
 
 
-def _per_device(chip: Chip, parts: int) -> Chip:
-    """A chip that is several devices, by the device."""
-    if parts <= 1:
-        return chip
+def _per_device(chip: Chip) -> Chip:
     names = ("flops", "memory_rate", "near_rate", "far_rate")
-    rates = {name: getattr(chip, name) / parts for name in names}
-    return chip._replace(memory=chip.memory // parts, **rates)
+    rates = {name: getattr(chip, name) / chip.parts for name in names}
+    return chip._replace(memory=chip.memory // chip.parts, **rates)

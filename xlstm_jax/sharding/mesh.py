@@ -124,7 +124,7 @@ def mesh_of(devices: Sequence[Any], sizes: dict[str, int]) -> Mesh:
     if len(devices) == 1:
         return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=types)
     if len(slices) == 1 or devices[0].platform != "tpu":
-        arranged = mesh_utils.create_device_mesh(shape, devices=devices)
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(arranged, MESH_AXES, axis_types=types)
     if sizes["data"] % len(slices):
         raise ConfigError(
@@ -133,7 +133,9 @@ def mesh_of(devices: Sequence[Any], sizes: dict[str, int]) -> Mesh:
         )
     outer = (len(slices), *(1,) * (len(shape) - 1))
     inner = (shape[0] // len(slices), *shape[1:])
-    arranged = mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices)
+    arranged = mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, allow_split_physical_axes=True
+    )
     return Mesh(arranged, MESH_AXES, axis_types=types)
 
 

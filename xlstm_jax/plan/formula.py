@@ -1,0 +1,121 @@
+"""State and exchanges of a step by formula: what the search begins with, and what lies beyond the
+compiler.
+
+Devices along fsdp gather every parameter twice, forward and backward, in the dtype of activations,
+and add up its gradient so that each keeps a part; then devices along data add up these parts.
+Under tensor every block adds up its output, forward, again, and the gradient of its input; under
+seq the devices exchange the memory that each span leaves.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xlstm_jax.flops import count_params
+from xlstm_jax.modules import LMConfig, param_shapes
+from xlstm_jax.plan.topology import Target
+from xlstm_jax.sharding import bytes_per_device, get_rules
+from xlstm_jax.train.config import ExperimentConfig, TrainConfig
+from xlstm_jax.train.optimizer import make_optimizer
+
+GATHERS = 2
+"""Compiled steps gather 1.9 to 2.2 times all parameters (`experiments/benchmarks/plan_scaling.py`):
+those of a block again for its gradient, where not both of its uses are in one fusion."""
+
+
+class Estimate(NamedTuple):
+    """Of one device."""
+
+    params_bytes: int
+    optimizer_bytes: int
+    sent: dict[str, float]  # kind of exchange -> bytes
+    network_seconds: float
+
+
+def estimate(cfg: ExperimentConfig, target: Target, sizes: dict[str, int]) -> Estimate:
+    """State and exchanges of a step on a mesh of these sizes."""
+    sent: dict[str, float] = {}
+    seconds = 0.0
+    for kind, axes, amount in _exchanges(cfg, target, sizes):
+        sent[kind] = sent.get(kind, 0.0) + amount
+        seconds += amount / _rate(target, sizes, axes)
+    model = dataclasses.replace(cfg.model, remat="none")  # nothing to the state
+    held = _state_bytes(model, cfg.train, cfg.mesh.rules_name(), tuple(sizes.items()))
+    return Estimate(*held, sent, seconds)
+
+
+@functools.cache
+def _state_bytes(
+    model: LMConfig, train: TrainConfig, rules: str, sizes: tuple[tuple[str, int], ...]
+) -> tuple[int, int]:
+    """Of parameters, and of what the optimiser holds."""
+    params = param_shapes(model)
+    moments = jax.eval_shape(make_optimizer(train).init, params)
+    one, two = (bytes_per_device(tree, get_rules(rules), dict(sizes)) for tree in (params, moments))
+    return one, two
+
+
+def _exchanges(cfg: ExperimentConfig, target: Target, sizes: dict[str, int]):
+    """Kind, axes of the mesh, and bytes that a device sends."""
+    width = jnp.dtype(cfg.model.dtype).itemsize
+    data, fsdp, seq, tensor = (sizes[name] for name in ("data", "fsdp", "seq", "tensor"))
+    tables = cfg.model.vocab_size * cfg.model.dim * (1 if cfg.model.tie_embeddings else 2)
+    blocks = count_params(cfg.model) - tables
+    micro = cfg.train.accumulation
+    gathered = (GATHERS * blocks + tables) * width * micro
+    # The gradients of both tables are added up in float32, once.
+    summed = blocks * width * micro + tables * 4
+    if fsdp > 1:
+        yield "all-gather", ("fsdp",), _ring(fsdp) * gathered / tensor
+        kind = "reduce-scatter"
+        if _is_whole_slice(target, fsdp):
+            kind, summed = "all-reduce", 2 * summed
+        yield kind, ("fsdp",), _ring(fsdp) * summed / tensor
+    parts = data * seq
+    if parts > 1:
+        each = (blocks * width * micro + tables * 4) / (fsdp * tensor)
+        yield "all-reduce", ("data", "seq"), 2 * _ring(parts) * each
+    tokens = cfg.data.batch_size * cfg.data.seq_len / (data * fsdp * seq)
+    if tensor > 1:
+        again = 0 if cfg.model.remat == "none" else 1
+        sums = (2 + again) * _products_per_block(cfg.model) * cfg.model.num_blocks
+        yield "all-reduce", ("tensor",), 2 * _ring(tensor) * sums * tokens * cfg.model.dim * width
+    if seq > 1:
+        rows = cfg.data.batch_size / (data * fsdp)
+        yield "all-gather", ("seq",), 3 * (seq - 1) * rows * _memory_bytes(cfg.model)
+
+
+def _ring(count: int) -> float:
+    """What a device sends of an array around a ring."""
+    return (count - 1) / count
+
+
+def _is_whole_slice(target: Target, fsdp: int) -> bool:
+    """libtpu adds up in every chip what all chips of a slice are to share: twice the bytes."""
+    return target.chip.device == "" and fsdp == target.num_devices
+
+
+def _rate(target: Target, sizes: dict[str, int], axes: tuple[str, ...]) -> float:
+    """Of the slowest network that a group crosses; inner axes are neighbours."""
+    names = ("data", "fsdp", "seq", "tensor")
+    reach = 1
+    for name in reversed(names[min(names.index(axis) for axis in axes) :]):
+        reach *= sizes[name]
+    return target.chip.near_rate if reach <= target.near else target.chip.far_rate
+
+
+def _products_per_block(cfg: LMConfig) -> float:
+    """Outputs that are added up: of the cell and of the feed-forward part."""
+    return sum(2 if letter in "Ms" else 1 for letter in cfg.pattern) / cfg.num_blocks
+
+
+def _memory_bytes(cfg: LMConfig) -> int:
+    """Of all mLSTM memories of a row, in float32."""
+    wide = cfg.large.widths(cfg.dim)[:2] if "M" in cfg.pattern else (0, 0)
+    inner = cfg.mlstm.width(cfg.dim)
+    large = cfg.pattern.count("M") * wide[0] * wide[1] // max(1, cfg.large.num_heads)
+    first = cfg.pattern.count("m") * inner * inner // cfg.mlstm.num_heads
+    return 4 * (large + first)
