@@ -144,6 +144,12 @@ def test_a_loop_whose_length_only_its_condition_tells_is_counted():
     counted = text.replace("  ROOT %true = pred[] constant(true)", condition)
     assert "known_trip_count" not in counted
     assert {c.times for c in Program(counted).collectives} == {5}
+    # Two steps at a time, the last one alone.
+    pairs = "  %two = s32[] constant(2)\n  %next = s32[] add(%i, %two)\n  ROOT %u = (s32[]"
+    unrolled = counted.replace("  ROOT %u = (s32[]", pairs).replace(
+        "tuple(%i, %y)", "tuple(%next, %y)"
+    )
+    assert {c.times for c in Program(unrolled).collectives} == {3}
     with pytest.raises(ValueError, match="the loop w does not say how often it runs"):
         _ = Program(text).times
 

@@ -54,7 +54,7 @@ def parse_with_config(
     """
     if args and not args[0].startswith("-"):
         if presets_too and args[0] in presets.names():
-            experiment = _with_preset(args[0])
+            experiment = with_preset(args[0])
         else:
             experiment = load_config(args[0], ExperimentConfig, _value_of("--size", args))
         default = cls(config=Path(args[0]), experiment=experiment)
@@ -67,7 +67,7 @@ def parse_with_config(
     )
 
 
-def _with_preset(name: str) -> ExperimentConfig:
+def with_preset(name: str) -> ExperimentConfig:
     model = presets.get(name)
     return ExperimentConfig(name=name, model=model, data=DataConfig(), train=TrainConfig())
 

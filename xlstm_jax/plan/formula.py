@@ -94,8 +94,9 @@ def _ring(count: int) -> float:
 
 
 def _is_whole_slice(target: Target, fsdp: int) -> bool:
-    """libtpu adds up in every chip what all chips of a slice are to share: twice the bytes."""
-    return target.chip.device == "" and fsdp == target.num_devices
+    """libtpu adds up in every chip what all chips of a slice are to share: twice the bytes. With 16
+    or fewer it passes parts around while it multiplies."""
+    return target.chip.device == "" and fsdp == target.num_devices > 16
 
 
 def _rate(target: Target, sizes: dict[str, int], axes: tuple[str, ...]) -> float:

@@ -117,19 +117,28 @@ class Program:
         return dict(found)
 
     def _trips(self, loop: Instruction) -> int:
-        """How often a loop runs: as the compiler says, or as its condition counts from 0 by 1."""
+        """How often a loop runs: as the compiler says, or as its counter goes from 0 to a bound."""
         said = _TRIPS.search(loop.attributes)
         if said:
             return int(said[1])
-        condition = re.search(rf"condition={_NAME}", loop.attributes)
+        called = {kind: name for kind, name in _CALLED.findall(loop.attributes)}
+        condition = self.computations.get(called.get("condition", ""), [])
         bounds = [
-            int(instruction.attributes.split(")")[0])
-            for instruction in self.computations.get(condition[1] if condition else "", ())
+            _number(instruction)
+            for instruction in condition
             if instruction.opcode == "constant" and instruction.shapes[0][0] in ("s32", "u32")
         ]
-        if len(bounds) != 1:
+        counters = [_index(i) for i in condition if i.opcode == "get-tuple-element"]
+        if len(bounds) != 1 or len(counters) != 1:
             raise ValueError(f"the loop {loop.name} does not say how often it runs")
-        return bounds[0]
+        return -(-bounds[0] // self._step(called["body"], counters[0]))
+
+    def _step(self, body: str, counter: int) -> int:
+        """What a loop adds to its counter; a step may be several of the loop that was written."""
+        own = {instruction.name: instruction for instruction in self.computations[body]}
+        value = own[self.computations[body][-1].operands[counter]]
+        added = [own[name] for name in value.operands if own[name].opcode == "constant"]
+        return _number(added[0]) if value.opcode == "add" and added else 1
 
     @functools.cached_property
     def collectives(self) -> list[Collective]:
@@ -236,8 +245,16 @@ def _read_of(source: Instruction, users: dict[str, list[Instruction]], by_name) 
     return total
 
 
-def _number(parameter: Instruction) -> int:
-    return int(parameter.attributes.split(")")[0])
+def _number(instruction: Instruction) -> int:
+    """Of a parameter its place, of a constant its value."""
+    return int(instruction.attributes.split(")")[0])
+
+
+def _index(instruction: Instruction) -> int:
+    """Which part of a tuple this is."""
+    found = re.search(r"index=(\d+)", instruction.attributes)
+    assert found is not None
+    return int(found[1])
 
 
 def _whole_lines(text: str) -> Iterator[str]:

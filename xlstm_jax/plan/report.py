@@ -82,7 +82,6 @@ def plan(cfg: ExperimentConfig, target: Target) -> Plan:
     held += memory.output_size_in_bytes - memory.alias_size_in_bytes
     sizes = dict(compiled.devices.mesh.shape)
     kept, _ = _kept(cfg, target, sizes)
-    # Under `tensor` features are cut as well, which shapes do not tell.
     kept = min(kept, memory.temp_size_in_bytes)
     return Plan(
         **_facts(cfg, target, sizes),
@@ -125,8 +124,9 @@ def _kept(cfg: ExperimentConfig, target: Target, sizes: dict[str, int]) -> tuple
     with target.compiling():
         each, copies = kept_per_row(cfg)
     rows = cfg.data.batch_size // cfg.train.accumulation
-    kept = each * rows // cuts_of_batch(get_rules(cfg.mesh.rules_name()), sizes)
-    return kept, copies // (sizes["fsdp"] * sizes["tensor"])
+    # Most of it are features, which devices along `tensor` share.
+    cuts = cuts_of_batch(get_rules(cfg.mesh.rules_name()), sizes) * sizes["tensor"]
+    return each * rows // cuts, copies // (sizes["fsdp"] * sizes["tensor"])
 
 
 def _facts(cfg: ExperimentConfig, target: Target, sizes: dict[str, int]) -> dict[str, Any]:
