@@ -198,3 +198,13 @@ def test_a_sum_and_the_slice_that_a_device_keeps_are_one_exchange():
         if c.times == 5 and c.kind != "all-gather"
     )
     assert (sums.kind, sums.payload) == ("reduce-scatter", 64 * 8 * 2)
+
+
+def test_what_crosses_slices_goes_through_the_host():
+    """As compilers for several slices of TPUs write it."""
+    send = """  %out = (bf16[16,8]{1,0}, u32[], token[]) send(%x, %i), channel_id=4,
+    frontend_attributes={_xla_megascale_target="{1,3:5}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}
+"""
+    found = Program(STARTED.replace("  %y = ", send + "  %y = ")).collectives
+    (far,) = (c for c in found if c.kind == "all-reduce")
+    assert (far.payload, far.group, far.times) == (16 * 8 * 2, (0, 16, 32, 48), 5)

@@ -1,10 +1,10 @@
 """State and exchanges of a step by formula: what the search begins with, and what lies beyond the
 compiler.
 
-Devices along fsdp gather every parameter twice, forward and backward, in the dtype of activations,
-and add up its gradient so that each keeps a part; then devices along data add up these parts.
-Under tensor every block adds up its output, forward, again, and the gradient of its input; under
-seq the devices exchange the memory that each span leaves.
+Devices along fsdp gather every parameter forward and backward, in the dtype of activations, and add
+up its gradient so that each keeps a part; then devices along data add up these parts. Under tensor
+every block adds up its output, forward, again, and the gradient of its input; under seq the devices
+exchange the memory that each span leaves.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from xlstm_jax.sharding import bytes_per_device, get_rules
 from xlstm_jax.train.config import ExperimentConfig, TrainConfig
 from xlstm_jax.train.optimizer import make_optimizer
 
-GATHERS = 2
-"""Compiled steps gather 1.9 to 2.2 times all parameters (`experiments/benchmarks/plan_scaling.py`):
-those of a block again for its gradient, where not both of its uses are in one fusion."""
+GATHERS = {"tpu": 2.25, "gpu": 2.0}
+"""How often a compiled step gathers the parameters of a block (`plan_scaling.py`): forward and
+backward, and on TPUs those before the cell once more, for the gradient of its input."""
 
 
 class Estimate(NamedTuple):
@@ -65,7 +65,7 @@ def _exchanges(cfg: ExperimentConfig, target: Target, sizes: dict[str, int]):
     tables = cfg.model.vocab_size * cfg.model.dim * (1 if cfg.model.tie_embeddings else 2)
     blocks = count_params(cfg.model) - tables
     micro = cfg.train.accumulation
-    gathered = (GATHERS * blocks + tables) * width * micro
+    gathered = (GATHERS["gpu" if target.chip.device else "tpu"] * blocks + tables) * width * micro
     # The gradients of both tables are added up in float32, once.
     summed = blocks * width * micro + tables * 4
     if fsdp > 1:
@@ -96,7 +96,7 @@ def _ring(count: int) -> float:
 def _is_whole_slice(target: Target, fsdp: int) -> bool:
     """libtpu adds up in every chip what all chips of a slice are to share: twice the bytes. With 16
     or fewer it passes parts around while it multiplies."""
-    return target.chip.device == "" and fsdp == target.num_devices > 16
+    return target.chip.device == "" and fsdp == target.near > 16
 
 
 def _rate(target: Target, sizes: dict[str, int], axes: tuple[str, ...]) -> float:

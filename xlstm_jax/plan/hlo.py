@@ -150,6 +150,8 @@ class Program:
         found: dict[str, Collective] = {}
         for name, times in self.times.items():
             for instruction in self.computations.get(name, ()):
+                if instruction.opcode == "send":
+                    found |= _between_slices(f"{name} {instruction.name}", instruction, times)
                 kind = instruction.opcode.removesuffix("-start")
                 group = _group(instruction.attributes) if kind in COLLECTIVES else ()
                 if len(group) > 1:
@@ -329,6 +331,24 @@ def _payload(kind: str, instruction: Instruction, count: int) -> int:
     if kind == "reduce-scatter":
         return sum(sizes) * count // (count + 1) if started else sum(sizes) * count
     return sum(sizes)
+
+
+def _between_slices(key: str, send: Instruction, times: int) -> dict[str, Collective]:
+    """What a TPU hands to its host, for those of other slices; nothing else is sent this way."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
+    target = re.search(r'_xla_megascale_target="\{(.*?)\}x\{(.*?)\}"', send.attributes)
+    if kind is None or target is None:
+        return {}
+    slices, chips = (_counted(part) for part in target.groups())
+    group = tuple(number * chips for number in range(slices))
+    name = kind[1].lower().replace("_", "-")
+    return {key: Collective(name, _bytes(*send.shapes[0]), group, times, send.shapes[0][0])}
+
+
+def _counted(ranges: str) -> int:
+    """How many numbers "0:3,7" stands for: five."""
+    ends = [part.split(":") for part in ranges.split(",")]
+    return sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
 
 
 def _group(attributes: str) -> tuple[int, ...]:

@@ -1,0 +1,37 @@
+"""Whole steps of training, compiled for clusters of GPUs by `xlstm_jax.plan`."""
+
+import dataclasses
+
+from experiments.benchmarks import gpu_offline
+from xlstm_jax.cli.options import with_preset
+from xlstm_jax.plan import find_target, plan
+from xlstm_jax.plan.hlo import Program
+from xlstm_jax.plan.step import compile_step
+from xlstm_jax.sharding import MeshConfig
+
+
+def paper(rows, mesh):
+    cfg = with_preset("xlstm_7b")
+    data = dataclasses.replace(cfg.data, batch_size=rows, seq_len=8192)
+    model = dataclasses.replace(cfg.model, remat="full")
+    return dataclasses.replace(cfg, model=model, data=data, mesh=mesh)
+
+
+def test_the_7b_run_of_the_paper_fits_its_gpus():
+    """256 GPUs, data 32 x fsdp 8, two rows of 8,192 tokens on each (arXiv:2503.13427)."""
+    found = plan(paper(512, MeshConfig(data=32, fsdp=8)), find_target("h100:32x8"))
+    assert found.num_chips == 256 and found.tokens_per_step == 512 * 8192
+    assert found.fits and found.held_bytes < 32 << 30
+    assert found.limit == "compute"
+    assert found.params_bytes + found.optimizer_bytes < 1.01 * 12 * found.num_params / 8
+
+
+def test_the_triton_kernels_are_inside_and_weights_travel_in_bfloat16():
+    compiled = compile_step(paper(8, MeshConfig(fsdp=8)), find_target("h100:1x8"))
+    names = {f"mlstm_{x}" for x in ("states", "h", "dstates", "dq", "dk", "dv")}
+    assert gpu_offline.kernels(compiled.program) == names
+    large = [c for c in Program(str(compiled.program.as_text())).collectives if c.payload > 2**20]
+    assert {c.dtype for c in large if c.kind == "all-gather"} == {"bf16"}
+    scattered = [c for c in large if c.kind == "reduce-scatter"]
+    assert sum(c.times for c in scattered) >= 3 * 32
+    assert not [c for c in large if c.kind == "all-reduce"]

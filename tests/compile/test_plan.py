@@ -1,0 +1,78 @@
+"""Whole steps of training, compiled for pods by `xlstm_jax.plan`."""
+
+import dataclasses
+
+import pytest
+
+from experiments.benchmarks import tpu_offline
+from xlstm_jax.cli.options import with_preset
+from xlstm_jax.flops import count_params
+from xlstm_jax.plan import find_target, plan
+from xlstm_jax.plan.hlo import Program
+from xlstm_jax.plan.step import compile_step
+from xlstm_jax.sharding import MeshConfig
+
+
+def config(preset, mesh, rows, seq_len, **model):
+    cfg = with_preset(preset)
+    data = dataclasses.replace(cfg.data, batch_size=rows, seq_len=seq_len)
+    model = dataclasses.replace(cfg.model, remat="full", **model)
+    return dataclasses.replace(cfg, model=model, data=data, mesh=mesh)
+
+
+def test_a_step_of_the_1_4b_model_fits_sixteen_chips_and_holds_nothing_whole():
+    cfg = config("scaling_1.4b", MeshConfig(fsdp=16), 16, 2048)
+    target = find_target("v5e:4x4")
+    assert tpu_offline.kernels(compile_step(cfg, target).program) == {
+        "mlstm_forward",
+        "mlstm_backward",
+    }
+    found = plan(cfg, target)
+    # Weights and both moments, cut over all chips; norms and gate biases alone are held whole.
+    state = 12 * found.num_params
+    assert found.params_bytes + found.optimizer_bytes < 1.01 * state / 16
+    # Logits of 1,334 positions at once, where fewer would move more (`ops/cross_entropy.py`).
+    assert found.fits and found.held_bytes < 5 << 30
+    assert found.held_bytes > found.params_bytes + found.optimizer_bytes + found.activations_bytes
+
+
+@pytest.fixture(scope="module")
+def program():
+    """Four layers as wide as those of the 7B model, under data and fsdp."""
+    cfg = config("xlstm_7b", MeshConfig(fsdp=8), 16, 1024, pattern="MMMM")
+    return Program(str(compile_step(cfg, find_target("v5e:4x4")).program.as_text()))
+
+
+def test_parameters_travel_in_the_dtype_of_activations(program):
+    """Everything that is gathered and large; the gradients of blocks come back in it as well."""
+    large = [c for c in program.collectives if c.payload > 2**20]
+    gathered = [c for c in large if c.kind == "all-gather"]
+    assert len(gathered) >= 6 and {c.dtype for c in gathered} == {"bf16"}
+    assert {c.times for c in gathered} == {1, 4}  # tables, and blocks
+
+
+def test_no_chip_adds_up_gradients_of_blocks_that_it_keeps_a_part_of(program):
+    """What is added up whole, along data, is no larger than that part."""
+    blocks = [c for c in program.collectives if c.times == 4 and c.payload > 2**20]
+    assert {"all-gather", "reduce-scatter", "all-reduce"} <= {c.kind for c in blocks}
+    largest = max(c.payload for c in blocks if c.kind == "reduce-scatter")
+    assert largest == 4096 * 21888 * 2
+    whole = sum(c.payload for c in blocks if c.kind == "all-reduce")
+    parts = sum(c.payload for c in blocks if c.kind == "reduce-scatter") / 8
+    assert whole == pytest.approx(parts, rel=0.05)
+
+
+def test_only_parts_of_gradients_cross_the_network_between_slices():
+    cfg = config("scaling_160m", MeshConfig(fsdp=16), 32, 512, pattern="MM")
+    target = find_target("v5e:4x4", slices=2)
+    assert (target.num_devices, target.near, len(target.devices)) == (32, 16, 32)
+    compiled = compile_step(cfg, target)
+    assert dict(compiled.devices.mesh.shape) == {"data": 2, "fsdp": 16, "seq": 1, "tensor": 1}
+    far = [
+        c
+        for c in Program(str(compiled.program.as_text())).collectives
+        if len({device // 16 for device in c.group}) > 1 and c.payload > 2**16
+    ]
+    assert far and {c.kind for c in far} <= {"all-reduce", "all-gather", "reduce-scatter"}
+    # Two tables and two blocks, a sixteenth of each.
+    assert sum(c.payload * c.times for c in far) < 1.2 * 4 * count_params(cfg.model) / 16

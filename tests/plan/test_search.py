@@ -1,0 +1,166 @@
+"""What formulas say of runs, and the search for the best that fits; nothing is compiled."""
+
+import dataclasses
+
+import pytest
+
+from xlstm_jax.cli.options import with_preset
+from xlstm_jax.config import ConfigError
+from xlstm_jax.flops import count_params
+from xlstm_jax.modules import LargeConfig, LMConfig
+from xlstm_jax.plan import Target, find_target, search
+from xlstm_jax.plan.activations import kept_for_backward, kept_per_row
+from xlstm_jax.plan.chips import GPUS, TPUS
+from xlstm_jax.plan.formula import estimate
+from xlstm_jax.plan.report import plan
+from xlstm_jax.sharding import MeshConfig
+
+SMALL = LMConfig(
+    vocab_size=512, dim=256, pattern="MMMM", large=LargeConfig(num_heads=4), dtype="bfloat16"
+)
+
+
+ALONE = MeshConfig()
+
+
+def config(mesh=ALONE, batch_size=8, seq_len=256, **model):
+    cfg = with_preset("scaling_160m")
+    data = dataclasses.replace(cfg.data, batch_size=batch_size, seq_len=seq_len)
+    return dataclasses.replace(cfg, model=dataclasses.replace(SMALL, **model), data=data, mesh=mesh)
+
+
+def target(count=8, memory=2**30, kind="h100", near=8):
+    """Chips that no compiler here knows."""
+    chip = (GPUS | TPUS)[kind]._replace(memory=memory)
+    return Target(f"{kind}:test", chip, (), count, count, near, "for the test")
+
+
+def sizes(**given):
+    return {"data": 1, "fsdp": 1, "seq": 1, "tensor": 1} | given
+
+
+def test_what_rows_keep_grows_with_them_and_what_weights_keep_does_not():
+    each, copies = kept_per_row(config(remat="full"))
+    many = config(batch_size=6, remat="full")
+    assert kept_for_backward(many) == 6 * each + copies
+    # At least the input of every block, in bfloat16.
+    assert each >= 4 * 256 * 256 * 2
+    assert kept_per_row(config(remat="none"))[0] > 4 * each
+
+
+def test_parameters_are_gathered_twice_and_gradients_scattered_once():
+    cfg = config(MeshConfig(fsdp=4))
+    found = estimate(cfg, target(), sizes(fsdp=4))
+    tables = 2 * 512 * 256
+    blocks = count_params(cfg.model) - tables
+    assert found.sent["all-gather"] == pytest.approx(0.75 * (4 * blocks + 2 * tables), rel=0.05)
+    assert found.sent["reduce-scatter"] == pytest.approx(0.75 * (2 * blocks + 4 * tables), rel=0.05)
+    assert "all-reduce" not in found.sent
+
+
+def test_parts_of_gradients_are_added_up_along_data():
+    alone = estimate(config(MeshConfig(fsdp=4)), target(4), sizes(fsdp=4)).sent
+    twice = estimate(config(MeshConfig(fsdp=4)), target(), sizes(data=2, fsdp=4)).sent
+    assert twice["all-reduce"] == pytest.approx(alone["reduce-scatter"] / 3)
+    assert twice["all-gather"] == alone["all-gather"]
+
+
+def test_all_chips_of_a_slice_add_up_whole_gradients():
+    """As libtpu compiles it."""
+    whole = estimate(config(MeshConfig(fsdp=32)), target(32, kind="v5e", near=32), sizes(fsdp=32))
+    half = estimate(
+        config(MeshConfig(fsdp=32)), target(64, kind="v5e", near=64), sizes(data=2, fsdp=32)
+    )
+    assert "reduce-scatter" not in whole.sent
+    assert whole.sent["all-reduce"] == pytest.approx(2 * half.sent["reduce-scatter"])
+
+
+def test_exchanges_between_hosts_take_the_slower_network():
+    near = estimate(config(MeshConfig(fsdp=8)), target(8), sizes(fsdp=8))
+    far = estimate(config(MeshConfig(fsdp=8)), target(8, near=4), sizes(fsdp=8))
+    chip = GPUS["h100"]
+    assert far.sent == near.sent
+    assert far.network_seconds / near.network_seconds == pytest.approx(
+        chip.near_rate / chip.far_rate
+    )
+
+
+@pytest.mark.parametrize("axis", ["seq", "tensor"])
+def test_cut_spans_and_cut_features_are_paid_for(axis):
+    mesh = MeshConfig(**{axis: 2})
+    alone = estimate(config(), target(4), sizes(data=4))
+    cut = estimate(config(mesh), target(4), sizes(data=2, **{axis: 2}))
+    assert cut.sent != alone.sent and cut.network_seconds > 0
+
+
+def test_a_plan_without_a_compiler_says_so_and_gives_what_is_certain():
+    found = plan(config(MeshConfig(fsdp=4)), target())
+    assert found.refusal == "for the test" and found.compile_seconds == 0
+    assert set(found.seconds) == {"compute", "network"}
+    assert found.held_bytes > 4 * found.params_bytes
+    assert found.mesh == sizes(data=2, fsdp=4)
+    with pytest.raises(ConfigError, match="data.batch_size must be a multiple of 8"):
+        plan(config(MeshConfig(fsdp=4), batch_size=9), target())
+
+
+def test_where_everything_fits_devices_share_nothing():
+    best, found = search.fit(config(), target(memory=2**40))
+    assert best.sizes == sizes(data=8) and best.cfg.model.remat == "none"
+    assert best.rows == max(search.ROWS) and best.cfg.data.batch_size == 8 * best.rows
+    assert found.fits
+
+
+def test_candidates_come_fastest_first_and_could_fit():
+    found = search.candidates(config(), target(memory=100 * 2**20))
+    rates = [candidate.tokens_per_second for candidate in found]
+    assert rates == sorted(rates, reverse=True) and len(rates) > 10
+    assert all(candidate.least_bytes <= 100 * 2**20 for candidate in found)
+    assert {c.cfg.model.remat for c in found} == {"dots", "full", "none"}
+    assert {c.sizes["tensor"] for c in found} > {1, 2}
+
+
+def compiled(monkeypatch, held):
+    """Plans as a compiler that needs `held(candidate)` would have them; returns what was asked."""
+    asked = []
+
+    def told(cfg, target):
+        found = plan(cfg, target)
+        asked.append((cfg.model.remat, cfg.data.batch_size // 8, dict(found.mesh)))
+        return dataclasses.replace(found, held_bytes=held(found, cfg))
+
+    monkeypatch.setattr(search, "plan", told)
+    return asked
+
+
+def test_what_does_not_fit_as_compiled_is_passed_over(monkeypatch):
+    """A compiler that takes 60 MiB more than formulas say."""
+    chips, told = target(memory=200 * 2**20), []
+    asked = compiled(monkeypatch, lambda found, cfg: found.held_bytes + 60 * 2**20)
+    best, found = search.fit(config(), chips, tell=lambda candidate, plan: told.append(plan))
+    assert found.fits and found.held_bytes <= 200 * 2**20
+    assert len(told) == len(asked) >= 2 and not any(plan.fits for plan in told[:-1])
+    before = search.candidates(config(), chips)
+    assert before.index(best) > len(asked)  # most of what cannot fit was not compiled
+
+
+def test_what_fits_nowhere_is_refused_with_what_the_smallest_needs(monkeypatch):
+    monkeypatch.setattr(search, "MOST_COMPILED", 2)
+    compiled(monkeypatch, lambda found, cfg: 3 * 2**30)
+    with pytest.raises(ConfigError, match=r"has no room for this run.*the smallest needs 3.0 GiB"):
+        search.fit(config(), target())
+    with pytest.raises(ConfigError, match="0 were compiled and none fits"):
+        search.fit(config(), target(memory=2**20))
+
+
+def test_slices_are_of_tpus():
+    with pytest.raises(ConfigError, match="slices=2 must be 1, or more of a TPU"):
+        find_target("h100:2x8", slices=2)
+    with pytest.raises(ConfigError, match="slices=0"):
+        find_target("v5e:4x4", slices=0)
+
+
+def test_a_plan_knows_its_limit():
+    found = plan(config(), target())
+    slow = dataclasses.replace(found, seconds={"compute": 1.0, "memory": 3.0})
+    assert (slow.limit, slow.step_seconds, slow.fits) == ("memory", 3.0, True)
+    assert not dataclasses.replace(found, memory_bytes=1).fits
