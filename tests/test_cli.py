@@ -16,6 +16,7 @@ import pytest
 from experiments.char_lm import SMOKE
 from xlstm_jax import config, cpu
 from xlstm_jax.cli import main, train
+from xlstm_jax.plan import topology
 from xlstm_jax.train import DivergedError, FitResult, TrainState
 from xlstm_jax.train.guard import Guard
 
@@ -84,6 +85,8 @@ BAD = {
     "0.5 there)",
     "describe CONFIG --model.dim 0": "dim must be at least 1, got 0",
     "describe CONFIG --fresh": "--fresh is not an option of `xlstm-jax describe`",
+    "plan CONFIG --topology v9:2x2": "topology='v9:2x2' must be a kind of chip and a shape",
+    "plan CONFIG --topology h100:2x8 --slices 2": "slices=2 must be 1, or more of a TPU",
     "evaluate": "`xlstm-jax evaluate` needs RUN",
     "evaluate nowhere": "nowhere does not exist",
     "evaluate other": "other has no checkpoint yet; train it first",
@@ -116,7 +119,7 @@ def test_a_fault_that_is_no_bad_input_keeps_its_traceback(monkeypatch):
         main(["train", CONFIG, "--size", "smoke"])
 
 
-@pytest.mark.parametrize("command", ["train", "describe"])
+@pytest.mark.parametrize("command", ["train", "describe", "plan"])
 def test_help_lists_every_field_of_the_config_with_its_default(capsys, command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
@@ -140,7 +143,7 @@ def test_help_without_a_config_lists_the_same_options(capsys):
     assert all(
         f"--{name.replace('_', '-')}" in text for name in config.flatten(config.to_dict(SMOKE))
     )
-    assert "--run-dir" in text and "--fresh" in text
+    assert "--run-dir" in text and "--fresh" in text and "--processes.coordinator" in text
 
 
 @pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["-h"], 0)])
@@ -197,6 +200,33 @@ def test_a_run_lies_where_its_config_says(workplace):
     assert train._default_run_dir(Path(CONFIG)) == Path("runs/char_lm")
     assert train._default_run_dir(Path("old/config.json")) == Path("old")
     assert train._default_run_dir(Path("old")) == Path("old")
+
+
+def without_compiler(monkeypatch):
+    refused = (), "nobody to ask"
+    monkeypatch.setattr(topology, "_described", lambda *args, **kwargs: refused)
+
+
+def test_plan_tells_what_a_run_would_take_and_leaves_only_its_file(workplace, capsys, monkeypatch):
+    without_compiler(monkeypatch)
+    argv = ["plan", "scaling_160m", "--topology", "h100:2x8", "--mesh.fsdp", "8"]
+    assert main([*argv, "--data.batch-size", "16", "--out", "plan.json"]) == 0
+    text = capsys.readouterr().out
+    assert "data 2 x fsdp 8 under fsdp" in text and "fits" in text and "network bound" in text
+    assert "not compiled, all of it by formula: nobody to ask" in text
+    written = json.loads((workplace / "plan.json").read_text())
+    assert written["num_chips"] == 16 and written["fits"] and written["limit"] == "network"
+    assert list(files(workplace)) == [workplace / "plan.json"]
+
+
+def test_plan_searches_and_says_how_to_have_what_it_found(capsys, monkeypatch):
+    without_compiler(monkeypatch)
+    argv = ["plan", "scaling_160m", "--topology", "v5e:2x2", "--fit", "--data.seq-len", "1024"]
+    assert main(argv) == 0
+    text = capsys.readouterr().out
+    flags = text[text.rindex("--mesh.data") :].split()
+    assert flags[:2] == ["--mesh.data", "4"] and "--data.batch-size" in flags
+    assert f"{' '.join(flags)}: " in text  # it was told when it was tried
 
 
 def test_describe_tells_shapes_costs_and_the_decayed_set_and_leaves_no_trace(workplace, capsys):

@@ -16,7 +16,8 @@ import json
 import math
 import pathlib
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import jax
 import tyro
@@ -41,9 +42,20 @@ FSDP = {
 }
 """Chips that share the state of a model, as far as there are as many; the others repeat it."""
 
+RUNS_7B = {
+    "v5e:16x16": (64, 256),
+    "v6e:16x16": (16, 256),
+    "v5p:8x8x4": (16, 256),
+    "v5p:16x16x16": (16, 4096),
+    "h100:1x8": (8, 8),
+    "h100:32x8": (8, 512),
+}
+"""Hardware -> fsdp and rows of the 7B model; the last as in arXiv:2503.13427."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
+    table: Literal["7b", "scaling"] = "scaling"
     models: tuple[str, ...] = tuple(FSDP)
     kinds: tuple[str, ...] = ("v5p", "h100")
     seq_len: int = 8192
@@ -51,23 +63,35 @@ class Arguments:
     out: pathlib.Path | None = None
 
 
-def config(model: str, target: Target, fsdp: int, seq_len: int) -> ExperimentConfig:
-    """One row on every chip."""
+def config(model: str, fsdp: int, rows: int, seq_len: int) -> ExperimentConfig:
+    """A run of a preset; what is within a block is computed again."""
     cfg = with_preset(model)
-    data = dataclasses.replace(cfg.data, batch_size=target.num_devices, seq_len=seq_len)
     return dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, remat="full"),
-        mesh=MeshConfig(fsdp=min(fsdp, target.num_devices)),
-        data=data,
+        mesh=MeshConfig(fsdp=fsdp),
+        data=dataclasses.replace(cfg.data, batch_size=rows, seq_len=seq_len),
     )
 
 
-def row(model: str, topology: str, seq_len: int) -> dict[str, Any]:
+def runs(args: Arguments) -> Iterator[tuple[str, Target, int, int]]:
+    """Model, hardware, fsdp and rows of every line."""
+    if args.table == "7b":
+        for topology, (fsdp, rows) in RUNS_7B.items():
+            yield "xlstm_7b", find_target(topology), fsdp, rows
+        return
+    for kind in args.kinds:
+        for shape in args.shapes or TOPOLOGIES[kind]:
+            target = find_target(f"{kind}:{shape}")
+            of = "gpu" if target.chip.device else "tpu"
+            for model in args.models:
+                fsdp = min(FSDP[model][of], target.num_devices)
+                yield model, target, fsdp, target.num_devices
+
+
+def row(model: str, target: Target, fsdp: int, rows: int, seq_len: int) -> dict[str, Any]:
     """A plan, and what the formula says of its exchanges."""
-    target = find_target(topology)
-    on_gpus = target.chip.device != ""
-    cfg = config(model, target, FSDP[model]["gpu" if on_gpus else "tpu"], seq_len)
+    cfg = config(model, fsdp, rows, seq_len)
     found = plan(cfg, target)
     formula = estimate(cfg, target, found.mesh)
     return dataclasses.asdict(found) | {
@@ -104,11 +128,9 @@ def line(found: dict[str, Any]) -> str:
 def main(args: Arguments) -> int:
     jax.config.update("jax_platforms", "cpu")
     rows = []
-    for kind in args.kinds:
-        for shape in args.shapes or TOPOLOGIES[kind]:
-            for model in args.models:
-                rows.append(row(model, f"{kind}:{shape}", args.seq_len))
-                print(line(rows[-1]), flush=True)
+    for model, target, fsdp, num_rows in runs(args):
+        rows.append(row(model, target, fsdp, num_rows, args.seq_len))
+        print(line(rows[-1]), flush=True)
     worst = max(abs(math.log(r["formula_sent"] / r["sent"])) for r in rows)
     print(f"the formula is off by a factor of {math.exp(worst):.2f} at most")
     if args.out is not None:

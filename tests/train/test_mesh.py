@@ -173,9 +173,13 @@ def test_the_state_is_made_where_it_belongs(mesh):
             assert pieces == 1
 
 
-@pytest.mark.parametrize("name", ["xlstm_7b", "xlstm_1.3b_7:1", "xlstm_125m_1:0"])
-def test_no_large_parameter_of_a_preset_is_whole_under_fsdp(name):
-    sizes = {"data": 32, "fsdp": 8, "seq": 1, "tensor": 1}
+@pytest.mark.parametrize(
+    "name,fsdp",
+    # 256 does not divide the rows of the table of tokens.
+    [("xlstm_7b", 8), ("xlstm_7b", 256), ("xlstm_1.3b_7:1", 8), ("xlstm_125m_1:0", 8)],
+)
+def test_no_large_parameter_of_a_preset_is_whole_under_fsdp(name, fsdp):
+    sizes = {"data": 32, "fsdp": fsdp, "seq": 1, "tensor": 1}
     shapes = param_shapes(presets.get(name))
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         spec = partition_spec(path_name(path), leaf.shape, get_rules("fsdp"), sizes)
@@ -256,6 +260,18 @@ def test_a_run_resumed_on_its_own_mesh_is_the_same_bit_for_bit(run_config, tmp_p
     result = fit(cfg, tmp_path / "cut")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert_same(result.state, whole.state)
+
+
+@slow
+def test_a_checkpoint_of_another_config_is_refused_with_the_differing_fields(run_config, tmp_path):
+    """The mesh may differ, and is not named."""
+    short = dataclasses.replace(run_config.train, steps=1)
+    fit(on(dataclasses.replace(run_config, train=short), fsdp=2), tmp_path / "run")
+    other = dataclasses.replace(run_config, model=dataclasses.replace(run_config.model, dim=64))
+    dim = run_config.model.dim
+    with pytest.raises(ConfigError, match=f"model.dim: 64 here, {dim} there") as caught:
+        fit(on(other, fsdp=4, tensor=2), tmp_path / "run")
+    assert "mesh" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
