@@ -51,7 +51,7 @@ MAY_IMPORT = {
         *STOREY_3,
         "xlstm_jax",
         "xlstm_jax.flops",
-        *(f"xlstm_jax.train.{name}" for name in ("config", "optimizer", "state", "step")),
+        *(f"xlstm_jax.train.{name}" for name in ("config", "losses", "optimizer", "state", "step")),
     ),
     "xlstm_jax.check": (*STOREY_3, "xlstm_jax", "xlstm_jax.train.step"),
     "xlstm_jax.report": (*STOREY_3, "xlstm_jax"),
