@@ -8,6 +8,7 @@ from experiments.benchmarks import tpu_offline
 from xlstm_jax.cli.options import with_preset
 from xlstm_jax.flops import count_params
 from xlstm_jax.plan import find_target, plan
+from xlstm_jax.plan.collectives import collectives
 from xlstm_jax.plan.hlo import Program
 from xlstm_jax.plan.step import compile_step
 from xlstm_jax.sharding import MeshConfig
@@ -27,7 +28,7 @@ def test_a_step_of_the_1_4b_model_fits_sixteen_chips_and_holds_nothing_whole():
     # Weights and both moments, cut over all chips; norms and gate biases alone are held whole.
     state = 12 * found.num_params
     assert found.params_bytes + found.optimizer_bytes < 1.01 * state / 16
-    assert found.fits and found.held_bytes < 5 << 30
+    assert found.fits and found.held_bytes < 4 << 30
     assert found.held_bytes > found.params_bytes + found.optimizer_bytes + found.activations_bytes
 
 
@@ -49,7 +50,7 @@ def test_the_kernels_are_inside(compiled):
 
 def test_parameters_travel_in_the_dtype_of_activations(program):
     """Everything that is gathered and large; the gradients of blocks come back in it as well."""
-    large = [c for c in program.collectives if c.payload > 2**20]
+    large = [c for c in collectives(program) if c.payload > 2**20]
     gathered = [c for c in large if c.kind == "all-gather"]
     assert len(gathered) >= 6 and {c.dtype for c in gathered} == {"bf16"}
     assert {c.times for c in gathered} == {1, 4}  # tables, and blocks
@@ -57,7 +58,7 @@ def test_parameters_travel_in_the_dtype_of_activations(program):
 
 def test_no_chip_adds_up_gradients_of_blocks_that_it_keeps_a_part_of(program):
     """What is added up whole, along data, is no larger than that part."""
-    blocks = [c for c in program.collectives if c.times == 4 and c.payload > 2**20]
+    blocks = [c for c in collectives(program) if c.times == 4 and c.payload > 2**20]
     assert {"all-gather", "reduce-scatter", "all-reduce"} <= {c.kind for c in blocks}
     largest = max(c.payload for c in blocks if c.kind == "reduce-scatter")
     assert largest == 4096 * 21888 * 2
@@ -74,7 +75,7 @@ def test_only_parts_of_gradients_cross_the_network_between_slices():
     assert dict(compiled.devices.mesh.shape) == {"data": 2, "fsdp": 16, "seq": 1, "tensor": 1}
     far = [
         c
-        for c in Program(str(compiled.program.as_text())).collectives
+        for c in collectives(Program(str(compiled.program.as_text())))
         if len({device // 16 for device in c.group}) > 1 and c.payload > 2**16
     ]
     assert far and {c.kind for c in far} <= {"all-reduce", "all-gather", "reduce-scatter"}

@@ -6,7 +6,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from xlstm_jax.plan.hlo import Collective, Program, _group
+from xlstm_jax.plan.collectives import Collective, _group, collectives
+from xlstm_jax.plan.hlo import Program
+from xlstm_jax.plan.traffic import memory_traffic
 from xlstm_jax.sharding import make_mesh
 
 LAYERS, WIDTH, ROWS = 7, 64, 16
@@ -33,10 +35,10 @@ def program():
 
 
 def test_what_a_loop_exchanges_counts_as_often_as_it_runs(program):
-    (gather,) = (c for c in program.collectives if c.kind == "all-gather")
+    (gather,) = (c for c in collectives(program) if c.kind == "all-gather")
     assert gather.times == LAYERS and gather.group == (0, 1, 2, 3)
     assert gather.payload == WIDTH * WIDTH * 4 and gather.sent == 0.75 * gather.payload
-    (reduce,) = (c for c in program.collectives if c.kind == "all-reduce")
+    (reduce,) = (c for c in collectives(program) if c.kind == "all-reduce")
     assert reduce.times == 1 and reduce.payload == 4 and len(reduce.group) == 8
 
 
@@ -45,7 +47,7 @@ def test_a_slice_of_a_stack_is_not_the_whole_of_it(program):
     layer = WIDTH * WIDTH * 4
     rows = ROWS // 8 * WIDTH * 4
     least = LAYERS * (layer / 4 + 2 * layer + 2 * rows)
-    assert least < program.memory_traffic < 2 * least
+    assert least < memory_traffic(program) < 2 * least
 
 
 @pytest.mark.parametrize(
@@ -127,11 +129,11 @@ ENTRY %main (q: bf16[16,8]) -> (s32[], bf16[16,8]) {
 
 def test_what_is_started_early_or_fused_counts_once():
     """As compilers for accelerators write it, in several lines where there is much to say."""
-    found = {c.kind: c for c in Program(STARTED).collectives}
+    found = {c.kind: c for c in collectives(Program(STARTED))}
     assert set(found) == {"all-gather", "reduce-scatter"}
     assert all(c.payload == 64 * 8 * 2 and c.times == 5 for c in found.values())
     piece, whole = 16 * 8 * 2, 64 * 8 * 2  # each written once and read once in every step
-    assert Program(STARTED).memory_traffic == 5 * 2 * (piece + whole)
+    assert memory_traffic(Program(STARTED)) == 5 * 2 * (piece + whole)
 
 
 def test_a_loop_whose_length_only_its_condition_tells_is_counted():
@@ -143,13 +145,13 @@ def test_a_loop_whose_length_only_its_condition_tells_is_counted():
   ROOT %less = pred[] compare(%j, %n), direction=LT"""
     counted = text.replace("  ROOT %true = pred[] constant(true)", condition)
     assert "known_trip_count" not in counted
-    assert {c.times for c in Program(counted).collectives} == {5}
+    assert {c.times for c in collectives(Program(counted))} == {5}
     # Two steps at a time, the last one alone.
     pairs = "  %two = s32[] constant(2)\n  %next = s32[] add(%i, %two)\n  ROOT %u = (s32[]"
     unrolled = counted.replace("  ROOT %u = (s32[]", pairs).replace(
         "tuple(%i, %y)", "tuple(%next, %y)"
     )
-    assert {c.times for c in Program(unrolled).collectives} == {3}
+    assert {c.times for c in collectives(Program(unrolled))} == {3}
     with pytest.raises(ValueError, match="the loop w does not say how often it runs"):
         _ = Program(text).times
 
@@ -160,11 +162,11 @@ def test_an_exchange_spread_over_several_fusions_is_one():
     again += " replica_groups=[1,4]<=[4], dimensions={0}\n"
     one = STARTED.replace("all-gather-start(%x),", "all-gather-start(%x), channel_id=7,")
     twice = one.replace("  %g = ", again + "  %g = ")
-    assert len(Program(twice).collectives) == len(Program(one).collectives) == 2
+    assert len(collectives(Program(twice))) == len(collectives(Program(one))) == 2
     scattered = STARTED.replace("reduce-scatter(%p),", "reduce-scatter(%p), channel_id=7,")
     fusion = "  %z = bf16[16,8]{1,0} fusion(%g), kind=kCustom, calls=%scattered\n"
     sums = scattered.replace("  ROOT %u = (s32[]", fusion + "  ROOT %u = (s32[]")
-    assert {c.times for c in Program(sums).collectives} == {5, 10}
+    assert {c.times for c in collectives(Program(sums))} == {5, 10}
 
 
 def test_an_exchange_that_lasts_through_a_loop_runs_once():
@@ -179,7 +181,9 @@ def test_an_exchange_that_lasts_through_a_loop_runs_once():
     text = STARTED.replace("%body (", part + part.replace("part", "begin") + "%body (")
     text = text.replace("  %y = ", "  %v = bf16[64,8]{1,0} fusion(%x), calls=%part\n  %y = ")
     early = "  %early = bf16[64,8]{1,0} fusion(%q), calls=%begin\n"
-    found = [c.times for c in Program(text.replace("  %init = ", early + "  %init = ")).collectives]
+    found = [
+        c.times for c in collectives(Program(text.replace("  %init = ", early + "  %init = ")))
+    ]
     assert sorted(found) == [1, 5, 5]
 
 
@@ -194,7 +198,7 @@ def test_a_sum_and_the_slice_that_a_device_keeps_are_one_exchange():
     whole = STARTED[STARTED.index("  ROOT %r = ") : STARTED.index("%body (") + len("%body (")]
     (sums,) = (
         c
-        for c in Program(STARTED.replace(whole, kept)).collectives
+        for c in collectives(Program(STARTED.replace(whole, kept)))
         if c.times == 5 and c.kind != "all-gather"
     )
     assert (sums.kind, sums.payload) == ("reduce-scatter", 64 * 8 * 2)
@@ -205,6 +209,6 @@ def test_what_crosses_slices_goes_through_the_host():
     send = """  %out = (bf16[16,8]{1,0}, u32[], token[]) send(%x, %i), channel_id=4,
     frontend_attributes={_xla_megascale_target="{1,3:5}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}
 """
-    found = Program(STARTED.replace("  %y = ", send + "  %y = ")).collectives
+    found = collectives(Program(STARTED.replace("  %y = ", send + "  %y = ")))
     (far,) = (c for c in found if c.kind == "all-reduce")
     assert (far.payload, far.group, far.times) == (16 * 8 * 2, (0, 16, 32, 48), 5)

@@ -6,28 +6,17 @@ in every device before each takes its part: the table of token vectors and the h
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from xlstm_jax.sharding.axes import cutting, dividing
+from xlstm_jax.sharding.axes import cuts, cutting, free_axes
 
 
 def cut_of(shape: Sequence[int], names: Sequence[str]) -> P:
     """How the rules in use cut a parameter whose axes have these names over the active mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    sizes = {name: mesh.shape[name] for name, kind in kinds if kind != AxisType.Manual}
-    sizes = {name: size for name, size in sizes.items() if size > 1}
-    used: set[str] = set()
-    cuts = []
-    for length, name in zip(shape, names, strict=True):
-        chosen = dividing(length, [axis for axis in cutting(name) if axis not in used], sizes)
-        used.update(chosen)
-        cuts.append(chosen or None)
-    return P(*cuts)
+    sizes = {name: size for name, size in free_axes().items() if size > 1}
+    return cuts(shape, [cutting(name) for name in names], sizes)
 
 
 def gather(part: jax.Array, cut: P) -> jax.Array:
@@ -47,22 +36,24 @@ def add_up_cut(whole: jax.Array, cut: P) -> jax.Array:
     return whole
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gathered(part: jax.Array, cut: P, dtype: Any) -> jax.Array:
-    """All of a parameter, after it has travelled in `dtype`; in the dtype it had.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def gathered_beside(x: jax.Array, part: jax.Array, cut: P) -> tuple[jax.Array, jax.Array]:
+    """x, and all of a parameter after it has travelled in x's dtype, in the dtype it had.
 
     Its gradient is added up over devices in the dtype it has: that of the parameter, whatever the
-    one of activations is.
+    one of activations is. That of x is handed on no sooner. A compiler may put the sum off
+    otherwise, for as long as all layers take, and hold the whole of the gradient meanwhile.
     """
-    return gather(part.astype(dtype), cut).astype(part.dtype)
+    return x, gather(part.astype(x.dtype), cut).astype(part.dtype)
 
 
-def _forward(part, cut, dtype):
-    return gathered(part, cut, dtype), None
+def _forward(x, part, cut):
+    return gathered_beside(x, part, cut), None
 
 
-def _backward(cut, dtype, _, whole):
-    return (add_up_cut(whole, cut),)
+def _backward(cut, _, gradients):
+    dx, whole = gradients
+    return jax.lax.optimization_barrier((dx, add_up_cut(whole, cut)))
 
 
-gathered.defvjp(_forward, _backward)
+gathered_beside.defvjp(_forward, _backward)

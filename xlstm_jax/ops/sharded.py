@@ -13,8 +13,8 @@ import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from xlstm_jax.ops.parameters import cut_of, gathered
-from xlstm_jax.sharding.axes import cutting, dividing
+from xlstm_jax.ops.parameters import cut_of, gathered_beside
+from xlstm_jax.sharding.axes import cutting, dividing, free_axes
 
 LETTERS = {"B": "batch", "T": "time", "H": "heads", "F": "inner"}
 """Axes that may be cut -> what they are for the rules."""
@@ -58,11 +58,7 @@ def per_device(
 def devices_to_place() -> dict[str, int]:
     """The axes of the active mesh and their sizes, without those that a `shard_map` of the caller
     has placed already; none if there is one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size == 1:
-        return {}
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {name: mesh.shape[name] for name, kind in kinds if kind != AxisType.Manual}
+    return free_axes() if jax.sharding.get_abstract_mesh().size > 1 else {}
 
 
 def placed_by_device(fn: Callable[..., Any], args: Any, specs: Any, out_specs: Any) -> Any:
@@ -110,7 +106,8 @@ def summed_over_devices(
     cut = cut_of(kernel.shape, ("embed", "vocab"))
 
     def add_up(x, part, *positions):
-        sums = fn(x, gathered(part, cut, x.dtype), *positions)
+        operands: tuple[jax.Array, jax.Array] = gathered_beside(x, part, cut)
+        sums = fn(*operands, *positions)
         return jax.tree.map(lambda a: jax.lax.psum(a, (*batch, *time)), sums)
 
     row = P(batch or None, time or None)

@@ -9,10 +9,12 @@ import jax
 
 from xlstm_jax.flops import count_params, train_flops
 from xlstm_jax.plan.activations import cuts_of_batch, kept_per_row
+from xlstm_jax.plan.collectives import Collective, collectives
 from xlstm_jax.plan.formula import estimate
-from xlstm_jax.plan.hlo import Collective, Program
+from xlstm_jax.plan.hlo import Program
 from xlstm_jax.plan.step import Compiled, compile_step
 from xlstm_jax.plan.topology import Target
+from xlstm_jax.plan.traffic import memory_traffic
 from xlstm_jax.sharding import get_rules
 from xlstm_jax.train.config import ExperimentConfig, check_lengths
 from xlstm_jax.typing import PyTree
@@ -76,6 +78,7 @@ def plan(cfg: ExperimentConfig, target: Target) -> Plan:
     compiled = compile_step(cfg, target)
     seconds = time.perf_counter() - start
     program = Program(str(compiled.program.as_text()))
+    exchanges = collectives(program)
     memory = compiled.program.memory_analysis()
     assert memory is not None
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -90,11 +93,11 @@ def plan(cfg: ExperimentConfig, target: Target) -> Plan:
         activations_bytes=kept,
         temporary_bytes=memory.temp_size_in_bytes - kept,
         held_bytes=held,
-        collectives=_by_kind(program.collectives),
+        collectives=_by_kind(exchanges),
         seconds={
             "compute": compute_seconds(cfg, target),
-            "memory": program.memory_traffic / target.chip.memory_rate,
-            "network": _network_seconds(program.collectives, compiled, target),
+            "memory": memory_traffic(program) / target.chip.memory_rate,
+            "network": _network_seconds(exchanges, compiled, target),
         },
         compile_seconds=seconds,
     )
@@ -157,18 +160,18 @@ def _held(tree: PyTree) -> int:
     )
 
 
-def _by_kind(collectives: list[Collective]) -> dict[str, tuple[int, float]]:
+def _by_kind(exchanges: list[Collective]) -> dict[str, tuple[int, float]]:
     found: dict[str, tuple[int, float]] = {}
-    for one in collectives:
+    for one in exchanges:
         times, sent = found.get(one.kind, (0, 0.0))
         found[one.kind] = times + one.times, sent + one.times * one.sent
     return found
 
 
-def _network_seconds(collectives: list[Collective], compiled: Compiled, target: Target) -> float:
+def _network_seconds(exchanges: list[Collective], compiled: Compiled, target: Target) -> float:
     """Each exchange at the rate of the slowest network that it crosses."""
     total = 0.0
-    for one in collectives:
+    for one in exchanges:
         is_near = len({device // target.near for device in one.group}) == 1
         rate = target.chip.near_rate if is_near else target.chip.far_rate
         total += one.times * one.sent / rate

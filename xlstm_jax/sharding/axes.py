@@ -6,7 +6,7 @@ them, and match the same rows. Activations name their axes where they are made: 
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -76,16 +76,11 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
     Without a mesh, and within a `shard_map` that has placed all of it, x is returned as it is.
     """
-    free = free_axes()
-    if all(size == 1 for size in free.values()):
+    left = _axes_of_mesh(AxisType.Auto)
+    if all(size == 1 for size in left.values()):
         return x
-    used: set[str] = set()
-    spec = []
-    for length, name in zip(x.shape, names, strict=True):
-        cut = dividing(length, [a for a in cutting(name) if a not in used], free)
-        used.update(cut)
-        spec.append(cut or None)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    spec = cuts(x.shape, [cutting(name) for name in names], left)
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def is_cut(name: str) -> bool:
@@ -100,10 +95,28 @@ def cutting(name: str | None) -> tuple[str, ...]:
 
 
 def free_axes() -> dict[str, int]:
-    """Axes of the active mesh that XLA places, with their sizes; those of a `shard_map` are not."""
+    """Axes of the active mesh and their sizes, without those that a `shard_map` has placed."""
+    return _axes_of_mesh(AxisType.Auto, AxisType.Explicit)
+
+
+def _axes_of_mesh(*wanted: AxisType) -> dict[str, int]:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
+    return {name: mesh.shape[name] for name, kind in kinds if kind in wanted}
+
+
+def cuts(
+    shape: Sequence[int], axes: Iterable[Sequence[str]], sizes: Mapping[str, int]
+) -> PartitionSpec:
+    """How an array is cut: along each dimension by as many of these axes of a mesh as together
+    divide it and cut none before it."""
+    used: set[str] = set()
+    spec = []
+    for length, names in zip(shape, axes, strict=True):
+        chosen = dividing(length, [name for name in names if name not in used], sizes)
+        used.update(chosen)
+        spec.append(chosen[0] if len(chosen) == 1 else chosen or None)
+    return PartitionSpec(*spec)
 
 
 def dividing(length: int, axes: Iterable[str], sizes: Mapping[str, int]) -> tuple[str, ...]:

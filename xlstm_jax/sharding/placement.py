@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from xlstm_jax.sharding.axes import dividing, logical_axes, path_name
+from xlstm_jax.sharding.axes import cuts, logical_axes, path_name
 from xlstm_jax.sharding.mesh import SMALLEST_CUT
 from xlstm_jax.sharding.rules import Rules
 from xlstm_jax.typing import PyTree
@@ -27,16 +27,10 @@ def partition_spec(
     """
     names = logical_axes(path, len(shape))
     one_layer = math.prod(n for n, name in zip(shape, names, strict=True) if name != "layers")
-    used: set[str] = set()
-    cuts = []
-    for length, name in zip(shape, names, strict=True):
-        axes = [axis for axis in (rules[name] if name else ()) if axis not in used]
-        if one_layer < smallest:
-            axes = [axis for axis in axes if axis != "fsdp"]
-        chosen = dividing(length, axes, mesh_sizes)
-        used.update(chosen)
-        cuts.append(chosen[0] if len(chosen) == 1 else chosen or None)
-    return PartitionSpec(*cuts)
+    axes = [rules[name] if name else () for name in names]
+    if one_layer < smallest:
+        axes = [[axis for axis in chosen if axis != "fsdp"] for chosen in axes]
+    return cuts(shape, axes, mesh_sizes)
 
 
 def sharding_of(
