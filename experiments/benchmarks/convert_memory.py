@@ -63,10 +63,7 @@ def main(options: Options) -> int:
         folders = {"folder": str(folder), "run": f"{place}/run", "back": f"{place}/back"}
         peaks = {name: peak(code.format(**folders)) for name, code in PROCESSES.items()}
     result = {
-        "benchmark": "convert_memory",
-        **measure.settings(),
-        "machine": measure.machine(),
-        "versions": measure.versions(),
+        **measure.about("convert_memory"),
         "parameters": count_params(MODEL),
         "checkpoint_bytes": sum(files),
         "files": len(files),

@@ -71,6 +71,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
 
 
+def about(benchmark: str) -> dict[str, Any]:
+    """What a result begins with: which benchmark, when, on what, with which versions."""
+    facts = {"machine": machine(), "versions": versions()}
+    return {"benchmark": benchmark, **settings(), **facts}
+
+
 def settings() -> dict[str, str]:
     """When, and with which flags of XLA."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")

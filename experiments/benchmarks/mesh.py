@@ -95,13 +95,7 @@ def in_turns(case: Case, options: Options) -> dict[str, Any]:
 def main(options: Options) -> int:
     """Measure all cases; 0."""
     cpu.prepare()
-    result: dict[str, Any] = {
-        "benchmark": "mesh",
-        **measure.settings(),
-        "machine": measure.machine(),
-        "versions": measure.versions(),
-        "rules": options.rules,
-    }
+    result = {**measure.about("mesh"), "rules": options.rules}
     for name, case in cases.CASES.items():
         found = result[name] = in_turns(case, options)
         middle = {side: 1e3 * found[side]["median_seconds"] for side in ("plain", "mesh")}

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import common
+from xlstm_jax.plan import topology
 from xlstm_jax.sharding import MESH_AXES
 
 TOPOLOGIES = {
@@ -33,7 +33,7 @@ TOPOLOGIES = {
     "v5e": "v5e:2x2",
     "v5p": "v5p:2x2x1",
     "v6e": "v6e:2x2",
-    "v7x": "tpu7x:2x2x1",
+    "v7x": "v7x:2x2x1",
 }
 
 
@@ -56,13 +56,7 @@ def start(*, schedules: bool = False) -> None:
         schedules: have it write down how it lays out everything it compiles; takes several times
             as long.
     """
-    os.environ |= {
-        # Without a TPU there is nobody to ask and nothing to lock.
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
+    topology.start_libtpu()
     if schedules:
         options = f"--xla_jf_dump_to={_folder()} --xla_jf_dump_llo_text=true"
         os.environ["LIBTPU_INIT_ARGS"] = options
@@ -76,11 +70,16 @@ def _folder() -> str:
     return folder
 
 
-@functools.cache
-def devices(topology: str) -> tuple:
-    """The devices of a topology such as "v5e:4x4"."""
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    return tuple(found.devices)
+def devices(name: str) -> tuple[Any, ...]:
+    """Those of hardware such as "v5e:4x4" or, of one host, "h100:1x8".
+
+    Raises:
+        RuntimeError: there is no compiler for it here.
+    """
+    target = topology.find_target(name)
+    if target.refusal:
+        raise RuntimeError(f"{name}: {target.refusal}")
+    return target.devices
 
 
 def mesh_of(chips: Sequence[Any], fsdp: int = 1, tensor: int = 1) -> Mesh:

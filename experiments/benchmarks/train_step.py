@@ -48,12 +48,7 @@ class Options:
 def main(options: Options) -> int:
     """Run the chosen sections; 0 unless an option cannot be used."""
     cpu.prepare()
-    result: dict[str, Any] = {
-        "benchmark": "train_step",
-        **measure.settings(),
-        "machine": measure.machine(),
-        "versions": measure.versions(),
-    }
+    result = measure.about("train_step")
     try:
         if "train" in options.sections:
             names = tuple(cases.CASES) if options.config == "all" else (options.config,)

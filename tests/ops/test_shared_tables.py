@@ -20,6 +20,7 @@ MESHES = {
     "data, fsdp, tensor": dict(data=2, fsdp=2, tensor=2),
     "fsdp, seq": dict(fsdp=4, seq=2),
 }
+EXPLICIT = (jax.sharding.AxisType.Explicit,) * 2
 
 
 def embedded(tokens, weights, table, *, dtype):
@@ -87,6 +88,14 @@ def test_gradients_of_eight_devices_are_added_up_in_the_dtype_of_the_table(compu
     expected = quick.jit(compute)(tokens, x, last)
     found = on_devices(compute, (tokens, x, last), MESHES["fsdp"])
     assert_all_close(found[-1:], expected[-1:], 1e-6)
+
+
+def test_axes_of_explicit_meshes_share_them_as_well():
+    tokens, _, table = example(VOCAB["rows"], D)
+    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=EXPLICIT)):
+        look_up = quick.jit(lambda tokens, table: ops.embed(tokens, table))
+        assert "all-gather" in look_up.lower(tokens, table).compile().as_text()
+        np.testing.assert_array_equal(look_up(tokens, table), table[tokens])
 
 
 def test_within_the_callers_shard_map_the_table_is_whole():

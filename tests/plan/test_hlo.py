@@ -134,6 +134,9 @@ def test_what_is_started_early_or_fused_counts_once():
     assert all(c.payload == 64 * 8 * 2 and c.times == 5 for c in found.values())
     piece, whole = 16 * 8 * 2, 64 * 8 * 2  # each written once and read once in every step
     assert memory_traffic(Program(STARTED)) == 5 * 2 * (piece + whole)
+    update = "  %new = bf16[64,8]{1,0} dynamic-update-slice(%g, %x, %i, %i)\n"
+    text = STARTED.replace("  %y = ", update + "  %y = ")
+    assert memory_traffic(Program(text)) == 5 * 2 * (piece + whole + piece)
 
 
 def test_a_loop_whose_length_only_its_condition_tells_is_counted():
@@ -180,11 +183,12 @@ def test_an_exchange_that_lasts_through_a_loop_runs_once():
 """
     text = STARTED.replace("%body (", part + part.replace("part", "begin") + "%body (")
     text = text.replace("  %y = ", "  %v = bf16[64,8]{1,0} fusion(%x), calls=%part\n  %y = ")
-    early = "  %early = bf16[64,8]{1,0} fusion(%q), calls=%begin\n"
-    found = [
-        c.times for c in collectives(Program(text.replace("  %init = ", early + "  %init = ")))
-    ]
-    assert sorted(found) == [1, 5, 5]
+    once = "  %once = bf16[64,8]{1,0} fusion(%q), calls=%begin\n"
+    before = text.replace("  %init = ", once + "  %init = ")
+    loop = text.index("  ROOT %w = ")
+    after = text[:loop] + text[loop:].replace("}}\n}", "}}\n" + once + "}")
+    for program in (before, after):
+        assert sorted(c.times for c in collectives(Program(program))) == [1, 5, 5]
 
 
 def test_a_sum_and_the_slice_that_a_device_keeps_are_one_exchange():

@@ -48,14 +48,50 @@ def test_what_rows_keep_grows_with_them_and_what_weights_keep_does_not():
     assert kept_per_row(config(remat="none"))[0] > 4 * each
 
 
-def test_parameters_are_gathered_twice_and_gradients_scattered_once():
-    cfg = config(MeshConfig(fsdp=4))
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_gathered_twice_and_gradients_scattered_once(tied):
+    cfg = config(MeshConfig(fsdp=4), tie_embeddings=tied)
     found = estimate(cfg, target(), sizes(fsdp=4))
-    tables = 2 * 512 * 256
+    tables = (1 if tied else 2) * 512 * 256
     blocks = count_params(cfg.model) - tables
-    assert found.sent["all-gather"] == pytest.approx(0.75 * (4 * blocks + 2 * tables), rel=0.05)
-    assert found.sent["reduce-scatter"] == pytest.approx(0.75 * (2 * blocks + 4 * tables), rel=0.05)
+    assert found.sent["all-gather"] == pytest.approx(0.75 * (4 * blocks + 2 * tables), rel=0.01)
+    assert found.sent["reduce-scatter"] == pytest.approx(0.75 * (2 * blocks + 4 * tables), rel=0.01)
     assert "all-reduce" not in found.sent
+
+
+def test_every_micro_batch_gathers_and_scatters_but_tables_are_added_up_once():
+    cfg = config(MeshConfig(fsdp=4))
+    twice = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, accumulation=2))
+    one, two = (estimate(c, target(), sizes(fsdp=4)).sent for c in (cfg, twice))
+    assert two["all-gather"] == 2 * one["all-gather"]
+    tables = 0.75 * 2 * 512 * 256 * 4
+    assert two["reduce-scatter"] - tables == pytest.approx(2 * (one["reduce-scatter"] - tables))
+
+
+def test_cut_features_are_added_up_forward_backward_and_again():
+    mesh = MeshConfig(tensor=2)
+    sent = [
+        estimate(config(mesh, remat=remat), target(2), sizes(tensor=2)).sent["all-reduce"]
+        for remat in ("none", "full")
+    ]
+    positions = 8 * 256
+    # Outputs of cells and of the feed-forward part of four blocks, in bfloat16, around a ring.
+    assert sent[0] == 2 * 0.5 * 2 * 2 * 4 * positions * 256 * 2
+    assert sent[1] == 1.5 * sent[0]
+    alone = estimate(config(mesh, pattern="mmmm"), target(2), sizes(tensor=2)).sent["all-reduce"]
+    assert alone == sent[0] / 2  # no feed-forward part
+
+
+def test_cut_time_exchanges_the_memory_of_every_span_three_times():
+    """Matrices of four layers with four heads, in float32."""
+    found = estimate(config(MeshConfig(seq=4), batch_size=4), target(4), sizes(seq=4))
+    keys, values, _ = config().model.large.widths(256)
+    memory = 4 * 4 * (keys // 4) * (values // 4) * 4
+    assert found.sent["all-gather"] == 3 * 3 * 4 * memory
+    cfg = config(MeshConfig(seq=4), batch_size=4, pattern="mmmm")
+    width, heads = cfg.model.mlstm.width(256), cfg.model.mlstm.num_heads
+    found = estimate(cfg, target(4), sizes(seq=4))
+    assert found.sent["all-gather"] == 3 * 3 * 4 * 4 * (width // heads) ** 2 * heads * 4
 
 
 def test_parts_of_gradients_are_added_up_along_data():
@@ -73,6 +109,8 @@ def test_all_chips_of_a_slice_add_up_whole_gradients():
     )
     assert "reduce-scatter" not in whole.sent
     assert whole.sent["all-reduce"] == pytest.approx(2 * half.sent["reduce-scatter"])
+    few = estimate(config(MeshConfig(fsdp=16)), target(16, kind="v5e", near=16), sizes(fsdp=16))
+    assert "reduce-scatter" in few.sent
 
 
 def test_exchanges_between_hosts_take_the_slower_network():
@@ -99,6 +137,9 @@ def test_a_plan_without_a_compiler_says_so_and_gives_what_is_certain():
     assert set(found.seconds) == {"compute", "network"}
     assert found.held_bytes > 4 * found.params_bytes
     assert found.mesh == sizes(data=2, fsdp=4)
+    spans = plan(config(MeshConfig(fsdp=2, seq=2), batch_size=8), target(4))
+    rows = plan(config(MeshConfig(fsdp=4), batch_size=8), target(4))
+    assert spans.activations_bytes == rows.activations_bytes
     with pytest.raises(ConfigError, match="data.batch_size must be a multiple of 8"):
         plan(config(MeshConfig(fsdp=4), batch_size=9), target())
 
@@ -117,6 +158,30 @@ def test_candidates_come_fastest_first_and_could_fit():
     assert all(candidate.least_bytes <= 100 * 2**20 for candidate in found)
     assert {c.cfg.model.remat for c in found} == {"dots", "full", "none"}
     assert {c.sizes["tensor"] for c in found} > {1, 2}
+
+
+def test_candidates_keep_what_is_not_searched():
+    """Micro-batches, and what sLSTM layers do with cut time; a row is shared only on its own."""
+    cfg = config(MeshConfig(slstm_time="refuse"))
+    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, accumulation=2))
+    for one in search.candidates(cfg, target(memory=2**33)):
+        assert one.cfg.mesh.slstm_time == "refuse" and one.cfg.train.accumulation == 2
+        shares = one.sizes["data"] * one.sizes["fsdp"]
+        assert one.cfg.data.batch_size == 2 * shares * one.rows
+        assert one.rows == 1 or one.sizes["seq"] == 1
+
+
+def test_what_a_compiler_took_beyond_the_formula_counts_for_others_of_its_kind():
+    """In proportion to the rows, as far as they are fewer."""
+    best, found = search.fit(config(), target(memory=2**40))
+    beyond = dataclasses.replace(found, held_bytes=best.least_bytes + 4096)
+    fewer = dataclasses.replace(best, rows=best.rows // 4)
+    more = dataclasses.replace(best, rows=4 * best.rows)
+    cut = dataclasses.replace(best, sizes=best.sizes | {"tensor": 2})
+    model = dataclasses.replace(best.cfg.model, remat="full")
+    other = dataclasses.replace(best, cfg=dataclasses.replace(best.cfg, model=model))
+    needs = [search._least(c, [(best, beyond)]) for c in (best, fewer, more, cut, other)]
+    assert [n - best.least_bytes for n in needs] == [4096, 1024, 4096, 0, 0]
 
 
 def compiled(monkeypatch, held):

@@ -15,8 +15,7 @@ from xlstm_jax.sharding.axes import cuts, cutting, free_axes
 
 def cut_of(shape: Sequence[int], names: Sequence[str]) -> P:
     """How the rules in use cut a parameter whose axes have these names over the active mesh."""
-    sizes = {name: size for name, size in free_axes().items() if size > 1}
-    return cuts(shape, [cutting(name) for name in names], sizes)
+    return cuts(shape, [cutting(name) for name in names], free_axes())
 
 
 def gather(part: jax.Array, cut: P) -> jax.Array:

@@ -72,24 +72,14 @@ def fit(
         DivergedError: `max_consecutive_skips` updates in a row were discarded.
     """
     run_dir = Path(run_dir)
-    first = jax.process_index() == 0  # which alone writes, but for shares of checkpoints and a log
     if not fresh:
         rundir.check(run_dir, cfg)
     devices = make_devices(cfg.mesh)
     check_lengths(cfg, devices.rules, devices.mesh.shape)
-    train = loader.load(cfg.data, "train")
-    valid = loader.load(cfg.data, "valid") if cfg.train.eval_every else None
-    check_vocabulary(cfg, train)
-    loader.batch_at(train, cfg.data, 0)  # raises if the data are too few for a batch
+    train, valid = _load(cfg)
     state, position = _start(cfg, run_dir, train, fresh, devices)
-
     # Only from here on the disk changes.
-    wait_for_all("before the run begins")
-    if first and fresh:
-        rundir.discard(run_dir)
-    if first:
-        rundir.begin(run_dir, cfg, _facts(state, train, valid), position.step)
-    wait_for_all("the run has begun")
+    _begin(cfg, run_dir, fresh, _facts(state, train, valid), position.step)
     with contextlib.ExitStack() as stack:
         stack.enter_context(process_log(run_dir))
         log.info("begins at step %d of %d", position.step, cfg.train.steps)
@@ -116,11 +106,37 @@ def fit(
         run.go()
         log.info("ends at step %d of %d", position.step, cfg.train.steps)
     finished = position.step == cfg.train.steps
-    if finished and first:
+    if finished and _writes():
         _draw(cfg, run_dir, train)
     return FitResult(
         state=run.state, step=position.step, finished=finished, evaluation=position.evaluation
     )
+
+
+def _writes() -> bool:
+    """Whether this process writes; the others only their shares of checkpoints, and a log."""
+    return jax.process_index() == 0
+
+
+def _load(cfg: ExperimentConfig) -> tuple[Examples, Examples | None]:
+    """Rows to train on, and held-out ones where they are asked for."""
+    train = loader.load(cfg.data, "train")
+    valid = loader.load(cfg.data, "valid") if cfg.train.eval_every else None
+    check_vocabulary(cfg, train)
+    loader.batch_at(train, cfg.data, 0)  # raises if the data are too few for a batch
+    return train, valid
+
+
+def _begin(
+    cfg: ExperimentConfig, run_dir: Path, fresh: bool, facts: dict[str, Any], step: int
+) -> None:
+    """The directory made ready by one process, while the others wait."""
+    wait_for_all("before the run begins")
+    if _writes():
+        if fresh:
+            rundir.discard(run_dir)
+        rundir.begin(run_dir, cfg, facts, step)
+    wait_for_all("the run has begun")
 
 
 def _writers(
@@ -128,7 +144,7 @@ def _writers(
 ) -> list[Writer]:
     """What takes the records; of several processes the first one alone writes and shows them."""
     writers: list[Writer] = []
-    if jax.process_index() == 0:
+    if _writes():
         writers.append(JsonlWriter(run_dir / rundir.METRICS))
         writers += [ConsoleWriter(cfg.train.steps, step)] if console else []
     return writers + ([] if on_metrics is None else [CallbackWriter(on_metrics)])
