@@ -139,6 +139,20 @@ def test_what_is_started_early_or_fused_counts_once():
     assert memory_traffic(Program(text)) == 5 * 2 * (piece + whole + piece)
 
 
+def test_what_is_fetched_early_is_read_once():
+    """S(1) is memory on a TPU's chip, which is not counted."""
+    fetch = """  %f = (bf16[64,8]{1,0}, bf16[64,8]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%g)
+  %part = ((bf16[64,8]{1,0}), bf16[16,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%g), slice={[0:16]}
+  %done = bf16[16,8]{1,0:S(1)} slice-done(%part)
+"""
+    piece, whole = 16 * 8 * 2, 64 * 8 * 2
+    before = memory_traffic(Program(STARTED))
+    text = STARTED.replace("  %y = ", fetch + "  %y = ")
+    assert memory_traffic(Program(text)) - before == 5 * (whole + piece)
+    away = text.replace("bf16[16,8]{1,0:S(1)}, s32", "bf16[16,8]{1,0}, s32")
+    assert memory_traffic(Program(away)) - before == 5 * (whole + 2 * piece)
+
+
 def test_a_loop_whose_length_only_its_condition_tells_is_counted():
     """As compilers for TPUs write it."""
     text = STARTED.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")

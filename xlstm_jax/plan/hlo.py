@@ -21,6 +21,7 @@ _COMPUTATION = re.compile(rf"^(ENTRY )?{_NAME} \(.*\) -> .* \{{$")
 _INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?{_NAME} = (.*)$")
 _KINDS = "|".join(sorted(ITEM_BITS, key=len, reverse=True))
 _SHAPE = re.compile(rf"\b({_KINDS})\[([\d,]*)\](\{{[^}}]*\}})?")
+_ON_CHIP = re.compile(r"S\([12]\)")  # vectors, and flags of what is under way
 _CALLED = re.compile(rf"\b(calls|to_apply|body|condition)={_NAME}")
 _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -34,7 +35,7 @@ class Instruction:
     name: str
     opcode: str
     shapes: tuple[tuple[str, tuple[int, ...]], ...]  # of the result, a tuple's one by one
-    on_chip: tuple[bool, ...]  # of each shape, whether it lies in a TPU's VMEM
+    on_chip: tuple[bool, ...]  # of each shape, whether it lies on a TPU's chip
     operands: tuple[str, ...]
     attributes: str
     is_root: bool
@@ -148,7 +149,7 @@ def _result(rest: str) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], tuple[b
     end = _closing(rest[1:]) + 2 if rest.startswith("(") else len(rest.split(" ", 1)[0])
     found = _SHAPE.findall(rest[:end])
     shapes = tuple((kind, sizes_of(sizes)) for kind, sizes, _ in found)
-    return shapes, tuple("S(1)" in layout for *_, layout in found), end
+    return shapes, tuple(bool(_ON_CHIP.search(layout)) for *_, layout in found), end
 
 
 def _closing(text: str) -> int:

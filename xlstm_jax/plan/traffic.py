@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Iterator, Mapping
 
-from xlstm_jax.plan.hlo import Instruction, Program, called_by, number_of
+from xlstm_jax.plan.hlo import Instruction, Program, called_by, num_bytes, number_of
 
 _RUNS_OTHERS = {"while", "conditional", "call", "async-start"}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all"}
@@ -41,8 +41,11 @@ def _moved(program: Program, instruction: Instruction, own: Mapping[str, Instruc
         return 2 * instruction.num_bytes
     if opcode == "dynamic-update-slice":
         return 2 * read[1]
-    if opcode in ("all-gather-start", "collective-permute-start"):
+    if opcode in ("all-gather-start", "collective-permute-start", "copy-start"):
         return instruction.num_bytes  # its result names what it reads as well
+    if opcode == "slice-start":  # so does this one's, of which a part is read
+        sides = (instruction.on_chip[0], instruction.on_chip[-2])
+        return sides.count(False) * num_bytes(*instruction.shapes[-2])
     if opcode != "fusion":
         return sum(read) + instruction.num_bytes
     return _moved_by_fusion(program.computations[next(called_by(instruction))], read)
