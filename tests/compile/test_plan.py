@@ -32,6 +32,15 @@ def test_a_step_of_the_1_4b_model_fits_sixteen_chips_and_holds_nothing_whole():
     assert found.held_bytes > found.params_bytes + found.optimizer_bytes + found.activations_bytes
 
 
+@pytest.mark.slow
+def test_rows_of_a_million_tokens_fit_chips_that_share_them():
+    cfg = config("scaling_1.4b", MeshConfig(seq=16), 1, 2**20)
+    found = plan(cfg, find_target("v5p:2x2x4"))
+    assert found.fits and found.held_bytes < 50 << 30
+    # 48 summaries, forward and again, of each of 16 spans; nothing that grows with the row.
+    assert found.collectives["all-gather"][1] < 2 << 30
+
+
 @pytest.fixture(scope="module")
 def compiled():
     """Four layers as wide as those of the 7B model, under data and fsdp."""
