@@ -86,6 +86,7 @@ BAD = {
     "describe CONFIG --model.dim 0": "dim must be at least 1, got 0",
     "describe CONFIG --fresh": "--fresh is not an option of `xlstm-jax describe`",
     "plan CONFIG --topology v9:2x2": "topology='v9:2x2' must be a kind of chip and a shape",
+    "plan CONFIG --out nowhere/plan.json": "out='nowhere/plan.json' must lie in a folder",
     "plan CONFIG --topology h100:2x8 --slices 2": "slices=2 must be 1, or more of a TPU",
     "evaluate": "`xlstm-jax evaluate` needs RUN",
     "evaluate nowhere": "nowhere does not exist",

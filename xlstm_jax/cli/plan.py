@@ -9,6 +9,7 @@ import jax
 
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
+from xlstm_jax.config import ConfigError
 from xlstm_jax.plan import Plan, find_target, fit, plan
 from xlstm_jax.plan.search import Candidate
 
@@ -33,11 +34,17 @@ def run(args: list[str]) -> int:
     """Returns 0, whether the run fits or not.
 
     Raises:
-        ConfigError: the config cannot be used, or its mesh or batch does not fit the hardware.
+        ConfigError: the config cannot be used, its mesh or batch does not fit the hardware, or
+            `out` has no folder.
     """
     # Nothing is computed, and a compiler that is installed would be looked for as a device.
     jax.config.update("jax_platforms", "cpu")
     chosen = options.parse_with_config("plan", PlanRun, args, presets_too=True)
+    if chosen.out is not None and not chosen.out.parent.is_dir():
+        raise ConfigError(
+            f"out={str(chosen.out)!r} must lie in a folder that is there; make "
+            f"{str(chosen.out.parent)!r} or name another."
+        )
     target = find_target(chosen.topology, chosen.slices)
     if chosen.fit:
         best, found = fit(chosen.experiment, target, tell=_tell)
