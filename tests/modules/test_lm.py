@@ -9,7 +9,6 @@ import pytest
 
 from tests.modules import models
 from xlstm_jax.modules import LM, MLSTMConfig, SLSTMConfig, head_kernel
-from xlstm_jax.modules.lm import document_starts
 
 
 def test_a_tied_head_is_the_embedding():
@@ -71,15 +70,6 @@ def test_bfloat16_activations_change_logits_by_a_few_per_cent():
 
     errors = [error(models.model_and_variables(wide.cfg, seed)[1]) for seed in range(5)]
     assert 0 < np.median(errors) < 0.05
-
-
-def test_document_starts_are_changes_after_the_first_token():
-    ids = jnp.array([[1, 1, 2, 3, 0, 0], [0, 0, 1, 1, 2, 2], [1, 0, 2, 2, 2, 2]])
-    assert document_starts(ids).astype(int).tolist() == [
-        [0, 0, 1, 1, 1, 0],
-        [0, 0, 0, 0, 1, 0],
-        [0, 1, 1, 0, 0, 0],
-    ]
 
 
 @pytest.mark.parametrize("letter", ["m", "s"])

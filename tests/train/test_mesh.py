@@ -22,6 +22,8 @@ from xlstm_jax.modules import (
     param_shapes,
     presets,
 )
+from xlstm_jax.plan.collectives import collectives
+from xlstm_jax.plan.hlo import Program
 from xlstm_jax.sharding import MeshConfig, get_rules, make_devices, partition_spec, path_name
 from xlstm_jax.train import TrainConfig, fit, init_state, make_optimizer, rundir
 from xlstm_jax.train.losses import language_model_loss
@@ -130,6 +132,26 @@ def test_a_cut_that_cannot_be_kept_is_complained_about(capfd):
     with devices.active():
         jax.jit(turn).lower(jnp.zeros((8, 8, 8))).compile()
     assert "nvoluntary" in capfd.readouterr().err
+
+
+def test_no_exchange_of_a_step_grows_with_the_length():
+    """From tokens to new parameters, rows cut by `seq`: what is exchanged, and how often."""
+    devices = make_devices(MeshConfig(fsdp=2, seq=4, smallest_cut=2))
+    model, tx = LM(config("Mm")), make_optimizer(TRAIN)
+    one = jnp.zeros((1, 1), jnp.int32)
+    state = init_state(model, tx, jax.random.key(0), one, devices=devices)
+    step = jax.jit(make_train_step(model, tx, TRAIN))
+
+    def exchanged(length: int) -> list[str]:
+        ids, weights = np.ones((2, length), np.int32), np.ones((2, length), np.float32)
+        with devices.active():
+            batch = devices.batch(Batch(ids, ids, ids, weights, np.arange(2)))
+            compiled = step.lower(state, batch).compile()
+        return sorted(map(str, collectives(Program(compiled.as_text()))))
+
+    found = exchanged(256)
+    assert any("all-gather" in exchange for exchange in found)
+    assert found == exchanged(512)
 
 
 @slow

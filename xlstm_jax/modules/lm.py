@@ -58,7 +58,7 @@ class LM(nn.Module):
         _check(cfg, tokens, state, segment_ids, mask)
         reset = None
         if segment_ids is not None:
-            reset = document_starts(segment_ids)
+            reset = ops.document_starts(segment_ids)
             if has_padding:
                 mask = segment_ids != 0 if mask is None else mask & (segment_ids != 0)
         table = Embedding(
@@ -143,18 +143,6 @@ def head_kernel(cfg: LMConfig, params: Any) -> Float[Array, "D vocab"]:
     if cfg.tie_embeddings:
         return params["token_embedding"]["embedding"].T
     return params["lm_head"]["kernel"]
-
-
-def document_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Where memory is to be emptied: the id differs from the one before.
-
-    A row's first token is no such place, whatever padding precedes it: memory is empty there, or it
-    was given on purpose.
-    """
-    padding = segment_ids == 0
-    before = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
-    has_begun = jnp.pad(jnp.cumsum(~padding, axis=1) > 0, ((0, 0), (1, 0)))[:, :-1]
-    return (segment_ids != before) & has_begun
 
 
 def _init(std: float | None, dim: int) -> Initializer:

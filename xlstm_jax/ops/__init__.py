@@ -3,6 +3,7 @@
 from xlstm_jax.ops.conv import causal_conv
 from xlstm_jax.ops.cross_entropy import CrossEntropy, cross_entropy
 from xlstm_jax.ops.dense import dense, grouped_dense
+from xlstm_jax.ops.documents import document_starts
 from xlstm_jax.ops.embed import embed
 from xlstm_jax.ops.lstm import lstm
 from xlstm_jax.ops.mlstm import mlstm
@@ -15,6 +16,7 @@ __all__ = [
     "causal_conv",
     "cross_entropy",
     "dense",
+    "document_starts",
     "embed",
     "grouped_dense",
     "implementations",
