@@ -10,12 +10,14 @@ INSTALLED = $(VENV)/.installed
 # Two workers: the tests mostly compile small programs, one core each.
 PYTEST = $(VENV)/bin/python -m pytest -n 2
 
-.PHONY: help install train test test-slow test-compile test-all lint
+.PHONY: help install install-compile train test test-slow test-compile test-all lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 install: $(INSTALLED) ## the virtual environment; the others make it themselves when needed
+
+install-compile: $(COMPILE_VENV)/.installed ## the environment of test-compile
 
 train: $(INSTALLED) ## the default run: a small xLSTM on the text of this Python installation
 	$(VENV)/bin/xlstm-jax train experiments/char_lm.py $(ARGS)
