@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from xlstm_jax.plan.gpus import Device
+from xlstm_jax.plan import gpus
 
 PARTS = ("forward", "gradient", "decode")
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
@@ -152,7 +152,17 @@ def _attention(case: Case, item: int) -> Work:
     return Work(forward, 4 * case.tokens * columns * item)
 
 
-def bound_seconds(found: Work, dtype: str, device: Device) -> float:
-    """The time below which `device` cannot do it: products or memory, whichever takes longer."""
+def bound_seconds(work: Work, dtype: str, device_kind: str) -> float | None:
+    """The least time that a device takes: for products or for memory, whichever is longer.
+
+    Args:
+        work: what it has to do.
+        dtype: of the operands.
+        device_kind: as JAX or the driver reports it; of a device that is not in the table of GPUs
+            the result is None.
+    """
+    device = gpus.peaks(device_kind)
+    if device is None:
+        return None
     flops = device.bf16_flops if dtype == "bfloat16" else device.tf32_flops
-    return max(found.flops / flops, found.bytes / device.bytes_per_second)
+    return max(work.flops / flops, work.bytes / device.bytes_per_second)

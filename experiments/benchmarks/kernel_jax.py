@@ -89,28 +89,40 @@ def timed(case: Case, candidate: str) -> Call:
     return {"forward": fn, "gradient": gradient, "decode": steps}[case.part]
 
 
-def measured(case: Case, candidate: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Times of one call (of one state, where there are several), memory, and tiles."""
-    fn = timed(case, candidate)
+def compiled(case: Case, candidate: str, fn: Call | None = None) -> jax.stages.Compiled:
+    """The timed function of a case, or `fn` in its place, compiled from shapes alone."""
+    shapes = jax.eval_shape(lambda: inputs(case, candidate))
+    donate = 0 if case.part == "decode" else ()
+    return jax.jit(fn or timed(case, candidate), donate_argnums=donate).lower(*shapes).compile()
+
+
+def repeatable(case: Case, candidate: str, program: jax.stages.Compiled) -> Callable[[], Any]:
+    """A call of the compiled function on random inputs; decoding continues from its last states."""
     # Compiled, so that random numbers take no more memory than the arrays.
     args = jax.jit(lambda: inputs(case, candidate))()
-    decode = case.part == "decode"
-    program = jax.jit(fn, donate_argnums=0 if decode else ()).lower(*args).compile()
-    state, rest = (args[0], args[1:]) if decode else ((), args)
-    shapes = jax.eval_shape(lambda: inputs(case, candidate))
+    if case.part != "decode":
+        return lambda: program(*args)
+    states, *rest = args
     del args
 
-    def run():
-        nonlocal state
-        if not decode:
-            return program(*rest)
-        state = program(state, *rest)
-        return state
+    def decode():
+        nonlocal states
+        states = program(states, *rest)
+        return states
 
-    jax.block_until_ready(run())
+    return decode
+
+
+def measured(case: Case, candidate: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Times of one call (of one state, where there are several), memory, and tiles."""
+    program = compiled(case, candidate)
+    call = repeatable(case, candidate, program)
+    jax.block_until_ready(call())
     peak = _peak_bytes(program)  # before several calls are under way together
-    times = [seconds / case.num_states for seconds in samples(run, **settings)]
-    tiles = {call.name: _sizes(call) for call in gpu_offline.launches(fn, *shapes)}
+    times = [seconds / case.num_states for seconds in samples(call, **settings)]
+    shapes = jax.eval_shape(lambda: inputs(case, candidate))
+    launches = gpu_offline.launches(timed(case, candidate), *shapes)
+    tiles = {launch.name: _sizes(launch) for launch in launches}
     return {**measure.summary(times), **peak, "tiles": tiles}
 
 
@@ -141,10 +153,10 @@ def _peak_bytes(program: jax.stages.Compiled) -> dict[str, Any]:
     assert analysis is not None  # on CPUs and GPUs there is one
     sizes = (analysis.argument_size_in_bytes, analysis.output_size_in_bytes)
     planned = sum(sizes) + analysis.temp_size_in_bytes - analysis.alias_size_in_bytes
-    statistics = jax.devices()[0].memory_stats() or {}
+    allocated = measure.peak_bytes()
     return {
-        "peak_bytes": statistics.get("peak_bytes_in_use", planned),
-        "peak_from": "allocator" if "peak_bytes_in_use" in statistics else "compiler",
+        "peak_bytes": planned if allocated is None else allocated,
+        "peak_from": "compiler" if allocated is None else "allocator",
         "planned_bytes": planned,
     }
 
