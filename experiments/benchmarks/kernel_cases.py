@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from tests import workloads
 from xlstm_jax.plan import gpus
 
 PARTS = ("forward", "gradient", "decode")
@@ -34,13 +35,13 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Positions of all rows."""
+        """Positions of all sequences."""
         return self.B * self.T
 
     @property
-    def heads(self) -> str:
-        """For people: "8 x (256, 512)", or of an sLSTM "4 x 256"."""
-        return f"{self.H} x {self.K}" if self.op == "slstm" else f"{self.H} x ({self.K}, {self.V})"
+    def section(self) -> str:
+        """Of the benchmark: "mlstm", "slstm" or "decode"."""
+        return "decode" if self.part == "decode" else self.op
 
     @property
     def attention_heads(self) -> int:
@@ -49,7 +50,7 @@ class Case:
 
     @property
     def num_states(self) -> int:
-        """Memories that a decode step is timed on, one after the other, as of layers."""
+        """States that a decode step is timed on, one after the other, as of layers."""
         if self.part != "decode":
             return 1
         elements = 4 * self.K if self.op == "slstm" else self.K * self.V
@@ -65,16 +66,18 @@ class Work(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Which cases; tokens of a call are the same at every length, so that work is, too."""
+    """Which cases; a call has the same number of tokens at every length, and so the same work."""
 
-    heads: tuple[tuple[int, int, int], ...] = ((8, 256, 512), (16, 128, 256), (4, 64, 128))
+    heads: tuple[tuple[int, int, int], ...] = tuple(
+        workloads.MLSTM[name].heads for name in ("7b", "16_heads", "4_heads")
+    )
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
-    tokens: int = 65536
-    slstm_widths: tuple[int, ...] = (64, 128, 256, 512)
+    tokens: int = workloads.TOKENS
+    slstm_dims: tuple[int, ...] = tuple(workload.K for workload in workloads.SLSTM.values())
     slstm_heads: int = 4
     slstm_batch: int = 16
     slstm_length: int = 2048
-    decode_heads: tuple[int, int, int] = (8, 256, 512)
+    decode_heads: tuple[int, int, int] = workloads.MLSTM["7b"].heads
     decode_batches: tuple[int, ...] = (1, 32, 256)
     decode_states: int = 32
     dtype: str = "bfloat16"
@@ -84,7 +87,7 @@ SMOKE = Sizes(
     heads=((2, 16, 32),),
     lengths=(64, 128),
     tokens=128,
-    slstm_widths=(16,),
+    slstm_dims=(16,),
     slstm_heads=2,
     slstm_batch=2,
     slstm_length=16,
@@ -104,7 +107,7 @@ def groups(sizes: Sizes, sections: tuple[str, ...]) -> Iterator[list[Case]]:
                 shape = dict(B=max(1, sizes.tokens // T), T=T, H=H, K=K, V=V)
                 yield [Case(op="mlstm", part=part, **shape, **rest) for part in PARTS[:2]]
     if "slstm" in sections:
-        for K in sizes.slstm_widths:
+        for K in sizes.slstm_dims:
             shape = dict(B=sizes.slstm_batch, T=sizes.slstm_length, H=sizes.slstm_heads, K=K, V=K)
             yield [Case(op="slstm", part=part, **shape, **rest) for part in PARTS[:2]]
     if "decode" in sections:

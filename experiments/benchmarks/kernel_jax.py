@@ -3,7 +3,6 @@
 The one argument is JSON; every case is answered with a line of JSON.
 """
 
-import contextlib
 import json
 import math
 import sys
@@ -25,7 +24,10 @@ def arrays(case: Case, candidate: str) -> tuple[jax.Array, ...]:
     B, T, H, K, V = case.B, case.T, case.H, case.K, case.V
     dtype = jnp.dtype(case.dtype)
     keys = iter(jax.random.split(jax.random.key(0), 8))
-    normal = lambda *shape, of=dtype: jax.random.normal(next(keys), shape, jnp.float32).astype(of)  # noqa: E731
+
+    def normal(*shape, of=dtype):
+        return jax.random.normal(next(keys), shape, jnp.float32).astype(of)
+
     if candidate == "attention":
         return tuple(normal(B, T, case.attention_heads, ATTENTION_WIDTH) for _ in range(3))
     if case.op == "slstm":
@@ -38,7 +40,7 @@ def arrays(case: Case, candidate: str) -> tuple[jax.Array, ...]:
 def function(case: Case, candidate: str) -> Call:
     """h of the arrays; with a state as well, h and the state after."""
     if candidate == "attention":
-        how = "cudnn" if _platform() == "gpu" and case.dtype != "float32" else None
+        how = "cudnn" if jax.default_backend() == "gpu" and case.dtype != "float32" else None
         return lambda q, k, v: jax.nn.dot_product_attention(
             q, k, v, is_causal=True, implementation=how
         )
@@ -122,17 +124,15 @@ def measured(case: Case, candidate: str, settings: dict[str, Any]) -> dict[str, 
     times = [seconds / case.num_states for seconds in samples(call, **settings)]
     shapes = jax.eval_shape(lambda: inputs(case, candidate))
     launches = gpu_offline.launches(timed(case, candidate), *shapes)
-    tiles = {launch.name: _sizes(launch) for launch in launches}
+    tiles = {
+        launch.name: {k: v for k, v in (*launch.constants, *launch.options) if type(v) is int}
+        for launch in launches
+    }
     return {**measure.summary(times), **peak, "tiles": tiles}
 
 
-def _sizes(call: gpu_offline.Launch) -> dict[str, Any]:
-    """What was chosen for a kernel."""
-    return {key: value for key, value in (*call.constants, *call.options) if type(value) is int}
-
-
 def samples(run: Call, *, repeats: int, warmup: int, sample_seconds: float) -> list[float]:
-    """Seconds of one call, `repeats` times: so many are sent off at once that all take a while."""
+    """Seconds of one call, `repeats` times: as many are dispatched at once as take a while."""
 
     def several(launches: int) -> Any:
         for _ in range(launches - 1):
@@ -161,16 +161,10 @@ def _peak_bytes(program: jax.stages.Compiled) -> dict[str, Any]:
     }
 
 
-def _platform() -> str:
-    return jax.default_backend()
-
-
 def refusal(case: Case, candidate: str) -> str | None:
     """Why a candidate has no answer to a case, before it is tried."""
-    if candidate == "attention":
-        return None
-    known = ops.implementations(case.op)
-    return known[candidate] if candidate in known else f"{case.op} has no such implementation"
+    known = {"attention": None, **ops.implementations(case.op)}
+    return known.get(candidate, f"{case.op} has no such implementation")
 
 
 def main(request: dict[str, Any]) -> int:
@@ -183,8 +177,7 @@ def main(request: dict[str, Any]) -> int:
             answer |= found or measured(case, request["candidate"], request["settings"])
         except Exception as error:  # too large for the device, say: other cases go on
             answer["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), flush=True)
     return 0
 
 

@@ -63,6 +63,12 @@ def write(path: pathlib.Path | None, result: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
 
 
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, with_header=True) -> str:
+    """Rows of cells in Markdown."""
+    lines = [header, ["---"] * len(header), *rows] if with_header else rows
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
     """Wall-clock seconds of each of `repeats` calls."""
     times = []

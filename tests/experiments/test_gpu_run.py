@@ -3,7 +3,6 @@
 import importlib
 import json
 
-import jax
 import pytest
 
 from experiments.benchmarks.gpu_run import peers, sections, settings, speed
@@ -18,15 +17,6 @@ RUN_HERE += [("correctness", (part, 3)) for part in range(3)]
 
 with common.interpreted():
     TRITON = ops.implementations("mlstm")["triton"]
-
-
-@pytest.fixture(autouse=True)
-def quick_compiler():
-    """Programs run once or twice here, so that most of the time would be spent optimizing them."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.mark.parametrize("section,part", RUN_HERE)
