@@ -41,15 +41,16 @@ class Problem:
 def random_problem(check: MLSTMCheck | SLSTMCheck, implementation: str) -> Problem:
     """A problem of the sizes of `check`, the same at every call."""
     rng = np.random.default_rng([len(check.name), *check.sizes])
-    make = _mlstm if isinstance(check, MLSTMCheck) else _slstm
-    fields = make(check, implementation, rng)
-    B, T, H, K = check.sizes[:4]
-    width = check.sizes[4] if isinstance(check, MLSTMCheck) else K
+    if isinstance(check, MLSTMCheck):
+        fields = _mlstm(check, implementation, rng)
+    else:
+        fields = _slstm(check, implementation, rng)
+    B, T, H = check.sizes[:3]
     fields["inputs"] = {
         name: x if name == "b" else rounded(x, check.dtype) for name, x in fields["inputs"].items()
     }
     state = fields["state"]
-    weights = {"h": rounded(normal(rng, B, T, H, width), check.dtype)}
+    weights = {"h": rounded(normal(rng, B, T, H, check.sizes[-1]), check.dtype)}
     weights |= {name: normal(rng, *getattr(state, name).shape) for name in fields["memory"]}
     reset = mask = None
     if check.flags:
@@ -91,7 +92,7 @@ def _with(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return lambda **arguments: fn(**arguments, **options)
 
 
-def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+def normal(rng: np.random.Generator, *shape: int) -> Any:
     """Random normal float32 numbers."""
     return rng.standard_normal(shape).astype(np.float32)
 
