@@ -107,12 +107,12 @@ def measured(candidate: str, case: dict[str, Any], settings: dict[str, Any]) -> 
     each = seconds_of(run, 1)
     peak = torch.cuda.max_memory_allocated()
     launches = min(1000, max(1, math.ceil(settings["sample_seconds"] / each)))
-    times = sorted(seconds_of(run, launches) for _ in range(settings["repeats"]))
-    at = lambda share: times[min(len(times) - 1, int(share * len(times)))]  # noqa: E731
+    times = [seconds_of(run, launches) for _ in range(settings["repeats"])]
+    low, median, high = torch.tensor(times).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
     return {
-        "median_seconds": at(0.5),
-        "quartiles_seconds": [at(0.25), at(0.75)],
-        "fastest_seconds": times[0],
+        "median_seconds": median,
+        "quartiles_seconds": [low, high],
+        "fastest_seconds": min(times),
         "repeats": len(times),
         "peak_bytes": peak,
         "peak_from": "allocator",

@@ -34,16 +34,10 @@ PEERS = ("mlstm_kernels", "fla", "xlstm")  # PyTorch packages; the others are ou
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments(measure.TimedArguments):
-    size: Literal["full", "smoke"] = "full"  # smoke: seconds on a CPU, says nothing about speed
+class Arguments(measure.TimedArguments, Sizes):
+    size: Literal["full", "smoke"] = "full"  # smoke: in place of all sizes those for a CPU
     sections: tuple[Literal["mlstm", "slstm", "decode"], ...] = ("mlstm", "slstm", "decode")
     candidates: tuple[str, ...] | None = None  # of each section; None: all of them
-    heads: tuple[tuple[int, int, int], ...] | None = None  # H, K and V of the mLSTM's cases
-    lengths: tuple[int, ...] | None = None  # T of the mLSTM's cases
-    tokens: int | None = None  # of one call, at every length
-    slstm_dims: tuple[int, ...] | None = None  # K
-    decode_batches: tuple[int, ...] | None = None
-    dtype: Literal["bfloat16", "float32"] | None = None
     warmup: int = 10
     sample_seconds: float = 0.05  # how long calls are dispatched before they are waited for
     timeout: float = 600.0  # seconds for one candidate at one size
@@ -60,17 +54,10 @@ class Arguments(measure.TimedArguments):
             raise ConfigError(f"warmup must be at least 1, got {self.warmup}; 10 is usual.")
 
 
-def sizes(args: Arguments) -> Sizes:
-    """Those of `args.size`, with what is given in their place."""
-    base = kernel_cases.SMOKE if args.size == "smoke" else Sizes()
-    names = ("heads", "lengths", "tokens", "slstm_dims", "decode_batches", "dtype")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return dataclasses.replace(base, **given)
-
-
 def rows(args: Arguments) -> Iterator[dict[str, Any]]:
     """One per candidate and case."""
-    for cases in kernel_cases.groups(sizes(args), args.sections):
+    sizes = Sizes(**kernel_cases.SMOKE) if args.size == "smoke" else args
+    for cases in kernel_cases.groups(sizes, args.sections):
         for candidate in CANDIDATES[cases[0].section]:
             if args.candidates is None or candidate in args.candidates:
                 yield from ask(args, candidate, cases)

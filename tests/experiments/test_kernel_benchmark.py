@@ -7,11 +7,12 @@ import jax
 import pytest
 
 from experiments.benchmarks import kernel_cases, kernel_jax, kernel_report, kernel_torch, kernels
-from experiments.benchmarks.kernel_cases import SMOKE, Case, Sizes
+from experiments.benchmarks.kernel_cases import Case, Sizes
 from experiments.benchmarks.kernels import Arguments
 from xlstm_jax import ops
 from xlstm_jax.config import ConfigError
 
+SMOKE = Sizes(**kernel_cases.SMOKE)
 QUICK = {"repeats": 2, "warmup": 1, "sample_seconds": 1e-4}
 LARGE = Case(op="mlstm", part="gradient", B=32, T=2048, H=8, K=256, V=512)
 H100 = "NVIDIA H100 80GB HBM3"
