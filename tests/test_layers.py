@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "xlstm_jax.cpu": (),
     "xlstm_jax.cli": STOREY_4,
     "xlstm_jax.__main__": STOREY_5,
-    "experiments": STOREY_5,
+    "experiments": (*STOREY_5, "tests.workloads"),
 }
 
 # Room -> the only packages of others it may import, the standard library aside.

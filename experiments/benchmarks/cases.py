@@ -1,90 +1,96 @@
-"""The two models whose train step is compared with the official package, and our step of them."""
+"""The library's own train step of a workload, ready to be compiled and timed."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from tests.workloads import ModelWorkload
 from xlstm_jax.data import Batch
-from xlstm_jax.modules import LM, LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig, at
+from xlstm_jax.modules import LM
+from xlstm_jax.sharding import MeshConfig, make_devices, use_rules
+from xlstm_jax.sharding.rules import RulesName
 from xlstm_jax.train import TrainConfig, TrainState, init_state, make_optimizer, make_train_step
 
-VOCAB_SIZE = 256
+Metrics = dict[str, jax.Array]
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """A model and the shape of its batches."""
-
-    model: LMConfig
-    batch_size: int
-    seq_len: int
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one step."""
-        return self.batch_size * self.seq_len
-
-
-# float32 and nothing recomputed, on both sides: at these sizes memory is no concern.
-LARGE = LMConfig(
-    vocab_size=VOCAB_SIZE,
-    dim=256,
-    pattern="MMMM",
-    large=LargeConfig(num_heads=4, ffn_dim=704),
-    final_norm="rms",
-    final_norm_eps=1e-6,
-    logit_soft_cap=30.0,
-    remat="none",
-)
-V1 = LMConfig(
-    vocab_size=VOCAB_SIZE,
-    dim=128,
-    pattern=at(6, slstm=[1]),
-    mlstm=MLSTMConfig(num_heads=4),
-    slstm=SLSTMConfig(num_heads=4),
-    remat="none",
-)
-CASES = {
-    "large": Case(model=LARGE, batch_size=4, seq_len=512),
-    "v1": Case(model=V1, batch_size=8, seq_len=256),
-}
-"""Name -> case; `peer_torch.py` builds the same models under the same names."""
-
-# Rows are one document each, and the peer knows no documents: neither side looks for their borders.
+# One document per sequence, and the peer knows no documents: neither side looks for boundaries.
 TRAIN = TrainConfig(steps=1000, grad_clip=1.0, document_resets=False)
 
 
-def train_step(model: LMConfig) -> tuple[jax.stages.Wrapped, Callable[[], TrainState]]:
-    """The library's train step of a model, jitted with the state donated, and its first state."""
-    lm, tx = LM(model), make_optimizer(TRAIN)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    step = jax.jit(make_train_step(lm, tx, TRAIN), donate_argnums=0)
-    return step, lambda: init_state(lm, tx, jax.random.key(0), tokens)
+class Training(NamedTuple):
+    """A train step that donates its state, and its arguments."""
+
+    step: jax.stages.Wrapped
+    arguments: Callable[[], tuple[TrainState, Batch]]
+    shapes: Callable[[], tuple[TrainState, Batch]]  # of the arguments, for the compiler
+    mesh: Callable[[], AbstractContextManager]  # to enter around compiling and calling
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step, traced for the shapes of its arguments."""
+        with self.mesh():
+            return self.step.lower(*self.shapes())
+
+    def start(self, program: jax.stages.Compiled) -> Callable[[], Metrics]:
+        """A call that trains one step more with the compiled program and returns its metrics."""
+        state, batch = self.arguments()
+
+        def advance() -> Metrics:
+            nonlocal state
+            with self.mesh():
+                state, metrics = program(state, batch)
+            return metrics
+
+        return advance
 
 
-def random_batch(case: Case) -> Batch:
-    """One document a row, of uniformly random tokens."""
-    shape = (case.batch_size, case.seq_len)
+def training(workload: ModelWorkload, rules: RulesName | None = None) -> Training:
+    """The train step of a workload: without a mesh, or as a run has it on a mesh of one device.
+
+    No other benchmark builds a train step.
+    """
+    lm, tx = LM(workload.model), make_optimizer(TRAIN)
+    key, tokens = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+    step = make_train_step(lm, tx, TRAIN)
+    if rules is None:
+
+        def arguments():
+            return init_state(lm, tx, key, tokens), random_batch(workload)
+
+        jitted = jax.jit(step, donate_argnums=0)
+        return Training(jitted, arguments, lambda: jax.eval_shape(arguments), nullcontext)
+    devices = make_devices(MeshConfig(rules=rules), jax.devices()[:1])
+
+    def sharded_step(state, batch):
+        with use_rules(devices.rules):
+            state, metrics = step(state, batch)
+        return devices.hold(state), metrics
+
+    def sharded_arguments():
+        state = init_state(lm, tx, key, tokens, devices=devices)
+        return state, devices.batch(jax.device_get(random_batch(workload)))
+
+    jitted = jax.jit(sharded_step, donate_argnums=0)
+    return Training(jitted, sharded_arguments, sharded_arguments, devices.active)
+
+
+def random_batch(workload: ModelWorkload) -> Batch:
+    """Uniformly random tokens, one document per sequence."""
+    shape = (workload.batch_size, workload.seq_len)
     tokens = jax.random.randint(
-        jax.random.key(1), (shape[0], shape[1] + 1), 0, case.model.vocab_size, jnp.int32
+        jax.random.key(1), (shape[0], shape[1] + 1), 0, workload.model.vocab_size, jnp.int32
     )
     ones = jnp.ones(shape, jnp.int32)
-    index = jnp.arange(case.batch_size)
+    index = jnp.arange(workload.batch_size)
     return Batch(tokens[:, :-1], tokens[:, 1:], ones, ones.astype(jnp.float32), index)
 
 
-def compiled_step(case: Case) -> tuple[Callable[[], Any], jax.stages.Compiled]:
+def compiled_step(
+    workload: ModelWorkload, rules: RulesName | None = None
+) -> tuple[Callable[[], Any], jax.stages.Compiled]:
     """A call that trains one step more, and its compiled program."""
-    step, first_state = train_step(case.model)
-    state, batch = first_state(), random_batch(case)
-    program = step.lower(state, batch).compile()
-
-    def advance():
-        nonlocal state
-        state, metrics = program(state, batch)
-        return metrics
-
-    return advance, program
+    of = training(workload, rules)
+    program = of.lower().compile()
+    return of.start(program), program

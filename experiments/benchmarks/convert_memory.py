@@ -17,10 +17,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import tyro
 
 from experiments.benchmarks import measure
 from xlstm_jax.convert import hf, mapping, names, writing
@@ -31,7 +29,6 @@ GIB = 2**30
 DEMANDED_GIB = 1.5
 MODEL = presets.large(1024, 17, 4, 2752, vocab_size=25_600)  # 1.00 GiB in float32
 
-# What each process does.
 PROCESSES = {
     "interpreter": "",
     "imports": "import jax; from xlstm_jax import convert; from xlstm_jax.cli import main; "
@@ -44,36 +41,34 @@ PROCESSES = {
     "main(['convert', 'run-to-hf', {run!r}, {back!r}, '--no-compare', "
     "'--max-shard-bytes', str(2**28)])",
 }
+"""What each process does."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Write a checkpoint, read it, print the peaks, and write them as JSON."""
-
+class Arguments(measure.Arguments):
     shard_mib: int = 256  # of one file
-    out: pathlib.Path | None = None  # where the JSON goes; None: only the summary is printed
 
 
-def main(options: Options) -> int:
-    """Returns 0."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = pathlib.Path(place, "hf")
-        write_checkpoint(folder, options.shard_mib * 2**20)
-        files = sorted(path.stat().st_size for path in folder.glob("*.safetensors"))
-        folders = {"folder": str(folder), "run": f"{place}/run", "back": f"{place}/back"}
+def main(args: Arguments) -> int:
+    with tempfile.TemporaryDirectory() as parent:
+        folder = pathlib.Path(parent, "hf")
+        write_checkpoint(folder, args.shard_mib * 2**20)
+        sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
+        folders = {"folder": str(folder), "run": f"{parent}/run", "back": f"{parent}/back"}
         peaks = {name: peak(code.format(**folders)) for name, code in PROCESSES.items()}
     result = {
         **measure.about("convert_memory"),
         "parameters": count_params(MODEL),
-        "checkpoint_bytes": sum(files),
-        "files": len(files),
+        "checkpoint_bytes": sum(sizes),
+        "files": len(sizes),
         "peak_bytes": peaks,
         "demanded_gib_above_interpreter": DEMANDED_GIB,
     }
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print("\n".join(sentences(result)))
+    measure.write(args.out, result)
+    print(f"checkpoint: {sum(sizes) / GIB:.2f} GiB in {len(sizes)} files")
+    for name, size in peaks.items():
+        above = size - peaks["interpreter"]
+        print(f"{name}: peak {size / GIB:.2f} GiB, {above / GIB:.2f} GiB above the interpreter")
     return 0
 
 
@@ -101,19 +96,5 @@ def peak(code: str) -> int:
     return int(done.stdout.split()[-1]) * 1024  # Linux counts in KiB
 
 
-def sentences(result: dict[str, Any]) -> list[str]:
-    """The result in lines to read."""
-    peaks = result["peak_bytes"]
-    bare = peaks["interpreter"]
-    lines = [
-        f"checkpoint: {result['checkpoint_bytes'] / GIB:.2f} GiB in {result['files']} files, "
-        f"{result['parameters']:,} parameters; demanded of reading: below {DEMANDED_GIB} GiB"
-    ]
-    return lines + [
-        f"{name}: peak {size / GIB:.2f} GiB, {(size - bare) / GIB:.2f} GiB above the interpreter"
-        for name, size in peaks.items()
-    ]
-
-
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    measure.run(main, Arguments, __doc__)

@@ -4,10 +4,8 @@ import dataclasses
 import time
 from typing import Any
 
-import jax
-
 from experiments.benchmarks import cases
-from experiments.benchmarks.cases import Case
+from tests.workloads import ModelWorkload
 from xlstm_jax.modules import LargeConfig, LMConfig, MLSTMConfig, presets, ratio_pattern
 from xlstm_jax.modules.patterns import cut
 from xlstm_jax.modules.stack import runs_of
@@ -23,44 +21,38 @@ SMALL = LMConfig(
 PRESET = "xlstm_350m_7:1"  # 48 blocks, sLSTM at 3, 5, 7, 40, 42, 44
 SEQ_LEN = 128
 SHORTENED = f"{PRESET} in 6"
+PAIRS = (("M x 32", "M x 8"), ("7:1 x 32", "7:1 x 8"), (PRESET, SHORTENED))
 
 
 def run(repeats: int) -> dict[str, Any]:
-    """Seconds to trace and compile each model, and the ratios that are promised."""
+    """Compile times of all models, and the ratios that are promised."""
     preset = dataclasses.replace(presets.get(PRESET), vocab_size=256)
-    models = {
-        "M x 8": dataclasses.replace(SMALL, pattern="M" * 8),
-        "M x 32": dataclasses.replace(SMALL, pattern="M" * 32),
-        "7:1 x 8": dataclasses.replace(SMALL, pattern=ratio_pattern("7:1", 8)),
-        "7:1 x 32": dataclasses.replace(SMALL, pattern=ratio_pattern("7:1", 32)),
-        SHORTENED: dataclasses.replace(preset, pattern=shortened(preset.pattern, 6)),
-        PRESET: preset,
-    }
-    pairs = [("M x 32", "M x 8"), ("7:1 x 32", "7:1 x 8"), (PRESET, SHORTENED)]
-    return compare(models, pairs, repeats)
+    patterns = {f"M x {n}": "M" * n for n in (8, 32)}
+    patterns |= {f"7:1 x {n}": ratio_pattern("7:1", n) for n in (8, 32)}
+    models = {name: dataclasses.replace(SMALL, pattern=p) for name, p in patterns.items()}
+    models[SHORTENED] = dataclasses.replace(preset, pattern=shortened(preset.pattern, 6))
+    return compare({**models, PRESET: preset}, PAIRS, repeats)
 
 
 def compare(
-    models: dict[str, LMConfig], pairs: list[tuple[str, str]], repeats: int
+    models: dict[str, LMConfig], pairs: tuple[tuple[str, str], ...], repeats: int
 ) -> dict[str, Any]:
     """Compile times of all models, and of the first of each pair over the second."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats):
         for name, model in models.items():
             times[name].append(compile_seconds(model))
+            print(f"compile {name}: {times[name][-1]:.1f} s")
     rows = {
-        name: {"pattern": model.pattern, "bodies": num_bodies(model), "seconds": times[name]}
+        name: {
+            "pattern": model.pattern,
+            "bodies": sum(len(run.unit) for run in runs_of(model, SEQ_LEN)),  # blocks compiled
+            "seconds": times[name],
+        }
         for name, model in models.items()
     }
-    return {
-        "models": rows,
-        "ratios": {f"{a} / {b}": min(times[a]) / min(times[b]) for a, b in pairs},
-    }
-
-
-def num_bodies(model: LMConfig) -> int:
-    """Blocks that are compiled, forwards and backwards."""
-    return sum(len(run.unit) for run in runs_of(model, SEQ_LEN))
+    ratios = {f"{a} / {b}": min(times[a]) / min(times[b]) for a, b in pairs}
+    return {"models": rows, "ratios": ratios}
 
 
 def shortened(pattern: str, num_blocks: int) -> str:
@@ -69,12 +61,8 @@ def shortened(pattern: str, num_blocks: int) -> str:
 
 
 def compile_seconds(model: LMConfig) -> float:
-    """To trace, lower and compile the train step, from shapes alone: no parameter is made."""
-    step, first_state = cases.train_step(model)
-    state = jax.eval_shape(first_state)
-    batch = jax.eval_shape(
-        lambda: cases.random_batch(Case(model=model, batch_size=1, seq_len=SEQ_LEN))
-    )
+    """To trace, lower and compile the train step, from shapes alone."""
+    training = cases.training(ModelWorkload(model=model, batch_size=1, seq_len=SEQ_LEN))
     start = time.perf_counter()
-    step.lower(state, batch).compile()
+    training.lower().compile()
     return time.perf_counter() - start

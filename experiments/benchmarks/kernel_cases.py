@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from xlstm_jax.plan.gpus import Device
+from tests import workloads
+from xlstm_jax.plan import gpus
 
 PARTS = ("forward", "gradient", "decode")
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
@@ -29,18 +30,18 @@ class Case:
     H: int
     K: int
     V: int
-    dtype: str = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     most_states: int = 32  # of a decode step
 
     @property
     def tokens(self) -> int:
-        """Positions of all rows."""
+        """Positions of all sequences."""
         return self.B * self.T
 
     @property
-    def heads(self) -> str:
-        """For people: "8 x (256, 512)", or of an sLSTM "4 x 256"."""
-        return f"{self.H} x {self.K}" if self.op == "slstm" else f"{self.H} x ({self.K}, {self.V})"
+    def section(self) -> str:
+        """Of the benchmark: "mlstm", "slstm" or "decode"."""
+        return "decode" if self.part == "decode" else self.op
 
     @property
     def attention_heads(self) -> int:
@@ -49,7 +50,7 @@ class Case:
 
     @property
     def num_states(self) -> int:
-        """Memories that a decode step is timed on, one after the other, as of layers."""
+        """States that a decode step is timed on, one after the other, as of layers."""
         if self.part != "decode":
             return 1
         elements = 4 * self.K if self.op == "slstm" else self.K * self.V
@@ -65,53 +66,48 @@ class Work(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Which cases; tokens of a call are the same at every length, so that work is, too."""
+    """Which cases; a call has the same number of tokens at every length, and so the same work."""
 
-    heads: tuple[tuple[int, int, int], ...] = ((8, 256, 512), (16, 128, 256), (4, 64, 128))
-    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
-    tokens: int = 65536
-    slstm_widths: tuple[int, ...] = (64, 128, 256, 512)
-    slstm_heads: int = 4
-    slstm_batch: int = 16
-    slstm_length: int = 2048
-    decode_heads: tuple[int, int, int] = (8, 256, 512)
-    decode_batches: tuple[int, ...] = (1, 32, 256)
-    decode_states: int = 32
-    dtype: str = "bfloat16"
+    heads: tuple[tuple[int, int, int], ...] = tuple(  # H, K and V of the mLSTM's cases
+        workloads.MLSTM[name].heads for name in ("7b", "16_heads", "4_heads")
+    )
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)  # T of these
+    tokens: int = workloads.TOKENS  # of one call, at every length
+    slstm: tuple[int, int, int] = (16, 2048, 4)  # B, T and H of the sLSTM's cases
+    slstm_dims: tuple[int, ...] = tuple(workload.K for workload in workloads.SLSTM.values())  # K
+    decode_batches: tuple[int, ...] = (1, 32, 256)  # of one step at the first heads
+    decode_states: int = 32  # at most so many states are decoded one after the other
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
-SMOKE = Sizes(
+SMOKE: dict[str, Any] = dict(
     heads=((2, 16, 32),),
     lengths=(64, 128),
     tokens=128,
-    slstm_widths=(16,),
-    slstm_heads=2,
-    slstm_batch=2,
-    slstm_length=16,
-    decode_heads=(2, 16, 32),
+    slstm=(2, 16, 2),
+    slstm_dims=(16,),
     decode_batches=(1,),
     decode_states=2,
     dtype="float32",
 )
+"""Sizes for a CPU."""
 
 
 def groups(sizes: Sizes, sections: tuple[str, ...]) -> Iterator[list[Case]]:
     """Cases that differ in their part alone, forward before gradient: they share a process."""
-    rest: dict[str, Any] = {"dtype": sizes.dtype}
-    if "mlstm" in sections:
-        for H, K, V in sizes.heads:
-            for T in sizes.lengths:
-                shape = dict(B=max(1, sizes.tokens // T), T=T, H=H, K=K, V=V)
-                yield [Case(op="mlstm", part=part, **shape, **rest) for part in PARTS[:2]]
-    if "slstm" in sections:
-        for K in sizes.slstm_widths:
-            shape = dict(B=sizes.slstm_batch, T=sizes.slstm_length, H=sizes.slstm_heads, K=K, V=K)
-            yield [Case(op="slstm", part=part, **shape, **rest) for part in PARTS[:2]]
-    if "decode" in sections:
-        H, K, V = sizes.decode_heads
-        for B in sizes.decode_batches:
-            shape = dict(B=B, T=1, H=H, K=K, V=V, most_states=sizes.decode_states)
-            yield [Case(op="mlstm", part="decode", **shape, **rest)]
+    shapes: list[tuple[str, tuple[int, int, int, int, int]]] = []
+    for H, K, V in sizes.heads:
+        shapes += [("mlstm", (max(1, sizes.tokens // T), T, H, K, V)) for T in sizes.lengths]
+    shapes += [("slstm", (*sizes.slstm, K, K)) for K in sizes.slstm_dims]
+    shapes += [("decode", (B, 1, *sizes.heads[0])) for B in sizes.decode_batches]
+    for section, shape in shapes:
+        if section in sections:
+            fields: dict[str, Any] = dict(zip("BTHKV", shape, strict=True), dtype=sizes.dtype)
+            fields |= dict(op=section, most_states=sizes.decode_states)
+            parts = PARTS[:2]
+            if section == "decode":
+                fields["op"], parts = "mlstm", PARTS[2:]
+            yield [Case(part=part, **fields) for part in parts]
 
 
 def work(case: Case, *, attention: bool = False) -> Work:
@@ -152,7 +148,17 @@ def _attention(case: Case, item: int) -> Work:
     return Work(forward, 4 * case.tokens * columns * item)
 
 
-def bound_seconds(found: Work, dtype: str, device: Device) -> float:
-    """The time below which `device` cannot do it: products or memory, whichever takes longer."""
+def bound_seconds(work: Work, dtype: str, device_kind: str) -> float | None:
+    """The least time that a device takes: for products or for memory, whichever is longer.
+
+    Args:
+        work: what it has to do.
+        dtype: of the operands.
+        device_kind: as JAX or the driver reports it; of a device that is not in the table of GPUs
+            the result is None.
+    """
+    device = gpus.peaks(device_kind)
+    if device is None:
+        return None
     flops = device.bf16_flops if dtype == "bfloat16" else device.tf32_flops
-    return max(found.flops / flops, found.bytes / device.bytes_per_second)
+    return max(work.flops / flops, work.bytes / device.bytes_per_second)

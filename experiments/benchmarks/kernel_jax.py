@@ -3,7 +3,6 @@
 The one argument is JSON; every case is answered with a line of JSON.
 """
 
-import contextlib
 import json
 import math
 import sys
@@ -25,7 +24,10 @@ def arrays(case: Case, candidate: str) -> tuple[jax.Array, ...]:
     B, T, H, K, V = case.B, case.T, case.H, case.K, case.V
     dtype = jnp.dtype(case.dtype)
     keys = iter(jax.random.split(jax.random.key(0), 8))
-    normal = lambda *shape, of=dtype: jax.random.normal(next(keys), shape, jnp.float32).astype(of)  # noqa: E731
+
+    def normal(*shape, of=dtype):
+        return jax.random.normal(next(keys), shape, jnp.float32).astype(of)
+
     if candidate == "attention":
         return tuple(normal(B, T, case.attention_heads, ATTENTION_WIDTH) for _ in range(3))
     if case.op == "slstm":
@@ -38,7 +40,7 @@ def arrays(case: Case, candidate: str) -> tuple[jax.Array, ...]:
 def function(case: Case, candidate: str) -> Call:
     """h of the arrays; with a state as well, h and the state after."""
     if candidate == "attention":
-        how = "cudnn" if _platform() == "gpu" and case.dtype != "float32" else None
+        how = "cudnn" if jax.default_backend() == "gpu" and case.dtype != "float32" else None
         return lambda q, k, v: jax.nn.dot_product_attention(
             q, k, v, is_causal=True, implementation=how
         )
@@ -89,38 +91,48 @@ def timed(case: Case, candidate: str) -> Call:
     return {"forward": fn, "gradient": gradient, "decode": steps}[case.part]
 
 
-def measured(case: Case, candidate: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Times of one call (of one state, where there are several), memory, and tiles."""
-    fn = timed(case, candidate)
+def compiled(case: Case, candidate: str, fn: Call | None = None) -> jax.stages.Compiled:
+    """The timed function of a case, or `fn` in its place, compiled from shapes alone."""
+    shapes = jax.eval_shape(lambda: inputs(case, candidate))
+    donate = 0 if case.part == "decode" else ()
+    return jax.jit(fn or timed(case, candidate), donate_argnums=donate).lower(*shapes).compile()
+
+
+def repeatable(case: Case, candidate: str, program: jax.stages.Compiled) -> Callable[[], Any]:
+    """A call of the compiled function on random inputs; decoding continues from its last states."""
     # Compiled, so that random numbers take no more memory than the arrays.
     args = jax.jit(lambda: inputs(case, candidate))()
-    decode = case.part == "decode"
-    program = jax.jit(fn, donate_argnums=0 if decode else ()).lower(*args).compile()
-    state, rest = (args[0], args[1:]) if decode else ((), args)
-    shapes = jax.eval_shape(lambda: inputs(case, candidate))
+    if case.part != "decode":
+        return lambda: program(*args)
+    states, *rest = args
     del args
 
-    def run():
-        nonlocal state
-        if not decode:
-            return program(*rest)
-        state = program(state, *rest)
-        return state
+    def decode():
+        nonlocal states
+        states = program(states, *rest)
+        return states
 
-    jax.block_until_ready(run())
+    return decode
+
+
+def measured(case: Case, candidate: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Times of one call (of one state, where there are several), memory, and tiles."""
+    program = compiled(case, candidate)
+    call = repeatable(case, candidate, program)
+    jax.block_until_ready(call())
     peak = _peak_bytes(program)  # before several calls are under way together
-    times = [seconds / case.num_states for seconds in samples(run, **settings)]
-    tiles = {call.name: _sizes(call) for call in gpu_offline.launches(fn, *shapes)}
+    times = [seconds / case.num_states for seconds in samples(call, **settings)]
+    shapes = jax.eval_shape(lambda: inputs(case, candidate))
+    launches = gpu_offline.launches(timed(case, candidate), *shapes)
+    tiles = {
+        launch.name: {k: v for k, v in (*launch.constants, *launch.options) if type(v) is int}
+        for launch in launches
+    }
     return {**measure.summary(times), **peak, "tiles": tiles}
 
 
-def _sizes(call: gpu_offline.Launch) -> dict[str, Any]:
-    """What was chosen for a kernel."""
-    return {key: value for key, value in (*call.constants, *call.options) if type(value) is int}
-
-
 def samples(run: Call, *, repeats: int, warmup: int, sample_seconds: float) -> list[float]:
-    """Seconds of one call, `repeats` times: so many are sent off at once that all take a while."""
+    """Seconds of one call, `repeats` times: as many are dispatched at once as take a while."""
 
     def several(launches: int) -> Any:
         for _ in range(launches - 1):
@@ -141,24 +153,18 @@ def _peak_bytes(program: jax.stages.Compiled) -> dict[str, Any]:
     assert analysis is not None  # on CPUs and GPUs there is one
     sizes = (analysis.argument_size_in_bytes, analysis.output_size_in_bytes)
     planned = sum(sizes) + analysis.temp_size_in_bytes - analysis.alias_size_in_bytes
-    statistics = jax.devices()[0].memory_stats() or {}
+    allocated = measure.peak_bytes()
     return {
-        "peak_bytes": statistics.get("peak_bytes_in_use", planned),
-        "peak_from": "allocator" if "peak_bytes_in_use" in statistics else "compiler",
+        "peak_bytes": planned if allocated is None else allocated,
+        "peak_from": "compiler" if allocated is None else "allocator",
         "planned_bytes": planned,
     }
 
 
-def _platform() -> str:
-    return jax.default_backend()
-
-
 def refusal(case: Case, candidate: str) -> str | None:
     """Why a candidate has no answer to a case, before it is tried."""
-    if candidate == "attention":
-        return None
-    known = ops.implementations(case.op)
-    return known[candidate] if candidate in known else f"{case.op} has no such implementation"
+    known = {"attention": None, **ops.implementations(case.op)}
+    return known.get(candidate, f"{case.op} has no such implementation")
 
 
 def main(request: dict[str, Any]) -> int:
@@ -171,8 +177,7 @@ def main(request: dict[str, Any]) -> int:
             answer |= found or measured(case, request["candidate"], request["settings"])
         except Exception as error:  # too large for the device, say: other cases go on
             answer["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), flush=True)
     return 0
 
 

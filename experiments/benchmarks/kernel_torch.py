@@ -72,39 +72,47 @@ def arrays(candidate: str, case: dict[str, Any]) -> list[Any]:
     return [normal(K), normal(K), normal(V), normal(), 3 + normal()]
 
 
+def call(fn, args: list[Any], part: str):
+    """A call without arguments: forward, or forward and backward for a random cotangent."""
+    import torch
+
+    if part != "gradient":
+
+        def forward():
+            with torch.no_grad():
+                fn(*args)
+
+        return forward
+
+    args = [x.requires_grad_() for x in args]
+    cotangent = torch.randn_like(fn(*args))
+
+    def gradient():
+        for x in args:
+            x.grad = None
+        fn(*args).backward(cotangent)
+
+    return gradient
+
+
 def measured(candidate: str, case: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Times of one call by the device's clock, and the most memory allocated."""
     import torch
 
-    fn, args = function(candidate, case), arrays(candidate, case)
-    if case["part"] == "gradient":
-        args = [x.requires_grad_() for x in args]
-        cotangent = torch.randn_like(fn(*args))
-
-        def run():
-            for x in args:
-                x.grad = None
-            fn(*args).backward(cotangent)
-
-    else:
-
-        def run():
-            with torch.no_grad():
-                fn(*args)
-
+    run = call(function(candidate, case), arrays(candidate, case), case["part"])
     for _ in range(settings["warmup"]):  # packages that tune themselves do it here
         run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    each = _seconds(run, 1)
+    each = seconds_of(run, 1)
     peak = torch.cuda.max_memory_allocated()
     launches = min(1000, max(1, math.ceil(settings["sample_seconds"] / each)))
-    times = sorted(_seconds(run, launches) for _ in range(settings["repeats"]))
-    at = lambda share: times[min(len(times) - 1, int(share * len(times)))]  # noqa: E731
+    times = [seconds_of(run, launches) for _ in range(settings["repeats"])]
+    low, median, high = torch.tensor(times).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
     return {
-        "median_seconds": at(0.5),
-        "quartiles_seconds": [at(0.25), at(0.75)],
-        "fastest_seconds": times[0],
+        "median_seconds": median,
+        "quartiles_seconds": [low, high],
+        "fastest_seconds": min(times),
         "repeats": len(times),
         "peak_bytes": peak,
         "peak_from": "allocator",
@@ -113,7 +121,7 @@ def measured(candidate: str, case: dict[str, Any], settings: dict[str, Any]) -> 
     }
 
 
-def _seconds(run, launches: int) -> float:
+def seconds_of(run, launches: int) -> float:
     """Of one of several calls sent off together."""
     import torch
 

@@ -1,4 +1,4 @@
-"""Time and memory per token of the chunkwise mLSTM, forward and backward, as rows grow longer."""
+"""Time and memory per token of the chunkwise mLSTM, forward and backward, over sequence length."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from experiments.benchmarks import measure
 from xlstm_jax import ops
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-HEADS, QK_DIM, V_DIM = 4, 32, 64  # of the large case
+HEADS, QK_DIM, V_DIM = 4, 32, 64  # of the large workload
 
 
 def run(repeats: int, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Any]:
@@ -19,26 +19,24 @@ def run(repeats: int, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Any]:
         name: max(row[name] for row in rows.values()) / min(row[name] for row in rows.values())
         for name in ("nanoseconds_per_token", "bytes_per_token")
     }
-    shape = f"1 row, {HEADS} heads, key width {QK_DIM}, value width {V_DIM}, float32"
+    shape = f"batch 1, {HEADS} heads, key size {QK_DIM}, value size {V_DIM}, float32"
     return {"shape": shape, "lengths": rows, "max_over_min": ratios}
 
 
 def at_length(length: int, repeats: int) -> dict[str, Any]:
-    """Cost of the gradient of all inputs for one row of that many tokens."""
-    keys = jax.random.split(jax.random.key(0), 6)
-    shape = (1, length, HEADS)
-    shapes = [(*shape, QK_DIM), (*shape, QK_DIM), (*shape, V_DIM), shape, shape, (*shape, V_DIM)]
+    """Cost of the gradients of all inputs for one sequence of that many tokens."""
+    widths = ((QK_DIM,), (QK_DIM,), (V_DIM,), (), (), (V_DIM,))
+    keys = jax.random.split(jax.random.key(0), len(widths))
+    shapes = [(1, length, HEADS, *width) for width in widths]
     *inputs, weights = map(jax.random.normal, keys, shapes)
 
     def loss(*inputs):
-        h, _ = ops.mlstm(*inputs, implementation="chunkwise")
-        return jnp.sum(weights * h)
+        return jnp.sum(weights * ops.mlstm(*inputs, implementation="chunkwise")[0])
 
     program = jax.jit(jax.grad(loss, argnums=range(5))).lower(*inputs).compile()
     jax.block_until_ready(program(*inputs))
     times = measure.summary(measure.seconds(lambda: program(*inputs), repeats))
-    return {
-        "nanoseconds_per_token": 1e9 * times["median_seconds"] / length,
-        "bytes_per_token": measure.temporary_bytes(program) / length,
-        **times,
-    }
+    nanoseconds = 1e9 * times["median_seconds"] / length
+    size = measure.temporary_bytes(program) / length
+    print(f"length {length}: {nanoseconds:,.0f} ns and {size:,.0f} bytes per token")
+    return {"nanoseconds_per_token": nanoseconds, "bytes_per_token": size, **times}

@@ -1,24 +1,76 @@
-"""Times, their statistics, and what has to be known about the machine they were taken on."""
+"""What benchmarks share: options, times and their statistics, facts about the machine, results."""
 
+import dataclasses
 import datetime
+import functools
+import json
 import os
 import pathlib
 import platform
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
+
+from xlstm_jax.config import ConfigError
 
 MATRIX_SIZE = 2048
 """Rows and columns of the float32 matrices whose product gives the machine's rate."""
 
+PACKAGES = ("xlstm-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+STEPS_IN_TURN = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Options of every benchmark."""
+
+    out: pathlib.Path | None = None  # where results go, as JSON; None: they are only printed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TimedArguments(Arguments):
+    """Options of every benchmark that takes times."""
+
+    repeats: int = 30  # times of each kind
+
+    def __post_init__(self):
+        if self.repeats < 1:
+            raise ConfigError(f"repeats must be at least 1, got {self.repeats}; 30 is usual.")
+
+
+def run(main: Callable[[Any], int], arguments: type[Arguments], description: str | None) -> None:
+    """Runs a benchmark with the options of the command line; exits with 2 if one is invalid."""
+    try:
+        sys.exit(main(tyro.cli(arguments, description=description)))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def write(path: pathlib.Path | None, result: Mapping[str, Any]) -> None:
+    """Writes a result as JSON; nothing without a path."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, with_header=True) -> str:
+    """Rows of cells in Markdown."""
+    lines = [header, ["---"] * len(header), *rows] if with_header else rows
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
 
 def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
-    """How long each of `repeats` calls takes until its result is there."""
+    """Wall-clock seconds of each of `repeats` calls."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -27,8 +79,24 @@ def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
     return times
 
 
+def in_turns(
+    sides: Mapping[str, Callable[[int], list[float]]], repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of `repeats` calls of each side, a few at a time: a busy moment hits all sides.
+
+    Args:
+        sides: by name, what takes a number of times.
+        repeats: times of each.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for done in range(0, repeats, STEPS_IN_TURN):
+        for name, take in sides.items():
+            times[name] += take(min(STEPS_IN_TURN, repeats - done))
+    return times
+
+
 def summary(times: Sequence[float]) -> dict[str, Any]:
-    """Median, quartiles and extremes: single times of a shared machine mean little."""
+    """Median, quartiles and minimum: single times of a shared machine mean little."""
     low, median, high = np.percentile(times, [25, 50, 75])
     return {
         "median_seconds": float(median),
@@ -46,6 +114,11 @@ def matrix_product(size: int) -> Callable[[], jax.Array]:
     return lambda: product(a, b)
 
 
+def product_rate(times: Sequence[float]) -> float:
+    """FLOP/s of the fastest of several products of size `MATRIX_SIZE`."""
+    return 2 * MATRIX_SIZE**3 / min(times)
+
+
 def temporary_bytes(program: jax.stages.Compiled) -> int:
     """Memory that a compiled program needs besides its arguments and results."""
     analysis = program.memory_analysis()
@@ -53,10 +126,16 @@ def temporary_bytes(program: jax.stages.Compiled) -> int:
     return analysis.temp_size_in_bytes
 
 
+def peak_bytes() -> int | None:
+    """Peak memory of the first device so far; None where the allocator does not count it."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 def machine() -> dict[str, Any]:
     """Processor, cores and memory."""
     return {
         "processor": _first_of("/proc/cpuinfo", "model name") or platform.machine(),
+        "family": _first_of("/proc/cpuinfo", "cpu family"),
         "cores": os.cpu_count(),
         "memory": _first_of("/proc/meminfo", "MemTotal"),
         "system": f"{platform.system()} {platform.machine()}",
@@ -65,15 +144,32 @@ def machine() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide how fast a step is."""
-    packages = ("xlstm-jax", "jax", "jaxlib", "flax", "optax", "numpy")
-    return {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
+@functools.cache
+def driver() -> dict[str, str]:
+    """What the driver reports of the first GPU: its version and clocks; empty without one."""
+    fields = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "power.limit")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return dict(zip(fields, map(str.strip, found.splitlines()[0].split(",")), strict=True))
 
 
-def about(benchmark: str) -> dict[str, Any]:
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Of Python, and of those of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def about(benchmark: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """What a result begins with: which benchmark, when, on what, with which versions."""
-    facts = {"machine": machine(), "versions": versions()}
+    facts = {"machine": machine(), "versions": versions(packages)}
     return {"benchmark": benchmark, **settings(), **facts}
 
 

@@ -1,7 +1,6 @@
 """What does a mesh of one device cost, beside the same train step without any?
 
-An answer: less than 2 %. Rules are then nobody's, `shard_map` and constraints are left out, and the
-state is said to lie where it lies.
+An answer: less than 2 %. Nothing is sharded then, and constraints and `shard_map` are left out.
 
     python experiments/benchmarks/mesh.py --out RESULT.json
 
@@ -10,104 +9,55 @@ that does nothing else.
 """
 
 import dataclasses
-import json
-import pathlib
-import statistics
-import sys
-from collections.abc import Callable
+import functools
 from typing import Any
 
-import jax
-import tyro
-
 from experiments.benchmarks import cases, measure
-from experiments.benchmarks.cases import Case
+from tests import workloads
+from tests.workloads import ModelWorkload
 from xlstm_jax import cpu
-from xlstm_jax.config import ConfigError
-from xlstm_jax.modules import LM
-from xlstm_jax.sharding import MeshConfig, make_devices, use_rules
 from xlstm_jax.sharding.rules import RulesName
-from xlstm_jax.train import init_state, make_optimizer, make_train_step
-
-STEPS_IN_TURN = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Measure, print a summary, and write everything as JSON."""
-
-    rules: RulesName = "fsdp"  # of the mesh
+class Arguments(measure.TimedArguments):
     repeats: int = 60  # timed steps of each side
-    out: pathlib.Path | None = None  # where the JSON goes; None: only the summary is printed
-
-    def __post_init__(self):
-        if self.repeats < 1:
-            raise ConfigError(f"repeats must be at least 1, got {self.repeats}; 60 is usual.")
+    rules: RulesName = "fsdp"  # of the mesh
 
 
-def sharded_step(case: Case, rules: RulesName) -> tuple[Callable[[], Any], jax.stages.Compiled]:
-    """As `cases.compiled_step`, on a mesh of one device, as a run has it."""
-    devices = make_devices(MeshConfig(rules=rules), jax.devices()[:1])
-    lm, tx = LM(case.model), make_optimizer(cases.TRAIN)
-    step = make_train_step(lm, tx, cases.TRAIN)
-
-    def update(state, batch):
-        with use_rules(devices.rules):
-            state, metrics = step(state, batch)
-        return devices.hold(state), metrics
-
-    with devices.active():
-        state = init_state(lm, tx, jax.random.key(0), jax.numpy.zeros((1, 1), int), devices=devices)
-        batch = devices.batch(jax.device_get(cases.random_batch(case)))
-        program = jax.jit(update, donate_argnums=0).lower(state, batch).compile()
-
-    def advance():
-        nonlocal state
-        with devices.active():
-            state, metrics = program(state, batch)
-        return metrics
-
-    return advance, program
-
-
-def in_turns(case: Case, options: Options) -> dict[str, Any]:
-    """Both sides of a case, and by how much the mesh takes longer."""
-    plain, program = cases.compiled_step(case)
-    sharded, placed = sharded_step(case, options.rules)
-    times: dict[str, list[float]] = {"plain": [], "mesh": []}
-    for call in (plain, sharded):
-        measure.seconds(call, 3)
-    while len(times["mesh"]) < options.repeats:
-        count = min(STEPS_IN_TURN, options.repeats - len(times["mesh"]))
-        times["plain"] += measure.seconds(plain, count)
-        times["mesh"] += measure.seconds(sharded, count)
-    medians = {name: statistics.median(found) for name, found in times.items()}
+def compare(workload: ModelWorkload, args: Arguments) -> dict[str, Any]:
+    """Both sides of a workload, and by how much the mesh takes longer."""
+    steps = {"plain": cases.compiled_step(workload)}
+    steps["mesh"] = cases.compiled_step(workload, args.rules)
+    for advance, _ in steps.values():
+        measure.seconds(advance, 3)
+    product = measure.matrix_product(measure.MATRIX_SIZE)
+    calls = {name: advance for name, (advance, _) in steps.items()} | {"product": product}
+    sides = {name: functools.partial(measure.seconds, call) for name, call in calls.items()}
+    times = measure.in_turns(sides, args.repeats)
+    found = {name: measure.summary(times[name]) for name in steps}
+    overhead = found["mesh"]["median_seconds"] / found["plain"]["median_seconds"] - 1
     return {
-        **{name: measure.summary(found) for name, found in times.items()},
-        "temporary_bytes": {
-            "plain": measure.temporary_bytes(program),
-            "mesh": measure.temporary_bytes(placed),
-        },
-        "overhead": medians["mesh"] / medians["plain"] - 1,
+        **found,
+        "temporary_bytes": {name: measure.temporary_bytes(p) for name, (_, p) in steps.items()},
+        "matrix_product_flops_per_second": measure.product_rate(times["product"]),
+        "overhead": overhead,
     }
 
 
-def main(options: Options) -> int:
-    """Measure all cases; 0."""
+def main(args: Arguments) -> int:
     cpu.prepare()
-    result = {**measure.about("mesh"), "rules": options.rules}
-    for name, case in cases.CASES.items():
-        found = result[name] = in_turns(case, options)
-        middle = {side: 1e3 * found[side]["median_seconds"] for side in ("plain", "mesh")}
+    result = {**measure.about("mesh"), "rules": args.rules}
+    for name, workload in workloads.MODELS.items():
+        found = result[name] = compare(workload, args)
+        plain, mesh = (1e3 * found[side]["median_seconds"] for side in ("plain", "mesh"))
         print(
-            f"{name}: {middle['plain']:.1f} ms without a mesh, {middle['mesh']:.1f} ms on a mesh "
-            f"of one device, {found['overhead']:+.1%}"
+            f"{name}: {plain:.1f} ms without a mesh, {mesh:.1f} ms on a mesh of one device, "
+            f"{found['overhead']:+.1%}"
         )
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    measure.write(args.out, result)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    measure.run(main, Arguments, __doc__)

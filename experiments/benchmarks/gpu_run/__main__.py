@@ -1,0 +1,58 @@
+"""Sections of one prepared run on a Hopper GPU; `run.sh` starts them side by side.
+
+    python -m experiments.benchmarks.gpu_run SECTION [PART PARTS]
+    python -m experiments.benchmarks.gpu_run summary RESULT.json
+
+GPU_RUN_SMOKE=1 takes toy sizes and implementations that run on a CPU. GPU_RUN_DIR is the folder of
+reports and locks, `.gpu_run/work` by default.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import sys
+import time
+
+SMOKE = bool(os.environ.get("GPU_RUN_SMOKE"))
+FOLDER = pathlib.Path(os.environ.get("GPU_RUN_DIR", ".gpu_run/work"))
+START = float(os.environ.get("GPU_RUN_START", time.time()))
+
+
+def complete_triton() -> None:
+    """Defines a constant of Triton's driver that jax-triton 0.4 imports and Triton 3.6 lacks.
+
+    Without it jax-triton takes the whole backend for missing.
+    """
+    with contextlib.suppress(ImportError):
+        import triton.backends.nvidia.driver as driver
+
+        if not hasattr(driver, "TMA_TF32"):
+            driver.TMA_TF32 = 11  # of tf32 descriptors, which no kernel here uses
+
+
+def main(section: str, *arguments: str) -> int:
+    if SMOKE:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    complete_triton()
+    # Both import JAX, and `exported` must not import Triton before it is complete.
+    from experiments.benchmarks.gpu_run import summary
+
+    if section == "summary":
+        return summary.main(FOLDER, pathlib.Path(*arguments), START)
+    from experiments.benchmarks.gpu_run import sections, settings
+    from experiments.benchmarks.gpu_run.report import Report
+
+    known = sections.sections()
+    if section not in known:
+        print(f"unknown section {section!r}; use one of: {', '.join(known)}.", file=sys.stderr)
+        return 2
+    report = Report(section + "".join(arguments[:1]), FOLDER, start=START, alone=SMOKE)
+    sizes = settings.smoke() if SMOKE else settings.full()
+    sizes = dataclasses.replace(sizes, with_flashrnn=os.environ.get("FLASHRNN") == "1")
+    known[section](report, sizes, *map(int, arguments))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

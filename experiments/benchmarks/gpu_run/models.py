@@ -1,0 +1,149 @@
+"""Times of train steps and of decoding."""
+
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from experiments.benchmarks import cases, kernel_cases, measure
+from experiments.benchmarks.gpu_run.report import Report, Row
+from experiments.benchmarks.gpu_run.settings import Settings
+from experiments.benchmarks.gpu_run.speed import statistics
+from experiments.benchmarks.kernel_cases import Work
+from tests.workloads import ModelWorkload
+from xlstm_jax.flops import count_params, train_flops
+from xlstm_jax.modules import LM, LMConfig, param_shapes
+
+
+def train(report: Report, settings: Settings) -> None:
+    """Steps of training, optimizer included."""
+    calls = []
+    for name, workload in settings.models:
+        try:
+            training = cases.training(workload)
+            calls.append((name, workload, training, training.lower().compile()))
+        except Exception as error:  # the other models shall still be timed
+            report.fail(name, error)
+    report.wait()
+    for name, workload, training, program in calls:
+        with report.exclusive():
+            start = functools.partial(training.start, program)
+            report.add(name, functools.partial(train_steps, workload, start, settings.train_steps))
+
+
+def train_steps(
+    workload: ModelWorkload, start: Callable[[], Callable[[], cases.Metrics]], num_steps: int
+) -> Row:
+    """Statistics of all steps but two, and the rates they amount to."""
+    advance, seconds, metrics = start(), [], {}
+    for _ in range(num_steps):
+        begin = time.perf_counter()
+        metrics = jax.block_until_ready(advance())
+        seconds.append(time.perf_counter() - begin)
+    row = statistics(seconds[2:])
+    rate = workload.tokens / (row["median_ms"] / 1e3)
+    flops = train_flops(workload.model, workload.seq_len) * workload.batch_size
+    bound = bound_seconds(Work(flops, 0))
+    return {
+        **row,
+        "B": workload.batch_size,
+        "T": workload.seq_len,
+        "parameters": count_params(workload.model),
+        "tokens_per_s": rate,
+        "mfu": bound and 1e3 * bound / row["median_ms"],
+        "loss": float(metrics["loss"]),
+        "peak_bytes": measure.peak_bytes(),
+    }
+
+
+def decode(report: Report, settings: Settings) -> None:
+    """Tokens of a model with bfloat16 weights, and the share of the memory bandwidth they take.
+
+    With XLA's dynamic-slice fusion and without it: the states of all layers are stacked.
+    """
+    cfg, steps = settings.decode_model, settings.decode_steps
+    model, shapes, calls = LM(cfg), bfloat16_shapes(cfg), []
+    variants = {"default": {}}
+    if not settings.smoke:
+        variants["no dynamic-slice fusion"] = {"xla_gpu_enable_dynamic_slice_fusion": False}
+    generate = jax.jit(functools.partial(decode_tokens, model, steps), donate_argnums=2)
+    for B in (1,) if settings.smoke else (1, 32):
+        state = jax.eval_shape(lambda B=B: model.init_state(B))
+        lowered = generate.lower(shapes, jax.ShapeDtypeStruct((B, 1), jnp.int32), state)
+        for name, flags in variants.items():
+            try:
+                program = lowered.compile(compiler_options=flags)
+                calls.append((f"B={B}, {name}", B, program))
+            except Exception as error:  # the other variants shall still be timed
+                report.fail(f"B={B}, {name}", error)
+    report.wait()
+    with report.exclusive():
+        params = random_params(shapes)
+        for what, B, program in calls:
+            report.add(what, functools.partial(decode_steps, model, params, program, B, steps))
+
+
+def decode_tokens(model: LM, steps: int, params, token, state):
+    """`steps` greedy tokens more."""
+
+    def body(carry, _):
+        token, state = carry
+        logits, state = model.apply({"params": params}, token, state=state)
+        token = jnp.argmax(logits[:, -1], -1).astype(jnp.int32)[:, None]
+        return (token, state), None
+
+    return jax.lax.scan(body, (token, state), None, length=steps)[0]
+
+
+def decode_steps(model: LM, params, program, B: int, steps: int) -> Row:
+    """Statistics of one token, and its traffic over what the memory allows."""
+    state, token, seconds = model.init_state(B), jnp.zeros((B, 1), jnp.int32), []
+    for _ in range(6):
+        start = time.perf_counter()
+        token, state = jax.block_until_ready(program(params, token, state))
+        seconds.append((time.perf_counter() - start) / steps)
+    row = statistics(seconds[1:])
+    moved = num_bytes(params) + 2 * num_bytes(state)
+    bound = bound_seconds(Work(0, moved))
+    return {
+        **row,
+        "bytes_per_token": moved,
+        "tokens_per_s": 1e3 * B / row["median_ms"],
+        "share_of_bandwidth": bound and 1e3 * bound / row["median_ms"],
+        "largest_of_state": max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(state)),
+    }
+
+
+def bfloat16_shapes(cfg: LMConfig):
+    """Shapes of the parameters, matrices in bfloat16."""
+
+    def narrow(shape):
+        dtype = jnp.bfloat16 if shape.ndim > 1 else shape.dtype
+        return jax.ShapeDtypeStruct(shape.shape, dtype)
+
+    return jax.tree.map(narrow, param_shapes(cfg))
+
+
+def random_params(shapes):
+    """Random parameters of these shapes, made one by one: together they would need float32."""
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+
+    def make(key, shape):
+        scale = 0.02 if len(shape.shape) > 1 else 1
+        return (scale * jax.random.normal(key, shape.shape, shape.dtype)).astype(shape.dtype)
+
+    made = [jax.jit(functools.partial(make, shape=s))(k) for k, s in zip(keys, leaves, strict=True)]
+    return tree.unflatten(made)
+
+
+def bound_seconds(work: Work) -> float | None:
+    """The least time for bfloat16 work on this device, if its peaks are known."""
+    return kernel_cases.bound_seconds(work, "bfloat16", jax.devices()[0].device_kind)
+
+
+def num_bytes(tree) -> int:
+    """Of all arrays of a tree."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

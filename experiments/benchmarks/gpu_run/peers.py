@@ -1,0 +1,132 @@
+"""Times of other packages' kernels in PyTorch, and of what the GPU can do at most."""
+
+# pyright: reportMissingImports=false
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from experiments.benchmarks import kernel_torch
+from experiments.benchmarks.gpu_run.report import Report, Row, describe
+from experiments.benchmarks.gpu_run.settings import Heads, Settings
+from experiments.benchmarks.gpu_run.speed import statistics
+
+Run = Callable[[], Any]
+PARTS = ("forward", "gradient")
+SHAPES = 2
+"""The mLSTM's kernels are timed at so many of the heads."""
+
+
+def peers(report: Report, settings: Settings) -> None:
+    """Prepares every peer before the timing starts, as packages tune their kernels when called."""
+    calls = []
+    for what, make in candidates(settings):
+        if report.is_timing:
+            report.add(what, error="not prepared before the timing started")
+            continue
+        begin = time.time()
+        try:
+            run = make()
+            run()
+            _synchronize()
+            calls.append((what, run))
+            print("peers", what, f"prepared in {time.time() - begin:.0f} s", flush=True)
+        except Exception as error:  # the other packages shall still be timed
+            report.add(what, error=describe(error))
+    report.wait()
+    for what, run in calls:
+        with report.exclusive():
+            report.add(what, functools.partial(times, run))
+    with report.exclusive():
+        report.add("ceilings", ceilings)
+
+
+def candidates(settings: Settings) -> list[tuple[str, Callable[[], Run]]]:
+    """Names, and functions that make a call ready to be timed."""
+    found: list[tuple[str, Callable[[], Run]]] = []
+    for heads in settings.heads[:SHAPES]:
+        for package in ("mlstm_kernels", "fla"):
+            for part in PARTS:
+                make = functools.partial(mlstm, settings, package, heads, part)
+                found.append((f"{package} {heads} {part}", make))
+    for part in PARTS:
+        for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
+            make = functools.partial(attention, settings, backend, part)
+            found.append((f"{backend.lower()} 32 x 128 {part}", make))
+    for K in (64, 128, 256) if settings.with_flashrnn else ():
+        for part in PARTS:
+            make = functools.partial(flashrnn, settings, K, part)
+            found.append((f"flashrnn slstm K={K} {part}", make))
+    return found
+
+
+def mlstm(settings: Settings, package: str, heads: Heads, part: str) -> Run:
+    """The mLSTM of a package, as `kernels.py` calls it."""
+    H, K, V = heads
+    sizes = dict(B=settings.tokens // settings.length, T=settings.length, H=H, K=K, V=V)
+    case = {**sizes, "dtype": "bfloat16", "op": "mlstm", "part": part}
+    return kernel_torch.call(
+        kernel_torch.function(package, case), kernel_torch.arrays(package, case), part
+    )
+
+
+def attention(settings: Settings, backend: str, part: str) -> Run:
+    """Causal attention with as many columns as the mLSTM of 7B has values."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    shape = (settings.tokens // settings.length, 32, settings.length, 128)
+    args = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+
+    def fn(q, k, v):
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return kernel_torch.call(fn, args, part)
+
+
+def flashrnn(settings: Settings, K: int, part: str) -> Run:
+    """The sLSTM of FlashRNN, whose kernels are built with nvcc."""
+    import torch
+    from flashrnn import flashrnn as fused
+
+    B, T, H = settings.slstm_batch, settings.slstm_length, 4
+    new = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    args = [new(B, T, 4, H, K), new(4, H, K, K) / math.sqrt(K), new(4, H, K)]
+    options = dict(function="slstm", backend="cuda_fused", dtype="bfloat16")
+    return kernel_torch.call(lambda Wx, R, b: fused(Wx, R, b, **options)[0], args, part)
+
+
+def times(run: Run) -> Row:
+    """Statistics of a call."""
+    for _ in range(5):
+        run()
+    _synchronize()
+    each = kernel_torch.seconds_of(run, 1)
+    launches = min(200, max(1, math.ceil(0.03 / each)))
+    return statistics([kernel_torch.seconds_of(run, launches) for _ in range(15)])
+
+
+def ceilings() -> Row:
+    """Bandwidth of a copy and rate of bfloat16 products, as measured."""
+    import torch
+
+    x, y = (torch.randn(1 << 30, device="cuda", dtype=torch.float32) for _ in range(2))
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    found: Row = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    calls = {
+        "copy_tb_s": (lambda: y.copy_(x), 2 * x.numel() * 4),
+        "bf16_tflop_s": (lambda: a @ b, 2 * 8192**3),
+    }
+    for name, (run, work) in calls.items():
+        run()
+        found[name] = work / kernel_torch.seconds_of(run, 10) / 1e12
+    return found
+
+
+def _synchronize() -> None:
+    import torch
+
+    torch.cuda.synchronize()

@@ -1,0 +1,102 @@
+"""Random calls of the ops whose results are known in float64."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks.gpu_run.settings import MLSTMCheck, SLSTMCheck
+from xlstm_jax import cells, ops
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Arguments of a call, the weights of a loss on its results, and what computes it."""
+
+    dtype: str
+    inputs: Arrays  # by the op's argument names; rounded to `dtype`, as float32 arrays
+    state: Any  # a NamedTuple
+    loss_weights: Arrays  # of h and of every leaf in `memory`
+    memory: tuple[str, ...]  # leaves of the state that are scaled by exp(-m)
+    flags: dict[str, jax.Array | None]  # reset and mask
+    tested: Callable[..., Any]
+    reference: Callable[..., Any]
+    float32_inputs: tuple[str, ...] = ()  # whatever `dtype` is
+
+    def narrow(self) -> dict[str, jax.Array]:
+        """Inputs as the tested implementation is given them."""
+        dtype = jnp.dtype(self.dtype)
+        return {
+            name: jnp.asarray(x, jnp.float32 if name in self.float32_inputs else dtype)
+            for name, x in self.inputs.items()
+        }
+
+
+def random_problem(check: MLSTMCheck | SLSTMCheck, implementation: str) -> Problem:
+    """A problem of the sizes of `check`, the same at every call."""
+    rng = np.random.default_rng([len(check.name), *check.sizes])
+    if isinstance(check, MLSTMCheck):
+        fields = _mlstm(check, implementation, rng)
+    else:
+        fields = _slstm(check, implementation, rng)
+    B, T, H = check.sizes[:3]
+    fields["inputs"] = {
+        name: x if name == "b" else rounded(x, check.dtype) for name, x in fields["inputs"].items()
+    }
+    state = fields["state"]
+    weights = {"h": rounded(normal(rng, B, T, H, check.sizes[-1]), check.dtype)}
+    weights |= {name: normal(rng, *getattr(state, name).shape) for name in fields["memory"]}
+    reset = mask = None
+    if check.flags:
+        reset = jnp.asarray(rng.random((B, T)) < 4 / T)
+        mask = jnp.asarray(rng.random((B, T)) < 0.9)
+    flags = {"reset": reset, "mask": mask}
+    return Problem(dtype=check.dtype, loss_weights=weights, flags=flags, **fields)
+
+
+def _mlstm(check: MLSTMCheck, implementation: str, rng: np.random.Generator) -> dict[str, Any]:
+    B, T, H, K, V = check.sizes
+    q, k, v = (normal(rng, B, T, H, size) for size in (K, K, V))
+    i, f = (check.gate_scale * normal(rng, B, T, H) for _ in "if")
+    state = cells.MLSTMState(normal(rng, B, H, K, V), normal(rng, B, H, K), normal(rng, B, H))
+    return {
+        "inputs": {"q": q, "k": k, "v": v, "i": i, "f": f + 3},
+        "state": state,
+        "memory": ("C", "n"),
+        "tested": _with(ops.mlstm, implementation=implementation, **check.options),
+        "reference": _with(cells.mlstm_scan, **check.options),
+    }
+
+
+def _slstm(check: SLSTMCheck, implementation: str, rng: np.random.Generator) -> dict[str, Any]:
+    B, T, H, K = check.sizes
+    x, r = normal(rng, B, T, 4, H, K), normal(rng, H, K, 4, K) / math.sqrt(K)
+    c, n, h, m = normal(rng, 4, B, H, K)
+    return {
+        "inputs": {"x": x, "r": r, "b": normal(rng, H, 4, K)},
+        "state": cells.SLSTMState(c, 1 + abs(n), np.tanh(h), m),
+        "memory": ("c", "n"),
+        "tested": _with(ops.slstm, implementation=implementation),
+        "reference": cells.slstm_scan,
+        "float32_inputs": ("r", "b"),
+    }
+
+
+def _with(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return lambda **arguments: fn(**arguments, **options)
+
+
+def normal(rng: np.random.Generator, *shape: int) -> Any:
+    """Random normal float32 numbers."""
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """`x` with only the digits of `dtype`, in float32."""
+    return np.asarray(jnp.asarray(x, jnp.dtype(dtype)).astype(jnp.float32))

@@ -1,0 +1,36 @@
+"""The sections by name."""
+
+from collections.abc import Callable
+
+import jax
+
+from experiments.benchmarks import kernel_jax
+from experiments.benchmarks.gpu_run import models, peers, speed
+from experiments.benchmarks.gpu_run.correctness import correctness
+from experiments.benchmarks.gpu_run.report import Report
+from experiments.benchmarks.gpu_run.settings import Settings
+
+
+def profile(report: Report, settings: Settings) -> None:
+    """The kernels of one gradient at the first heads, twice, for a profiler."""
+    case = settings.mlstm_case("gradient", settings.heads[0])
+    program = kernel_jax.compiled(case, settings.mlstm)
+    call = kernel_jax.repeatable(case, settings.mlstm, program)
+    for _ in range(2):
+        jax.block_until_ready(call())
+    report.add("gradient", profiled=2)
+
+
+def sections() -> dict[str, Callable[..., None]]:
+    """In the order in which their results are shown."""
+    return {
+        "correctness": correctness,
+        "kernels": speed.kernels,
+        "slstm": speed.slstm,
+        "tiles": speed.tiles,
+        "exported": speed.exported,
+        "train": models.train,
+        "decode": models.decode,
+        "peers": peers.peers,
+        "profile": profile,
+    }

@@ -1,0 +1,182 @@
+"""Sizes of the GPU run: the real ones, and toy ones that a CPU runs in seconds."""
+
+import dataclasses
+from typing import Any
+
+from experiments.benchmarks.kernel_cases import Case
+from tests import workloads
+from tests.workloads import ModelWorkload
+from xlstm_jax import ops
+from xlstm_jax.modules import LMConfig, presets
+
+Heads = tuple[int, int, int]
+
+
+def reference(op: str) -> str:
+    """The reference implementation of an op: the last of its table."""
+    return list(ops.implementations(op))[-1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLSTMCheck:
+    """A call of the mLSTM whose values and gradients are compared with the float64 recurrence."""
+
+    name: str
+    sizes: tuple[int, int, int, int, int]  # B T H K V
+    dtype: str = "bfloat16"
+    flags: bool = False  # with resets and a mask
+    gate_scale: float = 1
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SLSTMCheck:
+    """The same of the sLSTM."""
+
+    name: str
+    sizes: tuple[int, int, int, int]  # B T H K
+    dtype: str = "bfloat16"
+    flags: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a section needs to know about sizes."""
+
+    smoke: bool
+    dtype: str  # of timed calls
+    mlstm: str  # implementations under test
+    slstm: str
+    heads: tuple[Heads, ...]  # the first are those of the 7B model
+    tokens: int  # of one timed call
+    length: int  # T of timed calls
+    more_lengths: tuple[int, ...]  # of the first heads only
+    decode_batches: tuple[int, ...]
+    decode_states: int  # at most so many states, as of layers, are decoded one after the other
+    slstm_dims: tuple[int, ...]
+    slstm_batch: int
+    slstm_length: int
+    mlstm_checks: tuple[MLSTMCheck, ...]
+    slstm_checks: tuple[SLSTMCheck, ...]
+    step_fusion: tuple[bool | None, ...]  # XLA's dynamic-slice fusion in stacked steps, or default
+    step_sizes: tuple[int, int, int, int, int]  # of stacked decode steps: layers, B H K V
+    transform_sizes: tuple[int, int, int, int, int, int]  # under vmap: mapped, B T H K V
+    poison_elements: int  # of the array of NaN between repeated runs
+    train_steps: int
+    models: tuple[tuple[str, ModelWorkload], ...]
+    decode_model: LMConfig
+    decode_steps: int
+    samples: dict[str, Any]
+    with_flashrnn: bool = False  # its kernels are built with nvcc: for a second run
+
+    def mlstm_case(self, part: str, heads: Heads, T: int | None = None, B: int | None = None):
+        """A timed call of the mLSTM; B is what makes `tokens` unless given."""
+        T = T or self.length
+        H, K, V = heads
+        sizes = dict(B=B or max(1, self.tokens // T), T=T, H=H, K=K, V=V)
+        states = {"most_states": self.decode_states}
+        return Case(op="mlstm", part=part, dtype=self.dtype, **sizes, **states)
+
+    def slstm_case(self, part: str, K: int) -> Case:
+        """A timed call of the sLSTM."""
+        sizes = dict(B=self.slstm_batch, T=self.slstm_length, H=4, K=K, V=K)
+        return Case(op="slstm", part=part, dtype=self.dtype, **sizes)
+
+
+MLSTM_CHECKS = (
+    MLSTMCheck(name="7b heads", sizes=(2, 512, 2, 256, 512)),
+    MLSTMCheck(name="7b heads", sizes=(2, 512, 2, 256, 512), dtype="float32"),
+    MLSTMCheck(name="160m heads", sizes=(2, 512, 3, 64, 128), flags=True),
+    MLSTMCheck(name="160m heads", sizes=(2, 300, 3, 64, 128), dtype="float32", flags=True),
+    MLSTMCheck(name="square heads", sizes=(2, 384, 2, 128, 128), flags=True),
+    MLSTMCheck(name="400m heads", sizes=(2, 384, 2, 128, 256)),
+    MLSTMCheck(name="odd sizes", sizes=(1, 301, 3, 40, 96), flags=True),
+    MLSTMCheck(name="odd sizes", sizes=(1, 301, 3, 40, 96), dtype="float32", flags=True),
+    MLSTMCheck(name="multiples of 64", sizes=(1, 200, 2, 192, 320)),
+    MLSTMCheck(name="wide heads", sizes=(1, 256, 2, 512, 512)),
+    MLSTMCheck(
+        name="sigmoid, no normalizer",
+        sizes=(1, 256, 2, 256, 512),
+        options={"input_gate": "sigmoid", "normalize": False},
+    ),
+    MLSTMCheck(
+        name="large gates", sizes=(2, 512, 2, 128, 256), dtype="float32", flags=True, gate_scale=8
+    ),
+    MLSTMCheck(name="long", sizes=(1, 4096, 1, 64, 128), dtype="float32"),
+)
+SLSTM_CHECKS = (  # the names say where the kernel keeps the recurrent weights
+    SLSTMCheck(name="resident weights", sizes=(3, 65, 2, 64)),
+    SLSTMCheck(name="resident weights", sizes=(33, 40, 2, 64), dtype="float32"),
+    SLSTMCheck(name="resident weights", sizes=(17, 64, 2, 128)),
+    SLSTMCheck(name="streamed weights", sizes=(17, 64, 2, 128), dtype="float32"),
+    SLSTMCheck(name="streamed weights", sizes=(17, 64, 2, 256)),
+    SLSTMCheck(name="streamed weights", sizes=(4, 64, 1, 512), flags=False),
+    SLSTMCheck(name="odd sizes", sizes=(5, 33, 3, 40)),
+)
+
+
+def full() -> Settings:
+    """For a Hopper GPU."""
+    model = presets.get("scaling_160m")
+    without_remat = dataclasses.replace(model, remat="none")
+    names = ("7b", "16_heads", "square", "narrow")
+    return Settings(
+        smoke=False,
+        dtype="bfloat16",
+        mlstm="triton",
+        slstm="triton",
+        heads=tuple(workloads.MLSTM[name].heads for name in names),
+        tokens=workloads.TOKENS,
+        length=workloads.MLSTM["7b"].T,
+        more_lengths=(2_048, 65_536),
+        decode_batches=(1, 32, 256),
+        decode_states=32,
+        slstm_dims=tuple(workload.K for workload in workloads.SLSTM.values()),
+        slstm_batch=16,
+        slstm_length=2_048,
+        mlstm_checks=MLSTM_CHECKS,
+        slstm_checks=SLSTM_CHECKS,
+        step_fusion=(None, False),
+        step_sizes=(3, 2, 4, 256, 256),
+        transform_sizes=(2, 2, 256, 2, 64, 128),
+        poison_elements=1 << 28,
+        train_steps=12,
+        models=(
+            ("remat of the preset", ModelWorkload(model=model, batch_size=16, seq_len=4_096)),
+            ("no remat", ModelWorkload(model=without_remat, batch_size=16, seq_len=4_096)),
+        ),
+        decode_model=presets.get("xlstm_7b"),
+        decode_steps=16,
+        samples={"repeats": 15, "warmup": 5, "sample_seconds": 0.03},
+    )
+
+
+def smoke() -> Settings:
+    """For a CPU: the same code on toy sizes, with implementations that run there."""
+    model = dataclasses.replace(workloads.LARGE, dim=16, pattern="M", vocab_size=16)
+    return Settings(
+        smoke=True,
+        dtype="float32",
+        mlstm="parallel",
+        slstm=reference("slstm"),
+        heads=((2, 16, 32),),
+        tokens=32,
+        length=32,
+        more_lengths=(),
+        decode_batches=(1,),
+        decode_states=1,
+        slstm_dims=(8,),
+        slstm_batch=2,
+        slstm_length=8,
+        mlstm_checks=(MLSTMCheck(name="toy", sizes=(1, 9, 2, 4, 6), dtype="float32", flags=True),),
+        slstm_checks=(SLSTMCheck(name="toy", sizes=(2, 5, 2, 4), dtype="float32"),),
+        step_fusion=(None,),
+        step_sizes=(2, 1, 2, 4, 4),
+        transform_sizes=(2, 1, 8, 2, 4, 4),
+        poison_elements=1 << 10,
+        train_steps=3,
+        models=(("toy", ModelWorkload(model=model, batch_size=1, seq_len=16)),),
+        decode_model=model,
+        decode_steps=2,
+        samples={"repeats": 2, "warmup": 1, "sample_seconds": 1e-4},
+    )

@@ -1,0 +1,180 @@
+"""Times of the kernels, of their tiles, and of the exported programs."""
+
+import contextlib
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from experiments.benchmarks import kernel_cases, kernel_jax, measure
+from experiments.benchmarks.gpu_run.report import Report, Row
+from experiments.benchmarks.gpu_run.settings import Settings, reference
+from experiments.benchmarks.kernel_cases import Case
+from pallas_kernels import common
+
+GRADIENT_ONLY = ("dq dk", "all", "all, 3 stages")
+"""Tiles whose forward pass is that of another."""
+
+Timed = tuple[str, Case, str, Callable[..., Any] | None]
+"""Name, call, implementation, and what to time in place of it."""
+
+
+def kernels(report: Report, settings: Settings) -> None:
+    """The mLSTM over heads, lengths and the batch of a decode step."""
+    todo: list[Timed] = []
+    calls = [(heads, settings.length) for heads in settings.heads]
+    calls += [(settings.heads[0], T) for T in settings.more_lengths]
+    for heads, T in calls:
+        for part in ("forward", "gradient"):
+            case = settings.mlstm_case(part, heads, T)
+            todo.append((f"{heads} T={T} {part}", case, settings.mlstm, None))
+    for B in settings.decode_batches:
+        case = settings.mlstm_case("decode", settings.heads[0], 1, B)
+        todo.append((f"one step, B={B}", case, settings.mlstm, None))
+    time_calls(report, settings, todo)
+
+
+def slstm(report: Report, settings: Settings) -> None:
+    """The sLSTM over head dimensions, beside the reference at two of them."""
+    todo: list[Timed] = []
+    for K in settings.slstm_dims:
+        for part in ("forward", "gradient"):
+            case = settings.slstm_case(part, K)
+            names = {settings.slstm}
+            names |= {reference("slstm")} if K in (128, 256) else set()
+            todo += [(f"K={K} {part}, {name}", case, name, None) for name in sorted(names)]
+    time_calls(report, settings, todo)
+
+
+def tiles(report: Report, settings: Settings) -> None:
+    """The mLSTM's tiles of the table, and some that ought to be faster on paper."""
+    from experiments.benchmarks import gpu_tiles
+
+    # Without a GPU, Triton's interpreter computes the kernels.
+    context = common.interpreted(lanes=16) if settings.smoke else contextlib.nullcontext()
+    todo: list[Timed] = []
+    with context:
+        for name, tile in tile_variants(settings).items():
+            for part in ("gradient",) if name in GRADIENT_ONLY else ("forward", "gradient"):
+                case = settings.mlstm_case(part, settings.heads[0])
+                fn = gpu_tiles.call(tile, "h", case)
+                todo.append((f"{name}, {part}", case, settings.mlstm, fn))
+        time_calls(report, settings, todo[:2] if settings.smoke else todo)
+
+
+def tile_variants(settings: Settings) -> dict[str, Any]:
+    """Tiles by name."""
+    from pallas_kernels.mlstm import triton_tiles
+    from pallas_kernels.mlstm.triton_tiles import Outputs
+
+    _, K, V = settings.heads[0]
+    table = triton_tiles.mlstm(K, V, jnp.dtype(settings.dtype), settings.length, None)
+    # Not the whole width: then Triton's layout computes the square once, not per group of warps.
+    h = Outputs(rows=64, others=64, inner=128, memory=64, width=512, warps=8, stages=2)
+    d = h._replace(width=256)
+    # Two programs of four warps on a multiprocessor.
+    narrow = Outputs(rows=64, others=32, inner=256, memory=64, width=256, warps=4, stages=2)
+    all_of_them = table._replace(h=h, dv=h, dq=d, dk=d)
+
+    def deeper(tile):
+        parts = ("h", "dq", "dk", "dv")
+        return tile._replace(**{part: getattr(tile, part)._replace(stages=3) for part in parts})
+
+    return {
+        "table": table,
+        "table, 3 stages": deeper(table),
+        "h dv": table._replace(h=h, dv=h),
+        "dq dk": table._replace(dq=d, dk=d),
+        "all": all_of_them,
+        "all, 3 stages": deeper(all_of_them),
+        "all, h dv of 4 warps": all_of_them._replace(h=narrow, dv=narrow),
+        "all, chunk 128": all_of_them._replace(chunk=128),
+    }
+
+
+def exported(report: Report, settings: Settings) -> None:
+    """The same calls as the newest Triton compiles them: `export.py` wrote the files in
+    `exports` beside the folder of this report, which contain the assembly."""
+    calls = []
+    for file in sorted((report.folder.parent / "exports").glob("*.export")):
+        try:
+            calls.append((file.stem, *load_exported(file)))
+        except Exception as error:  # the other files shall still be timed
+            report.fail(file.stem, error)
+    report.wait()
+    for what, shapes, program in calls:
+
+        def timed(shapes=shapes, program=program) -> Row:
+            args = jax.jit(lambda: random_arrays(shapes))()
+            jax.block_until_ready(program(*args))
+            return statistics(kernel_jax.samples(lambda: program(*args), **settings.samples))
+
+        with report.exclusive():
+            report.add(what, timed)
+
+
+def load_exported(file: pathlib.Path) -> tuple[Any, jax.stages.Compiled]:
+    """Argument shapes and the compiled program of a file."""
+    call = export.deserialize(bytearray(file.read_bytes()))
+    return call.in_avals, jax.jit(call.call).lower(*call.in_avals).compile()
+
+
+def random_arrays(shapes) -> list[jax.Array]:
+    """Random normal numbers."""
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [
+        jax.random.normal(k, s.shape).astype(s.dtype) for k, s in zip(keys, shapes, strict=True)
+    ]
+
+
+def time_calls(report: Report, settings: Settings, todo: list[Timed]) -> None:
+    """Compiles everything, waits, and times each call alone."""
+    calls = []
+    for what, case, implementation, fn in todo:
+        try:
+            calls.append((what, case, prepared(case, implementation, fn, settings)))
+        except Exception as error:  # the other calls shall still be timed
+            report.fail(what, error)
+    report.wait()
+    for what, case, timed in calls:
+        with report.exclusive():
+            report.add(what, lambda case=case, timed=timed: with_bound(case, timed()))
+
+
+def prepared(
+    case: Case, implementation: str, fn: Callable[..., Any] | None, settings: Settings
+) -> Callable[[], Row]:
+    """A function that times the call, which is compiled already, on new random inputs."""
+    program = kernel_jax.compiled(case, implementation, fn)
+
+    def timed() -> Row:
+        call = kernel_jax.repeatable(case, implementation, program)
+        jax.block_until_ready(call())
+        peak = measure.peak_bytes()
+        times = kernel_jax.samples(call, **settings.samples)
+        return {**statistics([t / case.num_states for t in times]), "peak_bytes": peak}
+
+    return timed
+
+
+def statistics(seconds: list[float]) -> Row:
+    """Median, quartiles and minimum in milliseconds."""
+    found = measure.summary(seconds)
+    return {
+        "median_ms": 1e3 * found["median_seconds"],
+        "quartiles_ms": [1e3 * t for t in found["quartiles_seconds"]],
+        "fastest_ms": 1e3 * found["fastest_seconds"],
+        "n": found["repeats"],
+    }
+
+
+def with_bound(case: Case, row: Row) -> Row:
+    """A row with the share of what the chip's data sheet allows, where the chip is known."""
+    kind = jax.devices()[0].device_kind
+    bound = kernel_cases.bound_seconds(kernel_cases.work(case), case.dtype, kind)
+    if bound is None:
+        return row
+    return {**row, "bound_ms": 1e3 * bound, "share": 1e3 * bound / row["median_ms"]}

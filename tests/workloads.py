@@ -1,0 +1,131 @@
+"""Real shapes by name: the one table that tests, plans and benchmarks share.
+
+Nothing is computed here: a workload is a frozen description, and whoever uses it makes the arrays.
+"""
+
+import dataclasses
+
+from xlstm_jax.modules import LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig, at
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLSTMWorkload:
+    """A call of `ops.mlstm`: q and k are B T H K, v is B T H V."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    dtype: str = "bfloat16"
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """H, K and V."""
+        return self.H, self.K, self.V
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SLSTMWorkload:
+    """A call of `ops.slstm`: x is B T 4 H K."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    dtype: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelWorkload:
+    """A model and the shape of its batches."""
+
+    model: LMConfig
+    batch_size: int
+    seq_len: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one batch."""
+        return self.batch_size * self.seq_len
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanWorkload:
+    """A preset trained on a target of `xlstm_jax.plan`."""
+
+    preset: str
+    topology: str
+    fsdp: int
+    batch_size: int
+    seq_len: int = 8192
+
+
+TOKENS = 65_536
+"""Tokens of one call in benchmarks, at every sequence length: the work is the same at each."""
+
+
+def mlstm(H: int, K: int, V: int, *, T: int = 8192) -> MLSTMWorkload:
+    """A workload of `TOKENS` tokens."""
+    return MLSTMWorkload(B=TOKENS // T, T=T, H=H, K=K, V=V)
+
+
+# Heads of the scaling study's presets `scaling_NAME`, xlstm_7b being the largest.
+MLSTM_LADDER = {
+    "160m": mlstm(6, 64, 128),
+    "400m": mlstm(4, 128, 256),
+    "830m": mlstm(4, 192, 384),
+    "1.4b": mlstm(4, 256, 512),
+    "2.7b": mlstm(5, 256, 512),
+    "7b": mlstm(8, 256, 512),
+}
+
+MLSTM = {
+    **MLSTM_LADDER,
+    # Narrower heads than those of 7b, at which other kernels are measured.
+    "16_heads": mlstm(16, 128, 256),
+    "4_heads": mlstm(4, 64, 128),
+    "square": mlstm(32, 128, 128),
+    "narrow": mlstm(32, 64, 128),
+}
+
+SLSTM = {str(K): SLSTMWorkload(B=16, T=2048, H=4, K=K) for K in (64, 128, 256, 512)}
+"""By head dimension."""
+
+VOCAB_SIZE = 256  # bytes
+
+# float32 without rematerialization: the models of the CPU benchmark of train steps.
+LARGE = LMConfig(
+    vocab_size=VOCAB_SIZE,
+    dim=256,
+    pattern="MMMM",
+    large=LargeConfig(num_heads=4, ffn_dim=704),
+    final_norm="rms",
+    final_norm_eps=1e-6,
+    logit_soft_cap=30.0,
+    remat="none",
+)
+FIRST_GENERATION = LMConfig(
+    vocab_size=VOCAB_SIZE,
+    dim=128,
+    pattern=at(6, slstm=[1]),
+    mlstm=MLSTMConfig(num_heads=4),
+    slstm=SLSTMConfig(num_heads=4),
+    remat="none",
+)
+
+MODELS = {
+    "large": ModelWorkload(model=LARGE, batch_size=4, seq_len=512),
+    "v1": ModelWorkload(model=FIRST_GENERATION, batch_size=8, seq_len=256),
+}
+"""`peer_torch.py` builds the same models under the same names."""
+
+PLANS_7B = (
+    PlanWorkload(preset="xlstm_7b", topology="v5e:16x16", fsdp=64, batch_size=256),
+    PlanWorkload(preset="xlstm_7b", topology="v6e:16x16", fsdp=16, batch_size=256),
+    PlanWorkload(preset="xlstm_7b", topology="v5p:8x8x4", fsdp=16, batch_size=256),
+    PlanWorkload(preset="xlstm_7b", topology="v5p:16x16x16", fsdp=16, batch_size=4096),
+    PlanWorkload(preset="xlstm_7b", topology="h100:1x8", fsdp=8, batch_size=8),
+    # The run of arXiv:2503.13427.
+    PlanWorkload(preset="xlstm_7b", topology="h100:32x8", fsdp=8, batch_size=512),
+)
