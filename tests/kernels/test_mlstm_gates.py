@@ -144,10 +144,10 @@ def test_differences_of_large_sums_keep_their_digits():
 @both_flags
 def test_a_suffix_sum_ends_with_its_chunk_and_segment(rng, flags):
     raw = make_gates(flags)
-    logs, decays = raw.ready()
+    _, decays = raw.ready()
     terms = rng.standard_normal(decays.m.shape).astype(np.float32)
     leaving = rng.standard_normal(terms.shape[:3]).astype(np.float32)
-    args = (jnp.asarray(terms), jnp.asarray(leaving), decays.segment, logs.reset)
+    args = (jnp.asarray(terms), jnp.asarray(leaving), decays.segment, decays.reset)
     found = quick.jit(gates.suffix_sum)(*args)
     reset = exact(raw)[2].reshape(terms.shape)
     segment = np.cumsum(reset, axis=-1)
@@ -187,7 +187,8 @@ def test_the_last_m_passes_its_gradient_back_along_the_maximum(rng, flags, shift
         gradient = quick.jit(lambda rho, *args: jax.vjp(last, *args)[1](rho))
         expected = gradient(*map(jnp.float64, (rho, log_i, log_f, raw.m)))
         expected = [np.asarray(g) for g in expected]
-    found = quick.jit(gates.scale_grads)(x, jnp.asarray(rho))
+    path = (a.reshape(*a.shape[:2], -1) for a in (x.through_f, x.kept))
+    found = quick.jit(gates.scale_grads)(*path, jnp.asarray(rho))
     for name, a, b in zip(("log_i", "log_f", "m"), found, expected, strict=True):
         np.testing.assert_array_equal(np.reshape(a, b.shape), b, err_msg=name)
     assert np.any(expected[2]) == (shift > 0)

@@ -1,7 +1,6 @@
 """The sequence cut over devices: they exchange summaries, and all results stay the same."""
 
 import functools
-import importlib
 import re
 
 import jax
@@ -14,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from tests import quick
 from tests.ops.tolerances import TABLE, assert_close, assert_gradients_close
 from xlstm_jax import cells, ops
-from xlstm_jax.ops import mlstm_context
+from xlstm_jax.ops.mlstm import context_parallel
 from xlstm_jax.sharding import get_rules, make_mesh, use_rules
 from xlstm_jax.sharding.mesh import mesh_of
 
@@ -30,9 +29,7 @@ PATHS = {"gather": 16, "logarithm": 1}
 
 @pytest.fixture(params=PATHS.values(), ids=PATHS)
 def path(request, monkeypatch):
-    whole = mlstm_context.mlstm_context
-    fewer = functools.partial(whole, gathered_spans=request.param)
-    monkeypatch.setattr(importlib.import_module("xlstm_jax.ops.mlstm"), "mlstm_context", fewer)
+    monkeypatch.setattr(context_parallel, "ALL_GATHER_SHARDS", request.param)
 
 
 def flags(kind: str, rng):

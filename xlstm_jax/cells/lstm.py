@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xlstm_jax.cells.logspace import state_dtype
+from xlstm_jax.cells.logspace import exact_einsum, state_dtype
 from xlstm_jax.cells.time import scan_time
 from xlstm_jax.typing import Array, Bool, Float
 
@@ -58,9 +58,7 @@ def recurrent_gates(
     b: Float[Array, "H 4 K"] | None,
 ) -> tuple[Float[Array, "B H K"], ...]:
     """Pre-activations of i, f, z, o: input plus what each head's last output contributes."""
-    gates = x.astype(h.dtype) + jnp.einsum(
-        "BHK,HKGJ->BGHJ", h, r.astype(h.dtype), precision=jax.lax.Precision.HIGHEST
-    )
+    gates = x.astype(h.dtype) + exact_einsum("BHK,HKGJ->BGHJ", h, r.astype(h.dtype))
     if b is not None:
         gates = gates + jnp.swapaxes(b, 0, 1)[None].astype(h.dtype)
     return tuple(gates[:, g] for g in range(4))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xlstm_jax.cells.logspace import log_sigmoid, state_dtype
+from xlstm_jax.cells.logspace import exact_einsum, log_sigmoid, state_dtype
 from xlstm_jax.cells.time import scan_time
 from xlstm_jax.typing import Array, Bool, Float
 
@@ -81,15 +81,15 @@ def mlstm_step(
 def mlstm_read(
     state: MLSTMState, q: Float[Array, "B H K"], *, normalize: bool, eps: float
 ) -> Float[Array, "B H V"]:
-    """What a query finds in a memory."""
+    """The read-out: C q / (max(|q n|, exp(-m)) + eps)."""
     m = jnp.maximum(state.m, READ_FLOOR)
     q = q * (q.shape[-1] ** -0.5 * jnp.exp(state.m - m)[..., None])
-    found = jnp.einsum("BHK,BHKV->BHV", q, state.C, precision=jax.lax.Precision.HIGHEST)
+    u = exact_einsum("BHK,BHKV->BHV", q, state.C)
     if not normalize:
-        return found
+        return u
     weight = jnp.sum(q * state.n, axis=-1)
     norm = jnp.maximum(jnp.maximum(jnp.abs(weight), jnp.exp(-m)), TINY) + eps
-    return found / norm[..., None]
+    return u / norm[..., None]
 
 
 def mlstm_scan(

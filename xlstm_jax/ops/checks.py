@@ -1,4 +1,4 @@
-"""Checks of an op's arguments, made while tracing: each error is one sentence with its way out."""
+"""Checks of an op's arguments, made while tracing: each error is one line with its way out."""
 
 from collections.abc import Mapping, Sequence
 
@@ -48,3 +48,12 @@ def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> N
     if value not in choices:
         known = " or ".join(repr(choice) for choice in choices)
         raise ValueError(f"{op}: `{name}` must be {known}, got {value!r}.")
+
+
+def check_chunk_size(op: str, chunk_size: int | None) -> None:
+    """A chunk has at least one position; None lets the op choose."""
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(
+            f"{op}: `chunk_size` must be at least 1, got {chunk_size}; "
+            "leave it None to let the op choose."
+        )

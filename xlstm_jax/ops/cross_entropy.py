@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.ops import dispatch
-from xlstm_jax.ops.checks import check_shapes
+from xlstm_jax.ops.checks import check_chunk_size, check_shapes
 from xlstm_jax.ops.dense import dense
 from xlstm_jax.ops.norm import soft_cap as apply_soft_cap
-from xlstm_jax.ops.sharded import summed_over_devices
+from xlstm_jax.ops.sharded.parameters import sum_over_devices
 from xlstm_jax.typing import Array, Float, Int
 
 CHUNK_LOGITS = {"cpu": 2**20, "tpu": 2**26, "gpu": 2**26}
@@ -48,9 +48,9 @@ def cross_entropy(
         targets: token ids; any valid id where the weight is 0.
         weights: what each position counts.
         soft_cap: bound on the logits, as the model has it.
-        z_loss: weight of the squared log-normaliser; reported apart from the cross entropy.
+        z_loss: weight of the squared log-normalizer; reported apart from the cross entropy.
         chunk_size: positions whose logits exist at once, forward and backward, on each device;
-            changes memory and speed only. None takes a million logits on a CPU, 64 elsewhere.
+            changes memory and speed only. None: 2**20 logits on a CPU, 2**26 elsewhere.
 
     Returns sums in float32 or wider; gradients flow to `x` and `kernel`.
 
@@ -66,15 +66,11 @@ def cross_entropy(
             "weights": (weights, "B T"),
         },
     )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(
-            f"cross_entropy: `chunk_size` must be at least 1, got {chunk_size}; "
-            "leave it None to let the op choose."
-        )
+    check_chunk_size("cross_entropy", chunk_size)
     chunk_size = chunk_size or max(1, CHUNK_LOGITS[dispatch.platform()] // sizes["vocab"])
     sums = functools.partial(_chunk_sums, soft_cap=soft_cap, z_loss=z_loss)
     run = functools.partial(_sums, sums, chunk_size)
-    return summed_over_devices(run, x, kernel, targets, weights)
+    return sum_over_devices(run, x, kernel, targets, weights)
 
 
 def _sums(sums, chunk_size: int, x, kernel, targets, weights) -> CrossEntropy:

@@ -1,32 +1,30 @@
-"""The mLSTM over a sequence: one signature, several ways to compute it."""
+"""The mLSTM over a sequence: one signature, several implementations."""
 
 import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import state_dtype
-from xlstm_jax.cells.mlstm import MLSTMState, mlstm_init, mlstm_scan
-from xlstm_jax.ops import dispatch, mlstm_kernel
-from xlstm_jax.ops.checks import check_choice, check_length, check_shapes
+from xlstm_jax.cells.mlstm import MLSTMState, mlstm_init
+from xlstm_jax.ops import dispatch
+from xlstm_jax.ops.checks import check_choice, check_chunk_size, check_length, check_shapes
 from xlstm_jax.ops.dispatch import Implementation
-from xlstm_jax.ops.mlstm_chunkwise import mlstm_chunkwise
-from xlstm_jax.ops.mlstm_context import mlstm_context
-from xlstm_jax.ops.mlstm_parallel import mlstm_parallel
-from xlstm_jax.ops.sharded import cut_by, per_device
+from xlstm_jax.ops.flags import Flags, flip_time
+from xlstm_jax.ops.mlstm import kernels
+from xlstm_jax.ops.mlstm.arguments import Inputs, Options
+from xlstm_jax.ops.mlstm.chunkwise import mlstm_chunkwise
+from xlstm_jax.ops.mlstm.context_parallel import states_around
+from xlstm_jax.ops.mlstm.parallel import mlstm_parallel
+from xlstm_jax.ops.mlstm.recurrent import mlstm_recurrent
+from xlstm_jax.ops.sharded.shard_map import map_shards, sharding_axes
 from xlstm_jax.typing import Array, Bool, Float
 
-
-def _recurrent(q, k, v, i, f, state, *, chunk_size, **options):
-    del chunk_size  # one step at a time
-    return mlstm_scan(q, k, v, i, f, state, **options)
-
-
-# Ordered: "auto" takes the first that can serve the call.
+# Ordered: "auto" selects the first that supports the call.
 IMPLEMENTATIONS = {
-    "pallas_tpu": Implementation(mlstm_kernel.mlstm_tpu, mlstm_kernel.tpu_refusal),
-    "triton": Implementation(mlstm_kernel.mlstm_triton, mlstm_kernel.triton_refusal),
+    "pallas_tpu": Implementation(kernels.mlstm_tpu, kernels.tpu_refusal),
+    "triton": Implementation(kernels.mlstm_triton, kernels.triton_refusal),
     "chunkwise": Implementation(mlstm_chunkwise),
     "parallel": Implementation(mlstm_parallel),
-    "recurrent": Implementation(_recurrent),
+    "recurrent": Implementation(mlstm_recurrent),
 }
 
 
@@ -47,18 +45,18 @@ def mlstm(
     reverse: bool = False,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B T H V"], MLSTMState]:
-    """mLSTM: a matrix memory written by v k' and read by q (arXiv:2405.04517, section 2.3).
+    """mLSTM: a matrix memory C, written by v k' and read by q (arXiv:2405.04517, section 2.3).
 
     Args:
         q, k, v: queries, keys, values; 1/sqrt(K) is applied to q here.
         i, f: gate pre-activations; the forget gate is a sigmoid.
-        state: memory before the first step; None is the empty one.
-        reset: where True, everything before this position is forgotten.
-        mask: where False, the state is left as it is, bit for bit, and h is 0.
+        state: before the first step; None is the initial state, zeros in every leaf.
+        reset: where True, the state before this position is replaced by the initial one.
+        mask: where False, the state stays bit-identical and h is 0.
         input_gate: "exp", or "sigmoid" (arXiv:2503.14376), whose states have m = 0.
         normalize: divide by max(|q n|, exp(-m)) + eps; False needs the sigmoid input gate.
         eps: added after that maximum.
-        chunk_size: positions computed at once by the chunkwise forms; changes speed only.
+        chunk_size: positions per chunk of the chunkwise forms; changes speed only.
         reverse: flips time in every argument and in h.
         implementation: a name of `ops.implementations("mlstm")`, or "auto".
 
@@ -66,78 +64,58 @@ def mlstm(
 
     Raises:
         ValueError: shapes that do not fit, an unknown gate or implementation, a chunk size below 1.
-        NotImplementedError: the implementation cannot serve this call; says why.
+        NotImplementedError: the implementation does not support this call; gives the reason.
     """
-    call = _check(q, k, v, i, f, state, reset, mask, chunk_size)
-    check_choice("mlstm", "input_gate", input_gate, ("exp", "sigmoid"))
-    if not normalize and input_gate == "exp":
-        raise ValueError(
-            "mlstm: normalize=False needs input_gate='sigmoid', got input_gate='exp', "
-            "whose memory grows without bound unless it is divided by its normaliser."
-        )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(
-            f"mlstm: `chunk_size` must be at least 1, got {chunk_size}; "
-            "leave it None to let the op choose."
-        )
+    x, flags = Inputs(q, k, v, i, f), Flags(reset, mask)
+    options = Options(input_gate, normalize, eps, chunk_size)
+    call = _check(x, state, flags, options)
     chosen = dispatch.choose("mlstm", IMPLEMENTATIONS, implementation, call)
     if implementation == "auto" and call.T == 1 and chosen is IMPLEMENTATIONS["chunkwise"]:
         chosen = IMPLEMENTATIONS["recurrent"]  # decoding: a chunk of one step only adds work
-    dtype = state_dtype(q, k, v, i, f)
+    dtype = state_dtype(*x)
     if state is None:
         state = mlstm_init(call.B, call.H, call.K, call.V, dtype)
     state = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
-    options = dict(input_gate=input_gate, normalize=normalize, eps=eps, chunk_size=chunk_size)
-    arrays = (q, k, v, i, f, reset, mask)
     if reverse:
-        arrays = jax.tree.map(_flip, arrays)
-    h, state = _on_a_mesh(chosen, call, state, arrays, options)
-    return _flip(h) if reverse else h, state
+        x, flags = flip_time((x, flags))
+    time_axes = sharding_axes("T", call.T)
+
+    def local(x, state, flags):
+        if not time_axes:
+            return chosen.fn(x, state, flags, options)
+        first, last = states_around(x, state, flags, options, time_axes)
+        return chosen.fn(x, first, flags, options)[0], last
+
+    axes = (
+        Inputs("B T H K", "B T H K", "B T H V", "B T H", "B T H"),
+        MLSTMState("B H K V", "B H K", "B H"),
+        Flags(*(None if flag is None else "B T" for flag in flags)),
+    )
+    sizes = {"B": call.B, "H": call.H} | ({"T": call.T} if time_axes else {})
+    h, state = map_shards(local, (x, state, flags), axes, ("B T H V", axes[1]), sizes)
+    return flip_time(h) if reverse else h, state
 
 
-def _on_a_mesh(chosen: Implementation, call: dispatch.Call, state, arrays, options):
-    """Each device its rows and its heads, and where the rules cut time its span of the sequence."""
-    spans = cut_by("T", call.T)
-
-    def compute(q, k, v, i, f, reset, mask, state):
-        args = (q, k, v, i, f, MLSTMState(*state))
-        if spans:
-            h, state = mlstm_context(chosen.fn, spans, *args, reset, mask, **options)
-        else:
-            h, state = chosen.fn(*args, reset=reset, mask=mask, **options)
-        return h, tuple(state)
-
-    names = ("B T H K", "B T H K", "B T H V", "B T H", "B T H", "B T", "B T")
-    axes = [None if x is None else name for x, name in zip(arrays, names, strict=True)]
-    state_axes = ("B H K V", "B H K", "B H")
-    sizes = {"B": call.B, "H": call.H} | ({"T": call.T} if spans else {})
-    args, out_axes = (*arrays, tuple(state)), ("B T H V", state_axes)
-    h, state = per_device(compute, args, (*axes, state_axes), out_axes, sizes)
-    return h, MLSTMState(*state)
-
-
-def _flip(x: jax.Array) -> jax.Array:
-    return jnp.flip(x, axis=1)
-
-
-def _check(q, k, v, i, f, state, reset, mask, chunk_size) -> dispatch.Call:
-    arrays = {
-        "q": (q, "B T H K"),
-        "k": (k, "B T H K"),
-        "v": (v, "B T H V"),
-        "i": (i, "B T H"),
-        "f": (f, "B T H"),
-        "reset": (reset, "B T"),
-        "mask": (mask, "B T"),
-    }
+def _check(x: Inputs, state: MLSTMState | None, flags: Flags, options: Options) -> dispatch.Call:
+    """The static facts of a call, once its arguments fit."""
+    axes = ("B T H K", "B T H K", "B T H V", "B T H", "B T H")
+    arrays = dict(zip(x._fields, zip(x, axes, strict=True), strict=True))
+    arrays |= {name: (flag, "B T") for name, flag in flags._asdict().items()}
     if state is not None:
         arrays["state.C"] = (state.C, "B H K V")
         arrays["state.n"] = (state.n, "B H K")
         arrays["state.m"] = (state.m, "B H")
     sizes = check_shapes("mlstm", arrays)
     check_length("mlstm", sizes)
+    check_choice("mlstm", "input_gate", options.input_gate, ("exp", "sigmoid"))
+    if not options.normalize and options.input_gate == "exp":
+        raise ValueError(
+            "mlstm: normalize=False needs input_gate='sigmoid', got input_gate='exp', "
+            "whose state grows without bound unless it is divided by its normalizer."
+        )
+    check_chunk_size("mlstm", options.chunk_size)
     B, T, H, K, V = (sizes[axis] for axis in "BTHKV")
     # What is float64 anywhere is computed in float64.
-    wide = state_dtype(q, k, v, i, f)
-    dtype = jnp.result_type(q, k, v) if wide == jnp.float32 else wide
-    return dispatch.Call(B, T, H, K, V, dtype, dispatch.platform(), chunk_size)
+    wide = state_dtype(*x)
+    dtype = jnp.result_type(x.q, x.k, x.v) if wide == jnp.float32 else wide
+    return dispatch.Call(B, T, H, K, V, dtype, dispatch.platform(), options.chunk_size)

@@ -2,13 +2,10 @@
 
 import functools
 
-import jax
-import jax.numpy as jnp
-
-from xlstm_jax.cells.slstm import SLSTMState, slstm_init
-from xlstm_jax.ops import dispatch
+from xlstm_jax.cells.slstm import SLSTMState
+from xlstm_jax.ops import dispatch, gated
 from xlstm_jax.ops.dispatch import Call
-from xlstm_jax.typing import Array, Bool, Float
+from xlstm_jax.typing import Array, Float
 
 
 def tpu_refusal(call: Call) -> str | None:
@@ -26,39 +23,26 @@ def triton_refusal(call: Call) -> str | None:
     return dispatch.refuses_triton_kernel(call)
 
 
-def slstm_tpu(x, r, b=None, state=None, **options):
+def slstm_tpu(inputs: gated.Inputs, forget_gate: str):
     """By Pallas kernels; see `_slstm`."""
     from pallas_kernels import tiles
     from pallas_kernels.slstm import vjp
 
     kernel = functools.partial(vjp.slstm, vmem_bytes=tiles.slstm_vmem_bytes())
-    return _slstm(kernel, x, r, b, state, **options)
+    return _slstm(kernel, inputs, forget_gate)
 
 
-def slstm_triton(x, r, b=None, state=None, **options):
+def slstm_triton(inputs: gated.Inputs, forget_gate: str):
     """By Triton kernels; see `_slstm`."""
     from pallas_kernels.slstm import triton_vjp
 
-    return _slstm(triton_vjp.slstm, x, r, b, state, **options)
+    return _slstm(triton_vjp.slstm, inputs, forget_gate)
 
 
 def _slstm(
-    kernel,
-    x: Float[Array, "B T 4 H K"],
-    r: Float[Array, "H K 4 K"],
-    b: Float[Array, "H 4 K"] | None,
-    state: SLSTMState | None,
-    *,
-    reset: Bool[Array, "B T"] | None = None,
-    mask: Bool[Array, "B T"] | None = None,
-    forget_gate: str = "sigmoid",
-    reverse: bool = False,
+    kernel, inputs: gated.Inputs, forget_gate: str
 ) -> tuple[Float[Array, "B T H K"], SLSTMState]:
-    """The op `slstm`; arguments as there. A donated state is updated in place where T = 1."""
-    B, _, _, H, K = x.shape
-    state = slstm_init(B, H, K) if state is None else state
-    leaves = tuple(leaf.astype(jnp.float32) for leaf in state)
-    if reverse:
-        x, reset, mask = jax.tree.map(lambda a: jnp.flip(a, 1), (x, reset, mask))
-    h, leaves = kernel(x, r, b, leaves, reset, mask, forget_gate=forget_gate)
-    return jnp.flip(h, 1) if reverse else h, SLSTMState(*leaves)
+    """The op `slstm`. A donated state is updated in place where T = 1."""
+    x, r, b, state, (reset, mask) = inputs
+    h, leaves = kernel(x, r, b, tuple(state), reset, mask, forget_gate=forget_gate)
+    return h, SLSTMState(*leaves)
