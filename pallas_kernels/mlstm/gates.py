@@ -57,14 +57,8 @@ class Borders(NamedTuple):
 class Decays(NamedTuple):
     """Log decays of N chunks, and the log-scale m of every position; `B H N L` unless said."""
 
-    log_i: jax.Array
-    reset: jax.Array | None
-    coarse: jax.Array  # this and the next five as in `Borders`
-    fine: jax.Array
-    segment: jax.Array | None
-    to_row: jax.Array
-    to_end: jax.Array
-    across: jax.Array
+    gates: LogGates
+    border: Borders
     m: jax.Array  # after each position
     m_start: jax.Array  # `B H N`: before the chunk
     m_end: jax.Array  # `B H N`: after the chunk
@@ -186,8 +180,7 @@ def decays(gates: LogGates, m_first: jax.Array, chunk: int, *, max_state: bool) 
     m_start, m_end, m = _log_scales(inside, border.to_row, border.across, m_first)
     if not max_state:
         m_start, m_end, m = (jnp.zeros_like(a) for a in (m_start, m_end, m))
-    path = path_of_maximum(gates, m, m_start)
-    return Decays(log_i, reset, *border, m, m_start, m_end, *path)
+    return Decays(gates, border, m, m_start, m_end, *path_of_maximum(gates, m, m_start))
 
 
 def _inside_maximum(gates: LogGates, to_row: jax.Array) -> jax.Array:
@@ -233,21 +226,22 @@ def backward_rows(x: Decays, qk_dim: int, norm: jax.Array | None, sign: jax.Arra
     So the kernel reads cotangents of h as they come: times `sign`, in place of the lower bound,
     their product with h is the cotangent of a row's normalizer times `norm`; all `B H N L`.
     """
+    coarse, fine, segment, to_row, to_end, across = x.border
     m = jnp.maximum(x.m, READ_FLOOR)
-    row = x.fine - m - 0.5 * jnp.log(float(qk_dim))
-    across = qk_dim**-0.5 * jnp.exp(x.to_row + x.m_start[..., None] - m)
+    row = fine - m - 0.5 * jnp.log(float(qk_dim))
+    across_row = qk_dim**-0.5 * jnp.exp(to_row + x.m_start[..., None] - m)
     if norm is not None:
-        row, across = row - jnp.log(norm), across / norm
-    kept = jnp.exp(x.across + x.m_start - x.m_end)[..., None]
+        row, across_row = row - jnp.log(norm), across_row / norm
+    kept = jnp.exp(across + x.m_start - x.m_end)[..., None]
     rows = Packed(
-        coarse=x.coarse,
+        coarse=coarse,
         row=row,
-        source=x.log_i - x.fine,
-        across=across,
-        written=jnp.exp(x.to_end - x.m_end[..., None]),
+        source=x.gates.log_i - fine,
+        across=across_row,
+        written=jnp.exp(to_end - x.m_end[..., None]),
         extra=sign,
         kept=jnp.broadcast_to(kept, row.shape),
-        segment=jnp.zeros_like(row) if x.segment is None else x.segment.astype(row.dtype),
+        segment=jnp.zeros_like(row) if segment is None else segment.astype(row.dtype),
     )
     return jnp.stack([a.reshape(a.shape[:2] + (-1,)) for a in rows], axis=2)
 

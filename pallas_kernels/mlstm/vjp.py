@@ -186,7 +186,8 @@ def _backward(options: Options, K: int, residuals, cotangents):
     dlog_i = found.k_dk.reshape(shape)
     flow = found.q_dq.reshape(shape) - dlog_i
     leaving = jnp.concatenate([found.scaling[..., 1:], scaling[..., None]], axis=-1)
-    dlog_f = pre.suffix_sum(flow, leaving, decays.segment, decays.reset)
+    segment, reset = decays.border.segment, decays.gates.reset
+    dlog_f = pre.suffix_sum(flow, leaving, segment, reset)
     dm_first = found.scaling[..., 0]
     if options.max_state:
         path = (x.reshape(*x.shape[:2], -1) for x in (decays.through_f, decays.kept))

@@ -53,7 +53,7 @@ def values_and_gradients(call, args):
     return sums, gradients
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 3, 7, B * T, 100])
+@pytest.mark.parametrize("chunk_size", [None, 1, 3, 7])
 @pytest.mark.parametrize(
     "options", [{}, {"soft_cap": 4.0, "z_loss": 1e-2}], ids=["plain", "capped"]
 )

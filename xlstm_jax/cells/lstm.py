@@ -3,7 +3,6 @@
 Source: Hochreiter & Schmidhuber 1997; heads as in Beck et al. 2024, arXiv:2405.04517, section 2.2.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -15,16 +14,16 @@ from xlstm_jax.typing import Array, Bool, Float
 
 
 class LSTMState(NamedTuple):
-    """Carry of one LSTM layer; all zeros when empty. Leaves are float32 or wider, whatever x is."""
+    """Carry of one LSTM layer; the initial state is zeros. Leaves are float32 or wider."""
 
     c: Float[Array, "B H K"]  # cell
-    h: Float[Array, "B H K"]  # last output, fed back through `r`
+    h: Float[Array, "B H K"]  # hidden state, fed back through `r`
 
 
 def lstm_init(
     batch_size: int, num_heads: int, head_dim: int, dtype: jnp.dtype = jnp.float32
 ) -> LSTMState:
-    """The empty memory."""
+    """The initial state: zeros in every leaf."""
     zeros = jnp.zeros((batch_size, num_heads, head_dim), dtype)
     return LSTMState(zeros, zeros)
 
@@ -38,12 +37,12 @@ def lstm_step(
     """One time step, in the argument order of `jax.lax.scan`.
 
     Args:
-        state: memory after step t-1.
+        state: after step t-1.
         x: input contributions to (i, f, z, o), before any nonlinearity.
         r: recurrent weights (input, gate, output) of the same four gates; heads do not mix.
         b: bias of the four gates.
 
-    Returns the memory after step t, and h_t in the dtype of the state.
+    Returns the state after step t, and h_t in the dtype of the state.
     """
     i, f, z, o = recurrent_gates(state.h, x, r, b)
     c = jax.nn.sigmoid(f) * state.c + jax.nn.sigmoid(i) * jnp.tanh(z)
@@ -82,10 +81,9 @@ def lstm_scan(
     dtype = state_dtype(x, r)
     state = lstm_init(B, H, K, dtype) if state is None else state
     state = jax.tree.map(lambda s: s.astype(dtype), state)
-    step = functools.partial(_step, r=r, b=b)
+
+    def step(state, x):
+        return lstm_step(state, x, r, b)
+
     h, state = scan_time(step, state, x, reset=reset, mask=mask, reverse=reverse)
     return h.astype(x.dtype), state
-
-
-def _step(state, x, *, r, b):
-    return lstm_step(state, x, r, b)

@@ -84,9 +84,6 @@ def _local(x, kernel, bias, state, flags: Flags):
     reset, mask = flags
     if mask is None:
         return _convolve(x, kernel, bias, state, reset)
-    if kernel.shape[0] == 1:
-        y, _ = _convolve(flags.zero_masked(x), kernel, bias, state, None)
-        return flags.zero_masked(y), state
     packed, order, reset = _pack(x, flags)
     y, _ = _convolve(packed, kernel, bias, state, reset)
     y = flags.zero_masked(_reorder(y, jnp.argsort(order, axis=1), mask))

@@ -80,12 +80,14 @@ def _sums(sums, chunk_size: int, x, kernel, targets, weights) -> CrossEntropy:
     flat = (x.reshape(positions, -1), targets.reshape(-1), weights.reshape(-1))
     if chunk == positions:
         return sums(kernel, *flat)
-    # Positions are padded to whole chunks with weight 0; only the chunk's logits ever exist, and
-    # the backward pass makes them again.
+    # Positions are padded to full chunks with weight 0; only a chunk's logits ever exist, and the
+    # backward pass rematerializes them.
     pad = -positions % chunk
     flat = jax.tree.map(lambda a: jnp.pad(a, ((0, pad),) + ((0, 0),) * (a.ndim - 1)), flat)
     chunks = jax.tree.map(lambda a: a.reshape((-1, chunk) + a.shape[1:]), flat)
-    body = jax.checkpoint(lambda total, now: (_add(total, sums(kernel, *now)), None))
+    body = jax.checkpoint(
+        lambda total, now: (jax.tree.map(jnp.add, total, sums(kernel, *now)), None)
+    )
     zero = jnp.zeros((), state_dtype(x, kernel))
     total, _ = jax.lax.scan(body, CrossEntropy(zero, zero, zero, zero), chunks)
     return total
@@ -110,7 +112,3 @@ def _chunk_sums(kernel, x, targets, weights, *, soft_cap, z_loss) -> CrossEntrop
         jnp.sum(weights),
         jnp.sum(weights * correct),
     )
-
-
-def _add(a: CrossEntropy, b: CrossEntropy) -> CrossEntropy:
-    return CrossEntropy(*(p + q for p, q in zip(a, b, strict=True)))

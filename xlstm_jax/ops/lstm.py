@@ -30,13 +30,7 @@ def lstm(
     """LSTM with recurrent weights inside each head.
 
     Args:
-        x: pre-activations of (i, f, z, o) without the recurrent part.
-        r: recurrent weights (input, gate, output).
-        b: bias of the four gates.
-        state: before the first step; None is the initial state, zeros in every leaf.
-        reset: where True, the state before this position is replaced by the initial one.
-        mask: where False, the state stays bit-identical and h is 0.
-        reverse: flips time in every argument and in h.
+        x, r, b, state, reset, mask, reverse: as in `ops.slstm`.
         implementation: a name of `ops.implementations("lstm")`, or "auto".
 
     Returns h in the dtype of x, and the state after the last step, float32 or wider.

@@ -103,23 +103,15 @@ def embed(
     """`ops.embed` with a sharded table, which is all-gathered in `dtype`."""
     positions = P(*(sharding_axes(a, n) or None for a, n in zip("BT", tokens.shape, strict=True)))
     spec = partition_spec(table.shape, ("vocab", "embed"))
-    run = functools.partial(_look_up, spec, dtype, table.dtype, table.shape[0])
-    return shard_mapped(run, (tokens, table), (positions, spec), P(*positions, None))
 
+    @jax.custom_vjp
+    def look_up(tokens, shard):
+        return jnp.take(all_gather(shard.astype(dtype), spec), tokens, axis=0)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _look_up(spec: P, dtype: Any, table_dtype: Any, vocab_size: int, tokens, shard):
-    return jnp.take(all_gather(shard.astype(dtype), spec), tokens, axis=0)
+    def backward(tokens, dx):
+        rows = dx.astype(table.dtype).reshape(-1, dx.shape[-1])
+        gradient = jnp.zeros(table.shape, table.dtype).at[tokens.reshape(-1)].add(rows)
+        return None, reduce_scatter_grad(gradient, spec)
 
-
-def _look_up_forward(spec, dtype, table_dtype, vocab_size, tokens, shard):
-    return _look_up(spec, dtype, table_dtype, vocab_size, tokens, shard), tokens
-
-
-def _look_up_backward(spec, dtype, table_dtype, vocab_size, tokens, dx):
-    rows = dx.astype(table_dtype).reshape(-1, dx.shape[-1])
-    gradient = jnp.zeros((vocab_size, dx.shape[-1]), table_dtype)
-    return None, reduce_scatter_grad(gradient.at[tokens.reshape(-1)].add(rows), spec)
-
-
-_look_up.defvjp(_look_up_forward, _look_up_backward)
+    look_up.defvjp(lambda tokens, shard: (look_up(tokens, shard), tokens), backward)
+    return shard_mapped(look_up, (tokens, table), (positions, spec), P(*positions, None))
