@@ -20,17 +20,25 @@ from xlstm_jax.sharding.mesh import mesh_of
 
 B, T, H, K, V = 2, 48, 2, 8, 8
 VARIANTS = {
-    "exp": {},
-    "sigmoid": dict(input_gate="sigmoid"),
-    "unnormalized": dict(input_gate="sigmoid", normalize=False),
+    "exp": functools.partial(ops.mlstm, chunk_size=4),
+    "sigmoid": functools.partial(ops.mlstm, chunk_size=4, input_gate="sigmoid"),
+    "unnormalized": functools.partial(
+        ops.mlstm, chunk_size=4, input_gate="sigmoid", normalize=False
+    ),
 }
+SEQ_8 = make_mesh(data=1, seq=8)
 EXCHANGES = {"all-gather": 16, "doubling": 1}
 """How summaries are exchanged, by the largest number of shards for which they are all-gathered."""
 
 
-@pytest.fixture(params=EXCHANGES.values(), ids=EXCHANGES)
+both_exchanges = pytest.mark.parametrize("exchange", EXCHANGES, indirect=True)
+
+
+@pytest.fixture
 def exchange(request, monkeypatch):
-    monkeypatch.setattr(context_parallel, "ALL_GATHER_SHARDS", request.param)
+    name = getattr(request, "param", "all-gather")
+    monkeypatch.setattr(context_parallel, "ALL_GATHER_SHARDS", EXCHANGES[name])
+    return name
 
 
 def flags(kind: str, rng):
@@ -67,9 +75,20 @@ def alone(op):
     return compiled(op)
 
 
-def on_a_mesh(op, mesh, *args):
-    with use_rules(get_rules("fsdp_seq")), jax.set_mesh(mesh):
-        return compiled(op)(*args)
+@functools.cache
+def sharded(op, exchange, mesh):
+    """A program by the rules of `fsdp_seq`; one serves all tests that exchange summaries alike."""
+    program = compiled(op)
+
+    def run(*args):
+        with use_rules(get_rules("fsdp_seq")), jax.set_mesh(mesh):
+            return program(*args)
+
+    return run
+
+
+def on_a_mesh(op, mesh, *args, exchange="all-gather"):
+    return sharded(op, exchange, mesh)(*args)
 
 
 def mlstm_call(rng, T=T, gate_scale=1.0):
@@ -97,36 +116,43 @@ def _leaves(a, b):
     return zip(names, jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant,exchange",
+    [
+        ("exp", "all-gather"),
+        ("exp", "doubling"),
+        ("sigmoid", "doubling"),
+        ("unnormalized", "all-gather"),
+    ],
+    indirect=["exchange"],
+)
 def test_shards_of_eight_devices_equal_one_sequence(variant, exchange, rng):
-    """Whatever is reset or masked: one program serves all of it."""
+    """Whatever is reset or masked; gradients to a hundred-thousandth of the largest."""
     inputs, state, cotangents = mlstm_call(rng)
-    op = functools.partial(ops.mlstm, chunk_size=4, **VARIANTS[variant])
-    sharded = compiled(op)
+    op = VARIANTS[variant]
     for kind in KINDS:
         args = inputs, state, flags(kind, rng), cotangents
-        with use_rules(get_rules("fsdp_seq")), jax.set_mesh(make_mesh(data=1, seq=8)):
-            found = sharded(*args)
-        assert_the_same(found, alone(op)(*args))
-
-
-def test_gradients_are_off_by_a_hundred_thousandth_of_the_largest_at_most(exchange, rng):
-    """Without a mask, and without any flag."""
-    inputs, state, cotangents = mlstm_call(rng)
-    for given in ({"reset": flags("borders", rng)["reset"]}, {}):
-        args = inputs, state, given, cotangents
-        expected = alone(ops.mlstm)(*args)
-        found = on_a_mesh(ops.mlstm, make_mesh(data=1, seq=8), *args)
+        found, expected = on_a_mesh(op, SEQ_8, *args, exchange=exchange), alone(op)(*args)
         assert_the_same(found, expected)
         largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected[1]))
         chex.assert_trees_all_close(found[1], expected[1], rtol=0, atol=1e-5 * largest)
 
 
+@pytest.mark.parametrize("given", [(), ("reset",)], ids=["no flags", "resets alone"])
+def test_flags_may_be_left_out(given, rng):
+    inputs, state, cotangents = mlstm_call(rng)
+    keywords = {name: flags("borders", rng)[name] for name in given}
+    args = inputs, state, keywords, cotangents
+    assert_the_same(on_a_mesh(ops.mlstm, SEQ_8, *args), alone(ops.mlstm)(*args))
+
+
+@both_exchanges
 def test_any_number_of_devices_may_share_a_sequence(exchange, rng):
     inputs, state, cotangents = mlstm_call(rng)
     args = inputs, state, flags("borders", rng), cotangents
     mesh = mesh_of(jax.devices()[:6], dict(data=1, fsdp=1, seq=6, tensor=1))
-    assert_the_same(on_a_mesh(ops.mlstm, mesh, *args), alone(ops.mlstm)(*args))
+    found = on_a_mesh(VARIANTS["exp"], mesh, *args, exchange=exchange)
+    assert_the_same(found, alone(VARIANTS["exp"])(*args))
 
 
 @pytest.mark.parametrize("implementation", ["parallel", "recurrent"])
@@ -134,21 +160,21 @@ def test_every_implementation_is_sharded(implementation, rng):
     inputs, state, cotangents = mlstm_call(rng)
     args = inputs, state, flags("everything", rng), cotangents
     op = functools.partial(ops.mlstm, implementation=implementation)
-    assert_the_same(on_a_mesh(op, make_mesh(data=2, seq=4), *args), alone(op)(*args))
+    found = on_a_mesh(op, make_mesh(data=2, seq=4), *args)
+    assert_the_same(found, alone(VARIANTS["exp"])(*args))
 
 
-def test_gates_of_any_scale_keep_their_digits(exchange, rng):
-    sharded = compiled(ops.mlstm)
-    for scale in (10.0, 100.0):
-        inputs, state, cotangents = mlstm_call(rng, gate_scale=scale)
-        zeros = jax.tree.map(jnp.zeros_like, state)
-        args = inputs, state, flags("random", rng), (cotangents[0], zeros)
-        expected = alone(ops.mlstm)(*args)
-        with use_rules(get_rules("fsdp_seq")), jax.set_mesh(make_mesh(data=1, seq=8)):
-            found = sharded(*args)
-        row = TABLE["float32, large gates"]
-        assert_close(np.asarray(found[0][0]), np.asarray(expected[0][0], np.float64), row.h, "h")
-        chex.assert_tree_all_finite(found)
+@both_exchanges
+@pytest.mark.parametrize("scale", [10.0, 100.0])
+def test_gates_of_any_scale_keep_their_digits(scale, exchange, rng):
+    op = VARIANTS["exp"]
+    inputs, state, cotangents = mlstm_call(rng, gate_scale=scale)
+    zeros = jax.tree.map(jnp.zeros_like, state)
+    args = inputs, state, flags("random", rng), (cotangents[0], zeros)
+    expected, found = alone(op)(*args), on_a_mesh(op, SEQ_8, *args, exchange=exchange)
+    row = TABLE["float32, large gates"]
+    assert_close(np.asarray(found[0][0]), np.asarray(expected[0][0], np.float64), row.h, "h")
+    chex.assert_tree_all_finite(found)
 
 
 def test_long_shards_equal_one_sequence(rng):
@@ -171,24 +197,20 @@ CONVOLUTIONS = {
     "plain": ({}, ()),
     "resets": ({}, ("reset",)),
     "masks": ({}, ("reset", "mask")),
-    "mixing": ({"mixing": True}, ()),
-    "mixing, masks": ({"mixing": True}, ("reset", "mask")),
+    "mixing": ({"mixing": True}, ("reset", "mask")),
     "one tap": ({"W": 1}, ("reset", "mask")),
-    "windows longer than shards": ({"W": 9}, ()),
-    "windows longer than shards, masks": ({"W": 9}, ("reset", "mask")),
+    "windows longer than shards": ({"W": 9}, ("reset",)),
 }
 
 
 @pytest.mark.parametrize("options,given", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 def test_a_convolution_reaches_over_the_borders_of_shards(options, given, rng):
     inputs, state, cotangents = conv_call(rng, **options)
-    sharded = compiled(ops.causal_conv)
     for kind in KINDS if given else ("random",):
         keywords = {name: flags(kind, rng)[name] for name in given}
         args = inputs, state, keywords, cotangents
         expected = alone(ops.causal_conv)(*args)
-        with use_rules(get_rules("fsdp_seq")), jax.set_mesh(make_mesh(data=1, seq=8)):
-            found = sharded(*args)
+        found = on_a_mesh(ops.causal_conv, SEQ_8, *args)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             largest = float(np.max(np.abs(b), initial=1.0))
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
@@ -210,7 +232,7 @@ def test_time_is_all_gathered_where_a_recurrence_cannot_shard_it(name, rng):
 def test_lengths_that_devices_do_not_divide_are_replicated(rng):
     inputs, state, cotangents = mlstm_call(rng, T=13)
     args = inputs, state, {}, cotangents
-    found = on_a_mesh(ops.mlstm, make_mesh(data=1, seq=8), *args)
+    found = on_a_mesh(ops.mlstm, SEQ_8, *args)
     assert_the_same(found, alone(ops.mlstm)(*args))
 
 
@@ -219,9 +241,9 @@ def test_batch_heads_and_time_are_sharded_at_once(rng):
     inputs, state, cotangents = mlstm_call(rng)
     args = inputs, state, flags("random", rng), cotangents
     with jax.set_mesh(make_mesh(data=2, seq=2, tensor=2)):
-        program = compiled(ops.mlstm).lower(*args).compile()
+        program = compiled(VARIANTS["exp"]).lower(*args).compile()
         found = program(*args)
-    assert_the_same(found, alone(ops.mlstm)(*args))
+    assert_the_same(found, alone(VARIANTS["exp"])(*args))
     assert f"f32[1,{T // 2},1,{K}]" in program.as_text()
 
 
@@ -239,8 +261,7 @@ def exchanged(op, mesh, *args):
 
 def test_devices_exchange_one_summary_whatever_the_length(rng):
     """Forward; what the gradient adds, too, does not grow with the length."""
-    mesh = make_mesh(data=1, seq=8)
-    found = {}
+    mesh, found = SEQ_8, {}
     for length in (T, 8 * T):
         inputs, _, _ = mlstm_call(rng, T=length)
         inputs = jax.device_put(inputs, NamedSharding(mesh, P(None, "seq")))
