@@ -30,7 +30,7 @@ from xlstm_jax.plan import gpus
 ROOT = pathlib.Path(__file__).parents[2]
 CANDIDATES = {
     "mlstm": ("triton", "chunkwise", "attention", "mlstm_kernels", "fla"),
-    "slstm": ("triton", "scan", "xlstm"),
+    "slstm": ("triton", "recurrent", "xlstm"),
     "decode": ("triton", "recurrent"),
 }
 PEERS = ("mlstm_kernels", "fla", "xlstm")  # PyTorch packages; the others are ours, or JAX's

@@ -176,7 +176,7 @@ def decays(gates: LogGates, m_first: jax.Array, chunk: int, *, max_state: bool) 
     gates = LogGates(log_i, log_f, reset)
     total = running_sum(gates)
     border = borders(gates, total)
-    inside = _inside_maximum(gates, sum(total))
+    inside = _inside_maximum(gates, total[0] + total[1])
     m_start, m_end, m = _log_scales(inside, border.to_row, border.across, m_first)
     if not max_state:
         m_start, m_end, m = (jnp.zeros_like(a) for a in (m_start, m_end, m))

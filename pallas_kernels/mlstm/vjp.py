@@ -190,8 +190,8 @@ def _backward(options: Options, K: int, residuals, cotangents):
     dlog_f = pre.suffix_sum(flow, leaving, segment, reset)
     dm_first = found.scaling[..., 0]
     if options.max_state:
-        path = (x.reshape(*x.shape[:2], -1) for x in (decays.through_f, decays.kept))
-        through_i, through_f, first = pre.scale_grads(*path, dm - scaling)
+        by_f, kept = (x.reshape(*x.shape[:2], -1) for x in (decays.through_f, decays.kept))
+        through_i, through_f, first = pre.scale_grads(by_f, kept, dm - scaling)
         dlog_i, dlog_f = dlog_i + through_i.reshape(shape), dlog_f + through_f.reshape(shape)
         dm_first = dm_first + first
     dlog_i, dlog_f = (jnp.swapaxes(g.reshape(g.shape[:2] + (-1,)), 1, 2) for g in (dlog_i, dlog_f))

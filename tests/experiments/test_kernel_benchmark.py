@@ -91,7 +91,7 @@ def test_of_other_devices_no_share_is_given(kind):
     [
         ("mlstm", "forward", "attention"),
         ("mlstm", "gradient", "chunkwise"),
-        ("slstm", "gradient", "scan"),
+        ("slstm", "gradient", "recurrent"),
         ("decode", "decode", "recurrent"),
     ],
 )

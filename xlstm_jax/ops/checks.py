@@ -1,6 +1,7 @@
 """Checks of an op's arguments, made while tracing: each error is one line with its way out."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -35,6 +36,12 @@ def check_shapes(op: str, arrays: Mapping[str, tuple[jax.Array | None, str]]) ->
                 )
             seen.setdefault(letter, name)
     return sizes
+
+
+def by_name(values: Any, axes: Any, prefix: str = "") -> dict[str, tuple[Any, str]]:
+    """The fields of a NamedTuple with their axes, as `check_shapes` takes them."""
+    rows = zip(values._fields, values, axes, strict=True)
+    return {prefix + name: (value, letters) for name, value, letters in rows}
 
 
 def check_length(op: str, sizes: Mapping[str, int]) -> None:

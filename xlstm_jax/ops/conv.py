@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from xlstm_jax.ops.checks import check_length, check_shapes
 from xlstm_jax.ops.cpu import materialize_cotangent
-from xlstm_jax.ops.flags import Flags
+from xlstm_jax.ops.flags import FLAG_AXES, Flags
 from xlstm_jax.ops.sharded.halo import nearest_state, shifted_states
 from xlstm_jax.ops.sharded.shard_map import map_shards, sharding_axes
 from xlstm_jax.typing import Array, Bool, Float
@@ -70,9 +70,9 @@ def causal_conv(
     axes = (
         f"B T {F}",
         "W F" if depthwise else "W G J",
-        None if bias is None else F,
+        F,
         f"B W {F}",
-        Flags(*(None if flag is None else "B T" for flag in flags)),
+        FLAG_AXES,
     )
     lengths = {"B": B, "T": T} | ({"F": sizes["F"]} if depthwise else {})
     args = (x, kernel, bias, state, flags)
@@ -84,21 +84,20 @@ def _local(x, kernel, bias, state, flags: Flags):
     reset, mask = flags
     if mask is None:
         return _convolve(x, kernel, bias, state, reset)
-    packed, order, reset = _pack(x, flags)
+    packed, order, reset = _pack(flags.zero_masked(x), reset, mask)
     y, _ = _convolve(packed, kernel, bias, state, reset)
     y = flags.zero_masked(_reorder(y, jnp.argsort(order, axis=1), mask))
     return y, _last_inputs(packed, state, reset, jnp.sum(mask, axis=1))
 
 
-def _pack(x, flags: Flags):
-    """x with its masked steps, zeroed, behind all others; the order of that; resets in this order.
+def _pack(x: jax.Array, reset: jax.Array | None, mask: jax.Array):
+    """x with its masked steps behind all others; the order of that; resets in this order.
 
     A masked sequence equals the sequence without those positions: convolve it packed, then restore
     the order. The order of a stable sort of "is masked" does that.
     """
-    reset, mask = flags
     order = jnp.argsort(~mask, axis=1, stable=True)
-    packed = _reorder(flags.zero_masked(x), order, mask)
+    packed = _reorder(x, order, mask)
     return packed, order, None if reset is None else _take(reset & mask, order)
 
 
@@ -112,7 +111,7 @@ def _states_around(x, state, flags: Flags, axes: tuple[str, ...]):
     if mask is None:
         mask, packed = jnp.ones(x.shape[:2], bool), x
     else:
-        packed, _, reset = _pack(x, flags)
+        packed, _, reset = _pack(flags.zero_masked(x), reset, mask)
     number = jnp.sum(mask, axis=1)
     own = _last_inputs(packed, jnp.zeros_like(state), reset, number)
     if flags.mask is None and x.shape[1] >= size:

@@ -21,6 +21,9 @@ class Flags(NamedTuple):
         return jnp.where(self.mask.reshape(self.mask.shape + (1,) * (x.ndim - 2)), x, 0)
 
 
+FLAG_AXES = Flags._make(("B T", "B T"))
+
+
 def flip_time(tree: Any) -> Any:
     """Every leaf `B T ...` in reverse order of time."""
     return jax.tree.map(lambda x: jnp.flip(x, axis=1), tree)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.ops import dispatch
-from xlstm_jax.ops.checks import check_length, check_shapes
-from xlstm_jax.ops.flags import Flags, flip_time
+from xlstm_jax.ops.checks import by_name, check_length, check_shapes
+from xlstm_jax.ops.flags import FLAG_AXES, Flags, flip_time
 from xlstm_jax.ops.sharded.shard_map import map_shards
 from xlstm_jax.sharding.axes import constrain
 from xlstm_jax.typing import Array, Float
@@ -27,16 +27,11 @@ class Inputs(NamedTuple):
 
 def check(op: str, inputs: Inputs) -> dispatch.Call:
     """The static facts of a call, once its shapes fit."""
-    x, r, b, state, (reset, mask) = inputs
-    arrays = {
-        "x": (x, "B T 4 H K"),
-        "r": (r, "H K 4 K"),
-        "b": (b, "H 4 K"),
-        "reset": (reset, "B T"),
-        "mask": (mask, "B T"),
-    }
-    leaves = {} if state is None else state._asdict()
-    arrays |= {f"state.{name}": (leaf, "B H K") for name, leaf in leaves.items()}
+    x, r, b, state, flags = inputs
+    arrays = {"x": (x, "B T 4 H K"), "r": (r, "H K 4 K"), "b": (b, "H 4 K")}
+    arrays |= by_name(flags, FLAG_AXES)
+    if state is not None:
+        arrays |= by_name(state, ("B H K",) * len(state), "state.")
     sizes = check_shapes(op, arrays)
     check_length(op, sizes)
     B, T, H, K = (sizes[axis] for axis in "BTHK")
@@ -72,13 +67,7 @@ def run(
         return flip_time(h) if reverse else h, state
 
     leaves = kind(*("B H K" for _ in kind._fields))
-    axes = Inputs(
-        "B T G H K",
-        "H K G J",
-        None if inputs.b is None else "H G K",
-        None if inputs.state is None else leaves,
-        Flags(*(None if flag is None else "B T" for flag in inputs.flags)),
-    )
+    axes = ("B T G H K", "H K G J", "H G K", leaves, FLAG_AXES)
     sizes = {"B": call.B, "H": call.H}
-    h, state = map_shards(local, tuple(inputs), tuple(axes), ("B T H K", leaves), sizes)
+    h, state = map_shards(local, tuple(inputs), axes, ("B T H K", leaves), sizes)
     return constrain(h, "batch", "time", "heads", None), state

@@ -8,8 +8,8 @@ from xlstm_jax.typing import Array, Bool, Float
 
 
 def _recurrent(inputs: gated.Inputs) -> tuple[Float[Array, "B T H K"], LSTMState]:
-    *arrays, (reset, mask) = inputs
-    return lstm_scan(*arrays, reset=reset, mask=mask)
+    x, r, b, state, (reset, mask) = inputs
+    return lstm_scan(x, r, b, state, reset=reset, mask=mask)
 
 
 # Ordered: "auto" selects the first that supports the call.

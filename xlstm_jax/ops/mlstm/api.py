@@ -6,11 +6,17 @@ import jax.numpy as jnp
 from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.cells.mlstm import MLSTMState, mlstm_init
 from xlstm_jax.ops import dispatch
-from xlstm_jax.ops.checks import check_choice, check_chunk_size, check_length, check_shapes
+from xlstm_jax.ops.checks import (
+    by_name,
+    check_choice,
+    check_chunk_size,
+    check_length,
+    check_shapes,
+)
 from xlstm_jax.ops.dispatch import Implementation
-from xlstm_jax.ops.flags import Flags, flip_time
+from xlstm_jax.ops.flags import FLAG_AXES, Flags, flip_time
 from xlstm_jax.ops.mlstm import kernels
-from xlstm_jax.ops.mlstm.arguments import Inputs, Options
+from xlstm_jax.ops.mlstm.arguments import INPUT_AXES, STATE_AXES, Inputs, Options
 from xlstm_jax.ops.mlstm.chunkwise import mlstm_chunkwise
 from xlstm_jax.ops.mlstm.context_parallel import states_around
 from xlstm_jax.ops.mlstm.parallel import mlstm_parallel
@@ -86,25 +92,17 @@ def mlstm(
         first, last = states_around(x, state, flags, options, time_axes)
         return chosen.fn(x, first, flags, options)[0], last
 
-    axes = (
-        Inputs("B T H K", "B T H K", "B T H V", "B T H", "B T H"),
-        MLSTMState("B H K V", "B H K", "B H"),
-        Flags(*(None if flag is None else "B T" for flag in flags)),
-    )
+    axes = (INPUT_AXES, STATE_AXES, FLAG_AXES)
     sizes = {"B": call.B, "H": call.H} | ({"T": call.T} if time_axes else {})
-    h, state = map_shards(local, (x, state, flags), axes, ("B T H V", axes[1]), sizes)
+    h, state = map_shards(local, (x, state, flags), axes, ("B T H V", STATE_AXES), sizes)
     return flip_time(h) if reverse else h, state
 
 
 def _check(x: Inputs, state: MLSTMState | None, flags: Flags, options: Options) -> dispatch.Call:
     """The static facts of a call, once its arguments fit."""
-    axes = ("B T H K", "B T H K", "B T H V", "B T H", "B T H")
-    arrays = dict(zip(x._fields, zip(x, axes, strict=True), strict=True))
-    arrays |= {name: (flag, "B T") for name, flag in flags._asdict().items()}
+    arrays = by_name(x, INPUT_AXES) | by_name(flags, FLAG_AXES)
     if state is not None:
-        arrays["state.C"] = (state.C, "B H K V")
-        arrays["state.n"] = (state.n, "B H K")
-        arrays["state.m"] = (state.m, "B H")
+        arrays |= by_name(state, STATE_AXES, "state.")
     sizes = check_shapes("mlstm", arrays)
     check_length("mlstm", sizes)
     check_choice("mlstm", "input_gate", options.input_gate, ("exp", "sigmoid"))

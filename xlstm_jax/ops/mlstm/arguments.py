@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from xlstm_jax.cells.mlstm import MLSTMState
 from xlstm_jax.typing import Array, Float
 
 
@@ -13,6 +14,10 @@ class Inputs(NamedTuple):
     v: Float[Array, "B T H V"]
     i: Float[Array, "B T H"]
     f: Float[Array, "B T H"]
+
+
+INPUT_AXES = Inputs._make(("B T H K", "B T H K", "B T H V", "B T H", "B T H"))
+STATE_AXES = MLSTMState._make(("B H K V", "B H K", "B H"))
 
 
 class Options(NamedTuple):

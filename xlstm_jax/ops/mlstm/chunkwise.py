@@ -52,19 +52,19 @@ def mlstm_chunkwise(
     gates = log_gates(x.i, x.f, *flags, input_gate=options.input_gate, dtype=state.C.dtype)
     if not options.max_state:
         state = MLSTMState(*without_scale(*state))
-    options = options._replace(chunk_size=min(options.chunk_size or CHUNK_SIZE, q.shape[1]))
-    h, state = _chunkwise(options, q, k, v, gates, state)  # pyright: ignore[reportGeneralTypeIssues]
+    L = min(options.chunk_size or CHUNK_SIZE, q.shape[1])
+    h, state = _chunkwise(options, L, q, k, v, gates, state)  # pyright: ignore[reportGeneralTypeIssues]
     return flags.zero_masked(h), state
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunkwise(options: Options, q, k, v, gates: LogGates, state: MLSTMState):
-    return _forward(options, q, k, v, gates, state)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunkwise(options: Options, L: int, q, k, v, gates: LogGates, state: MLSTMState):
+    return _forward(options, L, q, k, v, gates, state)[0]
 
 
-def _forward(options: Options, q, k, v, gates: LogGates, state: MLSTMState):
+def _forward(options: Options, L: int, q, k, v, gates: LogGates, state: MLSTMState):
     B, T, H = q.shape[:3]
-    x = _split(options.chunk_size, q, k, v, gates)
+    x = _split(L, q, k, v, gates)
     # A product reads it: see `materialize` on operands that are one value repeated.
     first = materialize(jax.tree.map(merge_leading, state))
     decays = borders(x.gates, materialize(running_sum(x.gates)))
@@ -75,10 +75,10 @@ def _forward(options: Options, q, k, v, gates: LogGates, state: MLSTMState):
     return (h, last_by_head), Residuals(x, rows, starts, last)
 
 
-def _backward(options: Options, saved: Residuals, cotangents):
+def _backward(options: Options, L: int, saved: Residuals, cotangents):
     dh, dlast = cotangents
     B, T, H = dh.shape[:3]
-    dh = _chunk(dh, options.chunk_size)
+    dh = _chunk(dh, L)
     flat = materialize(jax.tree.map(merge_leading, dlast))
     if not options.normalize:  # else the division by norms makes it more than a constant
         dh = materialize(dh)
@@ -144,7 +144,8 @@ def _split(L: int, q, k, v, gates: LogGates) -> Chunks:
     reset = gates.reset
     if reset is not None:
         reset = _chunk(jnp.broadcast_to(reset[..., None], gates.log_i.shape), L)
-    return Chunks(*(_chunk(a, L) for a in (q, k, v)), LogGates(log_i, log_f, reset))
+    q, k, v = (_chunk(a, L) for a in (q, k, v))
+    return Chunks(q, k, v, LogGates(log_i, log_f, reset))
 
 
 def _chunk(x: Array, L: int, fill: float = 0) -> Array:

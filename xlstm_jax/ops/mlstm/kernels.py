@@ -53,5 +53,6 @@ def _mlstm(
     dtype = jnp.result_type(x.q, x.k, x.v)
     q, k, v = (a.astype(dtype) for a in x[:3])
     keywords = flags._asdict() | options._asdict()
-    h, leaves = vjp.mlstm(kernels, q, k, v, x.i, x.f, tuple(state), **keywords)
+    leaves = state.C, state.n, state.m
+    h, leaves = vjp.mlstm(kernels, q, k, v, x.i, x.f, leaves, **keywords)
     return h.astype(x.v.dtype), MLSTMState(*leaves)

@@ -31,7 +31,7 @@ def map_shards(
         fn: computes every sequence, every head and, where it is sharded, every shard of time apart.
         args: a tuple of pytrees of arrays; None stays None.
         axes: for each argument, its axes as letters, of which those of `LETTERS` may be sharded. A
-            tree of such strings for a tree of arrays.
+            tree of such strings for a tree of arrays; not read where the argument is None.
         out_axes: the same for what `fn` returns.
         sizes: the lengths of the axes to shard; one that is left out is replicated. Mesh axes that
             do not divide a length are not used: their devices compute the same.
@@ -49,8 +49,11 @@ def map_shards(
     def spec(letters: str) -> P:
         return P(*(used.get(letter) or None for letter in letters.split()))
 
-    specs = jax.tree.map(spec, (axes, out_axes))
-    return shard_mapped(fn, args, *specs)
+    def spec_of(arg: Any, letters: Any) -> P | None:
+        return None if arg is None else spec(letters)
+
+    specs = jax.tree.map(spec_of, args, axes, is_leaf=lambda arg: arg is None)
+    return shard_mapped(fn, args, specs, jax.tree.map(spec, out_axes))
 
 
 def auto_mesh_axes() -> dict[str, int]:
