@@ -1,14 +1,18 @@
-"""The gates of a chunkwise mLSTM, made ready for kernels: decays, stabilisers, weights of states.
+"""Gate arithmetic of the mLSTM in plain `jnp`, shared by the kernels and the forms of XLA.
+
+Positions of a chunk are the last axis; the axes before it are the caller's: `B H N L` for kernels,
+one axis of chunks `Z L` for `xlstm_jax.ops`. Everything has the dtype of the log gates.
+
+A running sum of log f is kept in two parts, so that differences of large sums keep their digits;
+see `Borders`. A reset is no number in any sum: positions of different segments are masked.
 
 All of it depends on the gates alone, so a kernel needs no running maximum and no scalar recurrence:
-m of every position is known before the first product. Everything is float32.
+m of every position is known before the first product.
 
-A running sum of log f is kept in two parts (`Decays.coarse`, `Decays.fine`), so that differences of
-large sums keep their digits. A reset is no number in any sum: positions of different segments are
-masked. Source: arXiv:2405.04517, appendix; arXiv:2503.14376, section 3.
+Source: arXiv:2405.04517, appendix; arXiv:2503.14376, section 3.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,33 +20,45 @@ import jax.numpy as jnp
 from pallas_kernels.common import NEG
 
 TINY = 2.0**-120
-"""Lower bound of the normaliser, where exp(-m) has underflowed and the query meets nothing."""
+"""Lower bound of the normalizer, where exp(-m) has underflowed and the query reads nothing."""
 
 READ_FLOOR = -20.0
-"""Lowest log-scale at which a memory is read: far below, exp(-m) is no float32."""
+"""Lowest log-scale at which the state is read: far below, exp(-m) overflows float32."""
 
 GRID = 2.0**10
 """Steps per unit of the coarse part of a sum: exact in float32 up to 2^14 in magnitude."""
 
 
 class LogGates(NamedTuple):
-    """Gates in log space."""
+    """Gates in log space: `B T H` and, for `reset`, `B T`; in chunks, one shape for all three."""
 
-    log_i: jax.Array  # B T H; NEG where masked
-    log_f: jax.Array  # B T H; 0 where masked
-    reset: jax.Array | None  # B T; False where masked
+    log_i: jax.Array  # NEG where masked
+    log_f: jax.Array  # 0 where masked
+    reset: jax.Array | None  # False where masked
 
 
-class Decays(NamedTuple):
-    """Log decays of N chunks, and the log-scale m of every position; `B H N L` unless said."""
+class Borders(NamedTuple):
+    """Running sums in chunks, and log decays between a chunk's borders and its positions.
 
-    log_i: jax.Array
+    A sum in two parts keeps the digits of a difference of two large ones. Coarse parts are
+    multiples of 1 / GRID: their sums and differences have no rounding error; fine parts stay below
+    L / GRID. Measured on 512 steps with gates of scale 8 in float32: the error of h falls from
+    1.6e-3 of its maximum to 6e-5, that of the step recurrence.
+    """
+
     coarse: jax.Array  # sum of log f from the chunk's start up to each position, on the grid
     fine: jax.Array  # the rest of that sum
     segment: jax.Array | None  # resets seen in the chunk, up to and including each position
     to_row: jax.Array  # from the chunk's start; NEG once a reset lies between
     to_end: jax.Array  # weight of each position in the state at the chunk's end
-    across: jax.Array  # `B H N`: of the state at the start, in the state at the end
+    across: jax.Array  # of the state at the start, in the state at the end; one a chunk
+
+
+class Decays(NamedTuple):
+    """Log decays of N chunks, and the log-scale m of every position; `B H N L` unless said."""
+
+    gates: LogGates
+    border: Borders
     m: jax.Array  # after each position
     m_start: jax.Array  # `B H N`: before the chunk
     m_end: jax.Array  # `B H N`: after the chunk
@@ -73,18 +89,76 @@ def log_gates(
     mask: jax.Array | None,
     *,
     input_gate: str,
+    dtype: Any = jnp.float32,
 ) -> LogGates:
     """Log gates `B T H`; a masked step writes nothing and forgets nothing, whatever it holds."""
     if mask is not None:
         i, f = (jnp.where(mask[..., None], gate, 0) for gate in (i, f))
         reset = None if reset is None else reset & mask
-    i, f = i.astype(jnp.float32), f.astype(jnp.float32)
+    i, f = i.astype(dtype), f.astype(dtype)
     log_i = i if input_gate == "exp" else -jax.nn.softplus(-i)
     log_f = -jax.nn.softplus(-f)
     if mask is not None:
         log_i = jnp.where(mask[..., None], log_i, NEG)
         log_f = jnp.where(mask[..., None], log_f, 0)
     return LogGates(log_i, log_f, reset)
+
+
+def without_scale(
+    C: jax.Array, n: jax.Array, m: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same state with m = 0."""
+    factor = jnp.exp(m)
+    return factor[..., None, None] * C, factor[..., None] * n, jnp.zeros_like(m)
+
+
+def running_sum(gates: LogGates) -> tuple[jax.Array, jax.Array]:
+    """Coarse and fine part of the sum of log f from the chunk's start; a reset adds nothing."""
+    log_f = gates.log_f if gates.reset is None else jnp.where(gates.reset, 0, gates.log_f)
+    coarse = jnp.round(log_f * GRID) / GRID
+    return jnp.cumsum(coarse, axis=-1), jnp.cumsum(log_f - coarse, axis=-1)
+
+
+def borders(gates: LogGates, total: tuple[jax.Array, jax.Array]) -> Borders:
+    """Decays from a chunk's start and to its end; `total` is the running sum of its gates."""
+    coarse, fine = total
+    to_row = coarse + fine
+    to_end = (coarse[..., -1:] - coarse) + (fine[..., -1:] + (gates.log_i - fine))
+    across = to_row[..., -1]
+    if gates.reset is None:
+        return Borders(coarse, fine, None, to_row, to_end, across)
+    segment = jnp.cumsum(gates.reset, axis=-1)
+    to_row = jnp.where(segment == 0, to_row, NEG)
+    to_end = jnp.where(segment == segment[..., -1:], to_end, NEG)
+    across = jnp.where(segment[..., -1] == 0, across, NEG)
+    return Borders(coarse, fine, segment, to_row, to_end, across)
+
+
+def log_i_for_m(gates: LogGates) -> jax.Array:
+    """What the stabilizer sees of each source.
+
+    The initial state that a reset writes has m = 0, so that step ends with max(log f + 0, i).
+    """
+    if gates.reset is None:
+        return gates.log_i
+    return jnp.where(gates.reset, jnp.maximum(gates.log_i, gates.log_f), gates.log_i)
+
+
+def path_of_maximum(
+    gates: LogGates, m: jax.Array, m_start: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Where m_t = max(log f_t + m_{t-1}, log i_t) takes the first, and where through an old state.
+
+    Args:
+        gates: in chunks.
+        m, m_start: after every position, and before the chunk.
+    """
+    before = jnp.concatenate([m_start[..., None], m[..., :-1]], axis=-1)
+    if gates.reset is None:
+        through_f = gates.log_f + before >= gates.log_i
+        return through_f, through_f
+    through_f = gates.log_f + jnp.where(gates.reset, 0, before) >= gates.log_i
+    return through_f, through_f & ~gates.reset
 
 
 def decays(gates: LogGates, m_first: jax.Array, chunk: int, *, max_state: bool) -> Decays:
@@ -99,44 +173,27 @@ def decays(gates: LogGates, m_first: jax.Array, chunk: int, *, max_state: bool) 
     reset = None
     if gates.reset is not None:
         reset = _by_chunk(jnp.broadcast_to(gates.reset[..., None], gates.log_i.shape), chunk)
-    summed = log_f if reset is None else jnp.where(reset, 0, log_f)
-    on_grid = jnp.round(summed * GRID) / GRID
-    coarse, fine = jnp.cumsum(on_grid, axis=-1), jnp.cumsum(summed - on_grid, axis=-1)
-    to_row = coarse + fine
-    to_end = (coarse[..., -1:] - coarse) + (fine[..., -1:] + (log_i - fine))
-    across = to_row[..., -1]
-    segment = None
-    if reset is not None:
-        segment = jnp.cumsum(reset.astype(jnp.float32), axis=-1)
-        across = jnp.where(segment[..., -1] == 0, across, NEG)
-        to_end = jnp.where(segment == segment[..., -1:], to_end, NEG)
-    inside = _inside_maximum(log_i, log_f, to_row, reset)
-    if segment is not None:
-        to_row = jnp.where(segment == 0, to_row, NEG)
-    m_start, m_end, m = _log_scales(inside, to_row, across, m_first)
+    gates = LogGates(log_i, log_f, reset)
+    total = running_sum(gates)
+    border = borders(gates, total)
+    inside = _inside_maximum(gates, total[0] + total[1])
+    m_start, m_end, m = _log_scales(inside, border.to_row, border.across, m_first)
     if not max_state:
         m_start, m_end, m = (jnp.zeros_like(a) for a in (m_start, m_end, m))
-    before = jnp.concatenate([m_start[..., None], m[..., :-1]], axis=-1)
-    before = before if reset is None else jnp.where(reset, 0, before)
-    through_f = log_f + before >= log_i
-    kept = through_f if reset is None else through_f & ~reset
-    return Decays(
-        log_i, coarse, fine, segment, to_row, to_end, across, m, m_start, m_end, through_f, kept
-    )
+    return Decays(gates, border, m, m_start, m_end, *path_of_maximum(gates, m, m_start))
 
 
-def _inside_maximum(log_i, log_f, to_row, reset):
+def _inside_maximum(gates: LogGates, to_row: jax.Array) -> jax.Array:
     """The largest log weight of a source in each row, from inside the chunk alone."""
-    if reset is None:
-        return to_row + jax.lax.cummax(log_i - to_row, axis=log_i.ndim - 1)
-    # The empty memory that a reset writes has m = 0, so that step ends with max(log f + 0, i).
-    source = jnp.where(reset, jnp.maximum(log_i, log_f), log_i) - to_row
+    source = log_i_for_m(gates) - to_row
+    if gates.reset is None:
+        return to_row + jax.lax.cummax(source, axis=source.ndim - 1)
 
     def join(a, b):
         (x, _), (y, starts) = a, b
         return jnp.where(starts, y, jnp.maximum(x, y)), a[1] | starts
 
-    highest, _ = jax.lax.associative_scan(join, (source, reset), axis=source.ndim - 1)
+    highest, _ = jax.lax.associative_scan(join, (source, gates.reset), axis=source.ndim - 1)
     return to_row + highest
 
 
@@ -158,26 +215,35 @@ def forward_rows(x: Decays, qk_dim: int) -> jax.Array:
 
     log weight of source s in row t, over e^m and with 1/sqrt(K):
     (coarse_t - coarse_s) + (row_t + source_s); of the state at the chunk's start: log across_t.
-    `extra` is the lower bound of the normaliser.
+    `extra` is the lower bound of the normalizer.
     """
-    m = jnp.maximum(x.m, READ_FLOOR)
-    across = qk_dim**-0.5 * jnp.exp(x.to_row + x.m_start[..., None] - m)
-    row = x.fine - m - 0.5 * jnp.log(float(qk_dim))
-    return _pack(x, row, across, lower_bound(m))
+    return backward_rows(x, qk_dim, None, lower_bound(x.m))
 
 
 def backward_rows(x: Decays, qk_dim: int, norm: jax.Array | None, sign: jax.Array) -> jax.Array:
     """The array `B H 8 T` of the backward kernel: as forward, weights divided by `norm` as well.
 
     So the kernel reads cotangents of h as they come: times `sign`, in place of the lower bound,
-    their product with h is the cotangent of a row's normaliser times `norm`; all `B H N L`.
+    their product with h is the cotangent of a row's normalizer times `norm`; all `B H N L`.
     """
+    coarse, fine, segment, to_row, to_end, across = x.border
     m = jnp.maximum(x.m, READ_FLOOR)
-    row = x.fine - m - 0.5 * jnp.log(float(qk_dim))
-    across = qk_dim**-0.5 * jnp.exp(x.to_row + x.m_start[..., None] - m)
+    row = fine - m - 0.5 * jnp.log(float(qk_dim))
+    across_row = qk_dim**-0.5 * jnp.exp(to_row + x.m_start[..., None] - m)
     if norm is not None:
-        row, across = row - jnp.log(norm), across / norm
-    return _pack(x, row, across, sign)
+        row, across_row = row - jnp.log(norm), across_row / norm
+    kept = jnp.exp(across + x.m_start - x.m_end)[..., None]
+    rows = Packed(
+        coarse=coarse,
+        row=row,
+        source=x.gates.log_i - fine,
+        across=across_row,
+        written=jnp.exp(to_end - x.m_end[..., None]),
+        extra=sign,
+        kept=jnp.broadcast_to(kept, row.shape),
+        segment=jnp.zeros_like(row) if segment is None else segment.astype(row.dtype),
+    )
+    return jnp.stack([a.reshape(a.shape[:2] + (-1,)) for a in rows], axis=2)
 
 
 class StepFactors(NamedTuple):
@@ -185,7 +251,7 @@ class StepFactors(NamedTuple):
 
     kept: jax.Array  # the memory
     added: jax.Array  # the key
-    bound: jax.Array  # the normaliser is at least this
+    bound: jax.Array  # the normalizer is at least this
     read: jax.Array  # the query
 
 
@@ -206,24 +272,8 @@ def step_factors(
 
 
 def lower_bound(m: jax.Array) -> jax.Array:
-    """What a normaliser is at least: exp(-m), as long as float32 can say it."""
+    """What a normalizer is at least: exp(-m), as long as float32 can say it."""
     return jnp.maximum(jnp.exp(-jnp.maximum(m, READ_FLOOR)), TINY)
-
-
-def _pack(x: Decays, row, across, extra) -> jax.Array:
-    written = jnp.exp(x.to_end - x.m_end[..., None])
-    kept = jnp.exp(x.across + x.m_start - x.m_end)[..., None]
-    rows = Packed(
-        coarse=x.coarse,
-        row=row,
-        source=x.log_i - x.fine,
-        across=across,
-        written=written,
-        extra=extra,
-        kept=jnp.broadcast_to(kept, row.shape),
-        segment=jnp.zeros_like(row) if x.segment is None else x.segment,
-    )
-    return jnp.stack([a.reshape(a.shape[:2] + (-1,)) for a in rows], axis=2)
 
 
 def _by_chunk(x: jax.Array, chunk: int) -> jax.Array:
@@ -233,43 +283,47 @@ def _by_chunk(x: jax.Array, chunk: int) -> jax.Array:
 
 
 def suffix_sum(
-    x: jax.Array, leaving: jax.Array, segment: jax.Array | None, reset: jax.Array | None
+    x: jax.Array,
+    leaving: jax.Array,
+    segment: jax.Array | None,
+    reset: jax.Array | None = None,
 ) -> jax.Array:
     """sum over t >= j of x_t in j's chunk and segment, plus `leaving` where that is the last one.
 
     Args:
-        x: `B H N L`.
-        leaving: `B H N`.
-        segment: as in `Decays`; None: no resets.
-        reset: `B T`; the result is 0 there.
+        x: `... L`.
+        leaving: one number a chunk.
+        segment: a count that grows where a segment starts, as in `Borders`; None: one segment.
+        reset: `... L`; the result is 0 there.
     """
-    axis = x.ndim - 1
-    if segment is None or reset is None:
-        return jax.lax.cumsum(x, axis=axis, reverse=True) + leaving[..., None]
-    flags = jnp.broadcast_to(reset[:, None], x.shape[:2] + reset.shape[1:]).reshape(x.shape)
-    # A position's sum ends where the next position starts a segment.
-    ends = jnp.concatenate([flags[..., 1:], jnp.zeros_like(flags[..., :1])], axis=-1)
-
-    def join(a, b):  # from the last position to the first
-        (later, _), (sooner, stops) = a, b
-        return jnp.where(stops, sooner, sooner + later), a[1] | stops
-
-    total, _ = jax.lax.associative_scan(join, (x, ends), axis=axis, reverse=True)
+    if segment is None:
+        return jax.lax.cumsum(x, axis=x.ndim - 1, reverse=True) + leaving[..., None]
+    L = x.shape[-1]
+    later = jnp.triu(jnp.ones((L, L), bool)).reshape((1,) * (x.ndim - 1) + (L, L))
+    # Fused into one loop without an array of pairs; a scan would take ten times as long to compile.
+    same = later & (segment[..., :, None] == segment[..., None, :])
+    total = jnp.sum(jnp.where(same, x[..., None, :], 0), axis=-1)
     total = total + jnp.where(segment == segment[..., -1:], leaving[..., None], 0)
-    return jnp.where(flags, 0, total)
+    return total if reset is None else jnp.where(reset, 0, total)
 
 
-def scale_grads(x: Decays, rho: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradient through m_t = max(log f_t + m_{t-1}, log i_t) of a loss `rho` (`B H`) on the last m.
+def scale_grads(
+    through_f: jax.Array, kept: jax.Array, leaving: jax.Array, dm: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradient through m_t = max(log f_t + m_{t-1}, log i_t), along the path of the maximum.
 
-    It follows the path of the maximum back until an input gate made m. Returns cotangents of log i,
-    log f (`B H N L`), and of m before the first step.
+    Args:
+        through_f, kept: of chunks `... L`; see `path_of_maximum`.
+        leaving: cotangent of m after each chunk, from what follows it.
+        dm: cotangent of m of every position, besides `leaving`; None: zeros.
+
+    Returns cotangents of log i, of log f, and of m before each chunk.
     """
-    shape = x.kept.shape
-    made = (~x.kept).reshape(shape[:2] + (-1,)).astype(jnp.int32)
-    count = jax.lax.cumsum(made, axis=2, reverse=True)
-    on_path = (count - made == 0).reshape(shape)
-    rho = rho[..., None, None]
-    through_i = jnp.where(on_path & ~x.through_f, rho, 0)
-    through_f = jnp.where(on_path & x.through_f, rho, 0)
-    return through_i, through_f, jnp.where(count[..., 0] == 0, rho[..., 0, 0], 0)
+    # The path to t starts anew where m came from i, or from the initial state of a reset.
+    segment = jnp.cumsum(~kept, axis=-1)
+    if dm is None:
+        total = jnp.where(segment == segment[..., -1:], leaving[..., None], 0)
+    else:
+        total = suffix_sum(dm, leaving, segment)
+    before = jnp.where(kept[..., 0], total[..., 0], 0)
+    return jnp.where(through_f, 0, total), jnp.where(through_f, total, 0), before

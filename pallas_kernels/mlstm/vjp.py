@@ -104,13 +104,6 @@ def _check(q, k, v, input_gate: str, normalize: bool) -> None:
         )
 
 
-def _without_scale(state: State) -> State:
-    """The same memory with m = 0."""
-    C, n, m = state
-    factor = jnp.exp(m)
-    return factor[..., None, None] * C, factor[..., None] * n, jnp.zeros_like(m)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _step(options: Options, q, k, v, gates: pre.LogGates, state: State) -> tuple[jax.Array, State]:
     """T = 1: the kernel for one step; its gradient is that of a chunk with one position."""
@@ -133,7 +126,7 @@ _step.defvjp(_step_forward, _step_backward)
 def _filled(options: Options, q, k, v, gates: pre.LogGates, state: State):
     """`_core` for any sizes: filled up to whole chunks and tiles."""
     if not options.max_state:
-        state = _without_scale(state)
+        state = pre.without_scale(*state)
     B, T, H, K = q.shape
     V = v.shape[-1]
     padded = common.round_up(T, options.chunk)
@@ -193,11 +186,14 @@ def _backward(options: Options, K: int, residuals, cotangents):
     dlog_i = found.k_dk.reshape(shape)
     flow = found.q_dq.reshape(shape) - dlog_i
     leaving = jnp.concatenate([found.scaling[..., 1:], scaling[..., None]], axis=-1)
-    dlog_f = pre.suffix_sum(flow, leaving, decays.segment, gates.reset)
+    segment, reset = decays.border.segment, decays.gates.reset
+    dlog_f = pre.suffix_sum(flow, leaving, segment, reset)
     dm_first = found.scaling[..., 0]
     if options.max_state:
-        through_i, through_f, first = pre.scale_grads(decays, dm - scaling)
-        dlog_i, dlog_f, dm_first = dlog_i + through_i, dlog_f + through_f, dm_first + first
+        by_f, kept = (x.reshape(*x.shape[:2], -1) for x in (decays.through_f, decays.kept))
+        through_i, through_f, first = pre.scale_grads(by_f, kept, dm - scaling)
+        dlog_i, dlog_f = dlog_i + through_i.reshape(shape), dlog_f + through_f.reshape(shape)
+        dm_first = dm_first + first
     dlog_i, dlog_f = (jnp.swapaxes(g.reshape(g.shape[:2] + (-1,)), 1, 2) for g in (dlog_i, dlog_f))
     dgates = pre.LogGates(dlog_i, dlog_f, None)
     return found.q, found.k, found.v, dgates, found.C, found.n, dm_first

@@ -3,6 +3,7 @@
 import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +106,7 @@ def test_the_scan_equals_the_formula_of_the_paper(name, flags, rng, x64):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
+@functools.cache
 def jitted_scan(name, **options):
     return jit(functools.partial(CELLS[name].scan, **CELLS[name].options, **options))
 
@@ -121,10 +123,8 @@ def test_steps_in_scan_order_equal_the_scan(name, rng):
     time_first = [jnp.moveaxis(x, 1, 0) for x in sequences]
     last, h = jit(lambda s, x: jax.lax.scan(body, s, x))(state, time_first)
     expected_h, expected = jitted_scan(name)(*sequences, *weights, state)
-    np.testing.assert_allclose(jnp.moveaxis(h, 0, 1), expected_h, rtol=1e-5, atol=1e-6)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), last, expected
-    )
+    found = jnp.moveaxis(h, 0, 1), last
+    chex.assert_trees_all_close(found, (expected_h, expected), rtol=1e-5, atol=1e-6)
 
 
 @every_cell
@@ -133,10 +133,8 @@ def test_reverse_runs_from_the_last_step_to_the_first(name, rng):
     h, last = jitted_scan(name, reverse=True)(*sequences, *weights, state)
     flipped = [jnp.flip(x, 1) for x in sequences]
     expected_h, expected = jitted_scan(name)(*flipped, *weights, state)
-    np.testing.assert_allclose(h, jnp.flip(expected_h, 1), rtol=1e-5, atol=1e-6)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), last, expected
-    )
+    found = jnp.flip(h, 1), last
+    chex.assert_trees_all_close(found, (expected_h, expected), rtol=1e-5, atol=1e-6)
 
 
 @every_cell
@@ -207,6 +205,6 @@ def test_the_mlstm_starts_from_a_scale_of_one():
     """m is 0 before the first step, so very negative input gates leave it at log f."""
     state = cells.mlstm_init(1, 1, 2, 2)
     ones, gate = jnp.ones((1, 1, 2)), jnp.full((1, 1), -30.0)
-    new, h = cells.mlstm_step(state, ones, ones, ones, gate, jnp.full((1, 1), 2.0))
+    new, h = jit(cells.mlstm_step)(state, ones, ones, ones, gate, jnp.full((1, 1), 2.0))
     np.testing.assert_allclose(new.m, jax.nn.log_sigmoid(2.0).reshape(1, 1), rtol=1e-6)
     np.testing.assert_allclose(h, 2**0.5 * np.exp(-30.0) * np.ones((1, 1, 2)), rtol=1e-5)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlstm_jax.cells import logspace
+from pallas_kernels.mlstm import gates
+from xlstm_jax.cells import logspace, mlstm
 
 
 @pytest.mark.parametrize("x", [-1e4, -200.0, -104.0, -1.0, 0.0, 1.0, 200.0])
@@ -33,3 +34,9 @@ def test_the_log_of_nothing_is_finite_and_leaves_nothing():
 )
 def test_memory_is_float32_or_wider(inputs, expected, x64):
     assert logspace.state_dtype(*(jnp.zeros((), dtype) for dtype in inputs)) == expected
+
+
+def test_constants_equal_those_of_the_kernels():
+    """`cells` imports no kernels, so both packages define them."""
+    assert logspace.NEG == gates.NEG
+    assert (mlstm.READ_FLOOR, mlstm.TINY) == (gates.READ_FLOOR, gates.TINY)

@@ -391,7 +391,7 @@ def test_the_op_computes_them_in_both_directions(T, flags):
     compute = functools.partial(ops.slstm, case.x, case.r, case.b, state, **settings)
     with common.interpreted(lanes=LANES):
         actual = quick.jit(lambda: compute(implementation="triton"))()
-    expected = quick.jit(lambda: compute(implementation="scan"))()
+    expected = quick.jit(lambda: compute(implementation="recurrent"))()
     close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6)
     jax.tree.map(close, actual, expected)
 

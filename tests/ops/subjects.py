@@ -1,4 +1,4 @@
-"""What the laws are tested on: every implementation of every op, and the inputs they are given."""
+"""What properties are tested on: every implementation of every op, and the inputs of calls."""
 
 import contextlib
 from typing import Any, NamedTuple
@@ -13,6 +13,9 @@ B, H, K, V = 2, 2, 8, 12
 L = 8  # the chunk of every chunkwise call here
 KERNELS = ("pallas_tpu", "triton")  # those that an interpreter runs on any device
 LENGTHS = (1, L - 1, L, L + 1, 3 * L + 5)
+T = LENGTHS[-1]
+"""The length of most calls, so that one compiled program serves many tests."""
+CHUNKED = ("chunkwise", *KERNELS)  # those that compute several steps at once
 
 
 class Subject(NamedTuple):
@@ -42,7 +45,7 @@ class Subject(NamedTuple):
         return "float32" if self.is_kernel else "float64"
 
     def exact(self, dtype: str) -> dict[str, Any]:
-        """Options under which the laws hold to rounding: eps is added in units of exp(m)."""
+        """Options under which properties hold to rounding: eps is added in units of exp(m)."""
         return {"eps": 0.0} if self.op == "mlstm" and dtype == "float64" else {}
 
     @property
@@ -69,16 +72,24 @@ def implementations(op: str) -> dict[str, str | None]:
         return ops.implementations(op)
 
 
-def subjects(*variants: str, quick: tuple[str, ...] = tuple(OPTIONS), quick_kernels: bool = False):
+def subjects(
+    *variants: str,
+    quick: tuple[str, ...] = tuple(OPTIONS),
+    quick_kernels: bool = False,
+    among: tuple[str, ...] | None = None,
+):
     """A decorator: the test runs on every implementation of these variants (none named: of all).
 
-    An implementation that cannot run here is skipped with its own sentence; variants that are not
+    An implementation that cannot run here is skipped with its reason; variants that are not
     `quick` run among the slow tests, and so do kernels, which are interpreted. With `quick_kernels`
-    they are quick, and their other variants slow; else those are for `make test-all`.
+    they are quick, and their other variants slow; else those are for `make test-all`. `among`: the
+    implementations that differ in what is tested.
     """
     cases = []
     for variant in variants or OPTIONS:
         for name, refusal in implementations(variant.split("_")[0]).items():
+            if among is not None and name not in among:
+                continue
             marks = [] if refusal is None else [pytest.mark.skip(reason=refusal)]
             marks += _speed(variant, name, quick, quick_kernels)
             cases.append(pytest.param(Subject(variant, name), id=f"{variant}-{name}", marks=marks))

@@ -135,7 +135,7 @@ def test_without_jit_a_call_gives_the_same(op):
 @pytest.mark.parametrize("op", PRIMARY)
 def test_implementations_are_listed_with_none_or_a_sentence(op):
     table = ops.implementations(op)
-    assert {"mlstm": {"recurrent", "parallel", "chunkwise"}}.get(op, {"scan"}) <= table.keys()
+    assert {"mlstm": {"recurrent", "parallel", "chunkwise"}}.get(op, {"recurrent"}) <= table.keys()
     assert None in table.values()
     for refusal in table.values():
         assert refusal is None or len(refusal.split()) > 3

@@ -11,11 +11,11 @@ from pallas_kernels import common, gpu
 from tests.ops import runs
 from xlstm_jax import ops
 from xlstm_jax.ops import dispatch
-from xlstm_jax.ops.mlstm import IMPLEMENTATIONS as MLSTM
-from xlstm_jax.ops.slstm import IMPLEMENTATIONS as SLSTM
+from xlstm_jax.ops.mlstm.api import IMPLEMENTATIONS as MLSTM
+from xlstm_jax.ops.slstm.api import IMPLEMENTATIONS as SLSTM
 
 TABLES = {"mlstm": MLSTM, "slstm": SLSTM}
-FALLBACK = {"mlstm": "chunkwise", "slstm": "scan"}
+FALLBACK = {"mlstm": "chunkwise", "slstm": "recurrent"}
 
 ON_GPUS = [op for op, table in TABLES.items() if "triton" in table]
 

@@ -1,4 +1,4 @@
-"""What is particular to the chunkwise form: chunk sizes, and what its gradient keeps."""
+"""What is particular to the chunkwise form: chunk sizes, and what its gradient saves."""
 
 import functools
 
@@ -15,7 +15,7 @@ from xlstm_jax import cells, ops
 SUBJECT = Subject("mlstm", "chunkwise")
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 16, 29, 64, None])
+@pytest.mark.parametrize("chunk_size", [1, 3, 16, None])
 def test_the_chunk_size_changes_nothing(chunk_size):
     case = with_flags(make_case("mlstm", 29), num_masked=5)
     options = {"chunk_size": chunk_size, **SUBJECT.exact("float64")}
@@ -55,7 +55,7 @@ B, T, H, K, V = 1, 192, 2, 4, 6
 
 
 def _residuals(chunk_size: int, *, flags: bool = False) -> list[jax.ShapeDtypeStruct]:
-    """Everything the backward pass holds on to, for a call of `T` steps."""
+    """The residuals of the backward pass, for a call of `T` steps."""
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
     inputs = [shape(B, T, H, K), shape(B, T, H, K), shape(B, T, H, V), shape(B, T, H)]
     state = cells.MLSTMState(shape(B, H, K, V), shape(B, H, K), shape(B, H))
@@ -67,16 +67,16 @@ def _residuals(chunk_size: int, *, flags: bool = False) -> list[jax.ShapeDtypeSt
     return [leaf for leaf in jax.tree.leaves(pull) if leaf.size > 1]
 
 
-def test_the_gradient_keeps_inputs_rows_and_one_state_per_chunk():
+def test_the_gradient_saves_inputs_rows_and_one_state_per_chunk():
     for chunk_size in (16, 32):
-        kept = sum(leaf.size for leaf in _residuals(chunk_size))
+        saved = sum(leaf.size for leaf in _residuals(chunk_size))
         inputs = B * T * H * (2 * K + V + 2 + 2)  # q, k, v; gates, and slopes of their logarithms
         rows = B * T * H * (1 + 1 + V)  # m, d, h
         states = (T // chunk_size + 1) * B * H * (K * V + K + 1)
-        assert inputs + rows <= kept <= inputs + rows + states
+        assert inputs + rows <= saved <= inputs + rows + states
 
 
 @pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
-def test_the_gradient_keeps_nothing_of_the_size_of_a_row_of_squares(flags):
+def test_the_gradient_saves_nothing_of_the_size_of_a_row_of_squares(flags):
     chunk_size = 32
     assert max(leaf.size for leaf in _residuals(chunk_size, flags=flags)) < B * T * chunk_size

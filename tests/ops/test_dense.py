@@ -1,5 +1,7 @@
 """Products with a weight matrix, and inside groups of features: values and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +19,9 @@ def slope_and_value(call, *args):
 
 def per_group(x, kernel):
     """Each group of features by its own matrix."""
-    P, rows, _ = kernel.shape
-    parts = [x[..., p * rows : (p + 1) * rows] @ kernel[p] for p in range(P)]
-    return jnp.concatenate(parts, axis=-1)
+    P, rows, columns = kernel.shape
+    y = jnp.einsum("...PI,PIO->...PO", x.reshape(*x.shape[:-1], P, rows), kernel)
+    return y.reshape(*x.shape[:-1], P * columns)
 
 
 def assert_same(actual, expected):
@@ -27,7 +29,7 @@ def assert_same(actual, expected):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 3, 4), (2, 16), (48,)])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3, 4), (2, 16)])
 def test_a_product_and_its_gradients_equal_the_plain_ones(batch, rng, x64):
     x, kernel = jnp.asarray(rng.standard_normal((*batch, 5))), jnp.asarray(rng.random((5, 7)))
     assert_same(
@@ -38,7 +40,7 @@ def test_a_product_and_its_gradients_equal_the_plain_ones(batch, rng, x64):
 # Small groups; then groups joined to one block, to several, and too wide to be joined.
 @pytest.mark.parametrize(
     "groups,rows,columns",
-    [(6, 4, 4), (1, 5, 3), (130, 3, 8), (6, 12, 12), (1, 9, 3), (130, 12, 10), (3, 200, 8)],
+    [(6, 4, 4), (1, 5, 3), (6, 12, 12), (130, 12, 10), (3, 200, 8)],
 )
 def test_groups_do_not_mix(groups, rows, columns, rng, x64):
     x = jnp.asarray(rng.standard_normal((2, 3, groups * rows)))
@@ -49,8 +51,8 @@ def test_groups_do_not_mix(groups, rows, columns, rng, x64):
 
 
 def test_the_gradient_of_small_groups_counts_every_row(rng, x64):
-    """More rows than are added up at once, and no multiple of that."""
-    x, kernel = jnp.asarray(rng.standard_normal((5, 7, 12))), jnp.asarray(rng.random((3, 4, 4)))
+    """More rows than are summed at once, and no multiple of that; outputs wider than inputs."""
+    x, kernel = jnp.asarray(rng.standard_normal((5, 7, 9))), jnp.asarray(rng.random((3, 3, 4)))
     assert_same(
         slope_and_value(ops.grouped_dense, x, kernel), slope_and_value(per_group, x, kernel)
     )
@@ -60,16 +62,19 @@ def test_the_gradient_of_small_groups_counts_every_row(rng, x64):
 def test_groups_of_bfloat16_may_be_accumulated_and_returned_in_float32(width, rng):
     x = jnp.asarray(rng.standard_normal((4, 3 * width)), jnp.bfloat16)
     kernel = jnp.asarray(rng.standard_normal((3, width, width)), jnp.float32)
-    assert ops.grouped_dense(x, kernel).dtype == jnp.bfloat16
-    y = ops.grouped_dense(x, kernel, dtype=jnp.dtype("float32"))
+    assert jax.eval_shape(ops.grouped_dense, x, kernel).dtype == jnp.bfloat16
+    y = quick.jit(functools.partial(ops.grouped_dense, dtype=jnp.dtype("float32")))(x, kernel)
     assert y.dtype == jnp.float32
     rounded = np.asarray(kernel.astype(jnp.bfloat16), np.float64)
     exact = per_group(np.asarray(x, np.float64), rounded)
     np.testing.assert_allclose(y, exact, rtol=1e-4, atol=1e-4)
-    dx, dkernel = jax.grad(
-        lambda *args: ops.grouped_dense(*args).sum().astype(jnp.float32), (0, 1)
-    )(x, kernel)
-    assert (dx.dtype, dkernel.dtype) == (jnp.bfloat16, jnp.float32)
+    assert_gradients_have_the_dtypes_of_arguments(ops.grouped_dense, x, kernel)
+
+
+def assert_gradients_have_the_dtypes_of_arguments(product, *args):
+    loss = lambda *args: product(*args).sum().astype(jnp.float32)  # noqa: E731
+    gradients = jax.eval_shape(jax.grad(loss, (0, 1)), *args)
+    assert [g.dtype for g in gradients] == [a.dtype for a in args]
 
 
 def test_gradients_of_a_mapped_product_are_those_of_a_loop(rng, x64):
@@ -89,7 +94,4 @@ def test_bfloat16_inputs_may_be_accumulated_and_returned_in_float32(rng):
     assert y.dtype == jnp.float32
     exact = np.asarray(x, np.float64) @ np.asarray(kernel.astype(jnp.bfloat16), np.float64)
     np.testing.assert_allclose(y, exact, rtol=1e-4, atol=1e-4)
-    dx, dkernel = jax.grad(lambda *args: ops.dense(*args).sum().astype(jnp.float32), (0, 1))(
-        x, kernel
-    )
-    assert (dx.dtype, dkernel.dtype) == (jnp.bfloat16, jnp.float32)
+    assert_gradients_have_the_dtypes_of_arguments(ops.dense, x, kernel)

@@ -16,9 +16,14 @@ NAMES = [
 LARGE_GATES = ("mlstm_cell_extreme_gates", "mlstm_cell_long512_large")
 KEYS = {"C": "c", "n": "n", "m": "m"}
 
-# `recurrent` is the scan of the cell, so the cell on its own need not be quick.
+# `recurrent` is the scan of the cell, so the cell on its own need not be quick; `parallel` is one
+# program for any gates, so the files differ little to it.
 every_way = pytest.mark.parametrize(
-    "way", [*implementations("mlstm"), pytest.param("cell", marks=pytest.mark.slow)]
+    "way",
+    [
+        pytest.param(way, marks=[pytest.mark.slow] if way in ("parallel", "cell") else [])
+        for way in [*implementations("mlstm"), "cell"]
+    ],
 )
 dtypes = pytest.mark.parametrize(
     "dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)]

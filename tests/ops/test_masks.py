@@ -6,6 +6,7 @@ import numpy as np
 from tests.ops import runs
 from tests.ops.subjects import (
     PRIMARY,
+    T,
     both_dtypes,
     make_case,
     pad,
@@ -24,11 +25,11 @@ def _with_garbage(case):
     return case._replace(inputs=inputs, reset=case.reset | ~case.mask)
 
 
-@both_dtypes
 @subjects(quick=PRIMARY)
-def test_a_masked_row_equals_the_row_without_these_positions(subject, dtype):
+def test_a_masked_sequence_equals_the_sequence_without_these_positions(subject):
+    dtype = subject.widest
     row, options = TABLE[dtype], subject.exact(dtype)
-    case = with_flags(make_case(subject.variant, 29), num_masked=13)
+    case = with_flags(make_case(subject.variant, T), num_masked=13)
     assert (case.reset & ~case.mask).any() and (case.reset & case.mask).any()
     shorter = take_out_masked(case)
     cotangents = runs.random_cotangents(subject.variant, case, **options)
@@ -49,7 +50,7 @@ def test_a_masked_row_equals_the_row_without_these_positions(subject, dtype):
 @subjects(quick=PRIMARY)
 def test_what_a_masked_step_holds_changes_no_bit(subject, dtype):
     options = subject.exact(dtype)
-    case = with_flags(make_case(subject.variant, 29), num_masked=13)
+    case = with_flags(make_case(subject.variant, T), num_masked=13)
     cotangents = runs.random_cotangents(subject.variant, case, **options)
     clean = runs.run(subject, case, cotangents, dtype, **options)
     garbage = runs.run(subject, _with_garbage(case), cotangents, dtype, **options)
@@ -58,9 +59,9 @@ def test_what_a_masked_step_holds_changes_no_bit(subject, dtype):
 
 @both_dtypes
 @subjects()
-def test_a_row_of_masked_steps_leaves_the_state_as_it_is_bit_for_bit(subject, dtype):
+def test_a_sequence_of_masked_steps_leaves_the_state_as_it_is_bit_for_bit(subject, dtype):
     options = subject.exact(dtype)
-    case = pad(make_case(subject.variant, 29), 29)
+    case = pad(make_case(subject.variant, T), T)
     case.mask[:] = False
     if subject.options.get("input_gate") == "sigmoid":  # its states have m = 0
         case = case._replace(state=case.state._replace(m=np.zeros_like(case.state.m)))
@@ -75,9 +76,9 @@ def test_a_row_of_masked_steps_leaves_the_state_as_it_is_bit_for_bit(subject, dt
 @subjects(quick=PRIMARY)
 def test_masked_steps_at_the_end_leave_the_state_bit_identical(subject):
     """The state after t steps, whatever number of masked steps follows up to the end."""
-    case = pad(make_case(subject.variant, 29), 29)
+    case = pad(make_case(subject.variant, T), T)
     for t in (8, 13, 24):
-        case.mask[:] = np.arange(29) < t
+        case.mask[:] = np.arange(T) < t
         masked = runs.run(subject, case, runs.no_cotangents(subject.variant, case))
         again = case._replace(state=masked.state, mask=np.zeros_like(case.mask))
         kept = runs.run(subject, again, runs.no_cotangents(subject.variant, case))

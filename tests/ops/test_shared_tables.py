@@ -1,4 +1,4 @@
-"""The table of token vectors and the head on a mesh whose devices hold a part of each."""
+"""The table of token vectors and the head on a mesh that shards both."""
 
 import functools
 
@@ -70,15 +70,22 @@ def assert_all_close(actual, expected, tolerance):
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize("cut", VOCAB)
 def test_a_mesh_changes_no_vector_no_sum_and_no_gradient(cut, mesh):
-    tokens, x, table = example(VOCAB[cut], 15 if cut == "neither" else D)
-    for compute, last in ((embedded, table), (scored, table.T)):
+    for compute in (embedded, scored):
+        args, expected = alone(compute, cut)
         compute = functools.partial(compute, dtype=jnp.dtype("float32"))
-        expected = quick.jit(compute)(tokens, x, last)
-        assert_all_close(on_devices(compute, (tokens, x, last), mesh), expected, 1e-6)
+        assert_all_close(on_devices(compute, args, mesh), expected, 1e-6)
+
+
+@functools.cache
+def alone(compute, cut):
+    """Arguments, and what one device makes of them."""
+    tokens, x, table = example(VOCAB[cut], 15 if cut == "neither" else D)
+    args = tokens, x, table if compute is embedded else table.T
+    return args, quick.jit(functools.partial(compute, dtype=jnp.dtype("float32")))(*args)
 
 
 @pytest.mark.parametrize("compute", [embedded, scored])
-def test_gradients_of_eight_devices_are_added_up_in_the_dtype_of_the_table(compute):
+def test_gradients_of_eight_devices_are_summed_in_the_dtype_of_the_table(compute):
     """Vectors and logits are those of bfloat16 on one device; of a sum over eight in bfloat16 a
     two-hundredth would be lost."""
     tokens, x, table = example(VOCAB["rows"], D)
@@ -98,7 +105,7 @@ def test_axes_of_explicit_meshes_share_them_as_well():
         np.testing.assert_array_equal(look_up(tokens, table), table[tokens])
 
 
-def test_within_the_callers_shard_map_the_table_is_whole():
+def test_within_the_callers_shard_map_the_table_is_replicated():
     tokens, x, table = example(VOCAB["rows"], D)
     mesh = make_mesh(data=8)
     P = jax.sharding.PartitionSpec

@@ -3,28 +3,27 @@
 Source: Hochreiter & Schmidhuber 1997; heads as in Beck et al. 2024, arXiv:2405.04517, section 2.2.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from xlstm_jax.cells.logspace import state_dtype
+from xlstm_jax.cells.logspace import exact_einsum, state_dtype
 from xlstm_jax.cells.time import scan_time
 from xlstm_jax.typing import Array, Bool, Float
 
 
 class LSTMState(NamedTuple):
-    """Carry of one LSTM layer; all zeros when empty. Leaves are float32 or wider, whatever x is."""
+    """Carry of one LSTM layer; the initial state is zeros. Leaves are float32 or wider."""
 
     c: Float[Array, "B H K"]  # cell
-    h: Float[Array, "B H K"]  # last output, fed back through `r`
+    h: Float[Array, "B H K"]  # hidden state, fed back through `r`
 
 
 def lstm_init(
     batch_size: int, num_heads: int, head_dim: int, dtype: jnp.dtype = jnp.float32
 ) -> LSTMState:
-    """The empty memory."""
+    """The initial state: zeros in every leaf."""
     zeros = jnp.zeros((batch_size, num_heads, head_dim), dtype)
     return LSTMState(zeros, zeros)
 
@@ -38,12 +37,12 @@ def lstm_step(
     """One time step, in the argument order of `jax.lax.scan`.
 
     Args:
-        state: memory after step t-1.
+        state: after step t-1.
         x: input contributions to (i, f, z, o), before any nonlinearity.
         r: recurrent weights (input, gate, output) of the same four gates; heads do not mix.
         b: bias of the four gates.
 
-    Returns the memory after step t, and h_t in the dtype of the state.
+    Returns the state after step t, and h_t in the dtype of the state.
     """
     i, f, z, o = recurrent_gates(state.h, x, r, b)
     c = jax.nn.sigmoid(f) * state.c + jax.nn.sigmoid(i) * jnp.tanh(z)
@@ -58,9 +57,7 @@ def recurrent_gates(
     b: Float[Array, "H 4 K"] | None,
 ) -> tuple[Float[Array, "B H K"], ...]:
     """Pre-activations of i, f, z, o: input plus what each head's last output contributes."""
-    gates = x.astype(h.dtype) + jnp.einsum(
-        "BHK,HKGJ->BGHJ", h, r.astype(h.dtype), precision=jax.lax.Precision.HIGHEST
-    )
+    gates = x.astype(h.dtype) + exact_einsum("BHK,HKGJ->BGHJ", h, r.astype(h.dtype))
     if b is not None:
         gates = gates + jnp.swapaxes(b, 0, 1)[None].astype(h.dtype)
     return tuple(gates[:, g] for g in range(4))
@@ -84,10 +81,9 @@ def lstm_scan(
     dtype = state_dtype(x, r)
     state = lstm_init(B, H, K, dtype) if state is None else state
     state = jax.tree.map(lambda s: s.astype(dtype), state)
-    step = functools.partial(_step, r=r, b=b)
+
+    def step(state, x):
+        return lstm_step(state, x, r, b)
+
     h, state = scan_time(step, state, x, reset=reset, mask=mask, reverse=reverse)
     return h.astype(x.dtype), state
-
-
-def _step(state, x, *, r, b):
-    return lstm_step(state, x, r, b)

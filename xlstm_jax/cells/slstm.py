@@ -1,9 +1,8 @@
-"""sLSTM: scalar memories, exponential gates, recurrence within each head.
+"""sLSTM: scalar memory cells, exponential gates, recurrence within each head.
 
 Source: Beck et al. 2024, arXiv:2405.04517, section 2.2.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -16,18 +15,18 @@ from xlstm_jax.typing import Array, Bool, Float
 
 
 class SLSTMState(NamedTuple):
-    """Carry of one sLSTM layer; all zeros when empty. Leaves are float32 or wider for any x."""
+    """Carry of one sLSTM layer; the initial state is zeros. Leaves are float32 or wider."""
 
     c: Float[Array, "B H K"]  # cell, times exp(-m)
-    n: Float[Array, "B H K"]  # normaliser, times exp(-m); >= 1 after the first step
-    h: Float[Array, "B H K"]  # last output, fed back through `r`
+    n: Float[Array, "B H K"]  # normalizer, times exp(-m); >= 1 after the first step
+    h: Float[Array, "B H K"]  # hidden state, fed back through `r`
     m: Float[Array, "B H K"]  # log of the scale divided out of c and n; no meaning where n is 0
 
 
 def slstm_init(
     batch_size: int, num_heads: int, head_dim: int, dtype: jnp.dtype = jnp.float32
 ) -> SLSTMState:
-    """The empty memory."""
+    """The initial state: zeros in every leaf."""
     zeros = jnp.zeros((batch_size, num_heads, head_dim), dtype)
     return SLSTMState(zeros, zeros, zeros, zeros)
 
@@ -43,22 +42,19 @@ def slstm_step(
     """One time step, in the argument order of `jax.lax.scan`.
 
     Args:
-        state: memory after step t-1.
-        x: input contributions to (i, f, z, o), before any nonlinearity.
-        r: recurrent weights (input, gate, output) of the same four gates; heads do not mix.
-        b: bias of the four gates.
+        state, x, r, b: as in `lstm_step`.
         forget_gate: `"sigmoid"` or `"exp"`, what turns f into a factor.
 
-    Returns the memory after step t, and h_t in the dtype of the state.
+    Returns the state after step t, and h_t in the dtype of the state.
     """
     i, f, z, o = recurrent_gates(state.h, x, r, b)
     log_f = f if forget_gate == "exp" else log_sigmoid(f)
-    # Where nothing is stored yet (n = 0) the old scale must not count: values and gradients are
-    # those of m = i. Per element, so that a reset of some rows never touches the others.
-    kept = jnp.where(state.n == 0, NEG, log_f + state.m)
-    m = jnp.maximum(kept, i)
+    # In the initial state (n = 0) the old stabilizer must not count: values and gradients are
+    # those of m = i. Per element, so that a reset of some sequences never touches the others.
+    log_carry = jnp.where(state.n == 0, NEG, log_f + state.m)
+    m = jnp.maximum(log_carry, i)
     # Both exponents are <= 0 and one of them is 0: nothing overflows, and n >= 1.
-    f_scaled = jnp.exp(kept - m)
+    f_scaled = jnp.exp(log_carry - m)
     i_scaled = jnp.exp(i - m)
     c = f_scaled * state.c + i_scaled * jnp.tanh(z)
     n = f_scaled * state.n + i_scaled
@@ -85,10 +81,9 @@ def slstm_scan(
     dtype = state_dtype(x, r)
     state = slstm_init(B, H, K, dtype) if state is None else state
     state = jax.tree.map(lambda s: s.astype(dtype), state)
-    step = functools.partial(_step, r=r, b=b, forget_gate=forget_gate)
+
+    def step(state, x):
+        return slstm_step(state, x, r, b, forget_gate=forget_gate)
+
     h, state = scan_time(step, state, x, reset=reset, mask=mask, reverse=reverse)
     return h.astype(x.dtype), state
-
-
-def _step(state, x, *, r, b, forget_gate):
-    return slstm_step(state, x, r, b, forget_gate=forget_gate)

@@ -22,11 +22,11 @@ def scan_time(
 
     Args:
         step: one time step, in the argument order of `jax.lax.scan`.
-        state: memory before the first step; every leaf has the batch first. Zeros mean empty.
+        state: before the first step; every leaf has the batch first. The initial state is zeros.
         inputs: a pytree of arrays `B T ...`.
-        reset: where True, the memory before this step is replaced by the empty one.
-        mask: where False, the step leaves the state as it is, bit for bit, and yields 0; a reset
-            there is void and whatever the inputs hold (also NaN) is never read.
+        reset: where True, the state before this step is replaced by the initial one.
+        mask: where False, the state stays bit-identical and h is 0; a reset
+            there is void and the inputs (also NaN) are never read.
         reverse: run from the last step to the first; outputs stay at their inputs' positions.
 
     Returns the outputs `B T ...` and the state after the last step run.

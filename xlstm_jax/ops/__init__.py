@@ -1,4 +1,4 @@
-"""One function per op; each picks the way it is computed."""
+"""One function per op; each selects its implementation."""
 
 from xlstm_jax.ops.conv import causal_conv
 from xlstm_jax.ops.cross_entropy import CrossEntropy, cross_entropy
@@ -6,10 +6,10 @@ from xlstm_jax.ops.dense import dense, grouped_dense
 from xlstm_jax.ops.documents import document_starts
 from xlstm_jax.ops.embed import embed
 from xlstm_jax.ops.lstm import lstm
-from xlstm_jax.ops.mlstm import mlstm
+from xlstm_jax.ops.mlstm.api import mlstm
 from xlstm_jax.ops.norm import layer_norm, multi_head_norm, rms_norm, soft_cap
 from xlstm_jax.ops.registry import implementations
-from xlstm_jax.ops.slstm import slstm
+from xlstm_jax.ops.slstm.api import slstm
 
 __all__ = [
     "CrossEntropy",

@@ -1,6 +1,7 @@
-"""Checks of an op's arguments, made while tracing: each error is one sentence with its way out."""
+"""Checks of an op's arguments, made while tracing: each error is one line with its way out."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -37,6 +38,12 @@ def check_shapes(op: str, arrays: Mapping[str, tuple[jax.Array | None, str]]) ->
     return sizes
 
 
+def by_name(values: Any, axes: Any, prefix: str = "") -> dict[str, tuple[Any, str]]:
+    """The fields of a NamedTuple with their axes, as `check_shapes` takes them."""
+    rows = zip(values._fields, values, axes, strict=True)
+    return {prefix + name: (value, letters) for name, value, letters in rows}
+
+
 def check_length(op: str, sizes: Mapping[str, int]) -> None:
     """A sequence has at least one step; an empty one would have no last state."""
     if sizes["T"] < 1:
@@ -48,3 +55,12 @@ def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> N
     if value not in choices:
         known = " or ".join(repr(choice) for choice in choices)
         raise ValueError(f"{op}: `{name}` must be {known}, got {value!r}.")
+
+
+def check_chunk_size(op: str, chunk_size: int | None) -> None:
+    """A chunk has at least one position; None lets the op choose."""
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(
+            f"{op}: `chunk_size` must be at least 1, got {chunk_size}; "
+            "leave it None to let the op choose."
+        )

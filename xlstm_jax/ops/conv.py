@@ -3,14 +3,14 @@
 Source: arXiv:2405.04517, appendix (window 4 before the mLSTM and sLSTM gates).
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from xlstm_jax.ops.checks import check_length, check_shapes
-from xlstm_jax.ops.once import gradient_computed_once
-from xlstm_jax.ops.sharded import cut_by, per_device
+from xlstm_jax.ops.cpu import materialize_cotangent
+from xlstm_jax.ops.flags import FLAG_AXES, Flags
+from xlstm_jax.ops.sharded.halo import nearest_state, shifted_states
+from xlstm_jax.ops.sharded.shard_map import map_shards, sharding_axes
 from xlstm_jax.typing import Array, Bool, Float
 
 
@@ -57,87 +57,72 @@ def causal_conv(
         state = jnp.zeros((B, W - 1, F), x.dtype)
     check_shapes("causal_conv", {"state": (state, f"{B} {W - 1} {F}")})
     state = state.astype(x.dtype)
-    spans = cut_by("T", T)
-    if not spans or W == 1:  # a window of one reaches nowhere
-        return _whole(x, kernel, bias, state, reset, mask)
-    F = "F" if depthwise else "G"  # features that mix are not cut
-    axes = ("B T F", "W F", "F", "B W F", "B T", "B T")
-    args = (x, kernel, bias, state, reset, mask)
-    axes = tuple(None if a is None else n.replace("F", F) for a, n in zip(args, axes, strict=True))
-    axes = axes if depthwise else (axes[0], "W G J", *axes[2:])
+    flags = Flags(reset, mask)
+    time_axes = sharding_axes("T", T)
+    if not time_axes or W == 1:  # a window of one reaches no other step
+        return _local(x, kernel, bias, state, flags)
+
+    def local(x, kernel, bias, state, flags):
+        before, after = _states_around(x, state, flags, time_axes)
+        return _local(x, kernel, bias, before, flags)[0], after
+
+    F = "F" if depthwise else "G"  # features that mix are not sharded
+    axes = (
+        f"B T {F}",
+        "W F" if depthwise else "W G J",
+        F,
+        f"B W {F}",
+        FLAG_AXES,
+    )
     lengths = {"B": B, "T": T} | ({"F": sizes["F"]} if depthwise else {})
-    run = functools.partial(_span, spans)
-    return per_device(run, args, axes, (f"B T {F}", f"B W {F}"), lengths)
+    args = (x, kernel, bias, state, flags)
+    return map_shards(local, args, axes, (f"B T {F}", f"B W {F}"), lengths)
 
 
-def _whole(x, kernel, bias, state, reset, mask):
-    """All of time at once, or as much of it as one device has."""
+def _local(x, kernel, bias, state, flags: Flags):
+    """All of time, or the shard that one device has."""
+    reset, mask = flags
     if mask is None:
         return _convolve(x, kernel, bias, state, reset)
-    if kernel.shape[0] == 1:
-        y, _ = _convolve(jnp.where(mask[..., None], x, 0), kernel, bias, state, None)
-        return jnp.where(mask[..., None], y, 0), state
-    # A masked row is the row without those positions: move them behind the rest, convolve, and
-    # move everything back. The order of a stable sort of "is masked" does that.
-    x = jnp.where(mask[..., None], x, 0)
-    order = jnp.argsort(~mask, axis=1, stable=True)
-    packed = _reorder(x, order, mask)
-    reset = None if reset is None else _take(reset & mask, order)
+    packed, order, reset = _pack(flags.zero_masked(x), reset, mask)
     y, _ = _convolve(packed, kernel, bias, state, reset)
-    y = jnp.where(mask[..., None], _reorder(y, jnp.argsort(order, axis=1), mask), 0)
+    y = flags.zero_masked(_reorder(y, jnp.argsort(order, axis=1), mask))
     return y, _last_inputs(packed, state, reset, jnp.sum(mask, axis=1))
 
 
-def _span(axes: tuple[str, ...], x, kernel, bias, state, reset, mask):
-    """One device's span of time, within a `shard_map`; `state` stands before the first span.
+def _pack(x: jax.Array, reset: jax.Array | None, mask: jax.Array):
+    """x with its masked steps behind all others; the order of that; resets in this order.
 
-    Of the spans before it a device needs their last inputs: of the nearest one alone, unless that
-    may have fewer than there are in a state.
+    A masked sequence equals the sequence without those positions: convolve it packed, then restore
+    the order. The order of a stable sort of "is masked" does that.
     """
-    W1, count, rank = state.shape[1], jax.lax.axis_size(axes), jax.lax.axis_index(axes)
-    own, number = _left_behind(x, jnp.zeros_like(state), reset, mask)
-    if mask is None and x.shape[1] >= W1:
-        last = jnp.where(rank == count - 1, own, 0)
-        sent = jax.lax.ppermute(own, axes, [(j, j + 1) for j in range(count - 1)])
-        first = jnp.where(rank == 0, state, sent)
-        y, _ = _whole(x, kernel, bias, first, reset, mask)
-        return y, jax.lax.psum(last, axes)
-    spans = jax.lax.all_gather((own, number), axes)
-    first = last = state
-    for j in range(count):
-        last = _shifted(last, spans[0][j], spans[1][j])
-        first = jnp.where(j < rank, last, first)
-    y, _ = _whole(x, kernel, bias, first, reset, mask)
-    return y, last
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    packed = _reorder(x, order, mask)
+    return packed, order, None if reset is None else _take(reset & mask, order)
 
 
-def _left_behind(x, empty, reset, mask):
-    """The last inputs of a span, zeros before them, and how many of a state they replace."""
-    W1 = empty.shape[1]
+def _states_around(x, state, flags: Flags, axes: tuple[str, ...]):
+    """The last inputs before this device's shard of time and after the last shard.
+
+    Within a `shard_map`; `state` precedes the first shard. Of earlier shards a device needs the
+    last inputs: of the nearest one alone, unless that may have fewer than there are in a state.
+    """
+    size, (reset, mask) = state.shape[1], flags
     if mask is None:
-        mask = jnp.ones(x.shape[:2], bool)
-        packed = x
+        mask, packed = jnp.ones(x.shape[:2], bool), x
     else:
-        x = jnp.where(mask[..., None], x, 0)
-        order = jnp.argsort(~mask, axis=1, stable=True)
-        packed = _reorder(x, order, mask)
-        reset = None if reset is None else _take(reset & mask, order)
+        packed, _, reset = _pack(flags.zero_masked(x), reset, mask)
     number = jnp.sum(mask, axis=1)
-    last = _last_inputs(packed, empty, reset, number)
+    own = _last_inputs(packed, jnp.zeros_like(state), reset, number)
+    if flags.mask is None and x.shape[1] >= size:
+        return nearest_state(state, own, axes)
     # A reset forgets all inputs before it: zeros, too, replace what was there.
-    cut = False if reset is None else jnp.any(reset, axis=1)
-    return last, jnp.where(cut, W1, jnp.minimum(number, W1))
+    is_reset = False if reset is None else jnp.any(reset, axis=1)
+    replaced = jnp.where(is_reset, size, jnp.minimum(number, size))
+    return shifted_states(state, own, replaced, axes)
 
 
-def _shifted(state, inputs, number):
-    """A state after a span: as many of its oldest inputs as the span replaces have left it."""
-    W1 = state.shape[1]
-    index = jnp.arange(W1)[None] + number[:, None]
-    kept = _take(state, jnp.minimum(index, W1 - 1))
-    return jnp.where((index < W1)[..., None], kept, inputs)
-
-
-# The taps cost more to keep than to make again.
+# The taps cost more to save than to rematerialize.
 @jax.checkpoint
 def _convolve(x, kernel, bias, state, reset):
     W, T = kernel.shape[0], x.shape[1]
@@ -155,9 +140,9 @@ def _convolve(x, kernel, bias, state, reset):
         y = y + bias[None, None]
     if W > 1 and segment is not None:
         # Inputs of an earlier document must not reach the next call.
-        alive = segment == segment[:, -1:]
-        window = jnp.where(alive[..., None], window, 0)
-    return gradient_computed_once(y.astype(dtype)), window[:, T:]
+        is_last = segment == segment[:, -1:]
+        window = jnp.where(is_last[..., None], window, 0)
+    return materialize_cotangent(y.astype(dtype)), window[:, T:]
 
 
 def _segments(reset, W):
@@ -166,7 +151,7 @@ def _segments(reset, W):
 
 
 def _last_inputs(packed, state, reset, count):
-    """The W-1 inputs before position `count` of each packed row, zeros before its last reset."""
+    """The W-1 inputs before position `count` of packed sequences, zeros before the last reset."""
     W1 = state.shape[1]
     window = jnp.concatenate([state, packed], axis=1)
     index = count[:, None] + jnp.arange(W1)[None]
@@ -179,10 +164,10 @@ def _last_inputs(packed, state, reset, count):
 
 
 def _reorder(x: jax.Array, order: jax.Array, mask: jax.Array) -> jax.Array:
-    """`_take`, spared where nothing is masked: then the order is that of the row already."""
+    """`_take`, skipped where nothing is masked: then the sequence has that order already."""
     return jax.lax.cond(jnp.all(mask), lambda x: x, lambda x: _take(x, order), x)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows of axis 1 in the order `index` (B n), each batch entry with its own."""
+    """Steps along axis 1 in the order `index` (B n), each batch entry with its own."""
     return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.ops import dispatch
-from xlstm_jax.ops.checks import check_shapes
+from xlstm_jax.ops.checks import check_chunk_size, check_shapes
 from xlstm_jax.ops.dense import dense
 from xlstm_jax.ops.norm import soft_cap as apply_soft_cap
-from xlstm_jax.ops.sharded import summed_over_devices
+from xlstm_jax.ops.sharded.parameters import sum_over_devices
 from xlstm_jax.typing import Array, Float, Int
 
 CHUNK_LOGITS = {"cpu": 2**20, "tpu": 2**26, "gpu": 2**26}
@@ -48,9 +48,9 @@ def cross_entropy(
         targets: token ids; any valid id where the weight is 0.
         weights: what each position counts.
         soft_cap: bound on the logits, as the model has it.
-        z_loss: weight of the squared log-normaliser; reported apart from the cross entropy.
+        z_loss: weight of the squared log-normalizer; reported apart from the cross entropy.
         chunk_size: positions whose logits exist at once, forward and backward, on each device;
-            changes memory and speed only. None takes a million logits on a CPU, 64 elsewhere.
+            changes memory and speed only. None: 2**20 logits on a CPU, 2**26 elsewhere.
 
     Returns sums in float32 or wider; gradients flow to `x` and `kernel`.
 
@@ -66,15 +66,11 @@ def cross_entropy(
             "weights": (weights, "B T"),
         },
     )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(
-            f"cross_entropy: `chunk_size` must be at least 1, got {chunk_size}; "
-            "leave it None to let the op choose."
-        )
+    check_chunk_size("cross_entropy", chunk_size)
     chunk_size = chunk_size or max(1, CHUNK_LOGITS[dispatch.platform()] // sizes["vocab"])
     sums = functools.partial(_chunk_sums, soft_cap=soft_cap, z_loss=z_loss)
     run = functools.partial(_sums, sums, chunk_size)
-    return summed_over_devices(run, x, kernel, targets, weights)
+    return sum_over_devices(run, x, kernel, targets, weights)
 
 
 def _sums(sums, chunk_size: int, x, kernel, targets, weights) -> CrossEntropy:
@@ -84,12 +80,14 @@ def _sums(sums, chunk_size: int, x, kernel, targets, weights) -> CrossEntropy:
     flat = (x.reshape(positions, -1), targets.reshape(-1), weights.reshape(-1))
     if chunk == positions:
         return sums(kernel, *flat)
-    # Positions are padded to whole chunks with weight 0; only the chunk's logits ever exist, and
-    # the backward pass makes them again.
+    # Positions are padded to full chunks with weight 0; only a chunk's logits ever exist, and the
+    # backward pass rematerializes them.
     pad = -positions % chunk
     flat = jax.tree.map(lambda a: jnp.pad(a, ((0, pad),) + ((0, 0),) * (a.ndim - 1)), flat)
     chunks = jax.tree.map(lambda a: a.reshape((-1, chunk) + a.shape[1:]), flat)
-    body = jax.checkpoint(lambda total, now: (_add(total, sums(kernel, *now)), None))
+    body = jax.checkpoint(
+        lambda total, now: (jax.tree.map(jnp.add, total, sums(kernel, *now)), None)
+    )
     zero = jnp.zeros((), state_dtype(x, kernel))
     total, _ = jax.lax.scan(body, CrossEntropy(zero, zero, zero, zero), chunks)
     return total
@@ -114,7 +112,3 @@ def _chunk_sums(kernel, x, targets, weights, *, soft_cap, z_loss) -> CrossEntrop
         jnp.sum(weights),
         jnp.sum(weights * correct),
     )
-
-
-def _add(a: CrossEntropy, b: CrossEntropy) -> CrossEntropy:
-    return CrossEntropy(*(p + q for p, q in zip(a, b, strict=True)))

@@ -1,28 +1,37 @@
-"""What the ops with four gates and memory mixing have in common: checks, and the call on a mesh."""
+"""What the ops `slstm` and `lstm` share: checks, and the call on a mesh."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.ops import dispatch
-from xlstm_jax.ops.checks import check_length, check_shapes
-from xlstm_jax.ops.sharded import per_device
-from xlstm_jax.sharding import constrain
+from xlstm_jax.ops.checks import by_name, check_length, check_shapes
+from xlstm_jax.ops.flags import FLAG_AXES, Flags, flip_time
+from xlstm_jax.ops.sharded.shard_map import map_shards
+from xlstm_jax.sharding.axes import constrain
+from xlstm_jax.typing import Array, Float
 
 
-def check_gated(op: str, x, r, b, state, reset, mask) -> dispatch.Call:
-    """The call of an op with four gates and memory mixing, once its shapes fit."""
-    arrays = {
-        "x": (x, "B T 4 H K"),
-        "r": (r, "H K 4 K"),
-        "b": (b, "H 4 K"),
-        "reset": (reset, "B T"),
-        "mask": (mask, "B T"),
-    }
-    leaves = {} if state is None else state._asdict()
-    arrays |= {f"state.{name}": (leaf, "B H K") for name, leaf in leaves.items()}
+class Inputs(NamedTuple):
+    """Arguments of a cell with four gates and recurrent weights, all arrays."""
+
+    x: Float[Array, "B T 4 H K"]
+    r: Float[Array, "H K 4 K"]
+    b: Float[Array, "H 4 K"] | None
+    state: Any  # leaves "B H K"; None only before `run`
+    flags: Flags
+
+
+def check(op: str, inputs: Inputs) -> dispatch.Call:
+    """The static facts of a call, once its shapes fit."""
+    x, r, b, state, flags = inputs
+    arrays = {"x": (x, "B T 4 H K"), "r": (r, "H K 4 K"), "b": (b, "H 4 K")}
+    arrays |= by_name(flags, FLAG_AXES)
+    if state is not None:
+        arrays |= by_name(state, ("B H K",) * len(state), "state.")
     sizes = check_shapes(op, arrays)
     check_length(op, sizes)
     B, T, H, K = (sizes[axis] for axis in "BTHK")
@@ -32,22 +41,33 @@ def check_gated(op: str, x, r, b, state, reset, mask) -> dispatch.Call:
     return dispatch.Call(B, T, H, K, K, dtype, dispatch.platform())
 
 
-def on_a_mesh(
-    compute: Callable[..., Any], kind: Any, call: dispatch.Call, x, r, b, state, reset, mask
-):
-    """`compute`, by each device for its rows and its heads; `kind` is the class of the state.
+def run(
+    fn: Callable[[Inputs], tuple[Array, Any]],
+    kind: Any,
+    call: dispatch.Call,
+    inputs: Inputs,
+    *,
+    reverse: bool,
+) -> tuple[Float[Array, "B T H K"], Any]:
+    """`fn(inputs)`, by each device for its sequences and heads; `kind` is the class of the state.
 
-    Memories mix from step to step, so no span of time can be computed before the one before it:
-    where the rules cut time it is gathered, and the devices along that cut compute the same.
+    The hidden state is fed back at every step, so no shard of time can be computed before the one
+    before it: a sequence sharded over devices is all-gathered, and they compute the same.
     """
+    dtype = state_dtype(inputs.x, inputs.r)
 
-    def run(x, r, b, state, reset, mask):
-        return compute(x, r, b, state, reset=reset, mask=mask)
+    def local(x, r, b, state, flags):
+        if state is None:
+            zeros = jnp.zeros((x.shape[0], *x.shape[3:]), dtype)
+            state = kind(*(zeros for _ in kind._fields))
+        state = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
+        if reverse:
+            x, flags = flip_time((x, flags))
+        h, state = fn(Inputs(x, r, b, state, flags))
+        return flip_time(h) if reverse else h, state
 
-    args = (x, r, b, state, reset, mask)
-    state_axes = kind(*("B H K",) * len(kind._fields))
-    names = ("B T G H K", "H K G J", "H G K", state_axes, "B T", "B T")
-    axes = tuple(None if a is None else name for a, name in zip(args, names, strict=True))
+    leaves = kind(*("B H K" for _ in kind._fields))
+    axes = ("B T G H K", "H K G J", "H G K", leaves, FLAG_AXES)
     sizes = {"B": call.B, "H": call.H}
-    h, state = per_device(run, args, axes, ("B T H K", state_axes), sizes)
+    h, state = map_shards(local, tuple(inputs), axes, ("B T H K", leaves), sizes)
     return constrain(h, "batch", "time", "heads", None), state

@@ -1,15 +1,19 @@
 """The LSTM over a sequence."""
 
-import functools
-
 from xlstm_jax.cells.lstm import LSTMState, lstm_scan
-from xlstm_jax.ops import dispatch
+from xlstm_jax.ops import dispatch, gated
 from xlstm_jax.ops.dispatch import Implementation
-from xlstm_jax.ops.gated import check_gated, on_a_mesh
+from xlstm_jax.ops.flags import Flags
 from xlstm_jax.typing import Array, Bool, Float
 
-# Ordered: "auto" takes the first that can serve the call.
-IMPLEMENTATIONS = {"scan": Implementation(lstm_scan)}
+
+def _recurrent(inputs: gated.Inputs) -> tuple[Float[Array, "B T H K"], LSTMState]:
+    x, r, b, state, (reset, mask) = inputs
+    return lstm_scan(x, r, b, state, reset=reset, mask=mask)
+
+
+# Ordered: "auto" selects the first that supports the call.
+IMPLEMENTATIONS = {"recurrent": Implementation(_recurrent)}
 
 
 def lstm(
@@ -26,22 +30,16 @@ def lstm(
     """LSTM with recurrent weights inside each head.
 
     Args:
-        x: pre-activations of (i, f, z, o) without the recurrent part.
-        r: recurrent weights (input, gate, output).
-        b: bias of the four gates.
-        state: memory before the first step; None is the empty one.
-        reset: where True, everything before this position is forgotten.
-        mask: where False, the state is left as it is and h is 0.
-        reverse: flips time in every argument and in h.
+        x, r, b, state, reset, mask, reverse: as in `ops.slstm`.
         implementation: a name of `ops.implementations("lstm")`, or "auto".
 
     Returns h in the dtype of x, and the state after the last step, float32 or wider.
 
     Raises:
         ValueError: shapes that do not fit, or an unknown implementation.
-        NotImplementedError: the implementation cannot serve this call; says why.
+        NotImplementedError: the implementation does not support this call; gives the reason.
     """
-    call = check_gated("lstm", x, r, b, state, reset, mask)
+    inputs = gated.Inputs(x, r, b, state, Flags(reset, mask))
+    call = gated.check("lstm", inputs)
     chosen = dispatch.choose("lstm", IMPLEMENTATIONS, implementation, call)
-    compute = functools.partial(chosen.fn, reverse=reverse)
-    return on_a_mesh(compute, LSTMState, call, x, r, b, state, reset, mask)
+    return gated.run(chosen.fn, LSTMState, call, inputs, reverse=reverse)

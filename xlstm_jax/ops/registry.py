@@ -4,8 +4,8 @@ import jax.numpy as jnp
 
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.lstm import IMPLEMENTATIONS as LSTM
-from xlstm_jax.ops.mlstm import IMPLEMENTATIONS as MLSTM
-from xlstm_jax.ops.slstm import IMPLEMENTATIONS as SLSTM
+from xlstm_jax.ops.mlstm.api import IMPLEMENTATIONS as MLSTM
+from xlstm_jax.ops.slstm.api import IMPLEMENTATIONS as SLSTM
 
 TABLES = {
     "lstm": LSTM,

@@ -3,18 +3,19 @@
 import functools
 
 from xlstm_jax.cells.slstm import SLSTMState
-from xlstm_jax.ops import dispatch, slstm_kernel
+from xlstm_jax.ops import dispatch, gated
 from xlstm_jax.ops.checks import check_choice
 from xlstm_jax.ops.dispatch import Implementation
-from xlstm_jax.ops.gated import check_gated, on_a_mesh
-from xlstm_jax.ops.slstm_scan import slstm_scan
+from xlstm_jax.ops.flags import Flags
+from xlstm_jax.ops.slstm import kernels
+from xlstm_jax.ops.slstm.recurrent import slstm_recurrent
 from xlstm_jax.typing import Array, Bool, Float
 
-# Ordered: "auto" takes the first that can serve the call.
+# Ordered: "auto" selects the first that supports the call.
 IMPLEMENTATIONS = {
-    "pallas_tpu": Implementation(slstm_kernel.slstm_tpu, slstm_kernel.tpu_refusal),
-    "triton": Implementation(slstm_kernel.slstm_triton, slstm_kernel.triton_refusal),
-    "scan": Implementation(slstm_scan),
+    "pallas_tpu": Implementation(kernels.slstm_tpu, kernels.tpu_refusal),
+    "triton": Implementation(kernels.slstm_triton, kernels.triton_refusal),
+    "recurrent": Implementation(slstm_recurrent),
 }
 
 
@@ -36,9 +37,9 @@ def slstm(
         x: pre-activations of (i, f, z, o) without the recurrent part.
         r: recurrent weights (input, gate, output).
         b: bias of the four gates.
-        state: memory before the first step; None is the empty one.
-        reset: where True, everything before this position is forgotten.
-        mask: where False, the state is left as it is and h is 0.
+        state: before the first step; None is the initial state, zeros in every leaf.
+        reset: where True, the state before this position is replaced by the initial one.
+        mask: where False, the state stays bit-identical and h is 0.
         forget_gate: "sigmoid" or "exp".
         reverse: flips time in every argument and in h.
         implementation: a name of `ops.implementations("slstm")`, or "auto".
@@ -47,10 +48,11 @@ def slstm(
 
     Raises:
         ValueError: shapes that do not fit, an unknown gate or implementation.
-        NotImplementedError: the implementation cannot serve this call; says why.
+        NotImplementedError: the implementation does not support this call; gives the reason.
     """
     check_choice("slstm", "forget_gate", forget_gate, ("sigmoid", "exp"))
-    call = check_gated("slstm", x, r, b, state, reset, mask)
+    inputs = gated.Inputs(x, r, b, state, Flags(reset, mask))
+    call = gated.check("slstm", inputs)
     chosen = dispatch.choose("slstm", IMPLEMENTATIONS, implementation, call)
-    compute = functools.partial(chosen.fn, forget_gate=forget_gate, reverse=reverse)
-    return on_a_mesh(compute, SLSTMState, call, x, r, b, state, reset, mask)
+    compute = functools.partial(chosen.fn, forget_gate=forget_gate)
+    return gated.run(compute, SLSTMState, call, inputs, reverse=reverse)

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from xlstm_jax.cells.mlstm import MLSTMState
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.dispatch import Call
-from xlstm_jax.typing import Array, Bool, Float
+from xlstm_jax.ops.flags import Flags
+from xlstm_jax.ops.mlstm.arguments import Inputs, Options
+from xlstm_jax.typing import Array, Float
 
 
 def tpu_refusal(call: Call) -> str | None:
@@ -28,38 +30,29 @@ def triton_refusal(call: Call) -> str | None:
     return triton_tiles.refusal(call.K, call.V, call.dtype, call.chunk_size)
 
 
-def mlstm_tpu(q, k, v, i, f, state, **options):
+def mlstm_tpu(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
     """By Pallas kernels; see `_mlstm`."""
     from pallas_kernels.mlstm import backends
 
-    return _mlstm(backends.tpu(), q, k, v, i, f, state, **options)
+    return _mlstm(backends.tpu(), x, state, flags, options)
 
 
-def mlstm_triton(q, k, v, i, f, state, **options):
+def mlstm_triton(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
     """By Triton kernels; see `_mlstm`."""
     from pallas_kernels.mlstm import backends
 
-    return _mlstm(backends.triton(), q, k, v, i, f, state, **options)
+    return _mlstm(backends.triton(), x, state, flags, options)
 
 
 def _mlstm(
-    kernels,
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    i: Float[Array, "B T H"],
-    f: Float[Array, "B T H"],
-    state: MLSTMState,
-    *,
-    reset: Bool[Array, "B T"] | None = None,
-    mask: Bool[Array, "B T"] | None = None,
-    **options,
+    kernels, x: Inputs, state: MLSTMState, flags: Flags, options: Options
 ) -> tuple[Float[Array, "B T H V"], MLSTMState]:
-    """The op `mlstm`; arguments as there. A donated state is updated in place where T = 1."""
+    """The op `mlstm`. A donated state is updated in place where T = 1."""
     from pallas_kernels.mlstm import vjp
 
-    dtype, out_dtype = jnp.result_type(q, k, v), v.dtype
-    q, k, v = (x.astype(dtype) for x in (q, k, v))
-    memory = state.C, state.n, state.m
-    h, memory = vjp.mlstm(kernels, q, k, v, i, f, memory, reset=reset, mask=mask, **options)
-    return h.astype(out_dtype), MLSTMState(*memory)
+    dtype = jnp.result_type(x.q, x.k, x.v)
+    q, k, v = (a.astype(dtype) for a in x[:3])
+    keywords = flags._asdict() | options._asdict()
+    leaves = state.C, state.n, state.m
+    h, leaves = vjp.mlstm(kernels, q, k, v, x.i, x.f, leaves, **keywords)
+    return h.astype(x.v.dtype), MLSTMState(*leaves)

@@ -4,7 +4,7 @@ The loop forward holds one product with the recurrent weights and what depends o
 backward holds the transposed product and six multiplications. Everything that can be known before
 or after a loop is computed for all steps at once, the weights' gradient as one product.
 
-Source: arXiv:2405.04517, section 2.2. The stabiliser m is a gauge of (c, n): h does not depend on
+Source: arXiv:2405.04517, section 2.2. The stabilizer m is a gauge of (c, n): h does not depend on
 it, so a loss on h needs no gradient through m; one on the returned c, n, m does (`_scale_grads`).
 """
 
@@ -14,50 +14,33 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xlstm_jax.cells.logspace import NEG, log_sigmoid, state_dtype
-from xlstm_jax.cells.slstm import SLSTMState, slstm_init
-from xlstm_jax.typing import Array, Bool, Float
+from xlstm_jax.cells.logspace import NEG, exact_einsum, log_sigmoid
+from xlstm_jax.cells.slstm import SLSTMState
+from xlstm_jax.ops import gated
+from xlstm_jax.ops.flags import Flags
+from xlstm_jax.typing import Array, Float
 
 
-class Flags(NamedTuple):
-    """Resets and masks, time first, with axes to broadcast against heads and cells."""
-
-    reset: Bool[Array, "T 1 B 1"] | None
-    mask: Bool[Array, "T 1 B 1"] | None
-
-
-def slstm_scan(
-    x: Float[Array, "B T 4 H K"],
-    r: Float[Array, "H K 4 K"],
-    b: Float[Array, "H 4 K"] | None = None,
-    state: SLSTMState | None = None,
-    *,
-    reset: Bool[Array, "B T"] | None = None,
-    mask: Bool[Array, "B T"] | None = None,
-    forget_gate: str = "sigmoid",
-    reverse: bool = False,
+def slstm_recurrent(
+    inputs: gated.Inputs, forget_gate: str
 ) -> tuple[Float[Array, "B T H K"], SLSTMState]:
-    """The op `slstm`; arguments as there."""
-    B, _, _, H, K = x.shape
-    dtype = state_dtype(x, r)
-    state = slstm_init(B, H, K, dtype) if state is None else state
-    state = jax.tree.map(lambda s: jnp.swapaxes(s.astype(dtype), 0, 1), state)
-    if mask is not None:
-        x = jnp.where(mask[..., None, None, None], x, 0)
-        reset = None if reset is None else reset & mask
-    gates = x.astype(dtype)
+    """The op `slstm`."""
+    x, r, b, state, (reset, mask) = inputs
+    dtype = state.c.dtype
+    x = inputs.flags.zero_masked(x).astype(dtype)
+    if mask is not None and reset is not None:
+        reset = reset & mask
     if b is not None:
-        gates = gates + jnp.swapaxes(b, 0, 1)[None, None].astype(dtype)
-    if reverse:
-        gates, reset, mask = jax.tree.map(lambda a: jnp.flip(a, 1), (gates, reset, mask))
+        x = x + jnp.swapaxes(b, 0, 1)[None, None].astype(dtype)
     # Heads first inside the loop: its product then needs no transposition.
-    gates = jnp.transpose(gates, (1, 3, 0, 2, 4))
+    x = jnp.transpose(x, (1, 3, 0, 2, 4))
+    state = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), state)
+    # `T 1 B 1`, to broadcast against heads and cells.
     flags = Flags(*(None if f is None else f.T[:, None, :, None] for f in (reset, mask)))
     r = r.astype(dtype)
-    h, state = _scan(forget_gate, gates, r, state, flags)  # pyright: ignore[reportGeneralTypeIssues]
-    h = jnp.transpose(h, (2, 0, 1, 3)).astype(x.dtype)
-    state = jax.tree.map(lambda s: jnp.swapaxes(s, 0, 1), state)
-    return jnp.flip(h, 1) if reverse else h, state
+    h, state = _scan(forget_gate, x, r, state, flags)  # pyright: ignore[reportGeneralTypeIssues]
+    h = jnp.transpose(h, (2, 0, 1, 3)).astype(inputs.x.dtype)
+    return h, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -77,11 +60,11 @@ def _forward(forget_gate, x, r, state, flags: Flags):
         seen = state
         if flags.reset is not None:
             seen = jax.tree.map(lambda s: jnp.where(flags.reset, 0, s), state)
-        gates = x + _dot("HBK,HKGJ->HBGJ", seen.h, r)
+        gates = x + exact_einsum("HBK,HKGJ->HBGJ", seen.h, r)
         i, f, z, o = (gates[:, :, g] for g in range(4))
-        kept = jnp.where(seen.n == 0, NEG, _log_forget(forget_gate, f) + seen.m)
-        m = jnp.maximum(kept, i)
-        f_scaled, i_scaled = jnp.exp(kept - m), jnp.exp(i - m)
+        log_carry = jnp.where(seen.n == 0, NEG, _log_forget(forget_gate, f) + seen.m)
+        m = jnp.maximum(log_carry, i)
+        f_scaled, i_scaled = jnp.exp(log_carry - m), jnp.exp(i - m)
         c = f_scaled * seen.c + i_scaled * jnp.tanh(z)
         n = f_scaled * seen.n + i_scaled
         h = jax.nn.sigmoid(o) * c / n
@@ -106,14 +89,14 @@ class _Factors(NamedTuple):
     c_to_f: Float[Array, "..."]
     n_to_f: Float[Array, "..."]
     c_to_z: Float[Array, "..."]
-    kept: Float[Array, "..."]
+    f_scaled: Float[Array, "..."]
 
 
 def _factors(forget_gate, gates, before: SLSTMState, after: SLSTMState) -> _Factors:
     i, f, z, o = (gates[..., g, :] for g in range(4))
     slope = jnp.ones_like(f) if forget_gate == "exp" else jax.nn.sigmoid(-f)
-    kept = jnp.where(before.n == 0, NEG, _log_forget(forget_gate, f) + before.m)
-    f_scaled, i_scaled = jnp.exp(kept - after.m), jnp.exp(i - after.m)
+    log_carry = jnp.where(before.n == 0, NEG, _log_forget(forget_gate, f) + before.m)
+    f_scaled, i_scaled = jnp.exp(log_carry - after.m), jnp.exp(i - after.m)
     z, o = jnp.tanh(z), jax.nn.sigmoid(o)
     return _Factors(
         h_to_c=o / after.n,
@@ -124,7 +107,7 @@ def _factors(forget_gate, gates, before: SLSTMState, after: SLSTMState) -> _Fact
         c_to_f=f_scaled * before.c * slope,
         n_to_f=f_scaled * before.n * slope,
         c_to_z=i_scaled * (1 - jnp.square(z)),
-        kept=f_scaled,
+        f_scaled=f_scaled,
     )
 
 
@@ -150,7 +133,7 @@ def _backward(forget_gate, residuals, cotangents):
         di = dc_now * w.c_to_i + dn_now * w.n_to_i + gauge_i
         df = dc_now * w.c_to_f + dn_now * w.n_to_f + gauge_f
         dgates = jnp.stack([di, df, dc_now * w.c_to_z, dh * w.h_to_o], axis=2)
-        new = (dc_now * w.kept, dn_now * w.kept, _dot("HBGJ,HKGJ->HBK", dgates, r))
+        new = (dc_now * w.f_scaled, dn_now * w.f_scaled, exact_einsum("HBGJ,HKGJ->HBK", dgates, r))
         if flags.reset is not None:
             new = (new[0], new[1], jnp.where(flags.reset, 0, new[2]))
         if flags.mask is not None:
@@ -163,7 +146,7 @@ def _backward(forget_gate, residuals, cotangents):
     gauge, rho = _scale_grads(forget_gate, gates, before, flags, rho)
     carry = (dlast.c, dlast.n, dlast.h)
     (dc, dn, dh0), dgates = jax.lax.scan(step, carry, (dh, factors, gauge, flags), reverse=True)
-    dr = _dot("THBK,THBGJ->HKGJ", before.h, dgates)
+    dr = exact_einsum("THBK,THBGJ->HKGJ", before.h, dgates)
     dstate = SLSTMState(dc, dn, dh0, rho + dc * first.c + dn * first.n)
     return dgates, dr, dstate, Flags(None, None)
 
@@ -180,21 +163,14 @@ def _scale_grads(forget_gate, gates, before: SLSTMState, flags: Flags, rho):
     """
     i, f = gates[..., 0, :], gates[..., 1, :]
     by_f = (before.n != 0) & (_log_forget(forget_gate, f) + before.m >= i)
-    made = ~by_f if flags.mask is None else ~by_f & flags.mask
-    # Counted from the end: 0 where no later step has made m anew.
-    count = jax.lax.cumsum(made.astype(jnp.int32), axis=0, reverse=True)
-    on_path = (count - made) == 0
-    if flags.mask is not None:
-        on_path = on_path & flags.mask
+    mask = True if flags.mask is None else flags.mask
+    segment = jnp.cumsum(~by_f & mask, axis=0)
+    on_path = (segment == segment[-1:]) & mask
     slope = jnp.ones_like(f) if forget_gate == "exp" else jax.nn.sigmoid(-f)
     di = jnp.where(on_path & ~by_f, rho[None], 0)
     df = jnp.where(on_path & by_f, rho[None] * slope, 0)
-    return (di, df), jnp.where(count[0] == 0, rho, 0)
+    return (di, df), jnp.where(segment[-1] == 0, rho, 0)
 
 
 def _log_forget(forget_gate: str, f: Array) -> Array:
     return f if forget_gate == "exp" else log_sigmoid(f)
-
-
-def _dot(spec: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,1 @@
+"""The op `mlstm`: `api` is the public function, beside it one file per implementation."""

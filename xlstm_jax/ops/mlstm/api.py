@@ -1,0 +1,119 @@
+"""The mLSTM over a sequence: one signature, several implementations."""
+
+import jax
+import jax.numpy as jnp
+
+from xlstm_jax.cells.logspace import state_dtype
+from xlstm_jax.cells.mlstm import MLSTMState, mlstm_init
+from xlstm_jax.ops import dispatch
+from xlstm_jax.ops.checks import (
+    by_name,
+    check_choice,
+    check_chunk_size,
+    check_length,
+    check_shapes,
+)
+from xlstm_jax.ops.dispatch import Implementation
+from xlstm_jax.ops.flags import FLAG_AXES, Flags, flip_time
+from xlstm_jax.ops.mlstm import kernels
+from xlstm_jax.ops.mlstm.arguments import INPUT_AXES, STATE_AXES, Inputs, Options
+from xlstm_jax.ops.mlstm.chunkwise import mlstm_chunkwise
+from xlstm_jax.ops.mlstm.context_parallel import states_around
+from xlstm_jax.ops.mlstm.parallel import mlstm_parallel
+from xlstm_jax.ops.mlstm.recurrent import mlstm_recurrent
+from xlstm_jax.ops.sharded.shard_map import map_shards, sharding_axes
+from xlstm_jax.typing import Array, Bool, Float
+
+# Ordered: "auto" selects the first that supports the call.
+IMPLEMENTATIONS = {
+    "pallas_tpu": Implementation(kernels.mlstm_tpu, kernels.tpu_refusal),
+    "triton": Implementation(kernels.mlstm_triton, kernels.triton_refusal),
+    "chunkwise": Implementation(mlstm_chunkwise),
+    "parallel": Implementation(mlstm_parallel),
+    "recurrent": Implementation(mlstm_recurrent),
+}
+
+
+def mlstm(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    i: Float[Array, "B T H"],
+    f: Float[Array, "B T H"],
+    state: MLSTMState | None = None,
+    *,
+    reset: Bool[Array, "B T"] | None = None,
+    mask: Bool[Array, "B T"] | None = None,
+    input_gate: str = "exp",
+    normalize: bool = True,
+    eps: float = 1e-6,
+    chunk_size: int | None = None,
+    reverse: bool = False,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T H V"], MLSTMState]:
+    """mLSTM: a matrix memory C, written by v k' and read by q (arXiv:2405.04517, section 2.3).
+
+    Args:
+        q, k, v: queries, keys, values; 1/sqrt(K) is applied to q here.
+        i, f: gate pre-activations; the forget gate is a sigmoid.
+        state: before the first step; None is the initial state, zeros in every leaf.
+        reset: where True, the state before this position is replaced by the initial one.
+        mask: where False, the state stays bit-identical and h is 0.
+        input_gate: "exp", or "sigmoid" (arXiv:2503.14376), whose states have m = 0.
+        normalize: divide by max(|q n|, exp(-m)) + eps; False needs the sigmoid input gate.
+        eps: added after that maximum.
+        chunk_size: positions per chunk of the chunkwise forms; changes speed only.
+        reverse: flips time in every argument and in h.
+        implementation: a name of `ops.implementations("mlstm")`, or "auto".
+
+    Returns h in the dtype of v, and the state after the last step, float32 or wider.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown gate or implementation, a chunk size below 1.
+        NotImplementedError: the implementation does not support this call; gives the reason.
+    """
+    x, flags = Inputs(q, k, v, i, f), Flags(reset, mask)
+    options = Options(input_gate, normalize, eps, chunk_size)
+    call = _check(x, state, flags, options)
+    chosen = dispatch.choose("mlstm", IMPLEMENTATIONS, implementation, call)
+    if implementation == "auto" and call.T == 1 and chosen is IMPLEMENTATIONS["chunkwise"]:
+        chosen = IMPLEMENTATIONS["recurrent"]  # decoding: a chunk of one step only adds work
+    dtype = state_dtype(*x)
+    if state is None:
+        state = mlstm_init(call.B, call.H, call.K, call.V, dtype)
+    state = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
+    if reverse:
+        x, flags = flip_time((x, flags))
+    time_axes = sharding_axes("T", call.T)
+
+    def local(x, state, flags):
+        if not time_axes:
+            return chosen.fn(x, state, flags, options)
+        first, last = states_around(x, state, flags, options, time_axes)
+        return chosen.fn(x, first, flags, options)[0], last
+
+    axes = (INPUT_AXES, STATE_AXES, FLAG_AXES)
+    sizes = {"B": call.B, "H": call.H} | ({"T": call.T} if time_axes else {})
+    h, state = map_shards(local, (x, state, flags), axes, ("B T H V", STATE_AXES), sizes)
+    return flip_time(h) if reverse else h, state
+
+
+def _check(x: Inputs, state: MLSTMState | None, flags: Flags, options: Options) -> dispatch.Call:
+    """The static facts of a call, once its arguments fit."""
+    arrays = by_name(x, INPUT_AXES) | by_name(flags, FLAG_AXES)
+    if state is not None:
+        arrays |= by_name(state, STATE_AXES, "state.")
+    sizes = check_shapes("mlstm", arrays)
+    check_length("mlstm", sizes)
+    check_choice("mlstm", "input_gate", options.input_gate, ("exp", "sigmoid"))
+    if not options.normalize and options.input_gate == "exp":
+        raise ValueError(
+            "mlstm: normalize=False needs input_gate='sigmoid', got input_gate='exp', "
+            "whose state grows without bound unless it is divided by its normalizer."
+        )
+    check_chunk_size("mlstm", options.chunk_size)
+    B, T, H, K, V = (sizes[axis] for axis in "BTHKV")
+    # What is float64 anywhere is computed in float64.
+    wide = state_dtype(*x)
+    dtype = jnp.result_type(x.q, x.k, x.v) if wide == jnp.float32 else wide
+    return dispatch.Call(B, T, H, K, V, dtype, dispatch.platform(), options.chunk_size)

@@ -1,0 +1,34 @@
+"""Arguments of the op `mlstm` that travel together below its public signature."""
+
+from typing import NamedTuple
+
+from xlstm_jax.cells.mlstm import MLSTMState
+from xlstm_jax.typing import Array, Float
+
+
+class Inputs(NamedTuple):
+    """Queries, keys, values and gate pre-activations."""
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T H V"]
+    i: Float[Array, "B T H"]
+    f: Float[Array, "B T H"]
+
+
+INPUT_AXES = Inputs._make(("B T H K", "B T H K", "B T H V", "B T H", "B T H"))
+STATE_AXES = MLSTMState._make(("B H K V", "B H K", "B H"))
+
+
+class Options(NamedTuple):
+    """Static options; hashable, so that a custom gradient can take them as one argument."""
+
+    input_gate: str = "exp"
+    normalize: bool = True
+    eps: float = 1e-6
+    chunk_size: int | None = None
+
+    @property
+    def max_state(self) -> bool:
+        """Whether m follows the gates; with a sigmoid input gate it is 0 everywhere."""
+        return self.input_gate == "exp"
