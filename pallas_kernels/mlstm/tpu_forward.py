@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import common, tiles
-from pallas_kernels.common import as_row, product
-from pallas_kernels.mlstm import cost, gates
+from pallas_kernels import tpu
+from pallas_kernels.mlstm import cost, gates, tpu_tiles
 from pallas_kernels.mlstm.options import Forward, Options
+from pallas_kernels.tpu import as_row, product
 
 IN_ORDER = ("parallel", "parallel", "arbitrary")
 """Batch and heads in any order, the chunks of a sequence in theirs."""
@@ -46,7 +46,7 @@ def mlstm_forward(
     K, V = C.shape[2:]
     L = options.chunk
     span = L * options.tile.chunks_per_block
-    limit = tiles.mlstm_vmem_limit(options.tile, K, V, v.dtype)
+    limit = tpu_tiles.vmem_limit(options.tile, K, V, v.dtype)
 
     def tokens(width):
         return pl.BlockSpec((1, span, width), lambda b, h, c: (b, c, h))
@@ -67,7 +67,7 @@ def mlstm_forward(
         states = (B, H, T // L, K, V)
         outputs += [
             (pl.BlockSpec((1, 1, 1, span), _time_last), _float32(B, H, 1, T)),
-            (starts(K, V), jax.ShapeDtypeStruct(states, options.saved_dtype)),
+            (starts(K, V), jax.ShapeDtypeStruct(states, q.dtype)),
             (starts(1, K), _float32(B, H, T // L, 1, K)),
         ]
     specs, shapes = zip(*outputs, strict=True)
@@ -84,7 +84,7 @@ def mlstm_forward(
         ],
         out_specs=list(specs),
         out_shape=list(shapes),
-        compiler_params=common.compiler_params(IN_ORDER, limit),
+        compiler_params=tpu.compiler_params(IN_ORDER, limit),
         cost_estimate=cost.forward(options, B, T, H, K, V, q.dtype, save=save),
         interpret=options.interpret,
         metadata=options.metadata(),
@@ -114,7 +114,7 @@ def _body(options: Options, rows, q, k, v, C_first, n_first, h, C, n, *saved):
         d_ref = None
         if saved:
             d_ref, C_starts, n_starts = saved
-            C_starts[0, 0, index] = C[0, 0].astype(options.saved_dtype)
+            C_starts[0, 0, index] = C[0, 0].astype(C_starts.dtype)
             n_starts[0, 0, index] = n[0, 0]
         _outputs(options, chunk, rows, q, k, v, h, C[0, 0], n[0, 0], d_ref)
         _update(options, chunk, rows, k, v, C, n)

@@ -10,23 +10,19 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import common
-from pallas_kernels.slstm import cost, packed, tpu_forward
-from pallas_kernels.slstm.sizes import Blocks
+from pallas_kernels import tpu
+from pallas_kernels.slstm import cost, tpu_forward, tpu_packed
+from pallas_kernels.slstm.options import Options
 
 
 def slstm_backward(
+    options: Options,
     gates: jax.Array,
     words: jax.Array,
     seen: tuple[jax.Array, jax.Array, jax.Array],
     dh: jax.Array,
     dlast: jax.Array,
     flags: jax.Array | None,
-    *,
-    blocks: Blocks,
-    forget_gate: str,
-    vmem_bytes: int,
-    interpret,
 ) -> tuple[jax.Array, ...]:
     """Gradients of all steps, in sizes that are multiples of their blocks.
 
@@ -38,11 +34,11 @@ def slstm_backward(
         dlast: gradients of c, n and h after the last step, and rho, `4 H B K` in float32. rho is
             what a loss on the stored m is worth beyond a rescaling of c and n.
         flags: as in `slstm_forward`.
-        blocks, forget_gate, vmem_bytes, interpret: as there.
 
     Returns the gradient of x `T H B 4K` in the dtype of dh, 0 where a step is masked, and those of
     c, n and h before the first step with what is left of rho, `4 H B K`.
     """
+    blocks, forget_gate = options.tile.blocks, options.forget_gate
     T, H, B, width = gates.shape
     K = width // 4
     shape = jax.ShapeDtypeStruct
@@ -67,9 +63,9 @@ def slstm_backward(
         in_specs=specs,
         out_specs=[sequence(width), whole],
         out_shape=out_shape,
-        compiler_params=common.compiler_params(("parallel", "parallel", "arbitrary"), vmem_bytes),
+        compiler_params=tpu.compiler_params(("parallel", "parallel", "arbitrary"), options.tile.vmem_bytes),
         cost_estimate=cost.backward(T * H * B * K, K, forget_gate, (*arguments, *out_shape)),
-        interpret=interpret,
+        interpret=options.interpret,
         name="slstm_backward",
     )(*arguments)
     return tuple(results)
@@ -118,7 +114,7 @@ def _body(gates, words, c, n, m, dh, dlast, *refs, unroll, forget_gate, flagged)
         if flags is not None:
             dgates = jnp.where(tpu_forward.read_flags(flags[t], 4 * K)[1], 0.0, dgates)
         dx[t, head] = dgates.astype(dx.dtype)
-        new = (dc, dn, packed.times(dgates, words[head]), rho)
+        new = (dc, dn, tpu_packed.times(dgates, words[head]), rho)
         if flags is not None:
             reset, masked = tpu_forward.read_flags(flags[t], K)
             # The forget factor is 0 after a reset, so only h is left to be cut off.

@@ -10,46 +10,38 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import common
+from pallas_kernels import tpu
 from pallas_kernels.common import NEG
-from pallas_kernels.slstm import cost, packed
-from pallas_kernels.slstm.contract import MASKED, RESET
-from pallas_kernels.slstm.sizes import Blocks
+from pallas_kernels.slstm import cost, tpu_packed
+from pallas_kernels.slstm.options import MASKED, RESET, Options
+from pallas_kernels.slstm.tpu_tiles import Blocks
 
 
 def slstm_forward(
+    options: Options,
     x: jax.Array,
     words: jax.Array,
     bias: jax.Array,
     state: jax.Array,
     flags: jax.Array | None,
     *,
-    blocks: Blocks,
-    forget_gate: str,
     save: bool,
-    save_gates: bool,
-    vmem_bytes: int,
-    interpret,
 ) -> tuple[jax.Array, ...]:
     """All steps, in sizes that are multiples of their blocks.
 
     Args:
-        x: pre-activations `T H B 4K`, the gates i, f, z, o one behind the other.
+        x: pre-activations `T H B 4K`, the gates i, f, z, o one after the other.
         words: packed recurrent weights, `H terms K/2 4K`.
         bias: `H 1 4K` in float32.
         state: c, n, h and m before the first step, `4 H B K` in float32.
         flags: `T B lanes` in int32, the same in every lane, or None where all of them are 0.
-        blocks: the division among programs.
-        forget_gate: "sigmoid" or "exp".
         save: also return what the gradient needs.
-        save_gates: and the gates.
-        vmem_bytes: bytes of VMEM the kernel may use.
-        interpret: what `pallas_call` takes.
 
     Returns h after each step `T H B K` in the dtype of x (also where a step is masked: the h of the
-    memory), the state after the last step `4 H B K`; with `save` h (in the dtype of x), c, n and m
-    as each step sees them, `T H B K`, and with `save_gates` the gates `T H B 4K` in float32.
+    state), the state after the last step `4 H B K`; with `save` h (in the dtype of x), c, n and m
+    as each step sees them, `T H B K`, and if they are saved the gates `T H B 4K` in float32.
     """
+    blocks, forget_gate = options.tile.blocks, options.forget_gate
     T, H, B, width = x.shape
     K = width // 4
     shape = jax.ShapeDtypeStruct
@@ -62,7 +54,7 @@ def slstm_forward(
     if save:
         outputs.append((sequence(K), shape((T, H, B, K), x.dtype)))
         outputs += [(sequence(K), shape((T, H, B, K), jnp.float32))] * 3
-    if save_gates:
+    if save and options.save_gates:
         outputs.append((sequence(width), shape(x.shape, jnp.float32)))
     by_head = pl.BlockSpec((blocks.heads, 1, width), lambda h, b, t: (h, 0, 0))
     specs = [sequence(width), weights_spec(words, blocks), by_head, whole]
@@ -81,9 +73,9 @@ def slstm_forward(
         in_specs=specs,
         out_specs=list(out_specs),
         out_shape=list(out_shape),
-        compiler_params=common.compiler_params(("parallel", "parallel", "arbitrary"), vmem_bytes),
+        compiler_params=tpu.compiler_params(("parallel", "parallel", "arbitrary"), options.tile.vmem_bytes),
         cost_estimate=cost.forward(T * H * B * K, K, forget_gate, (*arguments, *out_shape)),
-        interpret=interpret,
+        interpret=options.interpret,
         name="slstm_forward",
     )(*arguments)
     return tuple(results)
@@ -162,7 +154,7 @@ def _body(x, words, bias, first, *refs, unroll, forget_gate, flagged):
     def advance(t, head, state):
         reset, masked = (None, None) if flags is None else read_flags(flags[t], K)
         c, n, h, m = state if reset is None else [jnp.where(reset, 0.0, leaf) for leaf in state]
-        gates = x[t, head].astype(jnp.float32) + bias[head] + packed.times(h, words[head])
+        gates = x[t, head].astype(jnp.float32) + bias[head] + tpu_packed.times(h, words[head])
         for ref, value in zip(saved, (h, c, n, m, gates), strict=False):
             ref[t, head] = value.astype(ref.dtype)
         new = step(gates, c, n, m, forget_gate)

@@ -13,9 +13,9 @@ def tpu_refusal(call: Call) -> str | None:
     reason = dispatch.refuses_tpu_kernel(call)
     if reason is not None:
         return reason
-    from pallas_kernels import tiles
+    from pallas_kernels.mlstm import backends
 
-    return tiles.mlstm_refusal(call.K, call.V, call.dtype, call.chunk_size)
+    return backends.tpu().refusal(call.K, call.V, call.dtype, call.chunk_size)
 
 
 def triton_refusal(call: Call) -> str | None:
@@ -23,9 +23,9 @@ def triton_refusal(call: Call) -> str | None:
     reason = dispatch.refuses_triton_kernel(call)
     if reason is not None:
         return reason
-    from pallas_kernels.mlstm import triton_tiles
+    from pallas_kernels.mlstm import backends
 
-    return triton_tiles.refusal(call.K, call.V, call.dtype, call.chunk_size)
+    return backends.triton().refusal(call.K, call.V, call.dtype, call.chunk_size)
 
 
 def mlstm_tpu(q, k, v, i, f, state, **options):
@@ -56,10 +56,10 @@ def _mlstm(
     **options,
 ) -> tuple[Float[Array, "B T H V"], MLSTMState]:
     """The op `mlstm`; arguments as there. A donated state is updated in place where T = 1."""
-    from pallas_kernels.mlstm import vjp
+    from pallas_kernels.mlstm import api
 
     dtype, out_dtype = jnp.result_type(q, k, v), v.dtype
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     memory = state.C, state.n, state.m
-    h, memory = vjp.mlstm(kernels, q, k, v, i, f, memory, reset=reset, mask=mask, **options)
+    h, memory = api.mlstm(kernels, q, k, v, i, f, memory, reset=reset, mask=mask, **options)
     return h.astype(out_dtype), MLSTMState(*memory)

@@ -1,7 +1,5 @@
 """The op `slstm` by the kernels of TPUs and GPUs: what they refuse, and the call."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -16,9 +14,9 @@ def tpu_refusal(call: Call) -> str | None:
     reason = dispatch.refuses_tpu_kernel(call)
     if reason is not None:
         return reason
-    from pallas_kernels import tiles
+    from pallas_kernels.slstm import backends
 
-    return tiles.slstm_refusal(call.K, call.dtype)
+    return backends.tpu().refusal(call.K, call.dtype)
 
 
 def triton_refusal(call: Call) -> str | None:
@@ -28,22 +26,20 @@ def triton_refusal(call: Call) -> str | None:
 
 def slstm_tpu(x, r, b=None, state=None, **options):
     """By Pallas kernels; see `_slstm`."""
-    from pallas_kernels import tiles
-    from pallas_kernels.slstm import vjp
+    from pallas_kernels.slstm import backends
 
-    kernel = functools.partial(vjp.slstm, vmem_bytes=tiles.slstm_vmem_bytes())
-    return _slstm(kernel, x, r, b, state, **options)
+    return _slstm(backends.tpu(), x, r, b, state, **options)
 
 
 def slstm_triton(x, r, b=None, state=None, **options):
     """By Triton kernels; see `_slstm`."""
-    from pallas_kernels.slstm import triton_vjp
+    from pallas_kernels.slstm import backends
 
-    return _slstm(triton_vjp.slstm, x, r, b, state, **options)
+    return _slstm(backends.triton(), x, r, b, state, **options)
 
 
 def _slstm(
-    kernel,
+    kernels,
     x: Float[Array, "B T 4 H K"],
     r: Float[Array, "H K 4 K"],
     b: Float[Array, "H 4 K"] | None,
@@ -55,10 +51,12 @@ def _slstm(
     reverse: bool = False,
 ) -> tuple[Float[Array, "B T H K"], SLSTMState]:
     """The op `slstm`; arguments as there. A donated state is updated in place where T = 1."""
+    from pallas_kernels.slstm import api
+
     B, _, _, H, K = x.shape
     state = slstm_init(B, H, K) if state is None else state
     leaves = tuple(leaf.astype(jnp.float32) for leaf in state)
     if reverse:
         x, reset, mask = jax.tree.map(lambda a: jnp.flip(a, 1), (x, reset, mask))
-    h, leaves = kernel(x, r, b, leaves, reset, mask, forget_gate=forget_gate)
+    h, leaves = api.slstm(kernels, x, r, b, leaves, reset, mask, forget_gate=forget_gate)
     return jnp.flip(h, 1) if reverse else h, SLSTMState(*leaves)
