@@ -72,7 +72,7 @@ def round_up(size: int, multiple: int) -> int:
 
 
 def pad(x: jax.Array, axis: int, size: int, value: float = 0) -> jax.Array:
-    """`x` padded with `value` at the end of `axis` to `size`; the same array if it has that size."""
+    """`x` padded with `value` at the end of `axis`, to `size`; the same array if it has it."""
     missing = size - x.shape[axis]
     if not missing:
         return x

@@ -1,4 +1,4 @@
-"""What the Pallas kernels for TPUs share: the chip, compiler parameters, products, transposed rows."""
+"""What the Pallas kernels for TPUs share: chip, compiler parameters, products, transposed rows."""
 
 from typing import Any
 
@@ -12,8 +12,12 @@ SCOPED_BYTES = 16 << 20
 """VMEM of a kernel unless it asks for more: all that the smallest TPU has."""
 
 
+IN_ORDER = ("parallel", "parallel", "arbitrary")
+"""Semantics of a grid: batch and heads in any order, a sequence in order."""
+
+
 def current_chip() -> str | None:
-    """The key in `hardware.TPUS` of the chip that functions traced now run on; None: no known TPU."""
+    """The key in `hardware.TPUS` of the chip that functions traced now run on, or None."""
     return common.target() or TPU_DEVICE_KINDS.get(jax.devices()[0].device_kind)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from xlstm_jax.plan.gpus import Device
+from pallas_kernels.hardware import Gpu
 
 PARTS = ("forward", "gradient", "decode")
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
@@ -152,7 +152,7 @@ def _attention(case: Case, item: int) -> Work:
     return Work(forward, 4 * case.tokens * columns * item)
 
 
-def bound_seconds(found: Work, dtype: str, device: Device) -> float:
+def bound_seconds(found: Work, dtype: str, device: Gpu) -> float:
     """The time below which `device` cannot do it: products or memory, whichever takes longer."""
-    flops = device.bf16_flops if dtype == "bfloat16" else device.tf32_flops
-    return max(found.flops / flops, found.bytes / device.bytes_per_second)
+    flops = device.flops if dtype == "bfloat16" else device.tf32_flops
+    return max(found.flops / flops, found.bytes / device.hbm_bandwidth)

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks import gpu_offline, measure
+from experiments.benchmarks import measure
 from experiments.benchmarks.kernel_cases import ATTENTION_WIDTH, Case
+from pallas_kernels.aot import resources
 from xlstm_jax import cells, ops
 
 Call = Callable[..., Any]
@@ -110,11 +111,11 @@ def measured(case: Case, candidate: str, settings: dict[str, Any]) -> dict[str, 
     jax.block_until_ready(run())
     peak = _peak_bytes(program)  # before several calls are under way together
     times = [seconds / case.num_states for seconds in samples(run, **settings)]
-    tiles = {call.name: _sizes(call) for call in gpu_offline.launches(fn, *shapes)}
+    tiles = {call.name: _sizes(call) for call in resources.launches(fn, *shapes)}
     return {**measure.summary(times), **peak, "tiles": tiles}
 
 
-def _sizes(call: gpu_offline.Launch) -> dict[str, Any]:
+def _sizes(call: resources.Launch) -> dict[str, Any]:
     """What was chosen for a kernel."""
     return {key: value for key, value in (*call.constants, *call.options) if type(value) is int}
 

@@ -24,8 +24,8 @@ import tyro
 
 from experiments.benchmarks import kernel_cases, kernel_report, measure
 from experiments.benchmarks.kernel_cases import Case, Sizes
+from pallas_kernels import hardware
 from xlstm_jax.config import ConfigError
-from xlstm_jax.plan import gpus
 
 ROOT = pathlib.Path(__file__).parents[2]
 CANDIDATES = {
@@ -127,7 +127,7 @@ def _run(command: list[str], timeout: float) -> tuple[list[str], str]:
     return found.stdout.splitlines(), f"{ended}: {complaint[-1]}" if complaint else ended
 
 
-def with_bounds(row: dict[str, Any], device: gpus.Device | None) -> dict[str, Any]:
+def with_bounds(row: dict[str, Any], device: hardware.Gpu | None) -> dict[str, Any]:
     """A row with its rate and, for a chip whose peaks are known, the share of its bound."""
     if "median_seconds" not in row:
         return row
@@ -156,7 +156,7 @@ def main(args: Arguments) -> int:
     check(args)
     found = []
     for row in rows(args):
-        device = gpus.peaks(row.get("device", driver().get("name", "")))
+        device = hardware.gpu_by_device_kind(row.get("device", driver().get("name", "")))
         found.append(with_bounds(row, device))
         print(json.dumps(found[-1]), flush=True)
     kinds = [row["device"] for row in found if "device" in row]

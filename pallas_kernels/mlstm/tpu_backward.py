@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import tpu
 from pallas_kernels.mlstm import cost, gates, tpu_tiles
 from pallas_kernels.mlstm.options import Backward, Options
-from pallas_kernels.mlstm.tpu_forward import IN_ORDER, joined, log_weights, row_product
+from pallas_kernels.mlstm.tpu_forward import joined, log_weights, row_product
 from pallas_kernels.tpu import as_row, product
 
 K_DK, Q_DQ, SCALING = range(3)
@@ -85,7 +85,7 @@ def mlstm_backward(
         ],
         out_specs=[tokens(K), tokens(K), tokens(V), by_time(4), fixed(K, V), fixed(1, K)],
         out_shape=[*same, *(jax.ShapeDtypeStruct(x, jnp.float32) for x in memory)],
-        compiler_params=tpu.compiler_params(IN_ORDER, limit),
+        compiler_params=tpu.compiler_params(tpu.IN_ORDER, limit),
         cost_estimate=cost.backward(options, B, T, H, K, V, q.dtype),
         interpret=options.interpret,
         metadata=options.metadata(),

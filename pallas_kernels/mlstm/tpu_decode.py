@@ -67,9 +67,7 @@ def step(
             jax.ShapeDtypeStruct((B, H, 1, K), jnp.float32),
         ],
         input_output_aliases={4: 1, 5: 2},
-        compiler_params=tpu.compiler_params(
-            ("parallel", "parallel", "arbitrary"), max(tpu.SCOPED_BYTES, vmem_bytes(K, V))
-        ),
+        compiler_params=tpu.compiler_params(tpu.IN_ORDER, max(tpu.SCOPED_BYTES, vmem_bytes(K, V))),
         cost_estimate=cost.step(B, H, K, V, v.dtype),
         interpret=options.interpret,
         name="mlstm_decode",

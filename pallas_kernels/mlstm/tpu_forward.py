@@ -19,9 +19,6 @@ from pallas_kernels.mlstm import cost, gates, tpu_tiles
 from pallas_kernels.mlstm.options import Forward, Options
 from pallas_kernels.tpu import as_row, product
 
-IN_ORDER = ("parallel", "parallel", "arbitrary")
-"""Batch and heads in any order, the chunks of a sequence in theirs."""
-
 
 def mlstm_forward(
     options: Options,
@@ -84,7 +81,7 @@ def mlstm_forward(
         ],
         out_specs=list(specs),
         out_shape=list(shapes),
-        compiler_params=tpu.compiler_params(IN_ORDER, limit),
+        compiler_params=tpu.compiler_params(tpu.IN_ORDER, limit),
         cost_estimate=cost.forward(options, B, T, H, K, V, q.dtype, save=save),
         interpret=options.interpret,
         metadata=options.metadata(),

@@ -63,7 +63,7 @@ def slstm_backward(
         in_specs=specs,
         out_specs=[sequence(width), whole],
         out_shape=out_shape,
-        compiler_params=tpu.compiler_params(("parallel", "parallel", "arbitrary"), options.tile.vmem_bytes),
+        compiler_params=tpu.compiler_params(tpu.IN_ORDER, options.tile.vmem_bytes),
         cost_estimate=cost.backward(T * H * B * K, K, forget_gate, (*arguments, *out_shape)),
         interpret=options.interpret,
         name="slstm_backward",

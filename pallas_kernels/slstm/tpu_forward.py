@@ -73,7 +73,7 @@ def slstm_forward(
         in_specs=specs,
         out_specs=list(out_specs),
         out_shape=list(out_shape),
-        compiler_params=tpu.compiler_params(("parallel", "parallel", "arbitrary"), options.tile.vmem_bytes),
+        compiler_params=tpu.compiler_params(tpu.IN_ORDER, options.tile.vmem_bytes),
         cost_estimate=cost.forward(T * H * B * K, K, forget_gate, (*arguments, *out_shape)),
         interpret=options.interpret,
         name="slstm_forward",

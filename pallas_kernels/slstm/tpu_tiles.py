@@ -1,4 +1,4 @@
-"""Blocks of the sLSTM's TPU kernels: heads, sequences and steps of one program, and what fits VMEM."""
+"""Blocks of the sLSTM's TPU kernels: heads, sequences and steps of one program that fit VMEM."""
 
 import dataclasses
 import math

@@ -12,7 +12,7 @@ from pallas_kernels.slstm.triton_tiles import ROWS
 
 
 def pad(options: Options, x, r, b, state: State, flags) -> Arguments:
-    """x `B T 4 H K`, r `H K 4 K`, b `4 H K`, state `4 B H K`, flags `B T`; widths of whole blocks."""
+    """x `B T 4 H K`, r `H K 4 K`, b `4 H K`, state `4 B H K`, flags `B T`; padded widths."""
     width = options.tile.width
     r = common.pad(common.pad(r, 3, width), 1, width)
     b = jnp.swapaxes(common.pad(b, 2, width), 0, 1)

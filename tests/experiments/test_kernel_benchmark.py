@@ -15,8 +15,8 @@ from experiments.benchmarks import (
 )
 from experiments.benchmarks.kernel_cases import SMOKE, Case, Sizes
 from experiments.benchmarks.kernels import Arguments
+from pallas_kernels import hardware
 from xlstm_jax.config import ConfigError
-from xlstm_jax.plan import gpus
 
 QUICK = {"repeats": 2, "warmup": 1, "sample_seconds": 1e-4}
 LARGE = Case(op="mlstm", part="gradient", B=32, T=2048, H=8, K=256, V=512)
@@ -42,7 +42,7 @@ def test_the_bound_of_the_gradient_is_that_of_one_pass_each():
     square = 0.625 * 256
     forward = 4 * 256 * 512 + 2 * square * (256 + 512)
     assert work.flops == tokens * (forward + 8 * 256 * 512 + 2 * square * (3 * 256 + 2 * 512))
-    seconds = kernel_cases.bound_seconds(work, "bfloat16", gpus.DEVICES["H100"])
+    seconds = kernel_cases.bound_seconds(work, "bfloat16", hardware.GPUS["H100"])
     assert seconds == pytest.approx(1.60e-3, rel=0.01)
 
 
@@ -72,7 +72,7 @@ def test_states_of_a_decode_step_do_not_fit_a_cache():
     ],
 )
 def test_a_module_is_known_by_the_name_it_reports(kind, name):
-    assert gpus.peaks(kind) == gpus.DEVICES[name]
+    assert hardware.gpu_by_device_kind(kind) == hardware.GPUS[name]
 
 
 @pytest.mark.parametrize(
@@ -81,9 +81,9 @@ def test_a_module_is_known_by_the_name_it_reports(kind, name):
     + ["NVIDIA A10G", "NVIDIA L40S", "Tesla T4", "cpu"],
 )
 def test_of_other_devices_no_share_is_given(kind):
-    assert gpus.peaks(kind) is None
+    assert hardware.gpu_by_device_kind(kind) is None
     row = {**dataclasses.asdict(LARGE), "candidate": "triton", "median_seconds": 1.0}
-    assert "share_of_bound" not in kernels.with_bounds(row, gpus.peaks(kind))
+    assert "share_of_bound" not in kernels.with_bounds(row, hardware.gpu_by_device_kind(kind))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def _result() -> dict:
                     rows.append({**row, "skipped": "flash-linear-attention is not installed"})
                     continue
                 row |= {"median_seconds": 1e-3 * (1 + number % 7), "peak_bytes": 2e9}
-                rows.append(kernels.with_bounds(row, gpus.DEVICES["H100"]))
+                rows.append(kernels.with_bounds(row, hardware.GPUS["H100"]))
     about = {"date": "2027-01-01T00:00+00:00", "device": "NVIDIA H100", "driver": {}}
     return {**about, "versions": kernel_report.versions(), "rows": rows}
 
