@@ -66,11 +66,8 @@ def _exchanges(cfg: ExperimentConfig, target: Target, sizes: dict[str, int]):
     tables = cfg.model.vocab_size * cfg.model.dim * (1 if cfg.model.tie_embeddings else 2)
     blocks = count_params(cfg.model) - tables
     micro = cfg.train.accumulation
-    gathered = (
-        (GATHERS["gpu" if isinstance(target.chip, Gpu) else "tpu"] * blocks + tables)
-        * width
-        * micro
-    )
+    times = GATHERS["gpu" if isinstance(target.chip, Gpu) else "tpu"]
+    gathered = (times * blocks + tables) * width * micro
     # The gradients of both tables are added up in float32, once.
     summed = blocks * width * micro + tables * 4
     if fsdp > 1:
