@@ -68,7 +68,11 @@ def compile_for(
 
 def kernels(compiled: jax.stages.Compiled) -> set[str]:
     """The names of our kernels in a program for TPUs or GPUs."""
-    text = str(compiled.as_text())
+    return kernel_names(str(compiled.as_text()))
+
+
+def kernel_names(text: str) -> set[str]:
+    """As `kernels`, of the text of a program."""
     names = {name for call in _tpu_calls(text) for name in re.findall(KERNEL, call)}
     configs = re.findall(r'"triton_kernel_call\w*",.*?backend_config=(.*)', text)
     return names | {_triton_name(config) for config in configs}

@@ -101,16 +101,14 @@ def test_large_gates_keep_everything_finite_and_bounded(scale):
     assert result["n"].min() >= 1
 
 
-@pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
-@pytest.mark.parametrize("save_gates", [False, True], ids=["computed", "saved"])
-def test_gates_may_be_saved_or_computed_again(save_gates, flags):
+@pytest.mark.parametrize("save_gates,flags", [(False, True), (True, False)])
+def test_gates_may_be_saved_or_recomputed(save_gates, flags):
     case = make_case(flags=flags)
     assert_equal_results(kernel(case, save_gates=save_gates), truth(case))
 
 
-@pytest.mark.parametrize("save_gates", [False, True], ids=["computed", "saved"])
-@pytest.mark.parametrize("r_dtype", ["bfloat16", "float32"])
-def test_bfloat16_rounds_operands_only(r_dtype, save_gates):
+@pytest.mark.parametrize("save_gates,r_dtype", [(False, "bfloat16"), (True, "float32")])
+def test_bfloat16_rounds_operands_only(save_gates, r_dtype):
     case = in_bfloat16(make_case(T=24, flags=True))
     given = in_bfloat16(case, "bfloat16", r_dtype)
     assert_equal_results(kernel(given, save_gates=save_gates), truth(case), TABLE["bfloat16"])

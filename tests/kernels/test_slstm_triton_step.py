@@ -20,6 +20,7 @@ from tests.kernels.slstm_cases import (
     assert_step_equals_the_cell,
     in_bfloat16,
     make_case,
+    truth,
     with_flags,
 )
 from tests.kernels.watch import launches, watched
