@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import tpu
 from pallas_kernels.mlstm import cost, gates, tpu_tiles
 from pallas_kernels.mlstm.options import Backward, Options
-from pallas_kernels.mlstm.tpu_forward import joined, log_weights, row_product
+from pallas_kernels.mlstm.tpu_forward import block_specs, joined, log_weights, row_product
 from pallas_kernels.tpu import as_row, product
 
 K_DK, Q_DQ, SCALING = range(3)
@@ -52,19 +52,7 @@ def mlstm_backward(
     limit = tpu_tiles.vmem_limit(options.tile, K, V, v.dtype)
     last = T // span - 1
 
-    def tokens(width):
-        return pl.BlockSpec((1, span, width), lambda b, h, c: (b, last - c, h))
-
-    def fixed(*shape):
-        return pl.BlockSpec((1, 1, *shape), lambda b, h, c: (b, h, 0, 0))
-
-    def starts(*shape):
-        block = (1, 1, options.tile.chunks_per_block, *shape)
-        return pl.BlockSpec(block, lambda b, h, c: (b, h, last - c, 0, 0))
-
-    def by_time(count):
-        return pl.BlockSpec((1, 1, count, span), lambda b, h, c: (b, h, 0, last - c))
-
+    tokens, fixed, starts, by_time = block_specs(options, lambda c: last - c)
     outputs = [] if h is None else [h]
     memory = [(B, H, 4, T), dC.shape, dn.shape]
     same = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]

@@ -8,6 +8,8 @@ Source of the formulas: arXiv:2405.04517 and arXiv:2503.14376; the schedule is o
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,16 +47,7 @@ def mlstm_forward(
     span = L * options.tile.chunks_per_block
     limit = tpu_tiles.vmem_limit(options.tile, K, V, v.dtype)
 
-    def tokens(width):
-        return pl.BlockSpec((1, span, width), lambda b, h, c: (b, c, h))
-
-    def fixed(*shape):
-        return pl.BlockSpec((1, 1, *shape), lambda b, h, c: (b, h, 0, 0))
-
-    def starts(*shape):
-        block = (1, 1, options.tile.chunks_per_block, *shape)
-        return pl.BlockSpec(block, lambda b, h, c: (b, h, c, 0, 0))
-
+    tokens, fixed, starts, by_time = block_specs(options, lambda c: c)
     outputs = [
         (tokens(V), jax.ShapeDtypeStruct(v.shape, v.dtype)),
         (fixed(K, V), jax.ShapeDtypeStruct(C.shape, jnp.float32)),
@@ -63,7 +56,7 @@ def mlstm_forward(
     if save:
         states = (B, H, T // L, K, V)
         outputs += [
-            (pl.BlockSpec((1, 1, 1, span), _time_last), _float32(B, H, 1, T)),
+            (by_time(1), _float32(B, H, 1, T)),
             (starts(K, V), jax.ShapeDtypeStruct(states, q.dtype)),
             (starts(1, K), _float32(B, H, T // L, 1, K)),
         ]
@@ -72,7 +65,7 @@ def mlstm_forward(
         functools.partial(_body, options),
         grid=(B, H, T // span),
         in_specs=[
-            pl.BlockSpec((1, 1, 8, span), _time_last),
+            by_time(8),
             tokens(K),
             tokens(K),
             tokens(V),
@@ -90,8 +83,26 @@ def mlstm_forward(
     return Forward(*found, *([] if save else [None] * 3))
 
 
-def _time_last(b, h, c):
-    return b, h, 0, c
+def block_specs(
+    options: Options, at: Callable[[Any], Any]
+) -> tuple[Callable[..., pl.BlockSpec], ...]:
+    """Blocks of `B T HW`, `B H ...`, `B H N ...` and `B H count T`; `at` orders blocks of time."""
+    span = options.chunk * options.tile.chunks_per_block
+
+    def tokens(width):
+        return pl.BlockSpec((1, span, width), lambda b, h, c: (b, at(c), h))
+
+    def fixed(*shape):
+        return pl.BlockSpec((1, 1, *shape), lambda b, h, c: (b, h, 0, 0))
+
+    def starts(*shape):
+        block = (1, 1, options.tile.chunks_per_block, *shape)
+        return pl.BlockSpec(block, lambda b, h, c: (b, h, at(c), 0, 0))
+
+    def by_time(count):
+        return pl.BlockSpec((1, 1, count, span), lambda b, h, c: (b, h, 0, at(c)))
+
+    return tokens, fixed, starts, by_time
 
 
 def _float32(*shape):

@@ -4,13 +4,10 @@ A step multiplies its gradients of the gates with the transposed weights, which 
 Everything else it needs follows from the gates and from the memory before the step.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import tpu
 from pallas_kernels.slstm import cost, tpu_forward, tpu_packed
 from pallas_kernels.slstm.options import Options
 
@@ -38,37 +35,17 @@ def slstm_backward(
     Returns the gradient of x `T H B 4K` in the dtype of dh, 0 where a step is masked, and those of
     c, n and h before the first step with what is left of rho, `4 H B K`.
     """
-    blocks, forget_gate = options.tile.blocks, options.forget_gate
-    T, H, B, width = gates.shape
-    K = width // 4
     shape = jax.ShapeDtypeStruct
-    backwards = lambda t: T // blocks.steps - 1 - t  # noqa: E731
-    sequence = functools.partial(tpu_forward.sequence_spec, blocks, backwards)
-    whole = pl.BlockSpec((4, blocks.heads, blocks.rows, K), lambda h, b, t: (0, h, b, 0))
-    specs = [sequence(width), tpu_forward.weights_spec(words, blocks)]
-    specs += [sequence(K)] * 4 + [whole]
-    arguments = [gates, words, *seen, dh, dlast]
-    if flags is not None:
-        specs.append(tpu_forward.flags_spec(flags, blocks, backwards))
-        arguments.append(flags)
-    out_shape = [shape(gates.shape, dh.dtype), shape(dlast.shape, jnp.float32)]
-    results = pl.pallas_call(
-        functools.partial(
-            _body,
-            unroll=blocks.unroll,
-            forget_gate=forget_gate,
-            flagged=flags is not None,
-        ),
-        grid=(H // blocks.heads, B // blocks.rows, T // blocks.steps),
-        in_specs=specs,
-        out_specs=[sequence(width), whole],
-        out_shape=out_shape,
-        compiler_params=tpu.compiler_params(tpu.IN_ORDER, options.tile.vmem_bytes),
-        cost_estimate=cost.backward(T * H * B * K, K, forget_gate, (*arguments, *out_shape)),
-        interpret=options.interpret,
+    operands = [("time", gates), ("weights", words), *[("time", x) for x in (*seen, dh)]]
+    return tpu_forward.call(
+        options,
+        _body,
+        [*operands, ("state", dlast), ("flags", flags)],
+        [("time", shape(gates.shape, dh.dtype)), ("state", shape(dlast.shape, jnp.float32))],
+        estimate=cost.backward,
         name="slstm_backward",
-    )(*arguments)
-    return tuple(results)
+        backwards=True,
+    )
 
 
 def _gradients(gates, seen, dh, carry, forget_gate):

@@ -136,9 +136,9 @@ def _kernel(
         H * K,
         K,
         FLAGGED,
-        False,
-        False,
-        SIGMOID,
+        SAVE=False,
+        SAVE_GATES=False,
+        SIGMOID=SIGMOID,
     )
     tl.store(c + at, new_c, inside)
     tl.store(n + at, new_n, inside)

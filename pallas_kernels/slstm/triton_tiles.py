@@ -15,12 +15,16 @@ ROWS = 16
 class Tile(NamedTuple):
     """How one kernel computes a head."""
 
-    resident: bool  # all cells at once, the weights on the multiprocessor
     warps: int
     stages: int
-    block: int = 0  # where not resident: cells computed together
-    inner: int = 0  # and the cells that they are multiplied with together
+    block: int = 0  # cells computed together; 0: all of them, their weights on the multiprocessor
+    inner: int = 0  # cells that they are multiplied with together
     kept: int = 0  # forward: cells whose weights are on the multiprocessor all the same
+
+    @property
+    def resident(self) -> bool:
+        """Whether all recurrent weights of a head stay on the multiprocessor."""
+        return not self.block
 
 
 class Tiles(NamedTuple):
@@ -52,7 +56,7 @@ def forward(K: int, dtype: jnp.dtype) -> Tile:
     block = divisor(K, 64)
     whole = K & (K - 1) == 0  # what is kept is one product with all cells, so a power of two
     kept = block if whole and not wide and _fits(8 * K * block + (24 << 10)) else 0
-    return Tile(False, 8, 2, block, min(block, 32 if wide else 64), kept)
+    return Tile(8, 2, block, min(block, 32 if wide else 64), kept)
 
 
 def backward(K: int, dtype: jnp.dtype) -> Tile:
@@ -61,7 +65,7 @@ def backward(K: int, dtype: jnp.dtype) -> Tile:
     if _fits(K * K * (42 if wide else 12)):
         return _resident(K)
     block = divisor(K, 64 if wide else 128)
-    return Tile(False, 8, 3, block, min(block, 32 if wide else 128))
+    return Tile(8, 3, block, min(block, 32 if wide else 128))
 
 
 def _fits(size: int) -> bool:
@@ -73,4 +77,4 @@ def _fits(size: int) -> bool:
 
 
 def _resident(K: int) -> Tile:
-    return Tile(True, 8 if K >= 64 else 4, 2)
+    return Tile(8 if K >= 64 else 4, 2)

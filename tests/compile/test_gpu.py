@@ -124,12 +124,21 @@ def _assert_gradient_compiles(chip, name):
     assert found == KERNELS[name[:5]]["gradient"]
 
 
-@pytest.mark.parametrize("name", [_param(name) for name in STEPS])
-def test_a_single_step_compiles_and_updates_a_donated_state_in_place(gpu_chip, name):
+@pytest.mark.parametrize("op", OPS)
+def test_a_single_step_compiles_and_updates_a_donated_state_in_place(gpu_chip, op):
+    _assert_step_is_in_place(gpu_chip, op)
+
+
+@pytest.mark.parametrize("name", [_param(name) for name in STEPS if name not in KERNELS])
+def test_a_single_step_is_in_place_with_every_option(name):
+    _assert_step_is_in_place("sm_90", name)
+
+
+def _assert_step_is_in_place(chip, name):
     """But for h of the sLSTM: programs of other cells still read the old one."""
     call, args = STEPS[name]
     number = 5 if name.startswith("mlstm") else 3
-    compiled = compiler.compile_for(gpu_chip, call, *args, donate=number)
+    compiled = compiler.compile_for(chip, call, *args, donate=number)
     assert compiler.kernels(compiled) == KERNELS[name[:5]]["decode"]
     largest = max(args[number], key=lambda leaf: leaf.size)
     assert compiled.memory_analysis().alias_size_in_bytes >= largest.size * 4
@@ -139,7 +148,7 @@ def test_a_single_step_compiles_and_updates_a_donated_state_in_place(gpu_chip, n
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_on_a_mesh_no_device_talks_to_another(op):
+def test_on_a_mesh_no_device_communicates(op):
     """But for the sum of the recurrent weights' gradient over the batch, as for any weights."""
     mesh = compiler.mesh_of(compiler.devices("sm_90", 4), tensor=2)
     call, args = CALLS[op]
@@ -162,7 +171,7 @@ def test_a_mapped_axis_compiles(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_on_a_gpu_the_kernels_are_taken_unasked(op):
+def test_on_a_gpu_the_kernels_are_used_by_default(op):
     sizes = {"mlstm": (512, 256, 512), "slstm": (256, 256)}[op]
     call, args = getattr(calls, op)(*sizes, implementation="auto")
     found = compiler.kernels(compiler.compile_for("sm_90", call, *args))

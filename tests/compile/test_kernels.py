@@ -5,7 +5,6 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import Mesh
 
 from pallas_kernels.aot import compiler
 from tests.compile import calls
@@ -37,7 +36,7 @@ def test_the_forward_pass_compiles(chip, name):
     assert found == {f"{name[:5]}_forward"}
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in ("mlstm", "slstm")])
 def test_the_gradient_compiles_with_every_option(name):
     _assert_gradient_compiles("v5e", name)
 
@@ -53,8 +52,17 @@ def _assert_gradient_compiles(chip, name):
     assert found == {f"{name[:5]}_forward", f"{name[:5]}_backward"}
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", ["mlstm", "slstm"])
 def test_a_single_step_compiles_and_updates_a_donated_state_in_place(chip, name):
+    _assert_step_is_in_place(chip, name)
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if name not in ("mlstm", "slstm")])
+def test_a_single_step_is_in_place_with_every_option(name):
+    _assert_step_is_in_place("v5e", name)
+
+
+def _assert_step_is_in_place(chip, name):
     call, args = STEPS[name]
     number = 5 if name.startswith("mlstm") else 3
     compiled = compiler.compile_for(chip, call, *args, donate=number)
@@ -71,20 +79,16 @@ def test_wide_heads_take_a_step_too(K, V):
     assert compiler.kernels(compiler.compile_for("v5e", call, *args)) == {"mlstm_decode"}
 
 
-def _mesh(chip: str) -> Mesh:
-    return compiler.mesh_of(compiler.devices(chip, 4), tensor=2)
-
-
 @pytest.mark.parametrize("name", ["mlstm", "slstm"])
-def test_on_a_mesh_no_device_talks_to_another(chip, name):
+def test_on_a_mesh_no_device_communicates(name):
     """But for the sum of the recurrent weights' gradient over the batch, as for any weights."""
-    mesh = _mesh(chip)
+    mesh = compiler.mesh_of(compiler.devices("v5p", 4), tensor=2)
     call, args = CALLS[name]
     kwargs = dict(mesh=mesh, shardings=calls.shardings(mesh, name, args))
-    forward = compiler.compile_for(chip, call, *args, **kwargs).as_text()
+    forward = compiler.compile_for("v5p", call, *args, **kwargs).as_text()
     assert not re.findall(calls.COLLECTIVES, forward)
     # The cotangents come from a loss that is local, too: none of it is summed over devices.
-    backward = compiler.compile_for(chip, calls.pulled(call), *args, **kwargs).as_text()
+    backward = compiler.compile_for("v5p", calls.pulled(call), *args, **kwargs).as_text()
     found = set(re.findall(calls.COLLECTIVES, backward))
     assert found <= ({"all-reduce"} if name == "slstm" else set())
 

@@ -46,13 +46,13 @@ run = functools.partial(slstm_cases.run, backends.triton())
 
 def streamed(block: int, inner: int, kept: int = 0, *, width: int = 16) -> "Tiles":
     """Tiles of heads whose weights are read at every step."""
-    tile = Tile(False, 4, 1, block, inner)
+    tile = Tile(4, 1, block, inner)
     return Tiles(width, tile._replace(kept=kept), tile)
 
 
 def resident(*, width: int = 16) -> "Tiles":
     """Tiles of heads whose weights are read once."""
-    return Tiles(width, *(Tile(True, 4, 1),) * 2)
+    return Tiles(width, *(Tile(4, 1),) * 2)
 
 
 def kernels(tiles=None):
