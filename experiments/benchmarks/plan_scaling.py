@@ -22,6 +22,7 @@ from typing import Any, Literal
 import jax
 import tyro
 
+from pallas_kernels.hardware import Gpu
 from xlstm_jax.cli.options import with_preset
 from xlstm_jax.plan import Target, find_target, plan
 from xlstm_jax.plan.formula import estimate
@@ -83,7 +84,7 @@ def runs(args: Arguments) -> Iterator[tuple[str, Target, int, int]]:
     for kind in args.kinds:
         for shape in args.shapes or TOPOLOGIES[kind]:
             target = find_target(f"{kind}:{shape}")
-            of = "gpu" if target.chip.device else "tpu"
+            of = "gpu" if isinstance(target.chip, Gpu) else "tpu"
             for model in args.models:
                 fsdp = min(FSDP[model][of], target.num_devices)
                 yield model, target, fsdp, target.num_devices

@@ -13,9 +13,10 @@ import triton.language as tl
 
 from pallas_kernels import common, gpu
 from pallas_kernels.gpu import divisor
-from pallas_kernels.slstm import triton_step, triton_tiles
+from pallas_kernels.slstm import triton_tiles
 from pallas_kernels.slstm.options import Options, State
 from pallas_kernels.slstm.triton_step import read_flags
+from pallas_kernels.slstm.triton_step import step as one_step
 from pallas_kernels.triton_math import product
 
 CELLS = 32
@@ -123,7 +124,7 @@ def _kernel(
     )
     x += (b * (4 * H * K) + head * K)[:, None] + cells[None, :]
     bias += head * (4 * K) + cells[None, :]
-    new_c, new_n, new_h, new_m = triton_step.step(
+    new_c, new_n, new_h, new_m = one_step(
         (i, f, z, o),
         x,
         bias,

@@ -55,7 +55,7 @@ def _slstm(
 
     B, _, _, H, K = x.shape
     state = slstm_init(B, H, K) if state is None else state
-    leaves = tuple(leaf.astype(jnp.float32) for leaf in state)
+    leaves = state.c, state.n, state.h, state.m
     if reverse:
         x, reset, mask = jax.tree.map(lambda a: jnp.flip(a, 1), (x, reset, mask))
     h, leaves = api.slstm(kernels, x, r, b, leaves, reset, mask, forget_gate=forget_gate)
