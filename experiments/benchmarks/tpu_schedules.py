@@ -33,7 +33,7 @@ from pallas_kernels.mlstm import tpu_decode as mlstm_decode
 from pallas_kernels.mlstm import tpu_tiles as mlstm_tiles
 from pallas_kernels.slstm import backends
 from pallas_kernels.slstm import tpu_decode as slstm_decode
-from pallas_kernels.slstm.options import Options
+from pallas_kernels.slstm.options import Inputs, Options
 from pallas_kernels.slstm.tpu_backward import slstm_backward
 from pallas_kernels.slstm.tpu_forward import slstm_forward
 from pallas_kernels.tpu import SCOPED_BYTES
@@ -88,25 +88,20 @@ def slstm_cases(chip: str, K: int, B: int = 8, H: int = 4, T: int = 256) -> list
     options = slstm_options(chip, B, T, H, K)
     blocks = options.tile.blocks
     bf16 = functools.partial(shape, dtype=jnp.bfloat16)
-    words = functools.partial(shape, dtype=jnp.uint32)
-    state, rows = shape(4, H, B, K), (T, H, B, K)
-    forward = functools.partial(slstm_forward, options, save=True)
-    backward = functools.partial(slstm_backward, options)
-    x, r, b = bf16(T, H, B, 4 * K), words(H, 1, K // 2, 4 * K), shape(H, 1, 4 * K)
-    turned, seen = words(H, 1, 2 * K, K), (shape(*rows),) * 3
+    x, r, b, state = bf16(T, H, B, 4 * K), bf16(H, K, 4 * K), shape(H, 4 * K), shape(4, H, B, K)
+    h, gates, seen = bf16(T, H, B, K), shape(T, H, B, 4 * K), (shape(T, H, B, K),) * 3
+
+    def forward(*args):
+        return slstm_forward(options, Inputs(*args, flags=None), save=True)
+
+    def backward(*args):
+        return slstm_backward(options, *args, flags=None)
+
     units, size = blocks.heads * blocks.unroll, f"B={B} K={K}"
     tile = f"heads={blocks.heads} steps={blocks.steps}"
     return [
-        Case("slstm_forward", size, tile, forward, (x, r, b, state, None), units, T * H),
-        Case(
-            "slstm_backward",
-            size,
-            tile,
-            backward,
-            (shape(T, H, B, 4 * K), turned, seen, bf16(*rows), state, None),
-            units,
-            T * H,
-        ),
+        Case("slstm_forward", size, tile, forward, (x, r, b, state), units, T * H),
+        Case("slstm_backward", size, tile, backward, (gates, r, seen, h, state), units, T * H),
     ]
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import common
-from pallas_kernels.slstm.options import MASKED, RESET, Arguments, Kernels, Options, State
+from pallas_kernels.slstm.options import MASKED, RESET, Inputs, Kernels, Options, State
 
 SAVED_GATES_BYTES = 1 << 29
 """Gates of a call are saved for its gradient up to this size; recomputing them is one product over
@@ -121,13 +121,13 @@ def _padded(options: Options, x, r, b, state: State, flags) -> tuple[jax.Array, 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _core(options: Options, args: Arguments) -> tuple[jax.Array, jax.Array]:
+def _core(options: Options, args: Inputs) -> tuple[jax.Array, jax.Array]:
     """h and the last state, in the layout of the kernels."""
     results = options.kernels.forward(options, args, save=False)
     return results.h, results.last
 
 
-def _forward(options: Options, args: Arguments):
+def _forward(options: Options, args: Inputs):
     results = options.kernels.forward(options, args, save=True)
     if results.gates is not None:  # x is then no longer needed: its dtype is that of h
         args = args._replace(x=None)  # pyright: ignore[reportArgumentType]
@@ -151,7 +151,7 @@ def _backward(options: Options, residuals, cotangents):
     db = jnp.sum(dx, axis=layout.time_and_batch, dtype=jnp.float32)
     # Where no gradient reaches c or n, as before a reset, what they hold does not count, be it NaN.
     dm = rho + jnp.where(dc == 0, 0.0, dc * first[0]) + jnp.where(dn == 0, 0.0, dn * first[1])
-    return (Arguments(dx, dr, db, jnp.stack([dc, dn, dh_first, dm]), None),)
+    return (Inputs(dx, dr, db, jnp.stack([dc, dn, dh_first, dm]), None),)
 
 
 _core.defvjp(_forward, _backward)

@@ -8,17 +8,17 @@ from pallas_kernels.slstm.options import Kernels, Layout
 @functools.cache
 def tpu() -> Kernels:
     """Pallas kernels for TPUs."""
-    from pallas_kernels.slstm import tpu_calls, tpu_decode, tpu_tiles
+    from pallas_kernels.slstm import tpu_backward, tpu_decode, tpu_forward, tpu_layout, tpu_tiles
 
     return Kernels(
         refusal=tpu_tiles.refusal,
         tile=tpu_tiles.choose,
         layout=Layout("THBK,HKJ->THBJ", "THBK,THBJ->HKJ", (0, 2)),
-        pad=tpu_calls.pad,
-        unpad=tpu_calls.unpad,
-        forward=tpu_calls.forward,
+        pad=tpu_layout.pad,
+        unpad=tpu_layout.unpad,
+        forward=tpu_forward.slstm_forward,
         h_before=lambda h, flags: h,
-        backward=tpu_calls.backward,
+        backward=tpu_backward.slstm_backward,
         step=tpu_decode.step,
         takes_step=tpu_decode.fits_vmem,
     )

@@ -23,7 +23,7 @@ class Layout(NamedTuple):
     time_and_batch: tuple[int, int]  # axes of the gates
 
 
-class Arguments(NamedTuple):
+class Inputs(NamedTuple):
     """A call in the layout of its kernels, padded."""
 
     x: jax.Array
@@ -49,9 +49,9 @@ class Kernels(NamedTuple):
     refusal: Callable[..., str | None]  # (K, dtype) -> why no kernel supports them, or None
     tile: Callable[..., Any]  # (B, T, H, K, dtype) -> the tile of a call; may raise ValueError
     layout: Layout
-    pad: Callable[..., Arguments]  # (options, x, r, b, state, flags): to the kernels' layout
+    pad: Callable[..., Inputs]  # (options, x, r, b, state, flags): to the kernels' layout
     unpad: Callable[..., Any]  # (h, last, shape of x) -> h `B T H K`, state
-    forward: Callable[..., Forward]  # (options, Arguments, *, save)
+    forward: Callable[..., Forward]  # (options, Inputs, *, save)
     h_before: Callable[..., jax.Array]  # (h_saved, flags) -> h as each step sees it
     backward: Callable[..., Any]  # (options, gates, r, seen, dh, dlast, flags) -> dx, dfirst
     step: Callable[..., State]  # (options, x `B 4 H K`, r, b, state, flags `B 1`): one position

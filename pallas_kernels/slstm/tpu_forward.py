@@ -13,50 +13,43 @@ from jax.experimental import pallas as pl
 from pallas_kernels import tpu
 from pallas_kernels.common import NEG
 from pallas_kernels.slstm import cost, tpu_packed
-from pallas_kernels.slstm.options import MASKED, RESET, Options
+from pallas_kernels.slstm.options import MASKED, RESET, Forward, Inputs, Options
 
 
-def slstm_forward(
-    options: Options,
-    x: jax.Array,
-    words: jax.Array,
-    bias: jax.Array,
-    state: jax.Array,
-    flags: jax.Array | None,
-    *,
-    save: bool,
-) -> tuple[jax.Array, ...]:
+def slstm_forward(options: Options, args: Inputs, *, save: bool) -> Forward:
     """All steps, in sizes that are multiples of their blocks.
 
     Args:
-        x: pre-activations `T H B 4K`, the gates i, f, z, o one after the other.
-        words: packed recurrent weights, `H terms K/2 4K`.
-        bias: `H 1 4K` in float32.
-        state: c, n, h and m before the first step, `4 H B K` in float32.
-        flags: `T B lanes` in int32, the same in every lane, or None where all of them are 0.
+        args: x `T H B 4K`, the gates i, f, z, o one after the other; r `H K 4K`; b `H 4K`; c, n, h
+            and m before the first step `4 H B K`; flags `T B lanes`, the same in every lane.
         save: also return what the gradient needs.
 
     Returns h after each step `T H B K` in the dtype of x (also where a step is masked: the h of the
     state), the state after the last step `4 H B K`; with `save` h (in the dtype of x), c, n and m
     as each step sees them, `T H B K`, and if they are saved the gates `T H B 4K` in float32.
     """
+    x, r, b, first, flags = args
     T, H, B, width = x.shape
-    K = width // 4
     shape = jax.ShapeDtypeStruct
-    h, float32 = shape((T, H, B, K), x.dtype), shape((T, H, B, K), jnp.float32)
-    results = [("time", h), ("state", shape(state.shape, jnp.float32))]
+    h, float32 = (shape((T, H, B, width // 4), dtype) for dtype in (x.dtype, jnp.float32))
+    results = [("time", h), ("state", shape(first.shape, jnp.float32))]
     if save:
         results += [("time", h), *[("time", float32)] * 3]
     if save and options.save_gates:
         results.append(("time", shape(x.shape, jnp.float32)))
-    return call(
+    words = tpu_packed.pack(r.astype(x.dtype))
+    operands = [("time", x), ("weights", words), ("bias", b[:, None]), ("state", first)]
+    h, last, *saved = call(
         options,
         _body,
-        [("time", x), ("weights", words), ("bias", bias), ("state", state), ("flags", flags)],
+        [*operands, ("flags", flags)],
         results,
         estimate=cost.forward,
         name="slstm_forward",
     )
+    if not save:
+        return Forward(h, last, None, None, None)
+    return Forward(h, last, saved[0], tuple(saved[1:4]), saved[4] if options.save_gates else None)
 
 
 def call(options: Options, body, operands, results, *, estimate, name: str, backwards=False):

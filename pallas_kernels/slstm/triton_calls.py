@@ -7,17 +7,17 @@ import jax.numpy as jnp
 
 from pallas_kernels import common, gpu
 from pallas_kernels.slstm import triton_resident, triton_streamed
-from pallas_kernels.slstm.options import RESET, Arguments, Forward, Options, State
+from pallas_kernels.slstm.options import RESET, Forward, Inputs, Options, State
 from pallas_kernels.slstm.triton_tiles import ROWS
 
 
-def pad(options: Options, x, r, b, state: State, flags) -> Arguments:
+def pad(options: Options, x, r, b, state: State, flags) -> Inputs:
     """x `B T 4 H K`, r `H K 4 K`, b `4 H K`, state `4 B H K`, flags `B T`; padded widths."""
     width = options.tile.width
     r = common.pad(common.pad(r, 3, width), 1, width)
     b = jnp.swapaxes(common.pad(b, 2, width), 0, 1)
     first = jnp.stack([common.pad(leaf, 2, width) for leaf in state])
-    return Arguments(common.pad(x, 4, width), r, b, first, flags)
+    return Inputs(common.pad(x, 4, width), r, b, first, flags)
 
 
 def unpad(h: jax.Array, last: jax.Array, shape) -> tuple[jax.Array, State]:
@@ -27,7 +27,7 @@ def unpad(h: jax.Array, last: jax.Array, shape) -> tuple[jax.Array, State]:
     return h[..., :K], (c, n, h_last, m)
 
 
-def forward(options: Options, args: Arguments, *, save: bool) -> Forward:
+def forward(options: Options, args: Inputs, *, save: bool) -> Forward:
     """All steps of all sequences.
 
     Saved are h `B T+1 H K` before the first step and after each, in the dtype of x; c, n and m as

@@ -1,16 +1,13 @@
-"""With what arrays the sLSTM's TPU kernels are called: `T H B 4K`, narrow heads joined, padded."""
+"""The layout of the sLSTM's TPU kernels: time first, narrow heads joined, all axes padded."""
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import common
-from pallas_kernels.slstm import tpu_packed
-from pallas_kernels.slstm.options import MASKED, Arguments, Forward, Options, State
-from pallas_kernels.slstm.tpu_backward import slstm_backward
-from pallas_kernels.slstm.tpu_forward import slstm_forward
+from pallas_kernels.slstm.options import MASKED, Inputs, Options, State
 
 
-def pad(options: Options, x, r, b, state: State, flags) -> Arguments:
+def pad(options: Options, x, r, b, state: State, flags) -> Inputs:
     """x `T H B 4K`, r `H K 4K`, b `H 4K`, state `4 H B K`, flags `T B lanes`; whole blocks."""
     B, T, _, H, K = x.shape
     blocks, heads, width, _ = options.tile
@@ -24,7 +21,7 @@ def pad(options: Options, x, r, b, state: State, flags) -> Arguments:
     first = common.pad(first, 2, blocks.num_rows)
     b = jnp.swapaxes(b.reshape(groups, heads, 4, K), 1, 2).reshape(groups, 4, heads * K)
     b = common.pad(b, 2, width).reshape(groups, 4 * width)
-    return Arguments(x, _joined(r, heads, width), b, first, _padded_flags(blocks, B, T, flags))
+    return Inputs(x, _joined(r, heads, width), b, first, _padded_flags(blocks, B, T, flags))
 
 
 def unpad(h: jax.Array, last: jax.Array, shape) -> tuple[jax.Array, State]:
@@ -56,20 +53,3 @@ def _padded_flags(blocks, B: int, T: int, flags: jax.Array | None) -> jax.Array 
         flags = jnp.zeros((B, T), jnp.int32)
     flags = common.pad(common.pad(flags, 1, blocks.num_steps, MASKED), 0, blocks.num_rows)
     return jnp.broadcast_to(flags.T[..., None], (*flags.T.shape, common.lanes()))
-
-
-def forward(options: Options, args: Arguments, *, save: bool) -> Forward:
-    """See `slstm_forward`."""
-    x, r, b, first, flags = args
-    save_gates = save and options.save_gates
-    words = tpu_packed.pack(r.astype(x.dtype))
-    results = slstm_forward(options, x, words, b[:, None], first, flags, save=save)
-    h, last, *saved = results
-    seen = tuple(saved[1:4]) if save else None
-    return Forward(h, last, saved[0] if save else None, seen, saved[4] if save_gates else None)
-
-
-def backward(options: Options, gates, r, seen, dh, dlast, flags) -> tuple[jax.Array, jax.Array]:
-    """See `slstm_backward`."""
-    words = tpu_packed.pack(jnp.swapaxes(r, 1, 2))
-    return slstm_backward(options, gates, words, seen, dh, dlast, flags)
