@@ -88,7 +88,8 @@ def slstm_cases(chip: str, K: int, B: int = 8, H: int = 4, T: int = 256) -> list
     options = slstm_options(chip, B, T, H, K)
     blocks = options.tile.blocks
     bf16 = functools.partial(shape, dtype=jnp.bfloat16)
-    x, r, b, state = bf16(T, H, B, 4 * K), bf16(H, K, 4 * K), shape(H, 4 * K), shape(4, H, B, K)
+    words = functools.partial(shape, H, 1, dtype=jnp.uint32)
+    x, b, state = bf16(T, H, B, 4 * K), shape(H, 4 * K), shape(4, H, B, K)
     h, gates, seen = bf16(T, H, B, K), shape(T, H, B, 4 * K), (shape(T, H, B, K),) * 3
 
     def forward(*args):
@@ -97,11 +98,13 @@ def slstm_cases(chip: str, K: int, B: int = 8, H: int = 4, T: int = 256) -> list
     def backward(*args):
         return slstm_backward(options, *args, flags=None)
 
-    units, size = blocks.heads * blocks.unroll, f"B={B} K={K}"
-    tile = f"heads={blocks.heads} steps={blocks.steps}"
+    size, tile = f"B={B} K={K}", f"heads={blocks.heads} steps={blocks.steps}"
+    units = blocks.heads * blocks.unroll
+    given = (x, words(K // 2, 4 * K), b, state)
+    after = (gates, words(2 * K, K), seen, h, state)
     return [
-        Case("slstm_forward", size, tile, forward, (x, r, b, state), units, T * H),
-        Case("slstm_backward", size, tile, backward, (gates, r, seen, h, state), units, T * H),
+        Case("slstm_forward", size, tile, forward, given, units, T * H),
+        Case("slstm_backward", size, tile, backward, after, units, T * H),
     ]
 
 
@@ -134,7 +137,8 @@ def slstm_step(chip: str, K: int, B: int = 8, H: int = 4) -> Case:
     shapes = (bf16(B, 4, H, K), bf16(H, K, 4, K), shape(H, 4, K), (shape(B, H, K),) * 4)
 
     def step(x, r, b, state):
-        return slstm_decode.step(options, x, r, b, state, None)
+        state = slstm_decode.step(options, x, r, b, state, None)
+        return state[2].astype(x.dtype), state
 
     return Case("slstm_decode", f"B={B} K={K}", "", step, shapes, 1, H)
 

@@ -8,7 +8,7 @@ from pallas_kernels.slstm.options import Kernels, Layout
 @functools.cache
 def tpu() -> Kernels:
     """Pallas kernels for TPUs."""
-    from pallas_kernels.slstm import tpu_backward, tpu_decode, tpu_forward, tpu_layout, tpu_tiles
+    from pallas_kernels.slstm import tpu_decode, tpu_layout, tpu_tiles
 
     return Kernels(
         refusal=tpu_tiles.refusal,
@@ -16,9 +16,9 @@ def tpu() -> Kernels:
         layout=Layout("THBK,HKJ->THBJ", "THBK,THBJ->HKJ", (0, 2)),
         pad=tpu_layout.pad,
         unpad=tpu_layout.unpad,
-        forward=tpu_forward.slstm_forward,
+        forward=tpu_layout.forward,
         h_before=lambda h, flags: h,
-        backward=tpu_backward.slstm_backward,
+        backward=tpu_layout.backward,
         step=tpu_decode.step,
         takes_step=tpu_decode.fits_vmem,
     )

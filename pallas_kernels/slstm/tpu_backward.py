@@ -15,7 +15,7 @@ from pallas_kernels.slstm.options import Options
 def slstm_backward(
     options: Options,
     gates: jax.Array,
-    r: jax.Array,
+    words: jax.Array,
     seen: tuple[jax.Array, jax.Array, jax.Array],
     dh: jax.Array,
     dlast: jax.Array,
@@ -25,7 +25,7 @@ def slstm_backward(
 
     Args:
         gates: pre-activations with the recurrent part, `T H B 4K` in float32.
-        r: recurrent weights `H K 4K` in the dtype of x.
+        words: transposed recurrent weights, packed, `H terms 2K K`.
         seen: c, n and m as each step sees them, `T H B K` in float32.
         dh: gradient of h after each step, `T H B K` in the dtype of x.
         dlast: gradients of c, n and h after the last step, and rho, `4 H B K` in float32. rho is
@@ -36,7 +36,6 @@ def slstm_backward(
     c, n and h before the first step with what is left of rho, `4 H B K`.
     """
     shape = jax.ShapeDtypeStruct
-    words = tpu_packed.pack(jnp.swapaxes(r, 1, 2))
     operands = [("time", gates), ("weights", words), *[("time", x) for x in (*seen, dh)]]
     return tpu_forward.call(
         options,

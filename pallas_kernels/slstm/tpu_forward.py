@@ -20,15 +20,16 @@ def slstm_forward(options: Options, args: Inputs, *, save: bool) -> Forward:
     """All steps, in sizes that are multiples of their blocks.
 
     Args:
-        args: x `T H B 4K`, the gates i, f, z, o one after the other; r `H K 4K`; b `H 4K`; c, n, h
-            and m before the first step `4 H B K`; flags `T B lanes`, the same in every lane.
+        args: x `T H B 4K`, the gates i, f, z, o one after the other; packed weights `H terms K/2
+            4K`; b `H 4K`; c, n, h and m before the first step `4 H B K`; flags `T B lanes`, the
+            same in every lane.
         save: also return what the gradient needs.
 
     Returns h after each step `T H B K` in the dtype of x (also where a step is masked: the h of the
     state), the state after the last step `4 H B K`; with `save` h (in the dtype of x), c, n and m
     as each step sees them, `T H B K`, and if they are saved the gates `T H B 4K` in float32.
     """
-    x, r, b, first, flags = args
+    x, words, b, first, flags = args
     T, H, B, width = x.shape
     shape = jax.ShapeDtypeStruct
     h, float32 = (shape((T, H, B, width // 4), dtype) for dtype in (x.dtype, jnp.float32))
@@ -37,7 +38,6 @@ def slstm_forward(options: Options, args: Inputs, *, save: bool) -> Forward:
         results += [("time", h), *[("time", float32)] * 3]
     if save and options.save_gates:
         results.append(("time", shape(x.shape, jnp.float32)))
-    words = tpu_packed.pack(r.astype(x.dtype))
     operands = [("time", x), ("weights", words), ("bias", b[:, None]), ("state", first)]
     h, last, *saved = call(
         options,
