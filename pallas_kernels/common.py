@@ -1,4 +1,4 @@
-"""What the kernels share: where they run, how arrays are filled up to tiles, exact products."""
+"""What all kernels share: where they run, padding to tiles, `vmap`."""
 
 import contextlib
 import contextvars
@@ -13,9 +13,6 @@ LANES = 128
 
 NEG = -1e30
 """The log of nothing; finite, so that NEG - NEG is 0 and not NaN."""
-
-SCOPED_BYTES = 16 << 20
-"""What a kernel may take of VMEM unless it asks for more: all that the smallest TPU has."""
 
 _interpreter: contextvars.ContextVar[Any] = contextvars.ContextVar("interpreter", default=None)
 _lanes: contextvars.ContextVar[int] = contextvars.ContextVar("lanes", default=LANES)
@@ -42,10 +39,10 @@ def interpreted(how: Any = True, *, lanes: int = LANES) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiled_for(chip: str) -> Iterator[None]:
-    """What is traced inside is meant for `chip`, which need not be here.
+    """Functions traced inside are compiled ahead of time for `chip`.
 
     Args:
-        chip: a key of `tiles.CHIPS` or of `gpu.CHIPS`.
+        chip: a key of `hardware.TPUS` or of `hardware.ARCHITECTURES`.
     """
     token = _target.set(chip)
     try:
@@ -65,7 +62,7 @@ def target() -> str | None:
 
 
 def lanes() -> int:
-    """The multiple that widths and chunks are filled up to."""
+    """The multiple that widths and chunks are padded to."""
     return _lanes.get()
 
 
@@ -74,8 +71,8 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def fill(x: jax.Array, axis: int, size: int, value: float = 0) -> jax.Array:
-    """`x` with `value` behind it along `axis`, up to `size`; the same array if none is missing."""
+def pad(x: jax.Array, axis: int, size: int, value: float = 0) -> jax.Array:
+    """`x` padded with `value` at the end of `axis`, to `size`; the same array if it has it."""
     missing = size - x.shape[axis]
     if not missing:
         return x
@@ -152,34 +149,6 @@ def _merged(x: jax.Array | None, has_axis: bool, axis: int | None, size: int):
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def product(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-    """Matrix product over one axis of each, in float32; float32 operands keep all their digits."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(
-        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
-    )
-
-
-def compiler_params(semantics: tuple[str, ...], vmem_bytes: int | None) -> Any:
-    """What every kernel is compiled with.
-
-    Args:
-        semantics: "parallel" or "arbitrary" (in order) for each axis of the grid.
-        vmem_bytes: what it may take of VMEM; None is the compiler's default.
-    """
-    # Here, as whoever asks for the platform alone needs nothing of Pallas.
-    from jax.experimental.pallas import tpu as pltpu
-
-    return pltpu.CompilerParams(
-        dimension_semantics=semantics,  # pyright: ignore[reportArgumentType]
-        vmem_limit_bytes=vmem_bytes,
-        # Blocks are whole parts of their arrays, so no copy can leave one: the interpreter raises
-        # where it would. The checks cost up to 5 % of all bundles on a v5p.
-        disable_bounds_checks=True,
-    )
-
-
 def refused_dtype(dtype: jnp.dtype) -> str | None:
     """Why no kernel computes with `dtype`, or None."""
     if dtype in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
@@ -187,19 +156,3 @@ def refused_dtype(dtype: jnp.dtype) -> str | None:
     if dtype == jnp.dtype("float16"):
         return "float16 overflows in exponential gates; use bfloat16 or float32"
     return f"it computes with float32 and bfloat16, not with {dtype}"
-
-
-def column(row: jax.Array) -> jax.Array:
-    """`1 L` to `L 1`, by a mask and a sum: a reshape of lanes to sublanes is not on every chip."""
-    return jnp.sum(jnp.where(_diagonal(row.shape[1]), row, 0.0), axis=1, keepdims=True)
-
-
-def as_row(column: jax.Array) -> jax.Array:
-    """`L 1` to `1 L`, by a mask and a sum."""
-    return jnp.sum(jnp.where(_diagonal(column.shape[0]), column, 0.0), axis=0, keepdims=True)
-
-
-def _diagonal(size: int) -> jax.Array:
-    square = (size, size)
-    rows = jax.lax.broadcasted_iota(jnp.int32, square, 0)
-    return rows == jax.lax.broadcasted_iota(jnp.int32, square, 1)

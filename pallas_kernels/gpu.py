@@ -11,44 +11,41 @@ import os
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import common
+from pallas_kernels.hardware import ARCHITECTURES
 
 OLDEST = 80
 """Compute capability of Ampere, times ten: the first with products of bfloat16."""
 
 
-class Chip(NamedTuple):
-    """One generation of GPUs, by NVIDIA's tuning guides."""
-
-    capability: int  # times ten
-    shared_bytes: int  # what one program may take of a multiprocessor's shared memory
-    wide: bool  # matrices are multiplied where they lie, by a group of warps, not out of registers
-
-
-CHIPS = {
-    "sm_80": Chip(80, 163 << 10, False),  # A100
-    "sm_86": Chip(86, 99 << 10, False),  # A10, RTX 30
-    "sm_89": Chip(89, 99 << 10, False),  # L4, L40, RTX 40
-    "sm_90": Chip(90, 227 << 10, True),  # H100, H200
-    "sm_100": Chip(100, 227 << 10, True),  # B200
-    "sm_120": Chip(120, 99 << 10, False),  # RTX 50
-}
-"""A chip between two of them is taken for the lower one."""
-
-
 def current_chip() -> str | None:
-    """The key in `CHIPS` of what a computation traced now runs on; None: no GPU that we know."""
+    """The key in `hardware.ARCHITECTURES` of the GPU that functions traced now run on, or None.
+
+    A GPU between two of them is taken for the older one.
+    """
     if common.target() is not None:
         return common.target()
-    capability = _capability()
-    known = [name for name, chip in CHIPS.items() if chip.capability <= (capability or 0)]
+    capability = _capability() or 0
+    known = [name for name, chip in ARCHITECTURES.items() if chip.capability <= capability]
     return known[-1] if known else None
+
+
+def width(size: int, lanes: int) -> int:
+    """The width that heads are padded to: a power of two, beyond 64 a multiple of 64."""
+    if size > 64:
+        return common.round_up(size, 64)
+    return max(min(lanes, 16), 1 << (size - 1).bit_length())
+
+
+def divisor(size: int, most: int) -> int:
+    """The largest power of two that divides `size`, up to `most`."""
+    return min(size & -size, most)
 
 
 def refusal() -> str | None:
@@ -103,7 +100,7 @@ def call(
         aliases: number of an array to the number of the result that takes its place in memory, to
             be written through the array's parameter. Such results come last, and what stands for
             them among the parameters, which jax-triton 0.4 does not fill, is left alone.
-        target: a key of `CHIPS`, to compile for a chip that is not here; None: the one at hand.
+        target: a key of `hardware.ARCHITECTURES`, to compile ahead of time; None: the current GPU.
         interpret: compute on the host, one program after the other; for tests.
         constants: the kernel's `tl.constexpr` parameters.
 
@@ -131,7 +128,7 @@ def call(
             num_warps=num_warps,
             num_stages=num_stages,
             input_output_aliases=aliases,
-            compute_capability=None if target is None else CHIPS[target].capability,
+            compute_capability=None if target is None else ARCHITECTURES[target].capability,
             **named,
             **constants,
         )

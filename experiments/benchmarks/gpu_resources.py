@@ -1,4 +1,4 @@
-"""What do the Triton kernels take of a GPU: registers, spilled bytes, shared memory?
+"""What do the Triton kernels take of a GPU: registers, register spills, shared memory?
 
 An answer: a line per kernel, size and chip, as Triton's own assembler has laid it out.
 
@@ -19,10 +19,11 @@ from typing import Any
 import jax
 import tyro
 
-from experiments.benchmarks import gpu_offline, kernel_jax, kernel_report, measure
-from experiments.benchmarks.gpu_offline import Resources
+from experiments.benchmarks import kernel_jax, kernel_report, measure
 from experiments.benchmarks.kernel_cases import Case
-from pallas_kernels import common, gpu
+from pallas_kernels import common
+from pallas_kernels.aot import resources
+from pallas_kernels.aot.resources import Resources
 
 WIDTHS = {
     "mlstm": {
@@ -36,16 +37,10 @@ WIDTHS = {
 }
 """K and V of a head, of every op and dtype."""
 
-MOST_REGISTERS = 254
-"""Of a thread: at 255 the assembler has run out of them, spilled or not."""
-
-TENSOR_COLUMNS = 512
-"""Of a Blackwell's tensor memory: beyond, Triton writes a kernel that stops the device."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    chips: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")  # keys of `gpu.CHIPS`
+    chips: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")  # keys of `hardware.ARCHITECTURES`
     ops: tuple[str, ...] = tuple(WIDTHS)
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     widths: tuple[int, ...] | None = None  # K of the heads; None: all of them
@@ -68,22 +63,7 @@ def found(chip: str, case: Case) -> list[Resources]:
     """Of the kernels of one case, at the tile of the table."""
     with common.compiled_for(chip):
         shapes = jax.eval_shape(lambda: kernel_jax.inputs(case, "triton"))
-    return gpu_offline.resources(chip, kernel_jax.timed(case, "triton"), *shapes)
-
-
-def complaints(chip: str, resources: Resources) -> list[str]:
-    """What speaks against a kernel on `chip`; empty: nothing."""
-    limits = {
-        "bytes spilled": (resources.spills, 0),
-        "registers": (resources.registers, MOST_REGISTERS),
-        "bytes of shared memory": (resources.shared_bytes, gpu.CHIPS[chip].shared_bytes),
-        "columns of tensor memory": (resources.tensor_columns, TENSOR_COLUMNS),
-    }
-    return [
-        f"{resources.name} on {chip}: {value} {what}, at most {most}"
-        for what, (value, most) in limits.items()
-        if value > most
-    ]
+    return resources.resources(chip, kernel_jax.timed(case, "triton"), *shapes)
 
 
 def rows(args: Arguments) -> Iterator[dict[str, Any]]:
@@ -97,7 +77,7 @@ def rows(args: Arguments) -> Iterator[dict[str, Any]]:
                 if key not in seen:
                     seen.add(key)
                     named = dict(zip(("op", "K", "V", "dtype"), sizes, strict=True))
-                    why = complaints(chip, kernel)
+                    why = resources.complaints(chip, kernel)
                     yield {"chip": chip, **named, **kernel._asdict(), "complaints": why}
 
 

@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments.benchmarks import gpu_offline, gpu_resources, kernel_jax, kernel_report, measure
+from experiments.benchmarks import kernel_jax, kernel_report, measure
 from experiments.benchmarks.kernel_cases import Case
 from pallas_kernels import common, gpu
-from pallas_kernels.mlstm import backends, triton_tiles, vjp
+from pallas_kernels.aot import resources
+from pallas_kernels.mlstm import api, backends, triton_tiles
 from pallas_kernels.mlstm.triton_tiles import Outputs, States, Tile
 
 KERNELS = ("states", "h", "dq", "dk", "dv")
@@ -32,7 +33,7 @@ CHUNKS = (64, 128, 256, 512)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    chip: str | None = None  # a key of `gpu.CHIPS` that is not here; None: time on the one that is
+    chip: str | None = None  # of `hardware.ARCHITECTURES`, to compile for; None: time here
     K: int = 256
     V: int = 512
     H: int = 8
@@ -85,7 +86,7 @@ def call(tile: Tile, kernel: str, case: Case):
     def forward(q, k, v, i, f):
         B, _, H, K = q.shape
         state = (jnp.zeros((B, H, K, case.V)), jnp.zeros((B, H, K)), jnp.zeros((B, H)))
-        return vjp.mlstm(kernels, q, k, v, i, f, state)[0]
+        return api.mlstm(kernels, q, k, v, i, f, state)[0]
 
     def gradient(dh, *args):
         h, pull = jax.vjp(forward, *args)
@@ -106,10 +107,10 @@ def examine(args: Arguments, tile: Tile, kernel: str, case: Case) -> dict[str, A
         if args.chip is not None:
             with common.compiled_for(chip):
                 shapes = jax.eval_shape(lambda: kernel_jax.inputs(case, "triton"))
-            found = gpu_offline.resources(chip, fn, *shapes)
+            found = resources.resources(chip, fn, *shapes)
             mine = [one for one in found if kernel == "chunk" or one.name == f"mlstm_{kernel}"]
             row |= {"resources": [one._asdict() for one in mine]}
-            row["dropped"] = [why for one in mine for why in gpu_resources.complaints(chip, one)]
+            row["dropped"] = [why for one in mine for why in resources.complaints(chip, one)]
         else:
             row |= timed(fn, case, args.repeats)
     except Exception as error:  # whatever a compiler says of a block that it cannot lay out
@@ -128,7 +129,7 @@ def timed(fn, case: Case, repeats: int) -> dict[str, Any]:
 def main(args: Arguments) -> int:
     refusal = gpu.refusal() if args.chip is None else None
     if refusal is not None:
-        print(f"gpu_tiles: {refusal}; --chip compiles for one that is not here.", file=sys.stderr)
+        print(f"gpu_tiles: {refusal}; --chip compiles ahead of time.", file=sys.stderr)
         return 2
     result = []
     for kernel in args.kernels:
@@ -136,7 +137,7 @@ def main(args: Arguments) -> int:
         sizes = dict(B=max(1, args.tokens // args.T), T=args.T, H=args.H, K=args.K, V=args.V)
         case = Case(op="mlstm", part=part, dtype=args.dtype, **sizes)
         with common.compiled_for(args.chip or gpu.current_chip() or ""):
-            tile = triton_tiles.mlstm(args.K, args.V, jnp.dtype(args.dtype), args.T, None)
+            tile = triton_tiles.choose(args.K, args.V, jnp.dtype(args.dtype), args.T, None)
         rows = [examine(args, one, kernel, case) for one in neighbours(tile, kernel)]
         rows.sort(key=lambda row: (bool(row.get("dropped")), row.get("median_seconds", 0.0)))
         for row in rows:

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
+from pallas_kernels.hardware import gpu_by_device_kind
 from tests import workloads
-from xlstm_jax.plan import gpus
 
 PARTS = ("forward", "gradient", "decode")
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
@@ -157,8 +157,8 @@ def bound_seconds(work: Work, dtype: str, device_kind: str) -> float | None:
         device_kind: as JAX or the driver reports it; of a device that is not in the table of GPUs
             the result is None.
     """
-    device = gpus.peaks(device_kind)
+    device = gpu_by_device_kind(device_kind)
     if device is None:
         return None
-    flops = device.bf16_flops if dtype == "bfloat16" else device.tf32_flops
-    return max(work.flops / flops, work.bytes / device.bytes_per_second)
+    flops = device.flops if dtype == "bfloat16" else device.tf32_flops
+    return max(work.flops / flops, work.bytes / device.hbm_bandwidth)

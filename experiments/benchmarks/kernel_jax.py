@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks import gpu_offline, measure
+from experiments.benchmarks import measure
 from experiments.benchmarks.kernel_cases import ATTENTION_WIDTH, Case
+from pallas_kernels.aot import resources
 from xlstm_jax import cells, ops
 
 Call = Callable[..., Any]
@@ -123,7 +124,7 @@ def measured(case: Case, candidate: str, settings: dict[str, Any]) -> dict[str, 
     peak = _peak_bytes(program)  # before several calls are under way together
     times = [seconds / case.num_states for seconds in samples(call, **settings)]
     shapes = jax.eval_shape(lambda: inputs(case, candidate))
-    launches = gpu_offline.launches(timed(case, candidate), *shapes)
+    launches = resources.launches(timed(case, candidate), *shapes)
     tiles = {
         launch.name: {k: v for k, v in (*launch.constants, *launch.options) if type(v) is int}
         for launch in launches

@@ -1,4 +1,4 @@
-"""The mLSTM's kernels by kind of chip, imported when they are asked for."""
+"""The mLSTM's kernels by kind of chip, imported on first use."""
 
 import functools
 
@@ -9,27 +9,29 @@ from pallas_kernels.mlstm.options import Kernels
 @functools.cache
 def tpu() -> Kernels:
     """Pallas kernels for TPUs."""
-    from pallas_kernels import tiles
-    from pallas_kernels.mlstm import decode, tpu_backward, tpu_forward
+    from pallas_kernels.mlstm import tpu_backward, tpu_decode, tpu_forward, tpu_tiles
 
     return Kernels(
-        tile=tiles.mlstm,
+        refusal=tpu_tiles.refusal,
+        tile=tpu_tiles.choose,
         width=common.round_up,
         forward=tpu_forward.mlstm_forward,
         backward=tpu_backward.mlstm_backward,
-        step=decode.mlstm_decode,
-        takes_step=decode.fits_vmem,
+        step=tpu_decode.step,
+        takes_step=tpu_decode.fits_vmem,
     )
 
 
 @functools.cache
 def triton() -> Kernels:
     """Triton kernels for NVIDIA GPUs."""
+    from pallas_kernels import gpu
     from pallas_kernels.mlstm import triton_calls, triton_decode, triton_tiles
 
     return Kernels(
-        tile=triton_tiles.mlstm,
-        width=triton_tiles.width,
+        refusal=triton_tiles.refusal,
+        tile=triton_tiles.choose,
+        width=gpu.width,
         forward=triton_calls.forward,
         backward=triton_calls.backward,
         step=triton_decode.step,

@@ -21,7 +21,7 @@ def forward(
     states = 2 * (K * V + K) * 4  # first and last
     if save:
         written += 4
-        kept = K * V * jnp.dtype(options.saved_dtype).itemsize + 4 * K
+        kept = K * V * item + 4 * K
         states += (T // options.chunk) * kept
     return pl.CostEstimate(
         flops=round(B * H * T * (4 * K * V + 2 * square * (K + V))),
@@ -36,9 +36,8 @@ def backward(
     """What `mlstm_backward` does."""
     square = _share(options) * options.chunk
     item = jnp.dtype(dtype).itemsize
-    with_h = options.with_h
-    tokens = (4 * K + (4 if with_h else 3) * V) * item + 12 * 4
-    saved = K * V * jnp.dtype(options.saved_dtype).itemsize + 4 * K
+    tokens = (4 * K + (4 if options.normalize else 3) * V) * item + 12 * 4
+    saved = K * V * item + 4 * K
     states = (T // options.chunk) * saved + 2 * (K * V + K) * 4
     return pl.CostEstimate(
         flops=round(B * H * T * (8 * K * V + 2 * square * (3 * K + 2 * V))),

@@ -1,50 +1,43 @@
-"""What does not change while mLSTM kernels run, and what they owe the gradient in `vjp`."""
+"""Static facts of a call of mLSTM kernels, and their contract with the gradient in `api`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 
 class Kernels(NamedTuple):
     """The kernels of one kind of chip; those of TPUs and GPUs keep the same contract."""
 
-    tile: Callable[..., Any]  # (K, V, dtype, T, chunk_size) -> the tile of a call; may refuse it
-    width: Callable[[int, int], int]  # (size, lanes) -> the width that heads are filled up to
+    refusal: Callable[..., str | None]  # (K, V, dtype, chunk_size) -> why not supported, or None
+    tile: Callable[..., Any]  # (K, V, dtype, T, chunk_size) -> the tile of a call; may raise
+    width: Callable[[int, int], int]  # (size, lanes) -> the width that heads are padded to
     forward: Callable[..., "Forward"]  # (options, rows, q, k, v, C, n, *, save)
     backward: Callable[..., "Backward"]  # (options, rows, q, k, v, h, dh, C_starts, ..., dC, dn)
     step: Callable[..., Any]  # (options, q, k, v, gates, state) -> h, state: one position
-    takes_step: Callable[[int, int], bool]  # (K, V): whether `step` can serve these widths
+    takes_step: Callable[[int, int], bool]  # (K, V): whether `step` supports these widths
 
 
 class Options(NamedTuple):
     """Static sizes and numerics; hashable, so that it can be part of a jit cache key."""
 
     kernels: Kernels
-    tile: Any  # what `kernels.tile` has returned; its `chunk` is the positions between two borders
+    tile: Any  # what `kernels.tile` has returned
     max_state: bool  # the exponential input gate: m follows the gates; else m is 0 everywhere
     normalize: bool
     eps: float
-    normalizer_grad: bool  # False: the normaliser is taken for a constant, as in reference training
     resets: bool
-    saved_dtype: jnp.dtype  # of the states kept at chunk starts
     lanes: int  # the least width of a tile
-    interpret: Any  # here, as a gradient is traced when the context of `interpreted` has gone
-    target: str | None = None  # the chip to compile for, where it is not here
+    interpret: Any  # here, as a gradient is traced after the context of `interpreted` has ended
+    target: str | None = None  # the chip to compile for ahead of time
 
     @property
     def chunk(self) -> int:
-        """L: positions between two borders at which the state is known."""
+        """L: positions between two boundaries at which the state is known."""
         return self.tile.chunk
 
-    @property
-    def with_h(self) -> bool:
-        """Whether the normaliser has a gradient, for which h is needed."""
-        return self.normalize and self.normalizer_grad
-
     def strips(self, chunk: slice) -> list[slice]:
-        """The positions of a chunk in pieces of a strip; on TPUs."""
+        """The strips of a chunk; on TPUs."""
         starts = range(chunk.start, chunk.stop, self.tile.strip)
         return [slice(start, start + self.tile.strip) for start in starts]
 
@@ -66,13 +59,13 @@ class Forward(NamedTuple):
     h: jax.Array  # B T HV
     C: jax.Array  # B H K V, after the last step
     n: jax.Array  # B H 1 K
-    d: jax.Array | None  # B H 1 T, the signed normaliser
-    C_starts: jax.Array | None  # B H N K V, states at chunk starts
+    d: jax.Array | None  # B H 1 T, the signed normalizer
+    C_starts: jax.Array | None  # B H N K V, states at chunk starts, in the dtype of q
     n_starts: jax.Array | None  # B H N 1 K
 
 
 class Backward(NamedTuple):
-    """Results of a backward pass; C and n are cotangents of the memory before the first step."""
+    """Results of a backward pass; C and n are cotangents of the state before the first step."""
 
     q: jax.Array  # B T HK
     k: jax.Array  # B T HK

@@ -4,7 +4,7 @@ The square of a chunk is recomputed once, transposed (keys down, queries across)
 product needs its operand turned. What is left to plain JAX are sums over single numbers per
 position. Cotangents of h are read as they come: their division by the normaliser is in the gates.
 
-The derivation is that of `xlstm_jax.ops.mlstm.chunkwise_backward`; forward pass: arXiv:2503.14376.
+Source of the forward pass: arXiv:2503.14376, section 3.
 """
 
 import functools
@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import common, tiles
-from pallas_kernels.common import as_row, product
-from pallas_kernels.mlstm import cost, gates
+from pallas_kernels import tpu
+from pallas_kernels.mlstm import cost, gates, tpu_tiles
 from pallas_kernels.mlstm.options import Backward, Options
-from pallas_kernels.mlstm.tpu_forward import IN_ORDER, joined, log_weights, row_product
+from pallas_kernels.mlstm.tpu_forward import block_specs, joined, log_weights, row_product
+from pallas_kernels.tpu import as_row, product
 
 K_DK, Q_DQ, SCALING = range(3)
 
@@ -49,22 +49,10 @@ def mlstm_backward(
     B, H, _, T = rows.shape
     K, V = dC.shape[2:]
     span = options.chunk * options.tile.chunks_per_block
-    limit = tiles.mlstm_vmem_limit(options.tile, K, V, v.dtype)
+    limit = tpu_tiles.vmem_limit(options.tile, K, V, v.dtype)
     last = T // span - 1
 
-    def tokens(width):
-        return pl.BlockSpec((1, span, width), lambda b, h, c: (b, last - c, h))
-
-    def fixed(*shape):
-        return pl.BlockSpec((1, 1, *shape), lambda b, h, c: (b, h, 0, 0))
-
-    def starts(*shape):
-        block = (1, 1, options.tile.chunks_per_block, *shape)
-        return pl.BlockSpec(block, lambda b, h, c: (b, h, last - c, 0, 0))
-
-    def by_time(count):
-        return pl.BlockSpec((1, 1, count, span), lambda b, h, c: (b, h, 0, last - c))
-
+    tokens, fixed, starts, by_time = block_specs(options, lambda c: last - c)
     outputs = [] if h is None else [h]
     memory = [(B, H, 4, T), dC.shape, dn.shape]
     same = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
@@ -85,7 +73,7 @@ def mlstm_backward(
         ],
         out_specs=[tokens(K), tokens(K), tokens(V), by_time(4), fixed(K, V), fixed(1, K)],
         out_shape=[*same, *(jax.ShapeDtypeStruct(x, jnp.float32) for x in memory)],
-        compiler_params=common.compiler_params(IN_ORDER, limit),
+        compiler_params=tpu.compiler_params(tpu.IN_ORDER, limit),
         cost_estimate=cost.backward(options, B, T, H, K, V, q.dtype),
         interpret=options.interpret,
         metadata=options.metadata(),
@@ -126,7 +114,7 @@ class _Refs(NamedTuple):
 
 
 def _body(options: Options, *refs):
-    has_h = options.with_h
+    has_h = options.normalize
     x = _Refs._make(refs if has_h else (*refs[:5], None, *refs[5:]))
     b, head, block = (pl.program_id(axis) for axis in range(3))
 

@@ -8,19 +8,18 @@ Source of the formulas: arXiv:2405.04517 and arXiv:2503.14376; the schedule is o
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import common, tiles
-from pallas_kernels.common import as_row, product
-from pallas_kernels.mlstm import cost, gates
+from pallas_kernels import tpu
+from pallas_kernels.mlstm import cost, gates, tpu_tiles
 from pallas_kernels.mlstm.options import Forward, Options
-
-IN_ORDER = ("parallel", "parallel", "arbitrary")
-"""Batch and heads in any order, the chunks of a sequence in theirs."""
+from pallas_kernels.tpu import as_row, product
 
 
 def mlstm_forward(
@@ -46,18 +45,9 @@ def mlstm_forward(
     K, V = C.shape[2:]
     L = options.chunk
     span = L * options.tile.chunks_per_block
-    limit = tiles.mlstm_vmem_limit(options.tile, K, V, v.dtype)
+    limit = tpu_tiles.vmem_limit(options.tile, K, V, v.dtype)
 
-    def tokens(width):
-        return pl.BlockSpec((1, span, width), lambda b, h, c: (b, c, h))
-
-    def fixed(*shape):
-        return pl.BlockSpec((1, 1, *shape), lambda b, h, c: (b, h, 0, 0))
-
-    def starts(*shape):
-        block = (1, 1, options.tile.chunks_per_block, *shape)
-        return pl.BlockSpec(block, lambda b, h, c: (b, h, c, 0, 0))
-
+    tokens, fixed, starts, by_time = block_specs(options, lambda c: c)
     outputs = [
         (tokens(V), jax.ShapeDtypeStruct(v.shape, v.dtype)),
         (fixed(K, V), jax.ShapeDtypeStruct(C.shape, jnp.float32)),
@@ -66,8 +56,8 @@ def mlstm_forward(
     if save:
         states = (B, H, T // L, K, V)
         outputs += [
-            (pl.BlockSpec((1, 1, 1, span), _time_last), _float32(B, H, 1, T)),
-            (starts(K, V), jax.ShapeDtypeStruct(states, options.saved_dtype)),
+            (by_time(1), _float32(B, H, 1, T)),
+            (starts(K, V), jax.ShapeDtypeStruct(states, q.dtype)),
             (starts(1, K), _float32(B, H, T // L, 1, K)),
         ]
     specs, shapes = zip(*outputs, strict=True)
@@ -75,7 +65,7 @@ def mlstm_forward(
         functools.partial(_body, options),
         grid=(B, H, T // span),
         in_specs=[
-            pl.BlockSpec((1, 1, 8, span), _time_last),
+            by_time(8),
             tokens(K),
             tokens(K),
             tokens(V),
@@ -84,7 +74,7 @@ def mlstm_forward(
         ],
         out_specs=list(specs),
         out_shape=list(shapes),
-        compiler_params=common.compiler_params(IN_ORDER, limit),
+        compiler_params=tpu.compiler_params(tpu.IN_ORDER, limit),
         cost_estimate=cost.forward(options, B, T, H, K, V, q.dtype, save=save),
         interpret=options.interpret,
         metadata=options.metadata(),
@@ -93,8 +83,26 @@ def mlstm_forward(
     return Forward(*found, *([] if save else [None] * 3))
 
 
-def _time_last(b, h, c):
-    return b, h, 0, c
+def block_specs(
+    options: Options, at: Callable[[Any], Any]
+) -> tuple[Callable[..., pl.BlockSpec], ...]:
+    """Blocks of `B T HW`, `B H ...`, `B H N ...` and `B H count T`; `at` orders blocks of time."""
+    span = options.chunk * options.tile.chunks_per_block
+
+    def tokens(width):
+        return pl.BlockSpec((1, span, width), lambda b, h, c: (b, at(c), h))
+
+    def fixed(*shape):
+        return pl.BlockSpec((1, 1, *shape), lambda b, h, c: (b, h, 0, 0))
+
+    def starts(*shape):
+        block = (1, 1, options.tile.chunks_per_block, *shape)
+        return pl.BlockSpec(block, lambda b, h, c: (b, h, at(c), 0, 0))
+
+    def by_time(count):
+        return pl.BlockSpec((1, 1, count, span), lambda b, h, c: (b, h, 0, at(c)))
+
+    return tokens, fixed, starts, by_time
 
 
 def _float32(*shape):
@@ -114,7 +122,7 @@ def _body(options: Options, rows, q, k, v, C_first, n_first, h, C, n, *saved):
         d_ref = None
         if saved:
             d_ref, C_starts, n_starts = saved
-            C_starts[0, 0, index] = C[0, 0].astype(options.saved_dtype)
+            C_starts[0, 0, index] = C[0, 0].astype(C_starts.dtype)
             n_starts[0, 0, index] = n[0, 0]
         _outputs(options, chunk, rows, q, k, v, h, C[0, 0], n[0, 0], d_ref)
         _update(options, chunk, rows, k, v, C, n)

@@ -115,7 +115,7 @@ def _states(
         triton_kernels.states,
         (rows, x, values, first, first_n, kept, kept_n),
         (
-            shape((B, H, N, K, V), options.saved_dtype),
+            shape((B, H, N, K, V), x.dtype),
             shape((B, H, N, 1, K), jnp.float32),
             shape(first.shape, jnp.float32),
             shape(first_n.shape, jnp.float32),

@@ -1,4 +1,4 @@
-"""One step of the mLSTM on a GPU: the memory is read once and written where it stood.
+"""One step of the mLSTM on a GPU: the memory is read once and updated in place.
 
 Source: arXiv:2405.04517, section 2.3.
 """

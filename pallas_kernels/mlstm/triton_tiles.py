@@ -2,7 +2,7 @@
 
 It takes the widest result of one program that the compiler lays out without storing registers, two
 loads ahead. `experiments/benchmarks/gpu_tiles.py` compiles what the rule gives, and its neighbours,
-for every chip without having one.
+for every chip ahead of time.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels import common, gpu
+from pallas_kernels.gpu import divisor, width
+from pallas_kernels.hardware import ARCHITECTURES
 
 
 class States(NamedTuple):
@@ -53,7 +55,7 @@ LONG_CHUNK, SHORT_CHUNK = 256, 128
 root of K V; wider heads than this have the long chunk."""
 
 
-def mlstm(K: int, V: int, dtype: jnp.dtype, T: int, chunk_size: int | None) -> Tile:
+def choose(K: int, V: int, dtype: jnp.dtype, T: int, chunk_size: int | None) -> Tile:
     """The tile of one call, on the chip at hand or of `common.compiled_for`.
 
     Raises:
@@ -66,7 +68,7 @@ def mlstm(K: int, V: int, dtype: jnp.dtype, T: int, chunk_size: int | None) -> T
     K, V = width(K, lanes), width(V, lanes)
     if common.interpreter():
         rows = min(lanes, ROWS)
-        k, v = (_factor(size, rows) for size in (K, V))
+        k, v = (divisor(size, rows) for size in (K, V))
         read, written = (Outputs(rows, rows, a, a, b, 4, 1) for a, b in ((k, v), (v, k)))
         chunk = min(chunk_size or 2 * rows, common.round_up(T, rows))
         return Tile(chunk, States(k, v, rows, 4, 1), read, written, written, read)
@@ -98,39 +100,27 @@ def refusal(K: int, V: int, dtype: jnp.dtype, chunk_size: int | None = None) -> 
     return None
 
 
-def width(size: int, lanes: int) -> int:
-    """The width that heads are filled up to: a power of two, beyond 64 a multiple of 64."""
-    if size > 64:
-        return common.round_up(size, 64)
-    return max(min(lanes, 16), 1 << (size - 1).bit_length())
-
-
 def states(K: int, V: int, dtype: jnp.dtype, chip: str) -> States:
     """For memories `K V`."""
     if jnp.dtype(dtype).itemsize == 4:
-        return States(_factor(K, 64), _factor(V, 64), 32, 4, 2)
+        return States(divisor(K, 64), divisor(V, 64), 32, 4, 2)
     # From Blackwell on the memory is no longer held in registers between two products.
-    warps = 8 if gpu.CHIPS[chip].capability >= 100 else 4
-    return States(_factor(K, 64), _factor(V, 128), 64, warps, 3)
+    warps = 8 if ARCHITECTURES[chip].capability >= 100 else 4
+    return States(divisor(K, 64), divisor(V, 128), 64, warps, 3)
 
 
 def outputs(inner: int, result: int, dtype: jnp.dtype, chip: str) -> Outputs:
     """For results of a width, from products over another width."""
     if jnp.dtype(dtype).itemsize == 4:
         # Each operand is three numbers in registers, so little of it may be there at a time.
-        block, columns = _factor(inner, 32), _factor(result, 128)
+        block, columns = divisor(inner, 32), divisor(result, 128)
         return Outputs(ROWS, 32, block, block, columns, 8, 2)
-    wide, shared = gpu.CHIPS[chip].wide, gpu.CHIPS[chip].shared_bytes
+    wide, shared = ARCHITECTURES[chip].has_wide_products, ARCHITECTURES[chip].shared_bytes
     # What is summed over is held whole for all products of positions, where there is room.
-    whole = _factor(inner, 512 if shared >= 128 << 10 else 256) == inner
-    block = inner if whole else _factor(inner, 128)
+    whole = divisor(inner, 512 if shared >= 128 << 10 else 256) == inner
+    block = inner if whole else divisor(inner, 128)
     widest = 128 if chip == "sm_120" else 256  # of which 256 would take all registers
-    columns = _factor(result, 512 if inner <= 256 and wide else widest)
+    columns = divisor(result, 512 if inner <= 256 and wide else widest)
     others = 64 if inner + columns <= (512 if chip == "sm_90" else 384) and whole else 32
     few = inner + columns <= (256 if wide else 128) or (not whole and columns <= 64)
-    return Outputs(ROWS, others, block, _factor(inner, 64), columns, 4 if few else 8, 2)
-
-
-def _factor(size: int, most: int) -> int:
-    """The largest power of two that divides `size`, up to `most`."""
-    return min(size & -size, most)
+    return Outputs(ROWS, others, block, divisor(inner, 64), columns, 4 if few else 8, 2)

@@ -4,29 +4,22 @@ A step multiplies its gradients of the gates with the transposed weights, which 
 Everything else it needs follows from the gates and from the memory before the step.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import common
-from pallas_kernels.slstm import cost, packed, tpu_forward
-from pallas_kernels.slstm.sizes import Blocks
+from pallas_kernels.slstm import cost, tpu_forward, tpu_packed
+from pallas_kernels.slstm.options import Options
 
 
 def slstm_backward(
+    options: Options,
     gates: jax.Array,
     words: jax.Array,
     seen: tuple[jax.Array, jax.Array, jax.Array],
     dh: jax.Array,
     dlast: jax.Array,
     flags: jax.Array | None,
-    *,
-    blocks: Blocks,
-    forget_gate: str,
-    vmem_bytes: int,
-    interpret,
 ) -> tuple[jax.Array, ...]:
     """Gradients of all steps, in sizes that are multiples of their blocks.
 
@@ -37,42 +30,22 @@ def slstm_backward(
         dh: gradient of h after each step, `T H B K` in the dtype of x.
         dlast: gradients of c, n and h after the last step, and rho, `4 H B K` in float32. rho is
             what a loss on the stored m is worth beyond a rescaling of c and n.
-        flags: as in `slstm_forward`.
-        blocks, forget_gate, vmem_bytes, interpret: as there.
+        flags: `T B lanes`, or None.
 
     Returns the gradient of x `T H B 4K` in the dtype of dh, 0 where a step is masked, and those of
     c, n and h before the first step with what is left of rho, `4 H B K`.
     """
-    T, H, B, width = gates.shape
-    K = width // 4
     shape = jax.ShapeDtypeStruct
-    backwards = lambda t: T // blocks.steps - 1 - t  # noqa: E731
-    sequence = functools.partial(tpu_forward.sequence_spec, blocks, backwards)
-    whole = pl.BlockSpec((4, blocks.heads, blocks.rows, K), lambda h, b, t: (0, h, b, 0))
-    specs = [sequence(width), tpu_forward.weights_spec(words, blocks)]
-    specs += [sequence(K)] * 4 + [whole]
-    arguments = [gates, words, *seen, dh, dlast]
-    if flags is not None:
-        specs.append(tpu_forward.flags_spec(flags, blocks, backwards))
-        arguments.append(flags)
-    out_shape = [shape(gates.shape, dh.dtype), shape(dlast.shape, jnp.float32)]
-    results = pl.pallas_call(
-        functools.partial(
-            _body,
-            unroll=blocks.unroll,
-            forget_gate=forget_gate,
-            flagged=flags is not None,
-        ),
-        grid=(H // blocks.heads, B // blocks.rows, T // blocks.steps),
-        in_specs=specs,
-        out_specs=[sequence(width), whole],
-        out_shape=out_shape,
-        compiler_params=common.compiler_params(("parallel", "parallel", "arbitrary"), vmem_bytes),
-        cost_estimate=cost.backward(T * H * B * K, K, forget_gate, (*arguments, *out_shape)),
-        interpret=interpret,
+    operands = [("time", gates), ("weights", words), *[("time", x) for x in (*seen, dh)]]
+    return tpu_forward.call(
+        options,
+        _body,
+        [*operands, ("state", dlast), ("flags", flags)],
+        [("time", shape(gates.shape, dh.dtype)), ("state", shape(dlast.shape, jnp.float32))],
+        estimate=cost.backward,
         name="slstm_backward",
-    )(*arguments)
-    return tuple(results)
+        backwards=True,
+    )
 
 
 def _gradients(gates, seen, dh, carry, forget_gate):
@@ -118,7 +91,7 @@ def _body(gates, words, c, n, m, dh, dlast, *refs, unroll, forget_gate, flagged)
         if flags is not None:
             dgates = jnp.where(tpu_forward.read_flags(flags[t], 4 * K)[1], 0.0, dgates)
         dx[t, head] = dgates.astype(dx.dtype)
-        new = (dc, dn, packed.times(dgates, words[head]), rho)
+        new = (dc, dn, tpu_packed.times(dgates, words[head]), rho)
         if flags is not None:
             reset, masked = tpu_forward.read_flags(flags[t], K)
             # The forget factor is 0 after a reset, so only h is left to be cut off.

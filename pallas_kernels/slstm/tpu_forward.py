@@ -10,101 +10,95 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import common
+from pallas_kernels import tpu
 from pallas_kernels.common import NEG
-from pallas_kernels.slstm import cost, packed
-from pallas_kernels.slstm.contract import MASKED, RESET
-from pallas_kernels.slstm.sizes import Blocks
+from pallas_kernels.slstm import cost, tpu_packed
+from pallas_kernels.slstm.options import MASKED, RESET, Forward, Inputs, Options
 
 
-def slstm_forward(
-    x: jax.Array,
-    words: jax.Array,
-    bias: jax.Array,
-    state: jax.Array,
-    flags: jax.Array | None,
-    *,
-    blocks: Blocks,
-    forget_gate: str,
-    save: bool,
-    save_gates: bool,
-    vmem_bytes: int,
-    interpret,
-) -> tuple[jax.Array, ...]:
+def slstm_forward(options: Options, args: Inputs, *, save: bool) -> Forward:
     """All steps, in sizes that are multiples of their blocks.
 
     Args:
-        x: pre-activations `T H B 4K`, the gates i, f, z, o one behind the other.
-        words: packed recurrent weights, `H terms K/2 4K`.
-        bias: `H 1 4K` in float32.
-        state: c, n, h and m before the first step, `4 H B K` in float32.
-        flags: `T B lanes` in int32, the same in every lane, or None where all of them are 0.
-        blocks: the division among programs.
-        forget_gate: "sigmoid" or "exp".
+        args: x `T H B 4K`, the gates i, f, z, o one after the other; packed weights `H terms K/2
+            4K`; b `H 4K`; c, n, h and m before the first step `4 H B K`; flags `T B lanes`, the
+            same in every lane.
         save: also return what the gradient needs.
-        save_gates: and the gates.
-        vmem_bytes: bytes of VMEM the kernel may use.
-        interpret: what `pallas_call` takes.
 
     Returns h after each step `T H B K` in the dtype of x (also where a step is masked: the h of the
-    memory), the state after the last step `4 H B K`; with `save` h (in the dtype of x), c, n and m
-    as each step sees them, `T H B K`, and with `save_gates` the gates `T H B 4K` in float32.
+    state), the state after the last step `4 H B K`; with `save` h (in the dtype of x), c, n and m
+    as each step sees them, `T H B K`, and if they are saved the gates `T H B 4K` in float32.
     """
+    x, words, b, first, flags = args
     T, H, B, width = x.shape
-    K = width // 4
     shape = jax.ShapeDtypeStruct
-    sequence = functools.partial(sequence_spec, blocks, lambda t: t)
-    whole = pl.BlockSpec((4, blocks.heads, blocks.rows, K), lambda h, b, t: (0, h, b, 0))
-    outputs = [
-        (sequence(K), shape((T, H, B, K), x.dtype)),
-        (whole, shape(state.shape, jnp.float32)),
-    ]
+    h, float32 = (shape((T, H, B, width // 4), dtype) for dtype in (x.dtype, jnp.float32))
+    results = [("time", h), ("state", shape(first.shape, jnp.float32))]
     if save:
-        outputs.append((sequence(K), shape((T, H, B, K), x.dtype)))
-        outputs += [(sequence(K), shape((T, H, B, K), jnp.float32))] * 3
-    if save_gates:
-        outputs.append((sequence(width), shape(x.shape, jnp.float32)))
-    by_head = pl.BlockSpec((blocks.heads, 1, width), lambda h, b, t: (h, 0, 0))
-    specs = [sequence(width), weights_spec(words, blocks), by_head, whole]
-    if flags is not None:
-        specs.append(flags_spec(flags, blocks, lambda t: t))
-    arguments = (x, words, bias, state, *(() if flags is None else (flags,)))
-    out_specs, out_shape = zip(*outputs, strict=True)
-    results = pl.pallas_call(
-        functools.partial(
-            _body,
-            unroll=blocks.unroll,
-            forget_gate=forget_gate,
-            flagged=flags is not None,
-        ),
-        grid=(H // blocks.heads, B // blocks.rows, T // blocks.steps),
-        in_specs=specs,
-        out_specs=list(out_specs),
-        out_shape=list(out_shape),
-        compiler_params=common.compiler_params(("parallel", "parallel", "arbitrary"), vmem_bytes),
-        cost_estimate=cost.forward(T * H * B * K, K, forget_gate, (*arguments, *out_shape)),
-        interpret=interpret,
+        results += [("time", h), *[("time", float32)] * 3]
+    if save and options.save_gates:
+        results.append(("time", shape(x.shape, jnp.float32)))
+    operands = [("time", x), ("weights", words), ("bias", b[:, None]), ("state", first)]
+    h, last, *saved = call(
+        options,
+        _body,
+        [*operands, ("flags", flags)],
+        results,
+        estimate=cost.forward,
         name="slstm_forward",
-    )(*arguments)
-    return tuple(results)
+    )
+    if not save:
+        return Forward(h, last, None, None, None)
+    return Forward(h, last, saved[0], tuple(saved[1:4]), saved[4] if options.save_gates else None)
 
 
-def sequence_spec(blocks: Blocks, at, width: int) -> pl.BlockSpec:
-    """Blocks of an array `T H B width`; `at` gives the block of time of a program."""
-    shape = (blocks.steps, blocks.heads, blocks.rows, width)
-    return pl.BlockSpec(shape, lambda h, b, t: (at(t), h, b, 0))
+def call(options: Options, body, operands, results, *, estimate, name: str, backwards=False):
+    """Results of a kernel over groups of heads, parts of the batch and blocks of time, in order.
 
+    Args:
+        operands, results: pairs of a kind and an array or its shape: "time" `T H B width`, "state"
+            `4 H B K`, "weights" and "bias" `H ...`, and last of the operands "flags", or None.
+        backwards: from the last block of time to the first.
+    """
+    blocks = options.tile.blocks
+    operands = [(kind, x) for kind, x in operands if x is not None]
+    T, H, B, width = operands[0][1].shape
+    last_block = T // blocks.steps - 1
 
-def weights_spec(words: jax.Array, blocks: Blocks) -> pl.BlockSpec:
-    """Blocks of packed weights; one buffer, as they change only with the heads."""
-    shape = (blocks.heads, *words.shape[1:])
-    return pl.BlockSpec(shape, lambda h, b, t: (h, 0, 0, 0), pipeline_mode=pl.Buffered(1))
+    def spec(kind, x):
+        at = lambda t: last_block - t if backwards else t  # noqa: E731
+        if kind == "time":
+            shape = (blocks.steps, blocks.heads, blocks.rows, x.shape[-1])
+            return pl.BlockSpec(shape, lambda h, b, t: (at(t), h, b, 0))
+        if kind == "state":
+            shape = (4, blocks.heads, blocks.rows, x.shape[-1])
+            return pl.BlockSpec(shape, lambda h, b, t: (0, h, b, 0))
+        if kind == "flags":
+            shape = (blocks.steps, blocks.rows, x.shape[-1])
+            return pl.BlockSpec(shape, lambda h, b, t: (at(t), b, 0))
+        shape, mode = (blocks.heads, *x.shape[1:]), None
+        if kind == "weights":  # one buffer, as they change only with the heads
+            mode = pl.Buffered(1)
+        index = lambda h, b, t: (h, *[0] * (x.ndim - 1))  # noqa: E731
+        return pl.BlockSpec(shape, index, pipeline_mode=mode)
 
-
-def flags_spec(flags: jax.Array, blocks: Blocks, at) -> pl.BlockSpec:
-    """Blocks of flags `T B lanes`."""
-    shape = (blocks.steps, blocks.rows, flags.shape[-1])
-    return pl.BlockSpec(shape, lambda h, b, t: (at(t), b, 0))
+    arrays, shapes = ([x for _, x in pairs] for pairs in (operands, results))
+    flagged = operands[-1][0] == "flags"
+    gate, K = options.forget_gate, width // 4
+    body = functools.partial(body, unroll=blocks.unroll, forget_gate=gate, flagged=flagged)
+    return tuple(
+        pl.pallas_call(
+            body,
+            grid=(H // blocks.heads, B // blocks.rows, T // blocks.steps),
+            in_specs=[spec(*pair) for pair in operands],
+            out_specs=[spec(*pair) for pair in results],
+            out_shape=shapes,
+            compiler_params=tpu.compiler_params(tpu.IN_ORDER, options.tile.vmem_bytes),
+            cost_estimate=estimate(T * H * B * K, K, gate, (*arrays, *shapes)),
+            interpret=options.interpret,
+            name=name,
+        )(*arrays)
+    )
 
 
 def read_flags(flags: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
@@ -162,7 +156,7 @@ def _body(x, words, bias, first, *refs, unroll, forget_gate, flagged):
     def advance(t, head, state):
         reset, masked = (None, None) if flags is None else read_flags(flags[t], K)
         c, n, h, m = state if reset is None else [jnp.where(reset, 0.0, leaf) for leaf in state]
-        gates = x[t, head].astype(jnp.float32) + bias[head] + packed.times(h, words[head])
+        gates = x[t, head].astype(jnp.float32) + bias[head] + tpu_packed.times(h, words[head])
         for ref, value in zip(saved, (h, c, n, m, gates), strict=False):
             ref[t, head] = value.astype(ref.dtype)
         new = step(gates, c, n, m, forget_gate)

@@ -1,80 +1,96 @@
 """With what arrays the sLSTM's Triton kernels are called, and what `vmap` makes of them."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import common, gpu
-from pallas_kernels.slstm import triton_resident, triton_streamed, triton_tiles
+from pallas_kernels.slstm import triton_resident, triton_streamed
+from pallas_kernels.slstm.options import RESET, Forward, Inputs, Options, State
+from pallas_kernels.slstm.triton_tiles import ROWS
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What is known of a call while tracing."""
+def pad(options: Options, x, r, b, state: State, flags) -> Inputs:
+    """x `B T 4 H K`, r `H K 4 K`, b `4 H K`, state `4 B H K`, flags `B T`; padded widths."""
+    width = options.tile.width
+    r = common.pad(common.pad(r, 3, width), 1, width)
+    b = jnp.swapaxes(common.pad(b, 2, width), 0, 1)
+    first = jnp.stack([common.pad(leaf, 2, width) for leaf in state])
+    return Inputs(common.pad(x, 4, width), r, b, first, flags)
 
-    forget_gate: str
-    save_gates: bool
-    interpret: bool
-    target: str | None
+
+def unpad(h: jax.Array, last: jax.Array, shape) -> tuple[jax.Array, State]:
+    """h and the state, of `B T H K` and `4 B H K`."""
+    K = shape[-1]
+    c, n, h_last, m = (leaf[..., :K] for leaf in last)
+    return h[..., :K], (c, n, h_last, m)
 
 
-def forward(options: Options, *, save: bool):
-    """A function of x `B T 4 H K`, r `H K 4 K`, b `H 4 K`, first `4 B H K` and flags `B T` or None.
+def forward(options: Options, args: Inputs, *, save: bool) -> Forward:
+    """All steps of all sequences.
 
-    It returns h `B T+1 H K` before the first step and after each, in the dtype of x; the last state
-    `4 B H K`; and for a gradient c, n and m as each step sees them `B T 3 H K`, and the gates
-    `B T 4 H K`, both in float32.
+    Saved are h `B T+1 H K` before the first step and after each, in the dtype of x; c, n and m as
+    each step sees them `B T 3 H K`; and the gates `B T 4 H K`.
     """
-    kernel = functools.partial(_forward, options, save)
-    axes = ((0, 3), (None, 0), (None, 0), (1, 2), (0, None))
-    out_axes = ((0, 2), (1, 2), (0, 3), (0, 3))
-    saved = 2 + save + (save and options.save_gates)
-    return common.folding(kernel, axes, out_axes[:saved])
+    axes = ((0, 3), (None, 0), (None, 1), (1, 2), (0, None))
+    out_axes = ((0, 2), (1, 2), (0, 3), (0, 3))[: 2 + save + (save and options.save_gates)]
+    x, r, *rest = args
+    kernel = common.folding(functools.partial(_forward, options, save), axes, out_axes)
+    h, last, *saved = kernel(x, r.astype(x.dtype), *rest)
+    seen, gates = (*saved, None, None)[:2]
+    return Forward(h[:, 1:], last, h if save else None, seen, gates)
 
 
 def _forward(options: Options, save: bool, x, r, b, first, flags):
     B, T, _, H, K = x.shape
-    tile = triton_tiles.forward(K, x.dtype)
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    kept, with_gates = (B, T, 3, H, K) if save else (1,), save and options.save_gates
-    shapes = (
-        jax.ShapeDtypeStruct((B, T + 1, H, K), x.dtype),
-        f32(first.shape),
-        f32(kept),
-        f32(x.shape if with_gates else (1,)),
-    )
-    found = _call(
+    save_gates = save and options.save_gates
+    results = _call(
         options,
-        tile,
         "forward",
-        (x, r, b, first, _or_nothing(flags)),
-        shapes,
+        (x, r, jnp.swapaxes(b, 0, 1), first, _or_nothing(flags)),
+        (
+            jax.ShapeDtypeStruct((B, T + 1, H, K), x.dtype),
+            f32(first.shape),
+            f32((B, T, 3, H, K) if save else (1,)),
+            f32(x.shape if save_gates else (1,)),
+        ),
         sizes=(B, T, H, K),
         FLAGGED=flags is not None,
         SAVE=save,
-        SAVE_GATES=with_gates,
+        SAVE_GATES=save_gates,
     )
-    return found[: 2 + save + with_gates]
+    return results[: 2 + save + save_gates]
 
 
-def backward(options: Options):
-    """A function of gates `B T 4 H K`, r `H K 4 K`, seen `B T 3 H K`, dh `B T H K`, dlast `4 B H K`
-    (of c, n and h after the last step, and rho) and flags.
+def h_before(h: jax.Array, flags: jax.Array | None) -> jax.Array:
+    """`B T H K`, as each step sees it, of `B T+1 H K`."""
+    before = h[:, :-1]
+    if flags is None:
+        return before
+    return jnp.where((flags & RESET != 0)[..., None, None], 0, before)
 
-    It returns the gradients of x, in the dtype of dh and 0 where masked, and those of c, n and h
-    before the first step with what is left of rho.
+
+def backward(options: Options, gates, r, seen, dh, dlast, flags) -> tuple[jax.Array, jax.Array]:
+    """Gradients of gates and of the state before the first step.
+
+    Args:
+        dh: `B T H K`.
+        dlast: `4 B H K`, of c, n and h after the last step, and rho.
+
+    Returns the gradient of x, in the dtype of dh and 0 where masked, and those of c, n and h before
+    the first step with what is left of rho.
     """
     axes = ((0, 3), (None, 0), (0, 3), (0, 2), (1, 2), (0, None))
-    return common.folding(functools.partial(_backward, options), axes, ((0, 3), (1, 2)))
+    kernel = common.folding(functools.partial(_backward, options), axes, ((0, 3), (1, 2)))
+    return kernel(gates, r, seen, dh, dlast, flags)
 
 
 def _backward(options: Options, gates, r, seen, dh, dlast, flags):
     B, T, _, H, K = gates.shape
     return _call(
         options,
-        triton_tiles.backward(K, dh.dtype),
         "backward",
         (gates, r, seen, dh, dlast, _or_nothing(flags)),
         (
@@ -90,7 +106,8 @@ def _or_nothing(flags: jax.Array | None) -> jax.Array:
     return jnp.zeros((1,), jnp.int32) if flags is None else flags
 
 
-def _call(options: Options, tile, name: str, arrays, out_shape, *, sizes, **settings):
+def _call(options: Options, name: str, arrays, out_shape, *, sizes, **settings):
+    tile = getattr(options.tile, name)
     kernels = triton_resident if tile.resident else triton_streamed
     blocks = {} if tile.resident else {"BLOCK": tile.block, "INNER": tile.inner}
     if not tile.resident and name == "forward":
@@ -101,17 +118,17 @@ def _call(options: Options, tile, name: str, arrays, out_shape, *, sizes, **sett
         arrays,
         out_shape,
         name=f"slstm_{name}",
-        grid=(H, -(-B // triton_tiles.ROWS)),
+        grid=(H, -(-B // ROWS)),
         num_warps=tile.warps,
         num_stages=tile.stages,
         target=options.target,
-        interpret=options.interpret,
+        interpret=bool(options.interpret),
         B=B,
         T=T,
         H=H,
         K=K,
         SIGMOID=options.forget_gate == "sigmoid",
-        UPCAST=options.interpret,
+        UPCAST=bool(options.interpret),
         **blocks,
         **settings,
     )

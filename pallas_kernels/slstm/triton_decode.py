@@ -12,19 +12,18 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import common, gpu
+from pallas_kernels.gpu import divisor
 from pallas_kernels.slstm import triton_tiles
-from pallas_kernels.slstm.contract import State
-from pallas_kernels.slstm.triton_calls import Options
-from pallas_kernels.slstm.triton_step import read_flags, step
+from pallas_kernels.slstm.options import Options, State
+from pallas_kernels.slstm.triton_step import read_flags
+from pallas_kernels.slstm.triton_step import step as one_step
 from pallas_kernels.triton_math import product
 
 CELLS = 32
 """Cells of one program, which reads their weights from all cells of the head."""
 
 
-def decode(
-    options: Options, x: jax.Array, r: jax.Array, b: jax.Array, state: State, flags
-) -> State:
+def step(options: Options, x, r, b, state: State, flags: jax.Array | None) -> State:
     """The state after one step; under `jit` with it donated c, n and m are updated in place.
 
     h is not, as programs of other cells still read the old one.
@@ -35,17 +34,20 @@ def decode(
         b: `H 4 K`, float32.
         flags: `B 1`, or None.
     """
+    K, width = x.shape[-1], options.tile.width
+    x, b = common.pad(x, 3, width), common.pad(b, 2, width)
+    r = common.pad(common.pad(r, 3, width), 1, width)
+    c, n, h, m = (common.pad(leaf, 2, width) for leaf in state)
     axes = ((0, 2), (None, 0), (None, 0), (0, None), *[(0, 1)] * 4)
     kernel = common.folding(functools.partial(_decode, options), axes, ((0, 1),) * 4)
-    c, n, h, m = state
-    h, c, n, m = kernel(x, r, b, flags, h, c, n, m)
+    h, c, n, m = (leaf[..., :K] for leaf in kernel(x, r, b, flags, h, c, n, m))
     return c, n, h, m
 
 
 def _decode(options: Options, x, r, b, flags, h, c, n, m):
     B, _, H, K = x.shape
     given = jnp.zeros((1,), jnp.int32) if flags is None else flags
-    cells = min(CELLS, K & -K)
+    cells = divisor(K, CELLS)
     return gpu.call(
         _kernel,
         (x, r, b, given, h, c, n, m),
@@ -56,15 +58,15 @@ def _decode(options: Options, x, r, b, flags, h, c, n, m):
         num_warps=4,
         num_stages=3,
         target=options.target,
-        interpret=options.interpret,
+        interpret=bool(options.interpret),
         B=B,
         H=H,
         K=K,
         BLOCK=cells,
-        INNER=min(64, K & -K),
+        INNER=divisor(K, 64),
         FLAGGED=flags is not None,
         SIGMOID=options.forget_gate == "sigmoid",
-        UPCAST=options.interpret,
+        UPCAST=bool(options.interpret),
     )
 
 
@@ -122,7 +124,7 @@ def _kernel(
     )
     x += (b * (4 * H * K) + head * K)[:, None] + cells[None, :]
     bias += head * (4 * K) + cells[None, :]
-    new_c, new_n, new_h, new_m = step(
+    new_c, new_n, new_h, new_m = one_step(
         (i, f, z, o),
         x,
         bias,
@@ -135,9 +137,9 @@ def _kernel(
         H * K,
         K,
         FLAGGED,
-        False,
-        False,
-        SIGMOID,
+        SAVE=False,
+        SAVE_GATES=False,
+        SIGMOID=SIGMOID,
     )
     tl.store(c + at, new_c, inside)
     tl.store(n + at, new_n, inside)

@@ -8,9 +8,9 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from pallas_kernels.slstm import contract
+from pallas_kernels.slstm import options
 
-RESET, MASKED = tl.constexpr(contract.RESET), tl.constexpr(contract.MASKED)
+RESET, MASKED = tl.constexpr(options.RESET), tl.constexpr(options.MASKED)
 
 
 @triton.jit

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import gpu_offline, gpu_resources, tpu_offline
+from experiments.benchmarks import gpu_resources
 from experiments.benchmarks.gpu_resources import WIDTHS
 from experiments.benchmarks.kernel_cases import PARTS, Case
 from pallas_kernels import common
+from pallas_kernels.aot import compiler, resources
 from tests.compile import calls
 from xlstm_jax import ops
 
@@ -73,7 +74,7 @@ def test_no_kernel_spills_or_takes_more_than_there_is(gpu_chip, op, dtype, K, V)
         case = Case(op=op, part=part, B=16, T=T, H=4, K=K, V=V, dtype=dtype)
         found = gpu_resources.found(gpu_chip, case)
         assert {kernel.name for kernel in found} == KERNELS[op][part]
-        assert [gpu_resources.complaints(gpu_chip, kernel) for kernel in found] == [[]] * len(found)
+        assert [resources.complaints(gpu_chip, kernel) for kernel in found] == [[]] * len(found)
 
 
 NEWEST_ASSEMBLY = 8.8
@@ -103,7 +104,7 @@ def test_matrices_are_multiplied_by_the_units_of_the_chip(gpu_chip, op):
 @pytest.mark.parametrize("op", OPS)
 def test_the_forward_pass_compiles(gpu_chip, op):
     call, args = CALLS[op]
-    found = gpu_offline.kernels(gpu_offline.compile_for(gpu_chip, call, *args))
+    found = compiler.kernels(compiler.compile_for(gpu_chip, call, *args))
     assert found == KERNELS[op]["forward"]
 
 
@@ -119,17 +120,26 @@ def test_the_gradient_compiles(gpu_chip, op):
 
 def _assert_gradient_compiles(chip, name):
     call, args = CALLS[name]
-    found = gpu_offline.kernels(gpu_offline.compile_for(chip, calls.gradient(call), *args))
+    found = compiler.kernels(compiler.compile_for(chip, calls.gradient(call), *args))
     assert found == KERNELS[name[:5]]["gradient"]
 
 
-@pytest.mark.parametrize("name", [_param(name) for name in STEPS])
-def test_a_single_step_compiles_and_updates_a_donated_state_in_place(gpu_chip, name):
+@pytest.mark.parametrize("op", OPS)
+def test_a_single_step_compiles_and_updates_a_donated_state_in_place(gpu_chip, op):
+    _assert_step_is_in_place(gpu_chip, op)
+
+
+@pytest.mark.parametrize("name", [_param(name) for name in STEPS if name not in KERNELS])
+def test_a_single_step_is_in_place_with_every_option(name):
+    _assert_step_is_in_place("sm_90", name)
+
+
+def _assert_step_is_in_place(chip, name):
     """But for h of the sLSTM: programs of other cells still read the old one."""
     call, args = STEPS[name]
     number = 5 if name.startswith("mlstm") else 3
-    compiled = gpu_offline.compile_for(gpu_chip, call, *args, donate=number)
-    assert gpu_offline.kernels(compiled) == KERNELS[name[:5]]["decode"]
+    compiled = compiler.compile_for(chip, call, *args, donate=number)
+    assert compiler.kernels(compiled) == KERNELS[name[:5]]["decode"]
     largest = max(args[number], key=lambda leaf: leaf.size)
     assert compiled.memory_analysis().alias_size_in_bytes >= largest.size * 4
     sizes = ",".join(map(str, largest.shape))
@@ -138,16 +148,16 @@ def test_a_single_step_compiles_and_updates_a_donated_state_in_place(gpu_chip, n
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_on_a_mesh_no_device_talks_to_another(op):
+def test_on_a_mesh_no_device_communicates(op):
     """But for the sum of the recurrent weights' gradient over the batch, as for any weights."""
-    mesh = tpu_offline.mesh_of(gpu_offline.devices("sm_90", 4), tensor=2)
+    mesh = compiler.mesh_of(compiler.devices("sm_90", 4), tensor=2)
     call, args = CALLS[op]
     kwargs = dict(mesh=mesh, shardings=calls.shardings(mesh, op, args))
-    forward = gpu_offline.compile_for("sm_90", call, *args, **kwargs)
-    assert gpu_offline.kernels(forward) == KERNELS[op]["forward"]
+    forward = compiler.compile_for("sm_90", call, *args, **kwargs)
+    assert compiler.kernels(forward) == KERNELS[op]["forward"]
     assert not re.findall(calls.COLLECTIVES, forward.as_text())
     # The cotangents come from a loss that is local, too: none of it is summed over devices.
-    backward = gpu_offline.compile_for("sm_90", calls.pulled(call), *args, **kwargs).as_text()
+    backward = compiler.compile_for("sm_90", calls.pulled(call), *args, **kwargs).as_text()
     found = set(re.findall(calls.COLLECTIVES, backward))
     assert found <= ({"all-reduce"} if op == "slstm" else set())
 
@@ -156,15 +166,15 @@ def test_on_a_mesh_no_device_talks_to_another(op):
 def test_a_mapped_axis_compiles(op):
     call, args = CALLS[op]
     mapped = jax.tree.map(lambda x: calls.shape(2, *x.shape, dtype=x.dtype), args)
-    found = gpu_offline.compile_for("sm_90", jax.vmap(calls.gradient(call)), *mapped)
-    assert gpu_offline.kernels(found) == KERNELS[op]["gradient"]
+    found = compiler.compile_for("sm_90", jax.vmap(calls.gradient(call)), *mapped)
+    assert compiler.kernels(found) == KERNELS[op]["gradient"]
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_on_a_gpu_the_kernels_are_taken_unasked(op):
+def test_on_a_gpu_the_kernels_are_used_by_default(op):
     sizes = {"mlstm": (512, 256, 512), "slstm": (256, 256)}[op]
     call, args = getattr(calls, op)(*sizes, implementation="auto")
-    found = gpu_offline.kernels(gpu_offline.compile_for("sm_90", call, *args))
+    found = compiler.kernels(compiler.compile_for("sm_90", call, *args))
     assert found == KERNELS[op]["forward"]
 
 
@@ -173,13 +183,13 @@ def test_a_gpu_has_no_kernel_for_float16(op):
     sizes = {"mlstm": (512, 256, 512), "slstm": (256, 256)}[op]
     call, args = getattr(calls, op)(*sizes, jnp.float16, **TRITON)
     with pytest.raises(NotImplementedError, match="float16 overflows"):
-        gpu_offline.launches_for("sm_90", call, *args)
+        resources.launches_for("sm_90", call, *args)
 
 
 def test_a_chunk_that_is_no_multiple_of_a_tile_is_refused_with_one_that_is():
     call, args = calls.mlstm(512, 256, 512, chunk_size=100, **TRITON)
     with pytest.raises(NotImplementedError, match="chunk_size=100 is not a multiple of 64.*128"):
-        gpu_offline.launches_for("sm_90", call, *args)
+        resources.launches_for("sm_90", call, *args)
 
 
 @pytest.mark.parametrize("op", OPS)

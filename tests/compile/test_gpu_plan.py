@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from experiments.benchmarks import gpu_offline
+from pallas_kernels.aot import compiler
 from xlstm_jax.cli.options import with_preset
 from xlstm_jax.plan import find_target, plan
 from xlstm_jax.plan.collectives import collectives
@@ -30,7 +30,7 @@ def test_the_7b_run_of_the_paper_fits_its_gpus():
 def test_the_triton_kernels_are_inside_and_weights_travel_in_bfloat16():
     compiled = compile_step(paper(8, MeshConfig(fsdp=8)), find_target("h100:1x8"))
     names = {f"mlstm_{x}" for x in ("states", "h", "dstates", "dq", "dk", "dv")}
-    assert gpu_offline.kernels(compiled.program) == names
+    assert compiler.kernels(compiled.program) == names
     large = [c for c in collectives(Program(str(compiled.program.as_text()))) if c.payload > 2**20]
     assert {c.dtype for c in large if c.kind == "all-gather"} == {"bf16"}
     scattered = [c for c in large if c.kind == "reduce-scatter"]

@@ -4,23 +4,24 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import tpu_offline, tpu_tiles
-from pallas_kernels import tiles
-from pallas_kernels.tiles import Tile
+from experiments.benchmarks import tpu_tiles
+from pallas_kernels.aot import compiler
+from pallas_kernels.mlstm import tpu_tiles as tiles
+from pallas_kernels.mlstm.tpu_tiles import Tile
 from tests.compile import calls
 
 
 def test_a_head_wider_than_vmem_is_refused_before_lowering_with_a_width_that_fits():
     call, args = calls.mlstm(256, 4096, 4096)
     with pytest.raises(NotImplementedError, match=r"K=4096.*MiB.*v5e has 128 MiB.*fits"):
-        tpu_offline.compile_for("v5e", call, *args)
+        compiler.compile_for("v5e", call, *args)
 
 
 def test_an_overflow_while_compiling_names_the_tile_and_one_that_fits(monkeypatch):
-    monkeypatch.setattr(tiles, "mlstm_vmem_limit", lambda *args: 1 << 20)
+    monkeypatch.setattr(tiles, "vmem_limit", lambda *args: 1 << 20)
     fn, shapes, _ = tpu_tiles.calls(Tile(512, 128, 1), 256, 512)["mlstm_backward"]
     with pytest.raises(jax.errors.JaxRuntimeError, match="chunk_size=256"):
-        tpu_offline.compile_for("v5e", fn, *shapes)
+        compiler.compile_for("v5e", fn, *shapes)
 
 
 @pytest.mark.parametrize("name", ["mlstm_forward", "mlstm_backward"])
@@ -28,11 +29,11 @@ def test_an_overflow_while_compiling_names_the_tile_and_one_that_fits(monkeypatc
 @pytest.mark.parametrize("K,V", [(256, 512), pytest.param(1024, 1024, marks=pytest.mark.slow)])
 def test_what_the_estimate_allows_compiles_within_it(monkeypatch, chip, K, V, dtype, name):
     """At the tile that the table or the rule gives, with no byte more than was estimated."""
-    monkeypatch.setattr(tiles, "mlstm_vmem_limit", tiles.mlstm_vmem_bytes)
-    refusal = tiles.mlstm_refusal(K, V, dtype, chip=chip)
+    monkeypatch.setattr(tiles, "vmem_limit", tiles.vmem_bytes)
+    refusal = tiles.refusal(K, V, dtype, chip=chip)
     if refusal is not None:
         assert (chip, K) == ("v4", 1024)
         return
-    tile = tiles.mlstm(K, V, dtype, 8192, None, chip)
+    tile = tiles.choose(K, V, dtype, 8192, None, chip)
     fn, shapes, _ = tpu_tiles.calls(tile, K, V, dtype)[name]
-    assert tpu_offline.kernels(tpu_offline.compile_for(chip, fn, *shapes)) == {name}
+    assert compiler.kernels(compiler.compile_for(chip, fn, *shapes)) == {name}

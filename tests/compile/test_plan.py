@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from experiments.benchmarks import tpu_offline
+from pallas_kernels.aot import compiler
 from xlstm_jax.cli.options import with_preset
 from xlstm_jax.flops import count_params
 from xlstm_jax.plan import find_target, plan
@@ -54,7 +54,7 @@ def program(compiled):
 
 
 def test_the_kernels_are_inside(compiled):
-    assert tpu_offline.kernels(compiled) == {"mlstm_forward", "mlstm_backward"}
+    assert compiler.kernels(compiled) == {"mlstm_forward", "mlstm_backward"}
 
 
 def test_parameters_travel_in_the_dtype_of_activations(program):

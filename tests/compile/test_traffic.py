@@ -5,8 +5,8 @@ import re
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import tpu_offline
-from pallas_kernels import tiles
+from pallas_kernels.aot import compiler
+from pallas_kernels.mlstm import tpu_tiles as tiles
 from tests.compile import calls
 from tests.compile.calls import B, H
 
@@ -24,7 +24,7 @@ def _results(text: str, kernel: str) -> list[tuple[str, tuple[int, ...]]]:
 
 def test_without_a_gradient_the_forward_pass_writes_h_and_the_final_state_only():
     call, args = calls.mlstm(T, K, V)
-    text = tpu_offline.compile_for("v5e", call, *args).as_text()
+    text = compiler.compile_for("v5e", call, *args).as_text()
     assert _results(text, "mlstm_forward") == [
         ("bf16", (B, T, H * V)),
         ("f32", (B, H, K, V)),
@@ -35,8 +35,8 @@ def test_without_a_gradient_the_forward_pass_writes_h_and_the_final_state_only()
 def test_for_a_gradient_it_writes_the_normaliser_and_one_state_per_chunk_as_well():
     """m comes from the gates alone and is no part of the kernel's."""
     call, args = calls.mlstm(T, K, V)
-    text = tpu_offline.compile_for("v5e", calls.gradient(call), *args).as_text()
-    N = T // tiles.mlstm(K, V, jnp.dtype("bfloat16"), T, None, "v5e").chunk
+    text = compiler.compile_for("v5e", calls.gradient(call), *args).as_text()
+    N = T // tiles.choose(K, V, jnp.dtype("bfloat16"), T, None, "v5e").chunk
     assert _results(text, "mlstm_forward") == [
         ("bf16", (B, T, H * V)),
         ("f32", (B, H, K, V)),
@@ -66,21 +66,21 @@ def test_aligned_sizes_are_not_copied(part):
     """Neither queries, keys, values and h, nor the memory, in values and in cotangents."""
     call, args = calls.mlstm(T, K, V)
     fn = call if part == "forward" else calls.pulled(call)
-    text = tpu_offline.compile_for("v5e", fn, *args).as_text()
+    text = compiler.compile_for("v5e", fn, *args).as_text()
     assert not _copies(text, least=B * T * H * K * 2)
 
 
 def test_widths_that_are_no_multiple_of_a_tile_are_filled_up():
     """So the test above can see what it looks for."""
     call, args = calls.mlstm(T, K - 8, V)
-    text = tpu_offline.compile_for("v5e", call, *args).as_text()
+    text = compiler.compile_for("v5e", call, *args).as_text()
     assert any(found.startswith("pad") for found in _copies(text, least=B * T * H * K * 2))
 
 
 def test_the_cost_given_to_the_compiler_is_that_of_the_formulas():
     call, args = calls.mlstm(T, K, V)
-    compiled = tpu_offline.compile_for("v5e", call, *args)
-    tile = tiles.mlstm(K, V, jnp.dtype("bfloat16"), T, None, "v5e")
+    compiled = compiler.compile_for("v5e", call, *args)
+    tile = tiles.choose(K, V, jnp.dtype("bfloat16"), T, None, "v5e")
     square = (1 + tile.strip / tile.chunk) / 2 * tile.chunk
     expected = B * T * H * (4 * K * V + 2 * square * (K + V))
     assert compiled.cost_analysis()["flops"] == pytest.approx(expected, rel=0.02)

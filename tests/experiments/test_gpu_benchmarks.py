@@ -6,11 +6,11 @@ import zlib
 import jax
 import pytest
 
-from experiments.benchmarks import gpu_offline, gpu_resources
-from experiments.benchmarks.gpu_offline import Resources
+from experiments.benchmarks import gpu_resources
 from experiments.benchmarks.gpu_resources import Arguments
-from pallas_kernels import gpu
-from xlstm_jax.plan import gpus
+from pallas_kernels.aot import compiler, resources, topologies
+from pallas_kernels.aot.resources import Resources
+from pallas_kernels.hardware import GPUS
 
 MESSAGE = zlib.compress(b'\n\x07 "kernel"\x00\x01"\x0dmlstm_forward')
 KERNEL = Resources("mlstm_h", 128, 0, 65536, 256, 8.8, "wgmma", 8, 2, (64, 1), {"L": 128})
@@ -34,13 +34,9 @@ def _hexadecimal(data: bytes) -> str:
 )
 def test_the_name_of_a_call_is_read_off_the_program(target, config):
     """As jax-triton 0.3 and 0.4 write it down."""
-
-    class Compiled:
-        def as_text(self):
-            line = f'%x = f32[] custom-call(%y), custom_call_target="{target}", metadata={{}}'
-            return f"HloModule\n  {line}, backend_config={config}\n"
-
-    assert gpu_offline.kernels(Compiled()) == {"mlstm_forward"}
+    line = f'%x = f32[] custom-call(%y), custom_call_target="{target}", metadata={{}}'
+    text = f"HloModule\n  {line}, backend_config={config}\n"
+    assert compiler.kernel_names(text) == {"mlstm_forward"}
 
 
 def test_kernels_are_found_in_functions_within_functions():
@@ -52,24 +48,20 @@ def test_kernels_are_found_in_functions_within_functions():
         return jax.lax.cond(x[0] > 0, inner, lambda x: x, primitive.bind(x))
 
     jaxpr = jax.make_jaxpr(fn)(jax.ShapeDtypeStruct((3,), "float32")).jaxpr
-    assert len(list(gpu_offline._calls(jaxpr))) == 2
+    assert len(list(resources._calls(jaxpr))) == 2
 
 
-@pytest.mark.parametrize("chip", gpu.CHIPS)
-def test_a_chip_is_described_by_one_of_its_devices(chip):
-    device = gpus.DEVICES[gpu_offline.DEVICES[chip]]
-    assert device.capability == gpu.CHIPS[chip].capability
-    assert (device.shared_kib - 1) << 10 == gpu.CHIPS[chip].shared_bytes
-    text = gpus.target_config(gpu_offline.DEVICES[chip])
-    assert f"shared_memory_per_block_optin: {gpu.CHIPS[chip].shared_bytes} " in text
-    assert re.search(
-        rf"{{ major: {device.capability // 10} minor: {device.capability % 10} }}", text
-    )
+@pytest.mark.parametrize("name", GPUS)
+def test_a_gpu_is_described_to_its_compiler(name):
+    gpu, text = GPUS[name], topologies.target_config(name)
+    assert f"shared_memory_per_block_optin: {gpu.shared_bytes} " in text
+    assert f"memory_bandwidth: {gpu.hbm_bandwidth:.0f} " in text
+    assert re.search(rf"{{ major: {gpu.capability // 10} minor: {gpu.capability % 10} }}", text)
     assert text.count("{") == text.count("}")
 
 
 def test_a_kernel_that_fits_has_nothing_against_it():
-    assert gpu_resources.complaints("sm_90", KERNEL) == []
+    assert resources.complaints("sm_90", KERNEL) == []
 
 
 @pytest.mark.parametrize(
@@ -82,7 +74,7 @@ def test_a_kernel_that_fits_has_nothing_against_it():
     ],
 )
 def test_what_does_not_fit_is_named(change, words):
-    (found,) = gpu_resources.complaints("sm_80", KERNEL._replace(**change))
+    (found,) = resources.complaints("sm_80", KERNEL._replace(**change))
     assert found == f"mlstm_h on sm_80: {words}"
 
 

@@ -1,4 +1,4 @@
-"""Calls of the mLSTM's kernels, the truth about them, and how kernels are interpreted here."""
+"""Calls of the mLSTM's kernels, the reference, and how kernels are interpreted here."""
 
 import functools
 from typing import Any, NamedTuple
@@ -9,12 +9,11 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import common
-from pallas_kernels.mlstm import vjp
+from pallas_kernels.mlstm import api
 from pallas_kernels.mlstm.options import Kernels
 from tests import quick
 from tests.ops.tolerances import TABLE, assert_close, assert_gradients_close
 from xlstm_jax import cells
-from xlstm_jax.cells.time import scan_time
 
 LANES = 8
 LEAVES = ("C", "n", "m")
@@ -101,7 +100,7 @@ STRICT = {
 
 def run(kernels: Kernels, case: Case, **options):
     """h and the last state of a case."""
-    return vjp.mlstm(kernels, *case[:6], reset=case.reset, mask=case.mask, **options)
+    return api.mlstm(kernels, *case[:6], reset=case.reset, mask=case.mask, **options)
 
 
 def interpret(
@@ -126,7 +125,7 @@ def cut(kernels: Kernels, tile) -> Kernels:
 
 @functools.cache
 def _by(kernels: Kernels):
-    return functools.partial(vjp.mlstm, kernels)
+    return functools.partial(api.mlstm, kernels)
 
 
 def evaluate(function, case: Case) -> dict[str, jax.Array]:
@@ -150,12 +149,12 @@ def _wide(results):
     return jax.tree.map(lambda a: np.asarray(a, np.float64), results)
 
 
-# The truth
+# The reference
 
 
-def truth(case: Case, function=None, **options) -> dict[str, np.ndarray]:
-    """By the cell, or by a function of the same arguments, in float64."""
-    compiled = _compiled(function or _by_the_cell, tuple(sorted(options.items())))
+def truth(case: Case, **options) -> dict[str, np.ndarray]:
+    """By the cell, in float64."""
+    compiled = _compiled(_by_the_cell, tuple(sorted(options.items())))
     with jax.enable_x64(True):
         wide = lambda a: jnp.asarray(a, bool if a.dtype == bool else "float64")  # noqa: E731
         return _wide(compiled(jax.tree.map(wide, case)))
@@ -164,23 +163,6 @@ def truth(case: Case, function=None, **options) -> dict[str, np.ndarray]:
 def _by_the_cell(q, k, v, i, f, state, *, reset, mask, **options):
     state = cells.MLSTMState(*state)
     h, state = cells.mlstm_scan(q, k, v, i, f, state, reset=reset, mask=mask, **options)
-    return h, tuple(state)
-
-
-def constant_normaliser(q, k, v, i, f, state, *, reset, mask, eps=1e-6):
-    """The recurrence; h is what is read over the true size of the normaliser, held constant."""
-
-    def step(state, x):
-        state, _ = cells.mlstm_step(state, *x)
-        q, m = x[0] * x[0].shape[-1] ** -0.5, state.m
-        found = jnp.einsum("BHK,BHKV->BHV", q, state.C)
-        norm = jnp.maximum(jnp.abs(jnp.sum(q * state.n, axis=-1)), jnp.exp(-m)) + eps
-        # Over e^m both change with m; it is their true sizes of which one is constant.
-        scale = jnp.exp(m - jax.lax.stop_gradient(m)) / jax.lax.stop_gradient(norm)
-        return state, found * scale[..., None]
-
-    inputs = (q, k, v, i, f)
-    h, state = scan_time(step, cells.MLSTMState(*state), inputs, reset=reset, mask=mask)
     return h, tuple(state)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import common, gpu
+from pallas_kernels.hardware import ARCHITECTURES
 
 WAY_OUT = "install the pair that belongs to this jax: `pip install xlstm-jax[gpu]`"
 PAIRS = {"0.10": ("0.10.2", "0.3.1"), "0.11": ("0.11.0", "0.4.0")}
@@ -86,9 +87,9 @@ def test_without_a_gpu_there_is_no_current_chip_unless_one_is_compiled_for():
 
 def test_chips_are_in_the_order_of_their_capabilities():
     """The current one is the last that is not newer."""
-    capabilities = [chip.capability for chip in gpu.CHIPS.values()]
+    capabilities = [chip.capability for chip in ARCHITECTURES.values()]
     assert capabilities == sorted(capabilities)
-    assert [f"sm_{capability}" for capability in capabilities] == list(gpu.CHIPS)
+    assert [f"sm_{capability}" for capability in capabilities] == list(ARCHITECTURES)
     assert capabilities[0] == gpu.OLDEST
 
 

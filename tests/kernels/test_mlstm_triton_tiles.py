@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import common, gpu
+from pallas_kernels.hardware import ARCHITECTURES
 from pallas_kernels.mlstm import triton_tiles
 from pallas_kernels.mlstm.triton_tiles import Tile
 
@@ -16,7 +17,7 @@ CHUNKS = (None, 64, 128, 192, 256, 512)
 LEAST = 16
 """Rows and columns that every product of blocks must have on a GPU."""
 
-every_chip = pytest.mark.parametrize("chip", gpu.CHIPS)
+every_chip = pytest.mark.parametrize("chip", ARCHITECTURES)
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -41,8 +42,8 @@ def assert_whole(tile: Tile, K: int, V: int, least=LEAST):
 def test_blocks_divide_every_call(chip, dtype):
     with common.compiled_for(chip):
         for K, V in itertools.product(SIZES, SIZES):
-            widths = [triton_tiles.width(size, common.LANES) for size in (K, V)]
-            assert_whole(triton_tiles.mlstm(K, V, dtype, 1000, None), *widths)
+            widths = [gpu.width(size, common.LANES) for size in (K, V)]
+            assert_whole(triton_tiles.choose(K, V, dtype, 1000, None), *widths)
 
 
 @every_chip
@@ -52,9 +53,9 @@ def test_a_chunk_is_the_one_asked_for_unless_the_sequence_is_shorter(chip, dtype
     longest = common.round_up(T, triton_tiles.ROWS)
     with common.compiled_for(chip):
         for chunk_size in CHUNKS:
-            tile = triton_tiles.mlstm(128, 256, dtype, T, chunk_size)
+            tile = triton_tiles.choose(128, 256, dtype, T, chunk_size)
             assert_whole(tile, 128, 256)
-            default = triton_tiles.mlstm(128, 256, dtype, 4096, None).chunk
+            default = triton_tiles.choose(128, 256, dtype, 4096, None).chunk
             assert tile.chunk == min(chunk_size or default, longest)
 
 
@@ -62,7 +63,7 @@ def test_a_chunk_is_the_one_asked_for_unless_the_sequence_is_shorter(chip, dtype
 def test_wide_heads_have_the_longer_chunk(chip):
     with common.compiled_for(chip):
         chunks = [
-            triton_tiles.mlstm(K, 2 * K, jnp.dtype("bfloat16"), 4096, None).chunk
+            triton_tiles.choose(K, 2 * K, jnp.dtype("bfloat16"), 4096, None).chunk
             for K in (64, 128, 256, 512)
         ]
     assert chunks == [128, 128, 256, 256]
@@ -72,23 +73,23 @@ def test_wide_heads_have_the_longer_chunk(chip):
 def test_blocks_of_interpreted_calls_divide_them_too(lanes):
     for K, V, T in itertools.product((1, 6, 20, 64, 96), (10, 16, 128), (1, 9, 100)):
         with common.interpreted(lanes=lanes):
-            tile = triton_tiles.mlstm(K, V, DTYPES[0], T, None)
-        widths = [triton_tiles.width(size, lanes) for size in (K, V)]
+            tile = triton_tiles.choose(K, V, DTYPES[0], T, None)
+        widths = [gpu.width(size, lanes) for size in (K, V)]
         assert_whole(tile, *widths, least=min(lanes, LEAST))
 
 
 @pytest.mark.parametrize("size", range(1, 300, 7))
-def test_a_width_is_filled_up_to_the_least_one_that_blocks_divide(size):
+def test_a_width_is_padded_to_the_least_one_that_blocks_divide(size):
     """Powers of two up to 64, then multiples of 64."""
-    width = triton_tiles.width(size, common.LANES)
+    width = gpu.width(size, common.LANES)
     allowed = [16, 32, 64, *range(128, 512, 64)]
     assert width == min(w for w in allowed if w >= size)
-    assert triton_tiles.width(width, common.LANES) == width
+    assert gpu.width(width, common.LANES) == width
 
 
 @pytest.mark.parametrize("lanes,least", [(4, 4), (8, 8), (16, 16), (128, 16)])
 def test_interpreted_widths_may_be_smaller(lanes, least):
-    assert triton_tiles.width(1, lanes) == least
+    assert gpu.width(1, lanes) == least
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_what_has_no_tile_is_refused_with_what_has_one(dtype, chunk_size, senten
     dtype = jnp.dtype(dtype)
     assert triton_tiles.refusal(64, 64, dtype, chunk_size) == sentence
     with common.compiled_for("sm_80"), pytest.raises(ValueError) as error:
-        triton_tiles.mlstm(64, 64, dtype, 256, chunk_size)
+        triton_tiles.choose(64, 64, dtype, 256, chunk_size)
     assert str(error.value) == f"mlstm: {sentence}."
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import common, gpu
+from pallas_kernels.hardware import ARCHITECTURES
 from pallas_kernels.slstm import triton_tiles
 from pallas_kernels.slstm.triton_tiles import Tile
 
@@ -13,9 +14,9 @@ DTYPES = [jnp.dtype("float32"), jnp.dtype("bfloat16")]
 LANES = (4, 8, 16, 32, 64, 128)
 LEAST = 16
 """Rows and columns that every product of blocks must have on a GPU."""
-WIDTHS = sorted({triton_tiles.width(size, common.LANES) for size in range(16, 1025, 16)})
+WIDTHS = sorted({gpu.width(size, common.LANES) for size in range(16, 1025, 16)})
 
-every_chip = pytest.mark.parametrize("chip", gpu.CHIPS)
+every_chip = pytest.mark.parametrize("chip", ARCHITECTURES)
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 both_directions = pytest.mark.parametrize("direction", ["forward", "backward"])
 
@@ -55,7 +56,7 @@ def test_weights_are_kept_only_where_they_fit(chip, dtype, direction):
     """Four gates of every cell that is computed with what is kept."""
     for K, tile in all_tiles(chip, dtype, direction).items():
         cells = K if tile.resident else tile.kept
-        assert 4 * K * cells * dtype.itemsize <= gpu.CHIPS[chip].shared_bytes, (K, tile)
+        assert 4 * K * cells * dtype.itemsize <= ARCHITECTURES[chip].shared_bytes, (K, tile)
 
 
 @every_chip
@@ -106,16 +107,16 @@ def test_narrow_heads_are_interpreted_by_one_kernel_and_wide_ones_by_the_other(d
 def interpreted_tiles(lanes: int, dtype, direction: str) -> dict[int, Tile]:
     sizes = (1, 5, 8, 12, 16, 20, 40, 64, 65, 96, 192, 512)
     with common.interpreted(lanes=lanes):
-        widths = [triton_tiles.width(size, lanes) for size in sizes]
+        widths = [gpu.width(size, lanes) for size in sizes]
         return {K: getattr(triton_tiles, direction)(K, dtype) for K in widths}
 
 
 @pytest.mark.parametrize("lanes", LANES)
-def test_a_width_is_filled_up_to_the_least_one_that_blocks_divide(lanes):
+def test_a_width_is_padded_to_the_least_one_that_blocks_divide(lanes):
     """Powers of two up to 64, then multiples of 64."""
     least = min(lanes, LEAST)
     allowed = [w for w in (4, 8, 16, 32, 64) if w >= least] + [*range(128, 1088, 64)]
     for size in range(1, 1025):
-        width = triton_tiles.width(size, lanes)
+        width = gpu.width(size, lanes)
         assert width == min(w for w in allowed if w >= size)
-        assert triton_tiles.width(width, lanes) == width
+        assert gpu.width(width, lanes) == width

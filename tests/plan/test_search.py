@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 
+from pallas_kernels.hardware import GPUS, TPUS
 from xlstm_jax.cli.options import with_preset
 from xlstm_jax.config import ConfigError
 from xlstm_jax.flops import count_params
 from xlstm_jax.modules import LargeConfig, LMConfig
 from xlstm_jax.plan import Target, find_target, search
 from xlstm_jax.plan.activations import kept_for_backward, kept_per_row
-from xlstm_jax.plan.chips import GPUS, TPUS
 from xlstm_jax.plan.formula import estimate
 from xlstm_jax.plan.report import plan
 from xlstm_jax.sharding import MeshConfig
@@ -29,9 +29,9 @@ def config(mesh=ALONE, batch_size=8, seq_len=256, **model):
     return dataclasses.replace(cfg, model=dataclasses.replace(SMALL, **model), data=data, mesh=mesh)
 
 
-def target(count=8, memory=2**30, kind="h100", near=8):
+def target(count=8, memory=2**30, kind="H100", near=8):
     """Chips that no compiler here knows."""
-    chip = (GPUS | TPUS)[kind]._replace(memory=memory)
+    chip = (GPUS if kind in GPUS else TPUS)[kind]._replace(hbm_bytes=memory)
     return Target(f"{kind}:test", chip, (), count, count, near, "for the test")
 
 
@@ -116,10 +116,10 @@ def test_all_chips_of_a_slice_add_up_whole_gradients():
 def test_exchanges_between_hosts_take_the_slower_network():
     near = estimate(config(MeshConfig(fsdp=8)), target(8), sizes(fsdp=8))
     far = estimate(config(MeshConfig(fsdp=8)), target(8, near=4), sizes(fsdp=8))
-    chip = GPUS["h100"]
+    chip = GPUS["H100"]
     assert far.sent == near.sent
     assert far.network_seconds / near.network_seconds == pytest.approx(
-        chip.near_rate / chip.far_rate
+        chip.intra_bandwidth / chip.inter_bandwidth
     )
 
 

@@ -1,22 +1,29 @@
 """Hardware by its name; what is compiled for it is tested where its compilers are installed."""
 
+import os
+
 import pytest
 
+from pallas_kernels.hardware import GPUS, TPUS
 from xlstm_jax.config import ConfigError
 from xlstm_jax.plan import find_target
-from xlstm_jax.plan.chips import GPUS, TPUS
+from xlstm_jax.plan.topology import CLUSTERS
 
 
 @pytest.mark.parametrize(
-    "name", ["v5e", "v5e:16", "v5e:0x4", "v9:2x2", "h100:2x2x2", "h100:8", "rtx:1x1"]
+    "name", ["v5e", "v5e:16", "v5e:0x4", "v9:2x2", "h100:2x2x2", "h100:8", "rtx:1x1", "l4:1x1"]
 )
 def test_hardware_that_cannot_be_is_refused(name):
     with pytest.raises(ConfigError, match="must be a kind of chip and a shape, such as v5e:16x16"):
         find_target(name)
 
 
-def test_chips_have_the_figures_of_their_data_sheets():
-    for chip in (*TPUS.values(), *GPUS.values()):
-        assert 1e14 < chip.flops < 3e15 and 1e10 < chip.memory < 3e11
-        assert chip.far_rate < chip.near_rate < chip.memory_rate < chip.flops
-    assert set(GPUS) == {"a100", "h100", "h200", "b200"}
+def test_a_target_has_the_chip_of_its_name_and_leaves_the_environment_alone():
+    before = dict(os.environ)
+    target = find_target("v7x:2x2x1", slices=2)
+    assert (target.num_chips, target.num_devices, target.near) == (8, 16, 8)
+    assert target.chip.flops == TPUS["v7x"].flops / 2
+    gpus = find_target("h100:4x8")
+    assert gpus.chip == GPUS["H100"] and (gpus.num_devices, gpus.near) == (32, 8)
+    assert dict(os.environ) == before
+    assert set(CLUSTERS) == {"a100", "h100", "h200", "b200"}

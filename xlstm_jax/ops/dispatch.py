@@ -83,10 +83,10 @@ def platform() -> str:
 
     That inputs were put elsewhere is not known while tracing.
     """
-    from pallas_kernels import common, gpu
+    from pallas_kernels import common, hardware
 
     if common.target() is not None:
-        return "gpu" if common.target() in gpu.CHIPS else "tpu"
+        return "gpu" if common.target() in hardware.ARCHITECTURES else "tpu"
     device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if device is None:
         return jax.default_backend()

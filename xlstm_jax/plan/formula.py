@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.hardware import Gpu, Tpu
 from xlstm_jax.flops import count_params
 from xlstm_jax.modules import LMConfig, param_shapes
 from xlstm_jax.plan.topology import Target
@@ -65,7 +66,8 @@ def _exchanges(cfg: ExperimentConfig, target: Target, sizes: dict[str, int]):
     tables = cfg.model.vocab_size * cfg.model.dim * (1 if cfg.model.tie_embeddings else 2)
     blocks = count_params(cfg.model) - tables
     micro = cfg.train.accumulation
-    gathered = (GATHERS["gpu" if target.chip.device else "tpu"] * blocks + tables) * width * micro
+    times = GATHERS["gpu" if isinstance(target.chip, Gpu) else "tpu"]
+    gathered = (times * blocks + tables) * width * micro
     # The gradients of both tables are added up in float32, once.
     summed = blocks * width * micro + tables * 4
     if fsdp > 1:
@@ -96,7 +98,7 @@ def _ring(count: int) -> float:
 def _is_whole_slice(target: Target, fsdp: int) -> bool:
     """libtpu adds up in every chip what all chips of a slice are to share: twice the bytes. With 16
     or fewer it passes parts around while it multiplies."""
-    return target.chip.device == "" and fsdp == target.near > 16
+    return isinstance(target.chip, Tpu) and fsdp == target.near > 16
 
 
 def _rate(target: Target, sizes: dict[str, int], axes: tuple[str, ...]) -> float:
@@ -105,7 +107,7 @@ def _rate(target: Target, sizes: dict[str, int], axes: tuple[str, ...]) -> float
     reach = 1
     for name in reversed(names[min(names.index(axis) for axis in axes) :]):
         reach *= sizes[name]
-    return target.chip.near_rate if reach <= target.near else target.chip.far_rate
+    return target.chip.intra_bandwidth if reach <= target.near else target.chip.inter_bandwidth
 
 
 def _products_per_block(cfg: LMConfig) -> float:

@@ -96,7 +96,7 @@ def plan(cfg: ExperimentConfig, target: Target) -> Plan:
         collectives=_by_kind(exchanges),
         seconds={
             "compute": compute_seconds(cfg, target),
-            "memory": memory_traffic(program) / target.chip.memory_rate,
+            "memory": memory_traffic(program) / target.chip.hbm_bandwidth,
             "network": _network_seconds(exchanges, compiled, target),
         },
         compile_seconds=seconds,
@@ -141,7 +141,7 @@ def _facts(cfg: ExperimentConfig, target: Target, sizes: dict[str, int]) -> dict
         "num_params": count_params(cfg.model),
         "tokens_per_step": cfg.data.batch_size * cfg.data.seq_len,
         "flops": cfg.data.batch_size * train_flops(cfg.model, cfg.data.seq_len),
-        "memory_bytes": target.chip.memory,
+        "memory_bytes": target.chip.hbm_bytes,
     }
 
 
@@ -173,6 +173,6 @@ def _network_seconds(exchanges: list[Collective], compiled: Compiled, target: Ta
     total = 0.0
     for one in exchanges:
         is_near = len({device // target.near for device in one.group}) == 1
-        rate = target.chip.near_rate if is_near else target.chip.far_rate
+        rate = target.chip.intra_bandwidth if is_near else target.chip.inter_bandwidth
         total += one.times * one.sent / rate
     return total

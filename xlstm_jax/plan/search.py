@@ -58,7 +58,7 @@ def fit(
     """
     tried: list[tuple[Candidate, Plan]] = []
     for candidate in candidates(cfg, target):
-        if _least(candidate, tried) > target.chip.memory:
+        if _least(candidate, tried) > target.chip.hbm_bytes:
             continue
         found = plan(candidate.cfg, target)
         tell(candidate, found)
@@ -71,7 +71,7 @@ def fit(
     needs = "" if nearest is None else f"; the smallest needs {nearest / 2**30:.1f} GiB"
     raise ConfigError(
         f"topology={target.name!r} has no room for this run: of its meshes, {len(tried)} were "
-        f"compiled and none fits {target.chip.memory / 2**30:.1f} GiB a device{needs}; use more "
+        f"compiled and none fits {target.chip.hbm_bytes / 2**30:.1f} GiB a device{needs}; use more "
         "chips, a shorter data.seq_len or a smaller model."
     )
 
@@ -123,7 +123,7 @@ def _candidate(cfg, target, mesh, remat, rows, kept) -> Candidate | None:
     cut = cuts_of_batch(rules, sizes) * sizes["tensor"]
     each, copies = kept(remat)
     least += each * rows * shares // cut + copies // (sizes["fsdp"] * sizes["tensor"])
-    if least > target.chip.memory:
+    if least > target.chip.hbm_bytes:
         return None
     seconds = compute_seconds(changed, target) + found.network_seconds
     return Candidate(changed, sizes, rows, batch * cfg.data.seq_len / seconds, least)

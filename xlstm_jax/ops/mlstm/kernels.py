@@ -15,9 +15,9 @@ def tpu_refusal(call: Call) -> str | None:
     reason = dispatch.refuses_tpu_kernel(call)
     if reason is not None:
         return reason
-    from pallas_kernels import tiles
+    from pallas_kernels.mlstm import backends
 
-    return tiles.mlstm_refusal(call.K, call.V, call.dtype, call.chunk_size)
+    return backends.tpu().refusal(call.K, call.V, call.dtype, call.chunk_size)
 
 
 def triton_refusal(call: Call) -> str | None:
@@ -25,9 +25,9 @@ def triton_refusal(call: Call) -> str | None:
     reason = dispatch.refuses_triton_kernel(call)
     if reason is not None:
         return reason
-    from pallas_kernels.mlstm import triton_tiles
+    from pallas_kernels.mlstm import backends
 
-    return triton_tiles.refusal(call.K, call.V, call.dtype, call.chunk_size)
+    return backends.triton().refusal(call.K, call.V, call.dtype, call.chunk_size)
 
 
 def mlstm_tpu(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
@@ -48,11 +48,11 @@ def _mlstm(
     kernels, x: Inputs, state: MLSTMState, flags: Flags, options: Options
 ) -> tuple[Float[Array, "B T H V"], MLSTMState]:
     """The op `mlstm`. A donated state is updated in place where T = 1."""
-    from pallas_kernels.mlstm import vjp
+    from pallas_kernels.mlstm import api
 
     dtype = jnp.result_type(x.q, x.k, x.v)
     q, k, v = (a.astype(dtype) for a in x[:3])
     keywords = flags._asdict() | options._asdict()
     leaves = state.C, state.n, state.m
-    h, leaves = vjp.mlstm(kernels, q, k, v, x.i, x.f, leaves, **keywords)
+    h, leaves = api.mlstm(kernels, q, k, v, x.i, x.f, leaves, **keywords)
     return h.astype(x.v.dtype), MLSTMState(*leaves)

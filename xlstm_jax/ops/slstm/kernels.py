@@ -1,7 +1,5 @@
 """The op `slstm` by the kernels of TPUs and GPUs: what they refuse, and the call."""
 
-import functools
-
 from xlstm_jax.cells.slstm import SLSTMState
 from xlstm_jax.ops import dispatch, gated
 from xlstm_jax.ops.dispatch import Call
@@ -13,9 +11,9 @@ def tpu_refusal(call: Call) -> str | None:
     reason = dispatch.refuses_tpu_kernel(call)
     if reason is not None:
         return reason
-    from pallas_kernels import tiles
+    from pallas_kernels.slstm import backends
 
-    return tiles.slstm_refusal(call.K, call.dtype)
+    return backends.tpu().refusal(call.K, call.dtype)
 
 
 def triton_refusal(call: Call) -> str | None:
@@ -25,24 +23,24 @@ def triton_refusal(call: Call) -> str | None:
 
 def slstm_tpu(inputs: gated.Inputs, forget_gate: str):
     """By Pallas kernels; see `_slstm`."""
-    from pallas_kernels import tiles
-    from pallas_kernels.slstm import vjp
+    from pallas_kernels.slstm import backends
 
-    kernel = functools.partial(vjp.slstm, vmem_bytes=tiles.slstm_vmem_bytes())
-    return _slstm(kernel, inputs, forget_gate)
+    return _slstm(backends.tpu(), inputs, forget_gate)
 
 
 def slstm_triton(inputs: gated.Inputs, forget_gate: str):
     """By Triton kernels; see `_slstm`."""
-    from pallas_kernels.slstm import triton_vjp
+    from pallas_kernels.slstm import backends
 
-    return _slstm(triton_vjp.slstm, inputs, forget_gate)
+    return _slstm(backends.triton(), inputs, forget_gate)
 
 
 def _slstm(
-    kernel, inputs: gated.Inputs, forget_gate: str
+    kernels, inputs: gated.Inputs, forget_gate: str
 ) -> tuple[Float[Array, "B T H K"], SLSTMState]:
     """The op `slstm`. A donated state is updated in place where T = 1."""
+    from pallas_kernels.slstm import api
+
     x, r, b, state, (reset, mask) = inputs
-    h, leaves = kernel(x, r, b, tuple(state), reset, mask, forget_gate=forget_gate)
+    h, leaves = api.slstm(kernels, x, r, b, tuple(state), reset, mask, forget_gate=forget_gate)
     return h, SLSTMState(*leaves)

@@ -1,108 +1,72 @@
-"""Sizes of tiles by chip and head width: one table, one rule, and what fits a chip's memory.
+"""Tiles of the mLSTM's TPU kernels by chip and head width: a table, a rule, and what fits VMEM.
 
-The table is written by `experiments/benchmarks/tpu_tiles.py`, which compiles candidates for every
-chip without having one and ranks them by scheduled bundles and by traffic.
+The table, `tpu_tiles.json`, is written by `experiments/benchmarks/tpu_tiles.py`, which compiles
+candidates ahead of time for every chip and ranks them by scheduled bundles and by traffic.
 """
 
+import json
 import math
+import pathlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import common
-from pallas_kernels.slstm import sizes
-
-MIB = 1 << 20
-
-
-class Chip(NamedTuple):
-    """One TPU core, by public data sheets."""
-
-    device_kinds: tuple[str, ...]  # what jax may call it
-    vmem_bytes: int
-    matrix_unit: int  # side of one matrix unit
-    flops_per_second: float  # bfloat16
-    flops_per_bundle: int  # of all matrix units together; the quotient is the clock
-    hbm_bytes_per_second: float
-
-
-CHIPS = {
-    "v4": Chip(("TPU v4",), 16 * MIB, 128, 1.38e14, 131_072, 6.15e11),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 128 * MIB, 128, 1.97e14, 131_072, 8.2e11),
-    "v5p": Chip(("TPU v5", "TPU v5p"), 64 * MIB, 128, 2.30e14, 131_072, 1.23e12),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 128 * MIB, 256, 9.2e14, 524_288, 1.64e12),
-    "v7x": Chip(("TPU7x", "TPU7"), 64 * MIB, 256, 1.16e15, 524_288, 3.7e12),
-}
+from pallas_kernels.hardware import MIB, TPUS
+from pallas_kernels.tpu import SCOPED_BYTES, current_chip
 
 
 class Tile(NamedTuple):
-    """How an mLSTM kernel cuts a sequence."""
+    """How an mLSTM kernel splits a sequence."""
 
-    chunk: int  # positions between two known states
-    strip: int  # rows of a chunk worked on at once
+    chunk: int  # positions between two boundaries at which the state is known
+    strip: int  # positions of a chunk computed at once
     chunks_per_block: int  # chunks per step of the grid
 
 
-# (chip, K, V) -> the fastest of the candidates, for bfloat16.
-TABLE = {
-    ("v4", 128, 256): Tile(128, 128, 4),
-    ("v4", 256, 512): Tile(128, 128, 4),
-    ("v4", 512, 512): Tile(256, 128, 1),
-    ("v5e", 128, 256): Tile(256, 128, 4),
-    ("v5e", 256, 512): Tile(256, 128, 2),
-    ("v5e", 512, 512): Tile(256, 128, 2),
-    ("v5e", 1024, 1024): Tile(256, 128, 1),
-    ("v5p", 128, 256): Tile(256, 128, 4),
-    ("v5p", 256, 512): Tile(256, 128, 4),
-    ("v5p", 512, 512): Tile(128, 128, 4),
-    ("v5p", 1024, 1024): Tile(128, 128, 4),
-    ("v6e", 128, 256): Tile(256, 256, 2),
-    ("v6e", 256, 512): Tile(512, 256, 1),
-    ("v6e", 512, 512): Tile(512, 256, 1),
-    ("v6e", 1024, 1024): Tile(512, 256, 1),
-    ("v7x", 128, 256): Tile(256, 256, 2),
-    ("v7x", 256, 512): Tile(512, 256, 2),
-    ("v7x", 512, 512): Tile(256, 256, 2),
-    ("v7x", 1024, 1024): Tile(256, 256, 1),
-}
+TABLE_FILE = pathlib.Path(__file__).with_suffix(".json")
+
+
+def read_table(path: pathlib.Path = TABLE_FILE) -> dict[tuple[str, int, int], Tile]:
+    """(chip, K, V) -> the fastest of the candidates, for bfloat16."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        (row["chip"], row["K"], row["V"]): Tile(*(row[field] for field in Tile._fields))
+        for row in rows
+    }
+
+
+TABLE = read_table()
 DEFAULT = {128: Tile(256, 128, 2), 256: Tile(512, 256, 1)}
 """By the side of the matrix unit: for chips without a row."""
 
 
-def current_chip() -> str | None:
-    """The chip that what is traced now will run on, by its key in `CHIPS`; None: no TPU we know."""
-    if common.target() is not None:
-        return common.target()
-    kind = jax.devices()[0].device_kind
-    return next((name for name, chip in CHIPS.items() if kind in chip.device_kinds), None)
-
-
-def mlstm(
+def choose(
     K: int, V: int, dtype: jnp.dtype, T: int, chunk_size: int | None, chip: str | None = None
 ) -> Tile:
     """The tile of one call; `chip` None: the one at hand.
 
     Raises:
-        ValueError: `mlstm_refusal` has a reason.
+        ValueError: `refusal` has a reason.
     """
-    refusal = mlstm_refusal(K, V, dtype, chunk_size, chip)
-    if refusal is not None:
-        raise ValueError(f"mlstm: {refusal}.")
+    reason = refusal(K, V, dtype, chunk_size, chip)
+    if reason is not None:
+        raise ValueError(f"mlstm: {reason}.")
     lanes = common.lanes()
-    whole = common.round_up(T, lanes)
+    longest = common.round_up(T, lanes)
     if common.interpreter():
-        chunk = min(chunk_size or 2 * lanes, whole)
+        chunk = min(chunk_size or 2 * lanes, longest)
         return _blocks(Tile(chunk, lanes, 2), T)
     chip = chip or current_chip()
     tile = None if chip is None else _fitting(K, V, dtype, chunk_size, chip)
     assert tile is not None  # or else it was refused
-    if tile.chunk > whole:
-        tile = Tile(whole, _strip(whole, tile.strip), tile.chunks_per_block)
+    if tile.chunk > longest:
+        tile = Tile(longest, _strip(longest, tile.strip), tile.chunks_per_block)
     return _blocks(tile, T)
 
 
-def mlstm_refusal(
+def refusal(
     K: int, V: int, dtype: jnp.dtype, chunk_size: int | None = None, chip: str | None = None
 ) -> str | None:
     """Why no tile serves a call, with sizes that would be served; None: one does."""
@@ -117,7 +81,7 @@ def mlstm_refusal(
         return None
     chip = chip or current_chip()
     if chip is None:
-        kind, known = jax.devices()[0].device_kind, ", ".join(CHIPS)
+        kind, known = jax.devices()[0].device_kind, ", ".join(TPUS)
         return f"the memory of a {kind!r} is not known, only of {known}; name 'chunkwise'"
     if _fitting(K, V, dtype, chunk_size, chip) is not None:
         return None
@@ -125,9 +89,9 @@ def mlstm_refusal(
 
 
 def _too_wide(K, V, dtype, chunk_size, chip) -> str:
-    vmem = CHIPS[chip].vmem_bytes
+    vmem = TPUS[chip].vmem_bytes
     smallest = Tile(chunk_size or common.LANES, common.LANES, 1)
-    need = mlstm_vmem_bytes(smallest, K, V, dtype)
+    need = vmem_bytes(smallest, K, V, dtype)
     sentence = (
         f"heads of K={K}, V={V} need {need / MIB:.1f} MiB with chunks of {smallest.chunk}, "
         f"a {chip} has {vmem / MIB:.0f} MiB of VMEM"
@@ -138,40 +102,17 @@ def _too_wide(K, V, dtype, chunk_size, chip) -> str:
     width = max(
         w
         for w in range(common.LANES, 8192, common.LANES)
-        if mlstm_vmem_bytes(Tile(common.LANES, common.LANES, 1), w, w, dtype) <= vmem
+        if vmem_bytes(Tile(common.LANES, common.LANES, 1), w, w, dtype) <= vmem
     )
     return f"{sentence}; K = V = {width} fits: use more heads"
 
 
-def slstm_vmem_bytes(chip: str | None = None) -> int:
-    """What the sLSTM kernels may take of VMEM: all of a small one, half of a large one."""
-    chip = chip or current_chip()
-    if common.interpreter() or chip is None:
-        return common.SCOPED_BYTES
-    return max(common.SCOPED_BYTES, CHIPS[chip].vmem_bytes // 2)
-
-
-def slstm_refusal(K: int, dtype: jnp.dtype, chip: str | None = None) -> str | None:
-    """Why no sLSTM kernel serves heads of width K, with a width that is served; None: one does."""
-    reason = common.refused_dtype(jnp.dtype(dtype))
-    if reason is not None:
-        return reason
-    vmem = slstm_vmem_bytes(chip)
-    widest = sizes.widest(jnp.dtype(dtype), vmem)
-    if common.round_up(K, common.lanes()) <= widest:
-        return None
-    return (
-        f"the recurrent weights of heads of K={K} in {dtype} do not fit {vmem / MIB:.0f} MiB of "
-        f"VMEM; K={widest} fits: use more heads"
-    )
-
-
-def mlstm_vmem_bytes(tile: Tile, K: int, V: int, dtype: jnp.dtype) -> int:
+def vmem_bytes(tile: Tile, K: int, V: int, dtype: jnp.dtype) -> int:
     """What the backward kernel, the larger one, takes of VMEM.
 
     Blocks are held twice, one in use and one on its way. What the compiler adds for values that
     are waiting was found by compiling with ever lower limits: at most 0.55 of the blocks in
-    bfloat16 and 0.75 in float32 (jaxlib 0.10.2, libtpu 0.0.42).
+    bfloat16 and 0.85 in float32 (jaxlib 0.10.2, libtpu 0.0.42).
     """
     K, V = (common.round_up(size, common.LANES) for size in (K, V))
     item = jnp.dtype(dtype).itemsize
@@ -179,14 +120,14 @@ def mlstm_vmem_bytes(tile: Tile, K: int, V: int, dtype: jnp.dtype) -> int:
     tokens = span * ((4 * K + 4 * V) * item + 12 * 4)
     states = tile.chunks_per_block * (K * V * item + 8 * 4 * K) + 4 * K * V + 2 * 8 * 4 * K
     square = tile.chunk * (tile.chunk + tile.strip) // 2 * item
-    waiting = 1.55 if item == 2 else 1.75
+    waiting = 1.55 if item == 2 else 1.85
     return round(2 * (tokens + states) * waiting) + square
 
 
-def mlstm_vmem_limit(tile: Tile, K: int, V: int, dtype: jnp.dtype) -> int | None:
+def vmem_limit(tile: Tile, K: int, V: int, dtype: jnp.dtype) -> int | None:
     """The limit to compile with; None where the default one will do."""
-    need = mlstm_vmem_bytes(tile, K, V, dtype)
-    return None if need <= common.SCOPED_BYTES else common.round_up(need, MIB)
+    need = vmem_bytes(tile, K, V, dtype)
+    return None if need <= SCOPED_BYTES else common.round_up(need, MIB)
 
 
 def _fitting(K, V, dtype, chunk_size, chip) -> Tile | None:
@@ -209,7 +150,7 @@ def _fitting(K, V, dtype, chunk_size, chip) -> Tile | None:
     for size in candidates:
         for blocks in range(size.chunks_per_block, 0, -1):
             tile = Tile(size.chunk, _strip(size.chunk, size.strip), blocks)
-            if mlstm_vmem_bytes(tile, K, V, dtype) <= CHIPS[chip].vmem_bytes:
+            if vmem_bytes(tile, K, V, dtype) <= TPUS[chip].vmem_bytes:
                 return tile
     return None
 
@@ -218,7 +159,7 @@ def _nearest(chip: str, K: int, V: int) -> Tile:
     """The row of that chip whose memory has most nearly as many elements."""
     rows = {key: tile for key, tile in TABLE.items() if key[0] == chip}
     if not rows:
-        return DEFAULT[CHIPS[chip].matrix_unit]
+        return DEFAULT[TPUS[chip].matrix_unit]
     return rows[min(rows, key=lambda key: abs(math.log(key[1] * key[2] / (K * V))))]
 
 

@@ -1,7 +1,7 @@
-"""One step of the mLSTM on a TPU: the memory is read once and written where it stood.
+"""One step of the mLSTM on a TPU: the memory is read once and updated in place.
 
 The step is bound by the traffic of the matrix memory, 8 K V bytes a head; everything else is small.
-Widths are taken as they are: nothing is filled up, so nothing is copied.
+Widths are not padded, so nothing is copied.
 
 Source: arXiv:2405.04517, section 2.3.
 """
@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import common, tiles
-from pallas_kernels.common import column
+from pallas_kernels import common, tpu
+from pallas_kernels.hardware import TPUS
 from pallas_kernels.mlstm import cost
 from pallas_kernels.mlstm import gates as pre
 from pallas_kernels.mlstm.options import Options
+from pallas_kernels.tpu import column
 
 KEPT, ADDED, BOUND, READ = range(len(pre.StepFactors._fields))
 
@@ -24,7 +25,7 @@ BLOCK_BYTES = 2 << 20
 """Most of one head's memory that is in VMEM at once, where its columns can be cut."""
 
 
-def mlstm_decode(
+def step(
     options: Options,
     q: jax.Array,
     k: jax.Array,
@@ -66,9 +67,7 @@ def mlstm_decode(
             jax.ShapeDtypeStruct((B, H, 1, K), jnp.float32),
         ],
         input_output_aliases={4: 1, 5: 2},
-        compiler_params=common.compiler_params(
-            ("parallel", "parallel", "arbitrary"), max(common.SCOPED_BYTES, vmem_bytes(K, V))
-        ),
+        compiler_params=tpu.compiler_params(tpu.IN_ORDER, max(tpu.SCOPED_BYTES, vmem_bytes(K, V))),
         cost_estimate=cost.step(B, H, K, V, v.dtype),
         interpret=options.interpret,
         name="mlstm_decode",
@@ -83,13 +82,13 @@ def vmem_bytes(K: int, V: int) -> int:
 
 def fits_vmem(K: int, V: int) -> bool:
     """Whether heads of these widths can take a step by this kernel on the chip at hand."""
-    chip = tiles.current_chip()
-    return chip is None or vmem_bytes(K, V) <= tiles.CHIPS[chip].vmem_bytes
+    chip = tpu.current_chip()
+    return chip is None or vmem_bytes(K, V) <= TPUS[chip].vmem_bytes
 
 
 def _tile(factors: pre.StepFactors) -> jax.Array:
     """The factors of a step as `B H 8 128`, one a row."""
-    rows = common.fill(jnp.stack(factors, axis=-1), 2, 8)
+    rows = common.pad(jnp.stack(factors, axis=-1), 2, 8)
     return jnp.broadcast_to(rows[..., None], (*rows.shape, common.LANES))
 
 

@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import common, tiles
-from pallas_kernels.tiles import CHIPS, MIB, TABLE, Tile
+from pallas_kernels import common, tpu
+from pallas_kernels.hardware import MIB, TPUS
+from pallas_kernels.mlstm import tpu_tiles
+from pallas_kernels.mlstm.tpu_tiles import TABLE, Tile
+from pallas_kernels.slstm import tpu_tiles as slstm_tiles
 from xlstm_jax.modules import presets
 
 BFLOAT16, FLOAT32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
@@ -16,16 +19,16 @@ WIDTHS = [(64, 64), (64, 96), (128, 256), (256, 512), (512, 512), (512, 1024), (
 LENGTHS = (1, 100, 128, 129, 300, 512, 640, 1000, 1024, 4096 + 1, 65536)
 CHUNKS = (None, 128, 256, 384, 512)
 
-every_chip = pytest.mark.parametrize("chip", CHIPS)
+every_chip = pytest.mark.parametrize("chip", TPUS)
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: "-".join(map(str, row)))
 def test_every_row_of_the_table_fits_its_chip(row):
     chip, K, V = row
-    need = tiles.mlstm_vmem_bytes(TABLE[row], K, V, BFLOAT16)
-    assert need <= CHIPS[chip].vmem_bytes
+    need = tpu_tiles.vmem_bytes(TABLE[row], K, V, BFLOAT16)
+    assert need <= TPUS[chip].vmem_bytes
     # A length of many chunks gets the row as it stands.
-    assert tiles.mlstm(K, V, BFLOAT16, 8 * TABLE[row].chunk, None, chip) == TABLE[row]
+    assert tpu_tiles.choose(K, V, BFLOAT16, 8 * TABLE[row].chunk, None, chip) == TABLE[row]
 
 
 def assert_whole(tile: Tile, T: int):
@@ -42,13 +45,13 @@ def test_a_tile_divides_every_call_and_fits_its_chip(chip, dtype):
     served = 0
     for K, V in WIDTHS:
         for chunk_size in CHUNKS:
-            if tiles.mlstm_refusal(K, V, dtype, chunk_size, chip) is not None:
+            if tpu_tiles.refusal(K, V, dtype, chunk_size, chip) is not None:
                 continue
             served += 1
             for T in LENGTHS:
-                tile = tiles.mlstm(K, V, dtype, T, chunk_size, chip)
+                tile = tpu_tiles.choose(K, V, dtype, T, chunk_size, chip)
                 assert_whole(tile, T)
-                assert tiles.mlstm_vmem_bytes(tile, K, V, dtype) <= CHIPS[chip].vmem_bytes
+                assert tpu_tiles.vmem_bytes(tile, K, V, dtype) <= TPUS[chip].vmem_bytes
                 if chunk_size is not None:
                     assert tile.chunk == min(chunk_size, common.round_up(T, common.LANES))
     assert served >= len(WIDTHS)
@@ -58,7 +61,7 @@ def test_a_tile_divides_every_call_and_fits_its_chip(chip, dtype):
 @pytest.mark.parametrize("T", [1, 128, 200])
 def test_a_chunk_is_no_longer_than_the_sequence_filled_up(chip, T):
     for K, V in WIDTHS[:4]:
-        tile = tiles.mlstm(K, V, BFLOAT16, T, None, chip)
+        tile = tpu_tiles.choose(K, V, BFLOAT16, T, None, chip)
         assert tile.chunk <= common.round_up(T, common.LANES)
 
 
@@ -66,7 +69,7 @@ def test_a_chunk_is_no_longer_than_the_sequence_filled_up(chip, T):
 @pytest.mark.parametrize("chunk_size", [None, 8, 32])
 def test_an_interpreted_tile_is_one_of_as_many_lanes(T, chunk_size):
     with common.interpreted(lanes=8):
-        tile = tiles.mlstm(8, 8, FLOAT32, T, chunk_size)
+        tile = tpu_tiles.choose(8, 8, FLOAT32, T, chunk_size)
     assert tile.strip == 8 and tile.chunk % 8 == 0
     assert tile.chunk == min(chunk_size or 16, common.round_up(T, 8))
     assert -(-T // tile.chunk) % tile.chunks_per_block == 0
@@ -76,12 +79,12 @@ def test_an_interpreted_tile_is_one_of_as_many_lanes(T, chunk_size):
 @pytest.mark.parametrize("K,V", WIDTHS)
 def test_the_compilers_limit_is_left_alone_where_it_will_do(chip, K, V):
     for dtype in (BFLOAT16, FLOAT32):
-        if tiles.mlstm_refusal(K, V, dtype, None, chip) is None:
-            tile = tiles.mlstm(K, V, dtype, 4096, None, chip)
-            need = tiles.mlstm_vmem_bytes(tile, K, V, dtype)
-            limit = tiles.mlstm_vmem_limit(tile, K, V, dtype)
+        if tpu_tiles.refusal(K, V, dtype, None, chip) is None:
+            tile = tpu_tiles.choose(K, V, dtype, 4096, None, chip)
+            need = tpu_tiles.vmem_bytes(tile, K, V, dtype)
+            limit = tpu_tiles.vmem_limit(tile, K, V, dtype)
             assert (limit is None) == (need <= 16 * MIB)
-            assert limit is None or need <= limit <= CHIPS[chip].vmem_bytes
+            assert limit is None or need <= limit <= TPUS[chip].vmem_bytes
 
 
 # Refusals
@@ -89,8 +92,8 @@ def test_the_compilers_limit_is_left_alone_where_it_will_do(chip, K, V):
 
 def test_dtypes_that_no_kernel_computes_with_are_refused_with_those_that_it_does():
     for refusal in (
-        lambda dtype: tiles.mlstm_refusal(64, 64, jnp.dtype(dtype), None, "v5e"),
-        lambda dtype: tiles.slstm_refusal(64, jnp.dtype(dtype), "v5e"),
+        lambda dtype: tpu_tiles.refusal(64, 64, jnp.dtype(dtype), None, "v5e"),
+        lambda dtype: slstm_tiles.refusal(64, jnp.dtype(dtype), "v5e"),
     ):
         assert refusal("float16") == (
             "float16 overflows in exponential gates; use bfloat16 or float32"
@@ -100,69 +103,69 @@ def test_dtypes_that_no_kernel_computes_with_are_refused_with_those_that_it_does
 
 
 def test_a_chunk_that_is_no_multiple_of_the_tile_is_refused_with_one_that_is():
-    refusal = tiles.mlstm_refusal(64, 64, BFLOAT16, 100, "v5e")
+    refusal = tpu_tiles.refusal(64, 64, BFLOAT16, 100, "v5e")
     assert refusal == "chunk_size=100 is not a multiple of 128, the tile; use 128 or None"
-    assert "use 384 or None" in tiles.mlstm_refusal(64, 64, BFLOAT16, 257, "v5e")
-    assert tiles.mlstm_refusal(64, 64, BFLOAT16, 384, "v5e") is None
+    assert "use 384 or None" in tpu_tiles.refusal(64, 64, BFLOAT16, 257, "v5e")
+    assert tpu_tiles.refusal(64, 64, BFLOAT16, 384, "v5e") is None
     with common.interpreted(lanes=8):
-        assert "use 16 or None" in tiles.mlstm_refusal(8, 8, FLOAT32, 12)
+        assert "use 16 or None" in tpu_tiles.refusal(8, 8, FLOAT32, 12)
 
 
 @every_chip
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
 def test_heads_too_wide_are_refused_with_the_widest_that_fit(chip, dtype):
-    refusal = tiles.mlstm_refusal(8192, 4096, dtype, None, chip)
+    refusal = tpu_tiles.refusal(8192, 4096, dtype, None, chip)
     words = (
         r"heads of K=8192, V=4096 need ([\d.]+) MiB with chunks of 128, "
         rf"a {chip} has (\d+) MiB of VMEM; K = V = (\d+) fits: use more heads"
     )
     need, has, width = map(float, re.fullmatch(words, refusal).groups())
-    assert need > has == CHIPS[chip].vmem_bytes / MIB
+    assert need > has == TPUS[chip].vmem_bytes / MIB
     fits = int(width)
-    assert tiles.mlstm_refusal(fits, fits, dtype, None, chip) is None
-    assert tiles.mlstm_refusal(fits + 128, fits + 128, dtype, None, chip) is not None
+    assert tpu_tiles.refusal(fits, fits, dtype, None, chip) is None
+    assert tpu_tiles.refusal(fits + 128, fits + 128, dtype, None, chip) is not None
 
 
 def test_a_chunk_too_long_is_refused_with_one_that_fits():
     found = 0
-    for chip in CHIPS:
+    for chip in TPUS:
         for K, V in WIDTHS:
-            refusal = tiles.mlstm_refusal(K, V, FLOAT32, 4096, chip)
+            refusal = tpu_tiles.refusal(K, V, FLOAT32, 4096, chip)
             if refusal is None or "use more heads" in refusal:
                 continue
             found += 1
             assert f"heads of K={K}, V={V} need" in refusal and "chunks of 4096" in refusal
             chunk = int(re.search(r"; chunk_size=(\d+) fits$", refusal)[1])
-            assert tiles.mlstm_refusal(K, V, FLOAT32, chunk, chip) is None
+            assert tpu_tiles.refusal(K, V, FLOAT32, chunk, chip) is None
     assert found
 
 
 def test_a_call_without_a_tile_raises_what_its_refusal_says():
-    refusal = tiles.mlstm_refusal(64, 64, BFLOAT16, 100, "v5e")
+    refusal = tpu_tiles.refusal(64, 64, BFLOAT16, 100, "v5e")
     with pytest.raises(ValueError) as error:
-        tiles.mlstm(64, 64, BFLOAT16, 512, 100, "v5e")
+        tpu_tiles.choose(64, 64, BFLOAT16, 512, 100, "v5e")
     assert str(error.value) == f"mlstm: {refusal}."
 
 
 def test_a_device_that_is_no_tpu_we_know_is_refused_with_those_that_are():
-    refusal = tiles.mlstm_refusal(64, 64, BFLOAT16)
+    refusal = tpu_tiles.refusal(64, 64, BFLOAT16)
     assert refusal == (
-        f"the memory of a 'cpu' is not known, only of {', '.join(CHIPS)}; name 'chunkwise'"
+        f"the memory of a 'cpu' is not known, only of {', '.join(TPUS)}; name 'chunkwise'"
     )
 
 
 @every_chip
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
 def test_an_slstm_too_wide_is_refused_with_the_widest_that_fits(chip, dtype):
-    refusal = tiles.slstm_refusal(8000, dtype, chip)
+    refusal = slstm_tiles.refusal(8000, dtype, chip)
     words = (
         rf"the recurrent weights of heads of K=8000 in {dtype} do not fit (\d+) MiB of VMEM; "
         r"K=(\d+) fits: use more heads"
     )
     vmem, widest = map(int, re.fullmatch(words, refusal).groups())
-    assert 16 <= vmem <= CHIPS[chip].vmem_bytes // MIB
-    assert tiles.slstm_refusal(widest, dtype, chip) is None
-    assert tiles.slstm_refusal(widest + 1, dtype, chip) is not None
+    assert 16 <= vmem <= TPUS[chip].vmem_bytes // MIB
+    assert slstm_tiles.refusal(widest, dtype, chip) is None
+    assert slstm_tiles.refusal(widest + 1, dtype, chip) is not None
 
 
 # The chip at hand
@@ -183,20 +186,20 @@ def test_an_slstm_too_wide_is_refused_with_the_widest_that_fits(chip, dtype):
 )
 def test_a_chip_is_known_by_what_jax_calls_it(monkeypatch, device_kind, chip):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=device_kind)])
-    assert tiles.current_chip() == chip
+    assert tpu.current_chip() == chip
     if chip is not None:
-        there = tiles.mlstm(256, 512, BFLOAT16, 4096, None)
-        assert there == tiles.mlstm(256, 512, BFLOAT16, 4096, None, chip)
+        there = tpu_tiles.choose(256, 512, BFLOAT16, 4096, None)
+        assert there == tpu_tiles.choose(256, 512, BFLOAT16, 4096, None, chip)
 
 
 @every_chip
 def test_what_is_compiled_for_a_chip_is_cut_for_it(chip):
-    assert tiles.current_chip() is None
+    assert tpu.current_chip() is None
     with common.compiled_for(chip):
-        assert tiles.current_chip() == chip
-        here = tiles.mlstm(256, 512, BFLOAT16, 4096, None)
-    assert here == tiles.mlstm(256, 512, BFLOAT16, 4096, None, chip)
-    assert tiles.current_chip() is None
+        assert tpu.current_chip() == chip
+        here = tpu_tiles.choose(256, 512, BFLOAT16, 4096, None)
+    assert here == tpu_tiles.choose(256, 512, BFLOAT16, 4096, None, chip)
+    assert tpu.current_chip() is None
 
 
 # The models that have names
@@ -220,7 +223,7 @@ def test_every_preset_gets_a_tile_in_bfloat16(chip):
     for name in presets.names():
         assert mlstm_widths(name), name
         for K, V in mlstm_widths(name):
-            reason = tiles.mlstm_refusal(K, V, BFLOAT16, None, chip)
+            reason = tpu_tiles.refusal(K, V, BFLOAT16, None, chip)
             if reason is not None:
                 refused[name] = reason
     assert not refused
@@ -233,7 +236,7 @@ def test_every_preset_with_an_slstm_has_room_for_it_in_bfloat16(chip):
         cfg = presets.get(name)
         if "s" in cfg.pattern:
             K = cfg.dim // cfg.slstm.num_heads
-            reason = tiles.slstm_refusal(K, BFLOAT16, chip)
+            reason = slstm_tiles.refusal(K, BFLOAT16, chip)
             if reason is not None:
                 refused[name] = reason
     assert not refused

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import common
-from pallas_kernels.mlstm import backends, decode
+from pallas_kernels.mlstm import backends, tpu_decode
 from tests import quick
 from tests.kernels import mlstm_cases
 from tests.kernels.calls import calls
@@ -52,7 +52,7 @@ def test_one_step_with_the_sigmoid_input_gate_equals_the_cell(options):
 
 def test_a_memory_in_several_blocks_of_columns_equals_the_cell(monkeypatch):
     """V = 384 in three blocks of 128; h of each, and n once."""
-    monkeypatch.setattr(decode, "BLOCK_BYTES", 4 * 8 * 128)
+    monkeypatch.setattr(tpu_decode, "BLOCK_BYTES", 4 * 8 * 128)
     case = make_step(K=8, V=384)
     (call,) = calls(run, jax.tree.map(jnp.asarray, case))
     assert call.params["grid_mapping"].grid == (5, 3, 3)
@@ -68,7 +68,7 @@ def test_blocks_of_columns_divide_the_memory(K, V):
     columns = V // call.params["grid_mapping"].grid[2]
     assert V % columns == 0
     assert columns == V or columns % common.LANES == 0
-    assert 4 * K * columns <= decode.BLOCK_BYTES
+    assert 4 * K * columns <= tpu_decode.BLOCK_BYTES
 
 
 def test_one_step_writes_the_memory_in_place():
@@ -101,7 +101,7 @@ def test_one_step_has_the_gradients_of_the_cell(flags):
 
 @pytest.mark.parametrize("how", STRICT.values(), ids=STRICT)
 def test_one_step_reads_no_memory_before_it_is_written_nor_twice_at_once(how, monkeypatch, capfd):
-    monkeypatch.setattr(decode, "BLOCK_BYTES", 4 * 8 * 128)
+    monkeypatch.setattr(tpu_decode, "BLOCK_BYTES", 4 * 8 * 128)
     case = make_step(K=8, V=256)
     with common.interpreted(how, lanes=LANES):
         actual = quick.jit(run)(jax.tree.map(jnp.asarray, case))

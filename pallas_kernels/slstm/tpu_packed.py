@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import common
+from pallas_kernels import tpu
 
 HIGH_BITS = -(1 << 16)
 """Keeps sign, exponent and seven digits of a float32: what a bfloat16 can hold."""
@@ -39,12 +39,12 @@ def times(a: jax.Array, words: jax.Array) -> jax.Array:
     """
     matrices = [pltpu.bitcast(words[t], jnp.bfloat16) for t in range(words.shape[0])]
     if len(matrices) == 1:
-        return common.product(a.astype(jnp.bfloat16), matrices[0])
+        return tpu.product(a.astype(jnp.bfloat16), matrices[0])
     # All terms of `a` go through while one matrix is in the unit: loading that is what takes time.
     stacked = jnp.concatenate([t.astype(jnp.float32) for t in _split(a)]).astype(jnp.bfloat16)
-    total = common.product(stacked, matrices[2])
+    total = tpu.product(stacked, matrices[2])
     for matrix in (matrices[1], matrices[0]):
-        total = total + common.product(stacked, matrix)
+        total = total + tpu.product(stacked, matrix)
     B = a.shape[0]
     return total[2 * B :] + total[B : 2 * B] + total[:B]
 

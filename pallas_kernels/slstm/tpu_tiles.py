@@ -1,15 +1,18 @@
-"""What of a call is on the chip at once: heads, rows of the batch and steps of one program."""
+"""Blocks of the sLSTM's TPU kernels: heads, sequences and steps of one program that fit VMEM."""
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from pallas_kernels import common
-from pallas_kernels.slstm import packed
+from pallas_kernels.hardware import MIB, TPUS
+from pallas_kernels.slstm import tpu_packed
+from pallas_kernels.tpu import SCOPED_BYTES, current_chip
 
 ROWS = 8
-"""Batches are filled up to a multiple of the rows of a tile (in bfloat16 half a tile will do)."""
+"""Batches are padded to a multiple of the rows of a tile (in bfloat16 half a tile suffices)."""
 
 MAX_ROWS = 64
 """Rows of one program: with more, what a step computes on no longer stays near the registers."""
@@ -26,10 +29,10 @@ class Blocks:
     """How a call is divided among programs."""
 
     heads: int  # of one program
-    rows: int  # of the batch, filled up, of one program
+    rows: int  # of the padded batch, of one program
     steps: int  # of one program
-    num_rows: int  # rows of the whole batch, filled up
-    num_steps: int  # steps of the whole sequence, filled up
+    num_rows: int  # of the padded batch
+    num_steps: int  # of the padded sequence
 
     @property
     def unroll(self) -> int:
@@ -37,31 +40,80 @@ class Blocks:
         return 2 if self.heads <= 2 and self.steps % 2 == 0 else 1
 
 
+class Tile(NamedTuple):
+    """What is static of a call."""
+
+    blocks: Blocks
+    heads: int  # narrow heads side by side in the lanes of one wide head
+    width: int  # of that head, a multiple of the lanes
+    vmem_bytes: int  # limit of the kernels
+
+
+def choose(B: int, T: int, H: int, K: int, dtype: jnp.dtype) -> Tile:
+    """The tile of one call on the current chip.
+
+    Raises:
+        ValueError: `refusal` has a reason.
+    """
+    reason = refusal(K, dtype)
+    if reason is not None:
+        raise ValueError(f"slstm: {reason}.")
+    most = min(H, max(1, common.lanes() // K))
+    heads = max(heads for heads in range(1, most + 1) if H % heads == 0)
+    width, budget = common.round_up(heads * K, common.lanes()), vmem_limit()
+    divided = blocks(B, T, H // heads, width, dtype, budget)
+    assert divided is not None  # or else the call was refused
+    return Tile(divided, heads, width, budget)
+
+
+def refusal(K: int, dtype: jnp.dtype, chip: str | None = None) -> str | None:
+    """Why no kernel supports heads of width K, with a width that is supported, or None."""
+    reason = common.refused_dtype(jnp.dtype(dtype))
+    if reason is not None:
+        return reason
+    budget = vmem_limit(chip)
+    widest_head = widest(jnp.dtype(dtype), budget)
+    if common.round_up(K, common.lanes()) <= widest_head:
+        return None
+    return (
+        f"the recurrent weights of heads of K={K} in {dtype} do not fit {budget / MIB:.0f} MiB of "
+        f"VMEM; K={widest_head} fits: use more heads"
+    )
+
+
+def vmem_limit(chip: str | None = None) -> int:
+    """What a kernel may use of VMEM: all of a small one, half of a large one."""
+    chip = chip or current_chip()
+    if common.interpreter() or chip is None:
+        return SCOPED_BYTES
+    return max(SCOPED_BYTES, TPUS[chip].vmem_bytes // 2)
+
+
 def vmem_bytes(B: int, K: int, dtype: jnp.dtype, steps: int, *, heads: int = 1) -> int:
     """VMEM that one program needs, of the kernel that needs most of it.
 
     Args:
         B: rows of one program, a multiple of `ROWS`.
-        K: width of a head, filled up to a multiple of the lanes.
+        K: width of a head, padded to a multiple of the lanes.
         dtype: of x.
         steps: steps of one program.
         heads: heads of one program.
     """
     size = jnp.dtype(dtype).itemsize
-    weights = heads * packed.num_terms(dtype) * 2 * 4 * K * K
+    weights = heads * tpu_packed.num_terms(dtype) * 2 * 4 * K * K
     # The forward kernel with all it can save: x, h, h before the step; c, n and m, and the gates.
     # Everything lies there twice: while one block is computed on, the next is on its way.
     step = heads * B * K * (4 * size + 2 * size + 3 * 4 + 4 * 4) + 4 * B * common.LANES
     carry = heads * B * K * 4 * 4 * 2
     # What a step computes before it is stored: gates, their gradients, and all terms of products.
-    values = heads * B * K * 4 * 16 * packed.num_terms(dtype)
+    values = heads * B * K * 4 * 16 * tpu_packed.num_terms(dtype)
     return weights + 2 * (steps * step + carry) + values
 
 
 def time_block(T: int, fits: int) -> int:
     """Steps of one program, of the `fits` that have room.
 
-    A divisor of T where one is at least half of what fits: then no step is filled up, and no flags
+    A divisor of T where one is at least half of what fits: then no step is padded, and no flags
     are needed to mask it. Otherwise the blocks are as equal as they can be and even.
     """
     fits = min(fits, T, MAX_STEPS)
@@ -85,7 +137,7 @@ def blocks(B: int, T: int, H: int, K: int, dtype: jnp.dtype, budget: int) -> Blo
 
     Args:
         B, T, H: batch, steps and heads of the call.
-        K: width of a head, filled up to a multiple of the lanes.
+        K: width of a head, padded to a multiple of the lanes.
         dtype: of x.
         budget: bytes of VMEM.
     """
@@ -104,8 +156,8 @@ def blocks(B: int, T: int, H: int, K: int, dtype: jnp.dtype, budget: int) -> Blo
             # Fewer steps than wanted only where there is nothing left to divide.
             if fits >= wanted or (fits and heads == 1 and rows == ROWS):
                 steps = time_block(T, fits)
-                filled = (common.round_up(B, rows), common.round_up(T, steps))
-                return Blocks(heads, rows, steps, *filled)
+                padded = (common.round_up(B, rows), common.round_up(T, steps))
+                return Blocks(heads, rows, steps, *padded)
     return None
 
 

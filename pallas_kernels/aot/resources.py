@@ -1,8 +1,7 @@
-"""Compiling for GPUs that are not here, and reading what every Triton kernel takes of one.
+"""What every Triton kernel takes of a GPU, by Triton's own assembler.
 
-No GPU and no CUDA toolkit are needed: Triton's wheel has the assembler, the wheels of JAX's CUDA
-plugin have XLA's compiler. On the machine XLA takes the assembler that it finds there, so registers
-may differ by a few.
+Triton's wheel has the assembler, so no CUDA toolkit is needed. With a GPU attached XLA takes the
+assembler that it finds there, so registers may differ by a few.
 """
 
 import functools
@@ -11,22 +10,20 @@ import pathlib
 import re
 import subprocess
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import topologies
 from jax.extend import core
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments.benchmarks import tpu_offline
-from pallas_kernels import common, gpu
-from xlstm_jax.plan import gpus
+from pallas_kernels import common
+from pallas_kernels.hardware import ARCHITECTURES
 
-DEVICES = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200"}
-DEVICES |= {"sm_86": "A10", "sm_89": "L4", "sm_120": "RTX 5090"}
-"""The device that stands for a chip; a key of `gpus.DEVICES`."""
+MOST_REGISTERS = 254
+"""Of a thread: at 255 the assembler has run out of them, spilled or not."""
+
+TENSOR_COLUMNS = 512
+"""Of a Blackwell's tensor memory: beyond, Triton writes a kernel that stops the device."""
 
 MATRIX_UNITS = ("tcgen05.mma", "wgmma", "mma.sync")
 ELEMENTS = {"bfloat16": "bf16", "float32": "fp32", "int32": "i32", "uint32": "u32"}
@@ -38,7 +35,7 @@ class Resources(NamedTuple):
 
     name: str  # of the call
     registers: int  # of a thread; 255 at most
-    spills: int  # bytes of a thread's registers that lie in memory
+    spills: int  # bytes of register spills of a thread
     shared_bytes: int  # of a program
     tensor_columns: int  # of a Blackwell's tensor memory, which has 512
     assembly: float  # version of the language that Triton wrote for the assembler
@@ -64,16 +61,16 @@ def resources(chip: str, fn: Callable[..., Any], *args) -> list[Resources]:
     """Those of every Triton kernel that `fn` launches on `chip`, each once, in order.
 
     Args:
-        chip: a key of `gpu.CHIPS`.
+        chip: a key of `hardware.ARCHITECTURES`.
         fn: a pure function; a gradient shows what it launches, its forward pass included.
         args: trees of `jax.ShapeDtypeStruct`.
     """
-    capability = gpu.CHIPS[chip].capability
+    capability = ARCHITECTURES[chip].capability
     return [_assembled(launch, capability) for launch in launches_for(chip, fn, *args)]
 
 
 def launches_for(chip: str, fn: Callable[..., Any], *args) -> list[Launch]:
-    """As `launches`, on a chip that need not be here."""
+    """As `launches`, compiled ahead of time for `chip`."""
     with common.compiled_for(chip):
         return launches(fn, *args)
 
@@ -173,58 +170,16 @@ def _usage(cuobjdump: str, cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
 
 
-@functools.cache
-def devices(chip: str, count: int = 1) -> tuple:
-    """That many devices of one machine."""
-    found = topologies.get_topology_desc(
-        platform="cuda",
-        target_config=gpus.target_config(DEVICES[chip]),
-        topology=f"1x1x{count}",
-    )
-    return tuple(found.devices)
-
-
-def compile_for(
-    chip: str, fn, *args, mesh: Mesh | None = None, shardings=None, donate: int | None = None
-) -> jax.stages.Compiled:
-    """`fn` compiled for arguments of these shapes, for one GPU or for a mesh of several.
-
-    Triton compiles its kernels to assembly; what the assembler makes of it is in `resources`.
-
-    Args:
-        chip: a key of `gpu.CHIPS`.
-        fn: a pure function.
-        args: trees of `jax.ShapeDtypeStruct`.
-        mesh: of `devices`, as `tpu_offline.mesh_of` lays them out; None: one of them.
-        shardings: for a mesh, a sharding for every array, in a tree like `args`.
-        donate: the number of an argument whose memory the results may take.
-    """
-    if mesh is None:
-        mesh = tpu_offline.mesh_of(devices(chip))
-        shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), args)
-    return tpu_offline.compile_for(chip, fn, *args, mesh=mesh, shardings=shardings, donate=donate)
-
-
-def kernels(compiled: jax.stages.Compiled) -> set[str]:
-    """The names of the Triton kernels in a program."""
-    text = str(compiled.as_text())
-    configs = re.findall(r'"triton_kernel_call\w*",.*?backend_config=(.*)', text)
-    return {_name(config) for config in configs}
-
-
-def _name(config: str) -> str:
-    """What a call was named: the last field of the compressed message that XLA hands over."""
-    opaque = re.search(r'(opaque = )?"((?:[^"\\]|\\.)*)"', config)
-    assert opaque is not None
-    escaped = opaque[2].encode("latin-1")
-    if opaque[1]:  # jax-triton 0.4: an attribute of MLIR, whose escapes are hexadecimal
-        found = re.sub(rb"\\(\\|[0-9A-F]{2})", _hexadecimal, escaped)
-    else:
-        found = escaped.decode("unicode_escape").encode("latin-1")
-    name = re.search(rb'".(\w+)\Z', zlib.decompress(found), re.DOTALL)
-    assert name is not None
-    return name[1].decode()
-
-
-def _hexadecimal(escape: re.Match[bytes]) -> bytes:
-    return escape[1] if escape[1] == b"\\" else bytes.fromhex(escape[1].decode())
+def complaints(chip: str, found: Resources) -> list[str]:
+    """What exceeds the limits of `chip`; empty: the kernel fits."""
+    limits = {
+        "bytes spilled": (found.spills, 0),
+        "registers": (found.registers, MOST_REGISTERS),
+        "bytes of shared memory": (found.shared_bytes, ARCHITECTURES[chip].shared_bytes),
+        "columns of tensor memory": (found.tensor_columns, TENSOR_COLUMNS),
+    }
+    return [
+        f"{found.name} on {chip}: {value} {what}, at most {most}"
+        for what, (value, most) in limits.items()
+        if value > most
+    ]

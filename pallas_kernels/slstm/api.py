@@ -1,0 +1,165 @@
+"""The sLSTM by kernels, with its gradient: arrays in, arrays out.
+
+Source: Beck et al. 2024, arXiv:2405.04517, section 2.2. m is a gauge of (c, n): h does not depend
+on it, so only a loss on the returned c, n and m needs a gradient through it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import common
+from pallas_kernels.slstm.options import MASKED, RESET, Inputs, Kernels, Options, State
+
+SAVED_GATES_BYTES = 1 << 29
+"""Gates of a call are saved for its gradient up to this size; recomputing them is one product over
+all steps at once, a small part of the gradient, so larger calls had better save the memory."""
+
+
+def slstm(
+    kernels: Kernels,
+    x: jax.Array,
+    r: jax.Array,
+    b: jax.Array | None,
+    state: State,
+    reset: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    *,
+    forget_gate: str = "sigmoid",
+) -> tuple[jax.Array, State]:
+    """sLSTM over a sequence.
+
+    Args:
+        kernels: one of `backends`.
+        x: `B T 4 H K`, pre-activations of (i, f, z, o) without the recurrent part; float32 or
+            bfloat16.
+        r: `H K 4 K`, recurrent weights (input, gate, output); multiplied in the dtype of x.
+        b: `H 4 K`, the bias of the four gates, added in float32; None is 0.
+        state: before the first step; with T = 1, under `jit` and donated, it is updated in place.
+        reset: `B T`; where True, the state before this position is the initial one.
+        mask: `B T`; where False, the state is unchanged, h is 0 and x is not read.
+        forget_gate: "sigmoid" or "exp".
+
+    Any B, T, H and K: they are padded to tiles, which changes no result. The gradients are exact
+    for x, r, b and every leaf of the state, for losses on h and on the returned state.
+
+    Returns h `B T H K` in the dtype of x, and the state after the last step.
+
+    Raises:
+        ValueError: shapes that do not match, an unsupported dtype or forget gate, heads wider than
+            the chip allows; with the width that fits.
+    """
+    _check(x, r, state, forget_gate)
+    B, T, _, H, K = x.shape
+    options = Options(
+        kernels=kernels,
+        tile=kernels.tile(B, T, H, K, x.dtype),
+        forget_gate=forget_gate,
+        save_gates=B * T * 4 * H * K * 4 <= SAVED_GATES_BYTES,
+        interpret=common.interpreter(),
+        target=common.target(),
+    )
+    b = jnp.zeros((H, 4, K), jnp.float32) if b is None else b.astype(jnp.float32)
+    c, n, h_first, m = (leaf.astype(jnp.float32) for leaf in state)
+    compute = _step if T == 1 and kernels.takes_step(options.tile, x, r) else _padded
+    args = (x, r, b, (c, n, h_first, m), _flags(reset, mask))
+    h, state = compute(options, *args)  # pyright: ignore[reportGeneralTypeIssues]
+    return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
+
+
+def _check(x, r, state: State, forget_gate: str) -> None:
+    refusal = common.refused_dtype(x.dtype)
+    if refusal is not None:
+        raise ValueError(f"slstm: `x` is {x.dtype}; {refusal}.")
+    if forget_gate not in ("sigmoid", "exp"):
+        raise ValueError(f"slstm: `forget_gate` must be 'sigmoid' or 'exp', got {forget_gate!r}.")
+    B, gates, H, K = x.shape[0], *x.shape[2:]
+    shapes = {"r": (r, (H, K, 4, K))}
+    shapes |= {f"state.{name}": (leaf, (B, H, K)) for name, leaf in zip("cnhm", state, strict=True)}
+    for name, (array, shape) in shapes.items():
+        if array.shape != shape:
+            raise ValueError(
+                f"slstm: `{name}` must have the shape {shape} with an `x` of B={B}, H={H} and "
+                f"K={K}, got {array.shape}."
+            )
+    if gates != 4:
+        raise ValueError(f"slstm: `x` must hold 4 gates (i, f, z, o), got {gates}.")
+
+
+def _flags(reset: jax.Array | None, mask: jax.Array | None) -> jax.Array | None:
+    """`B T` with the bits of a step; None where no step has any."""
+    flags = None if reset is None else jnp.where(reset, RESET, 0)
+    return flags if mask is None else jnp.where(mask, 0 if flags is None else flags, MASKED)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _step(options: Options, x, r, b, state: State, flags) -> tuple[jax.Array, State]:
+    """T = 1: the kernel for one step; its gradient is that of a sequence."""
+    state = options.kernels.step(options, x[:, 0], r, b, state, flags)
+    return state[2].astype(x.dtype)[:, None], state
+
+
+def _step_forward(options: Options, x, r, b, state, flags):
+    compute = lambda x, r, b, state: _padded(options, x, r, b, state, flags)  # noqa: E731
+    return jax.vjp(compute, x, r, b, state)
+
+
+def _step_backward(options: Options, pull, cotangents):
+    del options
+    return *pull(cotangents), None
+
+
+_step.defvjp(_step_forward, _step_backward)
+
+
+def _padded(options: Options, x, r, b, state: State, flags) -> tuple[jax.Array, State]:
+    """`_core` for any sizes."""
+    args = options.kernels.pad(options, x, r, b, state, flags)
+    h, last = _core(options, args)  # pyright: ignore[reportGeneralTypeIssues]
+    return options.kernels.unpad(h, last, x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _core(options: Options, args: Inputs) -> tuple[jax.Array, jax.Array]:
+    """h and the last state, in the layout of the kernels."""
+    results = options.kernels.forward(options, args, save=False)
+    return results.h, results.last
+
+
+def _forward(options: Options, args: Inputs):
+    results = options.kernels.forward(options, args, save=True)
+    if results.gates is not None:  # x is then no longer needed: its dtype is that of h
+        args = args._replace(x=None)  # pyright: ignore[reportArgumentType]
+    return (results.h, results.last), (args, results._replace(h=None))
+
+
+def _backward(options: Options, residuals, cotangents):
+    (x, r, b, first, flags), (_, last, h_saved, seen, gates) = residuals
+    dh, dlast = cotangents
+    kernels, layout = options.kernels, options.kernels.layout
+    h_before = kernels.h_before(h_saved, flags)
+    weights = r.astype(dh.dtype)
+    if gates is None:
+        gates = x.astype(jnp.float32) + jnp.expand_dims(b, layout.time_and_batch)
+        gates = gates + _product(options, layout.recurrent, h_before, weights)
+    # A loss on the stored m that is one on the true state moves c and n with it; rho is the rest.
+    rho = dlast[3] - dlast[0] * last[0] - dlast[1] * last[1]
+    dlast = jnp.stack([dlast[0], dlast[1], dlast[2], rho])
+    dx, (dc, dn, dh_first, rho) = kernels.backward(options, gates, weights, seen, dh, dlast, flags)
+    dr = _product(options, layout.weights, h_before, dx).astype(r.dtype)
+    db = jnp.sum(dx, axis=layout.time_and_batch, dtype=jnp.float32)
+    # Where no gradient reaches c or n, as before a reset, what they hold does not count, be it NaN.
+    dm = rho + jnp.where(dc == 0, 0.0, dc * first[0]) + jnp.where(dn == 0, 0.0, dn * first[1])
+    return (Inputs(dx, dr, db, jnp.stack([dc, dn, dh_first, dm]), None),)
+
+
+_core.defvjp(_forward, _backward)
+
+
+def _product(options: Options, spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """All steps at once, in float32; float32 operands keep all their digits."""
+    if options.interpret:  # not every product of bfloat16 with a float32 result exists on a CPU
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,87 @@
+"""One step of the sLSTM as a TPU kernel: weights are read once, the state is updated in place.
+
+Source: Beck et al. 2024, arXiv:2405.04517, section 2.2.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import common, tpu
+from pallas_kernels.slstm import cost, tpu_forward, tpu_tiles
+from pallas_kernels.slstm.options import MASKED, RESET, Options, State
+from pallas_kernels.slstm.tpu_tiles import Tile
+
+
+def step(options: Options, x, r, b, state: State, flags: jax.Array | None) -> State:
+    """The state after one step; under `jit` with it donated it is updated in place.
+
+    The kernel takes r as `H K 4K`, which XLA has to lay out anew; a loop over steps does so once,
+    before the first of them.
+
+    Args:
+        x: `B 4 H K`, pre-activations of (i, f, z, o); float32 or bfloat16.
+        r: `H K 4 K`, recurrent weights (input, gate, output); multiplied in the dtype of x.
+        b: `H 4 K`, the bias of the four gates, in float32.
+        state: before the step, float32.
+        flags: `B 1`, or None.
+    """
+    B, _, H, K = x.shape
+    arguments = [jnp.transpose(x, (2, 0, 1, 3)), r, b]
+    arguments = [a.reshape(H, -1, 4 * K) for a in arguments]
+    specs = [pl.BlockSpec((1, *a.shape[1:]), lambda h: (h, 0, 0)) for a in arguments]
+    if flags is not None:
+        arguments.append(flags)
+        specs.append(pl.BlockSpec((B, 1), lambda h: (0, 0)))
+    first = len(arguments)
+    leaf = pl.BlockSpec((B, H, K), lambda h: (0, 0, 0))
+    out_shape = [jax.ShapeDtypeStruct((B, H, K), jnp.float32)] * 4
+    arguments += state
+    gate = options.forget_gate
+    c, n, h, m = pl.pallas_call(
+        functools.partial(_body, forget_gate=gate, flagged=flags is not None),
+        grid=(H,),
+        in_specs=specs + [leaf] * 4,
+        out_specs=[leaf] * 4,
+        out_shape=out_shape,
+        input_output_aliases={first + index: index for index in range(4)},
+        compiler_params=tpu.compiler_params(("arbitrary",), options.tile.vmem_bytes),
+        cost_estimate=cost.forward(H * B * K, K, gate, (*arguments, *out_shape)),
+        interpret=options.interpret,
+        name="slstm_decode",
+    )(*arguments)
+    return c, n, h, m
+
+
+def fits_vmem(tile: Tile, x: jax.Array, r: jax.Array) -> bool:
+    """Whether the state of all heads, and the weights of two, fit the limit; x is `B 1 4 H K`."""
+    B, H, K = (x.shape[axis] for axis in (0, 3, 4))
+    B, H = (common.round_up(size, tpu_tiles.ROWS) for size in (B, H))
+    K = common.round_up(K, common.lanes())
+    weights = 2 * 4 * K * K * r.dtype.itemsize
+    converted = 4 * K * K * x.dtype.itemsize
+    needed = weights + converted + 2 * 2 * 4 * B * H * K * 4 + B * K * 4 * (2 * 4 + 16)
+    return needed <= tile.vmem_bytes
+
+
+def _body(x, r, b, *refs, forget_gate, flagged):
+    flags, refs = (refs[0], refs[1:]) if flagged else (None, refs)
+    before, after = refs[:4], refs[4:]
+    head = pl.program_id(0)
+    K = r.shape[1]
+    state = [leaf[:, head] for leaf in before]
+    reset, masked = None, None
+    if flags is not None:
+        wide = jnp.broadcast_to(flags[...], (x.shape[1], K))
+        reset, masked = (wide & bit != 0 for bit in (RESET, MASKED))
+    c, n, h, m = state if reset is None else [jnp.where(reset, 0.0, leaf) for leaf in state]
+    recurrent = tpu.product(h.astype(x.dtype), r[0].astype(x.dtype))
+    gates = x[0].astype(jnp.float32) + b[0] + recurrent
+    new = tpu_forward.step(gates, c, n, m, forget_gate)
+    if masked is not None:
+        # What a masked step computes, from whatever x holds, is not looked at.
+        new = [jnp.where(masked, old, leaf) for old, leaf in zip(state, new, strict=True)]
+    for ref, leaf in zip(after, new, strict=True):
+        ref[:, head] = leaf

@@ -1,0 +1,63 @@
+"""Importing the library, and looking up hardware, changes nothing of the process."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pallas_kernels.aot import topologies
+
+PROBE = """
+import importlib, json, os, pkgutil
+import flax, jax, optax, orbax.checkpoint, grain, matplotlib, tyro, triton  # noqa: F401
+import jax.experimental.pallas.tpu
+
+def state():
+    return dict(os.environ), {k: repr(v) for k, v in jax.config.values.items()}
+
+before = state()
+names = []
+for package in ("xlstm_jax", "pallas_kernels"):
+    module = importlib.import_module(package)
+    for found in pkgutil.walk_packages(module.__path__, package + "."):
+        if not found.name.endswith("__main__"):
+            importlib.import_module(found.name)
+            names.append(found.name)
+after = state()
+changes = [
+    key for x, y in zip(before, after) for key in x.keys() | y.keys() if x.get(key) != y.get(key)
+]
+print(json.dumps(dict(names=names, changes=changes)))
+"""
+
+
+def test_importing_every_module_changes_neither_the_environment_nor_jax():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["changes"] == []
+    assert {"pallas_kernels.aot.schedules", "xlstm_jax.plan.topology"} <= set(answer["names"])
+
+
+@pytest.mark.parametrize("given", [None, "mine"])
+def test_the_environment_of_libtpu_is_restored_after_its_first_use(monkeypatch, given):
+    monkeypatch.delenv("TPU_ACCELERATOR_TYPE", raising=False)
+    if given is not None:
+        monkeypatch.setenv("TPU_ACCELERATOR_TYPE", given)
+    before = dict(os.environ)
+    with topologies.libtpu_environment(LIBTPU_INIT_ARGS="--option"):
+        assert os.environ["TPU_ACCELERATOR_TYPE"] == "v5litepod-4"
+        assert os.environ["LIBTPU_INIT_ARGS"] == "--option"
+    assert dict(os.environ) == before
+
+
+def test_a_description_leaves_the_environment_alone():
+    before = dict(os.environ)
+    try:
+        topologies.tpu_slices("v5e", (2, 2))
+    except RuntimeError as error:
+        assert "xlstm-jax[compile]" in str(error)
+    assert dict(os.environ) == before

@@ -1,0 +1,274 @@
+"""One step of the mLSTM in Triton, what is launched, and `vmap`; interpreted."""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import common, gpu
+from pallas_kernels.mlstm import backends
+from tests import quick
+from tests.kernels import mlstm_cases
+from tests.kernels.mlstm_cases import (
+    LANES,
+    assert_equal_results,
+    assert_step_equals_the_cell,
+    evaluate,
+    in_bfloat16,
+    make_case,
+    make_step,
+    truth,
+)
+from tests.kernels.watch import launches, recorded, watched
+from tests.ops.subjects import implementations
+
+REFUSAL = implementations("mlstm")["triton"]
+
+pytestmark = [
+    pytest.mark.slow,  # cases by an interpreter; quick ones are in tests/ops and test_quick.py
+    pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL)),
+]
+if REFUSAL is None:
+    from pallas_kernels.mlstm import triton_tiles
+    from tests.kernels.test_mlstm_triton import BLOCKS, tile, wide_case
+
+run = functools.partial(mlstm_cases.run, backends.triton())
+kernel = functools.partial(mlstm_cases.interpret, backends.triton())
+
+
+# What is launched
+
+
+FORWARD = {"mlstm_states": 1, "mlstm_h": 1}
+BACKWARD = dict.fromkeys(("mlstm_dstates", "mlstm_dq", "mlstm_dk", "mlstm_dv"), 1)
+
+
+def started(function, *arguments) -> dict[str, int]:
+    """How often kernels are launched, by name."""
+    return collections.Counter(launch.name for launch in launches(function, *arguments))
+
+
+def small_case(**options):
+    return jax.tree.map(jnp.asarray, make_case(B=1, T=9, **options))
+
+
+def test_a_forward_pass_launches_two_kernels_and_its_gradient_four_more():
+    case = small_case()
+    assert started(lambda c: run(c), case) == FORWARD
+    gradient = jax.grad(lambda c: jnp.sum(run(c)[0] * c.dh))
+    assert started(gradient, case) == FORWARD | BACKWARD
+
+
+def test_as_many_programs_are_launched_as_there_are_blocks():
+    case = jax.tree.map(jnp.asarray, wide_case())
+    cut = mlstm_cases.cut(backends.triton(), tile(*BLOCKS["everything"], K=32, V=16))
+    grids = dict(launches(functools.partial(evaluate, functools.partial(by, cut)), case))
+    heads, rows = 2, 4  # 64 positions in blocks of 16
+    memory = heads * (32 // 16) * (16 // 8)
+    assert grids == {
+        "mlstm_states": (memory,),
+        "mlstm_dstates": (memory,),
+        "mlstm_h": (heads * rows, 16 // 8),
+        "mlstm_dv": (heads * rows, 16 // 8),
+        "mlstm_dq": (heads * rows, 32 // 8),
+        "mlstm_dk": (heads * rows, 32 // 8),
+    }
+
+
+def test_kernels_are_compiled_for_the_chip_as_its_tile_says(monkeypatch):
+    """The gradient too, although it is traced when the chip is no longer named."""
+    seen = {}
+
+    def call(kernel, arrays, out_shape, *, name, **settings):
+        seen[name] = settings
+        return tuple(jnp.zeros(x.shape, x.dtype) for x in out_shape)
+
+    monkeypatch.setattr(gpu, "call", call)
+    case = jax.tree.map(jnp.asarray, in_bfloat16(make_case(T=100, K=64, V=512), "bfloat16"))
+
+    def forward(c):
+        with common.compiled_for("sm_90"):
+            return run(c)[0]
+
+    jax.eval_shape(jax.grad(lambda c: jnp.sum(forward(c) * c.dh)), case)
+    jax.eval_shape(forward, jax.tree.map(jnp.asarray, make_case(T=1)))
+    with common.compiled_for("sm_90"):
+        cut = triton_tiles.choose(64, 512, jnp.dtype("bfloat16"), 100, None)
+    assert seen.keys() == {*FORWARD, *BACKWARD, "mlstm_decode"}
+    blocks = {"mlstm_states": cut.states, "mlstm_dstates": cut.states}
+    blocks |= {f"mlstm_{name}": getattr(cut, name) for name in ("h", "dq", "dk", "dv")}
+    for name, settings in seen.items():
+        assert settings["target"] == "sm_90" and not settings["interpret"]
+        assert not settings.get("UPCAST")
+        if name in blocks:
+            given = settings["num_warps"], settings["num_stages"]
+            assert given == (blocks[name].warps, blocks[name].stages)
+
+
+def by(kernels, q, k, v, i, f, state, **options):
+    return mlstm_cases.api.mlstm(kernels, q, k, v, i, f, state, **options)
+
+
+# vmap
+
+
+MAPPED = {
+    "everything": Ellipsis,
+    "queries": ("q", "dh"),
+    "gates and flags": ("i", "f", "reset", "mask"),
+    "the state": ("state",),
+}
+
+
+def stack(names, **options):
+    """Cases that differ in these fields, one case with another axis in front, and where it is."""
+    cases = [make_case(T=9, B=1, flags=True, seed=seed, **options) for seed in range(2)]
+    shared = cases[0]._asdict()
+    names = shared.keys() if names is Ellipsis else names
+    cases = [case._replace(**{n: a for n, a in shared.items() if n not in names}) for case in cases]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *cases)
+    axes = jax.tree.map(lambda _: None, stacked)
+    axes = axes._replace(**{n: jax.tree.map(lambda _: 0, shared[n]) for n in names})
+    one = jax.tree.map(jnp.asarray, cases[0])._asdict()
+    stacked = stacked._replace(**{n: a for n, a in one.items() if n not in names})
+    return cases, stacked, axes
+
+
+@pytest.mark.parametrize("names", MAPPED.values(), ids=MAPPED)
+def test_vmap_equals_a_loop(names):
+    """Values and gradients; as many kernels as without it, each for the joint batch."""
+    cases, stacked, axes = stack(names)
+    compute = functools.partial(evaluate, functools.partial(by, backends.triton()))
+    together = jax.vmap(compute, in_axes=(axes,))
+    with common.interpreted(lanes=LANES), recorded() as found:
+        actual = quick.jit(together)(stacked)
+    for number, case in enumerate(cases):
+        one = {name: np.asarray(a[number], np.float64) for name, a in actual.items()}
+        assert_equal_results(one, truth(case))
+    assert collections.Counter(launch.name for launch in found) == FORWARD | BACKWARD
+
+
+def test_the_gradient_of_a_vmap_equals_a_loop():
+    cases, stacked, axes = stack(Ellipsis)
+
+    def compute(*args, reset, mask):
+        def one(args, flags):
+            return by(backends.triton(), *args, **flags)
+
+        return jax.vmap(one)(args, dict(reset=reset, mask=mask))
+
+    with common.interpreted(lanes=LANES):
+        actual = quick.jit(functools.partial(evaluate, compute))(stacked)
+    for number, case in enumerate(cases):
+        one = {name: np.asarray(a[number], np.float64) for name, a in actual.items()}
+        assert_equal_results(one, truth(case))
+
+
+def test_without_jit_all_is_the_same():
+    case = small_case()
+    with common.interpreted(lanes=LANES):
+        found, expected = (function(case) for function in (run, quick.jit(lambda c: run(c))))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
+
+
+# One step
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
+def test_one_step_equals_the_cell(flags, dtype):
+    case = make_step(dtype)
+    if not flags:
+        case = jax.tree.map(lambda x: x[:2], case)._replace(reset=None, mask=None)
+    assert_step_equals_the_cell(case, step(case))
+
+
+def step(case, **options):
+    with common.interpreted(lanes=LANES):
+        compute = quick.jit(functools.partial(run, **options))
+        return compute(jax.tree.map(jnp.asarray, case))
+
+
+@pytest.mark.parametrize("options", [{"normalize": False}, {"eps": 0.5}, {}], ids=str)
+def test_one_step_with_the_sigmoid_input_gate_equals_the_cell(options):
+    case = make_step()
+    case = jax.tree.map(lambda x: x[:2], case._replace(mask=None))
+    options = {"input_gate": "sigmoid", **options}
+    assert_step_equals_the_cell(case, step(case, **options), **options)
+
+
+@pytest.mark.parametrize("K,V", [(1, 1), (5, 33), (257, 40), (600, 7)])
+def test_one_step_of_any_width_equals_the_cell(K, V):
+    """Blocks of 32 columns and of up to 256 rows; what they lack is masked."""
+    case = make_step(K=K, V=V)
+    assert_step_equals_the_cell(case, step(case))
+
+
+@pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
+def test_one_step_has_the_gradients_of_the_cell(flags):
+    case = make_case(B=4, T=1)
+    if flags:
+        reset, mask = np.array([[1, 1, 0, 0], [1, 0, 1, 0]], bool)[..., None]
+        case = case._replace(reset=reset, mask=mask)
+    assert_equal_results(kernel(case, chunk_size=8), truth(case))
+
+
+def test_one_step_decodes_unless_it_is_differentiated():
+    case = jax.tree.map(jnp.asarray, make_case(T=1))
+    assert started(lambda c: run(c), case) == {"mlstm_decode": 1}
+    gradient = jax.grad(lambda c: jnp.sum(run(c)[0] * c.dh))
+    assert started(gradient, case) == FORWARD | BACKWARD
+
+
+@pytest.mark.parametrize("V,programs", [(1, 1), (64, 2), (65, 3)])
+def test_one_step_has_a_program_for_every_32_columns_of_a_head(V, programs):
+    case = jax.tree.map(jnp.asarray, make_case(B=2, H=3, T=1, V=V))
+    assert launches(lambda c: run(c), case) == [("mlstm_decode", (6, programs))]
+
+
+def test_one_step_writes_the_memory_in_place_and_its_normaliser_elsewhere(monkeypatch):
+    """C goes to the kernel as it is. Of n each program of other columns needs the old one."""
+    seen = []
+    call = gpu.call
+
+    def spy(kernel, arrays, out_shape, **settings):
+        seen.append((arrays, out_shape, settings["aliases"]))
+        return call(kernel, arrays, out_shape, **settings)
+
+    monkeypatch.setattr(gpu, "call", spy)
+    case = jax.tree.map(jnp.asarray, make_case(T=1))
+    with common.interpreted(lanes=LANES):
+        jax.make_jaxpr(lambda c: run(c))(case)
+    ((arrays, out_shape, aliases),) = seen
+    ((source, result),) = aliases.items()
+    C = case.state[0]
+    assert (arrays[source].shape, out_shape[result].shape) == (C.shape, C.shape)
+    assert arrays[source].dtype == out_shape[result].dtype == C.dtype
+
+
+def test_no_program_of_one_step_touches_what_is_not_its_own():
+    case = make_step(K=257, V=40)
+    with watched() as faults:
+        step(case)
+    assert not faults
+
+
+@pytest.mark.parametrize("names", MAPPED.values(), ids=MAPPED)
+def test_vmap_of_one_step_equals_a_loop(names):
+    cases, stacked, axes = stack(names, K=5)
+    first = lambda c: [x[:, :1] for x in (*c[:5], c.reset, c.mask)]  # noqa: E731
+
+    def compute(case):
+        *inputs, reset, mask = first(case)
+        return by(backends.triton(), *inputs, case.state, reset=reset, mask=mask)
+
+    with common.interpreted(lanes=LANES):
+        together = quick.jit(jax.vmap(compute, in_axes=(axes,)))(stacked)
+        alone = [quick.jit(compute)(jax.tree.map(jnp.asarray, case)) for case in cases]
+    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *alone)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), together, expected
+    )
