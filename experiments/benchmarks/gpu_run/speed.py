@@ -71,7 +71,7 @@ def tile_variants(settings: Settings) -> dict[str, Any]:
     from pallas_kernels.mlstm.triton_tiles import Outputs
 
     _, K, V = settings.heads[0]
-    table = triton_tiles.mlstm(K, V, jnp.dtype(settings.dtype), settings.length, None)
+    table = triton_tiles.choose(K, V, jnp.dtype(settings.dtype), settings.length, None)
     # Not the whole width: then Triton's layout computes the square once, not per group of warps.
     h = Outputs(rows=64, others=64, inner=128, memory=64, width=512, warps=8, stages=2)
     d = h._replace(width=256)
