@@ -30,7 +30,7 @@ class Case:
     H: int
     K: int
     V: int
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: str = "bfloat16"
     most_states: int = 32  # of a decode step
 
     @property

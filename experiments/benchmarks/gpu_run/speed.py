@@ -67,11 +67,12 @@ def tiles(report: Report, settings: Settings) -> None:
 
 def tile_variants(settings: Settings) -> dict[str, Any]:
     """Tiles by name."""
-    from pallas_kernels.mlstm import triton_tiles
+    from pallas_kernels.mlstm import backends
     from pallas_kernels.mlstm.triton_tiles import Outputs
 
     _, K, V = settings.heads[0]
-    table = triton_tiles.choose(K, V, jnp.dtype(settings.dtype), settings.length, None)
+    # `Any`: the kernels of TPUs have tiles of another type.
+    table: Any = backends.triton().tile(K, V, jnp.dtype(settings.dtype), settings.length, None)
     # Not the whole width: then Triton's layout computes the square once, not per group of warps.
     h = Outputs(rows=64, others=64, inner=128, memory=64, width=512, warps=8, stages=2)
     d = h._replace(width=256)
