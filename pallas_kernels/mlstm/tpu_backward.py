@@ -4,7 +4,7 @@ The square of a chunk is recomputed once, transposed (keys down, queries across)
 product needs its operand turned. What is left to plain JAX are sums over single numbers per
 position. Cotangents of h are read as they come: their division by the normaliser is in the gates.
 
-The derivation is that of `xlstm_jax.ops.mlstm.chunkwise_backward`; forward pass: arXiv:2503.14376.
+The derivation is that of `xlstm_jax.ops.mlstm_backward`; forward pass: arXiv:2503.14376.
 """
 
 import functools
