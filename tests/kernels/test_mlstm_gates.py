@@ -131,9 +131,8 @@ def test_differences_of_large_sums_keep_their_digits():
     raw = raw._replace(f=(raw.f - 43).astype(np.float32))
     _, x = raw.ready(chunk=256)
     log_i, log_f, _ = exact(raw)
-    coarse, fine, source = (
-        np.asarray(a)[:, :, 0] for a in (sums[0], sums[1], x.gates.log_i - sums[1])
-    )
+    coarse, fine, log_i_32 = (np.asarray(a)[:, :, 0] for a in (*x.border[:2], x.gates.log_i))
+    source = log_i_32 - fine
     assert coarse.min() < -9000
     near = fine[..., 1:] + source[..., :-1]
     found = (coarse[..., 1:] - coarse[..., :-1]) + near

@@ -70,7 +70,7 @@ def _as_bfloat16(x: np.ndarray) -> np.ndarray:
 
 
 @subjects(quick=PRIMARY)
-def test_no_state_is_the_empty_memory(subject):
+def test_no_state_is_the_initial_state(subject):
     case = empty(make_case(subject.variant, 9))
     call = quick.jit(runs.program(subject))
     args = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), case)

@@ -17,7 +17,10 @@ STATES = {"slstm": cells.SLSTMState, "lstm": cells.LSTMState}
 def _ways():
     for name in NAMES:
         op = golden_files.load(name).config["function"]
-        yield from ((name, way) for way in [*implementations(op), "cell"])
+        for way in [*implementations(op), "cell"]:
+            # The reference of the LSTM is its cell.
+            marks = [pytest.mark.slow] if (op, way) == ("lstm", "cell") else []
+            yield pytest.param(name, way, marks=marks)
 
 
 def _gates(x: np.ndarray, num_heads: int) -> np.ndarray:
