@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import PartitionSpec as P
 
-from xlstm_jax.sharding.axes import cuts, cutting, free_axes
+from xlstm_jax.sharding.axes import free_axes, mesh_axes_for, partition_spec_for
 
 
 def cut_of(shape: Sequence[int], names: Sequence[str]) -> P:
     """How the rules in use cut a parameter whose axes have these names over the active mesh."""
-    return cuts(shape, [cutting(name) for name in names], free_axes())
+    return partition_spec_for(shape, [mesh_axes_for(name) for name in names], free_axes())
 
 
 def gather(part: jax.Array, cut: P) -> jax.Array:

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from xlstm_jax.ops.parameters import cut_of, gathered_beside
-from xlstm_jax.sharding.axes import cutting, dividing, free_axes
+from xlstm_jax.sharding.axes import dividing_axes, free_axes, mesh_axes_for
 
 LETTERS = {"B": "batch", "T": "time", "H": "heads", "F": "inner"}
 """Axes that may be cut -> what they are for the rules."""
@@ -80,7 +80,7 @@ def placed_by_device(fn: Callable[..., Any], args: Any, specs: Any, out_specs: A
 def cut_by(letter: str, length: int) -> tuple[str, ...]:
     """The axes of the active mesh that cut an axis of this length, longer than 1 themselves."""
     sizes = {name: size for name, size in devices_to_place().items() if size > 1}
-    return dividing(length, cutting(LETTERS[letter]), sizes)
+    return dividing_axes(length, mesh_axes_for(LETTERS[letter]), sizes)
 
 
 def summed_over_devices(
@@ -102,7 +102,7 @@ def summed_over_devices(
         return fn(x, kernel, *positions)
     batch, time = cut_by("B", x.shape[0]), cut_by("T", x.shape[1])
     rest = {name: size for name, size in free.items() if name not in (*batch, *time)}
-    time += dividing(x.shape[1] // math.prod(free[axis] for axis in time), sorted(rest), rest)
+    time += dividing_axes(x.shape[1] // math.prod(free[axis] for axis in time), sorted(rest), rest)
     cut = cut_of(kernel.shape, ("embed", "vocab"))
 
     def add_up(x, part, *positions):
