@@ -50,7 +50,7 @@ class Part:
         self.cfg = _config(self.letter, self.golden.config)
         is_block = name.endswith("block")
         layer = {"m": (MLSTMLayer, self.cfg.mlstm), "s": (SLSTMLayer, self.cfg.slstm)}[self.letter]
-        self.module = BLOCKS[self.letter](self.cfg) if is_block else layer[0](layer[1], 1)
+        self.module = BLOCKS[self.letter].block(self.cfg) if is_block else layer[0](layer[1], 1)
         tensors = self.golden.under("param/")
         params = published.part_params(self.cfg, tensors, self.theirs, self.ours)
         self.params = published.cast(params, dtype)

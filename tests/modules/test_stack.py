@@ -16,11 +16,12 @@ from xlstm_jax.modules import BLOCKS, LM, presets, stack
 def _in_a_loop(cfg, params, x, state, reset, mask):
     """The output, and the new states of all blocks in the order of the pattern."""
     seen, states = dict.fromkeys(cfg.pattern, 0), []
-    for number, letter in enumerate(cfg.pattern):
+    for letter in cfg.pattern:
         own = jax.tree.map(
             lambda leaf, n=seen[letter]: leaf[n], (params[letter], state and state[letter])
         )
-        x, new = BLOCKS[letter](cfg).apply({"params": own[0]}, x, own[1], reset, mask, number)
+        block = BLOCKS[letter].block(cfg)
+        x, new = block.apply({"params": own[0]}, x, own[1], reset=reset, mask=mask)
         states.append(new)
         seen[letter] += 1
     return x, states

@@ -14,10 +14,9 @@ from xlstm_jax.convert import mapping, names
 from xlstm_jax.convert.fields import Fields
 from xlstm_jax.convert.tensors import Arrays
 from xlstm_jax.modules import LMConfig
-from xlstm_jax.modules.feedforward import first_generation_width
-from xlstm_jax.modules.mlstm import MLSTMConfig
+from xlstm_jax.modules.options import MLSTMConfig, SLSTMConfig
 from xlstm_jax.modules.patterns import at
-from xlstm_jax.modules.slstm import SLSTMConfig
+from xlstm_jax.modules.widths import first_generation_width
 from xlstm_jax.typing import PyTree
 
 ACTIVATIONS = {

@@ -28,7 +28,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 assert tuple(ACTIVATIONS) == ACTIVATION_NAMES
 
 
-
 class GatedFeedForward(nn.Module):
     """First generation: of one up-projection, the first half is activated and gates the second.
 

@@ -70,9 +70,7 @@ class LargeMLSTMLayer(nn.Module):
         return nn.Dropout(self.dropout, deterministic=deterministic)(y), state
 
     @nn.nowrap
-    def init_state(
-        self, batch_size: int, dim: int, dtype: DTypeLike = jnp.float32
-    ) -> MLSTMState:
+    def init_state(self, batch_size: int, dim: int, dtype: DTypeLike = jnp.float32) -> MLSTMState:
         """The initial state, zeros; nothing in it has the `dtype` of activations."""
         (qk_dim, v_dim, _), H = self.cfg.widths(dim), self.cfg.num_heads
         return mlstm_init(batch_size, H, qk_dim // H, v_dim // H)

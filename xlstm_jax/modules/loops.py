@@ -135,7 +135,9 @@ def _by_letter(run: Run, step_blocks: list[_StepBlock], states: tuple[Any, ...])
     by_letter = {}
     for letter in dict.fromkeys(run.unit):
         own = [
-            (p, s) for p, s, other in zip(step_blocks, states, run.unit, strict=True) if other == letter
+            (p, s)
+            for p, s, other in zip(step_blocks, states, run.unit, strict=True)
+            if other == letter
         ]
         if run.has_always(letter):
             stacked = _stack([state for _, state in own], axis=1)

@@ -20,6 +20,7 @@ from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import BiasInit, RecurrentInit, SLSTMConfig
 from xlstm_jax.typing import Array, Bool, Float, Int, PRNGKeyArray
 
+
 class SLSTMLayerState(NamedTuple):
     """What a first-generation sLSTM layer carries through time."""
 

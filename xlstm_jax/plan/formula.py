@@ -114,14 +114,18 @@ def _rate(target: Target, sizes: dict[str, int], axes: tuple[str, ...]) -> float
 
 @functools.cache
 def _tensor_sums(cfg: LMConfig) -> int:
-    """Sums over tensor in a forward pass: one per sublayer of a block that is sharded over it."""
-    rules, sharded = get_rules("fsdp_tensor"), set()
+    """Sums over tensor in a forward pass: one per kernel that maps sharded features to the model
+    width, and one per layer that is sharded by heads alone, whose outputs are gathered."""
+    rules, sums, axes_of = get_rules("fsdp_tensor"), 0, collections.defaultdict(set)
     for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(cfg)["stack"]):
         name = "stack/" + path_name(path)
-        axes = {axis for x in logical_axes(name, leaf.ndim) if x for axis in rules[x]}
-        if "tensor" in axes:
-            sharded.add(tuple(name.split("/")[1:3]))
-    return sum(cfg.pattern.count(letter) for letter, _ in sharded)
+        axes = logical_axes(name, leaf.ndim)
+        _, letter, layer, *_ = name.split("/")
+        sharded = {axis for axis in axes if axis and "tensor" in rules[axis]}
+        axes_of[letter, layer] |= sharded
+        sums += cfg.pattern.count(letter) * bool(sharded and axes[-1] == "embed")
+    by_heads = [letter for (letter, _), axes in axes_of.items() if axes == {"heads"}]
+    return sums + sum(map(cfg.pattern.count, by_heads))
 
 
 def _state_bytes_over_time(cfg: LMConfig) -> int:
