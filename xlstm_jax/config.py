@@ -311,7 +311,7 @@ def read_json(path: pathlib.Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(
-            f"{path} is not valid JSON ({error}); restore it or start another run."
+            f"{path} is not valid JSON ({error}); restore it or fetch it again."
         ) from error
 
 

@@ -39,9 +39,9 @@ PROCESSES = {
     "load_hf": "import jax; from xlstm_jax import convert; "
     "jax.block_until_ready(convert.load_hf({folder!r})[1])",
     "hf-to-run": "from xlstm_jax.cli import main; "
-    "main(['convert', 'hf-to-run', {folder!r}, {run!r}, '--no-compare'])",
+    "main(['convert', 'hf-to-run', {folder!r}, {run!r}])",
     "run-to-hf": "from xlstm_jax.cli import main; "
-    "main(['convert', 'run-to-hf', {run!r}, {back!r}, '--no-compare', "
+    "main(['convert', 'run-to-hf', {run!r}, {back!r}, "
     "'--max-shard-bytes', str(2**28)])",
 }
 

@@ -135,8 +135,8 @@ def test_what_is_decayed_is_what_the_reference_decays(name):
     ):
         mask = decay_mask(params, pattern)
         by_path = {path_name(p): m for p, m in jax.tree_util.tree_leaves_with_path(mask)}
-        places = mapping.places(cfg, names.V1, mapping.parameters(cfg))
-        decayed = {name for name, place in places.items() if by_path[place.path]}
+        targets = mapping.targets(cfg, names.V1, mapping.parameters(cfg))
+        decayed = {name for name, target in targets.items() if by_path[target.path]}
         assert decayed == set(golden.config["weight_decay_params"]) | set(table)
 
 

@@ -173,8 +173,8 @@ def test_factors_give_back_the_width(width, dim):
 
 def test_the_7b_model_has_a_name_for_every_parameter_and_the_published_config():
     cfg = presets.get("xlstm_7b")
-    table = mapping.places(cfg, names.HF, mapping.parameters(cfg))
-    sizes = [int(np.prod(place.their_shape)) for place in table.values()]
+    table = mapping.targets(cfg, names.HF, mapping.parameters(cfg))
+    sizes = [int(np.prod(target.their_shape)) for target in table.values()]
     assert sum(sizes) == 6_865_424_896
     config = hf.config_of(cfg)
     published = {

@@ -1,4 +1,4 @@
-"""A block kind as a user would add it: this file alone, imported by `--import` or by a CONFIG.py."""
+"""A block kind as a user adds it: this file alone, imported by `--import` or a CONFIG.py."""
 
 import dataclasses
 

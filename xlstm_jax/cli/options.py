@@ -34,7 +34,7 @@ IMPORT_VARIABLE = "XLSTM_IMPORT"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelCommand:
-    """A command that builds a model, perhaps with block kinds, data sets, ... of a user's module."""
+    """A command that builds a model, with what the modules of a user register."""
 
     imports: Imports = ()  # import a module first: its name, or the path of a .py file
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_jax.config import ConfigError
+from xlstm_jax.config import ConfigError, read_json
 from xlstm_jax.convert import large_config, mapping, names, writing
 from xlstm_jax.convert.fields import Fields
 from xlstm_jax.convert.tensors import Folder
@@ -153,16 +153,9 @@ def save_hf(
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a folder, as it is.
-
-    Raises:
-        ConfigError: it is no JSON, or no table of fields.
-    """
+    """The config.json of a folder; raises ConfigError if it is no JSON object."""
     path = Path(folder) / CONFIG
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); fetch it again.") from error
+    values = read_json(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must be a table of fields, got {values!r}; fetch it again.")
     return values

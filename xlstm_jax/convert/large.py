@@ -121,8 +121,8 @@ class Unfused:
 def _parts(cfg: LMConfig) -> dict[str, dict[str, int]]:
     """Fused name -> the names of its parts, in their order, and the rows of each."""
     rows = {
-        name: place.their_shape[0]
-        for name, place in mapping.places(cfg, names.LARGE, mapping.parameters(cfg)).items()
+        name: target.their_shape[0]
+        for name, target in mapping.targets(cfg, names.LARGE, mapping.parameters(cfg)).items()
     }
     found = {}
     for number in range(cfg.num_blocks):

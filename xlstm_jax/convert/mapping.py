@@ -17,11 +17,11 @@ from xlstm_jax.typing import PyTree
 _ALIGNMENT = 64  # bytes
 
 
-class Place(NamedTuple):
-    """Where a tensor of another implementation belongs in our tree."""
+class WeightTarget(NamedTuple):
+    """The parameter, or the layer of one, that a tensor of another implementation becomes."""
 
     path: str
-    layer: int | None  # its place on the leading axis `layers`; None where there is no such axis
+    layer: int | None  # index on the leading axis `layers`; None where there is no such axis
     shape: tuple[int, ...]  # ours, of this tensor alone
     layout: Layout
 
@@ -41,8 +41,10 @@ def by_path(tree: PyTree) -> dict[str, Any]:
     return {sharding.path_name(path): leaf for path, leaf in leaves}
 
 
-def places(cfg: LMConfig, rules: Sequence[Rule], leaves: Mapping[str, Any]) -> dict[str, Place]:
-    """Their name -> the place in our tree, for all of these parameters of a model.
+def targets(
+    cfg: LMConfig, rules: Sequence[Rule], leaves: Mapping[str, Any]
+) -> dict[str, WeightTarget]:
+    """Their name -> the target in our tree, for all of these parameters of a model.
 
     Args:
         cfg: the model.
@@ -68,9 +70,9 @@ def places(cfg: LMConfig, rules: Sequence[Rule], leaves: Mapping[str, Any]) -> d
             numbers = [n for n, other in enumerate(cfg.pattern) if other == letter]
             for layer, number in enumerate(numbers):
                 name = rule.theirs.format(number)
-                found[name] = Place(path, layer, leaf.shape[1:], layout)
+                found[name] = WeightTarget(path, layer, leaf.shape[1:], layout)
         else:
-            found[rule.theirs] = Place(path, None, leaf.shape, layout)
+            found[rule.theirs] = WeightTarget(path, None, leaf.shape, layout)
     return found
 
 
@@ -91,17 +93,17 @@ def load(
         WeightsError: tensors are missing, too many or of another shape; all are listed.
     """
     leaves = {path: leaf for path, leaf in parameters(cfg).items() if path not in without}
-    table = places(cfg, rules, leaves)
+    table = targets(cfg, rules, leaves)
     check(table, source.shapes())
-    parts: dict[str, list[tuple[str, Place]]] = {path: [] for path in leaves}
-    for name, place in table.items():
-        parts[place.path].append((name, place))
+    parts: dict[str, list[tuple[str, WeightTarget]]] = {path: [] for path in leaves}
+    for name, target in table.items():
+        parts[target.path].append((name, target))
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         host = _empty(leaf.shape, leaf.dtype)
-        for name, place in parts[path]:
-            part = host if place.layer is None else host[place.layer]
-            part[...] = place.layout.to_ours(source.read(name), place.shape)
+        for name, target in parts[path]:
+            part = host if target.layer is None else host[target.layer]
+            part[...] = target.layout.to_ours(source.read(name), target.shape)
         _insert(tree, path, _put(path, host))
     return tree
 
@@ -109,10 +111,10 @@ def load(
 def store(cfg: LMConfig, rules: Sequence[Rule], params: PyTree) -> Iterator[tuple[str, np.ndarray]]:
     """Their names and arrays, one at a time."""
     leaves = by_path(params)
-    for name, place in places(cfg, rules, leaves).items():
-        leaf = leaves[place.path]
-        part = leaf if place.layer is None else leaf[place.layer]
-        yield name, np.ascontiguousarray(place.layout.to_theirs(np.asarray(part)))
+    for name, target in targets(cfg, rules, leaves).items():
+        leaf = leaves[target.path]
+        part = leaf if target.layer is None else leaf[target.layer]
+        yield name, np.ascontiguousarray(target.layout.to_theirs(np.asarray(part)))
 
 
 def check_params(cfg: LMConfig, params: PyTree) -> None:
@@ -129,9 +131,9 @@ def check_params(cfg: LMConfig, params: PyTree) -> None:
         )
 
 
-def check(table: Mapping[str, Place], found: Mapping[str, Shape]) -> None:
-    """Raises WeightsError unless there is exactly one tensor of the right shape per place."""
-    expected = {name: place.their_shape for name, place in table.items()}
+def check(table: Mapping[str, WeightTarget], found: Mapping[str, Shape]) -> None:
+    """Raises WeightsError unless there is exactly one tensor of the right shape per target."""
+    expected = {name: target.their_shape for name, target in table.items()}
     problems = _problems(expected, found, {n: f" ({p.path} here)" for n, p in table.items()})
     if problems:
         raise WeightsError(

@@ -136,7 +136,7 @@ BLOCKS["m"] = BlockKind(
         r"mlstm/[qkv]_proj/kernel": ("inner", None, None),  # small blocks on a diagonal
         r"mlstm/(proj_up|[qkv]_proj)/bias": ("inner",),
         r"mlstm/learnable_skip": ("inner",),
-        # Its rows are those of q, k and v one after the other, which no shard respects; it is small.
+        # Its rows are those of q, k and v one after the other, which no shard respects; small.
         r"mlstm/(input|forget)_gate/kernel": (None, "heads"),
         r"mlstm/(input|forget)_gate/bias": (None,),
     },

@@ -131,7 +131,7 @@ def param_shapes(cfg: LMConfig) -> Any:
 
 
 def head_kernel(cfg: LMConfig, params: Any) -> Float[Array, "D vocab"]:
-    """The matrix that maps hidden states to logits, tied or not; `params`: `variables["params"]`."""
+    """The matrix from hidden states to logits, tied or not; `params` are `variables["params"]`."""
     if cfg.tie_embeddings:
         return params["token_embedding"]["embedding"].T
     return params["lm_head"]["kernel"]
