@@ -27,7 +27,7 @@ def copied_file(folder: str | Path) -> Path | None:
 
 
 def copy(source: str | Path, folder: str | Path) -> str:
-    """Writes what a source says, and its license file, beside weights made of it; returns the line."""
+    """Writes what a source says, and its license file, beside weights made of it."""
     line, copied = find(source), copied_file(source)
     file = copied or _file(Path(source))
     text = file.read_text(errors="replace") if file else ""
