@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlstm_jax.convert import hf
-from xlstm_jax.modules import LM
+from xlstm_jax.modules.lm import LM
 
 TOKENS = 64
 TOLERANCE = 1e-3  # rounding gives about 1e-5, a wrong weight far more

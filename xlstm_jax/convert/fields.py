@@ -74,7 +74,7 @@ class Fields:
             self._refuse(name, f"one of {', '.join(choices)}", value, f"the nearest is {nearest}")
         return value
 
-    def flag(self, name: str, default: Any = _MISSING) -> bool:
+    def flag(self, name: str, *, default: Any = _MISSING) -> bool:
         """A field that must be true or false."""
         value = self.get(name, default)
         if not isinstance(value, bool):

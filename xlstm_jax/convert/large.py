@@ -14,7 +14,7 @@ from xlstm_jax.config import ConfigError
 from xlstm_jax.convert import large_config, mapping, names
 from xlstm_jax.convert.fields import Fields
 from xlstm_jax.convert.tensors import Folder, Source
-from xlstm_jax.modules import LMConfig
+from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.typing import PyTree
 
 CONFIG = "config.yaml"

@@ -5,7 +5,7 @@ from typing import Any
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.convert.fields import Fields
-from xlstm_jax.modules import LMConfig
+from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.options import LargeConfig
 from xlstm_jax.modules.widths import large_width
 
@@ -44,8 +44,8 @@ def to_ours(fields: Fields, *, dim: int, num_blocks: int, factor: float, dtype: 
     fields.ignore(*_WITHOUT_EFFECT)
     multiple = fields.count("ffn_round_up_to_multiple_of", 64)
     norm_eps = float(fields.number("norm_eps", 1e-6, least=0))
-    use_bias = fields.flag("use_bias", False)
-    has_norm = fields.flag("add_out_norm", True)
+    use_bias = fields.flag("use_bias", default=False)
+    has_norm = fields.flag("add_out_norm", default=True)
     return LMConfig(
         vocab_size=fields.count("vocab_size"),
         dim=dim,

@@ -11,7 +11,8 @@ from xlstm_jax import sharding
 from xlstm_jax.convert.layouts import LAYOUTS, Layout, Shape
 from xlstm_jax.convert.names import Rule
 from xlstm_jax.convert.tensors import Source, WeightsError
-from xlstm_jax.modules import LMConfig, param_shapes
+from xlstm_jax.modules.config import LMConfig
+from xlstm_jax.modules.lm import param_shapes
 from xlstm_jax.typing import PyTree
 
 _ALIGNMENT = 64  # bytes
@@ -94,7 +95,13 @@ def load(
     """
     leaves = {path: leaf for path, leaf in parameters(cfg).items() if path not in without}
     table = targets(cfg, rules, leaves)
-    check(table, source.shapes())
+    _check_shapes(
+        "tensors",
+        {name: target.their_shape for name, target in table.items()},
+        source.shapes(),
+        "check that config and weights belong together",
+        {name: f" ({target.path} here)" for name, target in table.items()},
+    )
     parts: dict[str, list[tuple[str, WeightTarget]]] = {path: [] for path in leaves}
     for name, target in table.items():
         parts[target.path].append((name, target))
@@ -120,48 +127,30 @@ def store(cfg: LMConfig, rules: Sequence[Rule], params: PyTree) -> Iterator[tupl
 def check_params(cfg: LMConfig, params: PyTree) -> None:
     """Raises WeightsError, with all that is wrong, unless these are the parameters of the model."""
     expected = {path: leaf.shape for path, leaf in parameters(cfg).items()}
-    found = {path: np.shape(leaf) for path, leaf in by_path(params).items()}
-    if set(found) == {f"params/{path}" for path in expected}:
+    actual = {path: np.shape(leaf) for path, leaf in by_path(params).items()}
+    if set(actual) == {f"params/{path}" for path in expected}:
         raise WeightsError("params must be the parameters alone; give variables['params'].")
-    problems = _problems(expected, found)
-    if problems:
-        raise WeightsError(
-            f"params do not fit the config: {'; '.join(problems)}; "
-            "give the config that they were made with."
-        )
+    way_out = "give the config that they were made with"
+    _check_shapes("params", expected, actual, way_out, dict.fromkeys(expected, ""))
 
 
-def check(table: Mapping[str, WeightTarget], found: Mapping[str, Shape]) -> None:
-    """Raises WeightsError unless there is exactly one tensor of the right shape per target."""
-    expected = {name: target.their_shape for name, target in table.items()}
-    problems = _problems(expected, found, {n: f" ({p.path} here)" for n, p in table.items()})
-    if problems:
-        raise WeightsError(
-            f"tensors do not fit the config: {'; '.join(problems)}; "
-            "check that config and weights belong together."
-        )
-
-
-def _problems(
+def _check_shapes(
+    what: str,
     expected: Mapping[str, Shape],
-    found: Mapping[str, Shape],
-    remarks: Mapping[str, str] | None = None,
-) -> list[str]:
-    """What is missing, what is surplus, and what has another shape."""
-    remark = (remarks or {}).get
-    lines = [
-        f"{name} {shape} is missing{remark(name, '')}"
+    actual: Mapping[str, Shape],
+    way_out: str,
+    remarks: Mapping[str, str],
+) -> None:
+    """Raises WeightsError with all that is missing, surplus, or of another shape."""
+    problems = [f"{n} {expected[n]} is missing{remarks[n]}" for n in expected if n not in actual]
+    problems += [f"{name} {actual[name]} is not known" for name in actual if name not in expected]
+    problems += [
+        f"{name} must have the shape {shape}, got {actual[name]}{remarks[name]}"
         for name, shape in expected.items()
-        if name not in found
+        if actual.get(name, shape) != shape
     ]
-    lines += [
-        f"{name} {shape} is not known" for name, shape in found.items() if name not in expected
-    ]
-    return lines + [
-        f"{name} must have the shape {shape}, got {found[name]}{remark(name, '')}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
+    if problems:
+        raise WeightsError(f"{what} do not fit the config: {'; '.join(problems)}; {way_out}.")
 
 
 def _insert(tree: dict[str, Any], path: str, value: Any) -> None:

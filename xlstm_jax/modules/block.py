@@ -3,19 +3,20 @@
 Sources: arXiv:2405.04517, figures 10 and 11; arXiv:2503.13427, section 3.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 
-from xlstm_jax.cells import MLSTMState
 from xlstm_jax.modules import counts
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.feedforward import GatedFeedForward, LargeFeedForward
 from xlstm_jax.modules.kinds import BLOCKS, IMPLEMENTATIONS, BlockKind
 from xlstm_jax.modules.large import LargeMLSTMLayer
-from xlstm_jax.modules.mlstm import MLSTMLayer, MLSTMLayerState
+from xlstm_jax.modules.mlstm import MLSTMLayer
 from xlstm_jax.modules.norm import LayerNorm, RMSNorm
 from xlstm_jax.modules.options import LargeConfig, MLSTMConfig, SLSTMConfig
-from xlstm_jax.modules.slstm import SLSTMLayer, SLSTMLayerState
+from xlstm_jax.modules.slstm import SLSTMLayer
 from xlstm_jax.ops.registry import TABLES
 from xlstm_jax.sharding.axes import set_block_axes
 from xlstm_jax.typing import Array, Bool, Float, Int
@@ -23,8 +24,8 @@ from xlstm_jax.typing import Array, Bool, Float, Int
 IMPLEMENTATIONS.update(TABLES)
 
 
-class MLSTMBlock(nn.Module):
-    """First generation: x + mLSTM(norm(x)); the up-projection is inside the layer."""
+class _Block(nn.Module):
+    """x + layer(norm(x)), then x + ffn(norm(x)) where there is a feed-forward layer."""
 
     cfg: LMConfig
 
@@ -32,98 +33,83 @@ class MLSTMBlock(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        state: MLSTMLayerState | None = None,
+        state: Any = None,
         *,
         reset: Bool[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], MLSTMLayerState]:
-        norm, layer = LayerNorm(self.cfg.mlstm.norm_eps, name="xlstm_norm"), self._layer("mlstm")
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The arguments of the layer; returns x after the block, and the state of the layer."""
+        norm, layer, *ffn = self._parts()
         y, state = layer(norm(x), state, reset=reset, mask=mask, deterministic=deterministic)
-        return x + y, state
+        x = x + y
+        if ffn:
+            norm, layer = ffn
+            x = x + layer(norm(x), deterministic=deterministic)
+        return x, state
 
     @nn.nowrap
-    def init_state(self, batch_size: int) -> MLSTMLayerState:
+    def init_state(self, batch_size: int) -> Any:
         """The initial state: zeros."""
         return self._layer(parent=None).init_state(
             batch_size, self.cfg.dim, jnp.dtype(self.cfg.dtype)
         )
 
+    def _parts(self) -> tuple[nn.Module, ...]:
+        """Norm and layer, then norm and feed-forward layer if there is one."""
+        raise NotImplementedError
+
+    def _layer(self, **options: Any) -> Any:
+        raise NotImplementedError
+
+
+class MLSTMBlock(_Block):
+    """First generation: the up-projection is inside the layer; no feed-forward layer."""
+
+    def _parts(self):
+        return LayerNorm(self.cfg.mlstm.norm_eps, name="xlstm_norm"), self._layer(name="mlstm")
+
     @nn.nowrap
-    def _layer(self, name: str | None = None, **options) -> MLSTMLayer:
-        cfg = self.cfg
-        return MLSTMLayer(cfg.mlstm, cfg.num_blocks, cfg.dropout, name=name, **options)
+    def _layer(self, **options):
+        return MLSTMLayer(self.cfg.mlstm, self.cfg.num_blocks, self.cfg.dropout, **options)
 
 
-class SLSTMBlock(nn.Module):
-    """First generation: x + sLSTM(norm(x)), then x + ffn(norm(x)) unless its width is 0."""
+class SLSTMBlock(_Block):
+    """First generation, with a feed-forward layer unless its width is 0."""
 
-    cfg: LMConfig
     block_index: int | Int[Array, ""] = 0
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        state: SLSTMLayerState | None = None,
-        *,
-        reset: Bool[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], SLSTMLayerState]:
-        cfg, num_blocks = self.cfg.slstm, self.cfg.num_blocks
-        norm, layer = LayerNorm(cfg.norm_eps, name="xlstm_norm"), self._layer("slstm")
-        y, state = layer(norm(x), state, reset=reset, mask=mask, deterministic=deterministic)
-        x, inner_dim = x + y, cfg.ffn_width(self.cfg.dim)
+    def _parts(self):
+        cfg, inner_dim = self.cfg.slstm, self.cfg.slstm.ffn_width(self.cfg.dim)
+        parts = LayerNorm(cfg.norm_eps, name="xlstm_norm"), self._layer(name="slstm")
         if inner_dim == 0:
-            return x, state
-        y = LayerNorm(cfg.norm_eps, name="ffn_norm")(x)
+            return parts
         options = (cfg.ffn_activation, cfg.ffn_bias, cfg.ffn_dropout)
-        ffn = GatedFeedForward(inner_dim, num_blocks, *options, name="ffn")
-        return x + ffn(y, deterministic=deterministic), state
+        ffn = GatedFeedForward(inner_dim, self.cfg.num_blocks, *options, name="ffn")
+        return *parts, LayerNorm(cfg.norm_eps, name="ffn_norm"), ffn
 
     @nn.nowrap
-    def init_state(self, batch_size: int) -> SLSTMLayerState:
-        """The initial state: zeros."""
-        return self._layer(parent=None).init_state(
-            batch_size, self.cfg.dim, jnp.dtype(self.cfg.dtype)
+    def _layer(self, **options):
+        cfg = self.cfg
+        fields = (cfg.slstm, cfg.num_blocks, cfg.dropout, self.block_index)
+        return SLSTMLayer(*fields, **options)
+
+
+class LargeBlock(_Block):
+    """Large architecture, with a feed-forward layer; no dropout."""
+
+    def _parts(self):
+        cfg, (_, _, ffn_dim) = self.cfg.large, self.cfg.large.widths(self.cfg.dim)
+        return (
+            RMSNorm(cfg.norm_eps, cfg.use_bias, name="norm_mlstm"),
+            self._layer(name="mlstm"),
+            RMSNorm(cfg.norm_eps, cfg.use_bias, name="norm_ffn"),
+            LargeFeedForward(ffn_dim, self.cfg.num_blocks, cfg.use_bias, name="ffn"),
         )
 
     @nn.nowrap
-    def _layer(self, name: str | None = None, **options) -> SLSTMLayer:
-        cfg = self.cfg
-        fields = (cfg.slstm, cfg.num_blocks, cfg.dropout, self.block_index)
-        return SLSTMLayer(*fields, name=name, **options)
-
-
-class LargeBlock(nn.Module):
-    """Large architecture: x + mLSTM(norm(x)), then x + ffn(norm(x)); no dropout."""
-
-    cfg: LMConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        state: MLSTMState | None = None,
-        *,
-        reset: Bool[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], MLSTMState]:
-        cfg, num_blocks = self.cfg.large, self.cfg.num_blocks
-        y = RMSNorm(cfg.norm_eps, cfg.use_bias, name="norm_mlstm")(x)
-        layer = LargeMLSTMLayer(cfg, num_blocks, name="mlstm")
-        y, state = layer(y, state, reset=reset, mask=mask, deterministic=deterministic)
-        x = x + y
-        _, _, ffn_dim = cfg.widths(self.cfg.dim)
-        y = RMSNorm(cfg.norm_eps, cfg.use_bias, name="norm_ffn")(x)
-        return x + LargeFeedForward(ffn_dim, num_blocks, cfg.use_bias, name="ffn")(y), state
-
-    @nn.nowrap
-    def init_state(self, batch_size: int) -> MLSTMState:
-        """The initial state: zeros."""
-        return LargeMLSTMLayer(self.cfg.large, parent=None).init_state(batch_size, self.cfg.dim)
+    def _layer(self, **options):
+        return LargeMLSTMLayer(self.cfg.large, self.cfg.num_blocks, **options)
 
 
 BLOCKS["m"] = BlockKind(

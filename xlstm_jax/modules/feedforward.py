@@ -60,7 +60,10 @@ class LargeFeedForward(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], *, deterministic: bool = True
+    ) -> Float[Array, "B T D"]:
+        del deterministic  # it has no dropout
         dim = x.shape[-1]
         names = "proj_up_gate", "proj_up"
         layers = (Dense(self.inner_dim, small(dim), self.use_bias, name=name) for name in names)

@@ -3,6 +3,8 @@
 Source: Beck et al. 2025, arXiv:2503.13427 (xLSTM 7B), section 3.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -37,27 +39,15 @@ class LargeMLSTMLayer(nn.Module):
     ) -> tuple[Float[Array, "B T D"], MLSTMState]:
         cfg, dim = self.cfg, x.shape[-1]
         qk_dim, v_dim, _ = cfg.widths(dim)
-        widths = {"q": qk_dim, "k": qk_dim, "v": v_dim, "output_gate": v_dim}
-        projections = dense_together(
-            x,
-            *(
-                Dense(
-                    width, zeros if name == "output_gate" else small(dim), cfg.use_bias, name=name
-                )
-                for name, width in widths.items()
-            ),
-        )
-        q, k, v, o = (constrain(y, "batch", "time", "inner") for y in projections)
-        biases = {
-            "input_gate": constant(cfg.input_bias),
-            "forget_gate": linspace(*cfg.forget_bias),
-        }
+        widths = {"q": qk_dim, "k": qk_dim, "v": v_dim}
+        layers = [Dense(width, small(dim), cfg.use_bias, name=n) for n, width in widths.items()]
+        layers.append(Dense(v_dim, zeros, cfg.use_bias, name="output_gate"))
+        q, k, v, o = (constrain(y, "batch", "time", "inner") for y in dense_together(x, *layers))
+        gate = functools.partial(Dense, cfg.num_heads, zeros, use_bias=True, wide=True)
         gates = dense_together(
             x,
-            *(
-                Dense(cfg.num_heads, zeros, True, bias_init, wide=True, name=name)
-                for name, bias_init in biases.items()
-            ),
+            gate(bias_init=constant(cfg.input_bias), name="input_gate"),
+            gate(bias_init=linspace(*cfg.forget_bias), name="forget_gate"),
         )
         i, f = (ops.soft_cap(gate, cfg.gate_soft_cap) for gate in gates)
         q, k, v = (split_heads(y, cfg.num_heads) for y in (q, k, v))

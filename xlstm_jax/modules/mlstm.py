@@ -3,6 +3,7 @@
 Source: Beck et al. 2024, arXiv:2405.04517, figure 11 (pre-up-projection block).
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -81,10 +82,8 @@ class MLSTMLayer(nn.Module):
     ) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
         biases = normal(self.cfg.input_bias_std), linspace(*self.cfg.forget_bias)
         names = "input_gate", "forget_gate"
-        layers = (
-            Dense(self.cfg.num_heads, zeros, True, bias_init, wide=True, name=name)
-            for name, bias_init in zip(names, biases, strict=True)
-        )
+        gate = functools.partial(Dense, self.cfg.num_heads, zeros, use_bias=True, wide=True)
+        layers = (gate(bias_init=b, name=name) for b, name in zip(biases, names, strict=True))
         i, f = dense_together((q, k, v), *layers)
         return i, f
 
