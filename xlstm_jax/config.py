@@ -262,15 +262,16 @@ def import_module(name: str) -> None:
     """
     if name in _imported:
         return
+    path, module = pathlib.Path(name), name.lstrip(".")
     try:
-        if name.endswith(".py"):
-            with _searched_first(pathlib.Path(name).parent):
-                _execute(pathlib.Path(name))
+        if path.suffix == ".py" and path.is_file():
+            with _searched_first(path.parent):
+                _execute(path)
         else:
             with _searched_first(pathlib.Path()):
-                importlib.import_module(name)
-    except (FileNotFoundError, ModuleNotFoundError, TypeError) as error:
-        if getattr(error, "name", name) not in (None, name, name.split(".")[0]):
+                importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in (module, module.split(".")[0]):
             raise  # an import inside the module
         raise ConfigError(
             f"--import {name} must name a module of this directory or an installed one, or a .py "

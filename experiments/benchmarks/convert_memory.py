@@ -88,7 +88,7 @@ def write_checkpoint(folder: pathlib.Path, shard_bytes: int) -> None:
 def random_tensors() -> Iterator[tuple[str, np.ndarray]]:
     """Names and arrays of the model, as `transformers` has them."""
     rng = np.random.default_rng(0)
-    for name, place in mapping.places(MODEL, names.HF, mapping.parameters(MODEL)).items():
+    for name, place in mapping.targets(MODEL, names.HF, mapping.parameters(MODEL)).items():
         yield name, rng.standard_normal(place.their_shape, np.float32) / 32
 
 

@@ -64,8 +64,8 @@ class LMConfig:
     dropout: float = 0.0  # after mLSTM layers and sLSTM cells
     embedding_dropout: bool = False  # the same rate after the embedding
     dtype: Dtype = "float32"  # of activations; parameters are float32, gates and state wider
-    # Saved for the backward pass: everything; nothing; matrix products; outputs of blocks; those,
-    # in host memory.
+    # Saved for the backward pass. none: everything; full: inputs of steps over blocks; dots: matrix
+    # products too; names: outputs of blocks too; offload: as names, in host memory.
     remat: Remat = "none"
 
     def __post_init__(self):
