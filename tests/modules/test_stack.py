@@ -55,7 +55,7 @@ slow = pytest.mark.slow
     "pattern, remat, num_bodies",
     [
         ("mms", "none", None),  # block by block
-        ("MMMsMsM", "none", 4),  # run after run
+        ("MMMsMsMM", "none", 4),  # run after run
         pytest.param("mmmsmmms", "none", 4, marks=slow),
         ("MMMsMMMs", "full", 2),  # steps without an s
         pytest.param("mmsmsMm", "full", 3, marks=slow),  # two letters that are left out

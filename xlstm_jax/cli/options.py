@@ -56,11 +56,7 @@ def parse_with_config(
 ) -> C:
     """As `parse`; the config, which comes first, gives every field of the experiment its default.
 
-    Args:
-        command: its name, for errors.
-        cls: what the arguments become.
-        args: the arguments.
-        presets_too: the name of a preset may stand for a config.
+    With `presets_too`, the name of a preset may stand for a config.
 
     Raises:
         ConfigError: as `parse`, or there is no config, or it cannot be used.
@@ -132,7 +128,7 @@ def _asks_for_help(args: Sequence[str]) -> bool:
 
 @contextlib.contextmanager
 def _columns(count: str | None) -> Iterator[None]:
-    """The width of the terminal as tyro sees it: a wide one keeps its complaints in one line."""
+    """The width of the terminal as tyro sees it: a wide one keeps its messages in one line."""
     before = os.environ.get("COLUMNS")
     try:
         if count is not None:

@@ -31,15 +31,11 @@ _WITHOUT_EFFECT = (
 def to_ours(fields: Fields, *, dim: int, num_blocks: int, factor: float, dtype: str) -> LMConfig:
     """The model that a config of the large architecture describes.
 
-    Args:
-        fields: the config; what is without effect on numbers is passed over.
-        dim: width of the model, which has several names.
-        num_blocks: likewise.
-        factor: of the feed-forward width where the config has none.
-        dtype: of activations.
+    `dim` and `num_blocks` have several names in such configs; `factor` is the default of the
+    feed-forward width's; `dtype` is that of activations.
 
     Raises:
-        ConfigError: a field cannot be honoured.
+        ConfigError: a field has no equivalent here.
     """
     fields.ignore(*_WITHOUT_EFFECT)
     multiple = fields.count("ffn_round_up_to_multiple_of", 64)

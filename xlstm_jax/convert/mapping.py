@@ -45,12 +45,7 @@ def by_path(tree: PyTree) -> dict[str, Any]:
 def targets(
     cfg: LMConfig, rules: Sequence[Rule], leaves: Mapping[str, Any]
 ) -> dict[str, WeightTarget]:
-    """Their name -> the target in our tree, for all of these parameters of a model.
-
-    Args:
-        cfg: the model.
-        rules: names and layouts.
-        leaves: path -> parameter, or its shape.
+    """Their name -> the target in our tree, for all `leaves`: path -> parameter, or its shape.
 
     Raises:
         WeightsError: the other implementation has no name for a parameter.
@@ -83,12 +78,7 @@ def load(
     """Parameters of a model, from a source; on the active mesh where there is one.
 
     Leaf by leaf, and tensor by tensor in each: on the host there is never more than one leaf.
-
-    Args:
-        cfg: the model.
-        rules: names and layouts.
-        source: the tensors.
-        without: paths of parameters that are not in the source and are to be left out.
+    Parameters whose path is in `without` are left out.
 
     Raises:
         WeightsError: tensors are missing, too many or of another shape; all are listed.

@@ -54,14 +54,10 @@ def load_v1(
 
 
 def config_of(config: Mapping[str, Any], *, bare: bool = False) -> LMConfig:
-    """The model that a first-generation config describes.
-
-    Args:
-        config: its fields.
-        bare: whether it is of blocks alone, and so needs no vocabulary.
+    """The model that a first-generation config describes; `bare`: of blocks, without a vocabulary.
 
     Raises:
-        ConfigError: a field cannot be honoured.
+        ConfigError: a field has no equivalent here.
     """
     fields = Fields(config, "the config")
     dim, num_blocks = fields.count("embedding_dim"), fields.count("num_blocks")
