@@ -112,10 +112,11 @@ def test_rows_of_a_large_batch_equal_the_rows_of_small_ones(pattern, dim, T, rem
         return model.apply(params, tokens)[0], jax.grad(loss)(params)
 
     logits = jax.jit(lambda params, tokens: model.apply(params, tokens)[0])(params, tokens)
-    small = quick.jit(run)  # what it is compared with may be compiled with little optimization
+    small = quick.jit(run)  # the reference needs little optimization
     parts = [small(params, part) for part in jnp.split(tokens, 32)]
     _assert_close(logits, jnp.concatenate([part[0] for part in parts]), 1e-4)
     gradient = jax.tree.map(lambda *leaves: sum(leaves), *(part[1] for part in parts))
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
-    for a, b in zip(*map(jax.tree.leaves, (jax.jit(run)(params, tokens)[1], gradient)), strict=True):
+    pairs = zip(*map(jax.tree.leaves, (jax.jit(run)(params, tokens)[1], gradient)), strict=True)
+    for a, b in pairs:
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * largest)

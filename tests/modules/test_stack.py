@@ -17,10 +17,9 @@ def _in_a_loop(cfg, params, x, state, reset, mask):
     """The output, and the new states of all blocks in the order of the pattern."""
     seen, states = dict.fromkeys(cfg.pattern, 0), []
     apply = {letter: jax.jit(BLOCKS[letter].block(cfg).apply) for letter in seen}
+    take = jax.jit(lambda tree, n: jax.tree.map(lambda leaf: leaf[n], tree))
     for letter in cfg.pattern:
-        own = jax.tree.map(
-            lambda leaf, n=seen[letter]: leaf[n], (params[letter], state and state[letter])
-        )
+        own = take((params[letter], state and state[letter]), seen[letter])
         x, new = apply[letter]({"params": own[0]}, x, own[1], reset=reset, mask=mask)
         states.append(new)
         seen[letter] += 1
@@ -40,9 +39,12 @@ def _in_order(cfg, states):
 def _slopes(run, params, x, state):
     """Value and gradients of all that a run returns, each leaf with a weight of its own."""
 
-    def loss(*args):
-        leaves = jax.tree.leaves(run(*args))
+    @jax.jit
+    def weigh(leaves):
         return sum(np.cos(n) * jnp.sum(jnp.sin(leaf)) for n, leaf in enumerate(leaves))
+
+    def loss(*args):
+        return weigh(jax.tree.leaves(run(*args)))
 
     return jax.value_and_grad(loss, (0, 1, 2))(params, x, state)
 
