@@ -67,7 +67,7 @@ BAD = {
     "train CONFIG --trian.lr=1": "did you mean --train.lr",
     "train CONFIG extra": "extra is not an option of `xlstm-jax train`",
     "train CONFIG --model.dim": "missing value for argument '--model.dim'",
-    "train CONFIG --model.dim wide": "--model.dim cannot be read: invalid literal for int()",
+    "train CONFIG --model.dim wide": "invalid value for --model.dim: invalid literal for int()",
     "train CONFIG --model.dtype half": "invalid choice 'half' for argument '--model.dtype', "
     "expected one of ('float32', 'bfloat16')",
     "train CONFIG --model.dim 0": "dim must be at least 1, got 0",

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.char_lm import SMOKE
@@ -12,8 +14,8 @@ from tests.golden_files import FOLDER
 from tests.test_cli import refuse, workplace  # noqa: F401
 from xlstm_jax import config, convert
 from xlstm_jax.cli import main
-from xlstm_jax.convert import compare, licence
-from xlstm_jax.modules import LM, LargeConfig, LMConfig
+from xlstm_jax.convert import compare, license
+from xlstm_jax.modules import LM, LargeConfig, LMConfig, param_shapes
 from xlstm_jax.train import ExperimentConfig, checkpoint, fit, restore_params
 
 HF = FOLDER / "hf_tiny"
@@ -24,10 +26,10 @@ def assert_same_trees(a, b):
 
 
 def test_a_run_made_of_a_folder_holds_its_parameters(workplace, capsys):  # noqa: F811
-    assert main(["convert", "hf-to-run", str(HF), "run", "--no-compare"]) == 0
+    assert main(["convert", "hf-to-run", str(HF), "run"]) == 0
     said = capsys.readouterr().out
     assert "427,912" in said
-    assert licence.UNKNOWN in said and "not compared, as --no-compare asks" in said
+    assert license.UNKNOWN in said and "logits" not in said
     cfg, params = restore_params("run")
     model, expected = convert.load_hf(HF)
     assert cfg.model == model and cfg.name == "run"
@@ -42,11 +44,11 @@ def test_the_way_out_gives_back_the_folder(workplace, capsys):  # noqa: F811
     (source / "LICENSES").mkdir()
     fields = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(fields | {"eos_token_id": 7}))
-    assert main(["convert", "hf-to-run", "hf", "run", "--no-compare"]) == 0
-    assert main(["convert", "run-to-hf", "run", "out", "--no-compare"]) == 0
+    assert main(["convert", "hf-to-run", "hf", "run"]) == 0
+    assert main(["convert", "run-to-hf", "run", "out"]) == 0
     assert capsys.readouterr().out.count("other, some-terms (README.md)") == 2
-    assert licence.find("out") == "other, some-terms (README.md)"
-    carried = (workplace / "out" / licence.FILE).read_text()
+    assert license.find("out") == "other, some-terms (README.md)"
+    carried = (workplace / "out" / license.FILE).read_text()
     assert carried == "other, some-terms (README.md)\n\nThe terms.\nAll of them.\n"
     assert json.loads((workplace / "out" / "config.json").read_text())["eos_token_id"] == 7
     a, b = convert.load_hf("hf"), convert.load_hf("out")
@@ -54,10 +56,12 @@ def test_the_way_out_gives_back_the_folder(workplace, capsys):  # noqa: F811
     assert_same_trees(a[1], b[1])
 
 
-def test_a_licence_file_counts_where_no_card_speaks(tmp_path):
-    assert licence.find(tmp_path) == licence.UNKNOWN
+def test_a_license_file_counts_where_no_card_speaks(tmp_path):
+    assert license.find(tmp_path) == license.UNKNOWN
     (tmp_path / "LICENSE").write_text("\n  Some Community License\n\nterms\n")
-    assert licence.find(tmp_path) == "Some Community License (LICENSE)"
+    assert license.find(tmp_path) == "Some Community License (LICENSE)"
+    (tmp_path / license.OLD_FILE).write_text("terms of the source\n\nAll of them.\n")
+    assert license.find(tmp_path) == "terms of the source"
 
 
 TINY = LMConfig(
@@ -76,7 +80,7 @@ def test_training_goes_on_from_converted_parameters(workplace):  # noqa: F811
     convert.save_hf("hf", TINY, params)
     options = ["--train.steps", "3", "--train.lr", "1e-9", "--train.warmup-steps", "0"]
     options += ["--data.source", "grammar", "--data.seq-len", "32", "--train.eval-every", "0"]
-    assert main(["convert", "hf-to-run", "hf", "run", "--no-compare", *options]) == 0
+    assert main(["convert", "hf-to-run", "hf", "run", *options]) == 0
     assert checkpoint.has_params_alone("run")
     result = fit(config.load_config("run", ExperimentConfig), "run")
     assert result.step == 3 and not checkpoint.has_params_alone("run")
@@ -86,7 +90,7 @@ def test_training_goes_on_from_converted_parameters(workplace):  # noqa: F811
 
 
 BAD = {
-    "convert hf-to-rnu a b": "'hf-to-rnu' is not a direction; did you mean hf-to-run?",
+    "convert hf-to-rnu a b": "unknown conversion 'hf-to-rnu'; did you mean hf-to-run?",
     "convert hf-to-run nothing run": "nothing must be a folder with a config.json",
     "convert hf-to-run HF taken": "RUN='taken' must be a new folder or an empty one",
     "convert hf-to-run HF run --dtype float16": "dtype",
@@ -110,17 +114,27 @@ def test_damaged_weights_leave_no_run(workplace, capsys):  # noqa: F811
 
 
 def test_a_comparison_that_fails_is_a_line_of_the_answer(workplace, capsys, monkeypatch):  # noqa: F811
-    def broken(folder):
+    def broken(*args):
         raise RuntimeError("no such\nkernel")
 
-    monkeypatch.setattr(compare, "with_transformers", broken)
-    assert main(["convert", "hf-to-run", str(HF), "run"]) == 0
+    modules = SimpleNamespace(import_module=lambda name: SimpleNamespace(__version__="1"))
+    monkeypatch.setattr(compare, "importlib", modules)
+    monkeypatch.setattr(compare, "_their_logits", broken)
+    command = ["convert", "hf-to-run", str(HF)]
+    assert main([*command, "run", "--compare"]) == 0
     assert "cannot read or run the folder (no such kernel)" in capsys.readouterr().out
+    # Where ours are others than theirs, or ours fail, that is no line among others.
+    monkeypatch.setattr(compare, "_their_logits", lambda *args: np.ones((1, 64, 96), np.float32))
+    assert main([*command, "other", "--compare"]) == 5
+    assert "differ from those of transformers 1, torch 1 by" in capsys.readouterr().out
+    monkeypatch.setattr(compare, "LM", broken)
+    with pytest.raises(RuntimeError, match="no such"):
+        main([*command, "third", "--compare"])
 
 
 def test_a_model_of_other_blocks_cannot_be_written(workplace, capsys):  # noqa: F811
-    params = jax.jit(LM(SMOKE.model).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    checkpoint.save_params("run", params["params"], config.to_dict(SMOKE))
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), param_shapes(SMOKE.model))
+    checkpoint.save_params("run", params, config.to_dict(SMOKE))
     (workplace / "run" / "config.json").write_text(json.dumps(config.to_dict(SMOKE)))
     assert "pattern='ms' with other letters" in refuse(capsys, "convert", "run-to-hf", "run", "out")
 

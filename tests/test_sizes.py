@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import quick
 from xlstm_jax import ops
 from xlstm_jax.modules import LM, LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig
 
@@ -86,8 +87,7 @@ def test_one_step_from_an_empty_memory_equals_the_first_of_two(op, rng):
 @pytest.mark.parametrize(
     "pattern, dim, T, remat",
     [
-        ("ms", 128, 48, "none"),
-        ("M", 128, 48, "none"),
+        ("msM", 128, 48, "none"),
         pytest.param("ms", 128, 1, "none", marks=pytest.mark.slow),
         pytest.param("mm", 32, 39, "full", marks=pytest.mark.slow),
         pytest.param("msmmM", 64, 128, "full", marks=pytest.mark.slow),
@@ -107,15 +107,16 @@ def test_rows_of_a_large_batch_equal_the_rows_of_small_ones(pattern, dim, T, rem
     model, tokens = LM(cfg), jnp.asarray(rng.integers(0, 256, (64, T)))
     params = jax.jit(model.init)(jax.random.key(0), tokens[:1, :1])
 
-    @jax.jit
     def run(params, tokens):
         loss = lambda params: jnp.sum(jnp.sin(model.apply(params, tokens)[0]))  # noqa: E731
         return model.apply(params, tokens)[0], jax.grad(loss)(params)
 
     logits = jax.jit(lambda params, tokens: model.apply(params, tokens)[0])(params, tokens)
-    parts = [run(params, part) for part in jnp.split(tokens, 32)]
+    small = quick.jit(run)  # the reference needs little optimization
+    parts = [small(params, part) for part in jnp.split(tokens, 32)]
     _assert_close(logits, jnp.concatenate([part[0] for part in parts]), 1e-4)
     gradient = jax.tree.map(lambda *leaves: sum(leaves), *(part[1] for part in parts))
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
-    for a, b in zip(*map(jax.tree.leaves, (run(params, tokens)[1], gradient)), strict=True):
+    pairs = zip(*map(jax.tree.leaves, (jax.jit(run)(params, tokens)[1], gradient)), strict=True)
+    for a, b in pairs:
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * largest)

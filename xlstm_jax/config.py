@@ -1,8 +1,15 @@
-"""Frozen dataclasses to and from JSON, compared, named by a fingerprint, loaded from a file."""
+"""Frozen dataclasses to and from JSON, compared, named by a fingerprint, loaded from a file.
 
+A field whose metadata have `to_json` (value -> JSON value, left out where it is empty) and
+`from_json` ((JSON value, name of the field) -> value) is converted by these.
+"""
+
+import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import json
@@ -10,19 +17,28 @@ import pathlib
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
+IMPORTS = "imports"
+"""Key of config.json: the modules that were imported for it. `from_dict` ignores it."""
+
+
 class ConfigError(ValueError):
-    """A setting that cannot be used; the message is one sentence that says what to do instead."""
+    """A setting that cannot be used; the message is one line that says what to do instead."""
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
     """The fields of a dataclass as JSON values: nested ones as dicts, tuples as lists."""
-    return {field.name: _to_json(getattr(cfg, field.name)) for field in dataclasses.fields(cfg)}
+    values = {}
+    for field in dataclasses.fields(cfg):
+        value = field.metadata.get("to_json", _to_json)(getattr(cfg, field.name))
+        if value or "to_json" not in field.metadata:
+            values[field.name] = value
+    return values
 
 
 def _to_json(value: Any) -> Any:
@@ -35,13 +51,20 @@ def _to_json(value: Any) -> Any:
     return str(value) if isinstance(value, pathlib.PurePath) else value
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """The inverse of `to_dict`; fields that are not given keep their defaults.
+
+    Args:
+        cls: the dataclass.
+        values: its fields.
+        where: what stands before their names in errors.
 
     Raises:
         ConfigError: a field is unknown or missing, a value has the wrong type, or `cls` refuses it.
     """
-    return _build(cls, values, where="")
+    if isinstance(values, Mapping):
+        values = {name: value for name, value in values.items() if where or name != IMPORTS}
+    return _build(cls, values, where)
 
 
 def _build(cls: Any, values: Any, where: str) -> Any:
@@ -56,7 +79,10 @@ def _build(cls: Any, values: Any, where: str) -> Any:
         if required and name not in values:
             raise ConfigError(f"{where}{name} has no default in {cls.__name__}; give it a value.")
     hints = typing.get_type_hints(cls)
-    arguments = {name: _convert(hints[name], value, where + name) for name, value in values.items()}
+    arguments = {}
+    for name, value in values.items():
+        convert = fields[name].metadata.get("from_json", functools.partial(_convert, hints[name]))
+        arguments[name] = convert(value, where + name)
     try:
         return cls(**arguments)
     except ConfigError:
@@ -174,8 +200,8 @@ def load_config(path: str | pathlib.Path, cls: type[T], size: str | None = None)
     """The config that a file describes.
 
     Args:
-        path: a Python file with a function `config(size=...)`, a `config.json`, or a run
-            directory that holds one.
+        path: a Python file with a function `config(size=...)`, whose folder is the first on
+            `sys.path` while it runs, a `config.json`, or the run directory of one.
         cls: the dataclass expected.
         size: handed to `config`; None leaves its own default.
 
@@ -192,17 +218,92 @@ def load_config(path: str | pathlib.Path, cls: type[T], size: str | None = None)
             raise ConfigError(
                 f"size={size!r} cannot be applied to {path}, which has none; leave it out."
             )
-        return from_dict(cls, read_json(path))
+        return _from_json_file(cls, path)
     if path.suffix != ".py":
         raise ConfigError(
             f"{path} is neither a .py nor a .json file; name a CONFIG.py or a config.json."
         )
-    cfg = _call(_config_function(path), path, size)
+    before = set(sys.modules)
+    try:
+        with _searched_first(path.parent):
+            cfg = _call(_config_function(path), path, size)
+    finally:
+        _record_imports(path.parent, sys.modules.keys() - before)
     if not isinstance(cfg, cls):
         raise ConfigError(
             f"config() of {path} must return {cls.__name__}, got {type(cfg).__name__}."
         )
     return cfg
+
+
+def _from_json_file(cls: type[T], path: pathlib.Path) -> T:
+    values = read_json(path)
+    try:
+        return from_dict(cls, values)
+    except ConfigError as error:
+        named = values.get(IMPORTS, ()) if isinstance(values, Mapping) else ()
+        flags = " ".join(f"--import {name}" for name in named if name not in _imported)
+        if not flags:
+            raise
+        raise ConfigError(f"{path} needs {flags}, as it was written with it: {error}") from error
+
+
+_imported: dict[str, None] = {}  # by their names, in order
+
+
+def import_module(name: str) -> None:
+    """Imports a module by its name or by the path of its .py file, and records it.
+
+    A name is searched in the current directory first. A module registers what it adds: block
+    kinds, data sets, tokenizers.
+
+    Raises:
+        ConfigError: there is no such module.
+    """
+    if name in _imported:
+        return
+    path, module = pathlib.Path(name), name.lstrip(".")
+    try:
+        if path.suffix == ".py" and path.is_file():
+            with _searched_first(path.parent):
+                _execute(path)
+        else:
+            with _searched_first(pathlib.Path()):
+                importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in (module, module.split(".")[0]):
+            raise  # an import inside the module
+        raise ConfigError(
+            f"--import {name} must name a module of this directory or an installed one, or a .py "
+            "file; correct it."
+        ) from error
+    _imported[name] = None
+
+
+def with_imports(values: dict[str, Any]) -> dict[str, Any]:
+    """A config's dict with the modules that `import_module` or CONFIG.py files imported, if any."""
+    return values | ({IMPORTS: list(_imported)} if _imported else {})
+
+
+@contextlib.contextmanager
+def _searched_first(folder: pathlib.Path) -> Iterator[None]:
+    """Imports search this folder first."""
+    entry = str(folder.resolve())
+    sys.path.insert(0, entry)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(entry)
+
+
+def _record_imports(folder: pathlib.Path, names: Iterable[str]) -> None:
+    """Records which of these modules are files of the folder: `--import` would import them too."""
+    for name in names:
+        file = pathlib.Path(getattr(sys.modules[name], "__file__", None) or "")
+        is_ours = file.suffix == ".py" and file.resolve().parent == folder.resolve()
+        if is_ours and "." not in name and not name.startswith(_PREFIX):
+            _imported[str(folder / file.name)] = None
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -211,12 +312,16 @@ def read_json(path: pathlib.Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(
-            f"{path} is not valid JSON ({error}); restore it or start another run."
+            f"{path} is not valid JSON ({error}); restore it or fetch it again."
         ) from error
 
 
-def _config_function(path: pathlib.Path) -> Callable[..., Any]:
-    name = f"_config_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+_PREFIX = "_config_"
+
+
+def _execute(path: pathlib.Path) -> types.ModuleType:
+    """The module of a file, under a name that no other file has."""
+    name = _PREFIX + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -227,7 +332,11 @@ def _config_function(path: pathlib.Path) -> Callable[..., Any]:
         raise ConfigError(
             f"{path} line {error.lineno} is not valid Python: {error.msg}."
         ) from error
-    function = getattr(module, "config", None)
+    return module
+
+
+def _config_function(path: pathlib.Path) -> Callable[..., Any]:
+    function = getattr(_execute(path), "config", None)
     if not callable(function):
         raise ConfigError(
             f"{path} has no function config(); define config(size=...) that returns the config."

@@ -36,9 +36,9 @@ PROCESSES = {
     "load_hf": "import jax; from xlstm_jax import convert; "
     "jax.block_until_ready(convert.load_hf({folder!r})[1])",
     "hf-to-run": "from xlstm_jax.cli import main; "
-    "main(['convert', 'hf-to-run', {folder!r}, {run!r}, '--no-compare'])",
+    "main(['convert', 'hf-to-run', {folder!r}, {run!r}])",
     "run-to-hf": "from xlstm_jax.cli import main; "
-    "main(['convert', 'run-to-hf', {run!r}, {back!r}, '--no-compare', "
+    "main(['convert', 'run-to-hf', {run!r}, {back!r}, "
     "'--max-shard-bytes', str(2**28)])",
 }
 """What each process does."""
@@ -83,7 +83,7 @@ def write_checkpoint(folder: pathlib.Path, shard_bytes: int) -> None:
 def random_tensors() -> Iterator[tuple[str, np.ndarray]]:
     """Names and arrays of the model, as `transformers` has them."""
     rng = np.random.default_rng(0)
-    for name, place in mapping.places(MODEL, names.HF, mapping.parameters(MODEL)).items():
+    for name, place in mapping.targets(MODEL, names.HF, mapping.parameters(MODEL)).items():
         yield name, rng.standard_normal(place.their_shape, np.float32) / 32
 
 

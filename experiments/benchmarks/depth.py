@@ -7,7 +7,7 @@ from typing import Any
 from experiments.benchmarks import cases
 from tests.workloads import ModelWorkload
 from xlstm_jax.modules import LargeConfig, LMConfig, MLSTMConfig, presets, ratio_pattern
-from xlstm_jax.modules.patterns import cut
+from xlstm_jax.modules.patterns import split_runs
 from xlstm_jax.modules.stack import runs_of
 
 SMALL = LMConfig(
@@ -57,7 +57,7 @@ def compare(
 
 def shortened(pattern: str, num_blocks: int) -> str:
     """The units of a pattern's runs, once each, up to so many blocks."""
-    return "".join(run.unit for run in cut(pattern))[:num_blocks]
+    return "".join(run.unit for run in split_runs(pattern))[:num_blocks]
 
 
 def compile_seconds(model: LMConfig) -> float:

@@ -140,7 +140,7 @@ def test_a_field_that_cannot_be_honoured_is_named(folder, field):
 def test_a_config_that_is_no_table_is_refused(folder, text):
     (folder / "config.json").write_text(text)
     sentence = message(convert.load_hf, folder)
-    assert str(folder / "config.json") in sentence and sentence.endswith("; fetch it again.")
+    assert str(folder / "config.json") in sentence and sentence.endswith("fetch it again.")
 
 
 def test_unknown_fields_are_said_to_be_ignored(folder, caplog):

@@ -9,7 +9,7 @@ import numpy as np
 from xlstm_jax.modules import LM, LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig
 
 LETTERS = ("m", "s", "M")
-MIXED = "mmsM"
+MIXED = "msM"
 
 
 def config(pattern: str = MIXED, **changes) -> LMConfig:

@@ -1,13 +1,10 @@
 """What a model config refuses, and that it survives JSON."""
 
-import dataclasses
-
 import pytest
 
 from tests.modules import models
 from xlstm_jax.config import ConfigError, from_dict, to_dict
 from xlstm_jax.modules import BLOCKS, LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig, presets
-from xlstm_jax.modules.config import SIZED_BY
 
 
 @pytest.mark.usefixtures("unchecked_types")
@@ -85,7 +82,15 @@ def test_a_config_survives_json(name):
     assert from_dict(LMConfig, to_dict(cfg)) == cfg
 
 
-def test_every_letter_has_a_block_and_the_sizes_of_one():
-    assert set(BLOCKS) == set(SIZED_BY)
-    fields = {field.name for field in dataclasses.fields(LMConfig)}
-    assert set(SIZED_BY.values()) <= fields
+def test_the_options_of_every_built_in_kind_are_a_field():
+    for letter, kind in BLOCKS.items():
+        changed = models.config(letter, **{kind.name: kind.options(num_heads=1)})
+        assert (
+            changed.options_of(letter) == getattr(changed, kind.name) == kind.options(num_heads=1)
+        )
+
+
+def test_a_model_has_dropout_where_any_of_its_blocks_does():
+    wet = SLSTMConfig(num_heads=2, ffn_dropout=0.1)
+    assert models.config("m", dropout=0.1).has_dropout and models.config("s", slstm=wet).has_dropout
+    assert not models.config("m", slstm=wet).has_dropout

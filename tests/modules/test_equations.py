@@ -117,7 +117,7 @@ EQUATIONS = {"m": _mlstm_block, "s": _slstm_block, "M": _large_block}
 
 
 def _run(letter, cfg, x):
-    block = BLOCKS[letter](cfg)
+    block = BLOCKS[letter].block(cfg)
     shapes = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes)
     params = models.shaken(zeros, dtype=np.float64)
@@ -143,7 +143,7 @@ def test_a_convolution_of_width_zero_is_left_out_and_one_has_no_memory(rng):
             y, params = _run(letter, cfg, x)
             assert ("conv" in params[field]) == bool(width)
             assert np.isfinite(y).all()
-            state = BLOCKS[letter](cfg).init_state(B)
+            state = BLOCKS[letter].block(cfg).init_state(B)
             assert state.conv.shape[:2] == (B, 0)
 
 

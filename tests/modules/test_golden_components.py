@@ -8,15 +8,11 @@ import pytest
 from tests.golden_files import assert_matches, load
 from xlstm_jax.modules import initializers
 from xlstm_jax.modules.conv import CausalConv
-from xlstm_jax.modules.feedforward import (
-    ACTIVATIONS,
-    GatedFeedForward,
-    first_generation_width,
-    large_width,
-)
+from xlstm_jax.modules.feedforward import ACTIVATIONS, GatedFeedForward
 from xlstm_jax.modules.linear import HeadwiseDense
 from xlstm_jax.modules.norm import LayerNorm, MultiHeadNorm
 from xlstm_jax.modules.slstm import cell_bias_init
+from xlstm_jax.modules.widths import first_generation_width, large_width
 
 TOLERANCE = 2e-5  # of the array's maximum: these results are float32
 

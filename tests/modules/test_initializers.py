@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from xlstm_jax.modules import LM, LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig
+from xlstm_jax.modules.slstm import cell_bias_init
 
 DIM, NUM_BLOCKS = 128, 3
 SMALL = math.sqrt(2 / (5 * DIM))
@@ -114,17 +115,13 @@ def test_gate_biases_start_for_memories_of_many_lengths(params):
     assert not bias[:, [0, 2, 3]].any()
 
 
-def test_standard_initial_values_of_the_slstm_are_uniform():
+def test_initial_values_are_those_that_options_name(key):
     slstm = SLSTMConfig(recurrent_init="standard", bias_init="standard")
-    params = _params(slstm=slstm)
+    params = _params(slstm=slstm, embedding_std=0.5, head_std=0.02)
+    assert abs(params["token_embedding/embedding"].std() / 0.5 - 1) < 0.05
+    assert abs(params["lm_head/kernel"].std() / 0.02 - 1) < 0.05
+    assert not cell_bias_init("zeros", 0, 1)(key, (4, 4, 8)).any()
     for name in ("recurrent_kernel", "bias"):
         leaf, bound = params[f"s/slstm/{name}"], 1 / math.sqrt(DIM)
         assert 0.95 * bound < np.abs(leaf).max() <= bound
         assert abs(leaf.std() * math.sqrt(3) / bound - 1) < 0.15
-
-
-def test_the_tables_start_with_the_deviation_given():
-    params = _params(embedding_std=0.5, head_std=0.02, slstm=SLSTMConfig(bias_init="zeros"))
-    assert abs(params["token_embedding/embedding"].std() / 0.5 - 1) < 0.05
-    assert abs(params["lm_head/kernel"].std() / 0.02 - 1) < 0.05
-    assert not params["s/slstm/bias"].any()

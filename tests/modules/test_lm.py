@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.modules import models
-from xlstm_jax.modules import LM, MLSTMConfig, SLSTMConfig, head_kernel
+from xlstm_jax.modules import LM, MLSTMConfig, SLSTMConfig, head_kernel, lm_logits
 
 
 def test_a_tied_head_is_the_embedding():
@@ -19,6 +19,8 @@ def test_a_tied_head_is_the_embedding():
     hidden, _ = models.apply(model, variables, tokens, head=False)
     logits, _ = models.apply(model, variables, tokens)
     kernel = head_kernel(cfg, variables["params"])
+    one = lm_logits(cfg, variables["params"], hidden[:, -1])
+    np.testing.assert_allclose(one, logits[:, -1], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(kernel, variables["params"]["token_embedding"]["embedding"].T)
     np.testing.assert_allclose(logits, hidden @ kernel, rtol=1e-5, atol=1e-5)
 
@@ -47,8 +49,8 @@ def test_bfloat16_activations_leave_gates_memory_and_logits_in_float32():
     cfg = models.config(dtype="bfloat16")
     model, variables = models.model_and_variables(cfg)
     tokens = models.tokens(0, 2, 6)
-    logits, state = models.apply(model, variables, tokens)
-    hidden, _ = models.apply(model, variables, tokens, head=False)
+    logits, state = jax.eval_shape(model.apply, variables, tokens)
+    hidden, _ = jax.eval_shape(lambda *x: model.apply(*x, head=False), variables, tokens)
     assert logits.dtype == jnp.float32 and hidden.dtype == jnp.bfloat16
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         is_conv = ".conv" in jax.tree_util.keystr(path)
@@ -75,7 +77,7 @@ def test_bfloat16_activations_change_logits_by_a_few_per_cent():
 @pytest.mark.parametrize("letter", ["m", "s"])
 def test_dropout_acts_only_when_asked_and_follows_its_key(letter):
     slstm = SLSTMConfig(num_heads=2, ffn_dim=0)
-    cfg = models.config(letter * 2, dropout=0.5, slstm=slstm)
+    cfg = models.config(letter, dropout=0.5, slstm=slstm)
     model, variables = models.model_and_variables(cfg)
     tokens = models.tokens(0, 1, 4)
 
@@ -83,7 +85,7 @@ def test_dropout_acts_only_when_asked_and_follows_its_key(letter):
         rngs = {"dropout": jax.random.key(seed)}
         return models.apply(model, variables, tokens, rngs=rngs, **options)[0]
 
-    plain = models.apply(LM(models.config(letter * 2, slstm=slstm)), variables, tokens)[0]
+    plain = models.apply(LM(models.config(letter, slstm=slstm)), variables, tokens)[0]
     np.testing.assert_array_equal(run(0), plain)
     dropped = run(0, deterministic=False)
     assert not np.allclose(dropped, plain)

@@ -6,7 +6,7 @@ import pytest
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.modules import at, ratio_pattern
-from xlstm_jax.modules.patterns import Run, cut, fold
+from xlstm_jax.modules.patterns import Run, find_period, split_runs
 
 
 def test_a_ratio_repeats_mlstm_then_slstm():
@@ -57,7 +57,7 @@ def test_a_position_outside_the_model_is_refused(position):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_pattern_is_cut_into_long_runs(pattern, runs):
-    assert cut(pattern) == tuple(Run(unit, (unit,) * repeats) for unit, repeats in runs)
+    assert split_runs(pattern) == tuple(Run(unit, (unit,) * repeats) for unit, repeats in runs)
 
 
 def _fewest_letters(pattern: str) -> int:
@@ -78,7 +78,7 @@ def test_a_cut_spells_the_pattern_with_as_few_letters_as_any():
     rng = random.Random(0)
     for _ in range(60):
         pattern = "".join(rng.choices("msM", (3, 2, 1), k=rng.randint(1, 9)))
-        runs = cut(pattern)
+        runs = split_runs(pattern)
         assert "".join(run.pattern for run in runs) == pattern
         assert sum(len(run.unit) for run in runs) == _fewest_letters(pattern)
 
@@ -95,11 +95,11 @@ def test_a_cut_spells_the_pattern_with_as_few_letters_as_any():
     ],
 )
 def test_a_folded_pattern_has_every_letter_once(pattern, unit, steps):
-    assert fold(pattern) == Run(unit, tuple(steps.split()))
+    assert find_period(pattern) == Run(unit, tuple(steps.split()))
 
 
 def test_a_folded_pattern_knows_which_letters_are_always_there():
-    run = fold("mmsmm")
+    run = find_period("mmsmm")
     assert [run.has_always(letter) for letter in "ms"] == [True, False]
     assert run.num_blocks == 5
 
@@ -108,7 +108,7 @@ def test_a_folded_pattern_is_the_pattern():
     rng = random.Random(1)
     for _ in range(60):
         pattern = "".join(rng.choices("msM", (3, 2, 1), k=rng.randint(1, 12)))
-        run = fold(pattern)
+        run = find_period(pattern)
         assert run.pattern == pattern
         assert sorted(run.unit) == sorted(set(pattern))
         assert all(step == "".join(x for x in run.unit if x in step) for step in run.steps)

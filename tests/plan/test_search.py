@@ -86,12 +86,14 @@ def test_cut_time_exchanges_the_memory_of_every_span_three_times():
     """Matrices of four layers with four heads, in float32."""
     found = estimate(config(MeshConfig(seq=4), batch_size=4), target(4), sizes(seq=4))
     keys, values, _ = config().model.large.widths(256)
-    memory = 4 * 4 * (keys // 4) * (values // 4) * 4
-    assert found.sent["all-gather"] == 3 * 3 * 4 * memory
-    cfg = config(MeshConfig(seq=4), batch_size=4, pattern="mmmm")
+    state = 4 * 4 * ((keys // 4) * (values // 4) + keys // 4 + 1) * 4  # C, n and m
+    assert found.sent["all-gather"] == 3 * 3 * 4 * state
+    cfg = config(MeshConfig(seq=4), batch_size=4, pattern="mmms")  # an sLSTM shares no sequence
     width, heads = cfg.model.mlstm.width(256), cfg.model.mlstm.num_heads
     found = estimate(cfg, target(4), sizes(seq=4))
-    assert found.sent["all-gather"] == 3 * 3 * 4 * 4 * (width // heads) ** 2 * heads * 4
+    conv = 3 * width * 2  # bfloat16
+    state = heads * ((width // heads) ** 2 + width // heads + 1) * 4 + conv
+    assert found.sent["all-gather"] == 3 * 3 * 4 * 3 * state
 
 
 def test_parts_of_gradients_are_added_up_along_data():

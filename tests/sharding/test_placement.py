@@ -39,7 +39,7 @@ def test_every_parameter_has_a_row_in_the_table_of_axes(cfg):
         assert (names[:1] == ("layers",)) == path.startswith("stack/"), path
 
 
-@pytest.mark.parametrize("name", ["xlstm_7b", "xlstm_125m_7:1", "xlstm_1.3b_1:0", "scaling_160m"])
+@pytest.mark.parametrize("name", ["xlstm_7b", "xlstm_125m_7:1"])
 def test_every_parameter_of_a_preset_has_a_row(name):
     for path, leaf in parameters(presets.get(name)).items():
         assert len(sharding.logical_axes(path, len(leaf.shape))) == len(leaf.shape)

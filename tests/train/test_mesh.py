@@ -312,7 +312,7 @@ def test_a_checkpoint_of_another_config_is_refused_with_the_differing_fields(run
         (dict(mesh=dict(tensor=2, seq=2)), "no table of rules cuts by seq and tensor at once"),
         (dict(mesh=dict(fsdp=2, rules="data")), "no use for the axis fsdp.*use one of: fsdp, "),
         (dict(mesh=dict(data=-1, fsdp=-1)), "one axis of a mesh may be -1, got data and fsdp"),
-        (dict(mesh=dict(seq=2, slstm_time="refuse"), model=dict(pattern="ms")), "cannot cut sLSTM"),
+        (dict(mesh=dict(seq=2, slstm_time="refuse"), model=dict(pattern="ms")), "cannot shard"),
     ],
 )
 def test_what_devices_cannot_share_is_refused(change, sentence, experiment, tmp_path):

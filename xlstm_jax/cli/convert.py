@@ -11,11 +11,13 @@ import tyro
 
 from xlstm_jax import convert
 from xlstm_jax.cli import console, options
-from xlstm_jax.cli.exit_codes import BAD_ARGUMENT, DONE
+from xlstm_jax.cli.exit_codes import BAD_ARGUMENT, DONE, WRONG_RESULT
 from xlstm_jax.config import ConfigError, read_json, to_dict
-from xlstm_jax.convert import compare, hf, licence, writing
-from xlstm_jax.data import DataConfig
-from xlstm_jax.train import ExperimentConfig, TrainConfig, checkpoint, restore_params, rundir
+from xlstm_jax.convert import compare, hf, license, writing
+from xlstm_jax.data.config import DataConfig
+from xlstm_jax.train import checkpoint, rundir
+from xlstm_jax.train.checkpoint import restore_params
+from xlstm_jax.train.config import ExperimentConfig, TrainConfig
 
 SPECIAL_TOKENS = "special_tokens.json"
 """In a run made of others' weights: the ids of their config, for the way back."""
@@ -25,42 +27,42 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HfToRun:
-    """Makes a run of a checkpoint folder of `transformers`; it can be evaluated and trained on."""
+class HfToRun(options.ModelCommand):
+    """Makes a run from a checkpoint folder of `transformers`, to evaluate or to train further."""
 
     folder: Folder  # with config.json and safetensors files
     run: options.RunPath  # the folder of the run; a new one
     dtype: Dtype | None = None  # of activations; None: as the folder says
-    compare: bool = True  # with the logits of transformers, where it is installed
+    compare: bool = False  # the logits with those of transformers, in float32
     data: DataConfig = DataConfig()  # of the run
     train: TrainConfig = TrainConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunToHf:
-    """Makes a checkpoint folder that `transformers` loads of a run of large blocks."""
+class RunToHf(options.ModelCommand):
+    """Makes a checkpoint folder that `transformers` loads, from a run of large blocks."""
 
     run: options.RunPath
     folder: Folder  # a new one
     step: int | None = None  # of the checkpoint; None: the newest
     dtype: Dtype = "float32"  # of the stored tensors
     max_shard_bytes: int = 10**9  # of one file
-    compare: bool = True  # with the logits of transformers, where it is installed
+    compare: bool = False  # the logits with those of transformers, in float32
 
 
 def run(args: list[str]) -> int:
-    """Returns 0.
+    """Returns 0, or 5 where `--compare` measured a difference.
 
     Raises:
         ConfigError: an option, the run or the weights cannot be used; nothing has been written.
     """
     if not args or args[0] in ("-h", "--help"):
         lines = [f"  xlstm-jax convert {name} --help" for name in DIRECTIONS]
-        console.say("\n".join(["the options of a direction:", "", *lines, ""]))
+        console.say("\n".join(["the options of a conversion:", "", *lines, ""]))
         return DONE if args else BAD_ARGUMENT
     if args[0] not in DIRECTIONS:
         near = difflib.get_close_matches(args[0], DIRECTIONS, n=1) or list(DIRECTIONS)
-        raise ConfigError(f"{args[0]!r} is not a direction; did you mean {' or '.join(near)}?")
+        raise ConfigError(f"unknown conversion {args[0]!r}; did you mean {' or '.join(near)}?")
     return DIRECTIONS[args[0]](args[1:])
 
 
@@ -78,7 +80,7 @@ def _hf_to_run(args: list[str]) -> int:
     facts = {"num_params": num_params, "converted_from": str(chosen.folder)}
     try:
         rundir.begin(chosen.run, cfg, facts, step=0)
-        terms = licence.carry(chosen.folder, chosen.run)
+        terms = license.copy(chosen.folder, chosen.run)
         tokens = hf.special_tokens_of(chosen.folder)
         rundir.write_json(chosen.run / SPECIAL_TOKENS, tokens)
         checkpoint.save_params(chosen.run, params, to_dict(cfg))
@@ -86,14 +88,14 @@ def _hf_to_run(args: list[str]) -> int:
         shutil.rmtree(chosen.run, ignore_errors=True)  # half a run is none
         raise
     rows = {"written": str(chosen.run), "parameters": f"{num_params:,}"}
-    rows |= {"licence of the weights": terms}
-    if model.tie_embeddings:
-        rows["logits"] = "not compared, as transformers makes a random head for a tied model"
-    else:
-        rows["logits"] = _comparison(chosen.folder, chosen.compare)
-    rows["tokenizer"] = f"{cfg.data.tokenizer!r} of the run; the folder's is not read"
-    console.facts(rows)
-    return DONE
+    rows |= {"license of the weights": terms}
+    rows |= {"tokenizer": f"{cfg.data.tokenizer!r} of the run; the folder's is not read"}
+    if chosen.compare and model.tie_embeddings:
+        console.facts(
+            rows | {"logits": "not compared, as transformers makes a random head for a tied model"}
+        )
+        return DONE
+    return _report(rows, chosen.folder if chosen.compare else None)
 
 
 def _run_to_hf(args: list[str]) -> int:
@@ -110,26 +112,31 @@ def _run_to_hf(args: list[str]) -> int:
         special_tokens=read_json(tokens) if tokens.exists() else hf.SPECIAL_TOKENS,
     )
     terms = "they were trained here; it is for you to choose one"
-    if (chosen.run / licence.FILE).exists():
-        terms = licence.carry(chosen.run, chosen.folder)
+    if license.copied_file(chosen.run):
+        terms = license.copy(chosen.run, chosen.folder)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     rows = {"written": str(chosen.folder), "parameters": f"{num_params:,}"}
-    rows |= {"licence of the weights": terms}
-    console.facts(rows | {"logits": _comparison(chosen.folder, chosen.compare)})
-    return DONE
+    rows |= {"license of the weights": terms}
+    return _report(rows, chosen.folder if chosen.compare else None)
 
 
-def _comparison(folder: Path, wanted: bool) -> str:
-    if not wanted:
-        return "not compared, as --no-compare asks"
+def _report(rows: dict[str, str], compared: Path | None) -> int:
+    """Prints the rows and how the logits of a folder compare, if one is given."""
+    if compared is None:
+        console.facts(rows)
+        return DONE
+    agrees = True
     try:
-        found = compare.with_transformers(folder)
-    except Exception as error:  # whatever theirs may raise, what was asked for is done
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return f"not compared: transformers cannot read or run the folder ({reason})"
-    if found is None:
-        return "not compared: transformers or torch is not installed"
-    return f"differ from those of {found.versions} by {found.error:.1e} of the largest"
+        found = compare.with_transformers(compared)
+    except compare.TransformersError as error:
+        words = f"not compared: transformers cannot read or run the folder ({error})"
+    else:
+        words = "not compared: transformers or torch is not installed"
+        if found is not None:
+            agrees = found.agrees
+            words = f"differ from those of {found.versions} by {found.error:.1e} of the largest"
+    console.facts(rows | {"logits": words})
+    return DONE if agrees else WRONG_RESULT
 
 
 DIRECTIONS = {"hf-to-run": _hf_to_run, "run-to-hf": _run_to_hf}

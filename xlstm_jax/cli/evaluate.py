@@ -15,7 +15,7 @@ from xlstm_jax.train.loop import compiled_programs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(options.ModelCommand):
     """Perplexity and bits per byte over a whole split, each token counted once."""
 
     run: options.RunPath  # the folder of a run

@@ -17,7 +17,7 @@ from xlstm_jax.train.loop import compiled_programs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(options.ModelCommand):
     """Continues a text with a trained model, until its document ends."""
 
     run: options.RunPath  # the folder of a run

@@ -1,4 +1,4 @@
-"""Command lines to dataclasses: read and typed by tyro, refused in one sentence."""
+"""Command lines to dataclasses: parsed and typed by tyro, refused with a one-line message."""
 
 import contextlib
 import dataclasses
@@ -13,10 +13,10 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from xlstm_jax.config import ConfigError, load_config
-from xlstm_jax.data import DataConfig
+from xlstm_jax.config import ConfigError, import_module, load_config
+from xlstm_jax.data.config import DataConfig
 from xlstm_jax.modules import presets
-from xlstm_jax.train import ExperimentConfig, TrainConfig
+from xlstm_jax.train.config import ExperimentConfig, TrainConfig
 
 T = TypeVar("T")
 ConfigPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG.py")]
@@ -26,8 +26,21 @@ RunPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 Experiment = Annotated[ExperimentConfig, tyro.conf.arg(name="")]
 
 
+Imports = Annotated[
+    tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="import", metavar="MODULE")
+]
+IMPORT_VARIABLE = "XLSTM_IMPORT"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WithConfig:
+class ModelCommand:
+    """A command that builds a model, with what the modules of a user register."""
+
+    imports: Imports = ()  # import a module first: its name, or the path of a .py file
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WithConfig(ModelCommand):
     """A command about the experiment that a CONFIG.py describes; every field of it is an option."""
 
     config: ConfigPath  # or a run: its folder or its config.json
@@ -43,20 +56,17 @@ def parse_with_config(
 ) -> C:
     """As `parse`; the config, which comes first, gives every field of the experiment its default.
 
-    Args:
-        command: its name, for errors.
-        cls: what the arguments become.
-        args: the arguments.
-        presets_too: the name of a preset may stand for a config.
+    With `presets_too`, the name of a preset may stand for a config.
 
     Raises:
         ConfigError: as `parse`, or there is no config, or it cannot be used.
     """
     if args and not args[0].startswith("-"):
+        _import_modules(args)
         if presets_too and args[0] in presets.names():
             experiment = with_preset(args[0])
         else:
-            experiment = load_config(args[0], ExperimentConfig, _value_of("--size", args))
+            experiment = load_config(args[0], ExperimentConfig, _values_of("--size", args)[-1])
         default = cls(config=Path(args[0]), experiment=experiment)
         return parse(command, cls, args, default)
     if _asks_for_help(args):
@@ -73,7 +83,7 @@ def with_preset(name: str) -> ExperimentConfig:
 
 
 def parse(command: str, cls: type[T], args: Sequence[str], default: T | None = None) -> T:
-    """The arguments of a command as a `cls`, starting from `default`.
+    """The arguments of a command as a `cls`, starting from `default`; runs its `--import`s.
 
     Raises:
         ConfigError: an option is unknown (names the nearest), lacks a value or cannot have it.
@@ -81,6 +91,8 @@ def parse(command: str, cls: type[T], args: Sequence[str], default: T | None = N
     """
     given: dict[str, Any] = {} if default is None else {"default": default}
     asks_for_help, words = _asks_for_help(args), io.StringIO()
+    if not asks_for_help:
+        _import_modules(args)
     # Alone, as tyro leaves arguments that it has read out of the help.
     args = ["--help"] if asks_for_help else list(args)
     try:
@@ -93,13 +105,21 @@ def parse(command: str, cls: type[T], args: Sequence[str], default: T | None = N
     raise ConfigError(sentence)
 
 
-def _value_of(option: str, args: Sequence[str]) -> str | None:
-    for place, arg in enumerate(args):
-        if arg == option and place + 1 < len(args):
-            return args[place + 1]
-        if arg.startswith(option + "="):
-            return arg.split("=", 1)[1]
-    return None
+def _import_modules(args: Sequence[str]) -> None:
+    """Those of the environment, then those of the arguments."""
+    names = os.environ.get(IMPORT_VARIABLE, "").split(",") + _values_of("--import", args)[1:]
+    for name in filter(None, names):
+        import_module(name)
+
+
+def _values_of(option: str, args: Sequence[str]) -> list[Any]:
+    """None, then the values that the option is given before tyro parses it."""
+    pairs = zip(args, [*args[1:], None], strict=True)
+    return [None] + [
+        arg.partition("=")[2] or after
+        for arg, after in pairs
+        if arg.startswith(option + "=") or (arg == option and after)
+    ]
 
 
 def _asks_for_help(args: Sequence[str]) -> bool:
@@ -108,7 +128,7 @@ def _asks_for_help(args: Sequence[str]) -> bool:
 
 @contextlib.contextmanager
 def _columns(count: str | None) -> Iterator[None]:
-    """The width of the terminal as tyro sees it: a wide one keeps its complaints in one line."""
+    """The width of the terminal as tyro sees it: a wide one keeps its messages in one line."""
     before = os.environ.get("COLUMNS")
     try:
         if count is not None:
@@ -129,8 +149,8 @@ def _sentence(box: str, command: str, cls: type) -> str:
         return _unknown(rest.split(", "), command, cls)
     if kind.startswith("Error parsing"):
         where = kind.removeprefix("Error parsing ")
-        # A whole dataclass that refused its fields has said it in a sentence of its own.
-        return f"{where} cannot be read: {rest}; {see}" if where.startswith("-") else rest
+        # A dataclass that refused its fields has a message of its own.
+        return f"invalid value for {where}: {rest}; {see}" if where.startswith("-") else rest
     if kind.startswith("Missing from"):
         return f"`xlstm-jax {command}` needs {rest.replace(' (required)', '')}; {see}"
     complaint = complaint.rstrip(".").replace(". Expected", ", expected")
@@ -175,6 +195,7 @@ def _names(cls: type, prefix: str = "--") -> list[str]:
         if dataclasses.is_dataclass(hints[field.name]):
             inner = "" if field.name == "experiment" else f"{field.name}."
             names += _names(hints[field.name], prefix + inner)
-        elif field.name not in ("config", "run"):
-            names.append(prefix + field.name.replace("_", "-"))
+        elif field.name not in ("config", "run", "folder", "options"):
+            name = {"imports": "import"}.get(field.name, field.name)
+            names.append(prefix + name.replace("_", "-"))
     return names

@@ -1,5 +1,6 @@
-"""Configs of other implementations, field by field: each is used, known to be without effect,
-refused, or said to be unknown; none is passed over in silence."""
+"""Configs of other implementations, field by field: each is used, known to have no effect, refused,
+or logged as unknown; none is ignored silently.
+"""
 
 import logging
 import math
@@ -13,7 +14,9 @@ _MISSING = object()
 
 
 class Fields:
-    """The fields of a config of another implementation, with a list of what has been asked for.
+    """The fields of a config of another implementation; remembers which have been read.
+
+    Every method raises ConfigError where a field does not hold what it must.
 
     Args:
         values: the config.
@@ -33,11 +36,7 @@ class Fields:
         return name in self._values and self._values[name] is None
 
     def get(self, name: str, default: Any = _MISSING) -> Any:
-        """The value of a field, or the default of the other implementation.
-
-        Raises:
-            ConfigError: it is not there and has no default.
-        """
+        """The value of a field, or the default of the other implementation if there is one."""
         self._seen.add(name)
         value = self._values.get(name, default)
         if value is _MISSING:
@@ -45,11 +44,7 @@ class Fields:
         return value
 
     def number(self, name: str, default: Any = _MISSING, *, least: float | None = None) -> Any:
-        """A field that must hold a finite number, of at least `least`.
-
-        Raises:
-            ConfigError: it does not.
-        """
+        """A field that must hold a finite number, of at least `least`."""
         value = self.get(name, default)
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value):
@@ -59,44 +54,28 @@ class Fields:
         return value
 
     def positive(self, name: str, default: Any = _MISSING) -> float:
-        """A field that must hold a number above 0.
-
-        Raises:
-            ConfigError: it does not.
-        """
+        """A field that must hold a number above 0."""
         value = self.number(name, default)
         if value <= 0:
             self._refuse(name, "above 0", value)
         return float(value)
 
     def count(self, name: str, default: Any = _MISSING, *, least: int = 1) -> int:
-        """A field that must hold a whole number of at least `least`.
-
-        Raises:
-            ConfigError: it does not.
-        """
+        """A field that must hold a whole number of at least `least`."""
         value = self.number(name, default)
         if value != int(value) or value < least:
             self._refuse(name, f"a whole number of at least {least}", value)
         return int(value)
 
     def choice(self, name: str, default: str, choices: Iterable[str], nearest: str) -> str:
-        """A field that must hold one of these words.
-
-        Raises:
-            ConfigError: it holds something else; says the nearest choice.
-        """
+        """A field that must hold one of these words."""
         value, choices = self.get(name, default), tuple(choices)
         if value not in choices:
             self._refuse(name, f"one of {', '.join(choices)}", value, f"the nearest is {nearest}")
         return value
 
-    def flag(self, name: str, default: Any = _MISSING) -> bool:
-        """A field that must be true or false.
-
-        Raises:
-            ConfigError: it is neither.
-        """
+    def flag(self, name: str, *, default: Any = _MISSING) -> bool:
+        """A field that must be true or false."""
         value = self.get(name, default)
         if not isinstance(value, bool):
             self._refuse(name, "true or false", value)
@@ -108,11 +87,7 @@ class Fields:
         return None if value is None else Fields(value, f"{name} of {self._where}")
 
     def refuse_unless(self, name: str, default: Any, wanted: Any, instead: str) -> None:
-        """A field that may have one value only.
-
-        Raises:
-            ConfigError: it has another; `instead` says what comes nearest.
-        """
+        """A field that may have one value only; `instead` is the way out where it has another."""
         value = self.get(name, default)
         if value != wanted:
             self._refuse(name, f"{wanted!r} here", value, instead)

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_jax.config import ConfigError
+from xlstm_jax.config import ConfigError, read_json
 from xlstm_jax.convert import large_config, mapping, names, writing
 from xlstm_jax.convert.fields import Fields
 from xlstm_jax.convert.tensors import Folder
-from xlstm_jax.modules import LMConfig
+from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.typing import PyTree
 
 CONFIG = "config.json"
@@ -74,7 +74,7 @@ def _config(path: Path, shapes: Container[str], dtype: str | None) -> LMConfig:
     fields.refuse_unless(
         "weight_mode", "single", "single", "transformers reads no other; write separate weights"
     )
-    if not fields.flag("add_out_norm", True) and OUT_NORM in shapes:
+    if not fields.flag("add_out_norm", default=True) and OUT_NORM in shapes:
         raise ConfigError(
             f"add_out_norm of {path} must be true where the weights have {OUT_NORM!r}, got False; "
             "transformers applies that norm all the same: set it to true for the same numbers, or "
@@ -88,7 +88,7 @@ def _config(path: Path, shapes: Container[str], dtype: str | None) -> LMConfig:
         factor=FFN_FACTOR,
         dtype=dtype or stored,
     )
-    wants_tie = fields.flag("tie_word_embeddings", False)
+    wants_tie = fields.flag("tie_word_embeddings", default=False)
     tied = wants_tie and HEAD not in shapes
     if wants_tie and not tied:
         logging.getLogger(__name__).warning(
@@ -153,16 +153,9 @@ def save_hf(
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a folder, as it is.
-
-    Raises:
-        ConfigError: it is no JSON, or no table of fields.
-    """
+    """The config.json of a folder; raises ConfigError if it is no JSON object."""
     path = Path(folder) / CONFIG
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); fetch it again.") from error
+    values = read_json(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must be a table of fields, got {values!r}; fetch it again.")
     return values

@@ -14,7 +14,7 @@ from xlstm_jax.config import ConfigError
 from xlstm_jax.convert import large_config, mapping, names
 from xlstm_jax.convert.fields import Fields
 from xlstm_jax.convert.tensors import Folder, Source
-from xlstm_jax.modules import LMConfig
+from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.typing import PyTree
 
 CONFIG = "config.yaml"
@@ -121,8 +121,8 @@ class Unfused:
 def _parts(cfg: LMConfig) -> dict[str, dict[str, int]]:
     """Fused name -> the names of its parts, in their order, and the rows of each."""
     rows = {
-        name: place.their_shape[0]
-        for name, place in mapping.places(cfg, names.LARGE, mapping.parameters(cfg)).items()
+        name: target.their_shape[0]
+        for name, target in mapping.targets(cfg, names.LARGE, mapping.parameters(cfg)).items()
     }
     found = {}
     for number in range(cfg.num_blocks):

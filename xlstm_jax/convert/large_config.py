@@ -5,9 +5,9 @@ from typing import Any
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.convert.fields import Fields
-from xlstm_jax.modules import LMConfig
-from xlstm_jax.modules.feedforward import large_width
-from xlstm_jax.modules.large import LargeConfig
+from xlstm_jax.modules.config import LMConfig
+from xlstm_jax.modules.options import LargeConfig
+from xlstm_jax.modules.widths import large_width
 
 NO_CAP = 1e10
 """A soft cap for configs that must have one: in float32 it changes nothing."""
@@ -31,21 +31,17 @@ _WITHOUT_EFFECT = (
 def to_ours(fields: Fields, *, dim: int, num_blocks: int, factor: float, dtype: str) -> LMConfig:
     """The model that a config of the large architecture describes.
 
-    Args:
-        fields: the config; what is without effect on numbers is passed over.
-        dim: width of the model, which has several names.
-        num_blocks: likewise.
-        factor: of the feed-forward width where the config has none.
-        dtype: of activations.
+    `dim` and `num_blocks` have several names in such configs; `factor` is the default of the
+    feed-forward width's; `dtype` is that of activations.
 
     Raises:
-        ConfigError: a field cannot be honoured.
+        ConfigError: a field has no equivalent here.
     """
     fields.ignore(*_WITHOUT_EFFECT)
     multiple = fields.count("ffn_round_up_to_multiple_of", 64)
     norm_eps = float(fields.number("norm_eps", 1e-6, least=0))
-    use_bias = fields.flag("use_bias", False)
-    has_norm = fields.flag("add_out_norm", True)
+    use_bias = fields.flag("use_bias", default=False)
+    has_norm = fields.flag("add_out_norm", default=True)
     return LMConfig(
         vocab_size=fields.count("vocab_size"),
         dim=dim,

@@ -11,17 +11,18 @@ from xlstm_jax import sharding
 from xlstm_jax.convert.layouts import LAYOUTS, Layout, Shape
 from xlstm_jax.convert.names import Rule
 from xlstm_jax.convert.tensors import Source, WeightsError
-from xlstm_jax.modules import LMConfig, param_shapes
+from xlstm_jax.modules.config import LMConfig
+from xlstm_jax.modules.lm import param_shapes
 from xlstm_jax.typing import PyTree
 
 _ALIGNMENT = 64  # bytes
 
 
-class Place(NamedTuple):
-    """Where a tensor of another implementation belongs in our tree."""
+class WeightTarget(NamedTuple):
+    """The parameter, or the layer of one, that a tensor of another implementation becomes."""
 
     path: str
-    layer: int | None  # its place on the leading axis `layers`; None where there is no such axis
+    layer: int | None  # index on the leading axis `layers`; None where there is no such axis
     shape: tuple[int, ...]  # ours, of this tensor alone
     layout: Layout
 
@@ -41,13 +42,10 @@ def by_path(tree: PyTree) -> dict[str, Any]:
     return {sharding.path_name(path): leaf for path, leaf in leaves}
 
 
-def places(cfg: LMConfig, rules: Sequence[Rule], leaves: Mapping[str, Any]) -> dict[str, Place]:
-    """Their name -> the place in our tree, for all of these parameters of a model.
-
-    Args:
-        cfg: the model.
-        rules: names and layouts.
-        leaves: path -> parameter, or its shape.
+def targets(
+    cfg: LMConfig, rules: Sequence[Rule], leaves: Mapping[str, Any]
+) -> dict[str, WeightTarget]:
+    """Their name -> the target in our tree, for all `leaves`: path -> parameter, or its shape.
 
     Raises:
         WeightsError: the other implementation has no name for a parameter.
@@ -68,9 +66,9 @@ def places(cfg: LMConfig, rules: Sequence[Rule], leaves: Mapping[str, Any]) -> d
             numbers = [n for n, other in enumerate(cfg.pattern) if other == letter]
             for layer, number in enumerate(numbers):
                 name = rule.theirs.format(number)
-                found[name] = Place(path, layer, leaf.shape[1:], layout)
+                found[name] = WeightTarget(path, layer, leaf.shape[1:], layout)
         else:
-            found[rule.theirs] = Place(path, None, leaf.shape, layout)
+            found[rule.theirs] = WeightTarget(path, None, leaf.shape, layout)
     return found
 
 
@@ -80,28 +78,29 @@ def load(
     """Parameters of a model, from a source; on the active mesh where there is one.
 
     Leaf by leaf, and tensor by tensor in each: on the host there is never more than one leaf.
-
-    Args:
-        cfg: the model.
-        rules: names and layouts.
-        source: the tensors.
-        without: paths of parameters that are not in the source and are to be left out.
+    Parameters whose path is in `without` are left out.
 
     Raises:
         WeightsError: tensors are missing, too many or of another shape; all are listed.
     """
     leaves = {path: leaf for path, leaf in parameters(cfg).items() if path not in without}
-    table = places(cfg, rules, leaves)
-    check(table, source.shapes())
-    parts: dict[str, list[tuple[str, Place]]] = {path: [] for path in leaves}
-    for name, place in table.items():
-        parts[place.path].append((name, place))
+    table = targets(cfg, rules, leaves)
+    _check_shapes(
+        "tensors",
+        {name: target.their_shape for name, target in table.items()},
+        source.shapes(),
+        "check that config and weights belong together",
+        {name: f" ({target.path} here)" for name, target in table.items()},
+    )
+    parts: dict[str, list[tuple[str, WeightTarget]]] = {path: [] for path in leaves}
+    for name, target in table.items():
+        parts[target.path].append((name, target))
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         host = _empty(leaf.shape, leaf.dtype)
-        for name, place in parts[path]:
-            part = host if place.layer is None else host[place.layer]
-            part[...] = place.layout.to_ours(source.read(name), place.shape)
+        for name, target in parts[path]:
+            part = host if target.layer is None else host[target.layer]
+            part[...] = target.layout.to_ours(source.read(name), target.shape)
         _insert(tree, path, _put(path, host))
     return tree
 
@@ -109,57 +108,39 @@ def load(
 def store(cfg: LMConfig, rules: Sequence[Rule], params: PyTree) -> Iterator[tuple[str, np.ndarray]]:
     """Their names and arrays, one at a time."""
     leaves = by_path(params)
-    for name, place in places(cfg, rules, leaves).items():
-        leaf = leaves[place.path]
-        part = leaf if place.layer is None else leaf[place.layer]
-        yield name, np.ascontiguousarray(place.layout.to_theirs(np.asarray(part)))
+    for name, target in targets(cfg, rules, leaves).items():
+        leaf = leaves[target.path]
+        part = leaf if target.layer is None else leaf[target.layer]
+        yield name, np.ascontiguousarray(target.layout.to_theirs(np.asarray(part)))
 
 
 def check_params(cfg: LMConfig, params: PyTree) -> None:
     """Raises WeightsError, with all that is wrong, unless these are the parameters of the model."""
     expected = {path: leaf.shape for path, leaf in parameters(cfg).items()}
-    found = {path: np.shape(leaf) for path, leaf in by_path(params).items()}
-    if set(found) == {f"params/{path}" for path in expected}:
+    actual = {path: np.shape(leaf) for path, leaf in by_path(params).items()}
+    if set(actual) == {f"params/{path}" for path in expected}:
         raise WeightsError("params must be the parameters alone; give variables['params'].")
-    problems = _problems(expected, found)
-    if problems:
-        raise WeightsError(
-            f"params do not fit the config: {'; '.join(problems)}; "
-            "give the config that they were made with."
-        )
+    way_out = "give the config that they were made with"
+    _check_shapes("params", expected, actual, way_out, dict.fromkeys(expected, ""))
 
 
-def check(table: Mapping[str, Place], found: Mapping[str, Shape]) -> None:
-    """Raises WeightsError unless there is exactly one tensor of the right shape per place."""
-    expected = {name: place.their_shape for name, place in table.items()}
-    problems = _problems(expected, found, {n: f" ({p.path} here)" for n, p in table.items()})
-    if problems:
-        raise WeightsError(
-            f"tensors do not fit the config: {'; '.join(problems)}; "
-            "check that config and weights belong together."
-        )
-
-
-def _problems(
+def _check_shapes(
+    what: str,
     expected: Mapping[str, Shape],
-    found: Mapping[str, Shape],
-    remarks: Mapping[str, str] | None = None,
-) -> list[str]:
-    """What is missing, what is surplus, and what has another shape."""
-    remark = (remarks or {}).get
-    lines = [
-        f"{name} {shape} is missing{remark(name, '')}"
+    actual: Mapping[str, Shape],
+    way_out: str,
+    remarks: Mapping[str, str],
+) -> None:
+    """Raises WeightsError with all that is missing, surplus, or of another shape."""
+    problems = [f"{n} {expected[n]} is missing{remarks[n]}" for n in expected if n not in actual]
+    problems += [f"{name} {actual[name]} is not known" for name in actual if name not in expected]
+    problems += [
+        f"{name} must have the shape {shape}, got {actual[name]}{remarks[name]}"
         for name, shape in expected.items()
-        if name not in found
+        if actual.get(name, shape) != shape
     ]
-    lines += [
-        f"{name} {shape} is not known" for name, shape in found.items() if name not in expected
-    ]
-    return lines + [
-        f"{name} must have the shape {shape}, got {found[name]}{remark(name, '')}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
+    if problems:
+        raise WeightsError(f"{what} do not fit the config: {'; '.join(problems)}; {way_out}.")
 
 
 def _insert(tree: dict[str, Any], path: str, value: Any) -> None:

@@ -1,7 +1,7 @@
-"""Parameter names of the published implementations and ours: one rule a line, for both directions.
+"""Parameter names of the published implementations and ours, for both directions.
 
-A rule is (their name, our path, how their array is laid out: a key of `layouts.LAYOUTS`). In a
-name, `{}` is the number of a block in the model. Our blocks lie by letter, in the order of their
+A rule is (their name, our path, the layout of their array: a key of `layouts.LAYOUTS`). In a name,
+`{}` is the number of a block in the model; our blocks are grouped by letter, in the order of their
 numbers. Rules for parameters that a model does not have, such as biases, do not apply to it.
 """
 
@@ -16,9 +16,19 @@ class Rule(NamedTuple):
     layout: str
 
 
-def _rules(theirs: str, ours: str, *lines: tuple[str, str, str]) -> tuple[Rule, ...]:
-    """Rules with the beginnings of their names and of our paths in common."""
-    return tuple(Rule(theirs + name, ours + path, layout) for name, path, layout in lines)
+def _rules(theirs: str, ours: str, *lines: tuple[str, ...]) -> tuple[Rule, ...]:
+    """Rules with the beginnings of their names and of our paths in common.
+
+    A line of two is a projection: its weights, transposed, and its bias.
+    """
+    full = []
+    for name, path, *layout in lines:
+        if layout:
+            full.append((name, path, *layout))
+        else:
+            full.append((name + ".weight", path + "/kernel", "transposed"))
+            full.append((name + ".bias", path + "/bias", "same"))
+    return tuple(Rule(theirs + name, ours + path, layout) for name, path, layout in full)
 
 
 # The package `xlstm`, first generation: xLSTMLMModel.
@@ -37,8 +47,7 @@ V1 = (
         _V1_BLOCK,
         "stack/m/",
         ("xlstm_norm.weight", "xlstm_norm/scale_offset", "same"),
-        ("xlstm.proj_up.weight", "mlstm/proj_up/kernel", "transposed"),
-        ("xlstm.proj_up.bias", "mlstm/proj_up/bias", "same"),
+        ("xlstm.proj_up", "mlstm/proj_up"),
         ("xlstm.conv1d.conv.weight", "mlstm/conv/kernel", "convolution"),
         ("xlstm.conv1d.conv.bias", "mlstm/conv/bias", "same"),
         ("xlstm.q_proj.weight", "mlstm/q_proj/kernel", "headwise"),
@@ -47,14 +56,11 @@ V1 = (
         ("xlstm.k_proj.bias", "mlstm/k_proj/bias", "same"),
         ("xlstm.v_proj.weight", "mlstm/v_proj/kernel", "headwise"),
         ("xlstm.v_proj.bias", "mlstm/v_proj/bias", "same"),
-        ("xlstm.mlstm_cell.igate.weight", "mlstm/input_gate/kernel", "transposed"),
-        ("xlstm.mlstm_cell.igate.bias", "mlstm/input_gate/bias", "same"),
-        ("xlstm.mlstm_cell.fgate.weight", "mlstm/forget_gate/kernel", "transposed"),
-        ("xlstm.mlstm_cell.fgate.bias", "mlstm/forget_gate/bias", "same"),
+        ("xlstm.mlstm_cell.igate", "mlstm/input_gate"),
+        ("xlstm.mlstm_cell.fgate", "mlstm/forget_gate"),
         ("xlstm.mlstm_cell.outnorm.weight", "mlstm/out_norm/scale_offset", "same"),
         ("xlstm.learnable_skip", "mlstm/learnable_skip", "same"),
-        ("xlstm.proj_down.weight", "mlstm/proj_down/kernel", "transposed"),
-        ("xlstm.proj_down.bias", "mlstm/proj_down/bias", "same"),
+        ("xlstm.proj_down", "mlstm/proj_down"),
     ),
     *_rules(
         _V1_BLOCK,
@@ -71,10 +77,8 @@ V1 = (
         ("xlstm.slstm_cell._bias_", "slstm/bias", "gate_biases"),
         ("xlstm.group_norm.weight", "slstm/group_norm/scale_offset", "same"),
         ("ffn_norm.weight", "ffn_norm/scale_offset", "same"),
-        ("ffn.proj_up.weight", "ffn/proj_up/kernel", "transposed"),
-        ("ffn.proj_up.bias", "ffn/proj_up/bias", "same"),
-        ("ffn.proj_down.weight", "ffn/proj_down/kernel", "transposed"),
-        ("ffn.proj_down.bias", "ffn/proj_down/bias", "same"),
+        ("ffn.proj_up", "ffn/proj_up"),
+        ("ffn.proj_down", "ffn/proj_down"),
     ),
 )
 
@@ -96,30 +100,20 @@ _LARGE_WITHOUT_EMBEDDING = (
         "stack/M/",
         ("norm_mlstm.weight", "norm_mlstm/scale", "same"),
         ("norm_mlstm.bias", "norm_mlstm/bias", "same"),
-        ("mlstm_layer.q.weight", "mlstm/q/kernel", "transposed"),
-        ("mlstm_layer.q.bias", "mlstm/q/bias", "same"),
-        ("mlstm_layer.k.weight", "mlstm/k/kernel", "transposed"),
-        ("mlstm_layer.k.bias", "mlstm/k/bias", "same"),
-        ("mlstm_layer.v.weight", "mlstm/v/kernel", "transposed"),
-        ("mlstm_layer.v.bias", "mlstm/v/bias", "same"),
-        ("mlstm_layer.ogate_preact.weight", "mlstm/output_gate/kernel", "transposed"),
-        ("mlstm_layer.ogate_preact.bias", "mlstm/output_gate/bias", "same"),
-        ("mlstm_layer.igate_preact.weight", "mlstm/input_gate/kernel", "transposed"),
-        ("mlstm_layer.igate_preact.bias", "mlstm/input_gate/bias", "same"),
-        ("mlstm_layer.fgate_preact.weight", "mlstm/forget_gate/kernel", "transposed"),
-        ("mlstm_layer.fgate_preact.bias", "mlstm/forget_gate/bias", "same"),
+        ("mlstm_layer.q", "mlstm/q"),
+        ("mlstm_layer.k", "mlstm/k"),
+        ("mlstm_layer.v", "mlstm/v"),
+        ("mlstm_layer.ogate_preact", "mlstm/output_gate"),
+        ("mlstm_layer.igate_preact", "mlstm/input_gate"),
+        ("mlstm_layer.fgate_preact", "mlstm/forget_gate"),
         ("mlstm_layer.multihead_norm.weight", "mlstm/multihead_norm/scale", "same"),
         ("mlstm_layer.multihead_norm.bias", "mlstm/multihead_norm/bias", "same"),
-        ("mlstm_layer.out_proj.weight", "mlstm/out_proj/kernel", "transposed"),
-        ("mlstm_layer.out_proj.bias", "mlstm/out_proj/bias", "same"),
+        ("mlstm_layer.out_proj", "mlstm/out_proj"),
         ("norm_ffn.weight", "norm_ffn/scale", "same"),
         ("norm_ffn.bias", "norm_ffn/bias", "same"),
-        ("ffn.proj_up_gate.weight", "ffn/proj_up_gate/kernel", "transposed"),
-        ("ffn.proj_up_gate.bias", "ffn/proj_up_gate/bias", "same"),
-        ("ffn.proj_up.weight", "ffn/proj_up/kernel", "transposed"),
-        ("ffn.proj_up.bias", "ffn/proj_up/bias", "same"),
-        ("ffn.proj_down.weight", "ffn/proj_down/kernel", "transposed"),
-        ("ffn.proj_down.bias", "ffn/proj_down/bias", "same"),
+        ("ffn.proj_up_gate", "ffn/proj_up_gate"),
+        ("ffn.proj_up", "ffn/proj_up"),
+        ("ffn.proj_down", "ffn/proj_down"),
     ),
 )
 

@@ -13,8 +13,7 @@ import numpy as np
 from xlstm_jax.config import ConfigError
 
 INDEX = "model.safetensors.index.json"
-READABLE = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": None}
-"""Types a parameter may be stored in; bfloat16 is not NumPy's own."""
+READABLE = ("F64", "F32", "F16", "BF16")  # types a parameter may be stored in
 
 
 class WeightsError(ConfigError):

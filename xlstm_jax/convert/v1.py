@@ -13,21 +13,13 @@ from xlstm_jax.config import ConfigError
 from xlstm_jax.convert import mapping, names
 from xlstm_jax.convert.fields import Fields
 from xlstm_jax.convert.tensors import Arrays
-from xlstm_jax.modules import LMConfig
-from xlstm_jax.modules.feedforward import first_generation_width
-from xlstm_jax.modules.mlstm import MLSTMConfig
+from xlstm_jax.modules.config import LMConfig
+from xlstm_jax.modules.options import ACTIVATION_NAMES, MLSTMConfig, SLSTMConfig
 from xlstm_jax.modules.patterns import at
-from xlstm_jax.modules.slstm import SLSTMConfig
+from xlstm_jax.modules.widths import first_generation_width
 from xlstm_jax.typing import PyTree
 
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "relu": "relu",
-    "relu^2": "relu2",
-    "selu": "selu",
-    "sigmoid": "sigmoid",
-    "swish": "swish",
-}
+ACTIVATIONS = {name.replace("relu2", "relu^2"): name for name in ACTIVATION_NAMES}
 """Their name -> ours."""
 
 WITHOUT = ("token_embedding/embedding", "lm_head/kernel")
@@ -62,20 +54,16 @@ def load_v1(
 
 
 def config_of(config: Mapping[str, Any], *, bare: bool = False) -> LMConfig:
-    """The model that a first-generation config describes.
-
-    Args:
-        config: its fields.
-        bare: whether it is of blocks alone, and so needs no vocabulary.
+    """The model that a first-generation config describes; `bare`: of blocks, without a vocabulary.
 
     Raises:
-        ConfigError: a field cannot be honoured.
+        ConfigError: a field has no equivalent here.
     """
     fields = Fields(config, "the config")
     dim, num_blocks = fields.count("embedding_dim"), fields.count("num_blocks")
     pattern = _pattern(fields, num_blocks)
-    bias = fields.flag("bias", False)
-    has_norm = fields.flag("add_post_blocks_norm", True)
+    bias = fields.flag("bias", default=False)
+    has_norm = fields.flag("add_post_blocks_norm", default=True)
     cfg = LMConfig(
         vocab_size=1 if bare else fields.count("vocab_size"),
         dim=dim,
@@ -83,11 +71,11 @@ def config_of(config: Mapping[str, Any], *, bare: bool = False) -> LMConfig:
         mlstm=_mlstm(fields, dim, bias) if "m" in pattern else MLSTMConfig(),
         slstm=_slstm(fields, dim) if "s" in pattern else SLSTMConfig(),
         final_norm="layer" if has_norm else "none",
-        tie_embeddings=fields.flag("tie_weights", False),
+        tie_embeddings=fields.flag("tie_weights", default=False),
         dropout=float(fields.number("dropout", 0.0)),
-        embedding_dropout=fields.flag("add_embedding_dropout", False),
+        embedding_dropout=fields.flag("add_embedding_dropout", default=False),
     )
-    if fields.flag("weight_decay_on_embedding", False):
+    if fields.flag("weight_decay_on_embedding", default=False):
         logging.getLogger(__name__).warning(
             "weight_decay_on_embedding is part of training here: "
             r"train.decay_pattern='(^|/)(kernel|embedding)$'"
@@ -149,7 +137,7 @@ def _slstm(fields: Fields, dim: int) -> SLSTMConfig:
         conv_width=layer.count("conv1d_kernel_size", 4, least=0),
         recurrent_init=layer.get("recurrent_weight_init", "zeros"),
         bias_init=layer.get("bias_init", "powerlaw_blockdependent"),
-        group_norm_weight=layer.flag("group_norm_weight", True),
+        group_norm_weight=layer.flag("group_norm_weight", default=True),
         **_feedforward(fields, dim),
     )
     layer.done()
@@ -177,7 +165,7 @@ def _feedforward(fields: Fields, dim: int) -> dict[str, Any]:
         "ffn_dim": width,
         "ffn_activation": ACTIVATIONS[activation],
         # Those of the model do not reach the feed-forward layer.
-        "ffn_bias": layer.flag("bias", False),
+        "ffn_bias": layer.flag("bias", default=False),
         "ffn_dropout": float(layer.number("dropout", 0.0)),
     }
     layer.done()
@@ -198,7 +186,7 @@ def _width(layer: Fields, dim: int, factor: float) -> int:
         dim,
         layer.positive("proj_factor", factor),
         layer.count("round_proj_up_to_multiple_of", 64),
-        round_up=layer.flag("round_proj_up_dim_up", True),
+        round_up=layer.flag("round_proj_up_dim_up", default=True),
     )
 
 

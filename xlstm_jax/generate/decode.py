@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Key
 
-from xlstm_jax import ops
 from xlstm_jax.config import ConfigError
 from xlstm_jax.generate.sampling import greedy
-from xlstm_jax.modules import LM, head_kernel
+from xlstm_jax.modules import LM, lm_logits
 from xlstm_jax.typing import Array, Bool, Float, Int, PRNGKeyArray
 
 # Positions in one pass over a prompt: the most, to bound its memory, and the least, so that short
@@ -175,10 +174,7 @@ def _read(
     hidden, state = model.apply(variables, tokens, state=state, mask=mask, head=False)
     last = jnp.maximum(mask.sum(axis=1) - 1, 0)
     x = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    kernel = head_kernel(model.cfg, variables["params"]).astype(x.dtype)
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    found = jnp.einsum("BD,DE->BE", x, kernel, preferred_element_type=dtype)
-    found = ops.soft_cap(found, model.cfg.logit_soft_cap)
+    found = lm_logits(model.cfg, variables["params"], x)
     return jnp.where(mask.any(axis=1)[:, None], found, logits), state
 
 

@@ -1,24 +1,49 @@
 """Parameters: layers, blocks and language models in Flax."""
 
 from xlstm_jax.modules import presets
-from xlstm_jax.modules.block import BLOCKS
+from xlstm_jax.modules.block import LargeBlock, MLSTMBlock, SLSTMBlock
 from xlstm_jax.modules.config import LMConfig
-from xlstm_jax.modules.large import LargeConfig
-from xlstm_jax.modules.lm import LM, Backbone, head_kernel, param_shapes
-from xlstm_jax.modules.mlstm import MLSTMConfig
+from xlstm_jax.modules.conv import CausalConv
+from xlstm_jax.modules.feedforward import GatedFeedForward, LargeFeedForward
+from xlstm_jax.modules.kinds import BLOCKS, BlockKind
+from xlstm_jax.modules.large import LargeMLSTMLayer
+from xlstm_jax.modules.linear import Dense, Embedding, HeadwiseDense
+from xlstm_jax.modules.lm import LM, Backbone, head_kernel, lm_logits, param_shapes
+from xlstm_jax.modules.mlstm import MLSTMLayer, MLSTMLayerState
+from xlstm_jax.modules.norm import LayerNorm, MultiHeadNorm, RMSNorm
+from xlstm_jax.modules.options import LargeConfig, MLSTMConfig, SLSTMConfig
 from xlstm_jax.modules.patterns import at, ratio_pattern
-from xlstm_jax.modules.slstm import SLSTMConfig
+from xlstm_jax.modules.slstm import SLSTMLayer, SLSTMLayerState
 
 __all__ = [
     "BLOCKS",
     "Backbone",
+    "BlockKind",
+    "CausalConv",
+    "Dense",
+    "Embedding",
+    "GatedFeedForward",
+    "HeadwiseDense",
     "LM",
     "LMConfig",
+    "LargeBlock",
     "LargeConfig",
+    "LargeFeedForward",
+    "LargeMLSTMLayer",
+    "LayerNorm",
+    "MLSTMBlock",
     "MLSTMConfig",
+    "MLSTMLayer",
+    "MLSTMLayerState",
+    "MultiHeadNorm",
+    "RMSNorm",
+    "SLSTMBlock",
     "SLSTMConfig",
+    "SLSTMLayer",
+    "SLSTMLayerState",
     "at",
     "head_kernel",
+    "lm_logits",
     "param_shapes",
     "presets",
     "ratio_pattern",

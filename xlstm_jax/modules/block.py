@@ -1,127 +1,159 @@
-"""Residual blocks, and the letters they have in a pattern.
+"""Residual blocks of the built-in kinds, and their records in `BLOCKS`.
 
-A block maps (x, state) to (x, state) and makes its own empty state: that is all the stack asks for.
 Sources: arXiv:2405.04517, figures 10 and 11; arXiv:2503.13427, section 3.
 """
+
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from xlstm_jax.cells import MLSTMState
+from xlstm_jax.modules import counts
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.feedforward import GatedFeedForward, LargeFeedForward
+from xlstm_jax.modules.kinds import BLOCKS, IMPLEMENTATIONS, BlockKind
 from xlstm_jax.modules.large import LargeMLSTMLayer
-from xlstm_jax.modules.mlstm import MLSTMLayer, MLSTMLayerState
+from xlstm_jax.modules.mlstm import MLSTMLayer
 from xlstm_jax.modules.norm import LayerNorm, RMSNorm
-from xlstm_jax.modules.slstm import SLSTMLayer, SLSTMLayerState
+from xlstm_jax.modules.options import LargeConfig, MLSTMConfig, SLSTMConfig
+from xlstm_jax.modules.slstm import SLSTMLayer
+from xlstm_jax.ops.registry import TABLES
+from xlstm_jax.sharding.axes import set_block_axes
 from xlstm_jax.typing import Array, Bool, Float, Int
 
+IMPLEMENTATIONS.update(TABLES)
 
-class MLSTMBlock(nn.Module):
-    """First generation: x + mLSTM(norm(x)); the projection up is inside the layer."""
+
+class _Block(nn.Module):
+    """x + layer(norm(x)), then x + ffn(norm(x)) where there is a feed-forward layer."""
 
     cfg: LMConfig
-    deterministic: bool = True
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        state: MLSTMLayerState | None = None,
+        state: Any = None,
+        *,
         reset: Bool[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
-        block_index: int | Int[Array, ""] = 0,
-    ) -> tuple[Float[Array, "B T D"], MLSTMLayerState]:
-        norm = LayerNorm(self.cfg.mlstm.norm_eps, name="xlstm_norm")
-        y, state = self._layer(name="mlstm")(norm(x), state, reset=reset, mask=mask)
-        return x + y, state
-
-    @nn.nowrap
-    def init_state(self, batch_size: int) -> MLSTMLayerState:
-        """The empty memory."""
-        layer = self._layer(parent=None)
-        return layer.init_state(batch_size, self.cfg.dim, jnp.dtype(self.cfg.dtype))
-
-    @nn.nowrap
-    def _layer(self, **place) -> MLSTMLayer:
-        cfg = self.cfg
-        return MLSTMLayer(cfg.mlstm, cfg.num_blocks, cfg.dropout, self.deterministic, **place)
-
-
-class SLSTMBlock(nn.Module):
-    """First generation: x + sLSTM(norm(x)), then x + ffn(norm(x)) unless its width is 0."""
-
-    cfg: LMConfig
-    deterministic: bool = True
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        state: SLSTMLayerState | None = None,
-        reset: Bool[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
-        block_index: int | Int[Array, ""] = 0,
-    ) -> tuple[Float[Array, "B T D"], SLSTMLayerState]:
-        cfg = self.cfg.slstm
-        y = LayerNorm(cfg.norm_eps, name="xlstm_norm")(x)
-        layer = self._layer(name="slstm")
-        y, state = layer(y, state, reset=reset, mask=mask, block_index=block_index)
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The arguments of the layer; returns x after the block, and the state of the layer."""
+        norm, layer, *ffn = self._parts()
+        y, state = layer(norm(x), state, reset=reset, mask=mask, deterministic=deterministic)
         x = x + y
-        if cfg.ffn_width(self.cfg.dim) == 0:
-            return x, state
-        ffn = GatedFeedForward(
-            inner_dim=cfg.ffn_width(self.cfg.dim),
-            num_blocks=self.cfg.num_blocks,
-            activation=cfg.ffn_activation,
-            use_bias=cfg.ffn_bias,
-            dropout=cfg.ffn_dropout,
-            deterministic=self.deterministic,
-            name="ffn",
+        if ffn:
+            norm, layer = ffn
+            x = x + layer(norm(x), deterministic=deterministic)
+        return x, state
+
+    @nn.nowrap
+    def init_state(self, batch_size: int) -> Any:
+        """The initial state: zeros."""
+        return self._layer(parent=None).init_state(
+            batch_size, self.cfg.dim, jnp.dtype(self.cfg.dtype)
         )
-        return x + ffn(LayerNorm(cfg.norm_eps, name="ffn_norm")(x)), state
+
+    def _parts(self) -> tuple[nn.Module, ...]:
+        """Norm and layer, then norm and feed-forward layer if there is one."""
+        raise NotImplementedError
+
+    def _layer(self, **options: Any) -> Any:
+        raise NotImplementedError
+
+
+class MLSTMBlock(_Block):
+    """First generation: the up-projection is inside the layer; no feed-forward layer."""
+
+    def _parts(self):
+        return LayerNorm(self.cfg.mlstm.norm_eps, name="xlstm_norm"), self._layer(name="mlstm")
 
     @nn.nowrap
-    def init_state(self, batch_size: int) -> SLSTMLayerState:
-        """The empty memory."""
-        layer = self._layer(parent=None)
-        return layer.init_state(batch_size, self.cfg.dim, jnp.dtype(self.cfg.dtype))
+    def _layer(self, **options):
+        return MLSTMLayer(self.cfg.mlstm, self.cfg.num_blocks, self.cfg.dropout, **options)
+
+
+class SLSTMBlock(_Block):
+    """First generation, with a feed-forward layer unless its width is 0."""
+
+    block_index: int | Int[Array, ""] = 0
+
+    def _parts(self):
+        cfg, inner_dim = self.cfg.slstm, self.cfg.slstm.ffn_width(self.cfg.dim)
+        parts = LayerNorm(cfg.norm_eps, name="xlstm_norm"), self._layer(name="slstm")
+        if inner_dim == 0:
+            return parts
+        options = (cfg.ffn_activation, cfg.ffn_bias, cfg.ffn_dropout)
+        ffn = GatedFeedForward(inner_dim, self.cfg.num_blocks, *options, name="ffn")
+        return *parts, LayerNorm(cfg.norm_eps, name="ffn_norm"), ffn
 
     @nn.nowrap
-    def _layer(self, **place) -> SLSTMLayer:
+    def _layer(self, **options):
         cfg = self.cfg
-        return SLSTMLayer(cfg.slstm, cfg.num_blocks, cfg.dropout, self.deterministic, **place)
+        fields = (cfg.slstm, cfg.num_blocks, cfg.dropout, self.block_index)
+        return SLSTMLayer(*fields, **options)
 
 
-class LargeBlock(nn.Module):
-    """Large architecture: x + mLSTM(norm(x)), then x + ffn(norm(x)); no dropout."""
+class LargeBlock(_Block):
+    """Large architecture, with a feed-forward layer; no dropout."""
 
-    cfg: LMConfig
-    deterministic: bool = True
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        state: MLSTMState | None = None,
-        reset: Bool[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
-        block_index: int | Int[Array, ""] = 0,
-    ) -> tuple[Float[Array, "B T D"], MLSTMState]:
-        cfg, num_blocks = self.cfg.large, self.cfg.num_blocks
-        y = RMSNorm(cfg.norm_eps, cfg.use_bias, name="norm_mlstm")(x)
-        layer = LargeMLSTMLayer(cfg, num_blocks, name="mlstm")
-        y, state = layer(y, state, reset=reset, mask=mask)
-        x = x + y
-        _, _, ffn_dim = cfg.widths(self.cfg.dim)
-        y = RMSNorm(cfg.norm_eps, cfg.use_bias, name="norm_ffn")(x)
-        return x + LargeFeedForward(ffn_dim, num_blocks, cfg.use_bias, name="ffn")(y), state
+    def _parts(self):
+        cfg, (_, _, ffn_dim) = self.cfg.large, self.cfg.large.widths(self.cfg.dim)
+        return (
+            RMSNorm(cfg.norm_eps, cfg.use_bias, name="norm_mlstm"),
+            self._layer(name="mlstm"),
+            RMSNorm(cfg.norm_eps, cfg.use_bias, name="norm_ffn"),
+            LargeFeedForward(ffn_dim, self.cfg.num_blocks, cfg.use_bias, name="ffn"),
+        )
 
     @nn.nowrap
-    def init_state(self, batch_size: int) -> MLSTMState:
-        """The empty memory."""
-        layer = LargeMLSTMLayer(self.cfg.large, self.cfg.num_blocks, parent=None)
-        return layer.init_state(batch_size, self.cfg.dim)
+    def _layer(self, **options):
+        return LargeMLSTMLayer(self.cfg.large, self.cfg.num_blocks, **options)
 
 
-BLOCKS = {"m": MLSTMBlock, "s": SLSTMBlock, "M": LargeBlock}
+BLOCKS["m"] = BlockKind(
+    name="mlstm",
+    options=MLSTMConfig,
+    block=MLSTMBlock,
+    axes={
+        r"mlstm/proj_up/kernel": ("embed", "inner"),
+        r"mlstm/proj_down/kernel": ("inner", "embed"),
+        r"mlstm/[qkv]_proj/kernel": ("inner", None, None),  # small blocks on a diagonal
+        r"mlstm/(proj_up|[qkv]_proj)/bias": ("inner",),
+        r"mlstm/learnable_skip": ("inner",),
+        # Its rows are those of q, k and v one after the other, which no shard respects; small.
+        r"mlstm/(input|forget)_gate/kernel": (None, "heads"),
+        r"mlstm/(input|forget)_gate/bias": (None,),
+    },
+    count_params=counts.mlstm_params,
+    forward_flops=counts.mlstm_flops,
+)
+BLOCKS["s"] = BlockKind(
+    name="slstm",
+    options=SLSTMConfig,
+    block=SLSTMBlock,
+    axes={
+        r"slstm/(input_gate|forget_gate|cell_input|output_gate)/kernel": ("heads", "embed", None),
+        r"slstm/recurrent_kernel": ("heads", "embed", None, None),
+        r"slstm/bias": ("heads", None, None),
+    },
+    count_params=counts.slstm_params,
+    forward_flops=counts.slstm_flops,
+)
+BLOCKS["M"] = BlockKind(
+    name="large",
+    options=LargeConfig,
+    block=LargeBlock,
+    axes={
+        r"mlstm/(q|k|v|output_gate)/kernel": ("embed", "inner"),
+        r"mlstm/(q|k|v|output_gate)/bias": ("inner",),
+        r"mlstm/(input|forget)_gate/kernel": ("embed", "heads"),
+        r"mlstm/(input|forget)_gate/bias": (None,),
+        r"mlstm/out_proj/kernel": ("inner", "embed"),
+    },
+    count_params=counts.large_params,
+    forward_flops=counts.large_flops,
+)
+
+set_block_axes(lambda letter: BLOCKS[letter].axes if letter in BLOCKS else {})

@@ -1,4 +1,4 @@
-"""Checks of a model config, made when it is built: each error is one sentence with its way out."""
+"""Checks of a model config, made when it is built: each error is one line with its way out."""
 
 from collections.abc import Iterable
 
@@ -21,7 +21,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def check_divides(name: str, divisor: int, width_name: str, width: int) -> None:
-    """`divisor` cuts `width` into equal parts."""
+    """`divisor` divides `width`."""
     if divisor < 1 or width % divisor:
         near = [n for n in range(1, width + 1) if width % n == 0]
         near = sorted(near, key=lambda n: abs(n - divisor))[:3]
@@ -32,6 +32,6 @@ def check_divides(name: str, divisor: int, width_name: str, width: int) -> None:
 
 
 def check_rate(name: str, value: float) -> None:
-    """`value` is a share of what dropout removes."""
+    """`value` is a dropout rate."""
     if not 0 <= value < 1:
         raise ConfigError(f"{name} must be at least 0 and below 1, got {value}; 0 drops nothing.")

@@ -4,6 +4,7 @@ import math
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from xlstm_jax import ops
 from xlstm_jax.modules.initializers import uniform
@@ -40,7 +41,7 @@ class CausalConv(nn.Module):
 
 
 def conv_state(
-    batch_size: int, width: int, features: int, dtype: jnp.dtype
+    batch_size: int, width: int, features: int, dtype: DTypeLike
 ) -> Float[Array, "B ... F"]:
-    """The empty memory of a convolution: its last inputs, none for a width of 0 or 1."""
+    """The initial state of a convolution: its last inputs, none for a width of 0 or 1."""
     return jnp.zeros((batch_size, max(width - 1, 0), features), dtype)

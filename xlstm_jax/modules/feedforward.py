@@ -1,10 +1,9 @@
-"""Gated feed-forward layers, and the two published rules for their widths.
+"""Gated feed-forward layers.
 
 Sources: first generation arXiv:2405.04517; large architecture arXiv:2503.13427.
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 
 from xlstm_jax.modules.initializers import small, wang
 from xlstm_jax.modules.linear import Dense, dense_together
+from xlstm_jax.modules.options import ACTIVATION_NAMES
 from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Float
 
@@ -25,26 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swish": jax.nn.silu,
 }
 
-
-def first_generation_width(
-    dim: int, factor: float, multiple: int = 64, *, round_up: bool = True
-) -> int:
-    """factor * dim rounded to a multiple, as the first generation rounds its up-projections."""
-    whole = math.ceil if round_up else math.floor
-    return multiple * whole(factor * dim / multiple)
-
-
-def large_width(dim: int, factor: float, multiple: int = 64) -> int:
-    """factor * dim rounded as the large architecture's own code does, in floating point.
-
-    Not a ceiling: a product less than one above a multiple is rounded down (2048.03 gives 2048).
-    """
-    return int((dim * factor + multiple - 1) // multiple * multiple)
-
-
-def scaling_width(dim: int, factor: float = 2.667, multiple: int = 64) -> int:
-    """factor * dim rounded up to a multiple, as in the scaling study (arXiv:2510.02228)."""
-    return multiple * math.ceil(math.ceil(factor * dim) / multiple)
+assert tuple(ACTIVATIONS) == ACTIVATION_NAMES
 
 
 class GatedFeedForward(nn.Module):
@@ -54,31 +35,35 @@ class GatedFeedForward(nn.Module):
     """
 
     inner_dim: int  # U
-    num_blocks: int
+    num_blocks: int = 1
     activation: str = "gelu"
     use_bias: bool = False
     dropout: float = 0.0
-    deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], *, deterministic: bool = True
+    ) -> Float[Array, "B T D"]:
         dim = x.shape[-1]
         up = Dense(2 * self.inner_dim, small(dim), self.use_bias, name="proj_up")(x)
         gate, linear = (constrain(y, "batch", "time", "mlp") for y in jnp.split(up, 2, axis=-1))
         down = Dense(dim, wang(dim, self.num_blocks), self.use_bias, name="proj_down")
         y = down(ACTIVATIONS[self.activation](gate) * linear)
-        return nn.Dropout(self.dropout, deterministic=self.deterministic)(y)
+        return nn.Dropout(self.dropout, deterministic=deterministic)(y)
 
 
 class LargeFeedForward(nn.Module):
     """Large architecture: gate and up-projection are separate, the activation is silu."""
 
     inner_dim: int  # U
-    num_blocks: int
+    num_blocks: int = 1
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], *, deterministic: bool = True
+    ) -> Float[Array, "B T D"]:
+        del deterministic  # it has no dropout
         dim = x.shape[-1]
         names = "proj_up_gate", "proj_up"
         layers = (Dense(self.inner_dim, small(dim), self.use_bias, name=name) for name in names)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from xlstm_jax import ops
 from xlstm_jax.modules.initializers import Initializer, zeros
-from xlstm_jax.sharding import is_cut
+from xlstm_jax.sharding import is_sharded
 from xlstm_jax.typing import Array, Float
 
 
@@ -50,7 +50,7 @@ def dense_together(
     Where devices share the features, the products are apart.
     All layers must have the same `wide`. Where x comes in parts, it stands for them joined.
     """
-    if len(layers) > 1 and is_cut("inner"):
+    if len(layers) > 1 and is_sharded("inner"):
         # Side by side, each device would hold columns of other kernels than of its own.
         return [y for layer in layers for y in dense_together(x, layer)]
     parts = x if isinstance(x, Sequence) else (x,)
@@ -92,8 +92,13 @@ class HeadwiseDense(nn.Module):
         return y.astype(dtype)
 
 
+def split_heads(x: Float[Array, "B T F"], num_heads: int) -> Float[Array, "B T H F_per_head"]:
+    """The features of each head on an axis of their own."""
+    return x.reshape(*x.shape[:2], num_heads, -1)
+
+
 class Embedding(nn.Module):
-    """The table of token vectors; the model looks tokens up in it and may use it as its head."""
+    """The embedding of tokens; a tied model uses it as its head as well."""
 
     vocab_size: int
     dim: int

@@ -1,4 +1,4 @@
-"""The language model: token vectors, blocks, final norm, head."""
+"""The language model: embedding, blocks, final norm, head."""
 
 from typing import Any
 
@@ -7,17 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax import ops
-from xlstm_jax.modules import stack
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.initializers import Initializer, normal, small
 from xlstm_jax.modules.linear import Dense, Embedding
 from xlstm_jax.modules.norm import LayerNorm, RMSNorm
-from xlstm_jax.modules.stack import Stack, StackState
+from xlstm_jax.modules.stack import Stack, StackState, init_state
 from xlstm_jax.typing import Array, Bool, Float, Int
 
 
 class LM(nn.Module):
-    """Logits of the next token at every position, and the memory to go on with.
+    """Logits of the next token at every position, and the state to continue from.
 
     Source: arXiv:2405.04517 (first-generation blocks), arXiv:2503.13427 (large blocks).
     """
@@ -36,14 +35,14 @@ class LM(nn.Module):
         has_padding: bool = True,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T vocab"] | Float[Array, "B T D"], StackState]:
-        """Read tokens after what `state` remembers.
+        """Reads tokens, continuing from `state`.
 
         Args:
             tokens: token ids.
-            state: memory before the first position; None is the empty one.
-            segment_ids: 0 is padding, documents count from 1; a change starts from empty memory,
-                and so does a row's first token unless a state is given. None: one document.
-            mask: False where a position is to be passed over: it changes nothing in the state.
+            state: before the first position; None is the initial one.
+            segment_ids: 0 is padding, documents count from 1; a change resets the state, and so
+                does a sequence's first token unless a state is given. None: one document.
+            mask: False where a position is to be skipped: it changes nothing in the state.
             has_padding: False promises that no segment id is 0, and saves the work of masks.
             head: False returns the hidden states after the final norm instead of logits.
             deterministic: False applies dropout, with `rngs={"dropout": key}`.
@@ -67,34 +66,26 @@ class LM(nn.Module):
         x = ops.embed(tokens, table, dtype=_activation_dtype(cfg, table))
         rate = cfg.dropout if cfg.embedding_dropout else 0.0
         x = nn.Dropout(rate, deterministic=deterministic)(x)
-        x, state = _backbone(cfg, deterministic, x, state, reset, mask)
+        x, state = _backbone(cfg, x, state, reset, mask, deterministic=deterministic)
         if not head:
             return x, state
-        logits = self._head(x, table)
-        return ops.soft_cap(logits, cfg.logit_soft_cap), state
-
-    def _head(
-        self, x: Float[Array, "B T D"], table: Float[Array, "vocab D"]
-    ) -> Float[Array, "B T vocab"]:
-        cfg = self.cfg
+        params: dict[str, Any] = {"token_embedding": {"embedding": table}}
         if not cfg.tie_embeddings:
-            init = _init(cfg.head_std, cfg.dim)
-            return Dense(cfg.vocab_size, init, wide=True, name="lm_head")(x)
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
-        kernel = table.astype(x.dtype)
-        return jnp.einsum("BTD,ED->BTE", x, kernel, preferred_element_type=dtype)
+            layer = Dense(cfg.vocab_size, _init(cfg.head_std, cfg.dim), name="lm_head")
+            params["lm_head"] = {"kernel": layer.weights(cfg.dim)[0]}
+        return lm_logits(cfg, params, x), state
 
     @nn.nowrap
     def init_state(self, batch_size: int) -> StackState:
-        """The empty memory: per letter of the pattern, each leaf with axes `layers B ...`."""
-        return stack.init_state(self.cfg, batch_size)
+        """The initial state, zeros: by letter, each leaf with axes `layers B ...`."""
+        return init_state(self.cfg, batch_size)
 
 
 class Backbone(nn.Module):
-    """The blocks and the final norm of a model, for inputs that are vectors already.
+    """The blocks and the final norm of a model, for inputs that are vectors.
 
-    Its parameters are those of `LM` without `token_embedding` and `lm_head`; `vocab_size` and what
-    else concerns these two is without effect.
+    Its parameters are those of `LM` without `token_embedding` and `lm_head`; `vocab_size` and the
+    other options of these two have no effect.
     """
 
     cfg: LMConfig
@@ -113,22 +104,23 @@ class Backbone(nn.Module):
 
         Args:
             x: inputs.
-            state: memory before the first position; None is the empty one.
-            reset: True where memory is emptied before a position.
-            mask: False where a position is to be passed over.
+            state: before the first position; None is the initial one.
+            reset: True where the state is reset before a position.
+            mask: False where a position is to be skipped.
             deterministic: False applies dropout, with `rngs={"dropout": key}`.
         """
-        return _backbone(self.cfg, deterministic, x, state, reset, mask)
+        return _backbone(self.cfg, x, state, reset, mask, deterministic=deterministic)
 
     @nn.nowrap
     def init_state(self, batch_size: int) -> StackState:
-        """The empty memory: per letter of the pattern, each leaf with axes `layers B ...`."""
-        return stack.init_state(self.cfg, batch_size)
+        """The initial state, zeros: by letter, each leaf with axes `layers B ...`."""
+        return init_state(self.cfg, batch_size)
 
 
-def _backbone(cfg: LMConfig, deterministic: bool, x, state, reset, mask):
+def _backbone(cfg: LMConfig, x, state, reset, mask, *, deterministic: bool):
     """Called inside a module, whose submodules `stack` and `out_norm` it makes."""
-    x, state = Stack(cfg, deterministic, name="stack")(x, state, reset, mask)
+    stack = Stack(cfg, name="stack")
+    x, state = stack(x, state, reset, mask, deterministic=deterministic)
     return _final_norm(cfg)(x), state
 
 
@@ -139,10 +131,19 @@ def param_shapes(cfg: LMConfig) -> Any:
 
 
 def head_kernel(cfg: LMConfig, params: Any) -> Float[Array, "D vocab"]:
-    """What turns hidden states into logits, tied or not; `params` are `variables["params"]`."""
+    """The matrix from hidden states to logits, tied or not; `params` are `variables["params"]`."""
     if cfg.tie_embeddings:
         return params["token_embedding"]["embedding"].T
     return params["lm_head"]["kernel"]
+
+
+def lm_logits(
+    cfg: LMConfig, params: Any, hidden: Float[Array, "*batch D"]
+) -> Float[Array, "*batch vocab"]:
+    """Logits of hidden states after the final norm, soft cap included, in float32 or wider."""
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    logits = ops.dense(hidden, head_kernel(cfg, params), dtype=dtype)
+    return ops.soft_cap(logits, cfg.logit_soft_cap)
 
 
 def _init(std: float | None, dim: int) -> Initializer:
@@ -175,7 +176,7 @@ def _check(cfg: LMConfig, tokens, state, segment_ids, mask) -> None:
             )
     if state is None:
         return
-    expected = jax.eval_shape(lambda: stack.init_state(cfg, tokens.shape[0]))
+    expected = jax.eval_shape(lambda: init_state(cfg, tokens.shape[0]))
     same = jax.tree.structure(state) == jax.tree.structure(expected)
     shapes = jax.tree.map(jnp.shape, (state, expected)) if same else (None, None)
     if not same or shapes[0] != shapes[1]:

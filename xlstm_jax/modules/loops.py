@@ -69,29 +69,29 @@ def _scan_run(run: Run, first: int, apply: ApplyBlock, x, blocks: Blocks, checkp
 
     def step(x, now):
         states = []
-        for letter, is_always, (place, own) in zip(run.unit, always, now, strict=True):
+        for letter, is_always, (block, own) in zip(run.unit, always, now, strict=True):
             if is_always:
-                x, state = apply(letter, x, own, place.number)
+                x, state = apply(letter, x, own, block.number)
             else:
-                x, state = _apply_if(place, letter, apply, x, blocks[letter])
+                x, state = _apply_if(block, letter, apply, x, blocks[letter])
             states.append(state)
         return x, tuple(states)
 
-    places = _places(run, first)
-    xs = tuple(zip(places, _inputs(run, blocks), strict=True))
+    step_blocks = _step_blocks(run, first)
+    xs = tuple(zip(step_blocks, _inputs(run, blocks), strict=True))
     x, states = jax.lax.scan(checkpoint(step), x, xs)
-    return x, _by_letter(run, places, states)
+    return x, _by_letter(run, step_blocks, states)
 
 
-class _Place(NamedTuple):
-    """Where a letter of the unit stands, per step."""
+class _StepBlock(NamedTuple):
+    """The block of a letter of the unit, per step."""
 
-    number: Int[Array, "*steps"]  # of the block in the model
+    number: Int[Array, "*steps"]  # in the model
     rank: Int[Array, "*steps"]  # among the run's blocks of this letter
     present: Bool[Array, "*steps"]
 
 
-def _places(run: Run, first: int) -> list[_Place]:
+def _step_blocks(run: Run, first: int) -> list[_StepBlock]:
     """One per letter of the unit; `first` is the number of the run's first block."""
     table = np.zeros((len(run.unit), 3, len(run.steps)), np.int32)
     seen, number = dict.fromkeys(run.unit, 0), first
@@ -104,7 +104,7 @@ def _places(run: Run, first: int) -> list[_Place]:
                 left.pop(0)
                 seen[letter] += 1
                 number += 1
-    return [_Place(numbers, ranks, present > 0) for numbers, ranks, present in table]
+    return [_StepBlock(numbers, ranks, present > 0) for numbers, ranks, present in table]
 
 
 def _inputs(run: Run, blocks: Blocks) -> list[Any]:
@@ -117,32 +117,34 @@ def _inputs(run: Run, blocks: Blocks) -> list[Any]:
     return [next(own[letter]) if letter in own else None for letter in run.unit]
 
 
-def _apply_if(place: _Place, letter: str, apply: ApplyBlock, x, all_blocks):
+def _apply_if(block: _StepBlock, letter: str, apply: ApplyBlock, x, all_blocks):
     """A block of this step, if it has one; else x, and zeros for a state."""
 
     def present(x):
-        own = jax.tree.map(lambda leaf: leaf[place.rank], all_blocks)
-        return apply(letter, x, own, place.number)
+        own = jax.tree.map(lambda leaf: leaf[block.rank], all_blocks)
+        return apply(letter, x, own, block.number)
 
     def absent(x):
         return x, jax.tree.map(jnp.zeros_like, jax.eval_shape(present, x)[1])
 
-    return jax.lax.cond(place.present, present, absent, x)
+    return jax.lax.cond(block.present, present, absent, x)
 
 
-def _by_letter(run: Run, places: list[_Place], states: tuple[Any, ...]) -> dict[str, Any]:
+def _by_letter(run: Run, step_blocks: list[_StepBlock], states: tuple[Any, ...]) -> dict[str, Any]:
     """States of the run's blocks from those of every letter of the unit and step."""
     by_letter = {}
     for letter in dict.fromkeys(run.unit):
         own = [
-            (p, s) for p, s, other in zip(places, states, run.unit, strict=True) if other == letter
+            (p, s)
+            for p, s, other in zip(step_blocks, states, run.unit, strict=True)
+            if other == letter
         ]
         if run.has_always(letter):
             stacked = _stack([state for _, state in own], axis=1)
             by_letter[letter] = jax.tree.map(lambda a: a.reshape((-1, *a.shape[2:])), stacked)
         else:
-            ((place, state),) = own
-            steps = np.flatnonzero(place.present)
+            ((block, state),) = own
+            steps = np.flatnonzero(block.present)
             by_letter[letter] = jax.tree.map(lambda a, steps=steps: a[steps], state)
     return by_letter
 

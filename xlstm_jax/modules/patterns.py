@@ -1,4 +1,4 @@
-"""Which block stands where: patterns of one letter per block, and the loops that spell them."""
+"""Patterns of one letter per block, and the loops that spell them."""
 
 import functools
 import itertools
@@ -61,18 +61,18 @@ def at(num_blocks: int, *, slstm: Sequence[int]) -> str:
     return "".join("s" if block in slstm else "m" for block in range(num_blocks))
 
 
-class _Cut(NamedTuple):
-    """A way to cut what is left of a pattern; the smallest is the best."""
+class _Split(NamedTuple):
+    """A way to split the rest of a pattern into runs; the smallest tuple is the best."""
 
     letters: int  # to compile
     num_runs: int
-    unevenness: int  # minus the squares of the run lengths: long runs stay whole
+    unevenness: int  # minus the squares of the run lengths: long runs are not split
     lengths: tuple[int, ...]  # of the runs, in blocks
     runs: tuple[Run, ...]
 
-    def after(self, run: Run) -> "_Cut":
-        """This cut with one more run before it."""
-        return _Cut(
+    def after(self, run: Run) -> "_Split":
+        """This split with one more run before it."""
+        return _Split(
             self.letters + len(run.unit),
             self.num_runs + 1,
             self.unevenness - run.num_blocks**2,
@@ -82,12 +82,12 @@ class _Cut(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def cut(pattern: str) -> tuple[Run, ...]:
-    """The cut of a pattern into repeated units, with the fewest letters to compile.
+def split_runs(pattern: str) -> tuple[Run, ...]:
+    """A pattern as runs of repeated units, with the fewest letters to compile.
 
     Ties go to fewer runs, then to uneven ones, then to a shorter first run.
     """
-    best = {len(pattern): _Cut(0, 0, 0, (), ())}
+    best = {len(pattern): _Split(0, 0, 0, (), ())}
     for start in reversed(range(len(pattern))):
         best[start] = min(best[start + run.num_blocks].after(run) for run in _runs(pattern[start:]))
     return best[0].runs
@@ -103,8 +103,8 @@ def _runs(pattern: str) -> Iterator[Run]:
 
 
 @functools.lru_cache(maxsize=256)
-def fold(pattern: str) -> Run:
-    """The whole pattern as one run, in whose unit every letter stands once.
+def find_period(pattern: str) -> Run:
+    """The whole pattern as one run, whose unit has every letter once.
 
     Of all orders of the letters, one with the fewest steps; among these, one in which the fewest
     letters are ever left out.
@@ -114,10 +114,10 @@ def fold(pattern: str) -> Run:
         return len(run.steps), sum(not run.has_always(letter) for letter in run.unit)
 
     orders = itertools.permutations(sorted(set(pattern)))
-    return min((_folded(pattern, "".join(order)) for order in orders), key=cost)
+    return min((_in_periods(pattern, "".join(order)) for order in orders), key=cost)
 
 
-def _folded(pattern: str, unit: str) -> Run:
+def _in_periods(pattern: str, unit: str) -> Run:
     steps = [""]
     for letter in pattern:
         if steps[-1] and unit.index(letter) <= unit.index(steps[-1][-1]):

@@ -8,11 +8,9 @@ from collections.abc import Callable
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.modules.config import LMConfig
-from xlstm_jax.modules.feedforward import first_generation_width, large_width, scaling_width
-from xlstm_jax.modules.large import LargeConfig
-from xlstm_jax.modules.mlstm import MLSTMConfig
+from xlstm_jax.modules.options import LargeConfig, MLSTMConfig, SLSTMConfig
 from xlstm_jax.modules.patterns import at, ratio_pattern
-from xlstm_jax.modules.slstm import SLSTMConfig
+from xlstm_jax.modules.widths import first_generation_width, large_width, scaling_width
 
 VOCAB_SIZE = 50304  # of GPT-2 and GPT-NeoX tokenizers, padded
 

@@ -3,64 +3,22 @@
 Source: Beck et al. 2024, arXiv:2405.04517, figure 10 (post-up-projection block).
 """
 
-import dataclasses
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from xlstm_jax import ops
 from xlstm_jax.cells import SLSTMState, slstm_init
-from xlstm_jax.modules.checks import check_at_least, check_choice, check_divides, check_rate
 from xlstm_jax.modules.conv import CausalConv, conv_state
-from xlstm_jax.modules.feedforward import ACTIVATIONS, first_generation_width
 from xlstm_jax.modules.initializers import Initializer, linspace, small, uniform, zeros
 from xlstm_jax.modules.linear import HeadwiseDense
 from xlstm_jax.modules.norm import MultiHeadNorm
-from xlstm_jax.ops.registry import TABLES
+from xlstm_jax.modules.options import BiasInit, RecurrentInit, SLSTMConfig
 from xlstm_jax.typing import Array, Bool, Float, Int, PRNGKeyArray
-
-RecurrentInit = Literal["zeros", "standard"]
-BiasInit = Literal["powerlaw_blockdependent", "small_init", "standard", "zeros"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SLSTMConfig:
-    """Sizes and numerics of a first-generation sLSTM block (letter s), feed-forward included."""
-
-    num_heads: int = 4  # H; memories mix inside a head
-    conv_width: int = 4  # W; 0: neither convolution nor its activation
-    conv_mixing: bool = False  # the convolution mixes features; else each has its own window
-    forget_gate: Literal["sigmoid", "exp"] = "sigmoid"
-    recurrent_init: RecurrentInit = "zeros"
-    bias_init: BiasInit = "powerlaw_blockdependent"
-    group_norm_weight: bool = True  # the norm after the cell has a scale
-    norm_eps: float = 1e-5
-    ffn_dim: int | None = None  # None: 1.3 * dim, rounded up to a multiple of 64; 0: none
-    ffn_activation: str = "gelu"
-    ffn_bias: bool = False
-    ffn_dropout: float = 0.0  # of its own: the model's dropout does not reach the feed-forward
-    implementation: str = "auto"  # of ops.slstm
-
-    def __post_init__(self):
-        check_at_least("slstm.conv_width", self.conv_width, 0)
-        check_choice("slstm.forget_gate", self.forget_gate, ("sigmoid", "exp"))
-        check_choice("slstm.recurrent_init", self.recurrent_init, get_args(RecurrentInit))
-        check_choice("slstm.bias_init", self.bias_init, get_args(BiasInit))
-        check_choice("slstm.implementation", self.implementation, ("auto", *TABLES["slstm"]))
-        check_choice("slstm.ffn_activation", self.ffn_activation, ACTIVATIONS)
-        check_rate("slstm.ffn_dropout", self.ffn_dropout)
-
-    def ffn_width(self, dim: int) -> int:
-        """Width of the feed-forward layer in a model of width `dim`; 0 where there is none."""
-        return first_generation_width(dim, 1.3) if self.ffn_dim is None else self.ffn_dim
-
-    def check(self, dim: int) -> None:
-        """Raises ConfigError where heads do not divide the width."""
-        check_at_least("slstm.ffn_dim", self.ffn_width(dim), 0)
-        check_divides("slstm.num_heads", self.num_heads, "dim", dim)
 
 
 class SLSTMLayerState(NamedTuple):
@@ -74,9 +32,9 @@ class SLSTMLayer(nn.Module):
     """norm(sLSTM(i, f, z, o)): i and f read silu(conv(x)), z and o read x; no projection out."""
 
     cfg: SLSTMConfig
-    num_blocks: int
+    num_blocks: int = 1
     dropout: float = 0.0
-    deterministic: bool = True
+    block_index: int | Int[Array, ""] = 0  # in the model; the initial forget bias depends on it
 
     @nn.compact
     def __call__(
@@ -86,9 +44,8 @@ class SLSTMLayer(nn.Module):
         *,
         reset: Bool[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
-        block_index: int | Int[Array, ""] = 0,
+        deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], SLSTMLayerState]:
-        """`block_index` is the place in the model; only the initial forget bias depends on it."""
         cfg, (B, T, D) = self.cfg, x.shape
         H, K = cfg.num_heads, D // cfg.num_heads
         conv, cell = (None, None) if state is None else state
@@ -105,7 +62,7 @@ class SLSTMLayer(nn.Module):
                 ("output_gate", x),
             )
         ]
-        bias_init = cell_bias_init(cfg.bias_init, block_index, self.num_blocks)
+        bias_init = cell_bias_init(cfg.bias_init, self.block_index, self.num_blocks)
         h, cell = ops.slstm(
             jnp.stack(gates, axis=2),
             self.param("recurrent_kernel", recurrent_init(cfg.recurrent_init), (H, K, 4, K)),
@@ -116,15 +73,17 @@ class SLSTMLayer(nn.Module):
             forget_gate=cfg.forget_gate,
             implementation=cfg.implementation,
         )
-        h = nn.Dropout(self.dropout, deterministic=self.deterministic)(h)
+        h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
         norm = MultiHeadNorm(
             cfg.norm_eps, as_offset=True, use_scale=cfg.group_norm_weight, name="group_norm"
         )
         return norm(h).astype(x.dtype), SLSTMLayerState(conv, cell)
 
     @nn.nowrap
-    def init_state(self, batch_size: int, dim: int, dtype: jnp.dtype) -> SLSTMLayerState:
-        """The empty memory; `dtype` is that of activations."""
+    def init_state(
+        self, batch_size: int, dim: int, dtype: DTypeLike = jnp.float32
+    ) -> SLSTMLayerState:
+        """The initial state, zeros; `dtype` is that of activations."""
         conv = conv_state(batch_size, self.cfg.conv_width, dim, dtype)
         H = self.cfg.num_heads
         return SLSTMLayerState(conv, slstm_init(batch_size, H, dim // H))

@@ -1,9 +1,9 @@
 """The blocks of a model, in the order of its pattern.
 
-Parameters and states lie by letter: `m` holds those of all "m" blocks behind one leading axis
-`layers`. How the blocks are looped over is chosen per call and changes neither. In loops, compile
-time grows with how irregular a pattern is, with rematerialisation mostly not even with that, and
-never with depth.
+Parameters and states are grouped by letter: those of all "m" blocks are `m`, stacked along a first
+axis `layers`. How the blocks are looped over is chosen per call and changes neither. In loops,
+compile time grows with the irregularity of a pattern, with rematerialization mostly not even with
+that, and never with depth.
 """
 
 import functools
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from xlstm_jax.modules import loops
-from xlstm_jax.modules.block import BLOCKS
 from xlstm_jax.modules.config import LMConfig
-from xlstm_jax.modules.patterns import Run, cut, fold
+from xlstm_jax.modules.kinds import BLOCKS
+from xlstm_jax.modules.patterns import Run, find_period, split_runs
 from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Bool, Float, PyTree
 
@@ -36,9 +36,8 @@ REMAT_POLICIES = {
         offload_dst="pinned_host",
     ),
 }
-"""What a rematerialised step keeps for the backward pass, besides its input; "offload" what "names"
-keeps, in the memory of the host."""
-
+"""What a rematerialized step saves for the backward pass besides its input; "offload" saves what
+"names" does, in host memory."""
 
 UNROLLED_BLOCKS = 6
 """A model of at most so many blocks is compiled block by block: a scan stores and slices what its
@@ -49,7 +48,6 @@ class Stack(nn.Module):
     """All blocks of a model."""
 
     cfg: LMConfig
-    deterministic: bool = True
 
     @nn.compact
     def __call__(
@@ -58,15 +56,17 @@ class Stack(nn.Module):
         state: StackState | None = None,
         reset: Bool[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
+        *,
+        deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], StackState]:
-        cfg = self.cfg
+        cfg, flags = self.cfg, dict(reset=reset, mask=mask, deterministic=deterministic)
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
 
         def apply(letter: str, x, own, number):
             params, state = own
-            block = BLOCKS[letter](cfg, self.deterministic, parent=None)
+            block = BLOCKS[letter].block(cfg, parent=None)
             rngs = {} if key is None else {"dropout": jax.random.fold_in(key, number)}
-            x, state = block.apply({"params": params}, x, state, reset, mask, number, rngs=rngs)
+            x, state = block.apply({"params": params}, x, state, **flags, rngs=rngs)
             x = constrain(x, "batch", "time", None)
             return checkpoint_name(x, "block_output"), state
 
@@ -74,7 +74,7 @@ class Stack(nn.Module):
             letter: (self._params(letter, x), None if state is None else state[letter])
             for letter in sorted(set(cfg.pattern))
         }
-        # Written out, what is made again would be merged with the forward pass.
+        # Without a scan, XLA would merge what is rematerialized with the forward pass.
         if cfg.remat == "none" and cfg.num_blocks <= UNROLLED_BLOCKS:
             return loops.one_by_one(cfg.pattern, apply, x, blocks)
         return loops.scanned(runs_of(cfg, x.shape[1]), apply, x, blocks, _checkpoint(cfg))
@@ -89,8 +89,10 @@ class Stack(nn.Module):
         numbers = jnp.asarray([n for n, other in enumerate(cfg.pattern) if other == letter])
 
         def init_block(key, number):
-            block = BLOCKS[letter](cfg, parent=None)
-            return block.init(key, x[:1, :1], None, None, None, number)["params"]
+            cls = BLOCKS[letter].block
+            has_index = "block_index" in getattr(cls, "__dataclass_fields__", {})
+            block = cls(cfg, parent=None, **({"block_index": number} if has_index else {}))
+            return block.init(key, x[:1, :1])["params"]
 
         def init_blocks(key):
             keys = jax.random.split(key, len(numbers))
@@ -119,28 +121,28 @@ def _checkpoint(cfg: LMConfig) -> Callable[[Callable], Callable]:
 def runs_of(cfg: LMConfig, T: int) -> tuple[Run, ...]:
     """What to loop over.
 
-    Steps that leave blocks out need the fewest compiled blocks, at the price of a branch. It keeps
-    room for what the backward pass reads whether it was taken or not, so it is for training with
-    rematerialisation; and every step of the backward pass adds to the gradients of all blocks of
-    the letter that is left out, so that may only be a rare one.
+    Steps that leave blocks out need the fewest compiled blocks, at the price of a branch. A branch
+    has residuals whether it was taken or not, so it is for training with rematerialization; and
+    every step of the backward pass adds to the gradients of all blocks of the letter that is left
+    out, so that may only be a rare one.
     """
-    runs, folded = cut(cfg.pattern), fold(cfg.pattern)
-    most_frequent = max(folded.unit, key=cfg.pattern.count)
+    runs, period = split_runs(cfg.pattern), find_period(cfg.pattern)
+    most_frequent = max(period.unit, key=cfg.pattern.count)
     if (
         cfg.remat == "none"
         or T == 1
-        or sum(len(run.unit) for run in runs) <= len(folded.unit)
-        or not folded.has_always(most_frequent)
+        or sum(len(run.unit) for run in runs) <= len(period.unit)
+        or not period.has_always(most_frequent)
     ):
         return runs
-    return (folded,)
+    return (period,)
 
 
 def init_state(cfg: LMConfig, batch_size: int) -> StackState:
-    """The empty memory of all blocks."""
+    """The initial state of all blocks: zeros."""
 
     def of_all(letter: str) -> Any:
-        one = BLOCKS[letter](cfg, parent=None).init_state(batch_size)
+        one = BLOCKS[letter].block(cfg, parent=None).init_state(batch_size)
         n = cfg.pattern.count(letter)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (n, *leaf.shape)), one)
 

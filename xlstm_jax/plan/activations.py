@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.data import Batch
-from xlstm_jax.modules import LM, param_shapes
+from xlstm_jax.modules.lm import LM, param_shapes
 from xlstm_jax.sharding.rules import Rules
 from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.losses import language_model_loss

@@ -7,8 +7,10 @@ every block adds up its output, forward, again, and the gradient of its input; u
 exchange the memory that each span leaves.
 """
 
+import collections
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,9 +18,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.hardware import Gpu, Tpu
 from xlstm_jax.flops import count_params
-from xlstm_jax.modules import LMConfig, param_shapes
+from xlstm_jax.modules.config import LMConfig
+from xlstm_jax.modules.kinds import BLOCKS
+from xlstm_jax.modules.lm import param_shapes
 from xlstm_jax.plan.topology import Target
-from xlstm_jax.sharding import bytes_per_device, get_rules
+from xlstm_jax.sharding import bytes_per_device, get_rules, logical_axes, path_name
 from xlstm_jax.train.config import ExperimentConfig, TrainConfig
 from xlstm_jax.train.optimizer import make_optimizer
 
@@ -83,11 +87,11 @@ def _exchanges(cfg: ExperimentConfig, target: Target, sizes: dict[str, int]):
     tokens = cfg.data.batch_size * cfg.data.seq_len / (data * fsdp * seq)
     if tensor > 1:
         again = 0 if cfg.model.remat == "none" else 1
-        sums = (2 + again) * _products_per_block(cfg.model) * cfg.model.num_blocks
+        sums = (2 + again) * _tensor_sums(cfg.model)
         yield "all-reduce", ("tensor",), 2 * _ring(tensor) * sums * tokens * cfg.model.dim * width
     if seq > 1:
         rows = cfg.data.batch_size / (data * fsdp)
-        yield "all-gather", ("seq",), 3 * (seq - 1) * rows * _memory_bytes(cfg.model)
+        yield "all-gather", ("seq",), 3 * (seq - 1) * rows * _state_bytes_over_time(cfg.model)
 
 
 def _ring(count: int) -> float:
@@ -110,15 +114,28 @@ def _rate(target: Target, sizes: dict[str, int], axes: tuple[str, ...]) -> float
     return target.chip.intra_bandwidth if reach <= target.near else target.chip.inter_bandwidth
 
 
-def _products_per_block(cfg: LMConfig) -> float:
-    """Outputs that are added up: of the cell and of the feed-forward part."""
-    return sum(2 if letter in "Ms" else 1 for letter in cfg.pattern) / cfg.num_blocks
+@functools.cache
+def _tensor_sums(cfg: LMConfig) -> int:
+    """Sums over tensor in a forward pass: one per kernel that maps sharded features to the model
+    width, and one per layer that is sharded by heads alone, whose outputs are gathered."""
+    rules, sums, axes_of = get_rules("fsdp_tensor"), 0, collections.defaultdict(set)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(cfg)["stack"]):
+        name = "stack/" + path_name(path)
+        axes = logical_axes(name, leaf.ndim)
+        _, letter, layer, *_ = name.split("/")
+        sharded = {axis for axis in axes if axis and "tensor" in rules[axis]}
+        axes_of[letter, layer] |= sharded
+        sums += cfg.pattern.count(letter) * bool(sharded and axes[-1] == "embed")
+    by_heads = [letter for (letter, _), axes in axes_of.items() if axes == {"heads"}]
+    return sums + sum(map(cfg.pattern.count, by_heads))
 
 
-def _memory_bytes(cfg: LMConfig) -> int:
-    """Of all mLSTM memories of a row, in float32."""
-    wide = cfg.large.widths(cfg.dim)[:2] if "M" in cfg.pattern else (0, 0)
-    inner = cfg.mlstm.width(cfg.dim)
-    large = cfg.pattern.count("M") * wide[0] * wide[1] // max(1, cfg.large.num_heads)
-    first = cfg.pattern.count("m") * inner * inner // cfg.mlstm.num_heads
-    return 4 * (large + first)
+def _state_bytes_over_time(cfg: LMConfig) -> int:
+    """State of one sequence, in the blocks whose sequence devices share."""
+    total = 0
+    for letter, count in collections.Counter(cfg.pattern).items():
+        if getattr(cfg.options_of(letter), "sharded_over_time", True):
+            block = BLOCKS[letter].block(cfg, parent=None)
+            leaves = jax.tree.leaves(jax.eval_shape(lambda block=block: block.init_state(1)))
+            total += count * sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    return total

@@ -1,6 +1,6 @@
 """Where arrays lie on a mesh: names of axes, rule tables, meshes, placement of arrays."""
 
-from xlstm_jax.sharding.axes import constrain, is_cut, logical_axes, path_name
+from xlstm_jax.sharding.axes import constrain, is_sharded, logical_axes, path_name
 from xlstm_jax.sharding.devices import Devices, make_devices
 from xlstm_jax.sharding.distributed import Processes, init_distributed
 from xlstm_jax.sharding.mesh import MESH_AXES, MeshConfig, make_mesh
@@ -22,7 +22,7 @@ __all__ = [
     "constrain",
     "get_rules",
     "init_distributed",
-    "is_cut",
+    "is_sharded",
     "logical_axes",
     "make_devices",
     "make_mesh",

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from xlstm_jax.sharding.axes import cuts, logical_axes, path_name
+from xlstm_jax.sharding.axes import logical_axes, partition_spec_for, path_name
 from xlstm_jax.sharding.mesh import SMALLEST_CUT
 from xlstm_jax.sharding.rules import Rules
 from xlstm_jax.typing import PyTree
@@ -30,7 +30,7 @@ def partition_spec(
     axes = [rules[name] if name else () for name in names]
     if one_layer < smallest:
         axes = [[axis for axis in chosen if axis != "fsdp"] for chosen in axes]
-    return cuts(shape, axes, mesh_sizes)
+    return partition_spec_for(shape, axes, mesh_sizes)
 
 
 def sharding_of(

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import DataConfig, Examples
-from xlstm_jax.modules import LMConfig
-from xlstm_jax.modules.config import SIZED_BY
+from xlstm_jax.modules.config import LMConfig
+from xlstm_jax.modules.kinds import BLOCKS
 from xlstm_jax.sharding import MeshConfig
 from xlstm_jax.sharding.rules import Rules
 
@@ -182,9 +182,11 @@ def check_lengths(cfg: ExperimentConfig, rules: Rules, sizes: Mapping[str, int])
     rows = cfg.data.batch_size // cfg.train.accumulation
     what = "data.batch_size" if cfg.train.accumulation == 1 else "data.batch_size / accumulation"
     lengths = [("batch", what, rows), ("time", "data.seq_len", cfg.data.seq_len)]
-    for letter in dict.fromkeys(cfg.model.pattern):
-        heads = cfg.model.sizes_of(letter).num_heads
-        lengths.append(("heads", f"model.{SIZED_BY[letter]}.num_heads", heads))
+    own = {letter: cfg.model.options_of(letter) for letter in cfg.model.pattern}
+    for letter, options in own.items():
+        if hasattr(options, "num_heads"):
+            name = f"model.{BLOCKS[letter].name}.num_heads"
+            lengths.append(("heads", name, options.num_heads))
     for name, what, length in lengths:
         parts = math.prod(sizes[axis] for axis in rules[name])
         if length % parts:
@@ -194,10 +196,11 @@ def check_lengths(cfg: ExperimentConfig, rules: Rules, sizes: Mapping[str, int])
                 f"{what} must be a multiple of {parts}, the devices along {axes}, got {length}; "
                 f"{' or '.join(map(str, sorted(near)))} would do, or another mesh."
             )
-    cuts_time = math.prod(sizes[axis] for axis in rules["time"]) > 1
-    if cuts_time and "s" in cfg.model.pattern and cfg.mesh.slstm_time == "refuse":
+    shards_time = math.prod(sizes[axis] for axis in rules["time"]) > 1
+    whole = [x for x, options in own.items() if not getattr(options, "sharded_over_time", True)]
+    if shards_time and whole and cfg.mesh.slstm_time == "refuse":
         raise ConfigError(
-            f"mesh.seq={sizes['seq']} cannot cut sLSTM blocks (s in "
-            f"model.pattern={cfg.model.pattern!r}), whose memories mix from step to step; use "
+            f"mesh.seq={sizes['seq']} cannot shard the sequence in blocks {', '.join(whole)} of "
+            f"model.pattern={cfg.model.pattern!r}, each step of which needs the one before; use "
             "mesh.slstm_time='gather' to compute them on every device, or seq=1."
         )

@@ -12,7 +12,15 @@ from typing import Any
 
 import jax
 
-from xlstm_jax.config import ConfigError, differences, fingerprint, read_json, to_dict
+from xlstm_jax.config import (
+    IMPORTS,
+    ConfigError,
+    differences,
+    fingerprint,
+    read_json,
+    to_dict,
+    with_imports,
+)
 from xlstm_jax.train import checkpoint
 from xlstm_jax.train.config import ExperimentConfig, TrainConfig
 
@@ -21,7 +29,7 @@ CURVE, DIVERGED = "loss.png", "diverged.json"
 CACHE = "cache"  # compiled programs; a run that starts again uses them too
 
 # What may change when a run goes on, as it changes no number the run computes.
-FREE = frozenset({"name"}) | {
+FREE = frozenset({"name", IMPORTS}) | {
     f"train.{field}"
     for field in (
         "log_every",
@@ -88,7 +96,7 @@ def discard(run_dir: Path) -> None:
 def begin(run_dir: Path, cfg: ExperimentConfig, facts: dict[str, Any], step: int) -> None:
     """Writes config.json and run.json, and takes the metrics back to `step`."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / CONFIG, to_dict(cfg))
+    write_json(run_dir / CONFIG, with_imports(to_dict(cfg)))
     about = {
         "name": cfg.name,
         "fingerprint": fingerprint(cfg),

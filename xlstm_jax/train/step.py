@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from xlstm_jax.data import Batch
-from xlstm_jax.modules import LMConfig
 from xlstm_jax.ops import CrossEntropy
 from xlstm_jax.train import guard, losses
 from xlstm_jax.train.config import TrainConfig
@@ -53,7 +52,7 @@ def make_train_step(
     loss_of = loss_fn or model_loss
     tx = optax.with_extra_args_support(tx)
     schedule = make_schedule(cfg)
-    has_dropout = _has_dropout(model.cfg)
+    has_dropout = model.cfg.has_dropout
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = dropout_key(cfg.seed, state.step) if has_dropout else None
@@ -91,10 +90,6 @@ def make_train_step(
         return new, metrics
 
     return train_step
-
-
-def _has_dropout(cfg: LMConfig) -> bool:
-    return cfg.dropout > 0 or ("s" in cfg.pattern and cfg.slstm.ffn_dropout > 0)
 
 
 def dropout_key(seed: int, step: Array) -> PRNGKeyArray:

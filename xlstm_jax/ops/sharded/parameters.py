@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from xlstm_jax.ops.sharded.shard_map import auto_mesh_axes, shard_mapped, sharding_axes
-from xlstm_jax.sharding.axes import cuts, cutting, dividing, free_axes
+from xlstm_jax.sharding.axes import dividing_axes, free_axes, mesh_axes_for, partition_spec_for
 from xlstm_jax.typing import Array, Float, Int
 
 
 def partition_spec(shape: Sequence[int], names: Sequence[str]) -> P:
     """How the rules in use shard a parameter with these logical axes over the active mesh."""
-    return cuts(shape, [cutting(name) for name in names], free_axes())
+    return partition_spec_for(shape, [mesh_axes_for(name) for name in names], free_axes())
 
 
 def all_gather(shard: jax.Array, spec: P) -> jax.Array:
@@ -84,7 +84,7 @@ def sum_over_devices(
         return fn(x, kernel, *positions)
     batch, time = sharding_axes("B", x.shape[0]), sharding_axes("T", x.shape[1])
     rest = {name: size for name, size in auto.items() if name not in (*batch, *time)}
-    time += dividing(x.shape[1] // math.prod(auto[axis] for axis in time), sorted(rest), rest)
+    time += dividing_axes(x.shape[1] // math.prod(auto[axis] for axis in time), sorted(rest), rest)
     spec = partition_spec(kernel.shape, ("embed", "vocab"))
 
     def local_sums(x, shard, *positions):

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from xlstm_jax.sharding.axes import cutting, dividing, free_axes
+from xlstm_jax.sharding.axes import dividing_axes, free_axes, mesh_axes_for
 
 LETTERS = {"B": "batch", "T": "time", "H": "heads", "F": "inner"}
 """Axes that may be sharded -> their logical axes."""
@@ -81,4 +81,4 @@ def shard_mapped(fn: Callable[..., Any], args: Any, specs: Any, out_specs: Any) 
 def sharding_axes(letter: str, length: int) -> tuple[str, ...]:
     """The axes of the active mesh, longer than 1, that shard an axis of this length."""
     sizes = {name: size for name, size in auto_mesh_axes().items() if size > 1}
-    return dividing(length, cutting(LETTERS[letter]), sizes)
+    return dividing_axes(length, mesh_axes_for(LETTERS[letter]), sizes)

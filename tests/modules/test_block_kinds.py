@@ -1,0 +1,156 @@
+"""A block kind of a user is one record: with it alone a model trains, shards, and is restored."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from xlstm_jax import config, cpu, flops, sharding
+from xlstm_jax.cli import main
+from xlstm_jax.config import ConfigError, from_dict, to_dict
+from xlstm_jax.modules import BLOCKS, LM, LMConfig, MLSTMConfig, param_shapes
+from xlstm_jax.plan import formula
+from xlstm_jax.train import restore_params
+
+MODULE = pathlib.Path(__file__).with_name("toy_kind.py")
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    """Block kinds and imports are those of before when a test ends."""
+    before = dict(BLOCKS)
+    monkeypatch.setattr(config, "_imported", {})
+    monkeypatch.setattr(cpu, "prepare", lambda: None)
+    yield BLOCKS
+    BLOCKS.clear()
+    BLOCKS.update(before)
+
+
+@pytest.fixture
+def toy(registry):
+    config.import_module(str(MODULE))
+    return registry["x"]
+
+
+def model(**changes):
+    sizes = dict(vocab_size=11, dim=8, mlstm=MLSTMConfig(num_heads=2, inner_dim=16))
+    return LMConfig(**sizes | {"pattern": "mxx"} | changes)
+
+
+def test_parameters_and_flops_are_counted(toy):
+    cfg = model(options=(toy.options(width=5),))
+    leaves = jax.tree.leaves(param_shapes(cfg))
+    assert flops.count_params(cfg) == sum(leaf.size for leaf in leaves)
+    without = flops.forward_flops(model(pattern="m"), 10)
+    assert flops.forward_flops(cfg, 10) - without == 10 * 2 * 4 * 8 * 5
+    # Sums over tensor: of the down-projection of m, and of out in each x.
+    assert formula._tensor_sums(cfg) == 1 + 2
+
+
+def test_parameters_are_sharded_by_the_axes_of_the_kind(toy, one_device):
+    cfg = model(vocab_size=16, pattern="xx", options=(toy.options(width=4),))
+    rules = sharding.get_rules("fsdp_tensor")
+    devices = sharding.make_devices(sharding.MeshConfig(tensor=2, data=1), jax.devices("cpu")[:2])
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, 6)))
+    params = jax.jit(LM(cfg).init)(jax.random.key(0), tokens)
+    expected, state = jax.jit(LM(cfg).apply)(params, tokens)
+    sharded = jax.device_put(params, sharding.tree_shardings(params, rules, devices.mesh))
+    block = sharded["params"]["stack"]["x"]
+    assert block["inner"]["kernel"].sharding.spec == PartitionSpec(None, None, "tensor")
+    assert block["out"]["kernel"].sharding.spec == PartitionSpec(None, "tensor", None)
+    with devices.active():
+        logits, _ = jax.jit(LM(cfg).apply)(sharded, tokens)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+    assert state["x"].shape == (2, 2, 4)
+
+
+def test_options_survive_json_under_the_name_of_the_kind(toy):
+    cfg = model(options=(toy.options(width=5),))
+    values = json.loads(json.dumps(to_dict(cfg)))
+    assert values["options"] == {"toy": {"width": 5}}
+    assert from_dict(LMConfig, values) == cfg and hash(cfg) == hash(from_dict(LMConfig, values))
+    # Defaults of a kind in use are recorded, those of another are not.
+    assert to_dict(model())["options"] == {"toy": {"width": 6}}
+    assert "options" not in to_dict(model(pattern="m"))
+    with pytest.raises(ConfigError, match=r"toy\.width must be at least 1, got 0"):
+        model(options=(toy.options(width=0),))
+    with pytest.raises(ConfigError, match=r"options\.toy\.widht is not a field of ToyOptions"):
+        from_dict(LMConfig, values | {"options": {"toy": {"widht": 5}}})
+    with pytest.raises(ConfigError, match="one entry per block kind of modules.BLOCKS, got"):
+        model(options=(toy.options(), toy.options()))
+    del BLOCKS["x"]
+    with pytest.raises(
+        ConfigError, match=r"options\.toy is of a block kind that is not reg.*--imp"
+    ):
+        from_dict(LMConfig, values)
+    with pytest.raises(ConfigError, match="letter='x' is not known; use one of: m, s, M, or --imp"):
+        model()
+
+
+CONFIG = """
+import sizes
+from xlstm_jax.data import DataConfig
+from xlstm_jax.modules import LMConfig
+from xlstm_jax.train import ExperimentConfig, TrainConfig
+
+def config():
+    return ExperimentConfig(
+        name="toy",
+        model=LMConfig(vocab_size=257, dim=sizes.DIM, pattern="xx"),
+        data=DataConfig(source="grammar", seq_len=16, batch_size=4),
+        train=TrainConfig(steps=3, eval_every=0, log_every=1),
+    )
+"""
+
+
+@pytest.mark.usefixtures("one_device")
+def test_commands_import_the_module_that_is_named(tmp_path, monkeypatch, capsys):
+    """Trained, saved, restored, described and sampled from; refused where the import is missing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "toy.py").write_text(CONFIG)
+    (tmp_path / "configs" / "sizes.py").write_text("DIM = 8\n")
+    shutil.copyfile(MODULE, "my_kinds.py")
+    train = ["train", "configs/toy.py", "--run-dir", "run"]
+    assert main(train) == 2
+    assert "letter='x' is not known; use one of: m, s, M, or --import" in capsys.readouterr().err
+    assert main([*train, "--import", "my_kinds"]) == 0
+    capsys.readouterr()
+    cfg, params = restore_params("run")
+    assert cfg.model.options_of("x").width == 6
+    assert flops.count_params(cfg.model) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    # What CONFIG.py imported from its folder is recorded too; nothing is imported for that.
+    imports = json.loads((tmp_path / "run" / "config.json").read_text())["imports"]
+    assert imports == ["configs/sizes.py", "my_kinds"]
+
+    generate = ["generate", "run", "--prompt", "a", "--max-new-tokens", "2"]
+    del BLOCKS["x"]
+    config._imported.clear()
+    assert main(generate) == 2
+    error = capsys.readouterr().err
+    assert (
+        "config.json needs --import configs/sizes.py --import my_kinds" in error
+        and error.count("\n") == 1
+    )
+    monkeypatch.setenv("XLSTM_IMPORT", "my_kinds.py")
+    assert main(generate) == 0
+    assert capsys.readouterr().out.startswith("a")
+    assert main(["describe", "run"]) == 0
+    assert "stack/x/inner/kernel" in capsys.readouterr().out
+    # The same run goes on: the names of modules are no part of its config.
+    assert main([*train, "--train.log-every", "2"]) == 0
+
+
+def test_a_module_that_is_missing_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("nothing", "nothing.py", "../nothing"):
+        assert main(["describe", "scaling_160m", "--import", name]) == 2
+        assert f"--import {name} must name a module" in capsys.readouterr().err
+    (tmp_path / "broken.py").write_text("import not_installed_anywhere\n")
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+        main(["describe", "scaling_160m", "--import", "broken"])
