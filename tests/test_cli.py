@@ -55,7 +55,7 @@ def refuse(capsys, *argv):
 
 # Arguments -> what the sentence must say.
 BAD = {
-    "trian CONFIG": "'trian' is not a command; did you mean train?",
+    "trian CONFIG": "unknown command 'trian'; did you mean train?",
     "train": "the config must come first, got nothing; write `xlstm-jax train CONFIG.py`",
     "train --size smoke": "the config must come first, got '--size'",
     "train missing.py": "missing.py does not exist",
@@ -300,6 +300,6 @@ def test_a_run_that_is_interrupted_saves_and_goes_on_where_it_was(workplace):
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=200)
     assert process.returncode == 0
-    assert "the same command goes on from there" in out
+    assert "the same command resumes it" in out
     step = max(int(p.name) for p in (workplace / "runs/char_lm/checkpoints").iterdir())
     assert f"Stopped at step {step} of 100000" in out

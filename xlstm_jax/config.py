@@ -192,7 +192,9 @@ def load_config(path: str | pathlib.Path, cls: type[T], size: str | None = None)
             raise ConfigError(
                 f"size={size!r} cannot be applied to {path}, which has none; leave it out."
             )
-        return from_dict(cls, read_json(path))
+        values = read_json(path)
+        upgrade = getattr(cls, "upgrade", None)  # from the names of earlier versions
+        return from_dict(cls, values if upgrade is None else upgrade(values))
     if path.suffix != ".py":
         raise ConfigError(
             f"{path} is neither a .py nor a .json file; name a CONFIG.py or a config.json."

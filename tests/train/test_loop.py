@@ -191,7 +191,7 @@ def test_a_truncated_checkpoint_is_refused_and_left_as_it_is(whole, with_train):
     )
     victim.write_bytes(victim.read_bytes()[:100])
     before = contents(run_dir)
-    with pytest.raises(CheckpointError, match="got 100; delete .*12 to go on from step 10"):
+    with pytest.raises(CheckpointError, match="got 100; delete .*12 to resume from step 10"):
         fit(cfg, run_dir)
     assert contents(run_dir) == before
 
@@ -225,9 +225,9 @@ def test_too_many_skipped_updates_in_a_row_end_the_run(tiny_lm, experiment, tmp_
     with pytest.raises(DivergedError, match="8 updates in a row were discarded from step"):
         fit(cfg, run_dir)
     dump = json.loads((run_dir / "diverged.json").read_text())
-    assert len(dump["rows_of_step"]) == 8
+    assert len(dump["index_of_step"]) == 8
     first = dump["first_skipped_step"]
-    assert dump["rows_of_step"][str(first)]
+    assert dump["index_of_step"][str(first)]
     # What it had become is not saved: going on would be pointless.
     assert checkpoint.latest_step(run_dir) is None
     assert max(r["skipped_in_a_row"] for r in records(run_dir)) >= 8

@@ -34,7 +34,7 @@ def config(experiment):
     model = dict(pattern="mM", dim=16)
     train = dict(steps=STEPS, log_every=1, eval_every=4, checkpoint_every=3)
     cfg = experiment(data=dict(batch_size=8), model=model, **train)
-    return dataclasses.replace(cfg, mesh=MeshConfig(fsdp=2, smallest_cut=2))
+    return dataclasses.replace(cfg, mesh=MeshConfig(fsdp=2, min_shard_size=2))
 
 
 class Run:

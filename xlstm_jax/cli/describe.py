@@ -9,12 +9,14 @@ import jax
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
 from xlstm_jax.flops import count_params, train_flops
-from xlstm_jax.modules import param_shapes
+from xlstm_jax.modules.lm import param_shapes
 from xlstm_jax.plan.activations import cuts_of_batch, kept_for_backward
-from xlstm_jax.sharding import MESH_AXES, bytes_per_device, get_rules, path_name
-from xlstm_jax.sharding.rules import Rules
-from xlstm_jax.train import ExperimentConfig, decay_mask, make_optimizer
-from xlstm_jax.train.config import check_lengths
+from xlstm_jax.sharding.axes import path_name
+from xlstm_jax.sharding.mesh import MESH_AXES
+from xlstm_jax.sharding.placement import bytes_per_device
+from xlstm_jax.sharding.rules import Rules, get_rules
+from xlstm_jax.train.config import ExperimentConfig, check_lengths
+from xlstm_jax.train.optimizer import decay_mask, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
