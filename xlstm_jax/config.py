@@ -47,6 +47,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
 def _build(cls: Any, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or cls.__name__} must be a table of fields, got {values!r}.")
+    if hasattr(cls, "upgrade"):  # from the names of earlier versions
+        values = cls.upgrade(values)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for name in values:
         if name not in fields:
@@ -192,9 +194,7 @@ def load_config(path: str | pathlib.Path, cls: type[T], size: str | None = None)
             raise ConfigError(
                 f"size={size!r} cannot be applied to {path}, which has none; leave it out."
             )
-        values = read_json(path)
-        upgrade = getattr(cls, "upgrade", None)  # from the names of earlier versions
-        return from_dict(cls, values if upgrade is None else upgrade(values))
+        return from_dict(cls, read_json(path))
     if path.suffix != ".py":
         raise ConfigError(
             f"{path} is neither a .py nor a .json file; name a CONFIG.py or a config.json."

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -128,12 +129,13 @@ def experiment(text):
 def assert_same():
     """Asserts that two trees are equal bit for bit."""
 
+    def bits(tree):
+        return jax.tree.map(lambda x: np.frombuffer(np.asarray(x).tobytes(), np.uint8), tree)
+
     def check(a, b):
-        assert jax.tree.structure(a) == jax.tree.structure(b)
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-            x, y = np.asarray(x), np.asarray(y)
-            assert x.dtype == y.dtype and x.shape == y.shape
-            assert x.tobytes() == y.tobytes()
+        chex.assert_trees_all_equal_structs(a, b)
+        chex.assert_trees_all_equal_shapes_and_dtypes(a, b)
+        chex.assert_trees_all_equal(bits(a), bits(b))
 
     return check
 

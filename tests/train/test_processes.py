@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xlstm_jax.config import to_dict
+from xlstm_jax.config import ConfigError, to_dict
 from xlstm_jax.data import loader
-from xlstm_jax.sharding import MeshConfig
+from xlstm_jax.sharding import MeshConfig, Processes, init_distributed
 from xlstm_jax.train import checkpoint, rundir
 
 pytestmark = pytest.mark.slow
@@ -165,24 +165,24 @@ def test_killed_while_it_saves_a_run_goes_on_from_the_step_before(run, whole):
     assert run.rows("rest") == run.expected_rows(3, STEPS)
 
 
-def test_a_process_that_never_arrives_is_named(run):
-    processes = run.start("late", 3, missing=[2], minutes=0.15)
-    for process in processes:
+@pytest.mark.parametrize("missing", [2, 0], ids=["one", "the coordinator"])
+def test_a_process_that_never_arrives_is_reported_in_one_line(run, missing):
+    processes = run.start("late", 3, missing=[missing], minutes=0.15)
+    for number, process in zip(sorted({0, 1, 2} - {missing}), processes, strict=True):
         _, err = process.communicate(timeout=120)
-        assert process.returncode != 0
-        assert "process 2 has not arrived at 127.0.0.1:" in err
+        assert process.returncode == 4
+        (line,) = err.splitlines()
+        assert f"process {number} of 3 waited 0.15 minutes at 127.0.0.1:" in line
+        assert "start those whose log lacks this line" in line
     assert not run.run_dir.exists()
 
 
-def test_processes_that_disagree_are_told(run):
-    (first,) = run.start("a", 2, missing=[1], minutes=0.5)
-    assert first.args
-    options = json.loads(first.args[-1])
-    options["processes"] |= dict(num_processes=3, process_id=1)
-    command = [*first.args[:-1], json.dumps(options)]
-    other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    sentence = "every process must be told the same num_processes, got 2 in process 0 and 3"
-    assert sentence in first.communicate(timeout=120)[1] and sentence in other.stderr
+def test_a_coordinator_whose_port_is_in_use_is_refused_in_one_sentence(run):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        told = Processes(coordinator=address, num_processes=2, process_id=0)
+        with pytest.raises(ConfigError, match="cannot be connected .*a free port of process 0"):
+            init_distributed(told)
 
 
 def test_a_process_alone_is_no_program_of_several():

@@ -2,13 +2,15 @@
 
 What a user sees where the processes do not match, tried with jax 0.10.2:
 
-- A process that does not start: every other one prints one line after `timeout_minutes`, with the
-  coordinator's address and `num_processes`, and ends with exit code 4. The missing process is the
-  one that printed no such line: JAX's coordination service knows its number, but offers it only
-  through private options. (By itself JAX ends with a failed check and a C++ stack trace.)
+- A process that does not start: after `timeout_minutes` every other one prints one line, with its
+  own number and the coordinator's address, and ends with exit code 4. Missing is whoever printed no
+  such line: JAX's coordination service knows who it is, but has no public option that tells. (By
+  itself JAX would end with a failed check and a C++ stack trace.)
 - Two processes with one `process_id`: JAX ends the older one with a failed check, "Aborted connect
   attempt as there is a request from a newer incarnation"; the others end as above.
-- Different `num_processes`: the number given to process 0 counts, for all of them.
+- Different `num_processes`: that of process 0 counts for all of them. A process whose number is not
+  below it ends with a failed check, "Unexpected task registered".
+- A port in use: process 0 ends with one line and exit code 2.
 """
 
 import contextlib
@@ -121,14 +123,14 @@ def _time_limit(processes: Processes, seconds: int) -> Iterator[None]:
     """Ends the process, with one line on stderr, unless what is inside returns in time."""
 
     def end() -> None:
-        who = "this process"
+        who, where = "this process", ""
         if processes.coordinator is not None:
             who = f"process {processes.process_id} of {processes.num_processes}"
-            who += f" at {processes.coordinator}"
+            where = f" at {processes.coordinator}"
         print(
-            f"xlstm-jax: not all other processes arrived within {processes.timeout_minutes:g} "
-            f"minutes, waited as {who}; see the log of the one that does not say this, start it, "
-            "or give a smaller num_processes.",
+            f"xlstm-jax: {who} waited {processes.timeout_minutes:g} minutes{where} for processes "
+            "that did not arrive; start those whose log lacks this line, or give a smaller "
+            "num_processes.",
             file=sys.stderr,
             flush=True,
         )

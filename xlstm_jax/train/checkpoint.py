@@ -177,8 +177,8 @@ def restore_latest(
     step = latest_step(run_dir)
     if step is None:
         return None
-    is_old = _has_old_guard(Path(run_dir) / FOLDER / str(step))
     like = _abstract(like, place)
+    is_old = _has_old_guard(Path(run_dir) / FOLDER / str(step))
     args = ocp.args.Composite(
         state=ocp.args.StandardRestore(_with_guard(like, _OldGuard) if is_old else like),
         data=ocp.args.JsonRestore(),

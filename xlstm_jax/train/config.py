@@ -169,7 +169,7 @@ class ExperimentConfig:
 
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
-        """What config.json says, with today's names; `load_config` calls this."""
+        """What config.json says, with today's names; `from_dict` calls this."""
         mesh, model = values.get("mesh"), values.get("model")
         if isinstance(mesh, dict):
             mesh = {_OLD_MESH.get(name, name): value for name, value in mesh.items()}

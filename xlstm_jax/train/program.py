@@ -1,7 +1,7 @@
 """The compiled training program: the one that a run executes, `plan` compiles and benchmarks time.
 
 program = TrainProgram(cfg, make_devices(cfg.mesh))
-state, totals = program.init(), metrics.empty()
+state, totals = program.init(), program.devices.replicate(metrics.empty())
 with program.devices.active():
     state, totals = program.step(state, totals, program.devices.batch(batch))
 """

@@ -21,7 +21,7 @@ class TrainState(struct.PyTreeNode):
     step: Any  # scalar: batches seen, skipped ones included; also the position in the data
     params: PyTree
     opt_state: PyTree
-    guard: Guard
+    guard: Any  # Guard
     lr_scale: Any  # scalar: factor on the schedule; differs over a grid of learning rates
 
 
