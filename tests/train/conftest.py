@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
+from tests import quick
 from xlstm_jax.data import Batch, DataConfig
 from xlstm_jax.modules import LMConfig
-from xlstm_jax.train import ExperimentConfig, TrainConfig, checkpoint, program
+from xlstm_jax.train import ExperimentConfig, TrainConfig, checkpoint, program, run
 
 
 class Hidden(nn.Module):
@@ -45,19 +45,25 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation(compiled, one_device):
-    """Compiles in half the time, and each program once: nothing here is about speed."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(compiled),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    """Nothing here is about speed."""
+    with quick.compilation(compiled):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_programs():
+    """Runs of one config share their programs: tracing is most of what a small run takes."""
+    programs = {}
+
+    def shared(cfg, devices, tx=None):
+        key = cfg, str(devices), tx
+        if key not in programs:
+            programs[key] = program.TrainProgram(cfg, devices, tx)
+        return programs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "TrainProgram", shared)
+        yield
 
 
 @pytest.fixture(scope="module")

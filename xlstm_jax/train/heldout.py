@@ -2,12 +2,9 @@
 
 from collections.abc import Callable
 
-import jax
-
 from xlstm_jax.data import loader
 from xlstm_jax.data.batch import Examples
-from xlstm_jax.sharding.rules import use_rules
-from xlstm_jax.train.losses import HeldOut, held_out_sums
+from xlstm_jax.train.losses import HeldOut
 from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.typing import PyTree
 
@@ -20,20 +17,15 @@ def make_evaluate(program: TrainProgram, examples: Examples) -> Evaluate:
     These are windows spread evenly over the split, the same ones each time; see
     `data.eval_batches`. Means are over all their tokens. None if it was told to stop.
     """
-    cfg, devices = program.cfg, program.devices
-
-    @jax.jit
-    def sums(params, batch):
-        with use_rules(devices.rules):
-            resets = cfg.train.document_resets
-            return held_out_sums(program.model, params, batch, document_resets=resets)
+    data, limit = program.cfg.data, program.cfg.train.eval_batches
 
     def evaluate(params: PyTree, should_stop: Callable[[], bool]) -> dict[str, float] | None:
         total = HeldOut()
-        for batch in loader.eval_batches(examples, cfg.data, cfg.train.eval_batches):
+        for batch in loader.eval_batches(examples, data, limit):
             if should_stop():
                 return None
-            total = total.plus(sums(params, devices.batch(batch)), batch, examples)
+            sums = program.held_out_sums(params, program.devices.batch(batch))
+            total = total.plus(sums, batch, examples)
         metrics = {
             "valid_loss": total.nats_per_token,
             "valid_accuracy": total.num_correct / total.num_tokens,

@@ -19,9 +19,10 @@ import optax
 
 from xlstm_jax.data.batch import Batch
 from xlstm_jax.modules.lm import LM
+from xlstm_jax.ops import CrossEntropy
 from xlstm_jax.sharding.devices import Devices
 from xlstm_jax.sharding.rules import use_rules
-from xlstm_jax.train import metrics
+from xlstm_jax.train import losses, metrics
 from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.optimizer import make_optimizer
 from xlstm_jax.train.state import TrainState, first_state, init_state
@@ -75,6 +76,17 @@ class TrainProgram:
             out_shardings=(state, totals),
             donate_argnums=(0, 1),
         )
+
+    @functools.cached_property
+    def held_out_sums(self) -> Callable[[PyTree, Batch], CrossEntropy]:
+        """The jitted `(params, batch) -> sums` of the held-out loss."""
+        resets = self.cfg.train.document_resets
+
+        def sums(params: PyTree, batch: Batch) -> CrossEntropy:
+            with use_rules(self.devices.rules):
+                return losses.held_out_sums(self.model, params, batch, document_resets=resets)
+
+        return jax.jit(sums)
 
     def _argument_shapes(self) -> tuple[TrainState, metrics.Totals, Batch]:
         def first(seed):
