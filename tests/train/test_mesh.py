@@ -7,12 +7,13 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests import quick
 from xlstm_jax.config import ConfigError
-from xlstm_jax.data import Batch
+from xlstm_jax.data import Batch, DataConfig
 from xlstm_jax.modules import (
     LM,
     LargeConfig,
@@ -25,9 +26,17 @@ from xlstm_jax.modules import (
 from xlstm_jax.plan.collectives import collectives
 from xlstm_jax.plan.hlo import Program
 from xlstm_jax.sharding import MeshConfig, get_rules, make_devices, partition_spec, path_name
-from xlstm_jax.train import TrainConfig, fit, init_state, make_optimizer, rundir
+from xlstm_jax.train import (
+    ExperimentConfig,
+    TrainConfig,
+    fit,
+    init_state,
+    make_optimizer,
+    make_train_step,
+    rundir,
+)
 from xlstm_jax.train.losses import language_model_loss
-from xlstm_jax.train.step import make_train_step
+from xlstm_jax.train.program import TrainProgram
 
 slow = pytest.mark.slow
 MESHES = {
@@ -135,19 +144,14 @@ def test_a_cut_that_cannot_be_kept_is_complained_about(capfd):
 
 
 def test_no_exchange_of_a_step_grows_with_the_length():
-    """From tokens to new parameters, rows cut by `seq`: what is exchanged, and how often."""
-    devices = make_devices(MeshConfig(fsdp=2, seq=4, min_shard_size=2))
-    model, tx = LM(config("Mm")), make_optimizer(TRAIN)
-    one = jnp.zeros((1, 1), jnp.int32)
-    state = init_state(model, tx, jax.random.key(0), one, devices=devices)
-    step = jax.jit(make_train_step(model, tx, TRAIN))
+    """From tokens to new parameters, time sharded over `seq`: the collectives of the program."""
+    mesh = MeshConfig(fsdp=2, seq=4, min_shard_size=2)
 
     def exchanged(length: int) -> list[str]:
-        ids, weights = np.ones((2, length), np.int32), np.ones((2, length), np.float32)
-        with devices.active():
-            batch = devices.batch(Batch(ids, ids, ids, weights, np.arange(2)))
-            compiled = step.lower(state, batch).compile()
-        return sorted(map(str, collectives(Program(compiled.as_text()))))
+        data = DataConfig(batch_size=2, seq_len=length)
+        cfg = ExperimentConfig(name="", model=config("Mm"), data=data, train=TRAIN, mesh=mesh)
+        program = TrainProgram(cfg, make_devices(mesh), optax.sgd(0.1))
+        return sorted(map(str, collectives(Program(program.compile().as_text()))))
 
     found = exchanged(256)
     assert any("all-gather" in exchange for exchange in found)
@@ -179,12 +183,12 @@ def test_a_step_updates_as_one_device_does(mesh, rng):
 
 
 @every_table
-def test_the_state_is_made_where_it_belongs(mesh):
-    """Nothing above the threshold is whole on a device under fsdp, moments neither."""
+def test_the_state_is_created_sharded(mesh):
+    """Nothing above the threshold is replicated under fsdp, moments neither."""
     cfg = dataclasses.replace(mesh, min_shard_size=2**12)
     devices, tx = make_devices(cfg), make_optimizer(TRAIN)
     tokens = jnp.zeros((1, 1), jnp.int32)
-    state = init_state(LM(config("msM")), tx, jax.random.key(0), tokens, devices=devices)
+    state = init_state(LM(config("M")), tx, jax.random.key(0), tokens, devices=devices)
     parts = dict(devices.mesh.shape)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         one_layer = leaf.size // (leaf.shape[0] if "/stack/" in path_name(path) else 1)
