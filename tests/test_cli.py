@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.char_lm import SMOKE
-from xlstm_jax import config, cpu
+from xlstm_jax import config, cpu, data
 from xlstm_jax.cli import main, train
 from xlstm_jax.plan import topology
 from xlstm_jax.train import DivergedError, FitResult, TrainState
@@ -183,6 +183,24 @@ def test_a_run_that_was_asked_to_stop_is_no_failure(monkeypatch, capsys, step, m
     monkeypatch.setattr(train, "fit", lambda *args, **options: stopped)
     assert main(["train", CONFIG, "--size", "smoke"]) == 0
     assert f"Stopped at step {step} of 20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("batches", "part"),
+    [
+        ("1", "over 4 of {n:,} windows, spread evenly; `xlstm-jax evaluate runs/char_lm` measures"),
+        ("None", "over all {n:,} windows"),
+    ],
+)
+def test_the_final_message_says_on_what_the_loss_was_measured(monkeypatch, capsys, batches, part):
+    measured = {"step": 20, "valid_loss": 1.5, "valid_bits_per_byte": 2.25, "valid_tokens": 9}
+    done = FitResult(state=STATE, step=20, finished=True, evaluation=measured)
+    monkeypatch.setattr(train, "fit", lambda *args, **options: done)
+    monkeypatch.setattr(train, "_show_sample", lambda *args: None)
+    assert main(["train", CONFIG, "--size", "smoke", "--train.eval-batches", batches]) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("held out"))
+    count = len(data.load(SMOKE.data, "valid"))
+    assert f"2.2500 bits per byte, 1.5000 nats per token, {part.format(n=count)}" in line
 
 
 def test_a_run_that_diverged_has_an_exit_code_of_its_own(monkeypatch, capsys):

@@ -54,7 +54,7 @@ def sharded_step(case: Case, rules: RulesName) -> tuple[Callable[[], Any], jax.s
     def update(state, batch):
         with use_rules(devices.rules):
             state, metrics = step(state, batch)
-        return devices.hold(state), metrics
+        return devices.constrain(state), metrics
 
     with devices.active():
         state = init_state(lm, tx, jax.random.key(0), jax.numpy.zeros((1, 1), int), devices=devices)

@@ -15,6 +15,7 @@ import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -169,6 +170,19 @@ def test_a_constant_schedule_goes_on_for_as_long_as_one_likes(
     continued, whole = fit(long, tmp_path / "a").state, fit(long, tmp_path / "b").state
     assert int(continued.step) == 8
     assert_same(continued, whole)
+
+
+def test_any_transformation_of_optax_trains_and_is_resumed_with(
+    tiny_lm, experiment, tmp_path, assert_same
+):
+    cfg, tx = experiment(steps=4, eval_every=0, checkpoint_every=2), optax.sgd(0.1, momentum=0.9)
+    with pytest.raises(CutError):
+        fit(cfg, tmp_path / "cut", tx=tx, on_metrics=crash_at(3))
+    result, expected = fit(cfg, tmp_path / "cut", tx=tx), fit(cfg, tmp_path / "whole", tx=tx)
+    assert_same(result.state, expected.state)
+    assert optax.tree.get(result.state.opt_state, "trace") is not None
+    with pytest.raises(CheckpointError, match="must be a complete checkpoint of this config"):
+        fit(cfg, tmp_path / "cut")  # without it
 
 
 def test_other_data_under_the_same_name_are_refused(tiny_lm, experiment, text, tmp_path):

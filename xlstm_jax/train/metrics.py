@@ -1,13 +1,13 @@
 """Metrics of many steps, accumulated on the device and fetched in one transfer."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlstm_jax.typing import Array, ArrayLike, Float
+from xlstm_jax.typing import Array, Float
 
 Metrics = dict[str, Array]
 """The metrics of one step by name, each a scalar."""
@@ -27,10 +27,10 @@ class Totals(NamedTuple):
     not, enters a mean.
     """
 
-    values: dict[str, Float[ArrayLike, ""]]
-    tokens: Float[ArrayLike, ""]  # of the steps that were taken
-    taken: Float[ArrayLike, ""]
-    steps: Float[ArrayLike, ""]
+    values: dict[str, Float[Any, ""]]
+    tokens: Float[Any, ""]  # of the steps that were taken
+    taken: Float[Any, ""]
+    steps: Float[Any, ""]
 
 
 def empty() -> Totals:

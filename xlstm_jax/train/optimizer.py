@@ -67,7 +67,7 @@ def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformationExtraArgs:
 def scale_by_learning_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
     """Descent by `lr_scale * schedule(step)`, with the step given and not counted.
 
-    A count of its own would stand still whenever the guard restores the optimiser's state.
+    A count of its own would stand still whenever the guard restores the optimizer's state.
     """
 
     def update(updates, state, params=None, **extra):

@@ -53,7 +53,7 @@ class TrainProgram:
         self.arguments = self._argument_shapes()  # of `step`: shapes and shardings
 
     @functools.cached_property
-    def step(self) -> Callable[..., tuple[TrainState, metrics.Totals]]:
+    def step(self) -> jax.stages.Wrapped:
         """The jitted `(state, totals, batch) -> (state, totals)`, with state and totals donated.
 
         Call it within `devices.active()`. A second trace is an error: it would be a silent delay.
