@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -117,26 +118,45 @@ def whole(config, compiled, tmp_path_factory):
 SIGTERM_TO_ONE = {"process": 1, "step": 3, "signal": "SIGTERM"}
 
 
-def test_a_signal_to_one_process_stops_both_at_one_step_and_one_goes_on(run, whole):
+@pytest.fixture(scope="module")
+def stopped(config, compiled, tmp_path_factory):
+    """A run of two processes, one of which was sent a SIGTERM, and what they said at the end."""
+    run = Run(tmp_path_factory.mktemp("stopped"), config, compiled)
+    return run, run.go("first", 2, events=[SIGTERM_TO_ONE])
+
+
+@pytest.fixture
+def rest(run, stopped):
+    """A copy of that run, to be resumed, and its step."""
+    first, said = stopped
+    shutil.copytree(first.run_dir, run.run_dir)
+    return run, said[0]["step"]
+
+
+def test_a_signal_to_one_process_stops_both_at_one_step(stopped, whole):
+    run, (first, second) = stopped
     assert whole.rows("all") == whole.expected_rows(0, STEPS)
-    first, second = run.go("two", 2, events=[SIGTERM_TO_ONE])
     assert first == second and not first["finished"] and 3 <= first["step"] < STEPS
     assert checkpoint.latest_step(run.run_dir) == first["step"]
     for number in range(2):
         log = (run.run_dir / f"process_{number}.log").read_text()
         assert f"process {number} of 2" in log and f"ends at step {first['step']} of 8" in log
-    assert run.rows("two") == run.expected_rows(0, first["step"])
+    assert run.rows("first") == run.expected_rows(0, first["step"])
+
+
+def test_one_process_resumes_what_two_began(rest, whole):
+    run, step = rest
     (end,) = run.go("one", 1)
     assert end == {"step": STEPS, "finished": True}
-    assert run.rows("one") == run.expected_rows(first["step"], STEPS)
+    assert run.rows("one") == run.expected_rows(step, STEPS)
     np.testing.assert_allclose(run.losses(), whole.losses(), rtol=1e-5)
 
 
-def test_resumed_by_as_many_processes_the_run_is_the_same_bit_for_bit(run, whole):
-    first, _ = run.go("cut", 2, events=[SIGTERM_TO_ONE])
-    run.go("rest", 2)
+def test_resumed_by_as_many_processes_the_run_is_the_same_bit_for_bit(rest, whole):
+    run, step = rest
+    run.go("two", 2)
     assert run.losses() == whole.losses()
-    assert run.rows("cut") + run.rows("rest") == run.expected_rows(0, STEPS)
+    assert run.rows("two") == run.expected_rows(step, STEPS)
 
 
 def test_one_then_two_then_four_processes(run, whole):

@@ -3,10 +3,10 @@
 import dataclasses
 import math
 
-from xlstm_jax import data
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
 from xlstm_jax.data.config import Split
+from xlstm_jax.data.loader import load
 from xlstm_jax.evaluate import Bucket, Perplexity, by_position, perplexity
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.train.checkpoint import restore_params
@@ -39,7 +39,7 @@ def run(args: list[str]) -> int:
     changes = {name: getattr(chosen, name) for name in ("source", "seq_len", "batch_size")}
     given = {name: value for name, value in changes.items() if value is not None}
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **given))
-    examples = data.load(cfg.data, chosen.split)
+    examples = load(cfg.data, chosen.split)
     check_vocabulary(cfg, examples)
     model, variables = LM(cfg.model), {"params": params}
     how = {

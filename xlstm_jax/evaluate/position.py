@@ -15,7 +15,7 @@ import numpy as np
 from xlstm_jax.data.batch import Batch, Examples
 from xlstm_jax.evaluate.perplexity import batches
 from xlstm_jax.modules.lm import LM
-from xlstm_jax.ops import CrossEntropy
+from xlstm_jax.ops.cross_entropy import CrossEntropy
 from xlstm_jax.train.losses import documents, token_sums
 
 PIECE = 1024  # positions in one pass: what bounds the memory, whatever the window

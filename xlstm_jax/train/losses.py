@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xlstm_jax import ops
 from xlstm_jax.data.batch import Batch, Examples
 from xlstm_jax.data.windows import Windows
 from xlstm_jax.modules.lm import head_kernel
-from xlstm_jax.ops import CrossEntropy
+from xlstm_jax.ops.cross_entropy import CrossEntropy, cross_entropy
 from xlstm_jax.train.config import TrainConfig
 from xlstm_jax.typing import Array, Float, Int, PRNGKeyArray, PyTree
 
@@ -73,7 +72,7 @@ def token_sums(
     chunk_size: int | None = None,
 ) -> CrossEntropy:
     """Cross entropy of the model's head, from the hidden states after its final norm."""
-    return ops.cross_entropy(
+    return cross_entropy(
         hidden,
         head_kernel(model.cfg, params),
         batch.targets,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from xlstm_jax.sharding import path_name
+from xlstm_jax.sharding.axes import path_name
 from xlstm_jax.train.config import TrainConfig
 from xlstm_jax.typing import Array, ArrayLike, Float, Int, PyTree
 

@@ -19,7 +19,7 @@ import optax
 
 from xlstm_jax.data.batch import Batch
 from xlstm_jax.modules.lm import LM
-from xlstm_jax.ops import CrossEntropy
+from xlstm_jax.ops.cross_entropy import CrossEntropy
 from xlstm_jax.sharding.devices import Devices
 from xlstm_jax.sharding.rules import use_rules
 from xlstm_jax.train import losses, metrics

@@ -10,7 +10,7 @@ import optax
 
 from xlstm_jax.data.batch import Batch
 from xlstm_jax.modules.config import LMConfig
-from xlstm_jax.ops import CrossEntropy
+from xlstm_jax.ops.cross_entropy import CrossEntropy
 from xlstm_jax.train import guard, losses
 from xlstm_jax.train.config import TrainConfig
 from xlstm_jax.train.metrics import Metrics

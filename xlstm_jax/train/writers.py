@@ -1,5 +1,6 @@
 """Where metrics go: a writer is anything with `write(step, metrics)` and `close()`."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -84,14 +85,11 @@ class ConsoleWriter:
             self._bar.stop()
 
 
+@dataclasses.dataclass(frozen=True)
 class CallbackWriter:
     """Hands every record to a function."""
 
-    def __init__(self, call: Callable[[int, dict[str, Any]], None]):
-        self._call = call
-
-    def write(self, step: int, metrics: dict[str, Any]) -> None:
-        self._call(step, metrics)
+    write: Callable[[int, dict[str, Any]], None]
 
     def close(self) -> None:
         pass
