@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.char_lm import SMOKE
-from xlstm_jax import config, cpu
+from xlstm_jax import config, cpu, data
 from xlstm_jax.cli import main, train
 from xlstm_jax.plan import topology
 from xlstm_jax.train import DivergedError, FitResult, TrainState
@@ -55,7 +55,7 @@ def refuse(capsys, *argv):
 
 # Arguments -> what the sentence must say.
 BAD = {
-    "trian CONFIG": "'trian' is not a command; did you mean train?",
+    "trian CONFIG": "unknown command 'trian'; did you mean train?",
     "train": "the config must come first, got nothing; write `xlstm-jax train CONFIG.py`",
     "train --size smoke": "the config must come first, got '--size'",
     "train missing.py": "missing.py does not exist",
@@ -185,6 +185,24 @@ def test_a_run_that_was_asked_to_stop_is_no_failure(monkeypatch, capsys, step, m
     assert f"Stopped at step {step} of 20" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("batches", "part"),
+    [
+        ("1", "over 4 of {n:,} windows, spread evenly; `xlstm-jax evaluate runs/char_lm` measures"),
+        ("None", "over all {n:,} windows"),
+    ],
+)
+def test_the_final_message_says_on_what_the_loss_was_measured(monkeypatch, capsys, batches, part):
+    measured = {"step": 20, "valid_loss": 1.5, "valid_bits_per_byte": 2.25, "valid_tokens": 9}
+    done = FitResult(state=STATE, step=20, finished=True, evaluation=measured)
+    monkeypatch.setattr(train, "fit", lambda *args, **options: done)
+    monkeypatch.setattr(train, "_show_sample", lambda *args: None)
+    assert main(["train", CONFIG, "--size", "smoke", "--train.eval-batches", batches]) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("held out"))
+    count = len(data.load(SMOKE.data, "valid"))
+    assert f"2.2500 bits per byte, 1.5000 nats per token, {part.format(n=count)}" in line
+
+
 def test_a_run_that_diverged_has_an_exit_code_of_its_own(monkeypatch, capsys):
     def fit(*args, **options):
         raise DivergedError("8 updates in a row were discarded; lower train.lr.")
@@ -300,6 +318,6 @@ def test_a_run_that_is_interrupted_saves_and_goes_on_where_it_was(workplace):
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=200)
     assert process.returncode == 0
-    assert "the same command goes on from there" in out
+    assert "the same command resumes it" in out
     step = max(int(p.name) for p in (workplace / "runs/char_lm/checkpoints").iterdir())
     assert f"Stopped at step {step} of 100000" in out

@@ -44,14 +44,21 @@ MAY_IMPORT = {
     "xlstm_jax.modules": STOREY_2,
     "xlstm_jax.train": (*STOREY_3, "xlstm_jax"),
     "xlstm_jax.generate": (*STOREY_3, "xlstm_jax", "xlstm_jax.train.checkpoint"),
-    "xlstm_jax.evaluate": (*STOREY_3, "xlstm_jax", "xlstm_jax.train.checkpoint"),
+    "xlstm_jax.evaluate": (
+        *STOREY_3,
+        "xlstm_jax",
+        *(f"xlstm_jax.train.{name}" for name in ("checkpoint", "losses")),
+    ),
     "xlstm_jax.convert": (*STOREY_3, "xlstm_jax", "xlstm_jax.train.checkpoint"),
     "xlstm_jax.scaling": (*STOREY_3, "xlstm_jax", "xlstm_jax.train"),
     "xlstm_jax.plan": (
         *STOREY_3,
         "xlstm_jax",
         "xlstm_jax.flops",
-        *(f"xlstm_jax.train.{name}" for name in ("config", "losses", "optimizer", "state", "step")),
+        *(
+            f"xlstm_jax.train.{name}"
+            for name in ("config", "losses", "optimizer", "program", "state")
+        ),
     ),
     "xlstm_jax.check": (*STOREY_3, "xlstm_jax", "xlstm_jax.train.step"),
     "xlstm_jax.report": (*STOREY_3, "xlstm_jax"),

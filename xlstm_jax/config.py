@@ -70,6 +70,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 def _build(cls: Any, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or cls.__name__} must be a table of fields, got {values!r}.")
+    if hasattr(cls, "upgrade"):  # from the names of earlier versions
+        values = cls.upgrade(values)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for name in values:
         if name not in fields:

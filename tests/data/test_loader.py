@@ -19,6 +19,7 @@ from xlstm_jax.data import (
     load,
     tokenizers,
 )
+from xlstm_jax.data.loader import eval_index
 
 BYTE = tokenizers.get("byte")
 CFG = DataConfig(seq_len=8, batch_size=6)
@@ -134,9 +135,20 @@ def test_evaluation_sees_every_window_once_in_order_and_pads_the_last_batch(
         assert (batch.segment_ids[batch.index == -1] == 0).all()
 
 
-def test_evaluation_may_stop_early():
-    assert len(list(eval_batches(text(50), CFG, max_batches=2))) == 2
+def test_a_part_of_an_evaluation_is_spread_evenly_over_the_windows():
+    seen = [batch.index.tolist() for batch in eval_batches(text(50), CFG, max_batches=2)]
+    assert seen == [[2, 6, 10, 14, 18, 22], [27, 31, 35, 39, 43, 47]]
     assert len(list(eval_batches(text(5), CFG, max_batches=2))) == 1
+
+
+@pytest.mark.parametrize(("total", "count"), [(1, 1), (7, 3), (7, 7), (7, 9), (1000, 64)])
+def test_every_part_of_a_split_is_represented_alike(total, count):
+    index = eval_index(total, count)
+    assert len(index) == len(set(index.tolist())) == min(total, count)
+    # The middle of each of as many equal parts; so also their mean is that of all windows.
+    parts = index * len(index) // total
+    assert parts.tolist() == list(range(len(index)))
+    assert abs(index.mean() - (total - 1) / 2) <= 0.5
 
 
 @pytest.mark.parametrize(

@@ -78,13 +78,14 @@ def test_perplexity_is_the_same_number_every_time(small, windows):
     assert perplexity(*small, windows, batch_size=4) == perplexity(*small, windows, batch_size=4)
 
 
-def test_a_quick_look_reads_the_first_batches_only(small, windows, losses):
+def test_a_quick_look_reads_windows_from_everywhere(small, windows, losses):
     nats, batch = losses
     found = perplexity(*small, windows, batch_size=4, max_batches=1)
-    weights = batch.weights[:4]
+    index = [0, 2, 4, 6]  # of seven
+    weights = batch.weights[index]
     assert found.num_tokens == weights.sum()
     assert found.nats_per_token == pytest.approx(
-        (nats[:4] * weights).sum() / weights.sum(), rel=1e-5
+        (nats[index] * weights).sum() / weights.sum(), rel=1e-5
     )
 
 

@@ -1,5 +1,6 @@
 """Answers are those of the model read token by token, in any company, in any pieces."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +50,10 @@ def test_prefill_and_decode_equal_one_pass_over_the_text(small, answers):
         assert answers.tokens[row] == continuation(small, PROMPTS[row], 8)
 
 
+def of_row(state, row):
+    return jax.tree.map(lambda leaf: leaf[:, row], state)
+
+
 @pytest.mark.parametrize("sampler", [greedy, RANDOM], ids=["greedy", "random"])
 def test_a_row_is_answered_as_it_would_be_alone(small, key, sampler):
     together = generate(*small, PROMPTS, max_new_tokens=8, sampler=sampler, key=key)
@@ -56,10 +61,8 @@ def test_a_row_is_answered_as_it_would_be_alone(small, key, sampler):
         own = jax.random.fold_in(key, row)[None]
         alone = generate(*small, [PROMPTS[row]], max_new_tokens=8, sampler=sampler, key=own)
         assert alone.tokens == [together.tokens[row]]
-        for ours, theirs in zip(
-            jax.tree.leaves(alone.state), jax.tree.leaves(together.state), strict=True
-        ):
-            np.testing.assert_allclose(ours[:, 0], theirs[:, row], rtol=1e-4, atol=1e-5)
+        states = of_row(alone.state, 0), of_row(together.state, row)
+        chex.assert_trees_all_close(*states, rtol=1e-4, atol=1e-5)
 
 
 def test_an_answer_continued_from_its_state_equals_one_go(small, answers):
@@ -74,8 +77,8 @@ def test_the_state_is_the_models_own_after_reading_prompt_and_answer(small, answ
     model, variables = small
     tokens = jnp.array([PROMPTS[2] + answers.tokens[2]])
     _, state = jax.jit(model.apply)(variables, tokens)
-    for ours, theirs in zip(jax.tree.leaves(answers.state), jax.tree.leaves(state), strict=True):
-        np.testing.assert_allclose(ours[:, 2], theirs[:, 0], rtol=1e-4, atol=1e-5)
+    states = of_row(answers.state, 2), of_row(state, 0)
+    chex.assert_trees_all_close(*states, rtol=1e-4, atol=1e-5)
 
 
 def test_a_prompt_read_in_many_pieces_gets_the_same_answer(small, answers, monkeypatch):
@@ -86,16 +89,13 @@ def test_a_prompt_read_in_many_pieces_gets_the_same_answer(small, answers, monke
 
 def test_a_row_ends_with_its_stop_token_and_its_state_stands_still(small, answers):
     stop = answers.tokens[1][2]
-    stopped = generate(*small, PROMPTS, max_new_tokens=8, stop=[stop])
+    stopped = generate(*small, PROMPTS, max_new_tokens=8, stop=[stop] * 11)
     for cut, whole in zip(stopped.tokens, answers.tokens, strict=True):
         assert cut == (whole[: whole.index(stop) + 1] if stop in whole else whole)
     first = len(stopped.tokens[1])
     assert first < 8
-    short = generate(*small, PROMPTS, max_new_tokens=first)
-    for ours, theirs in zip(
-        jax.tree.leaves(stopped.state), jax.tree.leaves(short.state), strict=True
-    ):
-        np.testing.assert_array_equal(ours[:, 1], theirs[:, 1])
+    short = next(stream(*small, PROMPTS, max_new_tokens=first, piece=8))
+    chex.assert_trees_all_equal(of_row(stopped.state, 1), of_row(short.state, 1))
 
 
 def test_the_loop_ends_when_every_row_has_stopped(small):
@@ -124,7 +124,7 @@ def test_no_new_tokens_means_reading_the_prompt(small):
 
 
 def test_equal_prompts_draw_different_answers_and_a_key_repeats_them(small, key):
-    options = dict(max_new_tokens=8, sampler=Sampler(), key=key)
+    options = dict(max_new_tokens=8, sampler=RANDOM, key=key)
     drawn = generate(*small, [[1, 2]] * 4, **options).tokens
     assert len(set(map(tuple, drawn))) == 4
     assert generate(*small, [[1, 2]] * 4, **options).tokens == drawn
@@ -137,9 +137,12 @@ def unseen(logits, key, seen):
     return greedy(jnp.where(seen, -jnp.inf, logits))
 
 
-def test_a_sampler_of_ones_own_sees_which_tokens_occurred_in_prompt_and_answer(small, key):
+def test_a_sampler_of_ones_own_sees_which_tokens_occurred_and_is_traced_once(small, key):
+    """Whatever the lengths of prompts and answers: a second trace would be an error."""
+    options = dict(sampler=chex.assert_max_traces(unseen, n=1), key=key)
     prompts = [[1, 2, 3], [4, 4, 4], [5] * 9, [10, 0]]
-    drawn = generate(*small, prompts, max_new_tokens=8, sampler=unseen, key=key).tokens
+    generate(*small, [[1]] * 4, max_new_tokens=6, **options)
+    drawn = generate(*small, prompts, max_new_tokens=8, **options).tokens
     counts = [len({*prompt, *answer}) for prompt, answer in zip(prompts, drawn, strict=True)]
     assert counts == [11, 9, 9, 10]
 

@@ -164,10 +164,10 @@ def test_candidates_come_fastest_first_and_could_fit():
 
 def test_candidates_keep_what_is_not_searched():
     """Micro-batches, and what sLSTM layers do with cut time; a row is shared only on its own."""
-    cfg = config(MeshConfig(slstm_time="refuse"))
+    cfg = config(MeshConfig(slstm_seq="refuse"))
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, accumulation=2))
     for one in search.candidates(cfg, target(memory=2**33)):
-        assert one.cfg.mesh.slstm_time == "refuse" and one.cfg.train.accumulation == 2
+        assert one.cfg.mesh.slstm_seq == "refuse" and one.cfg.train.accumulation == 2
         shares = one.sizes["data"] * one.sizes["fsdp"]
         assert one.cfg.data.batch_size == 2 * shares * one.rows
         assert one.rows == 1 or one.sizes["seq"] == 1

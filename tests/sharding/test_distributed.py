@@ -1,4 +1,4 @@
-"""Who a process is, of how many; the roll-call itself is tested with real processes."""
+"""Who a process is, of how many; `tests/train/test_processes.py` has real ones."""
 
 import jax
 import pytest
@@ -24,31 +24,42 @@ def test_processes_that_cannot_be_are_refused(given, sentence):
 
 
 @pytest.mark.parametrize(
-    "nodes,host",
-    [("node[017-020,033]", "node017"), ("a-1,a-2", "a-1"), ("gpu7", "gpu7"), ("n1,n[3-4]", "n1")],
+    "variables,several",
+    [
+        (dict(), False),
+        (dict(SLURM_STEP_NUM_TASKS="8"), True),
+        (dict(SLURM_STEP_NUM_TASKS="1", SLURM_PROCID="0"), False),
+        (dict(OMPI_COMM_WORLD_SIZE="2"), True),
+        (dict(JOB_COMPLETION_INDEX="0"), True),
+        (dict(TPU_WORKER_HOSTNAMES="a,b"), True),
+    ],
 )
-def test_a_step_of_slurm_meets_on_its_first_host(nodes, host):
-    environment = {
-        "SLURM_STEP_NUM_TASKS": "8",
-        "SLURM_PROCID": "3",
-        "SLURM_STEP_NODELIST": nodes,
-        "SLURM_JOB_ID": "1234567",
-    }
-    found = distributed._by_slurm(environment)
-    assert found == {"coordinator": f"{host}:54567", "num_processes": 8, "process_id": 3}
-    assert distributed._by_slurm(environment | {"SLURM_STEP_NUM_TASKS": "1"}) is None
-    assert distributed._by_slurm({}) is None
+def test_jax_detects_who_a_process_is_where_a_launcher_started_several(
+    monkeypatch, variables, several
+):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
+    monkeypatch.setattr(distributed.os, "environ", variables)
+    init_distributed()
+    assert calls == ([dict(initialization_timeout=360)] if several else [])
 
 
-def test_the_environment_of_jax_says_who_a_process_is():
+def test_the_environment_of_jax_says_who_a_process_is(monkeypatch):
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    found = distributed._by_environment(dict(zip(names, ("a:1", "2", "1"), strict=True)))
-    assert found == {"coordinator": "a:1", "num_processes": 2, "process_id": 1}
-    assert distributed._by_environment({names[0]: "a:1"}) is None
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
+    for name, value in zip(names, ("a:1", "2", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    init_distributed(Processes(timeout_minutes=1))
+    given = dict(coordinator_address="a:1", num_processes=2, process_id=1)
+    assert calls == [given | dict(initialization_timeout=120)]
+    monkeypatch.setenv(names[0], "localhost:1")  # nobody else is listened to
+    init_distributed(Processes(timeout_minutes=1))
+    assert calls[1]["coordinator_bind_address"] == "localhost:1"
 
 
 def test_one_process_joins_nobody(monkeypatch):
-    monkeypatch.setattr(distributed, "call_the_roll", None)
+    monkeypatch.setattr(jax.distributed, "initialize", None)
     init_distributed(Processes(coordinator="a:1", num_processes=1, process_id=0))
     assert not jax.distributed.is_initialized()
 

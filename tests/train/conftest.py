@@ -2,16 +2,17 @@
 
 import dataclasses
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
+from tests import quick
 from xlstm_jax.data import Batch, DataConfig
 from xlstm_jax.modules import LMConfig
-from xlstm_jax.train import ExperimentConfig, TrainConfig, checkpoint, loop, run
+from xlstm_jax.train import ExperimentConfig, TrainConfig, checkpoint, program, run
 
 
 class Hidden(nn.Module):
@@ -44,28 +45,39 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation(compiled, one_device):
-    """Compiles in half the time, and each program once: nothing here is about speed."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(compiled),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    """Nothing here is about speed."""
+    with quick.compilation(compiled):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_programs():
+    """Runs of one config share their programs: tracing is most of what a small run takes."""
+    programs = {}
+
+    def shared(cfg, devices, tx=None):
+        key = cfg, str(devices), tx
+        if key not in programs:
+            programs[key] = program.TrainProgram(cfg, devices, tx)
+        return programs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "TrainProgram", shared)
+        yield
 
 
 @pytest.fixture(scope="module")
 def tiny_lm():
     """Runs train a `TinyLM`."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (loop, run, checkpoint):
-            patch.setattr(module, "LM", TinyLM)
+        patch.setattr(program, "LM", TinyLM)
+        patch.setattr(checkpoint, "param_shapes", lambda cfg: shapes(TinyLM(cfg)))
         yield TinyLM
+
+
+def shapes(model):
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
 
 @pytest.fixture
@@ -123,12 +135,13 @@ def experiment(text):
 def assert_same():
     """Asserts that two trees are equal bit for bit."""
 
+    def bits(tree):
+        return jax.tree.map(lambda x: np.frombuffer(np.asarray(x).tobytes(), np.uint8), tree)
+
     def check(a, b):
-        assert jax.tree.structure(a) == jax.tree.structure(b)
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-            x, y = np.asarray(x), np.asarray(y)
-            assert x.dtype == y.dtype and x.shape == y.shape
-            assert x.tobytes() == y.tobytes()
+        chex.assert_trees_all_equal_structs(a, b)
+        chex.assert_trees_all_equal_shapes_and_dtypes(a, b)
+        chex.assert_trees_all_equal(bits(a), bits(b))
 
     return check
 

@@ -17,7 +17,7 @@ def main(options: dict) -> None:
     from xlstm_jax.config import from_dict
     from xlstm_jax.sharding import Devices, init_distributed
     from xlstm_jax.sharding.distributed import Processes
-    from xlstm_jax.train import ExperimentConfig, fit, seal
+    from xlstm_jax.train import ExperimentConfig, fit, manifest
 
     init_distributed(from_dict(Processes, options["processes"]))
     number = jax.process_index()
@@ -37,14 +37,14 @@ def main(options: dict) -> None:
             if (number, step) == (event["process"], event["step"]) and "loss" in record:
                 os.kill(os.getpid(), signal.Signals[event["signal"]])
 
-    write = seal.write
+    write = manifest.write
 
     def die_while_saving(folder):
         if folder.name.split(".")[0] == str(options.get("killed_while_saving")):
             os.kill(os.getpid(), signal.SIGKILL)
         write(folder)
 
-    seal.write = die_while_saving
+    manifest.write = die_while_saving
     cfg = from_dict(ExperimentConfig, options["config"])
     result = fit(cfg, options["run_dir"], on_metrics=note_step)
     print(json.dumps(dataclasses.asdict(Result(result.step, result.finished))), flush=True)

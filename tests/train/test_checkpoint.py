@@ -90,7 +90,7 @@ def remove(path):
         ("state", remove),
         ("data", truncate),
         ("data", flip),
-        ("seal.json", truncate),
+        ("manifest.json", truncate),
     ],
 )
 def test_a_damaged_file_is_named_and_nothing_is_touched(saved, harm, which):
@@ -109,7 +109,7 @@ def test_a_damaged_file_is_named_and_nothing_is_touched(saved, harm, which):
             restore()
         message = str(caught.value)
         assert str(victim) in message and "\n" not in message
-        assert f"delete {run_dir / 'checkpoints' / '4'} to go on from step 2" in message
+        assert f"delete {run_dir / 'checkpoints' / '4'} to resume from step 2" in message
     assert contents(run_dir) == before
 
 

@@ -15,6 +15,7 @@ import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -171,6 +172,19 @@ def test_a_constant_schedule_goes_on_for_as_long_as_one_likes(
     assert_same(continued, whole)
 
 
+def test_any_transformation_of_optax_trains_and_is_resumed_with(
+    tiny_lm, experiment, tmp_path, assert_same
+):
+    cfg, tx = experiment(steps=4, eval_every=0, checkpoint_every=2), optax.sgd(0.1, momentum=0.9)
+    with pytest.raises(CutError):
+        fit(cfg, tmp_path / "cut", tx=tx, on_metrics=crash_at(3))
+    result, expected = fit(cfg, tmp_path / "cut", tx=tx), fit(cfg, tmp_path / "whole", tx=tx)
+    assert_same(result.state, expected.state)
+    assert optax.tree.get(result.state.opt_state, "trace") is not None
+    with pytest.raises(CheckpointError, match="must be a complete checkpoint of this config"):
+        fit(cfg, tmp_path / "cut")  # without it
+
+
 def test_other_data_under_the_same_name_are_refused(tiny_lm, experiment, text, tmp_path):
     shutil.copytree(text, tmp_path / "text")
     cfg, run_dir = experiment(data={"source": str(tmp_path / "text")}, steps=3), tmp_path / "run"
@@ -191,7 +205,7 @@ def test_a_truncated_checkpoint_is_refused_and_left_as_it_is(whole, with_train):
     )
     victim.write_bytes(victim.read_bytes()[:100])
     before = contents(run_dir)
-    with pytest.raises(CheckpointError, match="got 100; delete .*12 to go on from step 10"):
+    with pytest.raises(CheckpointError, match="got 100; delete .*12 to resume from step 10"):
         fit(cfg, run_dir)
     assert contents(run_dir) == before
 
@@ -225,9 +239,9 @@ def test_too_many_skipped_updates_in_a_row_end_the_run(tiny_lm, experiment, tmp_
     with pytest.raises(DivergedError, match="8 updates in a row were discarded from step"):
         fit(cfg, run_dir)
     dump = json.loads((run_dir / "diverged.json").read_text())
-    assert len(dump["rows_of_step"]) == 8
+    assert len(dump["index_of_step"]) == 8
     first = dump["first_skipped_step"]
-    assert dump["rows_of_step"][str(first)]
+    assert dump["index_of_step"][str(first)]
     # What it had become is not saved: going on would be pointless.
     assert checkpoint.latest_step(run_dir) is None
     assert max(r["skipped_in_a_row"] for r in records(run_dir)) >= 8

@@ -7,12 +7,13 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests import quick
 from xlstm_jax.config import ConfigError
-from xlstm_jax.data import Batch
+from xlstm_jax.data import Batch, DataConfig
 from xlstm_jax.modules import (
     LM,
     LargeConfig,
@@ -25,16 +26,24 @@ from xlstm_jax.modules import (
 from xlstm_jax.plan.collectives import collectives
 from xlstm_jax.plan.hlo import Program
 from xlstm_jax.sharding import MeshConfig, get_rules, make_devices, partition_spec, path_name
-from xlstm_jax.train import TrainConfig, fit, init_state, make_optimizer, rundir
+from xlstm_jax.train import (
+    ExperimentConfig,
+    TrainConfig,
+    fit,
+    init_state,
+    make_optimizer,
+    make_train_step,
+    rundir,
+)
 from xlstm_jax.train.losses import language_model_loss
-from xlstm_jax.train.step import make_train_step
+from xlstm_jax.train.program import TrainProgram
 
 slow = pytest.mark.slow
 MESHES = {
-    "data": MeshConfig(smallest_cut=2),
-    "fsdp": MeshConfig(fsdp=4, smallest_cut=2),
-    "fsdp_tensor": MeshConfig(fsdp=2, tensor=2, smallest_cut=2),
-    "fsdp_seq": MeshConfig(fsdp=2, seq=2, smallest_cut=2),
+    "data": MeshConfig(min_shard_size=2),
+    "fsdp": MeshConfig(fsdp=4, min_shard_size=2),
+    "fsdp_tensor": MeshConfig(fsdp=2, tensor=2, min_shard_size=2),
+    "fsdp_seq": MeshConfig(fsdp=2, seq=2, min_shard_size=2),
 }
 """Eight devices under every table of rules, which cuts as much as it can."""
 
@@ -109,7 +118,7 @@ def test_loss_and_every_gradient_are_those_of_one_device(pattern, remat, mesh, c
     """Nor does the compiler complain that it has to gather what was cut."""
     params, batch, (loss, gradients) = alone(pattern, remat)
     devices = make_devices(mesh)
-    shardings = devices.of_tree(params)
+    shardings = devices.shardings(params)
     compute = functools.partial(loss_and_gradients, LM(config(pattern, remat)))
     with devices.active():
         placed = jax.device_put(params, shardings), devices.batch(batch)
@@ -135,19 +144,14 @@ def test_a_cut_that_cannot_be_kept_is_complained_about(capfd):
 
 
 def test_no_exchange_of_a_step_grows_with_the_length():
-    """From tokens to new parameters, rows cut by `seq`: what is exchanged, and how often."""
-    devices = make_devices(MeshConfig(fsdp=2, seq=4, smallest_cut=2))
-    model, tx = LM(config("Mm")), make_optimizer(TRAIN)
-    one = jnp.zeros((1, 1), jnp.int32)
-    state = init_state(model, tx, jax.random.key(0), one, devices=devices)
-    step = jax.jit(make_train_step(model, tx, TRAIN))
+    """From tokens to new parameters, time sharded over `seq`: the collectives of the program."""
+    mesh = MeshConfig(fsdp=2, seq=4, min_shard_size=2)
 
     def exchanged(length: int) -> list[str]:
-        ids, weights = np.ones((2, length), np.int32), np.ones((2, length), np.float32)
-        with devices.active():
-            batch = devices.batch(Batch(ids, ids, ids, weights, np.arange(2)))
-            compiled = step.lower(state, batch).compile()
-        return sorted(map(str, collectives(Program(compiled.as_text()))))
+        data = DataConfig(batch_size=2, seq_len=length)
+        cfg = ExperimentConfig(name="", model=config("Mm"), data=data, train=TRAIN, mesh=mesh)
+        program = TrainProgram(cfg, make_devices(mesh), optax.sgd(0.1))
+        return sorted(map(str, collectives(Program(program.compile().as_text()))))
 
     found = exchanged(256)
     assert any("all-gather" in exchange for exchange in found)
@@ -179,17 +183,17 @@ def test_a_step_updates_as_one_device_does(mesh, rng):
 
 
 @every_table
-def test_the_state_is_made_where_it_belongs(mesh):
-    """Nothing above the threshold is whole on a device under fsdp, moments neither."""
-    cfg = dataclasses.replace(mesh, smallest_cut=2**12)
+def test_the_state_is_created_sharded(mesh):
+    """Nothing above the threshold is replicated under fsdp, moments neither."""
+    cfg = dataclasses.replace(mesh, min_shard_size=2**12)
     devices, tx = make_devices(cfg), make_optimizer(TRAIN)
     tokens = jnp.zeros((1, 1), jnp.int32)
-    state = init_state(LM(config("msM")), tx, jax.random.key(0), tokens, devices=devices)
+    state = init_state(LM(config("M")), tx, jax.random.key(0), tokens, devices=devices)
     parts = dict(devices.mesh.shape)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         one_layer = leaf.size // (leaf.shape[0] if "/stack/" in path_name(path) else 1)
         pieces = leaf.size // leaf.addressable_shards[0].data.size
-        if one_layer >= cfg.smallest_cut and "fsdp" in devices.rules["embed"]:
+        if one_layer >= cfg.min_shard_size and "fsdp" in devices.rules["embed"]:
             assert pieces % parts["fsdp"] == 0, path_name(path)
         if cfg.rules_name() == "data":
             assert pieces == 1
@@ -214,7 +218,7 @@ def test_no_large_parameter_of_a_preset_is_whole_under_fsdp(name, fsdp):
 
 def on(cfg, **mesh):
     """A run's config on another mesh."""
-    return dataclasses.replace(cfg, mesh=MeshConfig(smallest_cut=2, **mesh))
+    return dataclasses.replace(cfg, mesh=MeshConfig(min_shard_size=2, **mesh))
 
 
 def fit_alone(cfg, run_dir, **options):
@@ -309,10 +313,10 @@ def test_a_checkpoint_of_another_config_is_refused_with_the_differing_fields(run
             "seq_len must be a multiple of 8.*16 or 24",
         ),
         (dict(mesh=dict(tensor=8)), r"model.mlstm.num_heads must be a multiple of 8.*got 4"),
-        (dict(mesh=dict(tensor=2, seq=2)), "no table of rules cuts by seq and tensor at once"),
+        (dict(mesh=dict(tensor=2, seq=2)), "no table of rules shards over seq and tensor"),
         (dict(mesh=dict(fsdp=2, rules="data")), "no use for the axis fsdp.*use one of: fsdp, "),
         (dict(mesh=dict(data=-1, fsdp=-1)), "one axis of a mesh may be -1, got data and fsdp"),
-        (dict(mesh=dict(seq=2, slstm_time="refuse"), model=dict(pattern="ms")), "cannot shard"),
+        (dict(mesh=dict(seq=2, slstm_seq="refuse"), model=dict(pattern="ms")), "cannot shard"),
     ],
 )
 def test_what_devices_cannot_share_is_refused(change, sentence, experiment, tmp_path):

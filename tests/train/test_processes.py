@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xlstm_jax.config import to_dict
+from xlstm_jax.config import ConfigError, to_dict
 from xlstm_jax.data import loader
-from xlstm_jax.sharding import MeshConfig
+from xlstm_jax.sharding import MeshConfig, Processes, init_distributed
 from xlstm_jax.train import checkpoint, rundir
 
 pytestmark = pytest.mark.slow
@@ -34,7 +35,7 @@ def config(experiment):
     model = dict(pattern="mM", dim=16)
     train = dict(steps=STEPS, log_every=1, eval_every=4, checkpoint_every=3)
     cfg = experiment(data=dict(batch_size=8), model=model, **train)
-    return dataclasses.replace(cfg, mesh=MeshConfig(fsdp=2, smallest_cut=2))
+    return dataclasses.replace(cfg, mesh=MeshConfig(fsdp=2, min_shard_size=2))
 
 
 class Run:
@@ -117,26 +118,45 @@ def whole(config, compiled, tmp_path_factory):
 SIGTERM_TO_ONE = {"process": 1, "step": 3, "signal": "SIGTERM"}
 
 
-def test_a_signal_to_one_process_stops_both_at_one_step_and_one_goes_on(run, whole):
+@pytest.fixture(scope="module")
+def stopped(config, compiled, tmp_path_factory):
+    """A run of two processes, one of which was sent a SIGTERM, and what they said at the end."""
+    run = Run(tmp_path_factory.mktemp("stopped"), config, compiled)
+    return run, run.go("first", 2, events=[SIGTERM_TO_ONE])
+
+
+@pytest.fixture
+def rest(run, stopped):
+    """A copy of that run, to be resumed, and its step."""
+    first, said = stopped
+    shutil.copytree(first.run_dir, run.run_dir)
+    return run, said[0]["step"]
+
+
+def test_a_signal_to_one_process_stops_both_at_one_step(stopped, whole):
+    run, (first, second) = stopped
     assert whole.rows("all") == whole.expected_rows(0, STEPS)
-    first, second = run.go("two", 2, events=[SIGTERM_TO_ONE])
     assert first == second and not first["finished"] and 3 <= first["step"] < STEPS
     assert checkpoint.latest_step(run.run_dir) == first["step"]
     for number in range(2):
         log = (run.run_dir / f"process_{number}.log").read_text()
         assert f"process {number} of 2" in log and f"ends at step {first['step']} of 8" in log
-    assert run.rows("two") == run.expected_rows(0, first["step"])
+    assert run.rows("first") == run.expected_rows(0, first["step"])
+
+
+def test_one_process_resumes_what_two_began(rest, whole):
+    run, step = rest
     (end,) = run.go("one", 1)
     assert end == {"step": STEPS, "finished": True}
-    assert run.rows("one") == run.expected_rows(first["step"], STEPS)
+    assert run.rows("one") == run.expected_rows(step, STEPS)
     np.testing.assert_allclose(run.losses(), whole.losses(), rtol=1e-5)
 
 
-def test_resumed_by_as_many_processes_the_run_is_the_same_bit_for_bit(run, whole):
-    first, _ = run.go("cut", 2, events=[SIGTERM_TO_ONE])
-    run.go("rest", 2)
+def test_resumed_by_as_many_processes_the_run_is_the_same_bit_for_bit(rest, whole):
+    run, step = rest
+    run.go("two", 2)
     assert run.losses() == whole.losses()
-    assert run.rows("cut") + run.rows("rest") == run.expected_rows(0, STEPS)
+    assert run.rows("two") == run.expected_rows(step, STEPS)
 
 
 def test_one_then_two_then_four_processes(run, whole):
@@ -165,24 +185,24 @@ def test_killed_while_it_saves_a_run_goes_on_from_the_step_before(run, whole):
     assert run.rows("rest") == run.expected_rows(3, STEPS)
 
 
-def test_a_process_that_never_arrives_is_named(run):
-    processes = run.start("late", 3, missing=[2], minutes=0.15)
-    for process in processes:
+@pytest.mark.parametrize("missing", [2, 0], ids=["one", "the coordinator"])
+def test_a_process_that_never_arrives_is_reported_in_one_line(run, missing):
+    processes = run.start("late", 3, missing=[missing], minutes=0.15)
+    for number, process in zip(sorted({0, 1, 2} - {missing}), processes, strict=True):
         _, err = process.communicate(timeout=120)
-        assert process.returncode != 0
-        assert "process 2 has not arrived at 127.0.0.1:" in err
+        assert process.returncode == 4
+        (line,) = err.splitlines()
+        assert f"process {number} of 3 waited 0.15 minutes at 127.0.0.1:" in line
+        assert "start those whose log lacks this line" in line
     assert not run.run_dir.exists()
 
 
-def test_processes_that_disagree_are_told(run):
-    (first,) = run.start("a", 2, missing=[1], minutes=0.5)
-    assert first.args
-    options = json.loads(first.args[-1])
-    options["processes"] |= dict(num_processes=3, process_id=1)
-    command = [*first.args[:-1], json.dumps(options)]
-    other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    sentence = "every process must be told the same num_processes, got 2 in process 0 and 3"
-    assert sentence in first.communicate(timeout=120)[1] and sentence in other.stderr
+def test_a_coordinator_whose_port_is_in_use_is_refused_in_one_sentence(run):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        told = Processes(coordinator=address, num_processes=2, process_id=0)
+        with pytest.raises(ConfigError, match="cannot be connected .*a free port of process 0"):
+            init_distributed(told)
 
 
 def test_a_process_alone_is_no_program_of_several():

@@ -68,7 +68,7 @@ def test_micro_batches_of_unequal_weight_equal_one_batch(tiny, start, batches, p
 
 def test_rows_that_do_not_divide_are_refused(tiny, start, batches):
     cfg = dataclasses.replace(PLAIN, accumulation=3)
-    with pytest.raises(ValueError, match="accumulation=3 rows, got 8"):
+    with pytest.raises(ValueError, match="multiple of 3 sequences, got 8"):
         stepper(tiny, cfg)(start, batches())
 
 
@@ -105,7 +105,7 @@ def test_a_batch_with_nan_changes_nothing_but_the_count(tiny, start, batches, as
     assert metrics["skipped"] == 1 and metrics["update_norm"] == 0
     assert_same((after.params, after.opt_state), (state.params, state.opt_state))
     assert after.step == state.step + 1 and after.guard.skipped == 1
-    assert after.guard.usual_norm == state.guard.usual_norm
+    assert after.guard.ema_grad_norm == state.guard.ema_grad_norm
     healed, metrics = step(after, batches())
     assert metrics["skipped"] == 0 and healed.guard.skipped == 0
     assert np.isfinite(metrics["loss"])
@@ -118,7 +118,7 @@ def test_a_batch_without_any_target_is_skipped(tiny, start, batches, assert_same
     assert_same(after.params, state.params)
 
 
-def test_an_exploding_gradient_is_discarded_by_the_usual_norm(tiny, start, batches):
+def test_an_exploding_gradient_is_discarded_by_the_ema_grad_norm(tiny, start, batches):
     cfg = dataclasses.replace(PLAIN, guard_floor=0.0, guard_factor=1.5)
     step, batch = stepper(tiny, cfg), batches()
     state, first = step(start, batch)

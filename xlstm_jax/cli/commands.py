@@ -11,23 +11,23 @@ from xlstm_jax.config import ConfigError
 
 # Each is a module with `run(args) -> exit code`, imported when it is asked for.
 COMMANDS = {
-    "train": "train CONFIG.py: train a model, or go on with a run",
+    "train": "train CONFIG.py: train a model, or resume a run",
     "evaluate": "evaluate RUN: perplexity and bits per byte on held-out data",
     "generate": "generate RUN --prompt TEXT: continue a text",
     "convert": "convert hf-to-run FOLDER RUN, run-to-hf RUN FOLDER: weights in and out",
-    "plan": "plan CONFIG.py --topology v5e:4x4: a run compiled for hardware that is not here",
+    "plan": "plan CONFIG.py --topology v5e:4x4: a run compiled for a target that is not attached",
     "describe": "describe CONFIG.py: shapes, parameters, FLOPs and memory; trains nothing",
 }
 
-# These compute next to nothing; working memory that is kept would add to their peak.
+# These compute next to nothing; memory that malloc does not return would add to their peak.
 MOVES_ONLY = ("convert",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code.
 
-    0: done, or cleanly pre-empted. 2: a bad argument or configuration, said in one sentence on
-    stderr. 3: the run diverged.
+    0: done, or cleanly preempted. 2: a bad argument or configuration, with one line on stderr. 3:
+    the run diverged.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] not in MOVES_ONLY:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(args)
     except (ConfigError, NotImplementedError, ValueError) as error:
-        if not _is_a_sentence_of_ours(error):
+        if not _is_ours(error):
             raise
         print(f"xlstm-jax: {error}", file=sys.stderr)
         return BAD_ARGUMENT
@@ -57,11 +57,11 @@ def _dispatch(args: list[str]) -> int:
         return DONE
     if args[0] not in COMMANDS:
         near = difflib.get_close_matches(args[0], COMMANDS, n=2) or list(COMMANDS)
-        raise ConfigError(f"{args[0]!r} is not a command; did you mean {' or '.join(near)}?")
+        raise ConfigError(f"unknown command {args[0]!r}; did you mean {' or '.join(near)}?")
     return importlib.import_module(f"xlstm_jax.cli.{args[0]}").run(args[1:])
 
 
-def _is_a_sentence_of_ours(error: Exception) -> bool:
+def _is_ours(error: Exception) -> bool:
     """Whether the library itself raised it; a ValueError from elsewhere is a bug to be seen."""
     if isinstance(error, ConfigError):
         return True

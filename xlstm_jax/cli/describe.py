@@ -9,19 +9,21 @@ import jax
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
 from xlstm_jax.flops import count_params, train_flops
-from xlstm_jax.modules import param_shapes
+from xlstm_jax.modules.lm import param_shapes
 from xlstm_jax.plan.activations import cuts_of_batch, kept_for_backward
-from xlstm_jax.sharding import MESH_AXES, bytes_per_device, get_rules, path_name
-from xlstm_jax.sharding.rules import Rules
-from xlstm_jax.train import ExperimentConfig, decay_mask, make_optimizer
-from xlstm_jax.train.config import check_lengths
+from xlstm_jax.sharding.axes import path_name
+from xlstm_jax.sharding.mesh import MESH_AXES
+from xlstm_jax.sharding.placement import bytes_per_device
+from xlstm_jax.sharding.rules import get_rules
+from xlstm_jax.train.config import ExperimentConfig, check_lengths
+from xlstm_jax.train.optimizer import decay_mask, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Describe(options.WithConfig):
     """Shapes, parameters, the decayed set, FLOPs and memory of a config; trains nothing.
 
-    The devices of its mesh need not be here; an axis of -1 counts as 1.
+    The devices of its mesh need not be attached; an axis of -1 counts as 1.
     """
 
 
@@ -34,20 +36,14 @@ def run(args: list[str]) -> int:
     chosen = options.parse_with_config("describe", Describe, args, presets_too=True)
     cfg = chosen.experiment
     params = param_shapes(cfg.model)
-    mask = decay_mask(params, cfg.train.decay_pattern)
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    decayed = dict(zip([path for path, _ in leaves], jax.tree.leaves(mask), strict=True))
+    decays = jax.tree.leaves(decay_mask(params, cfg.train.decay_pattern))
     rows = [
-        [
-            path_name(path),
-            " x ".join(map(str, leaf.shape)),
-            f"{leaf.size:,}",
-            "yes" if decayed[path] else "no",
-        ]
-        for path, leaf in leaves
+        [path_name(path), " x ".join(map(str, leaf.shape)), f"{leaf.size:,}", "yes" if it else "no"]
+        for (path, leaf), it in zip(leaves, decays, strict=True)
     ]
-    num_decayed = sum(leaf.size for path, leaf in leaves if decayed[path])
-    facts = _sizes(cfg, num_decayed) | _memory(chosen, params)
+    num_decayed = sum(leaf.size for (_, leaf), it in zip(leaves, decays, strict=True) if it)
+    facts = _sizes(cfg, num_decayed) | _memory(cfg, params)
     console.table(["parameter", "shape", "count", "decayed"], rows)
     console.say("\n")
     console.facts(facts)
@@ -70,16 +66,17 @@ def _sizes(cfg: ExperimentConfig, num_decayed: int) -> dict[str, str]:
     }
 
 
-def _memory(chosen: Describe, params: Any) -> dict[str, str]:
+def _memory(cfg: ExperimentConfig, params: Any) -> dict[str, str]:
     """Bytes on one device, by what they are for; temporaries of the compiled step are left out."""
-    cfg, rules, sizes = chosen.experiment, _rules(chosen), _sizes_of_mesh(chosen)
+    rules = get_rules(cfg.mesh.rules_name())
+    sizes = {name: max(getattr(cfg.mesh, name), 1) for name in MESH_AXES}
     check_lengths(cfg, rules, sizes)
-    held = bytes_per_device(params, rules, sizes)
+    params_bytes = bytes_per_device(params, rules, sizes)
     moments = jax.eval_shape(make_optimizer(cfg.train).init, params)
     parts = {
-        "parameters": held,
-        "gradients": held,
-        "optimiser": bytes_per_device(moments, rules, sizes),
+        "parameters": params_bytes,
+        "gradients": params_bytes,
+        "optimizer": bytes_per_device(moments, rules, sizes),
         "activations": kept_for_backward(cfg) // cuts_of_batch(rules, sizes),
     }
     words = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items())
@@ -88,17 +85,8 @@ def _memory(chosen: Describe, params: Any) -> dict[str, str]:
         mesh = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
         where = f"each device of {mesh} under {cfg.mesh.rules_name()}"
     if sizes["tensor"] > 1:
-        words += " as cut by rows and time alone"
+        words += " as sharded over batch and time alone"
     return {"memory, without temporaries": f"{_mib(sum(parts.values()))} on {where} ({words})"}
-
-
-def _sizes_of_mesh(chosen: Describe) -> dict[str, int]:
-    sizes = {name: getattr(chosen.experiment.mesh, name) for name in MESH_AXES}
-    return {name: max(size, 1) for name, size in sizes.items()}
-
-
-def _rules(chosen: Describe) -> Rules:
-    return get_rules(chosen.experiment.mesh.rules_name())
 
 
 def _mib(size: int) -> str:

@@ -3,15 +3,15 @@
 import dataclasses
 import math
 
-from xlstm_jax import data
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
 from xlstm_jax.data.config import Split
+from xlstm_jax.data.loader import load
 from xlstm_jax.evaluate import Bucket, Perplexity, by_position, perplexity
-from xlstm_jax.modules import LM
-from xlstm_jax.train import restore_params, rundir
+from xlstm_jax.modules.lm import LM
+from xlstm_jax.train.checkpoint import restore_params
+from xlstm_jax.train.compilation_cache import compiled_programs
 from xlstm_jax.train.config import check_vocabulary
-from xlstm_jax.train.loop import compiled_programs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Evaluate(options.ModelCommand):
     source: str | None = None  # other data than the run's: a name, a file or a folder
     seq_len: int | None = None  # another window than the run's, longer ones included
     batch_size: int | None = None  # another batch than the run's; changes speed and memory
-    max_batches: int | None = None  # stop after so many
+    max_batches: int | None = None  # only so many, spread evenly over the split
     by_position: bool = False  # also the loss by position in the window
     step: int | None = None  # of the checkpoint; None: the newest
 
@@ -39,25 +39,29 @@ def run(args: list[str]) -> int:
     changes = {name: getattr(chosen, name) for name in ("source", "seq_len", "batch_size")}
     given = {name: value for name, value in changes.items() if value is not None}
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **given))
-    examples = data.load(cfg.data, chosen.split)
+    examples = load(cfg.data, chosen.split)
     check_vocabulary(cfg, examples)
     model, variables = LM(cfg.model), {"params": params}
-    how = {"batch_size": cfg.data.batch_size, "max_batches": chosen.max_batches}
+    how = {
+        "batch_size": cfg.data.batch_size,
+        "max_batches": chosen.max_batches,
+        "document_resets": cfg.train.document_resets,
+    }
     about = f"{cfg.data.source}, {chosen.split}, windows of {cfg.data.seq_len} tokens"
-    with compiled_programs(chosen.run / rundir.CACHE):
+    with compiled_programs(chosen.run):
         _say_perplexity(about, perplexity(model, variables, examples, **how))
         if chosen.by_position:
             _say_positions(by_position(model, variables, examples, **how))
     return DONE
 
 
-def _say_perplexity(about: str, found: Perplexity) -> None:
+def _say_perplexity(about: str, measured: Perplexity) -> None:
     rows = {"data": about}
-    if found.bits_per_byte is not None:
-        rows["bits per byte"] = f"{found.bits_per_byte:.4f}"
-    rows["nats per token"] = f"{found.nats_per_token:.4f}"
-    rows["perplexity"] = f"{math.exp(found.nats_per_token):.4f}"
-    rows["tokens"] = f"{found.num_tokens:,}"
+    if measured.bits_per_byte is not None:
+        rows["bits per byte"] = f"{measured.bits_per_byte:.4f}"
+    rows["nats per token"] = f"{measured.nats_per_token:.4f}"
+    rows["perplexity"] = f"{math.exp(measured.nats_per_token):.4f}"
+    rows["tokens"] = f"{measured.num_tokens:,}"
     console.facts(rows)
 
 

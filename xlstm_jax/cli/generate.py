@@ -11,9 +11,9 @@ from xlstm_jax.config import ConfigError
 from xlstm_jax.data import tokenizers
 from xlstm_jax.generate import Sampler
 from xlstm_jax.generate.text import stream_text
-from xlstm_jax.modules import LM
-from xlstm_jax.train import restore_params, rundir
-from xlstm_jax.train.loop import compiled_programs
+from xlstm_jax.modules.lm import LM
+from xlstm_jax.train.checkpoint import restore_params
+from xlstm_jax.train.compilation_cache import compiled_programs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def run(args: list[str]) -> int:
         raise ConfigError("--prompt must be the text to continue, got ''; give it a character.")
     sampler = _sampler(chosen)
     cfg, params = restore_params(chosen.run, chosen.step)
-    with compiled_programs(chosen.run / rundir.CACHE):
+    with compiled_programs(chosen.run):
         answer = stream_text(
             LM(cfg.model),
             {"params": params},

@@ -1,4 +1,4 @@
-"""`xlstm-jax plan CONFIG.py --topology v5e:16x16`: a run compiled for hardware that is not here."""
+"""`xlstm-jax plan CONFIG.py --topology v5e:16x16`: a run compiled for a target, ahead of time."""
 
 import dataclasses
 import json
@@ -18,9 +18,9 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanRun(options.WithConfig):
-    """Compiles the real train step for hardware that is not here; runs nothing.
+    """Compiles the training program of a run for a target that is not attached; runs nothing.
 
-    Memory and exchanges are the compiled program's. Times are bounds by the peaks of data sheets:
+    Memory and collectives are the compiled program's. Times are bounds by the peaks of data sheets:
     no step is faster than the largest of them.
     """
 
@@ -48,7 +48,7 @@ def run(args: list[str]) -> int:
     target = find_target(chosen.topology, chosen.slices)
     if chosen.fit:
         best, found = fit(chosen.experiment, target, tell=_tell)
-        console.facts(rows(found) | {"to have it": _flags(best)})
+        console.facts(rows(found) | {"flags": _flags(best)})
     else:
         found = plan(chosen.experiment, target)
         console.facts(rows(found))

@@ -1,4 +1,4 @@
-"""`xlstm-jax train CONFIG.py`: trains, or goes on with a run, and shows what came of it."""
+"""`xlstm-jax train CONFIG.py`: trains, or resumes a run, and prints its final metrics."""
 
 import dataclasses
 import itertools
@@ -10,13 +10,18 @@ import jax
 from xlstm_jax import data
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DIVERGED, DONE
-from xlstm_jax.data import Windows
+from xlstm_jax.data.batch import Examples
+from xlstm_jax.data.loader import eval_index
+from xlstm_jax.data.windows import Windows
 from xlstm_jax.flops import train_flops
 from xlstm_jax.generate import Sampler
 from xlstm_jax.generate.text import stream_text
-from xlstm_jax.modules import LM
-from xlstm_jax.sharding import Processes, init_distributed
-from xlstm_jax.train import DivergedError, ExperimentConfig, FitResult, checkpoint, fit, rundir
+from xlstm_jax.modules.lm import LM
+from xlstm_jax.sharding.distributed import Processes, init_distributed
+from xlstm_jax.train import checkpoint, rundir
+from xlstm_jax.train.config import ExperimentConfig
+from xlstm_jax.train.guard import DivergedError
+from xlstm_jax.train.run import FitResult, fit
 
 # Of the sample at the end; a character may take several tokens.
 PROMPT_TOKENS, SAMPLE_CHARACTERS, MOST_TOKENS = 32, 300, 1200
@@ -24,10 +29,10 @@ PROMPT_TOKENS, SAMPLE_CHARACTERS, MOST_TOKENS = 32, 300, 1200
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train(options.WithConfig):
-    """Trains a model, or goes on with the run that is there."""
+    """Trains a model, or resumes the run in its directory."""
 
-    run_dir: Path | None = None  # None: runs/NAME for NAME.py; a run given as config goes on
-    fresh: bool = False  # discard the run that is there
+    run_dir: Path | None = None  # None: runs/NAME for NAME.py; a run given as config is resumed
+    fresh: bool = False  # discard the run in that directory
     processes: Processes = Processes()  # of several, which one this is
 
 
@@ -51,11 +56,12 @@ def run(args: list[str]) -> int:
         return DONE
     if not _is_complete(cfg, result):
         steps = f"step {result.step} of {cfg.train.steps}"
-        console.say(f"\nStopped at {steps} and saved; the same command goes on from there.\n")
+        console.say(f"\nStopped at {steps} and saved; the same command resumes it.\n")
         return DONE
-    _report(cfg, run_dir, result)
-    if jax.process_count() == 1:  # else no process has all parameters
-        _show_sample(cfg, result)
+    valid = data.load(cfg.data, "valid") if cfg.train.eval_every else None
+    _report(cfg, run_dir, result, valid)
+    if isinstance(valid, Windows) and jax.process_count() == 1:  # else no process has all params
+        _show_sample(cfg, result, valid)
     return DONE
 
 
@@ -71,28 +77,37 @@ def _default_run_dir(config: Path) -> Path:
     return config.parent if config.suffix == ".json" else Path("runs", config.stem)
 
 
-def _report(cfg: ExperimentConfig, run_dir: Path, result: FitResult) -> None:
-    found = result.evaluation or {}
-    measures = []
-    if "valid_bits_per_byte" in found:
-        measures.append(f"{found['valid_bits_per_byte']:.4f} bits per byte")
-    if "valid_loss" in found:
-        measures.append(f"{found['valid_loss']:.4f} nats per token")
-        measures.append(f"{found['valid_tokens']:,} tokens")
-    rows = {
-        "held out": ", ".join(measures) or "not measured, as train.eval_every is 0",
-        "checkpoint": str(run_dir / checkpoint.FOLDER / str(result.step)),
-        "picture": str(run_dir / rundir.CURVE),
-    }
+def _report(
+    cfg: ExperimentConfig, run_dir: Path, result: FitResult, valid: Examples | None
+) -> None:
+    rows = {"held out": "not measured, as train.eval_every is 0"}
+    metrics = result.evaluation
+    if metrics is not None and valid is not None:
+        measures = [f"{metrics['valid_loss']:.4f} nats per token"]
+        if "valid_bits_per_byte" in metrics:
+            measures.insert(0, f"{metrics['valid_bits_per_byte']:.4f} bits per byte")
+        rows["held out"] = f"{', '.join(measures)}, {_sample(cfg, run_dir, valid)}"
+    rows["checkpoint"] = str(run_dir / checkpoint.FOLDER / str(result.step))
+    rows["picture"] = str(run_dir / rundir.CURVE)
     console.say("\n")
     console.facts(rows)
 
 
-def _show_sample(cfg: ExperimentConfig, result: FitResult) -> None:
-    """Shows how the model goes on with the held-out text, where the data are text."""
-    windows = data.load(cfg.data, "valid")
-    if not isinstance(windows, Windows):
-        return
+def _sample(cfg: ExperimentConfig, run_dir: Path, valid: Examples) -> str:
+    """What part of the held-out data the last evaluation was made on."""
+    count, limit = len(valid), cfg.train.eval_batches
+    if limit is not None:
+        count = len(eval_index(count, limit * cfg.data.batch_size))
+    if count == len(valid):
+        return f"over all {count:,} windows"
+    return (
+        f"over {count:,} of {len(valid):,} windows, spread evenly; "
+        f"`xlstm-jax evaluate {run_dir}` measures all"
+    )
+
+
+def _show_sample(cfg: ExperimentConfig, result: FitResult, windows: Windows) -> None:
+    """Shows how the model continues the held-out text."""
     prompt = windows.tokenizer.decode(windows.tokens[:PROMPT_TOKENS])
     console.say(f"\n{SAMPLE_CHARACTERS} characters that the model writes after {prompt!r}:\n\n")
     parts = stream_text(

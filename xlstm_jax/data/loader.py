@@ -148,10 +148,20 @@ def eval_batches(
     host_index: int = 0,
     host_count: int = 1,
 ) -> Iterator[Batch]:
-    """Every row once, in order; the last batch is filled up with rows of weight 0."""
+    """Every window once, in order; the last batch is padded with sequences of weight 0.
+
+    With `max_batches`, as many windows as they hold, spread evenly over all of them: an unbiased
+    sample, the same one every time.
+    """
     rows = _host_rows(cfg, host_index, host_count)
-    count = -(-len(examples) // cfg.batch_size)
-    for number in range(count if max_batches is None else min(count, max_batches)):
-        first = number * cfg.batch_size
-        index = np.arange(first + rows.start, min(first + rows.stop, len(examples)), dtype=np.int64)
-        yield fill_up(examples.batch(index), len(rows))
+    count = len(examples) if max_batches is None else max_batches * cfg.batch_size
+    index = eval_index(len(examples), count)
+    for first in range(0, len(index), cfg.batch_size):
+        own = index[first + rows.start : first + rows.stop]
+        yield fill_up(examples.batch(own), len(rows))
+
+
+def eval_index(num_windows: int, count: int) -> Int64[np.ndarray, "N"]:
+    """`count` window numbers in order, the middles of equal parts; all where there are fewer."""
+    count = min(count, num_windows)
+    return (2 * np.arange(count, dtype=np.int64) + 1) * num_windows // (2 * max(count, 1))

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlstm_jax import ops
-from xlstm_jax.data import Batch, Examples
-from xlstm_jax.evaluate.perplexity import rows, sums_of
-from xlstm_jax.modules import LM
+from xlstm_jax.data.batch import Batch, Examples
+from xlstm_jax.evaluate.perplexity import batches
+from xlstm_jax.modules.lm import LM
+from xlstm_jax.ops.cross_entropy import CrossEntropy
+from xlstm_jax.train.losses import documents, token_sums
 
 PIECE = 1024  # positions in one pass: what bounds the memory, whatever the window
 
@@ -36,21 +37,23 @@ def by_position(
     *,
     batch_size: int = 16,
     max_batches: int | None = None,
+    document_resets: bool = True,
 ) -> list[Bucket]:
     """Loss in buckets [0, 1), [1, 2), [2, 4), [4, 8), ...; windows may be of any length.
 
-    A bucket is read in one pass, or in pieces, and the state is carried on to the next: memory
-    does not grow with the window, and the loss is that of the window in one piece.
+    A bucket is read in one pass, or in pieces, and the state is carried to the next: memory does
+    not grow with the window, and the loss is that of the window in one piece.
 
     Args and errors: those of `perplexity`.
     """
+    read = functools.partial(_read, model, variables["params"], document_resets=document_resets)
     totals: dict[tuple[int, int], np.ndarray] = {}
-    for batch in rows(windows, batch_size, max_batches):
+    for batch in batches(windows, batch_size, max_batches):
         state = model.init_state(len(batch.inputs))
         for bucket, start, stop in _pieces(batch.inputs.shape[1]):
             piece = Batch(*(leaf[:, start:stop] for leaf in batch[:-1]), index=batch.index)
             before = batch.segment_ids[:, max(start - 1, 0)]
-            sums, state = _read(model, variables, piece, before, state)
+            sums, state = read(piece, before, state)
             both = np.array([sums.ce_sum, sums.weight_sum], np.float64)
             totals[bucket] = totals.get(bucket, np.zeros(2)) + both
     return [
@@ -67,20 +70,26 @@ def _pieces(seq_len: int) -> Iterator[tuple[tuple[int, int], int, int]]:
             yield (first, last), start, min(start + PIECE, last)
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames=("model", "document_resets"))
 def _read(
-    model: LM, variables: Any, batch: Batch, before: jax.Array, state: Any
-) -> tuple[ops.CrossEntropy, Any]:
+    model: LM, params: Any, batch: Batch, before: jax.Array, state: Any, *, document_resets: bool
+) -> tuple[CrossEntropy, Any]:
     """One pass; `before` is the document of the position before the first."""
-    # The model sees documents change inside a piece; a change at its edge is seen here.
-    kept = batch.segment_ids[:, 0] == before
-    state = jax.tree.map(lambda leaf: jnp.where(_rows(kept, leaf), leaf, 0), state)
+    if document_resets:
+        # The model sees documents change inside a piece; a change at its edge is seen here.
+        same = batch.segment_ids[:, 0] == before
+        state = jax.tree.map(lambda leaf: jnp.where(_like_leaf(same, leaf), leaf, 0), state)
     hidden, state = model.apply(
-        variables, batch.inputs, state=state, segment_ids=batch.segment_ids, head=False
+        {"params": params},
+        batch.inputs,
+        state=state,
+        segment_ids=documents(batch) if document_resets else None,
+        has_padding=False,
+        head=False,
     )
-    return sums_of(model, variables, hidden, batch.targets, batch.weights), state
+    return token_sums(model, params, hidden, batch), state
 
 
-def _rows(kept: jax.Array, leaf: jax.Array) -> jax.Array:
-    """`kept`, which has one value a row, shaped to choose in a leaf with axes layers, B, ..."""
-    return kept.reshape((1, -1) + (1,) * (leaf.ndim - 2))
+def _like_leaf(same: jax.Array, leaf: jax.Array) -> jax.Array:
+    """`same`, one value per sequence, shaped to select in a leaf with axes layers, B, ..."""
+    return same.reshape((1, -1) + (1,) * (leaf.ndim - 2))

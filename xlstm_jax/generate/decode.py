@@ -1,7 +1,7 @@
-"""Prompts to answers: a chunkwise prefill, then one jitted loop that makes a token per turn.
+"""Prompts to answers: a chunkwise prefill, then one jitted loop that makes a token per iteration.
 
-The memory of a recurrent model has one size whatever the length of the text, so every token costs
-the same, and what a prompt left behind can be kept and continued.
+The state of a recurrent model has one size whatever the length of the text, so every token costs
+the same, and the state after a prompt can be stored and continued.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jaxtyping import Key
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.generate.sampling import greedy
-from xlstm_jax.modules import LM, lm_logits
+from xlstm_jax.modules.lm import LM, lm_logits
 from xlstm_jax.typing import Array, Bool, Float, Int, PRNGKeyArray
 
 # Positions in one pass over a prompt: the most, to bound its memory, and the least, so that short
@@ -29,9 +29,9 @@ AnyKey = PRNGKeyArray | Key[Array, "keys"]
 
 
 class Generation(NamedTuple):
-    """Answers, and the memory after the last token of each."""
+    """Answers, and the state after the last token of each."""
 
-    tokens: list[list[int]]  # per row, a stop token included as the last one
+    tokens: list[list[int]]  # per prompt, a stop token included as the last one
     state: State  # has read prompts and answers: pass it on with what comes next
 
 
@@ -174,8 +174,8 @@ def _read(
     hidden, state = model.apply(variables, tokens, state=state, mask=mask, head=False)
     last = jnp.maximum(mask.sum(axis=1) - 1, 0)
     x = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    found = lm_logits(model.cfg, variables["params"], x)
-    return jnp.where(mask.any(axis=1)[:, None], found, logits), state
+    now = lm_logits(model.cfg, variables["params"], x)
+    return jnp.where(mask.any(axis=1)[:, None], now, logits), state
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler", "capacity"))

@@ -5,7 +5,7 @@ from typing import Any
 
 from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.generate import decode
-from xlstm_jax.modules import LM
+from xlstm_jax.modules.lm import LM
 
 PIECE = 8  # tokens between two looks at the answer: few enough to seem alive, many to be fast
 

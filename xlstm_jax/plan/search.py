@@ -110,7 +110,7 @@ def _candidate(cfg, target, mesh, remat, rows, kept) -> Candidate | None:
     batch = rows * shares * cfg.train.accumulation
     changed = dataclasses.replace(
         cfg,
-        mesh=dataclasses.replace(mesh, slstm_time=cfg.mesh.slstm_time),
+        mesh=dataclasses.replace(mesh, slstm_seq=cfg.mesh.slstm_seq),
         model=dataclasses.replace(cfg.model, remat=remat),
         data=dataclasses.replace(cfg.data, batch_size=batch),
     )

@@ -1,4 +1,4 @@
-"""A mesh and its rules together: where everything of a run lies."""
+"""A mesh and its rules together: how everything of a run is sharded."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xlstm_jax.sharding.mesh import SMALLEST_CUT, MeshConfig, available, mesh_of
+from xlstm_jax.sharding.mesh import MIN_SHARD_SIZE, MeshConfig, available, mesh_of
 from xlstm_jax.sharding.placement import tree_shardings
 from xlstm_jax.sharding.rules import Rules, get_rules, use_rules
 from xlstm_jax.typing import PyTree
@@ -17,7 +17,7 @@ from xlstm_jax.typing import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """One of several blocks of rows."""
+    """One of several blocks of a batch."""
 
     index: int
     count: int
@@ -25,11 +25,11 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """The devices of a run along the axes of a mesh, and what these axes cut."""
+    """The devices of a run along the axes of a mesh, and what is sharded over these axes."""
 
     mesh: Mesh
     rules: Rules
-    smallest_cut: int = SMALLEST_CUT
+    min_shard_size: int = MIN_SHARD_SIZE
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -37,29 +37,39 @@ class Devices:
         with jax.set_mesh(self.mesh), use_rules(self.rules):
             yield
 
-    def of_tree(self, tree: PyTree) -> PyTree:
+    def shardings(self, tree: PyTree) -> PyTree:
         """A sharding for every leaf of a `TrainState`, or of another tree of parameters."""
-        return tree_shardings(tree, self.rules, self.mesh, self.smallest_cut)
+        return tree_shardings(tree, self.rules, self.mesh, self.min_shard_size)
 
-    def hold(self, tree: PyTree) -> PyTree:
-        """The tree, compiled so that it stays where `of_tree` says."""
-        return jax.lax.with_sharding_constraint(tree, self.of_tree(tree))
+    def constrain(self, tree: PyTree) -> PyTree:
+        """The tree, constrained inside a compiled function to its `shardings`."""
+        return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
 
-    def of_batch(self, ndim: int = 2) -> NamedSharding:
-        """Where rows lie, `B` or `B T`."""
-        cut = (self.rules["batch"] or None, self.rules["time"] or None)
-        return NamedSharding(self.mesh, PartitionSpec(*cut[:ndim]))
+    def batch_sharding(self, ndim: int = 2) -> NamedSharding:
+        """The sharding of a leaf of a batch, `B` or `B T`."""
+        axes = (self.rules["batch"] or None, self.rules["time"] or None)
+        return NamedSharding(self.mesh, PartitionSpec(*axes[:ndim]))
 
-    def everywhere(self, tree: PyTree) -> PyTree:
-        """Values that every device has whole."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+    @property
+    def replicated(self) -> NamedSharding:
+        """The sharding of a value of which every device has a copy."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def replicate(self, tree: PyTree) -> PyTree:
+        """Values on the host, the same ones in every process, as a copy on every device."""
+
+        def put(x: Any) -> jax.Array:
+            x = np.asarray(x)
+            return jax.make_array_from_callback(x.shape, self.replicated, x.__getitem__)
+
+        return jax.tree.map(put, tree)
 
     def batch(self, rows: PyTree, num_rows: int | None = None) -> PyTree:
-        """Rows on the host as arrays on all devices.
+        """A batch on the host as arrays sharded over all devices.
 
         Args:
-            rows: a tree of NumPy arrays, `B` or `B T`: all rows, or this process' share of them.
-            num_rows: how many there are in all; None: these are all.
+            rows: a tree of NumPy arrays, `B` or `B T`: the batch, or this process' share of it.
+            num_rows: the size of the whole batch; None: this is all of it.
         """
 
         def place(x: np.ndarray) -> jax.Array:
@@ -72,16 +82,16 @@ class Devices:
                 return x[(slice(start - first, stop - first), *index[1:])]
 
             x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
-            return jax.make_array_from_callback(shape, self.of_batch(x.ndim), piece)
+            return jax.make_array_from_callback(shape, self.batch_sharding(x.ndim), piece)
 
         return jax.tree.map(place, rows)
 
     def share_of_rows(self, num_rows: int) -> Share:
-        """The rows of a batch that the devices of this process need.
+        """The sequences of a batch that the devices of this process need.
 
-        One of several blocks of equal size; all rows, where a process needs others than one block.
+        One of several blocks of equal size; all of them, where they are not one such block.
         """
-        indices = self.of_batch(1).addressable_devices_indices_map((num_rows,))
+        indices = self.batch_sharding(1).addressable_devices_indices_map((num_rows,))
         bounds = [index[0].indices(num_rows)[:2] for index in indices.values() if index]
         start, stop = min(first for first, _ in bounds), max(last for _, last in bounds)
         size = stop - start
@@ -102,4 +112,4 @@ def make_devices(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Devic
     """
     devices = available() if devices is None else devices
     rules = get_rules(cfg.rules_name())
-    return Devices(mesh_of(devices, cfg.sizes(len(devices))), rules, cfg.smallest_cut)
+    return Devices(mesh_of(devices, cfg.sizes(len(devices))), rules, cfg.min_shard_size)

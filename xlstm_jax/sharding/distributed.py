@@ -1,28 +1,40 @@
-"""Several processes as one program: who they are, and the roll-call before they begin.
+"""Several processes as one program: `jax.distributed` with a time limit in plain words.
 
-JAX's own start waits for all processes, and where one never comes it ends the others with a failed
-check that names nobody. So the processes first call the roll on the coordinator's port.
+What a user sees where the processes do not match, tried with jax 0.10.2:
+
+- A process that does not start: after `timeout_minutes` every other one prints one line, with its
+  own number and the coordinator's address, and ends with exit code 4. Missing is whoever printed no
+  such line: JAX's coordination service knows who it is, but has no public option that tells. (By
+  itself JAX would end with a failed check and a C++ stack trace.)
+- Two processes with one `process_id`: JAX ends the older one with a failed check, "Aborted connect
+  attempt as there is a request from a newer incarnation"; the others end as above.
+- Different `num_processes`: that of process 0 counts for all of them. A process whose number is not
+  below it ends with a failed check, "Unexpected task registered".
+- A port in use: process 0 ends with one line and exit code 2.
 """
 
+import contextlib
 import dataclasses
-import json
 import os
 import re
-import socket
-import time
-from collections.abc import Callable, Mapping
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 
 from xlstm_jax.config import ConfigError
 
-RETRY_SECONDS = 0.2
-ANSWER_SECONDS = 5.0
+MISSING = 4
+"""Exit code where a process did not arrive in time; the same command may succeed later."""
+
+_GRACE_SECONDS = 60  # JAX's own limit comes later than ours: it ends a process with a stack trace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Processes:
-    """Which process this is, of how many; nothing set: found out, from SLURM, MPI and the like."""
+    """Which process this is, of how many; nothing set: detected, from SLURM, MPI and the like."""
 
     coordinator: str | None = None  # HOST:PORT of process 0, where the others can reach it
     num_processes: int | None = None
@@ -35,7 +47,7 @@ class Processes:
             raise ConfigError(
                 "coordinator, num_processes and process_id belong together, got "
                 f"{self.coordinator!r}, {self.num_processes} and {self.process_id}; "
-                "give all three, or none to have them found out."
+                "give all three, or none to have them detected."
             )
         if self.num_processes is None or self.process_id is None:
             return
@@ -51,176 +63,83 @@ class Processes:
 def init_distributed(processes: Processes | None = None) -> None:
     """Joins the other processes of this program; call it before the first computation.
 
-    Alone, it does nothing. Found out are: `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID`; SLURM; and what `jax.distributed.initialize` finds out itself (Open MPI,
-    Kubernetes, cloud TPUs).
+    Alone, it does nothing. `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`
+    count where `processes` names nobody; then what `jax.distributed.initialize` detects: SLURM,
+    Open MPI, Kubernetes, cloud TPUs.
+
+    Where another process does not arrive within `timeout_minutes`, this one prints one line and
+    ends with exit code 4; nothing that waits in JAX's runtime could be interrupted otherwise.
 
     Raises:
-        ConfigError: a process does not arrive in time; says which.
+        ConfigError: the coordinator cannot be used, or none was detected.
     """
     if jax.distributed.is_initialized():
         return
-    processes = Processes() if processes is None else processes
-    if processes.coordinator is None:
-        found = next(filter(None, (find(os.environ) for find in _FINDERS)), None)
-        if found is None:
-            if any(name in os.environ for name in _FOUND_BY_JAX):
-                jax.distributed.initialize()
-            return
-        processes = dataclasses.replace(processes, **found)
+    processes = _from_environment(Processes() if processes is None else processes, os.environ)
+    arguments: dict[str, Any] = {}
+    if processes.coordinator is not None:
+        arguments = {
+            "coordinator_address": processes.coordinator,
+            "num_processes": processes.num_processes,
+            "process_id": processes.process_id,
+        }
+        if re.match(r"(localhost|127\.[\d.]+):", processes.coordinator):
+            arguments["coordinator_bind_address"] = processes.coordinator  # no other interface
+    elif not _is_in_cluster(os.environ):
+        return
     if processes.num_processes == 1:
         return
-    call_the_roll(processes)
-    jax.distributed.initialize(
-        processes.coordinator,
-        processes.num_processes,
-        processes.process_id,
-        initialization_timeout=max(1, round(60 * processes.timeout_minutes)),
-    )
+    seconds = max(1, round(60 * processes.timeout_minutes))
+    with _time_limit(processes, seconds):
+        try:
+            jax.distributed.initialize(**arguments, initialization_timeout=seconds + _GRACE_SECONDS)
+        except (ValueError, RuntimeError) as error:  # a port in use, a launcher without an address
+            reason = str(error).strip().split("\n")[0]
+            raise ConfigError(
+                f"the processes of this program cannot be connected ({reason}); give coordinator, "
+                "num_processes and process_id, with a free port of process 0."
+            ) from error
 
 
-Found = dict[str, str | int]
-
-
-def _by_environment(environ: Mapping[str, str]) -> Found | None:
+def _from_environment(processes: Processes, environ: Mapping[str, str]) -> Processes:
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    if not all(name in environ for name in names):
-        return None
+    if processes.coordinator is not None or not all(name in environ for name in names):
+        return processes
     address, count, number = (environ[name] for name in names)
-    return {"coordinator": address, "num_processes": int(count), "process_id": int(number)}
-
-
-def _by_slurm(environ: Mapping[str, str]) -> Found | None:
-    """Of a step of several tasks, one of which `srun` has started."""
-    count = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if count == 1 or "SLURM_PROCID" not in environ:
-        return None
-    # As in "node[017-020,033]" or "a-1,a-2": the first host runs process 0.
-    nodes = environ["SLURM_STEP_NODELIST"]
-    match = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
-    if match is None:
-        raise ConfigError(f"SLURM_STEP_NODELIST={nodes!r} cannot be read; name the coordinator.")
-    port = (
-        40_000 + int(environ["SLURM_JOB_ID"]) % 20_000
-    )  # jobs on one host have ports of their own
-    return {
-        "coordinator": f"{match[1]}{match[2] or ''}:{port}",
-        "num_processes": count,
-        "process_id": int(environ["SLURM_PROCID"]),
-    }
-
-
-_FINDERS: tuple[Callable[[Mapping[str, str]], Found | None], ...] = (_by_environment, _by_slurm)
-_FOUND_BY_JAX = ("OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES")
-
-
-def call_the_roll(processes: Processes) -> None:
-    """Returns in every process once all have arrived.
-
-    Raises:
-        ConfigError: time is up, or two say that they are the same one; names who is missing.
-    """
-    assert processes.coordinator and processes.num_processes is not None
-    host, _, port = processes.coordinator.rpartition(":")
-    deadline = time.monotonic() + 60 * processes.timeout_minutes
-    if processes.process_id == 0:
-        # Where only this machine can be meant, nobody else is listened to.
-        inside = host == "localhost" or host.startswith("127.")
-        _answer(processes, (host if inside else "", int(port)), deadline)
-    else:
-        _report(processes, host, int(port), deadline)
-
-
-def _answer(processes: Processes, address: tuple[str, int], deadline: float) -> None:
-    """Process 0: waits for the others, then tells them to go on, or what is wrong."""
-    missing = set(range(1, processes.num_processes or 1))
-    arrived: list[socket.socket] = []
-    problem = None
-    with socket.create_server(address, backlog=1024) as server:
-        while missing and problem is None:
-            server.settimeout(max(0.01, deadline - time.monotonic()))
-            try:
-                connection, _ = server.accept()
-            except TimeoutError:
-                problem = _missing(processes, missing)
-                break
-            connection.settimeout(ANSWER_SECONDS)
-            said = _read(connection)
-            if said is None:  # something else that tries ports
-                connection.close()
-                continue
-            arrived.append(connection)
-            problem = _check(processes, said, missing)
-            missing.discard(said["process_id"])
-        for connection in arrived:
-            _finish(connection, {"problem": problem})
-    if problem is not None:
-        raise ConfigError(problem)
-
-
-def _check(processes: Processes, said: dict[str, int], missing: set[int]) -> str | None:
-    number, count = said["process_id"], said["num_processes"]
-    if count != processes.num_processes:
-        return (
-            f"every process must be told the same num_processes, got {processes.num_processes} in "
-            f"process 0 and {count} in process {number}; start them with one number."
-        )
-    if number not in missing:
-        return f"two processes say that they are process_id={number}; give each its own."
-    return None
-
-
-def _missing(processes: Processes, missing: set[int]) -> str:
-    names = ", ".join(map(str, sorted(missing)))
-    who = f"process {names} has" if len(missing) == 1 else f"processes {names} have"
-    return (
-        f"{who} not arrived at {processes.coordinator} within {processes.timeout_minutes:g} minutes"
-        f" (num_processes={processes.num_processes}); see their logs, or start fewer."
+    return dataclasses.replace(
+        processes, coordinator=address, num_processes=int(count), process_id=int(number)
     )
 
 
-def _report(processes: Processes, host: str, port: int, deadline: float) -> None:
-    """Another process: says that it is here, and waits for the word to go on."""
-    own = {"process_id": processes.process_id, "num_processes": processes.num_processes}
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise ConfigError(_missing(processes, {0}))
-        try:
-            with socket.create_connection((host, port), timeout=left) as connection:
-                connection.sendall(json.dumps(own).encode() + b"\n")
-                # Process 0 ends the wait: only it knows who else is missing.
-                connection.settimeout(left + ANSWER_SECONDS)
-                answer = _read(connection)
-        except OSError:
-            answer = None
-        if answer is None:
-            time.sleep(RETRY_SECONDS)
-            continue
-        if answer["problem"] is not None:
-            raise ConfigError(answer["problem"])
-        return
+def _is_in_cluster(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher whose variables JAX reads has started this process as one of several."""
+    counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    several = any(int(environ.get(name, "1")) > 1 for name in counts)
+    return several or "JOB_COMPLETION_INDEX" in environ or "TPU_WORKER_HOSTNAMES" in environ
 
 
-def _read(connection: socket.socket) -> dict | None:
-    """One line of JSON; None where the other side says nothing of the kind."""
-    text = b""
+@contextlib.contextmanager
+def _time_limit(processes: Processes, seconds: int) -> Iterator[None]:
+    """Ends the process, with one line on stderr, unless what is inside returns in time."""
+
+    def end() -> None:
+        who, where = "this process", ""
+        if processes.coordinator is not None:
+            who = f"process {processes.process_id} of {processes.num_processes}"
+            where = f" at {processes.coordinator}"
+        print(
+            f"xlstm-jax: {who} waited {processes.timeout_minutes:g} minutes{where} for processes "
+            "that did not arrive; start those whose log lacks this line, or give a smaller "
+            "num_processes.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(MISSING)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
     try:
-        while not text.endswith(b"\n"):
-            piece = connection.recv(4096)
-            if not piece or len(text) > 4096:
-                return None
-            text += piece
-        return json.loads(text)
-    except (ValueError, OSError):
-        return None
-
-
-def _finish(connection: socket.socket, answer: dict[str, str | None]) -> None:
-    """Sends the answer, and lets the other side close first: the port is needed again at once."""
-    with connection:
-        try:
-            connection.sendall(json.dumps(answer).encode() + b"\n")
-            connection.recv(1)
-        except OSError:
-            pass
+        yield
+    finally:
+        timer.cancel()

@@ -15,32 +15,32 @@ from xlstm_jax.sharding.rules import RULES, RulesName
 
 MESH_AXES = ("data", "fsdp", "seq", "tensor")
 
-SMALLEST_CUT = 2**18
-"""Parameters of fewer elements (of one layer) are not cut by fsdp: gathering them costs more than
-they take."""
+MIN_SHARD_SIZE = 2**18
+"""Parameters of fewer elements (of one layer) stay replicated under fsdp: gathering them costs more
+than the memory they take."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis of a mesh, and what these axes cut.
+    """Devices along each axis of a mesh, and what is sharded over these axes.
 
     One axis may be -1: it takes the devices that the others leave.
     """
 
-    data: int = -1  # rows of the batch
-    fsdp: int = 1  # rows of the batch, parameters and moments
-    seq: int = 1  # time: the sequence of a row
+    data: int = -1  # the batch
+    fsdp: int = 1  # the batch, parameters and moments
+    seq: int = 1  # time: each sequence
     tensor: int = 1  # heads and features
     rules: RulesName | Literal["auto"] = "auto"  # "auto": the least table that uses these axes
-    smallest_cut: int = SMALLEST_CUT  # elements; smaller parameters are held whole under fsdp
-    slstm_time: Literal["gather", "refuse"] = "gather"  # under seq, as an sLSTM cannot be cut
+    min_shard_size: int = MIN_SHARD_SIZE  # elements; smaller parameters are replicated under fsdp
+    slstm_seq: Literal["gather", "refuse"] = "gather"  # time of an sLSTM, which is never sharded
 
     def __post_init__(self):
         free = [name for name in MESH_AXES if getattr(self, name) == -1]
         for name in MESH_AXES:
             if getattr(self, name) < 1 and name not in free:
                 raise ConfigError(
-                    f"mesh.{name} must be at least 1, got {getattr(self, name)}; 1 cuts nothing, "
+                    f"mesh.{name} must be at least 1, got {getattr(self, name)}; 1 shards nothing, "
                     "-1 takes the devices that the other axes leave."
                 )
         if len(free) > 1:
@@ -80,7 +80,9 @@ class MeshConfig:
             return self.rules
         if not any(fits.values()):
             axes = " and ".join(sorted(needed))
-            raise ConfigError(f"no table of rules cuts by {axes} at once; set one of them to 1.")
+            raise ConfigError(
+                f"no table of rules shards over {axes} at once; set one of them to 1."
+            )
         idle = " and ".join(sorted(needed - used_axes(self.rules)))
         others = ", ".join(name for name, fit in fits.items() if fit)
         raise ConfigError(

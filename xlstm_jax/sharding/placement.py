@@ -1,4 +1,4 @@
-"""Where each parameter lies on a mesh, by its path and a table of rules."""
+"""The sharding of each parameter on a mesh, by its path and a table of rules."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from xlstm_jax.sharding.axes import logical_axes, partition_spec_for, path_name
-from xlstm_jax.sharding.mesh import SMALLEST_CUT
+from xlstm_jax.sharding.mesh import MIN_SHARD_SIZE
 from xlstm_jax.sharding.rules import Rules
 from xlstm_jax.typing import PyTree
 
@@ -18,17 +18,17 @@ def partition_spec(
     shape: Sequence[int],
     rules: Rules,
     mesh_sizes: Mapping[str, int],
-    smallest: int = SMALLEST_CUT,
+    min_shard_size: int = MIN_SHARD_SIZE,
 ) -> PartitionSpec:
-    """The mesh axes that cut each axis of a parameter.
+    """The mesh axes over which each axis of a parameter is sharded.
 
-    Axes that the mesh lacks, that do not divide an axis of the parameter, or that already cut
-    another one, are left out: the parameter is then held whole along it.
+    Axes that the mesh lacks, that do not divide an axis of the parameter, or that are already used
+    for another one, are left out: the parameter is then replicated over them.
     """
     names = logical_axes(path, len(shape))
     one_layer = math.prod(n for n, name in zip(shape, names, strict=True) if name != "layers")
     axes = [rules[name] if name else () for name in names]
-    if one_layer < smallest:
+    if one_layer < min_shard_size:
         axes = [[axis for axis in chosen if axis != "fsdp"] for chosen in axes]
     return partition_spec_for(shape, axes, mesh_sizes)
 
@@ -38,22 +38,24 @@ def sharding_of(
     shape: Sequence[int],
     rules: Rules,
     mesh: jax.sharding.Mesh,
-    smallest: int = SMALLEST_CUT,
+    min_shard_size: int = MIN_SHARD_SIZE,
 ) -> NamedSharding:
     """The sharding of a parameter on a mesh."""
-    return NamedSharding(mesh, partition_spec(path, shape, rules, dict(mesh.shape), smallest))
+    return NamedSharding(mesh, partition_spec(path, shape, rules, dict(mesh.shape), min_shard_size))
 
 
 def tree_shardings(
-    tree: PyTree, rules: Rules, mesh: jax.sharding.Mesh, smallest: int = SMALLEST_CUT
+    tree: PyTree, rules: Rules, mesh: jax.sharding.Mesh, min_shard_size: int = MIN_SHARD_SIZE
 ) -> PyTree:
     """The sharding of every leaf of a tree that has the paths of parameters in it.
 
-    A `TrainState`, or its shapes: moments lie as their parameters do, numbers are everywhere.
+    A `TrainState`, or its shapes: moments are sharded like their parameters, scalars replicated.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: sharding_of(path_name(path), leaf.shape, rules, mesh, smallest), tree
-    )
+
+    def of_leaf(path, leaf):
+        return sharding_of(path_name(path), leaf.shape, rules, mesh, min_shard_size)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
 
 def bytes_per_device(params: PyTree, rules: Rules, mesh_sizes: Mapping[str, int]) -> int:

@@ -1,4 +1,4 @@
-"""Tables from the name of an axis to the axes of the mesh that cut it, and the one in use."""
+"""Tables from a logical axis to the axes of the mesh it is sharded over, and the one in use."""
 
 import contextlib
 import contextvars
@@ -10,54 +10,34 @@ from xlstm_jax.config import ConfigError
 Rules = Mapping[str, tuple[str, ...]]
 RulesName = Literal["data", "fsdp", "fsdp_tensor", "fsdp_seq"]
 
+_REPLICATED: Rules = dict.fromkeys(
+    ("batch", "time", "embed", "inner", "mlp", "heads", "vocab", "layers"), ()
+)
+_FSDP: Rules = {
+    **_REPLICATED,
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "vocab": ("fsdp",),
+}
+
 RULES: dict[str, Rules] = {
-    "data": {
-        "batch": ("data",),
-        "time": (),
-        "embed": (),
-        "inner": (),
-        "mlp": (),
-        "heads": (),
-        "vocab": (),
-        "layers": (),
-    },
-    "fsdp": {
-        "batch": ("data", "fsdp"),
-        "time": (),
-        "embed": ("fsdp",),
-        "inner": (),
-        "mlp": (),
-        "heads": (),
-        "vocab": ("fsdp",),
-        "layers": (),
-    },
+    "data": {**_REPLICATED, "batch": ("data",)},
+    "fsdp": _FSDP,
     "fsdp_tensor": {
-        "batch": ("data", "fsdp"),
-        "time": (),
-        "embed": ("fsdp",),
+        **_FSDP,
         "inner": ("tensor",),
         "mlp": ("tensor",),
         "heads": ("tensor",),
         "vocab": ("tensor", "fsdp"),
-        "layers": (),
     },
-    "fsdp_seq": {
-        "batch": ("data", "fsdp"),
-        "time": ("seq",),
-        "embed": ("fsdp",),
-        "inner": (),
-        "mlp": (),
-        "heads": (),
-        "vocab": ("fsdp",),
-        "layers": (),
-    },
+    "fsdp_seq": {**_FSDP, "time": ("seq",)},
 }
-"""Every table says where every axis goes; () is nowhere: each device holds it whole."""
+"""Every table has every logical axis; () means that it is replicated."""
 
 assert tuple(RULES) == get_args(RulesName)
 
 EVERYTHING: Rules = {**RULES["fsdp_tensor"], "time": ("seq",)}
-"""What cuts activations where no table is in use: every axis that a mesh may have."""
+"""For activations where no table is in use: every axis that a mesh may have."""
 
 _in_use: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=EVERYTHING)
 
@@ -75,10 +55,10 @@ def get_rules(name: str) -> Rules:
 
 @contextlib.contextmanager
 def use_rules(rules: Rules) -> Iterator[None]:
-    """Within, activations are cut by this table, as far as the active mesh has its axes.
+    """Within, activations are sharded by this table, as far as the active mesh has its axes.
 
-    It counts while a function is traced: enter it inside of what is compiled, as the train step
-    does, or a program compiled before goes on as it was.
+    It counts while a function is traced: enter it inside of what is compiled, as the training
+    program does, or a program compiled before stays as it was.
     """
     token = _in_use.set(rules)
     try:

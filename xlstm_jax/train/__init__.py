@@ -3,8 +3,8 @@
 from xlstm_jax.train.checkpoint import Checkpointer, CheckpointError, restore_params
 from xlstm_jax.train.config import ExperimentConfig, TrainConfig
 from xlstm_jax.train.guard import DivergedError
-from xlstm_jax.train.loop import FitResult, fit
 from xlstm_jax.train.optimizer import decay_mask, make_optimizer, make_schedule
+from xlstm_jax.train.run import FitResult, fit
 from xlstm_jax.train.state import TrainState, first_state, init_state
 from xlstm_jax.train.step import make_train_step
 

@@ -1,37 +1,44 @@
 """A run's checkpoints: everything that belongs to a step, in one directory that appears at once.
 
-RUN/config.json              enough to rebuild the model
-RUN/checkpoints/STEP/state   the train state           (arrays)
-RUN/checkpoints/STEP/data    position in the data      (JSON)
-RUN/checkpoints/STEP/config  as it was at this step    (JSON)
+RUN/config.json                     enough to rebuild the model
+RUN/checkpoints/STEP/state          the train state           (arrays)
+RUN/checkpoints/STEP/data           progress                  (JSON)
+RUN/checkpoints/STEP/config         as it was at this step    (JSON)
+RUN/checkpoints/STEP/manifest.json  sizes and checksums of all these files
 
 A run that begins with given parameters has a step 0 that holds these alone.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from xlstm_jax.config import ConfigError, load_config
-from xlstm_jax.modules import LM
-from xlstm_jax.train import seal
+from xlstm_jax.modules.lm import param_shapes
+from xlstm_jax.train import manifest
 from xlstm_jax.train.config import ExperimentConfig
+from xlstm_jax.train.guard import Guard
 from xlstm_jax.train.state import TrainState
 from xlstm_jax.typing import PyTree
 
 FOLDER = "checkpoints"
 
-Place = Callable[[PyTree], PyTree]
+ShardingFn = Callable[[PyTree], PyTree]
 """From a tree to a sharding for each of its leaves."""
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint that is not there or cannot be read; one sentence says which and what to do."""
+    """A checkpoint that does not exist or cannot be read; one line says which and what to do."""
+
+
+class _OldGuard(NamedTuple):
+    """`Guard` as checkpoints store it that were written before its field was renamed."""
+
+    usual_norm: Any
+    skipped: Any
 
 
 class Checkpointer:
@@ -50,15 +57,15 @@ class Checkpointer:
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 enable_async_checkpointing=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             ),
         )
 
-    def _seal(self) -> None:
+    def _write_manifest(self) -> None:
         # Saves follow each other, so it is this step whose items have just been completed. They
-        # still lie under a temporary name: the seal appears together with them.
+        # still have a temporary name: the manifest appears together with them.
         drafts = self._folder.glob(f"{self._step}.orbax-checkpoint-tmp*")
-        seal.write(next(drafts, self._folder / str(self._step)))
+        manifest.write(next(drafts, self._folder / str(self._step)))
 
     def save(
         self, step: int, state: TrainState, data_state: dict[str, Any], config: dict[str, Any]
@@ -89,12 +96,7 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -136,7 +138,7 @@ def save_params(run_dir: str | Path, params: PyTree, config: dict[str, Any]) -> 
                 config=ocp.args.JsonSave(config),
             ),
         )
-    seal.write(folder)
+    manifest.write(folder)
 
 
 def has_params_alone(run_dir: str | Path) -> bool:
@@ -148,20 +150,20 @@ def has_params_alone(run_dir: str | Path) -> bool:
     step = latest_step(run_dir)
     if step != 0:
         return False
-    found = _restore(Path(run_dir), step, ocp.args.Composite(data=ocp.args.JsonRestore()))
-    return found.data == _PARAMS_ALONE
+    args = ocp.args.Composite(data=ocp.args.JsonRestore())
+    return _restore(Path(run_dir), step, args).data == _PARAMS_ALONE
 
 
 def restore_latest(
-    run_dir: str | Path, like: PyTree, place: Place | None = None
+    run_dir: str | Path, like: PyTree, place: ShardingFn | None = None
 ) -> tuple[TrainState, dict[str, Any]] | None:
-    """The newest state and data position of a run, or None if it has not saved any.
+    """The newest state and progress of a run, or None if it has not saved any.
 
     Args:
         run_dir: the run.
         like: a state of the same structure, or its shapes, with the dtypes wanted.
-        place: where each leaf is to lie, whatever devices it was saved from; None: on one device,
-            or where `like` lies.
+        place: the sharding of each leaf, whatever devices it was saved from; None: those of `like`,
+            or one device where it has none.
 
     Raises:
         CheckpointError: it is damaged or of another structure; nothing on disk is changed.
@@ -169,16 +171,27 @@ def restore_latest(
     step = latest_step(run_dir)
     if step is None:
         return None
+    like = _abstract(like, place)
+    is_old = _has_old_guard(Path(run_dir) / FOLDER / str(step))
     args = ocp.args.Composite(
-        state=ocp.args.StandardRestore(_abstract(like, place)),
+        state=ocp.args.StandardRestore(_with_guard(like, _OldGuard) if is_old else like),
         data=ocp.args.JsonRestore(),
     )
     restored = _restore(Path(run_dir), step, args)
-    return restored.state, restored.data
+    return _with_guard(restored.state, Guard) if is_old else restored.state, restored.data
+
+
+def _has_old_guard(folder: Path) -> bool:
+    metadata = folder / "state" / "_METADATA"
+    return metadata.is_file() and "usual_norm" in metadata.read_text(errors="replace")
+
+
+def _with_guard(state: TrainState, kind: type) -> TrainState:
+    return state.replace(guard=kind(*state.guard))
 
 
 def restore_params(
-    run_dir: str | Path, step: int | None = None, place: Place | None = None
+    run_dir: str | Path, step: int | None = None, place: ShardingFn | None = None
 ) -> tuple[ExperimentConfig, PyTree]:
     """The config and the parameters of a run, at its newest step or a given one.
 
@@ -192,44 +205,41 @@ def restore_params(
         CheckpointError: it has not saved this step, or what it saved cannot be read.
     """
     cfg = load_config(run_dir, ExperimentConfig)
-    found = steps(run_dir)
-    if not found:
+    saved = steps(run_dir)
+    if not saved:
         raise CheckpointError(f"{run_dir} has no checkpoint yet; train it first.")
-    if step is not None and step not in found:
-        words = ", ".join(map(str, found))
+    if step is not None and step not in saved:
+        words = ", ".join(map(str, saved))
         raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; use one of: {words}.")
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(LM(cfg.model).init, jax.random.key(0), tokens)
-    like = {"params": _abstract(shapes["params"], place)}
+    like = {"params": _abstract(param_shapes(cfg.model), place)}
     item = ocp.args.PyTreeRestore(
         item=like,
         restore_args=ocp.checkpoint_utils.construct_restore_args(like),
         partial_restore=True,
     )
-    step = found[-1] if step is None else step
+    step = saved[-1] if step is None else step
     restored = _restore(Path(run_dir), step, ocp.args.Composite(state=item))
     return cfg, restored.state["params"]
 
 
-def _abstract(tree: PyTree, place: Place | None) -> PyTree:
-    def there(x: Any) -> Any:
+def _abstract(tree: PyTree, place: ShardingFn | None) -> PyTree:
+    def own(x: Any) -> Any:
         given = getattr(x, "sharding", None)
         return jax.sharding.SingleDeviceSharding(jax.devices()[0]) if given is None else given
 
-    shardings = jax.tree.map(there, tree) if place is None else place(tree)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         tree,
-        shardings,
+        jax.tree.map(own, tree) if place is None else place(tree),
     )
 
 
 def _restore(run_dir: Path, step: int, args: ocp.args.Composite) -> Any:
     folder = run_dir.resolve() / FOLDER
-    problem = seal.damage(folder / str(step))
+    problem = manifest.verify(folder / str(step))
     if problem is not None:
         raise CheckpointError(f"{problem}; {_way_out(run_dir, step)}.")
-    # Without a manager: opening one would tidy the folder up.
+    # Without a manager: opening one would delete unfinished checkpoints.
     handler = ocp.CompositeCheckpointHandler()
     try:
         with ocp.Checkpointer(handler) as reader:
@@ -246,5 +256,5 @@ def _restore(run_dir: Path, step: int, args: ocp.args.Composite) -> Any:
 def _way_out(run_dir: Path, step: int) -> str:
     earlier = [other for other in steps(run_dir) if other < step]
     if earlier:
-        return f"delete {run_dir / FOLDER / str(step)} to go on from step {earlier[-1]}"
+        return f"delete {run_dir / FOLDER / str(step)} to resume from step {earlier[-1]}"
     return "it is the only one, so start again with fresh=True (--fresh)"

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 from xlstm_jax.config import ConfigError
-from xlstm_jax.data import DataConfig, Examples
+from xlstm_jax.data.batch import Examples
+from xlstm_jax.data.config import DataConfig
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.kinds import BLOCKS
-from xlstm_jax.sharding import MeshConfig
+from xlstm_jax.sharding.mesh import MeshConfig
 from xlstm_jax.sharding.rules import Rules
 
 Schedule = Literal["constant", "linear", "cosine", "exponential", "wsd"]
@@ -19,7 +20,7 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Optimiser, schedule, guard and rhythm of a run.
+    """Optimizer, schedule, guard, and the intervals of logging, evaluation and checkpoints.
 
     A length in steps that is below 1 is a share of `steps`.
     """
@@ -39,8 +40,8 @@ class TrainConfig:
     decay_pattern: str = r"(^|/)kernel$"  # regex over parameter paths: what weight decay touches
     grad_clip: float | None = 0.5  # bound on the global norm of the gradient
     accumulation: int = 1  # micro-batches of one update
-    document_resets: bool = True  # a document starts from empty memory, not from the one before
-    z_loss: float = 0.0  # weight of the squared log-normaliser of the softmax; 1e-4 is usual
+    document_resets: bool = True  # a document starts from the initial state
+    z_loss: float = 0.0  # weight of the squared log-normalizer of the softmax; 1e-4 is usual
     loss_chunk: int | None = None  # positions whose logits exist at once; None: the op chooses
     guard_factor: float = 10.0  # an update is discarded if its norm is this many times the usual
     guard_floor: float = 10.0  # ... and above this
@@ -48,7 +49,7 @@ class TrainConfig:
     seed: int = 0  # parameters and dropout; the order of the data has its own
     log_every: int = 10
     eval_every: int = 200  # 0: never, not even at the end
-    eval_batches: int | None = 20  # batches of one evaluation; None: the whole held-out split
+    eval_batches: int | None = 20  # of one evaluation, spread over the held-out split; None: all
     checkpoint_every: int = 200  # 0: by the clock and at the end only
     checkpoint_minutes: float = 10.0  # 0: never by the clock
     keep: int = 3  # newest checkpoints kept
@@ -167,6 +168,23 @@ class ExperimentConfig:
                 f"{self.data.batch_size} and {self.train.accumulation}; change one of them."
             )
 
+    @staticmethod
+    def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+        """What config.json says, with today's names; `from_dict` calls this."""
+        mesh, model = values.get("mesh"), values.get("model")
+        if isinstance(mesh, dict):
+            mesh = {_OLD_MESH.get(name, name): value for name, value in mesh.items()}
+            values = values | {"mesh": mesh}
+        for kind in ("slstm", "lstm") if isinstance(model, dict) else ():
+            options = values["model"].get(kind)
+            if isinstance(options, dict) and options.get("implementation") == "scan":
+                options = options | {"implementation": "recurrent"}
+                values = values | {"model": values["model"] | {kind: options}}
+        return values
+
+
+_OLD_MESH = {"smallest_cut": "min_shard_size", "slstm_time": "slstm_seq"}
+
 
 def check_vocabulary(cfg: ExperimentConfig, examples: Examples) -> None:
     """Raises ConfigError if the data has token ids that the model does not."""
@@ -198,9 +216,9 @@ def check_lengths(cfg: ExperimentConfig, rules: Rules, sizes: Mapping[str, int])
             )
     shards_time = math.prod(sizes[axis] for axis in rules["time"]) > 1
     whole = [x for x, options in own.items() if not getattr(options, "sharded_over_time", True)]
-    if shards_time and whole and cfg.mesh.slstm_time == "refuse":
+    if shards_time and whole and cfg.mesh.slstm_seq == "refuse":
         raise ConfigError(
             f"mesh.seq={sizes['seq']} cannot shard the sequence in blocks {', '.join(whole)} of "
             f"model.pattern={cfg.model.pattern!r}, each step of which needs the one before; use "
-            "mesh.slstm_time='gather' to compute them on every device, or seq=1."
+            "mesh.slstm_seq='gather' to compute them on every device, or seq=1."
         )

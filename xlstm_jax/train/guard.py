@@ -5,20 +5,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xlstm_jax.train.config import TrainConfig
 from xlstm_jax.typing import Array, Bool, Float, Int, PyTree
 
-_MEMORY = 0.98  # of the running mean of gradient norms: about fifty updates
+_EMA_DECAY = 0.98  # of the mean of gradient norms: about fifty updates
 
 
 class DivergedError(RuntimeError):
-    """So many updates in a row were discarded that going on is pointless."""
+    """So many updates in a row were discarded that training on is pointless."""
 
 
 class Guard(NamedTuple):
-    """What the guard remembers between steps."""
+    """What the guard carries between steps."""
 
-    usual_norm: Float[Array, "*runs"]  # running mean of accepted gradient norms; 0: none yet
+    ema_grad_norm: Float[Array, "*runs"]  # moving mean of accepted gradient norms; 0: none yet
     skipped: Int[Array, "*runs"]  # updates discarded in a row
 
     @classmethod
@@ -28,25 +27,27 @@ class Guard(NamedTuple):
 
 
 def judge(
-    guard: Guard, cfg: TrainConfig, loss: Float[Array, ""], grad_norm: Float[Array, ""]
+    guard: Guard,
+    loss: Float[Array, ""],
+    grad_norm: Float[Array, ""],
+    *,
+    factor: float,
+    floor: float,
+    max_skips: int,
 ) -> tuple[Bool[Array, ""], Guard]:
-    """Whether to take this update, and the guard after it.
+    """Whether to apply this update, and the guard after it.
 
-    Taken are finite ones whose gradient norm is at most `guard_floor`, or at most `guard_factor`
-    times the usual norm. Once `max_consecutive_skips` were discarded in a row none is taken any
-    more: the parameters stay as they were until the host has noticed.
+    Applied are finite ones whose gradient norm is at most `floor`, or at most `factor` times the
+    moving mean. Once `max_skips` were discarded in a row none is applied any more: the parameters
+    stay as they were until the host has noticed.
     """
+    mean = guard.ema_grad_norm
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    limit = jnp.maximum(cfg.guard_factor * guard.usual_norm, cfg.guard_floor)
-    fits = (grad_norm <= limit) | (guard.usual_norm == 0)
-    ok = finite & fits & (guard.skipped < cfg.max_consecutive_skips)
-    mean = jnp.where(
-        guard.usual_norm == 0,
-        grad_norm,
-        _MEMORY * guard.usual_norm + (1 - _MEMORY) * grad_norm,
-    ).astype(guard.usual_norm.dtype)
+    fits = (grad_norm <= jnp.maximum(factor * mean, floor)) | (mean == 0)
+    ok = finite & fits & (guard.skipped < max_skips)
+    updated = jnp.where(mean == 0, grad_norm, _EMA_DECAY * mean + (1 - _EMA_DECAY) * grad_norm)
     return ok, Guard(
-        usual_norm=jnp.where(ok, mean, guard.usual_norm),
+        ema_grad_norm=jnp.where(ok, updated.astype(mean.dtype), mean),
         skipped=jnp.where(ok, 0, guard.skipped + 1),
     )
 

@@ -1,208 +1,237 @@
-"""A run from its config to its end, through as many interruptions as there are."""
+"""The training loop, and what it touches on the host."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.experimental.compilation_cache import compilation_cache
+from jax.experimental import multihost_utils
 
-from xlstm_jax.config import ConfigError, differences
-from xlstm_jax.data import Examples, Windows, loader
-from xlstm_jax.modules import LM
-from xlstm_jax.sharding import Devices, make_devices
-from xlstm_jax.train import plots, rundir
-from xlstm_jax.train.checkpoint import (
-    Checkpointer,
-    has_params_alone,
-    restore_latest,
-    restore_params,
-)
-from xlstm_jax.train.config import ExperimentConfig, check_lengths, check_vocabulary
-from xlstm_jax.train.optimizer import make_optimizer
-from xlstm_jax.train.position import Position
-from xlstm_jax.train.processes import log, process_log, wait_for_all
-from xlstm_jax.train.run import Run
-from xlstm_jax.train.signals import SharedStop, StopRequest
-from xlstm_jax.train.state import TrainState, first_state, init_state
-from xlstm_jax.train.writers import CallbackWriter, ConsoleWriter, JsonlWriter, Writer
+from xlstm_jax.config import to_dict
+from xlstm_jax.data import loader
+from xlstm_jax.data.batch import Batch, Examples
+from xlstm_jax.train import heldout, metrics, rundir
+from xlstm_jax.train.checkpoint import Checkpointer, latest_step
+from xlstm_jax.train.clock import Clock
+from xlstm_jax.train.guard import DivergedError
+from xlstm_jax.train.program import TrainProgram
+from xlstm_jax.train.progress import Progress
+from xlstm_jax.train.signals import Stop
+from xlstm_jax.train.state import TrainState
+from xlstm_jax.train.writers import Writer
 
-OnMetrics = Callable[[int, dict[str, Any]], None]
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The data of a run."""
+
+    train: Examples
+    valid: Examples | None  # None: no held-out loss is asked for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FitResult:
-    """How a call of `fit` ended."""
+class Outputs:
+    """Where a run writes; a context manager that closes all of it."""
 
-    state: TrainState
-    step: int
-    finished: bool  # False: it was asked to stop, and what it did is saved
-    evaluation: dict[str, Any] | None  # the last one, with its step
+    run_dir: Path
+    writers: Sequence[Writer]  # take the records
+    checkpoints: Checkpointer
+    flops_per_step: float | None = None  # of the model; None leaves the rate out of the records
+
+    def __enter__(self) -> "Outputs":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits until everything is on disk; closing twice is harmless."""
+        try:
+            self.checkpoints.close()
+        finally:
+            for writer in self.writers:
+                writer.close()
 
 
-def fit(
-    cfg: ExperimentConfig,
-    run_dir: str | Path,
-    *,
-    fresh: bool = False,
-    console: bool = False,
-    flops_per_step: float | None = None,
-    on_metrics: OnMetrics | None = None,
-) -> FitResult:
-    """Trains until `cfg.train.steps`, going on with what `run_dir` holds.
+class Loop:
+    """Steps, records, evaluations and checkpoints, each when it is due.
 
-    A run that was cut anywhere and resumed computes, bit for bit, what it would have computed. The
-    first SIGINT or SIGTERM ends the step, saves, and returns; a second one acts as usual.
+    Metrics stay on the device for a whole interval and are fetched while the step after it runs, so
+    logging never leaves the device idle.
 
     Args:
-        cfg: the whole run.
-        run_dir: checkpoints, config.json, run.json, metrics.jsonl and loss.png go there.
-        fresh: discard the run that is there.
-        console: show progress on standard output.
-        flops_per_step: of the model, forward and backward; adds their rate to the records.
-        on_metrics: called with each record, after it was written.
-
-    Raises:
-        ConfigError: the config cannot be used, or the directory belongs to another one; then
-            nothing on disk has changed.
-        CheckpointError: what is there cannot be read; nothing on disk has changed.
-        DivergedError: `max_consecutive_skips` updates in a row were discarded.
+        program: the step, with the config and the devices of the run; these must be active.
+        state: before the next step; donated to it.
+        progress: of that state; kept up to date.
+        splits: what to train on and what to hold out.
+        outputs: what is written.
+        stop: by which somebody may ask to stop.
     """
-    run_dir = Path(run_dir)
-    if not fresh:
-        rundir.check(run_dir, cfg)
-    devices = make_devices(cfg.mesh)
-    check_lengths(cfg, devices.rules, devices.mesh.shape)
-    train, valid = _load(cfg)
-    state, position = _start(cfg, run_dir, train, fresh, devices)
-    # Only from here on the disk changes.
-    _begin(cfg, run_dir, fresh, _facts(state, train, valid), position.step)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(process_log(run_dir))
-        log.info("begins at step %d of %d", position.step, cfg.train.steps)
-        writers = _writers(cfg, run_dir, position.step, console, on_metrics)
-        for writer in writers:
-            stack.callback(writer.close)
-        stack.enter_context(compiled_programs(run_dir / rundir.CACHE))
-        alone = jax.process_count() == 1
-        stop = stack.enter_context(StopRequest()) if alone else SharedStop()
-        stack.enter_context(devices.active())
-        run = Run(
-            cfg,
-            run_dir,
-            state=state,
-            position=position,
-            train=train,
-            valid=valid,
-            writers=writers,
-            checkpoints=stack.enter_context(Checkpointer(run_dir, cfg.train.keep)),
-            stop=stop,
-            devices=devices,
-            flops_per_step=flops_per_step,
+
+    def __init__(
+        self,
+        program: TrainProgram,
+        state: TrainState,
+        progress: Progress,
+        splits: Splits,
+        outputs: Outputs,
+        stop: Stop,
+    ):
+        self.state, self.progress = state, progress
+        progress.totals = program.devices.replicate(progress.totals)
+        self._program, self._cfg, self._devices = program, program.cfg, program.devices
+        self._splits, self._outputs, self._stop = splits, outputs, stop
+        self._evaluate_params = (
+            None if splits.valid is None else heldout.make_evaluate(program, splits.valid)
         )
-        run.go()
-        log.info("ends at step %d of %d", position.step, cfg.train.steps)
-    finished = position.step == cfg.train.steps
-    if finished and _writes():
-        _draw(cfg, run_dir, train)
-    return FitResult(
-        state=run.state, step=position.step, finished=finished, evaluation=position.evaluation
-    )
+        self._clock = Clock()
+        self._complete: tuple[int, metrics.Totals] | None = None  # an interval not yet fetched
+        self._saved_at = time.monotonic()
 
+    def run(self) -> None:
+        """Steps until the last one or until asked to stop; saves in either case."""
+        cfg, progress = self._cfg.train, self.progress
+        share = self._devices.share_of_rows(self._cfg.data.batch_size)
+        with loader.batches(
+            self._splits.train,
+            self._cfg.data,
+            progress.step,
+            cfg.steps - progress.step,
+            host_index=share.index,
+            host_count=share.count,
+        ) as batches:
+            self._evaluate_if_due()  # where the run was stopped, if that was before it was done
+            while progress.step < cfg.steps and not self._stop.at(progress.step):
+                with self._clock.waiting():
+                    batch = next(batches)
+                self._step(batch)
+                self._after_step()
+        self._record()
+        if progress.step == cfg.steps:
+            self._finish()
+        self._save()
 
-def _writes() -> bool:
-    """Whether this process writes; the others only their shares of checkpoints, and a log."""
-    return jax.process_index() == 0
+    def _step(self, batch: Batch) -> None:
+        progress = self.progress
+        batch = self._devices.batch(batch, self._cfg.data.batch_size)
+        self.state, progress.totals = self._program.step(self.state, progress.totals, batch)
+        progress.step += 1
+        if self._clock.running:
+            self._clock.step()
+        else:
+            # The first step compiled the program; the clock begins when it is over.
+            jax.block_until_ready(progress.totals)
+            self._clock.start()
+        self._record()
 
+    def _after_step(self) -> None:
+        cfg, step = self._cfg.train, self.progress.step
+        if step % cfg.log_every == 0:
+            self._close_interval()
+        self._evaluate_if_due()
+        by_step = cfg.checkpoint_every and step % cfg.checkpoint_every == 0
+        if by_step or self._is_due_by_clock(step):
+            self._save()
 
-def _load(cfg: ExperimentConfig) -> tuple[Examples, Examples | None]:
-    """Rows to train on, and held-out ones where they are asked for."""
-    train = loader.load(cfg.data, "train")
-    valid = loader.load(cfg.data, "valid") if cfg.train.eval_every else None
-    check_vocabulary(cfg, train)
-    loader.batch_at(train, cfg.data, 0)  # raises if the data are too few for a batch
-    return train, valid
+    def _is_due_by_clock(self, step: int) -> bool:
+        cfg = self._cfg.train
+        minutes = (time.monotonic() - self._saved_at) / 60
+        due = cfg.checkpoint_minutes > 0 and minutes >= cfg.checkpoint_minutes
+        if jax.process_count() == 1 or cfg.checkpoint_minutes == 0:
+            return due
+        # The clock of the first process counts, and is asked for now and then.
+        return step % cfg.log_every == 0 and bool(multihost_utils.broadcast_one_to_all(due))
 
+    def _finish(self) -> None:
+        """Records what is left of an interval, and the final held-out loss."""
+        if float(self.progress.totals.steps) > 0:
+            self._close_interval()
+        self._evaluate()
 
-def _begin(
-    cfg: ExperimentConfig, run_dir: Path, fresh: bool, facts: dict[str, Any], step: int
-) -> None:
-    """The directory made ready by one process, while the others wait."""
-    wait_for_all("before the run begins")
-    if _writes():
-        if fresh:
-            rundir.discard(run_dir)
-        rundir.begin(run_dir, cfg, facts, step)
-    wait_for_all("the run has begun")
+    def _close_interval(self) -> None:
+        self._complete = (self.progress.step, self.progress.totals)
+        self.progress.totals = self._devices.replicate(metrics.empty())
 
-
-def _writers(
-    cfg: ExperimentConfig, run_dir: Path, step: int, console: bool, on_metrics: OnMetrics | None
-) -> list[Writer]:
-    """What takes the records; of several processes the first one alone writes and shows them."""
-    writers: list[Writer] = []
-    if _writes():
-        writers.append(JsonlWriter(run_dir / rundir.METRICS))
-        writers += [ConsoleWriter(cfg.train.steps, step)] if console else []
-    return writers + ([] if on_metrics is None else [CallbackWriter(on_metrics)])
-
-
-def _draw(cfg: ExperimentConfig, run_dir: Path, train: Examples) -> None:
-    bytes_per_token = train.bytes_per_token if isinstance(train, Windows) else None
-    records = rundir.read_metrics(run_dir / rundir.METRICS)
-    plots.loss_curve(records, run_dir / rundir.CURVE, cfg.name, bytes_per_token)
-
-
-def _start(
-    cfg: ExperimentConfig, run_dir: Path, train: Examples, fresh: bool, devices: Devices
-) -> tuple[TrainState, Position]:
-    """The newest state of the run, or the first one; each part of it where it belongs."""
-    model, tx = LM(cfg.model), make_optimizer(cfg.train)
-    key, tokens = jax.random.key(cfg.train.seed), jnp.zeros((1, 1), jnp.int32)
-    restored = None
-    if not fresh and has_params_alone(run_dir):
-        _, params = restore_params(run_dir, place=devices.of_tree)
-        like = jax.eval_shape(lambda params: first_state(params, tx), params)
-        make = jax.jit(lambda params: first_state(params, tx), out_shardings=devices.of_tree(like))
-        return make(params), Position()
-    if not fresh:
-        like = jax.eval_shape(lambda: init_state(model, tx, key, tokens))
-        restored = restore_latest(run_dir, like, place=devices.of_tree)
-    if restored is None:
-        return init_state(model, tx, key, tokens, devices=devices), Position()
-    state, values = restored
-    lines = differences(train.description, values.pop("data"))
-    if lines:
-        raise ConfigError(
-            f"run_dir={str(run_dir)!r} was trained on other data ({'; '.join(lines)}); bring that "
-            "data back, use another directory, or fresh=True (--fresh) to discard that run."
+    def _record(self) -> None:
+        """Fetches and writes the interval that is complete, if any."""
+        if self._complete is None:
+            return
+        (step, totals), self._complete = self._complete, None
+        record = metrics.summarise(totals)
+        self.progress.tokens_seen += int(record["tokens"] or 0)
+        self._write(
+            step,
+            record
+            | {"tokens_seen": self.progress.tokens_seen}
+            | self._speed(float(record["tokens"] or 0) / float(totals.steps))
+            | _memory(),
         )
-    return state, Position.from_json(values)
+        if (record["skipped_in_a_row"] or 0) >= self._cfg.train.max_consecutive_skips:
+            self._diverged()
+
+    def _speed(self, tokens_per_step: float) -> dict[str, float]:
+        lap = self._clock.lap()
+        if lap:
+            lap["tokens_per_second"] = tokens_per_step / lap["step_time"]
+            if self._outputs.flops_per_step is not None:
+                lap["model_flops_per_second"] = self._outputs.flops_per_step / lap["step_time"]
+        return lap
+
+    def _write(self, step: int, record: dict[str, Any]) -> None:
+        for writer in self._outputs.writers:
+            writer.write(step, record)
+
+    def _evaluate_if_due(self) -> None:
+        every, step = self._cfg.train.eval_every, self.progress.step
+        if every and step and step % every == 0:
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        """Once per step at most; a run that is asked to stop does it when it is resumed."""
+        progress = self.progress
+        done = progress.evaluation is not None and progress.evaluation["step"] == progress.step
+        if self._evaluate_params is None or done:
+            return
+        self._record()
+        with self._clock.paused():
+            measured = self._evaluate_params(self.state.params, lambda: self._stop.requested)
+        if measured is not None:
+            self._write(progress.step, measured)
+            progress.evaluation = {"step": progress.step} | measured
+
+    def _save(self) -> None:
+        self._record()
+        if int(self.state.guard.skipped) >= self._cfg.train.max_consecutive_skips:
+            self._diverged()
+        data = self.progress.to_json() | {"data": self._splits.train.description}
+        with self._clock.paused():
+            self._outputs.checkpoints.save(self.progress.step, self.state, data, to_dict(self._cfg))
+        self._saved_at = time.monotonic()
+
+    def _diverged(self) -> None:
+        """Ends the run, naming the windows it could not learn from."""
+        limit, guard = self._cfg.train.max_consecutive_skips, self.state.guard
+        first = self.progress.step - int(guard.skipped)
+        index = {
+            str(step): loader.batch_at(self._splits.train, self._cfg.data, step).index.tolist()
+            for step in range(first, first + limit)
+        }
+        usual = float(guard.ema_grad_norm)
+        dump = {"first_skipped_step": first, "ema_grad_norm": usual, "index_of_step": index}
+        rundir.write_json(self._outputs.run_dir / rundir.DIVERGED, dump)
+        saved = latest_step(self._outputs.run_dir)
+        raise DivergedError(
+            f"{limit} updates in a row were discarded from step {first} on, as their loss or "
+            "gradient was not finite or the gradient's norm was far above the usual "
+            f"{usual:.3g}; lower train.lr in a new run, or resume this one to meet the same "
+            f"batches again from {'the beginning' if saved is None else f'step {saved}'}."
+        )
 
 
-def _facts(state: TrainState, train: Examples, valid: Examples | None) -> dict[str, Any]:
-    data = {"train": train.description}
-    if valid is not None:
-        data["valid"] = valid.description
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    return {"num_params": num_params, "data": data}
-
-
-@contextlib.contextmanager
-def compiled_programs(folder: Path) -> Iterator[None]:
-    """Keeps compiled programs in `folder`, for the next start, unless the user has another place.
-
-    The place is global to the process: it is given back at the end.
-    """
-    if jax.config.values["jax_compilation_cache_dir"] is not None:
-        yield
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
-    try:
-        yield
-    finally:
-        jax.config.update("jax_compilation_cache_dir", None)
-        compilation_cache.reset_cache()
+def _memory() -> dict[str, int]:
+    """Bytes in use on the first device, where its backend tells."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    names = {"bytes_in_use": "memory_in_use", "peak_bytes_in_use": "memory_peak"}
+    return {ours: stats[theirs] for theirs, ours in names.items() if theirs in stats}

@@ -1,15 +1,17 @@
-"""Next-token loss as sums over a batch, to be divided once."""
+"""Next-token loss as sums over a batch, to be divided once: for training and for evaluation."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from xlstm_jax import ops
-from xlstm_jax.data import Batch
-from xlstm_jax.modules import head_kernel
-from xlstm_jax.ops import CrossEntropy
+from xlstm_jax.data.batch import Batch, Examples
+from xlstm_jax.data.windows import Windows
+from xlstm_jax.modules.lm import head_kernel
+from xlstm_jax.ops.cross_entropy import CrossEntropy, cross_entropy
 from xlstm_jax.train.config import TrainConfig
-from xlstm_jax.typing import Array, Float, PRNGKeyArray, PyTree
+from xlstm_jax.typing import Array, Float, Int, PRNGKeyArray, PyTree
 
 
 def language_model_loss(
@@ -27,29 +29,90 @@ def language_model_loss(
     Args:
         model: an `LM` or what is called like one.
         params: its parameters.
-        batch: rows; documents that share a row are told apart by `segment_ids`.
-        cfg: z-loss, chunk size, and whether a document starts from empty memory.
+        batch: sequences; documents packed into one are told apart by `segment_ids`.
+        cfg: z-loss, chunk size, and whether a document starts from the initial state.
         dropout_key: None computes without dropout.
     """
-    rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    # Padding weighs nothing: as a document of its own it needs no masks.
-    documents = jnp.where(batch.segment_ids == 0, -1, batch.segment_ids)
     hidden, _ = model.apply(
         {"params": params},
         batch.inputs,
-        segment_ids=documents if cfg.document_resets else None,
+        segment_ids=documents(batch) if cfg.document_resets else None,
         has_padding=False,
         head=False,
         deterministic=dropout_key is None,
-        rngs=rngs,
+        rngs={} if dropout_key is None else {"dropout": dropout_key},
     )
-    sums = ops.cross_entropy(
+    sums = token_sums(model, params, hidden, batch, z_loss=cfg.z_loss, chunk_size=cfg.loss_chunk)
+    return sums.ce_sum + sums.z_sum, sums
+
+
+def held_out_sums(
+    model: Any, params: PyTree, batch: Batch, *, document_resets: bool
+) -> CrossEntropy:
+    """The sums of `language_model_loss` without dropout and z-loss; the op chooses the chunk."""
+    cfg = TrainConfig(document_resets=document_resets)
+    return language_model_loss(model, params, batch, cfg)[1]
+
+
+def documents(batch: Batch) -> Int[Array, "B T"]:
+    """Segment ids by which the model resets its state; padding is a document of its own.
+
+    It weighs nothing, so it needs no mask.
+    """
+    return jnp.where(batch.segment_ids == 0, -1, batch.segment_ids)
+
+
+def token_sums(
+    model: Any,
+    params: PyTree,
+    hidden: Float[Array, "B T D"],
+    batch: Batch,
+    *,
+    z_loss: float = 0.0,
+    chunk_size: int | None = None,
+) -> CrossEntropy:
+    """Cross entropy of the model's head, from the hidden states after its final norm."""
+    return cross_entropy(
         hidden,
         head_kernel(model.cfg, params),
         batch.targets,
         batch.weights,
         soft_cap=model.cfg.logit_soft_cap,
-        z_loss=cfg.z_loss,
-        chunk_size=cfg.loss_chunk,
+        z_loss=z_loss,
+        chunk_size=chunk_size,
     )
-    return sums.ce_sum + sums.z_sum, sums
+
+
+class HeldOut(NamedTuple):
+    """Sums over batches, as Python numbers: a float32 total loses digits over millions of tokens.
+
+    Every target that counts has the same weight, wherever it is.
+    """
+
+    nats: float = 0.0
+    num_tokens: int = 0
+    num_correct: int = 0
+    num_bytes: int = 0  # of the targets as text; 0 where they are none
+
+    def plus(self, sums: CrossEntropy, batch: Batch, examples: Examples) -> "HeldOut":
+        """With one more batch of these examples."""
+        sums = jax.device_get(sums)
+        num_bytes = 0
+        if isinstance(examples, Windows):
+            num_bytes = examples.tokenizer.num_bytes(batch.targets[batch.weights > 0])
+        return HeldOut(
+            self.nats + float(sums.ce_sum),
+            self.num_tokens + int(sums.weight_sum),
+            self.num_correct + int(sums.correct_sum),
+            self.num_bytes + num_bytes,
+        )
+
+    @property
+    def nats_per_token(self) -> float:
+        """The mean loss."""
+        return self.nats / self.num_tokens
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The measure that does not depend on the tokenizer; None where targets are no text."""
+        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else None

@@ -1,14 +1,16 @@
-"""Metrics of many steps, added up on the device and fetched in one transfer."""
+"""Metrics of many steps, accumulated on the device and fetched in one transfer."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlstm_jax.train.step import Metrics
 from xlstm_jax.typing import Array, Float
+
+Metrics = dict[str, Array]
+"""The metrics of one step by name, each a scalar."""
 
 # How each metric of a step becomes one of many steps.
 PER_TOKEN = ("loss", "z_loss", "accuracy")  # weighted by the tokens of the step
@@ -25,17 +27,16 @@ class Totals(NamedTuple):
     not, enters a mean.
     """
 
-    values: dict[str, Float[Array, ""]]
-    tokens: Float[Array, ""]  # of the steps that were taken
-    taken: Float[Array, ""]
-    steps: Float[Array, ""]
+    values: dict[str, Float[Any, ""]]
+    tokens: Float[Any, ""]  # of the steps that were taken
+    taken: Float[Any, ""]
+    steps: Float[Any, ""]
 
 
 def empty() -> Totals:
-    """No step yet."""
+    """No step yet; on the host, to be replicated over the devices of a step."""
     names = PER_TOKEN + PER_STEP + ADDED + LAST + LARGEST
-    # One buffer each: all are donated to the next step, and a buffer can be given away only once.
-    zeros = (jnp.array(np.zeros((), np.float32)) for _ in range(len(names) + 3))
+    zeros = (np.zeros((), np.float32) for _ in range(len(names) + 3))
     return Totals({name: next(zeros) for name in names}, next(zeros), next(zeros), next(zeros))
 
 
@@ -83,5 +84,4 @@ def to_json(totals: Totals) -> dict[str, object]:
 
 def from_json(values: dict) -> Totals:
     """The inverse of `to_json`."""
-    restored = Totals(**values)
-    return jax.tree.map(lambda zero, value: jnp.array(np.float32(value)) + zero, empty(), restored)
+    return jax.tree.map(lambda _, value: np.asarray(value, np.float32), empty(), Totals(**values))

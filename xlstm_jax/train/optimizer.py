@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from xlstm_jax.sharding import path_name
+from xlstm_jax.sharding.axes import path_name
 from xlstm_jax.train.config import TrainConfig
 from xlstm_jax.typing import Array, ArrayLike, Float, Int, PyTree
 
@@ -21,38 +21,24 @@ def make_schedule(cfg: TrainConfig) -> Schedule:
     cool-down goes from there to `cooldown_lr`, which it reaches at step `steps`. Parts of no steps
     are left out.
     """
-    lr, end = cfg.lr, cfg.lr * cfg.end_factor
-    hold = cfg.num_main - cfg.num_decay
+    lr, end, length = cfg.lr, cfg.lr * cfg.end_factor, cfg.num_decay
     decays = {
         "constant": lambda: optax.constant_schedule(lr),
-        "linear": lambda: optax.linear_schedule(lr, end, cfg.num_decay),
-        "cosine": lambda: optax.cosine_decay_schedule(lr, cfg.num_decay, cfg.end_factor),
-        "exponential": lambda: optax.exponential_decay(
-            lr, cfg.num_decay, cfg.end_factor, end_value=end
-        ),
-        "wsd": lambda: optax.linear_schedule(lr, end, cfg.num_decay),
+        "linear": lambda: optax.linear_schedule(lr, end, length),
+        "cosine": lambda: optax.cosine_decay_schedule(lr, length, cfg.end_factor),
+        "exponential": lambda: optax.exponential_decay(lr, length, cfg.end_factor, end_value=end),
+        "wsd": lambda: optax.linear_schedule(lr, end, length),
     }
-    main_end = lr if cfg.schedule == "constant" or not cfg.num_decay else end
+    last = lr if cfg.schedule == "constant" or not length else end
     parts = [
         (cfg.num_warmup, lambda: optax.linear_schedule(0.0, lr, cfg.num_warmup)),
-        (hold, lambda: optax.constant_schedule(lr)),
-        (cfg.num_decay, decays[cfg.schedule]),
-        (
-            cfg.num_cooldown,
-            lambda: optax.linear_schedule(main_end, cfg.cooldown_lr, cfg.num_cooldown),
-        ),
+        (cfg.num_main - length, lambda: optax.constant_schedule(lr)),
+        (length, decays[cfg.schedule]),
+        (cfg.num_cooldown, lambda: optax.linear_schedule(last, cfg.cooldown_lr, cfg.num_cooldown)),
     ]
-    used = [(length, make()) for length, make in parts if length]
-    starts = [sum(length for length, _ in used[:i]) for i in range(1, len(used))]
+    used = [(count, make()) for count, make in parts if count]
+    starts = [sum(count for count, _ in used[:i]) for i in range(1, len(used))]
     return optax.join_schedules([schedule for _, schedule in used], starts)
-
-
-def continued_end_factor(end_factor: float, old_decay_steps: int, new_decay_steps: int) -> float:
-    """`end_factor` for an exponential decay that goes on at the same rate to more steps.
-
-    Reaching 0.1 after 495,000 steps and going on to 540,000 ends at 0.0811.
-    """
-    return end_factor ** (new_decay_steps / old_decay_steps)
 
 
 def decay_mask(params: PyTree, pattern: str = TrainConfig.decay_pattern) -> PyTree:
@@ -81,7 +67,7 @@ def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformationExtraArgs:
 def scale_by_learning_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
     """Descent by `lr_scale * schedule(step)`, with the step given and not counted.
 
-    A count of its own would stand still whenever the guard restores the optimiser's state.
+    A count of its own would stand still whenever the guard restores the optimizer's state.
     """
 
     def update(updates, state, params=None, **extra):

@@ -28,14 +28,9 @@ def process_log(run_dir: Path) -> Iterator[None]:
     path = run_dir / f"process_{jax.process_index()}.log"
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    warnings = logging.FileHandler(path, encoding="utf-8")
-    warnings.setFormatter(handler.formatter)
-    warnings.setLevel(logging.WARNING)
-    logging.getLogger().addHandler(warnings)
-    log.addHandler(handler)
-    before = log.level, log.propagate
-    log.setLevel(logging.INFO)
-    log.propagate = False  # the screen is for the progress of the run
+    root, level = logging.getLogger(), log.level
+    root.addHandler(handler)
+    log.setLevel(logging.INFO)  # of others the root passes warnings on
     try:
         devices = ", ".join(map(str, jax.local_devices()))
         count = jax.process_count()
@@ -45,9 +40,6 @@ def process_log(run_dir: Path) -> Iterator[None]:
         log.exception("the run ends with an error")
         raise
     finally:
-        logging.getLogger().removeHandler(warnings)
-        log.removeHandler(handler)
-        log.setLevel(before[0])
-        log.propagate = before[1]
+        root.removeHandler(handler)
+        log.setLevel(level)
         handler.close()
-        warnings.close()

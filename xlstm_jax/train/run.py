@@ -1,236 +1,194 @@
-"""The loop of a run, and what it touches on the host."""
+"""A run from its config to its end, through as many interruptions as there are."""
 
-import time
-from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+import optax
 
-from xlstm_jax.config import to_dict
-from xlstm_jax.data import Batch, Examples, loader
-from xlstm_jax.modules import LM
-from xlstm_jax.sharding import Devices, use_rules
-from xlstm_jax.train import heldout, metrics, rundir
-from xlstm_jax.train.checkpoint import Checkpointer, latest_step
-from xlstm_jax.train.clock import Clock
-from xlstm_jax.train.config import ExperimentConfig
-from xlstm_jax.train.guard import DivergedError
-from xlstm_jax.train.optimizer import make_optimizer
-from xlstm_jax.train.position import Position
-from xlstm_jax.train.signals import Stop
+from xlstm_jax.config import ConfigError, differences
+from xlstm_jax.data import loader
+from xlstm_jax.data.batch import Examples
+from xlstm_jax.data.windows import Windows
+from xlstm_jax.sharding.devices import make_devices
+from xlstm_jax.train import checkpoint, plots, rundir
+from xlstm_jax.train.compilation_cache import compiled_programs
+from xlstm_jax.train.config import ExperimentConfig, check_lengths, check_vocabulary
+from xlstm_jax.train.loop import Loop, Outputs, Splits
+from xlstm_jax.train.processes import log, process_log, wait_for_all
+from xlstm_jax.train.program import TrainProgram
+from xlstm_jax.train.progress import Progress
+from xlstm_jax.train.signals import SharedStop, Stop, StopRequest
 from xlstm_jax.train.state import TrainState
-from xlstm_jax.train.step import make_train_step
-from xlstm_jax.train.writers import Writer
+from xlstm_jax.train.writers import CallbackWriter, ConsoleWriter, JsonlWriter, Writer
+
+OnMetrics = Callable[[int, dict[str, Any]], None]
 
 
-class Run:
-    """Steps, records, evaluations and checkpoints, each when it is due.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """How a call of `fit` ended."""
 
-    Metrics stay on the device for a whole interval and are fetched while the step after it runs, so
-    logging never leaves the device idle.
+    state: TrainState
+    step: int
+    finished: bool  # False: it was asked to stop, and what it did is saved
+    evaluation: dict[str, Any] | None  # the last one, with its step
+
+
+def fit(
+    cfg: ExperimentConfig,
+    run_dir: str | Path,
+    *,
+    tx: optax.GradientTransformation | None = None,
+    fresh: bool = False,
+    console: bool = False,
+    flops_per_step: float | None = None,
+    on_metrics: OnMetrics | None = None,
+) -> FitResult:
+    """Trains until `cfg.train.steps`, resuming the run in `run_dir` if there is one.
+
+    A run that was interrupted anywhere and resumed computes, bit for bit, what it would have
+    computed. The first SIGINT or SIGTERM ends the step, saves, and returns; a second one acts as
+    usual.
 
     Args:
         cfg: the whole run.
-        run_dir: its directory.
-        state: before the next step; donated to it.
-        position: where that is; kept up to date.
-        train: rows to train on.
-        valid: held-out rows, if any.
-        writers: take the records.
-        checkpoints: takes the states.
-        stop: by which somebody may ask to stop.
-        devices: where everything lies; active for as long as the run goes.
-        flops_per_step: of the model; None leaves the rate out of the records.
+        run_dir: checkpoints, config.json, run.json, metrics.jsonl and loss.png go there.
+        tx: any optax transformation in place of the optimizer of `cfg.train`; its learning rate is
+            then its own, and a resumed run needs the same one again.
+        fresh: discard the run that is there.
+        console: show progress on standard output.
+        flops_per_step: of the model, forward and backward; adds their rate to the records.
+        on_metrics: called with each record, after it was written.
+
+    Raises:
+        ConfigError: the config cannot be used, or the directory belongs to another one; then
+            nothing on disk has changed.
+        CheckpointError: what is there cannot be read; nothing on disk has changed.
+        DivergedError: `max_consecutive_skips` updates in a row were discarded.
     """
+    run_dir = Path(run_dir)
+    if not fresh:
+        rundir.check(run_dir, cfg)
+    devices = make_devices(cfg.mesh)
+    check_lengths(cfg, devices.rules, devices.mesh.shape)
+    splits = _load(cfg)
+    program = TrainProgram(cfg, devices, tx)
+    resumed = None if fresh else _resume(program, run_dir, splits.train)
+    state, progress = resumed or (program.init(), Progress())
+    _begin(cfg, run_dir, _facts(state, splits), progress.step, fresh=fresh)
+    outputs = Outputs(
+        run_dir=run_dir,
+        writers=_writers(cfg, run_dir, progress.step, console=console, on_metrics=on_metrics),
+        checkpoints=checkpoint.Checkpointer(run_dir, cfg.train.keep),
+        flops_per_step=flops_per_step,
+    )
+    with process_log(run_dir), outputs, compiled_programs(run_dir), _stop() as stop:
+        return _train(program, (state, progress), splits, outputs, stop)
 
-    def __init__(
-        self,
-        cfg: ExperimentConfig,
-        run_dir: Path,
-        *,
-        state: TrainState,
-        position: Position,
-        train: Examples,
-        valid: Examples | None,
-        writers: Sequence[Writer],
-        checkpoints: Checkpointer,
-        stop: Stop,
-        devices: Devices,
-        flops_per_step: float | None = None,
-    ):
-        self.state, self.position = state, position
-        self._cfg, self._run_dir, self._train, self._writers = cfg, run_dir, train, writers
-        self._checkpoints, self._stop, self._flops = checkpoints, stop, flops_per_step
-        self._devices = devices
-        model = LM(cfg.model)
-        self._evaluate_params = (
-            None
-            if valid is None
-            else heldout.make_evaluate(model, valid, cfg.data, cfg.train, devices)
+
+def _train(
+    program: TrainProgram,
+    start: tuple[TrainState, Progress],
+    splits: Splits,
+    outputs: Outputs,
+    stop: Stop,
+) -> FitResult:
+    cfg, (state, progress) = program.cfg, start
+    log.info("begins at step %d of %d", progress.step, cfg.train.steps)
+    with program.devices.active():
+        loop = Loop(program, state, progress, splits, outputs, stop)
+        loop.run()
+    outputs.close()
+    log.info("ends at step %d of %d", progress.step, cfg.train.steps)
+    finished = progress.step == cfg.train.steps
+    if finished and _writes():
+        _draw(cfg, outputs.run_dir, splits.train)
+    return FitResult(
+        state=loop.state, step=progress.step, finished=finished, evaluation=progress.evaluation
+    )
+
+
+def _stop() -> contextlib.AbstractContextManager[Stop]:
+    """How this run is asked to stop."""
+    alone = jax.process_count() == 1
+    return StopRequest() if alone else contextlib.nullcontext(SharedStop())
+
+
+def _begin(
+    cfg: ExperimentConfig, run_dir: Path, facts: dict[str, Any], step: int, *, fresh: bool
+) -> None:
+    """One process prepares the directory, while the others wait; from here on the disk changes."""
+    wait_for_all("before the run begins")
+    if _writes():
+        if fresh:
+            rundir.discard(run_dir)
+        rundir.begin(run_dir, cfg, facts, step)
+    wait_for_all("the run has begun")
+
+
+def _writers(
+    cfg: ExperimentConfig,
+    run_dir: Path,
+    step: int,
+    *,
+    console: bool,
+    on_metrics: OnMetrics | None,
+) -> list[Writer]:
+    """What takes the records; of several processes the first one alone writes and shows them."""
+    writers: list[Writer] = []
+    if _writes():
+        writers.append(JsonlWriter(run_dir / rundir.METRICS))
+        writers += [ConsoleWriter(cfg.train.steps, step)] if console else []
+    return writers + ([] if on_metrics is None else [CallbackWriter(on_metrics)])
+
+
+def _writes() -> bool:
+    """Whether this process writes; the others only their shards of checkpoints, and a log."""
+    return jax.process_index() == 0
+
+
+def _load(cfg: ExperimentConfig) -> Splits:
+    """What to train on, and held-out data where they are asked for."""
+    train = loader.load(cfg.data, "train")
+    valid = loader.load(cfg.data, "valid") if cfg.train.eval_every else None
+    check_vocabulary(cfg, train)
+    loader.batch_at(train, cfg.data, 0)  # raises if the data are too few for a batch
+    return Splits(train, valid)
+
+
+def _draw(cfg: ExperimentConfig, run_dir: Path, train: Examples) -> None:
+    bytes_per_token = train.bytes_per_token if isinstance(train, Windows) else None
+    records = rundir.read_metrics(run_dir / rundir.METRICS)
+    plots.loss_curve(records, run_dir / rundir.CURVE, cfg.name, bytes_per_token)
+
+
+def _resume(
+    program: TrainProgram, run_dir: Path, train: Examples
+) -> tuple[TrainState, Progress] | None:
+    """The newest state of the run, sharded over its devices; None if it has not saved any."""
+    if checkpoint.has_params_alone(run_dir):
+        _, params = checkpoint.restore_params(run_dir, place=program.devices.shardings)
+        return program.init_from(params), Progress()
+    restored = checkpoint.restore_latest(run_dir, program.arguments[0])
+    if restored is None:
+        return None
+    state, values = restored
+    lines = differences(train.description, values.pop("data"))
+    if lines:
+        raise ConfigError(
+            f"run_dir={str(run_dir)!r} was trained on other data ({'; '.join(lines)}); bring that "
+            "data back, use another directory, or fresh=True (--fresh) to discard that run."
         )
-        self._step_fn = _make_step(model, cfg, devices)
-        self._clock = Clock()
-        self._complete: tuple[int, metrics.Totals] | None = None  # an interval not yet fetched
-        self._saved_at = time.monotonic()
-
-    def go(self) -> None:
-        """Steps until the last one or until asked to stop; saves in either case."""
-        cfg, position = self._cfg.train, self.position
-        steps_left = cfg.steps - position.step
-        share = self._devices.share_of_rows(self._cfg.data.batch_size)
-        with loader.batches(
-            self._train,
-            self._cfg.data,
-            position.step,
-            steps_left,
-            host_index=share.index,
-            host_count=share.count,
-        ) as batches:
-            self._evaluate_if_due()  # where the run was cut, if it was cut before that
-            while position.step < cfg.steps and not self._stop.at(position.step):
-                with self._clock.waiting():
-                    batch = next(batches)
-                self._step(batch)
-                self._after_step()
-        self._record()
-        if position.step == cfg.steps:
-            self._finish()
-        self._save()
-
-    def _step(self, batch: Batch) -> None:
-        position = self.position
-        batch = self._devices.batch(batch, self._cfg.data.batch_size)
-        self.state, position.totals = self._step_fn(self.state, position.totals, batch)
-        position.step += 1
-        if self._clock.running:
-            self._clock.step()
-        else:
-            # The first step compiled the program; the clock begins when it is over.
-            jax.block_until_ready(position.totals)
-            self._clock.start()
-        self._record()
-
-    def _after_step(self) -> None:
-        cfg, step = self._cfg.train, self.position.step
-        if step % cfg.log_every == 0:
-            self._close_interval()
-        self._evaluate_if_due()
-        by_step = cfg.checkpoint_every and step % cfg.checkpoint_every == 0
-        if by_step or self._is_due_by_clock(step):
-            self._save()
-
-    def _is_due_by_clock(self, step: int) -> bool:
-        cfg = self._cfg.train
-        minutes = (time.monotonic() - self._saved_at) / 60
-        due = cfg.checkpoint_minutes > 0 and minutes >= cfg.checkpoint_minutes
-        if jax.process_count() == 1 or cfg.checkpoint_minutes == 0:
-            return due
-        # The clock of the first process counts, and is asked for now and then.
-        return step % cfg.log_every == 0 and bool(multihost_utils.broadcast_one_to_all(due))
-
-    def _finish(self) -> None:
-        """Records what is left of an interval, and the final held-out loss."""
-        if float(self.position.totals.steps) > 0:
-            self._close_interval()
-        self._evaluate()
-
-    def _close_interval(self) -> None:
-        self._complete = (self.position.step, self.position.totals)
-        self.position.totals = metrics.empty()
-
-    def _record(self) -> None:
-        """Fetches and writes the interval that is complete, if any."""
-        if self._complete is None:
-            return
-        (step, totals), self._complete = self._complete, None
-        record = metrics.summarise(totals)
-        self.position.tokens_seen += int(record["tokens"] or 0)
-        self._write(
-            step,
-            record
-            | {"tokens_seen": self.position.tokens_seen}
-            | self._speed(float(record["tokens"] or 0) / float(totals.steps))
-            | _memory(),
-        )
-        if (record["skipped_in_a_row"] or 0) >= self._cfg.train.max_consecutive_skips:
-            self._diverged()
-
-    def _speed(self, tokens_per_step: float) -> dict[str, float]:
-        lap = self._clock.lap()
-        if lap:
-            lap["tokens_per_second"] = tokens_per_step / lap["step_time"]
-            if self._flops is not None:
-                lap["model_flops_per_second"] = self._flops / lap["step_time"]
-        return lap
-
-    def _write(self, step: int, record: dict[str, Any]) -> None:
-        for writer in self._writers:
-            writer.write(step, record)
-
-    def _evaluate_if_due(self) -> None:
-        every, step = self._cfg.train.eval_every, self.position.step
-        if every and step and step % every == 0:
-            self._evaluate()
-
-    def _evaluate(self) -> None:
-        """Once per step at most; a run that is to stop does it when it goes on."""
-        position = self.position
-        done = position.evaluation is not None and position.evaluation["step"] == position.step
-        if self._evaluate_params is None or done:
-            return
-        self._record()
-        with self._clock.paused():
-            found = self._evaluate_params(self.state.params, lambda: self._stop.requested)
-        if found is not None:
-            self._write(position.step, found)
-            position.evaluation = {"step": position.step} | found
-
-    def _save(self) -> None:
-        self._record()
-        if int(self.state.guard.skipped) >= self._cfg.train.max_consecutive_skips:
-            self._diverged()
-        data = self.position.to_json() | {"data": self._train.description}
-        with self._clock.paused():
-            self._checkpoints.save(self.position.step, self.state, data, to_dict(self._cfg))
-        self._saved_at = time.monotonic()
-
-    def _diverged(self) -> None:
-        """Ends the run, naming the rows it could not learn from."""
-        limit, guard = self._cfg.train.max_consecutive_skips, self.state.guard
-        first = self.position.step - int(guard.skipped)
-        rows = {
-            str(step): loader.batch_at(self._train, self._cfg.data, step).index.tolist()
-            for step in range(first, first + limit)
-        }
-        usual = float(guard.usual_norm)
-        dump = {"first_skipped_step": first, "usual_grad_norm": usual, "rows_of_step": rows}
-        rundir.write_json(self._run_dir / rundir.DIVERGED, dump)
-        saved = latest_step(self._run_dir)
-        raise DivergedError(
-            f"{limit} updates in a row were discarded from step {first} on, as their loss or "
-            "gradient was not finite or the gradient's norm was far above the usual "
-            f"{usual:.3g}; lower train.lr in a new run, or resume this one to meet the same "
-            f"batches again from {'the beginning' if saved is None else f'step {saved}'}."
-        )
+    return state, Progress.from_json(values)
 
 
-def _make_step(
-    model: Any, cfg: ExperimentConfig, devices: Devices
-) -> Callable[..., tuple[TrainState, Any]]:
-    step_fn = make_train_step(model, make_optimizer(cfg.train), cfg.train)
-
-    def step_and_count(state: TrainState, totals: metrics.Totals, batch: Batch):
-        with use_rules(devices.rules):
-            state, found = step_fn(state, batch)
-        return devices.hold(state), metrics.add(totals, found)
-
-    return jax.jit(step_and_count, donate_argnums=(0, 1))
-
-
-def _memory() -> dict[str, int]:
-    """Bytes in use on the first device, where its backend tells."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    names = {"bytes_in_use": "memory_in_use", "peak_bytes_in_use": "memory_peak"}
-    return {ours: stats[theirs] for theirs, ours in names.items() if theirs in stats}
+def _facts(state: TrainState, splits: Splits) -> dict[str, Any]:
+    data = {"train": splits.train.description}
+    if splits.valid is not None:
+        data["valid"] = splits.valid.description
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    return {"num_params": num_params, "data": data}

@@ -1,4 +1,4 @@
-"""The directory of a run: whose it is, and what stands in it besides checkpoints."""
+"""The directory of a run: its config, its records, and what else is in it besides checkpoints."""
 
 import datetime
 import importlib.metadata
@@ -26,9 +26,8 @@ from xlstm_jax.train.config import ExperimentConfig, TrainConfig
 
 CONFIG, RUN, METRICS = "config.json", "run.json", "metrics.jsonl"
 CURVE, DIVERGED = "loss.png", "diverged.json"
-CACHE = "cache"  # compiled programs; a run that starts again uses them too
 
-# What may change when a run goes on, as it changes no number the run computes.
+# What may change when a run is resumed, as it changes no number the run computes.
 FREE = frozenset({"name", IMPORTS}) | {
     f"train.{field}"
     for field in (
@@ -40,7 +39,7 @@ FREE = frozenset({"name", IMPORTS}) | {
         "keep",
     )
 }
-# Nor any but in its last digits: a run may go on on other devices.
+# Nor any but in its last digits: a run may be resumed on other devices.
 ANYWHERE = "mesh."
 
 _PACKAGES = ("xlstm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -57,7 +56,7 @@ def check(run_dir: Path, cfg: ExperimentConfig) -> None:
                 "none; use another directory, or fresh=True (--fresh) to discard this run."
             )
         return
-    stored = read_json(run_dir / CONFIG)
+    stored = ExperimentConfig.upgrade(read_json(run_dir / CONFIG))
     lines = [
         line
         for line in differences(to_dict(cfg), stored)
@@ -87,7 +86,7 @@ def _extendable(here: TrainConfig, stored: dict[str, Any]) -> frozenset[str]:
 
 
 def discard(run_dir: Path) -> None:
-    """Removes a run, and nothing else that may lie in its directory."""
+    """Removes a run, and nothing else that may be in its directory."""
     shutil.rmtree(run_dir / checkpoint.FOLDER, ignore_errors=True)
     for name in (CONFIG, RUN, METRICS, CURVE, DIVERGED):
         (run_dir / name).unlink(missing_ok=True)

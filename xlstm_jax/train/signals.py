@@ -2,33 +2,19 @@
 
 import signal
 import threading
-from types import FrameType, TracebackType
-from typing import Any, Protocol, runtime_checkable
+from types import FrameType
+from typing import Any
 
 from jax.experimental import multihost_utils
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@runtime_checkable  # so that signatures can be checked at run time
-class Stop(Protocol):
-    """Being asked to stop."""
-
-    @property
-    def requested(self) -> bool:
-        """Whether to stop at once, whatever is going on."""
-        ...
-
-    def at(self, step: int) -> bool:
-        """Whether to stop before this step."""
-        ...
-
-
 class SharedStop:
     """With several processes: a SIGTERM to one of them stops all, before the same step.
 
-    JAX's runtime listens to the signal and lets the processes agree on a step that none of them has
-    begun, so `at` has to be asked before every step.
+    JAX's runtime receives the signal and lets the processes agree on a step that none of them has
+    begun, so `at` has to be called before every step.
     """
 
     requested = False
@@ -49,7 +35,7 @@ class StopRequest:
         self._previous: dict[signal.Signals, Any] = {}
 
     def at(self, step: int) -> bool:
-        """Whether to stop before this step."""
+        """The same before every step."""
         del step
         return self.requested
 
@@ -67,10 +53,9 @@ class StopRequest:
             signal.signal(number, handler)
         self._previous = {}
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()
+
+
+Stop = StopRequest | SharedStop
+"""`requested`: to stop at once, whatever is going on; `at(step)`: to stop before this step."""

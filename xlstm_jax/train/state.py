@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from xlstm_jax.sharding import Devices
+from xlstm_jax.sharding.devices import Devices
 from xlstm_jax.train.guard import Guard
 from xlstm_jax.typing import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
@@ -21,7 +21,7 @@ class TrainState(struct.PyTreeNode):
     step: Any  # scalar: batches seen, skipped ones included; also the position in the data
     params: PyTree
     opt_state: PyTree
-    guard: Guard
+    guard: Any  # Guard
     lr_scale: Any  # scalar: factor on the schedule; differs over a grid of learning rates
 
 
@@ -42,7 +42,7 @@ def init_state(
         key: decides the parameters; `jax.vmap` over keys makes a state of many runs.
         tokens: any tokens, as only parameters are made: a 1 x 1 array of zeros is enough.
         lr_scale: factor on the learning rate.
-        devices: where each part of it is made, so that it is nowhere whole; None: on one device.
+        devices: the mesh on which it is created, each leaf sharded; None: on one device.
     """
 
     def build(key, tokens, lr_scale):
@@ -51,7 +51,7 @@ def init_state(
     args = key, tokens, lr_scale
     if devices is None:
         return jax.jit(build)(*args)
-    shardings = devices.of_tree(jax.eval_shape(build, *args))
+    shardings = devices.shardings(jax.eval_shape(build, *args))
     with devices.active():
         return jax.jit(build, out_shardings=shardings)(*args)
 

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from xlstm_jax.data import Batch
-from xlstm_jax.ops import CrossEntropy
+from xlstm_jax.data.batch import Batch
+from xlstm_jax.ops.cross_entropy import CrossEntropy
 from xlstm_jax.train import guard, losses
 from xlstm_jax.train.config import TrainConfig
+from xlstm_jax.train.metrics import Metrics
 from xlstm_jax.train.optimizer import make_schedule, norm
 from xlstm_jax.train.state import TrainState
 from xlstm_jax.typing import Array, Float, PRNGKeyArray, PyTree
 
 LossFn = Callable[[PyTree, Batch, PRNGKeyArray | None], tuple[Float[Array, ""], CrossEntropy]]
-Metrics = dict[str, Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 _DROPOUT = 1  # the purposes that share a seed: parameters use the key itself, dropout this fold
@@ -61,7 +61,14 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / sums.weight_sum.astype(g.dtype), grads)
         loss = sums.ce_sum / sums.weight_sum
         grad_norm = norm(grads)
-        ok, watched = guard.judge(state.guard, cfg, loss, grad_norm)
+        ok, watched = guard.judge(
+            state.guard,
+            loss,
+            grad_norm,
+            factor=cfg.guard_factor,
+            floor=cfg.guard_floor,
+            max_skips=cfg.max_consecutive_skips,
+        )
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, step=state.step, lr_scale=state.lr_scale
         )
@@ -120,8 +127,8 @@ def sum_gradients(
     def body(total, now):
         number, part = now
         part_key = None if key is None else jax.random.fold_in(key, number)
-        found = grad_fn(params, part, part_key)
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, found), None
+        grads_and_sums = grad_fn(params, part, part_key)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, grads_and_sums), None
 
     (grads, sums), _ = jax.lax.scan(body, zeros, (jnp.arange(num_parts), parts))
     return grads, sums
@@ -130,8 +137,8 @@ def sum_gradients(
 def _split_rows(x: Array, *, num_parts: int) -> Array:
     if x.shape[0] % num_parts:
         raise ValueError(
-            f"a batch must have a multiple of accumulation={num_parts} rows, got {x.shape[0]}; "
-            "change data.batch_size or train.accumulation."
+            f"a batch must have a multiple of {num_parts} sequences, got {x.shape[0]}; "
+            f"change data.batch_size or train.accumulation={num_parts}."
         )
-    # Every part has rows of every device.
+    # Every part has sequences of every device.
     return jnp.swapaxes(x.reshape((-1, num_parts) + x.shape[1:]), 0, 1)

@@ -1,5 +1,6 @@
 """Where metrics go: a writer is anything with `write(step, metrics)` and `close()`."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -73,8 +74,6 @@ class ConsoleWriter:
         words = [f"loss {'-' if loss is None else format(loss, '.4f')}"]
         if "tokens_per_second" in metrics:
             words.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
-        if metrics.get("mfu") is not None:
-            words.append(f"mfu {metrics['mfu']:.1%}")
         if metrics["skipped"]:
             words.append(f"{metrics['skipped']} skipped")
         if self._step_time is not None:
@@ -86,14 +85,11 @@ class ConsoleWriter:
             self._bar.stop()
 
 
+@dataclasses.dataclass(frozen=True)
 class CallbackWriter:
     """Hands every record to a function."""
 
-    def __init__(self, call: Callable[[int, dict[str, Any]], None]):
-        self._call = call
-
-    def write(self, step: int, metrics: dict[str, Any]) -> None:
-        self._call(step, metrics)
+    write: Callable[[int, dict[str, Any]], None]
 
     def close(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""A list of a folder's files with their sizes and checksums, to notice damage before reading.
+"""The files of a checkpoint with their sizes and checksums, to detect corruption before reading.
 
 The array store beneath a checkpoint does not notice a flipped bit, and meets a truncated file with
 a page of tracebacks from its threads; this finds both first.
@@ -8,26 +8,28 @@ import json
 import zlib
 from pathlib import Path
 
-NAME = "seal.json"
+NAME = "manifest.json"
+OLD_NAME = "seal.json"  # of checkpoints written before it was renamed; same contents
 
 
 def write(folder: Path) -> None:
-    """Seals the sub-folders of `folder` as they are now; files beside them may still change."""
+    """Lists the files of the sub-folders of `folder`; files beside them may still change."""
     files = {str(path.relative_to(folder)): _measure(path) for path in _files(folder)}
     (folder / NAME).write_text(json.dumps(files, indent=1))
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with `folder`, as half a sentence; None if it is as it was when sealed.
+def verify(folder: Path) -> str | None:
+    """What is wrong with `folder`, as half a sentence; None if it is as it was written.
 
-    A folder that was never sealed counts as whole.
+    A folder without a manifest passes.
     """
-    if not (folder / NAME).is_file():
+    path = next((folder / n for n in (NAME, OLD_NAME) if (folder / n).is_file()), None)
+    if path is None:
         return None
     try:
-        files = json.loads((folder / NAME).read_text())
+        files = json.loads(path.read_text())
     except ValueError:
-        return f"{folder / NAME} must be readable, but it is damaged"
+        return f"{path} must be readable, but it is damaged"
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():

@@ -1,0 +1,11 @@
+"""Programs compile quickly: nothing here is about speed."""
+
+import pytest
+
+from tests import quick
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation(tmp_path_factory):
+    with quick.compilation(tmp_path_factory.mktemp("compiled")):
+        yield

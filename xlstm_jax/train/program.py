@@ -1,0 +1,133 @@
+"""The compiled training program: the one that a run executes, `plan` compiles and benchmarks time.
+
+program = TrainProgram(cfg, make_devices(cfg.mesh))
+state, totals = program.init(), program.devices.replicate(metrics.empty())
+with program.devices.active():
+    state, totals = program.step(state, totals, program.devices.batch(batch))
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from xlstm_jax.data.batch import Batch
+from xlstm_jax.modules.lm import LM
+from xlstm_jax.ops.cross_entropy import CrossEntropy
+from xlstm_jax.sharding.devices import Devices
+from xlstm_jax.sharding.rules import use_rules
+from xlstm_jax.train import losses, metrics
+from xlstm_jax.train.config import ExperimentConfig
+from xlstm_jax.train.optimizer import make_optimizer
+from xlstm_jax.train.state import TrainState, first_state, init_state
+from xlstm_jax.train.step import make_train_step
+from xlstm_jax.typing import PyTree
+
+_number = itertools.count()
+
+
+class TrainProgram:
+    """The step of a run with its metric totals, on the devices of a mesh.
+
+    Args:
+        cfg: the whole run.
+        devices: its mesh, real devices or those of an ahead-of-time target.
+        tx: any optax transformation; None is the one of `cfg.train`.
+    """
+
+    def __init__(
+        self,
+        cfg: ExperimentConfig,
+        devices: Devices,
+        tx: optax.GradientTransformation | None = None,
+    ):
+        self.cfg, self.devices = cfg, devices
+        self.model = LM(cfg.model)
+        self.tx = make_optimizer(cfg.train) if tx is None else tx
+        self.arguments = self._argument_shapes()  # of `step`: shapes and shardings
+
+    @functools.cached_property
+    def step(self) -> jax.stages.Wrapped:
+        """The jitted `(state, totals, batch) -> (state, totals)`, with state and totals donated.
+
+        Call it within `devices.active()`. A second trace is an error: it would be a silent delay.
+        """
+        train_step = make_train_step(self.model, self.tx, self.cfg.train)
+
+        def step(state: TrainState, totals: metrics.Totals, batch: Batch):
+            with use_rules(self.devices.rules):
+                state, now = train_step(state, batch)
+            return state, metrics.add(totals, now)
+
+        # By its name chex tells it from other programs of this process.
+        step.__name__ = f"train_step_{next(_number)}"
+        once = chex.assert_max_traces(step, n=1)
+        once.__name__ = "train_step"
+        state, totals, batch = jax.tree.map(lambda x: x.sharding, self.arguments)
+        return jax.jit(
+            once,
+            in_shardings=(state, totals, batch),
+            out_shardings=(state, totals),
+            donate_argnums=(0, 1),
+        )
+
+    @functools.cached_property
+    def held_out_sums(self) -> Callable[[PyTree, Batch], CrossEntropy]:
+        """The jitted `(params, batch) -> sums` of the held-out loss."""
+        resets = self.cfg.train.document_resets
+
+        def sums(params: PyTree, batch: Batch) -> CrossEntropy:
+            with use_rules(self.devices.rules):
+                return losses.held_out_sums(self.model, params, batch, document_resets=resets)
+
+        return jax.jit(sums)
+
+    def _argument_shapes(self) -> tuple[TrainState, metrics.Totals, Batch]:
+        def first(seed):
+            tokens = jnp.zeros((1, 1), jnp.int32)
+            return first_state(self.model.init(jax.random.key(seed), tokens)["params"], self.tx)
+
+        state = jax.eval_shape(first, jax.ShapeDtypeStruct((), jnp.uint32))
+        totals = jax.eval_shape(metrics.empty)
+        return (
+            _with_shardings(state, self.devices.shardings(state)),
+            _with_shardings(totals, jax.tree.map(lambda _: self.devices.replicated, totals)),
+            self._batch_shapes(),
+        )
+
+    def _batch_shapes(self) -> Batch:
+        data = self.cfg.data
+        ids = jax.ShapeDtypeStruct((data.batch_size, data.seq_len), jnp.int32)
+        weights = jax.ShapeDtypeStruct(ids.shape, jnp.float32)
+        index = jax.ShapeDtypeStruct(ids.shape[:1], jax.dtypes.canonicalize_dtype(np.int64))
+        batch = Batch(ids, ids, ids, weights, index)
+        sharding = self.devices.batch_sharding
+        return _with_shardings(batch, jax.tree.map(lambda x: sharding(x.ndim), batch))
+
+    def init(self) -> TrainState:
+        """The state before the first step, each leaf created on its devices."""
+        key, tokens = jax.random.key(self.cfg.train.seed), jnp.zeros((1, 1), jnp.int32)
+        return init_state(self.model, self.tx, key, tokens, devices=self.devices)
+
+    def init_from(self, params: PyTree) -> TrainState:
+        """The state before the first step of given parameters."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.arguments[0])
+        make = jax.jit(lambda params: first_state(params, self.tx), out_shardings=shardings)
+        return make(params)
+
+    def compile(self) -> jax.stages.Compiled:
+        """`step` compiled from shapes alone; computes nothing."""
+        with self.devices.active():
+            return self.step.lower(*self.arguments).compile()
+
+
+def _with_shardings(tree: PyTree, shardings: PyTree) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
