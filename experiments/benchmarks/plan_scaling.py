@@ -97,7 +97,7 @@ def cells(found: dict[str, Any]) -> list[str]:
         found["topology"],
         f"{found['num_chips']:,}",
         " x ".join(f"{name} {n}" for name, n in found["mesh"].items() if n > 1),
-        f"{found['held_bytes'] / gib:.1f} of {found['memory_bytes'] / gib:.0f}",
+        f"{found['peak_bytes'] / gib:.1f} of {found['memory_bytes'] / gib:.0f}",
         *(f"{1e3 * found['seconds'][name]:,.0f}" for name in ("compute", "memory", "network")),
         f"{found['sent'] / gib:.1f}, most by {limit}",
         f"{found['formula_sent'] / gib:.1f} ({found['formula_sent'] / found['sent'] - 1:+.0%})",

@@ -21,9 +21,9 @@ def test_hardware_that_cannot_be_is_refused(name):
 def test_a_target_has_the_chip_of_its_name_and_leaves_the_environment_alone():
     before = dict(os.environ)
     target = find_target("v7x:2x2x1", slices=2)
-    assert (target.num_chips, target.num_devices, target.near) == (8, 16, 8)
+    assert (target.num_chips, target.num_devices, target.intra_size) == (8, 16, 8)
     assert target.chip.flops == TPUS["v7x"].flops / 2
     gpus = find_target("h100:4x8")
-    assert gpus.chip == GPUS["H100"] and (gpus.num_devices, gpus.near) == (32, 8)
+    assert gpus.chip == GPUS["H100"] and (gpus.num_devices, gpus.intra_size) == (32, 8)
     assert dict(os.environ) == before
     assert set(CLUSTERS) == {"a100", "h100", "h200", "b200"}

@@ -28,7 +28,7 @@ def total(*steps):
 
 
 def test_losses_are_weighted_by_tokens_and_norms_by_steps():
-    found = metrics.summarise(
+    found = metrics.summarize(
         total(
             step(2.0, 30.0, grad_norm=1.0, lr=0.1, documents=2),
             step(4.0, 10.0, grad_norm=2.0, lr=0.2, documents=3),
@@ -43,7 +43,7 @@ def test_losses_are_weighted_by_tokens_and_norms_by_steps():
 
 def test_a_skipped_step_counts_but_its_numbers_do_not():
     nan = float("nan")
-    found = metrics.summarise(
+    found = metrics.summarize(
         total(
             step(2.0, 30.0, grad_norm=1.0),
             step(nan, 10.0, skipped=1, skipped_in_a_row=1, grad_norm=nan),
@@ -55,7 +55,7 @@ def test_a_skipped_step_counts_but_its_numbers_do_not():
 
 
 def test_an_interval_of_skipped_steps_has_no_loss():
-    found = metrics.summarise(total(step(float("nan"), 5.0, skipped=1)))
+    found = metrics.summarize(total(step(float("nan"), 5.0, skipped=1)))
     assert found["loss"] is found["perplexity"] is found["grad_norm"] is None
 
 

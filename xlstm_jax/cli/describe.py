@@ -10,7 +10,7 @@ from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
 from xlstm_jax.flops import count_params, train_flops
 from xlstm_jax.modules.lm import param_shapes
-from xlstm_jax.plan.activations import cuts_of_batch, kept_for_backward
+from xlstm_jax.plan.activations import residuals_per_device
 from xlstm_jax.sharding.axes import path_name
 from xlstm_jax.sharding.mesh import MESH_AXES
 from xlstm_jax.sharding.placement import bytes_per_device
@@ -71,21 +71,19 @@ def _memory(cfg: ExperimentConfig, params: Any) -> dict[str, str]:
     rules = get_rules(cfg.mesh.rules_name())
     sizes = {name: max(getattr(cfg.mesh, name), 1) for name in MESH_AXES}
     check_lengths(cfg, rules, sizes)
-    params_bytes = bytes_per_device(params, rules, sizes)
+    params_bytes = bytes_per_device(params, rules, sizes, cfg.mesh.min_shard_size)
     moments = jax.eval_shape(make_optimizer(cfg.train).init, params)
     parts = {
         "parameters": params_bytes,
         "gradients": params_bytes,
-        "optimizer": bytes_per_device(moments, rules, sizes),
-        "activations": kept_for_backward(cfg) // cuts_of_batch(rules, sizes),
+        "optimizer": bytes_per_device(moments, rules, sizes, cfg.mesh.min_shard_size),
+        "activations": residuals_per_device(cfg, sizes, jax.default_backend())[0],
     }
     words = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items())
     where = "one device"
     if math.prod(sizes.values()) > 1:
         mesh = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
         where = f"each device of {mesh} under {cfg.mesh.rules_name()}"
-    if sizes["tensor"] > 1:
-        words += " as sharded over batch and time alone"
     return {"memory, without temporaries": f"{_mib(sum(parts.values()))} on {where} ({words})"}
 
 

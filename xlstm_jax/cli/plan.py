@@ -10,8 +10,7 @@ import jax
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
 from xlstm_jax.config import ConfigError
-from xlstm_jax.plan import Plan, find_target, fit, plan
-from xlstm_jax.plan.search import Candidate
+from xlstm_jax.plan import Candidate, Plan, find_target, plan, search
 
 GIB = 2**30
 
@@ -26,7 +25,7 @@ class PlanRun(options.WithConfig):
 
     topology: str = "v5e:4x4"  # or v5p:8x8x4; GPUs as hosts x GPUs: h100:32x8
     slices: int = 1  # so many such TPUs, joined by a slower network
-    fit: bool = False  # search mesh, rematerialisation and batch size for the fastest that fits
+    search: bool = False  # for the fastest mesh, rematerialization policy and batch size that fit
     out: Path | None = None  # all figures as JSON
 
 
@@ -46,70 +45,70 @@ def run(args: list[str]) -> int:
             f"{str(chosen.out.parent)!r} or name another."
         )
     target = find_target(chosen.topology, chosen.slices)
-    if chosen.fit:
-        best, found = fit(chosen.experiment, target, tell=_tell)
-        console.facts(rows(found) | {"flags": _flags(best)})
+    if chosen.search:
+        best, result = search(chosen.experiment, target, on_plan=_report)
+        console.facts(rows(result) | {"flags": _flags(best)})
     else:
-        found = plan(chosen.experiment, target)
-        console.facts(rows(found))
+        result = plan(chosen.experiment, target)
+        console.facts(rows(result))
     if chosen.out is not None:
-        figures = dataclasses.asdict(found) | {"fits": found.fits, "limit": found.limit}
+        figures = dataclasses.asdict(result) | {"fits": result.fits, "limit": result.limit}
         chosen.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return DONE
 
 
-def _tell(candidate: Candidate, found: Plan) -> None:
-    """A line for everything that the search compiles."""
-    verdict = "fits" if found.fits else "does not fit"
-    needs = f"{found.held_bytes / GIB:.1f} of {found.memory_bytes / GIB:.1f} GiB"
-    console.say(f"{_flags(candidate)}: {needs}, {verdict}\n")
+def _report(candidate: Candidate, result: Plan) -> None:
+    """A line for every candidate that the search compiles."""
+    verdict = "fits" if result.fits else "does not fit"
+    used = f"{result.peak_bytes / GIB:.1f} of {result.memory_bytes / GIB:.1f} GiB"
+    console.say(f"{_flags(candidate)}: {used}, {verdict}\n")
 
 
 def _flags(candidate: Candidate) -> str:
-    cfg = candidate.cfg
-    axes = [f"--mesh.{name} {n}" for name, n in candidate.sizes.items() if n > 1 or name == "data"]
+    cfg, mesh = candidate.cfg, candidate.estimate.mesh
+    axes = [f"--mesh.{name} {n}" for name, n in mesh.items() if n > 1 or name == "data"]
     batch = f"--data.batch-size {cfg.data.batch_size}"
     return " ".join([*axes, f"--model.remat {cfg.model.remat}", batch])
 
 
-def rows(found: Plan) -> dict[str, str]:
+def rows(result: Plan) -> dict[str, str]:
     """A plan for people."""
-    mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items() if size > 1)
-    each = found.flops / math.prod(found.mesh.values())
+    mesh = " x ".join(f"{name} {size}" for name, size in result.mesh.items() if size > 1)
+    each = result.flops / math.prod(result.mesh.values())
     rows = {
-        "hardware": f"{found.topology}, {found.num_chips:,} chips",
-        "mesh": f"{mesh or 'one device'} under {found.rules}",
-        "parameters": f"{found.num_params:,}",
-        "tokens per step": f"{found.tokens_per_step:,}",
-        "FLOPs per step": f"{found.flops:.4g}, {each:.4g} a device",
-        "memory a device": _memory(found),
+        "hardware": f"{result.topology}, {result.num_chips:,} chips",
+        "mesh": f"{mesh or 'one device'} under {result.rules}",
+        "parameters": f"{result.num_params:,}",
+        "tokens per step": f"{result.tokens_per_step:,}",
+        "FLOPs per step": f"{result.flops:.4g}, {each:.4g} a device",
+        "memory a device": _memory(result),
     }
-    for kind, (times, sent) in sorted(found.collectives.items()):
-        count = "" if found.refusal else f"{times:,} a step, "
+    for kind, (times, sent) in sorted(result.collectives.items()):
+        count = "" if result.refusal else f"{times:,} a step, "
         rows[kind] = f"{count}{sent / GIB:.3f} GiB sent by a device"
-    for name, seconds in found.seconds.items():
+    for name, seconds in result.seconds.items():
         rows[f"{name} bound"] = f"{1e3 * seconds:,.1f} ms"
-    rate = found.tokens_per_step / found.step_seconds
-    share = found.seconds["compute"] / found.step_seconds
+    rate = result.tokens_per_step / result.step_seconds
+    share = result.seconds["compute"] / result.step_seconds
     rows["step"] = (
-        f"at least {1e3 * found.step_seconds:,.1f} ms, limited by {found.limit}: at most "
+        f"at least {1e3 * result.step_seconds:,.1f} ms, limited by {result.limit}: at most "
         f"{rate:,.0f} tokens/s, {share:.0%} of the peak"
     )
-    rows["compiled in"] = f"{found.compile_seconds:.0f} s"
-    if found.refusal:
-        rows["compiled in"] = f"not compiled, all of it by formula: {found.refusal}"
+    rows["compiled in"] = f"{result.compile_seconds:.0f} s"
+    if result.refusal:
+        rows["compiled in"] = f"not compiled, all of it by formula: {result.refusal}"
     return rows
 
 
-def _memory(found: Plan) -> str:
+def _memory(result: Plan) -> str:
     parts = {
-        "parameters": found.params_bytes,
-        "optimiser": found.optimizer_bytes,
-        "activations": found.activations_bytes,
-        "temporaries": found.temporary_bytes,
+        "parameters": result.params_bytes,
+        "optimizer": result.optimizer_bytes,
+        "activations": result.activations_bytes,
+        "temporaries": result.temporary_bytes,
     }
     words = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    verdict = "fits" if found.fits else "does not fit"
-    there = f"{found.held_bytes / GIB:.2f} of {found.memory_bytes / GIB:.2f} GiB"
-    least = "at least " if found.refusal else ""
-    return f"{least}{there}, {verdict} ({words})"
+    verdict = "fits" if result.fits else "does not fit"
+    used = f"{result.peak_bytes / GIB:.2f} of {result.memory_bytes / GIB:.2f} GiB"
+    least = "at least " if result.refusal else ""
+    return f"{least}{used}, {verdict} ({words})"

@@ -25,7 +25,7 @@ class Target:
     devices: tuple[Any, ...]  # as the compiler describes them; empty without a compiler
     num_devices: int
     num_chips: int
-    near: int  # devices joined by the fast network
+    intra_size: int  # devices of a slice or host, joined by the fast network
     refusal: str = ""  # why there is no compiler
 
     @contextlib.contextmanager
@@ -68,9 +68,9 @@ def _tpus(kind: str, shape: tuple[int, ...], slices: int) -> Target:
     devices, refusal = _described(topologies.tpu_slices, kind, shape, slices)
     name = f"{kind}:{'x'.join(map(str, shape))}" + (f" in {slices} slices" if slices > 1 else "")
     chips = math.prod(shape)
-    near = chips * TPUS[kind].devices
+    intra_size = chips * TPUS[kind].devices
     chip = per_device(TPUS[kind])
-    return Target(name, chip, devices, near * slices, chips * slices, near, refusal)
+    return Target(name, chip, devices, intra_size * slices, chips * slices, intra_size, refusal)
 
 
 def _gpus(kind: str, sizes: tuple[int, ...]) -> Target:

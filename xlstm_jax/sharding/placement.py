@@ -58,12 +58,19 @@ def tree_shardings(
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
 
-def bytes_per_device(params: PyTree, rules: Rules, mesh_sizes: Mapping[str, int]) -> int:
-    """What one device holds of parameters, or of a tree with the paths of parameters in it."""
+def bytes_per_device(
+    params: PyTree,
+    rules: Rules,
+    mesh_sizes: Mapping[str, int],
+    min_shard_size: int = MIN_SHARD_SIZE,
+) -> int:
+    """Bytes on each device of parameters, or of a tree with the paths of parameters in it."""
     total = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        spec = partition_spec(path_name(path), leaf.shape, rules, mesh_sizes)
-        axes = [axis for cut in spec if cut for axis in ((cut,) if isinstance(cut, str) else cut)]
-        parts = math.prod(mesh_sizes[axis] for axis in axes)
-        total += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize // parts
+        spec = partition_spec(path_name(path), leaf.shape, rules, mesh_sizes, min_shard_size)
+        axes = [
+            x for entry in spec if entry for x in ((entry,) if isinstance(entry, str) else entry)
+        ]
+        shards = math.prod(mesh_sizes[axis] for axis in axes)
+        total += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize // shards
     return total

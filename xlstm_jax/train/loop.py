@@ -159,7 +159,7 @@ class Loop:
         if self._complete is None:
             return
         (step, totals), self._complete = self._complete, None
-        record = metrics.summarise(totals)
+        record = metrics.summarize(totals)
         self.progress.tokens_seen += int(record["tokens"] or 0)
         self._write(
             step,

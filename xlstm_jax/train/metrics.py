@@ -59,7 +59,7 @@ def add(totals: Totals, metrics: Metrics) -> Totals:
     return Totals(values, totals.tokens + tokens, totals.taken + count, totals.steps + 1)
 
 
-def summarise(totals: Totals) -> dict[str, float | None]:
+def summarize(totals: Totals) -> dict[str, float | None]:
     """Means, sums and maxima of the interval; None where every step of it was skipped."""
     host = jax.device_get(totals)
     summary: dict[str, float | None] = {}

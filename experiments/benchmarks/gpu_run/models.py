@@ -15,6 +15,8 @@ from experiments.benchmarks.kernel_cases import Work
 from tests.workloads import ModelWorkload
 from xlstm_jax.flops import count_params, train_flops
 from xlstm_jax.modules import LM, LMConfig, param_shapes
+from xlstm_jax.train import metrics
+from xlstm_jax.train.metrics import Totals
 
 
 def train(report: Report, settings: Settings) -> None:
@@ -22,25 +24,25 @@ def train(report: Report, settings: Settings) -> None:
     calls = []
     for name, workload in settings.models:
         try:
-            training = cases.training(workload)
-            calls.append((name, workload, training, training.lower().compile()))
+            program = cases.program(workload)
+            calls.append((name, workload, program, program.compile()))
         except Exception as error:  # the other models shall still be timed
             report.fail(name, error)
     report.wait()
-    for name, workload, training, program in calls:
+    for name, workload, program, compiled in calls:
         with report.exclusive():
-            start = functools.partial(training.start, program)
+            start = functools.partial(cases.start, program, compiled, workload)
             report.add(name, functools.partial(train_steps, workload, start, settings.train_steps))
 
 
 def train_steps(
-    workload: ModelWorkload, start: Callable[[], Callable[[], cases.Metrics]], num_steps: int
+    workload: ModelWorkload, start: Callable[[], Callable[[], Totals]], num_steps: int
 ) -> Row:
     """Statistics of all steps but two, and the rates they amount to."""
-    advance, seconds, metrics = start(), [], {}
+    advance, seconds, totals = start(), [], metrics.empty()
     for _ in range(num_steps):
         begin = time.perf_counter()
-        metrics = jax.block_until_ready(advance())
+        totals = jax.block_until_ready(advance())
         seconds.append(time.perf_counter() - begin)
     row = statistics(seconds[2:])
     rate = workload.tokens / (row["median_ms"] / 1e3)
@@ -53,7 +55,7 @@ def train_steps(
         "parameters": count_params(workload.model),
         "tokens_per_s": rate,
         "mfu": bound and 1e3 * bound / row["median_ms"],
-        "loss": float(metrics["loss"]),
+        "loss": metrics.summarize(totals)["loss"],  # mean over all steps
         "peak_bytes": measure.peak_bytes(),
     }
 
