@@ -114,7 +114,7 @@ def _import_modules(args: Sequence[str]) -> None:
 
 def _values_of(option: str, args: Sequence[str]) -> list[Any]:
     """None, then the values that the option is given before tyro parses it."""
-    pairs = zip(args, [*args[1:], None], strict=True)
+    pairs = zip(args, [*args[1:], None], strict=False)
     return [None] + [
         arg.partition("=")[2] or after
         for arg, after in pairs
