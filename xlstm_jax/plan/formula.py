@@ -1,9 +1,9 @@
 """State and communication of a train step by formula: for the search, and without a compiler.
 
 Devices along fsdp all-gather every parameter for the forward and the backward pass, in the dtype of
-activations, and reduce-scatter its gradient; devices along data all-reduce their shards of it. Under
-tensor every product with sharded features is all-reduced, forward, recomputed and for the gradient
-of its input; under seq devices exchange the recurrent state of every shard of the sequence.
+activations, and reduce-scatter its gradient; devices along data all-reduce their shards of it.
+Under tensor every product with sharded features is all-reduced, forward, recomputed and for the
+gradient of its input; under seq devices exchange the state of every shard of the sequence.
 """
 
 import dataclasses
