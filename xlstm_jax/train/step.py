@@ -32,9 +32,8 @@ def make_train_step(
 ) -> TrainStep:
     """The step function `(state, batch) -> (state, metrics)`.
 
-    It is pure and not yet jitted: `jax.jit` it with the state donated, `jax.vmap` it over states
-    with `in_axes=(0, None)` to train many seeds on the same batches, `jax.lax.scan` it over a stack
-    of batches.
+    It is pure and not jitted: `jax.jit` it with the state donated, `jax.vmap` it over states with
+    `in_axes=(0, None)` to train many seeds on the same batches, `jax.lax.scan` it over batches.
 
     Args:
         model: an `LM` or what is called like one.
