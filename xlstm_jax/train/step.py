@@ -31,9 +31,8 @@ def make_train_step(
 ) -> TrainStep:
     """The step function `(state, batch) -> (state, metrics)`.
 
-    It is pure and not yet jitted: `jax.jit` it with the state donated, `jax.vmap` it over states
-    with `in_axes=(0, None)` to train many seeds on the same batches, `jax.lax.scan` it over a stack
-    of batches.
+    It is pure and not jitted: `jax.jit` it with the state donated, `jax.vmap` it over states with
+    `in_axes=(0, None)` to train many seeds on the same batches, `jax.lax.scan` it over batches.
 
     Args:
         model: an `LM` or what is called like one.
@@ -41,17 +40,18 @@ def make_train_step(
         cfg: accumulation, guard, z-loss.
         loss_fn: sums of a batch; None takes `losses.language_model_loss`.
 
-    The metrics are scalars of this step. `loss` is the mean cross entropy over all tokens, without
-    the z-loss; `grad_norm` is taken before clipping; `skipped` is 1 where the guard discarded the
-    update; `skipped_in_a_row` counts those up to now.
+    The metrics are scalars. `loss` is the mean cross entropy over all tokens, without the z-loss;
+    `grad_norm` precedes clipping; `skipped` is 1 where the guard discarded the update.
     """
-
-    def model_loss(params, batch, key):
-        return losses.language_model_loss(model, params, batch, cfg, key)
-
-    loss_of = loss_fn or model_loss
+    loss_of = loss_fn or (lambda p, b, key: losses.language_model_loss(model, p, b, cfg, key))
     tx = optax.with_extra_args_support(tx)
     schedule = make_schedule(cfg)
+    judge = functools.partial(
+        guard.judge,
+        factor=cfg.guard_factor,
+        floor=cfg.guard_floor,
+        max_skips=cfg.max_consecutive_skips,
+    )
     has_dropout = model.cfg.has_dropout
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -61,14 +61,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / sums.weight_sum.astype(g.dtype), grads)
         loss = sums.ce_sum / sums.weight_sum
         grad_norm = norm(grads)
-        ok, watched = guard.judge(
-            state.guard,
-            loss,
-            grad_norm,
-            factor=cfg.guard_factor,
-            floor=cfg.guard_floor,
-            max_skips=cfg.max_consecutive_skips,
-        )
+        ok, watched = judge(state.guard, loss, grad_norm)
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, step=state.step, lr_scale=state.lr_scale
         )
@@ -79,24 +72,31 @@ def make_train_step(
             opt_state=guard.keep_if(ok, opt_state, state.opt_state),
             guard=watched,
         )
-        metrics = {
-            "loss": loss,
-            "z_loss": sums.z_sum / sums.weight_sum,
-            "perplexity": jnp.exp(loss),
-            "accuracy": sums.correct_sum / sums.weight_sum,
+        metrics = _of_batch(batch, sums) | {
             "lr": jnp.asarray(schedule(state.step) * state.lr_scale),
             "grad_norm": grad_norm,
             "update_norm": jnp.where(ok, norm(updates), 0.0),
             "param_norm": norm(params),
-            "tokens": sums.weight_sum,
-            "documents": jnp.sum(jnp.max(batch.segment_ids, axis=-1)),
-            "padding_fraction": jnp.mean(batch.segment_ids == 0),
             "skipped": 1 - ok.astype(jnp.int32),
             "skipped_in_a_row": watched.skipped,
         }
         return new, metrics
 
     return train_step
+
+
+def _of_batch(batch: Batch, sums: CrossEntropy) -> Metrics:
+    """The metrics that do not depend on the update."""
+    loss = sums.ce_sum / sums.weight_sum
+    return {
+        "loss": loss,
+        "z_loss": sums.z_sum / sums.weight_sum,
+        "perplexity": jnp.exp(loss),
+        "accuracy": sums.correct_sum / sums.weight_sum,
+        "tokens": sums.weight_sum,
+        "documents": jnp.sum(jnp.max(batch.segment_ids, axis=-1)),
+        "padding_fraction": jnp.mean(batch.segment_ids == 0),
+    }
 
 
 def dropout_key(seed: int, step: Array) -> PRNGKeyArray:
