@@ -74,6 +74,8 @@ class ConsoleWriter:
         words = [f"loss {'-' if loss is None else format(loss, '.4f')}"]
         if "tokens_per_second" in metrics:
             words.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+        if metrics.get("mfu") is not None:
+            words.append(f"mfu {metrics['mfu']:.1%}")
         if metrics["skipped"]:
             words.append(f"{metrics['skipped']} skipped")
         if self._step_time is not None:
