@@ -16,13 +16,12 @@ from experiments.benchmarks import cases, measure
 from tests import workloads
 from tests.workloads import ModelWorkload
 from xlstm_jax import cpu
-from xlstm_jax.sharding.rules import RulesName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments(measure.TimedArguments):
     repeats: int = 60  # timed steps of each side
-    rules: RulesName = "fsdp"  # of the mesh
+    rules: str = "fsdp"  # of the mesh
 
 
 def compare(workload: ModelWorkload, args: Arguments) -> dict[str, Any]:

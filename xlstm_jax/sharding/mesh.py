@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from xlstm_jax.config import ConfigError
-from xlstm_jax.sharding.rules import RULES, RulesName
+from xlstm_jax.sharding.rules import RULES
 
 MESH_AXES = ("data", "fsdp", "seq", "tensor")
 
@@ -31,7 +31,7 @@ class MeshConfig:
     fsdp: int = 1  # the batch, parameters and moments
     seq: int = 1  # time: each sequence
     tensor: int = 1  # heads and features
-    rules: RulesName | Literal["auto"] = "auto"  # "auto": the least table that uses these axes
+    rules: str = "auto"  # a name in `rules.RULES`; "auto": the first table that uses these axes
     min_shard_size: int = MIN_SHARD_SIZE  # elements; smaller parameters are replicated under fsdp
     slstm_seq: Literal["gather", "refuse"] = "gather"  # time of an sLSTM, which is never sharded
 
@@ -43,6 +43,10 @@ class MeshConfig:
                     f"mesh.{name} must be at least 1, got {getattr(self, name)}; 1 shards nothing, "
                     "-1 takes the devices that the other axes leave."
                 )
+        if self.rules not in ("auto", *RULES):
+            raise ConfigError(
+                f"mesh.rules={self.rules!r} is not known; use one of: auto, {', '.join(RULES)}."
+            )
         if len(free) > 1:
             raise ConfigError(
                 f"one axis of a mesh may be -1, got {' and '.join(free)}; give all others a size."

@@ -3,12 +3,10 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator, Mapping
-from typing import Literal, get_args
 
 from xlstm_jax.config import ConfigError
 
 Rules = Mapping[str, tuple[str, ...]]
-RulesName = Literal["data", "fsdp", "fsdp_tensor", "fsdp_seq"]
 
 _REPLICATED: Rules = dict.fromkeys(
     ("batch", "time", "embed", "inner", "mlp", "heads", "vocab", "layers"), ()
@@ -33,8 +31,6 @@ RULES: dict[str, Rules] = {
     "fsdp_seq": {**_FSDP, "time": ("seq",)},
 }
 """Every table has every logical axis; () means that it is replicated."""
-
-assert tuple(RULES) == get_args(RulesName)
 
 EVERYTHING: Rules = {**RULES["fsdp_tensor"], "time": ("seq",)}
 """For activations where no table is in use: every axis that a mesh may have."""
