@@ -29,7 +29,8 @@ def test_a_step_of_the_1_4b_model_fits_sixteen_chips_and_holds_nothing_whole():
     state = 12 * result.num_params
     assert result.params_bytes + result.optimizer_bytes < 1.01 * state / 16
     assert result.fits and result.peak_bytes < 4 << 30
-    assert result.peak_bytes > result.params_bytes + result.optimizer_bytes + result.activations_bytes
+    held = result.params_bytes + result.optimizer_bytes
+    assert result.peak_bytes > held + result.activations_bytes
 
 
 @pytest.mark.slow
