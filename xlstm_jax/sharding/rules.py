@@ -8,15 +8,11 @@ from xlstm_jax.config import ConfigError
 
 Rules = Mapping[str, tuple[str, ...]]
 
-_REPLICATED: Rules = dict.fromkeys(
-    ("batch", "time", "embed", "inner", "mlp", "heads", "vocab", "layers"), ()
-)
-_FSDP: Rules = {
-    **_REPLICATED,
-    "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),
-    "vocab": ("fsdp",),
-}
+LOGICAL_AXES = ("batch", "time", "embed", "inner", "mlp", "heads", "vocab", "layers")
+"""embed: model width, where a parameter reads it; inner: heads x head size; mlp: feed-forward."""
+
+_REPLICATED: Rules = dict.fromkeys(LOGICAL_AXES, ())
+_FSDP: Rules = {**_REPLICATED, "batch": ("data", "fsdp"), "embed": ("fsdp",), "vocab": ("fsdp",)}
 
 RULES: dict[str, Rules] = {
     "data": {**_REPLICATED, "batch": ("data",)},
