@@ -1,6 +1,7 @@
 """Next-token loss as sums over a batch, to be divided once: for training and for evaluation."""
 
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from xlstm_jax.data.windows import Windows
 from xlstm_jax.modules.lm import head_kernel
 from xlstm_jax.ops.cross_entropy import CrossEntropy, cross_entropy
 from xlstm_jax.train.config import TrainConfig
-from xlstm_jax.typing import Array, Float, Int, PRNGKeyArray, PyTree
+from xlstm_jax.typing import Array, Float, PRNGKeyArray, PyTree
 
 
 def language_model_loss(
@@ -23,26 +24,9 @@ def language_model_loss(
 ) -> tuple[Float[Array, ""], CrossEntropy]:
     """The sum to be differentiated, cross entropy and z-loss, and its parts.
 
-    Sums, not means: only whoever knows all micro-batches and devices may divide. The logits are
-    made from hidden states a chunk at a time.
-
-    Args:
-        model: an `LM` or what is called like one.
-        params: its parameters.
-        batch: sequences; documents packed into one are told apart by `segment_ids`.
-        cfg: z-loss, chunk size, and whether a document starts from the initial state.
-        dropout_key: None computes without dropout.
+    Sums, not means: only whoever knows all micro-batches and devices may divide.
     """
-    hidden, _ = model.apply(
-        {"params": params},
-        batch.inputs,
-        segment_ids=documents(batch) if cfg.document_resets else None,
-        has_padding=False,
-        head=False,
-        deterministic=dropout_key is None,
-        rngs={} if dropout_key is None else {"dropout": dropout_key},
-    )
-    sums = token_sums(model, params, hidden, batch, z_loss=cfg.z_loss, chunk_size=cfg.loss_chunk)
+    sums, _ = token_sums(model, params, batch, cfg, dropout_key=dropout_key)
     return sums.ce_sum + sums.z_sum, sums
 
 
@@ -50,37 +34,52 @@ def held_out_sums(
     model: Any, params: PyTree, batch: Batch, *, document_resets: bool
 ) -> CrossEntropy:
     """The sums of `language_model_loss` without dropout and z-loss; the op chooses the chunk."""
-    cfg = TrainConfig(document_resets=document_resets)
-    return language_model_loss(model, params, batch, cfg)[1]
-
-
-def documents(batch: Batch) -> Int[Array, "B T"]:
-    """Segment ids by which the model resets its state; padding is a document of its own.
-
-    It weighs nothing, so it needs no mask.
-    """
-    return jnp.where(batch.segment_ids == 0, -1, batch.segment_ids)
+    return token_sums(model, params, batch, TrainConfig(document_resets=document_resets))[0]
 
 
 def token_sums(
     model: Any,
     params: PyTree,
-    hidden: Float[Array, "B T D"],
     batch: Batch,
+    cfg: TrainConfig,
     *,
-    z_loss: float = 0.0,
-    chunk_size: int | None = None,
-) -> CrossEntropy:
-    """Cross entropy of the model's head, from the hidden states after its final norm."""
-    return cross_entropy(
+    state: Any = None,
+    dropout_key: PRNGKeyArray | None = None,
+) -> tuple[CrossEntropy, Any]:
+    """Cross entropy summed over the targets of a batch, and the model's state after it.
+
+    The logits are made from hidden states a chunk at a time.
+
+    Args:
+        model: an `LM` or what is called like one.
+        params: its parameters.
+        batch: sequences; documents packed into one are told apart by `segment_ids`.
+        cfg: z-loss, chunk size, and whether a document starts from the initial state.
+        state: before the batch; None is the initial state.
+        dropout_key: None computes without dropout.
+    """
+    # Padding is a document of its own; it weighs nothing, so it needs no mask.
+    documents = jnp.where(batch.segment_ids == 0, -1, batch.segment_ids)
+    hidden, state = model.apply(
+        {"params": params},
+        batch.inputs,
+        state=state,
+        segment_ids=documents if cfg.document_resets else None,
+        has_padding=False,
+        head=False,
+        deterministic=dropout_key is None,
+        rngs={} if dropout_key is None else {"dropout": dropout_key},
+    )
+    sums = cross_entropy(
         hidden,
         head_kernel(model.cfg, params),
         batch.targets,
         batch.weights,
         soft_cap=model.cfg.logit_soft_cap,
-        z_loss=z_loss,
-        chunk_size=chunk_size,
+        z_loss=cfg.z_loss,
+        chunk_size=cfg.loss_chunk,
     )
+    return sums, state
 
 
 class HeldOut(NamedTuple):
@@ -97,19 +96,14 @@ class HeldOut(NamedTuple):
     def plus(self, sums: CrossEntropy, batch: Batch, examples: Examples) -> "HeldOut":
         """With one more batch of these examples."""
         sums = jax.device_get(sums)
-        num_bytes = 0
+        counts = float(sums.ce_sum), int(sums.weight_sum), int(sums.correct_sum), 0
         if isinstance(examples, Windows):
-            num_bytes = examples.tokenizer.num_bytes(batch.targets[batch.weights > 0])
-        return HeldOut(
-            self.nats + float(sums.ce_sum),
-            self.num_tokens + int(sums.weight_sum),
-            self.num_correct + int(sums.correct_sum),
-            self.num_bytes + num_bytes,
-        )
+            text = batch.targets[batch.weights > 0]
+            counts = *counts[:3], examples.tokenizer.num_bytes(text)
+        return HeldOut(*map(operator.add, self, counts))
 
     @property
     def nats_per_token(self) -> float:
-        """The mean loss."""
         return self.nats / self.num_tokens
 
     @property
