@@ -10,8 +10,8 @@ from xlstm_jax.data.loader import load
 from xlstm_jax.evaluate import by_position, perplexity
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.train.checkpoint import restore_params
-from xlstm_jax.train.compilation_cache import compiled_programs
 from xlstm_jax.train.config import check_vocabulary
+from xlstm_jax.train.rundir import compiled_programs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

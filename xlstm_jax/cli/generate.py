@@ -13,7 +13,7 @@ from xlstm_jax.generate import Sampler
 from xlstm_jax.generate.text import stream_text
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.train.checkpoint import restore_params
-from xlstm_jax.train.compilation_cache import compiled_programs
+from xlstm_jax.train.rundir import compiled_programs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,9 @@ import jax
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
 from xlstm_jax.config import ConfigError
-from xlstm_jax.plan import Candidate, Plan, find_target, plan, search
+from xlstm_jax.plan.report import Plan, plan
+from xlstm_jax.plan.search import Candidate, search
+from xlstm_jax.plan.topology import find_target
 
 GIB = 2**30
 
@@ -41,7 +43,11 @@ def run(args: list[str]) -> int:
         )
     target = find_target(chosen.topology, chosen.slices)
     if chosen.search:
-        best, result = search(chosen.experiment, target, on_plan=_report)
+        best, result = search(
+            chosen.experiment,
+            target,
+            on_plan=lambda tried, its_plan: console.say(f"{_flags(tried)}: {_peak(its_plan)}\n"),
+        )
         console.facts(rows(result) | {"flags": _flags(best)})
     else:
         result = plan(chosen.experiment, target)
@@ -50,11 +56,6 @@ def run(args: list[str]) -> int:
         figures = dataclasses.asdict(result) | {"fits": result.fits, "limit": result.limit}
         chosen.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return DONE
-
-
-def _report(candidate: Candidate, result: Plan) -> None:
-    """A line for every candidate that the search compiles."""
-    console.say(f"{_flags(candidate)}: {_peak(result)}\n")
 
 
 def _peak(result: Plan) -> str:

@@ -10,7 +10,6 @@ import jax
 from xlstm_jax import data
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DIVERGED, DONE
-from xlstm_jax.data.batch import Examples
 from xlstm_jax.data.loader import eval_index
 from xlstm_jax.data.windows import Windows
 from xlstm_jax.flops import train_flops
@@ -57,21 +56,6 @@ def run(args: list[str]) -> int:
         console.say(f"\nStopped at {steps} and saved; the same command resumes it.\n")
         return DONE
     valid = data.load(cfg.data, "valid") if cfg.train.eval_every else None
-    _report(cfg, run_dir, result, valid)
-    if isinstance(valid, Windows) and jax.process_count() == 1:  # else no process has all params
-        _show_sample(cfg, result, valid)
-    return DONE
-
-
-def _default_run_dir(config: Path) -> Path:
-    if config.is_dir():
-        return config
-    return config.parent if config.suffix == ".json" else Path("runs", config.stem)
-
-
-def _report(
-    cfg: ExperimentConfig, run_dir: Path, result: FitResult, valid: Examples | None
-) -> None:
     rows = {"held out": "not measured, as train.eval_every is 0"}
     metrics = result.evaluation
     if metrics is not None and valid is not None:
@@ -92,6 +76,15 @@ def _report(
     rows["picture"] = str(run_dir / rundir.CURVE)
     console.say("\n")
     console.facts(rows)
+    if isinstance(valid, Windows) and jax.process_count() == 1:  # else no process has all params
+        _show_sample(cfg, result, valid)
+    return DONE
+
+
+def _default_run_dir(config: Path) -> Path:
+    if config.is_dir():
+        return config
+    return config.parent if config.suffix == ".json" else Path("runs", config.stem)
 
 
 def _show_sample(cfg: ExperimentConfig, result: FitResult, windows: Windows) -> None:

@@ -16,7 +16,6 @@ from xlstm_jax.data.batch import Batch, Examples
 from xlstm_jax.evaluate.perplexity import batches
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.ops.cross_entropy import CrossEntropy
-from xlstm_jax.train.config import TrainConfig
 from xlstm_jax.train.losses import token_sums
 
 PIECE = 1024  # positions in one pass: what bounds the memory, whatever the window
@@ -82,5 +81,4 @@ def _read(
         state = jax.tree.map(  # leaves have the axes layers, B, ...
             lambda leaf: jnp.where(same.reshape((1, -1) + (1,) * (leaf.ndim - 2)), leaf, 0), state
         )
-    cfg = TrainConfig(document_resets=document_resets)
-    return token_sums(model, params, batch, cfg, state=state)
+    return token_sums(model, params, batch, document_resets=document_resets, state=state)

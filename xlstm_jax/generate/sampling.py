@@ -7,6 +7,7 @@ for one row of a batch: (logits, key, seen) -> token.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,8 @@ class Sampler:
         if self.never:
             logits = logits.at[..., jnp.array(self.never)].set(-jnp.inf)
         logits = temperature(logits, self.temperature)
-        for keep, value in ((top_k, self.top_k), (top_p, self.top_p), (min_p, self.min_p)):
+        filters: Any = (top_k, self.top_k), (top_p, self.top_p), (min_p, self.min_p)
+        for keep, value in filters:
             if value is not None:
                 logits = keep(logits, value)
         return jax.random.categorical(key, logits)

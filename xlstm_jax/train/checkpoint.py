@@ -38,12 +38,7 @@ _OldGuard = collections.namedtuple("_OldGuard", ("usual_norm", "skipped"))
 
 
 class Checkpointer(contextlib.AbstractContextManager):
-    """Writes the checkpoints of one run, in the background; a context manager.
-
-    Args:
-        run_dir: the run.
-        keep: how many to keep, the newest ones.
-    """
+    """Writes the checkpoints of one run, in the background, and keeps the newest `keep` of them."""
 
     def __init__(self, run_dir: str | Path, keep: int = 3):
         self._folder = Path(run_dir).resolve() / FOLDER

@@ -15,7 +15,6 @@ from xlstm_jax.sharding.mesh import MeshConfig
 from xlstm_jax.sharding.rules import Rules
 
 Schedule = Literal["constant", "linear", "cosine", "exponential", "wsd"]
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 class Parts(NamedTuple):
@@ -121,7 +120,7 @@ _DEMANDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "above 1": (lambda value: value > 1, "guard_factor"),
     "above 0 and at most 1": (lambda value: 0 < value <= 1, "end_factor"),
     "at least 0 and below 1": (lambda value: 0 <= value < 1, "b1 b2"),
-    f"one of {', '.join(SCHEDULES)}": (lambda value: value in SCHEDULES, "schedule"),
+    f"one of {', '.join(get_args(Schedule))}": (lambda x: x in get_args(Schedule), "schedule"),
 }
 
 

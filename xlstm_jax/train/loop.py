@@ -41,7 +41,8 @@ class Progress:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
         """The inverse of `to_json`."""
-        return cls(**values | {"totals": metrics.from_json(values["totals"])})
+        totals: Any = metrics.from_json(values["totals"])
+        return cls(**values | {"totals": totals})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Next-token loss as sums over a batch, to be divided once: for training and for evaluation."""
 
 import math
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,35 +25,38 @@ def language_model_loss(
 
     Sums, not means: only whoever knows all micro-batches and devices may divide.
     """
-    sums, _ = token_sums(model, params, batch, cfg, dropout_key=dropout_key)
+    sums, _ = token_sums(
+        model,
+        params,
+        batch,
+        document_resets=cfg.document_resets,
+        dropout_key=dropout_key,
+        z_loss=cfg.z_loss,
+        chunk_size=cfg.loss_chunk,
+    )
     return sums.ce_sum + sums.z_sum, sums
-
-
-def held_out_sums(
-    model: Any, params: PyTree, batch: Batch, *, document_resets: bool
-) -> CrossEntropy:
-    """The sums of `language_model_loss` without dropout and z-loss; the op chooses the chunk."""
-    return token_sums(model, params, batch, TrainConfig(document_resets=document_resets))[0]
 
 
 def token_sums(
     model: Any,
     params: PyTree,
     batch: Batch,
-    cfg: TrainConfig,
     *,
+    document_resets: bool,
     state: Any = None,
     dropout_key: PRNGKeyArray | None = None,
+    z_loss: float = 0.0,
+    chunk_size: int | None = None,
 ) -> tuple[CrossEntropy, Any]:
     """Cross entropy summed over the targets of a batch, and the model's state after it.
 
-    The logits are made from hidden states a chunk at a time.
+    The logits are made from hidden states `chunk_size` positions at a time; None: the op chooses.
 
     Args:
         model: an `LM` or what is called like one.
         params: its parameters.
         batch: sequences; documents packed into one are told apart by `segment_ids`.
-        cfg: z-loss, chunk size, and whether a document starts from the initial state.
+        document_resets: whether a document starts from the initial state.
         state: before the batch; None is the initial state.
         dropout_key: None computes without dropout.
     """
@@ -64,7 +66,7 @@ def token_sums(
         {"params": params},
         batch.inputs,
         state=state,
-        segment_ids=documents if cfg.document_resets else None,
+        segment_ids=documents if document_resets else None,
         has_padding=False,
         head=False,
         deterministic=dropout_key is None,
@@ -76,8 +78,8 @@ def token_sums(
         batch.targets,
         batch.weights,
         soft_cap=model.cfg.logit_soft_cap,
-        z_loss=cfg.z_loss,
-        chunk_size=cfg.loss_chunk,
+        z_loss=z_loss,
+        chunk_size=chunk_size,
     )
     return sums, state
 
@@ -96,11 +98,15 @@ class HeldOut(NamedTuple):
     def plus(self, sums: CrossEntropy, batch: Batch, examples: Examples) -> "HeldOut":
         """With one more batch of these examples."""
         sums = jax.device_get(sums)
-        counts = float(sums.ce_sum), int(sums.weight_sum), int(sums.correct_sum), 0
+        num_bytes = 0
         if isinstance(examples, Windows):
-            text = batch.targets[batch.weights > 0]
-            counts = *counts[:3], examples.tokenizer.num_bytes(text)
-        return HeldOut(*map(operator.add, self, counts))
+            num_bytes = examples.tokenizer.num_bytes(batch.targets[batch.weights > 0])
+        return HeldOut(
+            self.nats + float(sums.ce_sum),
+            self.num_tokens + int(sums.weight_sum),
+            self.num_correct + int(sums.correct_sum),
+            self.num_bytes + num_bytes,
+        )
 
     @property
     def nats_per_token(self) -> float:

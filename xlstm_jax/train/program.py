@@ -99,7 +99,7 @@ class TrainProgram:
 
         def sums(params: PyTree, batch: Batch) -> CrossEntropy:
             with use_rules(self.devices.rules):
-                return losses.held_out_sums(self.model, params, batch, document_resets=resets)
+                return losses.token_sums(self.model, params, batch, document_resets=resets)[0]
 
         return jax.jit(sums)
 

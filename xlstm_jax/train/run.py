@@ -14,7 +14,6 @@ from xlstm_jax.data.batch import Examples
 from xlstm_jax.data.windows import Windows
 from xlstm_jax.sharding.devices import make_devices
 from xlstm_jax.train import checkpoint, plots, rundir
-from xlstm_jax.train.compilation_cache import compiled_programs
 from xlstm_jax.train.config import ExperimentConfig, check_lengths, check_vocabulary
 from xlstm_jax.train.loop import Loop, Outputs, Progress, Splits
 from xlstm_jax.train.processes import log, process_log, stop_request, wait_for_all
@@ -92,14 +91,15 @@ def fit(
     wait_for_all("the run has begun")
     writers: list[Writer] = [JsonlWriter(run_dir / rundir.METRICS)] if writes else []
     writers += [ConsoleWriter(cfg.train.steps, progress.step)] if writes and console else []
-    writers += [CallbackWriter(on_metrics)] if on_metrics else []
+    if on_metrics is not None:
+        writers.append(CallbackWriter(on_metrics))
     outputs = Outputs(
         run_dir=run_dir,
         writers=writers,
         checkpoints=checkpoint.Checkpointer(run_dir, cfg.train.keep),
         flops_per_step=flops_per_step,
     )
-    with process_log(run_dir), compiled_programs(run_dir), stop_request() as stop:
+    with process_log(run_dir), rundir.compiled_programs(run_dir), stop_request() as stop:
         log.info("begins at step %d of %d", progress.step, cfg.train.steps)
         with outputs, devices.active():
             loop = Loop(program, state, progress, splits, outputs, stop)

@@ -1,4 +1,4 @@
-"""The directory of a run: its config, its records, and what else is in it besides checkpoints."""
+"""The directory of a run: config, records, compiled programs, and all else but checkpoints."""
 
 import contextlib
 import datetime
@@ -8,10 +8,12 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from xlstm_jax.config import (
     IMPORTS,
@@ -26,7 +28,7 @@ from xlstm_jax.train import checkpoint
 from xlstm_jax.train.config import ExperimentConfig
 
 CONFIG, RUN, METRICS = "config.json", "run.json", "metrics.jsonl"
-CURVE, DIVERGED = "loss.png", "diverged.json"
+CURVE, DIVERGED, CACHE = "loss.png", "diverged.json", "cache"
 
 # What may change when a run is resumed, as it changes no number the run computes.
 _INTERVALS = "log_every eval_every eval_batches checkpoint_every checkpoint_minutes keep".split()
@@ -113,10 +115,8 @@ def _write(path: Path, text: str) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics file; a last line that was cut off does not count."""
-    if not path.exists():
-        return []
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if path.exists() else ():
         try:
             records.append(json.loads(line))
         except ValueError:
@@ -142,3 +142,21 @@ def _git_state() -> dict[str, Any] | None:
         return None
     commit, _, dirty = done.stdout.strip().partition("-")
     return {"commit": commit, "changed": bool(dirty)}
+
+
+@contextlib.contextmanager
+def compiled_programs(run_dir: Path) -> Iterator[None]:
+    """Within, compiled programs are stored in RUN/cache, unless the user has set another folder.
+
+    A second start of the same program, by any command, then compiles nothing. The setting is global
+    to the process: it is restored at the end.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        yield
+        return
+    jax.config.update("jax_compilation_cache_dir", str((run_dir / CACHE).resolve()))
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
