@@ -113,12 +113,12 @@ def test_the_clock_leaves_out_what_is_not_training(monkeypatch):
     clock.step()
     assert clock.lap() == {}  # compiling
     clock.start()
-    with clock.waiting():
+    with clock.measure("wait"):
         now[0] += 1.0
     clock.step()
     now[0] += 5.0
     clock.step()
-    with clock.paused():
+    with clock.measure("pause"):
         now[0] += 100.0
     assert clock.lap() == {"step_time": 3.0, "data_wait": 0.5}
     assert clock.lap() == {}

@@ -52,7 +52,7 @@ def test_a_schedule_without_warmup_and_cooldown_is_its_main_part(schedule):
 def test_a_share_below_one_is_the_same_as_its_count():
     shares = TrainConfig(steps=200, warmup_steps=0.1, cooldown_steps=0.25)
     counts = TrainConfig(steps=200, warmup_steps=20, cooldown_steps=50)
-    assert (shares.num_warmup, shares.num_main, shares.num_cooldown) == (20, 130, 50)
+    assert shares.parts == (20, 0, 130, 50)
     assert rates(shares, range(0, 201, 7)) == rates(counts, range(0, 201, 7))
 
 

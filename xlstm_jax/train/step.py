@@ -1,6 +1,5 @@
 """One update of the parameters: a pure function of a state and a batch."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,34 +33,35 @@ def make_train_step(
     It is pure and not jitted: `jax.jit` it with the state donated, `jax.vmap` it over states with
     `in_axes=(0, None)` to train many seeds on the same batches, `jax.lax.scan` it over batches.
 
+    The metrics are scalars of this step. `loss` is the mean cross entropy over all tokens, without
+    the z-loss; `grad_norm` is taken before clipping; `skipped` is 1 where the guard discarded the
+    update; `skipped_in_a_row` counts those up to now.
+
     Args:
         model: an `LM` or what is called like one.
         tx: from `make_optimizer`, or any other transformation of optax.
         cfg: accumulation, guard, z-loss.
         loss_fn: sums of a batch; None takes `losses.language_model_loss`.
-
-    The metrics are scalars. `loss` is the mean cross entropy over all tokens, without the z-loss;
-    `grad_norm` precedes clipping; `skipped` is 1 where the guard discarded the update.
     """
-    loss_of = loss_fn or (lambda p, b, key: losses.language_model_loss(model, p, b, cfg, key))
+
+    def model_loss(params, batch, key):
+        return losses.language_model_loss(model, params, batch, cfg, key)
+
     tx = optax.with_extra_args_support(tx)
     schedule = make_schedule(cfg)
-    judge = functools.partial(
-        guard.judge,
-        factor=cfg.guard_factor,
-        floor=cfg.guard_floor,
-        max_skips=cfg.max_consecutive_skips,
-    )
-    has_dropout = model.cfg.has_dropout
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = dropout_key(cfg.seed, state.step) if has_dropout else None
+        key = None
+        if model.cfg.has_dropout:  # from the seed and the step alone: there is no key to store
+            key = jax.random.fold_in(jax.random.key(cfg.seed), _DROPOUT)
+            key = jax.random.fold_in(key, state.step)
+        loss_of = loss_fn or model_loss
         grads, sums = sum_gradients(loss_of, state.params, batch, key, cfg.accumulation)
         # A batch without any target has the mean 0/0: the guard discards it.
         grads = jax.tree.map(lambda g: g / sums.weight_sum.astype(g.dtype), grads)
         loss = sums.ce_sum / sums.weight_sum
         grad_norm = norm(grads)
-        ok, watched = judge(state.guard, loss, grad_norm)
+        ok, watched = guard.judge(state.guard, loss, grad_norm, cfg)
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, step=state.step, lr_scale=state.lr_scale
         )
@@ -85,25 +85,6 @@ def make_train_step(
     return train_step
 
 
-def _of_batch(batch: Batch, sums: CrossEntropy) -> Metrics:
-    """The metrics that do not depend on the update."""
-    loss = sums.ce_sum / sums.weight_sum
-    return {
-        "loss": loss,
-        "z_loss": sums.z_sum / sums.weight_sum,
-        "perplexity": jnp.exp(loss),
-        "accuracy": sums.correct_sum / sums.weight_sum,
-        "tokens": sums.weight_sum,
-        "documents": jnp.sum(jnp.max(batch.segment_ids, axis=-1)),
-        "padding_fraction": jnp.mean(batch.segment_ids == 0),
-    }
-
-
-def dropout_key(seed: int, step: Array) -> PRNGKeyArray:
-    """The key of a step: from the seed and the step alone, so that there is none to store."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), step)
-
-
 def sum_gradients(
     loss_fn: LossFn,
     params: PyTree,
@@ -118,7 +99,16 @@ def sum_gradients(
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if num_parts == 1:
         return grad_fn(params, batch, key)
-    parts = jax.tree.map(functools.partial(_split_rows, num_parts=num_parts), batch)
+    num_sequences = len(batch.inputs)
+    if num_sequences % num_parts:
+        raise ValueError(
+            f"a batch must have a multiple of {num_parts} sequences, got {num_sequences}; "
+            f"change data.batch_size or train.accumulation={num_parts}."
+        )
+    # Every part has sequences of every device.
+    parts = jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape((-1, num_parts) + x.shape[1:]), 0, 1), batch
+    )
     shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], parts), key)
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
@@ -130,15 +120,4 @@ def sum_gradients(
         grads_and_sums = grad_fn(params, part, part_key)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, grads_and_sums), None
 
-    (grads, sums), _ = jax.lax.scan(body, zeros, (jnp.arange(num_parts), parts))
-    return grads, sums
-
-
-def _split_rows(x: Array, *, num_parts: int) -> Array:
-    if x.shape[0] % num_parts:
-        raise ValueError(
-            f"a batch must have a multiple of {num_parts} sequences, got {x.shape[0]}; "
-            f"change data.batch_size or train.accumulation={num_parts}."
-        )
-    # Every part has sequences of every device.
-    return jnp.swapaxes(x.reshape((-1, num_parts) + x.shape[1:]), 0, 1)
+    return jax.lax.scan(body, zeros, (jnp.arange(num_parts), parts))[0]
