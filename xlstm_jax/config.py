@@ -66,9 +66,11 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
             f"{where.rstrip('.') or cls.__name__} must be a table of fields, got {values!r}."
         )
     values = {name: value for name, value in values.items() if where or name != IMPORTS}
-    if hasattr(cls, "upgrade"):  # from the names of earlier versions
-        values = cls.upgrade(values)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    upgrade = getattr(cls, "upgrade", None)
+    if upgrade is not None:  # from the names of earlier versions
+        values = upgrade(values)
+    all_fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    fields = {field.name: field for field in all_fields if field.init}
     for name in values:
         if name not in fields:
             hint = did_you_mean(name, fields, f"use one of: {', '.join(fields)}.")

@@ -26,8 +26,10 @@ class Arguments(measure.TimedArguments):
 
 def compare(workload: ModelWorkload, args: Arguments) -> dict[str, Any]:
     """Both sides of a workload, and by how much the mesh takes longer."""
-    steps = {"plain": cases.plain_step(workload)}
-    steps["mesh"] = cases.compiled_step(workload, args.rules)
+    steps = {
+        "plain": cases.plain_step(workload),
+        "mesh": cases.compiled_step(workload, args.rules),
+    }
     for advance, _ in steps.values():
         measure.seconds(advance, 3)
     product = measure.matrix_product(measure.MATRIX_SIZE)

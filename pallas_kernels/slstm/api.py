@@ -100,9 +100,11 @@ def _step(options: Options, x, r, b, state: State, flags) -> tuple[jax.Array, St
     return state[2].astype(x.dtype)[:, None], state
 
 
-def _step_forward(options: Options, *args):
-    *args, flags = args
-    return jax.vjp(lambda *args: _padded(options, *args, flags), *args)
+def _step_forward(options: Options, x, r, b, state: State, flags):
+    def padded(x, r, b, state):
+        return _padded(options, x, r, b, state, flags)
+
+    return jax.vjp(padded, x, r, b, state)
 
 
 _step.defvjp(_step_forward, lambda options, pull, cotangents: (*pull(cotangents), None))

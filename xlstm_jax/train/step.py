@@ -72,11 +72,18 @@ def make_train_step(
             opt_state=guard.keep_if(ok, opt_state, state.opt_state),
             guard=watched,
         )
-        metrics = _of_batch(batch, sums) | {
+        metrics = {
+            "loss": loss,
+            "z_loss": sums.z_sum / sums.weight_sum,
+            "perplexity": jnp.exp(loss),
+            "accuracy": sums.correct_sum / sums.weight_sum,
             "lr": jnp.asarray(schedule(state.step) * state.lr_scale),
             "grad_norm": grad_norm,
             "update_norm": jnp.where(ok, norm(updates), 0.0),
             "param_norm": norm(params),
+            "tokens": sums.weight_sum,
+            "documents": jnp.sum(jnp.max(batch.segment_ids, axis=-1)),
+            "padding_fraction": jnp.mean(batch.segment_ids == 0),
             "skipped": 1 - ok.astype(jnp.int32),
             "skipped_in_a_row": watched.skipped,
         }
