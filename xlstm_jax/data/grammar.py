@@ -63,10 +63,10 @@ def _clause(draw: Draw) -> str:
         third_person = {"carry": "carries", "watch": "watches"}
         verb = third_person.get(verb, verb + "s")
     aside = f" ({draw(_PLACES)})" if draw("aaab") == "b" else ""
-    return f"{_noun(draw, plural)}{aside} {verb} {_noun(draw, draw('ab') == 'b')}"
+    return f"{_noun(draw, plural=plural)}{aside} {verb} {_noun(draw, plural=draw('ab') == 'b')}"
 
 
-def _noun(draw: Draw, plural: bool) -> str:
+def _noun(draw: Draw, *, plural: bool) -> str:
     noun = draw(_NOUNS) + ("s" if plural else "")
     article = draw(("the", "some" if plural else "every"))
     return f"{article} {draw(_ADJECTIVES)} {noun}" if draw("ab") == "b" else f"{article} {noun}"
