@@ -49,8 +49,8 @@ def slstm_forward(options: Options, args: Inputs, *, save: bool) -> Forward:
         results += [("time", h), *[("time", float32)] * 3]
     if save and options.save_gates:
         results.append(("time", shape(x.shape, jnp.float32)))
-    operands = [("time", x), ("weights", words), ("bias", b[:, None]), ("state", first)]
-    operands.append(("flags", flags))
+    operands = [("time", x), ("weights", words), ("bias", b[:, None])]
+    operands += [("state", first), ("flags", flags)]
     h, last, *saved = _call(options, _forward_body, operands, results, name="slstm_forward")
     if not save:
         return Forward(h, last, None, None, None)
