@@ -29,8 +29,8 @@ def current_chip() -> str | None:
 
     A GPU between two of them is taken for the older one.
     """
-    if common.target() is not None:
-        return common.target()
+    if target := common.target():
+        return target
     capability = _capability() or 0
     known = [name for name, chip in ARCHITECTURES.items() if chip.capability <= capability]
     return known[-1] if known else None
@@ -93,7 +93,7 @@ def call(
     Args:
         kernel: what `triton.jit` returns.
         arrays: contiguous, as all arrays of XLA.
-        out_shape: of the results; they hold anything before the kernel writes them.
+        out_shape: of the results, uninitialized before the kernel writes them.
         name: of the call in the compiled program.
         grid: programs along up to three axes.
         num_warps, num_stages: of `triton.Config`.
@@ -136,9 +136,8 @@ def call(
 
 def _capability() -> int | None:
     """Of the first device, times ten; None: no NVIDIA GPU."""
-    found = getattr(jax.devices()[0], "compute_capability", None)
     try:
-        major, minor = str(found).split(".")
+        major, minor = str(getattr(jax.devices()[0], "compute_capability", None)).split(".")
         return 10 * int(major) + int(minor)
     except ValueError:  # not a GPU, or one of AMD, whose capability is a name
         return None

@@ -154,13 +154,19 @@ def _backward(options: Options, K: int, residuals, cotangents):
     q, k, v, gates, m, h, C, n, d, C_starts, n_starts = residuals
     dh, dC, dn, dm = cotangents
     decays = pre.decays(gates, m, options.chunk, max_state=options.max_state)
-    norm, sign = _normalizer(options, decays, d)
+    shape = decays.m.shape
+    # The normalizer of every row, `B H N L`, and minus the sign with which d is in it, or 0.
+    if options.normalize:
+        d, bound = d.reshape(shape), pre.lower_bound(decays.m)
+        norm = jnp.maximum(jnp.abs(d), bound) + options.eps
+        sign = jnp.where(jnp.abs(d) > bound, -jnp.sign(d), 0)
+    else:
+        norm, sign = None, jnp.zeros(shape, jnp.float32)
     rows = pre.backward_rows(decays, K, norm, sign)
     h = h if options.normalize else None
     backward = common.folding(functools.partial(options.kernels.backward, options))
     grads = backward(rows, q, k, v, h, dh, C_starts, n_starts, dC, dn)
     scaling = jnp.sum(dC * C, axis=(2, 3)) + jnp.sum(dn * n, axis=(2, 3))
-    shape = decays.m.shape
     dlog_i = grads.k_dk.reshape(shape)
     flow = grads.q_dq.reshape(shape) - dlog_i
     leaving = jnp.concatenate([grads.scaling[..., 1:], scaling[..., None]], axis=-1)
@@ -175,16 +181,6 @@ def _backward(options: Options, K: int, residuals, cotangents):
     dlog_i, dlog_f = (jnp.swapaxes(g.reshape(g.shape[:2] + (-1,)), 1, 2) for g in (dlog_i, dlog_f))
     dgates = pre.LogGates(dlog_i, dlog_f, None)
     return grads.q, grads.k, grads.v, dgates, grads.C, grads.n, dm_first
-
-
-def _normalizer(options: Options, decays: pre.Decays, d):
-    """The normalizer of every row, `B H N L`, and minus the sign with which d is in it, or 0."""
-    shape = decays.m.shape
-    if not options.normalize:
-        return None, jnp.zeros(shape, jnp.float32)
-    d, bound = d.reshape(shape), pre.lower_bound(decays.m)
-    norm = jnp.maximum(jnp.abs(d), bound) + options.eps
-    return norm, jnp.where(jnp.abs(d) > bound, -jnp.sign(d), 0)
 
 
 _core.defvjp(_forward, _backward)

@@ -98,11 +98,9 @@ def _too_wide(K, V, dtype, chunk_size, chip) -> str:
     fits = None if chunk_size is None else _fitting(K, V, dtype, None, chip)
     if fits is not None:
         return f"{sentence}; chunk_size={fits.chunk} fits"
-    width = max(
-        w
-        for w in range(common.LANES, 8192, common.LANES)
-        if vmem_bytes(Tile(common.LANES, common.LANES, 1), w, w, dtype) <= vmem
-    )
+    smallest = Tile(common.LANES, common.LANES, 1)
+    widths = range(common.LANES, 8192, common.LANES)
+    width = max(w for w in widths if vmem_bytes(smallest, w, w, dtype) <= vmem)
     return f"{sentence}; K = V = {width} fits: use more heads"
 
 

@@ -37,7 +37,7 @@ class Outputs(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """How one call is cut."""
+    """How one call is tiled."""
 
     chunk: int
     states: States

@@ -100,11 +100,8 @@ def _step(options: Options, x, r, b, state: State, flags) -> tuple[jax.Array, St
     return state[2].astype(x.dtype)[:, None], state
 
 
-def _step_forward(options: Options, x, r, b, state: State, flags):
-    def padded(x, r, b, state):
-        return _padded(options, x, r, b, state, flags)
-
-    return jax.vjp(padded, x, r, b, state)
+def _step_forward(options: Options, x, r, b, state, flags):
+    return jax.vjp(functools.partial(_padded, options, flags=flags), x, r, b, state)
 
 
 _step.defvjp(_step_forward, lambda options, pull, cotangents: (*pull(cotangents), None))

@@ -55,8 +55,7 @@ def choose(B: int, T: int, H: int, K: int, dtype: jnp.dtype) -> Tile:
     Raises:
         ValueError: `refusal` has a reason.
     """
-    reason = refusal(K, dtype)
-    if reason is not None:
+    if reason := refusal(K, dtype):
         raise ValueError(f"slstm: {reason}.")
     most = min(H, max(1, common.lanes() // K))
     heads = max(heads for heads in range(1, most + 1) if H % heads == 0)
@@ -68,8 +67,7 @@ def choose(B: int, T: int, H: int, K: int, dtype: jnp.dtype) -> Tile:
 
 def refusal(K: int, dtype: jnp.dtype, chip: str | None = None) -> str | None:
     """Why no kernel supports heads of width K, with a width that is supported, or None."""
-    reason = common.refused_dtype(jnp.dtype(dtype))
-    if reason is not None:
+    if reason := common.refused_dtype(jnp.dtype(dtype)):
         return reason
     budget = vmem_limit(chip)
     widest_head = widest(jnp.dtype(dtype), budget)
@@ -101,14 +99,10 @@ def vmem_limit(chip: str | None = None) -> int:
 
 
 def vmem_bytes(B: int, K: int, dtype: jnp.dtype, steps: int, *, heads: int = 1) -> int:
-    """VMEM that one program needs, of the kernel that needs most of it.
+    """VMEM that one program of the largest kernel needs.
 
-    Args:
-        B: rows of one program, a multiple of `ROWS`.
-        K: width of a head, padded to a multiple of the lanes.
-        dtype: of x.
-        steps: steps of one program.
-        heads: heads of one program.
+    B, a multiple of `ROWS`, `steps` and `heads` are those of the program; K is padded to a multiple
+    of the lanes.
     """
     size = jnp.dtype(dtype).itemsize
     weights = heads * num_terms(dtype) * 2 * 4 * K * K
@@ -144,38 +138,22 @@ def widest(dtype: jnp.dtype, budget: int) -> int:
 
 
 def blocks(B: int, T: int, H: int, K: int, dtype: jnp.dtype, budget: int) -> Blocks | None:
-    """The division of a call, or None where a single row and step of one head do not fit.
+    """The division of a call, or None where a single row and step of one head exceed the budget.
 
-    Args:
-        B, T, H: batch, steps and heads of the call.
-        K: width of a head, padded to a multiple of the lanes.
-        dtype: of x.
-        budget: bytes of VMEM.
+    Heads of one program are tried from many to one, but for at least two programs where there are
+    two heads: a chip of two cores (v4, v5p) gives each of them its share of the programs.
     """
-
-    def fitting(rows: int, heads: int) -> int:
-        """Steps that fit, or 0."""
-        empty, one = (vmem_bytes(rows, K, dtype, steps, heads=heads) for steps in (0, 1))
-        return max(0, (budget - empty) // (one - empty))
-
     wanted = min(T, MAX_STEPS // 4)
     num_rows = common.round_up(B, ROWS)
-    for heads in _divisors(H):
+    most = min(MAX_HEADS, max(1, H // 2))
+    for heads in (heads for heads in range(most, 0, -1) if H % heads == 0):
         for parts in range(math.ceil(num_rows / MAX_ROWS), num_rows // ROWS + 1):
             rows = common.round_up(math.ceil(num_rows / parts), ROWS)
-            fits = fitting(rows, heads)
+            empty, one = (vmem_bytes(rows, K, dtype, steps, heads=heads) for steps in (0, 1))
+            fits = max(0, (budget - empty) // (one - empty))
             # Fewer steps than wanted only where there is nothing left to divide.
             if fits >= wanted or (fits and heads == 1 and rows == ROWS):
                 steps = time_block(T, fits)
                 padded = (common.round_up(B, rows), common.round_up(T, steps))
                 return Blocks(heads, rows, steps, *padded)
     return None
-
-
-def _divisors(H: int) -> list[int]:
-    """Heads of one program to try, many first; at least two programs where there are two heads.
-
-    A chip of two cores (v4, v5p) gives each of them its share of the programs.
-    """
-    most = min(MAX_HEADS, max(1, H // 2))
-    return [heads for heads in range(most, 0, -1) if H % heads == 0]
