@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +15,8 @@ from xlstm_jax.sharding.rules import Rules, get_rules, use_rules
 from xlstm_jax.typing import PyTree
 
 
-class Share(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Share:
     """One of several blocks of a batch."""
 
     index: int
