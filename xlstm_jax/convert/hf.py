@@ -68,12 +68,9 @@ def load_hf(folder: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, 
 
 def _config(path: Path, shapes: Container[str], dtype: str | None) -> LMConfig:
     fields = Fields(read_config(path.parent), str(path))
-    fields.refuse_unless(
-        "model_type", "xlstm", "xlstm", "only xLSTMForCausalLM can be read from such a folder"
-    )
-    fields.refuse_unless(
-        "weight_mode", "single", "single", "transformers reads no other; write separate weights"
-    )
+    fields.refuse_unless("model_type", "xlstm", "only xLSTMForCausalLM can be read from a folder")
+    only = "transformers reads no other; write separate weights"
+    fields.refuse_unless("weight_mode", "single", only)
     if not fields.flag("add_out_norm", default=True) and OUT_NORM in shapes:
         raise ConfigError(
             f"add_out_norm of {path} must be true where the weights have {OUT_NORM!r}, got False; "

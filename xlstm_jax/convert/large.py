@@ -3,10 +3,10 @@
 Source of the layout: the public class xLSTMLarge of the package `xlstm`, 2.0.
 """
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -63,8 +63,10 @@ def _read_yaml(path: Path) -> Mapping:
             f"reading {path} needs the package PyYAML; install it with `pip install "
             "'xlstm-jax[hf]'`."
         ) from error
+    # YAML 1.1 takes 1e-6 for a word, as it has no point; those who write it mean the number.
+    is_number = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+").fullmatch
     try:
-        return _with_floats(yaml.safe_load(path.read_text()))
+        values = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(
             f"{path.parent} must have a {CONFIG}, but it cannot be read; name a folder of the "
@@ -73,13 +75,8 @@ def _read_yaml(path: Path) -> Mapping:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} is not valid YAML ({reason}); fetch it again.") from error
-
-
-def _with_floats(values: Any) -> Any:
-    """YAML 1.1 takes 1e-6 for a word, as it has no point; those who write it mean the number."""
     if not isinstance(values, dict):
-        return values
-    is_number = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+").fullmatch
+        raise ConfigError(f"{path} must be a table of fields, got {values!r}; fetch it again.")
     return {
         name: float(value) if isinstance(value, str) and is_number(value) else value
         for name, value in values.items()
@@ -96,17 +93,19 @@ class Unfused:
     def __init__(self, source: Source, cfg: LMConfig):
         self._source, self._shapes = source, dict(source.shapes())
         self._rows: dict[str, tuple[str, int, int]] = {}
-        for whole, parts in _parts(cfg).items():
-            rows = self._shapes.get(whole, ())[:1]
-            if rows == (sum(parts.values()),) and not self._shapes.keys() & parts.keys():
-                self._divide(whole, parts)
-
-    def _divide(self, whole: str, parts: Mapping[str, int]) -> None:
-        shape, stop = self._shapes.pop(whole), 0
-        for name, count in parts.items():
-            start, stop = stop, stop + count
-            self._rows[name] = whole, start, stop
-            self._shapes[name] = (count, *shape[1:])
+        targets = mapping.targets(cfg, names.LARGE, mapping.parameters(cfg))
+        fused = itertools.product(range(cfg.num_blocks), names.FUSED.items(), (".weight", ".bias"))
+        for number, (name, members), kind in fused:
+            block = names.LARGE_BLOCK.format(number)
+            parts = [part for m in members if (part := block + m + kind) in targets]
+            sizes = [targets[part].their_shape[0] for part in parts]
+            shape = self._shapes.get(block + name + kind, ())
+            if not parts or shape[:1] != (sum(sizes),) or not self._shapes.keys().isdisjoint(parts):
+                continue
+            del self._shapes[block + name + kind]
+            for part, size, stop in zip(parts, sizes, itertools.accumulate(sizes), strict=True):
+                self._rows[part] = block + name + kind, stop - size, stop
+                self._shapes[part] = (size, *shape[1:])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
@@ -116,19 +115,3 @@ class Unfused:
             return self._source.read(name)
         whole, start, stop = self._rows[name]
         return self._source.read(whole)[start:stop]
-
-
-def _parts(cfg: LMConfig) -> dict[str, dict[str, int]]:
-    """Fused name -> the names of its parts, in their order, and the rows of each."""
-    rows = {
-        name: target.their_shape[0]
-        for name, target in mapping.targets(cfg, names.LARGE, mapping.parameters(cfg)).items()
-    }
-    found = {}
-    for number in range(cfg.num_blocks):
-        block = names.LARGE_BLOCK.format(number)
-        for fused, members in names.FUSED.items():
-            for kind in (".weight", ".bias"):
-                parts = [name for m in members if (name := block + m + kind) in rows]
-                found[block + fused + kind] = {name: rows[name] for name in parts}
-    return {whole: parts for whole, parts in found.items() if parts}

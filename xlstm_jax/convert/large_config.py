@@ -36,6 +36,11 @@ def to_ours(fields: Fields, *, dim: int, num_blocks: int, factor: float, dtype: 
     Raises:
         ConfigError: a field has no equivalent here.
     """
+    if dtype not in DTYPES:
+        raise ConfigError(
+            f"dtype={dtype!r} must be one of {', '.join(DTYPES)}, as float16 overflows in "
+            "exponential gates; load it with dtype='bfloat16' or dtype='float32'."
+        )
     fields.ignore(*_WITHOUT_EFFECT)
     multiple = fields.count("ffn_round_up_to_multiple_of", 64)
     norm_eps = float(fields.number("norm_eps", 1e-6, least=0))
@@ -61,7 +66,7 @@ def to_ours(fields: Fields, *, dim: int, num_blocks: int, factor: float, dtype: 
         final_norm_eps=norm_eps,
         final_norm_bias=use_bias and has_norm,
         logit_soft_cap=_cap(fields, "output_logit_soft_cap", 30.0),
-        dtype=_dtype(dtype),
+        dtype=dtype,  # pyright: ignore[reportArgumentType]
     )
 
 
@@ -70,31 +75,34 @@ def _cap(fields: Fields, name: str, default: float) -> float | None:
     return None if cap == NO_CAP else cap
 
 
-def _dtype(name: str) -> Any:
-    if name not in DTYPES:
-        raise ConfigError(
-            f"dtype={name!r} must be one of {', '.join(DTYPES)}, as float16 overflows in "
-            "exponential gates; load it with dtype='bfloat16' or dtype='float32'."
-        )
-    return name
-
-
 def to_theirs(cfg: LMConfig) -> dict[str, Any]:
     """The fields that both configs of the large architecture have.
 
     Raises:
         ConfigError: the model has something that they have no field for; names all of it.
     """
-    faults = [fault for fits, fault in _demands(cfg) if not fits]
+    large, dim = cfg.large, cfg.dim
+    demands = {
+        f"pattern={cfg.pattern!r} with other letters than M": set(cfg.pattern) == {"M"},
+        f"large.input_gate={large.input_gate!r} instead of 'exp'": large.input_gate == "exp",
+        f"final_norm={cfg.final_norm!r} instead of 'rms'": cfg.final_norm in ("rms", "none"),
+        f"final_norm_eps={cfg.final_norm_eps} that is not large.norm_eps={large.norm_eps}": (
+            cfg.final_norm == "none" or cfg.final_norm_eps == large.norm_eps
+        ),
+    }
+    faults = [fault for fault, fits in demands.items() if not fits]
     if faults:
         raise ConfigError(
             "the model must be one that the large architecture describes, but it has "
             + ", ".join(faults)
             + "; change these options and train it again, or keep it as a run."
         )
-    large, dim = cfg.large, cfg.dim
     qk_dim, v_dim, ffn_dim = large.widths(dim)
-    factor, multiple = _ffn_factor(dim, ffn_dim)
+    # One of the published factors where it gives this width.
+    published = (factor for factor in (2.667, 2.6667) if large_width(dim, factor) == ffn_dim)
+    factor, multiple = next(published, None), 64
+    if factor is None:
+        factor, multiple = factor_of(ffn_dim, dim), 1
     return {
         "vocab_size": cfg.vocab_size,
         "num_heads": large.num_heads,
@@ -115,28 +123,6 @@ def to_theirs(cfg: LMConfig) -> dict[str, Any]:
         "output_logit_soft_cap": float(cfg.logit_soft_cap or NO_CAP),
         "weight_mode": "single",
     }
-
-
-def _demands(cfg: LMConfig) -> list[tuple[bool, str]]:
-    """(whether it holds, what the model has where it does not)."""
-    large = cfg.large
-    return [
-        (set(cfg.pattern) == {"M"}, f"pattern={cfg.pattern!r} with other letters than M"),
-        (large.input_gate == "exp", f"large.input_gate={large.input_gate!r} instead of 'exp'"),
-        (cfg.final_norm in ("rms", "none"), f"final_norm={cfg.final_norm!r} instead of 'rms'"),
-        (
-            cfg.final_norm == "none" or cfg.final_norm_eps == large.norm_eps,
-            f"final_norm_eps={cfg.final_norm_eps} that is not large.norm_eps={large.norm_eps}",
-        ),
-    ]
-
-
-def _ffn_factor(dim: int, ffn_dim: int) -> tuple[float, int]:
-    """A factor and a multiple that give this width; those that were published where they do."""
-    for factor in (2.667, 2.6667):
-        if large_width(dim, factor) == ffn_dim:
-            return factor, 64
-    return factor_of(ffn_dim, dim), 1
 
 
 def factor_of(width: int, dim: int) -> float:

@@ -90,39 +90,33 @@ class Folder:
 
 
 def _files(folder: Path) -> list[Path]:
-    whole = folder / "model.safetensors"  # where there is one, transformers reads no other
-    if whole.is_file():
-        return [whole]
-    index = folder / INDEX
-    if index.exists():
-        names = _named_by(index)
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if single.is_file():  # transformers reads no other then
+        return [single]
+    if not index.exists():
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:
             raise WeightsError(
-                f"{folder} lacks {', '.join(missing)} of the {len(names)} files that {INDEX} "
-                "names; fetch them again."
+                f"{folder} has no model.safetensors and no {INDEX}; name a folder of weights in "
+                "the safetensors format."
             )
-        return [folder / name for name in names]
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise WeightsError(
-            f"{folder} has no model.safetensors and no {INDEX}; name a folder of weights in the "
-            "safetensors format."
-        )
-    return files
-
-
-def _named_by(index: Path) -> list[str]:
+        return files
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        if not names or not all(isinstance(name, str) and name for name in names):
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if "" in map(str.strip, names) or not names:
             raise ValueError("files must be named by words")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise WeightsError(
             f"{index} must be JSON with a weight_map from tensors to files, but it cannot be read "
             f"({error!r}); fetch it again."
         ) from error
-    return sorted(names)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise WeightsError(
+            f"{folder} lacks {', '.join(missing)} of the {len(names)} files that {INDEX} names; "
+            "fetch them again."
+        )
+    return [folder / name for name in names]
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
