@@ -88,7 +88,7 @@ def load(
     _check_shapes(
         "tensors",
         {name: target.their_shape for name, target in table.items()},
-        source.shapes(),
+        source.shapes,
         "check that config and weights belong together",
         {name: f" ({target.path} here)" for name, target in table.items()},
     )

@@ -95,14 +95,16 @@ V1_BARE = tuple(rule._replace(theirs=rule.theirs.removeprefix(V1_STACK)) for rul
 # The package `xlstm`, xLSTMLarge, with separate weights.
 LARGE_BLOCK = "backbone.blocks.{}."
 
-_LARGE_WITHOUT_EMBEDDING = (
-    *_rules(
+
+def _large(embedding: str) -> tuple[Rule, ...]:
+    top = _rules(
         "",
         "",
+        (embedding, "token_embedding", "embedding"),
         ("backbone.out_norm", "out_norm", "scale"),
         ("lm_head", "lm_head", "dense"),
-    ),
-    *_rules(
+    )
+    blocks = _rules(
         LARGE_BLOCK,
         "stack/M/",
         ("norm_mlstm", "norm_mlstm", "scale"),
@@ -118,16 +120,12 @@ _LARGE_WITHOUT_EMBEDDING = (
         ("ffn.proj_up_gate", "ffn/proj_up_gate", "dense"),
         ("ffn.proj_up", "ffn/proj_up", "dense"),
         ("ffn.proj_down", "ffn/proj_down", "dense"),
-    ),
-)
+    )
+    return *top, *blocks
 
-LARGE = (*_rules("", "", ("embedding", "token_embedding", "embedding")), *_LARGE_WITHOUT_EMBEDDING)
 
-# xLSTMForCausalLM of the package `transformers`.
-HF = (
-    *_rules("", "", ("backbone.embeddings", "token_embedding", "embedding")),
-    *_LARGE_WITHOUT_EMBEDDING,
-)
+LARGE = _large("embedding")
+HF = _large("backbone.embeddings")  # xLSTMForCausalLM of the package `transformers`
 
 FUSED = {
     "mlstm_layer.qkv_opreact": (

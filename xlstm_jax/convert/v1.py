@@ -12,7 +12,7 @@ import numpy as np
 from xlstm_jax.config import ConfigError
 from xlstm_jax.convert import mapping, names
 from xlstm_jax.convert.fields import Fields
-from xlstm_jax.convert.tensors import Arrays
+from xlstm_jax.convert.tensors import from_arrays
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.options import (
     ACTIVATION_NAMES,
@@ -37,16 +37,15 @@ def load_v1(
 ) -> tuple[LMConfig, PyTree]:
     """A first-generation model from its config and its `state_dict`.
 
-    Both ways in which sLSTM weights are stored are read: of the backends `vanilla` and `cuda`,
-    told apart by their shape. `context_length` is no limit here. Tensors of an xLSTMBlockStack make
-    parameters without embedding and head, those of `modules.Backbone`.
+    sLSTM weights may be those of the backend `vanilla` or `cuda`. `context_length` is no limit
+    here. Tensors of an xLSTMBlockStack make the parameters of `modules.Backbone`.
 
     Args:
         config: the fields of xLSTMLMModelConfig or xLSTMBlockStackConfig, as nested dicts.
         tensors: name -> NumPy array, with the names of the module's `state_dict`.
 
     Raises:
-        ConfigError: a field cannot be honoured.
+        ConfigError: a field cannot be honored.
         WeightsError: tensors are missing, too many, or of another shape.
     """
     bare = any(name.startswith("blocks.") for name in tensors)
@@ -57,7 +56,7 @@ def load_v1(
     if cfg.tie_embeddings and head is not None and np.array_equal(head, table):
         del tensors["lm_head.weight"]
     rules, without = (names.V1_BARE, WITHOUT) if bare else (names.V1, ())
-    return cfg, mapping.load(cfg, rules, Arrays(_as_vanilla(tensors)), without)
+    return cfg, mapping.load(cfg, rules, from_arrays(_as_vanilla(tensors)), without)
 
 
 def config_of(config: Mapping[str, Any], *, bare: bool = False) -> LMConfig:

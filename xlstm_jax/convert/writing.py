@@ -26,15 +26,7 @@ def write(
 ) -> None:
     """Writes tensors, and texts beside them; the host holds one file's tensors at a time.
 
-    Args:
-        folder: a new one, or one without weights in it.
-        tensors: names and arrays.
-        dtype: a key of `STORED`.
-        max_shard_bytes: of one file, unless a single tensor is larger.
-        files: name -> text of what else is to stand in the folder.
-
-    Raises:
-        ConfigError: the dtype is not known, the folder is taken, or a size is below 1.
+    Arguments and errors are those of `hf.save_hf`; `files` are name -> text.
     """
     if dtype not in STORED:
         raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(STORED)}; use float32.")
