@@ -53,10 +53,7 @@ def _to_json(value: Any) -> Any:
 def from_dict(cls: type[T], values: Any, where: str = "") -> T:
     """The inverse of `to_dict`; fields that are not given keep their defaults.
 
-    Args:
-        cls: the dataclass.
-        values: its fields.
-        where: what stands before their names in errors.
+    `where` stands before their names in errors.
 
     Raises:
         ConfigError: a field is unknown or missing, a value has the wrong type, or `cls` refuses it.
@@ -155,27 +152,22 @@ def _value_errors_as_config_errors() -> Iterator[None]:
 def fingerprint(cfg: Any) -> str:
     """Twelve hexadecimal digits that name the values of a config; 1 and 1.0 count as equal."""
 
-    def canonical(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: canonical(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [canonical(item) for item in value]
-        return int(value) if isinstance(value, float) and value.is_integer() else value
+    def number(text: str) -> float:
+        return int(float(text)) if float(text).is_integer() else float(text)
 
-    text = json.dumps(canonical(to_dict(cfg)), sort_keys=True, separators=(",", ":"))
+    values = json.loads(json.dumps(to_dict(cfg)), parse_float=number)
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """The fields that differ, each as "train.lr: 0.001 here, 0.003 there" (a is here, b there)."""
     here, there = flatten(a), flatten(b)
-    absent = object()
     lines = []
     for path in dict.fromkeys((*here, *there)):
-        left, right = here.get(path, absent), there.get(path, absent)
-        if left != right:
-            words = ["absent" if value is absent else repr(value) for value in (left, right)]
-            lines.append(f"{path}: {words[0]} here, {words[1]} there")
+        if path not in here or path not in there or here[path] != there[path]:
+            left, right = (repr(x[path]) if path in x else "absent" for x in (here, there))
+            lines.append(f"{path}: {left} here, {right} there")
     return lines
 
 

@@ -9,10 +9,10 @@ formulas of a block belong to its kind (`modules.BLOCKS`).
 
 import collections
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.counts import CELL_FLOPS
 from xlstm_jax.modules.kinds import BLOCKS
+from xlstm_jax.modules.options import check_at_least, check_choice
 
 
 def count_params(cfg: LMConfig) -> int:
@@ -40,10 +40,8 @@ def train_flops(cfg: LMConfig, seq_len: int, *, count: str = "first") -> float:
 
 def forward_flops(cfg: LMConfig, seq_len: int, *, count: str = "first") -> float:
     """FLOPs of one sequence without its gradients; arguments and errors of `train_flops`."""
-    if seq_len < 1:
-        raise ConfigError(f"seq_len must be at least 1, got {seq_len}; count a sequence of tokens.")
-    if count not in CELL_FLOPS:
-        raise ConfigError(f"count={count!r} is not known; use one of: {', '.join(CELL_FLOPS)}.")
+    check_at_least("seq_len", seq_len, 1)
+    check_choice("count", count, CELL_FLOPS)
     letters = collections.Counter(cfg.pattern)
     per_token = sum(n * BLOCKS[letter].forward_flops(cfg, count) for letter, n in letters.items())
     return seq_len * (per_token + 2 * cfg.vocab_size * cfg.dim)

@@ -11,7 +11,7 @@ import numpy as np
 from tests import golden_files
 from xlstm_jax.cells import MLSTMState, SLSTMState
 from xlstm_jax.convert import mapping, names
-from xlstm_jax.convert.tensors import Arrays
+from xlstm_jax.convert.tensors import from_arrays
 from xlstm_jax.modules import LMConfig
 
 VALUES = {"float32": 2e-5, "float64": 1e-10}
@@ -51,7 +51,7 @@ def without_scale(state: Any) -> Any:
 def part_params(cfg: LMConfig, tensors: Mapping[str, np.ndarray], theirs: str, ours: str) -> Any:
     """Parameters of a part of the first block: `theirs` and `ours` are where its names begin."""
     start = names.V1_STACK + "blocks.0." + theirs
-    arrays = Arrays({start + name: array for name, array in tensors.items()})
+    arrays = from_arrays({start + name: array for name, array in tensors.items()})
     without = [path for path in mapping.parameters(cfg) if not path.startswith(ours)]
     tree = mapping.load(cfg, names.V1, arrays, without)
     for folder in ours.strip("/").split("/"):

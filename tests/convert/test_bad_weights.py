@@ -155,7 +155,7 @@ UNWRITABLE = {
     "blocks": (dict(pattern="Mm", **RMS), "pattern='Mm' with other letters than M"),
     "norm": (dict(pattern="M"), "final_norm='layer' instead of 'rms'"),
     "bias": (dict(pattern="M", final_norm_bias=True, **RMS), "final_norm_bias=True"),
-    "no norm": (dict(pattern="M", final_norm="none"), "must have final_norm='rms' without a bias"),
+    "no norm": (dict(pattern="M", final_norm="none"), "final_norm='none' instead of 'rms'"),
     "eps": (dict(pattern="M", final_norm="rms"), "final_norm_eps=1e-05 that is not"),
 }
 
@@ -308,7 +308,7 @@ WHOLE = "backbone.blocks.0.mlstm_layer.ifgate_preact.weight"
 @pytest.mark.parametrize("shape", [(7, 32), ()])
 def test_fused_rows_that_do_not_add_up_are_listed(shape):
     cfg, _ = convert.load_large(PLAIN)
-    source = large.Unfused(tensors.Arrays({WHOLE: np.zeros(shape, np.float32)}), cfg)
+    source = large.unfused(tensors.from_arrays({WHOLE: np.zeros(shape, np.float32)}), cfg)
     text = message(mapping.load, cfg, names.LARGE, source, error=WeightsError)
     assert f"{WHOLE} {shape} is not known" in text
     assert "backbone.blocks.0.mlstm_layer.igate_preact.weight (4, 32) is missing" in text
@@ -317,7 +317,7 @@ def test_fused_rows_that_do_not_add_up_are_listed(shape):
 def test_fused_weights_beside_separate_ones_are_one_too_many():
     cfg, params = convert.load_large(PLAIN)
     held = dict(mapping.store(cfg, names.LARGE, params))
-    source = large.Unfused(tensors.Arrays(held | {WHOLE: np.zeros((8, 32), np.float32)}), cfg)
+    source = large.unfused(tensors.from_arrays(held | {WHOLE: np.zeros((8, 32), np.float32)}), cfg)
     text = message(mapping.load, cfg, names.LARGE, source, error=WeightsError)
     assert f"{WHOLE} (8, 32) is not known" in text
 

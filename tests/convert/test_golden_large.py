@@ -11,9 +11,9 @@ from tests import golden_files
 from tests.convert import published
 from tests.golden_files import FOLDER, assert_all_match, assert_matches
 from xlstm_jax import convert
-from xlstm_jax.convert import large, large_config, mapping, names
+from xlstm_jax.convert import large, mapping, names
 from xlstm_jax.convert.fields import Fields
-from xlstm_jax.convert.tensors import Arrays
+from xlstm_jax.convert.tensors import from_arrays
 from xlstm_jax.generate import generate
 from xlstm_jax.modules import LM, Backbone
 
@@ -27,14 +27,14 @@ every_model = pytest.mark.parametrize("name", LARGE + HF)
 def _large(name):
     golden = golden_files.load(name)
     fields = Fields(golden.config, "the config")
-    cfg = large_config.to_ours(
+    cfg = large.to_ours(
         fields,
         dim=fields.count("embedding_dim"),
         num_blocks=fields.count("num_blocks"),
         factor=large.FFN_FACTOR,
         dtype="float32",
     )
-    return golden, cfg, mapping.load(cfg, names.LARGE, Arrays(golden.under("param/")))
+    return golden, cfg, mapping.load(cfg, names.LARGE, from_arrays(golden.under("param/")))
 
 
 def _model(name):
@@ -198,5 +198,5 @@ def test_fused_weights_are_the_separate_ones():
                     tensors[block + whole + kind] = rows
                     if block + whole + kind in fused:
                         assert np.array_equal(fused[block + whole + kind], rows)
-    loaded = mapping.load(cfg, names.LARGE, large.Unfused(Arrays(tensors), cfg))
+    loaded = mapping.load(cfg, names.LARGE, large.unfused(from_arrays(tensors), cfg))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, loaded, params))

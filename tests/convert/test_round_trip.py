@@ -13,7 +13,7 @@ import safetensors.numpy
 from tests.golden_files import FOLDER
 from xlstm_jax import convert, sharding
 from xlstm_jax.config import ConfigError
-from xlstm_jax.convert import hf, large_config, mapping, names, tensors
+from xlstm_jax.convert import hf, large, mapping, names, tensors
 from xlstm_jax.convert.layouts import LAYOUTS
 from xlstm_jax.modules import LargeConfig, LMConfig, head_kernel, param_shapes, presets
 
@@ -171,7 +171,7 @@ def test_parameters_go_onto_the_active_mesh():
 @pytest.mark.parametrize("width", [1, 3, 7, 64, 100, 352, 2048, 2112, 10944])
 @pytest.mark.parametrize("dim", [3, 48, 100, 768, 4096])
 def test_factors_give_back_the_width(width, dim):
-    assert int(dim * large_config.factor_of(width, dim)) == width
+    assert int(dim * large.factor_of(width, dim)) == width
 
 
 def test_the_7b_model_has_a_name_for_every_parameter_and_the_published_config():
@@ -226,7 +226,7 @@ def test_a_cap_that_is_none_is_written_as_one_that_changes_nothing(tmp_path, key
     params = init(cfg, key)
     convert.save_hf(tmp_path / "out", cfg, params)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["output_logit_soft_cap"] == config["gate_soft_cap"] == large_config.NO_CAP
+    assert config["output_logit_soft_cap"] == config["gate_soft_cap"] == large.NO_CAP
     loaded = convert.load_hf(tmp_path / "out")[0]
     assert loaded.logit_soft_cap is None and loaded.large.gate_soft_cap is None
 

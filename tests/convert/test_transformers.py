@@ -29,7 +29,7 @@ pytestmark = [
 @pytest.mark.parametrize("name", ["hf_tiny", "hf_tiny_sharded"])
 def test_logits_of_a_folder_that_was_read_are_those_of_transformers(name):
     found = compare.with_transformers(FOLDER / name)
-    assert found is not None and found.error < 2e-5
+    assert found.error < 2e-5
 
 
 def test_kernels_that_only_a_gpu_has_are_replaced(tmp_path):
@@ -38,7 +38,7 @@ def test_kernels_that_only_a_gpu_has_are_replaced(tmp_path):
     fields["chunkwise_kernel"] = "chunkwise--triton_xl_chunk"
     (folder / "config.json").write_text(json.dumps(fields))
     found = compare.with_transformers(folder)
-    assert found is not None and found.error < 2e-5
+    assert found.error < 2e-5
 
 
 @pytest.mark.parametrize("use_bias, cap", [(False, 30), (True, 30.0), (False, None)])
@@ -63,4 +63,4 @@ def test_a_model_trained_here_has_the_same_logits_there(tmp_path, use_bias, cap)
     assert losses[-1] < losses[0] - 0.5
     convert.save_hf(tmp_path / "out", model, state.params, max_shard_bytes=100_000)
     found = compare.with_transformers(tmp_path / "out")
-    assert found is not None and found.error < 2e-5
+    assert found.error < 2e-5

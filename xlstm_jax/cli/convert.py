@@ -21,6 +21,8 @@ from xlstm_jax.train.config import ExperimentConfig, TrainConfig
 SPECIAL_TOKENS = "special_tokens.json"
 """In a run made of others' weights: the ids of their config, for the way back."""
 
+LICENSE = "license of the weights"
+
 Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -86,15 +88,11 @@ def _hf_to_run(args: list[str]) -> int:
     except BaseException:
         shutil.rmtree(chosen.run, ignore_errors=True)  # half a run is none
         raise
-    rows = {"written": str(chosen.run), "parameters": f"{num_params:,}"}
-    rows |= {"license of the weights": terms}
-    rows |= {"tokenizer": f"{cfg.data.tokenizer!r} of the run; the folder's is not read"}
+    rows = {"written": str(chosen.run), "parameters": f"{num_params:,}", LICENSE: terms}
+    rows["tokenizer"] = f"{cfg.data.tokenizer!r} of the run; the folder's is not read"
     if chosen.compare and model.tie_embeddings:
-        console.facts(
-            rows | {"logits": "not compared, as transformers makes a random head for a tied model"}
-        )
-        return DONE
-    return _report(rows, chosen.folder if chosen.compare else None)
+        rows["logits"] = "not compared, as transformers makes a random head for a tied model"
+    return _report(rows, chosen.folder if chosen.compare and not model.tie_embeddings else None)
 
 
 def _run_to_hf(args: list[str]) -> int:
@@ -114,27 +112,21 @@ def _run_to_hf(args: list[str]) -> int:
     if license.copied_file(chosen.run):
         terms = license.copy(chosen.run, chosen.folder)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-    rows = {"written": str(chosen.folder), "parameters": f"{num_params:,}"}
-    rows |= {"license of the weights": terms}
+    rows = {"written": str(chosen.folder), "parameters": f"{num_params:,}", LICENSE: terms}
     return _report(rows, chosen.folder if chosen.compare else None)
 
 
 def _report(rows: dict[str, str], compared: Path | None) -> int:
     """Prints the rows and how the logits of a folder compare, if one is given."""
-    if compared is None:
-        console.facts(rows)
-        return DONE
     agrees = True
     try:
-        found = compare.with_transformers(compared)
+        if compared is not None:
+            difference, agrees, versions = compare.with_transformers(compared)
+            by = f"{difference:.1e} of the largest"
+            rows["logits"] = f"differ from those of {versions} by {by}"
     except compare.TransformersError as error:
-        words = f"not compared: transformers cannot read or run the folder ({error})"
-    else:
-        words = "not compared: transformers or torch is not installed"
-        if found is not None:
-            agrees = found.agrees
-            words = f"differ from those of {found.versions} by {found.error:.1e} of the largest"
-    console.facts(rows | {"logits": words})
+        rows["logits"] = f"not compared: {error}"
+    console.facts(rows)
     return DONE if agrees else WRONG_RESULT
 
 

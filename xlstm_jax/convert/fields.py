@@ -6,7 +6,7 @@ import logging
 import math
 import numbers
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from xlstm_jax.config import ConfigError
 
@@ -14,13 +14,10 @@ _MISSING = object()
 
 
 class Fields:
-    """The fields of a config of another implementation; remembers which have been read.
+    """The fields of a config of another implementation, named `where` in errors.
 
-    Every method raises ConfigError where a field does not hold what it must.
-
-    Args:
-        values: the config.
-        where: its name in errors.
+    It remembers which have been read. Every method raises ConfigError where a field does not hold
+    what it must.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str):
@@ -44,41 +41,37 @@ class Fields:
         return value
 
     def number(self, name: str, default: Any = _MISSING, *, least: float | None = None) -> Any:
-        """A field that must hold a finite number, of at least `least`."""
+        """A finite number, of at least `least`."""
         value = self.get(name, default)
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value):
-            self._refuse(name, "a finite number", value)
-        if least is not None and value < least:
-            self._refuse(name, f"at least {least}", value)
+        self._demand(name, value, "a finite number", fits=is_number and math.isfinite(value))
+        self._demand(name, value, f"at least {least}", fits=least is None or value >= least)
         return value
 
     def positive(self, name: str, default: Any = _MISSING) -> float:
-        """A field that must hold a number above 0."""
+        """A number above 0."""
         value = self.number(name, default)
-        if value <= 0:
-            self._refuse(name, "above 0", value)
+        self._demand(name, value, "above 0", fits=value > 0)
         return float(value)
 
     def count(self, name: str, default: Any = _MISSING, *, least: int = 1) -> int:
-        """A field that must hold a whole number of at least `least`."""
+        """A whole number of at least `least`."""
         value = self.number(name, default)
-        if value != int(value) or value < least:
-            self._refuse(name, f"a whole number of at least {least}", value)
+        is_count = value == int(value) and value >= least
+        self._demand(name, value, f"a whole number of at least {least}", fits=is_count)
         return int(value)
 
     def choice(self, name: str, default: str, choices: Iterable[str], nearest: str) -> str:
-        """A field that must hold one of these words."""
+        """One of these words."""
         value, choices = self.get(name, default), tuple(choices)
-        if value not in choices:
-            self._refuse(name, f"one of {', '.join(choices)}", value, f"the nearest is {nearest}")
+        demand, way_out = f"one of {', '.join(choices)}", f"the nearest is {nearest}"
+        self._demand(name, value, demand, way_out, fits=value in choices)
         return value
 
     def flag(self, name: str, *, default: Any = _MISSING) -> bool:
-        """A field that must be true or false."""
+        """True or false."""
         value = self.get(name, default)
-        if not isinstance(value, bool):
-            self._refuse(name, "true or false", value)
+        self._demand(name, value, "true or false", fits=isinstance(value, bool))
         return value
 
     def table(self, name: str) -> "Fields | None":
@@ -86,14 +79,17 @@ class Fields:
         value = self.get(name, None)
         return None if value is None else Fields(value, f"{name} of {self._where}")
 
-    def refuse_unless(self, name: str, default: Any, wanted: Any, instead: str) -> None:
-        """A field that may have one value only; `instead` is the way out where it has another."""
-        value = self.get(name, default)
-        if value != wanted:
-            self._refuse(name, f"{wanted!r} here", value, instead)
+    def refuse_unless(self, name: str, wanted: Any, instead: str) -> None:
+        """Nothing but `wanted`, the default; `instead` is the way out."""
+        value = self.get(name, wanted)
+        self._demand(name, value, f"{wanted!r} here", instead, fits=value == wanted)
 
-    def _refuse(self, name: str, demand: str, value: Any, way_out: str = "correct it") -> NoReturn:
-        raise ConfigError(f"{name} of {self._where} must be {demand}, got {value!r}; {way_out}.")
+    def _demand(
+        self, name: str, value: Any, demand: str, way_out: str = "correct it", *, fits: bool
+    ) -> None:
+        if not fits:
+            where = f"{name} of {self._where}"
+            raise ConfigError(f"{where} must be {demand}, got {value!r}; {way_out}.")
 
     def ignore(self, *names: str) -> None:
         """Fields that change no number: which kernel runs, what memory it takes, who wrote it."""

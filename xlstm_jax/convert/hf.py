@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from xlstm_jax.config import ConfigError, read_json
-from xlstm_jax.convert import large_config, mapping, names, writing
+from xlstm_jax.convert import large, mapping, names, writing
 from xlstm_jax.convert.fields import Fields
-from xlstm_jax.convert.tensors import Folder
+from xlstm_jax.convert.tensors import from_folder
 from xlstm_jax.modules.config import LMConfig
+from xlstm_jax.modules.options import large_width
 from xlstm_jax.typing import PyTree
 
 CONFIG = "config.json"
@@ -41,18 +42,15 @@ def load_hf(folder: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, 
     """The model of a folder that `save_pretrained` of `transformers` wrote, in one file or several.
 
     Parameters are float32. They are read leaf by leaf, so that the host holds little more than the
-    result, and go onto the active mesh (`jax.set_mesh`) where there is one.
-
-    `transformers` ignores `tie_word_embeddings`: where the files have two tables, so do we, for the
-    same numbers, and log it; where they have one, the model is tied, as the flag says. Attention
-    masks, which it ignores as well, are `mask` and `segment_ids` of our model.
+    result, and go onto the active mesh (`jax.set_mesh`) where there is one. As in `transformers`,
+    two tables are used where the files have them, whatever `tie_word_embeddings` says.
 
     Args:
         folder: with `config.json` and `model.safetensors`, or shards and their index.
         dtype: of activations, "float32" or "bfloat16"; None: as the config says.
 
     Raises:
-        ConfigError: a field of the config cannot be honoured.
+        ConfigError: a field of the config cannot be honored.
         WeightsError: a file is damaged, or tensors do not fit the config.
     """
     folder = Path(folder)
@@ -61,19 +59,16 @@ def load_hf(folder: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, 
             f"{folder} must be a folder with a {CONFIG}, but has none; name a folder that "
             "save_pretrained wrote."
         )
-    source = Folder(folder)
-    cfg = _config(folder / CONFIG, source.shapes(), dtype)
+    source = from_folder(folder)
+    cfg = _config(folder / CONFIG, source.shapes, dtype)
     return cfg, mapping.load(cfg, names.HF, source)
 
 
 def _config(path: Path, shapes: Container[str], dtype: str | None) -> LMConfig:
     fields = Fields(read_config(path.parent), str(path))
-    fields.refuse_unless(
-        "model_type", "xlstm", "xlstm", "only xLSTMForCausalLM can be read from such a folder"
-    )
-    fields.refuse_unless(
-        "weight_mode", "single", "single", "transformers reads no other; write separate weights"
-    )
+    fields.refuse_unless("model_type", "xlstm", "only xLSTMForCausalLM can be read from a folder")
+    only = "transformers reads no other; write separate weights"
+    fields.refuse_unless("weight_mode", "single", only)
     if not fields.flag("add_out_norm", default=True) and OUT_NORM in shapes:
         raise ConfigError(
             f"add_out_norm of {path} must be true where the weights have {OUT_NORM!r}, got False; "
@@ -81,7 +76,7 @@ def _config(path: Path, shapes: Container[str], dtype: str | None) -> LMConfig:
             "remove the tensor."
         )
     stored = fields.get("dtype", None) or fields.get("torch_dtype", None) or "float32"
-    cfg = large_config.to_ours(
+    cfg = large.to_ours(
         fields,
         dim=_either(fields, "hidden_size", "embedding_dim", path),
         num_blocks=_either(fields, "num_hidden_layers", "num_blocks", path),
@@ -173,28 +168,62 @@ def config_of(cfg: LMConfig, dtype: str = "float32") -> dict[str, Any]:
     Raises:
         ConfigError: it has something that `transformers` does not; names all of it.
     """
-    if cfg.final_norm == "none" or cfg.final_norm_bias:
+    own, dim, norm = cfg.large, cfg.dim, cfg.final_norm
+    demands = {
+        f"pattern={cfg.pattern!r} with other letters than M": set(cfg.pattern) == {"M"},
+        f"large.input_gate={own.input_gate!r} instead of 'exp'": own.input_gate == "exp",
+        f"final_norm={norm!r} instead of 'rms'": norm == "rms",
+        "final_norm_bias=True": not cfg.final_norm_bias,
+        f"final_norm_eps={cfg.final_norm_eps} that is not large.norm_eps={own.norm_eps}": (
+            cfg.final_norm_eps == own.norm_eps
+        ),
+    }
+    faults = [fault for fault, fits in demands.items() if not fits]
+    if faults:
         raise ConfigError(
-            "the model must have final_norm='rms' without a bias for transformers, which always "
-            f"applies that norm, got final_norm={cfg.final_norm!r} with final_norm_bias="
-            f"{cfg.final_norm_bias}; keep it as a run."
+            "the model must be one that transformers has, but it has "
+            + ", ".join(faults)
+            + "; change these options and train it again, or keep it as a run."
         )
+    qk_dim, v_dim, ffn_dim = own.widths(dim)
+    # One of the published factors where it gives this width.
+    published = (factor for factor in (2.667, 2.6667) if large_width(dim, factor) == ffn_dim)
+    factor, multiple = next(published, None), 64
+    if factor is None:
+        factor, multiple = large.factor_of(ffn_dim, dim), 1
     return {
         "architectures": ["xLSTMForCausalLM"],
         "model_type": "xlstm",
         "dtype": dtype,
-        "hidden_size": cfg.dim,
-        "embedding_dim": cfg.dim,
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": dim,
+        "embedding_dim": dim,
         "num_hidden_layers": cfg.num_blocks,
         "num_blocks": cfg.num_blocks,
+        "num_heads": own.num_heads,
+        "use_bias": own.use_bias,
+        "norm_reduction_force_float32": True,
         "tie_word_embeddings": False,
+        "add_out_norm": True,
+        "norm_eps": float(own.norm_eps),
+        "qk_dim_factor": large.factor_of(qk_dim, dim),
+        "v_dim_factor": large.factor_of(v_dim, dim),
         "chunkwise_kernel": "chunkwise--native_autograd",
         "sequence_kernel": "native_sequence__native",
         "step_kernel": "native",
+        "mode": "inference",
+        "chunk_size": own.chunk_size or 64,
+        "return_last_states": True,
         "autocast_kernel_dtype": "bfloat16",
+        "eps": float(own.eps),
+        "inference_state_dtype": "float32",
+        "ffn_proj_factor": factor,
+        "ffn_round_up_to_multiple_of": multiple,
+        "gate_soft_cap": float(own.gate_soft_cap or large.NO_CAP),
+        "output_logit_soft_cap": float(cfg.logit_soft_cap or large.NO_CAP),
+        "weight_mode": "single",
         # Its cache has the widths rounded up to 64, and takes no others.
-        "use_cache": all(width % 64 == 0 for width in cfg.large.widths(cfg.dim)[:2]),
+        "use_cache": qk_dim % 64 == v_dim % 64 == 0,
         "max_inference_chunksize": 16384,
         **SPECIAL_TOKENS,
-        **large_config.to_theirs(cfg),
     }

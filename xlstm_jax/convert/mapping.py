@@ -1,5 +1,7 @@
 """Parameters of a model from tensors under other names, and back, by the rules of `names`."""
 
+import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -57,19 +59,17 @@ def targets(
             f"the other implementation has no parameter for {', '.join(nameless)}; "
             "turn off the option that makes it."
         )
-    found = {}
+    table = {}
     for path, leaf in leaves.items():
-        rule = rule_of[path]
-        layout = LAYOUTS[rule.layout]
-        if path.startswith("stack/"):
-            letter = path.split("/")[1]
-            numbers = [n for n, other in enumerate(cfg.pattern) if other == letter]
-            for layer, number in enumerate(numbers):
-                name = rule.theirs.format(number)
-                found[name] = WeightTarget(path, layer, leaf.shape[1:], layout)
-        else:
-            found[rule.theirs] = WeightTarget(path, None, leaf.shape, layout)
-    return found
+        rule, layout = rule_of[path], LAYOUTS[rule_of[path].layout]
+        if not path.startswith("stack/"):
+            table[rule.theirs] = WeightTarget(path, None, leaf.shape, layout)
+            continue
+        numbers = [n for n, letter in enumerate(cfg.pattern) if letter == path.split("/")[1]]
+        for layer, number in enumerate(numbers):
+            target = WeightTarget(path, layer, leaf.shape[1:], layout)
+            table[rule.theirs.format(number)] = target
+    return table
 
 
 def load(
@@ -88,20 +88,20 @@ def load(
     _check_shapes(
         "tensors",
         {name: target.their_shape for name, target in table.items()},
-        source.shapes(),
+        source.shapes,
         "check that config and weights belong together",
         {name: f" ({target.path} here)" for name, target in table.items()},
     )
-    parts: dict[str, list[tuple[str, WeightTarget]]] = {path: [] for path in leaves}
-    for name, target in table.items():
-        parts[target.path].append((name, target))
     tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        host = _empty(leaf.shape, leaf.dtype)
-        for name, target in parts[path]:
+    for path, tensors in itertools.groupby(table.items(), lambda item: item[1].path):
+        host = _empty(leaves[path].shape, leaves[path].dtype)
+        for name, target in tensors:
             part = host if target.layer is None else host[target.layer]
             part[...] = target.layout.to_ours(source.read(name), target.shape)
-        _insert(tree, path, _put(path, host))
+        *folders, last = path.split("/")
+        functools.reduce(lambda node, key: node.setdefault(key, {}), folders, tree)[last] = _put(
+            path, host
+        )
     return tree
 
 
@@ -141,13 +141,6 @@ def _check_shapes(
     ]
     if problems:
         raise WeightsError(f"{what} do not fit the config: {'; '.join(problems)}; {way_out}.")
-
-
-def _insert(tree: dict[str, Any], path: str, value: Any) -> None:
-    *folders, name = path.split("/")
-    for folder in folders:
-        tree = tree.setdefault(folder, {})
-    tree[name] = value
 
 
 def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -16,19 +16,28 @@ class Rule(NamedTuple):
     layout: str
 
 
-def _rules(theirs: str, ours: str, *lines: tuple[str, ...]) -> tuple[Rule, ...]:
-    """Rules with the beginnings of their names and of our paths in common.
+_KINDS = {
+    "dense": ("kernel", "transposed"),
+    "headwise": ("kernel", "headwise"),
+    "convolution": ("kernel", "convolution"),
+    "embedding": ("embedding", "same"),
+    "scale": ("scale", "same"),
+    "offset": ("scale_offset", "same"),
+}
+"""What the weights of a module are -> our name for them, and their layout. A bias is the same."""
 
-    A line of two is a projection: its weights, transposed, and its bias.
+
+def _rules(theirs: str, ours: str, *lines: tuple[str, str, str]) -> tuple[Rule, ...]:
+    """Two rules for each (their module, our module, what its weights are).
+
+    `theirs` and `ours` are the beginnings of all names.
     """
-    full = []
-    for name, path, *layout in lines:
-        if layout:
-            full.append((name, path, *layout))
-        else:
-            full.append((name + ".weight", path + "/kernel", "transposed"))
-            full.append((name + ".bias", path + "/bias", "same"))
-    return tuple(Rule(theirs + name, ours + path, layout) for name, path, layout in full)
+    rules = []
+    for name, path, kind in lines:
+        parameter, layout = _KINDS[kind]
+        rules.append(Rule(f"{theirs}{name}.weight", f"{ours}{path}/{parameter}", layout))
+        rules.append(Rule(f"{theirs}{name}.bias", f"{ours}{path}/bias", "same"))
+    return tuple(rules)
 
 
 # The package `xlstm`, first generation: xLSTMLMModel.
@@ -39,47 +48,46 @@ V1 = (
     *_rules(
         "",
         "",
-        ("token_embedding.weight", "token_embedding/embedding", "same"),
-        ("lm_head.weight", "lm_head/kernel", "transposed"),
-        (V1_STACK + "post_blocks_norm.weight", "out_norm/scale_offset", "same"),
+        ("token_embedding", "token_embedding", "embedding"),
+        ("lm_head", "lm_head", "dense"),
+        (V1_STACK + "post_blocks_norm", "out_norm", "offset"),
     ),
     *_rules(
         _V1_BLOCK,
         "stack/m/",
-        ("xlstm_norm.weight", "xlstm_norm/scale_offset", "same"),
-        ("xlstm.proj_up", "mlstm/proj_up"),
-        ("xlstm.conv1d.conv.weight", "mlstm/conv/kernel", "convolution"),
-        ("xlstm.conv1d.conv.bias", "mlstm/conv/bias", "same"),
-        ("xlstm.q_proj.weight", "mlstm/q_proj/kernel", "headwise"),
-        ("xlstm.q_proj.bias", "mlstm/q_proj/bias", "same"),
-        ("xlstm.k_proj.weight", "mlstm/k_proj/kernel", "headwise"),
-        ("xlstm.k_proj.bias", "mlstm/k_proj/bias", "same"),
-        ("xlstm.v_proj.weight", "mlstm/v_proj/kernel", "headwise"),
-        ("xlstm.v_proj.bias", "mlstm/v_proj/bias", "same"),
-        ("xlstm.mlstm_cell.igate", "mlstm/input_gate"),
-        ("xlstm.mlstm_cell.fgate", "mlstm/forget_gate"),
-        ("xlstm.mlstm_cell.outnorm.weight", "mlstm/out_norm/scale_offset", "same"),
-        ("xlstm.learnable_skip", "mlstm/learnable_skip", "same"),
-        ("xlstm.proj_down", "mlstm/proj_down"),
+        ("xlstm_norm", "xlstm_norm", "offset"),
+        ("xlstm.proj_up", "mlstm/proj_up", "dense"),
+        ("xlstm.conv1d.conv", "mlstm/conv", "convolution"),
+        ("xlstm.q_proj", "mlstm/q_proj", "headwise"),
+        ("xlstm.k_proj", "mlstm/k_proj", "headwise"),
+        ("xlstm.v_proj", "mlstm/v_proj", "headwise"),
+        ("xlstm.mlstm_cell.igate", "mlstm/input_gate", "dense"),
+        ("xlstm.mlstm_cell.fgate", "mlstm/forget_gate", "dense"),
+        ("xlstm.mlstm_cell.outnorm", "mlstm/out_norm", "offset"),
+        ("xlstm.proj_down", "mlstm/proj_down", "dense"),
     ),
+    Rule(_V1_BLOCK + "xlstm.learnable_skip", "stack/m/mlstm/learnable_skip", "same"),
     *_rules(
         _V1_BLOCK,
         "stack/s/",
-        ("xlstm_norm.weight", "xlstm_norm/scale_offset", "same"),
-        ("xlstm.conv1d.conv.weight", "slstm/conv/kernel", "convolution"),
-        ("xlstm.conv1d.conv.bias", "slstm/conv/bias", "same"),
+        ("xlstm_norm", "xlstm_norm", "offset"),
+        ("xlstm.conv1d.conv", "slstm/conv", "convolution"),
         # Crosswise: what they name after one gate computes the other.
-        ("xlstm.fgate.weight", "slstm/input_gate/kernel", "headwise"),
-        ("xlstm.igate.weight", "slstm/forget_gate/kernel", "headwise"),
-        ("xlstm.zgate.weight", "slstm/cell_input/kernel", "headwise"),
-        ("xlstm.ogate.weight", "slstm/output_gate/kernel", "headwise"),
-        ("xlstm.slstm_cell._recurrent_kernel_", "slstm/recurrent_kernel", "recurrent"),
-        ("xlstm.slstm_cell._bias_", "slstm/bias", "gate_biases"),
-        ("xlstm.group_norm.weight", "slstm/group_norm/scale_offset", "same"),
-        ("ffn_norm.weight", "ffn_norm/scale_offset", "same"),
-        ("ffn.proj_up", "ffn/proj_up"),
-        ("ffn.proj_down", "ffn/proj_down"),
+        ("xlstm.fgate", "slstm/input_gate", "headwise"),
+        ("xlstm.igate", "slstm/forget_gate", "headwise"),
+        ("xlstm.zgate", "slstm/cell_input", "headwise"),
+        ("xlstm.ogate", "slstm/output_gate", "headwise"),
+        ("xlstm.group_norm", "slstm/group_norm", "offset"),
+        ("ffn_norm", "ffn_norm", "offset"),
+        ("ffn.proj_up", "ffn/proj_up", "dense"),
+        ("ffn.proj_down", "ffn/proj_down", "dense"),
     ),
+    Rule(
+        _V1_BLOCK + "xlstm.slstm_cell._recurrent_kernel_",
+        "stack/s/slstm/recurrent_kernel",
+        "recurrent",
+    ),
+    Rule(_V1_BLOCK + "xlstm.slstm_cell._bias_", "stack/s/slstm/bias", "gate_biases"),
 )
 
 V1_BARE = tuple(rule._replace(theirs=rule.theirs.removeprefix(V1_STACK)) for rule in V1)
@@ -87,46 +95,37 @@ V1_BARE = tuple(rule._replace(theirs=rule.theirs.removeprefix(V1_STACK)) for rul
 # The package `xlstm`, xLSTMLarge, with separate weights.
 LARGE_BLOCK = "backbone.blocks.{}."
 
-_LARGE_WITHOUT_EMBEDDING = (
-    *_rules(
+
+def _large(embedding: str) -> tuple[Rule, ...]:
+    top = _rules(
         "",
         "",
-        ("backbone.out_norm.weight", "out_norm/scale", "same"),
-        ("backbone.out_norm.bias", "out_norm/bias", "same"),
-        ("lm_head.weight", "lm_head/kernel", "transposed"),
-    ),
-    *_rules(
+        (embedding, "token_embedding", "embedding"),
+        ("backbone.out_norm", "out_norm", "scale"),
+        ("lm_head", "lm_head", "dense"),
+    )
+    blocks = _rules(
         LARGE_BLOCK,
         "stack/M/",
-        ("norm_mlstm.weight", "norm_mlstm/scale", "same"),
-        ("norm_mlstm.bias", "norm_mlstm/bias", "same"),
-        ("mlstm_layer.q", "mlstm/q"),
-        ("mlstm_layer.k", "mlstm/k"),
-        ("mlstm_layer.v", "mlstm/v"),
-        ("mlstm_layer.ogate_preact", "mlstm/output_gate"),
-        ("mlstm_layer.igate_preact", "mlstm/input_gate"),
-        ("mlstm_layer.fgate_preact", "mlstm/forget_gate"),
-        ("mlstm_layer.multihead_norm.weight", "mlstm/multihead_norm/scale", "same"),
-        ("mlstm_layer.multihead_norm.bias", "mlstm/multihead_norm/bias", "same"),
-        ("mlstm_layer.out_proj", "mlstm/out_proj"),
-        ("norm_ffn.weight", "norm_ffn/scale", "same"),
-        ("norm_ffn.bias", "norm_ffn/bias", "same"),
-        ("ffn.proj_up_gate", "ffn/proj_up_gate"),
-        ("ffn.proj_up", "ffn/proj_up"),
-        ("ffn.proj_down", "ffn/proj_down"),
-    ),
-)
+        ("norm_mlstm", "norm_mlstm", "scale"),
+        ("mlstm_layer.q", "mlstm/q", "dense"),
+        ("mlstm_layer.k", "mlstm/k", "dense"),
+        ("mlstm_layer.v", "mlstm/v", "dense"),
+        ("mlstm_layer.ogate_preact", "mlstm/output_gate", "dense"),
+        ("mlstm_layer.igate_preact", "mlstm/input_gate", "dense"),
+        ("mlstm_layer.fgate_preact", "mlstm/forget_gate", "dense"),
+        ("mlstm_layer.multihead_norm", "mlstm/multihead_norm", "scale"),
+        ("mlstm_layer.out_proj", "mlstm/out_proj", "dense"),
+        ("norm_ffn", "norm_ffn", "scale"),
+        ("ffn.proj_up_gate", "ffn/proj_up_gate", "dense"),
+        ("ffn.proj_up", "ffn/proj_up", "dense"),
+        ("ffn.proj_down", "ffn/proj_down", "dense"),
+    )
+    return *top, *blocks
 
-LARGE = (
-    Rule("embedding.weight", "token_embedding/embedding", "same"),
-    *_LARGE_WITHOUT_EMBEDDING,
-)
 
-# xLSTMForCausalLM of the package `transformers`.
-HF = (
-    Rule("backbone.embeddings.weight", "token_embedding/embedding", "same"),
-    *_LARGE_WITHOUT_EMBEDDING,
-)
+LARGE = _large("embedding")
+HF = _large("backbone.embeddings")  # xLSTMForCausalLM of the package `transformers`
 
 FUSED = {
     "mlstm_layer.qkv_opreact": (

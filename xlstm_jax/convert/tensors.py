@@ -1,12 +1,9 @@
-"""Where tensors come from: a dict of arrays, or a folder of safetensors files.
-
-A source tells the shapes of all tensors without reading them, and reads one at a time.
-"""
+"""Where tensors come from: a dict of arrays, or a folder of safetensors files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,47 +17,35 @@ class WeightsError(ConfigError):
     """Weights that are damaged or do not fit; the message lists all that is wrong with them."""
 
 
-@runtime_checkable  # so that signatures can be checked at run time
-class Source(Protocol):
-    """Tensors by name."""
+class Source(NamedTuple):
+    """Tensors by name: the shapes of all, and what reads one."""
 
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-    def read(self, name: str) -> np.ndarray: ...
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
 
 
-class Arrays:
+def from_arrays(arrays: Mapping[str, np.ndarray]) -> Source:
     """Tensors that are in memory already.
 
     Raises:
         WeightsError: some are no arrays of floating-point numbers; all are listed.
     """
-
-    def __init__(self, arrays: Mapping[str, np.ndarray]):
-        strange = [
-            f"{name} ({getattr(array, 'dtype', type(array).__name__)})"
-            for name, array in arrays.items()
-            if not _is_floating(getattr(array, "dtype", None))
-        ]
-        if strange:
-            raise WeightsError(
-                f"tensors must be arrays of floating-point numbers, got {', '.join(strange)}; "
-                "convert them with `.float().numpy()` or leave them out."
-            )
-        self._arrays = arrays
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(array.shape) for name, array in self._arrays.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        return np.asarray(self._arrays[name])
+    strange = []
+    for name, array in arrays.items():
+        dtype = getattr(array, "dtype", type(array).__name__)
+        # bfloat16 is not among NumPy's own kinds.
+        if not isinstance(dtype, np.dtype) or (dtype.kind != "f" and dtype.name != "bfloat16"):
+            strange.append(f"{name} ({dtype})")
+    if strange:
+        raise WeightsError(
+            f"tensors must be arrays of floating-point numbers, got {', '.join(strange)}; "
+            "convert them with `.float().numpy()` or leave them out."
+        )
+    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+    return Source(shapes, lambda name: np.asarray(arrays[name]))
 
 
-def _is_floating(dtype: Any) -> bool:
-    # bfloat16 is not among NumPy's own kinds.
-    return isinstance(dtype, np.dtype) and (dtype.kind == "f" or dtype.name == "bfloat16")
-
-
-class Folder:
+def from_folder(folder: Path) -> Source:
     """The safetensors files of a folder.
 
     A file is mapped into memory for one tensor at a time: what has been read of it does not stay.
@@ -68,61 +53,52 @@ class Folder:
     Raises:
         WeightsError: there is no such file, one is damaged, or an index names what is not there.
     """
+    file_of: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in _files(folder):
+        for name, shape in _header(file).items():
+            if name in file_of:
+                raise WeightsError(
+                    f"tensor {name!r} must be in one file of {folder}, but is in "
+                    f"{file_of[name].name} and {file.name}; keep one of them."
+                )
+            file_of[name], shapes[name] = file, shape
 
-    def __init__(self, folder: Path):
-        self._file_of: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for file in _files(folder):
-            for name, shape in _header(file).items():
-                if name in self._file_of:
-                    raise WeightsError(
-                        f"tensor {name!r} must be in one file of {folder}, but is in "
-                        f"{self._file_of[name].name} and {file.name}; keep one of them."
-                    )
-                self._file_of[name], self._shapes[name] = file, shape
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
-
-    def read(self, name: str) -> np.ndarray:
-        with _open(self._file_of[name]) as file:
+    def read(name: str) -> np.ndarray:
+        with _open(file_of[name]) as file:
             return file.get_tensor(name)
+
+    return Source(shapes, read)
 
 
 def _files(folder: Path) -> list[Path]:
-    whole = folder / "model.safetensors"  # where there is one, transformers reads no other
-    if whole.is_file():
-        return [whole]
-    index = folder / INDEX
-    if index.exists():
-        names = _named_by(index)
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if single.is_file():  # transformers reads no other then
+        return [single]
+    if not index.exists():
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:
             raise WeightsError(
-                f"{folder} lacks {', '.join(missing)} of the {len(names)} files that {INDEX} "
-                "names; fetch them again."
+                f"{folder} has no model.safetensors and no {INDEX}; name a folder of weights in "
+                "the safetensors format."
             )
-        return [folder / name for name in names]
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise WeightsError(
-            f"{folder} has no model.safetensors and no {INDEX}; name a folder of weights in the "
-            "safetensors format."
-        )
-    return files
-
-
-def _named_by(index: Path) -> list[str]:
+        return files
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        if not names or not all(isinstance(name, str) and name for name in names):
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if "" in map(str.strip, names) or not names:
             raise ValueError("files must be named by words")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise WeightsError(
             f"{index} must be JSON with a weight_map from tensors to files, but it cannot be read "
             f"({error!r}); fetch it again."
         ) from error
-    return sorted(names)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise WeightsError(
+            f"{folder} lacks {', '.join(missing)} of the {len(names)} files that {INDEX} names; "
+            "fetch them again."
+        )
+    return [folder / name for name in names]
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ import numpy as np
 from xlstm_jax.config import ConfigError
 from xlstm_jax.convert import mapping, names
 from xlstm_jax.convert.fields import Fields
-from xlstm_jax.convert.tensors import Arrays
+from xlstm_jax.convert.tensors import from_arrays
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.options import (
     ACTIVATION_NAMES,
@@ -37,24 +37,26 @@ def load_v1(
 ) -> tuple[LMConfig, PyTree]:
     """A first-generation model from its config and its `state_dict`.
 
-    Both ways in which sLSTM weights are stored are read: of the backends `vanilla` and `cuda`,
-    told apart by their shape. `context_length` is no limit here. Tensors of an xLSTMBlockStack make
-    parameters without embedding and head, those of `modules.Backbone`.
+    sLSTM weights may be those of the backend `vanilla` or `cuda`. `context_length` is no limit
+    here. Tensors of an xLSTMBlockStack make the parameters of `modules.Backbone`.
 
     Args:
         config: the fields of xLSTMLMModelConfig or xLSTMBlockStackConfig, as nested dicts.
         tensors: name -> NumPy array, with the names of the module's `state_dict`.
 
     Raises:
-        ConfigError: a field cannot be honoured.
+        ConfigError: a field cannot be honored.
         WeightsError: tensors are missing, too many, or of another shape.
     """
     bare = any(name.startswith("blocks.") for name in tensors)
     cfg = config_of(config, bare=bare)
-    source = Arrays(_as_vanilla(_without_copies(tensors, cfg)))
-    if not bare:
-        return cfg, mapping.load(cfg, names.V1, source)
-    return cfg, mapping.load(cfg, names.V1_BARE, source, without=WITHOUT)
+    # A state_dict repeats the head of a tied model, and has causal masks.
+    tensors = {n: a for n, a in tensors.items() if not n.endswith("mlstm_cell.causal_mask")}
+    head, table = (tensors.get(f"{part}.weight") for part in ("lm_head", "token_embedding"))
+    if cfg.tie_embeddings and head is not None and np.array_equal(head, table):
+        del tensors["lm_head.weight"]
+    rules, without = (names.V1_BARE, WITHOUT) if bare else (names.V1, ())
+    return cfg, mapping.load(cfg, rules, from_arrays(_as_vanilla(tensors)), without)
 
 
 def config_of(config: Mapping[str, Any], *, bare: bool = False) -> LMConfig:
@@ -127,15 +129,15 @@ def _mlstm(fields: Fields, dim: int, bias: bool) -> MLSTMConfig:
 
 def _slstm(fields: Fields, dim: int) -> SLSTMConfig:
     layer = _layer(fields, "slstm_block", "slstm")
-    layer.refuse_unless("function", "slstm", "slstm", "the nearest is `ops.lstm`, without a block")
+    layer.refuse_unless("function", "slstm", "the nearest is `ops.lstm`, without a block")
     for name, off in (("gradient_recurrent_cut", False), ("gradient_recurrent_clipval", None)):
-        layer.refuse_unless(name, off, off, "gradients here are the true ones; clip their norm")
-    layer.refuse_unless("forward_clipval", None, None, "outputs are not clipped here")
-    layer.refuse_unless("initial_val", 0.0, 0.0, "memory is empty at first; give a state instead")
+        layer.refuse_unless(name, off, "gradients here are the true ones; clip their norm")
+    layer.refuse_unless("forward_clipval", None, "outputs are not clipped here")
+    layer.refuse_unless("initial_val", 0.0, "the initial state is zeros; give a state instead")
     layer.ignore("embedding_dim", "hidden_size", "num_gates", "num_states", "dropout")
     layer.ignore("_block_idx", "_num_blocks", "backend", "batch_size", "internal_input_shape")
-    layer.ignore("input_shape", "output_shape", "constants")
-    layer.ignore("enable_automatic_mixed_precision", *(f"dtype{x}" for x in _DTYPES))
+    layer.ignore("input_shape", "output_shape", "constants", "enable_automatic_mixed_precision")
+    layer.ignore(*(f"dtype{suffix}" for suffix in ("", "_b", "_r", "_w", "_g", "_s", "_a")))
     cfg = SLSTMConfig(
         num_heads=layer.count("num_heads", 4),
         conv_width=layer.count("conv1d_kernel_size", 4, least=0),
@@ -148,16 +150,12 @@ def _slstm(fields: Fields, dim: int) -> SLSTMConfig:
     return cfg
 
 
-_DTYPES = ("", "_b", "_r", "_w", "_g", "_s", "_a")
-
-
 def _feedforward(fields: Fields, dim: int) -> dict[str, Any]:
     block = fields.table("slstm_block")
     if block and block.is_null("feedforward"):
         return {"ffn_dim": 0}
     layer = _layer(fields, "slstm_block", "feedforward")
-    layer.refuse_unless("ff_type", "ffn_gated", "ffn_gated", "the gated one is the only one")
-    activation = layer.choice("act_fn", "gelu", ACTIVATIONS, nearest="gelu")
+    layer.refuse_unless("ff_type", "ffn_gated", "the gated one is the only one")
     width = _width(layer, dim, 1.3)
     if width == 0:
         raise ConfigError(
@@ -165,22 +163,23 @@ def _feedforward(fields: Fields, dim: int) -> dict[str, Any]:
             "give no feedforward at all."
         )
     layer.ignore("embedding_dim", "_num_blocks", "_proj_up_dim")
-    found = {
+    options = {
         "ffn_dim": width,
-        "ffn_activation": ACTIVATIONS[activation],
+        "ffn_activation": ACTIVATIONS[layer.choice("act_fn", "gelu", ACTIVATIONS, nearest="gelu")],
         # Those of the model do not reach the feed-forward layer.
         "ffn_bias": layer.flag("bias", default=False),
         "ffn_dropout": float(layer.number("dropout", 0.0)),
     }
     layer.done()
-    return found
+    return options
 
 
 def _layer(fields: Fields, block: str, name: str) -> Fields:
     table = fields.table(block) or Fields({}, block)
     layer = table.table(name)
     table.ignore("mlstm", "slstm", "_num_blocks", "_block_idx")
-    table.ignore(*(["feedforward"] if block == "slstm_block" else []))
+    if block == "slstm_block":
+        table.ignore("feedforward")
     table.done()
     return layer or Fields({}, f"{name} of {block}")
 
@@ -194,20 +193,10 @@ def _width(layer: Fields, dim: int, factor: float) -> int:
     )
 
 
-def _without_copies(tensors: Mapping[str, np.ndarray], cfg: LMConfig) -> dict[str, np.ndarray]:
-    """Without what a state_dict repeats: the head of a tied model, and stored causal masks."""
-    found = {n: a for n, a in tensors.items() if not n.endswith("mlstm_cell.causal_mask")}
-    head, table = (found.get(f"{part}.weight") for part in ("lm_head", "token_embedding"))
-    if cfg.tie_embeddings and head is not None and table is not None:
-        if np.array_equal(head, table):
-            del found["lm_head.weight"]
-    return found
-
-
 def _as_vanilla(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """sLSTM weights as the backend `vanilla` stores them; `cuda` uses the same names otherwise.
 
-    What is laid out in neither way stays as it is.
+    Other layouts stay as they are, to be refused for their shape.
     """
     tensors = dict(tensors)
     for name in [name for name in tensors if name.endswith(KERNEL)]:

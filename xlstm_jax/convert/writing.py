@@ -26,15 +26,7 @@ def write(
 ) -> None:
     """Writes tensors, and texts beside them; the host holds one file's tensors at a time.
 
-    Args:
-        folder: a new one, or one without weights in it.
-        tensors: names and arrays.
-        dtype: a key of `STORED`.
-        max_shard_bytes: of one file, unless a single tensor is larger.
-        files: name -> text of what else is to stand in the folder.
-
-    Raises:
-        ConfigError: the dtype is not known, the folder is taken, or a size is below 1.
+    Arguments and errors are those of `hf.save_hf`; `files` are name -> text.
     """
     if dtype not in STORED:
         raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(STORED)}; use float32.")
@@ -74,40 +66,35 @@ def check_free(folder: Path, files: Iterable[str] = ("config.json",)) -> None:
 def _write_shards(
     draft: Path, tensors: Iterable[tuple[str, np.ndarray]], dtype: np.dtype, limit: int
 ) -> None:
+    safetensors = import_safetensors()
     shards: list[list[str]] = []
     batch: dict[str, np.ndarray] = {}
-    size = total = count = 0
+    total = 0
+
+    def write_batch() -> None:
+        # PyTorch's readers ask for this word.
+        file = draft / f"{len(shards)}.part"
+        safetensors.numpy.save_file(batch, file, metadata={"format": "pt"})
+        shards.append(list(batch))
+        batch.clear()
+
     for name, array in tensors:
         array = np.asarray(array).astype(dtype, copy=False)
-        if batch and size + array.nbytes > limit:
-            shards.append(_write_one(draft, len(shards), batch))
-            batch, size = {}, 0
+        if batch and array.nbytes + sum(other.nbytes for other in batch.values()) > limit:
+            write_batch()
         batch[name] = array
-        size += array.nbytes
         total += array.nbytes
-        count += array.size
-    shards.append(_write_one(draft, len(shards), batch))
+    write_batch()
     if len(shards) == 1:
-        os.replace(draft / _draft_name(0), draft / "model.safetensors")
+        os.replace(draft / "0.part", draft / "model.safetensors")
         return
     weight_map = {}
-    for number, held in enumerate(shards):
+    for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(draft / _draft_name(number), draft / file)
-        weight_map |= dict.fromkeys(held, file)
+        os.replace(draft / f"{number}.part", draft / file)
+        weight_map |= dict.fromkeys(names, file)
     index = {
-        "metadata": {"total_parameters": count, "total_size": total},
+        "metadata": {"total_parameters": total // dtype.itemsize, "total_size": total},
         "weight_map": dict(sorted(weight_map.items())),
     }
     (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _draft_name(number: int) -> str:
-    return f"{number}.part"
-
-
-def _write_one(draft: Path, number: int, batch: dict[str, np.ndarray]) -> list[str]:
-    safetensors = import_safetensors()
-    # PyTorch's readers ask for this word.
-    safetensors.numpy.save_file(batch, draft / _draft_name(number), metadata={"format": "pt"})
-    return list(batch)

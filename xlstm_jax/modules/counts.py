@@ -1,6 +1,7 @@
 """Parameters and FLOPs of one block by formula; conventions and sources as in `xlstm_jax.flops`."""
 
 from xlstm_jax.modules.config import LMConfig
+from xlstm_jax.modules.options import MLSTMConfig, SLSTMConfig
 
 CHUNK_SIZE = 64  # L where a config leaves the chunk to the op; the study's own
 CAUSAL_SHARE = 0.75  # of the pairs in a chunk that tiles of the causal mask leave to compute
@@ -8,7 +9,7 @@ CAUSAL_SHARE = 0.75  # of the pairs in a chunk that tiles of the causal mask lea
 
 def mlstm_params(cfg: LMConfig) -> int:
     D, F, H = cfg.dim, cfg.mlstm.width(cfg.dim), cfg.mlstm.num_heads
-    conv = _conv_params(F, cfg.mlstm.conv_width, cfg.mlstm.conv_mixing)
+    conv = _conv(F, cfg.mlstm, 1)
     qkv = 3 * F * cfg.mlstm.qkv_block_size
     gates = 2 * (3 * F * H + H)
     biases = 2 * F + 3 * F + D if cfg.mlstm.use_bias else 0
@@ -18,7 +19,7 @@ def mlstm_params(cfg: LMConfig) -> int:
 
 def slstm_params(cfg: LMConfig) -> int:
     D, own = cfg.dim, cfg.slstm
-    conv = _conv_params(D, own.conv_width, own.conv_mixing)
+    conv = _conv(D, own, 1)
     gates = 2 * 4 * D * (D // own.num_heads) + 4 * D  # input and recurrent weights, bias
     norms = D + D * own.group_norm_weight
     U = own.ffn_width(D)
@@ -36,8 +37,10 @@ def large_params(cfg: LMConfig) -> int:
     return linear + gates + norms + biases
 
 
-def _conv_params(features: int, width: int, mixing: bool) -> int:
-    return features * (width * (features if mixing else 1) + 1) if width else 0
+def _conv(features: int, own: MLSTMConfig | SLSTMConfig, per_weight: int) -> int:
+    """What a convolution costs: `per_weight` a weight and 1 a bias; parameters or FLOPs."""
+    weights = own.conv_width * (features if own.conv_mixing else 1)
+    return features * (per_weight * weights + 1) if own.conv_width else 0
 
 
 def first_cell_flops(L: int, K: int, V: int) -> float:
@@ -65,7 +68,7 @@ def mlstm_flops(cfg: LMConfig, count: str) -> float:
     D, F, H = cfg.dim, cfg.mlstm.width(cfg.dim), cfg.mlstm.num_heads
     linear = 2 * D * 2 * F + 2 * F * D + 3 * 2 * F * cfg.mlstm.qkv_block_size
     gates = 2 * (2 * 3 * F * H + H)
-    conv = _conv_flops(F, cfg.mlstm.conv_width, cfg.mlstm.conv_mixing)
+    conv = _conv(F, cfg.mlstm, 2)
     elementwise = 5 * F  # two silu, the skip's product and sum, the gating product
     chunk = cfg.mlstm.chunk_size or CHUNK_SIZE
     cell = H / chunk * CELL_FLOPS[count](chunk, F // H, F // H)
@@ -75,8 +78,7 @@ def mlstm_flops(cfg: LMConfig, count: str) -> float:
 def slstm_flops(cfg: LMConfig, count: str) -> float:
     del count  # there is one way to count an sLSTM step
     D, own = cfg.dim, cfg.slstm
-    silu = D if own.conv_width else 0
-    conv = _conv_flops(D, own.conv_width, own.conv_mixing) + silu
+    conv = _conv(D, own, 2) + (D if own.conv_width else 0)  # and silu
     products = 2 * 2 * 4 * D * (D // own.num_heads)  # input and recurrent weights
     # Two sums per gate; log sigmoid and its sum with m, the maximum, two exponents and their exp;
     # tanh and c (3), n (2), sigmoid and h (2).
@@ -93,7 +95,3 @@ def large_flops(cfg: LMConfig, count: str) -> float:
     chunk = cfg.large.chunk_size or CHUNK_SIZE
     cell = H / chunk * CELL_FLOPS[count](chunk, QK // H, V // H)
     return linear + 2 * U + cell
-
-
-def _conv_flops(features: int, width: int, mixing: bool) -> float:
-    return features * (2 * width * (features if mixing else 1) + 1) if width else 0

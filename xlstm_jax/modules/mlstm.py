@@ -54,9 +54,8 @@ class MLSTMLayer(nn.Module):
         conv, cell = (None, None) if state is None else state
         up = Dense(2 * inner_dim, small(dim), cfg.use_bias, name="proj_up")(x)
         a, z = (constrain(y, "batch", "time", "inner") for y in jnp.split(up, 2, axis=-1))
-        u, conv = CausalConv(cfg.conv_width, cfg.conv_mixing, name="conv")(
-            a, conv, reset=reset, mask=mask
-        )
+        convolve = CausalConv(cfg.conv_width, cfg.conv_mixing, name="conv")
+        u, conv = convolve(a, conv, reset=reset, mask=mask)
         u = jax.nn.silu(u)
         project = functools.partial(
             HeadwiseDense, inner_dim, inner_dim // cfg.qkv_block_size, small(dim), cfg.use_bias

@@ -49,18 +49,13 @@ class SLSTMLayer(nn.Module):
         cfg, (B, T, D) = self.cfg, x.shape
         H, K = cfg.num_heads, D // cfg.num_heads
         conv, cell = (None, None) if state is None else state
-        u, conv = CausalConv(cfg.conv_width, cfg.conv_mixing, name="conv")(
-            x, conv, reset=reset, mask=mask
-        )
+        convolve = CausalConv(cfg.conv_width, cfg.conv_mixing, name="conv")
+        u, conv = convolve(x, conv, reset=reset, mask=mask)
         u = u if cfg.conv_width == 0 else jax.nn.silu(u)
+        inputs = {"input_gate": u, "forget_gate": u, "cell_input": x, "output_gate": x}
         gates = [
             HeadwiseDense(D, H, small(D), wide=True, name=name)(y).reshape(B, T, H, K)
-            for name, y in (
-                ("input_gate", u),
-                ("forget_gate", u),
-                ("cell_input", x),
-                ("output_gate", x),
-            )
+            for name, y in inputs.items()
         ]
         bias_init = cell_bias_init(cfg.bias_init, self.block_index, self.num_blocks)
         h, cell = ops.slstm(
@@ -105,20 +100,14 @@ def cell_bias_init(
     if name == "standard":
         return lambda key, shape: uniform(1 / math.sqrt(shape[0] * shape[2]))(key, shape)
     depth = block_index / (num_blocks - 1) if num_blocks > 1 else 0.0
-    forget = linspace(3.0, 6.0) if name == "small_init" else _powerlaw(0.3 + 1.3 * depth)
 
     def init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "H 4 K"]:
         H, _, K = shape
-        return jnp.zeros(shape, jnp.float32).at[:, 1].set(forget(key, (H, K)))
-
-    return init
-
-
-def _powerlaw(exponent: float | Float[Array, ""]) -> Initializer:
-    """From 5 down to -7 along a head, bent by the exponent; a head of width 1 has 5."""
-
-    def init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "H K"]:
-        share = jnp.linspace(0.0, 1.0, shape[-1], dtype=jnp.float32)
-        return jnp.broadcast_to(5.0 - 12.0 * share ** jnp.asarray(exponent, jnp.float32), shape)
+        if name == "small_init":
+            forget = linspace(3.0, 6.0)(key, (H, K))
+        else:  # from 5 down to -7 along a head; a head of width 1 has 5
+            share = jnp.linspace(0.0, 1.0, K, dtype=jnp.float32)
+            forget = 5.0 - 12.0 * share ** jnp.asarray(0.3 + 1.3 * depth, jnp.float32)
+        return jnp.zeros(shape, jnp.float32).at[:, 1].set(forget)
 
     return init
