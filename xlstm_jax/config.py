@@ -17,11 +17,10 @@ import pathlib
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-
 
 IMPORTS = "imports"
 """Key of config.json: the modules that were imported for it. `from_dict` ignores it."""
@@ -51,7 +50,7 @@ def _to_json(value: Any) -> Any:
     return str(value) if isinstance(value, pathlib.PurePath) else value
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+def from_dict(cls: type[T], values: Any, where: str = "") -> T:
     """The inverse of `to_dict`; fields that are not given keep their defaults.
 
     Args:
@@ -62,20 +61,20 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     Raises:
         ConfigError: a field is unknown or missing, a value has the wrong type, or `cls` refuses it.
     """
-    if isinstance(values, Mapping):
-        values = {name: value for name, value in values.items() if where or name != IMPORTS}
-    return _build(cls, values, where)
-
-
-def _build(cls: Any, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where or cls.__name__} must be a table of fields, got {values!r}.")
-    if hasattr(cls, "upgrade"):  # from the names of earlier versions
-        values = cls.upgrade(values)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+        raise ConfigError(
+            f"{where.rstrip('.') or cls.__name__} must be a table of fields, got {values!r}."
+        )
+    values = {name: value for name, value in values.items() if where or name != IMPORTS}
+    upgrade = getattr(cls, "upgrade", None)
+    if upgrade is not None:  # from the names of earlier versions
+        values = upgrade(values)
+    all_fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    fields = {field.name: field for field in all_fields if field.init}
     for name in values:
         if name not in fields:
-            raise ConfigError(_unknown(where + name, name, cls, list(fields)))
+            hint = did_you_mean(name, fields, f"use one of: {', '.join(fields)}.")
+            raise ConfigError(f"{where}{name} is not a field of {cls.__name__}; {hint}")
     for name, field in fields.items():
         required = field.default is field.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -85,44 +84,48 @@ def _build(cls: Any, values: Any, where: str) -> Any:
     for name, value in values.items():
         convert = fields[name].metadata.get("from_json", functools.partial(_convert, hints[name]))
         arguments[name] = convert(value, where + name)
-    try:
+    with _value_errors_as_config_errors():
         return cls(**arguments)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
-def _unknown(path: str, name: str, cls: type, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"use one of: {', '.join(known)}."
-    return f"{path} is not a field of {cls.__name__}; {hint}"
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The end of an error about an unknown name: the known ones it resembles, else `otherwise`."""
+    # Of a dotted name the last part is what people remember: lr for train.lr.
+    near = [other for other in known if other.endswith("." + name.lstrip("-"))]
+    near = near or difflib.get_close_matches(name, known)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """`value`, as JSON gives it, in the type that `hint` asks for."""
-    if hint is Any:
-        return value
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else _build(hint, value, where + ".")
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return _convert_union(arguments, value, where)
-    if origin is typing.Literal and value in arguments:
+        if type(value) in arguments:
+            return value
+        for member in arguments:
+            # A table belongs to the dataclass of the union; its own error says more than ours.
+            if dataclasses.is_dataclass(member) and isinstance(value, Mapping):
+                return _convert(member, value, where)
+            with contextlib.suppress(ConfigError):
+                return _convert(member, value, where)
+    elif hint is Any or (origin is typing.Literal and value in arguments):
         return value
-    if (origin or hint) in (tuple, list) and isinstance(value, (tuple, list)):
-        return _convert_sequence(origin or hint, arguments, value, where)
-    if (origin or hint) is dict and isinstance(value, Mapping):
-        item_hint = arguments[1] if arguments else Any
-        return {key: _convert(item_hint, item, f"{where}.{key}") for key, item in value.items()}
-    return _convert_scalar(hint, value, where)
-
-
-def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
-    if hint is pathlib.Path and isinstance(value, str):
+    elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, where + ".")
+    elif origin in (tuple, list) and isinstance(value, (tuple, list)):
+        if origin is list or arguments[-1:] in ((), (...,)):
+            arguments = (*arguments, Any)[:1] * len(value)
+        if len(arguments) != len(value):
+            raise ConfigError(f"{where} must have {len(arguments)} values, got {len(value)}.")
+        items = enumerate(zip(arguments, value, strict=True))
+        return origin(_convert(member, item, f"{where}[{i}]") for i, (member, item) in items)
+    elif origin is dict and isinstance(value, Mapping):
+        member = (*arguments, Any, Any)[1]
+        return {key: _convert(member, item, f"{where}.{key}") for key, item in value.items()}
+    elif hint is pathlib.Path and isinstance(value, str):
         return pathlib.Path(value)
     # True is an int to Python, but nobody means it as a count.
-    if isinstance(hint, type) and (hint is bool or not isinstance(value, bool)):
+    elif isinstance(hint, type) and (hint is bool or not isinstance(value, bool)):
         if isinstance(value, hint):
             return value
         if hint is float and isinstance(value, int):
@@ -130,34 +133,23 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
     raise ConfigError(f"{where} must be {_spell(hint)}, got {value!r}.")
 
 
-def _convert_union(hints: tuple[Any, ...], value: Any, where: str) -> Any:
-    if type(value) in hints:
-        return value
-    for hint in hints:
-        # A table belongs to the dataclass of the union; its own error says more than ours would.
-        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-            return _convert(hint, value, where)
-        try:
-            return _convert(hint, value, where)
-        except ConfigError:
-            continue
-    raise ConfigError(f"{where} must be {' or '.join(map(_spell, hints))}, got {value!r}.")
-
-
-def _convert_sequence(kind: Any, hints: tuple[Any, ...], values: Any, where: str) -> Any:
-    if kind is tuple and hints and hints[-1] is not Ellipsis:
-        if len(hints) != len(values):
-            raise ConfigError(f"{where} must have {len(hints)} values, got {len(values)}.")
-    else:
-        hints = (hints[0] if hints else Any,) * len(values)
-    items = zip(hints, values, strict=True)
-    return kind(_convert(hint, value, f"{where}[{i}]") for i, (hint, value) in enumerate(items))
-
-
 def _spell(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_spell, arguments))
     return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+@contextlib.contextmanager
+def _value_errors_as_config_errors() -> Iterator[None]:
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def fingerprint(cfg: Any) -> str:
@@ -215,107 +207,53 @@ def load_config(path: str | pathlib.Path, cls: type[T], size: str | None = None)
         path = path / "config.json"
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; name a CONFIG.py or the folder of a run.")
-    if path.suffix == ".json":
-        if size is not None:
-            raise ConfigError(
-                f"size={size!r} cannot be applied to {path}, which has none; leave it out."
-            )
-        return _from_json_file(cls, path)
-    if path.suffix != ".py":
+    if path.suffix not in (".py", ".json"):
         raise ConfigError(
             f"{path} is neither a .py nor a .json file; name a CONFIG.py or a config.json."
         )
-    before = set(sys.modules)
-    try:
-        with _searched_first(path.parent):
-            cfg = _call(_config_function(path), path, size)
-    finally:
-        _record_imports(path.parent, sys.modules.keys() - before)
-    if not isinstance(cfg, cls):
+    if path.suffix == ".py":
+        cfg = _from_python_file(path, size)
+        if not isinstance(cfg, cls):
+            raise ConfigError(
+                f"config() of {path} must return {cls.__name__}, got {type(cfg).__name__}."
+            )
+        return cfg
+    if size is not None:
         raise ConfigError(
-            f"config() of {path} must return {cls.__name__}, got {type(cfg).__name__}."
+            f"size={size!r} cannot be applied to {path}, which has none; leave it out."
         )
-    return cfg
-
-
-def _from_json_file(cls: type[T], path: pathlib.Path) -> T:
     values = read_json(path)
     try:
         return from_dict(cls, values)
     except ConfigError as error:
-        named = values.get(IMPORTS, ()) if isinstance(values, Mapping) else ()
-        flags = " ".join(f"--import {name}" for name in named if name not in _imported)
+        names = values.get(IMPORTS, ()) if isinstance(values, Mapping) else ()
+        flags = " ".join(f"--import {name}" for name in names if name not in _imported)
         if not flags:
             raise
         raise ConfigError(f"{path} needs {flags}, as it was written with it: {error}") from error
 
 
-_imported: dict[str, None] = {}  # by their names, in order
-
-
-def import_module(name: str) -> None:
-    """Imports a module by its name or by the path of its .py file, and records it.
-
-    A name is searched in the current directory first. A module registers what it adds: block
-    kinds, data sets, tokenizers.
-
-    Raises:
-        ConfigError: there is no such module.
-    """
-    if name in _imported:
-        return
-    path, module = pathlib.Path(name), name.lstrip(".")
+def _from_python_file(path: pathlib.Path, size: str | None) -> Any:
+    before = set(sys.modules)
     try:
-        if path.suffix == ".py" and path.is_file():
-            with _searched_first(path.parent):
-                _execute(path)
-        else:
-            with _searched_first(pathlib.Path()):
-                importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name not in (module, module.split(".")[0]):
-            raise  # an import inside the module
-        raise ConfigError(
-            f"--import {name} must name a module of this directory or an installed one, or a .py "
-            "file; correct it."
-        ) from error
-    _imported[name] = None
-
-
-def with_imports(values: dict[str, Any]) -> dict[str, Any]:
-    """A config's dict with the modules that `import_module` or CONFIG.py files imported, if any."""
-    return values | ({IMPORTS: list(_imported)} if _imported else {})
-
-
-@contextlib.contextmanager
-def _searched_first(folder: pathlib.Path) -> Iterator[None]:
-    """Imports search this folder first."""
-    entry = str(folder.resolve())
-    sys.path.insert(0, entry)
-    try:
-        yield
+        with _searched_first(path.parent):
+            function = getattr(_execute(path), "config", None)
+            if not callable(function):
+                raise ConfigError(
+                    f"{path} has no function config(); define config(size=...) that returns the "
+                    "config."
+                )
+            if size is not None and "size" not in inspect.signature(function).parameters:
+                raise ConfigError(f"config() of {path} takes no size, got {size!r}; leave it out.")
+            with _value_errors_as_config_errors():
+                return function() if size is None else function(size=size)
     finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(entry)
-
-
-def _record_imports(folder: pathlib.Path, names: Iterable[str]) -> None:
-    """Records which of these modules are files of the folder: `--import` would import them too."""
-    for name in names:
-        file = pathlib.Path(getattr(sys.modules[name], "__file__", None) or "")
-        is_ours = file.suffix == ".py" and file.resolve().parent == folder.resolve()
-        if is_ours and "." not in name and not name.startswith(_PREFIX):
-            _imported[str(folder / file.name)] = None
-
-
-def read_json(path: pathlib.Path) -> Any:
-    """The contents of a JSON file; raises ConfigError if they are no JSON."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is not valid JSON ({error}); restore it or fetch it again."
-        ) from error
+        # What it imports from its folder, `--import` would import too.
+        for name in sys.modules.keys() - before:
+            file = pathlib.Path(getattr(sys.modules[name], "__file__", None) or "")
+            is_beside = file.suffix == ".py" and file.resolve().parent == path.resolve().parent
+            if is_beside and "." not in name and not name.startswith(_PREFIX):
+                _imported[str(path.with_name(file.name))] = None
 
 
 _PREFIX = "_config_"
@@ -337,21 +275,57 @@ def _execute(path: pathlib.Path) -> types.ModuleType:
     return module
 
 
-def _config_function(path: pathlib.Path) -> Callable[..., Any]:
-    function = getattr(_execute(path), "config", None)
-    if not callable(function):
-        raise ConfigError(
-            f"{path} has no function config(); define config(size=...) that returns the config."
-        )
-    return function
-
-
-def _call(function: Callable[..., Any], path: pathlib.Path, size: str | None) -> Any:
-    if size is not None and "size" not in inspect.signature(function).parameters:
-        raise ConfigError(f"config() of {path} takes no size, got {size!r}; leave it out.")
+@contextlib.contextmanager
+def _searched_first(folder: pathlib.Path) -> Iterator[None]:
+    """Imports search this folder first."""
+    entry = str(folder.resolve())
+    sys.path.insert(0, entry)
     try:
-        return function() if size is None else function(size=size)
-    except ConfigError:
-        raise
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(entry)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The contents of a JSON file; raises ConfigError if it is not valid JSON."""
+    try:
+        return json.loads(path.read_text())
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(
+            f"{path} is not valid JSON ({error}); restore it or fetch it again."
+        ) from error
+
+
+_imported: dict[str, None] = {}  # by their names, in order
+
+
+def import_module(name: str) -> None:
+    """Imports a module by its name or by the path of its .py file, and records it.
+
+    A name is searched in the current directory first. A module registers what it adds: block
+    kinds, data sets, tokenizers.
+
+    Raises:
+        ConfigError: there is no such module.
+    """
+    if name in _imported:
+        return
+    path, module = pathlib.Path(name), name.lstrip(".")
+    is_file = path.suffix == ".py" and path.is_file()
+    try:
+        with _searched_first(path.parent if is_file else pathlib.Path()):
+            _execute(path) if is_file else importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in (module, module.split(".")[0]):
+            raise  # an import inside the module
+        raise ConfigError(
+            f"--import {name} must name a module of this directory or an installed one, or a .py "
+            "file; correct it."
+        ) from error
+    _imported[name] = None
+
+
+def with_imports(values: dict[str, Any]) -> dict[str, Any]:
+    """A config's dict with the modules that `import_module` or CONFIG.py files imported, if any."""
+    return values | ({IMPORTS: list(_imported)} if _imported else {})

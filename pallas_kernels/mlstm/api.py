@@ -14,10 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import common
 from pallas_kernels.mlstm import gates as pre
-from pallas_kernels.mlstm.options import Kernels, Options
-
-State = tuple[jax.Array, jax.Array, jax.Array]
-"""C `B H K V`, n `B H K`, m `B H`: the memory and normalizer over e^m, and m; float32."""
+from pallas_kernels.mlstm.options import Kernels, Options, State
 
 
 def mlstm(
@@ -104,20 +101,14 @@ def _check(q, k, v, input_gate: str, normalize: bool) -> None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _step(options: Options, q, k, v, gates: pre.LogGates, state: State) -> tuple[jax.Array, State]:
     """T = 1: the kernel for one step; its gradient is that of a chunk with one position."""
-    step = common.joining_batch(functools.partial(options.kernels.step, options))
+    step = common.folding(functools.partial(options.kernels.step, options))
     return step(q, k, v, gates, state)
 
 
-def _step_forward(options: Options, *arrays):
-    return jax.vjp(functools.partial(_padded, options), *arrays)
-
-
-def _step_backward(options: Options, pull, cotangents):
-    del options
-    return pull(cotangents)
-
-
-_step.defvjp(_step_forward, _step_backward)
+_step.defvjp(
+    lambda options, *arrays: jax.vjp(functools.partial(_padded, options), *arrays),
+    lambda options, pull, cotangents: pull(cotangents),
+)
 
 
 def _padded(options: Options, q, k, v, gates: pre.LogGates, state: State):
@@ -149,19 +140,13 @@ def _padded(options: Options, q, k, v, gates: pre.LogGates, state: State):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _core(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m):
     """Whole chunks, whole tiles: `B T HK` and so on. Returns h, C, n, m."""
+    return _forward(options, K, q, k, v, gates, C, n, m, save=False)[0]
+
+
+def _forward(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m, *, save=True):
     decays = pre.decays(gates, m, options.chunk, max_state=options.max_state)
-    results = _kernel(options, save=False)(pre.forward_rows(decays, K), q, k, v, C, n)
-    return results.h, results.C, results.n, decays.m_end[..., -1]
-
-
-def _kernel(options: Options, *, save: bool):
-    return common.joining_batch(functools.partial(options.kernels.forward, options, save=save))
-
-
-def _forward(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m):
-    decays = pre.decays(gates, m, options.chunk, max_state=options.max_state)
-    results = _kernel(options, save=True)(pre.forward_rows(decays, K), q, k, v, C, n)
-    h, C, n, *saved = results
+    kernel = common.folding(functools.partial(options.kernels.forward, options, save=save))
+    h, C, n, *saved = kernel(pre.forward_rows(decays, K), q, k, v, C, n)
     return (h, C, n, decays.m_end[..., -1]), (q, k, v, gates, m, h, C, n, *saved)
 
 
@@ -172,7 +157,7 @@ def _backward(options: Options, K: int, residuals, cotangents):
     norm, sign = _normalizer(options, decays, d)
     rows = pre.backward_rows(decays, K, norm, sign)
     h = h if options.normalize else None
-    backward = common.joining_batch(functools.partial(options.kernels.backward, options))
+    backward = common.folding(functools.partial(options.kernels.backward, options))
     grads = backward(rows, q, k, v, h, dh, C_starts, n_starts, dC, dn)
     scaling = jnp.sum(dC * C, axis=(2, 3)) + jnp.sum(dn * n, axis=(2, 3))
     shape = decays.m.shape

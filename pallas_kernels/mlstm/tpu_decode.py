@@ -16,7 +16,7 @@ from pallas_kernels import common, tpu
 from pallas_kernels.hardware import TPUS
 from pallas_kernels.mlstm import cost
 from pallas_kernels.mlstm import gates as pre
-from pallas_kernels.mlstm.options import Options
+from pallas_kernels.mlstm.options import Options, State
 from pallas_kernels.tpu import column
 
 KEPT, ADDED, BOUND, READ = range(len(pre.StepFactors._fields))
@@ -25,23 +25,8 @@ BLOCK_BYTES = 2 << 20
 """Most of one head's memory that is in VMEM at once, where its columns can be cut."""
 
 
-def step(
-    options: Options,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    gates: pre.LogGates,
-    state: tuple[jax.Array, jax.Array, jax.Array],
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    """h and the memory after one step; under `jit` with the state donated it is updated in place.
-
-    Args:
-        q, k, v: `B 1 H K`, `B 1 H K`, `B 1 H V`; zeros where masked.
-        gates: `B 1 H`, and resets `B 1`.
-        state: C `B H K V`, n `B H K`, m `B H`, float32.
-
-    Returns h `B 1 H V` in the dtype of v, and C, n, m.
-    """
+def step(options: Options, q, k, v, gates: pre.LogGates, state: State) -> tuple[jax.Array, State]:
+    """h and the state after one step; see `options.Kernels`."""
     C, n, m = state
     B, H, K, V = C.shape
     factors, m = pre.step_factors(gates, m, max_state=options.max_state)

@@ -4,12 +4,12 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels import common
 from pallas_kernels.hardware import MIB, TPUS
-from pallas_kernels.slstm import tpu_packed
-from pallas_kernels.tpu import SCOPED_BYTES, current_chip
+from pallas_kernels.tpu import SCOPED_BYTES, current_chip, num_terms
 
 ROWS = 8
 """Batches are padded to a multiple of the rows of a tile (in bfloat16 half a tile suffices)."""
@@ -81,6 +81,17 @@ def refusal(K: int, dtype: jnp.dtype, chip: str | None = None) -> str | None:
     )
 
 
+def step_fits(tile: Tile, x: jax.Array, r: jax.Array) -> bool:
+    """Whether one step, with the state of all heads and the weights of two, fits the limit."""
+    B, H, K = (x.shape[axis] for axis in (0, 3, 4))
+    B, H = (common.round_up(size, ROWS) for size in (B, H))
+    K = common.round_up(K, common.lanes())
+    weights = 2 * 4 * K * K * r.dtype.itemsize
+    converted = 4 * K * K * x.dtype.itemsize
+    needed = weights + converted + 2 * 2 * 4 * B * H * K * 4 + B * K * 4 * (2 * 4 + 16)
+    return needed <= tile.vmem_bytes
+
+
 def vmem_limit(chip: str | None = None) -> int:
     """What a kernel may use of VMEM: all of a small one, half of a large one."""
     chip = chip or current_chip()
@@ -100,13 +111,13 @@ def vmem_bytes(B: int, K: int, dtype: jnp.dtype, steps: int, *, heads: int = 1) 
         heads: heads of one program.
     """
     size = jnp.dtype(dtype).itemsize
-    weights = heads * tpu_packed.num_terms(dtype) * 2 * 4 * K * K
+    weights = heads * num_terms(dtype) * 2 * 4 * K * K
     # The forward kernel with all it can save: x, h, h before the step; c, n and m, and the gates.
     # Everything lies there twice: while one block is computed on, the next is on its way.
     step = heads * B * K * (4 * size + 2 * size + 3 * 4 + 4 * 4) + 4 * B * common.LANES
     carry = heads * B * K * 4 * 4 * 2
     # What a step computes before it is stored: gates, their gradients, and all terms of products.
-    values = heads * B * K * 4 * 16 * tpu_packed.num_terms(dtype)
+    values = heads * B * K * 4 * 16 * num_terms(dtype)
     return weights + 2 * (steps * step + carry) + values
 
 

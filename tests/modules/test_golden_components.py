@@ -11,8 +11,8 @@ from xlstm_jax.modules.conv import CausalConv
 from xlstm_jax.modules.feedforward import ACTIVATIONS, GatedFeedForward
 from xlstm_jax.modules.linear import HeadwiseDense
 from xlstm_jax.modules.norm import LayerNorm, MultiHeadNorm
+from xlstm_jax.modules.options import first_generation_width, large_width
 from xlstm_jax.modules.slstm import cell_bias_init
-from xlstm_jax.modules.widths import first_generation_width, large_width
 
 TOLERANCE = 2e-5  # of the array's maximum: these results are float32
 

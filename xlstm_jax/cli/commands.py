@@ -1,6 +1,5 @@
 """`xlstm-jax COMMAND ...`: finds the command, and turns what goes wrong into an exit code."""
 
-import difflib
 import importlib
 import sys
 import traceback
@@ -8,7 +7,7 @@ from collections.abc import Sequence
 
 from xlstm_jax import __version__, cpu
 from xlstm_jax.cli.exit_codes import BAD_ARGUMENT, DONE, INTERRUPTED
-from xlstm_jax.config import ConfigError
+from xlstm_jax.config import ConfigError, did_you_mean
 
 # Each is a module with `run(args) -> exit code`, imported when it is asked for.
 COMMANDS = {
@@ -53,8 +52,8 @@ def _dispatch(args: list[str]) -> int:
         print(f"xlstm-jax {__version__}")
         return DONE
     if args[0] not in COMMANDS:
-        near = difflib.get_close_matches(args[0], COMMANDS, n=2) or list(COMMANDS)
-        raise ConfigError(f"unknown command {args[0]!r}; did you mean {' or '.join(near)}?")
+        hint = did_you_mean(args[0], COMMANDS, f"use one of: {', '.join(COMMANDS)}.")
+        raise ConfigError(f"unknown command {args[0]!r}; {hint}")
     return importlib.import_module(f"xlstm_jax.cli.{args[0]}").run(args[1:])
 
 

@@ -1,7 +1,6 @@
 """`xlstm-jax convert hf-to-run` and `run-to-hf`: weights of `transformers` in and out."""
 
 import dataclasses
-import difflib
 import shutil
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +11,7 @@ import tyro
 from xlstm_jax import convert
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import BAD_ARGUMENT, DONE, WRONG_RESULT
-from xlstm_jax.config import ConfigError, read_json, to_dict
+from xlstm_jax.config import ConfigError, did_you_mean, read_json, to_dict
 from xlstm_jax.convert import compare, hf, license, writing
 from xlstm_jax.data.config import DataConfig
 from xlstm_jax.train import checkpoint, rundir
@@ -61,8 +60,8 @@ def run(args: list[str]) -> int:
         console.say("\n".join(["the options of a conversion:", "", *lines, ""]))
         return DONE if args else BAD_ARGUMENT
     if args[0] not in DIRECTIONS:
-        near = difflib.get_close_matches(args[0], DIRECTIONS, n=1) or list(DIRECTIONS)
-        raise ConfigError(f"unknown conversion {args[0]!r}; did you mean {' or '.join(near)}?")
+        hint = did_you_mean(args[0], DIRECTIONS, f"use one of: {', '.join(DIRECTIONS)}.")
+        raise ConfigError(f"unknown conversion {args[0]!r}; {hint}")
     return DIRECTIONS[args[0]](args[1:])
 
 

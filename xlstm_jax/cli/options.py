@@ -2,18 +2,18 @@
 
 import contextlib
 import dataclasses
-import difflib
 import io
+import itertools
 import os
 import re
-import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
+from unittest import mock
 
 import tyro
 
-from xlstm_jax.config import ConfigError, import_module, load_config
+from xlstm_jax.config import ConfigError, did_you_mean, import_module, load_config
 from xlstm_jax.data.config import DataConfig
 from xlstm_jax.modules import presets
 from xlstm_jax.train.config import ExperimentConfig, TrainConfig
@@ -24,8 +24,6 @@ RunPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 
 # The experiment's fields are options of the command itself: --train.lr, not --experiment.train.lr.
 Experiment = Annotated[ExperimentConfig, tyro.conf.arg(name="")]
-
-
 Imports = Annotated[
     tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="import", metavar="MODULE")
 ]
@@ -90,19 +88,28 @@ def parse(command: str, cls: type[T], args: Sequence[str], default: T | None = N
         SystemExit: after `--help`.
     """
     given: dict[str, Any] = {} if default is None else {"default": default}
-    asks_for_help, words = _asks_for_help(args), io.StringIO()
-    if not asks_for_help:
-        _import_modules(args)
-    # Alone, as tyro leaves arguments that it has read out of the help.
-    args = ["--help"] if asks_for_help else list(args)
+    prog = f"xlstm-jax {command}"
+    if _asks_for_help(args):
+        # Alone, as tyro leaves arguments that it has read out of the help.
+        return tyro.cli(cls, prog=prog, args=["--help"], **given)
+    _import_modules(args)
+    box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(words), _columns(None if asks_for_help else "10000"):
-            return tyro.cli(cls, prog=f"xlstm-jax {command}", args=args, **given)
-    except SystemExit as end:
-        if not end.code:
-            raise
-        sentence = _sentence(words.getvalue(), command, cls)
-    raise ConfigError(sentence)
+        # tyro breaks the words of its messages in a narrow terminal.
+        with contextlib.redirect_stderr(box), mock.patch.dict(os.environ, COLUMNS="10000"):
+            parsed, unknown = tyro.cli(
+                cls, prog=prog, args=list(args), return_unknown_args=True, **given
+            )
+    except SystemExit:
+        raise ConfigError(_message(box.getvalue(), prog)) from None
+    if not unknown:
+        return parsed
+    name = next((arg for arg in unknown if arg.startswith("-")), unknown[0]).split("=")[0]
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        tyro.cli(cls, args=["--help"])
+    names = dict.fromkeys(re.findall(r"--[a-z][\w.-]*", text.getvalue()))
+    hint = did_you_mean(name.replace("_", "-"), names, f"see `{prog} --help`.")
+    raise ConfigError(f"{name} is not an option of `{prog}`; {hint}")
 
 
 def _import_modules(args: Sequence[str]) -> None:
@@ -126,76 +133,23 @@ def _asks_for_help(args: Sequence[str]) -> bool:
     return not {"-h", "--help"}.isdisjoint(args)
 
 
-@contextlib.contextmanager
-def _columns(count: str | None) -> Iterator[None]:
-    """The width of the terminal as tyro sees it: a wide one keeps its messages in one line."""
-    before = os.environ.get("COLUMNS")
-    try:
-        if count is not None:
-            os.environ["COLUMNS"] = count
-        yield
-    finally:
-        os.environ.pop("COLUMNS", None)
-        if before is not None:
-            os.environ["COLUMNS"] = before
+def _message(box: str, prog: str) -> str:
+    """One line for the first part of tyro's box, below its title; the others repeat the help.
 
-
-def _sentence(box: str, command: str, cls: type) -> str:
-    """What tyro says in a box, in one sentence."""
-    complaint = _complaint(box)
-    see = f"see `xlstm-jax {command} --help`."
-    kind, _, rest = complaint.partition(": ")
-    if kind == "Unrecognized options":
-        return _unknown(rest.split(", "), command, cls)
+    Frames and rules are drawn in ASCII where the output is, and colored where it is a terminal.
+    """
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
+    groups = itertools.groupby(lines, lambda line: bool(line.strip("─-╰╯")))
+    text = " ".join(next(group for is_text, group in groups if is_text))
+    kind, _, rest = text.partition(": ")
     if kind.startswith("Error parsing"):
         where = kind.removeprefix("Error parsing ")
         # A dataclass that refused its fields has a message of its own.
-        return f"invalid value for {where}: {rest}; {see}" if where.startswith("-") else rest
-    if kind.startswith("Missing from"):
-        return f"`xlstm-jax {command}` needs {rest.replace(' (required)', '')}; {see}"
-    complaint = complaint.rstrip(".").replace(". Expected", ", expected")
-    return f"{complaint[0].lower()}{complaint[1:]}; {see}"
-
-
-def _complaint(box: str) -> str:
-    """The first part of the box below its title; the others repeat the help.
-
-    Frames and rules are drawn in ASCII where the output is, and coloured where it is a terminal.
-    """
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]
-    parts: list[list[str]] = [[]]
-    for line in lines:
-        if line.strip("─-╰╯│ "):
-            parts[-1].append(line.strip("│ "))
-        else:
-            parts.append([])
-    return " ".join(next(filter(None, parts)))
-
-
-def _unknown(tokens: Sequence[str], command: str, cls: type) -> str:
-    name = next((token for token in tokens if token.startswith("-")), tokens[0]).split("=")[0]
-    near = difflib.get_close_matches(name.replace("-", "_"), _normal(_names(cls)), n=3)
-    # Of a dotted name the last part is what people remember: lr for train.lr.
-    near = near or [n for n in _normal(_names(cls)) if n.endswith("." + name.lstrip("-"))]
-    names = " or ".join(_normal(_names(cls))[n] for n in near)
-    hint = f"did you mean {names}?" if near else f"see `xlstm-jax {command} --help`."
-    return f"{name} is not an option of `xlstm-jax {command}`; {hint}"
-
-
-def _normal(names: Sequence[str]) -> dict[str, str]:
-    """Names as people may write them, to the names themselves."""
-    return {name.replace("-", "_"): name for name in names}
-
-
-def _names(cls: type, prefix: str = "--") -> list[str]:
-    """The options of a command, those of nested dataclasses dotted."""
-    names = []
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            inner = "" if field.name == "experiment" else f"{field.name}."
-            names += _names(hints[field.name], prefix + inner)
-        elif field.name not in ("config", "run", "folder", "options"):
-            name = {"imports": "import"}.get(field.name, field.name)
-            names.append(prefix + name.replace("_", "-"))
-    return names
+        if not where.startswith("-"):
+            return rest
+        text = f"invalid value for {where}: {rest}"
+    elif kind.startswith("Missing from"):
+        text = f"`{prog}` needs {rest.replace(' (required)', '')}"
+    else:
+        text = text[0].lower() + text[1:].rstrip(".").replace(". Expected", ", expected")
+    return f"{text}; see `{prog} --help`."

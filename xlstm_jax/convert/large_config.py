@@ -6,8 +6,7 @@ from typing import Any
 from xlstm_jax.config import ConfigError
 from xlstm_jax.convert.fields import Fields
 from xlstm_jax.modules.config import LMConfig
-from xlstm_jax.modules.options import LargeConfig
-from xlstm_jax.modules.widths import large_width
+from xlstm_jax.modules.options import LargeConfig, large_width
 
 NO_CAP = 1e10
 """A soft cap for configs that must have one: in float32 it changes nothing."""

@@ -14,9 +14,13 @@ from xlstm_jax.convert import mapping, names
 from xlstm_jax.convert.fields import Fields
 from xlstm_jax.convert.tensors import Arrays
 from xlstm_jax.modules.config import LMConfig
-from xlstm_jax.modules.options import ACTIVATION_NAMES, MLSTMConfig, SLSTMConfig
+from xlstm_jax.modules.options import (
+    ACTIVATION_NAMES,
+    MLSTMConfig,
+    SLSTMConfig,
+    first_generation_width,
+)
 from xlstm_jax.modules.patterns import at
-from xlstm_jax.modules.widths import first_generation_width
 from xlstm_jax.typing import PyTree
 
 ACTIVATIONS = {name.replace("relu2", "relu^2"): name for name in ACTIVATION_NAMES}

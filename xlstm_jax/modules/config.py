@@ -7,9 +7,15 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 
 from xlstm_jax.config import ConfigError, from_dict, to_dict
-from xlstm_jax.modules.checks import check_at_least, check_choice, check_rate
 from xlstm_jax.modules.kinds import BLOCKS
-from xlstm_jax.modules.options import LargeConfig, MLSTMConfig, SLSTMConfig
+from xlstm_jax.modules.options import (
+    LargeConfig,
+    MLSTMConfig,
+    SLSTMConfig,
+    check_at_least,
+    check_choice,
+    check_rate,
+)
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "full", "dots", "names", "offload"]

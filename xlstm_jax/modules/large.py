@@ -3,8 +3,6 @@
 Source: Beck et al. 2025, arXiv:2503.13427 (xLSTM 7B), section 3.
 """
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,7 @@ from jax.typing import DTypeLike
 from xlstm_jax import ops
 from xlstm_jax.cells import MLSTMState, mlstm_init
 from xlstm_jax.modules.initializers import constant, linspace, small, wang, zeros
-from xlstm_jax.modules.linear import Dense, dense_together, split_heads
+from xlstm_jax.modules.linear import Dense, dense_together, input_and_forget_gates, split_heads
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import LargeConfig
 from xlstm_jax.sharding import constrain
@@ -43,12 +41,8 @@ class LargeMLSTMLayer(nn.Module):
         layers = [Dense(width, small(dim), cfg.use_bias, name=n) for n, width in widths.items()]
         layers.append(Dense(v_dim, zeros, cfg.use_bias, name="output_gate"))
         q, k, v, o = (constrain(y, "batch", "time", "inner") for y in dense_together(x, *layers))
-        gate = functools.partial(Dense, cfg.num_heads, zeros, use_bias=True, wide=True)
-        gates = dense_together(
-            x,
-            gate(bias_init=constant(cfg.input_bias), name="input_gate"),
-            gate(bias_init=linspace(*cfg.forget_bias), name="forget_gate"),
-        )
+        biases = constant(cfg.input_bias), linspace(*cfg.forget_bias)
+        gates = input_and_forget_gates(x, cfg.num_heads, *biases)
         i, f = (ops.soft_cap(gate, cfg.gate_soft_cap) for gate in gates)
         q, k, v = (split_heads(y, cfg.num_heads) for y in (q, k, v))
         h, state = ops.mlstm(q, k, v, i, f, state, reset=reset, mask=mask, **cfg.cell)

@@ -3,6 +3,7 @@
 All compute in the dtype of their input; parameters are float32 and cast at use.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -90,6 +91,21 @@ class HeadwiseDense(nn.Module):
         if self.use_bias:
             y = y + jnp.broadcast_to(self.param("bias", zeros, (F_out,)), y.shape)
         return y.astype(dtype)
+
+
+def input_and_forget_gates(
+    x: Float[Array, "B T F"] | Sequence[Float[Array, "B T F"]],
+    num_heads: int,
+    input_bias: Initializer,
+    forget_bias: Initializer,
+) -> list[Float[Array, "B T H"]]:
+    """Pre-activations i and f of an mLSTM cell; at first x has no influence on them."""
+    gate = functools.partial(Dense, num_heads, zeros, use_bias=True, wide=True)
+    i, f = (
+        gate(bias_init=input_bias, name="input_gate"),
+        gate(bias_init=forget_bias, name="forget_gate"),
+    )
+    return dense_together(x, i, f)
 
 
 def split_heads(x: Float[Array, "B T F"], num_heads: int) -> Float[Array, "B T H F_per_head"]:

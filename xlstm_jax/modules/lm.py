@@ -8,20 +8,35 @@ import jax.numpy as jnp
 
 from xlstm_jax import ops
 from xlstm_jax.modules.config import LMConfig
-from xlstm_jax.modules.initializers import Initializer, normal, small
+from xlstm_jax.modules.initializers import normal, small
 from xlstm_jax.modules.linear import Dense, Embedding
 from xlstm_jax.modules.norm import LayerNorm, RMSNorm
 from xlstm_jax.modules.stack import Stack, StackState, init_state
 from xlstm_jax.typing import Array, Bool, Float, Int
 
 
-class LM(nn.Module):
+class _Model(nn.Module):
+    cfg: LMConfig
+
+    @nn.nowrap
+    def init_state(self, batch_size: int) -> StackState:
+        """The initial state, zeros: by letter, each leaf with axes `layers B ...`."""
+        return init_state(self.cfg, batch_size)
+
+    def _blocks_and_norm(self, x, state, reset, mask, *, deterministic: bool):
+        cfg, stack = self.cfg, Stack(self.cfg, name="stack")
+        x, state = stack(x, state, reset, mask, deterministic=deterministic)
+        if cfg.final_norm == "none":
+            return x, state
+        norm = LayerNorm if cfg.final_norm == "layer" else RMSNorm
+        return norm(cfg.final_norm_eps, cfg.final_norm_bias, name="out_norm")(x), state
+
+
+class LM(_Model):
     """Logits of the next token at every position, and the state to continue from.
 
     Source: arXiv:2405.04517 (first-generation blocks), arXiv:2503.13427 (large blocks).
     """
-
-    cfg: LMConfig
 
     @nn.compact
     def __call__(
@@ -60,35 +75,30 @@ class LM(nn.Module):
             reset = ops.document_starts(segment_ids)
             if has_padding:
                 mask = segment_ids != 0 if mask is None else mask & (segment_ids != 0)
-        table = Embedding(
-            cfg.vocab_size, cfg.dim, _init(cfg.embedding_std, cfg.dim), name="token_embedding"
-        )()
-        x = ops.embed(tokens, table, dtype=_activation_dtype(cfg, table))
+        init = small(cfg.dim) if cfg.embedding_std is None else normal(cfg.embedding_std)
+        table = Embedding(cfg.vocab_size, cfg.dim, init, name="token_embedding")()
+        # Float64 parameters mean a float64 model.
+        dtype = table.dtype if table.dtype == jnp.float64 else jnp.dtype(cfg.dtype)
+        x = ops.embed(tokens, table, dtype=dtype)
         rate = cfg.dropout if cfg.embedding_dropout else 0.0
         x = nn.Dropout(rate, deterministic=deterministic)(x)
-        x, state = _backbone(cfg, x, state, reset, mask, deterministic=deterministic)
+        x, state = self._blocks_and_norm(x, state, reset, mask, deterministic=deterministic)
         if not head:
             return x, state
         params: dict[str, Any] = {"token_embedding": {"embedding": table}}
         if not cfg.tie_embeddings:
-            layer = Dense(cfg.vocab_size, _init(cfg.head_std, cfg.dim), name="lm_head")
+            init = small(cfg.dim) if cfg.head_std is None else normal(cfg.head_std)
+            layer = Dense(cfg.vocab_size, init, name="lm_head")
             params["lm_head"] = {"kernel": layer.weights(cfg.dim)[0]}
         return lm_logits(cfg, params, x), state
 
-    @nn.nowrap
-    def init_state(self, batch_size: int) -> StackState:
-        """The initial state, zeros: by letter, each leaf with axes `layers B ...`."""
-        return init_state(self.cfg, batch_size)
 
-
-class Backbone(nn.Module):
+class Backbone(_Model):
     """The blocks and the final norm of a model, for inputs that are vectors.
 
     Its parameters are those of `LM` without `token_embedding` and `lm_head`; `vocab_size` and the
     other options of these two have no effect.
     """
-
-    cfg: LMConfig
 
     @nn.compact
     def __call__(
@@ -100,28 +110,8 @@ class Backbone(nn.Module):
         *,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], StackState]:
-        """As `LM`, from vectors to the hidden states after the final norm.
-
-        Args:
-            x: inputs.
-            state: before the first position; None is the initial one.
-            reset: True where the state is reset before a position.
-            mask: False where a position is to be skipped.
-            deterministic: False applies dropout, with `rngs={"dropout": key}`.
-        """
-        return _backbone(self.cfg, x, state, reset, mask, deterministic=deterministic)
-
-    @nn.nowrap
-    def init_state(self, batch_size: int) -> StackState:
-        """The initial state, zeros: by letter, each leaf with axes `layers B ...`."""
-        return init_state(self.cfg, batch_size)
-
-
-def _backbone(cfg: LMConfig, x, state, reset, mask, *, deterministic: bool):
-    """Called inside a module, whose submodules `stack` and `out_norm` it makes."""
-    stack = Stack(cfg, name="stack")
-    x, state = stack(x, state, reset, mask, deterministic=deterministic)
-    return _final_norm(cfg)(x), state
+        """As `LM`, from vectors to hidden states; `reset` is True where a state starts anew."""
+        return self._blocks_and_norm(x, state, reset, mask, deterministic=deterministic)
 
 
 def param_shapes(cfg: LMConfig) -> Any:
@@ -146,22 +136,6 @@ def lm_logits(
     return ops.soft_cap(logits, cfg.logit_soft_cap)
 
 
-def _init(std: float | None, dim: int) -> Initializer:
-    return small(dim) if std is None else normal(std)
-
-
-def _activation_dtype(cfg: LMConfig, table: Array) -> jnp.dtype:
-    """As configured, except that float64 parameters mean a float64 model."""
-    return table.dtype if table.dtype == jnp.float64 else jnp.dtype(cfg.dtype)
-
-
-def _final_norm(cfg: LMConfig):
-    if cfg.final_norm == "none":
-        return lambda x: x
-    norm = LayerNorm if cfg.final_norm == "layer" else RMSNorm
-    return norm(cfg.final_norm_eps, cfg.final_norm_bias, name="out_norm")
-
-
 def _check(cfg: LMConfig, tokens, state, segment_ids, mask) -> None:
     if tokens.ndim != 2 or tokens.shape[1] < 1:
         raise ValueError(
@@ -177,10 +151,8 @@ def _check(cfg: LMConfig, tokens, state, segment_ids, mask) -> None:
     if state is None:
         return
     expected = jax.eval_shape(lambda: init_state(cfg, tokens.shape[0]))
-    same = jax.tree.structure(state) == jax.tree.structure(expected)
-    shapes = jax.tree.map(jnp.shape, (state, expected)) if same else (None, None)
-    if not same or shapes[0] != shapes[1]:
+    if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, expected):
         raise ValueError(
-            f"state does not fit pattern={cfg.pattern!r} with {tokens.shape[0]} rows of tokens; "
+            f"state does not fit pattern={cfg.pattern!r} with {tokens.shape[0]} sequences; "
             "make it with init_state(batch_size) of the same model, or leave it None."
         )

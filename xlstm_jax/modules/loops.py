@@ -5,14 +5,14 @@ leading axis `layers`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from xlstm_jax.modules.patterns import Run
-from xlstm_jax.typing import Array, Bool, Float, Int, PyTree
+from xlstm_jax.typing import Array, Float, Int, PyTree
 
 ApplyBlock = Callable[
     [str, Float[Array, "B T D"], Any, Int[Array, ""]], tuple[Float[Array, "B T D"], Any]
@@ -61,96 +61,59 @@ def scanned(
         for letter, state in states.items():
             new[letter].append(state)
         number += run.num_blocks
-    return x, {letter: _concatenate(states) for letter, states in new.items()}
+    return x, {
+        letter: jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *states)
+        for letter, states in new.items()
+    }
 
 
 def _scan_run(run: Run, first: int, apply: ApplyBlock, x, blocks: Blocks, checkpoint):
-    always = [run.has_always(letter) for letter in run.unit]
-
-    def step(x, now):
-        states = []
-        for letter, is_always, (block, own) in zip(run.unit, always, now, strict=True):
-            if is_always:
-                x, state = apply(letter, x, own, block.number)
-            else:
-                x, state = _apply_if(block, letter, apply, x, blocks[letter])
-            states.append(state)
-        return x, tuple(states)
-
-    step_blocks = _step_blocks(run, first)
-    xs = tuple(zip(step_blocks, _inputs(run, blocks), strict=True))
-    x, states = jax.lax.scan(checkpoint(step), x, xs)
-    return x, _by_letter(run, step_blocks, states)
-
-
-class _StepBlock(NamedTuple):
-    """The block of a letter of the unit, per step."""
-
-    number: Int[Array, "*steps"]  # in the model
-    rank: Int[Array, "*steps"]  # among the run's blocks of this letter
-    present: Bool[Array, "*steps"]
-
-
-def _step_blocks(run: Run, first: int) -> list[_StepBlock]:
-    """One per letter of the unit; `first` is the number of the run's first block."""
-    table = np.zeros((len(run.unit), 3, len(run.steps)), np.int32)
-    seen, number = dict.fromkeys(run.unit, 0), first
-    for n, step in enumerate(run.steps):
-        left = list(step)
-        for j, letter in enumerate(run.unit):
-            present = left[:1] == [letter]
-            table[j, :, n] = number, seen[letter], present
-            if present:
-                left.pop(0)
-                seen[letter] += 1
-                number += 1
-    return [_StepBlock(numbers, ranks, present > 0) for numbers, ranks, present in table]
-
-
-def _inputs(run: Run, blocks: Blocks) -> list[Any]:
-    """Per letter of the unit, what each step is to read; None where some steps leave it out."""
+    """Returns x, and the new states of the run's blocks by letter; `first` is its first block."""
+    # By letter of the unit and step: whether the step has this block, the number of the block in
+    # the model, and its rank among the run's blocks of the letter.
+    present = np.array([[letter in step for step in run.steps] for letter in run.unit])
+    numbers = first - 1 + np.cumsum(present.T, dtype=np.int32).reshape(present.T.shape).T
+    ranks = np.cumsum(present, axis=1, dtype=np.int32) - 1
     own = {
-        letter: iter(_unstack(_grouped(tree, run.unit.count(letter)), axis=1))
+        letter: iter(_unstack(_reshape(tree, (-1, run.unit.count(letter)), 1), axis=1))
         for letter, tree in blocks.items()
         if run.has_always(letter)
     }
-    return [next(own[letter]) if letter in own else None for letter in run.unit]
+    # None where some steps leave the letter out.
+    inputs = [next(own[letter]) if letter in own else None for letter in run.unit]
+
+    def step(x, now):
+        states = []
+        for letter, (number, rank, is_present, block) in zip(run.unit, now, strict=True):
+            if block is not None:
+                x, state = apply(letter, x, block, number)
+            else:
+                x, state = _apply_if(is_present, letter, apply, x, blocks[letter], rank, number)
+            states.append(state)
+        return x, states
+
+    xs = list(zip(numbers, ranks, present, inputs, strict=True))
+    x, states = jax.lax.scan(checkpoint(step), x, xs)
+    new = {}
+    for letter in blocks:
+        in_unit = [j for j, other in enumerate(run.unit) if other == letter]
+        new[letter] = _reshape(_stack([states[j] for j in in_unit], axis=1), (-1,), 2)
+        if letter not in own:
+            steps = np.flatnonzero(present[in_unit])
+            new[letter] = jax.tree.map(lambda a, steps=steps: a[steps], new[letter])
+    return x, new
 
 
-def _apply_if(block: _StepBlock, letter: str, apply: ApplyBlock, x, all_blocks):
-    """A block of this step, if it has one; else x, and zeros for a state."""
+def _apply_if(is_present, letter: str, apply: ApplyBlock, x, blocks, rank, number):
+    """A block where the step has it; else x, and zeros for a state."""
 
     def present(x):
-        own = jax.tree.map(lambda leaf: leaf[block.rank], all_blocks)
-        return apply(letter, x, own, block.number)
+        return apply(letter, x, jax.tree.map(lambda leaf: leaf[rank], blocks), number)
 
     def absent(x):
         return x, jax.tree.map(jnp.zeros_like, jax.eval_shape(present, x)[1])
 
-    return jax.lax.cond(block.present, present, absent, x)
-
-
-def _by_letter(run: Run, step_blocks: list[_StepBlock], states: tuple[Any, ...]) -> dict[str, Any]:
-    """States of the run's blocks from those of every letter of the unit and step."""
-    by_letter = {}
-    for letter in dict.fromkeys(run.unit):
-        own = [
-            (p, s)
-            for p, s, other in zip(step_blocks, states, run.unit, strict=True)
-            if other == letter
-        ]
-        if run.has_always(letter):
-            stacked = _stack([state for _, state in own], axis=1)
-            by_letter[letter] = jax.tree.map(lambda a: a.reshape((-1, *a.shape[2:])), stacked)
-        else:
-            ((block, state),) = own
-            steps = np.flatnonzero(block.present)
-            by_letter[letter] = jax.tree.map(lambda a, steps=steps: a[steps], state)
-    return by_letter
-
-
-def _grouped(tree: PyTree, size: int) -> PyTree:
-    return jax.tree.map(lambda a: a.reshape((-1, size, *a.shape[1:])), tree)
+    return jax.lax.cond(is_present, present, absent, x)
 
 
 def _split(tree: PyTree, sizes: list[int], axis: int = 0) -> list[PyTree]:
@@ -171,5 +134,6 @@ def _stack(trees: list[PyTree], axis: int = 0) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *trees)
 
 
-def _concatenate(trees: list[PyTree]) -> PyTree:
-    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *trees)
+def _reshape(tree: PyTree, leading: tuple[int, ...], num_axes: int) -> PyTree:
+    """Leaves with other sizes instead of their first `num_axes`."""
+    return jax.tree.map(lambda a: a.reshape((*leading, *a.shape[num_axes:])), tree)

@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 from xlstm_jax import ops
 from xlstm_jax.cells import MLSTMState, mlstm_init
 from xlstm_jax.modules.conv import CausalConv, conv_state
-from xlstm_jax.modules.initializers import linspace, normal, ones, small, wang, zeros
-from xlstm_jax.modules.linear import Dense, HeadwiseDense, dense_together, split_heads
+from xlstm_jax.modules.initializers import linspace, normal, ones, small, wang
+from xlstm_jax.modules.linear import Dense, HeadwiseDense, input_and_forget_gates, split_heads
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import MLSTMConfig
 from xlstm_jax.sharding import constrain
@@ -58,8 +58,12 @@ class MLSTMLayer(nn.Module):
             a, conv, reset=reset, mask=mask
         )
         u = jax.nn.silu(u)
-        q, k, v = (self._project(name, y, dim) for name, y in (("q", u), ("k", u), ("v", a)))
-        i, f = self._gates(q, k, v)
+        project = functools.partial(
+            HeadwiseDense, inner_dim, inner_dim // cfg.qkv_block_size, small(dim), cfg.use_bias
+        )
+        q, k, v = (project(name=f"{name}_proj")(y) for name, y in (("q", u), ("k", u), ("v", a)))
+        biases = normal(cfg.input_bias_std), linspace(*cfg.forget_bias)
+        i, f = input_and_forget_gates((q, k, v), cfg.num_heads, *biases)
         q, k, v = (split_heads(y, cfg.num_heads) for y in (q, k, v))
         h, cell = ops.mlstm(q, k, v, i, f, cell, reset=reset, mask=mask, **cfg.cell)
         h = MultiHeadNorm(cfg.norm_eps, as_offset=True, name="out_norm")(h)
@@ -68,24 +72,6 @@ class MLSTMLayer(nn.Module):
         y = Dense(dim, wang(dim, self.num_blocks), cfg.use_bias, name="proj_down")(y)
         y = nn.Dropout(self.dropout, deterministic=deterministic)(y)
         return y, MLSTMLayerState(conv, cell)
-
-    def _project(self, name: str, x: Float[Array, "B T F"], dim: int) -> Float[Array, "B T F"]:
-        groups = x.shape[-1] // self.cfg.qkv_block_size
-        name = f"{name}_proj"
-        return HeadwiseDense(x.shape[-1], groups, small(dim), self.cfg.use_bias, name=name)(x)
-
-    def _gates(
-        self,
-        q: Float[Array, "B T F"],
-        k: Float[Array, "B T F"],
-        v: Float[Array, "B T F"],
-    ) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
-        biases = normal(self.cfg.input_bias_std), linspace(*self.cfg.forget_bias)
-        names = "input_gate", "forget_gate"
-        gate = functools.partial(Dense, self.cfg.num_heads, zeros, use_bias=True, wide=True)
-        layers = (gate(bias_init=b, name=name) for b, name in zip(biases, names, strict=True))
-        i, f = dense_together((q, k, v), *layers)
-        return i, f
 
     @nn.nowrap
     def init_state(

@@ -1,21 +1,70 @@
 """Options of the built-in block kinds: sizes, numerics, initial values, as frozen dataclasses."""
 
 import dataclasses
+import math
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, get_args
 
-from xlstm_jax.modules.checks import check_at_least, check_choice, check_divides, check_rate
+from xlstm_jax.config import ConfigError
 from xlstm_jax.modules.kinds import IMPLEMENTATIONS
-from xlstm_jax.modules.widths import first_generation_width, scaling_width
 
 RecurrentInit = Literal["zeros", "standard"]
 BiasInit = Literal["powerlaw_blockdependent", "small_init", "standard", "zeros"]
 ACTIVATION_NAMES = ("gelu", "relu", "relu2", "selu", "sigmoid", "swish")
 
 
+def check_at_least(name: str, value: float, smallest: float) -> None:
+    if value < smallest:
+        raise ConfigError(
+            f"{name} must be at least {smallest}, got {value}; give it a larger value."
+        )
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    choices = tuple(choices)
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not known; use one of: {', '.join(choices)}.")
+
+
+def check_divides(name: str, divisor: int, width_name: str, width: int) -> None:
+    if divisor < 1 or width % divisor:
+        near = [n for n in range(1, width + 1) if width % n == 0]
+        near = sorted(near, key=lambda n: abs(n - divisor))[:3]
+        raise ConfigError(
+            f"{name} must divide {width_name}={width}, got {divisor}; "
+            f"use for example {', '.join(map(str, sorted(near)))}, or change {width_name}."
+        )
+
+
+def check_rate(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ConfigError(f"{name} must be at least 0 and below 1, got {value}; 0 drops nothing.")
+
+
 def check_implementation(name: str, value: str, op: str) -> None:
-    """`value` is "auto" or names an implementation of `op`."""
     if value != "auto":
         check_choice(name, value, ("auto", *IMPLEMENTATIONS[op]))
+
+
+def first_generation_width(
+    dim: int, factor: float, multiple: int = 64, *, round_up: bool = True
+) -> int:
+    """factor * dim rounded to a multiple, as the first generation rounds its up-projections."""
+    whole = math.ceil if round_up else math.floor
+    return multiple * whole(factor * dim / multiple)
+
+
+def large_width(dim: int, factor: float, multiple: int = 64) -> int:
+    """factor * dim rounded as the large architecture's own code does, in floating point.
+
+    Not a ceiling: a product less than one above a multiple is rounded down (2048.03 gives 2048).
+    """
+    return int((dim * factor + multiple - 1) // multiple * multiple)
+
+
+def scaling_width(dim: int, factor: float = 2.667, multiple: int = 64) -> int:
+    """factor * dim rounded up to a multiple, as in the scaling study (arXiv:2510.02228)."""
+    return multiple * math.ceil(math.ceil(factor * dim) / multiple)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from xlstm_jax.config import ConfigError
@@ -61,45 +61,29 @@ def at(num_blocks: int, *, slstm: Sequence[int]) -> str:
     return "".join("s" if block in slstm else "m" for block in range(num_blocks))
 
 
-class _Split(NamedTuple):
-    """A way to split the rest of a pattern into runs; the smallest tuple is the best."""
-
-    letters: int  # to compile
-    num_runs: int
-    unevenness: int  # minus the squares of the run lengths: long runs are not split
-    lengths: tuple[int, ...]  # of the runs, in blocks
-    runs: tuple[Run, ...]
-
-    def after(self, run: Run) -> "_Split":
-        """This split with one more run before it."""
-        return _Split(
-            self.letters + len(run.unit),
-            self.num_runs + 1,
-            self.unevenness - run.num_blocks**2,
-            (run.num_blocks, *self.lengths),
-            (run, *self.runs),
-        )
-
-
 @functools.lru_cache(maxsize=256)
 def split_runs(pattern: str) -> tuple[Run, ...]:
     """A pattern as runs of repeated units, with the fewest letters to compile.
 
     Ties go to fewer runs, then to uneven ones, then to a shorter first run.
     """
-    best = {len(pattern): _Split(0, 0, 0, (), ())}
+
+    def cost(runs: tuple[Run, ...]) -> tuple[int, int, int, list[int], tuple[Run, ...]]:
+        lengths = [run.num_blocks for run in runs]
+        letters, unevenness = sum(len(run.unit) for run in runs), -sum(n**2 for n in lengths)
+        return letters, len(runs), unevenness, lengths, runs
+
+    best: dict[int, tuple[Run, ...]] = {len(pattern): ()}  # by the start of the rest
     for start in reversed(range(len(pattern))):
-        best[start] = min(best[start + run.num_blocks].after(run) for run in _runs(pattern[start:]))
-    return best[0].runs
-
-
-def _runs(pattern: str) -> Iterator[Run]:
-    """Every run that the pattern may begin with."""
-    for size in range(1, len(pattern) + 1):
-        unit, repeats = pattern[:size], 1
-        while pattern.startswith(unit, (repeats - 1) * size):
-            yield Run(unit, (unit,) * repeats)
-            repeats += 1
+        rest = pattern[start:]
+        runs = [
+            Run(unit, (unit,) * repeats)
+            for unit in itertools.accumulate(rest)
+            for repeats in range(1, len(rest) // len(unit) + 1)
+            if rest.startswith(unit * repeats)
+        ]
+        best[start] = min(((run, *best[start + run.num_blocks]) for run in runs), key=cost)
+    return best[0]
 
 
 @functools.lru_cache(maxsize=256)
@@ -110,17 +94,15 @@ def find_period(pattern: str) -> Run:
     letters are ever left out.
     """
 
+    def run_of(unit: tuple[str, ...]) -> Run:
+        steps = [""]
+        for letter in pattern:
+            if steps[-1] and unit.index(letter) <= unit.index(steps[-1][-1]):
+                steps.append("")
+            steps[-1] += letter
+        return Run("".join(unit), tuple(steps))
+
     def cost(run: Run) -> tuple[int, int]:
         return len(run.steps), sum(not run.has_always(letter) for letter in run.unit)
 
-    orders = itertools.permutations(sorted(set(pattern)))
-    return min((_in_periods(pattern, "".join(order)) for order in orders), key=cost)
-
-
-def _in_periods(pattern: str, unit: str) -> Run:
-    steps = [""]
-    for letter in pattern:
-        if steps[-1] and unit.index(letter) <= unit.index(steps[-1][-1]):
-            steps.append("")
-        steps[-1] += letter
-    return Run(unit, tuple(steps))
+    return min(map(run_of, itertools.permutations(sorted(set(pattern)))), key=cost)

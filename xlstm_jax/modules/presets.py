@@ -8,9 +8,15 @@ from collections.abc import Callable
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.modules.config import LMConfig
-from xlstm_jax.modules.options import LargeConfig, MLSTMConfig, SLSTMConfig
+from xlstm_jax.modules.options import (
+    LargeConfig,
+    MLSTMConfig,
+    SLSTMConfig,
+    first_generation_width,
+    large_width,
+    scaling_width,
+)
 from xlstm_jax.modules.patterns import at, ratio_pattern
-from xlstm_jax.modules.widths import first_generation_width, large_width, scaling_width
 
 VOCAB_SIZE = 50304  # of GPT-2 and GPT-NeoX tokenizers, padded
 
@@ -112,10 +118,6 @@ def scaling(dim: int, num_blocks: int, num_heads: int, *, vocab_size: int = VOCA
     return large(dim, num_blocks, num_heads, scaling_width(dim), vocab_size=vocab_size)
 
 
-def _seven_to_one(num_blocks: int, slstm: tuple[int, ...] | None) -> str:
-    return ratio_pattern("7:1", num_blocks) if slstm is None else at(num_blocks, slstm=slstm)
-
-
 def _presets() -> dict[str, Callable[[], LMConfig]]:
     table: dict[str, Callable[[], LMConfig]] = {
         "xlstm_7b": lambda: large(4096, 32, 8, large_width(4096, 2.6667)),
@@ -123,7 +125,8 @@ def _presets() -> dict[str, Callable[[], LMConfig]]:
         "xlstm_70b": lambda: large(8192, 86, 16, large_width(8192, 2.6667)),
     }
     for size, (dim, blocks, slstm) in FIRST_GENERATION.items():
-        for ratio, pattern in (("1:0", "m" * blocks), ("7:1", _seven_to_one(blocks, slstm))):
+        mixed = at(blocks, slstm=slstm) if slstm else ratio_pattern("7:1", blocks)
+        for ratio, pattern in (("1:0", "m" * blocks), ("7:1", mixed)):
             table[f"xlstm_{size}_{ratio}"] = lambda d=dim, p=pattern: first_generation(d, p)
     for size, shape in LADDER.items():
         table[f"scaling_{size}"] = lambda s=shape: scaling(*s)

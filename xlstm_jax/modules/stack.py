@@ -7,7 +7,6 @@ that, and never with depth.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -77,14 +76,23 @@ class Stack(nn.Module):
         # Without a scan, XLA would merge what is rematerialized with the forward pass.
         if cfg.remat == "none" and cfg.num_blocks <= UNROLLED_BLOCKS:
             return loops.one_by_one(cfg.pattern, apply, x, blocks)
-        return loops.scanned(runs_of(cfg, x.shape[1]), apply, x, blocks, _checkpoint(cfg))
+        policy = REMAT_POLICIES.get(cfg.remat)
+        checkpoint = functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+        wrap = (lambda step: step) if cfg.remat == "none" else checkpoint
+        return loops.scanned(runs_of(cfg, x.shape[1]), apply, x, blocks, wrap)
 
     def _params(self, letter: str, x: Float[Array, "B T D"]) -> PyTree:
         """Parameters of all blocks of a letter, every leaf "layers ..."."""
         cfg = self.cfg
         if not self.is_initializing():
-            params = self.get_variable("params", letter)
-            _check_layers(cfg, letter, params)
+            params, count = self.get_variable("params", letter), cfg.pattern.count(letter)
+            counts = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
+            if counts != {(count,)}:
+                raise ValueError(
+                    f"params of blocks {letter!r} must hold {count} layers for "
+                    f"pattern={cfg.pattern!r}, got {sorted(n for (n,) in counts) or 'none'}; "
+                    "use parameters made by init of the same model."
+                )
             return params
         numbers = jnp.asarray([n for n, other in enumerate(cfg.pattern) if other == letter])
 
@@ -101,23 +109,6 @@ class Stack(nn.Module):
         return self.param(letter, init_blocks)
 
 
-def _check_layers(cfg: LMConfig, letter: str, params: PyTree) -> None:
-    found = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
-    if found != {(cfg.pattern.count(letter),)}:
-        raise ValueError(
-            f"params of blocks {letter!r} must hold {cfg.pattern.count(letter)} layers for "
-            f"pattern={cfg.pattern!r}, got {sorted(n for (n,) in found) or 'none'}; "
-            "use parameters made by init of the same model."
-        )
-
-
-def _checkpoint(cfg: LMConfig) -> Callable[[Callable], Callable]:
-    if cfg.remat == "none":
-        return lambda step: step
-    policy = REMAT_POLICIES[cfg.remat]
-    return functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
-
-
 def runs_of(cfg: LMConfig, T: int) -> tuple[Run, ...]:
     """What to loop over.
 
@@ -127,15 +118,10 @@ def runs_of(cfg: LMConfig, T: int) -> tuple[Run, ...]:
     out, so that may only be a rare one.
     """
     runs, period = split_runs(cfg.pattern), find_period(cfg.pattern)
-    most_frequent = max(period.unit, key=cfg.pattern.count)
-    if (
-        cfg.remat == "none"
-        or T == 1
-        or sum(len(run.unit) for run in runs) <= len(period.unit)
-        or not period.has_always(most_frequent)
-    ):
-        return runs
-    return (period,)
+    is_shorter = len(period.unit) < sum(len(run.unit) for run in runs)
+    leaves_out_rarely = period.has_always(max(period.unit, key=cfg.pattern.count))
+    is_better = cfg.remat != "none" and T > 1 and is_shorter and leaves_out_rarely
+    return (period,) if is_better else runs
 
 
 def init_state(cfg: LMConfig, batch_size: int) -> StackState:

@@ -43,6 +43,14 @@ def make_schedule(cfg: TrainConfig) -> Schedule:
     return optax.join_schedules([schedule for _, schedule in used], list(ends)[:-1])
 
 
+def continued_end_factor(end_factor: float, old_decay_steps: int, new_decay_steps: int) -> float:
+    """`end_factor` for an exponential decay continued at the same rate to more steps.
+
+    Reaching 0.1 after 495,000 steps and continuing to 540,000 ends at 0.0811.
+    """
+    return end_factor ** (new_decay_steps / old_decay_steps)
+
+
 def decay_mask(params: PyTree, pattern: str = TrainConfig.decay_pattern) -> PyTree:
     """For each parameter, whether weight decay touches it: whether `pattern` is in its path."""
     return jax.tree_util.tree_map_with_path(

@@ -30,9 +30,8 @@ def make_train_step(
 ) -> TrainStep:
     """The step function `(state, batch) -> (state, metrics)`.
 
-    It is pure and not yet jitted: `jax.jit` it with the state donated, `jax.vmap` it over states
-    with `in_axes=(0, None)` to train many seeds on the same batches, `jax.lax.scan` it over a stack
-    of batches.
+    It is pure and not jitted: `jax.jit` it with the state donated, `jax.vmap` it over states with
+    `in_axes=(0, None)` to train many seeds on the same batches, `jax.lax.scan` it over batches.
 
     The metrics are scalars of this step. `loss` is the mean cross entropy over all tokens, without
     the z-loss; `grad_norm` is taken before clipping; `skipped` is 1 where the guard discarded the

@@ -75,6 +75,8 @@ class ConsoleWriter:
         text = f"loss {'-' if loss is None else format(loss, '.4f')}"
         if "tokens_per_second" in metrics:
             text += f"  {metrics['tokens_per_second']:,.0f} tokens/s"
+        if metrics.get("mfu") is not None:
+            text += f"  mfu {metrics['mfu']:.1%}"
         if metrics["skipped"]:
             text += f"  {metrics['skipped']} skipped"
         if self._step_time is not None:
