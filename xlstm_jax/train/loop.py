@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from xlstm_jax.config import to_dict
@@ -35,13 +36,15 @@ class Progress:
     evaluation: dict[str, Any] | None = None  # the last one, with its step
 
     def to_json(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return vars(self) | {"totals": metrics.to_json(self.totals)}
+        """For a checkpoint; float32 survives the way through JSON bit for bit."""
+        totals = jax.tree.map(float, jax.device_get(self.totals))
+        return vars(self) | {"totals": totals._asdict()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
         """The inverse of `to_json`."""
-        totals: Any = metrics.from_json(values["totals"])
+        totals: Any = metrics.Totals(**values["totals"])
+        totals = jax.tree.map(lambda x, y: np.asarray(y, x.dtype), metrics.empty(), totals)
         return cls(**values | {"totals": totals})
 
 
