@@ -78,7 +78,6 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def close(self) -> None:
         """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
         self._manager.close()
 
     def __exit__(self, *error: object) -> None:
@@ -137,13 +136,9 @@ def has_params_alone(run_dir: str | Path) -> bool:
 def restore_latest(run_dir: str | Path, like: PyTree) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest state and progress of a run, or None if it has not saved any.
 
-    Args:
-        run_dir: the run.
-        like: a state of the same structure, or its shapes, with the dtypes and shardings wanted,
-            whatever devices it was saved from; a leaf without sharding goes to one device.
-
-    Raises:
-        CheckpointError: it is damaged or of another structure; nothing on disk is changed.
+    `like` is a state of the same structure, or its shapes, with the dtypes and shardings wanted,
+    whatever devices it was saved from; a leaf without sharding goes to one device. Raises a
+    CheckpointError if what is saved is damaged or of another structure; nothing on disk changes.
     """
     step = latest_step(run_dir)
     if step is None:

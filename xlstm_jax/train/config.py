@@ -18,7 +18,7 @@ Schedule = Literal["constant", "linear", "cosine", "exponential", "wsd"]
 
 
 class Parts(NamedTuple):
-    """Steps of the parts of a schedule, in this order; decay is all of "cosine", none of "wsd"."""
+    """Steps of the parts of a schedule, in order; only "wsd" has a constant part, then decays."""
 
     warmup: int
     constant: int
@@ -95,7 +95,7 @@ class TrainConfig:
 
     @property
     def parts(self) -> Parts:
-        """The number of steps of each part."""
+        """Steps of warm-up, main part (constant and decay) and cool-down."""
 
         def count(length: int | float) -> int:
             return round(length * self.steps) if length < 1 else int(length)
@@ -177,11 +177,11 @@ def check_lengths(cfg: ExperimentConfig, rules: Rules, sizes: Mapping[str, int])
     lengths = [
         ("batch", batch, cfg.data.batch_size // accumulation),
         ("time", "data.seq_len", cfg.data.seq_len),
-        *(
-            ("heads", f"model.{BLOCKS[letter].name}.num_heads", options.num_heads)
-            for letter, options in own.items()
-            if hasattr(options, "num_heads")
-        ),
+    ]
+    lengths += [
+        ("heads", f"model.{BLOCKS[letter].name}.num_heads", options.num_heads)
+        for letter, options in own.items()
+        if hasattr(options, "num_heads")
     ]
     for name, what, length in lengths:
         parts = math.prod(sizes[axis] for axis in rules[name])

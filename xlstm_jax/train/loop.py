@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from xlstm_jax.config import to_dict
@@ -35,22 +36,16 @@ class Progress:
     evaluation: dict[str, Any] | None = None  # the last one, with its step
 
     def to_json(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return vars(self) | {"totals": metrics.to_json(self.totals)}
+        """For a checkpoint; float32 survives the way through JSON bit for bit."""
+        totals = jax.tree.map(float, jax.device_get(self.totals))
+        return vars(self) | {"totals": totals._asdict()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
         """The inverse of `to_json`."""
-        totals: Any = metrics.from_json(values["totals"])
+        totals: Any = metrics.Totals(**values["totals"])
+        totals = jax.tree.map(lambda x, y: np.asarray(y, x.dtype), metrics.empty(), totals)
         return cls(**values | {"totals": totals})
-
-
-@dataclasses.dataclass(frozen=True)
-class Splits:
-    """The data of a run."""
-
-    train: Examples
-    valid: Examples | None  # None: no held-out loss is asked for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +72,7 @@ class Loop:
     logging never leaves the device idle.
 
     The devices of `program` must be active. `state` is donated to its first step, and `progress`,
-    which belongs to it, is kept up to date.
+    which belongs to it, is kept up to date. Without `valid` there is no held-out loss.
     """
 
     def __init__(
@@ -85,14 +80,15 @@ class Loop:
         program: TrainProgram,
         state: TrainState,
         progress: Progress,
-        splits: Splits,
+        train: Examples,
+        valid: Examples | None,
         outputs: Outputs,
         stop: Stop,
     ):
         self.state, self.progress = state, progress
         progress.totals = program.devices.replicate(progress.totals)
         self._program, self._cfg, self._devices = program, program.cfg, program.devices
-        self._splits, self._outputs, self._stop = splits, outputs, stop
+        self._train, self._valid, self._outputs, self._stop = train, valid, outputs, stop
         self._clock = Clock()
         self._complete: tuple[int, metrics.Totals] | None = None  # an interval not yet fetched
         self._saved_at = time.monotonic()
@@ -102,7 +98,7 @@ class Loop:
         cfg, progress = self._cfg.train, self.progress
         share = self._devices.share_of_rows(self._cfg.data.batch_size)
         with loader.batches(
-            self._splits.train,
+            self._train,
             self._cfg.data,
             progress.step,
             cfg.steps - progress.step,
@@ -181,7 +177,7 @@ class Loop:
 
     def _evaluate(self) -> None:
         """Once per step at most; a run that is asked to stop does it when it is resumed."""
-        progress, valid = self.progress, self._splits.valid
+        progress, valid = self.progress, self._valid
         if valid is None or (progress.evaluation or {}).get("step") == progress.step:
             return
         self._record()
@@ -196,7 +192,7 @@ class Loop:
     def _save(self) -> None:
         self._record()
         self._check_skipped(int(self.state.guard.skipped))
-        data = self.progress.to_json() | {"data": self._splits.train.description}
+        data = self.progress.to_json() | {"data": self._train.description}
         with self._clock.measure("pause"):
             self._outputs.checkpoints.save(self.progress.step, self.state, data, to_dict(self._cfg))
         self._saved_at = time.monotonic()
@@ -208,7 +204,7 @@ class Loop:
             return
         first = self.progress.step - int(guard.skipped)
         index = {
-            str(step): loader.batch_at(self._splits.train, self._cfg.data, step).index.tolist()
+            str(step): loader.batch_at(self._train, self._cfg.data, step).index.tolist()
             for step in range(first, first + limit)
         }
         usual = float(guard.ema_grad_norm)

@@ -71,13 +71,3 @@ def summarize(totals: Totals) -> dict[str, float | None]:
     loss = summary["loss"]
     summary["perplexity"] = None if loss is None else math.exp(min(loss, 700.0))
     return summary
-
-
-def to_json(totals: Totals) -> dict[str, object]:
-    """The totals as plain numbers; float32 survives the way through JSON bit for bit."""
-    return jax.tree.map(float, jax.device_get(totals))._asdict()
-
-
-def from_json(values: dict) -> Totals:
-    """The inverse of `to_json`."""
-    return jax.tree.map(lambda _, value: np.asarray(value, np.float32), empty(), Totals(**values))

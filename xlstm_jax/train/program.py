@@ -33,12 +33,9 @@ _number = itertools.count()
 
 
 class TrainProgram:
-    """The step of a run with its metric totals, on the devices of a mesh.
+    """The step of a run with its metric totals, on real devices or an ahead-of-time target's.
 
-    Args:
-        cfg: the whole run.
-        devices: its mesh, real devices or those of an ahead-of-time target.
-        tx: any optax transformation; None is the one of `cfg.train`.
+    `tx` may be any optax transformation; None is the one of `cfg.train`.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from xlstm_jax.data.windows import Windows
 from xlstm_jax.sharding.devices import make_devices
 from xlstm_jax.train import checkpoint, plots, rundir
 from xlstm_jax.train.config import ExperimentConfig, check_lengths, check_vocabulary
-from xlstm_jax.train.loop import Loop, Outputs, Progress, Splits
+from xlstm_jax.train.loop import Loop, Outputs, Progress
 from xlstm_jax.train.processes import log, process_log, stop_request, wait_for_all
 from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.train.state import TrainState
@@ -70,7 +70,7 @@ def fit(
     devices = make_devices(cfg.mesh)
     check_lengths(cfg, devices.rules, devices.mesh.shape)
     train = loader.load(cfg.data, "train")
-    splits = Splits(train, loader.load(cfg.data, "valid") if cfg.train.eval_every else None)
+    valid = loader.load(cfg.data, "valid") if cfg.train.eval_every else None
     check_vocabulary(cfg, train)
     loader.batch_at(train, cfg.data, 0)  # raises if the data are too few for a batch
     program = TrainProgram(cfg, devices, tx)
@@ -78,7 +78,8 @@ def fit(
     state, progress = resumed or (program.init(), Progress())
     facts = {
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "data": {name: x.description for name, x in vars(splits).items() if x is not None},
+        "data": {"train": train.description}
+        | ({} if valid is None else {"valid": valid.description}),
     }
     # One process prepares the directory, while the others wait; from here on the disk changes. The
     # others write only their shards of checkpoints, and a log.
@@ -102,7 +103,7 @@ def fit(
     with process_log(run_dir), rundir.compiled_programs(run_dir), stop_request() as stop:
         log.info("begins at step %d of %d", progress.step, cfg.train.steps)
         with outputs, devices.active():
-            loop = Loop(program, state, progress, splits, outputs, stop)
+            loop = Loop(program, state, progress, train, valid, outputs, stop)
             loop.run()
         log.info("ends at step %d of %d", progress.step, cfg.train.steps)
         finished = progress.step == cfg.train.steps

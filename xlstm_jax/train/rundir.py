@@ -83,12 +83,16 @@ def begin(run_dir: Path, cfg: ExperimentConfig, facts: dict[str, Any], step: int
     """Writes config.json and run.json, and takes the metrics back to `step`."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / CONFIG, with_imports(to_dict(cfg)))
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     about = {
         "name": cfg.name,
         "fingerprint": fingerprint(cfg),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "from_step": step,
-        "versions": _versions(),
+        "versions": versions,
         "platform": platform.platform(),
         "devices": [str(device) for device in jax.devices()],
         "git": _git_state(),
@@ -122,14 +126,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return records
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
 
 
 def _git_state() -> dict[str, Any] | None:
