@@ -35,7 +35,7 @@ def run(
     reverse: bool,
     **options: str,
 ) -> tuple[Float[Array, "B T H K"], Any]:
-    """The implementation `fn(inputs, **options)` that is chosen for a call whose shapes match.
+    """Checks shapes, selects an implementation and calls it: `fn(inputs, **options)`.
 
     Each device computes its sequences and heads. The hidden state is fed back at every step, so no
     shard of time can be computed before the one before it: a sequence sharded over devices is

@@ -73,5 +73,5 @@ def slstm(
     """
     check_choice("slstm", "forget_gate", forget_gate, ("sigmoid", "exp"))
     inputs = gated.Inputs(x, r, b, state, Flags(reset, mask))
-    chosen = ("slstm", IMPLEMENTATIONS, implementation)
-    return gated.run(*chosen, inputs, SLSTMState, reverse=reverse, forget_gate=forget_gate)
+    op = ("slstm", IMPLEMENTATIONS, implementation)
+    return gated.run(*op, inputs, SLSTMState, reverse=reverse, forget_gate=forget_gate)
