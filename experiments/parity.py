@@ -29,7 +29,7 @@ import tyro
 
 from xlstm_jax import cpu
 from xlstm_jax.config import ConfigError
-from xlstm_jax.data import Batch, DataConfig
+from xlstm_jax.data import Batch, DataConfig, load
 from xlstm_jax.data.synthetic import parity
 from xlstm_jax.modules import LM, LMConfig, MLSTMConfig, SLSTMConfig
 from xlstm_jax.train import ExperimentConfig, TrainConfig
@@ -132,7 +132,8 @@ def samples(
     data: DataConfig, split: Literal["train", "test"], start: int, count: int, low: int, high: int
 ) -> Batch:
     """Samples of lengths low to high, in rows just long enough."""
-    return parity.samples(data.seed, split, start, count, low, high, row_len=high)
+    data = dataclasses.replace(data, min_len=low, max_len=high, seq_len=high - 1)
+    return load(data, split).batch(np.arange(start, start + count))
 
 
 def scaled_accuracies(cfg: ExperimentConfig, params) -> dict[str, list[float]]:

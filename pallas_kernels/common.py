@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -81,72 +82,66 @@ def pad(x: jax.Array, axis: int, size: int, value: float = 0) -> jax.Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
-def joining_batch(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel`, all of whose arguments and results have the batch first; `vmap` adds to the batch.
-
-    A kernel that copies from HBM by itself cannot be given another axis by Pallas.
-    """
-    mapped = jax.custom_batching.custom_vmap(kernel)
-
-    @mapped.def_vmap
-    def _(size, is_mapped, *args):
-        def join(x, has_axis):
-            x = x if has_axis else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape((-1,) + x.shape[2:])
-
-        results = joining_batch(kernel)(*jax.tree.map(join, args, tuple(is_mapped)))
-        results = jax.tree.map(lambda x: x.reshape((size, -1) + x.shape[1:]), results)
-        return results, jax.tree.map(lambda _: True, results)
-
-    return mapped
-
-
 def folding(
     kernel: Callable[..., Any],
-    axes: Sequence[tuple[int | None, int | None]],
-    out_axes: Sequence[tuple[int, int]],
+    axes: Sequence[tuple[int | None, int | None]] | None = None,
+    out_axes: Sequence[tuple[int, int]] | None = None,
 ) -> Callable[..., Any]:
     """`kernel`, to whose batch `vmap` adds, or to whose heads where weights are mapped as well.
 
+    A kernel that copies from HBM by itself cannot be given another axis by Pallas.
+
     Args:
-        kernel: its arguments are arrays or None, its results a tuple of arrays.
-        axes: of every argument that of the batch and that of the heads; None: it has none.
+        kernel: its arguments and results are arrays, None, or without `axes` trees of them.
+        axes: of every argument the axis of the batch and that of the heads, or None where it has no
+            such axis; without `axes` the batch is the first axis everywhere.
         out_axes: the same of every result.
     """
     mapped = jax.custom_batching.custom_vmap(kernel)
 
     @mapped.def_vmap
     def _(size, is_mapped, *args):
-        has_axis = [x is not None and bool(mark) for x, mark in zip(args, is_mapped, strict=True)]
-        rows = list(zip(args, has_axis, axes, strict=True))
-        into = 1 if any(has and of[0] is None for _, has, of in rows) else 0
-        if any(has and of[into] is None for _, has, of in rows):  # flags beside mapped weights
-            placed = [x if has or x is None else _repeated(x, size) for x, has, _ in rows]
-            found = jax.lax.map(lambda one: folding(kernel, axes, out_axes)(*one), tuple(placed))
-            return found, (True,) * len(out_axes)
-        found = folding(kernel, axes, out_axes)(
-            *(_merged(x, has, of[into], size) for x, has, of in rows)
-        )
-        results = []
-        for x, of in zip(found, out_axes, strict=True):
-            axis = of[into]
+        folded = folding(kernel, axes, out_axes)
+        arrays, tree = jax.tree.flatten(args)
+        marks = jax.tree.leaves(is_mapped)
+        places = [(0, None)] * len(arrays)
+        if axes is not None:
+            places = [place for place, x in zip(axes, args, strict=True) if x is not None]
+        mapped_places = list(itertools.compress(places, marks))
+        into = int(any(batch is None for batch, _ in mapped_places))
+
+        repeat = lambda x, mark: x if mark else jnp.broadcast_to(x, (size, *x.shape))  # noqa: E731
+        if any(place[into] is None for place in mapped_places):  # flags beside mapped weights
+            repeated = tree.unflatten(map(repeat, arrays, marks))
+            results = jax.lax.map(lambda one: folded(*one), repeated)
+            return results, jax.tree.map(lambda _: True, results)
+
+        def join(x, mark, place):
+            axis = place[into]
+            if axis is None:
+                return x
+            x = jnp.moveaxis(repeat(x, mark), 0, axis)
+            return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+        def split(x, place):
+            axis = place[into]
             x = x.reshape(*x.shape[:axis], size, -1, *x.shape[axis + 1 :])
-            results.append(jnp.moveaxis(x, axis, 0))
-        return tuple(results), (True,) * len(out_axes)
+            return jnp.moveaxis(x, axis, 0)
+
+        results = folded(*tree.unflatten(map(join, arrays, marks, places)))
+        arrays, tree = jax.tree.flatten(results)
+        results = tree.unflatten(map(split, arrays, out_axes or [(0, None)] * len(arrays)))
+        return results, jax.tree.map(lambda _: True, results)
 
     return mapped
 
 
-def _repeated(x: jax.Array, size: int) -> jax.Array:
-    return jnp.broadcast_to(x, (size, *x.shape))
-
-
-def _merged(x: jax.Array | None, has_axis: bool, axis: int | None, size: int):
-    """`x` with the first of its axes, repeated where it has none, put before `axis` and joined."""
-    if x is None or axis is None:
-        return x
-    x = jnp.moveaxis(x if has_axis else _repeated(x, size), 0, axis)
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+def refused_chunk(chunk_size: int | None, tile: int) -> str | None:
+    """Why no kernel has chunks of this size, with one that is supported, or None."""
+    if chunk_size is None or chunk_size % tile == 0:
+        return None
+    near = round_up(chunk_size, tile)
+    return f"chunk_size={chunk_size} is not a multiple of {tile}, the tile; use {near} or None"
 
 
 def refused_dtype(dtype: jnp.dtype) -> str | None:

@@ -29,8 +29,8 @@ def current_chip() -> str | None:
 
     A GPU between two of them is taken for the older one.
     """
-    if common.target() is not None:
-        return common.target()
+    if target := common.target():
+        return target
     capability = _capability() or 0
     known = [name for name, chip in ARCHITECTURES.items() if chip.capability <= capability]
     return known[-1] if known else None
@@ -93,7 +93,7 @@ def call(
     Args:
         kernel: what `triton.jit` returns.
         arrays: contiguous, as all arrays of XLA.
-        out_shape: of the results; they hold anything before the kernel writes them.
+        out_shape: of the results, uninitialized before the kernel writes them.
         name: of the call in the compiled program.
         grid: programs along up to three axes.
         num_warps, num_stages: of `triton.Config`.
@@ -104,7 +104,7 @@ def call(
         interpret: compute on the host, one program after the other; for tests.
         constants: the kernel's `tl.constexpr` parameters.
 
-    There is no gradient and no `vmap`: see `common.joining_batch`.
+    There is no gradient and no `vmap`: see `common.folding`.
     """
     aliases = dict(aliases or {})
     if interpret:
@@ -136,9 +136,8 @@ def call(
 
 def _capability() -> int | None:
     """Of the first device, times ten; None: no NVIDIA GPU."""
-    found = getattr(jax.devices()[0], "compute_capability", None)
     try:
-        major, minor = str(found).split(".")
+        major, minor = str(getattr(jax.devices()[0], "compute_capability", None)).split(".")
         return 10 * int(major) + int(minor)
     except ValueError:  # not a GPU, or one of AMD, whose capability is a name
         return None
@@ -188,7 +187,11 @@ _interpreter_lock = threading.Lock()
 def _interpreted(kernel, arrays, out_shape, grid, aliases, constants) -> tuple[jax.Array, ...]:
     def run(*inputs):
         inputs = [np.array(x) for x in inputs]
-        outputs = [_anything(x.shape, x.dtype) for x in out_shape]
+        # Memory that nobody has written holds NaN, so that reading it shows.
+        outputs = [
+            np.full(x.shape, np.nan if jnp.issubdtype(x.dtype, jnp.floating) else -1, x.dtype)
+            for x in out_shape
+        ]
         for source, result in aliases.items():
             outputs[result] = inputs[source]
         # A GPU says nothing of overflows either.
@@ -199,47 +202,21 @@ def _interpreted(kernel, arrays, out_shape, grid, aliases, constants) -> tuple[j
     return jax.pure_callback(run, tuple(out_shape), *arrays)
 
 
-def _anything(shape, dtype) -> np.ndarray:
-    """Memory that nobody has written: NaN, so that reading it shows."""
-    return np.full(shape, np.nan if jnp.issubdtype(dtype, jnp.floating) else -1, dtype)
-
-
 class _HostArray:
-    """A NumPy array with as much of a tensor's interface as Triton's interpreter asks for."""
+    """A NumPy array with as much of a tensor's interface as Triton's interpreter asks for.
+
+    It is on the host already, so it is its own storage and its own copy.
+    """
 
     def __init__(self, array: np.ndarray):
-        language = importlib.import_module("triton.language")
-        self.array = array
-        self.dtype = getattr(language, str(array.dtype))
-        self.shape = array.shape
+        self.array, self.shape = array, array.shape
+        self.dtype = getattr(importlib.import_module("triton.language"), str(array.dtype))
 
     def data_ptr(self) -> int:
         return self.array.ctypes.data
 
-    def untyped_storage(self) -> "_HostArray":
+    def _itself(self, *_, **__) -> "_HostArray":
         return self
 
-    def cpu(self) -> "_HostArray":
-        return self
-
-    def new_empty(self, *_, **__) -> "_HostArray":
-        return _HostArray(self.array)
-
-    def set_(self, storage: "_HostArray", *_) -> "_HostArray":
-        self.array = storage.array
-        return self
-
-    def storage_offset(self) -> int:
-        return 0
-
-    def size(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    def stride(self) -> tuple[int, ...]:
-        return tuple(step // self.array.itemsize for step in self.array.strides)
-
-    def element_size(self) -> int:
-        return self.array.itemsize
-
-    def copy_(self, other: "_HostArray") -> None:
-        """Nothing: the interpreter has written into the array itself."""
+    untyped_storage = cpu = new_empty = set_ = copy_ = _itself
+    storage_offset = size = stride = _itself  # arguments of `set_`

@@ -10,6 +10,12 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Triton kernels are interpreted; read when Triton is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Compiled programs are cached outside of the tree, also for the processes that tests start:
+# a second run of the suite compiles little.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "xlstm-jax" / "tests")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
 import numpy as np

@@ -39,7 +39,23 @@ def test_the_example_runs_and_prints_what_it_says(capsys):
     assert all(jax.tree.leaves(finite))
 
 
-@pytest.mark.parametrize("page", sorted(path.name for path in ROOT.glob("*.md")))
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")]
+PAGES += [*ROOT.glob("pallas_kernels/*.md"), *ROOT.glob("tests/golden/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_that_exist(page):
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / page).read_text())
-    assert not [link for link in links if not (ROOT / link).exists()]
+    text = page.read_text()
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_the_text_names_exist(page):
+    if page.name == "CHANGELOG.md":  # names what was, too
+        return
+    names = re.findall(
+        r"`((?:xlstm_jax|tests|pallas_kernels|experiments|docs)/[\w/]+\.\w+)`", page.read_text()
+    )
+    missing = [name for name in names if not (ROOT / name).exists()]
+    assert not [name for name in missing if not re.search(r"[A-Z]{2}", name)]  # NAME stands for any

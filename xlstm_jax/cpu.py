@@ -44,10 +44,6 @@ def prepare() -> bool:
     """
     if _ASYNC_DISPATCH not in os.environ:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-    return _keep_freed_memory()
-
-
-def _keep_freed_memory() -> bool:
     try:
         libc = ctypes.CDLL(None)
         mallopt = libc.mallopt

@@ -9,7 +9,6 @@ from tests.workloads import ModelWorkload
 from xlstm_jax.data import Batch, DataConfig
 from xlstm_jax.modules import LM
 from xlstm_jax.sharding import MeshConfig, make_devices
-from xlstm_jax.sharding.rules import RulesName
 from xlstm_jax.train import (
     ExperimentConfig,
     TrainConfig,
@@ -24,7 +23,7 @@ from xlstm_jax.train.program import TrainProgram
 TRAIN = TrainConfig(steps=1000, grad_clip=1.0, document_resets=False)
 
 
-def program(workload: ModelWorkload, rules: RulesName = "data") -> TrainProgram:
+def program(workload: ModelWorkload, rules: str = "data") -> TrainProgram:
     """The training program of a run with this model and batch, on a mesh of one device."""
     data = DataConfig(batch_size=workload.batch_size, seq_len=workload.seq_len)
     cfg = ExperimentConfig(name="benchmark", model=workload.model, data=data, train=TRAIN)
@@ -49,7 +48,7 @@ def start(
 
 
 def compiled_step(
-    workload: ModelWorkload, rules: RulesName = "data"
+    workload: ModelWorkload, rules: str = "data"
 ) -> tuple[Callable[[], metrics.Totals], jax.stages.Compiled]:
     """`start` of the compiled program, and the program itself."""
     of = program(workload, rules)

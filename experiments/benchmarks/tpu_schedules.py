@@ -34,8 +34,7 @@ from pallas_kernels.mlstm import tpu_tiles as mlstm_tiles
 from pallas_kernels.slstm import backends
 from pallas_kernels.slstm import tpu_decode as slstm_decode
 from pallas_kernels.slstm.options import Inputs, Options
-from pallas_kernels.slstm.tpu_backward import slstm_backward
-from pallas_kernels.slstm.tpu_forward import slstm_forward
+from pallas_kernels.slstm.tpu_kernels import slstm_backward, slstm_forward
 from pallas_kernels.tpu import SCOPED_BYTES
 
 

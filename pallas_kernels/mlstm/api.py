@@ -14,10 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import common
 from pallas_kernels.mlstm import gates as pre
-from pallas_kernels.mlstm.options import Kernels, Options
-
-State = tuple[jax.Array, jax.Array, jax.Array]
-"""C `B H K V`, n `B H K`, m `B H`: the memory and normalizer over e^m, and m; float32."""
+from pallas_kernels.mlstm.options import Kernels, Options, State
 
 
 def mlstm(
@@ -104,20 +101,14 @@ def _check(q, k, v, input_gate: str, normalize: bool) -> None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _step(options: Options, q, k, v, gates: pre.LogGates, state: State) -> tuple[jax.Array, State]:
     """T = 1: the kernel for one step; its gradient is that of a chunk with one position."""
-    step = common.joining_batch(functools.partial(options.kernels.step, options))
+    step = common.folding(functools.partial(options.kernels.step, options))
     return step(q, k, v, gates, state)
 
 
-def _step_forward(options: Options, *arrays):
-    return jax.vjp(functools.partial(_padded, options), *arrays)
-
-
-def _step_backward(options: Options, pull, cotangents):
-    del options
-    return pull(cotangents)
-
-
-_step.defvjp(_step_forward, _step_backward)
+_step.defvjp(
+    lambda options, *arrays: jax.vjp(functools.partial(_padded, options), *arrays),
+    lambda options, pull, cotangents: pull(cotangents),
+)
 
 
 def _padded(options: Options, q, k, v, gates: pre.LogGates, state: State):
@@ -149,19 +140,13 @@ def _padded(options: Options, q, k, v, gates: pre.LogGates, state: State):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _core(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m):
     """Whole chunks, whole tiles: `B T HK` and so on. Returns h, C, n, m."""
+    return _forward(options, K, q, k, v, gates, C, n, m, save=False)[0]
+
+
+def _forward(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m, *, save=True):
     decays = pre.decays(gates, m, options.chunk, max_state=options.max_state)
-    results = _kernel(options, save=False)(pre.forward_rows(decays, K), q, k, v, C, n)
-    return results.h, results.C, results.n, decays.m_end[..., -1]
-
-
-def _kernel(options: Options, *, save: bool):
-    return common.joining_batch(functools.partial(options.kernels.forward, options, save=save))
-
-
-def _forward(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m):
-    decays = pre.decays(gates, m, options.chunk, max_state=options.max_state)
-    results = _kernel(options, save=True)(pre.forward_rows(decays, K), q, k, v, C, n)
-    h, C, n, *saved = results
+    kernel = common.folding(functools.partial(options.kernels.forward, options, save=save))
+    h, C, n, *saved = kernel(pre.forward_rows(decays, K), q, k, v, C, n)
     return (h, C, n, decays.m_end[..., -1]), (q, k, v, gates, m, h, C, n, *saved)
 
 
@@ -169,13 +154,19 @@ def _backward(options: Options, K: int, residuals, cotangents):
     q, k, v, gates, m, h, C, n, d, C_starts, n_starts = residuals
     dh, dC, dn, dm = cotangents
     decays = pre.decays(gates, m, options.chunk, max_state=options.max_state)
-    norm, sign = _normalizer(options, decays, d)
+    shape = decays.m.shape
+    # The normalizer of every row, `B H N L`, and minus the sign with which d is in it, or 0.
+    if options.normalize:
+        d, bound = d.reshape(shape), pre.lower_bound(decays.m)
+        norm = jnp.maximum(jnp.abs(d), bound) + options.eps
+        sign = jnp.where(jnp.abs(d) > bound, -jnp.sign(d), 0)
+    else:
+        norm, sign = None, jnp.zeros(shape, jnp.float32)
     rows = pre.backward_rows(decays, K, norm, sign)
     h = h if options.normalize else None
-    backward = common.joining_batch(functools.partial(options.kernels.backward, options))
+    backward = common.folding(functools.partial(options.kernels.backward, options))
     grads = backward(rows, q, k, v, h, dh, C_starts, n_starts, dC, dn)
     scaling = jnp.sum(dC * C, axis=(2, 3)) + jnp.sum(dn * n, axis=(2, 3))
-    shape = decays.m.shape
     dlog_i = grads.k_dk.reshape(shape)
     flow = grads.q_dq.reshape(shape) - dlog_i
     leaving = jnp.concatenate([grads.scaling[..., 1:], scaling[..., None]], axis=-1)
@@ -190,16 +181,6 @@ def _backward(options: Options, K: int, residuals, cotangents):
     dlog_i, dlog_f = (jnp.swapaxes(g.reshape(g.shape[:2] + (-1,)), 1, 2) for g in (dlog_i, dlog_f))
     dgates = pre.LogGates(dlog_i, dlog_f, None)
     return grads.q, grads.k, grads.v, dgates, grads.C, grads.n, dm_first
-
-
-def _normalizer(options: Options, decays: pre.Decays, d):
-    """The normalizer of every row, `B H N L`, and minus the sign with which d is in it, or 0."""
-    shape = decays.m.shape
-    if not options.normalize:
-        return None, jnp.zeros(shape, jnp.float32)
-    d, bound = d.reshape(shape), pre.lower_bound(decays.m)
-    norm = jnp.maximum(jnp.abs(d), bound) + options.eps
-    return norm, jnp.where(jnp.abs(d) > bound, -jnp.sign(d), 0)
 
 
 _core.defvjp(_forward, _backward)

@@ -14,35 +14,32 @@ def forward(
     options: Options, B: int, T: int, H: int, K: int, V: int, dtype: jnp.dtype, *, save: bool
 ) -> pl.CostEstimate:
     """What `mlstm_forward` does; bytes are those between HBM and the chip."""
-    square = _share(options) * options.chunk
     item = jnp.dtype(dtype).itemsize
-    read = (2 * K + V) * item + 8 * 4
-    written = V * item
+    tokens = (2 * K + 2 * V) * item + 8 * 4
     states = 2 * (K * V + K) * 4  # first and last
     if save:
-        written += 4
-        kept = K * V * item + 4 * K
-        states += (T // options.chunk) * kept
-    return pl.CostEstimate(
-        flops=round(B * H * T * (4 * K * V + 2 * square * (K + V))),
-        transcendentals=round(B * H * T * square),
-        bytes_accessed=B * H * (T * (read + written) + states),
-    )
+        tokens += 4
+        states += (T // options.chunk) * (K * V * item + 4 * K)
+    return _estimate(options, B * H, T, (4 * K * V, 2 * (K + V)), tokens, states)
 
 
 def backward(
     options: Options, B: int, T: int, H: int, K: int, V: int, dtype: jnp.dtype
 ) -> pl.CostEstimate:
     """What `mlstm_backward` does."""
-    square = _share(options) * options.chunk
     item = jnp.dtype(dtype).itemsize
     tokens = (4 * K + (4 if options.normalize else 3) * V) * item + 12 * 4
-    saved = K * V * item + 4 * K
-    states = (T // options.chunk) * saved + 2 * (K * V + K) * 4
+    states = (T // options.chunk) * (K * V * item + 4 * K) + 2 * (K * V + K) * 4
+    return _estimate(options, B * H, T, (8 * K * V, 2 * (3 * K + 2 * V)), tokens, states)
+
+
+def _estimate(options, heads, T, operations, tokens, states) -> pl.CostEstimate:
+    """From operations of a position and of a pair of positions, bytes of a position and a head."""
+    pairs = (options.chunk + options.tile.strip) / 2  # of each position
     return pl.CostEstimate(
-        flops=round(B * H * T * (8 * K * V + 2 * square * (3 * K + 2 * V))),
-        transcendentals=round(B * H * T * square),
-        bytes_accessed=B * H * (T * tokens + states),
+        flops=round(heads * T * (operations[0] + pairs * operations[1])),
+        transcendentals=round(heads * T * pairs),
+        bytes_accessed=heads * (T * tokens + states),
     )
 
 
@@ -55,7 +52,3 @@ def step(B: int, H: int, K: int, V: int, dtype: jnp.dtype) -> pl.CostEstimate:
         transcendentals=0,
         bytes_accessed=B * H * (8 * (K * V + K) + tokens),
     )
-
-
-def _share(options: Options) -> float:
-    return (1 + options.tile.strip / options.chunk) / 2

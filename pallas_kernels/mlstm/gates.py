@@ -112,6 +112,20 @@ def without_scale(
     return factor[..., None, None] * C, factor[..., None] * n, jnp.zeros_like(m)
 
 
+def in_chunks(gates: LogGates, L: int) -> LogGates:
+    """`B T H` to `B H N L`; the last chunk is padded with steps that write and forget nothing."""
+    B, T, H = gates.log_i.shape
+
+    def split(x: jax.Array, fill: float) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, -T % L), (0, 0)), constant_values=fill) if T % L else x
+        return jnp.swapaxes(x, 1, 2).reshape(B, H, -1, L)
+
+    log_i, log_f = split(gates.log_i, NEG), split(gates.log_f, 0)
+    if gates.reset is None:
+        return LogGates(log_i, log_f, None)
+    return LogGates(log_i, log_f, split(jnp.broadcast_to(gates.reset[..., None], (B, T, H)), 0))
+
+
 def running_sum(gates: LogGates) -> tuple[jax.Array, jax.Array]:
     """Coarse and fine part of the sum of log f from the chunk's start; a reset adds nothing."""
     log_f = gates.log_f if gates.reset is None else jnp.where(gates.reset, 0, gates.log_f)
@@ -144,6 +158,11 @@ def log_i_for_m(gates: LogGates) -> jax.Array:
     return jnp.where(gates.reset, jnp.maximum(gates.log_i, gates.log_f), gates.log_i)
 
 
+def end_max(gates: LogGates, total: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The stabilizer of a chunk's last state, the initial state that a reset writes included."""
+    return jnp.max(borders(gates._replace(log_i=log_i_for_m(gates)), total).to_end, axis=-1)
+
+
 def path_of_maximum(
     gates: LogGates, m: jax.Array, m_start: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -165,21 +184,19 @@ def decays(gates: LogGates, m_first: jax.Array, chunk: int, *, max_state: bool) 
     """Decays in chunks of `chunk` positions.
 
     Args:
-        gates: their T is a multiple of `chunk`.
+        gates: `B T H`.
         m_first: `B H`, the log-scale before the first step.
         max_state: whether m follows the gates; else it is 0 everywhere.
     """
-    log_i, log_f = (_by_chunk(g, chunk) for g in (gates.log_i, gates.log_f))
-    reset = None
-    if gates.reset is not None:
-        reset = _by_chunk(jnp.broadcast_to(gates.reset[..., None], gates.log_i.shape), chunk)
-    gates = LogGates(log_i, log_f, reset)
+    gates = in_chunks(gates, chunk)
     total = running_sum(gates)
     border = borders(gates, total)
-    inside = _inside_maximum(gates, total[0] + total[1])
-    m_start, m_end, m = _log_scales(inside, border.to_row, border.across, m_first)
-    if not max_state:
-        m_start, m_end, m = (jnp.zeros_like(a) for a in (m_start, m_end, m))
+    if max_state:
+        inside = _inside_maximum(gates, total[0] + total[1])
+        m_start, m_end, m = _log_scales(inside, border, m_first)
+    else:
+        m_start = m_end = jnp.zeros_like(border.across)
+        m = jnp.zeros_like(border.to_row)
     return Decays(gates, border, m, m_start, m_end, *path_of_maximum(gates, m, m_start))
 
 
@@ -197,17 +214,17 @@ def _inside_maximum(gates: LogGates, to_row: jax.Array) -> jax.Array:
     return to_row + highest
 
 
-def _log_scales(inside, to_row, across, m_first):
+def _log_scales(inside: jax.Array, border: Borders, m_first: jax.Array):
     """m before and after each chunk and after each position: max(log f_t + m_{t-1}, log i_t)."""
 
     def join(x, y):
         return x[0] + y[0], jnp.maximum(y[0] + x[1], y[1])
 
-    own = (across, inside[..., -1])
-    decay, m = jax.lax.associative_scan(join, own, axis=across.ndim - 1)
+    own = (border.across, inside[..., -1])
+    decay, m = jax.lax.associative_scan(join, own, axis=inside.ndim - 2)
     m_end = jnp.maximum(jnp.maximum(decay, NEG) + m_first[..., None], m)
     m_start = jnp.concatenate([m_first[..., None], m_end[..., :-1]], axis=-1)
-    return m_start, m_end, jnp.maximum(inside, to_row + m_start[..., None])
+    return m_start, m_end, jnp.maximum(inside, border.to_row + m_start[..., None])
 
 
 def forward_rows(x: Decays, qk_dim: int) -> jax.Array:
@@ -274,12 +291,6 @@ def step_factors(
 def lower_bound(m: jax.Array) -> jax.Array:
     """What a normalizer is at least: exp(-m), as long as float32 can say it."""
     return jnp.maximum(jnp.exp(-jnp.maximum(m, READ_FLOOR)), TINY)
-
-
-def _by_chunk(x: jax.Array, chunk: int) -> jax.Array:
-    """`B T H` to `B H N L`."""
-    B, _, H = x.shape
-    return jnp.swapaxes(x, 1, 2).reshape(B, H, -1, chunk)
 
 
 def suffix_sum(

@@ -5,15 +5,32 @@ from typing import Any, NamedTuple
 
 import jax
 
+State = tuple[jax.Array, jax.Array, jax.Array]
+"""C `B H K V`, n `B H K`, m `B H`: the memory and normalizer over e^m, and m; float32."""
+
 
 class Kernels(NamedTuple):
-    """The kernels of one kind of chip; those of TPUs and GPUs keep the same contract."""
+    """The kernels of one kind of chip; those of TPUs and GPUs keep the same contract.
+
+    Args:
+        rows: `B H 8 T`, of `gates.forward_rows` and of `gates.backward_rows`.
+        q, k, v: `B T HK`, `B T HK`, `B T HV`; heads side by side, widths multiples of the tile.
+        C, n: `B H K V` and `B H 1 K`, float32: the state before the first step.
+        save: whether `forward` also returns what `backward` needs.
+        h, dh: `B T HV`, of the forward pass; without h the normalizer has no gradient.
+        C_starts, n_starts: `B H N K V` and `B H N 1 K`, states at chunk starts.
+        dC, dn: `B H K V` and `B H 1 K`, float32: cotangents of the state after the last step.
+
+    `step` takes q, k, v `B 1 H K`, `B 1 H K`, `B 1 H V`, zeros where masked; gates `B 1 H`, and
+    resets `B 1`; and the state C `B H K V`, n `B H K`, m `B H`, float32. It returns h `B 1 H V` in
+    the dtype of v and the new state; under `jit`, a donated state is updated in place.
+    """
 
     refusal: Callable[..., str | None]  # (K, V, dtype, chunk_size) -> why not supported, or None
     tile: Callable[..., Any]  # (K, V, dtype, T, chunk_size) -> the tile of a call; may raise
     width: Callable[[int, int], int]  # (size, lanes) -> the width that heads are padded to
     forward: Callable[..., "Forward"]  # (options, rows, q, k, v, C, n, *, save)
-    backward: Callable[..., "Backward"]  # (options, rows, q, k, v, h, dh, C_starts, ..., dC, dn)
+    backward: Callable[..., "Backward"]  # (options, rows, q, k, v, h, dh, *starts, dC, dn)
     step: Callable[..., Any]  # (options, q, k, v, gates, state) -> h, state: one position
     takes_step: Callable[[int, int], bool]  # (K, V): whether `step` supports these widths
 

@@ -2,7 +2,7 @@
 
 The square of a chunk is recomputed once, transposed (keys down, queries across), so that only one
 product needs its operand turned. What is left to plain JAX are sums over single numbers per
-position. Cotangents of h are read as they come: their division by the normaliser is in the gates.
+position. Cotangents of h are read as they come: their division by the normalizer is in the gates.
 
 Source of the forward pass: arXiv:2503.14376, section 3.
 """
@@ -16,40 +16,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu
-from pallas_kernels.mlstm import cost, gates, tpu_tiles
+from pallas_kernels.mlstm import cost, gates
 from pallas_kernels.mlstm.options import Backward, Options
-from pallas_kernels.mlstm.tpu_forward import block_specs, joined, log_weights, row_product
+from pallas_kernels.mlstm.tpu_forward import IN_HBM, block_specs, joined, log_weights, row_product
 from pallas_kernels.tpu import as_row, product
 
 K_DK, Q_DQ, SCALING = range(3)
 
 
-def mlstm_backward(
-    options: Options,
-    rows: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    h: jax.Array | None,
-    dh: jax.Array,
-    C_starts: jax.Array,
-    n_starts: jax.Array,
-    dC: jax.Array,
-    dn: jax.Array,
-) -> Backward:
-    """Cotangents of one call.
-
-    Args:
-        rows: `B H 8 T`, of `gates.backward_rows`.
-        q, k, v, dh: `B T HK`, `B T HK`, `B T HV`, `B T HV`, as in the forward kernel.
-        h: `B T HV`, the forward kernel's; None: the normaliser has no gradient.
-        C_starts, n_starts: `B H N K V` and `B H N 1 K`, states at chunk starts.
-        dC, dn: `B H K V` and `B H 1 K`, float32: cotangents of the memory after the last step.
-    """
+def mlstm_backward(options: Options, rows, q, k, v, h, dh, C_starts, n_starts, dC, dn) -> Backward:
+    """Cotangents of one call; see `options.Kernels`."""
     B, H, _, T = rows.shape
     K, V = dC.shape[2:]
     span = options.chunk * options.tile.chunks_per_block
-    limit = tpu_tiles.vmem_limit(options.tile, K, V, v.dtype)
+    limit = options.tile.vmem_limit(K, V, v.dtype)
     last = T // span - 1
 
     tokens, fixed, starts, by_time = block_specs(options, lambda c: last - c)
@@ -60,16 +40,9 @@ def mlstm_backward(
         functools.partial(_body, options),
         grid=(B, H, T // span),
         in_specs=[
-            by_time(8),
-            tokens(K),
-            tokens(K),
-            tokens(V),
-            tokens(V),
+            *(by_time(8), tokens(K), tokens(K), tokens(V), tokens(V)),
             *(tokens(V) for _ in outputs),
-            starts(K, V),
-            starts(1, K),
-            pl.BlockSpec(memory_space=pl.ANY),
-            fixed(1, K),
+            *(starts(K, V), starts(1, K), IN_HBM, fixed(1, K)),
         ],
         out_specs=[tokens(K), tokens(K), tokens(V), by_time(4), fixed(K, V), fixed(1, K)],
         out_shape=[*same, *(jax.ShapeDtypeStruct(x, jnp.float32) for x in memory)],
@@ -126,27 +99,23 @@ def _body(options: Options, *refs):
     for index in reversed(range(options.tile.chunks_per_block)):
         chunk = slice(index * options.chunk, (index + 1) * options.chunk)
         strips = options.strips(chunk)
-        extra = (
-            {strip.start: _normaliser_cotangent(options, x, strip) for strip in strips}
-            if has_h
-            else {}
-        )
+        extra = {s.start: _normalizer_cotangent(options, x, s) for s in strips if has_h}
         # Keys first: the products of the square are consumed while they are made.
         squares = {}
         for source in strips:
             _keys(options, x, chunk, source, extra, squares)
         for strip in strips:
             _queries(options, x, index, chunk, strip, extra, squares)
-        _update(options, x, index, chunk, [extra[strip.start] for strip in strips] if has_h else [])
+        _update(options, x, index, chunk, list(extra.values()))
 
 
-def _normaliser_cotangent(options: Options, x: _Refs, strip: slice) -> tuple[jax.Array, jax.Array]:
-    """The cotangent of a row's normaliser, times the normaliser: as a column and as a row."""
+def _normalizer_cotangent(options: Options, x: _Refs, strip: slice) -> tuple[jax.Array, jax.Array]:
+    """The cotangent of a row's normalizer, times the normalizer: as a column and as a row."""
     assert x.h is not None
     dh, h = (ref[0, strip].astype(jnp.float32) for ref in (x.dh, x.h))
     sign = x.column(strip)[:, gates.EXTRA : gates.EXTRA + 1]
-    found = sign * jnp.sum(options.folded(dh * h), axis=1, keepdims=True)
-    return found, as_row(found)
+    column = sign * jnp.sum(options.folded(dh * h), axis=1, keepdims=True)
+    return column, as_row(column)
 
 
 def _keys(options: Options, x: _Refs, chunk: slice, source: slice, extra: dict, squares: dict):

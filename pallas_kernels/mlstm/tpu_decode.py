@@ -16,7 +16,7 @@ from pallas_kernels import common, tpu
 from pallas_kernels.hardware import TPUS
 from pallas_kernels.mlstm import cost
 from pallas_kernels.mlstm import gates as pre
-from pallas_kernels.mlstm.options import Options
+from pallas_kernels.mlstm.options import Options, State
 from pallas_kernels.tpu import column
 
 KEPT, ADDED, BOUND, READ = range(len(pre.StepFactors._fields))
@@ -25,42 +25,24 @@ BLOCK_BYTES = 2 << 20
 """Most of one head's memory that is in VMEM at once, where its columns can be cut."""
 
 
-def step(
-    options: Options,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    gates: pre.LogGates,
-    state: tuple[jax.Array, jax.Array, jax.Array],
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    """h and the memory after one step; under `jit` with the state donated it is updated in place.
-
-    Args:
-        q, k, v: `B 1 H K`, `B 1 H K`, `B 1 H V`; zeros where masked.
-        gates: `B 1 H`, and resets `B 1`.
-        state: C `B H K V`, n `B H K`, m `B H`, float32.
-
-    Returns h `B 1 H V` in the dtype of v, and C, n, m.
-    """
+def step(options: Options, q, k, v, gates: pre.LogGates, state: State) -> tuple[jax.Array, State]:
+    """h and the state after one step; see `options.Kernels`."""
     C, n, m = state
     B, H, K, V = C.shape
     factors, m = pre.step_factors(gates, m, max_state=options.max_state)
+    # One factor a row of a tile `B H 8 128`.
+    rows = common.pad(jnp.stack(factors, axis=-1), 2, 8)
+    rows = jnp.broadcast_to(rows[..., None], (*rows.shape, common.LANES))
     width = _width(K, V)
     per_head = lambda *shape: pl.BlockSpec((1, 1, *shape), lambda b, h, c: (b, h, 0, 0))  # noqa: E731
+    vector = per_head(1, K)
     memory = pl.BlockSpec((1, 1, K, width), lambda b, h, c: (b, h, 0, c))
     values = pl.BlockSpec((1, 1, 1, width), lambda b, h, c: (b, h, 0, c))
     h, C, n = pl.pallas_call(
         functools.partial(_body, options.normalize, options.eps),
         grid=(B, H, V // width),
-        in_specs=[
-            per_head(8, common.LANES),
-            per_head(1, K),
-            per_head(1, K),
-            values,
-            memory,
-            per_head(1, K),
-        ],
-        out_specs=[values, memory, per_head(1, K)],
+        in_specs=[per_head(8, common.LANES), vector, vector, values, memory, vector],
+        out_specs=[values, memory, vector],
         out_shape=[
             jax.ShapeDtypeStruct((B, H, 1, V), v.dtype),
             jax.ShapeDtypeStruct(C.shape, jnp.float32),
@@ -71,7 +53,7 @@ def step(
         cost_estimate=cost.step(B, H, K, V, v.dtype),
         interpret=options.interpret,
         name="mlstm_decode",
-    )(_tile(factors), *(_head_first(x) for x in (q, k, v)), C, n[:, :, None])
+    )(rows, *(_head_first(x) for x in (q, k, v)), C, n[:, :, None])
     return _head_first(h), (C, n[:, :, 0], m)
 
 
@@ -84,12 +66,6 @@ def fits_vmem(K: int, V: int) -> bool:
     """Whether heads of these widths can take a step by this kernel on the chip at hand."""
     chip = tpu.current_chip()
     return chip is None or vmem_bytes(K, V) <= TPUS[chip].vmem_bytes
-
-
-def _tile(factors: pre.StepFactors) -> jax.Array:
-    """The factors of a step as `B H 8 128`, one a row."""
-    rows = common.pad(jnp.stack(factors, axis=-1), 2, 8)
-    return jnp.broadcast_to(rows[..., None], (*rows.shape, common.LANES))
 
 
 def _width(K: int, V: int) -> int:

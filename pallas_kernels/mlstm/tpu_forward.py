@@ -17,61 +17,38 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu
-from pallas_kernels.mlstm import cost, gates, tpu_tiles
+from pallas_kernels.mlstm import cost, gates
 from pallas_kernels.mlstm.options import Forward, Options
 from pallas_kernels.tpu import as_row, product
 
+IN_HBM = pl.BlockSpec(memory_space=pl.ANY)
 
-def mlstm_forward(
-    options: Options,
-    rows: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    C: jax.Array,
-    n: jax.Array,
-    *,
-    save: bool,
-) -> Forward:
-    """All chunks of all sequences.
 
-    Args:
-        rows: `B H 8 T`, of `gates.forward_rows`.
-        q, k, v: `B T HK`, `B T HK`, `B T HV`; heads side by side, widths multiples of the tile.
-        C, n: `B H K V` and `B H 1 K`, float32: the memory before the first step.
-        save: also return what the backward kernel needs.
-    """
+def mlstm_forward(options: Options, rows, q, k, v, C, n, *, save: bool) -> Forward:
+    """All chunks of all sequences; see `options.Kernels`."""
     B, H, _, T = rows.shape
     K, V = C.shape[2:]
-    L = options.chunk
-    span = L * options.tile.chunks_per_block
-    limit = tpu_tiles.vmem_limit(options.tile, K, V, v.dtype)
+    N, span = T // options.chunk, options.chunk * options.tile.chunks_per_block
+    limit = options.tile.vmem_limit(K, V, v.dtype)
+    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 
     tokens, fixed, starts, by_time = block_specs(options, lambda c: c)
     outputs = [
         (tokens(V), jax.ShapeDtypeStruct(v.shape, v.dtype)),
-        (fixed(K, V), jax.ShapeDtypeStruct(C.shape, jnp.float32)),
-        (fixed(1, K), jax.ShapeDtypeStruct(n.shape, jnp.float32)),
+        (fixed(K, V), float32(C.shape)),
+        (fixed(1, K), float32(n.shape)),
     ]
     if save:
-        states = (B, H, T // L, K, V)
         outputs += [
-            (by_time(1), _float32(B, H, 1, T)),
-            (starts(K, V), jax.ShapeDtypeStruct(states, q.dtype)),
-            (starts(1, K), _float32(B, H, T // L, 1, K)),
+            (by_time(1), float32((B, H, 1, T))),
+            (starts(K, V), jax.ShapeDtypeStruct((B, H, N, K, V), q.dtype)),
+            (starts(1, K), float32((B, H, N, 1, K))),
         ]
     specs, shapes = zip(*outputs, strict=True)
-    found = pl.pallas_call(
+    results = pl.pallas_call(
         functools.partial(_body, options),
         grid=(B, H, T // span),
-        in_specs=[
-            by_time(8),
-            tokens(K),
-            tokens(K),
-            tokens(V),
-            pl.BlockSpec(memory_space=pl.ANY),
-            fixed(1, K),
-        ],
+        in_specs=[by_time(8), tokens(K), tokens(K), tokens(V), IN_HBM, fixed(1, K)],
         out_specs=list(specs),
         out_shape=list(shapes),
         compiler_params=tpu.compiler_params(tpu.IN_ORDER, limit),
@@ -80,7 +57,7 @@ def mlstm_forward(
         metadata=options.metadata(),
         name="mlstm_forward",
     )(rows, q, k, v, C, n)
-    return Forward(*found, *([] if save else [None] * 3))
+    return Forward(*results, *([] if save else [None] * 3))
 
 
 def block_specs(
@@ -103,10 +80,6 @@ def block_specs(
         return pl.BlockSpec((1, 1, count, span), lambda b, h, c: (b, h, 0, at(c)))
 
     return tokens, fixed, starts, by_time
-
-
-def _float32(*shape):
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _body(options: Options, rows, q, k, v, C_first, n_first, h, C, n, *saved):
@@ -169,10 +142,8 @@ def _update(options: Options, chunk, rows, k_ref, v_ref, C, n):
 def log_weights(options: Options, column, row, on_diagonal: bool, *, upper: bool):
     """log weight of sources in rows, one tile; NEG where a source comes later, or before a reset.
 
-    Args:
-        column: `R 8`, gates by position along the first axis of the tile.
-        row: `8 R`, gates by position along the second.
-        upper: whether sources stand along the first axis, so that the upper triangle is seen.
+    `column` `R 8` and `row` `8 R` are the gates along the first and the second axis of the tile.
+    With `upper`, sources are along the first, and the upper triangle counts.
     """
     mine, other = (gates.SOURCE, gates.ROW) if upper else (gates.ROW, gates.SOURCE)
     near = column[:, mine : mine + 1] + row[other : other + 1]
@@ -184,9 +155,8 @@ def log_weights(options: Options, column, row, on_diagonal: bool, *, upper: bool
         second = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
         seen = first <= second if upper else first >= second
     if options.resets:
-        same = (
-            column[:, gates.SEGMENT : gates.SEGMENT + 1] == row[gates.SEGMENT : gates.SEGMENT + 1]
-        )
+        at = slice(gates.SEGMENT, gates.SEGMENT + 1)
+        same = column[:, at] == row[at]
         seen = same if seen is None else seen & same
     return x if seen is None else jnp.where(seen, x, gates.NEG)
 

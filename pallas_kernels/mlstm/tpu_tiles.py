@@ -24,6 +24,11 @@ class Tile(NamedTuple):
     strip: int  # positions of a chunk computed at once
     chunks_per_block: int  # chunks per step of the grid
 
+    def vmem_limit(self, K: int, V: int, dtype: jnp.dtype) -> int | None:
+        """The limit of VMEM to compile with; None where the default one will do."""
+        need = vmem_bytes(self, K, V, dtype)
+        return None if need <= SCOPED_BYTES else common.round_up(need, MIB)
+
 
 TABLE_FILE = pathlib.Path(__file__).with_suffix(".json")
 
@@ -50,8 +55,7 @@ def choose(
     Raises:
         ValueError: `refusal` has a reason.
     """
-    reason = refusal(K, V, dtype, chunk_size, chip)
-    if reason is not None:
+    if reason := refusal(K, V, dtype, chunk_size, chip):
         raise ValueError(f"mlstm: {reason}.")
     lanes = common.lanes()
     longest = common.round_up(T, lanes)
@@ -70,15 +74,10 @@ def refusal(
     K: int, V: int, dtype: jnp.dtype, chunk_size: int | None = None, chip: str | None = None
 ) -> str | None:
     """Why no tile serves a call, with sizes that would be served; None: one does."""
-    reason = common.refused_dtype(jnp.dtype(dtype))
-    if reason is not None:
+    refused_chunk = common.refused_chunk(chunk_size, common.lanes())
+    reason = common.refused_dtype(jnp.dtype(dtype)) or refused_chunk
+    if reason or common.interpreter():
         return reason
-    lanes = common.lanes()
-    if chunk_size is not None and chunk_size % lanes:
-        near = common.round_up(chunk_size, lanes)
-        return f"chunk_size={chunk_size} is not a multiple of {lanes}, the tile; use {near} or None"
-    if common.interpreter():
-        return None
     chip = chip or current_chip()
     if chip is None:
         kind, known = jax.devices()[0].device_kind, ", ".join(TPUS)
@@ -99,11 +98,9 @@ def _too_wide(K, V, dtype, chunk_size, chip) -> str:
     fits = None if chunk_size is None else _fitting(K, V, dtype, None, chip)
     if fits is not None:
         return f"{sentence}; chunk_size={fits.chunk} fits"
-    width = max(
-        w
-        for w in range(common.LANES, 8192, common.LANES)
-        if vmem_bytes(Tile(common.LANES, common.LANES, 1), w, w, dtype) <= vmem
-    )
+    smallest = Tile(common.LANES, common.LANES, 1)
+    widths = range(common.LANES, 8192, common.LANES)
+    width = max(w for w in widths if vmem_bytes(smallest, w, w, dtype) <= vmem)
     return f"{sentence}; K = V = {width} fits: use more heads"
 
 
@@ -124,34 +121,22 @@ def vmem_bytes(tile: Tile, K: int, V: int, dtype: jnp.dtype) -> int:
     return round(2 * (tokens + states) * waiting) + square
 
 
-def vmem_limit(tile: Tile, K: int, V: int, dtype: jnp.dtype) -> int | None:
-    """The limit to compile with; None where the default one will do."""
-    need = vmem_bytes(tile, K, V, dtype)
-    return None if need <= SCOPED_BYTES else common.round_up(need, MIB)
-
-
 def _fitting(K, V, dtype, chunk_size, chip) -> Tile | None:
     """The table's tile, or the next smaller one that fits the chip's memory."""
     best = _nearest(chip, K, V)
     if jnp.dtype(dtype) == jnp.float32:
         # A product is six there: what starting a block costs does not count, the code's size does.
         best = best._replace(chunks_per_block=1)
+    chunk, most = best.chunk, best.chunks_per_block
     if chunk_size is not None:
-        blocks = min(
-            best.chunks_per_block, max(1, best.chunk * best.chunks_per_block // chunk_size)
-        )
-        candidates = [Tile(chunk_size, best.strip, blocks)]
-    else:
-        candidates = [best]
-        while candidates[-1].chunk > common.LANES:
-            candidates.append(
-                Tile(candidates[-1].chunk // 2, best.strip, candidates[-1].chunks_per_block)
-            )
-    for size in candidates:
-        for blocks in range(size.chunks_per_block, 0, -1):
-            tile = Tile(size.chunk, _strip(size.chunk, size.strip), blocks)
+        chunk, most = chunk_size, min(most, max(1, chunk * most // chunk_size))
+    smallest = common.LANES if chunk_size is None else chunk_size
+    while chunk >= smallest:
+        for blocks in range(most, 0, -1):
+            tile = Tile(chunk, _strip(chunk, best.strip), blocks)
             if vmem_bytes(tile, K, V, dtype) <= TPUS[chip].vmem_bytes:
                 return tile
+        chunk //= 2
     return None
 
 

@@ -14,106 +14,50 @@ from pallas_kernels.mlstm.options import Backward, Forward, Options
 from pallas_kernels.mlstm.triton_tiles import Outputs, States
 
 
-def forward(
-    options: Options,
-    rows: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    C: jax.Array,
-    n: jax.Array,
-    *,
-    save: bool,
-) -> Forward:
-    """All chunks of all sequences.
-
-    Args:
-        rows: `B H 8 T`, of `gates.forward_rows`.
-        q, k, v: `B T HK`, `B T HK`, `B T HV`; heads side by side.
-        C, n: `B H K V` and `B H 1 K`, float32: the memory before the first step.
-        save: also return what the backward pass needs.
-    """
-    tile = options.tile
-    C_starts, n_starts, C, n, _ = _states(options, tile.states, rows, k, v, C, n)
-    h, d = _outputs(
-        options, tile.h, "h", rows, q, k, v, C_starts, n_starts, v, normalize=options.normalize
-    )
-    d = d[:, :, :1] if options.normalize else None
+def forward(options: Options, rows, q, k, v, C, n, *, save: bool) -> Forward:
+    """All chunks of all sequences; see `options.Kernels`."""
+    C_starts, n_starts, C, n, _ = _states(options, rows, k, v, C, n)
+    normalize = options.normalize
+    h, d = _outputs(options, "h", rows, q, k, v, C_starts, n_starts, v, normalize=normalize)
+    d = d[:, :, :1] if normalize else None
     return Forward(h, C, n, *((d, C_starts, n_starts) if save else [None] * 3))
 
 
-def backward(
-    options: Options,
-    rows: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    h: jax.Array | None,
-    dh: jax.Array,
-    C_starts: jax.Array,
-    n_starts: jax.Array,
-    dC: jax.Array,
-    dn: jax.Array,
-) -> Backward:
-    """Cotangents of one call.
-
-    Args:
-        rows: `B H 8 T`, of `gates.backward_rows`.
-        q, k, v, dh: `B T HK`, `B T HK`, `B T HV`, `B T HV`.
-        h: `B T HV`, of the forward pass; None: the normaliser has no gradient.
-        C_starts, n_starts: `B H N K V` and `B H N 1 K`, states at chunk starts.
-        dC, dn: `B H K V` and `B H 1 K`, float32: cotangents of the memory after the last step.
-    """
-    tile = options.tile
-    if h is not None:
-        rows = _with_normaliser(rows, h, dh)
-    extra = dict(extra=h is not None)
+def backward(options: Options, rows, q, k, v, h, dh, C_starts, n_starts, dC, dn) -> Backward:
+    """Cotangents of one call; see `options.Kernels`."""
+    extra = h is not None
+    if extra:
+        # The cotangent of each row's normalizer, times it, in place of its sign. It is summed where
+        # the widths are the last axis; only the sums are transposed.
+        B, H, _, T = rows.shape
+        sums = (h.astype(jnp.float32) * dh.astype(jnp.float32)).reshape(B, T, H, -1).sum(-1)
+        rows = rows.at[:, :, gates.EXTRA].multiply(jnp.swapaxes(sums, 1, 2))
     saved = (C_starts, n_starts)
-    dC_ends, dn_ends, dC, dn, scaling = _states(
-        options, tile.states, rows, q, dh, dC, dn, saved, **extra
-    )
-    ends = (dC_ends, dn_ends)
-    dq, q_dq = _outputs(options, tile.dq, "dq", rows, dh, v, k, *saved, q, **extra)
-    dk, k_dk = _outputs(options, tile.dk, "dk", rows, v, dh, q, *ends, k, **extra)
-    dv, _ = _outputs(options, tile.dv, "dv", rows, k, q, dh, *ends, v)
+    *ends, dC, dn, scaling = _states(options, rows, q, dh, dC, dn, saved, extra=extra)
+    dq, q_dq = _outputs(options, "dq", rows, dh, v, k, *saved, q, extra=extra)
+    dk, k_dk = _outputs(options, "dk", rows, v, dh, q, *ends, k, extra=extra)
+    dv, _ = _outputs(options, "dv", rows, k, q, dh, *ends, v)
     return Backward(dq, dk, dv, k_dk.sum(2), q_dq.sum(2), scaling.sum(-1), dC, dn)
 
 
-def _with_normaliser(rows: jax.Array, h: jax.Array, dh: jax.Array) -> jax.Array:
-    """The gates with the cotangent of each row's normaliser, times it, in place of its sign."""
-    B, H, _, T = rows.shape
-    # Summed where the widths are the last axis; only the sums are transposed.
-    found = (h.astype(jnp.float32) * dh.astype(jnp.float32)).reshape(B, T, H, -1).sum(-1)
-    return rows.at[:, :, gates.EXTRA].multiply(jnp.swapaxes(found, 1, 2))
-
-
 def _states(
-    options: Options,
-    block: States,
-    rows: jax.Array,
-    x: jax.Array,
-    values: jax.Array,
-    first: jax.Array,
-    first_n: jax.Array,
-    starts: tuple[jax.Array, jax.Array] | None = None,
-    *,
-    extra: bool = False,
+    options: Options, rows, x, values, first, first_n, starts=None, *, extra: bool = False
 ) -> tuple[jax.Array, ...]:
-    """Memories at borders and at the end, `B H N K V`, `B H N 1 K`, `B H K V`, `B H 1 K`, and sums.
+    """States at borders and at the end, `B H N K V`, `B H N 1 K`, `B H K V`, `B H 1 K`, and sums.
 
     With `starts`, the states of the forward pass, the direction is backward.
     """
+    block: States = options.tile.states
     B, H, _, T = rows.shape
     K, V = first.shape[2:]
     blocks = (K // block.k) * (V // block.v)
     N = T // options.chunk
     shape = jax.ShapeDtypeStruct
-    kept, kept_n = starts or (first, first_n)
     return _call(
         options,
         block,
         triton_kernels.states,
-        (rows, x, values, first, first_n, kept, kept_n),
+        (rows, x, values, first, first_n, *(starts or (first, first_n))),
         (
             shape((B, H, N, K, V), x.dtype),
             shape((B, H, N, 1, K), jnp.float32),
@@ -137,21 +81,14 @@ def _states(
 
 
 def _outputs(
-    options: Options,
-    block: Outputs,
-    name: str,
-    rows: jax.Array,
-    mine: jax.Array,
-    theirs: jax.Array,
-    values: jax.Array,
-    memory: jax.Array,
-    vector: jax.Array,
-    known: jax.Array,
-    *,
-    normalize: bool = False,
-    extra: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """One of h, dq, dk and dv, `B T HW`, and the sums that come with it, `B H blocks T`."""
+    options: Options, name: str, *arrays, normalize: bool = False, extra: bool = False
+) -> tuple[jax.Array, ...]:
+    """One of h, dq, dk and dv, `B T HW`, and the sums that come with it, `B H blocks T`.
+
+    The arrays are the first parameters of `triton_kernels.outputs`.
+    """
+    rows, mine, _, values, *_ = arrays
+    block: Outputs = getattr(options.tile, name)
     B, H, _, T = rows.shape
     A, W = mine.shape[2] // H, values.shape[2] // H
     blocks = W // block.width
@@ -160,7 +97,7 @@ def _outputs(
         options,
         block,
         triton_kernels.outputs,
-        (rows, mine, theirs, values, memory, vector, known),
+        arrays,
         (
             jax.ShapeDtypeStruct(values.shape, values.dtype),
             jax.ShapeDtypeStruct((B, H, blocks, T) if sums else (1,), jnp.float32),

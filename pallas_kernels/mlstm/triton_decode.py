@@ -12,7 +12,7 @@ import triton.language as tl
 
 from pallas_kernels import gpu
 from pallas_kernels.mlstm import gates as pre
-from pallas_kernels.mlstm.options import Options
+from pallas_kernels.mlstm.options import Options, State
 
 COLUMNS = 32
 """Columns of the memory of one program: a batch of one still gives every multiprocessor some."""
@@ -27,23 +27,8 @@ def takes(K: int, V: int) -> bool:
     return True
 
 
-def step(
-    options: Options,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    gates: pre.LogGates,
-    state: tuple[jax.Array, jax.Array, jax.Array],
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    """h and the memory after one step; under `jit` with the state donated it is updated in place.
-
-    Args:
-        q, k, v: `B 1 H K`, `B 1 H K`, `B 1 H V`; zeros where masked.
-        gates: `B 1 H`, and resets `B 1`.
-        state: C `B H K V`, n `B H K`, m `B H`, float32.
-
-    Returns h `B 1 H V` in the dtype of v, and C, n, m.
-    """
+def step(options: Options, q, k, v, gates: pre.LogGates, state: State) -> tuple[jax.Array, State]:
+    """h and the state after one step; see `options.Kernels`."""
     C, n, m = state
     factors, m = pre.step_factors(gates, m, max_state=options.max_state)
     B, H, K, V = C.shape

@@ -127,7 +127,7 @@ def outputs(
     vector,  # B H N K, float32: n, or its cotangent
     known,  # B T H W: what the result is multiplied with for `sums`
     out,  # B T H W
-    sums,  # B H W/BW T, float32: the normaliser; or per position the sum of known * out
+    sums,  # B H W/BW T, float32: the normalizer; or per position the sum of known * out
     T: tl.constexpr,
     H: tl.constexpr,
     A: tl.constexpr,
@@ -142,7 +142,7 @@ def outputs(
     TRANSPOSED: tl.constexpr,  # the memory is W x A
     NORMALIZE: tl.constexpr,
     WITH_SUMS: tl.constexpr,
-    WITH_EXTRA: tl.constexpr,  # products of dh have the normaliser's share
+    WITH_EXTRA: tl.constexpr,  # products of dh have the normalizer's share
     RESETS: tl.constexpr,
     EPS: tl.constexpr,
     UPCAST: tl.constexpr,

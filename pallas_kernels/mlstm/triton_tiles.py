@@ -37,7 +37,7 @@ class Outputs(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """How one call is cut."""
+    """How one call is tiled."""
 
     chunk: int
     states: States
@@ -61,8 +61,7 @@ def choose(K: int, V: int, dtype: jnp.dtype, T: int, chunk_size: int | None) -> 
     Raises:
         ValueError: `refusal` has a reason.
     """
-    reason = refusal(K, V, dtype, chunk_size)
-    if reason is not None:
+    if reason := refusal(K, V, dtype, chunk_size):
         raise ValueError(f"mlstm: {reason}.")
     lanes = common.lanes()
     K, V = width(K, lanes), width(V, lanes)
@@ -88,16 +87,8 @@ def choose(K: int, V: int, dtype: jnp.dtype, T: int, chunk_size: int | None) -> 
 
 def refusal(K: int, V: int, dtype: jnp.dtype, chunk_size: int | None = None) -> str | None:
     """Why no tile serves a call, with sizes that would be served; None: one does."""
-    reason = common.refused_dtype(jnp.dtype(dtype))
-    if reason is not None:
-        return reason
     multiple = min(common.lanes(), ROWS)
-    if chunk_size is not None and chunk_size % multiple:
-        near = common.round_up(chunk_size, multiple)
-        return (
-            f"chunk_size={chunk_size} is not a multiple of {multiple}, the tile; use {near} or None"
-        )
-    return None
+    return common.refused_dtype(jnp.dtype(dtype)) or common.refused_chunk(chunk_size, multiple)
 
 
 def states(K: int, V: int, dtype: jnp.dtype, chip: str) -> States:

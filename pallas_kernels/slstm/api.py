@@ -101,16 +101,10 @@ def _step(options: Options, x, r, b, state: State, flags) -> tuple[jax.Array, St
 
 
 def _step_forward(options: Options, x, r, b, state, flags):
-    compute = lambda x, r, b, state: _padded(options, x, r, b, state, flags)  # noqa: E731
-    return jax.vjp(compute, x, r, b, state)
+    return jax.vjp(functools.partial(_padded, options, flags=flags), x, r, b, state)
 
 
-def _step_backward(options: Options, pull, cotangents):
-    del options
-    return *pull(cotangents), None
-
-
-_step.defvjp(_step_forward, _step_backward)
+_step.defvjp(_step_forward, lambda options, pull, cotangents: (*pull(cotangents), None))
 
 
 def _padded(options: Options, x, r, b, state: State, flags) -> tuple[jax.Array, State]:

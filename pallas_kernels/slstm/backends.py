@@ -8,7 +8,7 @@ from pallas_kernels.slstm.options import Kernels, Layout
 @functools.cache
 def tpu() -> Kernels:
     """Pallas kernels for TPUs."""
-    from pallas_kernels.slstm import tpu_decode, tpu_layout, tpu_tiles
+    from pallas_kernels.slstm import tpu_decode, tpu_kernels, tpu_layout, tpu_tiles
 
     return Kernels(
         refusal=tpu_tiles.refusal,
@@ -16,11 +16,11 @@ def tpu() -> Kernels:
         layout=Layout("THBK,HKJ->THBJ", "THBK,THBJ->HKJ", (0, 2)),
         pad=tpu_layout.pad,
         unpad=tpu_layout.unpad,
-        forward=tpu_layout.forward,
+        forward=tpu_kernels.forward,
         h_before=lambda h, flags: h,
-        backward=tpu_layout.backward,
+        backward=tpu_kernels.backward,
         step=tpu_decode.step,
-        takes_step=tpu_decode.fits_vmem,
+        takes_step=tpu_tiles.step_fits,
     )
 
 

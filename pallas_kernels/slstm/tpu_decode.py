@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import common, tpu
-from pallas_kernels.slstm import cost, tpu_forward, tpu_tiles
+from pallas_kernels import tpu
+from pallas_kernels.slstm import tpu_kernels
 from pallas_kernels.slstm.options import MASKED, RESET, Options, State
-from pallas_kernels.slstm.tpu_tiles import Tile
 
 
 def step(options: Options, x, r, b, state: State, flags: jax.Array | None) -> State:
@@ -20,13 +19,6 @@ def step(options: Options, x, r, b, state: State, flags: jax.Array | None) -> St
 
     The kernel takes r as `H K 4K`, which XLA has to lay out anew; a loop over steps does so once,
     before the first of them.
-
-    Args:
-        x: `B 4 H K`, pre-activations of (i, f, z, o); float32 or bfloat16.
-        r: `H K 4 K`, recurrent weights (input, gate, output); multiplied in the dtype of x.
-        b: `H 4 K`, the bias of the four gates, in float32.
-        state: before the step, float32.
-        flags: `B 1`, or None.
     """
     B, _, H, K = x.shape
     arguments = [jnp.transpose(x, (2, 0, 1, 3)), r, b]
@@ -48,22 +40,13 @@ def step(options: Options, x, r, b, state: State, flags: jax.Array | None) -> St
         out_shape=out_shape,
         input_output_aliases={first + index: index for index in range(4)},
         compiler_params=tpu.compiler_params(("arbitrary",), options.tile.vmem_bytes),
-        cost_estimate=cost.forward(H * B * K, K, gate, (*arguments, *out_shape)),
+        cost_estimate=tpu_kernels.cost(
+            "slstm_decode", H * B * K, K, gate, (*arguments, *out_shape)
+        ),
         interpret=options.interpret,
         name="slstm_decode",
     )(*arguments)
     return c, n, h, m
-
-
-def fits_vmem(tile: Tile, x: jax.Array, r: jax.Array) -> bool:
-    """Whether the state of all heads, and the weights of two, fit the limit; x is `B 1 4 H K`."""
-    B, H, K = (x.shape[axis] for axis in (0, 3, 4))
-    B, H = (common.round_up(size, tpu_tiles.ROWS) for size in (B, H))
-    K = common.round_up(K, common.lanes())
-    weights = 2 * 4 * K * K * r.dtype.itemsize
-    converted = 4 * K * K * x.dtype.itemsize
-    needed = weights + converted + 2 * 2 * 4 * B * H * K * 4 + B * K * 4 * (2 * 4 + 16)
-    return needed <= tile.vmem_bytes
 
 
 def _body(x, r, b, *refs, forget_gate, flagged):
@@ -79,7 +62,7 @@ def _body(x, r, b, *refs, forget_gate, flagged):
     c, n, h, m = state if reset is None else [jnp.where(reset, 0.0, leaf) for leaf in state]
     recurrent = tpu.product(h.astype(x.dtype), r[0].astype(x.dtype))
     gates = x[0].astype(jnp.float32) + b[0] + recurrent
-    new = tpu_forward.step(gates, c, n, m, forget_gate)
+    new = tpu_kernels.step(gates, c, n, m, forget_gate)
     if masked is not None:
         # What a masked step computes, from whatever x holds, is not looked at.
         new = [jnp.where(masked, old, leaf) for old, leaf in zip(state, new, strict=True)]

@@ -4,10 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import common
-from pallas_kernels.slstm import tpu_packed
-from pallas_kernels.slstm.options import MASKED, Forward, Inputs, Options, State
-from pallas_kernels.slstm.tpu_backward import slstm_backward
-from pallas_kernels.slstm.tpu_forward import slstm_forward
+from pallas_kernels.slstm.options import MASKED, Inputs, Options, State
 
 
 def pad(options: Options, x, r, b, state: State, flags) -> Inputs:
@@ -56,14 +53,3 @@ def _padded_flags(blocks, B: int, T: int, flags: jax.Array | None) -> jax.Array 
         flags = jnp.zeros((B, T), jnp.int32)
     flags = common.pad(common.pad(flags, 1, blocks.num_steps, MASKED), 0, blocks.num_rows)
     return jnp.broadcast_to(flags.T[..., None], (*flags.T.shape, common.lanes()))
-
-
-def forward(options: Options, args: Inputs, *, save: bool) -> Forward:
-    """`slstm_forward` of unpacked weights."""
-    words = tpu_packed.pack(args.r.astype(args.x.dtype))
-    return slstm_forward(options, args._replace(r=words), save=save)
-
-
-def backward(options: Options, gates, r, *rest) -> tuple[jax.Array, jax.Array]:
-    """`slstm_backward` of unpacked weights."""
-    return slstm_backward(options, gates, tpu_packed.pack(jnp.swapaxes(r, 1, 2)), *rest)

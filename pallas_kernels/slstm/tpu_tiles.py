@@ -4,12 +4,12 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels import common
 from pallas_kernels.hardware import MIB, TPUS
-from pallas_kernels.slstm import tpu_packed
-from pallas_kernels.tpu import SCOPED_BYTES, current_chip
+from pallas_kernels.tpu import SCOPED_BYTES, current_chip, num_terms
 
 ROWS = 8
 """Batches are padded to a multiple of the rows of a tile (in bfloat16 half a tile suffices)."""
@@ -55,8 +55,7 @@ def choose(B: int, T: int, H: int, K: int, dtype: jnp.dtype) -> Tile:
     Raises:
         ValueError: `refusal` has a reason.
     """
-    reason = refusal(K, dtype)
-    if reason is not None:
+    if reason := refusal(K, dtype):
         raise ValueError(f"slstm: {reason}.")
     most = min(H, max(1, common.lanes() // K))
     heads = max(heads for heads in range(1, most + 1) if H % heads == 0)
@@ -68,8 +67,7 @@ def choose(B: int, T: int, H: int, K: int, dtype: jnp.dtype) -> Tile:
 
 def refusal(K: int, dtype: jnp.dtype, chip: str | None = None) -> str | None:
     """Why no kernel supports heads of width K, with a width that is supported, or None."""
-    reason = common.refused_dtype(jnp.dtype(dtype))
-    if reason is not None:
+    if reason := common.refused_dtype(jnp.dtype(dtype)):
         return reason
     budget = vmem_limit(chip)
     widest_head = widest(jnp.dtype(dtype), budget)
@@ -81,6 +79,17 @@ def refusal(K: int, dtype: jnp.dtype, chip: str | None = None) -> str | None:
     )
 
 
+def step_fits(tile: Tile, x: jax.Array, r: jax.Array) -> bool:
+    """Whether one step, with the state of all heads and the weights of two, fits the limit."""
+    B, H, K = (x.shape[axis] for axis in (0, 3, 4))
+    B, H = (common.round_up(size, ROWS) for size in (B, H))
+    K = common.round_up(K, common.lanes())
+    weights = 2 * 4 * K * K * r.dtype.itemsize
+    converted = 4 * K * K * x.dtype.itemsize
+    needed = weights + converted + 2 * 2 * 4 * B * H * K * 4 + B * K * 4 * (2 * 4 + 16)
+    return needed <= tile.vmem_bytes
+
+
 def vmem_limit(chip: str | None = None) -> int:
     """What a kernel may use of VMEM: all of a small one, half of a large one."""
     chip = chip or current_chip()
@@ -90,23 +99,19 @@ def vmem_limit(chip: str | None = None) -> int:
 
 
 def vmem_bytes(B: int, K: int, dtype: jnp.dtype, steps: int, *, heads: int = 1) -> int:
-    """VMEM that one program needs, of the kernel that needs most of it.
+    """VMEM that one program of the largest kernel needs.
 
-    Args:
-        B: rows of one program, a multiple of `ROWS`.
-        K: width of a head, padded to a multiple of the lanes.
-        dtype: of x.
-        steps: steps of one program.
-        heads: heads of one program.
+    B, a multiple of `ROWS`, `steps` and `heads` are those of the program; K is padded to a multiple
+    of the lanes.
     """
     size = jnp.dtype(dtype).itemsize
-    weights = heads * tpu_packed.num_terms(dtype) * 2 * 4 * K * K
+    weights = heads * num_terms(dtype) * 2 * 4 * K * K
     # The forward kernel with all it can save: x, h, h before the step; c, n and m, and the gates.
     # Everything lies there twice: while one block is computed on, the next is on its way.
     step = heads * B * K * (4 * size + 2 * size + 3 * 4 + 4 * 4) + 4 * B * common.LANES
     carry = heads * B * K * 4 * 4 * 2
     # What a step computes before it is stored: gates, their gradients, and all terms of products.
-    values = heads * B * K * 4 * 16 * tpu_packed.num_terms(dtype)
+    values = heads * B * K * 4 * 16 * num_terms(dtype)
     return weights + 2 * (steps * step + carry) + values
 
 
@@ -133,38 +138,22 @@ def widest(dtype: jnp.dtype, budget: int) -> int:
 
 
 def blocks(B: int, T: int, H: int, K: int, dtype: jnp.dtype, budget: int) -> Blocks | None:
-    """The division of a call, or None where a single row and step of one head do not fit.
+    """The division of a call, or None where a single row and step of one head exceed the budget.
 
-    Args:
-        B, T, H: batch, steps and heads of the call.
-        K: width of a head, padded to a multiple of the lanes.
-        dtype: of x.
-        budget: bytes of VMEM.
+    Heads of one program are tried from many to one, but for at least two programs where there are
+    two heads: a chip of two cores (v4, v5p) gives each of them its share of the programs.
     """
-
-    def fitting(rows: int, heads: int) -> int:
-        """Steps that fit, or 0."""
-        empty, one = (vmem_bytes(rows, K, dtype, steps, heads=heads) for steps in (0, 1))
-        return max(0, (budget - empty) // (one - empty))
-
     wanted = min(T, MAX_STEPS // 4)
     num_rows = common.round_up(B, ROWS)
-    for heads in _divisors(H):
+    most = min(MAX_HEADS, max(1, H // 2))
+    for heads in (heads for heads in range(most, 0, -1) if H % heads == 0):
         for parts in range(math.ceil(num_rows / MAX_ROWS), num_rows // ROWS + 1):
             rows = common.round_up(math.ceil(num_rows / parts), ROWS)
-            fits = fitting(rows, heads)
+            empty, one = (vmem_bytes(rows, K, dtype, steps, heads=heads) for steps in (0, 1))
+            fits = max(0, (budget - empty) // (one - empty))
             # Fewer steps than wanted only where there is nothing left to divide.
             if fits >= wanted or (fits and heads == 1 and rows == ROWS):
                 steps = time_block(T, fits)
                 padded = (common.round_up(B, rows), common.round_up(T, steps))
                 return Blocks(heads, rows, steps, *padded)
     return None
-
-
-def _divisors(H: int) -> list[int]:
-    """Heads of one program to try, many first; at least two programs where there are two heads.
-
-    A chip of two cores (v4, v5p) gives each of them its share of the programs.
-    """
-    most = min(MAX_HEADS, max(1, H // 2))
-    return [heads for heads in range(most, 0, -1) if H % heads == 0]

@@ -116,7 +116,7 @@ def _kernel(
         z += product(operand, tl.load(weights + 2 * K).to(dtype), UPCAST)
         o += product(operand, tl.load(weights + 3 * K).to(dtype), UPCAST)
     at = rows + cells[None, :]
-    old = (
+    state = (
         tl.load(c + at, inside, other=0.0),
         tl.load(n + at, inside, other=0.0),
         tl.load(h + at, inside, other=0.0),
@@ -124,22 +124,9 @@ def _kernel(
     )
     x += (b * (4 * H * K) + head * K)[:, None] + cells[None, :]
     bias += head * (4 * K) + cells[None, :]
+    pointers, marks = (x, bias, h, h), (reset, masked, inside)  # nothing is saved
     new_c, new_n, new_h, new_m = one_step(
-        (i, f, z, o),
-        x,
-        bias,
-        old,
-        reset,
-        masked,
-        h,
-        h,
-        inside,
-        H * K,
-        K,
-        FLAGGED,
-        SAVE=False,
-        SAVE_GATES=False,
-        SIGMOID=SIGMOID,
+        (i, f, z, o), state, pointers, marks, H * K, K, FLAGGED, False, False, SIGMOID
     )
     tl.store(c + at, new_c, inside)
     tl.store(n + at, new_n, inside)

@@ -75,22 +75,9 @@ def forward(
         f = product(operand, r_f, UPCAST)
         z = product(operand, r_z, UPCAST)
         o = product(operand, r_o, UPCAST)
+        pointers, marks = (x, bias, seen, gates), (reset, masked, inside)
         state = step(
-            (i, f, z, o),
-            x,
-            bias,
-            state,
-            reset,
-            masked,
-            seen,
-            gates,
-            inside,
-            H * K,
-            K,
-            FLAGGED,
-            SAVE,
-            SAVE_GATES,
-            SIGMOID,
+            (i, f, z, o), state, pointers, marks, H * K, K, FLAGGED, SAVE, SAVE_GATES, SIGMOID
         )
         x += 4 * H * K
         gates += 4 * H * K
@@ -143,16 +130,7 @@ def backward(
     for back in range(T):
         reset, masked = read_flags(flags + row * T + T - 1 - back, b, inside, T, FLAGGED)
         i, f, z, o, dc, dn, rho = step_back(
-            gates,
-            seen,
-            dh,
-            dx,
-            (dc, dn, dh_next, rho),
-            masked,
-            inside,
-            H * K,
-            FLAGGED,
-            SIGMOID,
+            (gates, seen, dh, dx), (dc, dn, dh_next, rho), masked, inside, H * K, FLAGGED, SIGMOID
         )
         before = product(i.to(dtype), r_i, UPCAST)
         before += product(f.to(dtype), r_f, UPCAST)

@@ -129,14 +129,9 @@ def read_flags(flags, b, inside, T: tl.constexpr, FLAGGED: tl.constexpr):
 @no_type_check
 def step(
     recurrent,
-    x,
-    bias,
     state,
-    reset,
-    masked,
-    seen,
-    gates,
-    inside,
+    pointers,
+    marks,
     STRIDE: tl.constexpr,
     K: tl.constexpr,
     FLAGGED: tl.constexpr,
@@ -146,8 +141,11 @@ def step(
 ):
     """c, n, h and m of some cells after a step; saves what the gradient needs.
 
-    `recurrent` and `state` are four blocks; `x`, `bias`, `seen` and `gates` point to blocks.
+    `recurrent` and `state` are four blocks; `pointers` are to blocks of x, bias, `seen` and gates;
+    `marks` say of each row whether it is reset, masked, and inside of the batch.
     """
+    x, bias, seen, gates = pointers
+    reset, masked, inside = marks
     x_i, x_f, x_z, x_o = load_four(x, STRIDE, inside)
     i = recurrent[0] + x_i + tl.load(bias)
     f = recurrent[1] + x_f + tl.load(bias + K)
@@ -178,10 +176,7 @@ def step(
 @triton.jit
 @no_type_check
 def step_back(
-    gates,
-    seen,
-    dh,
-    dx,
+    pointers,
     carry,
     masked,
     inside,
@@ -191,8 +186,9 @@ def step_back(
 ):
     """Gradients of four gates of some cells, written to `dx` too, and dc, dn, rho before a step.
 
-    `carry` is dc, dn, dh and rho after it; `gates`, `seen`, `dh` and `dx` point to blocks.
+    `carry` is dc, dn, dh and rho after it; `pointers` are to blocks of gates, `seen`, dh and dx.
     """
+    gates, seen, dh, dx = pointers
     i, f, z, o = load_four(gates, STRIDE, inside)
     c = tl.load(seen, inside, other=0.0)
     n = tl.load(seen + STRIDE, inside, other=1.0)

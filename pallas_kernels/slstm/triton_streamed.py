@@ -86,32 +86,15 @@ def forward(
     for t in range(T):
         reset, masked = read_flags(flags + row * T + t, b, inside, T, FLAGGED)
         read = inside & (reset == 0)
+        rows, marks = (x, bias, last, h, seen, gates), (reset, masked, inside)
         if KEPT > 0:
             whole = tl.load(h + every[None, :], read, other=0.0)
             w_i = product(whole, kept_i, UPCAST)
             w_f = product(whole, kept_f, UPCAST)
             w_z = product(whole, kept_z, UPCAST)
             w_o = product(whole, kept_o, UPCAST)
-            _finish(
-                (w_i, w_f, w_z, w_o),
-                kept_cells,
-                x,
-                bias,
-                last,
-                h,
-                seen,
-                gates,
-                reset,
-                masked,
-                inside,
-                leaf,
-                H * K,
-                K,
-                FLAGGED,
-                SAVE,
-                SAVE_GATES,
-                SIGMOID,
-            )
+            parts = (w_i, w_f, w_z, w_o)
+            _finish(parts, kept_cells, rows, marks, B, H, K, FLAGGED, SAVE, SAVE_GATES, SIGMOID)
         for block in range(KEPT, K, BLOCK):
             i = tl.zeros((ROWS, BLOCK), tl.float32)
             f = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -124,26 +107,8 @@ def forward(
                 f += product(operand, tl.load(part + K), UPCAST)
                 z += product(operand, tl.load(part + 2 * K), UPCAST)
                 o += product(operand, tl.load(part + 3 * K), UPCAST)
-            _finish(
-                (i, f, z, o),
-                block + cells,
-                x,
-                bias,
-                last,
-                h,
-                seen,
-                gates,
-                reset,
-                masked,
-                inside,
-                leaf,
-                H * K,
-                K,
-                FLAGGED,
-                SAVE,
-                SAVE_GATES,
-                SIGMOID,
-            )
+            parts = (i, f, z, o)
+            _finish(parts, block + cells, rows, marks, B, H, K, FLAGGED, SAVE, SAVE_GATES, SIGMOID)
         tl.debug_barrier()
         x += 4 * H * K
         gates += 4 * H * K
@@ -156,44 +121,28 @@ def forward(
 def _finish(
     recurrent,
     cells,
-    x,
-    bias,
-    last,
-    h,
-    seen,
-    gates,
-    reset,
-    masked,
-    inside,
-    LEAF: tl.constexpr,
-    STRIDE: tl.constexpr,
+    rows,
+    marks,
+    B: tl.constexpr,
+    H: tl.constexpr,
     K: tl.constexpr,
     FLAGGED: tl.constexpr,
     SAVE: tl.constexpr,
     SAVE_GATES: tl.constexpr,
     SIGMOID: tl.constexpr,
 ):
-    """The step of some cells, from the recurrent part of their gates; pointers are to rows."""
+    """The step of some cells, from the recurrent part of their gates; `rows` are pointers."""
+    x, bias, last, h, seen, gates = rows
+    inside = marks[2]
     at = cells[None, :]
+    x, bias = x + at, bias + at
+    state = load_four(last + at, B * H * K, inside)
+    pointers = (x, bias, seen + at, gates + at)
     c, n, new_h, m = step(
-        recurrent,
-        x + at,
-        bias + at,
-        load_four(last + at, LEAF, inside),
-        reset,
-        masked,
-        seen + at,
-        gates + at,
-        inside,
-        STRIDE,
-        K,
-        FLAGGED,
-        SAVE,
-        SAVE_GATES,
-        SIGMOID,
+        recurrent, state, pointers, marks, H * K, K, FLAGGED, SAVE, SAVE_GATES, SIGMOID
     )
-    store_four(last + at, LEAF, inside, c, n, new_h, m)
-    tl.store(h + STRIDE + at, new_h.to(h.dtype.element_ty), inside)
+    store_four(last + at, B * H * K, inside, c, n, new_h, m)
+    tl.store(h + H * K + at, new_h.to(h.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -243,20 +192,10 @@ def backward(
     for back in range(T):
         reset, masked = read_flags(flags + row * T + T - 1 - back, b, inside, T, FLAGGED)
         for block in range(0, K, BLOCK):
-            dc, dn, dh_next, rho = load_four(dfirst + block, leaf, inside)
-            _, _, _, _, dc, dn, rho = step_back(
-                gates + block,
-                seen + block,
-                dh + block,
-                dx + block + cells[None, :],
-                (dc, dn, dh_next, rho),
-                masked,
-                inside,
-                H * K,
-                FLAGGED,
-                SIGMOID,
-            )
-            store_four(dfirst + block, leaf, inside, dc, dn, dh_next, rho)
+            carry = load_four(dfirst + block, leaf, inside)
+            at = (gates + block, seen + block, dh + block, dx + block + cells[None, :])
+            _, _, _, _, dc, dn, rho = step_back(at, carry, masked, inside, H * K, FLAGGED, SIGMOID)
+            store_four(dfirst + block, leaf, inside, dc, dn, carry[2], rho)
         tl.debug_barrier()
         for block in range(0, K, BLOCK):
             before = tl.zeros((ROWS, BLOCK), tl.float32)

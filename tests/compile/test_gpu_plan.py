@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import pytest
+
 from pallas_kernels.aot import compiler
 from xlstm_jax.cli.options import with_preset
 from xlstm_jax.plan import find_target, plan
 from xlstm_jax.plan.collectives import collectives
+from xlstm_jax.plan.formula import estimate
 from xlstm_jax.plan.hlo import Program
-from xlstm_jax.plan.step import compile_step
+from xlstm_jax.plan.report import compile_step
 from xlstm_jax.sharding import MeshConfig
 
 
@@ -20,19 +23,40 @@ def paper(rows, mesh):
 
 def test_the_7b_run_of_the_paper_fits_its_gpus():
     """256 GPUs, data 32 x fsdp 8, two rows of 8,192 tokens on each (arXiv:2503.13427)."""
-    found = plan(paper(512, MeshConfig(data=32, fsdp=8)), find_target("h100:32x8"))
-    assert found.num_chips == 256 and found.tokens_per_step == 512 * 8192
-    assert found.fits and found.held_bytes < 32 << 30
-    assert found.limit == "compute"
-    assert found.params_bytes + found.optimizer_bytes < 1.01 * 12 * found.num_params / 8
+    result = plan(paper(512, MeshConfig(data=32, fsdp=8)), find_target("h100:32x8"))
+    assert result.num_chips == 256 and result.tokens_per_step == 512 * 8192
+    assert result.fits and result.peak_bytes < 32 << 30
+    assert result.limit == "compute"
+    assert result.params_bytes + result.optimizer_bytes < 1.01 * 12 * result.num_params / 8
 
 
 def test_the_triton_kernels_are_inside_and_weights_travel_in_bfloat16():
-    compiled = compile_step(paper(8, MeshConfig(fsdp=8)), find_target("h100:1x8"))
+    _, compiled = compile_step(paper(8, MeshConfig(fsdp=8)), find_target("h100:1x8"))
     names = {f"mlstm_{x}" for x in ("states", "h", "dstates", "dq", "dk", "dv")}
-    assert compiler.kernels(compiled.program) == names
-    large = [c for c in collectives(Program(str(compiled.program.as_text()))) if c.payload > 2**20]
+    assert compiler.kernels(compiled) == names
+    large = [c for c in collectives(Program(str(compiled.as_text()))) if c.payload > 2**20]
     assert {c.dtype for c in large if c.kind == "all-gather"} == {"bf16"}
     scattered = [c for c in large if c.kind == "reduce-scatter"]
     assert sum(c.times for c in scattered) >= 3 * 32
     assert not [c for c in large if c.kind == "all-reduce"]
+
+
+@pytest.mark.parametrize(
+    "topology, mesh, tolerance",
+    [
+        ("h100:1x8", MeshConfig(fsdp=8), 0.1),
+        ("h100:2x8", MeshConfig(fsdp=8), 0.1),
+    ],
+)
+def test_the_formula_is_close_to_the_compiled_step(topology, mesh, tolerance):
+    cfg = paper(16, mesh)
+    model = dataclasses.replace(cfg.model, pattern="MM")
+    data = dataclasses.replace(cfg.data, seq_len=512)
+    cfg = dataclasses.replace(cfg, model=model, data=data)
+    target = find_target(topology)
+    compiled = plan(cfg, target)
+    formula = estimate(cfg, target, compiled.mesh)
+    assert formula.params_bytes == compiled.params_bytes
+    assert formula.optimizer_bytes == compiled.optimizer_bytes
+    sent = sum(amount for _, amount in compiled.collectives.values())
+    assert sum(formula.sent.values()) == pytest.approx(sent, rel=tolerance)

@@ -18,7 +18,7 @@ def test_a_head_wider_than_vmem_is_refused_before_lowering_with_a_width_that_fit
 
 
 def test_an_overflow_while_compiling_names_the_tile_and_one_that_fits(monkeypatch):
-    monkeypatch.setattr(tiles, "vmem_limit", lambda *args: 1 << 20)
+    monkeypatch.setattr(Tile, "vmem_limit", lambda *args: 1 << 20)
     fn, shapes, _ = tpu_tiles.calls(Tile(512, 128, 1), 256, 512)["mlstm_backward"]
     with pytest.raises(jax.errors.JaxRuntimeError, match="chunk_size=256"):
         compiler.compile_for("v5e", fn, *shapes)
@@ -29,7 +29,7 @@ def test_an_overflow_while_compiling_names_the_tile_and_one_that_fits(monkeypatc
 @pytest.mark.parametrize("K,V", [(256, 512), pytest.param(1024, 1024, marks=pytest.mark.slow)])
 def test_what_the_estimate_allows_compiles_within_it(monkeypatch, chip, K, V, dtype, name):
     """At the tile that the table or the rule gives, with no byte more than was estimated."""
-    monkeypatch.setattr(tiles, "vmem_limit", tiles.vmem_bytes)
+    monkeypatch.setattr(Tile, "vmem_limit", tiles.vmem_bytes)
     refusal = tiles.refusal(K, V, dtype, chip=chip)
     if refusal is not None:
         assert (chip, K) == ("v4", 1024)

@@ -81,12 +81,18 @@ def test_steps_match(name):
     _assert_same_states(state, golden.under("state/"), tolerance)
 
 
-@every_large
-def test_prefills_of_any_length_match(name):
+@pytest.mark.parametrize(
+    "name, lengths",
+    [
+        (LARGE[0], slice(None)),
+        # The first with biases and caps: the same paths through the chunks.
+        (LARGE[1], slice(-1, None)),
+        pytest.param(LARGE[1], slice(-1), marks=pytest.mark.slow),
+    ],
+)
+def test_prefills_of_any_length_match(name, lengths):
     golden, cfg, params = _large(name)
-    lengths = golden.config["prefill_lengths"]
-    # The second model is the first with biases and caps: the same paths through the chunks.
-    for length in lengths if name == LARGE[0] else lengths[-1:]:
+    for length in golden.config["prefill_lengths"][lengths]:
         ids = golden.arrays["input/ids"][:, :length]
         logits, state = _apply(cfg, params, ids)
         expected = golden.arrays[f"output/logits_last_prefill_{length}"]
@@ -143,7 +149,8 @@ def test_training_logits_and_loss_match_with_their_gradients(name):
     assert_all_match(actual, golden.under("grad/param/"), published.GRADIENTS["float32"])
 
 
-@pytest.mark.parametrize("name", LARGE + HF[:1])  # sharded files only change how it is read
+# Sharded files only change how a model is read.
+@pytest.mark.parametrize("name", [*LARGE, HF[0], pytest.param(HF[1], marks=pytest.mark.slow)])
 def test_greedy_sequences_match_token_for_token(name):
     golden, cfg, params = _model(name)
     if name in LARGE:

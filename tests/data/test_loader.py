@@ -61,7 +61,7 @@ def test_rows_are_those_of_the_numbered_windows():
     windows = text(50)
     batch = batch_at(windows, CFG, 3)
     for row, number in enumerate(batch.index):
-        window = windows.window(int(number))
+        window = windows.tokens[number * CFG.seq_len :][: CFG.seq_len + 1]
         np.testing.assert_array_equal(batch.inputs[row], window[:-1])
         np.testing.assert_array_equal(batch.targets[row], window[1:])
 

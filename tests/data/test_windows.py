@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from xlstm_jax.config import ConfigError
-from xlstm_jax.data import Windows, packing, tokenizers
+from xlstm_jax.data import Windows, tokenizers
 from xlstm_jax.data.readers import Document
+from xlstm_jax.data.windows import concatenate
 
 BYTE = tokenizers.get("byte")
 EOS = BYTE.eos_id
@@ -13,7 +14,7 @@ EOS = BYTE.eos_id
 
 def make(texts, seq_len):
     documents = [Document(str(i), text) for i, text in enumerate(texts)]
-    return Windows(packing.concatenate(documents, BYTE), seq_len, BYTE, {})
+    return Windows(concatenate(documents, BYTE), seq_len, BYTE, {})
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def everything(windows):
 
 
 def test_every_document_is_closed_by_its_end():
-    tokens = packing.concatenate([Document("a", b"ab"), Document("b", b"c")], BYTE)
+    tokens = concatenate([Document("a", b"ab"), Document("b", b"c")], BYTE)
     assert tokens.tolist() == [97, 98, EOS, 99, EOS]
     assert tokens.dtype == np.uint16
 
@@ -35,9 +36,12 @@ def test_every_document_is_closed_by_its_end():
 @pytest.mark.parametrize("seq_len", [1, 7, 64, 5000])
 def test_window_i_is_the_tokens_from_i_times_seq_len_on(texts, seq_len):
     windows = make(texts, seq_len)
+    batch = everything(windows)
     for i in range(len(windows)):
         expected = windows.tokens[i * seq_len : (i + 1) * seq_len + 1]
-        np.testing.assert_array_equal(windows.window(i)[: len(expected)], expected)
+        count = len(expected) - 1
+        np.testing.assert_array_equal(batch.inputs[i, :count], expected[:-1])
+        np.testing.assert_array_equal(batch.targets[i, :count], expected[1:])
 
 
 @pytest.mark.parametrize("seq_len", [1, 7, 64, 5000])
@@ -96,4 +100,4 @@ def test_a_batch_has_the_promised_types():
 def test_a_window_that_does_not_exist_is_refused(number):
     windows = make([b"abcd"], 2)
     with pytest.raises(ConfigError, match=rf"window numbers must lie in 0\.\.1 .* got {number};"):
-        windows.window(number)
+        windows.batch(np.array([number]))

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from experiments.benchmarks.gpu_run import peers, sections, settings, speed
-from experiments.benchmarks.gpu_run.report import Report
+from experiments.benchmarks.gpu import peers, sections, settings, speed
+from experiments.benchmarks.gpu.report import Report
 from pallas_kernels import common
 from xlstm_jax import ops
 
@@ -32,7 +32,7 @@ def test_a_section_measures_everything_it_names(section, part, tmp_path):
 
 
 def test_the_summary_has_all_rows_and_fails_if_one_is_wrong(tmp_path, monkeypatch, capsys):
-    main = importlib.import_module("experiments.benchmarks.gpu_run.__main__")
+    main = importlib.import_module("experiments.benchmarks.gpu_run")
     monkeypatch.setattr(main, "FOLDER", tmp_path / "work")
     report = Report("kernels", main.FOLDER)
     report.add("fast", lambda: {"median_ms": 1.5, "share": 0.5})

@@ -155,7 +155,7 @@ BAD = {
     "negative count": (dict(max_new_tokens=-1), "max_new_tokens must be at least 0"),
     "no key": (dict(sampler=Sampler()), "key must be given"),
     "too many keys": (dict(key=3), "one for each of 1 prompts, got"),
-    "state of two": (dict(state=2), "memory of this model for 1 prompts"),
+    "state of two": (dict(state=2), "state of this model for 1 prompts"),
 }
 
 

@@ -131,7 +131,7 @@ def test_only_a_gradient_makes_the_forward_kernel_write_what_it_keeps():
     "tile,flags", [(Tile(16, 8, 2), True), (Tile(8, 8, 1), False)], ids=["16-8-2", "8-8-1"]
 )
 def test_no_memory_is_read_before_it_is_written_nor_twice_at_once(tile, flags, how, capfd):
-    case = make_case(T=61 if tile.chunk > 8 else 21, flags=flags)
+    case = make_case(B=1, T=61 if tile.chunk > 8 else 21, flags=flags)
     assert_equal_results(kernel(case, how=how, tile=tile), truth(case))
     forward = functools.partial(mlstm_cases.run, mlstm_cases.cut(backends.tpu(), tile))
     with common.interpreted(how, lanes=LANES):

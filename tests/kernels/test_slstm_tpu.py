@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import common
-from pallas_kernels.slstm import backends, tpu_packed, tpu_tiles
+from pallas_kernels import common, tpu
+from pallas_kernels.slstm import backends, tpu_tiles
 from pallas_kernels.tpu import SCOPED_BYTES
 from tests import quick
 from tests.kernels import slstm_cases
@@ -127,7 +127,7 @@ def test_weights_of_bfloat16_serve_float32_inputs():
 def test_products_with_packed_weights_keep_the_digits_of_float32(rng):
     a, w = rng.standard_normal((8, 32)), rng.standard_normal((32, 16))
     a, w = (array.astype(np.float32) for array in (a, w))
-    multiply = jax.jit(lambda a, w: tpu_packed.times(a, tpu_packed.pack(w[None])[0]))
+    multiply = jax.jit(lambda a, w: tpu.times(a, tpu.pack(w[None])[0]))
     product = np.asarray(multiply(a, w))
     expected = a.astype(np.float64) @ w.astype(np.float64)
     np.testing.assert_allclose(product, expected, rtol=0, atol=3e-7 * np.abs(expected).max())

@@ -82,7 +82,7 @@ def test_the_compilers_limit_is_left_alone_where_it_will_do(chip, K, V):
         if tpu_tiles.refusal(K, V, dtype, None, chip) is None:
             tile = tpu_tiles.choose(K, V, dtype, 4096, None, chip)
             need = tpu_tiles.vmem_bytes(tile, K, V, dtype)
-            limit = tpu_tiles.vmem_limit(tile, K, V, dtype)
+            limit = tile.vmem_limit(K, V, dtype)
             assert (limit is None) == (need <= 16 * MIB)
             assert limit is None or need <= limit <= TPUS[chip].vmem_bytes
 

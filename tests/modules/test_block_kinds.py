@@ -48,8 +48,8 @@ def test_parameters_and_flops_are_counted(toy):
     assert flops.count_params(cfg) == sum(leaf.size for leaf in leaves)
     without = flops.forward_flops(model(pattern="m"), 10)
     assert flops.forward_flops(cfg, 10) - without == 10 * 2 * 4 * 8 * 5
-    # Sums over tensor: of the down-projection of m, and of out in each x.
-    assert formula._sharded_products(cfg)[0] == 1 + 2
+    # Sharded over tensor: the projections up and down of m, inner and out of each x.
+    assert formula._sharded_products(cfg) == (1 + 2, 1 + 2)
 
 
 def test_parameters_are_sharded_by_the_axes_of_the_kind(toy, one_device):

@@ -12,7 +12,7 @@ from xlstm_jax.config import ConfigError
 from xlstm_jax.convert.mapping import parameters
 from xlstm_jax.modules import LM, LMConfig, MLSTMConfig, SLSTMConfig, presets
 from xlstm_jax.modules.large import LargeConfig
-from xlstm_jax.sharding.axes import LOGICAL_AXES
+from xlstm_jax.sharding.rules import LOGICAL_AXES
 from xlstm_jax.train import TrainConfig, make_optimizer
 
 # Models with every kind of parameter there is.

@@ -12,7 +12,6 @@ from xlstm_jax.evaluate import by_position, perplexity
 from xlstm_jax.modules import LM, MLSTMConfig
 from xlstm_jax.sharding import make_devices
 from xlstm_jax.train import fit
-from xlstm_jax.train.heldout import make_evaluate
 from xlstm_jax.train.program import TrainProgram
 
 
@@ -37,7 +36,7 @@ def measures(run, **train):
     windows, params = load(cfg.data, "valid"), result.state.params
     program = TrainProgram(cfg, make_devices(cfg.mesh))
     with program.devices.active():
-        metrics = make_evaluate(program, windows)(params, lambda: False)
+        metrics = program.evaluate(params, windows)
     return metrics, (LM(cfg.model), {"params": params}, windows)
 
 

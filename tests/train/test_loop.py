@@ -21,7 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from xlstm_jax.config import ConfigError, to_dict
 from xlstm_jax.train import CheckpointError, DivergedError, checkpoint, fit, restore_params
-from xlstm_jax.train.signals import StopRequest
+from xlstm_jax.train.processes import stop_request
 
 SPEED = ("step_time", "data_wait", "tokens_per_second", "model_flops_per_second")
 
@@ -290,7 +290,7 @@ def interrupts():
 
 
 def test_the_first_signal_asks_and_the_second_acts(interrupts):
-    with StopRequest() as stop:
+    with stop_request() as stop:
         assert not stop.requested
         signal.raise_signal(signal.SIGTERM)
         assert stop.requested
@@ -304,7 +304,7 @@ def test_another_thread_trains_without_listening_to_signals():
     found = []
 
     def enter():
-        with StopRequest() as stop:
+        with stop_request() as stop:
             found.append(stop.requested)
 
     thread = threading.Thread(target=enter)

@@ -8,7 +8,7 @@ import pytest
 
 from xlstm_jax.modules import LM, LMConfig
 from xlstm_jax.train import TrainConfig, decay_mask, make_optimizer, make_schedule
-from xlstm_jax.train.optimizer import norm, path_name
+from xlstm_jax.train.optimizer import continued_end_factor, norm, path_name
 
 # Of 100 steps with lr 1: warm-up 10, cool-down 20 to 0.01, main part 10..80 down to 0.1.
 PARTS = dict(steps=100, lr=1.0, warmup_steps=10, cooldown_steps=20, cooldown_lr=0.01)
@@ -52,7 +52,7 @@ def test_a_schedule_without_warmup_and_cooldown_is_its_main_part(schedule):
 def test_a_share_below_one_is_the_same_as_its_count():
     shares = TrainConfig(steps=200, warmup_steps=0.1, cooldown_steps=0.25)
     counts = TrainConfig(steps=200, warmup_steps=20, cooldown_steps=50)
-    assert (shares.num_warmup, shares.num_main, shares.num_cooldown) == (20, 130, 50)
+    assert shares.parts == (20, 0, 130, 50)
     assert rates(shares, range(0, 201, 7)) == rates(counts, range(0, 201, 7))
 
 
@@ -72,6 +72,14 @@ def test_a_decay_goes_on_at_the_same_rate():
         warmup_steps=0,
         end_factor=0.1 ** (150 / 100),
     )
+    np.testing.assert_allclose(rates(new, [0, 40, 100]), rates(old, [0, 40, 100]), rtol=1e-5)
+
+
+def test_a_decay_continues_at_the_same_rate():
+    assert continued_end_factor(0.1, 495_000, 540_000) == pytest.approx(0.0811, abs=5e-5)
+    options = dict(lr=1.0, schedule="exponential", warmup_steps=0)
+    old = TrainConfig(steps=100, **options)
+    new = TrainConfig(steps=150, end_factor=continued_end_factor(0.1, 100, 150), **options)
     np.testing.assert_allclose(rates(new, [0, 40, 100]), rates(old, [0, 40, 100]), rtol=1e-5)
 
 

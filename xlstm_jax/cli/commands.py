@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 from xlstm_jax import __version__, cpu
@@ -23,11 +24,7 @@ MOVES_ONLY = ("convert",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code.
-
-    0: done, or cleanly preempted. 2: a bad argument or configuration, with one line on stderr. 3:
-    the run diverged.
-    """
+    """Runs one command; returns its exit code, one of `exit_codes`."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] not in MOVES_ONLY:
         cpu.prepare()  # before anything computes
@@ -62,11 +59,6 @@ def _dispatch(args: list[str]) -> int:
 
 def _is_ours(error: Exception) -> bool:
     """Whether the library itself raised it; a ValueError from elsewhere is a bug to be seen."""
-    if isinstance(error, ConfigError):
-        return True
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    return place is not None and place.tb_frame.f_globals.get("__name__", "").startswith(
-        "xlstm_jax"
-    )
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module = frame.f_globals.get("__name__", "")
+    return isinstance(error, ConfigError) or module.startswith("xlstm_jax")

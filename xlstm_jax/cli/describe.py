@@ -1,7 +1,6 @@
 """`xlstm-jax describe CONFIG.py`: what a run would be, from shapes alone; computes nothing."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -28,45 +27,37 @@ class Describe(options.WithConfig):
 
 
 def run(args: list[str]) -> int:
-    """Returns 0.
-
-    Raises:
-        ConfigError: the config cannot be used.
-    """
+    """Raises ConfigError if the config cannot be used."""
     chosen = options.parse_with_config("describe", Describe, args, presets_too=True)
     cfg = chosen.experiment
     params = param_shapes(cfg.model)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
     decays = jax.tree.leaves(decay_mask(params, cfg.train.decay_pattern))
-    rows = [
-        [path_name(path), " x ".join(map(str, leaf.shape)), f"{leaf.size:,}", "yes" if it else "no"]
-        for (path, leaf), it in zip(leaves, decays, strict=True)
-    ]
-    num_decayed = sum(leaf.size for (_, leaf), it in zip(leaves, decays, strict=True) if it)
-    facts = _sizes(cfg, num_decayed) | _memory(cfg, params)
+    rows, num_decayed = [], 0
+    for (path, leaf), it in zip(jax.tree.leaves_with_path(params), decays, strict=True):
+        shape = " x ".join(map(str, leaf.shape))
+        rows.append([path_name(path), shape, f"{leaf.size:,}", "yes" if it else "no"])
+        num_decayed += leaf.size if it else 0
+    flops = train_flops(cfg.model, cfg.data.seq_len) / cfg.data.seq_len
+    tokens = cfg.data.batch_size * cfg.data.seq_len
+    num_params, steps = count_params(cfg.model), cfg.train.steps
+    share = f"{num_decayed / num_params:.1%}"
+    facts = {
+        "blocks": f"{cfg.model.num_blocks}: {cfg.model.pattern}",
+        "parameters": f"{num_params:,}",
+        "decayed": f"{num_decayed:,} ({share}) by {cfg.train.weight_decay}",
+        "FLOPs per token": f"{flops:.4g} (forward and backward)",
+        "tokens per step": f"{tokens:,} = {cfg.data.batch_size} x {cfg.data.seq_len}",
+        "tokens in all": f"{tokens * steps:,} in {steps:,} steps",
+        "FLOPs in all": f"{flops * tokens * steps:.4g}",
+        "memory, without temporaries": _memory(cfg, params),
+    }
     console.table(["parameter", "shape", "count", "decayed"], rows)
     console.say("\n")
     console.facts(facts)
     return DONE
 
 
-def _sizes(cfg: ExperimentConfig, num_decayed: int) -> dict[str, str]:
-    model, data, train = cfg.model, cfg.data, cfg.train
-    num_params = count_params(model)
-    flops = train_flops(model, data.seq_len) / data.seq_len
-    tokens = data.batch_size * data.seq_len
-    return {
-        "blocks": f"{model.num_blocks}: {model.pattern}",
-        "parameters": f"{num_params:,}",
-        "decayed": f"{num_decayed:,} ({num_decayed / num_params:.1%}) by {train.weight_decay}",
-        "FLOPs per token": f"{flops:.4g} (forward and backward)",
-        "tokens per step": f"{tokens:,} = {data.batch_size} x {data.seq_len}",
-        "tokens in all": f"{tokens * train.steps:,} in {train.steps:,} steps",
-        "FLOPs in all": f"{flops * tokens * train.steps:.4g}",
-    }
-
-
-def _memory(cfg: ExperimentConfig, params: Any) -> dict[str, str]:
+def _memory(cfg: ExperimentConfig, params: Any) -> str:
     """Bytes on one device, by what they are for; temporaries of the compiled step are left out."""
     rules = get_rules(cfg.mesh.rules_name())
     sizes = {name: max(getattr(cfg.mesh, name), 1) for name in MESH_AXES}
@@ -80,11 +71,9 @@ def _memory(cfg: ExperimentConfig, params: Any) -> dict[str, str]:
         "activations": residuals_per_device(cfg, sizes, jax.default_backend())[0],
     }
     words = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items())
-    where = "one device"
-    if math.prod(sizes.values()) > 1:
-        mesh = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-        where = f"each device of {mesh} under {cfg.mesh.rules_name()}"
-    return {"memory, without temporaries": f"{_mib(sum(parts.values()))} on {where} ({words})"}
+    mesh = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    where = f"each device of {mesh} under {cfg.mesh.rules_name()}" if mesh else "one device"
+    return f"{_mib(sum(parts.values()))} on {where} ({words})"
 
 
 def _mib(size: int) -> str:

@@ -7,11 +7,11 @@ from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
 from xlstm_jax.data.config import Split
 from xlstm_jax.data.loader import load
-from xlstm_jax.evaluate import Bucket, Perplexity, by_position, perplexity
+from xlstm_jax.evaluate import by_position, perplexity
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.train.checkpoint import restore_params
-from xlstm_jax.train.compilation_cache import compiled_programs
 from xlstm_jax.train.config import check_vocabulary
+from xlstm_jax.train.rundir import compiled_programs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,11 +29,7 @@ class Evaluate(options.ModelCommand):
 
 
 def run(args: list[str]) -> int:
-    """Returns 0.
-
-    Raises:
-        ConfigError: an option, the run or the data cannot be used.
-    """
+    """Raises ConfigError if an option, the run or the data cannot be used."""
     chosen = options.parse("evaluate", Evaluate, args)
     cfg, params = restore_params(chosen.run, chosen.step)
     changes = {name: getattr(chosen, name) for name in ("source", "seq_len", "batch_size")}
@@ -41,33 +37,26 @@ def run(args: list[str]) -> int:
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **given))
     examples = load(cfg.data, chosen.split)
     check_vocabulary(cfg, examples)
-    model, variables = LM(cfg.model), {"params": params}
+    arguments = LM(cfg.model), {"params": params}, examples
     how = {
         "batch_size": cfg.data.batch_size,
         "max_batches": chosen.max_batches,
         "document_resets": cfg.train.document_resets,
     }
-    about = f"{cfg.data.source}, {chosen.split}, windows of {cfg.data.seq_len} tokens"
     with compiled_programs(chosen.run):
-        _say_perplexity(about, perplexity(model, variables, examples, **how))
+        measured = perplexity(*arguments, **how)
+        rows = {"data": f"{cfg.data.source}, {chosen.split}, windows of {cfg.data.seq_len} tokens"}
+        if measured.bits_per_byte is not None:
+            rows["bits per byte"] = f"{measured.bits_per_byte:.4f}"
+        rows["nats per token"] = f"{measured.nats_per_token:.4f}"
+        rows["perplexity"] = f"{math.exp(measured.nats_per_token):.4f}"
+        rows["tokens"] = f"{measured.num_tokens:,}"
+        console.facts(rows)
         if chosen.by_position:
-            _say_positions(by_position(model, variables, examples, **how))
+            buckets = [
+                [f"{b.start}-{b.stop - 1}", f"{b.nats_per_token:.4f}", f"{b.num_tokens:,}"]
+                for b in by_position(*arguments, **how)
+            ]
+            console.say("\n")
+            console.table(["position", "nats per token", "tokens"], buckets)
     return DONE
-
-
-def _say_perplexity(about: str, measured: Perplexity) -> None:
-    rows = {"data": about}
-    if measured.bits_per_byte is not None:
-        rows["bits per byte"] = f"{measured.bits_per_byte:.4f}"
-    rows["nats per token"] = f"{measured.nats_per_token:.4f}"
-    rows["perplexity"] = f"{math.exp(measured.nats_per_token):.4f}"
-    rows["tokens"] = f"{measured.num_tokens:,}"
-    console.facts(rows)
-
-
-def _say_positions(buckets: list[Bucket]) -> None:
-    lines = [
-        [f"{b.start}-{b.stop - 1}", f"{b.nats_per_token:.4f}", f"{b.num_tokens:,}"] for b in buckets
-    ]
-    console.say("\n")
-    console.table(["position", "nats per token", "tokens"], lines)

@@ -13,7 +13,7 @@ from xlstm_jax.generate import Sampler
 from xlstm_jax.generate.text import stream_text
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.train.checkpoint import restore_params
-from xlstm_jax.train.compilation_cache import compiled_programs
+from xlstm_jax.train.rundir import compiled_programs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,15 +34,18 @@ class Generate(options.ModelCommand):
 
 
 def run(args: list[str]) -> int:
-    """Returns 0.
-
-    Raises:
-        ConfigError: an option or the run cannot be used.
-    """
+    """Raises ConfigError if an option or the run cannot be used."""
     chosen = options.parse("generate", Generate, args)
     if not chosen.prompt:
         raise ConfigError("--prompt must be the text to continue, got ''; give it a character.")
-    sampler = _sampler(chosen)
+    likeliest = chosen.temperature == 0
+    sampler = Sampler(
+        repetition_penalty=chosen.repetition_penalty,
+        temperature=1.0 if likeliest else chosen.temperature,
+        top_k=1 if likeliest else chosen.top_k,
+        top_p=chosen.top_p,
+        min_p=chosen.min_p,
+    )
     cfg, params = restore_params(chosen.run, chosen.step)
     with compiled_programs(chosen.run):
         answer = stream_text(
@@ -58,14 +61,3 @@ def run(args: list[str]) -> int:
         for part in itertools.chain([chosen.prompt], answer, ["\n"]):
             console.say(part)
     return DONE
-
-
-def _sampler(chosen: Generate) -> Sampler:
-    likeliest = chosen.temperature == 0
-    return Sampler(
-        repetition_penalty=chosen.repetition_penalty,
-        temperature=1.0 if likeliest else chosen.temperature,
-        top_k=1 if likeliest else chosen.top_k,
-        top_p=chosen.top_p,
-        min_p=chosen.min_p,
-    )

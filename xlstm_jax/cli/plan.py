@@ -10,7 +10,9 @@ import jax
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
 from xlstm_jax.config import ConfigError
-from xlstm_jax.plan import Candidate, Plan, find_target, plan, search
+from xlstm_jax.plan.report import Plan, plan
+from xlstm_jax.plan.search import Candidate, search
+from xlstm_jax.plan.topology import find_target
 
 GIB = 2**30
 
@@ -30,23 +32,22 @@ class PlanRun(options.WithConfig):
 
 
 def run(args: list[str]) -> int:
-    """Returns 0, whether the run fits or not.
-
-    Raises:
-        ConfigError: the config cannot be used, its mesh or batch does not fit the hardware, or
-            `out` has no folder.
-    """
+    """Raises ConfigError if the config does not fit the hardware, or `out` has no folder."""
     # Nothing is computed, and a compiler that is installed would be looked for as a device.
     jax.config.update("jax_platforms", "cpu")
     chosen = options.parse_with_config("plan", PlanRun, args, presets_too=True)
     if chosen.out is not None and not chosen.out.parent.is_dir():
         raise ConfigError(
-            f"out={str(chosen.out)!r} must lie in a folder that is there; make "
+            f"out={str(chosen.out)!r} must lie in a folder that exists; make "
             f"{str(chosen.out.parent)!r} or name another."
         )
     target = find_target(chosen.topology, chosen.slices)
     if chosen.search:
-        best, result = search(chosen.experiment, target, on_plan=_report)
+        best, result = search(
+            chosen.experiment,
+            target,
+            on_plan=lambda tried, its_plan: console.say(f"{_flags(tried)}: {_peak(its_plan)}\n"),
+        )
         console.facts(rows(result) | {"flags": _flags(best)})
     else:
         result = plan(chosen.experiment, target)
@@ -57,11 +58,9 @@ def run(args: list[str]) -> int:
     return DONE
 
 
-def _report(candidate: Candidate, result: Plan) -> None:
-    """A line for every candidate that the search compiles."""
-    verdict = "fits" if result.fits else "does not fit"
-    used = f"{result.peak_bytes / GIB:.1f} of {result.memory_bytes / GIB:.1f} GiB"
-    console.say(f"{_flags(candidate)}: {used}, {verdict}\n")
+def _peak(result: Plan) -> str:
+    used = f"{result.peak_bytes / GIB:.2f} of {result.memory_bytes / GIB:.2f} GiB"
+    return f"{used}, {'fits' if result.fits else 'does not fit'}"
 
 
 def _flags(candidate: Candidate) -> str:
@@ -75,13 +74,21 @@ def rows(result: Plan) -> dict[str, str]:
     """A plan for people."""
     mesh = " x ".join(f"{name} {size}" for name, size in result.mesh.items() if size > 1)
     each = result.flops / math.prod(result.mesh.values())
+    memory = {
+        "parameters": result.params_bytes,
+        "optimizer": result.optimizer_bytes,
+        "activations": result.activations_bytes,
+        "temporaries": result.temporary_bytes,
+    }
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
+    least = "at least " if result.refusal else ""
     rows = {
         "hardware": f"{result.topology}, {result.num_chips:,} chips",
         "mesh": f"{mesh or 'one device'} under {result.rules}",
         "parameters": f"{result.num_params:,}",
         "tokens per step": f"{result.tokens_per_step:,}",
         "FLOPs per step": f"{result.flops:.4g}, {each:.4g} a device",
-        "memory a device": _memory(result),
+        "memory a device": f"{least}{_peak(result)} ({parts})",
     }
     for kind, (times, sent) in sorted(result.collectives.items()):
         count = "" if result.refusal else f"{times:,} a step, "
@@ -98,17 +105,3 @@ def rows(result: Plan) -> dict[str, str]:
     if result.refusal:
         rows["compiled in"] = f"not compiled, all of it by formula: {result.refusal}"
     return rows
-
-
-def _memory(result: Plan) -> str:
-    parts = {
-        "parameters": result.params_bytes,
-        "optimizer": result.optimizer_bytes,
-        "activations": result.activations_bytes,
-        "temporaries": result.temporary_bytes,
-    }
-    words = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    verdict = "fits" if result.fits else "does not fit"
-    used = f"{result.peak_bytes / GIB:.2f} of {result.memory_bytes / GIB:.2f} GiB"
-    least = "at least " if result.refusal else ""
-    return f"{least}{used}, {verdict} ({words})"

@@ -10,7 +10,6 @@ import jax
 from xlstm_jax import data
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DIVERGED, DONE
-from xlstm_jax.data.batch import Examples
 from xlstm_jax.data.loader import eval_index
 from xlstm_jax.data.windows import Windows
 from xlstm_jax.flops import train_flops
@@ -37,11 +36,7 @@ class Train(options.WithConfig):
 
 
 def run(args: list[str]) -> int:
-    """Returns 0 when the run is done or was asked to stop, 3 when it diverged.
-
-    Raises:
-        ConfigError: it cannot start; nothing on disk has changed.
-    """
+    """Raises ConfigError if the run cannot start; nothing on disk has changed then."""
     chosen = options.parse_with_config("train", Train, args)
     init_distributed(chosen.processes)
     cfg = chosen.experiment
@@ -54,56 +49,42 @@ def run(args: list[str]) -> int:
         return DIVERGED
     if jax.process_index() > 0:  # the first one speaks for all
         return DONE
-    if not _is_complete(cfg, result):
+    # A run may also be stopped after its last step, during the final evaluation.
+    measured_at = (result.evaluation or {}).get("step")
+    if not result.finished or (measured_at != result.step and cfg.train.eval_every):
         steps = f"step {result.step} of {cfg.train.steps}"
         console.say(f"\nStopped at {steps} and saved; the same command resumes it.\n")
         return DONE
     valid = data.load(cfg.data, "valid") if cfg.train.eval_every else None
-    _report(cfg, run_dir, result, valid)
-    if isinstance(valid, Windows) and jax.process_count() == 1:  # else no process has all params
-        _show_sample(cfg, result, valid)
-    return DONE
-
-
-def _is_complete(cfg: ExperimentConfig, result: FitResult) -> bool:
-    """Whether nothing is left to do; a run may also be stopped while it is measured at its end."""
-    measured_at = (result.evaluation or {}).get("step")
-    return result.finished and (measured_at == result.step or not cfg.train.eval_every)
-
-
-def _default_run_dir(config: Path) -> Path:
-    if config.is_dir():
-        return config
-    return config.parent if config.suffix == ".json" else Path("runs", config.stem)
-
-
-def _report(
-    cfg: ExperimentConfig, run_dir: Path, result: FitResult, valid: Examples | None
-) -> None:
     rows = {"held out": "not measured, as train.eval_every is 0"}
     metrics = result.evaluation
     if metrics is not None and valid is not None:
         measures = [f"{metrics['valid_loss']:.4f} nats per token"]
         if "valid_bits_per_byte" in metrics:
             measures.insert(0, f"{metrics['valid_bits_per_byte']:.4f} bits per byte")
-        rows["held out"] = f"{', '.join(measures)}, {_sample(cfg, run_dir, valid)}"
+        count, limit = len(valid), cfg.train.eval_batches
+        if limit is not None:
+            count = len(eval_index(count, limit * cfg.data.batch_size))
+        part = f"over all {count:,} windows"
+        if count < len(valid):
+            part = (
+                f"over {count:,} of {len(valid):,} windows, spread evenly; "
+                f"`xlstm-jax evaluate {run_dir}` measures all"
+            )
+        rows["held out"] = ", ".join([*measures, part])
     rows["checkpoint"] = str(run_dir / checkpoint.FOLDER / str(result.step))
     rows["picture"] = str(run_dir / rundir.CURVE)
     console.say("\n")
     console.facts(rows)
+    if isinstance(valid, Windows) and jax.process_count() == 1:  # else no process has all params
+        _show_sample(cfg, result, valid)
+    return DONE
 
 
-def _sample(cfg: ExperimentConfig, run_dir: Path, valid: Examples) -> str:
-    """What part of the held-out data the last evaluation was made on."""
-    count, limit = len(valid), cfg.train.eval_batches
-    if limit is not None:
-        count = len(eval_index(count, limit * cfg.data.batch_size))
-    if count == len(valid):
-        return f"over all {count:,} windows"
-    return (
-        f"over {count:,} of {len(valid):,} windows, spread evenly; "
-        f"`xlstm-jax evaluate {run_dir}` measures all"
-    )
+def _default_run_dir(config: Path) -> Path:
+    if config.is_dir():
+        return config
+    return config.parent if config.suffix == ".json" else Path("runs", config.stem)
 
 
 def _show_sample(cfg: ExperimentConfig, result: FitResult, windows: Windows) -> None:

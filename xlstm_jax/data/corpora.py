@@ -55,18 +55,13 @@ def unicode() -> Iterator[Document]:
 def texts() -> Iterator[Document]:
     """What else there is to read: the licence, help, news and credits, a poem: 0.2 MB."""
     for document in read_folder(_folder(), ["*.txt", "*.html", "*.rst"], skip=_SKIP):
-        yield from _pieces(document)
+        # In parts of 50 lines: these are too few files to give every split some.
+        lines = document.data.splitlines(keepends=True)
+        for start in range(0, len(lines), 50):
+            yield Document(f"{document.name}:{start + 1}", b"".join(lines[start : start + 50]))
     poem = _folder() / "this.py"  # importing it would print it
     if poem.is_file() and (cipher := re.search(r'"""(.*?)"""', poem.read_text(), re.DOTALL)):
         yield Document("this", codecs.decode(cipher[1], "rot13").encode())
-
-
-def _pieces(document: Document, num_lines: int = 50) -> Iterator[Document]:
-    """A long text in parts: these are too few files to give every split some."""
-    lines = document.data.splitlines(keepends=True)
-    for start in range(0, len(lines), num_lines):
-        part = b"".join(lines[start : start + num_lines])
-        yield Document(f"{document.name}:{start + 1}", part)
 
 
 # The order in which they stand in for the first where an installation lacks it.

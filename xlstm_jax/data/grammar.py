@@ -26,13 +26,12 @@ Draw = Callable[[Sequence[str]], str]  # picks one
 @functools.cache
 def documents() -> tuple[Document, ...]:
     """All documents, 0.4 MB together."""
-    return tuple(_document(number) for number in range(_NUM_DOCUMENTS))
-
-
-def _document(number: int) -> Document:
-    draw = _draws(number)
-    sentences = (_sentence(draw) for _ in range(_NUM_SENTENCES))
-    return Document(f"{number:03d}", "\n".join(sentences).encode() + b"\n")
+    texts = []
+    for number in range(_NUM_DOCUMENTS):
+        draw = _draws(number)
+        sentences = (_sentence(draw) for _ in range(_NUM_SENTENCES))
+        texts.append(Document(f"{number:03d}", "\n".join(sentences).encode() + b"\n"))
+    return tuple(texts)
 
 
 def _draws(number: int) -> Draw:
@@ -49,7 +48,8 @@ def _draws(number: int) -> Draw:
 
 def _sentence(draw: Draw) -> str:
     if draw("aab") == "b":
-        return _sum(draw)
+        a, b = int(draw("123456789") + draw("0123456789")), int(draw("0123456789"))
+        return f"{a} + {b} = {a + b}, and {a} - {b} = {a - b}."
     clauses = _clause(draw)
     if draw("ab") == "b":
         clauses += f" {draw(_JOINTS)} {_clause(draw)}"
@@ -58,23 +58,15 @@ def _sentence(draw: Draw) -> str:
 
 def _clause(draw: Draw) -> str:
     plural = draw("ab") == "b"
-    verb = draw(_VERBS) if plural else _third_person(draw(_VERBS))
+    verb = draw(_VERBS)
+    if not plural:
+        third_person = {"carry": "carries", "watch": "watches"}
+        verb = third_person.get(verb, verb + "s")
     aside = f" ({draw(_PLACES)})" if draw("aaab") == "b" else ""
-    return f"{_noun(draw, plural)}{aside} {verb} {_noun(draw, draw('ab') == 'b')}"
+    return f"{_noun(draw, plural=plural)}{aside} {verb} {_noun(draw, plural=draw('ab') == 'b')}"
 
 
-def _third_person(verb: str) -> str:
-    if verb.endswith("ry"):
-        return verb[:-1] + "ies"
-    return verb + ("es" if verb.endswith("ch") else "s")
-
-
-def _noun(draw: Draw, plural: bool) -> str:
+def _noun(draw: Draw, *, plural: bool) -> str:
     noun = draw(_NOUNS) + ("s" if plural else "")
     article = draw(("the", "some" if plural else "every"))
     return f"{article} {draw(_ADJECTIVES)} {noun}" if draw("ab") == "b" else f"{article} {noun}"
-
-
-def _sum(draw: Draw) -> str:
-    a, b = int(draw("123456789") + draw("0123456789")), int(draw("0123456789"))
-    return f"{a} + {b} = {a + b}, and {a} - {b} = {a - b}."

@@ -1,8 +1,8 @@
 """Data sets by name, and their batches by step.
 
-The batch of a step is a pure function of the step: global position step * batch_size + row lies in
-an epoch and at a place of it, and the epoch's permutation says which row of the data set stands
-there. So the position of a run in its data is one integer, valid on any number of hosts.
+The batch of a step is a pure function of the step: sequence b of it is element
+step * batch_size + b of an endless stream of epochs, each a permutation of the windows. So the
+position of a run in its data is one integer, valid on any number of hosts.
 """
 
 import functools
@@ -14,12 +14,13 @@ import numpy as np
 from jaxtyping import Int64
 
 from xlstm_jax.config import ConfigError
-from xlstm_jax.data import corpora, hashing, packing, readers, tokenizers
+from xlstm_jax.data import corpora, hashing, readers, tokenizers
 from xlstm_jax.data.batch import Batch, Examples, fill_up
 from xlstm_jax.data.config import SPLITS, DataConfig, Split
 from xlstm_jax.data.prefetch import BatchIterator
-from xlstm_jax.data.synthetic import Samples, parity
-from xlstm_jax.data.windows import Windows
+from xlstm_jax.data.synthetic import parity
+from xlstm_jax.data.synthetic.samples import Samples
+from xlstm_jax.data.windows import Windows, concatenate
 
 
 def _windows(corpus: readers.Corpus, cfg: DataConfig, split: Split) -> Windows:
@@ -30,7 +31,7 @@ def _windows(corpus: readers.Corpus, cfg: DataConfig, split: Split) -> Windows:
             "none of its files falls there; add files, or sort them into train/, valid/ and test/."
         )
     tokenizer = tokenizers.get(cfg.tokenizer)
-    tokens = packing.concatenate(corpus.documents[split], tokenizer)
+    tokens = concatenate(corpus.documents[split], tokenizer)
     description = corpus.describe() | {
         "split": split,
         "tokenizer": tokenizer.name,
@@ -47,12 +48,12 @@ def _corpus(cfg: DataConfig, split: Split) -> Windows:
 # Every source that goes by a name; anything else is a path.
 DATASETS: dict[str, Callable[[DataConfig, Split], Examples]] = {
     **dict.fromkeys(corpora.CORPORA, _corpus),
-    "parity": functools.partial(Samples, parity.samples_at, parity.VOCAB_SIZE),
+    "parity": functools.partial(Samples, parity.task, parity.VOCAB_SIZE),
 }
 
 
 def load(cfg: DataConfig, split: Split) -> Examples:
-    """The rows of one split: `Windows` for text, `Samples` for a synthetic task.
+    """One split: `Windows` for text, `Samples` for a synthetic task.
 
     Raises:
         ConfigError: the source is not known or not there, or it has nothing for this split.
@@ -73,10 +74,10 @@ def load(cfg: DataConfig, split: Split) -> Examples:
 def batch_at(
     examples: Examples, cfg: DataConfig, step: int, *, host_index: int = 0, host_count: int = 1
 ) -> Batch:
-    """The rows that step `step` trains on; with several hosts, this host's block of them.
+    """The sequences that step `step` trains on; with several hosts, this host's block of them.
 
-    Every epoch holds every row once, in an order of its own from (seed, epoch). A batch that
-    reaches the end of one goes on with the next, so no row is dropped.
+    Every epoch has every window once, in an order of its own from (seed, epoch). A batch that
+    reaches the end of one continues with the next, so no window is dropped.
 
     Raises:
         ConfigError: the batch is larger than the data, or hosts cannot share it evenly.
@@ -90,7 +91,11 @@ def batch_at(
         )
     rows = _host_rows(cfg, host_index, host_count)
     position = step * cfg.batch_size + np.arange(rows.start, rows.stop, dtype=np.int64)
-    return examples.batch(_rows_at(examples, cfg, position))
+    epoch, place = np.divmod(position, len(examples))
+    if not examples.shuffle:
+        return examples.batch(place)
+    keys = hashing.fold(hashing.key(cfg.seed), epoch.astype(np.uint64))
+    return examples.batch(hashing.permute(place, len(examples), keys))
 
 
 def _host_rows(cfg: DataConfig, host_index: int, host_count: int) -> range:
@@ -107,17 +112,6 @@ def _host_rows(cfg: DataConfig, host_index: int, host_count: int) -> range:
         )
     share = cfg.batch_size // host_count
     return range(host_index * share, (host_index + 1) * share)
-
-
-def _rows_at(
-    examples: Examples, cfg: DataConfig, position: Int64[np.ndarray, "B"]
-) -> Int64[np.ndarray, "B"]:
-    """Which row of the data set stands at each position of the endless stream of epochs."""
-    epoch, place = np.divmod(position, len(examples))
-    if not examples.shuffle:
-        return place
-    keys = hashing.fold(hashing.key(cfg.seed), epoch.astype(np.uint64))
-    return hashing.permute(place, len(examples), keys)
 
 
 def batches(

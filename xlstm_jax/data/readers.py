@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,14 +36,12 @@ class Corpus(NamedTuple):
             for document in documents:
                 content = hashlib.sha256(document.data).hexdigest()
                 digest.update(f"{split} {content} {document.name}\n".encode())
+        data = {split: [d.data for d in docs] for split, docs in self.documents.items()}
         return {
             "source": self.name,
             "sha256": digest.hexdigest(),
-            "num_documents": {split: len(docs) for split, docs in self.documents.items()},
-            "num_bytes": {
-                split: sum(len(document.data) for document in docs)
-                for split, docs in self.documents.items()
-            },
+            "num_documents": {split: len(texts) for split, texts in data.items()},
+            "num_bytes": {split: sum(map(len, texts)) for split, texts in data.items()},
         }
 
 
@@ -85,37 +84,31 @@ def split_by_hash(name: str, documents: Iterable[Document]) -> Corpus:
 def read_path(source: str, pattern: str) -> Corpus:
     """The text at a path of the user's.
 
-    A folder with train/, valid/ and test/ is taken as it is cut, any other folder is split by
-    `split_of`, and a single file is cut in its order, 90/5/5, at the ends of lines.
+    A folder with train/, valid/ and test/ is read as it is, any other folder is split by
+    `split_of`, and a single file in its order, 90/5/5, at the ends of lines.
 
     Raises:
         ConfigError: nothing to read there; names the expected layout.
     """
     path = Path(source).expanduser()
     if path.is_file():
-        corpus = Corpus(source, _cut(path.name, path.read_bytes()))
-    elif all((path / split).is_dir() for split in SPLITS):
-        parts: dict[Split, list[Document]] = {
-            split: list(read_folder(path / split, [pattern])) for split in SPLITS
+        data = path.read_bytes()
+        bounds = [0]
+        for percent in (90, 95):
+            end = data.find(b"\n", len(data) * percent // 100)
+            bounds.append(len(data) if end < 0 else end + 1)
+        parts = [data[start:stop] for start, stop in pairwise([*bounds, len(data)])]
+        documents: dict[Split, list[Document]] = {
+            split: [Document(f"{path.name}:{split}", part)] if part else []
+            for split, part in zip(SPLITS, parts, strict=True)
         }
-        corpus = Corpus(source, parts)
+        corpus = Corpus(source, documents)
+    elif all((path / split).is_dir() for split in SPLITS):
+        documents = {split: list(read_folder(path / split, [pattern])) for split in SPLITS}
+        corpus = Corpus(source, documents)
     else:
         corpus = split_by_hash(source, read_folder(path, [pattern]))
     if not any(corpus.documents.values()):
         layout = LAYOUT.format(pattern=pattern)
         raise ConfigError(f"data.source={source!r} holds no text; it must be {layout}.")
     return corpus
-
-
-def _cut(name: str, data: bytes) -> dict[Split, list[Document]]:
-    """One text cut into three by its length, each cut moved on to the end of its line."""
-    cuts = [0]
-    for percent in (90, 95):
-        end = data.find(b"\n", len(data) * percent // 100)
-        cuts.append(len(data) if end < 0 else end + 1)
-    cuts.append(len(data))
-    parts = (data[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False))
-    return {
-        split: [Document(f"{name}:{split}", part)] if part else []
-        for split, part in zip(SPLITS, parts, strict=True)
-    }

@@ -1,29 +1,45 @@
-"""Rows of a text by index."""
+"""Documents to one array of tokens, and windows of it by index."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, UInt
+from jaxtyping import Int64, UInt
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data.batch import Batch
+from xlstm_jax.data.readers import Document
 from xlstm_jax.data.tokenizers import Tokenizer
+
+
+def concatenate(documents: Iterable[Document], tokenizer: Tokenizer) -> UInt[np.ndarray, "N"]:
+    """All documents one after the other, each closed by the end-of-document token.
+
+    That token belongs to the document it closes: a model is asked for it there, and what follows
+    it is another document, of which it must know nothing.
+    """
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    end = np.array([tokenizer.eos_id], dtype)
+    parts = [np.empty(0, dtype)]
+    for document in documents:
+        parts += tokenizer.encode(document.data).astype(dtype, copy=False), end
+    return np.concatenate(parts)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
-    """A text cut into windows of T + 1 tokens, the last token of one being the first of the next.
+    """A text in windows of T + 1 tokens, the last token of one being the first of the next.
 
     So every token but the first of the text is the target of exactly one window. The last window
-    is filled up with padding; nothing is dropped.
+    is padded; nothing is dropped.
 
-    Within a row, documents are numbered from 1 (`segment_ids`). A target counts (weight 1) where it
-    lies in the same document as its input: the token that closes a document counts, the first
+    Within a window, documents are numbered from 1 (`segment_ids`). A target counts (weight 1) where
+    it lies in the same document as its input: the token that closes a document counts, the first
     token of the next one does not, as nothing of its own document stands before it.
     """
 
-    tokens: UInt[np.ndarray, "N"]  # closed documents, see `packing.concatenate`
+    tokens: UInt[np.ndarray, "N"]  # closed documents, see `concatenate`
     seq_len: int  # T
     tokenizer: Tokenizer
     description: dict[str, Any]
@@ -59,17 +75,21 @@ class Windows:
         """Windows in the text."""
         return -(-(len(self.tokens) - 1) // self.seq_len)
 
-    def window(self, i: int) -> Int32[np.ndarray, "window"]:
-        """The T + 1 tokens of window i; the last window repeats its final token."""
-        return self._gather(np.array([i], np.int64))[0][0]
-
     def batch(self, index: Int64[np.ndarray, "B"]) -> Batch:
-        """The windows with these numbers as rows: a pure function of them.
+        """The windows with these numbers; the last window repeats its final token as padding.
 
         Raises:
             ConfigError: a number is not one of a window.
         """
-        tokens, inside = self._gather(index)
+        strange = index[(index < 0) | (index >= len(self))]
+        if strange.size:
+            raise ConfigError(
+                f"window numbers must lie in 0..{len(self) - 1} for this text, got {strange[0]}; "
+                "a run that counts on more has been given another text than it began with."
+            )
+        place = index[:, None] * self.seq_len + np.arange(self.seq_len + 1)
+        inside = place < len(self.tokens)
+        tokens = self.tokens[np.minimum(place, len(self.tokens) - 1)].astype(np.int32)
         closes = tokens == self.tokenizer.eos_id
         segment = (1 + np.cumsum(closes, axis=1) - closes) * inside
         counts = inside[:, 1:] & (segment[:, 1:] == segment[:, :-1])
@@ -80,17 +100,3 @@ class Windows:
             weights=counts.astype(np.float32),
             index=index,
         )
-
-    def _gather(
-        self, index: Int64[np.ndarray, "B"]
-    ) -> tuple[Int32[np.ndarray, "B window"], Bool[np.ndarray, "B window"]]:
-        """Tokens of the windows, and which of them lie inside the text."""
-        strange = index[(index < 0) | (index >= len(self))]
-        if strange.size:
-            raise ConfigError(
-                f"window numbers must lie in 0..{len(self) - 1} for this text, got {strange[0]}; "
-                "a run that counts on more has been given another text than it began with."
-            )
-        place = index[:, None] * self.seq_len + np.arange(self.seq_len + 1)
-        inside = place < len(self.tokens)
-        return self.tokens[np.minimum(place, len(self.tokens) - 1)].astype(np.int32), inside

@@ -11,7 +11,8 @@ from xlstm_jax.data.batch import Batch, Examples
 from xlstm_jax.data.config import DataConfig
 from xlstm_jax.data.loader import eval_batches
 from xlstm_jax.modules.lm import LM
-from xlstm_jax.train.losses import HeldOut, held_out_sums
+from xlstm_jax.ops.cross_entropy import CrossEntropy
+from xlstm_jax.train.losses import HeldOut, token_sums
 
 
 class Perplexity(NamedTuple):
@@ -49,7 +50,9 @@ def perplexity(
     return Perplexity(total.nats_per_token, total.bits_per_byte, total.num_tokens)
 
 
-_sums = jax.jit(held_out_sums, static_argnames=("model", "document_resets"))
+@functools.partial(jax.jit, static_argnames=("model", "document_resets"))
+def _sums(model: LM, params: Any, batch: Batch, *, document_resets: bool) -> CrossEntropy:
+    return token_sums(model, params, batch, document_resets=document_resets)[0]
 
 
 def batches(windows: Examples, batch_size: int, max_batches: int | None) -> Iterator[Batch]:

@@ -16,7 +16,7 @@ from xlstm_jax.data.batch import Batch, Examples
 from xlstm_jax.evaluate.perplexity import batches
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.ops.cross_entropy import CrossEntropy
-from xlstm_jax.train.losses import documents, token_sums
+from xlstm_jax.train.losses import token_sums
 
 PIECE = 1024  # positions in one pass: what bounds the memory, whatever the window
 
@@ -78,18 +78,7 @@ def _read(
     if document_resets:
         # The model sees documents change inside a piece; a change at its edge is seen here.
         same = batch.segment_ids[:, 0] == before
-        state = jax.tree.map(lambda leaf: jnp.where(_like_leaf(same, leaf), leaf, 0), state)
-    hidden, state = model.apply(
-        {"params": params},
-        batch.inputs,
-        state=state,
-        segment_ids=documents(batch) if document_resets else None,
-        has_padding=False,
-        head=False,
-    )
-    return token_sums(model, params, hidden, batch), state
-
-
-def _like_leaf(same: jax.Array, leaf: jax.Array) -> jax.Array:
-    """`same`, one value per sequence, shaped to select in a leaf with axes layers, B, ..."""
-    return same.reshape((1, -1) + (1,) * (leaf.ndim - 2))
+        state = jax.tree.map(  # leaves have the axes layers, B, ...
+            lambda leaf: jnp.where(same.reshape((1, -1) + (1,) * (leaf.ndim - 2)), leaf, 0), state
+        )
+    return token_sums(model, params, batch, document_resets=document_resets, state=state)

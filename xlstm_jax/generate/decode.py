@@ -58,22 +58,21 @@ def generate(
 ) -> Generation:
     """Answers to prompts of any lengths, in one batch.
 
-    A row's answer does not depend on its neighbours: short prompts are padded with positions that
-    leave the state untouched, and each row draws from a key of its own.
+    An answer does not depend on the other prompts: short prompts are padded with positions that
+    leave the state untouched, and each answer is drawn from a key of its own.
 
     Args:
-        prompts: token ids, at least one per row.
-        sampler: `greedy`, a `Sampler`, or any hashable (logits, key, seen) -> token for one row.
-        key: row i draws from `fold_in(key, i)`; or B keys, one for each row. Not used by `greedy`.
-        state: memory to start from, as `Generation.state` or `model.apply` gave it; else empty.
-        stop: token ids that end a row.
+        prompts: token ids, at least one per prompt.
+        sampler: `greedy`, a `Sampler`, or any hashable (logits, key, seen) -> token, without batch.
+        key: answer i draws from `fold_in(key, i)`; or B keys, one each. Not used by `greedy`.
+        state: to start from, as `Generation.state` or `model.apply` gave it; None: the initial one.
+        stop: token ids that end an answer.
 
     Raises:
-        ConfigError: an argument that no answer can be made from; says which.
+        ConfigError: names the argument that no answer can be made from.
     """
     options: dict[str, Any] = dict(sampler=sampler, key=key, state=state, stop=stop)
-    pieces = stream(model, variables, prompts, max_new_tokens=max_new_tokens, **options)
-    return next(pieces)
+    return next(stream(model, variables, prompts, max_new_tokens=max_new_tokens, **options))
 
 
 def stream(
@@ -88,13 +87,19 @@ def stream(
     state: State | None = None,
     stop: Sequence[int] = (),
 ) -> Iterator[Generation]:
-    """The same answers `piece` tokens at a time, each with the state after it.
-
-    Args and errors: those of `generate`; `piece=None` is one piece.
-    """
+    """As `generate`, `piece` tokens at a time (None: all), each piece with the state after it."""
     piece = max_new_tokens if piece is None else piece
-    _check(model, prompts, max_new_tokens, piece, sampler, key, state)
-    keys = _row_keys(key, len(prompts))
+    if max_new_tokens < 0 or piece < min(1, max_new_tokens):
+        raise ConfigError(
+            "max_new_tokens must be at least 0 and piece at least 1, "
+            f"got {max_new_tokens} and {piece}."
+        )
+    if key is None and sampler is not greedy:
+        raise ConfigError(
+            "key must be given for a sampler that draws at random, got None; "
+            "pass jax.random.key(seed), or sampler=greedy."
+        )
+    keys = _row_keys(jax.random.key(0) if key is None else key, len(prompts))
     cursor = prefill(model, variables, prompts, state)
     decode = functools.partial(
         _decode,
@@ -106,19 +111,19 @@ def stream(
         # A power of two, so that few sizes of the token buffer are ever compiled.
         capacity=_power_of_two(piece),
     )
-    return _pieces(decode, cursor, max_new_tokens, piece)
 
+    def pieces(cursor: _Cursor) -> Iterator[Generation]:
+        made = 0
+        while True:
+            before = cursor.length
+            cursor, tokens = decode(cursor, limit=min(piece, max_new_tokens - made))
+            rows = zip(np.asarray(tokens).tolist(), np.asarray(cursor.length - before), strict=True)
+            yield Generation([row[:length] for row, length in rows], cursor.state)
+            made += piece
+            if made >= max_new_tokens or bool(cursor.done.all()):
+                return
 
-def _pieces(decode, cursor: _Cursor, max_new_tokens: int, piece: int) -> Iterator[Generation]:
-    made = 0
-    while True:
-        before = cursor.length
-        cursor, tokens = decode(cursor, limit=min(piece, max_new_tokens - made))
-        rows = zip(np.asarray(tokens).tolist(), np.asarray(cursor.length - before), strict=True)
-        yield Generation([row[:length] for row, length in rows], cursor.state)
-        made += piece
-        if made >= max_new_tokens or bool(cursor.done.all()):
-            return
+    return pieces(cursor)
 
 
 def _power_of_two(size: int) -> int:
@@ -131,23 +136,31 @@ def prefill(
 ) -> _Cursor:
     """Reads the prompts in chunkwise passes.
 
-    Rows are padded on the right, so that a row meets the same chunk boundaries in any company.
+    They are padded on the right, so that a prompt meets the same chunk boundaries in any company.
     """
     batch_size, vocab_size = len(prompts), model.cfg.vocab_size
-    state = model.init_state(batch_size) if state is None else state
-    logits = jnp.zeros((batch_size, vocab_size), jnp.float32)
-    seen = np.zeros((batch_size, vocab_size), bool)
+    _check_prompts(prompts, vocab_size)
+    shapes = jax.eval_shape(lambda: model.init_state(batch_size))
+    if state is None:
+        state = model.init_state(batch_size)
+    elif jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, shapes):
+        raise ConfigError(
+            f"state must be a state of this model for {batch_size} prompts, got one of other "
+            "shapes; give as many prompts as the state has sequences."
+        )
     lengths = np.array([len(prompt) for prompt in prompts])
     start, total = 0, int(lengths.max())
+    tokens = np.zeros((batch_size, total + PREFILL), np.int32)
+    seen = np.zeros((batch_size, vocab_size), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+        seen[row, tokens[row, : len(prompt)]] = True
+    mask = np.arange(tokens.shape[1]) < lengths[:, None]
+    logits = jnp.zeros((batch_size, vocab_size), jnp.float32)
     while start < total:
         width = min(PREFILL, max(LEAST_PREFILL, _power_of_two(total - start)))
-        tokens = np.zeros((batch_size, width), np.int32)
-        mask = start + np.arange(width)[None, :] < lengths[:, None]
-        for row, prompt in enumerate(prompts):
-            part = np.asarray(prompt[start : start + width], np.int32)
-            tokens[row, : len(part)] = part
-            seen[row, part] = True
-        logits, state = _read(model, variables, tokens, mask, state, logits)
+        now = np.s_[:, start : start + width]
+        logits, state = _read(model, variables, tokens[now], mask[now], state, logits)
         start += width
     return _Cursor(
         state=state,
@@ -199,7 +212,7 @@ def _decode(
     def body(carry):
         turn, cursor, tokens = carry
         active = ~cursor.done
-        # Folding in the length makes a row's draws independent of when its neighbours stop.
+        # Folding in the length makes a row's draws independent of when its neighbors stop.
         draws = jax.vmap(jax.random.fold_in)(keys, cursor.length)
         token = jax.vmap(sampler)(cursor.logits, draws, cursor.seen).astype(jnp.int32)
         logits, state = model.apply(
@@ -221,23 +234,21 @@ def _decode(
     return cursor, tokens
 
 
-def _row_keys(key: AnyKey | None, batch_size: int) -> Key[Array, "B"]:
-    given = jax.random.key(0) if key is None else jnp.asarray(key)
-    if not jnp.issubdtype(given.dtype, jax.dtypes.prng_key):
-        given = jax.random.wrap_key_data(given)
-    if given.ndim == 0:
-        return jax.vmap(jax.random.fold_in, (None, 0))(given, jnp.arange(batch_size))
-    if given.shape != (batch_size,):
+def _row_keys(key: AnyKey, batch_size: int) -> Key[Array, "B"]:
+    key = jnp.asarray(key)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size))
+    if key.shape != (batch_size,):
         raise ConfigError(
-            f"key must be one key or one for each of {batch_size} prompts, got {given.shape}; "
+            f"key must be one key or one for each of {batch_size} prompts, got {key.shape}; "
             "give a single key to have it split."
         )
-    return given
+    return key
 
 
-def _check(model, prompts, max_new_tokens, piece, sampler, key, state) -> None:
-    """Raises a ConfigError for what would otherwise fail late, or give an answer to nothing."""
-    vocab_size = model.cfg.vocab_size
+def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     if not prompts:
         raise ConfigError("prompts must hold at least one list of token ids, got none.")
     for row, prompt in enumerate(prompts):
@@ -251,28 +262,3 @@ def _check(model, prompts, max_new_tokens, piece, sampler, key, state) -> None:
                 f"prompts[{row}] must hold token ids in 0..{vocab_size - 1}, got {min(prompt)} to "
                 f"{max(prompt)}; encode it with the tokenizer the model was trained with."
             )
-    if max_new_tokens < 0 or piece < min(1, max_new_tokens):
-        raise ConfigError(
-            "max_new_tokens must be at least 0 and piece at least 1, "
-            f"got {max_new_tokens} and {piece}."
-        )
-    if key is None and sampler is not greedy:
-        raise ConfigError(
-            "key must be given for a sampler that draws at random, got None; "
-            "pass jax.random.key(seed), or sampler=greedy."
-        )
-    if state is not None:
-        _check_state(model, state, len(prompts))
-
-
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.shape, tree)
-
-
-def _check_state(model: LM, state: State, batch_size: int) -> None:
-    wanted = jax.eval_shape(lambda: model.init_state(batch_size))
-    if _shapes(state) != _shapes(wanted):
-        raise ConfigError(
-            f"state must be the memory of this model for {batch_size} prompts, got one of other "
-            "shapes; give as many prompts as the state has rows."
-        )

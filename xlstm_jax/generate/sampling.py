@@ -7,6 +7,7 @@ for one row of a batch: (logits, key, seen) -> token.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def temperature(logits: Float[Array, "*B vocab"], value: float) -> Float[Array, 
 def top_k(logits: Float[Array, "*B vocab"], k: int) -> Float[Array, "*B vocab"]:
     """Keeps the k most likely tokens, and what ties with the last of them."""
     largest, _ = jax.lax.top_k(logits, min(k, logits.shape[-1]))
-    return _keep(logits, logits >= largest[..., -1:])
+    return jnp.where(logits >= largest[..., -1:], logits, -jnp.inf)
 
 
 def top_p(logits: Float[Array, "*B vocab"], p: float) -> Float[Array, "*B vocab"]:
@@ -36,7 +37,7 @@ def top_p(logits: Float[Array, "*B vocab"], p: float) -> Float[Array, "*B vocab"
     # A token is needed while those before it hold less than p; the first one always is.
     needed = jnp.cumsum(probabilities, axis=-1) - probabilities < p
     least = jnp.min(descending, axis=-1, keepdims=True, where=needed, initial=jnp.inf)
-    return _keep(logits, logits >= least)
+    return jnp.where(logits >= least, logits, -jnp.inf)
 
 
 def min_p(logits: Float[Array, "*B vocab"], p: float) -> Float[Array, "*B vocab"]:
@@ -45,7 +46,7 @@ def min_p(logits: Float[Array, "*B vocab"], p: float) -> Float[Array, "*B vocab"
     Source: Nguyen et al. 2024, arXiv:2407.01082, section 3.
     """
     largest = jnp.max(logits, axis=-1, keepdims=True)
-    return _keep(logits, logits >= largest + math.log(p))
+    return jnp.where(logits >= largest + math.log(p), logits, -jnp.inf)
 
 
 def repetition_penalty(
@@ -84,13 +85,8 @@ class Sampler:
     min_p: float | None = None
 
     def __post_init__(self):
-        for name, most in (
-            ("repetition_penalty", math.inf),
-            ("temperature", math.inf),
-            ("top_k", math.inf),
-            ("top_p", 1),
-            ("min_p", 1),
-        ):
+        for name in ("repetition_penalty", "temperature", "top_k", "top_p", "min_p"):
+            most = 1 if name in ("top_p", "min_p") else math.inf
             value = getattr(self, name)
             if value is not None and not 0 < value <= most:
                 demand = "above 0" if most == math.inf else f"above 0 and at most {most}"
@@ -111,16 +107,8 @@ class Sampler:
         if self.never:
             logits = logits.at[..., jnp.array(self.never)].set(-jnp.inf)
         logits = temperature(logits, self.temperature)
-        if self.top_k is not None:
-            logits = top_k(logits, self.top_k)
-        if self.top_p is not None:
-            logits = top_p(logits, self.top_p)
-        if self.min_p is not None:
-            logits = min_p(logits, self.min_p)
+        filters: Any = (top_k, self.top_k), (top_p, self.top_p), (min_p, self.min_p)
+        for keep, value in filters:
+            if value is not None:
+                logits = keep(logits, value)
         return jax.random.categorical(key, logits)
-
-
-def _keep(
-    logits: Float[Array, "*B vocab"], kept: Bool[Array, "*B vocab"]
-) -> Float[Array, "*B vocab"]:
-    return jnp.where(kept, logits, -jnp.inf)

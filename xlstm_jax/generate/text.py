@@ -7,7 +7,7 @@ from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.generate import decode
 from xlstm_jax.modules.lm import LM
 
-PIECE = 8  # tokens between two looks at the answer: few enough to seem alive, many to be fast
+PIECE = 8  # tokens between two updates of the answer: few to be responsive, many to be fast
 
 
 def stream_text(
@@ -34,24 +34,20 @@ def stream_text(
 
 
 def _parts(pieces, tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
-    made: list[int] = []
+    tokens: list[int] = []
     said = 0
     for piece in pieces:
-        made += piece.tokens[0]
-        text = tokenizer.decode(made)
-        ends = [place for place in map(text.find, stop) if place >= 0]
+        tokens += piece.tokens[0]
+        text = tokenizer.decode(tokens)
+        ends = [end for end in map(text.find, stop) if end >= 0]
         if ends:
             yield text[said : min(ends)]
             return
-        settled = len(text) - _unsettled(text, stop)
+        # Later tokens may complete what ends the text: half a character, or half a stop text.
+        partial = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        begun = (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))
+        settled = len(text) - max(partial, *begun, 0)
         if settled > said:
             yield text[said:settled]
             said = settled
-    yield tokenizer.decode(made)[said:]
-
-
-def _unsettled(text: str, stop: Sequence[str]) -> int:
-    """Characters at the end that later tokens may change: half a character, half a stop text."""
-    torn = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
-    begun = (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))
-    return max(torn, max(begun, default=0))
+    yield tokenizer.decode(tokens)[said:]

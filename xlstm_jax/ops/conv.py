@@ -39,7 +39,6 @@ def causal_conv(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    B, T, F = x.shape if x.ndim == 3 else (0, 0, 0)
     depthwise = kernel.ndim == 2
     sizes = check_shapes(
         "causal_conv",
@@ -52,7 +51,7 @@ def causal_conv(
         },
     )
     check_length("causal_conv", sizes)
-    W = sizes["W"]
+    B, T, F, W = (sizes[axis] for axis in "BTFW")
     if state is None:
         state = jnp.zeros((B, W - 1, F), x.dtype)
     check_shapes("causal_conv", {"state": (state, f"{B} {W - 1} {F}")})
@@ -66,17 +65,10 @@ def causal_conv(
         before, after = _states_around(x, state, flags, time_axes)
         return _local(x, kernel, bias, before, flags)[0], after
 
-    F = "F" if depthwise else "G"  # features that mix are not sharded
-    axes = (
-        f"B T {F}",
-        "W F" if depthwise else "W G J",
-        F,
-        f"B W {F}",
-        FLAG_AXES,
-    )
-    lengths = {"B": B, "T": T} | ({"F": sizes["F"]} if depthwise else {})
-    args = (x, kernel, bias, state, flags)
-    return map_shards(local, args, axes, (f"B T {F}", f"B W {F}"), lengths)
+    axes = ("B T F", "W F" if depthwise else "W F J", "F", "B W F", FLAG_AXES)
+    # Features that mix are not sharded.
+    lengths = {"B": B, "T": T, "F": F} if depthwise else {"B": B, "T": T}
+    return map_shards(local, (x, kernel, bias, state, flags), axes, ("B T F", "B W F"), lengths)
 
 
 def _local(x, kernel, bias, state, flags: Flags):
@@ -93,8 +85,8 @@ def _local(x, kernel, bias, state, flags: Flags):
 def _pack(x: jax.Array, reset: jax.Array | None, mask: jax.Array):
     """x with its masked steps behind all others; the order of that; resets in this order.
 
-    A masked sequence equals the sequence without those positions: convolve it packed, then restore
-    the order. The order of a stable sort of "is masked" does that.
+    A masked sequence equals the sequence without those positions: it is convolved in this order, a
+    stable sort of "is masked", which is then undone.
     """
     order = jnp.argsort(~mask, axis=1, stable=True)
     packed = _reorder(x, order, mask)

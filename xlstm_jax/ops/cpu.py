@@ -73,10 +73,6 @@ def product(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
     return jnp.dot(x, kernel, preferred_element_type=dtype)
 
 
-def _product_forward(x, kernel, dtype):
-    return product(x, kernel, dtype), (x, kernel)
-
-
 def _product_backward(dtype, residuals, dy):
     x, kernel = residuals
     dy = jax.lax.optimization_barrier(dy.astype(x.dtype)).reshape(-1, dy.shape[-1])
@@ -84,7 +80,7 @@ def _product_backward(dtype, residuals, dy):
     return dx.reshape(x.shape), _weight_gradient(x.reshape(-1, x.shape[-1]), dy)
 
 
-product.defvjp(_product_forward, _product_backward)
+product.defvjp(lambda x, kernel, dtype: (product(x, kernel, dtype), (x, kernel)), _product_backward)
 
 _NARROW, _SUMS = 16, 16
 
@@ -117,26 +113,20 @@ def grouped_product(
     return materialize(y)
 
 
-def _grouped_forward(x, kernel):
-    return grouped_product(x, kernel), (x, kernel)
-
-
 def _grouped_backward(residuals, dy):
     x, kernel = residuals
     dy = materialize(dy)
     return grouped_product(dy, jnp.swapaxes(kernel, 1, 2)), _sum_of_outer_products(x, dy)
 
 
-grouped_product.defvjp(_grouped_forward, _grouped_backward)
-
-_ROWS_AT_ONCE = 16
+grouped_product.defvjp(lambda *inputs: (grouped_product(*inputs), inputs), _grouped_backward)
 
 
 def _sum_of_outer_products(
     x: Float[Array, "N P I"], dy: Float[Array, "N P O"]
 ) -> Float[Array, "P I O"]:
-    """sum over n of x[n] dy[n]', group by group: the sum stays in registers for some rows."""
-    rows = _ROWS_AT_ONCE
+    """sum over n of x[n] dy[n]', group by group: the sum stays in registers for 16 rows."""
+    rows = 16
 
     def in_blocks(a):
         a = jnp.pad(a, ((0, -a.shape[0] % rows), (0, 0), (0, 0)))

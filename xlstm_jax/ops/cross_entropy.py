@@ -69,8 +69,8 @@ def cross_entropy(
     check_chunk_size("cross_entropy", chunk_size)
     chunk_size = chunk_size or max(1, CHUNK_LOGITS[dispatch.platform()] // sizes["vocab"])
     sums = functools.partial(_chunk_sums, soft_cap=soft_cap, z_loss=z_loss)
-    run = functools.partial(_sums, sums, chunk_size)
-    return sum_over_devices(run, x, kernel, targets, weights)
+    local_sums = functools.partial(_sums, sums, chunk_size)
+    return sum_over_devices(local_sums, x, kernel, targets, weights)
 
 
 def _sums(sums, chunk_size: int, x, kernel, targets, weights) -> CrossEntropy:
@@ -95,8 +95,7 @@ def _sums(sums, chunk_size: int, x, kernel, targets, weights) -> CrossEntropy:
 
 def _chunk_sums(kernel, x, targets, weights, *, soft_cap, z_loss) -> CrossEntropy:
     dtype = state_dtype(x, kernel)
-    logits = dense(x, kernel, dtype=dtype)
-    logits = apply_soft_cap(logits, soft_cap)
+    logits = apply_soft_cap(dense(x, kernel, dtype=dtype), soft_cap)
     log_norm = jax.nn.logsumexp(logits, axis=-1)
     # A product with a one-hot row, not a gather: its gradient is a product too, not a scatter.
     vocab = jnp.arange(logits.shape[-1])[None]

@@ -58,24 +58,20 @@ def refusals(table: Mapping[str, Implementation], call: Call) -> dict[str, str |
     return {name: entry.unsupported(call) for name, entry in table.items()}
 
 
-def refuses_tpu_kernel(call: Call) -> str | None:
-    """Why no TPU kernel can serve a call, whatever its sizes, or None."""
-    from pallas_kernels import common
-
-    if call.platform == "tpu" or (call.named and common.interpreter()):
-        return common.refused_dtype(call.dtype)
-    return f"it runs on a TPU, not on {call.platform!r}"
-
-
-def refuses_triton_kernel(call: Call) -> str | None:
-    """Why no Triton kernel can serve a call, whatever its sizes, or None."""
+def refuses_kernel(backend: str, call: Call) -> str | None:
+    """Why no kernel of the backend, "tpu" or "triton", supports a call of any size, or None."""
     from pallas_kernels import common, gpu
 
-    if call.named and common.interpreter():
-        return gpu.interpreter_refusal() or common.refused_dtype(call.dtype)
-    if call.platform != "gpu":
-        return f"it runs on a GPU, not on {call.platform!r}"
-    return common.refused_dtype(call.dtype) or gpu.refusal()
+    platform = "tpu" if backend == "tpu" else "gpu"
+    is_interpreted = call.named and common.interpreter()
+    if call.platform != platform and not is_interpreted:
+        return f"it runs on a {platform.upper()}, not on {call.platform!r}"
+    dtype_refusal = common.refused_dtype(call.dtype)
+    if backend == "tpu":
+        return dtype_refusal
+    if is_interpreted:
+        return gpu.interpreter_refusal() or dtype_refusal
+    return dtype_refusal or gpu.refusal()
 
 
 def platform() -> str:

@@ -22,17 +22,14 @@ def document_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
     axes = sharding_axes("T", T)
 
     def local(segment_ids):
+        id_before = jnp.zeros_like(segment_ids[:, 0])
+        has_begun = id_before > 0
         if axes:
-            return _starts(segment_ids, *previous_tokens(segment_ids, axes))
-        nothing = jnp.zeros_like(segment_ids[:, 0])
-        return _starts(segment_ids, nothing, nothing > 0)
+            id_before, has_begun = previous_tokens(segment_ids, axes)
+        before = jnp.concatenate([id_before[:, None], segment_ids[:, :-1]], axis=1)
+        begins = jnp.concatenate([has_begun[:, None], segment_ids[:, :-1] != 0], axis=1)
+        return (segment_ids != before) & (jnp.cumsum(begins, axis=1) > 0)
 
     if not axes:
         return local(segment_ids)
     return map_shards(local, (segment_ids,), ("B T",), "B T", {"B": B, "T": T})
-
-
-def _starts(segment_ids, id_before: Int[Array, "B"], has_begun: Bool[Array, "B"]):
-    before = jnp.concatenate([id_before[:, None], segment_ids[:, :-1]], axis=1)
-    begins = jnp.concatenate([has_begun[:, None], segment_ids[:, :-1] != 0], axis=1)
-    return (segment_ids != before) & (jnp.cumsum(begins, axis=1) > 0)

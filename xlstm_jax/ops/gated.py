@@ -1,6 +1,6 @@
 """What the ops `slstm` and `lstm` share: checks, and the call on a mesh."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +25,22 @@ class Inputs(NamedTuple):
     flags: Flags
 
 
-def check(op: str, inputs: Inputs) -> dispatch.Call:
-    """The static facts of a call, once its shapes fit."""
+def run(
+    op: str,
+    table: Mapping[str, dispatch.Implementation],
+    implementation: str,
+    inputs: Inputs,
+    kind: Any,
+    *,
+    reverse: bool,
+    **options: str,
+) -> tuple[Float[Array, "B T H K"], Any]:
+    """The implementation `fn(inputs, **options)` that is chosen for a call whose shapes match.
+
+    Each device computes its sequences and heads. The hidden state is fed back at every step, so no
+    shard of time can be computed before the one before it: a sequence sharded over devices is
+    all-gathered, and they compute the same. `kind` is the class of the state.
+    """
     x, r, b, state, flags = inputs
     arrays = {"x": (x, "B T 4 H K"), "r": (r, "H K 4 K"), "b": (b, "H 4 K")}
     arrays |= by_name(flags, FLAG_AXES)
@@ -38,36 +52,20 @@ def check(op: str, inputs: Inputs) -> dispatch.Call:
     # What is float64 anywhere is computed in float64.
     wide = state_dtype(x, r)
     dtype = jnp.dtype(x.dtype) if wide == jnp.float32 else wide
-    return dispatch.Call(B, T, H, K, K, dtype, dispatch.platform())
-
-
-def run(
-    fn: Callable[[Inputs], tuple[Array, Any]],
-    kind: Any,
-    call: dispatch.Call,
-    inputs: Inputs,
-    *,
-    reverse: bool,
-) -> tuple[Float[Array, "B T H K"], Any]:
-    """`fn(inputs)`, by each device for its sequences and heads; `kind` is the class of the state.
-
-    The hidden state is fed back at every step, so no shard of time can be computed before the one
-    before it: a sequence sharded over devices is all-gathered, and they compute the same.
-    """
-    dtype = state_dtype(inputs.x, inputs.r)
+    call = dispatch.Call(B, T, H, K, K, dtype, dispatch.platform())
+    chosen = dispatch.choose(op, table, implementation, call)
 
     def local(x, r, b, state, flags):
         if state is None:
-            zeros = jnp.zeros((x.shape[0], *x.shape[3:]), dtype)
+            zeros = jnp.zeros((x.shape[0], *x.shape[3:]), wide)
             state = kind(*(zeros for _ in kind._fields))
-        state = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
+        state = jax.tree.map(lambda leaf: leaf.astype(wide), state)
         if reverse:
             x, flags = flip_time((x, flags))
-        h, state = fn(Inputs(x, r, b, state, flags))
+        h, state = chosen.fn(Inputs(x, r, b, state, flags), **options)
         return flip_time(h) if reverse else h, state
 
     leaves = kind(*("B H K" for _ in kind._fields))
     axes = ("B T G H K", "H K G J", "H G K", leaves, FLAG_AXES)
-    sizes = {"B": call.B, "H": call.H}
-    h, state = map_shards(local, tuple(inputs), axes, ("B T H K", leaves), sizes)
+    h, state = map_shards(local, tuple(inputs), axes, ("B T H K", leaves), {"B": B, "H": H})
     return constrain(h, "batch", "time", "heads", None), state

@@ -1,19 +1,14 @@
 """The LSTM over a sequence."""
 
 from xlstm_jax.cells.lstm import LSTMState, lstm_scan
-from xlstm_jax.ops import dispatch, gated
+from xlstm_jax.ops import gated
 from xlstm_jax.ops.dispatch import Implementation
 from xlstm_jax.ops.flags import Flags
 from xlstm_jax.typing import Array, Bool, Float
 
-
-def _recurrent(inputs: gated.Inputs) -> tuple[Float[Array, "B T H K"], LSTMState]:
-    x, r, b, state, (reset, mask) = inputs
-    return lstm_scan(x, r, b, state, reset=reset, mask=mask)
-
-
-# Ordered: "auto" selects the first that supports the call.
-IMPLEMENTATIONS = {"recurrent": Implementation(_recurrent)}
+IMPLEMENTATIONS = {
+    "recurrent": Implementation(lambda inputs: lstm_scan(*inputs[:4], **inputs.flags._asdict()))
+}
 
 
 def lstm(
@@ -40,6 +35,4 @@ def lstm(
         NotImplementedError: the implementation does not support this call; gives the reason.
     """
     inputs = gated.Inputs(x, r, b, state, Flags(reset, mask))
-    call = gated.check("lstm", inputs)
-    chosen = dispatch.choose("lstm", IMPLEMENTATIONS, implementation, call)
-    return gated.run(chosen.fn, LSTMState, call, inputs, reverse=reverse)
+    return gated.run("lstm", IMPLEMENTATIONS, implementation, inputs, LSTMState, reverse=reverse)

@@ -64,7 +64,8 @@ class Program:
             elif current is not None:
                 found = _INSTRUCTION.match(line)
                 if found:
-                    current.append(_parse(found[1], found[2], "ROOT " in line[: found.start(1)]))
+                    is_root = "ROOT " in line[: found.start(1)]
+                    current.append(_parse(found[1], found[2], is_root=is_root))
 
     @functools.cached_property
     def times(self) -> dict[str, int]:
@@ -131,7 +132,7 @@ def _whole_lines(text: str) -> Iterator[str]:
     yield held
 
 
-def _parse(name: str, rest: str, is_root: bool) -> Instruction:
+def _parse(name: str, rest: str, *, is_root: bool) -> Instruction:
     kinds, on_chip, end = _result(rest)
     match = re.match(r"\s*([\w\-]+)\(", rest[end:])
     assert match is not None, rest[:200]

@@ -1,4 +1,4 @@
-"""Where arrays lie on a mesh: names of axes, rule tables, meshes, placement of arrays."""
+"""How arrays are sharded over a mesh: logical axes, tables of rules, meshes."""
 
 from xlstm_jax.sharding.axes import constrain, is_sharded, logical_axes, path_name
 from xlstm_jax.sharding.devices import Devices, make_devices

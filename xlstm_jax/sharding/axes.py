@@ -15,13 +15,10 @@ from jax.sharding import AxisType, PartitionSpec
 
 from xlstm_jax.sharding.rules import rules_in_use
 
-LOGICAL_AXES = ("batch", "time", "embed", "inner", "mlp", "heads", "vocab", "layers")
-"""embed: model width, where a parameter reads it; inner: heads x head size; mlp: feed-forward."""
-
 Axes = tuple[str | None, ...]
 
 _AXES: tuple[tuple[str, Axes], ...] = (
-    # Along its width only where the vocabulary does not divide.
+    # Sharded along its width only where the vocabulary does not divide.
     (r"token_embedding/embedding", ("vocab", "embed")),
     (r"lm_head/kernel", ("embed", "vocab")),
     (r"(\w*norm|norm_\w+)/(scale|scale_offset|bias)", (None,)),
@@ -81,7 +78,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     auto = _axes_of_mesh(AxisType.Auto)
     if all(size == 1 for size in auto.values()):
         return x
-    spec = partition_spec_for(x.shape, [mesh_axes_for(name) for name in names], auto)
+    spec = partition_spec_for(x.shape, map(mesh_axes_for, names), auto)
     return jax.lax.with_sharding_constraint(x, spec)
 
 

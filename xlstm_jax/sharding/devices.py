@@ -64,27 +64,27 @@ class Devices:
 
         return jax.tree.map(put, tree)
 
-    def batch(self, rows: PyTree, num_rows: int | None = None) -> PyTree:
+    def batch(self, leaves: PyTree, batch_size: int | None = None) -> PyTree:
         """A batch on the host as arrays sharded over all devices.
 
         Args:
-            rows: a tree of NumPy arrays, `B` or `B T`: the batch, or this process' share of it.
-            num_rows: the size of the whole batch; None: this is all of it.
+            leaves: NumPy arrays, `B` or `B T`: the batch, or this process' share of it.
+            batch_size: of the global batch; None: this is all of it.
         """
 
         def place(x: np.ndarray) -> jax.Array:
-            shape = (len(x) if num_rows is None else num_rows, *x.shape[1:])
+            shape = (len(x) if batch_size is None else batch_size, *x.shape[1:])
             first = 0 if len(x) == shape[0] else self.share_of_rows(shape[0]).index * len(x)
 
-            def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+            def shard(index: tuple[slice, ...] | None) -> np.ndarray:
                 assert index is not None
                 start, stop, _ = index[0].indices(shape[0])
                 return x[(slice(start - first, stop - first), *index[1:])]
 
             x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
-            return jax.make_array_from_callback(shape, self.batch_sharding(x.ndim), piece)
+            return jax.make_array_from_callback(shape, self.batch_sharding(x.ndim), shard)
 
-        return jax.tree.map(place, rows)
+        return jax.tree.map(place, leaves)
 
     def share_of_rows(self, num_rows: int) -> Share:
         """The sequences of a batch that the devices of this process need.

@@ -75,7 +75,13 @@ def init_distributed(processes: Processes | None = None) -> None:
     """
     if jax.distributed.is_initialized():
         return
-    processes = _from_environment(Processes() if processes is None else processes, os.environ)
+    processes, environ = processes or Processes(), os.environ
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    if processes.coordinator is None and all(name in environ for name in names):
+        address, count, number = (environ[name] for name in names)
+        processes = dataclasses.replace(
+            processes, coordinator=address, num_processes=int(count), process_id=int(number)
+        )
     arguments: dict[str, Any] = {}
     if processes.coordinator is not None:
         arguments = {
@@ -85,7 +91,7 @@ def init_distributed(processes: Processes | None = None) -> None:
         }
         if re.match(r"(localhost|127\.[\d.]+):", processes.coordinator):
             arguments["coordinator_bind_address"] = processes.coordinator  # no other interface
-    elif not _is_in_cluster(os.environ):
+    elif not _is_in_cluster(environ):
         return
     if processes.num_processes == 1:
         return
@@ -99,16 +105,6 @@ def init_distributed(processes: Processes | None = None) -> None:
                 f"the processes of this program cannot be connected ({reason}); give coordinator, "
                 "num_processes and process_id, with a free port of process 0."
             ) from error
-
-
-def _from_environment(processes: Processes, environ: Mapping[str, str]) -> Processes:
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    if processes.coordinator is not None or not all(name in environ for name in names):
-        return processes
-    address, count, number = (environ[name] for name in names)
-    return dataclasses.replace(
-        processes, coordinator=address, num_processes=int(count), process_id=int(number)
-    )
 
 
 def _is_in_cluster(environ: Mapping[str, str]) -> bool:

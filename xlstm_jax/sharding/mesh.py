@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from xlstm_jax.config import ConfigError
-from xlstm_jax.sharding.rules import RULES, RulesName
+from xlstm_jax.sharding.rules import RULES
 
 MESH_AXES = ("data", "fsdp", "seq", "tensor")
 
@@ -31,7 +31,7 @@ class MeshConfig:
     fsdp: int = 1  # the batch, parameters and moments
     seq: int = 1  # time: each sequence
     tensor: int = 1  # heads and features
-    rules: RulesName | Literal["auto"] = "auto"  # "auto": the least table that uses these axes
+    rules: str = "auto"  # a name in `rules.RULES`; "auto": the first table that uses these axes
     min_shard_size: int = MIN_SHARD_SIZE  # elements; smaller parameters are replicated under fsdp
     slstm_seq: Literal["gather", "refuse"] = "gather"  # time of an sLSTM, which is never sharded
 
@@ -43,6 +43,10 @@ class MeshConfig:
                     f"mesh.{name} must be at least 1, got {getattr(self, name)}; 1 shards nothing, "
                     "-1 takes the devices that the other axes leave."
                 )
+        if self.rules not in ("auto", *RULES):
+            raise ConfigError(
+                f"mesh.rules={self.rules!r} is not known; use one of: auto, {', '.join(RULES)}."
+            )
         if len(free) > 1:
             raise ConfigError(
                 f"one axis of a mesh may be -1, got {' and '.join(free)}; give all others a size."
@@ -60,9 +64,10 @@ class MeshConfig:
             sizes = {name: count // fixed if size == -1 else size for name, size in sizes.items()}
         if math.prod(sizes.values()) != count or -1 in sizes.values():
             words = ", ".join(f"{name}={size}" for name, size in sizes.items())
+            pairs = ", ".join(f"{count // n} x {n}" for n in range(1, count + 1) if count % n == 0)
             raise ConfigError(
                 f"the sizes of a mesh must multiply to {count}, the number of devices, got "
-                f"{words}; with one axis beside data, for example: {_factorisations(count)}."
+                f"{words}; with one axis beside data, for example: {pairs}."
             )
         return sizes
 
@@ -73,27 +78,22 @@ class MeshConfig:
             ConfigError: devices along an axis would all do the same.
         """
         needed = {name for name in MESH_AXES[1:] if getattr(self, name) != 1}
-        fits = {name: needed <= used_axes(name) for name in RULES}
-        if self.rules == "auto" and any(fits.values()):
-            return next(name for name, fit in fits.items() if fit)
-        if self.rules != "auto" and fits[self.rules]:
-            return self.rules
-        if not any(fits.values()):
+        used = {name: set().union(*table.values()) for name, table in RULES.items()}
+        usable = [name for name, axes in used.items() if needed <= axes]
+        if not usable:
             axes = " and ".join(sorted(needed))
             raise ConfigError(
                 f"no table of rules shards over {axes} at once; set one of them to 1."
             )
-        idle = " and ".join(sorted(needed - used_axes(self.rules)))
-        others = ", ".join(name for name, fit in fits.items() if fit)
-        raise ConfigError(
-            f"mesh.rules={self.rules!r} has no use for the axis {idle}, whose devices would all do "
-            f"the same; set it to 1, or use one of: {others}."
-        )
-
-
-def used_axes(name: str) -> set[str]:
-    """The axes of a mesh that a table of rules has a use for."""
-    return {axis for axes in RULES[name].values() for axis in axes}
+        if self.rules == "auto":
+            return usable[0]
+        if self.rules not in usable:
+            idle = " and ".join(sorted(needed - used[self.rules]))
+            raise ConfigError(
+                f"mesh.rules={self.rules!r} has no use for the axis {idle}, whose devices would "
+                f"all do the same; set it to 1, or use one of: {', '.join(usable)}."
+            )
+        return self.rules
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, seq: int = 1, tensor: int = 1) -> Mesh:
@@ -111,34 +111,33 @@ def make_mesh(data: int = -1, fsdp: int = 1, seq: int = 1, tensor: int = 1) -> M
 
 
 def mesh_of(devices: Sequence[Any], sizes: dict[str, int]) -> Mesh:
-    """These devices along the axes of a mesh, neighbours of the network along the inner axes.
+    """These devices along the axes of a mesh, neighbors in the network along the inner axes.
 
-    Several slices, which a slower network joins, lie behind each other along data, the outermost
-    axis.
+    Several TPU slices, which a slower network joins, are stacked along data, the outermost axis.
 
     Raises:
         ConfigError: data does not divide by the number of slices.
     """
     shape = tuple(sizes[name] for name in MESH_AXES)
-    # Explicit, as the default of make_mesh is another one.
-    types = (AxisType.Auto,) * len(MESH_AXES)
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(devices) == 1:
-        return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=types)
-    if len(slices) == 1 or devices[0].platform != "tpu":
+        arranged = np.asarray(devices).reshape(shape)
+    elif len(slices) == 1 or devices[0].platform != "tpu":
         arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return Mesh(arranged, MESH_AXES, axis_types=types)
-    if sizes["data"] % len(slices):
+    elif sizes["data"] % len(slices):
         raise ConfigError(
             f"data={sizes['data']} must be a multiple of {len(slices)}, the number of slices: only "
             "whole rows cross the slow network between them; make data larger or fsdp smaller."
         )
-    outer = (len(slices), *(1,) * (len(shape) - 1))
-    inner = (shape[0] // len(slices), *shape[1:])
-    arranged = mesh_utils.create_hybrid_device_mesh(
-        inner, outer, devices, allow_split_physical_axes=True
-    )
-    return Mesh(arranged, MESH_AXES, axis_types=types)
+    else:
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // len(slices), *shape[1:]),
+            (len(slices), *(1,) * (len(shape) - 1)),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    # Stated, as the default of jax.make_mesh is another one.
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def available() -> list[Any]:
@@ -147,8 +146,3 @@ def available() -> list[Any]:
     if chosen is None or isinstance(chosen, str):
         return jax.devices(chosen)
     return [chosen]
-
-
-def _factorisations(count: int) -> str:
-    divisors = [n for n in range(1, count + 1) if count % n == 0]
-    return ", ".join(f"{count // n} x {n}" for n in divisors)

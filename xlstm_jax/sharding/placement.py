@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from xlstm_jax.sharding.axes import logical_axes, partition_spec_for, path_name
 from xlstm_jax.sharding.mesh import MIN_SHARD_SIZE
@@ -37,7 +37,7 @@ def sharding_of(
     path: str,
     shape: Sequence[int],
     rules: Rules,
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh | AbstractMesh,
     min_shard_size: int = MIN_SHARD_SIZE,
 ) -> NamedSharding:
     """The sharding of a parameter on a mesh."""
@@ -45,7 +45,7 @@ def sharding_of(
 
 
 def tree_shardings(
-    tree: PyTree, rules: Rules, mesh: jax.sharding.Mesh, min_shard_size: int = MIN_SHARD_SIZE
+    tree: PyTree, rules: Rules, mesh: Mesh | AbstractMesh, min_shard_size: int = MIN_SHARD_SIZE
 ) -> PyTree:
     """The sharding of every leaf of a tree that has the paths of parameters in it.
 
@@ -65,12 +65,10 @@ def bytes_per_device(
     min_shard_size: int = MIN_SHARD_SIZE,
 ) -> int:
     """Bytes on each device of parameters, or of a tree with the paths of parameters in it."""
-    total = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        spec = partition_spec(path_name(path), leaf.shape, rules, mesh_sizes, min_shard_size)
-        axes = [
-            x for entry in spec if entry for x in ((entry,) if isinstance(entry, str) else entry)
-        ]
-        shards = math.prod(mesh_sizes[axis] for axis in axes)
-        total += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize // shards
-    return total
+    mesh = AbstractMesh(tuple(mesh_sizes.values()), tuple(mesh_sizes))
+    shardings = tree_shardings(params, rules, mesh, min_shard_size)
+
+    def shard_bytes(leaf, sharding: NamedSharding) -> int:
+        return math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(shard_bytes, params, shardings)))

@@ -9,9 +9,11 @@ RUN/checkpoints/STEP/manifest.json  sizes and checksums of all these files
 A run that begins with given parameters has a step 0 that holds these alone.
 """
 
+import collections
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -26,28 +28,17 @@ from xlstm_jax.typing import PyTree
 
 FOLDER = "checkpoints"
 
-ShardingFn = Callable[[PyTree], PyTree]
-"""From a tree to a sharding for each of its leaves."""
-
 
 class CheckpointError(ConfigError):
     """A checkpoint that does not exist or cannot be read; one line says which and what to do."""
 
 
-class _OldGuard(NamedTuple):
-    """`Guard` as checkpoints store it that were written before its field was renamed."""
-
-    usual_norm: Any
-    skipped: Any
+# `Guard` as checkpoints store it that were written before its field was renamed.
+_OldGuard = collections.namedtuple("_OldGuard", ("usual_norm", "skipped"))
 
 
-class Checkpointer:
-    """Writes the checkpoints of one run, in the background; a context manager.
-
-    Args:
-        run_dir: the run.
-        keep: how many to keep, the newest ones.
-    """
+class Checkpointer(contextlib.AbstractContextManager):
+    """Writes the checkpoints of one run, in the background, and keeps the newest `keep` of them."""
 
     def __init__(self, run_dir: str | Path, keep: int = 3):
         self._folder = Path(run_dir).resolve() / FOLDER
@@ -70,10 +61,7 @@ class Checkpointer:
     def save(
         self, step: int, state: TrainState, data_state: dict[str, Any], config: dict[str, Any]
     ) -> None:
-        """Saves a step unless it is there already.
-
-        Returns once the state has been copied: its buffers may then be donated.
-        """
+        """Saves a step, unless it is saved already, from a copy: `state` may then be donated."""
         if step == self._step:
             return
         self._manager.wait_until_finished()
@@ -90,11 +78,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
         self._manager.close()
-
-    def __enter__(self) -> "Checkpointer":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -112,7 +96,7 @@ def latest_step(run_dir: str | Path) -> int | None:
     return max(steps(run_dir), default=None)
 
 
-_PARAMS_ALONE = {"params_alone": True}  # in place of a position in the data
+_PARAMS_ALONE = {"params_alone": True}  # in place of the progress
 
 
 def save_params(run_dir: str | Path, params: PyTree, config: dict[str, Any]) -> None:
@@ -142,63 +126,43 @@ def save_params(run_dir: str | Path, params: PyTree, config: dict[str, Any]) -> 
 
 
 def has_params_alone(run_dir: str | Path) -> bool:
-    """Whether the newest checkpoint is one of `save_params`.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    step = latest_step(run_dir)
-    if step != 0:
+    """Whether the newest checkpoint is one of `save_params`; a CheckpointError if it is damaged."""
+    if latest_step(run_dir) != 0:
         return False
     args = ocp.args.Composite(data=ocp.args.JsonRestore())
-    return _restore(Path(run_dir), step, args).data == _PARAMS_ALONE
+    return _restore(Path(run_dir), 0, args).data == _PARAMS_ALONE
 
 
-def restore_latest(
-    run_dir: str | Path, like: PyTree, place: ShardingFn | None = None
-) -> tuple[TrainState, dict[str, Any]] | None:
+def restore_latest(run_dir: str | Path, like: PyTree) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest state and progress of a run, or None if it has not saved any.
 
-    Args:
-        run_dir: the run.
-        like: a state of the same structure, or its shapes, with the dtypes wanted.
-        place: the sharding of each leaf, whatever devices it was saved from; None: those of `like`,
-            or one device where it has none.
-
-    Raises:
-        CheckpointError: it is damaged or of another structure; nothing on disk is changed.
+    `like` is a state of the same structure, or its shapes, with the dtypes and shardings wanted,
+    whatever devices it was saved from; a leaf without sharding goes to one device. Raises a
+    CheckpointError if what is saved is damaged or of another structure; nothing on disk changes.
     """
     step = latest_step(run_dir)
     if step is None:
         return None
-    like = _abstract(like, place)
-    is_old = _has_old_guard(Path(run_dir) / FOLDER / str(step))
+    metadata = Path(run_dir, FOLDER, str(step), "state", "_METADATA")
+    if metadata.is_file() and "usual_norm" in metadata.read_text(errors="replace"):
+        like = like.replace(guard=_OldGuard(*like.guard))
     args = ocp.args.Composite(
-        state=ocp.args.StandardRestore(_with_guard(like, _OldGuard) if is_old else like),
-        data=ocp.args.JsonRestore(),
+        state=ocp.args.StandardRestore(_abstract(like)), data=ocp.args.JsonRestore()
     )
     restored = _restore(Path(run_dir), step, args)
-    return _with_guard(restored.state, Guard) if is_old else restored.state, restored.data
-
-
-def _has_old_guard(folder: Path) -> bool:
-    metadata = folder / "state" / "_METADATA"
-    return metadata.is_file() and "usual_norm" in metadata.read_text(errors="replace")
-
-
-def _with_guard(state: TrainState, kind: type) -> TrainState:
-    return state.replace(guard=kind(*state.guard))
+    return restored.state.replace(guard=Guard(*restored.state.guard)), restored.data
 
 
 def restore_params(
-    run_dir: str | Path, step: int | None = None, place: ShardingFn | None = None
+    run_dir: str | Path, step: int | None = None, place: Callable[[PyTree], PyTree] | None = None
 ) -> tuple[ExperimentConfig, PyTree]:
     """The config and the parameters of a run, at its newest step or a given one.
 
     Args:
         run_dir: the run.
         step: one of `steps`; None takes the newest.
-        place: as of `restore_latest`.
+        place: from a tree to the shardings of its leaves, whatever devices it was saved from; None
+            restores onto one device.
 
     Raises:
         ConfigError: there is no run in this directory.
@@ -211,7 +175,8 @@ def restore_params(
     if step is not None and step not in saved:
         words = ", ".join(map(str, saved))
         raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; use one of: {words}.")
-    like = {"params": _abstract(param_shapes(cfg.model), place)}
+    shapes = param_shapes(cfg.model)
+    like = {"params": _abstract(shapes, None if place is None else place(shapes))}
     item = ocp.args.PyTreeRestore(
         item=like,
         restore_args=ocp.checkpoint_utils.construct_restore_args(like),
@@ -222,39 +187,36 @@ def restore_params(
     return cfg, restored.state["params"]
 
 
-def _abstract(tree: PyTree, place: ShardingFn | None) -> PyTree:
-    def own(x: Any) -> Any:
-        given = getattr(x, "sharding", None)
-        return jax.sharding.SingleDeviceSharding(jax.devices()[0]) if given is None else given
-
+def _abstract(tree: PyTree, shardings: PyTree = None) -> PyTree:
+    """Shapes and shardings of a tree: those given, else its own, else one device."""
+    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = shardings or jax.tree.map(
+        lambda x: getattr(x, "sharding", None) or one_device, tree
+    )
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         tree,
-        jax.tree.map(own, tree) if place is None else place(tree),
+        shardings,
     )
 
 
 def _restore(run_dir: Path, step: int, args: ocp.args.Composite) -> Any:
-    folder = run_dir.resolve() / FOLDER
-    problem = manifest.verify(folder / str(step))
+    folder = run_dir.resolve() / FOLDER / str(step)
+    earlier = [other for other in steps(run_dir) if other < step]
+    way_out = "it is the only one, so start again with fresh=True (--fresh)"
+    if earlier:
+        way_out = f"delete {run_dir / FOLDER / str(step)} to resume from step {earlier[-1]}"
+    problem = manifest.verify(folder)
     if problem is not None:
-        raise CheckpointError(f"{problem}; {_way_out(run_dir, step)}.")
+        raise CheckpointError(f"{problem}; {way_out}.")
     # Without a manager: opening one would delete unfinished checkpoints.
-    handler = ocp.CompositeCheckpointHandler()
     try:
-        with ocp.Checkpointer(handler) as reader:
-            return reader.restore(folder / str(step), args=args)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            return reader.restore(folder, args=args)
     # Anything can come out of the array store, a bare Exception included.
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise CheckpointError(
-            f"{folder / str(step)} must be a complete checkpoint of this config, but it cannot be "
-            f"read ({reason}); {_way_out(run_dir, step)}."
+            f"{folder} must be a complete checkpoint of this config, but it cannot be read "
+            f"({reason}); {way_out}."
         ) from error
-
-
-def _way_out(run_dir: Path, step: int) -> str:
-    earlier = [other for other in steps(run_dir) if other < step]
-    if earlier:
-        return f"delete {run_dir / FOLDER / str(step)} to resume from step {earlier[-1]}"
-    return "it is the only one, so start again with fresh=True (--fresh)"

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data.batch import Examples
@@ -15,7 +15,15 @@ from xlstm_jax.sharding.mesh import MeshConfig
 from xlstm_jax.sharding.rules import Rules
 
 Schedule = Literal["constant", "linear", "cosine", "exponential", "wsd"]
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+
+
+class Parts(NamedTuple):
+    """Steps of the parts of a schedule, in order; only "wsd" has a constant part, then decays."""
+
+    warmup: int
+    constant: int
+    decay: int
+    cooldown: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,17 +63,28 @@ class TrainConfig:
     keep: int = 3  # newest checkpoints kept
 
     def __post_init__(self):
-        for name, (demand, fits) in _DEMANDS.items():
-            value = getattr(self, name)
-            if value is not None and not fits(value):
-                default = getattr(TrainConfig, name)
-                raise ConfigError(
-                    f"train.{name} must be {demand}, got {value!r}; "
-                    f"leave it out for the default of {default!r}."
-                )
+        for demand, (fits, names) in _DEMANDS.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not fits(value):
+                    raise ConfigError(
+                        f"train.{name} must be {demand}, got {value!r}; "
+                        f"leave it out for the default of {getattr(TrainConfig, name)!r}."
+                    )
         for name in ("warmup_steps", "decay_steps", "cooldown_steps"):
-            self._check_length(name)
-        self._check_parts()
+            value = getattr(self, name)
+            if value < 0 or (value >= 1 and value != int(value)):
+                raise ConfigError(
+                    f"train.{name} must be a whole number of steps or a share below 1, got "
+                    f"{value!r}; 0 leaves this part out."
+                )
+        if self.parts.constant < 0:
+            names = ["warmup", "cooldown"] + (["decay"] if self.schedule == "wsd" else [])
+            words = " + ".join(f"{name}_steps {getattr(self.parts, name)}" for name in names)
+            raise ConfigError(
+                f"train.steps must cover all parts of its schedule, got {self.steps} for {words}; "
+                "make it larger or a part shorter."
+            )
         try:
             re.compile(self.decay_pattern)
         except re.error as error:
@@ -74,80 +93,34 @@ class TrainConfig:
                 f"({error}); use '/kernel$' for weight matrices or '$^' for none."
             ) from error
 
-    def _check_length(self, name: str) -> None:
-        value = getattr(self, name)
-        if value < 0 or (value >= 1 and value != int(value)):
-            raise ConfigError(
-                f"train.{name} must be a whole number of steps or a share below 1, got {value!r}; "
-                "0 leaves this part out."
-            )
-
-    def _check_parts(self) -> None:
-        parts = {"warmup_steps": self.num_warmup, "cooldown_steps": self.num_cooldown}
-        if self.schedule == "wsd":
-            parts["decay_steps"] = self.num_decay
-        if sum(parts.values()) > self.steps:
-            words = " + ".join(f"{name} {count}" for name, count in parts.items())
-            raise ConfigError(
-                f"train.steps must cover all parts of its schedule, got {self.steps} for {words}; "
-                "make it larger or a part shorter."
-            )
-
-    def _length(self, value: int | float) -> int:
-        return round(value * self.steps) if value < 1 else int(value)
-
     @property
-    def num_warmup(self) -> int:
-        """Steps of the warm-up."""
-        return self._length(self.warmup_steps)
+    def parts(self) -> Parts:
+        """Steps of warm-up, main part (constant and decay) and cool-down."""
 
-    @property
-    def num_cooldown(self) -> int:
-        """Steps of the cool-down."""
-        return self._length(self.cooldown_steps)
+        def count(length: int | float) -> int:
+            return round(length * self.steps) if length < 1 else int(length)
 
-    @property
-    def num_main(self) -> int:
-        """Steps between warm-up and cool-down."""
-        return self.steps - self.num_warmup - self.num_cooldown
-
-    @property
-    def num_decay(self) -> int:
-        """Steps over which the main part falls."""
-        return self._length(self.decay_steps) if self.schedule == "wsd" else self.num_main
+        warmup, cooldown = count(self.warmup_steps), count(self.cooldown_steps)
+        main = self.steps - warmup - cooldown
+        decay = count(self.decay_steps) if self.schedule == "wsd" else max(main, 0)
+        return Parts(warmup, main - decay, decay, cooldown)
 
 
-def _at_least(least: int | float) -> tuple[str, Callable[[Any], bool]]:
-    return f"at least {least}", lambda value: value >= least
-
-
-_POSITIVE = ("above 0", lambda value: value > 0)
-_SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
-
-_DEMANDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "steps": _at_least(1),
-    "lr": _POSITIVE,
-    "schedule": (f"one of {', '.join(SCHEDULES)}", lambda value: value in SCHEDULES),
-    "end_factor": ("above 0 and at most 1", lambda value: 0 < value <= 1),
-    "cooldown_lr": _at_least(0),
-    "b1": _SHARE,
-    "b2": _SHARE,
-    "eps": _POSITIVE,
-    "weight_decay": _at_least(0),
-    "grad_clip": _POSITIVE,
-    "accumulation": _at_least(1),
-    "z_loss": _at_least(0),
-    "loss_chunk": _at_least(1),
-    "guard_factor": ("above 1", lambda value: value > 1),
-    "guard_floor": _at_least(0),
-    "max_consecutive_skips": _at_least(1),
-    "seed": _at_least(0),
-    "log_every": _at_least(1),
-    "eval_every": _at_least(0),
-    "eval_batches": _at_least(1),
-    "checkpoint_every": _at_least(0),
-    "checkpoint_minutes": _at_least(0),
-    "keep": _at_least(1),
+_DEMANDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "at least 1": (
+        lambda value: value >= 1,
+        "steps accumulation loss_chunk max_consecutive_skips log_every eval_batches keep",
+    ),
+    "at least 0": (
+        lambda value: value >= 0,
+        "cooldown_lr weight_decay z_loss guard_floor seed eval_every checkpoint_every "
+        "checkpoint_minutes",
+    ),
+    "above 0": (lambda value: value > 0, "lr eps grad_clip"),
+    "above 1": (lambda value: value > 1, "guard_factor"),
+    "above 0 and at most 1": (lambda value: 0 < value <= 1, "end_factor"),
+    "at least 0 and below 1": (lambda value: 0 <= value < 1, "b1 b2"),
+    f"one of {', '.join(get_args(Schedule))}": (lambda x: x in get_args(Schedule), "schedule"),
 }
 
 
@@ -171,15 +144,16 @@ class ExperimentConfig:
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
         """What config.json says, with today's names; `from_dict` calls this."""
-        mesh, model = values.get("mesh"), values.get("model")
-        if isinstance(mesh, dict):
-            mesh = {_OLD_MESH.get(name, name): value for name, value in mesh.items()}
-            values = values | {"mesh": mesh}
-        for kind in ("slstm", "lstm") if isinstance(model, dict) else ():
-            options = values["model"].get(kind)
-            if isinstance(options, dict) and options.get("implementation") == "scan":
-                options = options | {"implementation": "recurrent"}
-                values = values | {"model": values["model"] | {kind: options}}
+        values = dict(values)
+        if isinstance(mesh := values.get("mesh"), dict):
+            values["mesh"] = {_OLD_MESH.get(name, name): value for name, value in mesh.items()}
+        if isinstance(model := values.get("model"), dict):
+            values["model"] = model | {
+                kind: options | {"implementation": "recurrent"}
+                for kind, options in model.items()
+                if kind in ("slstm", "lstm") and isinstance(options, dict)
+                if options.get("implementation") == "scan"
+            }
         return values
 
 
@@ -197,14 +171,18 @@ def check_vocabulary(cfg: ExperimentConfig, examples: Examples) -> None:
 
 def check_lengths(cfg: ExperimentConfig, rules: Rules, sizes: Mapping[str, int]) -> None:
     """Raises ConfigError where devices along the axes of a mesh cannot share the work evenly."""
-    rows = cfg.data.batch_size // cfg.train.accumulation
-    what = "data.batch_size" if cfg.train.accumulation == 1 else "data.batch_size / accumulation"
-    lengths = [("batch", what, rows), ("time", "data.seq_len", cfg.data.seq_len)]
+    accumulation = cfg.train.accumulation
+    batch = "data.batch_size" if accumulation == 1 else "data.batch_size / accumulation"
     own = {letter: cfg.model.options_of(letter) for letter in cfg.model.pattern}
-    for letter, options in own.items():
-        if hasattr(options, "num_heads"):
-            name = f"model.{BLOCKS[letter].name}.num_heads"
-            lengths.append(("heads", name, options.num_heads))
+    lengths = [
+        ("batch", batch, cfg.data.batch_size // accumulation),
+        ("time", "data.seq_len", cfg.data.seq_len),
+    ]
+    lengths += [
+        ("heads", f"model.{BLOCKS[letter].name}.num_heads", options.num_heads)
+        for letter, options in own.items()
+        if hasattr(options, "num_heads")
+    ]
     for name, what, length in lengths:
         parts = math.prod(sizes[axis] for axis in rules[name])
         if length % parts:
@@ -215,10 +193,10 @@ def check_lengths(cfg: ExperimentConfig, rules: Rules, sizes: Mapping[str, int])
                 f"{' or '.join(map(str, sorted(near)))} would do, or another mesh."
             )
     shards_time = math.prod(sizes[axis] for axis in rules["time"]) > 1
-    whole = [x for x, options in own.items() if not getattr(options, "sharded_over_time", True)]
-    if shards_time and whole and cfg.mesh.slstm_seq == "refuse":
+    unsharded = [x for x, options in own.items() if not getattr(options, "sharded_over_time", True)]
+    if shards_time and unsharded and cfg.mesh.slstm_seq == "refuse":
         raise ConfigError(
-            f"mesh.seq={sizes['seq']} cannot shard the sequence in blocks {', '.join(whole)} of "
-            f"model.pattern={cfg.model.pattern!r}, each step of which needs the one before; use "
+            f"mesh.seq={sizes['seq']} cannot shard the sequence in blocks {', '.join(unsharded)} "
+            f"of model.pattern={cfg.model.pattern!r}, each step of which needs the one before; use "
             "mesh.slstm_seq='gather' to compute them on every device, or seq=1."
         )

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from xlstm_jax.train.config import TrainConfig
 from xlstm_jax.typing import Array, Bool, Float, Int, PyTree
 
 _EMA_DECAY = 0.98  # of the mean of gradient norms: about fifty updates
@@ -27,24 +28,19 @@ class Guard(NamedTuple):
 
 
 def judge(
-    guard: Guard,
-    loss: Float[Array, ""],
-    grad_norm: Float[Array, ""],
-    *,
-    factor: float,
-    floor: float,
-    max_skips: int,
+    guard: Guard, loss: Float[Array, ""], grad_norm: Float[Array, ""], cfg: TrainConfig
 ) -> tuple[Bool[Array, ""], Guard]:
     """Whether to apply this update, and the guard after it.
 
-    Applied are finite ones whose gradient norm is at most `floor`, or at most `factor` times the
-    moving mean. Once `max_skips` were discarded in a row none is applied any more: the parameters
-    stay as they were until the host has noticed.
+    An update is applied if it is finite and its gradient norm is at most `cfg.guard_floor`, or at
+    most `cfg.guard_factor` times the moving mean. After `cfg.max_consecutive_skips` discarded in a
+    row none is applied any more: the parameters stay as they were until the host has noticed.
     """
     mean = guard.ema_grad_norm
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    fits = (grad_norm <= jnp.maximum(factor * mean, floor)) | (mean == 0)
-    ok = finite & fits & (guard.skipped < max_skips)
+    bound = jnp.maximum(cfg.guard_factor * mean, cfg.guard_floor)
+    fits = (grad_norm <= bound) | (mean == 0)
+    ok = finite & fits & (guard.skipped < cfg.max_consecutive_skips)
     updated = jnp.where(mean == 0, grad_norm, _EMA_DECAY * mean + (1 - _EMA_DECAY) * grad_norm)
     return ok, Guard(
         ema_grad_norm=jnp.where(ok, updated.astype(mean.dtype), mean),

@@ -1,5 +1,6 @@
 """The training loop, and what it touches on the host."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -7,47 +8,56 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from xlstm_jax.config import to_dict
 from xlstm_jax.data import loader
-from xlstm_jax.data.batch import Batch, Examples
-from xlstm_jax.train import heldout, metrics, rundir
+from xlstm_jax.data.batch import Examples
+from xlstm_jax.train import metrics, rundir
 from xlstm_jax.train.checkpoint import Checkpointer, latest_step
 from xlstm_jax.train.clock import Clock
 from xlstm_jax.train.guard import DivergedError
+from xlstm_jax.train.processes import Stop
 from xlstm_jax.train.program import TrainProgram
-from xlstm_jax.train.progress import Progress
-from xlstm_jax.train.signals import Stop
 from xlstm_jax.train.state import TrainState
 from xlstm_jax.train.writers import Writer
 
+_MEMORY = {"bytes_in_use": "memory_in_use", "peak_bytes_in_use": "memory_peak"}  # theirs: ours
 
-@dataclasses.dataclass(frozen=True)
-class Splits:
-    """The data of a run."""
 
-    train: Examples
-    valid: Examples | None  # None: no held-out loss is asked for
+@dataclasses.dataclass(kw_only=True)
+class Progress:
+    """Saved beside the state, so that an interruption between two records leaves no trace."""
+
+    step: int = 0  # batches seen; this is the whole data position
+    tokens_seen: int = 0  # up to the last record
+    totals: metrics.Totals = dataclasses.field(default_factory=metrics.empty)  # since then
+    evaluation: dict[str, Any] | None = None  # the last one, with its step
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint; float32 survives the way through JSON bit for bit."""
+        totals = jax.tree.map(float, jax.device_get(self.totals))
+        return vars(self) | {"totals": totals._asdict()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Progress":
+        """The inverse of `to_json`."""
+        totals: Any = metrics.Totals(**values["totals"])
+        totals = jax.tree.map(lambda x, y: np.asarray(y, x.dtype), metrics.empty(), totals)
+        return cls(**values | {"totals": totals})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Outputs:
-    """Where a run writes; a context manager that closes all of it."""
+class Outputs(contextlib.AbstractContextManager):
+    """Where a run writes; closed at the end of the context, when everything is on disk."""
 
     run_dir: Path
     writers: Sequence[Writer]  # take the records
     checkpoints: Checkpointer
     flops_per_step: float | None = None  # of the model; None leaves the rate out of the records
 
-    def __enter__(self) -> "Outputs":
-        return self
-
     def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Waits until everything is on disk; closing twice is harmless."""
         try:
             self.checkpoints.close()
         finally:
@@ -61,13 +71,8 @@ class Loop:
     Metrics stay on the device for a whole interval and are fetched while the step after it runs, so
     logging never leaves the device idle.
 
-    Args:
-        program: the step, with the config and the devices of the run; these must be active.
-        state: before the next step; donated to it.
-        progress: of that state; kept up to date.
-        splits: what to train on and what to hold out.
-        outputs: what is written.
-        stop: by which somebody may ask to stop.
+    The devices of `program` must be active. `state` is donated to its first step, and `progress`,
+    which belongs to it, is kept up to date. Without `valid` there is no held-out loss.
     """
 
     def __init__(
@@ -75,17 +80,15 @@ class Loop:
         program: TrainProgram,
         state: TrainState,
         progress: Progress,
-        splits: Splits,
+        train: Examples,
+        valid: Examples | None,
         outputs: Outputs,
         stop: Stop,
     ):
         self.state, self.progress = state, progress
         progress.totals = program.devices.replicate(progress.totals)
         self._program, self._cfg, self._devices = program, program.cfg, program.devices
-        self._splits, self._outputs, self._stop = splits, outputs, stop
-        self._evaluate_params = (
-            None if splits.valid is None else heldout.make_evaluate(program, splits.valid)
-        )
+        self._train, self._valid, self._outputs, self._stop = train, valid, outputs, stop
         self._clock = Clock()
         self._complete: tuple[int, metrics.Totals] | None = None  # an interval not yet fetched
         self._saved_at = time.monotonic()
@@ -95,7 +98,7 @@ class Loop:
         cfg, progress = self._cfg.train, self.progress
         share = self._devices.share_of_rows(self._cfg.data.batch_size)
         with loader.batches(
-            self._splits.train,
+            self._train,
             self._cfg.data,
             progress.step,
             cfg.steps - progress.step,
@@ -104,51 +107,40 @@ class Loop:
         ) as batches:
             self._evaluate_if_due()  # where the run was stopped, if that was before it was done
             while progress.step < cfg.steps and not self._stop.at(progress.step):
-                with self._clock.waiting():
+                with self._clock.measure("wait"):
                     batch = next(batches)
-                self._step(batch)
-                self._after_step()
+                batch = self._devices.batch(batch, self._cfg.data.batch_size)
+                self.state, progress.totals = self._program.step(self.state, progress.totals, batch)
+                progress.step += 1
+                if self._clock.running:
+                    self._clock.step()
+                else:
+                    # The first step compiled the program; the clock begins when it is over.
+                    jax.block_until_ready(progress.totals)
+                    self._clock.start()
+                self._record()
+                if progress.step % cfg.log_every == 0:
+                    self._close_interval()
+                self._evaluate_if_due()
+                if self._is_checkpoint_due():
+                    self._save()
         self._record()
         if progress.step == cfg.steps:
-            self._finish()
+            if float(progress.totals.steps) > 0:
+                self._close_interval()
+            self._evaluate()
         self._save()
 
-    def _step(self, batch: Batch) -> None:
-        progress = self.progress
-        batch = self._devices.batch(batch, self._cfg.data.batch_size)
-        self.state, progress.totals = self._program.step(self.state, progress.totals, batch)
-        progress.step += 1
-        if self._clock.running:
-            self._clock.step()
-        else:
-            # The first step compiled the program; the clock begins when it is over.
-            jax.block_until_ready(progress.totals)
-            self._clock.start()
-        self._record()
-
-    def _after_step(self) -> None:
+    def _is_checkpoint_due(self) -> bool:
         cfg, step = self._cfg.train, self.progress.step
-        if step % cfg.log_every == 0:
-            self._close_interval()
-        self._evaluate_if_due()
-        by_step = cfg.checkpoint_every and step % cfg.checkpoint_every == 0
-        if by_step or self._is_due_by_clock(step):
-            self._save()
-
-    def _is_due_by_clock(self, step: int) -> bool:
-        cfg = self._cfg.train
+        if cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
+            return True
         minutes = (time.monotonic() - self._saved_at) / 60
         due = cfg.checkpoint_minutes > 0 and minutes >= cfg.checkpoint_minutes
         if jax.process_count() == 1 or cfg.checkpoint_minutes == 0:
             return due
         # The clock of the first process counts, and is asked for now and then.
         return step % cfg.log_every == 0 and bool(multihost_utils.broadcast_one_to_all(due))
-
-    def _finish(self) -> None:
-        """Records what is left of an interval, and the final held-out loss."""
-        if float(self.progress.totals.steps) > 0:
-            self._close_interval()
-        self._evaluate()
 
     def _close_interval(self) -> None:
         self._complete = (self.progress.step, self.progress.totals)
@@ -159,25 +151,20 @@ class Loop:
         if self._complete is None:
             return
         (step, totals), self._complete = self._complete, None
-        record = metrics.summarize(totals)
-        self.progress.tokens_seen += int(record["tokens"] or 0)
-        self._write(
-            step,
-            record
-            | {"tokens_seen": self.progress.tokens_seen}
-            | self._speed(float(record["tokens"] or 0) / float(totals.steps))
-            | _memory(),
-        )
-        if (record["skipped_in_a_row"] or 0) >= self._cfg.train.max_consecutive_skips:
-            self._diverged()
-
-    def _speed(self, tokens_per_step: float) -> dict[str, float]:
-        lap = self._clock.lap()
-        if lap:
-            lap["tokens_per_second"] = tokens_per_step / lap["step_time"]
+        record: dict[str, Any] = metrics.summarize(totals)
+        self.progress.tokens_seen += record["tokens"]
+        record |= {"tokens_seen": self.progress.tokens_seen} | self._clock.lap()
+        if "step_time" in record:
+            tokens_per_step = record["tokens"] / float(totals.steps)
+            record["tokens_per_second"] = tokens_per_step / record["step_time"]
             if self._outputs.flops_per_step is not None:
-                lap["model_flops_per_second"] = self._outputs.flops_per_step / lap["step_time"]
-        return lap
+                rate = self._outputs.flops_per_step / record["step_time"]
+                record["model_flops_per_second"] = rate
+        # Of the first device, where its backend tells.
+        stats = jax.local_devices()[0].memory_stats() or {}
+        record |= {ours: stats[theirs] for theirs, ours in _MEMORY.items() if theirs in stats}
+        self._write(step, record)
+        self._check_skipped(record["skipped_in_a_row"])
 
     def _write(self, step: int, record: dict[str, Any]) -> None:
         for writer in self._outputs.writers:
@@ -190,32 +177,34 @@ class Loop:
 
     def _evaluate(self) -> None:
         """Once per step at most; a run that is asked to stop does it when it is resumed."""
-        progress = self.progress
-        done = progress.evaluation is not None and progress.evaluation["step"] == progress.step
-        if self._evaluate_params is None or done:
+        progress, valid = self.progress, self._valid
+        if valid is None or (progress.evaluation or {}).get("step") == progress.step:
             return
         self._record()
-        with self._clock.paused():
-            measured = self._evaluate_params(self.state.params, lambda: self._stop.requested)
+        with self._clock.measure("pause"):
+            measured = self._program.evaluate(
+                self.state.params, valid, lambda: self._stop.requested
+            )
         if measured is not None:
             self._write(progress.step, measured)
             progress.evaluation = {"step": progress.step} | measured
 
     def _save(self) -> None:
         self._record()
-        if int(self.state.guard.skipped) >= self._cfg.train.max_consecutive_skips:
-            self._diverged()
-        data = self.progress.to_json() | {"data": self._splits.train.description}
-        with self._clock.paused():
+        self._check_skipped(int(self.state.guard.skipped))
+        data = self.progress.to_json() | {"data": self._train.description}
+        with self._clock.measure("pause"):
             self._outputs.checkpoints.save(self.progress.step, self.state, data, to_dict(self._cfg))
         self._saved_at = time.monotonic()
 
-    def _diverged(self) -> None:
-        """Ends the run, naming the windows it could not learn from."""
+    def _check_skipped(self, in_a_row: int) -> None:
+        """Ends a run that has diverged, naming the windows it could not learn from."""
         limit, guard = self._cfg.train.max_consecutive_skips, self.state.guard
+        if in_a_row < limit:
+            return
         first = self.progress.step - int(guard.skipped)
         index = {
-            str(step): loader.batch_at(self._splits.train, self._cfg.data, step).index.tolist()
+            str(step): loader.batch_at(self._train, self._cfg.data, step).index.tolist()
             for step in range(first, first + limit)
         }
         usual = float(guard.ema_grad_norm)
@@ -228,10 +217,3 @@ class Loop:
             f"{usual:.3g}; lower train.lr in a new run, or resume this one to meet the same "
             f"batches again from {'the beginning' if saved is None else f'step {saved}'}."
         )
-
-
-def _memory() -> dict[str, int]:
-    """Bytes in use on the first device, where its backend tells."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    names = {"bytes_in_use": "memory_in_use", "peak_bytes_in_use": "memory_peak"}
-    return {ours: stats[theirs] for theirs, ours in names.items() if theirs in stats}

@@ -11,7 +11,7 @@ from xlstm_jax.data.windows import Windows
 from xlstm_jax.modules.lm import head_kernel
 from xlstm_jax.ops.cross_entropy import CrossEntropy, cross_entropy
 from xlstm_jax.train.config import TrainConfig
-from xlstm_jax.typing import Array, Float, Int, PRNGKeyArray, PyTree
+from xlstm_jax.typing import Array, Float, PRNGKeyArray, PyTree
 
 
 def language_model_loss(
@@ -23,56 +23,56 @@ def language_model_loss(
 ) -> tuple[Float[Array, ""], CrossEntropy]:
     """The sum to be differentiated, cross entropy and z-loss, and its parts.
 
-    Sums, not means: only whoever knows all micro-batches and devices may divide. The logits are
-    made from hidden states a chunk at a time.
-
-    Args:
-        model: an `LM` or what is called like one.
-        params: its parameters.
-        batch: sequences; documents packed into one are told apart by `segment_ids`.
-        cfg: z-loss, chunk size, and whether a document starts from the initial state.
-        dropout_key: None computes without dropout.
+    Sums, not means: only whoever knows all micro-batches and devices may divide.
     """
-    hidden, _ = model.apply(
-        {"params": params},
-        batch.inputs,
-        segment_ids=documents(batch) if cfg.document_resets else None,
-        has_padding=False,
-        head=False,
-        deterministic=dropout_key is None,
-        rngs={} if dropout_key is None else {"dropout": dropout_key},
+    sums, _ = token_sums(
+        model,
+        params,
+        batch,
+        document_resets=cfg.document_resets,
+        dropout_key=dropout_key,
+        z_loss=cfg.z_loss,
+        chunk_size=cfg.loss_chunk,
     )
-    sums = token_sums(model, params, hidden, batch, z_loss=cfg.z_loss, chunk_size=cfg.loss_chunk)
     return sums.ce_sum + sums.z_sum, sums
-
-
-def held_out_sums(
-    model: Any, params: PyTree, batch: Batch, *, document_resets: bool
-) -> CrossEntropy:
-    """The sums of `language_model_loss` without dropout and z-loss; the op chooses the chunk."""
-    cfg = TrainConfig(document_resets=document_resets)
-    return language_model_loss(model, params, batch, cfg)[1]
-
-
-def documents(batch: Batch) -> Int[Array, "B T"]:
-    """Segment ids by which the model resets its state; padding is a document of its own.
-
-    It weighs nothing, so it needs no mask.
-    """
-    return jnp.where(batch.segment_ids == 0, -1, batch.segment_ids)
 
 
 def token_sums(
     model: Any,
     params: PyTree,
-    hidden: Float[Array, "B T D"],
     batch: Batch,
     *,
+    document_resets: bool,
+    state: Any = None,
+    dropout_key: PRNGKeyArray | None = None,
     z_loss: float = 0.0,
     chunk_size: int | None = None,
-) -> CrossEntropy:
-    """Cross entropy of the model's head, from the hidden states after its final norm."""
-    return cross_entropy(
+) -> tuple[CrossEntropy, Any]:
+    """Cross entropy summed over the targets of a batch, and the model's state after it.
+
+    The logits are made from hidden states `chunk_size` positions at a time; None: the op chooses.
+
+    Args:
+        model: an `LM` or what is called like one.
+        params: its parameters.
+        batch: sequences; documents packed into one are told apart by `segment_ids`.
+        document_resets: whether a document starts from the initial state.
+        state: before the batch; None is the initial state.
+        dropout_key: None computes without dropout.
+    """
+    # Padding is a document of its own; it weighs nothing, so it needs no mask.
+    documents = jnp.where(batch.segment_ids == 0, -1, batch.segment_ids)
+    hidden, state = model.apply(
+        {"params": params},
+        batch.inputs,
+        state=state,
+        segment_ids=documents if document_resets else None,
+        has_padding=False,
+        head=False,
+        deterministic=dropout_key is None,
+        rngs={} if dropout_key is None else {"dropout": dropout_key},
+    )
+    sums = cross_entropy(
         hidden,
         head_kernel(model.cfg, params),
         batch.targets,
@@ -81,6 +81,7 @@ def token_sums(
         z_loss=z_loss,
         chunk_size=chunk_size,
     )
+    return sums, state
 
 
 class HeldOut(NamedTuple):
@@ -109,7 +110,6 @@ class HeldOut(NamedTuple):
 
     @property
     def nats_per_token(self) -> float:
-        """The mean loss."""
         return self.nats / self.num_tokens
 
     @property

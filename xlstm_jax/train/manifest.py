@@ -14,7 +14,8 @@ OLD_NAME = "seal.json"  # of checkpoints written before it was renamed; same con
 
 def write(folder: Path) -> None:
     """Lists the files of the sub-folders of `folder`; files beside them may still change."""
-    files = {str(path.relative_to(folder)): _measure(path) for path in _files(folder)}
+    paths = [path for path in sorted(folder.glob("*/**/*")) if path.is_file()]
+    files = {str(path.relative_to(folder)): _measure(path) for path in paths}
     (folder / NAME).write_text(json.dumps(files, indent=1))
 
 
@@ -39,10 +40,6 @@ def verify(folder: Path) -> str | None:
         if _measure(path) != expected:
             return f"{path} must be as it was written, but its checksum differs"
     return None
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.glob("*/**/*")) if path.is_file()]
 
 
 def _measure(path: Path) -> dict[str, int]:

@@ -36,8 +36,8 @@ class Totals(NamedTuple):
 def empty() -> Totals:
     """No step yet; on the host, to be replicated over the devices of a step."""
     names = PER_TOKEN + PER_STEP + ADDED + LAST + LARGEST
-    zeros = (np.zeros((), np.float32) for _ in range(len(names) + 3))
-    return Totals({name: next(zeros) for name in names}, next(zeros), next(zeros), next(zeros))
+    zeros = [np.zeros((), np.float32) for _ in range(len(names) + 3)]
+    return Totals(dict(zip(names, zeros[3:], strict=True)), *zeros[:3])
 
 
 def add(totals: Totals, metrics: Metrics) -> Totals:
@@ -48,10 +48,9 @@ def add(totals: Totals, metrics: Metrics) -> Totals:
     values = {}
     for name, value in totals.values.items():
         now = metrics[name].astype(jnp.float32)
-        if name in PER_TOKEN:
-            values[name] = value + jnp.where(taken, now * tokens, 0.0)
-        elif name in PER_STEP:
-            values[name] = value + jnp.where(taken, now, 0.0)
+        if name in PER_TOKEN + PER_STEP:
+            weighted = now * tokens if name in PER_TOKEN else now
+            values[name] = value + jnp.where(taken, weighted, 0.0)
         elif name in ADDED:
             values[name] = value + now
         else:
@@ -64,24 +63,11 @@ def summarize(totals: Totals) -> dict[str, float | None]:
     host = jax.device_get(totals)
     summary: dict[str, float | None] = {}
     for name, value in host.values.items():
-        if name in PER_TOKEN:
-            summary[name] = float(value / host.tokens) if host.tokens else None
-        elif name in PER_STEP:
-            summary[name] = float(value / host.taken) if host.taken else None
+        if name in PER_TOKEN + PER_STEP:
+            count = host.tokens if name in PER_TOKEN else host.taken
+            summary[name] = float(value / count) if count else None
         else:
-            summary[name] = float(value)
-    for name in ("tokens", "documents", "skipped", "skipped_in_a_row"):
-        summary[name] = int(host.values[name])
+            summary[name] = float(value) if name in LAST else int(value)
     loss = summary["loss"]
     summary["perplexity"] = None if loss is None else math.exp(min(loss, 700.0))
     return summary
-
-
-def to_json(totals: Totals) -> dict[str, object]:
-    """The totals as plain numbers; float32 survives the way through JSON bit for bit."""
-    return jax.tree.map(float, jax.device_get(totals))._asdict()
-
-
-def from_json(values: dict) -> Totals:
-    """The inverse of `to_json`."""
-    return jax.tree.map(lambda _, value: np.asarray(value, np.float32), empty(), Totals(**values))

@@ -1,5 +1,6 @@
 """AdamW with decay by parameter path, and learning rates as pure functions of the step."""
 
+import itertools
 import re
 from collections.abc import Callable
 
@@ -21,30 +22,40 @@ def make_schedule(cfg: TrainConfig) -> Schedule:
     cool-down goes from there to `cooldown_lr`, which it reaches at step `steps`. Parts of no steps
     are left out.
     """
-    lr, end, length = cfg.lr, cfg.lr * cfg.end_factor, cfg.num_decay
-    decays = {
-        "constant": lambda: optax.constant_schedule(lr),
-        "linear": lambda: optax.linear_schedule(lr, end, length),
-        "cosine": lambda: optax.cosine_decay_schedule(lr, length, cfg.end_factor),
-        "exponential": lambda: optax.exponential_decay(lr, length, cfg.end_factor, end_value=end),
-        "wsd": lambda: optax.linear_schedule(lr, end, length),
+    parts, lr, end = cfg.parts, cfg.lr, cfg.lr * cfg.end_factor
+    length = max(parts.decay, 1)  # optax refuses 0, also where the part is then left out
+    decay = {
+        "constant": optax.constant_schedule(lr),
+        "linear": optax.linear_schedule(lr, end, length),
+        "cosine": optax.cosine_decay_schedule(lr, length, cfg.end_factor),
+        "exponential": optax.exponential_decay(lr, length, cfg.end_factor, end_value=end),
+        "wsd": optax.linear_schedule(lr, end, length),
     }
-    last = lr if cfg.schedule == "constant" or not length else end
-    parts = [
-        (cfg.num_warmup, lambda: optax.linear_schedule(0.0, lr, cfg.num_warmup)),
-        (cfg.num_main - length, lambda: optax.constant_schedule(lr)),
-        (length, decays[cfg.schedule]),
-        (cfg.num_cooldown, lambda: optax.linear_schedule(last, cfg.cooldown_lr, cfg.num_cooldown)),
-    ]
-    used = [(count, make()) for count, make in parts if count]
-    starts = [sum(count for count, _ in used[:i]) for i in range(1, len(used))]
-    return optax.join_schedules([schedule for _, schedule in used], starts)
+    last = lr if cfg.schedule == "constant" or not parts.decay else end
+    schedules = (
+        optax.linear_schedule(0.0, lr, parts.warmup),
+        optax.constant_schedule(lr),
+        decay[cfg.schedule],
+        optax.linear_schedule(last, cfg.cooldown_lr, parts.cooldown),
+    )
+    used = [(count, one) for count, one in zip(parts, schedules, strict=True) if count]
+    ends = itertools.accumulate(count for count, _ in used)
+    return optax.join_schedules([schedule for _, schedule in used], list(ends)[:-1])
+
+
+def continued_end_factor(end_factor: float, old_decay_steps: int, new_decay_steps: int) -> float:
+    """`end_factor` for an exponential decay continued at the same rate to more steps.
+
+    Reaching 0.1 after 495,000 steps and continuing to 540,000 ends at 0.0811.
+    """
+    return end_factor ** (new_decay_steps / old_decay_steps)
 
 
 def decay_mask(params: PyTree, pattern: str = TrainConfig.decay_pattern) -> PyTree:
     """For each parameter, whether weight decay touches it: whether `pattern` is in its path."""
-    found = re.compile(pattern).search
-    return jax.tree_util.tree_map_with_path(lambda path, _: bool(found(path_name(path))), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: re.search(pattern, path_name(path)) is not None, params
+    )
 
 
 def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformationExtraArgs:
@@ -53,9 +64,8 @@ def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformationExtraArgs:
     `update` takes `step`, which the schedule is a function of, and `lr_scale`, a factor on the
     learning rate. Both are values, so one program serves a whole vmapped grid of learning rates.
     """
-    clip = optax.identity() if cfg.grad_clip is None else optax.clip_by_global_norm(cfg.grad_clip)
     return optax.chain(
-        clip,
+        optax.identity() if cfg.grad_clip is None else optax.clip_by_global_norm(cfg.grad_clip),
         optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
         optax.add_decayed_weights(
             cfg.weight_decay, mask=lambda params: decay_mask(params, cfg.decay_pattern)
@@ -79,8 +89,6 @@ def scale_by_learning_rate(schedule: Schedule) -> optax.GradientTransformationEx
 
 def norm(tree: PyTree) -> Float[Array, ""]:
     """Square root of the sum of squares of all leaves, in float32 or wider."""
-    return optax.tree.norm(jax.tree.map(_at_least_float32, tree))
-
-
-def _at_least_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return optax.tree.norm(
+        jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+    )

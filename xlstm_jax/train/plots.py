@@ -12,11 +12,7 @@ def loss_curve(
 ) -> None:
     """Draws the records of metrics.jsonl into a PNG.
 
-    Args:
-        records: of training and evaluation, in order.
-        path: file to write.
-        title: what stands above.
-        bytes_per_token: turns nats per token into bits per byte; None where the data is no text.
+    `bytes_per_token` turns nats per token into bits per byte; None where the data is no text.
     """
     # Half a second to import, which only the end of a run should cost.
     from matplotlib.figure import Figure
@@ -39,34 +35,31 @@ def loss_curve(
             ha="right",
             color="#d94801",
         )
-    _frame(axes, np.concatenate([_smooth(losses) * scale, valid]))
-    axes.set_title(title, loc="left")
-    axes.set_xlabel("step")
-    axes.set_ylabel("bits per byte" if is_text else "nats per token")
-    figure.savefig(path)
-
-
-def _frame(axes: Any, shown: np.ndarray) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
+    shown = np.concatenate([_smooth(losses) * scale, valid])
     if len(shown):
         # The first few losses are far above the rest and would press it flat.
         low, high = shown.min(), np.quantile(shown, 0.98)
         margin = 0.08 * (high - low) + 1e-3
         axes.set_ylim(max(0.0, low - margin), high + 2 * margin)
         axes.legend(frameon=False)
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits per byte" if is_text else "nats per token")
+    figure.savefig(path)
 
 
 def _series(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    found = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-    table = np.array(found, np.float64).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
+    points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+    steps, values = np.array(points, np.float64).reshape(-1, 2).T
+    return steps, values
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A centred mean over a twentieth of the run, over less of it near the ends."""
+    """A centered mean over a twentieth of the run, over less of it near the ends."""
     reach = len(values) // 40
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    places = np.arange(len(values))
-    near = np.minimum(reach, np.minimum(places, len(values) - 1 - places))
-    return (sums[places + near + 1] - sums[places - near]) / (2 * near + 1)
+    index = np.arange(len(values))
+    near = np.minimum(reach, np.minimum(index, index[::-1]))
+    return (sums[index + near + 1] - sums[index - near]) / (2 * near + 1)

@@ -9,7 +9,6 @@ with program.devices.active():
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import chex
 import jax
@@ -17,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from xlstm_jax.data.batch import Batch
+from xlstm_jax.data import loader
+from xlstm_jax.data.batch import Batch, Examples
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.ops.cross_entropy import CrossEntropy
 from xlstm_jax.sharding.devices import Devices
@@ -33,12 +33,9 @@ _number = itertools.count()
 
 
 class TrainProgram:
-    """The step of a run with its metric totals, on the devices of a mesh.
+    """The step of a run with its metric totals, on real devices or an ahead-of-time target's.
 
-    Args:
-        cfg: the whole run.
-        devices: its mesh, real devices or those of an ahead-of-time target.
-        tx: any optax transformation; None is the one of `cfg.train`.
+    `tx` may be any optax transformation; None is the one of `cfg.train`.
     """
 
     def __init__(
@@ -50,7 +47,22 @@ class TrainProgram:
         self.cfg, self.devices = cfg, devices
         self.model = LM(cfg.model)
         self.tx = make_optimizer(cfg.train) if tx is None else tx
-        self.arguments = self._argument_shapes()  # of `step`: shapes and shardings
+        state = jax.eval_shape(self._first_state)
+        totals = jax.eval_shape(metrics.empty)
+        ids = jax.ShapeDtypeStruct((cfg.data.batch_size, cfg.data.seq_len), jnp.int32)
+        weights = jax.ShapeDtypeStruct(ids.shape, jnp.float32)
+        index = jax.ShapeDtypeStruct(ids.shape[:1], jax.dtypes.canonicalize_dtype(np.int64))
+        batch = Batch(ids, ids, ids, weights, index)
+        # Of `step`: shapes and shardings.
+        self.arguments: tuple[TrainState, metrics.Totals, Batch] = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            (state, totals, batch),
+            (
+                devices.shardings(state),
+                jax.tree.map(lambda _: devices.replicated, totals),
+                jax.tree.map(lambda x: devices.batch_sharding(x.ndim), batch),
+            ),
+        )
 
     @functools.cached_property
     def step(self) -> jax.stages.Wrapped:
@@ -84,36 +96,39 @@ class TrainProgram:
 
         def sums(params: PyTree, batch: Batch) -> CrossEntropy:
             with use_rules(self.devices.rules):
-                return losses.held_out_sums(self.model, params, batch, document_resets=resets)
+                return losses.token_sums(self.model, params, batch, document_resets=resets)[0]
 
         return jax.jit(sums)
 
-    def _argument_shapes(self) -> tuple[TrainState, metrics.Totals, Batch]:
-        def first(seed):
-            tokens = jnp.zeros((1, 1), jnp.int32)
-            return first_state(self.model.init(jax.random.key(seed), tokens)["params"], self.tx)
+    def evaluate(
+        self, params: PyTree, examples: Examples, should_stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """The metrics of held-out data, over all tokens of `eval_batches`; None if told to stop.
 
-        state = jax.eval_shape(first, jax.ShapeDtypeStruct((), jnp.uint32))
-        totals = jax.eval_shape(metrics.empty)
-        return (
-            _with_shardings(state, self.devices.shardings(state)),
-            _with_shardings(totals, jax.tree.map(lambda _: self.devices.replicated, totals)),
-            self._batch_shapes(),
-        )
+        These are windows spread evenly over the split, the same ones each time; see
+        `data.eval_batches`.
+        """
+        total = losses.HeldOut()
+        for batch in loader.eval_batches(examples, self.cfg.data, self.cfg.train.eval_batches):
+            if should_stop():
+                return None
+            sums = self.held_out_sums(params, self.devices.batch(batch))
+            total = total.plus(sums, batch, examples)
+        measured = {
+            "valid_loss": total.nats_per_token,
+            "valid_accuracy": total.num_correct / total.num_tokens,
+            "valid_tokens": total.num_tokens,
+        }
+        bits = total.bits_per_byte
+        return measured if bits is None else measured | {"valid_bits_per_byte": bits}
 
-    def _batch_shapes(self) -> Batch:
-        data = self.cfg.data
-        ids = jax.ShapeDtypeStruct((data.batch_size, data.seq_len), jnp.int32)
-        weights = jax.ShapeDtypeStruct(ids.shape, jnp.float32)
-        index = jax.ShapeDtypeStruct(ids.shape[:1], jax.dtypes.canonicalize_dtype(np.int64))
-        batch = Batch(ids, ids, ids, weights, index)
-        sharding = self.devices.batch_sharding
-        return _with_shardings(batch, jax.tree.map(lambda x: sharding(x.ndim), batch))
+    def _first_state(self, devices: Devices | None = None) -> TrainState:
+        key, tokens = jax.random.key(self.cfg.train.seed), jnp.zeros((1, 1), jnp.int32)
+        return init_state(self.model, self.tx, key, tokens, devices=devices)
 
     def init(self) -> TrainState:
         """The state before the first step, each leaf created on its devices."""
-        key, tokens = jax.random.key(self.cfg.train.seed), jnp.zeros((1, 1), jnp.int32)
-        return init_state(self.model, self.tx, key, tokens, devices=self.devices)
+        return self._first_state(self.devices)
 
     def init_from(self, params: PyTree) -> TrainState:
         """The state before the first step of given parameters."""
@@ -125,9 +140,3 @@ class TrainProgram:
         """`step` compiled from shapes alone; computes nothing."""
         with self.devices.active():
             return self.step.lower(*self.arguments).compile()
-
-
-def _with_shardings(tree: PyTree, shardings: PyTree) -> Any:
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-    )

@@ -1,6 +1,5 @@
 """A run from its config to its end, through as many interruptions as there are."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -15,17 +14,12 @@ from xlstm_jax.data.batch import Examples
 from xlstm_jax.data.windows import Windows
 from xlstm_jax.sharding.devices import make_devices
 from xlstm_jax.train import checkpoint, plots, rundir
-from xlstm_jax.train.compilation_cache import compiled_programs
 from xlstm_jax.train.config import ExperimentConfig, check_lengths, check_vocabulary
-from xlstm_jax.train.loop import Loop, Outputs, Splits
-from xlstm_jax.train.processes import log, process_log, wait_for_all
+from xlstm_jax.train.loop import Loop, Outputs, Progress
+from xlstm_jax.train.processes import log, process_log, stop_request, wait_for_all
 from xlstm_jax.train.program import TrainProgram
-from xlstm_jax.train.progress import Progress
-from xlstm_jax.train.signals import SharedStop, Stop, StopRequest
 from xlstm_jax.train.state import TrainState
 from xlstm_jax.train.writers import CallbackWriter, ConsoleWriter, JsonlWriter, Writer
-
-OnMetrics = Callable[[int, dict[str, Any]], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +40,7 @@ def fit(
     fresh: bool = False,
     console: bool = False,
     flops_per_step: float | None = None,
-    on_metrics: OnMetrics | None = None,
+    on_metrics: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> FitResult:
     """Trains until `cfg.train.steps`, resuming the run in `run_dir` if there is one.
 
@@ -75,95 +69,51 @@ def fit(
         rundir.check(run_dir, cfg)
     devices = make_devices(cfg.mesh)
     check_lengths(cfg, devices.rules, devices.mesh.shape)
-    splits = _load(cfg)
-    program = TrainProgram(cfg, devices, tx)
-    resumed = None if fresh else _resume(program, run_dir, splits.train)
-    state, progress = resumed or (program.init(), Progress())
-    _begin(cfg, run_dir, _facts(state, splits), progress.step, fresh=fresh)
-    outputs = Outputs(
-        run_dir=run_dir,
-        writers=_writers(cfg, run_dir, progress.step, console=console, on_metrics=on_metrics),
-        checkpoints=checkpoint.Checkpointer(run_dir, cfg.train.keep),
-        flops_per_step=flops_per_step,
-    )
-    with process_log(run_dir), outputs, compiled_programs(run_dir), _stop() as stop:
-        return _train(program, (state, progress), splits, outputs, stop)
-
-
-def _train(
-    program: TrainProgram,
-    start: tuple[TrainState, Progress],
-    splits: Splits,
-    outputs: Outputs,
-    stop: Stop,
-) -> FitResult:
-    cfg, (state, progress) = program.cfg, start
-    log.info("begins at step %d of %d", progress.step, cfg.train.steps)
-    with program.devices.active():
-        loop = Loop(program, state, progress, splits, outputs, stop)
-        loop.run()
-    outputs.close()
-    log.info("ends at step %d of %d", progress.step, cfg.train.steps)
-    finished = progress.step == cfg.train.steps
-    if finished and _writes():
-        _draw(cfg, outputs.run_dir, splits.train)
-    return FitResult(
-        state=loop.state, step=progress.step, finished=finished, evaluation=progress.evaluation
-    )
-
-
-def _stop() -> contextlib.AbstractContextManager[Stop]:
-    """How this run is asked to stop."""
-    alone = jax.process_count() == 1
-    return StopRequest() if alone else contextlib.nullcontext(SharedStop())
-
-
-def _begin(
-    cfg: ExperimentConfig, run_dir: Path, facts: dict[str, Any], step: int, *, fresh: bool
-) -> None:
-    """One process prepares the directory, while the others wait; from here on the disk changes."""
-    wait_for_all("before the run begins")
-    if _writes():
-        if fresh:
-            rundir.discard(run_dir)
-        rundir.begin(run_dir, cfg, facts, step)
-    wait_for_all("the run has begun")
-
-
-def _writers(
-    cfg: ExperimentConfig,
-    run_dir: Path,
-    step: int,
-    *,
-    console: bool,
-    on_metrics: OnMetrics | None,
-) -> list[Writer]:
-    """What takes the records; of several processes the first one alone writes and shows them."""
-    writers: list[Writer] = []
-    if _writes():
-        writers.append(JsonlWriter(run_dir / rundir.METRICS))
-        writers += [ConsoleWriter(cfg.train.steps, step)] if console else []
-    return writers + ([] if on_metrics is None else [CallbackWriter(on_metrics)])
-
-
-def _writes() -> bool:
-    """Whether this process writes; the others only their shards of checkpoints, and a log."""
-    return jax.process_index() == 0
-
-
-def _load(cfg: ExperimentConfig) -> Splits:
-    """What to train on, and held-out data where they are asked for."""
     train = loader.load(cfg.data, "train")
     valid = loader.load(cfg.data, "valid") if cfg.train.eval_every else None
     check_vocabulary(cfg, train)
     loader.batch_at(train, cfg.data, 0)  # raises if the data are too few for a batch
-    return Splits(train, valid)
-
-
-def _draw(cfg: ExperimentConfig, run_dir: Path, train: Examples) -> None:
-    bytes_per_token = train.bytes_per_token if isinstance(train, Windows) else None
-    records = rundir.read_metrics(run_dir / rundir.METRICS)
-    plots.loss_curve(records, run_dir / rundir.CURVE, cfg.name, bytes_per_token)
+    program = TrainProgram(cfg, devices, tx)
+    resumed = None if fresh else _resume(program, run_dir, train)
+    state, progress = resumed or (program.init(), Progress())
+    facts = {
+        "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "data": {"train": train.description}
+        | ({} if valid is None else {"valid": valid.description}),
+    }
+    # One process prepares the directory, while the others wait; from here on the disk changes. The
+    # others write only their shards of checkpoints, and a log.
+    writes = jax.process_index() == 0
+    wait_for_all("before the run begins")
+    if writes:
+        if fresh:
+            rundir.discard(run_dir)
+        rundir.begin(run_dir, cfg, facts, progress.step)
+    wait_for_all("the run has begun")
+    writers: list[Writer] = [JsonlWriter(run_dir / rundir.METRICS)] if writes else []
+    writers += [ConsoleWriter(cfg.train.steps, progress.step)] if writes and console else []
+    if on_metrics is not None:
+        writers.append(CallbackWriter(on_metrics))
+    outputs = Outputs(
+        run_dir=run_dir,
+        writers=writers,
+        checkpoints=checkpoint.Checkpointer(run_dir, cfg.train.keep),
+        flops_per_step=flops_per_step,
+    )
+    with process_log(run_dir), rundir.compiled_programs(run_dir), stop_request() as stop:
+        log.info("begins at step %d of %d", progress.step, cfg.train.steps)
+        with outputs, devices.active():
+            loop = Loop(program, state, progress, train, valid, outputs, stop)
+            loop.run()
+        log.info("ends at step %d of %d", progress.step, cfg.train.steps)
+        finished = progress.step == cfg.train.steps
+        if finished and writes:
+            bytes_per_token = train.bytes_per_token if isinstance(train, Windows) else None
+            records = rundir.read_metrics(run_dir / rundir.METRICS)
+            plots.loss_curve(records, run_dir / rundir.CURVE, cfg.name, bytes_per_token)
+    return FitResult(
+        state=loop.state, step=progress.step, finished=finished, evaluation=progress.evaluation
+    )
 
 
 def _resume(
@@ -184,11 +134,3 @@ def _resume(
             "data back, use another directory, or fresh=True (--fresh) to discard that run."
         )
     return state, Progress.from_json(values)
-
-
-def _facts(state: TrainState, splits: Splits) -> dict[str, Any]:
-    data = {"train": splits.train.description}
-    if splits.valid is not None:
-        data["valid"] = splits.valid.description
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    return {"num_params": num_params, "data": data}

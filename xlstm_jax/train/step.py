@@ -1,6 +1,5 @@
 """One update of the parameters: a pure function of a state and a batch."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,44 +30,38 @@ def make_train_step(
 ) -> TrainStep:
     """The step function `(state, batch) -> (state, metrics)`.
 
-    It is pure and not yet jitted: `jax.jit` it with the state donated, `jax.vmap` it over states
-    with `in_axes=(0, None)` to train many seeds on the same batches, `jax.lax.scan` it over a stack
-    of batches.
+    It is pure and not jitted: `jax.jit` it with the state donated, `jax.vmap` it over states with
+    `in_axes=(0, None)` to train many seeds on the same batches, `jax.lax.scan` it over batches.
+
+    The metrics are scalars of this step. `loss` is the mean cross entropy over all tokens, without
+    the z-loss; `grad_norm` is taken before clipping; `skipped` is 1 where the guard discarded the
+    update; `skipped_in_a_row` counts those up to now.
 
     Args:
         model: an `LM` or what is called like one.
         tx: from `make_optimizer`, or any other transformation of optax.
         cfg: accumulation, guard, z-loss.
         loss_fn: sums of a batch; None takes `losses.language_model_loss`.
-
-    The metrics are scalars of this step. `loss` is the mean cross entropy over all tokens, without
-    the z-loss; `grad_norm` is taken before clipping; `skipped` is 1 where the guard discarded the
-    update; `skipped_in_a_row` counts those up to now.
     """
 
     def model_loss(params, batch, key):
         return losses.language_model_loss(model, params, batch, cfg, key)
 
-    loss_of = loss_fn or model_loss
     tx = optax.with_extra_args_support(tx)
     schedule = make_schedule(cfg)
-    has_dropout = model.cfg.has_dropout
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = dropout_key(cfg.seed, state.step) if has_dropout else None
+        key = None
+        if model.cfg.has_dropout:  # from the seed and the step alone: there is no key to store
+            key = jax.random.fold_in(jax.random.key(cfg.seed), _DROPOUT)
+            key = jax.random.fold_in(key, state.step)
+        loss_of = loss_fn or model_loss
         grads, sums = sum_gradients(loss_of, state.params, batch, key, cfg.accumulation)
         # A batch without any target has the mean 0/0: the guard discards it.
         grads = jax.tree.map(lambda g: g / sums.weight_sum.astype(g.dtype), grads)
         loss = sums.ce_sum / sums.weight_sum
         grad_norm = norm(grads)
-        ok, watched = guard.judge(
-            state.guard,
-            loss,
-            grad_norm,
-            factor=cfg.guard_factor,
-            floor=cfg.guard_floor,
-            max_skips=cfg.max_consecutive_skips,
-        )
+        ok, watched = guard.judge(state.guard, loss, grad_norm, cfg)
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, step=state.step, lr_scale=state.lr_scale
         )
@@ -99,11 +92,6 @@ def make_train_step(
     return train_step
 
 
-def dropout_key(seed: int, step: Array) -> PRNGKeyArray:
-    """The key of a step: from the seed and the step alone, so that there is none to store."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), step)
-
-
 def sum_gradients(
     loss_fn: LossFn,
     params: PyTree,
@@ -118,7 +106,16 @@ def sum_gradients(
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if num_parts == 1:
         return grad_fn(params, batch, key)
-    parts = jax.tree.map(functools.partial(_split_rows, num_parts=num_parts), batch)
+    num_sequences = len(batch.inputs)
+    if num_sequences % num_parts:
+        raise ValueError(
+            f"a batch must have a multiple of {num_parts} sequences, got {num_sequences}; "
+            f"change data.batch_size or train.accumulation={num_parts}."
+        )
+    # Every part has sequences of every device.
+    parts = jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape((-1, num_parts) + x.shape[1:]), 0, 1), batch
+    )
     shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], parts), key)
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
@@ -130,15 +127,4 @@ def sum_gradients(
         grads_and_sums = grad_fn(params, part, part_key)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, grads_and_sums), None
 
-    (grads, sums), _ = jax.lax.scan(body, zeros, (jnp.arange(num_parts), parts))
-    return grads, sums
-
-
-def _split_rows(x: Array, *, num_parts: int) -> Array:
-    if x.shape[0] % num_parts:
-        raise ValueError(
-            f"a batch must have a multiple of {num_parts} sequences, got {x.shape[0]}; "
-            f"change data.batch_size or train.accumulation={num_parts}."
-        )
-    # Every part has sequences of every device.
-    return jnp.swapaxes(x.reshape((-1, num_parts) + x.shape[1:]), 0, 1)
+    return jax.lax.scan(body, zeros, (jnp.arange(num_parts), parts))[0]

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 class Writer(Protocol):
     """Takes the records of a run, in order."""
 
-    def write(self, step: int, metrics: dict[str, Any]) -> None: ...
+    def write(self, step: int, metrics: dict[str, Any], /) -> None: ...
     def close(self) -> None: ...
 
 
@@ -26,10 +26,10 @@ class JsonlWriter:
         self._file = path.open("a")
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        record = {"step": step} | metrics
-        for name, value in record.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                record[name] = None
+        record = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in ({"step": step} | metrics).items()
+        }
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -56,29 +56,34 @@ class ConsoleWriter:
             self._bar.start()
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        is_evaluation = "valid_loss" in metrics
-        text = _describe_evaluation(metrics) if is_evaluation else self._describe(step, metrics)
-        if self._bar is None:
-            self._print(f"step {step}/{self._total}  {text}")
-        elif is_evaluation:
-            self._print(f"step {step}  {text}")
+        if "valid_loss" in metrics:
+            text = f"held-out loss {metrics['valid_loss']:.4f}"
+            if "valid_bits_per_byte" in metrics:
+                text += f"  bits per byte {metrics['valid_bits_per_byte']:.3f}"
+            text += f"  accuracy {metrics['valid_accuracy']:.3f}"
         else:
-            self._bar.update(self._task, completed=step, description=text)
-
-    def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            text = self._describe(step, metrics)
+            if self._bar is not None:
+                self._bar.update(self._task, completed=step, description=text)
+                return
+        where = f"step {step}" if self._bar else f"step {step}/{self._total}"
+        self._console.print(f"{where}  {text}", markup=False, highlight=False, soft_wrap=True)
 
     def _describe(self, step: int, metrics: dict[str, Any]) -> str:
         self._step_time = metrics.get("step_time", self._step_time)
         loss = metrics["loss"]
-        words = [f"loss {'-' if loss is None else format(loss, '.4f')}"]
+        text = f"loss {'-' if loss is None else format(loss, '.4f')}"
         if "tokens_per_second" in metrics:
-            words.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+            text += f"  {metrics['tokens_per_second']:,.0f} tokens/s"
+        if metrics.get("mfu") is not None:
+            text += f"  mfu {metrics['mfu']:.1%}"
         if metrics["skipped"]:
-            words.append(f"{metrics['skipped']} skipped")
+            text += f"  {metrics['skipped']} skipped"
         if self._step_time is not None:
-            words.append(f"{_duration(self._step_time * (self._total - step))} left")
-        return "  ".join(words)
+            minutes, seconds = divmod(round(self._step_time * (self._total - step)), 60)
+            hours, minutes = divmod(minutes, 60)
+            text += f"  {f'{hours}:{minutes:02}' if hours else minutes}:{seconds:02} left"
+        return text
 
     def close(self) -> None:
         if self._bar is not None:
@@ -93,17 +98,3 @@ class CallbackWriter:
 
     def close(self) -> None:
         pass
-
-
-def _describe_evaluation(metrics: dict[str, Any]) -> str:
-    words = [f"held-out loss {metrics['valid_loss']:.4f}"]
-    if "valid_bits_per_byte" in metrics:
-        words.append(f"bits per byte {metrics['valid_bits_per_byte']:.3f}")
-    words.append(f"accuracy {metrics['valid_accuracy']:.3f}")
-    return "  ".join(words)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import state_dtype
-from xlstm_jax.cells.mlstm import MLSTMState, mlstm_init
+from xlstm_jax.cells.mlstm import MLSTMState, mlstm_init, mlstm_scan
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.checks import (
     by_name,
@@ -15,22 +15,53 @@ from xlstm_jax.ops.checks import (
 )
 from xlstm_jax.ops.dispatch import Implementation
 from xlstm_jax.ops.flags import FLAG_AXES, Flags, flip_time
-from xlstm_jax.ops.mlstm import kernels
 from xlstm_jax.ops.mlstm.arguments import INPUT_AXES, STATE_AXES, Inputs, Options
 from xlstm_jax.ops.mlstm.chunkwise import mlstm_chunkwise
 from xlstm_jax.ops.mlstm.context_parallel import states_around
 from xlstm_jax.ops.mlstm.parallel import mlstm_parallel
-from xlstm_jax.ops.mlstm.recurrent import mlstm_recurrent
 from xlstm_jax.ops.sharded.shard_map import map_shards, sharding_axes
 from xlstm_jax.typing import Array, Bool, Float
 
+
+def _kernels(backend: str) -> Implementation:
+    """The Pallas kernels of "tpu", or those of "triton"."""
+
+    def unsupported(call: dispatch.Call) -> str | None:
+        reason = dispatch.refuses_kernel(backend, call)
+        if reason is not None:
+            return reason
+        from pallas_kernels.mlstm import backends
+
+        kernels = getattr(backends, backend)()
+        return kernels.refusal(call.K, call.V, call.dtype, call.chunk_size)
+
+    def compute(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
+        # A donated state is updated in place where T = 1.
+        from pallas_kernels.mlstm import api, backends
+
+        dtype = jnp.result_type(x.q, x.k, x.v)
+        q, k, v = (a.astype(dtype) for a in x[:3])
+        kernels, keywords = getattr(backends, backend)(), flags._asdict() | options._asdict()
+        h, leaves = api.mlstm(kernels, q, k, v, x.i, x.f, (state.C, state.n, state.m), **keywords)
+        return h.astype(x.v.dtype), MLSTMState(*leaves)
+
+    return Implementation(compute, unsupported)
+
+
+def _recurrent(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
+    """The reference, and the decode step."""
+    keywords = flags._asdict() | options._asdict()
+    del keywords["chunk_size"]
+    return mlstm_scan(*x, state, **keywords)
+
+
 # Ordered: "auto" selects the first that supports the call.
 IMPLEMENTATIONS = {
-    "pallas_tpu": Implementation(kernels.mlstm_tpu, kernels.tpu_refusal),
-    "triton": Implementation(kernels.mlstm_triton, kernels.triton_refusal),
+    "pallas_tpu": _kernels("tpu"),
+    "triton": _kernels("triton"),
     "chunkwise": Implementation(mlstm_chunkwise),
     "parallel": Implementation(mlstm_parallel),
-    "recurrent": Implementation(mlstm_recurrent),
+    "recurrent": Implementation(_recurrent),
 }
 
 

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mlstm.gates import NEG, LogGates, borders, log_gates, running_sum, without_scale
+from pallas_kernels.mlstm import gates as pre
+from pallas_kernels.mlstm.gates import NEG, LogGates
 from xlstm_jax.cells.logspace import exact_einsum
 from xlstm_jax.cells.mlstm import MLSTMState
 from xlstm_jax.ops.cpu import materialize
 from xlstm_jax.ops.flags import Flags
 from xlstm_jax.ops.mlstm.arguments import Inputs, Options
-from xlstm_jax.ops.mlstm.chunks import end_max
 from xlstm_jax.typing import Array, Float
 
 ALL_GATHER_SHARDS = 16
@@ -51,10 +51,10 @@ def states_around(
         state: before the first shard; every device has it.
         axes: mesh axes over which the sequence is sharded, in this order.
     """
-    gates = log_gates(x.i, x.f, *flags, input_gate=options.input_gate, dtype=state.C.dtype)
+    gates = pre.log_gates(x.i, x.f, *flags, input_gate=options.input_gate, dtype=state.C.dtype)
     own = summarize(flags.zero_masked(x.k), flags.zero_masked(x.v), gates, options)
     if not options.max_state:
-        state = MLSTMState(*without_scale(*state))
+        state = MLSTMState(*pre.without_scale(*state))
     few = jax.lax.axis_size(axes) <= ALL_GATHER_SHARDS
     exchange = _all_gather if few else _by_doubling
     return exchange(own, state, axes)
@@ -79,36 +79,23 @@ def summarize(
 def _weights_at_end(gates: LogGates):
     """log weight of every position in the state at the end, the shard's g, and its m."""
     B, T, H = gates.log_i.shape
-    L = min(GATE_CHUNK, T)
-    log_i, log_f = (_chunks(x, L, fill) for x, fill in ((gates.log_i, NEG), (gates.log_f, 0.0)))
-    reset = gates.reset
-    if reset is not None:
-        reset = _chunks(jnp.broadcast_to(reset[..., None], (B, T, H)), L, False)
-    chunks = LogGates(log_i, log_f, reset)
-    total = materialize(running_sum(chunks))
-    decays = borders(chunks, total)
-    across = decays.across.reshape(B, H, -1)
-    if reset is None:
-        behind, has_reset = across, jnp.zeros(across.shape, bool)
+    chunks = pre.in_chunks(gates, min(GATE_CHUNK, T))
+    total = materialize(pre.running_sum(chunks))
+    decays = pre.borders(chunks, total)
+    if chunks.reset is None:
+        behind, has_reset = decays.across, jnp.zeros(decays.across.shape, bool)
     else:
-        has_reset = jnp.any(reset, axis=-1).reshape(across.shape)
-        behind = jnp.where(has_reset, 0.0, across)  # no sum ever sees a minus infinity
+        has_reset = jnp.any(chunks.reset, axis=-1)
+        behind = jnp.where(has_reset, 0.0, decays.across)  # no sum ever sees a minus infinity
     # Of the chunks behind each one: the sum, and the number of those with a reset.
     decay = jnp.flip(jnp.cumsum(jnp.flip(behind, -1), -1), -1)
     resets = jnp.flip(jnp.cumsum(jnp.flip(has_reset, -1), -1), -1)
     after = jnp.where(resets - has_reset > 0, NEG, decay - behind)
-    to_end = decays.to_end.reshape(*across.shape, L) + after[..., None]
-    m = jnp.max(end_max(chunks, total).reshape(across.shape) + after, axis=-1)
+    to_end = jnp.maximum(decays.to_end + after[..., None], NEG)
+    m = jnp.max(pre.end_max(chunks, total) + after, axis=-1)
     g = jnp.where(resets[..., 0] > 0, NEG, decay[..., 0])
-    weights = jnp.moveaxis(jnp.maximum(to_end, NEG).reshape(B, H, -1), 1, 2)[:, :T]
+    weights = jnp.moveaxis(to_end.reshape(B, H, -1), 1, 2)[:, :T]
     return weights, g, jnp.maximum(m, NEG)
-
-
-def _chunks(x: Array, L: int, fill: float | bool) -> Array:
-    """`B T H` to `B*H*N L`."""
-    B, T, H = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -T % L), (0, 0)), constant_values=fill)
-    return jnp.moveaxis(x, 2, 1).reshape(-1, L)
 
 
 def combine(x: Summary, y: Summary) -> Summary:

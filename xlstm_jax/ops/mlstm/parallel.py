@@ -41,7 +41,13 @@ def mlstm_parallel(
         d = jnp.sum(P, axis=-1) + start * exact_einsum("BTHK,BHK->BHT", q, state.n)
         norm = jnp.maximum(jnp.abs(d), lower_bound(m)) + options.eps
         h = h / jnp.swapaxes(norm, 1, 2)[..., None]
-    return flags.zero_masked(h).astype(x.v.dtype), _last_state(k, v, log_D, log_start, m, state)
+    # The state after the last step: its row of weights, on keys and values.
+    m = m[..., -1]
+    f_scaled = jnp.exp(log_start[..., -1] - m)
+    keys = jnp.exp(log_D[..., -1, :] - m[..., None])[..., None] * jnp.swapaxes(k, 1, 2)
+    C = f_scaled[..., None, None] * state.C + exact_einsum("BHSK,BSHV->BHKV", keys, v)
+    n = f_scaled[..., None] * state.n + jnp.sum(keys, axis=-2)
+    return flags.zero_masked(h).astype(x.v.dtype), MLSTMState(C, n, m)
 
 
 def _log_weights(gates: LogGates, m_start: Float[Array, "B H"]):
@@ -66,12 +72,3 @@ def _log_weights(gates: LogGates, m_start: Float[Array, "B H"]):
     cleared = seen & gates.reset[:, None, None, :]
     empty = jnp.max(jnp.where(cleared, between + log_f[..., None, :], NEG), axis=-1)
     return log_D, log_start, empty
-
-
-def _last_state(k, v, log_D, log_start, m, state: MLSTMState) -> MLSTMState:
-    """The state after the last step: its row of weights, on keys and values."""
-    m = m[..., -1]
-    kept = jnp.exp(log_start[..., -1] - m)
-    keys = jnp.exp(log_D[..., -1, :] - m[..., None])[..., None] * jnp.swapaxes(k, 1, 2)
-    C = kept[..., None, None] * state.C + exact_einsum("BHSK,BSHV->BHKV", keys, v)
-    return MLSTMState(C, kept[..., None] * state.n + jnp.sum(keys, axis=-2), m)

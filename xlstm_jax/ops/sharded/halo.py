@@ -48,15 +48,11 @@ def shifted_states(
     rank = jax.lax.axis_index(axes)
     shards, numbers = jax.lax.all_gather((own, number), axes)
     before = after = state
+    size = state.shape[1]
     for j, (inputs, n) in enumerate(zip(shards, numbers, strict=True)):
-        after = _shift(after, inputs, n)
+        # The last n of the shard's inputs follow; the ones before them are zeros.
+        index = jnp.arange(size)[None] + n[:, None]
+        older = jnp.take_along_axis(after, jnp.minimum(index, size - 1)[..., None], axis=1)
+        after = jnp.where((index < size)[..., None], older, inputs)
         before = jnp.where(j < rank, after, before)
     return before, after
-
-
-def _shift(state, inputs, number: Int[Array, "B"]):
-    """The state after `number` inputs more: the last ones of `inputs`, which are zeros before."""
-    size = state.shape[1]
-    index = jnp.arange(size)[None] + number[:, None]
-    older = jnp.take_along_axis(state, jnp.minimum(index, size - 1)[..., None], axis=1)
-    return jnp.where((index < size)[..., None], older, inputs)

@@ -32,10 +32,7 @@ def all_gather(shard: jax.Array, spec: P) -> jax.Array:
 
 
 def reduce_scatter_grad(gradient: jax.Array, spec: P) -> jax.Array:
-    """A gradient of global shape, summed over the mesh axes of `spec`; each device gets its shard.
-
-    Within a `shard_map`.
-    """
+    """A gradient summed over the axes of `spec`, to each device its shard; in a `shard_map`."""
     for number, axes in enumerate(spec):
         if axes is not None:
             gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=number, tiled=True)
@@ -53,16 +50,12 @@ def all_gather_with(x: jax.Array, shard: jax.Array, spec: P) -> tuple[jax.Array,
     return x, all_gather(shard.astype(x.dtype), spec).astype(shard.dtype)
 
 
-def _gather_forward(x, shard, spec):
-    return all_gather_with(x, shard, spec), None
-
-
 def _gather_backward(spec, _, gradients):
     dx, gradient = gradients
     return jax.lax.optimization_barrier((dx, reduce_scatter_grad(gradient, spec)))
 
 
-all_gather_with.defvjp(_gather_forward, _gather_backward)
+all_gather_with.defvjp(lambda *inputs: (all_gather_with(*inputs), None), _gather_backward)
 
 
 def sum_over_devices(

@@ -1,20 +1,41 @@
 """The sLSTM over a sequence."""
 
-import functools
-
 from xlstm_jax.cells.slstm import SLSTMState
 from xlstm_jax.ops import dispatch, gated
 from xlstm_jax.ops.checks import check_choice
 from xlstm_jax.ops.dispatch import Implementation
 from xlstm_jax.ops.flags import Flags
-from xlstm_jax.ops.slstm import kernels
 from xlstm_jax.ops.slstm.recurrent import slstm_recurrent
 from xlstm_jax.typing import Array, Bool, Float
 
+
+def _kernels(backend: str) -> Implementation:
+    """The Pallas kernels of "tpu", or those of "triton"."""
+
+    def unsupported(call: dispatch.Call) -> str | None:
+        reason = dispatch.refuses_kernel(backend, call)
+        if reason is not None:
+            return reason
+        from pallas_kernels.slstm import backends
+
+        return getattr(backends, backend)().refusal(call.K, call.dtype)
+
+    def compute(inputs: gated.Inputs, forget_gate: str):
+        # A donated state is updated in place where T = 1.
+        from pallas_kernels.slstm import api, backends
+
+        x, r, b, state, flags = inputs
+        kernels = getattr(backends, backend)()
+        h, state = api.slstm(kernels, x, r, b, tuple(state), *flags, forget_gate=forget_gate)
+        return h, SLSTMState(*state)
+
+    return Implementation(compute, unsupported)
+
+
 # Ordered: "auto" selects the first that supports the call.
 IMPLEMENTATIONS = {
-    "pallas_tpu": Implementation(kernels.slstm_tpu, kernels.tpu_refusal),
-    "triton": Implementation(kernels.slstm_triton, kernels.triton_refusal),
+    "pallas_tpu": _kernels("tpu"),
+    "triton": _kernels("triton"),
     "recurrent": Implementation(slstm_recurrent),
 }
 
@@ -52,7 +73,5 @@ def slstm(
     """
     check_choice("slstm", "forget_gate", forget_gate, ("sigmoid", "exp"))
     inputs = gated.Inputs(x, r, b, state, Flags(reset, mask))
-    call = gated.check("slstm", inputs)
-    chosen = dispatch.choose("slstm", IMPLEMENTATIONS, implementation, call)
-    compute = functools.partial(chosen.fn, forget_gate=forget_gate)
-    return gated.run(compute, SLSTMState, call, inputs, reverse=reverse)
+    chosen = ("slstm", IMPLEMENTATIONS, implementation)
+    return gated.run(*chosen, inputs, SLSTMState, reverse=reverse, forget_gate=forget_gate)

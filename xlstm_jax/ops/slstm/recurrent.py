@@ -81,15 +81,15 @@ def _forward(forget_gate, x, r, state, flags: Flags):
 class _Factors(NamedTuple):
     """What the backward loop multiplies with; each `T H B K`."""
 
-    h_to_c: Float[Array, "..."]
-    h_to_n: Float[Array, "..."]
-    h_to_o: Float[Array, "..."]
-    c_to_i: Float[Array, "..."]
-    n_to_i: Float[Array, "..."]
-    c_to_f: Float[Array, "..."]
-    n_to_f: Float[Array, "..."]
-    c_to_z: Float[Array, "..."]
-    f_scaled: Float[Array, "..."]
+    h_to_c: Array
+    h_to_n: Array
+    h_to_o: Array
+    c_to_i: Array
+    n_to_i: Array
+    c_to_f: Array
+    n_to_f: Array
+    c_to_z: Array
+    f_scaled: Array
 
 
 def _factors(forget_gate, gates, before: SLSTMState, after: SLSTMState) -> _Factors:

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.gpu_run.errors import identical, limit, relative
-from experiments.benchmarks.gpu_run.problems import Problem, random_problem
-from experiments.benchmarks.gpu_run.report import Report, Row
-from experiments.benchmarks.gpu_run.settings import MLSTMCheck, Settings, SLSTMCheck
-from experiments.benchmarks.gpu_run.steps import stacked_steps
+from experiments.benchmarks.gpu.errors import identical, limit, relative
+from experiments.benchmarks.gpu.problems import Problem, random_problem
+from experiments.benchmarks.gpu.report import Report, Row
+from experiments.benchmarks.gpu.settings import MLSTMCheck, Settings, SLSTMCheck
+from experiments.benchmarks.gpu.steps import stacked_steps
 from xlstm_jax import ops
 
 RUNS = 3

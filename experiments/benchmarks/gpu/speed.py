@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import export
 
 from experiments.benchmarks import kernel_cases, kernel_jax, measure
-from experiments.benchmarks.gpu_run.report import Report, Row
-from experiments.benchmarks.gpu_run.settings import Settings, reference
+from experiments.benchmarks.gpu.report import Report, Row
+from experiments.benchmarks.gpu.settings import Settings, reference
 from experiments.benchmarks.kernel_cases import Case
 from pallas_kernels import common
 

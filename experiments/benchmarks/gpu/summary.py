@@ -5,7 +5,7 @@ import pathlib
 import time
 
 from experiments.benchmarks import measure
-from experiments.benchmarks.gpu_run.report import Row
+from experiments.benchmarks.gpu.report import Row
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-triton", "triton")
 PACKAGES += ("flax", "torch", "mlstm_kernels", "flash-linear-attention")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One run on an H100 or H200 of at most eight minutes: correctness of all kernels, then their times beside
 # other packages', train steps, and decoding of a 7B model. Everything is compiled side by side, then
-# timed one by one. Run in the project's root, after prepare.sh. Results: $OUT/results.json.
+# timed one by one. Run in the project's root, after gpu_prepare.sh. Results: $OUT/results.json.
 #
 # ONLY="tiles peers" runs these sections alone; FLASHRNN=1 includes kernels that are built with nvcc;
 # GPU_RUN_SMOKE=1 takes toy sizes on a CPU.

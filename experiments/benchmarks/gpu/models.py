@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks import cases, kernel_cases, measure
-from experiments.benchmarks.gpu_run.report import Report, Row
-from experiments.benchmarks.gpu_run.settings import Settings
-from experiments.benchmarks.gpu_run.speed import statistics
+from experiments.benchmarks.gpu.report import Report, Row
+from experiments.benchmarks.gpu.settings import Settings
+from experiments.benchmarks.gpu.speed import statistics
 from experiments.benchmarks.kernel_cases import Work
 from tests.workloads import ModelWorkload
 from xlstm_jax.flops import count_params, train_flops

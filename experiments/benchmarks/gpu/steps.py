@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.gpu_run.errors import relative
-from experiments.benchmarks.gpu_run.report import Row
-from experiments.benchmarks.gpu_run.settings import Settings, reference
+from experiments.benchmarks.gpu.errors import relative
+from experiments.benchmarks.gpu.report import Row
+from experiments.benchmarks.gpu.settings import Settings, reference
 from xlstm_jax import cells, ops
 
 TOKENS = 2

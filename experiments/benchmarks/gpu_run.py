@@ -1,4 +1,4 @@
-"""Sections of one prepared run on a Hopper GPU; `run.sh` starts them side by side.
+"""Sections of one prepared run on a Hopper GPU; `gpu_run.sh` starts them side by side.
 
     python -m experiments.benchmarks.gpu_run SECTION [PART PARTS]
     python -m experiments.benchmarks.gpu_run summary RESULT.json
@@ -36,12 +36,12 @@ def main(section: str, *arguments: str) -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     complete_triton()
     # Both import JAX, and `exported` must not import Triton before it is complete.
-    from experiments.benchmarks.gpu_run import summary
+    from experiments.benchmarks.gpu import summary
 
     if section == "summary":
         return summary.main(FOLDER, pathlib.Path(*arguments), START)
-    from experiments.benchmarks.gpu_run import sections, settings
-    from experiments.benchmarks.gpu_run.report import Report
+    from experiments.benchmarks.gpu import sections, settings
+    from experiments.benchmarks.gpu.report import Report
 
     known = sections.sections()
     if section not in known:

@@ -15,7 +15,7 @@ if [ "${1:-}" = --exports ]; then
     [ -x .venv-export/bin/python ] || "${PYTHON:-python$version}" -m venv .venv-export
     .venv-export/bin/pip install -q jax==0.11.2 jaxlib==0.11.2 jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 \
         jax-triton==0.4.1 triton==3.9.0 nvidia-cuda-nvcc==13.5.37 flatbuffers jaxtyping flax optax orbax-checkpoint tyro rich matplotlib
-    .venv-export/bin/python -m experiments.benchmarks.gpu_run.export .gpu_run/exports
+    .venv-export/bin/python -m experiments.benchmarks.gpu.export .gpu_run/exports
 fi
 du -sh .gpu_run
-echo 'On the GPU machine, in a checkout with .gpu_run in it: bash experiments/benchmarks/gpu_run/run.sh'
+echo 'On the GPU machine, in a checkout with .gpu_run in it: bash experiments/benchmarks/gpu_run.sh'

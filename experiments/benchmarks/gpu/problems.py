@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.gpu_run.settings import MLSTMCheck, SLSTMCheck
+from experiments.benchmarks.gpu.settings import MLSTMCheck, SLSTMCheck
 from xlstm_jax import cells, ops
 
 Arrays = dict[str, np.ndarray]

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import jax
 
 from experiments.benchmarks import kernel_jax
-from experiments.benchmarks.gpu_run import models, peers, speed
-from experiments.benchmarks.gpu_run.correctness import correctness
-from experiments.benchmarks.gpu_run.report import Report
-from experiments.benchmarks.gpu_run.settings import Settings
+from experiments.benchmarks.gpu import models, peers, speed
+from experiments.benchmarks.gpu.correctness import correctness
+from experiments.benchmarks.gpu.report import Report
+from experiments.benchmarks.gpu.settings import Settings
 
 
 def profile(report: Report, settings: Settings) -> None:

@@ -1,6 +1,6 @@
 """Writes the timed mLSTM calls as `jax.export` files that contain the assembly of a Hopper GPU.
 
-    python -m experiments.benchmarks.gpu_run.export FOLDER
+    python -m experiments.benchmarks.gpu.export FOLDER
 
 Needs jax-triton, Triton and JAX's CUDA plugin, but no GPU. A file has some 150 kB.
 """
@@ -15,7 +15,7 @@ import jax
 from jax import export
 
 from experiments.benchmarks import kernel_jax
-from experiments.benchmarks.gpu_run.settings import full
+from experiments.benchmarks.gpu.settings import full
 from pallas_kernels import common
 
 CHIP = "sm_90"

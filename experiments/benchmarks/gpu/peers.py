@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.benchmarks import kernel_torch
-from experiments.benchmarks.gpu_run.report import Report, Row, describe
-from experiments.benchmarks.gpu_run.settings import Heads, Settings
-from experiments.benchmarks.gpu_run.speed import statistics
+from experiments.benchmarks.gpu.report import Report, Row, describe
+from experiments.benchmarks.gpu.settings import Heads, Settings
+from experiments.benchmarks.gpu.speed import statistics
 
 Run = Callable[[], Any]
 PARTS = ("forward", "gradient")
