@@ -58,16 +58,15 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
     Raises:
         ConfigError: a field is unknown or missing, a value has the wrong type, or `cls` refuses it.
     """
+    kind: Any = cls
     if not isinstance(values, Mapping):
         raise ConfigError(
             f"{where.rstrip('.') or cls.__name__} must be a table of fields, got {values!r}."
         )
     values = {name: value for name, value in values.items() if where or name != IMPORTS}
-    upgrade = getattr(cls, "upgrade", None)
-    if upgrade is not None:  # from the names of earlier versions
-        values = upgrade(values)
-    all_fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
-    fields = {field.name: field for field in all_fields if field.init}
+    if hasattr(kind, "upgrade"):  # from the names of earlier versions
+        values = kind.upgrade(values)
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     for name in values:
         if name not in fields:
             hint = did_you_mean(name, fields, f"use one of: {', '.join(fields)}.")
@@ -244,16 +243,13 @@ def _from_python_file(path: pathlib.Path, size: str | None) -> Any:
         for name in sys.modules.keys() - before:
             file = pathlib.Path(getattr(sys.modules[name], "__file__", None) or "")
             is_beside = file.suffix == ".py" and file.resolve().parent == path.resolve().parent
-            if is_beside and "." not in name and not name.startswith(_PREFIX):
+            if is_beside and "." not in name and not name.startswith("_config_"):
                 _imported[str(path.with_name(file.name))] = None
-
-
-_PREFIX = "_config_"
 
 
 def _execute(path: pathlib.Path) -> types.ModuleType:
     """The module of a file, under a name that no other file has."""
-    name = _PREFIX + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    name = "_config_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

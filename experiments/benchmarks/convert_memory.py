@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from experiments.benchmarks import measure
-from xlstm_jax.convert import hf, mapping, names, writing
+from xlstm_jax.convert import hf, mapping, names, tensors
 from xlstm_jax.flops import count_params
 from xlstm_jax.modules import presets
 
@@ -75,7 +75,7 @@ def main(args: Arguments) -> int:
 def write_checkpoint(folder: pathlib.Path, shard_bytes: int) -> None:
     """Random weights, made one tensor at a time."""
     files = {hf.CONFIG: json.dumps(hf.config_of(MODEL))}
-    writing.write(
+    tensors.write(
         folder, random_tensors(), dtype="float32", max_shard_bytes=shard_bytes, files=files
     )
 

@@ -12,7 +12,7 @@ from xlstm_jax import convert
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import BAD_ARGUMENT, DONE, WRONG_RESULT
 from xlstm_jax.config import ConfigError, did_you_mean, read_json, to_dict
-from xlstm_jax.convert import compare, hf, license, writing
+from xlstm_jax.convert import compare, hf, license, tensors
 from xlstm_jax.data.config import DataConfig
 from xlstm_jax.train import checkpoint, rundir
 from xlstm_jax.train.checkpoint import restore_params
@@ -97,7 +97,7 @@ def _hf_to_run(args: list[str]) -> int:
 
 def _run_to_hf(args: list[str]) -> int:
     chosen = options.parse("convert run-to-hf", RunToHf, args)
-    writing.check_free(chosen.folder)
+    tensors.check_free(chosen.folder)
     cfg, params = restore_params(chosen.run, chosen.step)
     tokens = chosen.run / SPECIAL_TOKENS
     convert.save_hf(

@@ -13,13 +13,6 @@ from xlstm_jax.modules.lm import LM
 TOKENS = 64
 TOLERANCE = 1e-3  # rounding gives about 1e-5, a wrong weight far more
 
-# Published configs name kernels that only run on a GPU; these compute the same.
-_KERNELS = {
-    "chunkwise_kernel": "chunkwise--native_autograd",
-    "sequence_kernel": "native_sequence__native",
-    "step_kernel": "native",
-}
-
 
 class Comparison(NamedTuple):
     """How far apart two implementations of a model are."""
@@ -61,7 +54,7 @@ def with_transformers(folder: str | Path) -> Comparison:
 
 
 def _their_logits(torch: Any, transformers: Any, folder: str | Path, tokens: np.ndarray) -> Any:
-    config = transformers.xLSTMConfig(**hf.read_config(folder) | _KERNELS)
+    config = transformers.xLSTMConfig(**hf.read_config(folder) | hf.KERNELS)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=torch.float32
     )

@@ -5,7 +5,7 @@ or logged as unknown; none is ignored silently.
 import logging
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from xlstm_jax.config import ConfigError
@@ -44,34 +44,27 @@ class Fields:
         """A finite number, of at least `least`."""
         value = self.get(name, default)
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        self._demand(name, value, "a finite number", fits=is_number and math.isfinite(value))
-        self._demand(name, value, f"at least {least}", fits=least is None or value >= least)
+        self.demand(name, value, "a finite number", fits=is_number and math.isfinite(value))
+        self.demand(name, value, f"at least {least}", fits=least is None or float(value) >= least)
         return value
 
     def positive(self, name: str, default: Any = _MISSING) -> float:
         """A number above 0."""
         value = self.number(name, default)
-        self._demand(name, value, "above 0", fits=value > 0)
+        self.demand(name, value, "above 0", fits=value > 0)
         return float(value)
 
     def count(self, name: str, default: Any = _MISSING, *, least: int = 1) -> int:
         """A whole number of at least `least`."""
         value = self.number(name, default)
         is_count = value == int(value) and value >= least
-        self._demand(name, value, f"a whole number of at least {least}", fits=is_count)
+        self.demand(name, value, f"a whole number of at least {least}", fits=is_count)
         return int(value)
-
-    def choice(self, name: str, default: str, choices: Iterable[str], nearest: str) -> str:
-        """One of these words."""
-        value, choices = self.get(name, default), tuple(choices)
-        demand, way_out = f"one of {', '.join(choices)}", f"the nearest is {nearest}"
-        self._demand(name, value, demand, way_out, fits=value in choices)
-        return value
 
     def flag(self, name: str, *, default: Any = _MISSING) -> bool:
         """True or false."""
         value = self.get(name, default)
-        self._demand(name, value, "true or false", fits=isinstance(value, bool))
+        self.demand(name, value, "true or false", fits=isinstance(value, bool))
         return value
 
     def table(self, name: str) -> "Fields | None":
@@ -82,14 +75,15 @@ class Fields:
     def refuse_unless(self, name: str, wanted: Any, instead: str) -> None:
         """Nothing but `wanted`, the default; `instead` is the way out."""
         value = self.get(name, wanted)
-        self._demand(name, value, f"{wanted!r} here", instead, fits=value == wanted)
+        self.demand(name, value, f"{wanted!r} here", instead, fits=value == wanted)
 
-    def _demand(
-        self, name: str, value: Any, demand: str, way_out: str = "correct it", *, fits: bool
+    def demand(
+        self, name: str, value: Any, what: str, way_out: str = "correct it", *, fits: bool
     ) -> None:
+        """Refuses the value of a field unless it fits; says what it must be."""
         if not fits:
             where = f"{name} of {self._where}"
-            raise ConfigError(f"{where} must be {demand}, got {value!r}; {way_out}.")
+            raise ConfigError(f"{where} must be {what}, got {value!r}; {way_out}.")
 
     def ignore(self, *names: str) -> None:
         """Fields that change no number: which kernel runs, what memory it takes, who wrote it."""

@@ -6,16 +6,15 @@ Source of the layout: the public model class and config of the package `transfor
 import dataclasses
 import json
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from xlstm_jax.config import ConfigError, read_json
-from xlstm_jax.convert import large, mapping, names, writing
+from xlstm_jax.convert import large, mapping, names, tensors
 from xlstm_jax.convert.fields import Fields
-from xlstm_jax.convert.tensors import from_folder
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.options import large_width
 from xlstm_jax.typing import PyTree
@@ -25,16 +24,12 @@ FFN_FACTOR = 2.667
 HEAD = "lm_head.weight"
 OUT_NORM = "backbone.out_norm.weight"
 
-# Of every folder that transformers writes, or how it runs; they change no number.
-WITHOUT_EFFECT = (
-    "architectures",
-    "transformers_version",
-    "use_cache",
-    "max_inference_chunksize",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-)
+# Published configs name kernels that only run on a GPU; these compute the same.
+KERNELS = {
+    "chunkwise_kernel": "chunkwise--native_autograd",
+    "sequence_kernel": "native_sequence__native",
+    "step_kernel": "native",
+}
 SPECIAL_TOKENS: Mapping[str, int] = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 
 
@@ -59,22 +54,16 @@ def load_hf(folder: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, 
             f"{folder} must be a folder with a {CONFIG}, but has none; name a folder that "
             "save_pretrained wrote."
         )
-    source = from_folder(folder)
-    cfg = _config(folder / CONFIG, source.shapes, dtype)
-    return cfg, mapping.load(cfg, names.HF, source)
-
-
-def _config(path: Path, shapes: Container[str], dtype: str | None) -> LMConfig:
-    fields = Fields(read_config(path.parent), str(path))
+    source, path = tensors.from_folder(folder), folder / CONFIG
+    fields = Fields(read_config(folder), str(path))
     fields.refuse_unless("model_type", "xlstm", "only xLSTMForCausalLM can be read from a folder")
     only = "transformers reads no other; write separate weights"
     fields.refuse_unless("weight_mode", "single", only)
-    if not fields.flag("add_out_norm", default=True) and OUT_NORM in shapes:
-        raise ConfigError(
-            f"add_out_norm of {path} must be true where the weights have {OUT_NORM!r}, got False; "
-            "transformers applies that norm all the same: set it to true for the same numbers, or "
-            "remove the tensor."
-        )
+    has_norm = fields.flag("add_out_norm", default=True)
+    way_out = "transformers applies that norm all the same: set it to true, or remove the tensor"
+    fits = has_norm or OUT_NORM not in source.shapes
+    what = f"true where the weights have {OUT_NORM!r}"
+    fields.demand("add_out_norm", has_norm, what, way_out, fits=fits)
     stored = fields.get("dtype", None) or fields.get("torch_dtype", None) or "float32"
     cfg = large.to_ours(
         fields,
@@ -84,15 +73,18 @@ def _config(path: Path, shapes: Container[str], dtype: str | None) -> LMConfig:
         dtype=dtype or stored,
     )
     wants_tie = fields.flag("tie_word_embeddings", default=False)
-    tied = wants_tie and HEAD not in shapes
+    tied = wants_tie and HEAD not in source.shapes
     if wants_tie and not tied:
         logging.getLogger(__name__).warning(
             "tie_word_embeddings of %s is ignored, as the weights have two tables", path
         )
-    fields.ignore(*WITHOUT_EFFECT)
+    # Of every folder that transformers writes, or how it runs; they change no number.
+    fields.ignore("architectures", "transformers_version", "use_cache", "max_inference_chunksize")
+    fields.ignore(*SPECIAL_TOKENS)
     fields.done()
     # Its final norm has no bias, whatever use_bias says.
-    return dataclasses.replace(cfg, tie_embeddings=tied, final_norm_bias=False)
+    cfg = dataclasses.replace(cfg, tie_embeddings=tied, final_norm_bias=False)
+    return cfg, mapping.load(cfg, names.HF, source)
 
 
 def _either(fields: Fields, name: str, other: str, path: Path) -> int:
@@ -134,13 +126,13 @@ def save_hf(
     folder = Path(folder)
     config = config_of(cfg, dtype) | dict(special_tokens)
     mapping.check_params(cfg, params)
-    tensors = mapping.store(cfg, names.HF, params)
+    arrays = mapping.store(cfg, names.HF, params)
     if cfg.tie_embeddings:
         head = np.asarray(params["token_embedding"]["embedding"])
-        tensors = [*tensors, (HEAD, head)]
-    writing.write(
+        arrays = [*arrays, (HEAD, head)]
+    tensors.write(
         folder,
-        tensors,
+        arrays,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         files={CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n"},
@@ -208,9 +200,7 @@ def config_of(cfg: LMConfig, dtype: str = "float32") -> dict[str, Any]:
         "norm_eps": float(own.norm_eps),
         "qk_dim_factor": large.factor_of(qk_dim, dim),
         "v_dim_factor": large.factor_of(v_dim, dim),
-        "chunkwise_kernel": "chunkwise--native_autograd",
-        "sequence_kernel": "native_sequence__native",
-        "step_kernel": "native",
+        **KERNELS,
         "mode": "inference",
         "chunk_size": own.chunk_size or 64,
         "return_last_states": True,

@@ -22,24 +22,10 @@ from xlstm_jax.typing import PyTree
 CONFIG = "config.yaml"
 FFN_FACTOR = 2.6667
 
-
 NO_CAP = 1e10
 """A soft cap for configs that must have one: in float32 it changes nothing."""
 
 DTYPES = ("float32", "bfloat16")
-
-# They choose among kernels, and how far these round; here gates, memory and sums are always float32
-# or wider.
-_WITHOUT_EFFECT = (
-    "chunkwise_kernel",
-    "sequence_kernel",
-    "step_kernel",
-    "mode",
-    "return_last_states",
-    "autocast_kernel_dtype",
-    "inference_state_dtype",
-    "norm_reduction_force_float32",
-)
 
 
 def load_large(folder: str | Path, *, dtype: str = "float32") -> tuple[LMConfig, PyTree]:
@@ -57,11 +43,7 @@ def load_large(folder: str | Path, *, dtype: str = "float32") -> tuple[LMConfig,
         dtype=dtype,
     )
     mode = fields.get("weight_mode", "single")
-    if mode not in ("single", "fused"):
-        raise ConfigError(
-            f"weight_mode of {folder / CONFIG} must be 'single' or 'fused', got {mode!r}; "
-            "correct it."
-        )
+    fields.demand("weight_mode", mode, "'single' or 'fused'", fits=mode in ("single", "fused"))
     fields.done()
     source = from_folder(folder)
     return cfg, mapping.load(cfg, names.LARGE, unfused(source, cfg) if mode == "fused" else source)
@@ -81,7 +63,11 @@ def to_ours(fields: Fields, *, dim: int, num_blocks: int, factor: float, dtype: 
             f"dtype={dtype!r} must be one of {', '.join(DTYPES)}, as float16 overflows in "
             "exponential gates; load it with dtype='bfloat16' or dtype='float32'."
         )
-    fields.ignore(*_WITHOUT_EFFECT)
+    # These choose among kernels, and how far they round; here gates, state and sums are always
+    # float32 or wider.
+    fields.ignore("chunkwise_kernel", "sequence_kernel", "step_kernel", "mode")
+    fields.ignore("return_last_states", "norm_reduction_force_float32")
+    fields.ignore("autocast_kernel_dtype", "inference_state_dtype")
     multiple = fields.count("ffn_round_up_to_multiple_of", 64)
     norm_eps = float(fields.number("norm_eps", 1e-6, least=0))
     use_bias = fields.flag("use_bias", default=False)

@@ -11,13 +11,11 @@ UNKNOWN = "none is stated beside the weights; ask whoever published them before 
 
 def find(folder: str | Path) -> str:
     """What a folder of weights says about their license, in a line; `UNKNOWN` if nothing."""
-    folder = Path(folder)
-    copied = copied_file(folder)
+    copied, file = copied_file(folder), _file(Path(folder))
     if copied:
         return _lines(copied)[0]
-    file = _file(folder)
-    first = f"{_lines(file)[0]} ({file.name})" if file else None
-    return _from_card(folder / "README.md") or first or UNKNOWN
+    first = f"{_lines(file)[0]} ({file.name})" if file else UNKNOWN
+    return _from_card(Path(folder) / "README.md") or first
 
 
 def copied_file(folder: str | Path) -> Path | None:
@@ -38,11 +36,10 @@ def copy(source: str | Path, folder: str | Path) -> str:
 
 def _from_card(card: Path) -> str | None:
     """The fields of a model card's head that name the license."""
-    if not card.is_file():
-        return None
-    head = re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)
-    found = re.findall(r"^license(?:_name|_link)?: *(.+)$", head[1] if head else "", re.MULTILINE)
-    values = [value.split(" #")[0].strip().strip("'\"") for value in found]
+    text = card.read_text(errors="replace") if card.is_file() else ""
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    fields = re.findall(r"^license(?:_name|_link)?: *(.+)$", head[1] if head else "", re.MULTILINE)
+    values = [value.split(" #")[0].strip().strip("'\"") for value in fields]
     return f"{', '.join(values)} ({card.name})" if values else None
 
 
@@ -54,6 +51,5 @@ def _file(folder: Path) -> Path | None:
 
 def _lines(path: Path) -> list[str]:
     """The lines of a file that are not empty; none if there is no such file."""
-    if not path.is_file():
-        return []
-    return [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    return [line.strip() for line in text.splitlines() if line.strip()]

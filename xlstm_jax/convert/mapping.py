@@ -120,8 +120,7 @@ def check_params(cfg: LMConfig, params: PyTree) -> None:
     actual = {path: np.shape(leaf) for path, leaf in by_path(params).items()}
     if set(actual) == {f"params/{path}" for path in expected}:
         raise WeightsError("params must be the parameters alone; give variables['params'].")
-    way_out = "give the config that they were made with"
-    _check_shapes("params", expected, actual, way_out, dict.fromkeys(expected, ""))
+    _check_shapes("params", expected, actual, "give the config that they were made with", {})
 
 
 def _check_shapes(
@@ -132,10 +131,14 @@ def _check_shapes(
     remarks: Mapping[str, str],
 ) -> None:
     """Raises WeightsError with all that is missing, surplus, or of another shape."""
-    problems = [f"{n} {expected[n]} is missing{remarks[n]}" for n in expected if n not in actual]
+    problems = [
+        f"{name} {shape} is missing{remarks.get(name, '')}"
+        for name, shape in expected.items()
+        if name not in actual
+    ]
     problems += [f"{name} {actual[name]} is not known" for name in actual if name not in expected]
     problems += [
-        f"{name} must have the shape {shape}, got {actual[name]}{remarks[name]}"
+        f"{name} must have the shape {shape}, got {actual[name]}{remarks.get(name, '')}"
         for name, shape in expected.items()
         if actual.get(name, shape) != shape
     ]

@@ -27,11 +27,9 @@ _KINDS = {
 """What the weights of a module are -> our name for them, and their layout. A bias is the same."""
 
 
-def _rules(theirs: str, ours: str, *lines: tuple[str, str, str]) -> tuple[Rule, ...]:
-    """Two rules for each (their module, our module, what its weights are).
-
-    `theirs` and `ours` are the beginnings of all names.
-    """
+def _rules(prefixes: tuple[str, str], *lines: tuple[str, str, str]) -> tuple[Rule, ...]:
+    """Two rules for each (their module, our module, what its weights are)."""
+    theirs, ours = prefixes
     rules = []
     for name, path, kind in lines:
         parameter, layout = _KINDS[kind]
@@ -46,15 +44,13 @@ _V1_BLOCK = V1_STACK + "blocks.{}."
 
 V1 = (
     *_rules(
-        "",
-        "",
+        ("", ""),
         ("token_embedding", "token_embedding", "embedding"),
         ("lm_head", "lm_head", "dense"),
         (V1_STACK + "post_blocks_norm", "out_norm", "offset"),
     ),
     *_rules(
-        _V1_BLOCK,
-        "stack/m/",
+        (_V1_BLOCK, "stack/m/"),
         ("xlstm_norm", "xlstm_norm", "offset"),
         ("xlstm.proj_up", "mlstm/proj_up", "dense"),
         ("xlstm.conv1d.conv", "mlstm/conv", "convolution"),
@@ -68,8 +64,7 @@ V1 = (
     ),
     Rule(_V1_BLOCK + "xlstm.learnable_skip", "stack/m/mlstm/learnable_skip", "same"),
     *_rules(
-        _V1_BLOCK,
-        "stack/s/",
+        (_V1_BLOCK, "stack/s/"),
         ("xlstm_norm", "xlstm_norm", "offset"),
         ("xlstm.conv1d.conv", "slstm/conv", "convolution"),
         # Crosswise: what they name after one gate computes the other.
@@ -98,15 +93,13 @@ LARGE_BLOCK = "backbone.blocks.{}."
 
 def _large(embedding: str) -> tuple[Rule, ...]:
     top = _rules(
-        "",
-        "",
+        ("", ""),
         (embedding, "token_embedding", "embedding"),
         ("backbone.out_norm", "out_norm", "scale"),
         ("lm_head", "lm_head", "dense"),
     )
     blocks = _rules(
-        LARGE_BLOCK,
-        "stack/M/",
+        (LARGE_BLOCK, "stack/M/"),
         ("norm_mlstm", "norm_mlstm", "scale"),
         ("mlstm_layer.q", "mlstm/q", "dense"),
         ("mlstm_layer.k", "mlstm/k", "dense"),

@@ -9,25 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.convert import mapping, names
 from xlstm_jax.convert.fields import Fields
 from xlstm_jax.convert.tensors import from_arrays
+from xlstm_jax.modules import options
 from xlstm_jax.modules.config import LMConfig
-from xlstm_jax.modules.options import (
-    ACTIVATION_NAMES,
-    MLSTMConfig,
-    SLSTMConfig,
-    first_generation_width,
-)
 from xlstm_jax.modules.patterns import at
 from xlstm_jax.typing import PyTree
 
-ACTIVATIONS = {name.replace("relu2", "relu^2"): name for name in ACTIVATION_NAMES}
+ACTIVATIONS = {name.replace("relu2", "relu^2"): name for name in options.ACTIVATION_NAMES}
 """Their name -> ours."""
-
-WITHOUT = ("token_embedding/embedding", "lm_head/kernel")
-"""What a bare stack does not have."""
 
 KERNEL, BIAS = "slstm_cell._recurrent_kernel_", "slstm_cell._bias_"
 
@@ -53,10 +44,12 @@ def load_v1(
     # A state_dict repeats the head of a tied model, and has causal masks.
     tensors = {n: a for n, a in tensors.items() if not n.endswith("mlstm_cell.causal_mask")}
     head, table = (tensors.get(f"{part}.weight") for part in ("lm_head", "token_embedding"))
-    if cfg.tie_embeddings and head is not None and np.array_equal(head, table):
-        del tensors["lm_head.weight"]
-    rules, without = (names.V1_BARE, WITHOUT) if bare else (names.V1, ())
-    return cfg, mapping.load(cfg, rules, from_arrays(_as_vanilla(tensors)), without)
+    if cfg.tie_embeddings and head is not None and table is not None:
+        if np.array_equal(head, table):
+            del tensors["lm_head.weight"]
+    without = ("token_embedding/embedding", "lm_head/kernel") if bare else ()
+    source = from_arrays(_as_vanilla(tensors))
+    return cfg, mapping.load(cfg, names.V1_BARE if bare else names.V1, source, without)
 
 
 def config_of(config: Mapping[str, Any], *, bare: bool = False) -> LMConfig:
@@ -74,8 +67,8 @@ def config_of(config: Mapping[str, Any], *, bare: bool = False) -> LMConfig:
         vocab_size=1 if bare else fields.count("vocab_size"),
         dim=dim,
         pattern=pattern,
-        mlstm=_mlstm(fields, dim, bias) if "m" in pattern else MLSTMConfig(),
-        slstm=_slstm(fields, dim) if "s" in pattern else SLSTMConfig(),
+        mlstm=_mlstm(fields, dim, bias) if "m" in pattern else options.MLSTMConfig(),
+        slstm=_slstm(fields, dim) if "s" in pattern else options.SLSTMConfig(),
         final_norm="layer" if has_norm else "none",
         tie_embeddings=fields.flag("tie_weights", default=False),
         dropout=float(fields.number("dropout", 0.0)),
@@ -96,27 +89,21 @@ def config_of(config: Mapping[str, Any], *, bare: bool = False) -> LMConfig:
 def _pattern(fields: Fields, num_blocks: int) -> str:
     slstm_at = fields.get("slstm_at", [])
     is_list = isinstance(slstm_at, Sequence) and not isinstance(slstm_at, str)
-    if slstm_at != "all" and not (is_list and all(type(place) is int for place in slstm_at)):
-        raise ConfigError(
-            f"slstm_at of the config must be 'all' or a list of block numbers, got {slstm_at!r}; "
-            "correct it."
-        )
+    fits = slstm_at == "all" or (is_list and all(type(place) is int for place in slstm_at))
+    fields.demand("slstm_at", slstm_at, "'all' or a list of block numbers", fits=fits)
     if slstm_at == "all" or fields.get("mlstm_block", None) is None:
         return "s" * num_blocks
-    if slstm_at and fields.is_null("slstm_block"):
-        raise ConfigError(
-            f"slstm_block of the config must be given for slstm_at={slstm_at!r}, got None; "
-            "give it or leave slstm_at empty."
-        )
+    fits, what = not slstm_at or not fields.is_null("slstm_block"), f"given for {slstm_at=}"
+    fields.demand("slstm_block", None, what, "give it or leave slstm_at empty", fits=fits)
     return at(num_blocks, slstm=slstm_at)
 
 
-def _mlstm(fields: Fields, dim: int, bias: bool) -> MLSTMConfig:
+def _mlstm(fields: Fields, dim: int, bias: bool) -> options.MLSTMConfig:
     layer = _layer(fields, "mlstm_block", "mlstm")
     inner_dim = _width(layer, dim, 2.0)
     layer.ignore("bias", "dropout", "context_length", "embedding_dim")  # the model's count
     layer.ignore("_num_blocks", "_proj_up_dim", "_inner_embedding_dim")
-    cfg = MLSTMConfig(
+    cfg = options.MLSTMConfig(
         num_heads=layer.count("num_heads", 4),
         inner_dim=inner_dim,
         qkv_block_size=layer.count("qkv_proj_blocksize", 4),
@@ -127,7 +114,7 @@ def _mlstm(fields: Fields, dim: int, bias: bool) -> MLSTMConfig:
     return cfg
 
 
-def _slstm(fields: Fields, dim: int) -> SLSTMConfig:
+def _slstm(fields: Fields, dim: int) -> options.SLSTMConfig:
     layer = _layer(fields, "slstm_block", "slstm")
     layer.refuse_unless("function", "slstm", "the nearest is `ops.lstm`, without a block")
     for name, off in (("gradient_recurrent_cut", False), ("gradient_recurrent_clipval", None)):
@@ -138,7 +125,7 @@ def _slstm(fields: Fields, dim: int) -> SLSTMConfig:
     layer.ignore("_block_idx", "_num_blocks", "backend", "batch_size", "internal_input_shape")
     layer.ignore("input_shape", "output_shape", "constants", "enable_automatic_mixed_precision")
     layer.ignore(*(f"dtype{suffix}" for suffix in ("", "_b", "_r", "_w", "_g", "_s", "_a")))
-    cfg = SLSTMConfig(
+    cfg = options.SLSTMConfig(
         num_heads=layer.count("num_heads", 4),
         conv_width=layer.count("conv1d_kernel_size", 4, least=0),
         recurrent_init=layer.get("recurrent_weight_init", "zeros"),
@@ -157,21 +144,20 @@ def _feedforward(fields: Fields, dim: int) -> dict[str, Any]:
     layer = _layer(fields, "slstm_block", "feedforward")
     layer.refuse_unless("ff_type", "ffn_gated", "the gated one is the only one")
     width = _width(layer, dim, 1.3)
-    if width == 0:
-        raise ConfigError(
-            "proj_factor of feedforward must not be rounded down to a width of 0; raise it, or "
-            "give no feedforward at all."
-        )
+    layer.demand("the width", width, "above 0", "raise proj_factor", fits=width > 0)
+    activation = layer.get("act_fn", "gelu")
+    what = f"one of {', '.join(ACTIVATIONS)}"
+    layer.demand("act_fn", activation, what, "the nearest is gelu", fits=activation in ACTIVATIONS)
     layer.ignore("embedding_dim", "_num_blocks", "_proj_up_dim")
-    options = {
+    ffn = {
         "ffn_dim": width,
-        "ffn_activation": ACTIVATIONS[layer.choice("act_fn", "gelu", ACTIVATIONS, nearest="gelu")],
+        "ffn_activation": ACTIVATIONS[activation],
         # Those of the model do not reach the feed-forward layer.
         "ffn_bias": layer.flag("bias", default=False),
         "ffn_dropout": float(layer.number("dropout", 0.0)),
     }
     layer.done()
-    return options
+    return ffn
 
 
 def _layer(fields: Fields, block: str, name: str) -> Fields:
@@ -185,7 +171,7 @@ def _layer(fields: Fields, block: str, name: str) -> Fields:
 
 
 def _width(layer: Fields, dim: int, factor: float) -> int:
-    return first_generation_width(
+    return options.first_generation_width(
         dim,
         layer.positive("proj_factor", factor),
         layer.count("round_proj_up_to_multiple_of", 64),

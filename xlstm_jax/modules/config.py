@@ -79,7 +79,14 @@ class LMConfig:
         check_at_least("dim", self.dim, 1)
         if not self.pattern:
             raise ConfigError("pattern must name at least one block, got ''; try 'mmms'.")
-        self._check_options()
+        classes = [type(own) for own in self.options]
+        known = {kind.options for kind in BLOCKS.values()}
+        for cls in classes:
+            if cls not in known or classes.count(cls) > 1:
+                raise ConfigError(
+                    f"options must hold one entry per block kind of modules.BLOCKS, got {cls}; "
+                    "register its kind first, and give it once."
+                )
         for letter in dict.fromkeys(self.pattern):
             if letter not in BLOCKS:
                 raise ConfigError(
@@ -95,16 +102,6 @@ class LMConfig:
         check_choice("dtype", self.dtype, get_args(Dtype))
         check_choice("remat", self.remat, get_args(Remat))
         check_rate("dropout", self.dropout)
-
-    def _check_options(self) -> None:
-        classes = [type(own) for own in self.options]
-        known = {kind.options for kind in BLOCKS.values()}
-        for number, cls in enumerate(classes):
-            if cls not in known or cls in classes[:number]:
-                raise ConfigError(
-                    f"options must hold one entry per block kind of modules.BLOCKS, got {cls}; "
-                    "register its kind first, and give it once."
-                )
 
     @property
     def num_blocks(self) -> int:
@@ -123,6 +120,5 @@ class LMConfig:
             KeyError: no block kind has this letter.
         """
         kind = BLOCKS[letter]
-        field = getattr(self, kind.name, None)
-        given = (field, *self.options)
+        given = (getattr(self, kind.name, None), *self.options)
         return next((own for own in given if type(own) is kind.options), None) or kind.options()

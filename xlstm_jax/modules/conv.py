@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from xlstm_jax import ops
 from xlstm_jax.modules.initializers import uniform
+from xlstm_jax.ops.conv import causal_conv
 from xlstm_jax.typing import Array, Bool, Float
 
 
@@ -37,7 +37,7 @@ class CausalConv(nn.Module):
         init = uniform(1 / math.sqrt(math.prod(window[:-1])))
         kernel = self.param("kernel", init, window).astype(x.dtype)
         bias = self.param("bias", init, (features,)).astype(x.dtype)
-        return ops.causal_conv(x, kernel, bias, state, reset=reset, mask=mask)
+        return causal_conv(x, kernel, bias, state, reset=reset, mask=mask)
 
 
 def conv_state(

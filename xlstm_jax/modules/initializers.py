@@ -16,9 +16,9 @@ from xlstm_jax.typing import Array, Float, PRNGKeyArray
 Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Float[Array, "..."]]
 
 
-def normal(std: float, mean: float = 0.0) -> Initializer:
-    """Independent normal values."""
-    return lambda key, shape: mean + std * jax.random.normal(key, shape, jnp.float32)
+def normal(std: float) -> Initializer:
+    """Independent normal values around 0."""
+    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
 
 
 def uniform(bound: float) -> Initializer:

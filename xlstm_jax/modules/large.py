@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from xlstm_jax import ops
 from xlstm_jax.cells import MLSTMState, mlstm_init
 from xlstm_jax.modules.initializers import constant, linspace, small, wang, zeros
-from xlstm_jax.modules.linear import Dense, dense_together, input_and_forget_gates, split_heads
+from xlstm_jax.modules.linear import Dense, dense_together, input_and_forget_gates
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import LargeConfig
 from xlstm_jax.sharding import constrain
@@ -42,9 +42,9 @@ class LargeMLSTMLayer(nn.Module):
         layers.append(Dense(v_dim, zeros, cfg.use_bias, name="output_gate"))
         q, k, v, o = (constrain(y, "batch", "time", "inner") for y in dense_together(x, *layers))
         biases = constant(cfg.input_bias), linspace(*cfg.forget_bias)
-        gates = input_and_forget_gates(x, cfg.num_heads, *biases)
+        gates = input_and_forget_gates(x, cfg.num_heads, biases)
         i, f = (ops.soft_cap(gate, cfg.gate_soft_cap) for gate in gates)
-        q, k, v = (split_heads(y, cfg.num_heads) for y in (q, k, v))
+        q, k, v = (y.reshape(*y.shape[:2], cfg.num_heads, -1) for y in (q, k, v))
         h, state = ops.mlstm(q, k, v, i, f, state, reset=reset, mask=mask, **cfg.cell)
         norm = MultiHeadNorm(
             cfg.norm_eps, as_offset=False, use_bias=cfg.use_bias, name="multihead_norm"

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
-from xlstm_jax import ops
 from xlstm_jax.modules.initializers import Initializer, zeros
+from xlstm_jax.ops.dense import dense, grouped_dense
 from xlstm_jax.sharding import is_sharded
 from xlstm_jax.typing import Array, Float
 
@@ -61,7 +61,7 @@ def dense_together(
     kernels, biases = zip(*(layer.weights(in_dim) for layer in layers), strict=True)
     kernel = kernels[0] if len(kernels) == 1 else jnp.concatenate(kernels, axis=1)
     rows = jnp.split(kernel, list(itertools.accumulate(p.shape[-1] for p in parts))[:-1])
-    y = sum(ops.dense(part, k, dtype=dtype) for part, k in zip(parts, rows, strict=True))
+    y = sum(dense(part, k, dtype=dtype) for part, k in zip(parts, rows, strict=True))
     stops = list(itertools.accumulate(k.shape[1] for k in kernels))
     outputs = jnp.split(y, stops[:-1], axis=-1)
     return [
@@ -87,7 +87,7 @@ class HeadwiseDense(nn.Module):
         P, F_in, F_out = self.num_groups, x.shape[-1], self.features
         kernel = self.param("kernel", self.kernel_init, (P, F_in // P, F_out // P))
         dtype = jnp.promote_types(x.dtype, jnp.float32) if self.wide else x.dtype
-        y = ops.grouped_dense(x, kernel, dtype=dtype)
+        y = grouped_dense(x, kernel, dtype=dtype)
         if self.use_bias:
             y = y + jnp.broadcast_to(self.param("bias", zeros, (F_out,)), y.shape)
         return y.astype(dtype)
@@ -96,21 +96,13 @@ class HeadwiseDense(nn.Module):
 def input_and_forget_gates(
     x: Float[Array, "B T F"] | Sequence[Float[Array, "B T F"]],
     num_heads: int,
-    input_bias: Initializer,
-    forget_bias: Initializer,
+    biases: tuple[Initializer, Initializer],
 ) -> list[Float[Array, "B T H"]]:
     """Pre-activations i and f of an mLSTM cell; at first x has no influence on them."""
     gate = functools.partial(Dense, num_heads, zeros, use_bias=True, wide=True)
-    i, f = (
-        gate(bias_init=input_bias, name="input_gate"),
-        gate(bias_init=forget_bias, name="forget_gate"),
-    )
-    return dense_together(x, i, f)
-
-
-def split_heads(x: Float[Array, "B T F"], num_heads: int) -> Float[Array, "B T H F_per_head"]:
-    """The features of each head on an axis of their own."""
-    return x.reshape(*x.shape[:2], num_heads, -1)
+    names = "input_gate", "forget_gate"
+    layers = (gate(bias_init=b, name=name) for b, name in zip(biases, names, strict=True))
+    return dense_together(x, *layers)
 
 
 class Embedding(nn.Module):

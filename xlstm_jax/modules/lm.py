@@ -6,12 +6,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xlstm_jax import ops
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.initializers import normal, small
 from xlstm_jax.modules.linear import Dense, Embedding
 from xlstm_jax.modules.norm import LayerNorm, RMSNorm
 from xlstm_jax.modules.stack import Stack, StackState, init_state
+from xlstm_jax.ops.dense import dense
+from xlstm_jax.ops.documents import document_starts
+from xlstm_jax.ops.embed import embed
+from xlstm_jax.ops.norm import soft_cap
 from xlstm_jax.typing import Array, Bool, Float, Int
 
 
@@ -72,14 +75,14 @@ class LM(_Model):
         _check(cfg, tokens, state, segment_ids, mask)
         reset = None
         if segment_ids is not None:
-            reset = ops.document_starts(segment_ids)
+            reset = document_starts(segment_ids)
             if has_padding:
                 mask = segment_ids != 0 if mask is None else mask & (segment_ids != 0)
         init = small(cfg.dim) if cfg.embedding_std is None else normal(cfg.embedding_std)
         table = Embedding(cfg.vocab_size, cfg.dim, init, name="token_embedding")()
         # Float64 parameters mean a float64 model.
         dtype = table.dtype if table.dtype == jnp.float64 else jnp.dtype(cfg.dtype)
-        x = ops.embed(tokens, table, dtype=dtype)
+        x = embed(tokens, table, dtype=dtype)
         rate = cfg.dropout if cfg.embedding_dropout else 0.0
         x = nn.Dropout(rate, deterministic=deterministic)(x)
         x, state = self._blocks_and_norm(x, state, reset, mask, deterministic=deterministic)
@@ -132,8 +135,8 @@ def lm_logits(
 ) -> Float[Array, "*batch vocab"]:
     """Logits of hidden states after the final norm, soft cap included, in float32 or wider."""
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    logits = ops.dense(hidden, head_kernel(cfg, params), dtype=dtype)
-    return ops.soft_cap(logits, cfg.logit_soft_cap)
+    logits = dense(hidden, head_kernel(cfg, params), dtype=dtype)
+    return soft_cap(logits, cfg.logit_soft_cap)
 
 
 def _check(cfg: LMConfig, tokens, state, segment_ids, mask) -> None:

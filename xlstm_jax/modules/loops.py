@@ -42,18 +42,11 @@ def scanned(
     blocks: Blocks,
     checkpoint: Callable[[Callable], Callable],
 ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-    """As `one_by_one`, run after run, each a scan over its steps.
-
-    Args:
-        runs: they spell the pattern.
-        checkpoint: wraps the function of one step.
-    """
-    parts = {
-        letter: iter(
-            _split(tree, [run.pattern.count(letter) for run in runs if letter in run.unit])
-        )
-        for letter, tree in blocks.items()
-    }
+    """As `one_by_one`, but each run is a scan over its steps, which `checkpoint` wraps."""
+    parts = {}
+    for letter, tree in blocks.items():
+        counts = [run.pattern.count(letter) for run in runs if letter in run.unit]
+        parts[letter] = iter(_split(tree, counts))
     new, number = {letter: [] for letter in blocks}, 0
     for run in runs:
         own = {letter: next(part) for letter, part in parts.items() if letter in run.unit}

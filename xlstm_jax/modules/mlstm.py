@@ -15,7 +15,7 @@ from xlstm_jax import ops
 from xlstm_jax.cells import MLSTMState, mlstm_init
 from xlstm_jax.modules.conv import CausalConv, conv_state
 from xlstm_jax.modules.initializers import linspace, normal, ones, small, wang
-from xlstm_jax.modules.linear import Dense, HeadwiseDense, input_and_forget_gates, split_heads
+from xlstm_jax.modules.linear import Dense, HeadwiseDense, input_and_forget_gates
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import MLSTMConfig
 from xlstm_jax.sharding import constrain
@@ -62,8 +62,8 @@ class MLSTMLayer(nn.Module):
         )
         q, k, v = (project(name=f"{name}_proj")(y) for name, y in (("q", u), ("k", u), ("v", a)))
         biases = normal(cfg.input_bias_std), linspace(*cfg.forget_bias)
-        i, f = input_and_forget_gates((q, k, v), cfg.num_heads, *biases)
-        q, k, v = (split_heads(y, cfg.num_heads) for y in (q, k, v))
+        i, f = input_and_forget_gates((q, k, v), cfg.num_heads, biases)
+        q, k, v = (y.reshape(*y.shape[:2], cfg.num_heads, -1) for y in (q, k, v))
         h, cell = ops.mlstm(q, k, v, i, f, cell, reset=reset, mask=mask, **cfg.cell)
         h = MultiHeadNorm(cfg.norm_eps, as_offset=True, name="out_norm")(h)
         skip = self.param("learnable_skip", ones, (inner_dim,)).astype(x.dtype)

@@ -6,8 +6,8 @@ stores the scale itself (`scale`): the names differ so that checkpoints cannot b
 
 import flax.linen as nn
 
-from xlstm_jax import ops
 from xlstm_jax.modules.initializers import ones, zeros
+from xlstm_jax.ops.norm import layer_norm, multi_head_norm, rms_norm
 from xlstm_jax.typing import Array, Float
 
 
@@ -21,7 +21,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         scale = 1 + self.param("scale_offset", zeros, x.shape[-1:])
         bias = self.param("bias", zeros, x.shape[-1:]) if self.use_bias else None
-        return ops.layer_norm(x, scale, bias, eps=self.eps)
+        return layer_norm(x, scale, bias, eps=self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         scale = self.param("scale", ones, x.shape[-1:])
         bias = self.param("bias", zeros, x.shape[-1:]) if self.use_bias else None
-        return ops.rms_norm(x, scale, bias, eps=self.eps)
+        return rms_norm(x, scale, bias, eps=self.eps)
 
 
 class MultiHeadNorm(nn.Module):
@@ -58,4 +58,4 @@ class MultiHeadNorm(nn.Module):
             scale = self.param("scale", ones, width)
         if self.use_bias:
             bias = self.param("bias", zeros, width)
-        return ops.multi_head_norm(h, scale, bias, eps=self.eps)
+        return multi_head_norm(h, scale, bias, eps=self.eps)

@@ -41,11 +41,6 @@ def check_rate(name: str, value: float) -> None:
         raise ConfigError(f"{name} must be at least 0 and below 1, got {value}; 0 drops nothing.")
 
 
-def check_implementation(name: str, value: str, op: str) -> None:
-    if value != "auto":
-        check_choice(name, value, ("auto", *IMPLEMENTATIONS[op]))
-
-
 def first_generation_width(
     dim: int, factor: float, multiple: int = 64, *, round_up: bool = True
 ) -> int:
@@ -62,9 +57,9 @@ def large_width(dim: int, factor: float, multiple: int = 64) -> int:
     return int((dim * factor + multiple - 1) // multiple * multiple)
 
 
-def scaling_width(dim: int, factor: float = 2.667, multiple: int = 64) -> int:
-    """factor * dim rounded up to a multiple, as in the scaling study (arXiv:2510.02228)."""
-    return multiple * math.ceil(math.ceil(factor * dim) / multiple)
+def scaling_width(dim: int) -> int:
+    """2.667 * dim rounded up to a multiple of 64, as in the scaling study (arXiv:2510.02228)."""
+    return 64 * math.ceil(math.ceil(2.667 * dim) / 64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +81,8 @@ class CellConfig:
         gates = ("exp", "sigmoid") if self.normalize else ("sigmoid",)
         condition = "" if self.normalize else " with normalize=False"
         check_choice(f"{self.FIELD}.input_gate{condition}", self.input_gate, gates)
-        check_implementation(f"{self.FIELD}.implementation", self.implementation, "mlstm")
+        names = "auto", *IMPLEMENTATIONS.get("mlstm", ())
+        check_choice(f"{self.FIELD}.implementation", self.implementation, names)
         if self.chunk_size is not None:
             check_at_least(f"{self.FIELD}.chunk_size", self.chunk_size, 1)
 
@@ -153,7 +149,8 @@ class SLSTMConfig:
         check_choice("slstm.forget_gate", self.forget_gate, ("sigmoid", "exp"))
         check_choice("slstm.recurrent_init", self.recurrent_init, get_args(RecurrentInit))
         check_choice("slstm.bias_init", self.bias_init, get_args(BiasInit))
-        check_implementation("slstm.implementation", self.implementation, "slstm")
+        names = "auto", *IMPLEMENTATIONS.get("slstm", ())
+        check_choice("slstm.implementation", self.implementation, names)
         check_choice("slstm.ffn_activation", self.ffn_activation, ACTIVATION_NAMES)
         check_rate("slstm.ffn_dropout", self.ffn_dropout)
 

@@ -7,15 +7,8 @@ arXiv:2510.02228 (scaling study).
 from collections.abc import Callable
 
 from xlstm_jax.config import ConfigError
+from xlstm_jax.modules import options
 from xlstm_jax.modules.config import LMConfig
-from xlstm_jax.modules.options import (
-    LargeConfig,
-    MLSTMConfig,
-    SLSTMConfig,
-    first_generation_width,
-    large_width,
-    scaling_width,
-)
 from xlstm_jax.modules.patterns import at, ratio_pattern
 
 VOCAB_SIZE = 50304  # of GPT-2 and GPT-NeoX tokenizers, padded
@@ -89,8 +82,12 @@ def first_generation(
         vocab_size=vocab_size,
         dim=dim,
         pattern=pattern,
-        mlstm=MLSTMConfig(num_heads=num_heads, inner_dim=first_generation_width(dim, 2.0)),
-        slstm=SLSTMConfig(num_heads=num_heads, ffn_dim=first_generation_width(dim, 1.3)),
+        mlstm=options.MLSTMConfig(
+            num_heads=num_heads, inner_dim=options.first_generation_width(dim, 2.0)
+        ),
+        slstm=options.SLSTMConfig(
+            num_heads=num_heads, ffn_dim=options.first_generation_width(dim, 1.3)
+        ),
         dtype="bfloat16",
         remat="names",
     )
@@ -104,7 +101,7 @@ def large(
         vocab_size=vocab_size,
         dim=dim,
         pattern="M" * num_blocks,
-        large=LargeConfig(num_heads=num_heads, ffn_dim=ffn_dim),
+        large=options.LargeConfig(num_heads=num_heads, ffn_dim=ffn_dim),
         final_norm="rms",
         final_norm_eps=1e-6,
         logit_soft_cap=30.0,
@@ -115,14 +112,14 @@ def large(
 
 def scaling(dim: int, num_blocks: int, num_heads: int, *, vocab_size: int = VOCAB_SIZE) -> LMConfig:
     """A shape of the scaling study, whose feed-forward widths are rounded by their own rule."""
-    return large(dim, num_blocks, num_heads, scaling_width(dim), vocab_size=vocab_size)
+    return large(dim, num_blocks, num_heads, options.scaling_width(dim), vocab_size=vocab_size)
 
 
 def _presets() -> dict[str, Callable[[], LMConfig]]:
     table: dict[str, Callable[[], LMConfig]] = {
-        "xlstm_7b": lambda: large(4096, 32, 8, large_width(4096, 2.6667)),
+        "xlstm_7b": lambda: large(4096, 32, 8, options.large_width(4096, 2.6667)),
         # Of no paper: twice the width with as wide heads, for plans of what is larger.
-        "xlstm_70b": lambda: large(8192, 86, 16, large_width(8192, 2.6667)),
+        "xlstm_70b": lambda: large(8192, 86, 16, options.large_width(8192, 2.6667)),
     }
     for size, (dim, blocks, slstm) in FIRST_GENERATION.items():
         mixed = at(blocks, slstm=slstm) if slstm else ratio_pattern("7:1", blocks)
