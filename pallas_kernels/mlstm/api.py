@@ -63,7 +63,7 @@ def mlstm(
             the tile, heads wider than the chip allows; with sizes that fit.
     """
     T, K, V = q.shape[1], q.shape[-1], v.shape[-1]
-    _check(q, k, v, input_gate, normalize)
+    _check(q, k, v, input_gate, normalize=normalize)
     tile = kernels.tile(K, V, v.dtype, T, chunk_size)
     if mask is not None:
         q, k, v = (jnp.where(mask[..., None, None], x, 0) for x in (q, k, v))
@@ -85,7 +85,7 @@ def mlstm(
     return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
 
 
-def _check(q, k, v, input_gate: str, normalize: bool) -> None:
+def _check(q, k, v, input_gate: str, *, normalize: bool) -> None:
     """As the op `mlstm`, whose callers have had this checked."""
     if input_gate not in ("exp", "sigmoid"):
         raise ValueError(f"mlstm: `input_gate` must be 'exp' or 'sigmoid', got {input_gate!r}.")

@@ -126,7 +126,9 @@ def _keys(options: Options, x: _Refs, chunk: slice, source: slice, extra: dict, 
     for strip in options.strips(chunk):
         if strip.start < source.start:
             continue
-        weights = log_weights(options, column, x.rows[0, 0, :, strip], strip == source, upper=True)
+        weights = log_weights(
+            options, column, x.rows[0, 0, :, strip], on_diagonal=strip == source, upper=True
+        )
         D = jnp.exp(weights)
         P.append((product(k, x.q[0, strip], (1, 1)) * D).astype(v.dtype))
         dP = product(v, x.dh[0, strip], (1, 1))

@@ -39,7 +39,7 @@ def step(options: Options, q, k, v, gates: pre.LogGates, state: State) -> tuple[
     memory = pl.BlockSpec((1, 1, K, width), lambda b, h, c: (b, h, 0, c))
     values = pl.BlockSpec((1, 1, 1, width), lambda b, h, c: (b, h, 0, c))
     h, C, n = pl.pallas_call(
-        functools.partial(_body, options.normalize, options.eps),
+        functools.partial(_body, options),
         grid=(B, H, V // width),
         in_specs=[per_head(8, common.LANES), vector, vector, values, memory, vector],
         out_specs=[values, memory, vector],
@@ -83,7 +83,7 @@ def _head_first(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, 1, 2)
 
 
-def _body(normalize: bool, eps: float, factors, q, k, v, C_old, n_old, h, C, n):
+def _body(options: Options, factors, q, k, v, C_old, n_old, h, C, n):
     factor = lambda index: factors[0, 0, index : index + 1, :1]  # noqa: E731
     scale = q.shape[-1] ** -0.5 * factor(READ)
     query = q[0, 0].astype(jnp.float32) * scale
@@ -97,7 +97,7 @@ def _body(normalize: bool, eps: float, factors, q, k, v, C_old, n_old, h, C, n):
         n[0, 0] = factor(KEPT) * n_old[0, 0] + key
 
     u = jnp.sum(column(query) * memory, axis=0, keepdims=True)
-    if normalize:
+    if options.normalize:
         d = jnp.sum(query * n[0, 0], axis=1, keepdims=True)
-        u = u / (jnp.maximum(jnp.abs(d), factor(BOUND)) + eps)
+        u = u / (jnp.maximum(jnp.abs(d), factor(BOUND)) + options.eps)
     h[0, 0] = u.astype(h.dtype)

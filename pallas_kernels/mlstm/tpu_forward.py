@@ -113,7 +113,9 @@ def _outputs(options: Options, chunk, rows, q_ref, k_ref, v_ref, h_ref, C, n, d_
         for source in strips:
             if source.start > strip.start:
                 break
-            x = log_weights(options, by_row, rows[0, 0, :, source], source == strip, upper=False)
+            x = log_weights(
+                options, by_row, rows[0, 0, :, source], on_diagonal=source == strip, upper=False
+            )
             weights.append(product(q, k_ref[0, source], (1, 1)) * jnp.exp(x))
         seen = slice(chunk.start, strip.stop)
         P = joined([weight.astype(v_ref.dtype) for weight in weights], 1)
@@ -139,7 +141,7 @@ def _update(options: Options, chunk, rows, k_ref, v_ref, C, n):
     n[0, 0] = kept * n[0, 0] + row_product(written, keys)
 
 
-def log_weights(options: Options, column, row, on_diagonal: bool, *, upper: bool):
+def log_weights(options: Options, column, row, *, on_diagonal: bool, upper: bool):
     """log weight of sources in rows, one tile; NEG where a source comes later, or before a reset.
 
     `column` `R 8` and `row` `8 R` are the gates along the first and the second axis of the tile.

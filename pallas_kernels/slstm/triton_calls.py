@@ -36,13 +36,13 @@ def forward(options: Options, args: Inputs, *, save: bool) -> Forward:
     axes = ((0, 3), (None, 0), (None, 1), (1, 2), (0, None))
     out_axes = ((0, 2), (1, 2), (0, 3), (0, 3))[: 2 + save + (save and options.save_gates)]
     x, r, *rest = args
-    kernel = common.folding(functools.partial(_forward, options, save), axes, out_axes)
+    kernel = common.folding(functools.partial(_forward, options, save=save), axes, out_axes)
     h, last, *saved = kernel(x, r.astype(x.dtype), *rest)
     seen, gates = (*saved, None, None)[:2]
     return Forward(h[:, 1:], last, h if save else None, seen, gates)
 
 
-def _forward(options: Options, save: bool, x, r, b, first, flags):
+def _forward(options: Options, x, r, b, first, flags, *, save: bool):
     B, T, _, H, K = x.shape
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     save_gates = save and options.save_gates

@@ -67,7 +67,7 @@ def config_of(config: Mapping[str, Any], *, bare: bool = False) -> LMConfig:
         vocab_size=1 if bare else fields.count("vocab_size"),
         dim=dim,
         pattern=pattern,
-        mlstm=_mlstm(fields, dim, bias) if "m" in pattern else options.MLSTMConfig(),
+        mlstm=_mlstm(fields, dim, bias=bias) if "m" in pattern else options.MLSTMConfig(),
         slstm=_slstm(fields, dim) if "s" in pattern else options.SLSTMConfig(),
         final_norm="layer" if has_norm else "none",
         tie_embeddings=fields.flag("tie_weights", default=False),
@@ -98,7 +98,7 @@ def _pattern(fields: Fields, num_blocks: int) -> str:
     return at(num_blocks, slstm=slstm_at)
 
 
-def _mlstm(fields: Fields, dim: int, bias: bool) -> options.MLSTMConfig:
+def _mlstm(fields: Fields, dim: int, *, bias: bool) -> options.MLSTMConfig:
     layer = _layer(fields, "mlstm_block", "mlstm")
     inner_dim = _width(layer, dim, 2.0)
     layer.ignore("bias", "dropout", "context_length", "embedding_dim")  # the model's count
