@@ -110,7 +110,9 @@ def folding(
         mapped_places = list(itertools.compress(places, marks))
         into = int(any(batch is None for batch, _ in mapped_places))
 
-        repeat = lambda x, mark: x if mark else jnp.broadcast_to(x, (size, *x.shape))  # noqa: E731
+        def repeat(x, mark):
+            return x if mark else jnp.broadcast_to(x, (size, *x.shape))
+
         if any(place[into] is None for place in mapped_places):  # flags beside mapped weights
             repeated = tree.unflatten(map(repeat, arrays, marks))
             results = jax.lax.map(lambda one: folded(*one), repeated)

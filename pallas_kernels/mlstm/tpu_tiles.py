@@ -84,10 +84,6 @@ def refusal(
         return f"the memory of a {kind!r} is not known, only of {known}; name 'chunkwise'"
     if _fitting(K, V, dtype, chunk_size, chip) is not None:
         return None
-    return _too_wide(K, V, dtype, chunk_size, chip)
-
-
-def _too_wide(K, V, dtype, chunk_size, chip) -> str:
     vmem = TPUS[chip].vmem_bytes
     smallest = Tile(chunk_size or common.LANES, common.LANES, 1)
     need = vmem_bytes(smallest, K, V, dtype)
