@@ -3,6 +3,7 @@
 Signatures are checked at run time by jaxtyping and beartype: `pyproject.toml` names the packages.
 """
 
+import gc
 import os
 import pathlib
 
@@ -23,6 +24,10 @@ import pytest
 
 # The import hook names this checker and loads no more than `tests` itself, so it is loaded here.
 import tests.typechecker  # noqa: F401
+
+# Tracing makes many objects that live on; looking through all of them again and again for garbage
+# takes a twelfth of the suite's time.
+gc.set_threshold(200_000, 50, 100)
 
 # Both must be said before the first computation: it freezes the number of devices.
 jax.config.update("jax_num_cpu_devices", 8)

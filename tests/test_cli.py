@@ -240,7 +240,7 @@ def test_plan_tells_what_a_run_would_take_and_leaves_only_its_file(workplace, ca
 
 def test_plan_searches_and_says_how_to_have_what_it_found(capsys, monkeypatch):
     without_compiler(monkeypatch)
-    argv = ["plan", "scaling_160m", "--topology", "v5e:2x2", "--search", "--data.seq-len", "1024"]
+    argv = ["plan", CONFIG, "--size", "smoke", "--topology", "v5e:2x2", "--search"]
     assert main(argv) == 0
     text = capsys.readouterr().out
     flags = text[text.rindex("--mesh.data") :].split()

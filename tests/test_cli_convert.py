@@ -113,6 +113,7 @@ def test_damaged_weights_leave_no_run(workplace, capsys):  # noqa: F811
     assert "damaged or cut short" in refuse(capsys, "convert", "hf-to-run", "hf", "run")
 
 
+@pytest.mark.slow
 def test_a_comparison_that_fails_is_a_line_of_the_answer(workplace, capsys, monkeypatch):  # noqa: F811
     def broken(*args):
         raise RuntimeError("no such\nkernel")

@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from tests import quick
 from xlstm_jax import data, ops, sharding
 from xlstm_jax.data import DATASETS, Batch, DataConfig, tokenizers
 from xlstm_jax.modules import LM, LMConfig, MLSTMConfig, param_shapes
@@ -124,8 +125,8 @@ def test_a_sharding_rule_is_an_entry_of_its_table(monkeypatch, tmp_path):
     specs = jax.tree.map(lambda x: x.spec, devices.shardings(param_shapes(MODEL)))
     assert specs["stack"]["m"]["mlstm"]["proj_up"]["kernel"] == PartitionSpec(None, None, "fsdp")
     tokens = jnp.zeros((2, 4), jnp.int32)
-    variables = jax.jit(LM(MODEL).init)(jax.random.key(0), tokens)
-    expected, _ = LM(MODEL).apply(variables, tokens)
+    variables = quick.jit(LM(MODEL).init)(jax.random.key(0), tokens)
+    expected, _ = quick.jit(LM(MODEL).apply)(variables, tokens)
     with jax.set_mesh(devices.mesh), sharding.use_rules(rules):
-        logits, _ = jax.jit(LM(MODEL).apply)(variables, tokens)
+        logits, _ = quick.jit(LM(MODEL).apply)(variables, tokens)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)

@@ -87,7 +87,7 @@ def test_one_step_from_an_empty_memory_equals_the_first_of_two(op, rng):
 @pytest.mark.parametrize(
     "pattern, dim, T, remat",
     [
-        ("msM", 128, 48, "none"),
+        pytest.param("msM", 128, 48, "none", marks=pytest.mark.slow),
         pytest.param("ms", 128, 1, "none", marks=pytest.mark.slow),
         pytest.param("mm", 32, 39, "full", marks=pytest.mark.slow),
         pytest.param("msmmM", 64, 128, "full", marks=pytest.mark.slow),

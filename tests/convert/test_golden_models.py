@@ -21,7 +21,6 @@ LMS = ["xlstm_lm_1_1", "xlstm_lm_slstm_only", "xlstm_lm_tied"]
 
 every_stack = pytest.mark.parametrize("name", STACKS)
 every_lm = pytest.mark.parametrize("name", LMS)
-both_types = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
 class Model:
@@ -52,7 +51,7 @@ class Model:
 
 
 @every_stack
-@both_types
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def test_a_stack_matches_with_its_gradients(name, dtype, x64):
     model = Model(name, dtype)
     dy = published.cast(model.golden.arrays["input/dy"], dtype)

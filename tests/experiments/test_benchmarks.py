@@ -49,6 +49,7 @@ def test_every_timed_step_trains(compiled):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_mesh_is_compared_with_none(tiny, tmp_path):
     out = tmp_path / "mesh.json"
     assert mesh.main(mesh.Arguments(repeats=2, out=out)) == 0

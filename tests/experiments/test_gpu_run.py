@@ -13,7 +13,9 @@ from xlstm_jax import ops
 SMOKE = settings.smoke()
 ELSEWHERE = ("peers", "exported")  # they need PyTorch, and files that contain a GPU's assembly
 RUN_HERE = [(name, ()) for name in sections.sections() if name not in ("correctness", *ELSEWHERE)]
-RUN_HERE += [("correctness", (part, 3)) for part in range(3)]
+CASES = 3  # parts of the correctness section
+RUN_HERE += [("correctness", (0, CASES))]
+RUN_HERE += [pytest.param("correctness", (part, CASES), marks=pytest.mark.slow) for part in (1, 2)]
 
 with common.interpreted():
     TRITON = ops.implementations("mlstm")["triton"]

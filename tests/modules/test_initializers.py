@@ -18,7 +18,9 @@ WANG = 2 / (NUM_BLOCKS * math.sqrt(DIM))
 def _params(**changes):
     cfg = LMConfig(vocab_size=257, dim=DIM, pattern="msM", **changes)
     assert cfg.num_blocks == NUM_BLOCKS
-    run = jax.jit(LM(cfg).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    run = jax.jit(LM(cfg).init)(jax.random.key(0, impl="rbg"), jnp.zeros((1, 1), jnp.int32))[
+        "params"
+    ]
     named = {**run.pop("stack"), **run}
     leaves = jax.tree_util.tree_leaves_with_path(named)
     return {

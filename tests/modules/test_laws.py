@@ -53,7 +53,8 @@ def test_prefill_then_single_steps_equal_the_whole_sequence(pattern):
     _assert_same(state, final)
 
 
-@each_pattern
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", [MIXED, *LETTERS])
 def test_a_packed_row_equals_its_documents_apart_in_logits_and_gradients(pattern):
     model, variables = _model(pattern)
     documents = models.tokens(0, 3, 3)

@@ -56,7 +56,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     "pattern, remat, num_bodies",
     [
-        ("mms", "none", None),  # block by block
+        pytest.param("mms", "none", None, marks=slow),  # block by block
         ("MMMsMsMM", "none", 4),  # run after run
         pytest.param("mmmsmmms", "none", 4, marks=slow),
         ("MMMsMMMs", "full", 2),  # steps without an s

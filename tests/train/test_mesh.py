@@ -143,6 +143,7 @@ def test_a_cut_that_cannot_be_kept_is_complained_about(capfd):
     assert "nvoluntary" in capfd.readouterr().err
 
 
+@slow
 def test_no_exchange_of_a_step_grows_with_the_length():
     """From tokens to new parameters, time sharded over `seq`: the collectives of the program."""
     mesh = MeshConfig(fsdp=2, seq=4, min_shard_size=2)
