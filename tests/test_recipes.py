@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def experiment(**changes) -> ExperimentConfig:
     return ExperimentConfig(**values | changes)
 
 
-def test_an_implementation_is_a_line_of_its_op(monkeypatch):
+def test_an_implementation_is_a_line_of_its_op():
     """Named it runs or raises its reason; "auto" passes over what refuses a call."""
     calls = []
 
@@ -41,19 +42,16 @@ def test_an_implementation_is_a_line_of_its_op(monkeypatch):
         return jnp.full_like(x.v, 7.0), state
 
     toy = Implementation(compute, lambda call: "it needs T = 2" if call.T != 2 else None)
-    table = {"toy": toy, **IMPLEMENTATIONS}
-    for name in IMPLEMENTATIONS.copy():
-        monkeypatch.delitem(IMPLEMENTATIONS, name)
-    for name, entry in table.items():  # first in the order of "auto"
-        monkeypatch.setitem(IMPLEMENTATIONS, name, entry)
+    table = {"toy": toy, **IMPLEMENTATIONS}  # first in the order of "auto"
     q, i = jnp.ones((1, 3, 1, 2)), jnp.zeros((1, 3, 1))
-    h, _ = ops.mlstm(q[:, :2], q[:, :2], q[:, :2], i[:, :2], i[:, :2])
-    assert (h == 7).all() and calls == [(1, 2, 1, 2)]
-    h, _ = jax.eval_shape(ops.mlstm, q, q, q, i, i)
-    assert h.shape == q.shape and len(calls) == 1
-    assert ops.implementations("mlstm")["toy"] == "it needs T = 2"
-    with pytest.raises(NotImplementedError, match="toy: it needs T = 2"):
-        ops.mlstm(q, q, q, i, i, implementation="toy")
+    with mock.patch.dict(IMPLEMENTATIONS, table, clear=True):
+        h, _ = ops.mlstm(q[:, :2], q[:, :2], q[:, :2], i[:, :2], i[:, :2])
+        assert (h == 7).all() and calls == [(1, 2, 1, 2)]
+        h, _ = jax.eval_shape(ops.mlstm, q, q, q, i, i)
+        assert h.shape == q.shape and len(calls) == 1
+        assert ops.implementations("mlstm")["toy"] == "it needs T = 2"
+        with pytest.raises(NotImplementedError, match="toy: it needs T = 2"):
+            ops.mlstm(q, q, q, i, i, implementation="toy")
 
 
 @dataclasses.dataclass(frozen=True)
