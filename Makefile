@@ -7,8 +7,8 @@ COMPILE_VENV = .venv-compile
 ARGS =
 
 INSTALLED = $(VENV)/.installed
-# Two workers: the tests mostly compile small programs, one core each.
-PYTEST = $(VENV)/bin/python -m pytest -n 2
+# Two workers: the tests mostly compile small programs, one core each. The tests of a file share them.
+PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help install install-compile train test test-slow test-compile test-all lint
 
@@ -29,7 +29,7 @@ test-slow: $(INSTALLED) ## the slow tests
 	$(PYTEST) -m "slow and not exhaustive" $(ARGS)
 
 test-compile: $(COMPILE_VENV)/.installed ## kernels compiled for TPUs and GPUs; without any of them
-	TRITON_INTERPRET=0 $(COMPILE_VENV)/bin/python -m pytest -n 2 tests/compile -m "not slow" $(ARGS)
+	TRITON_INTERPRET=0 $(COMPILE_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/compile -m "not slow" $(ARGS)
 
 test-all: $(INSTALLED) ## every test; before a release
 	$(PYTEST) $(ARGS)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from tests.plan.runs import config, cpu_target, sizes, target
+from xlstm_jax.flops import count_params
 from xlstm_jax.plan import plan
 from xlstm_jax.plan.activations import residuals_per_device
 from xlstm_jax.plan.formula import estimate
@@ -66,6 +67,26 @@ def test_accumulation_gathers_again_but_sums_the_embedding_gradient_once():
     assert one["reduce-scatter"] < two["reduce-scatter"] < 2 * one["reduce-scatter"]
 
 
+def test_parameters_below_the_smallest_shard_size_are_replicated():
+    whole, small = (
+        estimate(config(MeshConfig(fsdp=8, min_shard_size=least)), target(), sizes(fsdp=8))
+        for least in (2**40, 1)
+    )
+    assert whole.params_bytes == 4 * count_params(config().model)
+    assert 8 * small.params_bytes == pytest.approx(whole.params_bytes, rel=0.01)
+
+
+def test_devices_along_seq_gather_states_and_scatter_their_gradients():
+    one, two = (
+        estimate(config(MeshConfig(seq=2), batch_size=b), target(), sizes(seq=2)).sent
+        for b in (1, 2)
+    )
+    # Four heads of C, n and m in float32 in each of four blocks, to one other device.
+    state = 4 * 4 * (32 * 64 + 32 + 1) * 4
+    assert two["all-gather"] - one["all-gather"] == state
+    assert two["reduce-scatter"] - one["reduce-scatter"] == state
+
+
 def test_groups_across_hosts_use_the_slower_network():
     cfg, chip = config(MeshConfig(fsdp=8)), target().chip
     intra = estimate(cfg, target(), sizes(fsdp=8))
@@ -86,5 +107,9 @@ def test_residuals_grow_with_the_batch_and_cast_parameters_do_not():
         config(MeshConfig(fsdp=2, seq=2), batch_size=6, remat="full"), sizes(fsdp=2, seq=2), "cpu"
     )
     assert sharded == (many[0] // 4, many[1] // 2)
+    over_features = residuals_per_device(
+        config(MeshConfig(tensor=2), batch_size=6, remat="full"), sizes(tensor=2), "cpu"
+    )
+    assert over_features == (many[0] // 2, many[1] // 2)
     none = residuals_per_device(config(batch_size=2, remat="none"), sizes(), "cpu")
     assert none[0] > 4 * few[0]

@@ -11,6 +11,7 @@ import pytest
 
 from xlstm_jax.data import Batch
 from xlstm_jax.modules import LM, LMConfig
+from xlstm_jax.ops.cross_entropy import CrossEntropy
 from xlstm_jax.train import TrainConfig, init_state, make_optimizer, make_train_step
 from xlstm_jax.train.step import sum_gradients
 
@@ -233,6 +234,21 @@ def make_loss(model):
     from xlstm_jax.train.losses import language_model_loss
 
     return lambda params, batch, key: language_model_loss(model, params, batch, PLAIN, key)
+
+
+def test_every_micro_batch_drops_by_a_key_of_its_own():
+    """Two equal halves: with one key for both, their losses would be equal as well."""
+    drawn = []
+
+    def loss_fn(params, batch, key):
+        jax.debug.callback(lambda x: drawn.append(float(x)), jax.random.uniform(key))
+        return params, CrossEntropy(*jnp.ones(4))
+
+    ones = jnp.ones((4, 3), jnp.int32)
+    batch = Batch(ones, ones, ones, jnp.ones((4, 3)), jnp.arange(4))
+    sum_gradients(loss_fn, jnp.float32(1), batch, jax.random.key(0), 2)
+    jax.effects_barrier()
+    assert len(set(drawn)) == 2
 
 
 @pytest.mark.slow
