@@ -238,6 +238,7 @@ def test_plan_tells_what_a_run_would_take_and_leaves_only_its_file(workplace, ca
     assert list(files(workplace)) == [workplace / "plan.json"]
 
 
+@pytest.mark.slow
 def test_plan_searches_and_says_how_to_have_what_it_found(capsys, monkeypatch):
     without_compiler(monkeypatch)
     argv = ["plan", CONFIG, "--size", "smoke", "--topology", "v5e:2x2", "--search"]

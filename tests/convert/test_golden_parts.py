@@ -23,7 +23,9 @@ PARTS = {
 }
 
 every_part = pytest.mark.parametrize("name", PARTS)
-both_types = pytest.mark.parametrize("dtype", ["float32", "float64"])
+both_types = pytest.mark.parametrize(
+    "dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)]
+)
 
 
 def _config(letter: str, config: dict) -> LMConfig:

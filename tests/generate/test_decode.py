@@ -54,7 +54,9 @@ def of_row(state, row):
     return jax.tree.map(lambda leaf: leaf[:, row], state)
 
 
-@pytest.mark.parametrize("sampler", [greedy, RANDOM], ids=["greedy", "random"])
+@pytest.mark.parametrize(
+    "sampler", [pytest.param(greedy, marks=pytest.mark.slow), RANDOM], ids=["greedy", "random"]
+)
 def test_a_row_is_answered_as_it_would_be_alone(small, key, sampler):
     together = generate(*small, PROMPTS, max_new_tokens=8, sampler=sampler, key=key)
     for row in (1, 2):

@@ -59,6 +59,7 @@ def test_bfloat16_activations_leave_gates_memory_and_logits_in_float32():
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_bfloat16_activations_change_logits_by_a_few_per_cent():
     """Of five models with random weights the median: a model may well amplify what is rounded."""
     narrow, wide = (LM(models.config(dtype=dtype)) for dtype in ("bfloat16", "float32"))

@@ -57,7 +57,7 @@ slow = pytest.mark.slow
     "pattern, remat, num_bodies",
     [
         pytest.param("mms", "none", None, marks=slow),  # block by block
-        ("MMMsMsMM", "none", 4),  # run after run
+        pytest.param("MMMsMsMM", "none", 4, marks=slow),  # run after run
         pytest.param("mmmsmmms", "none", 4, marks=slow),
         ("MMMsMMMs", "full", 2),  # steps without an s
         pytest.param("mmsmsMm", "full", 3, marks=slow),  # two letters that are left out

@@ -57,7 +57,7 @@ def test_the_final_held_out_loss_is_that_of_the_command(run, monkeypatch, capsys
     assert measured[0].num_tokens == result.evaluation["valid_tokens"]
 
 
-@pytest.mark.parametrize("document_resets", [True, False])
+@pytest.mark.parametrize("document_resets", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_buckets_add_up_to_the_loss_with_and_without_resets(run, document_resets):
     metrics, args = measures(run, document_resets=document_resets)
     options = dict(batch_size=run[0].data.batch_size, document_resets=document_resets)

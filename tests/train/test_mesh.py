@@ -112,7 +112,11 @@ def alone(pattern: str, remat: str):
 @every_table
 @pytest.mark.parametrize(
     "pattern,remat",
-    [("msM", "none"), pytest.param("mMsmMs", "full", marks=slow)],
+    [
+        ("M", "none"),
+        pytest.param("msM", "none", marks=slow),
+        pytest.param("mMsmMs", "full", marks=slow),
+    ],
 )
 def test_loss_and_every_gradient_are_those_of_one_device(pattern, remat, mesh, capfd):
     """Nor does the compiler complain that it has to gather what was cut."""
