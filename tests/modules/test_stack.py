@@ -59,7 +59,8 @@ slow = pytest.mark.slow
         pytest.param("mms", "none", None, marks=slow),  # block by block
         pytest.param("MMMsMsMM", "none", 4, marks=slow),  # run after run
         pytest.param("mmmsmmms", "none", 4, marks=slow),
-        ("MMMsMMMs", "full", 2),  # steps without an s
+        ("MMsMMs", "full", 2),  # a loop within a loop
+        pytest.param("MMMsMMMs", "full", 2, marks=slow),
         pytest.param("mmsmsMm", "full", 3, marks=slow),  # two letters that are left out
         pytest.param("mmssmmM", "full", 4, marks=slow),  # no letter in all steps: run after run
     ],
@@ -178,6 +179,7 @@ def test_reading_one_token_takes_no_branches():
     assert not stack.runs_of(cfg, 2)[0].has_always("s")
 
 
+@slow
 def test_written_out_and_in_a_loop_the_same_is_dropped(key):
     """Every loop draws by the number of the block."""
     variables = models.model_and_variables(models.config("MMMsMM"))[1]
