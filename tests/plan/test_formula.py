@@ -48,7 +48,7 @@ def test_sharded_state_and_its_communication_are_those_of_the_compiled_step():
     "mesh, count, tolerance",
     [
         (MeshConfig(seq=4), 4, 0.03),
-        (MeshConfig(tensor=2), 2, 0.35),  # a lower bound: not all gradients of an input are joined
+        (MeshConfig(tensor=2), 2, 0.2),  # a lower bound: not all gradients of an input are joined
     ],
     ids=["seq", "tensor"],
 )

@@ -80,6 +80,9 @@ def _collectives(
         yield "all-reduce", ("data", "seq"), 2 * _ring(data * seq) * each
     num_sequences = cfg.data.batch_size / (data * fsdp)
     if tensor > 1:
+        # Every device looks up, and predicts, the whole vocabulary.
+        yield "all-gather", ("tensor",), _ring(tensor) * tables * width * accumulation
+        yield "reduce-scatter", ("tensor",), _ring(tensor) * tables * 4
         to_model_width, from_model_width = _sharded_products(model)
         forward = to_model_width * (1 if model.remat == "none" else 2)
         activation = num_sequences * cfg.data.seq_len / seq * model.dim * width
