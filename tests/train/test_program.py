@@ -52,4 +52,5 @@ def test_programs_of_one_process_do_not_count_as_traces_of_each_other(tiny_lm, e
     for _ in range(2):
         program = TrainProgram(experiment(), make_devices(MeshConfig(data=1)))
         with program.devices.active():
-            program.step(*arguments(program))
+            state, _ = program.step(*arguments(program))
+        assert state.step == 1
