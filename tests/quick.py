@@ -1,35 +1,16 @@
 """`jit` for tests: most of their time is spent compiling small programs that run once or twice."""
 
 import contextlib
-import functools
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""Less optimisation, a quarter of the time to compile (jaxlib 0.10; half of it with 0.11)."""
-
-
-def _is_known(name: str, value: object) -> bool:
-    """Whether this jaxlib's compiler has the option; options come and go between versions."""
-    try:
-        jax.jit(lambda x: x, compiler_options={name: value})(0.0)
-    except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" in str(error):
-            return False
-        raise
-    return True
-
-
-@functools.cache
-def compiler_options() -> dict[str, object]:
-    """Those of `OPTIONS` that this jaxlib knows."""
-    return {name: value for name, value in OPTIONS.items() if _is_known(name, value)}
+OPTIONS = {"xla_backend_optimization_level": 0}
 
 
 def jit(fn, **options):
     """`jax.jit` with little optimisation."""
-    return jax.jit(fn, compiler_options=compiler_options(), **options)
+    return jax.jit(fn, compiler_options=OPTIONS, **options)
 
 
 @contextlib.contextmanager

@@ -158,7 +158,7 @@ def test_no_exchange_of_a_step_grows_with_the_length():
         program = TrainProgram(cfg, make_devices(mesh), optax.sgd(0.1))
         with program.devices.active():
             lowered = program.step.lower(*program.arguments)
-        compiled = lowered.compile(compiler_options=quick.compiler_options())
+        compiled = lowered.compile(compiler_options=quick.OPTIONS)
         return sorted(map(str, collectives(Program(compiled.as_text()))))
 
     found = exchanged(256)
