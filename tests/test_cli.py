@@ -81,6 +81,8 @@ BAD = {
     "train CONFIG --train.accumulation 3": "must be a multiple of train.accumulation",
     "train CONFIG --train.lr -1": "train.lr must be above 0, got -1",
     "train CONFIG --size smoke --run-dir file": "run_dir='file' must be a folder",
+    "train CONFIG --size smoke --run-dir file/run": "run_dir='file/run' must be a folder",
+    "plan xlstm_9b": "preset 'xlstm_9b' is not known; did you mean xlstm_7b",
     "train CONFIG --size smoke --run-dir other": "belongs to another config (train.lr: 0.003 here, "
     "0.5 there)",
     "describe CONFIG --model.dim 0": "dim must be at least 1, got 0",

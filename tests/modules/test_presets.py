@@ -80,5 +80,7 @@ def test_no_two_presets_of_one_shape_differ():
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(ConfigError, match="preset 'xlstm_8b' is not known; presets.names"):
+    with pytest.raises(ConfigError, match="preset 'xlstm_8b' is not known; did you mean xlstm_7b"):
         presets.get("xlstm_8b")
+    with pytest.raises(ConfigError, match="presets.names\\(\\) lists all"):
+        presets.get("gpt2")

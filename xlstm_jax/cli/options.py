@@ -61,7 +61,7 @@ def parse_with_config(
     """
     if args and not args[0].startswith("-"):
         _import_modules(args)
-        if presets_too and args[0] in presets.names():
+        if presets_too and _names_no_file(args[0]):
             experiment = with_preset(args[0])
         else:
             experiment = load_config(args[0], ExperimentConfig, _values_of("--size", args)[-1])
@@ -73,6 +73,10 @@ def parse_with_config(
         f"the config must come first, got {repr(args[0]) if args else 'nothing'}; "
         f"write `xlstm-jax {command} CONFIG.py`, and options after it."
     )
+
+
+def _names_no_file(config: str) -> bool:
+    return not (os.path.exists(config) or os.sep in config or config.endswith((".py", ".json")))
 
 
 def with_preset(name: str) -> ExperimentConfig:

@@ -6,7 +6,7 @@ arXiv:2510.02228 (scaling study).
 
 from collections.abc import Callable
 
-from xlstm_jax.config import ConfigError
+from xlstm_jax.config import ConfigError, did_you_mean
 from xlstm_jax.modules import options
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.patterns import at, ratio_pattern
@@ -62,10 +62,8 @@ def get(name: str) -> LMConfig:
         ConfigError: no preset has it.
     """
     if name not in PRESETS:
-        raise ConfigError(
-            f"preset {name!r} is not known; presets.names() lists all, for example "
-            "xlstm_7b, xlstm_125m_7:1 or scaling_160m."
-        )
+        examples = "presets.names() lists all, for example xlstm_7b or xlstm_125m_7:1."
+        raise ConfigError(f"preset {name!r} is not known; {did_you_mean(name, PRESETS, examples)}")
     return PRESETS[name]()
 
 

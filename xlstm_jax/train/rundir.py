@@ -41,8 +41,13 @@ _PACKAGES = ("xlstm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 
 def check(run_dir: Path, cfg: ExperimentConfig) -> None:
     """Raises ConfigError unless `run_dir` is free or belongs to `cfg`; changes nothing."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError(f"run_dir={str(run_dir)!r} must be a folder, but it is a file; move it.")
+    found = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not (found.is_dir() and os.access(found, os.W_OK)):
+        what = "cannot be written to" if found.is_dir() else "is a file"
+        raise ConfigError(
+            f"run_dir={str(run_dir)!r} must be a folder to write to, but {found} {what}; "
+            "name another."
+        )
     if not (run_dir / CONFIG).exists():
         if checkpoint.latest_step(run_dir) is not None:
             raise ConfigError(
