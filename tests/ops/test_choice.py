@@ -122,7 +122,7 @@ def assert_auto_falls_through(chosen, op, chip, arguments, kernel, sentence, **o
     assert sentence in reasons[kernel]
     assert reasons[FALLBACK[op]] is None
     said = refused(op, chip, arguments, kernel, **options)
-    assert said.startswith(f"{op} cannot serve ")
+    assert said.startswith(f"no requested implementation of {op} supports ")
     assert said.endswith(f": {kernel}: {reasons[kernel]}.")
 
 
