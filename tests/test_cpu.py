@@ -1,4 +1,4 @@
-"""What a process asks for before it computes on a CPU; each in a process of its own."""
+"""Process settings of `xlstm_jax.cpu`; each test runs a new process."""
 
 import os
 import platform
@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-SETTING = """
+SETTINGS = """
 from xlstm_jax import cpu
-kept = cpu.prepare()
+retains_memory = cpu.prepare()
 import jax
-print(kept, jax.config.values["jax_cpu_enable_async_dispatch"])
+print(retains_memory, jax.config.values["jax_cpu_enable_async_dispatch"])
 """
-FAULTS = """
+PAGE_FAULTS = """
 import resource, jax.numpy as jnp
 def large_temporaries(x):
     for _ in range(4):
@@ -29,25 +29,25 @@ print(min(faults() for _ in range(4)))
 """
 
 
-def report(program, **env):
-    done = subprocess.run(
+def run_program(program, **env):
+    process = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | env,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    assert process.returncode == 0, process.stderr
+    return process.stdout.split()
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only the GNU C library keeps memory")
-def test_memory_of_a_program_stays_in_the_process():
-    kept, asynchronous, faults = report(SETTING + FAULTS)
-    assert (kept, asynchronous) == ("True", "False")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc retains memory")
+def test_temporary_buffers_are_reused_without_page_faults():
+    retains_memory, async_dispatch, faults = run_program(SETTINGS + PAGE_FAULTS)
+    assert (retains_memory, async_dispatch) == ("True", "False")
     assert int(faults) < 100  # an array of this size has 1,000 small pages
 
 
-def test_what_the_environment_says_about_dispatch_is_left_alone():
-    _, asynchronous = report(SETTING, JAX_CPU_ENABLE_ASYNC_DISPATCH="true")
-    assert asynchronous == "True"
+def test_environment_variable_for_async_dispatch_takes_precedence():
+    _, async_dispatch = run_program(SETTINGS, JAX_CPU_ENABLE_ASYNC_DISPATCH="true")
+    assert async_dispatch == "True"

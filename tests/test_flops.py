@@ -1,4 +1,4 @@
-"""The cost of a config: parameters as the model has them, FLOPs as published."""
+"""Cost formulas: parameter counts of real models, and published FLOPs."""
 
 import dataclasses
 import random
@@ -48,22 +48,22 @@ def _random_config(rng: random.Random) -> LMConfig:
     )
 
 
-def test_the_formula_counts_the_parameters_of_any_model():
+def test_parameter_formula_equals_the_size_of_the_parameters():
     rng = random.Random(1)
     for _ in range(9):
         cfg = _random_config(rng)
-        counted = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(cfg)))
-        assert flops.count_params(cfg) == counted, cfg
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(cfg)))
+        assert flops.count_params(cfg) == num_params, cfg
 
 
-def test_the_cell_costs_what_is_published():
+def test_cell_flops_equal_the_published_figures():
     assert counts.first_cell_flops(64, 128, 256) == 11_736_389
     assert counts.tfla_cell_flops(64, 128, 256) == 11_719_877
     assert counts.tfla_cell_flops(128, 128, 256) == 26_560_581
 
 
 @pytest.mark.parametrize("seq_len", [2048, 8192, 16384])
-def test_a_token_of_a_large_model_costs_what_is_published_at_any_length(seq_len):
+def test_flops_per_token_of_a_large_model_equal_the_published_figure(seq_len):
     cfg = presets.scaling(2048, 24, 8)
     per_token = flops.forward_flops(cfg, seq_len) / seq_len
     assert per_token == pytest.approx(2.67164258e9, rel=1e-8)
@@ -72,21 +72,21 @@ def test_a_token_of_a_large_model_costs_what_is_published_at_any_length(seq_len)
 @pytest.mark.parametrize(
     "count, published", [("first", 2.809832926150656e18), ("tfla", 2.809679137800192e18)]
 )
-def test_a_training_run_costs_what_is_published(count, published):
+def test_flops_of_a_training_run_equal_the_published_figure(count, published):
     cfg = presets.get("scaling_160m")
     assert 128 * 3500 * flops.train_flops(cfg, 8192, count=count) == pytest.approx(published, 1e-12)
 
 
-def test_a_token_costs_six_flops_per_parameter_and_a_third_more_for_the_cells():
-    """6 N, without the embedding, is what the products with parameters cost."""
+def test_cells_add_at_most_35_percent_to_six_flops_per_parameter():
+    """6 N, without the embedding, is the cost of the products with parameters."""
     for name in ("xlstm_1.3b_1:0", "xlstm_1.3b_7:1", "xlstm_7b"):
         cfg = presets.get(name)
-        used = flops.count_params(cfg) - cfg.vocab_size * cfg.dim
-        ratio = flops.train_flops(cfg, 2048) / (6 * used * 2048)
+        without_embedding = flops.count_params(cfg) - cfg.vocab_size * cfg.dim
+        ratio = flops.train_flops(cfg, 2048) / (6 * without_embedding * 2048)
         assert 1.0 < ratio < 1.35, (name, ratio)
 
 
-def test_every_kind_of_block_adds_its_own_cost():
+def test_flops_of_blocks_of_different_kinds_add_up():
     cfg = dataclasses.replace(presets.get("xlstm_125m_1:0"), pattern="m")
     costs = [
         flops.forward_flops(dataclasses.replace(cfg, pattern=pattern), 100)
@@ -97,12 +97,12 @@ def test_every_kind_of_block_adds_its_own_cost():
 
 
 @pytest.mark.parametrize(
-    "arguments, sentence",
+    "arguments, message",
     [
         (dict(seq_len=0), "seq_len must be at least 1, got 0"),
         (dict(seq_len=8, count="all"), "count='all' is not known; use one of: first, tfla"),
     ],
 )
-def test_what_cannot_be_counted_is_refused(arguments, sentence):
-    with pytest.raises(ConfigError, match=sentence):
+def test_invalid_arguments_raise_an_error(arguments, message):
+    with pytest.raises(ConfigError, match=message):
         flops.train_flops(presets.get("scaling_160m"), **arguments)

@@ -1,6 +1,6 @@
-"""Real shapes by name: the one table that tests, plans and benchmarks share.
+"""Named workloads with real shapes, shared by tests, plans and benchmarks.
 
-Nothing is computed here: a workload is a frozen description, and whoever uses it makes the arrays.
+A workload is a frozen description; its users create the arrays.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ class PlanWorkload:
 
 
 TOKENS = 65_536
-"""Tokens of one call in benchmarks, at every sequence length: the work is the same at each."""
+"""Tokens per call in benchmarks, constant over sequence lengths."""
 
 
 def mlstm(H: int, K: int, V: int, *, T: int = 8192) -> MLSTMWorkload:
@@ -70,7 +70,7 @@ def mlstm(H: int, K: int, V: int, *, T: int = 8192) -> MLSTMWorkload:
     return MLSTMWorkload(B=TOKENS // T, T=T, H=H, K=K, V=V)
 
 
-# Heads of the scaling study's presets `scaling_NAME`, xlstm_7b being the largest.
+# Heads of the scaling study's presets `scaling_NAME`; the largest is that of xlstm_7b.
 MLSTM_LADDER = {
     "160m": mlstm(6, 64, 128),
     "400m": mlstm(4, 128, 256),
@@ -82,7 +82,7 @@ MLSTM_LADDER = {
 
 MLSTM = {
     **MLSTM_LADDER,
-    # Narrower heads than those of 7b, at which other kernels are measured.
+    # Heads narrower than those of 7b, at which other kernels are measured.
     "16_heads": mlstm(16, 128, 256),
     "4_heads": mlstm(4, 64, 128),
     "square": mlstm(32, 128, 128),
@@ -94,7 +94,7 @@ SLSTM = {str(K): SLSTMWorkload(B=16, T=2048, H=4, K=K) for K in (64, 128, 256, 5
 
 VOCAB_SIZE = 256  # bytes
 
-# float32 without rematerialization: the models of the CPU benchmark of train steps.
+# Models of the CPU benchmark of train steps: float32, without rematerialization.
 LARGE = LMConfig(
     vocab_size=VOCAB_SIZE,
     dim=256,
@@ -126,6 +126,6 @@ PLANS_7B = (
     PlanWorkload(preset="xlstm_7b", topology="v5p:8x8x4", fsdp=16, batch_size=256),
     PlanWorkload(preset="xlstm_7b", topology="v5p:16x16x16", fsdp=16, batch_size=4096),
     PlanWorkload(preset="xlstm_7b", topology="h100:1x8", fsdp=8, batch_size=8),
-    # The run of arXiv:2503.13427.
+    # The training run of arXiv:2503.13427.
     PlanWorkload(preset="xlstm_7b", topology="h100:32x8", fsdp=8, batch_size=512),
 )

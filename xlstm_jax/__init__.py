@@ -1,4 +1,4 @@
-"""xLSTM in JAX: the cells, and one function per operation. Models come from `xlstm_jax.modules`."""
+"""xLSTM in JAX: recurrent cells and sequence ops. Models are in `xlstm_jax.modules`."""
 
 from xlstm_jax import cells, ops
 

@@ -1,4 +1,4 @@
-"""`python -m xlstm_jax` is the command `xlstm-jax`."""
+"""Runs the command `xlstm-jax` for `python -m xlstm_jax`."""
 
 import sys
 

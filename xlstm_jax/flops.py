@@ -1,10 +1,10 @@
-"""The cost of a config by formula: parameters, and FLOPs of a training step.
+"""Cost of a config by formula: parameters, and FLOPs of a training step.
 
 Large blocks are counted as in the scaling study (arXiv:2510.02228): a multiply-add is 2, an
-elementwise function 1; norms, residual additions and the embedding count nothing, the head counts;
-the backward pass is twice the forward pass. First-generation blocks follow the same convention,
-with every elementwise product, sum and function of convolution, gates and cell counted. The
-formulas of a block belong to its kind (`modules.BLOCKS`).
+elementwise function 1; norms, residual additions and the embedding are 0; the head is included;
+the backward pass costs twice the forward pass. First-generation blocks follow the same convention,
+and include every elementwise product, sum and function of convolution, gates and cell. The formulas
+of a block belong to its kind (`modules.BLOCKS`).
 """
 
 import collections
@@ -16,30 +16,30 @@ from xlstm_jax.modules.options import check_at_least, check_choice
 
 
 def count_params(cfg: LMConfig) -> int:
-    """All parameters, both embedding matrices included."""
+    """Number of parameters, including the token embedding and the head (one matrix if tied)."""
     letters = collections.Counter(cfg.pattern)
     blocks = sum(n * BLOCKS[letter].count_params(cfg) for letter, n in letters.items())
-    tables = cfg.vocab_size * cfg.dim * (1 if cfg.tie_embeddings else 2)
+    embeddings = cfg.vocab_size * cfg.dim * (1 if cfg.tie_embeddings else 2)
     norm = 0 if cfg.final_norm == "none" else cfg.dim * (1 + cfg.final_norm_bias)
-    return blocks + tables + norm
+    return blocks + embeddings + norm
 
 
 def train_flops(cfg: LMConfig, seq_len: int, *, count: str = "first") -> float:
     """FLOPs of one training sequence, forward and backward.
 
     Args:
-        seq_len: tokens of the sequence.
-        count: how the mLSTM cell is counted: "first", which labels budgets in the study, or
-            "tfla", its later account that skips masked tiles.
+        seq_len: tokens per sequence.
+        count: how the mLSTM cell is counted: "first", by which the study labels its budgets, or
+            "tfla", its later count, which skips masked tiles.
 
     Raises:
-        ConfigError: `seq_len` is below 1 or `count` is not known.
+        ConfigError: `seq_len` is below 1 or `count` is unknown.
     """
     return 3 * forward_flops(cfg, seq_len, count=count)
 
 
 def forward_flops(cfg: LMConfig, seq_len: int, *, count: str = "first") -> float:
-    """FLOPs of one sequence without its gradients; arguments and errors of `train_flops`."""
+    """FLOPs of the forward pass of one sequence; arguments and errors as in `train_flops`."""
     check_at_least("seq_len", seq_len, 1)
     check_choice("count", count, CELL_FLOPS)
     letters = collections.Counter(cfg.pattern)

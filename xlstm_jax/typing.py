@@ -1,4 +1,4 @@
-"""Array types and the alphabet of axes used in every signature.
+"""Array types and the axis letters used in every signature.
 
     B batch          D residual width
     T time           F inner (up-projected) width

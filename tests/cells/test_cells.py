@@ -1,4 +1,4 @@
-"""The cells against the papers' formulas, and as functions: scan order, jit, vmap, grad."""
+"""Cells: the formulas of the papers, argument order of `scan`, `jit`, `vmap` and `grad`."""
 
 import functools
 from typing import NamedTuple
@@ -17,7 +17,7 @@ B, T, H, K, V = 2, 11, 2, 4, 3
 
 
 class Cell(NamedTuple):
-    """One cell, its scan and the formula it must equal."""
+    """A cell, its scan, and the reference formula."""
 
     scan: object
     step: object
@@ -41,12 +41,12 @@ CELLS = {
     ),
 }
 every_cell = pytest.mark.parametrize("name", CELLS)
-# Options of a cell do not change what `jax` does with it.
-each_kind = pytest.mark.parametrize("name", ["lstm", "slstm", "mlstm"])
+# For tests of transformations, whose result does not depend on the options of a cell.
+default_cells = pytest.mark.parametrize("name", ["lstm", "slstm", "mlstm"])
 
 
 def inputs_of(name, rng):
-    """Sequences `B T ...`, weights, and a state that is not empty."""
+    """Sequences `B T ...`, weights, and a state that is not the initial one."""
     normal = rng.standard_normal
     if name.startswith("mlstm"):
         sequences = [normal((B, T, H, K)), normal((B, T, H, K)), normal((B, T, H, V))]
@@ -61,8 +61,8 @@ def inputs_of(name, rng):
     return sequences, weights, cells.SLSTMState(c, 1 + normal((B, H, K)) ** 2, h, m)
 
 
-def memory_of(state) -> list[np.ndarray]:
-    """Leaves of the true memory: what the state holds, times exp(m)."""
+def unscaled(state) -> list[np.ndarray]:
+    """Leaves of the state without m, times exp(m)."""
     scale = np.exp(getattr(state, "m", np.zeros(())))
     leaves = state._asdict()
     leaves.pop("m", None)
@@ -70,22 +70,22 @@ def memory_of(state) -> list[np.ndarray]:
     return [leaf if name == "h" else times(leaf) for name, leaf in leaves.items()]
 
 
-def by_formula(name, sequences, weights, state, reset, mask):
-    """h `B T H ...` and the memory after the last step, head by head."""
+def run_formula(name, sequences, weights, state, reset, mask):
+    """h `B T H ...` and the unscaled state after the last step, one head at a time."""
     cell = CELLS[name]
     h = [[None] * H for _ in range(B)]
     last = [[None] * H for _ in range(B)]
-    memory = memory_of(state)
+    state = unscaled(state)
     for b in range(B):
         for head in range(H):
-            own = [w[head] for w in weights]
-            heads = [s[b, :, :, head] if s.ndim == 5 else s[b, :, head] for s in sequences]
-            step = lambda m, *x, own=own: cell.formula(m, *x, *own, **cell.options)  # noqa: E731
-            start = tuple(leaf[b, head] for leaf in memory)
-            steps = list(zip(*heads, strict=True))
-            h[b][head], last[b][head] = naive.run(step, start, steps, reset[b], mask[b])
+            w = [x[head] for x in weights]
+            inputs = [s[b, :, :, head] if s.ndim == 5 else s[b, :, head] for s in sequences]
+            step = lambda s, *x, w=w: cell.formula(s, *x, *w, **cell.options)  # noqa: E731
+            initial = tuple(leaf[b, head] for leaf in state)
+            steps = list(zip(*inputs, strict=True))
+            h[b][head], last[b][head] = naive.run(step, initial, steps, reset[b], mask[b])
     h = np.moveaxis(np.array(h), 1, 2)
-    leaves = [np.array([[row[i] for row in rows] for rows in last]) for i in range(len(memory))]
+    leaves = [np.array([[s[i] for s in heads] for heads in last]) for i in range(len(state))]
     return h, leaves
 
 
@@ -93,12 +93,12 @@ def by_formula(name, sequences, weights, state, reset, mask):
     "name,flags",
     [*((name, True) for name in CELLS), *((name, False) for name in ("lstm", "slstm", "mlstm"))],
 )
-def test_the_scan_equals_the_formula_of_the_paper(name, flags, rng, x64):
+def test_scan_matches_the_formula_of_the_paper(name, flags, rng, x64):
     sequences, weights, state = inputs_of(name, rng)
     reset = rng.random((B, T)) < 0.3 * flags
     mask = rng.random((B, T)) >= 0.3 * flags
     mask[:, -1] = True
-    expected_h, expected = by_formula(name, sequences, weights, state, reset, mask)
+    expected_h, expected = run_formula(name, sequences, weights, state, reset, mask)
     options = dict(CELLS[name].options, **({"eps": 0.0} if name.startswith("mlstm") else {}))
     if flags:
         options |= {"reset": jnp.asarray(reset), "mask": jnp.asarray(mask)}
@@ -106,8 +106,8 @@ def test_the_scan_equals_the_formula_of_the_paper(name, flags, rng, x64):
     scan = jit(functools.partial(CELLS[name].scan, **options))
     h, last = scan(*arrays[0], *arrays[1], arrays[2])
     np.testing.assert_allclose(h, expected_h, rtol=1e-12, atol=1e-13)
-    for ours, theirs in zip(memory_of(last), expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-13)
+    for leaf, expected_leaf in zip(unscaled(last), expected, strict=True):
+        np.testing.assert_allclose(leaf, expected_leaf, rtol=1e-12, atol=1e-13)
 
 
 @functools.cache
@@ -116,47 +116,46 @@ def jitted_scan(name, **options):
 
 
 @every_cell
-def test_steps_in_scan_order_equal_the_scan(name, rng):
-    """`jax.lax.scan(step, state, inputs)` works as it stands; the scan is no more than that."""
+def test_lax_scan_of_the_step_equals_the_scan_function(name, rng):
     sequences, weights, state = jax.tree.map(jnp.float32, inputs_of(name, rng))
     cell = CELLS[name]
 
-    def body(state, now):
-        return cell.step(state, *now, *weights, **cell.options)
+    def body(state, inputs_t):
+        return cell.step(state, *inputs_t, *weights, **cell.options)
 
     time_first = [jnp.moveaxis(x, 1, 0) for x in sequences]
     last, h = jit(lambda s, x: jax.lax.scan(body, s, x))(state, time_first)
     expected_h, expected = jitted_scan(name)(*sequences, *weights, state)
-    found = jnp.moveaxis(h, 0, 1), last
-    chex.assert_trees_all_close(found, (expected_h, expected), rtol=1e-5, atol=1e-6)
+    actual = jnp.moveaxis(h, 0, 1), last
+    chex.assert_trees_all_close(actual, (expected_h, expected), rtol=1e-5, atol=1e-6)
 
 
-@each_kind
-def test_reverse_runs_from_the_last_step_to_the_first(name, rng):
+@default_cells
+def test_reverse_scan_equals_the_scan_of_flipped_inputs(name, rng):
     sequences, weights, state = jax.tree.map(jnp.float32, inputs_of(name, rng))
     h, last = jitted_scan(name, reverse=True)(*sequences, *weights, state)
     flipped = [jnp.flip(x, 1) for x in sequences]
     expected_h, expected = jitted_scan(name)(*flipped, *weights, state)
-    found = jnp.flip(h, 1), last
-    chex.assert_trees_all_close(found, (expected_h, expected), rtol=1e-5, atol=1e-6)
+    actual = jnp.flip(h, 1), last
+    chex.assert_trees_all_close(actual, (expected_h, expected), rtol=1e-5, atol=1e-6)
 
 
-@each_kind
-def test_a_step_can_be_jitted_mapped_and_differentiated_at_once(name, rng):
+@default_cells
+def test_step_composes_with_jit_vmap_and_grad(name, rng):
     sequences, weights, state = jax.tree.map(jnp.float32, inputs_of(name, rng))
-    now = [x[:, 0] for x in sequences]
+    inputs_t = [x[:, 0] for x in sequences]
     cell = CELLS[name]
 
-    def loss(state, now, weights):
-        new, h = cell.step(state, *now, *weights, **cell.options)
-        return sum(jnp.sum(jnp.sin(leaf)) for leaf in (h, *new))
+    def loss(state, inputs_t, weights):
+        next_state, h = cell.step(state, *inputs_t, *weights, **cell.options)
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in (h, *next_state))
 
-    # Each batch row as a batch of its own, under vmap; weights shared.
+    # Each sequence is a batch of one under vmap; weights are shared.
     grad = jax.grad(loss, argnums=(0, 1))
-    rows = jax.tree.map(lambda x: x[:, None], (state, now))
-    mapped = jit(jax.vmap(grad, (0, 0, None)))(*rows, weights)
-    together = jit(grad)(state, now, weights)
-    for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(together), strict=True):
+    examples = jax.tree.map(lambda x: x[:, None], (state, inputs_t))
+    mapped = jit(jax.vmap(grad, (0, 0, None)))(*examples, weights)
+    batched = jit(grad)(state, inputs_t, weights)
+    for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(batched), strict=True):
         np.testing.assert_allclose(a[:, 0], b, rtol=1e-4, atol=1e-5)
         assert np.isfinite(a).all() and np.any(a)
 
@@ -169,46 +168,46 @@ def test_a_step_can_be_jitted_mapped_and_differentiated_at_once(name, rng):
         (cells.mlstm_init, (B, H, K, V), cells.MLSTMState),
     ],
 )
-def test_the_initial_state_is_zeros_in_every_leaf(init, sizes, state):
-    empty = init(*sizes)
-    assert isinstance(empty, state)
-    for leaf in empty:
+def test_initial_state_is_zero_in_every_leaf(init, sizes, state):
+    initial = init(*sizes)
+    assert isinstance(initial, state)
+    for leaf in initial:
         assert leaf.dtype == jnp.float32 and leaf.shape[:2] == (B, H) and not leaf.any()
 
 
-@each_kind
-def test_the_initial_state_and_none_are_the_same(name, rng):
+@default_cells
+def test_state_none_equals_the_initial_state(name, rng):
     sequences, weights, state = jax.tree.map(jnp.float32, inputs_of(name, rng))
     zeros = jax.tree.map(jnp.zeros_like, state)
-    given = jitted_scan(name)(*sequences, *weights, zeros)
-    none = jitted_scan(name)(*sequences, *weights)
-    jax.tree.map(np.testing.assert_array_equal, given, none)
+    from_zeros = jitted_scan(name)(*sequences, *weights, zeros)
+    from_none = jitted_scan(name)(*sequences, *weights)
+    jax.tree.map(np.testing.assert_array_equal, from_zeros, from_none)
 
 
 @pytest.mark.parametrize("forget_gate", ["sigmoid", "exp"])
-def test_the_first_slstm_step_takes_its_scale_from_the_input_gate_alone(forget_gate, rng):
-    """Also where exp(log f - i) overflows: values are those of m = i, gradients finite."""
+def test_slstm_stabilizer_of_the_first_step_is_the_input_gate(forget_gate, rng):
+    """Also where exp(log f - i) overflows: values are those of m = i, gradients are finite."""
     r = jnp.asarray(rng.standard_normal((H, K, 4, K)), jnp.float32)
-    first = cells.slstm_init(B, H, K)._replace(m=jnp.full((B, H, K), 50.0))
+    initial = cells.slstm_init(B, H, K)._replace(m=jnp.full((B, H, K), 50.0))
 
     def loss(state, x, r):
-        new, h = cells.slstm_step(state, x, r, forget_gate=forget_gate)
-        return jnp.sum(h * h) + jnp.sum(new.c), new
+        state, h = cells.slstm_step(state, x, r, forget_gate=forget_gate)
+        return jnp.sum(h * h) + jnp.sum(state.c), state
 
-    slope = jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+    grad = jit(jax.grad(loss, (0, 1, 2), has_aux=True))
     for gate_i in (-87.0, -200.0, -1e4):
         x = jnp.asarray(rng.standard_normal((B, 4, H, K)), jnp.float32).at[:, 0].set(gate_i)
-        gradients, new = slope(first, x, r)
-        np.testing.assert_array_equal(new.m, x[:, 0])
-        np.testing.assert_array_equal(new.n, 1)
-        chex.assert_tree_all_finite(gradients)
-        assert not gradients[0].m.any() and not gradients[1][:, 1].any()
+        grads, state = grad(initial, x, r)
+        np.testing.assert_array_equal(state.m, x[:, 0])
+        np.testing.assert_array_equal(state.n, 1)
+        chex.assert_tree_all_finite(grads)
+        assert not grads[0].m.any() and not grads[1][:, 1].any()
 
 
-def test_the_mlstm_starts_from_a_scale_of_one():
-    """m is 0 before the first step, so very negative input gates leave it at log f."""
+def test_mlstm_stabilizer_starts_at_zero():
+    """m is 0 before the first step, so m is log f if the input gate is very negative."""
     state = cells.mlstm_init(1, 1, 2, 2)
     ones, gate = jnp.ones((1, 1, 2)), jnp.full((1, 1), -30.0)
-    new, h = jit(cells.mlstm_step)(state, ones, ones, ones, gate, jnp.full((1, 1), 2.0))
-    np.testing.assert_allclose(new.m, jax.nn.log_sigmoid(2.0).reshape(1, 1), rtol=1e-6)
+    state, h = jit(cells.mlstm_step)(state, ones, ones, ones, gate, jnp.full((1, 1), 2.0))
+    np.testing.assert_allclose(state.m, jax.nn.log_sigmoid(2.0).reshape(1, 1), rtol=1e-6)
     np.testing.assert_allclose(h, 2**0.5 * np.exp(-30.0) * np.ones((1, 1, 2)), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Arithmetic with logarithms of gates."""
+"""Log-space gate arithmetic."""
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +10,17 @@ from xlstm_jax.cells import logspace, mlstm
 
 
 @pytest.mark.parametrize("x", [-1e4, -200.0, -104.0, -1.0, 0.0, 1.0, 200.0])
-def test_log_sigmoid_is_exact_and_finite_with_a_finite_slope_for_any_input(x):
+def test_log_sigmoid_and_its_gradient_are_exact_and_finite(x):
     value, slope = jax.value_and_grad(logspace.log_sigmoid)(jnp.float32(x))
     np.testing.assert_allclose(value, -np.logaddexp(0, -x), rtol=1e-6, atol=1e-38)
     np.testing.assert_allclose(slope, np.exp(-np.logaddexp(0, x)), rtol=1e-5, atol=1e-38)
 
 
-def test_the_log_of_nothing_is_finite_and_leaves_nothing():
-    nothing = jnp.float32(logspace.NEG)
-    assert nothing - nothing == 0
-    assert jnp.exp(nothing) == 0
-    assert jnp.exp(nothing + 200.0) == 0
+def test_neg_is_finite_and_its_exponential_is_zero():
+    neg = jnp.float32(logspace.NEG)
+    assert neg - neg == 0
+    assert jnp.exp(neg) == 0
+    assert jnp.exp(neg + 200.0) == 0
 
 
 @pytest.mark.parametrize(
@@ -32,11 +32,11 @@ def test_the_log_of_nothing_is_finite_and_leaves_nothing():
         (["float32", "float64"], "float64"),
     ],
 )
-def test_memory_is_float32_or_wider(inputs, expected, x64):
+def test_state_dtype_is_float32_or_wider(inputs, expected, x64):
     assert logspace.state_dtype(*(jnp.zeros((), dtype) for dtype in inputs)) == expected
 
 
 def test_constants_equal_those_of_the_kernels():
-    """`cells` imports no kernels, so both packages define them."""
+    """`cells` does not import the kernels, so both packages define the constants."""
     assert logspace.NEG == gates.NEG
     assert (mlstm.READ_FLOOR, mlstm.TINY) == (gates.READ_FLOOR, gates.TINY)

@@ -1,4 +1,4 @@
-"""Running a call: values, final state and all gradients, by an implementation or by the truth.
+"""Running a call: values, final state and all gradients of an implementation or the reference.
 
 Every program is compiled once per implementation, options and shapes, and shared by all tests.
 """
@@ -14,30 +14,30 @@ import pytest
 from tests import quick
 from tests.ops import tolerances
 from tests.ops.subjects import LENGTHS, Case, L, Subject, pad, pad_time
-from tests.ops.tolerances import Row
+from tests.ops.tolerances import Tolerances
 from xlstm_jax import cells, ops
 
 OPS = {"mlstm": ops.mlstm, "slstm": ops.slstm, "lstm": ops.lstm}
-TRUTH = {"mlstm": cells.mlstm_scan, "slstm": cells.slstm_scan, "lstm": cells.lstm_scan}
+REFERENCES = {"mlstm": cells.mlstm_scan, "slstm": cells.slstm_scan, "lstm": cells.lstm_scan}
 
 
 class Cotangents(NamedTuple):
-    """What a loss is made of: sums of products with the outputs.
+    """Cotangents of the outputs: the loss is their inner product with the outputs.
 
-    `memory` weighs the leaves of the final state with their scale multiplied back in, in units of
-    exp(frame), so that the loss does not depend on the log-scale m; `state` weighs them as stored.
+    `unscaled` is for the leaves of the final state times exp(m - m_ref), so that the loss does not
+    depend on the log-scale m; `state` is for the leaves as stored.
     """
 
     h: np.ndarray
-    memory: Any
+    unscaled: Any
     state: Any
-    frame: np.ndarray | None
+    m_ref: np.ndarray | None
 
 
 class Result(NamedTuple):
     h: np.ndarray
     state: Any
-    gradients: dict[str, np.ndarray]  # by argument: inputs, weights, and "state.C" and so on
+    gradients: dict[str, np.ndarray]  # by argument name: inputs, weights, and "state.C" etc.
 
 
 def program(subject: Subject, reverse: bool = False, **options):
@@ -47,7 +47,7 @@ def program(subject: Subject, reverse: bool = False, **options):
         options = {"chunk_size": L, **options}
 
     def call(inputs, weights, state, reset=None, mask=None):
-        with subject.where_it_runs():
+        with subject.tracing_context():
             return OPS[subject.op](
                 **inputs,
                 **weights,
@@ -62,11 +62,11 @@ def program(subject: Subject, reverse: bool = False, **options):
     return call
 
 
-def truth_program(subject: Subject, **options):
-    """The same call, by the cell step by step."""
+def reference_program(subject: Subject, **options):
+    """The same function, by the scan of the cell."""
 
     def call(inputs, weights, state, reset=None, mask=None):
-        return TRUTH[subject.op](
+        return REFERENCES[subject.op](
             **inputs,
             **weights,
             state=state,
@@ -80,20 +80,20 @@ def truth_program(subject: Subject, **options):
 
 def run(subject: Subject, case: Case, cotangents: Cotangents, dtype="float32", **options) -> Result:
     """Values and gradients of `case` in `dtype`, by the subject's implementation."""
-    if dtype == "float64" and subject.widest != dtype:
-        pytest.skip(f"{subject.implementation} computes in {subject.widest}")
+    if dtype == "float64" and subject.widest_dtype != dtype:
+        pytest.skip(f"{subject.implementation} supports {subject.widest_dtype} at most")
     compiled = _compiled(subject, tuple(sorted(options.items())))
     return _run(compiled, case, cotangents, dtype)
 
 
-def run_truth(variant: str, case: Case, cotangents: Cotangents, **options) -> Result:
+def run_reference(variant: str, case: Case, cotangents: Cotangents, **options) -> Result:
     """Values and gradients of `case` by the float64 recurrence.
 
-    Shorter cases are filled up with masked steps, so that one program serves them all.
+    Shorter cases are padded with masked steps, so that all share one program.
     """
     padded = pad(case, max(case.length, *LENGTHS))
     loss = cotangents._replace(h=pad_time(cotangents.h, padded.length))
-    result = run(Subject(variant, "truth"), padded, loss, "float64", **options)
+    result = run(Subject(variant, "reference"), padded, loss, "float64", **options)
     T = case.length
     gradients = {
         name: gradient[:, :T] if name in case.inputs else gradient
@@ -103,36 +103,42 @@ def run_truth(variant: str, case: Case, cotangents: Cotangents, **options) -> Re
 
 
 def assert_equals_the_recurrence(
-    subject: Subject, case: Case, row: Row, dtype: str = "float32", *, stored=False, **options
+    subject: Subject,
+    case: Case,
+    tol: Tolerances,
+    dtype: str = "float32",
+    *,
+    stored=False,
+    **options,
 ):
     """Values, final state and gradients of one call agree with the float64 recurrence."""
-    truth = {name: value for name, value in options.items() if name != "chunk_size"}
-    cotangents = random_cotangents(subject.variant, case, stored=stored, **truth)
+    reference_options = {k: value for k, value in options.items() if k != "chunk_size"}
+    cotangents = random_cotangents(subject.variant, case, stored=stored, **reference_options)
     actual = run(subject, case, cotangents, dtype, **options)
-    expected = run_truth(subject.variant, case, cotangents, **truth)
-    assert_results_close(actual, expected, row)
+    expected = run_reference(subject.variant, case, cotangents, **reference_options)
+    assert_results_close(actual, expected, tol)
 
 
-def assert_results_close(actual: Result, expected: Result, row: Row):
+def assert_results_close(actual: Result, expected: Result, tol: Tolerances):
     """h, the final state and all gradients agree."""
-    tolerances.assert_close(actual.h, expected.h, row.h, "h")
-    tolerances.assert_states_close(actual.state, expected.state, row.state)
-    tolerances.assert_gradients_close(actual.gradients, expected.gradients, row)
+    tolerances.assert_close(actual.h, expected.h, tol.h, "h")
+    tolerances.assert_states_close(actual.state, expected.state, tol.state)
+    tolerances.assert_gradients_close(actual.gradients, expected.gradients, tol)
 
 
 def random_cotangents(variant: str, case: Case, *, stored=False, seed=1, **options) -> Cotangents:
-    """A random loss on h and on the final memory; `stored`: on its leaves as they are, instead."""
+    """Random cotangents of h and the unscaled final state, or with `stored`, of its leaves."""
     rng = np.random.default_rng(seed)
     random = lambda x: rng.standard_normal(x.shape).astype(np.float32).astype(np.float64)  # noqa: E731
-    probe = run_truth(variant, case, no_cotangents(variant, case), **options)
-    frame = getattr(probe.state, "m", None)
+    probe = run_reference(variant, case, zero_cotangents(variant, case), **options)
+    m_ref = getattr(probe.state, "m", None)
     state = jax.tree.map(random, probe.state)
     zeros = jax.tree.map(np.zeros_like, state)
-    return Cotangents(random(probe.h), *((zeros, state) if stored else (state, zeros)), frame)
+    return Cotangents(random(probe.h), *((zeros, state) if stored else (state, zeros)), m_ref)
 
 
-def no_cotangents(variant: str, case: Case) -> Cotangents:
-    """The loss that is 0; the frame is that of the initial state."""
+def zero_cotangents(variant: str, case: Case) -> Cotangents:
+    """Cotangents of zero; `m_ref` is that of the state before the first step."""
     inputs = case.inputs
     h = np.zeros(inputs["v"].shape if variant.startswith("mlstm") else inputs["x"][:, :, 0].shape)
     zeros = jax.tree.map(np.zeros_like, case.state)
@@ -141,25 +147,25 @@ def no_cotangents(variant: str, case: Case) -> Cotangents:
 
 @functools.cache
 def _compiled(subject: Subject, options: tuple[tuple[str, Any], ...]):
-    make = truth_program if subject.implementation == "truth" else program
+    make = reference_program if subject.implementation == "reference" else program
     call = make(subject, **dict(options))
     return quick.jit(functools.partial(_evaluate, call))
 
 
 def _evaluate(call, case: Case, cotangents: Cotangents):
-    def losses(inputs, weights, state):
+    def outputs_of(inputs, weights, state):
         h, last = call(inputs, weights, state, case.reset, case.mask)
-        return h, _memory(last, cotangents.frame), last
+        return h, _unscaled(last, cotangents.m_ref), last
 
-    outputs, pull = jax.vjp(losses, case.inputs, case.weights, case.state)
-    return outputs[0], outputs[2], pull((cotangents.h, cotangents.memory, cotangents.state))
+    outputs, pull = jax.vjp(outputs_of, case.inputs, case.weights, case.state)
+    return outputs[0], outputs[2], pull((cotangents.h, cotangents.unscaled, cotangents.state))
 
 
-def _memory(state, frame):
-    """Leaves with their scale multiplied back in, in units of exp(frame); m then says nothing."""
-    if frame is None:
+def _unscaled(state, m_ref):
+    """Leaves times exp(m - m_ref), with m replaced by zeros."""
+    if m_ref is None:
         return state
-    scale = jnp.exp(jnp.clip(state.m - frame, -80, 80))
+    scale = jnp.exp(jnp.clip(state.m - m_ref, -80, 80))
     leaves = {
         name: leaf * scale.reshape(scale.shape + (1,) * (leaf.ndim - scale.ndim))
         for name, leaf in state._asdict().items()
@@ -180,10 +186,10 @@ def _run(compiled, case, cotangents, dtype) -> Result:
 
 
 def _arrays(case: Case, cotangents: Cotangents, dtype: str) -> tuple[Case, Cotangents]:
-    """Arguments on the device: in `dtype`, but for states, which are float32 or wider."""
-    memory = "float32" if dtype == "bfloat16" else dtype
-    args = jax.tree.map(lambda x: _as(x, memory), (case, cotangents))
-    if dtype == memory:
+    """Arguments on the device, in `dtype`, except for states, which are float32 or wider."""
+    state_dtype = "float32" if dtype == "bfloat16" else dtype
+    args = jax.tree.map(lambda x: _as(x, state_dtype), (case, cotangents))
+    if dtype == state_dtype:
         return args
     case, cotangents = args
     inputs, weights, h = jax.tree.map(

@@ -1,4 +1,4 @@
-"""What properties are tested on: every implementation of every op, and the inputs of calls."""
+"""Subjects of the property tests: every implementation of every op, and inputs of calls."""
 
 import contextlib
 from typing import Any, NamedTuple
@@ -10,12 +10,12 @@ from pallas_kernels import common
 from xlstm_jax import cells, ops
 
 B, H, K, V = 2, 2, 8, 12
-L = 8  # the chunk of every chunkwise call here
-KERNELS = ("pallas_tpu", "triton")  # those that an interpreter runs on any device
+L = 8  # chunk size of all calls
+KERNELS = ("pallas_tpu", "triton")  # interpreted in tests, so that they run on any device
 LENGTHS = (1, L - 1, L, L + 1, 3 * L + 5)
 T = LENGTHS[-1]
-"""The length of most calls, so that one compiled program serves many tests."""
-CHUNKED = ("chunkwise", *KERNELS)  # those that compute several steps at once
+"""Length of most calls, so that many tests share one compiled program."""
+CHUNKED = ("chunkwise", *KERNELS)  # implementations that work in chunks
 
 
 class Subject(NamedTuple):
@@ -30,22 +30,22 @@ class Subject(NamedTuple):
 
     @property
     def is_kernel(self) -> bool:
-        """Whether it is written for a device that is not here, so that tests interpret it."""
+        """Whether it is a kernel for an accelerator, which tests interpret."""
         return self.implementation in KERNELS
 
-    def where_it_runs(self) -> contextlib.AbstractContextManager:
-        """What its calls are traced in."""
+    def tracing_context(self) -> contextlib.AbstractContextManager:
+        """The context in which its calls are traced."""
         if not self.is_kernel:
             return contextlib.nullcontext()
         return common.interpreted(lanes=L)
 
     @property
-    def widest(self) -> str:
-        """The widest dtype it computes in."""
+    def widest_dtype(self) -> str:
+        """The widest dtype that it supports."""
         return "float32" if self.is_kernel else "float64"
 
     def exact(self, dtype: str) -> dict[str, Any]:
-        """Options under which properties hold to rounding: eps is added in units of exp(m)."""
+        """Options for which properties hold up to rounding: eps is added in units of exp(m)."""
         return {"eps": 0.0} if self.op == "mlstm" and dtype == "float64" else {}
 
     @property
@@ -67,7 +67,7 @@ PRIMARY = ("mlstm", "slstm", "lstm")
 
 
 def implementations(op: str) -> dict[str, str | None]:
-    """As `ops.implementations`, where kernels are interpreted."""
+    """As `ops.implementations`, with interpreted kernels."""
     with common.interpreted(lanes=L):
         return ops.implementations(op)
 
@@ -76,19 +76,23 @@ def subjects(
     *variants: str,
     quick: tuple[str, ...] = tuple(OPTIONS),
     quick_kernels: bool = False,
-    among: tuple[str, ...] | None = None,
+    only: tuple[str, ...] | None = None,
 ):
-    """A decorator: the test runs on every implementation of these variants (none named: of all).
+    """Parametrize a test over every implementation of these variants (default: all variants).
 
-    An implementation that cannot run here is skipped with its reason; variants that are not
-    `quick` run among the slow tests, and so do kernels, which are interpreted. With `quick_kernels`
-    they are quick, and their other variants slow; else those are for `make test-all`. `among`: the
-    implementations that differ in what is tested.
+    An implementation that cannot run on this machine is skipped with the reason.
+
+    Args:
+        variants: names in `OPTIONS`.
+        quick: the other variants are marked slow.
+        quick_kernels: interpreted kernels are slow, and their variants other than `PRIMARY` run
+            in `make test-all` only; if True, kernels are quick and the other variants slow.
+        only: the implementations that can differ in the tested property.
     """
     cases = []
     for variant in variants or OPTIONS:
         for name, refusal in implementations(variant.split("_")[0]).items():
-            if among is not None and name not in among:
+            if only is not None and name not in only:
                 continue
             marks = [] if refusal is None else [pytest.mark.skip(reason=refusal)]
             marks += _speed(variant, name, quick, quick_kernels)
@@ -99,17 +103,17 @@ def subjects(
 def _speed(variant: str, name: str, quick: tuple[str, ...], quick_kernels: bool) -> list:
     if name not in KERNELS:
         return [] if variant in quick else [pytest.mark.slow]
-    rare = variant not in PRIMARY
+    is_primary = variant in PRIMARY
     if quick_kernels:
-        return [pytest.mark.slow] if rare else []
-    return [pytest.mark.exhaustive if rare else pytest.mark.slow]
+        return [] if is_primary else [pytest.mark.slow]
+    return [pytest.mark.slow if is_primary else pytest.mark.exhaustive]
 
 
 both_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
 class Case(NamedTuple):
-    """Arguments of one call, as float64 arrays whose values float32 holds exactly."""
+    """Arguments of one call, as float64 arrays whose values are exact in float32."""
 
     inputs: dict[str, np.ndarray]  # B T ...
     weights: dict[str, np.ndarray]
@@ -121,11 +125,11 @@ class Case(NamedTuple):
     def length(self) -> int:
         return next(iter(self.inputs.values())).shape[1]
 
-    def span(self, start: int, stop: int) -> "Case":
-        """The steps from `start` to before `stop`."""
-        cut = {name: x[:, start:stop] for name, x in self.inputs.items()}
+    def slice(self, start: int, stop: int) -> "Case":
+        """The positions [start, stop)."""
+        inputs = {name: x[:, start:stop] for name, x in self.inputs.items()}
         flags = (None if x is None else x[:, start:stop] for x in (self.reset, self.mask))
-        return Case(cut, self.weights, self.state, *flags)
+        return Case(inputs, self.weights, self.state, *flags)
 
 
 def make_case(variant: str, length: int, *, gate_scale: float = 1.0, seed: int = 0) -> Case:
@@ -153,8 +157,8 @@ def make_case(variant: str, length: int, *, gate_scale: float = 1.0, seed: int =
     return Case({"x": x}, weights, state)
 
 
-def empty(case: Case) -> Case:
-    """The same call from the empty memory."""
+def from_initial_state(case: Case) -> Case:
+    """The same call from the initial state."""
     zeros = type(case.state)(*(np.zeros_like(leaf) for leaf in case.state))
     return case._replace(state=zeros)
 
@@ -162,37 +166,37 @@ def empty(case: Case) -> Case:
 def with_flags(case: Case, *, num_masked: int, seed: int = 0) -> Case:
     """The same call with resets and masked steps at random positions.
 
-    Every row has `num_masked` masked steps; some resets are masked, some interior steps too.
+    Every sequence has `num_masked` masked steps, also in its interior; some resets are masked.
     """
     rng = np.random.default_rng([seed, case.length, 1])
     reset = rng.random((B, case.length)) < 0.2
     mask = np.ones((B, case.length), bool)
-    for row in mask:
-        row[rng.choice(case.length, num_masked, replace=False)] = False
+    for sequence in mask:
+        sequence[rng.choice(case.length, num_masked, replace=False)] = False
     return case._replace(reset=reset, mask=mask)
 
 
-def take_out_masked(case: Case) -> Case:
-    """The call without its masked steps and their resets; each row must have as many."""
-    keep = lambda x: np.stack([row[kept] for row, kept in zip(x, case.mask, strict=True)])  # noqa: E731
-    inputs = {name: keep(x) for name, x in case.inputs.items()}
-    reset = keep(case.reset)
+def drop_masked(case: Case) -> Case:
+    """The call without masked steps and their resets; sequences must have equal numbers of them."""
+    drop = lambda x: np.stack([a[valid] for a, valid in zip(x, case.mask, strict=True)])  # noqa: E731
+    inputs = {name: drop(x) for name, x in case.inputs.items()}
+    reset = drop(case.reset)
     return case._replace(inputs=inputs, reset=reset, mask=np.ones_like(reset))
 
 
 def pad(case: Case, length: int) -> Case:
-    """The same call with masked steps behind it, up to `length`."""
-    flags = np.zeros((B, case.length), bool), np.ones((B, case.length), bool)
+    """The same call padded with masked steps at the end, up to `length`."""
+    defaults = np.zeros((B, case.length), bool), np.ones((B, case.length), bool)
     reset, mask = (
-        default if given is None else given
-        for given, default in zip((case.reset, case.mask), flags, strict=True)
+        default if flag is None else flag
+        for flag, default in zip((case.reset, case.mask), defaults, strict=True)
     )
     inputs = {name: pad_time(x, length) for name, x in case.inputs.items()}
     return case._replace(inputs=inputs, reset=pad_time(reset, length), mask=pad_time(mask, length))
 
 
 def pad_time(x: np.ndarray, length: int) -> np.ndarray:
-    """Zeros behind `x`, up to `length` steps."""
+    """`x` padded with zeros at the end, up to `length` steps."""
     return np.pad(x, ((0, 0), (0, length - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
 
 

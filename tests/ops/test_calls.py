@@ -1,4 +1,4 @@
-"""The signature of the recurrent ops: dtypes, transformations, choices, and what they refuse."""
+"""Signature of the recurrent ops: dtypes, transformations, implementations, and errors."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ from tests.ops.subjects import (
     L,
     Subject,
     V,
-    empty,
+    from_initial_state,
     make_case,
     subjects,
     with_flags,
@@ -31,7 +31,7 @@ from xlstm_jax.ops import dispatch
 
 @pytest.fixture
 def unchecked():
-    """Signatures unchecked, as for a user: the ops then refuse bad shapes themselves."""
+    """Without jaxtyping's checks, as for a user: the ops then raise for bad shapes themselves."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -56,12 +56,12 @@ def test_bfloat16_inputs_give_float32_states_and_bfloat16_h(subject):
 
 
 @subjects(quick=PRIMARY)
-def test_bfloat16_inputs_equal_the_recurrence_on_the_same_numbers(subject):
+def test_bfloat16_inputs_equal_the_recurrence_of_the_rounded_inputs(subject):
     case = jax.tree.map(_as_bfloat16, make_case(subject.variant, 29))
     cotangents = runs.random_cotangents(subject.variant, case)
     cotangents = cotangents._replace(h=_as_bfloat16(cotangents.h))
     actual = runs.run(subject, case, cotangents, "bfloat16")
-    expected = runs.run_truth(subject.variant, case, cotangents)
+    expected = runs.run_reference(subject.variant, case, cotangents)
     runs.assert_results_close(actual, expected, TABLE["bfloat16"])
 
 
@@ -70,30 +70,30 @@ def _as_bfloat16(x: np.ndarray) -> np.ndarray:
 
 
 @subjects(quick=PRIMARY)
-def test_no_state_is_the_initial_state(subject):
-    case = empty(make_case(subject.variant, 9))
+def test_state_none_equals_the_initial_state(subject):
+    case = from_initial_state(make_case(subject.variant, 9))
     call = quick.jit(runs.program(subject))
     args = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), case)
-    given = call(args.inputs, args.weights, args.state)
-    left_out = call(args.inputs, args.weights, None)
-    jax.tree.map(np.testing.assert_array_equal, left_out, given)
+    expected = call(args.inputs, args.weights, args.state)
+    actual = call(args.inputs, args.weights, None)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 @subjects("slstm", "lstm")
-def test_no_bias_is_a_bias_of_zeros(subject):
+def test_bias_none_equals_a_zero_bias(subject):
     case = make_case(subject.variant, 9)
     case = case._replace(weights={**case.weights, "b": np.zeros_like(case.weights["b"])})
     without = case._replace(weights={"r": case.weights["r"]})
     cotangents = runs.random_cotangents(subject.variant, case)
-    given = runs.run(subject, case, cotangents)
-    left_out = runs.run(subject, without, cotangents)
-    gradients = {name: g for name, g in given.gradients.items() if name != "b"}
-    runs.assert_results_close(left_out, given._replace(gradients=gradients), TABLE["float32"])
+    expected = runs.run(subject, case, cotangents)
+    actual = runs.run(subject, without, cotangents)
+    gradients = {name: g for name, g in expected.gradients.items() if name != "b"}
+    runs.assert_results_close(actual, expected._replace(gradients=gradients), TABLE["float32"])
 
 
 @subjects(quick=PRIMARY)
 def test_vmap_over_a_leading_axis_equals_a_loop(subject):
-    """Values and gradients, of inputs, flags and states; weights shared."""
+    """Values and gradients, mapped over inputs, flags and states; weights are shared."""
     cases = [
         with_flags(make_case(subject.variant, 9, seed=s), num_masked=2, seed=s) for s in (0, 1)
     ]
@@ -115,15 +115,15 @@ def test_vmap_over_a_leading_axis_equals_a_loop(subject):
     mapped = quick.jit(jax.vmap(step, axes))(weights, *stacked)
     step = quick.jit(step)
     for index, case in enumerate(cases):
-        alone = jax.tree.leaves(step(weights, *leaves(case)))
-        together = [leaf[index] for leaf in jax.tree.leaves(mapped)]
-        for a, b in zip(together, alone, strict=True):
+        expected = jax.tree.leaves(step(weights, *leaves(case)))
+        actual = [leaf[index] for leaf in jax.tree.leaves(mapped)]
+        for a, b in zip(actual, expected, strict=True):
             tolerances.assert_close(*map(np.asarray, (a, b)), 5e-5, "vmap", floor=1e-2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", PRIMARY)
-def test_without_jit_a_call_gives_the_same(op):
+def test_eager_call_equals_the_jitted_call(op):
     args = arguments(op)
     eager = runs.OPS[op](**args)
     compiled = jax.jit(runs.OPS[op])(**args)
@@ -133,7 +133,7 @@ def test_without_jit_a_call_gives_the_same(op):
 
 
 @pytest.mark.parametrize("op", PRIMARY)
-def test_implementations_are_listed_with_none_or_a_sentence(op):
+def test_implementations_lists_none_or_a_reason(op):
     table = ops.implementations(op)
     assert {"mlstm": {"recurrent", "parallel", "chunkwise"}}.get(op, {"recurrent"}) <= table.keys()
     assert None in table.values()
@@ -142,7 +142,7 @@ def test_implementations_are_listed_with_none_or_a_sentence(op):
 
 
 @pytest.mark.parametrize("op", PRIMARY)
-def test_an_unknown_implementation_is_refused_with_the_known_ones(op):
+def test_unknown_implementation_raises_an_error_with_the_known_names(op):
     with pytest.raises(ValueError, match=r"implementation='fastest'.*not known.*'auto'") as error:
         runs.OPS[op](**arguments(op), implementation="fastest")
     for name in ops.implementations(op):
@@ -150,7 +150,7 @@ def test_an_unknown_implementation_is_refused_with_the_known_ones(op):
 
 
 @pytest.mark.parametrize("op", PRIMARY)
-def test_a_named_implementation_that_cannot_serve_raises_its_reason(op):
+def test_named_implementation_that_does_not_support_a_call_raises_its_reason(op):
     for name, refusal in ops.implementations(op).items():
         if refusal is not None:
             with pytest.raises(NotImplementedError, match=name) as error:
@@ -159,24 +159,24 @@ def test_a_named_implementation_that_cannot_serve_raises_its_reason(op):
 
 
 CALL = dispatch.Call(1, 2, 3, 4, 5, jnp.dtype("float32"), "cpu")
-REFUSES = dispatch.Implementation(lambda: "refused", lambda call: f"it needs K = 8, got {call.K}")
-SERVES = dispatch.Implementation(lambda: "served")
+UNSUPPORTED = dispatch.Implementation(lambda: "first", lambda call: f"it needs K = 8, got {call.K}")
+SUPPORTED = dispatch.Implementation(lambda: "second")
 
 
-def test_only_auto_falls_through_to_one_that_can_serve():
-    table = {"first": REFUSES, "second": SERVES}
-    assert dispatch.choose("op", table, "auto", CALL).fn() == "served"
+def test_only_auto_falls_through_to_a_supported_implementation():
+    table = {"first": UNSUPPORTED, "second": SUPPORTED}
+    assert dispatch.choose("op", table, "auto", CALL).fn() == "second"
     with pytest.raises(NotImplementedError, match="first: it needs K = 8, got 4"):
         dispatch.choose("op", table, "first", CALL)
 
 
-def test_auto_says_every_reason_when_none_can_serve():
-    table = {"first": REFUSES, "second": dataclasses.replace(REFUSES)}
+def test_auto_raises_all_reasons_if_no_implementation_supports_the_call():
+    table = {"first": UNSUPPORTED, "second": dataclasses.replace(UNSUPPORTED)}
     with pytest.raises(NotImplementedError, match=r"first: it needs.*second: it needs"):
         dispatch.choose("op", table, "auto", CALL)
 
 
-def test_listing_an_unknown_op_names_the_known_ones():
+def test_implementations_of_an_unknown_op_raises_an_error_with_the_known_names():
     with pytest.raises(ValueError, match=r"(?s)attention.*lstm"):
         ops.implementations("attention")
 
@@ -196,7 +196,7 @@ WRONG_SHAPES = [
 
 
 @pytest.mark.parametrize("op,name,shape", WRONG_SHAPES)
-def test_a_wrong_shape_is_refused_by_name_with_what_was_expected(unchecked, op, name, shape):
+def test_wrong_shape_raises_an_error_with_the_argument_and_its_axes(unchecked, op, name, shape):
     args = {**arguments(op), name: jnp.zeros(shape)}
     with pytest.raises(ValueError, match=rf"^{op}: `{name}` must have the axes .*shape") as error:
         runs.OPS[op](**args)
@@ -205,37 +205,37 @@ def test_a_wrong_shape_is_refused_by_name_with_what_was_expected(unchecked, op, 
 
 @pytest.mark.parametrize("flag", ["reset", "mask"])
 @pytest.mark.parametrize("op", PRIMARY)
-def test_flags_of_another_length_are_refused_by_name(unchecked, op, flag):
+def test_flags_of_wrong_length_raise_an_error_with_their_name(unchecked, op, flag):
     with pytest.raises(ValueError, match=rf"`{flag}`.*\(B T\).*T=5.*\({B}, 4\)"):
         runs.OPS[op](**arguments(op), **{flag: jnp.ones((B, 4), bool)})
 
 
 @pytest.mark.parametrize("op", PRIMARY)
-def test_a_state_of_another_batch_is_refused_by_name(unchecked, op):
+def test_state_of_wrong_batch_size_raises_an_error_with_its_name(unchecked, op):
     state = jax.tree.map(lambda x: jnp.asarray(x[:1], jnp.float32), make_case(op, 5).state)
     with pytest.raises(ValueError, match=rf"`state\.\w+`.*B={B}"):
         runs.OPS[op](**arguments(op), state=state)
 
 
 @pytest.mark.parametrize("op", PRIMARY)
-def test_a_sequence_without_steps_is_refused(unchecked, op):
+def test_empty_sequence_raises_an_error(unchecked, op):
     args = {name: x[:, :0] if name not in ("r", "b") else x for name, x in arguments(op).items()}
     with pytest.raises(ValueError, match="T must be at least 1, got 0"):
         runs.OPS[op](**args)
 
 
 @pytest.mark.parametrize("chunk_size", [0, -8])
-def test_a_chunk_size_below_one_is_refused_with_the_way_out(chunk_size):
+def test_chunk_size_below_one_raises_an_error_with_a_fix(chunk_size):
     with pytest.raises(ValueError, match=rf"chunk_size.*at least 1.*{chunk_size}.*None"):
         ops.mlstm(**arguments("mlstm"), chunk_size=chunk_size)
 
 
-def test_no_normaliser_needs_the_sigmoid_input_gate():
+def test_normalize_false_needs_the_sigmoid_input_gate():
     with pytest.raises(ValueError, match=r"normalize=False.*input_gate='sigmoid'.*'exp'"):
         ops.mlstm(**arguments("mlstm"), normalize=False)
 
 
-def test_an_unknown_gate_is_refused_with_the_known_ones():
+def test_unknown_gate_raises_an_error_with_the_known_names():
     with pytest.raises(ValueError, match=r"input_gate.*'exp'.*'sigmoid'.*'relu'"):
         ops.mlstm(**arguments("mlstm"), input_gate="relu")
     with pytest.raises(ValueError, match=r"forget_gate.*'sigmoid'.*'exp'.*'relu'"):
@@ -243,11 +243,11 @@ def test_an_unknown_gate_is_refused_with_the_known_ones():
 
 
 @pytest.mark.parametrize("T", [1, L])
-def test_auto_takes_some_implementation_for_any_length(T):
+def test_auto_selects_an_implementation_for_any_length(T):
     for op in PRIMARY:
         h, _ = jax.eval_shape(runs.OPS[op], **arguments(op, T))
         assert h.shape[:2] == (B, T)
 
 
-def test_every_variant_names_an_op():
+def test_variants_are_named_after_ops():
     assert {Subject(variant, "").op for variant in OPTIONS} == set(runs.OPS)

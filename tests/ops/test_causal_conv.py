@@ -1,4 +1,4 @@
-"""The causal convolution: its formula, its state, resets and masks, in values and gradients."""
+"""Causal convolution: formula, state, resets and masks, for values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +27,18 @@ def make(W: int, mixing: bool, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def one_row(x, kernel, bias, state, reset, mask):
-    """One sequence, step by step: the last W inputs, and what they make."""
+def convolve_sequence(x, kernel, bias, state, reset, mask):
+    """Outputs and last inputs of one sequence, one step at a time."""
     W = kernel.shape[0]
     window = [*state]
     y = []
-    for now, forget, valid in zip(x, reset, mask, strict=True):
-        if not valid:
+    for x_t, is_reset, is_valid in zip(x, reset, mask, strict=True):
+        if not is_valid:
             y.append(np.zeros_like(bias))
             continue
-        if forget:
-            window = [np.zeros_like(now)] * (W - 1)
-        window = [*window, now]
+        if is_reset:
+            window = [np.zeros_like(x_t)] * (W - 1)
+        window = [*window, x_t]
         taps = zip(window, kernel, strict=True)
         y.append(bias + sum(w * k if k.ndim == 1 else w @ k for w, k in taps))
         window = window[1:]
@@ -46,22 +46,23 @@ def one_row(x, kernel, bias, state, reset, mask):
 
 
 def by_steps(args, reset, mask):
-    """Every row by `one_row`."""
-    rows = [
-        one_row(args["x"][b], args["kernel"], args["bias"], args["state"][b], reset[b], mask[b])
+    """`convolve_sequence` of every sequence."""
+    kernel, bias = args["kernel"], args["bias"]
+    results = [
+        convolve_sequence(args["x"][b], kernel, bias, args["state"][b], reset[b], mask[b])
         for b in range(B)
     ]
-    return tuple(np.stack(leaf) for leaf in zip(*rows, strict=True))
+    return tuple(np.stack(leaf) for leaf in zip(*results, strict=True))
 
 
 def inner(a, b):
-    """Sum of products of all leaves."""
+    """Inner product of two pytrees."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return sum(float(np.sum(np.asarray(x) * np.asarray(y))) for x, y in pairs)
 
 
 def pullback(call):
-    """A compiled (arguments, cotangents) -> (outputs, gradients)."""
+    """A jitted function (arguments, cotangents) -> (outputs, gradients)."""
 
     def evaluate(args, cotangents):
         outputs, pull = jax.vjp(call, args)
@@ -71,10 +72,10 @@ def pullback(call):
 
 
 def flags(rng):
-    """Random resets, and masks that take four random steps out of every row."""
+    """Random resets, and masks with four random masked steps in every sequence."""
     mask = np.ones((B, T), bool)
-    for row in mask:
-        row[rng.choice(T, 4, replace=False)] = False
+    for sequence in mask:
+        sequence[rng.choice(T, 4, replace=False)] = False
     return rng.random((B, T)) < 0.3, mask
 
 
@@ -90,19 +91,20 @@ def call_with(reset, mask):
 @pytest.mark.parametrize("kind", ["plain", "resets", "masks", "both"])
 @mixings
 @windows
-def test_values_states_and_gradients_equal_the_formula(W, mixing, kind, rng, x64):
+def test_values_states_and_gradients_match_the_formula(W, mixing, kind, rng, x64):
     args = make(W, mixing)
     reset, mask = flags(rng)
-    given = (
+    arguments = (
         reset if kind in ("resets", "both") else None,
         mask if kind in ("masks", "both") else None,
     )
-    reset = reset if given[0] is not None else np.zeros((B, T), bool)
-    mask = mask if given[1] is not None else np.ones((B, T), bool)
+    reset = reset if arguments[0] is not None else np.zeros((B, T), bool)
+    mask = mask if arguments[1] is not None else np.ones((B, T), bool)
     expected = by_steps(args, reset, mask)
     cotangents = jax.tree.map(lambda x: rng.standard_normal(x.shape), expected)
     direction = jax.tree.map(lambda x: rng.standard_normal(x.shape), args)
-    actual, gradients = pullback(call_with(*given))(*jax.tree.map(jnp.asarray, (args, cotangents)))
+    call = pullback(call_with(*arguments))
+    actual, gradients = call(*jax.tree.map(jnp.asarray, (args, cotangents)))
     for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
     # The formula is linear in inputs and in weights, so a central difference is exact.
@@ -115,46 +117,46 @@ def test_values_states_and_gradients_equal_the_formula(W, mixing, kind, rng, x64
 
 
 @pytest.mark.parametrize("W,mixing", [(1, False), (4, False), (4, True)])
-def test_a_sequence_can_be_cut_anywhere(W, mixing):
+def test_sequence_can_be_split_anywhere(W, mixing):
     args = jax.tree.map(jnp.float32, make(W, mixing))
     call = quick.jit(ops.causal_conv)
     y, last = call(**args)
-    for cut in (1, 5, T - 1):
-        first, state = call(**{**args, "x": args["x"][:, :cut]})
-        second, state = call(**{**args, "x": args["x"][:, cut:], "state": state})
+    for split in (1, 5, T - 1):
+        first, state = call(**{**args, "x": args["x"][:, :split]})
+        second, state = call(**{**args, "x": args["x"][:, split:], "state": state})
         joined = np.concatenate([first, second], axis=1)
         np.testing.assert_allclose(joined, y, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(state, last)
 
 
-def test_a_packed_row_equals_its_documents_apart():
+def test_packed_sequence_equals_its_separate_documents():
     args = jax.tree.map(jnp.float32, make(4, False))
-    borders = [0, 4, 5, T]
+    boundaries = [0, 4, 5, T]
     reset = np.zeros((B, T), bool)
-    reset[:, borders[:-1]] = True
+    reset[:, boundaries[:-1]] = True
     y, last = quick.jit(call_with(reset, None))(args)
-    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+    for start, stop in zip(boundaries[:-1], boundaries[1:], strict=True):
         call = quick.jit(ops.causal_conv)
-        apart, state = call(args["x"][:, start:stop], args["kernel"], args["bias"])
-        np.testing.assert_allclose(y[:, start:stop], apart, rtol=1e-5, atol=1e-5)
+        document, state = call(args["x"][:, start:stop], args["kernel"], args["bias"])
+        np.testing.assert_allclose(y[:, start:stop], document, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(last, state)
 
 
 @pytest.mark.parametrize("W,mixing", [(1, False), (4, False), (4, True)])
-def test_a_masked_row_equals_the_row_without_these_positions(W, mixing, rng):
+def test_masked_sequence_equals_the_sequence_without_masked_positions(W, mixing, rng):
     args = jax.tree.map(jnp.float32, make(W, mixing))
     reset, mask = flags(rng)
-    keep = lambda x: np.asarray(x)[mask].reshape((B, T - 4) + x.shape[2:])  # noqa: E731
+    drop = lambda x: np.asarray(x)[mask].reshape((B, T - 4) + x.shape[2:])  # noqa: E731
     y, last = quick.jit(call_with(reset, mask))(args)
-    without = {**args, "x": jnp.asarray(keep(args["x"]))}
-    shorter, state = quick.jit(call_with(keep(reset), None))(without)
-    np.testing.assert_allclose(keep(y), shorter, rtol=1e-5, atol=1e-5)
+    shorter = {**args, "x": jnp.asarray(drop(args["x"]))}
+    expected, state = quick.jit(call_with(drop(reset), None))(shorter)
+    np.testing.assert_allclose(drop(y), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(last, state)
     assert not np.asarray(y)[~mask].any()
 
 
 @windows
-def test_what_a_masked_step_holds_changes_no_bit(W, rng):
+def test_inputs_of_masked_steps_do_not_change_results(W, rng):
     args = jax.tree.map(jnp.float32, make(W, False))
     reset, mask = flags(rng)
     garbage = {**args, "x": jnp.where(mask[..., None], args["x"], jnp.nan)}
@@ -170,7 +172,7 @@ def test_what_a_masked_step_holds_changes_no_bit(W, rng):
 
 
 @windows
-def test_a_row_of_masked_steps_leaves_the_state_as_it_is(W):
+def test_fully_masked_sequence_leaves_the_state_unchanged(W):
     args = jax.tree.map(jnp.float32, make(W, False))
     y, state = quick.jit(call_with(np.ones((B, T), bool), np.zeros((B, T), bool)))(args)
     np.testing.assert_array_equal(state, args["state"])
@@ -178,7 +180,7 @@ def test_a_row_of_masked_steps_leaves_the_state_as_it_is(W):
 
 
 @windows
-def test_an_output_depends_on_its_window_alone(W):
+def test_outputs_depend_on_their_window_only(W):
     args = jax.tree.map(jnp.float32, make(W, False))
     outputs = lambda x: ops.causal_conv(**{**args, "x": x})[0].sum((0, 2))  # noqa: E731
     slope = quick.jit(jax.jacrev(outputs))(args["x"])
@@ -187,12 +189,12 @@ def test_an_output_depends_on_its_window_alone(W):
     np.testing.assert_array_equal(reach > 0, (s <= t) & (s > t - W))
 
 
-def test_no_state_is_zeros_and_no_bias_is_none():
+def test_state_and_bias_default_to_zeros():
     args = jax.tree.map(jnp.float32, make(4, False))
     zeros = {**args, "state": jnp.zeros_like(args["state"]), "bias": jnp.zeros(F)}
     call = quick.jit(ops.causal_conv)
-    given, left_out = call(**zeros), call(args["x"], args["kernel"])
-    jax.tree.map(np.testing.assert_array_equal, given, left_out)
+    expected, actual = call(**zeros), call(args["x"], args["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 @mixings
@@ -202,7 +204,7 @@ def test_bfloat16_inputs_give_bfloat16_outputs(mixing):
     assert (y.dtype, state.dtype) == (jnp.bfloat16, jnp.bfloat16)
 
 
-def test_it_equals_the_golden_file():
+def test_depthwise_convolution_matches_the_golden_file():
     golden = golden_files.load("v1_components")
     x = jnp.asarray(golden.arrays["input/x"])
     conv = golden.under("conv/")
@@ -216,7 +218,7 @@ def test_it_equals_the_golden_file():
     golden_files.assert_matches(np.asarray(second), conv["output"][:, half:], 2e-5, "rest")
 
 
-def test_mixing_channels_equals_the_golden_file():
+def test_channel_mixing_convolution_matches_the_golden_file():
     golden = golden_files.load("v1_components")
     conv = golden.under("conv_mixing/")
     kernel = jnp.asarray(conv["param/weight"].transpose(2, 1, 0))
@@ -238,7 +240,7 @@ def test_mixing_channels_equals_the_golden_file():
         ("mask", (B + 1, T)),
     ],
 )
-def test_a_wrong_shape_is_refused_by_name(name, shape):
+def test_wrong_shape_raises_an_error_with_the_argument(name, shape):
     args = {**make(4, False), "reset": np.zeros((B, T)), "mask": np.ones((B, T))}
     args = {
         k: jnp.asarray(a, bool if k in ("reset", "mask") else "float32") for k, a in args.items()

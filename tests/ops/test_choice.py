@@ -1,4 +1,4 @@
-"""What "auto" chooses where a program is meant for a TPU or a GPU, and what named kernels say."""
+"""Dispatch for TPUs, GPUs and CPUs: the selection of "auto", and reasons of named kernels."""
 
 import contextlib
 import functools
@@ -33,15 +33,15 @@ def shapes(op: str, dtype, *, B=2, T=256, H=2, K=64) -> dict[str, jax.ShapeDtype
 
 
 @pytest.fixture
-def chosen(monkeypatch):
-    """A function that traces a call and gives the name of what was chosen, and what it saw."""
-    seen = []
+def selected(monkeypatch):
+    """A function that traces a call, and returns the selected implementation and the `Call`."""
+    selections = []
     choose = dispatch.choose
 
     def spy(op, table, name, call):
         implementation = choose(op, table, name, call)
         names = [key for key, value in table.items() if value is implementation]
-        seen.append((*names, call))
+        selections.append((*names, call))
         return implementation
 
     monkeypatch.setattr(dispatch, "choose", spy)
@@ -50,14 +50,14 @@ def chosen(monkeypatch):
         inside = common.compiled_for(chip) if chip else contextlib.nullcontext()
         with inside, jax.enable_x64(True):
             jax.eval_shape(lambda args: runs.OPS[op](**args, **options), arguments)
-        return seen.pop()
+        return selections.pop()
 
     return trace
 
 
 @pytest.fixture
 def usable(monkeypatch):
-    """As if Triton and jax-triton were here: judgments are real, kernels are not compiled."""
+    """As if Triton and jax-triton were installed: reasons are real, kernels are not compiled."""
     pytest.importorskip("triton")
 
     def call(kernel, arrays, out_shape, **_):
@@ -67,8 +67,8 @@ def usable(monkeypatch):
     monkeypatch.setattr(gpu, "call", call)
 
 
-def refused(op: str, chip: str, arguments, implementation: str, **options) -> str:
-    """What is said where the kernel is asked for by its name."""
+def error_of(op: str, chip: str, arguments, implementation: str, **options) -> str:
+    """The error message of a call that names the kernel."""
     with pytest.raises(NotImplementedError) as error, common.compiled_for(chip):
         with jax.enable_x64(True):
             compute = functools.partial(runs.OPS[op], implementation=implementation, **options)
@@ -80,15 +80,15 @@ def refused(op: str, chip: str, arguments, implementation: str, **options) -> st
 @both_ops
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("T", [1, 200])
-def test_on_a_tpu_auto_chooses_the_kernels(chosen, op, chip, dtype, T):
-    name, call = chosen(op, shapes(op, dtype, T=T), chip)
+def test_auto_selects_the_kernels_on_a_tpu(selected, op, chip, dtype, T):
+    name, call = selected(op, shapes(op, dtype, T=T), chip)
     assert (name, call.platform) == ("pallas_tpu", "tpu")
 
 
 @both_ops
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_elsewhere_auto_does_not(chosen, op, dtype):
-    name, call = chosen(op, shapes(op, dtype))
+def test_auto_does_not_select_kernels_on_a_cpu(selected, op, dtype):
+    name, call = selected(op, shapes(op, dtype))
     assert (name, call.platform) == (FALLBACK[op], "cpu")
 
 
@@ -103,41 +103,41 @@ IDS = [f"{op}-{name}" for op in TABLES for name in REFUSED] + ["mlstm-chunk_size
 
 
 @on_a_tpu
-@pytest.mark.parametrize("op,dtype,sizes,options,sentence", CASES, ids=IDS)
-def test_what_no_kernel_serves_auto_computes_otherwise_and_a_name_refuses(
-    chosen, chip, op, dtype, sizes, options, sentence
+@pytest.mark.parametrize("op,dtype,sizes,options,reason", CASES, ids=IDS)
+def test_auto_falls_back_and_a_named_tpu_kernel_raises_for_unsupported_calls(
+    selected, chip, op, dtype, sizes, options, reason
 ):
-    """With the sentence that the table of refusals has."""
+    """The message has the reason that `dispatch.refusals` gives."""
     arguments = shapes(op, dtype, **sizes)
-    assert_auto_falls_through(chosen, op, chip, arguments, "pallas_tpu", sentence, **options)
+    assert_auto_falls_through(selected, op, chip, arguments, "pallas_tpu", reason, **options)
 
 
-def assert_auto_falls_through(chosen, op, chip, arguments, kernel, sentence, **options):
-    """To what every machine can compute; the kernel refuses with a sentence that has this one."""
-    name, call = chosen(op, arguments, chip, **options)
+def assert_auto_falls_through(selected, op, chip, arguments, kernel, reason, **options):
+    """To the fallback for all platforms; the reason against the kernel contains `reason`."""
+    name, call = selected(op, arguments, chip, **options)
     platform = "gpu" if kernel == "triton" else "tpu"
     assert (name, call.platform) == (FALLBACK[op], platform)
     with common.compiled_for(chip):
         reasons = dispatch.refusals(TABLES[op], call)
-    assert sentence in reasons[kernel]
+    assert reason in reasons[kernel]
     assert reasons[FALLBACK[op]] is None
-    said = refused(op, chip, arguments, kernel, **options)
-    assert said.startswith(f"{op} cannot serve ")
-    assert said.endswith(f": {kernel}: {reasons[kernel]}.")
+    message = error_of(op, chip, arguments, kernel, **options)
+    assert message.startswith(f"no requested implementation of {op} supports ")
+    assert message.endswith(f": {kernel}: {reasons[kernel]}.")
 
 
 @on_a_gpu
 @every_gpu_op
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("T", [1, 200])
-def test_on_a_gpu_auto_chooses_the_kernels(usable, chosen, op, chip, dtype, T):
-    name, call = chosen(op, shapes(op, dtype, T=T), chip)
+def test_auto_selects_the_kernels_on_a_gpu(usable, selected, op, chip, dtype, T):
+    name, call = selected(op, shapes(op, dtype, T=T), chip)
     assert (name, call.platform) == ("triton", "gpu")
 
 
-def test_heads_of_any_width_are_computed_by_the_kernels_of_a_gpu(usable, chosen):
+def test_gpu_kernels_support_heads_of_any_width(usable, selected):
     for K in (1, 100, 8192):
-        assert chosen("mlstm", shapes("mlstm", "bfloat16", K=K), "sm_80")[0] == "triton"
+        assert selected("mlstm", shapes("mlstm", "bfloat16", K=K), "sm_80")[0] == "triton"
 
 
 REFUSED_BY_TRITON = {name: case for name, case in REFUSED.items() if name != "too wide"}
@@ -148,37 +148,35 @@ IDS = [f"{op}-{name}" for op in ON_GPUS for name in REFUSED_BY_TRITON] + ["mlstm
 
 @on_a_gpu
 @pytest.mark.parametrize(
-    "op,dtype,sizes,options,sentence", [*CASES, ("mlstm", *CHUNK_BY_TRITON)], ids=IDS
+    "op,dtype,sizes,options,reason", [*CASES, ("mlstm", *CHUNK_BY_TRITON)], ids=IDS
 )
-def test_what_triton_does_not_serve_auto_computes_otherwise_and_a_name_refuses(
-    usable, chosen, chip, op, dtype, sizes, options, sentence
+def test_auto_falls_back_and_named_triton_raises_for_unsupported_calls(
+    usable, selected, chip, op, dtype, sizes, options, reason
 ):
     arguments = shapes(op, dtype, **sizes)
-    assert_auto_falls_through(chosen, op, chip, arguments, "triton", sentence, **options)
+    assert_auto_falls_through(selected, op, chip, arguments, "triton", reason, **options)
 
 
 @on_a_gpu
 @every_gpu_op
 @pytest.mark.parametrize("T", [1, 200])
-def test_a_gpu_without_the_packages_computes_otherwise_and_says_why(
-    monkeypatch, chosen, op, chip, T
-):
-    sentence = "jax-triton is not installed; a way out"
-    monkeypatch.setattr(gpu, "_unusable", lambda: sentence)
+def test_auto_falls_back_on_a_gpu_without_triton(monkeypatch, selected, op, chip, T):
+    reason = "jax-triton is not installed; install it"
+    monkeypatch.setattr(gpu, "_unusable", lambda: reason)
     arguments = shapes(op, "bfloat16", T=T)
-    assert_auto_falls_through(chosen, op, chip, arguments, "triton", sentence)
+    assert_auto_falls_through(selected, op, chip, arguments, "triton", reason)
     with common.compiled_for(chip):
-        assert ops.implementations(op)["triton"] == sentence
+        assert ops.implementations(op)["triton"] == reason
 
 
-def test_a_multiple_of_the_tile_is_a_chunk_of_the_kernels_of_a_gpu(usable, chosen):
+def test_gpu_kernels_support_chunk_sizes_that_are_multiples_of_the_tile(usable, selected):
     arguments = shapes("mlstm", "bfloat16")
     for chunk_size in (64, 128, 192):
-        assert chosen("mlstm", arguments, "sm_90", chunk_size=chunk_size)[0] == "triton"
+        assert selected("mlstm", arguments, "sm_90", chunk_size=chunk_size)[0] == "triton"
 
 
 @both_ops
-def test_the_list_of_implementations_follows_what_a_program_is_meant_for(op):
+def test_implementations_depends_on_the_target(op):
     with common.compiled_for("v5e"):
         assert ops.implementations(op)["pallas_tpu"] is None
     assert ops.implementations(op)["pallas_tpu"] == "it runs on a TPU, not on 'cpu'"
@@ -187,9 +185,7 @@ def test_the_list_of_implementations_follows_what_a_program_is_meant_for(op):
 
 
 @every_gpu_op
-def test_the_list_of_implementations_names_the_kind_of_chip_that_a_kernel_needs(
-    monkeypatch, usable, op
-):
+def test_implementations_names_the_platform_that_a_kernel_needs(monkeypatch, usable, op):
     assert ops.implementations(op)["triton"] == "it runs on a GPU, not on 'cpu'"
     with common.compiled_for("v5e"):
         assert ops.implementations(op)["triton"] == "it runs on a GPU, not on 'tpu'"
@@ -202,17 +198,17 @@ def test_the_list_of_implementations_names_the_kind_of_chip_that_a_kernel_needs(
             assert ops.implementations(op)["triton"] == refusal
 
 
-def test_a_float64_gate_makes_a_call_wide(chosen):
+def test_float64_gate_makes_the_call_float64(selected):
     arguments = shapes("mlstm", "float32")
     arguments["i"] = jax.ShapeDtypeStruct(arguments["i"].shape, jnp.float64)
     for chip in ("v5e", "sm_90"):
-        name, call = chosen("mlstm", arguments, chip)
+        name, call = selected("mlstm", arguments, chip)
         assert (name, call.dtype) == ("chunkwise", jnp.dtype("float64"))
 
 
-def test_what_is_judged_is_the_dtype_that_is_computed_with(chosen):
-    """Heads that fit a v4 in bfloat16 do not in float32, which a float32 query makes of them."""
+def test_selection_depends_on_the_promoted_dtype(selected):
+    """A float32 query promotes the call to float32, in which these heads do not fit a v4."""
     arguments = shapes("mlstm", "bfloat16", K=640)
-    assert chosen("mlstm", arguments, "v4")[0] == "pallas_tpu"
+    assert selected("mlstm", arguments, "v4")[0] == "pallas_tpu"
     q = jax.ShapeDtypeStruct(arguments["q"].shape, "float32")
-    assert chosen("mlstm", {**arguments, "q": q}, "v4")[0] == "chunkwise"
+    assert selected("mlstm", {**arguments, "q": q}, "v4")[0] == "chunkwise"

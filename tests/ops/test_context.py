@@ -1,4 +1,4 @@
-"""The sequence sharded over devices: they exchange summaries, and all results stay the same."""
+"""Context parallelism: results with a sharded sequence equal those on a single device."""
 
 import functools
 import re
@@ -28,7 +28,7 @@ VARIANTS = {
 }
 SEQ_8 = make_mesh(data=1, seq=8)
 EXCHANGES = {"all-gather": 16, "doubling": 1}
-"""How summaries are exchanged, by the largest number of shards for which they are all-gathered."""
+"""How summaries are exchanged -> the largest number of shards for which they are all-gathered."""
 
 
 both_exchanges = pytest.mark.parametrize("exchange", EXCHANGES, indirect=True)
@@ -42,24 +42,24 @@ def exchange(request, monkeypatch):
 
 
 def flags(kind: str, rng):
-    """Resets on the borders of shards of 6, beside them, and anywhere; and masked steps."""
+    """Resets at the boundaries of shards of 6, next to them, and anywhere; and masked steps."""
     reset, mask = np.zeros((B, T), bool), np.ones((B, T), bool)
-    if kind in ("borders", "everything"):
+    if kind in ("boundaries", "everything"):
         reset[0, [6, 11, 12, 18, 19, 47]] = True
         reset[1, [0, 30, 42]] = True
     if kind in ("random", "everything"):
         reset |= rng.random((B, T)) < 0.1
     if kind in ("masks", "everything"):
         mask = rng.random((B, T)) < 0.7
-        mask[0, 12:25] = False  # two whole shards, and a part of a third
+        mask[0, 12:25] = False  # two full shards, and part of a third
     return {"reset": jnp.asarray(reset), "mask": jnp.asarray(mask)}
 
 
-KINDS = ("borders", "random", "masks", "everything")
+KINDS = ("boundaries", "random", "masks", "everything")
 
 
 def evaluate(op, inputs, state, flags, cotangents):
-    """What an op returns and all gradients."""
+    """Results of an op, and all gradients."""
     run = lambda inputs, state: op(**inputs, state=state, **flags)  # noqa: E731
     (y, last), pull = jax.vjp(run, inputs, state)
     return (y, last), pull(cotangents)
@@ -70,14 +70,14 @@ def compiled(op):
 
 
 @functools.cache
-def alone(op):
-    """On one device; one program serves all tests."""
+def single_device(op):
+    """The program for one device; cached, so that all tests share it."""
     return compiled(op)
 
 
 @functools.cache
 def sharded(op, exchange, mesh):
-    """A program by the rules of `fsdp_seq`; one serves all tests that exchange summaries alike."""
+    """The program with the rules `fsdp_seq`; cached per way of exchanging summaries."""
     program = compiled(op)
 
     def run(*args):
@@ -99,16 +99,16 @@ def mlstm_call(rng, T=T, gate_scale=1.0):
     return inputs, state, (normal(B, T, H, V), jax.tree.map(jnp.ones_like, state))
 
 
-def assert_the_same(actual, expected):
-    row = TABLE["float32"]
-    (y, last), (inputs, first) = expected
-    for name, found, value in (("y", actual[0][0], y), *_leaves(actual[0][1], last)):
-        assert_close(np.asarray(found), np.asarray(value, np.float64), row.h, name)
-    gradients = {n: np.asarray(x, np.float64) for n, x in inputs.items()}
-    gradients |= {n: np.asarray(x, np.float64) for n, _, x in _leaves(first, first)}
-    found = {n: np.asarray(x) for n, x in actual[1][0].items()}
-    found |= {n: np.asarray(x) for n, x, _ in _leaves(actual[1][1], first)}
-    assert_gradients_close(found, gradients, row)
+def assert_same_results(actual, expected):
+    tol = TABLE["float32"]
+    (y, last), (inputs, initial) = expected
+    for name, value, expected_value in (("y", actual[0][0], y), *_leaves(actual[0][1], last)):
+        assert_close(np.asarray(value), np.asarray(expected_value, np.float64), tol.h, name)
+    expected_grads = {n: np.asarray(x, np.float64) for n, x in inputs.items()}
+    expected_grads |= {n: np.asarray(x, np.float64) for n, _, x in _leaves(initial, initial)}
+    grads = {n: np.asarray(x) for n, x in actual[1][0].items()}
+    grads |= {n: np.asarray(x) for n, x, _ in _leaves(actual[1][1], initial)}
+    assert_gradients_close(grads, expected_grads, tol)
 
 
 def _leaves(a, b):
@@ -126,64 +126,65 @@ def _leaves(a, b):
     ],
     indirect=["exchange"],
 )
-def test_shards_of_eight_devices_equal_one_sequence(variant, exchange, rng):
-    """Whatever is reset or masked; gradients to a hundred-thousandth of the largest."""
+def test_eight_shards_equal_a_single_device(variant, exchange, rng):
+    """With any resets and masks; gradients within 1e-5 of the largest."""
     inputs, state, cotangents = mlstm_call(rng)
     op = VARIANTS[variant]
     for kind in KINDS:
         args = inputs, state, flags(kind, rng), cotangents
-        found, expected = on_a_mesh(op, SEQ_8, *args, exchange=exchange), alone(op)(*args)
-        assert_the_same(found, expected)
+        expected = single_device(op)(*args)
+        actual = on_a_mesh(op, SEQ_8, *args, exchange=exchange)
+        assert_same_results(actual, expected)
         largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected[1]))
-        chex.assert_trees_all_close(found[1], expected[1], rtol=0, atol=1e-5 * largest)
+        chex.assert_trees_all_close(actual[1], expected[1], rtol=0, atol=1e-5 * largest)
 
 
-@pytest.mark.parametrize("given", [(), ("reset",)], ids=["no flags", "resets alone"])
-def test_flags_may_be_left_out(given, rng):
+@pytest.mark.parametrize("names", [(), ("reset",)], ids=["no flags", "resets only"])
+def test_flags_are_optional(names, rng):
     inputs, state, cotangents = mlstm_call(rng)
-    keywords = {name: flags("borders", rng)[name] for name in given}
+    keywords = {name: flags("boundaries", rng)[name] for name in names}
     args = inputs, state, keywords, cotangents
-    assert_the_same(on_a_mesh(ops.mlstm, SEQ_8, *args), alone(ops.mlstm)(*args))
+    assert_same_results(on_a_mesh(ops.mlstm, SEQ_8, *args), single_device(ops.mlstm)(*args))
 
 
 @pytest.mark.parametrize("exchange", ["doubling"], indirect=True)
-def test_any_number_of_devices_may_share_a_sequence(exchange, rng):
+def test_number_of_shards_need_not_be_a_power_of_two(exchange, rng):
     inputs, state, cotangents = mlstm_call(rng)
-    args = inputs, state, flags("borders", rng), cotangents
+    args = inputs, state, flags("boundaries", rng), cotangents
     mesh = mesh_of(jax.devices()[:6], dict(data=1, fsdp=1, seq=6, tensor=1))
-    found = on_a_mesh(VARIANTS["exp"], mesh, *args, exchange=exchange)
-    assert_the_same(found, alone(VARIANTS["exp"])(*args))
+    actual = on_a_mesh(VARIANTS["exp"], mesh, *args, exchange=exchange)
+    assert_same_results(actual, single_device(VARIANTS["exp"])(*args))
 
 
 @pytest.mark.parametrize("implementation", ["parallel", "recurrent"])
-def test_every_implementation_is_sharded(implementation, rng):
+def test_every_implementation_supports_a_sharded_sequence(implementation, rng):
     inputs, state, cotangents = mlstm_call(rng)
     args = inputs, state, flags("everything", rng), cotangents
     op = functools.partial(ops.mlstm, implementation=implementation)
-    found = on_a_mesh(op, make_mesh(data=2, seq=4), *args)
-    assert_the_same(found, alone(VARIANTS["exp"])(*args))
+    actual = on_a_mesh(op, make_mesh(data=2, seq=4), *args)
+    assert_same_results(actual, single_device(VARIANTS["exp"])(*args))
 
 
 @both_exchanges
 @pytest.mark.parametrize("scale", [10.0, 100.0])
-def test_gates_of_any_scale_keep_their_digits(scale, exchange, rng):
+def test_large_gates_equal_a_single_device(scale, exchange, rng):
     op = VARIANTS["exp"]
     inputs, state, cotangents = mlstm_call(rng, gate_scale=scale)
     zeros = jax.tree.map(jnp.zeros_like, state)
     args = inputs, state, flags("random", rng), (cotangents[0], zeros)
-    expected, found = alone(op)(*args), on_a_mesh(op, SEQ_8, *args, exchange=exchange)
-    row = TABLE["float32, large gates"]
-    assert_close(np.asarray(found[0][0]), np.asarray(expected[0][0], np.float64), row.h, "h")
-    chex.assert_tree_all_finite(found)
+    expected, actual = single_device(op)(*args), on_a_mesh(op, SEQ_8, *args, exchange=exchange)
+    tol = TABLE["float32, large gates"]
+    assert_close(np.asarray(actual[0][0]), np.asarray(expected[0][0], np.float64), tol.h, "h")
+    chex.assert_tree_all_finite(actual)
 
 
-def test_long_shards_equal_one_sequence(rng):
-    """Longer than the chunks in which gates are summed, which do not divide them."""
+def test_long_shards_equal_a_single_device(rng):
+    """Shards longer than the chunks of gate sums, and not a multiple of them."""
     inputs, state, cotangents = mlstm_call(rng, T=2 * 700)
     reset = jnp.asarray(rng.random((B, 1400)) < 0.002)
     args = inputs, state, {"reset": reset}, cotangents
-    found = on_a_mesh(ops.mlstm, make_mesh(data=4, seq=2), *args)
-    assert_the_same(found, alone(ops.mlstm)(*args))
+    actual = on_a_mesh(ops.mlstm, make_mesh(data=4, seq=2), *args)
+    assert_same_results(actual, single_device(ops.mlstm)(*args))
 
 
 def conv_call(rng, T=T, W=4, mixing=False):
@@ -203,47 +204,47 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize("options,given", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_a_convolution_reaches_over_the_borders_of_shards(options, given, rng):
+@pytest.mark.parametrize("options,names", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_convolution_crosses_the_boundaries_of_shards(options, names, rng):
     inputs, state, cotangents = conv_call(rng, **options)
-    for kind in KINDS if given else ("random",):
-        keywords = {name: flags(kind, rng)[name] for name in given}
+    for kind in KINDS if names else ("random",):
+        keywords = {name: flags(kind, rng)[name] for name in names}
         args = inputs, state, keywords, cotangents
-        expected = alone(ops.causal_conv)(*args)
-        found = on_a_mesh(ops.causal_conv, SEQ_8, *args)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        expected = single_device(ops.causal_conv)(*args)
+        actual = on_a_mesh(ops.causal_conv, SEQ_8, *args)
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             largest = float(np.max(np.abs(b), initial=1.0))
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("name", ["slstm", "lstm"])
-def test_time_is_all_gathered_where_a_recurrence_cannot_shard_it(name, rng):
+def test_sequence_is_all_gathered_for_recurrences_that_cannot_shard_it(name, rng):
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     inputs = {"x": normal(B, T, 4, H, K), "r": 0.2 * normal(H, K, 4, K), "b": normal(H, 4, K)}
-    kind = {"slstm": cells.SLSTMState, "lstm": cells.LSTMState}[name]
-    leaves = {leaf: 1 + jnp.abs(normal(B, H, K)) for leaf in kind._fields}
-    state = kind(**leaves)
+    state_type = {"slstm": cells.SLSTMState, "lstm": cells.LSTMState}[name]
+    leaves = {leaf: 1 + jnp.abs(normal(B, H, K)) for leaf in state_type._fields}
+    state = state_type(**leaves)
     args = inputs, state, flags("everything", rng), (normal(B, T, H, K), state)
     op = getattr(ops, name)
-    found = on_a_mesh(op, make_mesh(data=2, seq=2, tensor=2), *args)
-    assert_the_same(found, alone(op)(*args))
+    actual = on_a_mesh(op, make_mesh(data=2, seq=2, tensor=2), *args)
+    assert_same_results(actual, single_device(op)(*args))
 
 
-def test_lengths_that_devices_do_not_divide_are_replicated(rng):
+def test_length_that_the_mesh_does_not_divide_is_replicated(rng):
     inputs, state, cotangents = mlstm_call(rng, T=13)
     args = inputs, state, {}, cotangents
-    found = on_a_mesh(ops.mlstm, SEQ_8, *args)
-    assert_the_same(found, alone(ops.mlstm)(*args))
+    actual = on_a_mesh(ops.mlstm, SEQ_8, *args)
+    assert_same_results(actual, single_device(ops.mlstm)(*args))
 
 
-def test_batch_heads_and_time_are_sharded_at_once(rng):
-    """Where no table of rules is in use, every axis that the mesh has a name for is sharded."""
+def test_batch_heads_and_time_are_sharded_together(rng):
+    """Without a table of rules, every axis with a mesh axis of its own is sharded."""
     inputs, state, cotangents = mlstm_call(rng)
     args = inputs, state, flags("random", rng), cotangents
     with jax.set_mesh(make_mesh(data=2, seq=2, tensor=2)):
         program = compiled(VARIANTS["exp"]).lower(*args).compile()
-        found = program(*args)
-    assert_the_same(found, alone(VARIANTS["exp"])(*args))
+        actual = program(*args)
+    assert_same_results(actual, single_device(VARIANTS["exp"])(*args))
     assert f"f32[1,{T // 2},1,{K}]" in program.as_text()
 
 
@@ -252,22 +253,22 @@ COLLECTIVE = re.compile(
 )
 
 
-def exchanged(op, mesh, *args):
-    """Every collective in the program of an op's results: its kind, and the shape."""
+def collectives_of(op, mesh, *args):
+    """Shape and kind of every collective in the compiled program of an op."""
     with use_rules(get_rules("fsdp_seq")), jax.set_mesh(mesh):
         text = quick.jit(op).lower(*args).compile().as_text()
     return sorted(COLLECTIVE.findall(text))
 
 
-def test_devices_exchange_one_summary_whatever_the_length(rng):
-    """Forward; what the gradient adds, too, does not grow with the length."""
-    mesh, found = SEQ_8, {}
+def test_communication_does_not_grow_with_the_length(rng):
+    """The forward pass is one all-gather of summaries; the gradient does not depend on T either."""
+    mesh, collectives = SEQ_8, {}
     for length in (T, 8 * T):
         inputs, _, _ = mlstm_call(rng, T=length)
         inputs = jax.device_put(inputs, NamedSharding(mesh, P(None, "seq")))
         loss = lambda inputs: jnp.sum(ops.mlstm(**inputs)[0])  # noqa: E731
-        found[length] = exchanged(jax.grad(loss), mesh, inputs)
-    assert found[T] == found[8 * T]
-    ((shape, kind),) = exchanged(lambda inputs: ops.mlstm(**inputs)[0], mesh, inputs)
-    numbers = K * V + K + 2
-    assert kind == "all-gather" and shape.startswith(f"f32[8,{B},{H},{numbers}]")
+        collectives[length] = collectives_of(jax.grad(loss), mesh, inputs)
+    assert collectives[T] == collectives[8 * T]
+    ((shape, kind),) = collectives_of(lambda inputs: ops.mlstm(**inputs)[0], mesh, inputs)
+    summary_size = K * V + K + 2
+    assert kind == "all-gather" and shape.startswith(f"f32[8,{B},{H},{summary_size}]")

@@ -1,4 +1,4 @@
-"""The chunked cross entropy equals the naive one, and never has all logits at once."""
+"""The chunked cross entropy equals the naive one, and never has the full logits in memory."""
 
 import functools
 
@@ -18,7 +18,7 @@ B, T, D, VOCAB = 2, 7, 5, 11
 
 
 def make(rng, dtype="float64"):
-    """x, kernel, targets, weights; some weights are 0, the others not all alike."""
+    """x, kernel, targets, weights; some weights are 0, the others differ."""
     weights = np.where(rng.random((B, T)) < 0.3, 0.0, rng.random((B, T)) + 0.5)
     return (
         jnp.asarray(3 * rng.standard_normal((B, T, D)), dtype),
@@ -32,7 +32,7 @@ CALL = quick.jit(ops.cross_entropy, static_argnames=("soft_cap", "z_loss", "chun
 
 
 def naive(x, kernel, targets, weights, soft_cap=None, z_loss=0.0):
-    """All logits at once, straight from the definitions."""
+    """The definition, with the full logits."""
     logits = x @ kernel
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
@@ -48,7 +48,7 @@ def naive(x, kernel, targets, weights, soft_cap=None, z_loss=0.0):
 
 
 def values_and_gradients(call, args):
-    """All four sums, and the gradients of a mixture of the first two to x and kernel."""
+    """All four sums, and the gradients of a combination of the first two by x and kernel."""
 
     def loss(x, kernel):
         sums = call(x, kernel, *args[2:])
@@ -62,7 +62,7 @@ def values_and_gradients(call, args):
 @pytest.mark.parametrize(
     "options", [{}, {"soft_cap": 4.0, "z_loss": 1e-2}], ids=["plain", "capped"]
 )
-def test_any_chunk_size_equals_all_logits_at_once(options, rng, x64):
+def test_any_chunk_size_equals_the_full_logits(options, rng, x64):
     args = make(rng)
     expected = values_and_gradients(lambda *a: naive(*a, **options), args)
     for chunk_size in (None, 1, 3, 7):
@@ -71,19 +71,19 @@ def test_any_chunk_size_equals_all_logits_at_once(options, rng, x64):
         chex.assert_trees_all_close(actual, expected, rtol=1e-11, atol=1e-13)
 
 
-def test_a_position_of_weight_zero_has_no_say(rng):
+def test_position_of_weight_zero_has_no_effect(rng):
     x, kernel, targets, weights = make(rng, "float32")
     sums, (dx, _) = values_and_gradients(
         lambda *a: ops.cross_entropy(*a, chunk_size=4), (x, kernel, targets, weights)
     )
-    off = np.asarray(weights) == 0
-    assert off.any() and not np.asarray(dx)[off].any()
-    moved = jnp.where(off, (targets + 1) % VOCAB, targets)
-    again = CALL(x, kernel, moved, weights, chunk_size=4)
-    np.testing.assert_allclose(again, sums, rtol=1e-6)
+    is_zero = np.asarray(weights) == 0
+    assert is_zero.any() and not np.asarray(dx)[is_zero].any()
+    other_targets = jnp.where(is_zero, (targets + 1) % VOCAB, targets)
+    actual = CALL(x, kernel, other_targets, weights, chunk_size=4)
+    np.testing.assert_allclose(actual, sums, rtol=1e-6)
 
 
-def test_sums_are_float32_for_bfloat16_and_close_to_the_truth(rng):
+def test_sums_of_bfloat16_inputs_are_float32_and_accurate(rng):
     args = make(rng, "bfloat16")
     sums = CALL(*args, z_loss=1e-2, chunk_size=4)
     assert {leaf.dtype for leaf in sums} == {jnp.dtype("float32")}
@@ -92,14 +92,14 @@ def test_sums_are_float32_for_bfloat16_and_close_to_the_truth(rng):
     np.testing.assert_allclose(sums.ce_sum, exact.ce_sum, rtol=1e-2)
 
 
-def test_of_equal_logits_the_first_is_the_largest():
-    """Logits of two tokens are equal, of a third smaller."""
+def test_first_of_equal_logits_is_the_prediction():
+    """Two tokens have equal logits, a third a smaller one."""
     x, kernel = jnp.ones((1, 3, 1)), jnp.asarray([[2.0, 1.0, 2.0]])
     targets, weights = jnp.asarray([[0, 1, 2]]), jnp.asarray([[1.0, 10.0, 100.0]])
     assert float(CALL(x, kernel, targets, weights).correct_sum) == 1.0
 
 
-def test_large_logits_neither_overflow_nor_lose_the_target(rng):
+def test_large_logits_give_finite_sums_and_gradients(rng):
     x, kernel, targets, weights = make(rng, "float32")
     sums, gradients = values_and_gradients(
         lambda *a: ops.cross_entropy(*a, chunk_size=4), (1e3 * x, kernel, targets, weights)
@@ -108,7 +108,7 @@ def test_large_logits_neither_overflow_nor_lose_the_target(rng):
 
 
 def largest_array(closed) -> int:
-    """Elements of the largest array that a program makes, in all its inner programs."""
+    """Number of elements of the largest array of a jaxpr, nested jaxprs included."""
     largest, programs = 0, [closed.jaxpr]
     while programs:
         program = programs.pop()
@@ -122,7 +122,7 @@ LARGE = dict(batch=4, steps=64, dim=8, vocab=256)
 
 
 def gradient_of(chunk_size):
-    """The gradient program of a call whose logits are its largest array by far."""
+    """The gradient function of a call whose full logits are by far its largest array."""
     b, t, d, vocab = LARGE.values()
     args = (
         jax.ShapeDtypeStruct((b, t, d), jnp.float32),
@@ -137,20 +137,20 @@ def gradient_of(chunk_size):
     return jax.grad(loss, (0, 1)), args
 
 
-def test_no_array_of_all_logits_is_ever_made_forward_or_backward():
+def test_full_logits_are_never_computed_forward_or_backward():
     b, t, _, vocab = LARGE.values()
     gradient, args = gradient_of(32)
     assert largest_array(jax.make_jaxpr(gradient)(*args)) <= 32 * vocab
-    gradient, args = gradient_of(b * t)  # the measurement does see them where they are
+    gradient, args = gradient_of(b * t)  # a single chunk: the check detects full logits
     assert largest_array(jax.make_jaxpr(gradient)(*args)) >= b * t * vocab
 
 
-def test_the_compiled_program_needs_the_memory_of_a_chunk():
-    def temporary(chunk_size):
+def test_temporary_memory_shrinks_with_the_chunk_size():
+    def temp_bytes(chunk_size):
         gradient, args = gradient_of(chunk_size)
         return jax.jit(gradient).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary(16) < temporary(LARGE["batch"] * LARGE["steps"]) / 3
+    assert temp_bytes(16) < temp_bytes(LARGE["batch"] * LARGE["steps"]) / 3
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def unchecked():
         (3, (B,)),
     ],
 )
-def test_a_wrong_shape_is_refused_by_name(unchecked, argument, shape, rng):
+def test_wrong_shape_raises_an_error_with_the_argument(unchecked, argument, shape, rng):
     args = list(make(rng, "float32"))
     args[argument] = jnp.zeros(shape, args[argument].dtype)
     name = ("x", "kernel", "targets", "weights")[argument]
@@ -179,14 +179,14 @@ def test_a_wrong_shape_is_refused_by_name(unchecked, argument, shape, rng):
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1])
-def test_a_chunk_size_below_one_is_refused_with_the_way_out(chunk_size, rng):
+def test_chunk_size_below_one_raises_an_error_with_a_fix(chunk_size, rng):
     with pytest.raises(ValueError, match=rf"chunk_size.*at least 1.*{chunk_size}.*None"):
         ops.cross_entropy(*make(rng, "float32"), chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("platform,chunks", [("cpu", 205), ("tpu", 4), ("gpu", 4)])
-def test_an_accelerator_computes_a_thousand_positions_at_once(platform, chunks, monkeypatch):
-    """Or it would spend its time reading weights: 4,096 positions of 50,304 logits."""
+def test_chunks_on_accelerators_have_a_thousand_positions(platform, chunks, monkeypatch):
+    """Smaller chunks would be bound by reading weights; 4,096 positions of 50,304 logits."""
     monkeypatch.setattr(dispatch, "platform", lambda: platform)
     shape = lambda *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype)  # noqa: E731
     args = shape(2, 2048, 8), shape(8, 50304), shape(2, 2048, dtype=jnp.int32), shape(2, 2048)

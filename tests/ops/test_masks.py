@@ -1,4 +1,4 @@
-"""A masked step does not exist: for the state, for h, for the gradients, whatever it holds."""
+"""Masked steps do not affect the state, h or gradients, whatever their inputs are."""
 
 import jax
 import numpy as np
@@ -8,10 +8,10 @@ from tests.ops.subjects import (
     PRIMARY,
     T,
     both_dtypes,
+    drop_masked,
     make_case,
     pad,
     subjects,
-    take_out_masked,
     with_flags,
 )
 from tests.ops.tolerances import TABLE
@@ -26,29 +26,29 @@ def _with_garbage(case):
 
 
 @subjects(quick=PRIMARY)
-def test_a_masked_sequence_equals_the_sequence_without_these_positions(subject):
-    dtype = subject.widest
-    row, options = TABLE[dtype], subject.exact(dtype)
+def test_masked_sequence_equals_the_sequence_without_masked_positions(subject):
+    dtype = subject.widest_dtype
+    tol, options = TABLE[dtype], subject.exact(dtype)
     case = with_flags(make_case(subject.variant, T), num_masked=13)
     assert (case.reset & ~case.mask).any() and (case.reset & case.mask).any()
-    shorter = take_out_masked(case)
+    shorter = drop_masked(case)
     cotangents = runs.random_cotangents(subject.variant, case, **options)
-    keep = lambda x: x[case.mask].reshape((-1, shorter.length) + x.shape[2:])  # noqa: E731
+    drop = lambda x: x[case.mask].reshape((-1, shorter.length) + x.shape[2:])  # noqa: E731
     masked = runs.run(subject, case, cotangents, dtype, **options)
-    loss = cotangents._replace(h=keep(cotangents.h))
-    taken_out = runs.run(subject, shorter, loss, dtype, **options)
+    loss = cotangents._replace(h=drop(cotangents.h))
+    expected = runs.run(subject, shorter, loss, dtype, **options)
     assert not masked.h[~case.mask].any()
     gradients = dict(masked.gradients)
     for name in case.inputs:
         assert not gradients[name][~case.mask].any(), f"d{name} is not 0 where masked"
-        gradients[name] = keep(gradients[name])
-    actual = runs.Result(keep(masked.h), masked.state, gradients)
-    runs.assert_results_close(actual, taken_out, row)
+        gradients[name] = drop(gradients[name])
+    actual = runs.Result(drop(masked.h), masked.state, gradients)
+    runs.assert_results_close(actual, expected, tol)
 
 
 @both_dtypes
 @subjects(quick=PRIMARY)
-def test_what_a_masked_step_holds_changes_no_bit(subject, dtype):
+def test_inputs_of_masked_steps_do_not_change_results(subject, dtype):
     options = subject.exact(dtype)
     case = with_flags(make_case(subject.variant, T), num_masked=13)
     cotangents = runs.random_cotangents(subject.variant, case, **options)
@@ -59,7 +59,7 @@ def test_what_a_masked_step_holds_changes_no_bit(subject, dtype):
 
 @both_dtypes
 @subjects()
-def test_a_sequence_of_masked_steps_leaves_the_state_as_it_is_bit_for_bit(subject, dtype):
+def test_fully_masked_sequence_leaves_the_state_bit_identical(subject, dtype):
     options = subject.exact(dtype)
     case = pad(make_case(subject.variant, T), T)
     case.mask[:] = False
@@ -75,11 +75,11 @@ def test_a_sequence_of_masked_steps_leaves_the_state_as_it_is_bit_for_bit(subjec
 
 @subjects(quick=PRIMARY)
 def test_masked_steps_at_the_end_leave_the_state_bit_identical(subject):
-    """The state after t steps, whatever number of masked steps follows up to the end."""
+    """The state is that after t valid steps, whatever number of masked steps follows."""
     case = pad(make_case(subject.variant, T), T)
     for t in (8, 13, 24):
         case.mask[:] = np.arange(T) < t
-        masked = runs.run(subject, case, runs.no_cotangents(subject.variant, case))
+        masked = runs.run(subject, case, runs.zero_cotangents(subject.variant, case))
         again = case._replace(state=masked.state, mask=np.zeros_like(case.mask))
-        kept = runs.run(subject, again, runs.no_cotangents(subject.variant, case))
-        jax.tree.map(np.testing.assert_array_equal, kept.state, masked.state)
+        result = runs.run(subject, again, runs.zero_cotangents(subject.variant, case))
+        jax.tree.map(np.testing.assert_array_equal, result.state, masked.state)

@@ -1,4 +1,4 @@
-"""Every implementation equals the float64 recurrence, in values and in all gradients."""
+"""Every implementation equals the float64 recurrence, for values and all gradients."""
 
 import pytest
 
@@ -8,16 +8,16 @@ from tests.ops.tolerances import TABLE
 
 
 @pytest.mark.parametrize("T", LENGTHS[1:-1], ids="T{}".format)
-@subjects(quick=PRIMARY, among=CHUNKED)
+@subjects(quick=PRIMARY, only=CHUNKED)
 def test_any_length_equals_the_recurrence(subject, T):
-    """Those around the length of a chunk; one step and the longest are in the next test."""
+    """Lengths around the chunk size; the next test has a single step and the longest sequence."""
     case = make_case(subject.variant, T)
     runs.assert_equals_the_recurrence(subject, case, TABLE["float32"], "float32", stored=True)
 
 
 @pytest.mark.parametrize("T", [1, T], ids="T{}".format)
 @subjects(quick=PRIMARY)
-def test_one_step_and_many_equal_the_recurrence(subject, T):
+def test_single_step_and_long_sequence_equal_the_recurrence(subject, T):
     case = make_case(subject.variant, T)
     runs.assert_equals_the_recurrence(subject, case, TABLE["float32"], "float32", stored=True)
 
@@ -29,8 +29,8 @@ def test_resets_and_masks_equal_the_recurrence(subject):
 
 
 @subjects()
-def test_float64_equals_the_recurrence_to_rounding(subject):
-    """A loss on the stored leaves, not only on the memory: the log-scales m agree as well."""
+def test_float64_equals_the_recurrence_up_to_rounding(subject):
+    """The loss is on the leaves as stored, so the log-scales m agree as well."""
     case = pad(make_case(subject.variant, T), T)
     options = subject.exact("float64")
     runs.assert_equals_the_recurrence(
@@ -40,10 +40,10 @@ def test_float64_equals_the_recurrence_to_rounding(subject):
 
 @pytest.mark.slow
 @subjects("mlstm", "mlstm_sigmoid", "mlstm_unnormalized", "slstm", "lstm")
-def test_long_sequences_keep_the_digits(subject):
-    """No sum of log gates runs over all of T, so errors do not grow with it.
+def test_errors_do_not_grow_with_the_length(subject):
+    """No sum of log gates runs over all of T, so rounding errors do not grow with T.
 
-    With an exponential forget gate m itself may grow with T, and its rounding with it.
+    With an exponential forget gate m may grow with T, and so may its rounding error.
     """
     options = {"chunk_size": 64} if subject.op == "mlstm" else {}
     case = make_case(subject.variant, 300)

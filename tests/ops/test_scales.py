@@ -1,10 +1,19 @@
-"""Properties of the stabilizer: gates of any scale, and a log-scale m without a meaning."""
+"""Properties of the stabilizer: gates of any scale, and invariance to the log-scale m."""
 
 import numpy as np
 import pytest
 
 from tests.ops import runs, tolerances
-from tests.ops.subjects import L, T, both_dtypes, empty, make_case, pad, subjects, with_flags
+from tests.ops.subjects import (
+    L,
+    T,
+    both_dtypes,
+    from_initial_state,
+    make_case,
+    pad,
+    subjects,
+    with_flags,
+)
 from tests.ops.tolerances import TABLE
 
 EXTREMES = [-200.0, 200.0]
@@ -19,32 +28,32 @@ def assert_finite(result):
 @pytest.mark.parametrize("scale", [0.1, 30.0])
 @subjects()
 def test_gates_of_any_scale_equal_the_recurrence(subject, scale):
-    row = TABLE["float32"] if scale < 1 else TABLE["float32, large gates"]
+    tol = TABLE["float32"] if scale < 1 else TABLE["float32, large gates"]
     case = with_flags(make_case(subject.variant, T, gate_scale=scale), num_masked=13)
-    runs.assert_equals_the_recurrence(subject, case, row)
+    runs.assert_equals_the_recurrence(subject, case, tol)
 
 
 @pytest.mark.parametrize("gate_i", [*EXTREMES, 0])
 @subjects()
 def test_values_and_gradients_stay_finite_at_extreme_gates(subject, gate_i):
-    """Pre-activations of +-200, the same everywhere; at 0 the sign is drawn anew each time."""
+    """Constant pre-activations of +-200; `gate_i` of 0 stands for +-200 with random signs."""
     rng = np.random.default_rng(0)
     for gate_f in EXTREMES if gate_i else (0,):
         case = pad(make_case(subject.variant, T), T)
         i, f = _gates(case)
         i[...] = gate_i or 200 * rng.choice([-1.0, 1.0], i.shape)
         f[...] = gate_f or 200 * rng.choice([-1.0, 1.0], f.shape)
-        for start in (case, empty(case)):
+        for start in (case, from_initial_state(case)):
             cotangents = runs.random_cotangents(subject.variant, start)
             assert_finite(runs.run(subject, start, cotangents))
 
 
 @pytest.mark.parametrize("eps", [True, False], ids=["eps", "no eps"])
 @subjects("mlstm", "mlstm_sigmoid", quick=("mlstm",))
-def test_a_query_of_zeros_reads_zero_and_has_finite_gradients(subject, eps):
-    """Where exp(-m) has underflowed, too: nothing but its floor is left to divide by.
+def test_zero_query_reads_zero_and_has_finite_gradients(subject, eps):
+    """Also where exp(-m) has underflowed and the divisor is its lower bound.
 
-    The square of that floor underflows, so gradients need eps.
+    The square of that bound underflows, so gradients need eps.
     """
     case = pad(make_case(subject.variant, T), T)
     case.inputs["q"][:, ::3] = 0
@@ -58,33 +67,33 @@ def test_a_query_of_zeros_reads_zero_and_has_finite_gradients(subject, eps):
 
 @pytest.mark.parametrize("shift", [-100.0, 50.0])
 @subjects("mlstm", "mlstm_sigmoid", "mlstm_unnormalized", "slstm", "slstm_exp")
-def test_the_log_scale_of_the_initial_state_has_no_meaning(subject, shift):
-    """(C e^-c, n e^-c, m + c) is the same memory as (C, n, m), for every c at eps = 0."""
-    dtype = subject.widest
-    row, options = TABLE[dtype], subject.exact("float64")
+def test_results_do_not_depend_on_the_log_scale_of_the_initial_state(subject, shift):
+    """(C e^-c, n e^-c, m + c) is equivalent to (C, n, m), for every c at eps = 0."""
+    dtype = subject.widest_dtype
+    tol, options = TABLE[dtype], subject.exact("float64")
     case = with_flags(make_case(subject.variant, T), num_masked=13)
-    case.reset[:, :L] = False  # so that the initial state has a say
-    shift = shift if dtype == "float64" else shift / 2  # exp(100) is no float32
+    case.reset[:, :L] = False  # so that outputs depend on the initial state
+    shift = shift if dtype == "float64" else shift / 2  # exp(100) overflows float32
     c = shift * np.random.default_rng(0).random(case.state.m.shape)
     shifted = case._replace(state=_shift(case.state, c))
     cotangents = runs.random_cotangents(subject.variant, case, **options)
-    plain = runs.run(subject, case, cotangents, dtype, **options)
-    moved = runs.run(subject, shifted, cotangents, dtype, **options)
-    gradients = dict(moved.gradients)
+    expected = runs.run(subject, case, cotangents, dtype, **options)
+    actual = runs.run(subject, shifted, cotangents, dtype, **options)
+    gradients = dict(actual.gradients)
     for name in set(case.state._fields) - {"h", "m"}:
         gradient = gradients[f"state.{name}"]
         gradients[f"state.{name}"] = gradient * _scale_of(gradient, c)
-    runs.assert_results_close(moved._replace(gradients=gradients), plain, row)
+    runs.assert_results_close(actual._replace(gradients=gradients), expected, tol)
 
 
 def _shift(state, c):
-    """The same memory with m + c in place of m."""
-    stored = {
+    """The equivalent state with m + c in place of m."""
+    leaves = {
         name: leaf * _scale_of(leaf, c)
         for name, leaf in state._asdict().items()
         if name not in ("h", "m")
     }
-    return state._replace(**stored, m=state.m + c)
+    return state._replace(**leaves, m=state.m + c)
 
 
 def _scale_of(leaf, c):
@@ -94,8 +103,8 @@ def _scale_of(leaf, c):
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e3])
 @subjects("slstm", "slstm_exp")
 def test_slstm_is_bounded_at_any_gate_scale(subject, scale):
-    """|h| <= 1 and n >= 1 from the empty memory on, and gradients stay finite."""
-    case = pad(empty(make_case(subject.variant, T, gate_scale=scale)), T)
+    """From the initial state on, |h| <= 1, n >= 1, and gradients are finite."""
+    case = pad(from_initial_state(make_case(subject.variant, T, gate_scale=scale)), T)
     for t in range(1, T + 1, 4):
         case.mask[:] = np.arange(T) < t
         result = runs.run(subject, case, runs.random_cotangents(subject.variant, case))
@@ -106,38 +115,38 @@ def test_slstm_is_bounded_at_any_gate_scale(subject, scale):
 
 @pytest.mark.parametrize("gate_i", [-87.0, -100.0, -1e4])
 @subjects("slstm", "slstm_exp")
-def test_slstm_first_steps_have_true_gradients_below_the_range_of_exp(subject, gate_i):
-    """exp(log f - i) overflows there, before any minimum is taken; nothing may depend on it."""
-    case = pad(empty(make_case(subject.variant, T)), T)
+def test_slstm_first_steps_have_exact_gradients_at_very_negative_input_gates(subject, gate_i):
+    """exp(log f - i) overflows; neither values nor gradients may depend on it."""
+    case = pad(from_initial_state(make_case(subject.variant, T)), T)
     case.inputs["x"][:, ::5, 0] = gate_i
     case.reset[:, ::5] = True
     cotangents = runs.random_cotangents(subject.variant, case)
     actual = runs.run(subject, case, cotangents)
-    expected = runs.run_truth(subject.variant, case, cotangents)
+    expected = runs.run_reference(subject.variant, case, cotangents)
     assert_finite(actual)
     tolerances.assert_close(actual.h, expected.h, TABLE["float32"].h, "h")
-    row = TABLE["float32, large gates"]
-    tolerances.assert_gradients_close(actual.gradients, expected.gradients, row)
+    tol = TABLE["float32, large gates"]
+    tolerances.assert_gradients_close(actual.gradients, expected.gradients, tol)
 
 
 @both_dtypes
 @subjects("slstm", "slstm_exp")
-def test_slstm_ignores_the_log_scale_where_nothing_is_stored(subject, dtype):
-    """Elements with n = 0 beside others with n > 0: each follows its own first-step rule."""
+def test_slstm_ignores_the_log_scale_where_n_is_zero(subject, dtype):
+    """Elements with n = 0 next to others with n > 0: the first-step rule applies per element."""
     case = pad(make_case(subject.variant, T), T)
-    hole = np.random.default_rng(0).random(case.state.n.shape) < 0.5
-    c, n, h, m = case.state
-    cleared = type(case.state)(np.where(hole, 0, c), np.where(hole, 0, n), h, np.where(hole, 0, m))
-    case = case._replace(state=cleared)
+    is_initial = np.random.default_rng(0).random(case.state.n.shape) < 0.5
+    c, n, _, m = (np.where(is_initial, 0, leaf) for leaf in case.state)
+    state = type(case.state)(c, n, case.state.h, m)
+    case = case._replace(state=state)
     cotangents = runs.random_cotangents(subject.variant, case, stored=True)
     clean = runs.run(subject, case, cotangents, dtype)
-    garbage = case._replace(state=cleared._replace(m=np.where(hole, 77.0, m)))
-    moved = runs.run(subject, garbage, cotangents, dtype)
-    np.testing.assert_array_equal(moved.h, clean.h)
+    garbage = case._replace(state=state._replace(m=np.where(is_initial, 77.0, m)))
+    actual = runs.run(subject, garbage, cotangents, dtype)
+    np.testing.assert_array_equal(actual.h, clean.h)
     for name, gradient in clean.gradients.items():
-        np.testing.assert_array_equal(moved.gradients[name], gradient)
-    assert not clean.gradients["state.m"][hole].any()
-    expected = runs.run_truth(subject.variant, case, cotangents)
+        np.testing.assert_array_equal(actual.gradients[name], gradient)
+    assert not clean.gradients["state.m"][is_initial].any()
+    expected = runs.run_reference(subject.variant, case, cotangents)
     tolerances.assert_close(clean.h, expected.h, TABLE[dtype].h, "h")
     tolerances.assert_gradients_close(clean.gradients, expected.gradients, TABLE[dtype])
 

@@ -1,4 +1,4 @@
-"""Kernels on a mesh of devices: each computes its part, and all that is returned stays the same."""
+"""Kernels on a mesh: each device computes its shard; results equal those on a single device."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ from tests.ops.tolerances import TABLE, assert_close, assert_gradients_close
 from xlstm_jax import cells, ops
 from xlstm_jax.sharding import make_mesh
 
-pytestmark = pytest.mark.slow  # one program for eight devices after another
+pytestmark = pytest.mark.slow  # compiles many programs for eight devices
 
 T, K, V = 9, 8, 8
 MESHES = {
@@ -28,7 +28,7 @@ MESHES = {
 }
 OPS = ("mlstm", "slstm")
 PRIMITIVES = {"pallas_tpu": "pallas_call", "triton": "pure_callback"}
-"""What an interpreted kernel is in a program."""
+"""The primitive of an interpreted kernel in a jaxpr."""
 IN_SPECS = {
     "mlstm": dict.fromkeys("qkvif", P("data", None, "tensor")),
     "slstm": {"x": P("data", None, None, "tensor"), "r": P("tensor"), "b": P("tensor")},
@@ -36,7 +36,7 @@ IN_SPECS = {
 
 
 class Subject(NamedTuple):
-    """An op by one kind of kernels."""
+    """An op, computed by the kernels of one backend."""
 
     op: str
     kernels: str
@@ -47,7 +47,7 @@ class Subject(NamedTuple):
 
 
 def _subjects():
-    """Every kernel of both ops; one that nothing can compute here is skipped with its reason."""
+    """Every kernel of both ops; one that cannot run on this machine is skipped with the reason."""
     for op in OPS:
         for name, refusal in implementations(op).items():
             if name in KERNELS:
@@ -59,7 +59,7 @@ every_kernel = pytest.mark.parametrize("subject", list(_subjects()))
 
 
 class Call(NamedTuple):
-    """Differentiable arguments of one call, flags, and the loss on everything it returns."""
+    """Differentiable arguments of one call, flags, and cotangents of all results."""
 
     inputs: dict[str, Any]
     state: Any
@@ -91,44 +91,44 @@ def by_kernels(subject: Subject, inputs, state, flags):
 
 
 def evaluate(compute, call: Call):
-    """What `compute` returns and all gradients, by name."""
+    """Results of `compute` and all gradients, by name."""
     run = lambda inputs, state: compute(inputs, state, call.flags)  # noqa: E731
     (h, state), pull = jax.vjp(run, call.inputs, call.state)
-    inputs, first = pull(call.cotangents)
-    gradients = inputs | {f"state.{name}": leaf for name, leaf in first._asdict().items()}
+    inputs, initial = pull(call.cotangents)
+    gradients = inputs | {f"state.{name}": leaf for name, leaf in initial._asdict().items()}
     return {"h": h, **state._asdict()}, gradients
 
 
 @contextlib.contextmanager
 def on(mesh):
-    """Kernels interpreted, on all devices of `mesh`; None: on one."""
+    """Interpret kernels on all devices of `mesh`, or on a single device if it is None."""
     with common.interpreted(lanes=8), contextlib.ExitStack() as stack:
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
         yield
 
 
-def results(compute, call: Call, mesh):
+def run(compute, call: Call, mesh):
     with on(mesh):
-        found = quick.jit(functools.partial(evaluate, compute))(call)
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+        results = quick.jit(functools.partial(evaluate, compute))(call)
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), results)
 
 
 @functools.cache
-def alone(subject: Subject):
-    """Results on one device."""
-    return results(functools.partial(by_kernels, subject), make_call(subject.op), None)
+def single_device(subject: Subject):
+    """Results on a single device."""
+    return run(functools.partial(by_kernels, subject), make_call(subject.op), None)
 
 
-def assert_the_same(actual, expected):
-    row = TABLE["float32"]
+def assert_same_results(actual, expected):
+    tol = TABLE["float32"]
     for name, value in expected[0].items():
-        assert_close(actual[0][name], value, row.h, name)
-    assert_gradients_close(actual[1], expected[1], row)
+        assert_close(actual[0][name], value, tol.h, name)
+    assert_gradients_close(actual[1], expected[1], tol)
 
 
 def named(name: str, jaxpr):
-    """Equations of this name in a program, also inside of what it calls."""
+    """Equations of this name in a jaxpr, nested jaxprs included."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == name:
             yield eqn
@@ -137,34 +137,38 @@ def named(name: str, jaxpr):
 
 
 def equations(name: str, compute, call: Call, mesh) -> list:
-    """Equations of this name in the program of all results."""
+    """Equations of this name in the jaxpr of `evaluate`."""
     with on(mesh):
         program = jax.make_jaxpr(functools.partial(evaluate, compute))(call)
     return list(named(name, program.jaxpr))
 
 
-def cut_by(spec: P) -> set[str]:
-    """Axes of a mesh that a spec names."""
+def mesh_axes_of(spec: P) -> set[str]:
+    """Mesh axes in a partition spec."""
     return {axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)}
 
 
 @every_kernel
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-def test_a_mesh_changes_no_value_and_no_gradient(mesh, subject):
-    """An axis `seq` that does not divide the steps cuts nothing, and nothing is summed twice."""
+def test_mesh_changes_neither_values_nor_gradients(mesh, subject):
+    """Time is replicated if `seq` does not divide it, and gradients are not summed twice."""
     compute = functools.partial(by_kernels, subject)
-    assert_the_same(results(compute, make_call(subject.op), make_mesh(**mesh)), alone(subject))
+    assert_same_results(
+        run(compute, make_call(subject.op), make_mesh(**mesh)), single_device(subject)
+    )
 
 
 @pytest.mark.parametrize(
     "mesh",
     [dict(data=8), dict(data=2, tensor=4), dict(data=1, seq=2, tensor=4)],
-    ids=["batch", "heads", "nothing is cut"],
+    ids=["batch", "heads", "replicated"],
 )
 @every_kernel
-def test_what_a_mesh_does_not_divide_is_computed_by_all_its_devices(subject, mesh):
+def test_axes_that_the_mesh_does_not_divide_are_replicated(subject, mesh):
     compute = functools.partial(by_kernels, subject)
-    assert_the_same(results(compute, make_call(subject.op), make_mesh(**mesh)), alone(subject))
+    assert_same_results(
+        run(compute, make_call(subject.op), make_mesh(**mesh)), single_device(subject)
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,26 +181,26 @@ def test_what_a_mesh_does_not_divide_is_computed_by_all_its_devices(subject, mes
     ],
 )
 @every_kernel
-def test_devices_share_the_batch_and_the_heads(subject, B, H, axes):
+def test_batch_and_heads_are_sharded(subject, B, H, axes):
     mesh = make_mesh(**MESHES["data, fsdp, tensor"])
     maps = equations(
         "shard_map", functools.partial(by_kernels, subject), make_call(subject.op, B, H), mesh
     )
     forward = maps[0].params["in_specs"]
-    assert {axis for axis in set.union(*map(cut_by, forward)) if mesh.shape[axis] > 1} == axes
-    assert len(maps) >= 2  # of the gradient, too
+    assert {axis for axis in set.union(*map(mesh_axes_of, forward)) if mesh.shape[axis] > 1} == axes
+    assert len(maps) >= 2  # also in the backward pass
 
 
-def placed_by_the_caller(subject: Subject, mesh, axis_names: set[str]):
-    """The op inside of the caller's own `shard_map` over these axes."""
-    keep = lambda spec: P(*(a if a in axis_names else None for a in spec))  # noqa: E731
-    specs = {name: keep(spec) for name, spec in IN_SPECS[subject.op].items()}
-    memory, time = keep(P("data", "tensor")), keep(P("data"))
-    out_specs = (keep(P("data", None, "tensor")), memory)
+def in_callers_shard_map(subject: Subject, mesh, axis_names: set[str]):
+    """The op within a `shard_map` of the caller over these mesh axes."""
+    only = lambda spec: P(*(a if a in axis_names else None for a in spec))  # noqa: E731
+    specs = {name: only(spec) for name, spec in IN_SPECS[subject.op].items()}
+    state_spec, flag_spec = only(P("data", "tensor")), only(P("data"))
+    out_specs = (only(P("data", None, "tensor")), state_spec)
     return jax.shard_map(
         functools.partial(by_kernels, subject),
         mesh=mesh,
-        in_specs=(specs, memory, time),
+        in_specs=(specs, state_spec, flag_spec),
         out_specs=out_specs,
         axis_names=axis_names,
         check_vma=False,
@@ -204,29 +208,29 @@ def placed_by_the_caller(subject: Subject, mesh, axis_names: set[str]):
 
 
 @every_kernel
-def test_within_the_callers_shard_map_nothing_is_mapped_again(subject):
+def test_op_within_a_full_shard_map_has_no_nested_shard_map(subject):
     mesh = make_mesh(data=4, tensor=2)
-    compute = placed_by_the_caller(subject, mesh, set(mesh.axis_names))
+    compute = in_callers_shard_map(subject, mesh, set(mesh.axis_names))
     call = make_call(subject.op)
-    assert_the_same(results(compute, call, mesh), alone(subject))
+    assert_same_results(run(compute, call, mesh), single_device(subject))
     for eqn in equations("shard_map", compute, call, mesh):
         (inner,) = jaxprs_in_params(eqn.params)
         assert not list(named("shard_map", inner))
 
 
 @every_kernel
-def test_axes_that_the_callers_shard_map_leaves_are_used(subject):
-    """The caller maps the batch over data; the op the rest of it over fsdp, heads over tensor."""
+def test_op_uses_the_mesh_axes_outside_of_the_callers_shard_map(subject):
+    """The caller shards the batch over data; the op shards it over fsdp, and heads over tensor."""
     mesh = make_mesh(**MESHES["data, fsdp, tensor"])
-    compute = placed_by_the_caller(subject, mesh, {"data"})
-    assert_the_same(results(compute, make_call(subject.op), mesh), alone(subject))
+    compute = in_callers_shard_map(subject, mesh, {"data"})
+    assert_same_results(run(compute, make_call(subject.op), mesh), single_device(subject))
 
 
 @every_kernel
-@pytest.mark.parametrize("meshed", [False, True], ids=["one device", "mesh"])
-def test_auto_passes_kernels_over_although_they_would_be_interpreted(subject, meshed):
+@pytest.mark.parametrize("on_mesh", [False, True], ids=["one device", "mesh"])
+def test_auto_does_not_select_interpreted_kernels(subject, on_mesh):
     compute = lambda inputs, state, flags: getattr(ops, subject.op)(**inputs, state=state, **flags)  # noqa: E731
-    mesh = make_mesh(data=4, tensor=2) if meshed else None
+    mesh = make_mesh(data=4, tensor=2) if on_mesh else None
     assert not equations(subject.primitive, compute, make_call(subject.op), mesh)
     assert equations(
         subject.primitive, functools.partial(by_kernels, subject), make_call(subject.op), mesh
@@ -234,13 +238,13 @@ def test_auto_passes_kernels_over_although_they_would_be_interpreted(subject, me
 
 
 @every_kernel
-def test_axes_of_explicit_meshes_are_placed_as_well(subject):
-    """The kind that `jax.make_mesh` makes unless told otherwise."""
+def test_explicit_mesh_axes_are_sharded(subject):
+    """Explicit axes are the default of `jax.make_mesh`."""
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
     call = make_call(subject.op)
     with on(mesh):
         compute = quick.jit(lambda call: by_kernels(subject, call.inputs, call.state, call.flags))
         h, state = jax.tree.map(np.asarray, compute(call))
-    expected, _ = alone(subject)
-    for name, found in {"h": h, **state._asdict()}.items():
-        assert_close(found, expected[name], TABLE["float32"].h, name)
+    expected, _ = single_device(subject)
+    for name, value in {"h": h, **state._asdict()}.items():
+        assert_close(value, expected[name], TABLE["float32"].h, name)

@@ -1,4 +1,4 @@
-"""The table of token vectors and the head on a mesh that shards both."""
+"""Token embedding and head on a mesh that shards both."""
 
 import functools
 
@@ -13,8 +13,8 @@ from xlstm_jax import ops
 from xlstm_jax.sharding import make_mesh
 
 B, T, D = 4, 8, 16
-VOCAB = {"rows": 24, "width": 22, "neither": 23}
-"""By what of a table 8 devices can divide; "neither" is as wide as 15."""
+VOCAB = {"vocab": 24, "width": 22, "neither": 23}
+"""Vocabulary size by the table axis that 8 devices divide; for "neither" the width is 15."""
 MESHES = {
     "fsdp": dict(fsdp=8),
     "data, fsdp, tensor": dict(data=2, fsdp=2, tensor=2),
@@ -24,7 +24,7 @@ EXPLICIT = (jax.sharding.AxisType.Explicit,) * 2
 
 
 def embedded(tokens, weights, table, *, dtype):
-    """Token vectors, and the gradient of their sum with these weights to the table."""
+    """Token embeddings, and the gradient of their weighted sum by the table."""
 
     def loss(table):
         x = ops.embed(tokens, table, dtype=dtype)
@@ -35,7 +35,7 @@ def embedded(tokens, weights, table, *, dtype):
 
 
 def scored(tokens, x, kernel, *, dtype):
-    """Sums of the cross entropy, and their gradients to the head and to what it reads."""
+    """Sums of the cross entropy, and the gradients by the inputs and the kernel of the head."""
     weights = (tokens % 3).astype(jnp.float32)
 
     def loss(x, kernel):
@@ -47,7 +47,7 @@ def scored(tokens, x, kernel, *, dtype):
 
 
 def example(vocab: int, width: int):
-    """Token ids, features of each position, and a table."""
+    """Token ids, features of every position, and a table."""
     rng = np.random.default_rng(vocab)
     tokens = jnp.asarray(rng.integers(0, vocab, (B, T)), jnp.int32)
     x, table = (rng.standard_normal(shape) for shape in ((B, T, width), (vocab, width)))
@@ -61,60 +61,59 @@ def on_devices(compute, args, mesh):
 
 def assert_all_close(actual, expected, tolerance):
     leaves = jax.tree_util.tree_leaves_with_path(expected)
-    for (path, leaf), found in zip(leaves, jax.tree.leaves(actual), strict=True):
-        assert found.dtype == leaf.dtype
-        pair = (np.asarray(a, np.float64) for a in (found, leaf))
+    for (path, leaf), value in zip(leaves, jax.tree.leaves(actual), strict=True):
+        assert value.dtype == leaf.dtype
+        pair = (np.asarray(a, np.float64) for a in (value, leaf))
         assert_close(*pair, tolerance, jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("cut", VOCAB)
-def test_a_mesh_changes_no_vector_no_sum_and_no_gradient(cut, mesh):
+@pytest.mark.parametrize("divisible", VOCAB)
+def test_mesh_changes_neither_values_nor_gradients(divisible, mesh):
     for compute in (embedded, scored):
-        args, expected = alone(compute, cut)
+        args, expected = single_device(compute, divisible)
         compute = functools.partial(compute, dtype=jnp.dtype("float32"))
         assert_all_close(on_devices(compute, args, mesh), expected, 1e-6)
 
 
 @functools.cache
-def alone(compute, cut):
-    """Arguments, and what one device makes of them."""
-    tokens, x, table = example(VOCAB[cut], 15 if cut == "neither" else D)
+def single_device(compute, divisible):
+    """Arguments, and the results on a single device."""
+    tokens, x, table = example(VOCAB[divisible], 15 if divisible == "neither" else D)
     args = tokens, x, table if compute is embedded else table.T
     return args, quick.jit(functools.partial(compute, dtype=jnp.dtype("float32")))(*args)
 
 
 @pytest.mark.parametrize("compute", [embedded, scored])
-def test_gradients_of_eight_devices_are_summed_in_the_dtype_of_the_table(compute):
-    """Vectors and logits are those of bfloat16 on one device; of a sum over eight in bfloat16 a
-    two-hundredth would be lost."""
-    tokens, x, table = example(VOCAB["rows"], D)
-    tokens = tokens % 3  # many devices add to the same row
+def test_gradients_over_eight_devices_are_summed_in_the_dtype_of_the_table(compute):
+    """Activations are bfloat16; sums over eight devices in bfloat16 would lose half a percent."""
+    tokens, x, table = example(VOCAB["vocab"], D)
+    tokens = tokens % 3  # many devices add to the same embedding
     last = table if compute is embedded else table.T
     compute = functools.partial(compute, dtype=jnp.dtype("bfloat16"))
     expected = quick.jit(compute)(tokens, x, last)
-    found = on_devices(compute, (tokens, x, last), MESHES["fsdp"])
-    assert_all_close(found[-1:], expected[-1:], 1e-6)
+    actual = on_devices(compute, (tokens, x, last), MESHES["fsdp"])
+    assert_all_close(actual[-1:], expected[-1:], 1e-6)
 
 
-def test_axes_of_explicit_meshes_share_them_as_well():
-    tokens, _, table = example(VOCAB["rows"], D)
+def test_table_is_sharded_over_explicit_mesh_axes():
+    tokens, _, table = example(VOCAB["vocab"], D)
     with jax.set_mesh(jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=EXPLICIT)):
         look_up = quick.jit(lambda tokens, table: ops.embed(tokens, table))
         assert "all-gather" in look_up.lower(tokens, table).compile().as_text()
         np.testing.assert_array_equal(look_up(tokens, table), table[tokens])
 
 
-def test_within_the_callers_shard_map_the_table_is_replicated():
-    tokens, x, table = example(VOCAB["rows"], D)
+def test_table_is_replicated_within_a_callers_shard_map():
+    tokens, x, table = example(VOCAB["vocab"], D)
     mesh = make_mesh(data=8)
     P = jax.sharding.PartitionSpec
 
-    def rows(tokens, table):
+    def embed(tokens, table):
         return ops.embed(tokens, table)
 
     with jax.set_mesh(mesh):
         mapped = jax.shard_map(
-            rows, in_specs=(P(None, "data"), P()), out_specs=P(None, "data"), check_vma=False
+            embed, in_specs=(P(None, "data"), P()), out_specs=P(None, "data"), check_vma=False
         )
         np.testing.assert_array_equal(quick.jit(mapped)(tokens, table), table[tokens])

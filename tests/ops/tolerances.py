@@ -1,7 +1,7 @@
-"""The one table of tolerances, and the comparison it is meant for.
+"""The table of tolerances per dtype, and the comparison that uses it.
 
-An array agrees when the root mean square of its error is small against the root mean square of the
-truth, and when 99.9 % of its elements are nowhere far off. The truth is the float64 recurrence.
+Two arrays agree if the root mean square of the error is small relative to the root mean square of
+the reference, and the 99.9 % quantile of the error is too. The reference is the float64 recurrence.
 """
 
 import dataclasses
@@ -10,15 +10,15 @@ from collections.abc import Mapping
 import numpy as np
 
 TAIL = 10.0
-"""The 99.9 % quantile of the error may be this many times what its root mean square may be."""
+"""Tolerance of the 99.9 % quantile of the error, as a multiple of that of its root mean square."""
 
 FLOOR = 1e-3
-"""A gradient far smaller than the largest of its call is judged against this share of that one."""
+"""Minimum scale of a gradient's error, as a fraction of the largest gradient of the call."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """Relative error allowed, by what an array is."""
+class Tolerances:
+    """Relative tolerances by kind of array."""
 
     h: float
     d_qkv: float
@@ -27,11 +27,11 @@ class Row:
 
 
 TABLE = {
-    "float32": Row(h=1e-5, d_qkv=2e-5, d_gates=5e-5, state=1e-5),
-    "float64": Row(h=1e-10, d_qkv=1e-10, d_gates=1e-10, state=1e-10),
-    "bfloat16": Row(h=1e-2, d_qkv=1.5e-2, d_gates=2e-2, state=1e-2),
-    # Rounding of sums of large gates alone is worth this much.
-    "float32, large gates": Row(h=1e-3, d_qkv=2e-3, d_gates=2e-3, state=1e-3),
+    "float32": Tolerances(h=1e-5, d_qkv=2e-5, d_gates=5e-5, state=1e-5),
+    "float64": Tolerances(h=1e-10, d_qkv=1e-10, d_gates=1e-10, state=1e-10),
+    "bfloat16": Tolerances(h=1e-2, d_qkv=1.5e-2, d_gates=2e-2, state=1e-2),
+    # The rounding errors of sums of large gates have this size.
+    "float32, large gates": Tolerances(h=1e-3, d_qkv=2e-3, d_gates=2e-3, state=1e-3),
 }
 
 GATES = ("i", "f", "x", "r", "b", "m")
@@ -46,7 +46,7 @@ def relative_error(actual: np.ndarray, expected: np.ndarray, scale: float) -> tu
 
 
 def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float, name: str, floor=0.0):
-    """`actual` equals `expected` within `tolerance`; `floor` is the least scale to judge by."""
+    """`actual` equals `expected` within `tolerance`; `floor` is the minimum scale of the error."""
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape} != {expected.shape}"
     if not expected.size:
         return
@@ -60,26 +60,25 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float, nam
     )
 
 
-def assert_gradients_close(actual: Mapping, expected: Mapping, row: Row):
-    """All gradients of one call agree: a mapping from an argument's name to its gradient."""
+def assert_gradients_close(actual: Mapping, expected: Mapping, tol: Tolerances):
+    """All gradients of one call agree; both are mappings from argument name to gradient."""
     assert actual.keys() == expected.keys()
     largest = max(float(np.sqrt(np.mean(np.square(g)))) for g in expected.values() if g.size)
     for name, gradient in expected.items():
-        tolerance = row.d_gates if name.split(".")[-1] in GATES else row.d_qkv
+        tolerance = tol.d_gates if name.split(".")[-1] in GATES else tol.d_qkv
         assert_close(actual[name], gradient, tolerance, f"d{name}", floor=FLOOR * largest)
 
 
 def assert_states_close(actual, expected, tolerance: float):
-    """Two states hold the same memory; their log-scales m are free to differ."""
-    for name, (a, b) in on_one_scale(actual, expected).items():
+    """Two states agree once exp(m) is multiplied in; their log-scales m may differ."""
+    for name, (a, b) in with_common_scale(actual, expected).items():
         assert_close(a, b, tolerance, f"state.{name}")
 
 
-def on_one_scale(a, b) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Leaves of two states, with the larger of both memories' own sizes divided out of C, c and n.
+def with_common_scale(a, b) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Leaves of two states, in units of the larger of the two unscaled states.
 
-    exp(m) itself may overflow; the sum of m and the logarithm of what is stored is all that is
-    exponentiated, and only below its maximum.
+    exp(m) may overflow. So only m minus the log of that size is exponentiated, at most at 700.
     """
     if not hasattr(a, "m"):
         return {name: (getattr(a, name), getattr(b, name)) for name in a._fields}
@@ -91,15 +90,15 @@ def on_one_scale(a, b) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def _rescaled(state, name: str, scale: np.ndarray) -> np.ndarray:
     leaf = getattr(state, name)
-    if name == "h":  # an output, not a memory
+    if name == "h":  # has no scale divided out
         return leaf
-    # Where nothing is stored m says nothing, and may be far above the scale of the other state.
+    # Where C and n are 0, m is meaningless and may be far above the scale of the other state.
     factor = np.exp(np.minimum(state.m - scale, 700))
     return leaf * factor.reshape(factor.shape + (1,) * (leaf.ndim - factor.ndim))
 
 
 def _log_size(state) -> np.ndarray:
-    """log of the largest true entry that shares one m; -inf where nothing is stored."""
-    matrix, normaliser = (np.abs(leaf.reshape(state.m.shape + (-1,))) for leaf in state[:2])
+    """log of the largest unscaled entry that shares an m; -inf where C (or c) and n are 0."""
+    memory, normalizer = (np.abs(leaf.reshape(state.m.shape + (-1,))) for leaf in state[:2])
     with np.errstate(divide="ignore"):
-        return state.m + np.log(np.maximum(matrix.max(-1), normaliser.max(-1)))
+        return state.m + np.log(np.maximum(memory.max(-1), normalizer.max(-1)))

@@ -1,4 +1,4 @@
-"""The recurrences: what the model is."""
+"""Recurrent cells: state, step and scan over time of the LSTM, sLSTM and mLSTM."""
 
 from xlstm_jax.cells.lstm import LSTMState, lstm_init, lstm_scan, lstm_step
 from xlstm_jax.cells.mlstm import MLSTMState, mlstm_init, mlstm_scan, mlstm_step

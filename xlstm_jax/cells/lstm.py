@@ -1,4 +1,4 @@
-"""LSTM with memory mixing inside heads: the classic cell, in the layout of the sLSTM.
+"""LSTM with memory mixing within heads: the classic cell in the layout of the sLSTM.
 
 Source: Hochreiter & Schmidhuber 1997; heads as in Beck et al. 2024, arXiv:2405.04517, section 2.2.
 """
@@ -14,7 +14,7 @@ from xlstm_jax.typing import Array, Bool, Float
 
 
 class LSTMState(NamedTuple):
-    """Carry of one LSTM layer; the initial state is zeros. Leaves are float32 or wider."""
+    """Carry of one LSTM layer; the initial state is all zeros. Leaves are float32 or wider."""
 
     c: Float[Array, "B H K"]  # cell
     h: Float[Array, "B H K"]  # hidden state, fed back through `r`
@@ -56,9 +56,11 @@ def recurrent_gates(
     r: Float[Array, "H K 4 K"],
     b: Float[Array, "H 4 K"] | None,
 ) -> tuple[Float[Array, "B H K"], ...]:
-    """Pre-activations of i, f, z, o: input plus what each head's last output contributes."""
+    """Pre-activations of i, f, z, o: input, recurrent contribution of the same head, and bias."""
+    # Cast to the dtype of the state: activations may be bfloat16, gates may not.
     gates = x.astype(h.dtype) + exact_einsum("BHK,HKGJ->BGHJ", h, r.astype(h.dtype))
     if b is not None:
+        # `b` has the head axis first, like `r`; pre-activations have the gate axis first.
         gates = gates + jnp.swapaxes(b, 0, 1)[None].astype(h.dtype)
     return tuple(gates[:, g] for g in range(4))
 
@@ -80,6 +82,7 @@ def lstm_scan(
     B, _, _, H, K = x.shape
     dtype = state_dtype(x, r)
     state = lstm_init(B, H, K, dtype) if state is None else state
+    # `scan` requires a carry of one dtype, also where the caller passes a narrower state.
     state = jax.tree.map(lambda s: s.astype(dtype), state)
 
     def step(state, x):

@@ -1,4 +1,4 @@
-"""mLSTM: a matrix memory per head, written by outer products and read by queries.
+"""mLSTM: a matrix memory per head, updated by outer products of keys and values.
 
 Source: Beck et al. 2024, arXiv:2405.04517, section 2.3; the sigmoid input gate: arXiv:2503.14376.
 """
@@ -13,17 +13,17 @@ from xlstm_jax.cells.time import scan_time
 from xlstm_jax.typing import Array, Bool, Float
 
 READ_FLOOR = -20.0
-"""Lowest log-scale at which the state is read. Below -88 exp(-m) is inf in float32 and its gradient
-NaN; above -20 the read-out feels the floor by less than eps * exp(-20) = 2e-15."""
+"""Lowest log-scale for the read-out. Below -88, exp(-m) is inf in float32 and its gradient NaN;
+the floor changes the read-out by less than eps * exp(-20) = 2e-15."""
 
 TINY = 2.0**-120
-"""Lower bound of the normalizer, where exp(-m) has underflowed and the query reads nothing."""
+"""Lower bound of the normalizer, for queries with q n = 0 where exp(-m) has underflowed."""
 
 
 class MLSTMState(NamedTuple):
     """Carry of one mLSTM layer; the initial state is all zeros. Leaves are float32 or wider.
 
-    Keys are stored as they come: the factor 1/sqrt(K) is on the query.
+    Keys are stored unscaled: the factor 1/sqrt(K) is applied to the query.
     """
 
     C: Float[Array, "B H K V"]  # matrix memory, times exp(-m)
@@ -60,7 +60,7 @@ def mlstm_step(
         state: after step t-1.
         q, k, v: query, key and value.
         i, f: gate pre-activations; the forget gate is a sigmoid.
-        input_gate: `"exp"`, or `"sigmoid"`, which needs no scale: m is then 0 after every step.
+        input_gate: `"exp"`, or `"sigmoid"`, which is bounded: m is then 0 after every step.
         normalize: divide by max(|q n|, exp(-m)) + eps.
         eps: added after that maximum.
 
@@ -69,9 +69,12 @@ def mlstm_step(
     q, k, v, i, f = (a.astype(state.C.dtype) for a in (q, k, v, i, f))
     log_carry = log_sigmoid(f) + state.m
     log_i = i if input_gate == "exp" else log_sigmoid(i)
+    # With m = 0 the first step multiplies the scale of a given state back into C and n.
     m = jnp.maximum(log_carry, log_i) if input_gate == "exp" else jnp.zeros_like(log_carry)
+    # With an exponential gate both exponents are <= 0: nothing overflows.
     f_scaled = jnp.exp(log_carry - m)
     i_scaled = jnp.exp(log_i - m)
+    # Gate and key are multiplied first: K numbers, not the K x V of their outer product with v.
     C = f_scaled[..., None, None] * state.C + (i_scaled[..., None] * k)[..., None] * v[..., None, :]
     n = f_scaled[..., None] * state.n + i_scaled[..., None] * k
     state = MLSTMState(C, n, m)
@@ -83,12 +86,14 @@ def mlstm_read(
 ) -> Float[Array, "B H V"]:
     """The read-out: C q / (max(|q n|, exp(-m)) + eps)."""
     m = jnp.maximum(state.m, READ_FLOOR)
+    # The difference to the floor and 1/sqrt(K) scale the query, which is smaller than the state.
     q = q * (q.shape[-1] ** -0.5 * jnp.exp(state.m - m)[..., None])
     u = exact_einsum("BHK,BHKV->BHV", q, state.C)
     if not normalize:
         return u
-    weight = jnp.sum(q * state.n, axis=-1)
-    norm = jnp.maximum(jnp.maximum(jnp.abs(weight), jnp.exp(-m)), TINY) + eps
+    d = jnp.sum(q * state.n, axis=-1)
+    # exp(-m) is 1 in units of the unscaled state: small |q n| must not amplify the read-out.
+    norm = jnp.maximum(jnp.maximum(jnp.abs(d), jnp.exp(-m)), TINY) + eps
     return u / norm[..., None]
 
 
@@ -114,6 +119,7 @@ def mlstm_scan(
     B, _, H, K = q.shape
     dtype = state_dtype(q, k, v, i, f)
     state = mlstm_init(B, H, K, v.shape[-1], dtype) if state is None else state
+    # `scan` requires a carry of one dtype, also where the caller passes a narrower state.
     state = jax.tree.map(lambda s: s.astype(dtype), state)
 
     def step(state, x):

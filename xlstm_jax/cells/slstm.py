@@ -1,4 +1,4 @@
-"""sLSTM: scalar memory cells, exponential gates, recurrence within each head.
+"""sLSTM: scalar memories, exponential gates, recurrence within each head.
 
 Source: Beck et al. 2024, arXiv:2405.04517, section 2.2.
 """
@@ -15,12 +15,12 @@ from xlstm_jax.typing import Array, Bool, Float
 
 
 class SLSTMState(NamedTuple):
-    """Carry of one sLSTM layer; the initial state is zeros. Leaves are float32 or wider."""
+    """Carry of one sLSTM layer; the initial state is all zeros. Leaves are float32 or wider."""
 
     c: Float[Array, "B H K"]  # cell, times exp(-m)
     n: Float[Array, "B H K"]  # normalizer, times exp(-m); >= 1 after the first step
     h: Float[Array, "B H K"]  # hidden state, fed back through `r`
-    m: Float[Array, "B H K"]  # log of the scale divided out of c and n; no meaning where n is 0
+    m: Float[Array, "B H K"]  # stabilizer: log of the factor divided out; meaningless where n is 0
 
 
 def slstm_init(
@@ -43,14 +43,14 @@ def slstm_step(
 
     Args:
         state, x, r, b: as in `lstm_step`.
-        forget_gate: `"sigmoid"` or `"exp"`, what turns f into a factor.
+        forget_gate: activation of the forget gate, `"sigmoid"` or `"exp"`.
 
     Returns the state after step t, and h_t in the dtype of the state.
     """
     i, f, z, o = recurrent_gates(state.h, x, r, b)
     log_f = f if forget_gate == "exp" else log_sigmoid(f)
     # In the initial state (n = 0) the old stabilizer must not count: values and gradients are
-    # those of m = i. Per element, so that a reset of some sequences never touches the others.
+    # those of m = i. Per element, so that a reset of some sequences does not affect the others.
     log_carry = jnp.where(state.n == 0, NEG, log_f + state.m)
     m = jnp.maximum(log_carry, i)
     # Both exponents are <= 0 and one of them is 0: nothing overflows, and n >= 1.
@@ -80,6 +80,7 @@ def slstm_scan(
     B, _, _, H, K = x.shape
     dtype = state_dtype(x, r)
     state = slstm_init(B, H, K, dtype) if state is None else state
+    # `scan` requires a carry of one dtype, also where the caller passes a narrower state.
     state = jax.tree.map(lambda s: s.astype(dtype), state)
 
     def step(state, x):

@@ -1,4 +1,4 @@
-"""Running a step along time: resets, masks and reversal, the same for every cell."""
+"""Scan of a step function over time, with resets, masks and reversal, shared by all cells."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,34 +22,36 @@ def scan_time(
 
     Args:
         step: one time step, in the argument order of `jax.lax.scan`.
-        state: before the first step; every leaf has the batch first. The initial state is zeros.
+        state: before the first step; batch is the first axis of every leaf. A reset state is zeros.
         inputs: a pytree of arrays `B T ...`.
         reset: where True, the state before this step is replaced by the initial one.
-        mask: where False, the state stays bit-identical and h is 0; a reset
-            there is void and the inputs (also NaN) are never read.
+        mask: where False, the state stays bit-identical and h is 0; a reset at that position is
+            ignored, and its inputs are not used, even if they are NaN.
         reverse: run from the last step to the first; outputs stay at their inputs' positions.
 
-    Returns the outputs `B T ...` and the state after the last step run.
+    Returns the outputs `B T ...`, and the state after the last step that was run.
     """
 
-    def body(state, now):
-        x, reset, mask = now
+    def body(state, inputs_t):
+        x, reset, mask = inputs_t
         if reset is not None:
-            forget = reset if mask is None else reset & mask
-            state = jax.tree.map(lambda s: jnp.where(_like(forget, s), 0, s), state)
+            reset = reset if mask is None else reset & mask
+            # A select, not a product with zero, which would leave NaN in the state.
+            state = jax.tree.map(lambda s: jnp.where(_expand_dims(reset, s), 0, s), state)
         if mask is None:
             return step(state, x)
-        # Zeros in place of what is masked: a NaN there would survive in the gradient of `where`.
-        x = jax.tree.map(lambda a: jnp.where(_like(mask, a), a, 0), x)
-        new, h = step(state, x)
-        kept = jax.tree.map(lambda a, b: jnp.where(_like(mask, a), a, b), new, state)
-        return kept, jnp.where(_like(mask, h), h, 0)
+        # Masked inputs become zeros: a NaN would survive in the gradient of the `where` below.
+        x = jax.tree.map(lambda a: jnp.where(_expand_dims(mask, a), a, 0), x)
+        updated, h = step(state, x)
+        # A select leaves a masked state bit-identical, whatever the step computes.
+        state = jax.tree.map(lambda a, b: jnp.where(_expand_dims(mask, a), a, b), updated, state)
+        return state, jnp.where(_expand_dims(mask, h), h, 0)
 
     time_first = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (inputs, reset, mask))
     state, h = jax.lax.scan(body, state, time_first, reverse=reverse)
     return jnp.moveaxis(h, 0, 1), state
 
 
-def _like(flag: Bool[Array, "B"], leaf: Array) -> Array:
+def _expand_dims(flag: Bool[Array, "B"], leaf: Array) -> Array:
     """`flag` with trailing axes of size 1, so that it broadcasts against `leaf`."""
     return flag.reshape(flag.shape + (1,) * (leaf.ndim - flag.ndim))

@@ -1,4 +1,4 @@
-"""One function per op; each selects its implementation."""
+"""Sequence ops: one function per op, which selects an implementation."""
 
 from xlstm_jax.ops.conv import causal_conv
 from xlstm_jax.ops.cross_entropy import CrossEntropy, cross_entropy

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from xlstm_jax.ops.checks import check_length, check_shapes
 from xlstm_jax.ops.cpu import materialize_cotangent
 from xlstm_jax.ops.flags import FLAG_AXES, Flags
-from xlstm_jax.ops.sharded.halo import nearest_state, shifted_states
+from xlstm_jax.ops.sharded.halo import state_from_neighbor, states_from_all_shards
 from xlstm_jax.ops.sharded.shard_map import map_shards, sharding_axes
 from xlstm_jax.typing import Array, Bool, Float
 
@@ -23,21 +23,21 @@ def causal_conv(
     reset: Bool[Array, "B T"] | None = None,
     mask: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T F_out"], Float[Array, "B W-1 F"]]:
-    """y[t] = bias + sum over j of kernel[j] * x[t - (W-1) + j]: kernel[W-1] meets the current step.
+    """y[t] = bias + sum over j of kernel[j] * x[t - (W-1) + j]; kernel[W-1] is the current step's.
 
     Args:
         x: inputs.
-        kernel: one window per channel `W F`, or mixing channels `W F_in F_out`.
-        bias: added to every step.
+        kernel: depthwise, one window per channel `W F`, or mixing channels `W F_in F_out`.
+        bias: added to every output.
         state: the W-1 inputs before the first step, oldest first; None means zeros.
-        reset: where True, inputs before this position count as zeros from here on.
-        mask: where False, the step is taken out of the sequence: y is 0 there, later windows do
-            not see it, and a reset there is void.
+        reset: where True, earlier inputs are zeros for this and all later positions.
+        mask: where False, the position is skipped: y is 0, later windows do not include its
+            input, and a reset at it is ignored.
 
-    Returns y, and the last W-1 inputs, oldest first, as the next call's `state`.
+    Returns y, and the last W-1 inputs, oldest first: the `state` of the next call.
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: inconsistent shapes.
     """
     depthwise = kernel.ndim == 2
     sizes = check_shapes(
@@ -58,60 +58,61 @@ def causal_conv(
     state = state.astype(x.dtype)
     flags = Flags(reset, mask)
     time_axes = sharding_axes("T", T)
-    if not time_axes or W == 1:  # a window of one reaches no other step
-        return _local(x, kernel, bias, state, flags)
+    if not time_axes or W == 1:  # a window of one step needs no inputs of other shards
+        return _masked_convolve(x, kernel, bias, state, flags)
 
     def local(x, kernel, bias, state, flags):
-        before, after = _states_around(x, state, flags, time_axes)
-        return _local(x, kernel, bias, before, flags)[0], after
+        before, after = _boundary_states(x, state, flags, time_axes)
+        return _masked_convolve(x, kernel, bias, before, flags)[0], after
 
     axes = ("B T F", "W F" if depthwise else "W F J", "F", "B W F", FLAG_AXES)
-    # Features that mix are not sharded.
+    # A kernel that mixes channels needs all of them on every device.
     lengths = {"B": B, "T": T, "F": F} if depthwise else {"B": B, "T": T}
     return map_shards(local, (x, kernel, bias, state, flags), axes, ("B T F", "B W F"), lengths)
 
 
-def _local(x, kernel, bias, state, flags: Flags):
-    """All of time, or the shard that one device has."""
+def _masked_convolve(x, kernel, bias, state, flags: Flags):
+    """The convolution of the full sequence, or of one device's shard of it."""
     reset, mask = flags
     if mask is None:
         return _convolve(x, kernel, bias, state, reset)
-    packed, order, reset = _pack(flags.zero_masked(x), reset, mask)
+    packed, order, reset = _move_masked_to_end(flags.zero_masked(x), reset, mask)
     y, _ = _convolve(packed, kernel, bias, state, reset)
     y = flags.zero_masked(_reorder(y, jnp.argsort(order, axis=1), mask))
     return y, _last_inputs(packed, state, reset, jnp.sum(mask, axis=1))
 
 
-def _pack(x: jax.Array, reset: jax.Array | None, mask: jax.Array):
-    """x with its masked steps behind all others; the order of that; resets in this order.
+def _move_masked_to_end(x: jax.Array, reset: jax.Array | None, mask: jax.Array):
+    """x with its masked steps at the end, the permutation, and the resets in the new order.
 
-    A masked sequence equals the sequence without those positions: it is convolved in this order, a
-    stable sort of "is masked", which is then undone.
+    A masked sequence equals the sequence without the masked positions. So it is convolved in this
+    order, a stable sort by "is masked", and the outputs are permuted back.
     """
+    # Stable: valid steps keep their order.
     order = jnp.argsort(~mask, axis=1, stable=True)
     packed = _reorder(x, order, mask)
     return packed, order, None if reset is None else _take(reset & mask, order)
 
 
-def _states_around(x, state, flags: Flags, axes: tuple[str, ...]):
-    """The last inputs before this device's shard of time and after the last shard.
+def _boundary_states(x, state, flags: Flags, axes: tuple[str, ...]):
+    """The last inputs before this device's shard of the sequence, and after the last shard.
 
-    Within a `shard_map`; `state` precedes the first shard. Of earlier shards a device needs the
-    last inputs: of the nearest one alone, unless that may have fewer than there are in a state.
+    Call within a `shard_map`; `state` precedes the first shard. A device needs the last inputs of
+    the previous shard only, unless that shard may have fewer inputs than a state.
     """
-    size, (reset, mask) = state.shape[1], flags
+    state_size, (reset, mask) = state.shape[1], flags
     if mask is None:
         mask, packed = jnp.ones(x.shape[:2], bool), x
     else:
-        packed, _, reset = _pack(flags.zero_masked(x), reset, mask)
-    number = jnp.sum(mask, axis=1)
-    own = _last_inputs(packed, jnp.zeros_like(state), reset, number)
-    if flags.mask is None and x.shape[1] >= size:
-        return nearest_state(state, own, axes)
-    # A reset forgets all inputs before it: zeros, too, replace what was there.
+        packed, _, reset = _move_masked_to_end(flags.zero_masked(x), reset, mask)
+    num_inputs = jnp.sum(mask, axis=1)
+    shard_last = _last_inputs(packed, jnp.zeros_like(state), reset, num_inputs)
+    if flags.mask is None and x.shape[1] >= state_size:
+        return state_from_neighbor(state, shard_last, axes)
+    # A reset in the shard discards all earlier inputs: the zeros of `shard_last` replace them.
     is_reset = False if reset is None else jnp.any(reset, axis=1)
-    replaced = jnp.where(is_reset, size, jnp.minimum(number, size))
-    return shifted_states(state, own, replaced, axes)
+    num_replaced = jnp.where(is_reset, state_size, jnp.minimum(num_inputs, state_size))
+    return states_from_all_shards(state, shard_last, num_replaced, axes)
 
 
 # The taps cost more to save than to rematerialize.
@@ -121,45 +122,47 @@ def _convolve(x, kernel, bias, state, reset):
     dtype = jnp.result_type(x, kernel)
     window = jnp.concatenate([state, x], axis=1)
     segment = None if reset is None else _segments(reset, W)
+    # A sum of W shifted products, as W is small.
     y = jnp.zeros((), dtype)
     for j in range(W):
         tap = window[:, j : j + T]
         if segment is not None and j < W - 1:
-            same = segment[:, j : j + T] == segment[:, W - 1 :]
-            tap = jnp.where(same[..., None], tap, 0)
+            is_same_segment = segment[:, j : j + T] == segment[:, W - 1 :]
+            tap = jnp.where(is_same_segment[..., None], tap, 0)
         y = y + (tap * kernel[j][None, None] if kernel.ndim == 2 else tap @ kernel[j])
     if bias is not None:
         y = y + bias[None, None]
     if W > 1 and segment is not None:
-        # Inputs of an earlier document must not reach the next call.
-        is_last = segment == segment[:, -1:]
-        window = jnp.where(is_last[..., None], window, 0)
+        # Inputs of an earlier document must not leak into the next call.
+        is_last_segment = segment == segment[:, -1:]
+        window = jnp.where(is_last_segment[..., None], window, 0)
     return materialize_cotangent(y.astype(dtype)), window[:, T:]
 
 
 def _segments(reset, W):
-    """Number of resets seen so far, for the W-1 inputs of the state (0) and every position."""
+    """Running count of resets for every position, after W-1 zeros for the inputs of the state."""
     return jnp.pad(jnp.cumsum(reset, axis=1), ((0, 0), (W - 1, 0)))
 
 
-def _last_inputs(packed, state, reset, count):
-    """The W-1 inputs before position `count` of packed sequences, zeros before the last reset."""
-    W1 = state.shape[1]
+def _last_inputs(packed, state, reset, num_inputs):
+    """The W-1 inputs before position `num_inputs` of packed sequences, 0 before the last reset."""
+    state_size = state.shape[1]
+    # The window has the state in front, so the last inputs start at index `num_inputs`.
     window = jnp.concatenate([state, packed], axis=1)
-    index = count[:, None] + jnp.arange(W1)[None]
+    index = num_inputs[:, None] + jnp.arange(state_size)[None]
     last = _take(window, index)
     if reset is None:
         return last
-    segment = _segments(reset, W1 + 1)
-    # Masked positions hold no reset, so the running count at the end is that of the last document.
+    segment = _segments(reset, state_size + 1)
+    # Masked positions have no reset, so the running count at the end is that of the last document.
     return jnp.where((_take(segment, index) == segment[:, -1:])[..., None], last, 0)
 
 
 def _reorder(x: jax.Array, order: jax.Array, mask: jax.Array) -> jax.Array:
-    """`_take`, skipped where nothing is masked: then the sequence has that order already."""
+    """`_take`, skipped if nothing is masked: the permutation is then the identity."""
     return jax.lax.cond(jnp.all(mask), lambda x: x, lambda x: _take(x, order), x)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Steps along axis 1 in the order `index` (B n), each batch entry with its own."""
+    """Steps along axis 1 in the order `index` (B n), which differs per sequence."""
     return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)

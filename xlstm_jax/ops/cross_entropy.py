@@ -1,4 +1,4 @@
-"""Cross entropy of a linear head, computed in chunks so that all logits never exist at once."""
+"""Cross entropy of a linear head, in chunks, so that the full logits are never in memory."""
 
 import functools
 from typing import NamedTuple
@@ -15,14 +15,14 @@ from xlstm_jax.ops.sharded.parameters import sum_over_devices
 from xlstm_jax.typing import Array, Float, Int
 
 CHUNK_LOGITS = {"cpu": 2**20, "tpu": 2**26, "gpu": 2**26}
-"""Logits of one chunk when `chunk_size` is None. On a CPU 4 MiB in float32, for the cache.
-An accelerator reads all weights and adds to all of their gradient in every chunk: with less than a
-thousand positions in it memory is slower than the products. In chunks of 20 positions a step of a
-160M model with 50,304 logits moved 134 GiB on every chip of a v5e 4x4, in these 44 (compiled)."""
+"""Logits per chunk when `chunk_size` is None. On a CPU, 4 MiB in float32, to fit the cache.
+On an accelerator every chunk reads all weights and accumulates into their full gradient: below a
+thousand positions per chunk, memory bandwidth is the bottleneck. With chunks of 20 positions a step
+of a 160M model with 50,304 logits moved 134 GiB per chip of a v5e 4x4, with these 44 (compiled)."""
 
 
 class CrossEntropy(NamedTuple):
-    """Sums over positions, each times its weight; divide by `weight_sum` for a mean."""
+    """Weighted sums over positions; divide by `weight_sum` for a mean."""
 
     ce_sum: Float[Array, ""]  # nats
     z_sum: Float[Array, ""]  # z_loss * logsumexp^2
@@ -46,16 +46,16 @@ def cross_entropy(
         x: hidden states after the final norm.
         kernel: weights of the head.
         targets: token ids; any valid id where the weight is 0.
-        weights: what each position counts.
-        soft_cap: bound on the logits, as the model has it.
-        z_loss: weight of the squared log-normalizer; reported apart from the cross entropy.
-        chunk_size: positions whose logits exist at once, forward and backward, on each device;
-            changes memory and speed only. None: 2**20 logits on a CPU, 2**26 elsewhere.
+        weights: weight of each position.
+        soft_cap: bound on the logits, that of the model.
+        z_loss: coefficient of the squared log-normalizer; its sum is separate (`z_sum`).
+        chunk_size: positions per chunk, forward and backward, on each device; changes memory and
+            speed only. None: 2**20 logits per chunk on a CPU, 2**26 elsewhere.
 
     Returns sums in float32 or wider; gradients flow to `x` and `kernel`.
 
     Raises:
-        ValueError: shapes that do not fit, or a chunk size below 1.
+        ValueError: inconsistent shapes, or a chunk size below 1.
     """
     sizes = check_shapes(
         "cross_entropy",
@@ -68,25 +68,25 @@ def cross_entropy(
     )
     check_chunk_size("cross_entropy", chunk_size)
     chunk_size = chunk_size or max(1, CHUNK_LOGITS[dispatch.platform()] // sizes["vocab"])
-    sums = functools.partial(_chunk_sums, soft_cap=soft_cap, z_loss=z_loss)
-    local_sums = functools.partial(_sums, sums, chunk_size)
+    chunk_sums = functools.partial(_chunk_sums, soft_cap=soft_cap, z_loss=z_loss)
+    local_sums = functools.partial(_local_sums, chunk_sums, chunk_size)
     return sum_over_devices(local_sums, x, kernel, targets, weights)
 
 
-def _sums(sums, chunk_size: int, x, kernel, targets, weights) -> CrossEntropy:
-    """Of one device's positions."""
+def _local_sums(chunk_sums, chunk_size: int, x, kernel, targets, weights) -> CrossEntropy:
+    """Sums over the positions of one device."""
     positions = targets.size
     chunk = min(positions, chunk_size)
     flat = (x.reshape(positions, -1), targets.reshape(-1), weights.reshape(-1))
     if chunk == positions:
-        return sums(kernel, *flat)
-    # Positions are padded to full chunks with weight 0; only a chunk's logits ever exist, and the
-    # backward pass rematerializes them.
+        return chunk_sums(kernel, *flat)
+    # Positions are padded to full chunks with weight 0. The backward pass rematerializes logits,
+    # so only those of one chunk are in memory.
     pad = -positions % chunk
     flat = jax.tree.map(lambda a: jnp.pad(a, ((0, pad),) + ((0, 0),) * (a.ndim - 1)), flat)
     chunks = jax.tree.map(lambda a: a.reshape((-1, chunk) + a.shape[1:]), flat)
     body = jax.checkpoint(
-        lambda total, now: (jax.tree.map(jnp.add, total, sums(kernel, *now)), None)
+        lambda total, xs: (jax.tree.map(jnp.add, total, chunk_sums(kernel, *xs)), None)
     )
     zero = jnp.zeros((), state_dtype(x, kernel))
     total, _ = jax.lax.scan(body, CrossEntropy(zero, zero, zero, zero), chunks)
@@ -97,16 +97,18 @@ def _chunk_sums(kernel, x, targets, weights, *, soft_cap, z_loss) -> CrossEntrop
     dtype = state_dtype(x, kernel)
     logits = apply_soft_cap(dense(x, kernel, dtype=dtype), soft_cap)
     log_norm = jax.nn.logsumexp(logits, axis=-1)
-    # A product with a one-hot row, not a gather: its gradient is a product too, not a scatter.
+    # A one-hot select, not a gather: its gradient is elementwise, not a scatter.
     vocab = jnp.arange(logits.shape[-1])[None]
-    picked = jnp.sum(jnp.where(vocab == targets[:, None], logits, 0), axis=-1)
+    target_logit = jnp.sum(jnp.where(vocab == targets[:, None], logits, 0), axis=-1)
     weights = weights.astype(dtype)
-    # As argmax decides, which is slow on a CPU: of equal logits the first is the largest.
+    # Same result as argmax, which is slow on a CPU: of equal logits the first one counts.
     target = targets[:, None]
-    behind = (logits < picked[:, None]) | ((logits == picked[:, None]) & (vocab >= target))
-    correct = (jnp.sum(behind, axis=-1) == logits.shape[-1]).astype(dtype)
+    not_larger = (logits < target_logit[:, None]) | (
+        (logits == target_logit[:, None]) & (vocab >= target)
+    )
+    correct = (jnp.sum(not_larger, axis=-1) == logits.shape[-1]).astype(dtype)
     return CrossEntropy(
-        jnp.sum(weights * (log_norm - picked)),
+        jnp.sum(weights * (log_norm - target_logit)),
         jnp.sum(weights * z_loss * jnp.square(log_norm)),
         jnp.sum(weights),
         jnp.sum(weights * correct),

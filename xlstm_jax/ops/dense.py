@@ -1,4 +1,4 @@
-"""Products with a weight matrix, and with one matrix per group of features."""
+"""Matrix products of features with a kernel, and with one kernel per group of features."""
 
 import jax.numpy as jnp
 
@@ -6,7 +6,7 @@ from xlstm_jax.ops import cpu, dispatch
 from xlstm_jax.typing import Array, Float
 
 TILE = 256
-"""Widest block that small groups are joined to: a product with zeros in it beats many tiny ones."""
+"""Maximum width of a block-diagonal tile: one product with zeros in it beats many tiny products."""
 
 
 def dense(
@@ -18,7 +18,7 @@ def dense(
     """x @ kernel, accumulated and returned in `dtype` (None: that of x); kernel is cast to x's."""
     dtype, kernel = jnp.dtype(dtype or x.dtype), kernel.astype(x.dtype)
     if cpu.is_single_cpu():
-        return cpu.product(x, kernel, dtype)
+        return cpu.matmul(x, kernel, dtype)
     return jnp.dot(x, kernel, preferred_element_type=dtype)
 
 
@@ -28,28 +28,29 @@ def grouped_dense(
     *,
     dtype: jnp.dtype | None = None,
 ) -> Float[Array, "*batch F_out"]:
-    """A product inside each of P equal groups of features: F_in = P * I, F_out = P * O.
+    """A product within each of P equal groups of features: F_in = P * I, F_out = P * O.
 
-    Groups are joined to block-diagonal matrices at most `TILE` wide: groups of 4, as the published
-    models have them, are far below what a matrix unit works on.
+    Groups are combined into block-diagonal tiles at most `TILE` wide: groups of 4, as in the
+    published models, are far smaller than the tiles of a matrix unit.
     """
-    P, rows, columns = kernel.shape
-    if cpu.is_single_cpu() and max(rows, columns) <= cpu.SMALL_GROUP:
+    P, d_in, d_out = kernel.shape
+    if cpu.is_single_cpu() and max(d_in, d_out) <= cpu.SMALL_GROUP:
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        parts = x.reshape(-1, P, rows)
-        y = cpu.grouped_product(parts.astype(wide), kernel.astype(x.dtype).astype(wide))
-        return y.reshape(*x.shape[:-1], P * columns).astype(dtype or x.dtype)
-    most = max(1, TILE // max(rows, columns))
-    joined = max(n for n in range(1, P + 1) if P % n == 0 and n <= most)
-    blocks = kernel.reshape(P // joined, joined, rows, columns)
-    eye = jnp.eye(joined, dtype=kernel.dtype)
-    tiles = jnp.einsum("TPIO,PQ->TPIQO", blocks, eye).reshape(-1, joined * rows, joined * columns)
+        groups = x.reshape(-1, P, d_in)
+        # The kernel is rounded to the dtype of x first: the result is that of the other branch.
+        y = cpu.grouped_matmul(groups.astype(wide), kernel.astype(x.dtype).astype(wide))
+        return y.reshape(*x.shape[:-1], P * d_out).astype(dtype or x.dtype)
+    max_per_tile = max(1, TILE // max(d_in, d_out))
+    per_tile = max(n for n in range(1, P + 1) if P % n == 0 and n <= max_per_tile)
+    blocks = kernel.reshape(P // per_tile, per_tile, d_in, d_out)
+    eye = jnp.eye(per_tile, dtype=kernel.dtype)
+    tiles = jnp.einsum("TPIO,PQ->TPIQO", blocks, eye).reshape(-1, per_tile * d_in, per_tile * d_out)
     if tiles.shape[0] == 1:
         return dense(x, tiles[0], dtype=dtype)
-    parts, tiles = x.reshape(*x.shape[:-1], P // joined, joined * rows), tiles.astype(x.dtype)
+    parts, tiles = x.reshape(*x.shape[:-1], P // per_tile, per_tile * d_in), tiles.astype(x.dtype)
     if dispatch.platform() == "cpu":
-        # Its library refuses bfloat16 where groups are not the first axis (jaxlib 0.10.2).
+        # Its matmul library rejects bfloat16 if the batch axis is not the first (jaxlib 0.10.2).
         wide = jnp.promote_types(x.dtype, jnp.float32)
         parts, tiles = parts.astype(wide), tiles.astype(wide)
     y = jnp.einsum("...TI,TIO->...TO", parts, tiles, preferred_element_type=dtype or x.dtype)
-    return y.reshape(*x.shape[:-1], P * columns)
+    return y.reshape(*x.shape[:-1], P * d_out)

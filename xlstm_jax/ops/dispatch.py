@@ -1,4 +1,4 @@
-"""Choosing how an op is computed: a named way runs or raises, only "auto" falls through."""
+"""Selection of an op's implementation: a named one runs or raises; only "auto" falls through."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is known of a call while tracing: all that a choice may depend on."""
+    """Static facts of a call, known at trace time; the selection depends on nothing else."""
 
     B: int
     T: int
@@ -20,23 +20,23 @@ class Call:
     dtype: jnp.dtype
     platform: str  # "cpu", "gpu" or "tpu"
     chunk_size: int | None = None
-    named: bool = False  # the implementation was asked for by its name
+    named: bool = False  # the caller requested the implementation by name
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op, and why it cannot serve a call (None: it can)."""
+    """One implementation of an op; `unsupported` gives the reason against a call, or None."""
 
     fn: Callable[..., tuple[jax.Array, Any]]
     unsupported: Callable[[Call], str | None] = lambda call: None
 
 
 def choose(op: str, table: Mapping[str, Implementation], name: str, call: Call) -> Implementation:
-    """The named implementation, or for "auto" the first of the table that can serve `call`.
+    """The named implementation, or for "auto" the first of the table that supports `call`.
 
     Raises:
         ValueError: no implementation has that name.
-        NotImplementedError: none asked for can serve the call; says why, for each.
+        NotImplementedError: no requested implementation supports the call; gives each reason.
     """
     if name != "auto" and name not in table:
         known = ", ".join(table)
@@ -50,19 +50,25 @@ def choose(op: str, table: Mapping[str, Implementation], name: str, call: Call) 
         if reason is None:
             return table[candidate]
         refusals.append(f"{candidate}: {reason}")
-    raise NotImplementedError(f"{op} cannot serve {call}: " + "; ".join(refusals) + ".")
+    raise NotImplementedError(
+        f"no requested implementation of {op} supports {call}: " + "; ".join(refusals) + "."
+    )
 
 
 def refusals(table: Mapping[str, Implementation], call: Call) -> dict[str, str | None]:
-    """For every implementation of a table, None or the sentence why it cannot serve `call`."""
+    """For every implementation of a table, None or the reason why it does not support `call`."""
     return {name: entry.unsupported(call) for name, entry in table.items()}
 
 
-def refuses_kernel(backend: str, call: Call) -> str | None:
-    """Why no kernel of the backend, "tpu" or "triton", supports a call of any size, or None."""
+def kernel_refusal(backend: str, call: Call) -> str | None:
+    """Why no kernel of the backend ("tpu" or "triton") supports the call, whatever its sizes.
+
+    None: kernels may support it, and the sizes decide.
+    """
     from pallas_kernels import common, gpu
 
     platform = "tpu" if backend == "tpu" else "gpu"
+    # Interpreted kernels run on any platform, but slowly: only for a caller who names them.
     is_interpreted = call.named and common.interpreter()
     if call.platform != platform and not is_interpreted:
         return f"it runs on a {platform.upper()}, not on {call.platform!r}"
@@ -75,9 +81,10 @@ def refuses_kernel(backend: str, call: Call) -> str | None:
 
 
 def platform() -> str:
-    """The platform a computation traced now will run on: that of `jax.default_device`, where set.
+    """The platform of the computation that is being traced: "cpu", "gpu" or "tpu".
 
-    That inputs were put elsewhere is not known while tracing.
+    It is that of the ahead-of-time target, else of `jax.default_device`, else the default backend.
+    Where inputs are committed is unknown at trace time.
     """
     from pallas_kernels import common, hardware
 

@@ -1,4 +1,4 @@
-"""Where one document of a packed sequence ends and the next begins."""
+"""Document boundaries of packed sequences."""
 
 import jax.numpy as jnp
 
@@ -8,27 +8,29 @@ from xlstm_jax.typing import Array, Bool, Int
 
 
 def document_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Where the state is to be reset: the id differs from the one before.
+    """The `reset` of a packed sequence: True where the segment id differs from the previous one.
 
-    A sequence's first token is no such place, whatever padding precedes it: the state is initial
-    there, or it was given on purpose.
+    The first token of a sequence is not a reset, even after padding: the state before it is either
+    the initial one or passed by the caller on purpose.
 
     Args:
         segment_ids: 0 is padding, documents count from 1.
 
-    On a mesh that shards the sequence a device sends its last id and whether it has a token.
+    On a mesh that shards the sequence, devices all-gather their last id and whether they have a
+    token.
     """
     B, T = segment_ids.shape
     axes = sharding_axes("T", T)
 
     def local(segment_ids):
-        id_before = jnp.zeros_like(segment_ids[:, 0])
-        has_begun = id_before > 0
+        last_id = jnp.zeros_like(segment_ids[:, 0])
+        has_begun = last_id > 0
         if axes:
-            id_before, has_begun = previous_tokens(segment_ids, axes)
-        before = jnp.concatenate([id_before[:, None], segment_ids[:, :-1]], axis=1)
-        begins = jnp.concatenate([has_begun[:, None], segment_ids[:, :-1] != 0], axis=1)
-        return (segment_ids != before) & (jnp.cumsum(begins, axis=1) > 0)
+            last_id, has_begun = previous_tokens(segment_ids, axes)
+        previous = jnp.concatenate([last_id[:, None], segment_ids[:, :-1]], axis=1)
+        is_token = jnp.concatenate([has_begun[:, None], segment_ids[:, :-1] != 0], axis=1)
+        # The running count is 0 up to and including the first token, which is not a reset.
+        return (segment_ids != previous) & (jnp.cumsum(is_token, axis=1) > 0)
 
     if not axes:
         return local(segment_ids)

@@ -1,4 +1,4 @@
-"""Rows of the table of token vectors."""
+"""Token embedding lookup."""
 
 import jax.numpy as jnp
 
@@ -17,10 +17,11 @@ def embed(
     A sharded table is all-gathered in `dtype`; its gradient is reduce-scattered in its own dtype.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: inconsistent shapes.
     """
     check_shapes("embed", {"tokens": (tokens, "B T"), "table": (table, "vocab D")})
     dtype = jnp.dtype(dtype or table.dtype)
     if not auto_mesh_axes():
+        # Look-up before the cast: only the embeddings of the batch are converted.
         return jnp.take(table, tokens, axis=0).astype(dtype)
     return constrain(parameters.embed(tokens, table, dtype), "batch", "time", None)

@@ -1,4 +1,4 @@
-"""Resets and masks, which every recurrent op takes."""
+"""Resets and masks, arguments of every op over time."""
 
 from typing import Any, NamedTuple
 
@@ -9,15 +9,16 @@ from xlstm_jax.typing import Array, Bool, Float
 
 
 class Flags(NamedTuple):
-    """Where a sequence is reset, and where it has no step; a reset that is masked is void."""
+    """Resets of the state, and the mask of valid positions; a masked reset is ignored."""
 
     reset: Bool[Array, "B T"] | None
     mask: Bool[Array, "B T"] | None
 
     def zero_masked(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        """x with zeros at masked positions, whatever they hold (also NaN)."""
+        """x with zeros at masked positions, whatever their values (also NaN)."""
         if self.mask is None:
             return x
+        # A select, not a product with the mask, which would leave NaN.
         return jnp.where(self.mask.reshape(self.mask.shape + (1,) * (x.ndim - 2)), x, 0)
 
 
@@ -25,5 +26,5 @@ FLAG_AXES = Flags._make(("B T", "B T"))
 
 
 def flip_time(tree: Any) -> Any:
-    """Every leaf `B T ...` in reverse order of time."""
+    """Every leaf `B T ...`, reversed in time."""
     return jax.tree.map(lambda x: jnp.flip(x, axis=1), tree)

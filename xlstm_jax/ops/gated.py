@@ -1,4 +1,4 @@
-"""What the ops `slstm` and `lstm` share: checks, and the call on a mesh."""
+"""Code shared by the ops `slstm` and `lstm`: checks, dispatch, and sharding over a mesh."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.ops import dispatch
-from xlstm_jax.ops.checks import by_name, check_length, check_shapes
+from xlstm_jax.ops.checks import check_length, check_shapes, fields_with_axes
 from xlstm_jax.ops.flags import FLAG_AXES, Flags, flip_time
 from xlstm_jax.ops.sharded.shard_map import map_shards
 from xlstm_jax.sharding.axes import constrain
@@ -30,42 +30,45 @@ def run(
     table: Mapping[str, dispatch.Implementation],
     implementation: str,
     inputs: Inputs,
-    kind: Any,
+    state_type: Any,
     *,
     reverse: bool,
     **options: str,
 ) -> tuple[Float[Array, "B T H K"], Any]:
-    """Checks shapes, selects an implementation and calls it: `fn(inputs, **options)`.
+    """Check shapes, select an implementation and call it: `fn(inputs, **options)`.
 
-    Each device computes its sequences and heads. The hidden state is fed back at every step, so no
-    shard of time can be computed before the one before it: a sequence sharded over devices is
-    all-gathered, and they compute the same. `kind` is the class of the state.
+    Each device computes its shard of batch and heads. The hidden state is fed back at every step,
+    so shards of the sequence cannot be computed in parallel: a sequence sharded over devices is
+    all-gathered, and these devices repeat the computation. `state_type` is the class of the state.
     """
     x, r, b, state, flags = inputs
     arrays = {"x": (x, "B T 4 H K"), "r": (r, "H K 4 K"), "b": (b, "H 4 K")}
-    arrays |= by_name(flags, FLAG_AXES)
+    arrays |= fields_with_axes(flags, FLAG_AXES)
     if state is not None:
-        arrays |= by_name(state, ("B H K",) * len(state), "state.")
+        arrays |= fields_with_axes(state, ("B H K",) * len(state), "state.")
     sizes = check_shapes(op, arrays)
     check_length(op, sizes)
     B, T, H, K = (sizes[axis] for axis in "BTHK")
-    # What is float64 anywhere is computed in float64.
+    # One float64 argument makes the computation float64, which kernels do not support.
     wide = state_dtype(x, r)
     dtype = jnp.dtype(x.dtype) if wide == jnp.float32 else wide
     call = dispatch.Call(B, T, H, K, K, dtype, dispatch.platform())
-    chosen = dispatch.choose(op, table, implementation, call)
+    selected = dispatch.choose(op, table, implementation, call)
 
     def local(x, r, b, state, flags):
-        if state is None:
+        if state is None:  # created here, with the sizes of the device's shard
             zeros = jnp.zeros((x.shape[0], *x.shape[3:]), wide)
-            state = kind(*(zeros for _ in kind._fields))
+            state = state_type(*(zeros for _ in state_type._fields))
         state = jax.tree.map(lambda leaf: leaf.astype(wide), state)
+        # Inputs and outputs are flipped here, so no implementation needs a reverse mode.
         if reverse:
             x, flags = flip_time((x, flags))
-        h, state = chosen.fn(Inputs(x, r, b, state, flags), **options)
+        h, state = selected.fn(Inputs(x, r, b, state, flags), **options)
         return flip_time(h) if reverse else h, state
 
-    leaves = kind(*("B H K" for _ in kind._fields))
-    axes = ("B T G H K", "H K G J", "H G K", leaves, FLAG_AXES)
-    h, state = map_shards(local, tuple(inputs), axes, ("B T H K", leaves), {"B": B, "H": H})
+    state_axes = state_type(*("B H K" for _ in state_type._fields))
+    axes = ("B T G H K", "H K G J", "H G K", state_axes, FLAG_AXES)
+    # "T" has no size here: time is replicated.
+    h, state = map_shards(local, tuple(inputs), axes, ("B T H K", state_axes), {"B": B, "H": H})
+    # h is replicated over the devices that share a sequence; shard it again for the next layer.
     return constrain(h, "batch", "time", "heads", None), state

@@ -31,7 +31,7 @@ def lstm(
     Returns h in the dtype of x, and the state after the last step, float32 or wider.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown implementation.
+        ValueError: inconsistent shapes, or an unknown implementation.
         NotImplementedError: the implementation does not support this call; gives the reason.
     """
     inputs = gated.Inputs(x, r, b, state, Flags(reset, mask))

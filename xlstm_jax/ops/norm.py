@@ -1,4 +1,4 @@
-"""Norms over the last axis, and the soft cap. Statistics are float32, or wider where x is.
+"""Norms over the last axis, and the soft cap. Statistics are float32, or wider if x is wider.
 
 Source: arXiv:2405.04517, appendix; arXiv:2503.13427, section 3 (RMS norm, soft cap).
 """
@@ -44,18 +44,20 @@ def multi_head_norm(
     *,
     eps: float = 1e-5,
 ) -> Float[Array, "B T F"]:
-    """Layer norm of each head apart; heads are then joined (F = H * V), scaled and shifted."""
+    """Layer norm of each head; heads are then concatenated (F = H * V), scaled and shifted."""
     B, T, H, V = h.shape
+    # Cast here, so that scale and shift are in float32 too.
     y = layer_norm(h.astype(state_dtype(h)), eps=eps).reshape(B, T, H * V)
     return _affine(y, scale, bias).astype(h.dtype)
 
 
 def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
-    """cap * tanh(x / cap): the identity near 0, never beyond +-cap. `None` leaves x as it is."""
+    """cap * tanh(x / cap): the identity near 0, bounded by +-cap. `None` returns x unchanged."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-# The gradient is written by hand: it needs y and one number per vector, and two independent means.
+# The gradient is written by hand: it needs only y and one number per vector as residuals, and two
+# independent means.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _standardize(kind: str, eps: float, x: Array) -> Array:
     return _forward(kind, eps, x)[0]
@@ -68,8 +70,10 @@ def _forward(kind: str, eps: float, x: Array):
 
 
 def _backward(kind: str, eps: float, residuals, dy: Array):
-    del eps
+    del eps  # included in `scale`
     y, scale = residuals
+    # Remove the components of dy along y and, for layer norm, along a constant shift: the norm does
+    # not depend on scale and shift of x (up to eps).
     dx = dy - y * mean(y * dy)
     return (scale * (dx - mean(dy) if kind == "layer" else dx),)
 
@@ -78,6 +82,7 @@ _standardize.defvjp(_forward, _backward)
 
 
 def _affine(y: Array, scale: Array | None, bias: Array | None) -> Array:
+    # Explicit axes of size 1: tests forbid implicit rank promotion.
     if scale is not None:
         y = y * scale.reshape((1,) * (y.ndim - 1) + scale.shape)
     if bias is not None:

@@ -1,4 +1,4 @@
-"""What can run here: every implementation of every op, with the reason where it cannot."""
+"""Every implementation of every op, with the reason if it cannot run on this machine."""
 
 import jax.numpy as jnp
 
@@ -15,12 +15,13 @@ TABLES = {
 
 
 def implementations(op: str) -> dict[str, str | None]:
-    """For each implementation of `op`, None or the sentence why it cannot run here.
+    """For each implementation of `op`, None or the reason why it cannot run here.
 
-    Judged for a float32 call of a common shape on the default device, asked for by name.
+    The reason applies to a float32 call of a common shape on the default device, in which the
+    caller names the implementation.
 
     Raises:
-        ValueError: there is no such op.
+        ValueError: `op` is unknown.
     """
     if op not in TABLES:
         known = ", ".join(TABLES)

@@ -1,1 +1,1 @@
-"""The op `mlstm`: `api` is the public function, beside it one file per implementation."""
+"""The op `mlstm`: the public function is in `api`; the other modules are implementations."""

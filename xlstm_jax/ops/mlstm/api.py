@@ -7,27 +7,27 @@ from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.cells.mlstm import MLSTMState, mlstm_init, mlstm_scan
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.checks import (
-    by_name,
     check_choice,
     check_chunk_size,
     check_length,
     check_shapes,
+    fields_with_axes,
 )
 from xlstm_jax.ops.dispatch import Implementation
 from xlstm_jax.ops.flags import FLAG_AXES, Flags, flip_time
 from xlstm_jax.ops.mlstm.arguments import INPUT_AXES, STATE_AXES, Inputs, Options
 from xlstm_jax.ops.mlstm.chunkwise import mlstm_chunkwise
-from xlstm_jax.ops.mlstm.context_parallel import states_around
+from xlstm_jax.ops.mlstm.context_parallel import boundary_states
 from xlstm_jax.ops.mlstm.parallel import mlstm_parallel
 from xlstm_jax.ops.sharded.shard_map import map_shards, sharding_axes
 from xlstm_jax.typing import Array, Bool, Float
 
 
 def _kernels(backend: str) -> Implementation:
-    """The Pallas kernels of "tpu", or those of "triton"."""
+    """The kernels of the backend "tpu" or "triton", as an implementation."""
 
     def unsupported(call: dispatch.Call) -> str | None:
-        reason = dispatch.refuses_kernel(backend, call)
+        reason = dispatch.kernel_refusal(backend, call)
         if reason is not None:
             return reason
         from pallas_kernels.mlstm import backends
@@ -39,6 +39,7 @@ def _kernels(backend: str) -> Implementation:
         # A donated state is updated in place where T = 1.
         from pallas_kernels.mlstm import api, backends
 
+        # Kernels load q, k and v in one dtype.
         dtype = jnp.result_type(x.q, x.k, x.v)
         q, k, v = (a.astype(dtype) for a in x[:3])
         kernels, keywords = getattr(backends, backend)(), flags._asdict() | options._asdict()
@@ -49,13 +50,13 @@ def _kernels(backend: str) -> Implementation:
 
 
 def _recurrent(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
-    """The reference, and the decode step."""
+    """The reference, also used for decoding."""
     keywords = flags._asdict() | options._asdict()
     del keywords["chunk_size"]
     return mlstm_scan(*x, state, **keywords)
 
 
-# Ordered: "auto" selects the first that supports the call.
+# Ordered by preference: "auto" selects the first that supports the call.
 IMPLEMENTATIONS = {
     "pallas_tpu": _kernels("tpu"),
     "triton": _kernels("triton"),
@@ -82,46 +83,49 @@ def mlstm(
     reverse: bool = False,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B T H V"], MLSTMState]:
-    """mLSTM: a matrix memory C, written by v k' and read by q (arXiv:2405.04517, section 2.3).
+    """mLSTM: a matrix memory C of keys and values, read by queries (arXiv:2405.04517, section 2.3).
 
     Args:
-        q, k, v: queries, keys, values; 1/sqrt(K) is applied to q here.
+        q, k, v: queries, keys, values; the op applies 1/sqrt(K) to q.
         i, f: gate pre-activations; the forget gate is a sigmoid.
         state: before the first step; None is the initial state, zeros in every leaf.
         reset: where True, the state before this position is replaced by the initial one.
-        mask: where False, the state stays bit-identical and h is 0.
+        mask: where False, the state stays bit-identical and h is 0; a reset there is ignored.
         input_gate: "exp", or "sigmoid" (arXiv:2503.14376), whose states have m = 0.
         normalize: divide by max(|q n|, exp(-m)) + eps; False needs the sigmoid input gate.
         eps: added after that maximum.
-        chunk_size: positions per chunk of the chunkwise forms; changes speed only.
+        chunk_size: positions per chunk of chunkwise implementations; changes speed only.
         reverse: flips time in every argument and in h.
         implementation: a name of `ops.implementations("mlstm")`, or "auto".
 
     Returns h in the dtype of v, and the state after the last step, float32 or wider.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown gate or implementation, a chunk size below 1.
+        ValueError: inconsistent shapes, an unknown gate or implementation, a chunk size below 1.
         NotImplementedError: the implementation does not support this call; gives the reason.
     """
     x, flags = Inputs(q, k, v, i, f), Flags(reset, mask)
     options = Options(input_gate, normalize, eps, chunk_size)
     call = _check(x, state, flags, options)
-    chosen = dispatch.choose("mlstm", IMPLEMENTATIONS, implementation, call)
-    if implementation == "auto" and call.T == 1 and chosen is IMPLEMENTATIONS["chunkwise"]:
-        chosen = IMPLEMENTATIONS["recurrent"]  # decoding: a chunk of one step only adds work
+    selected = dispatch.choose("mlstm", IMPLEMENTATIONS, implementation, call)
+    if implementation == "auto" and call.T == 1 and selected is IMPLEMENTATIONS["chunkwise"]:
+        selected = IMPLEMENTATIONS["recurrent"]  # decoding: a chunk of one step only adds work
     dtype = state_dtype(*x)
     if state is None:
         state = mlstm_init(call.B, call.H, call.K, call.V, dtype)
+    # A caller may pass a state in the dtype of the activations; implementations get a wide one.
     state = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
+    # Inputs and outputs are flipped here, so no implementation needs a reverse mode.
     if reverse:
         x, flags = flip_time((x, flags))
     time_axes = sharding_axes("T", call.T)
 
     def local(x, state, flags):
         if not time_axes:
-            return chosen.fn(x, state, flags, options)
-        first, last = states_around(x, state, flags, options, time_axes)
-        return chosen.fn(x, first, flags, options)[0], last
+            return selected.fn(x, state, flags, options)
+        # The final state comes from the summaries; the one that `fn` returns is only this shard's.
+        initial, last = boundary_states(x, state, flags, options, time_axes)
+        return selected.fn(x, initial, flags, options)[0], last
 
     axes = (INPUT_AXES, STATE_AXES, FLAG_AXES)
     sizes = {"B": call.B, "H": call.H} | ({"T": call.T} if time_axes else {})
@@ -130,10 +134,10 @@ def mlstm(
 
 
 def _check(x: Inputs, state: MLSTMState | None, flags: Flags, options: Options) -> dispatch.Call:
-    """The static facts of a call, once its arguments fit."""
-    arrays = by_name(x, INPUT_AXES) | by_name(flags, FLAG_AXES)
+    """Check the arguments, and return the static facts of the call."""
+    arrays = fields_with_axes(x, INPUT_AXES) | fields_with_axes(flags, FLAG_AXES)
     if state is not None:
-        arrays |= by_name(state, STATE_AXES, "state.")
+        arrays |= fields_with_axes(state, STATE_AXES, "state.")
     sizes = check_shapes("mlstm", arrays)
     check_length("mlstm", sizes)
     check_choice("mlstm", "input_gate", options.input_gate, ("exp", "sigmoid"))
@@ -144,7 +148,7 @@ def _check(x: Inputs, state: MLSTMState | None, flags: Flags, options: Options) 
         )
     check_chunk_size("mlstm", options.chunk_size)
     B, T, H, K, V = (sizes[axis] for axis in "BTHKV")
-    # What is float64 anywhere is computed in float64.
+    # One float64 argument makes the computation float64, which kernels do not support.
     wide = state_dtype(*x)
     dtype = jnp.result_type(x.q, x.k, x.v) if wide == jnp.float32 else wide
     return dispatch.Call(B, T, H, K, V, dtype, dispatch.platform(), options.chunk_size)

@@ -1,4 +1,4 @@
-"""Arguments of the op `mlstm` that travel together below its public signature."""
+"""Argument groups of the op `mlstm`, passed to its implementations."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ STATE_AXES = MLSTMState._make(("B H K V", "B H K", "B H"))
 
 
 class Options(NamedTuple):
-    """Static options; hashable, so that a custom gradient can take them as one argument."""
+    """Static options; hashable, as a non-differentiable argument of a `custom_vjp` must be."""
 
     input_gate: str = "exp"
     normalize: bool = True
@@ -30,5 +30,5 @@ class Options(NamedTuple):
 
     @property
     def max_state(self) -> bool:
-        """Whether m follows the gates; with a sigmoid input gate it is 0 everywhere."""
+        """Whether m is the running maximum of the gates; with a sigmoid input gate it is 0."""
         return self.input_gate == "exp"

@@ -1,15 +1,15 @@
-"""mLSTM in chunks: parallel inside a chunk, a recurrence over the states at chunk borders.
+"""Chunkwise mLSTM: parallel within a chunk, recurrent over the states at chunk boundaries.
 
-Chunks of all sequences and heads lie behind each other on one axis Z, position in the sequence
-first (Z = N * B * H): loops over three axes are what XLA for CPUs makes fast. On a mesh, each shard
-has its own. Y is B * H. `u` is the unnormalized read-out, `d` its normalizer, both divided by
-exp(m) with m the log-scale of the recurrence.
+Chunks of all sequences and heads share one axis Z = N * B * H, chunk index first: XLA's CPU backend
+is fast at loops over three axes. On a mesh, each shard has its own. Y is B * H. `u` is the
+unnormalized read-out, `d` its normalizer, both divided by exp(m), where m is the log-scale of the
+recurrence.
 
-The gradient is exact and rematerializes what one chunk needs. The log-scale m of a state is a
+The gradient is exact and rematerializes the weights of a chunk. The log-scale m of a state is a
 gauge: moving a factor between exp(m) and (C, n) changes nothing. So gradients of the gates follow
-from scale symmetries (`k_s` appears only as exp(log i_s) k_s, and a state only under the product of
-the forget gates since), and m itself matters in two places alone: in eps, which is added in the
-scaled domain, and in a loss on the returned C, n and m.
+from scale symmetries (`k_s` appears only as exp(log i_s) k_s, and a state only times the product of
+later forget gates), and m itself has a gradient in two places only: eps, which is added in the
+scaled domain, and a loss on the returned C, n and m.
 
 Source: arXiv:2503.14376 (tiled flash linear attention), section 3; the gradient is our derivation.
 """
@@ -30,7 +30,7 @@ from xlstm_jax.ops.mlstm.arguments import Inputs, Options
 from xlstm_jax.typing import Array, Float
 
 CHUNK_SIZE = 64
-"""Positions per chunk when none is given."""
+"""Positions per chunk by default."""
 
 
 class Chunks(NamedTuple):
@@ -42,8 +42,8 @@ class Chunks(NamedTuple):
     gates: LogGates  # "Z L"
 
 
-class Rows(NamedTuple):
-    """What the backward pass needs of every position besides the inputs."""
+class Outputs(NamedTuple):
+    """Results of the forward pass for every position."""
 
     m: Float[Array, "Z L"]  # log-scale of the recurrence after this step
     d: Float[Array, "Z L"]  # signed normalizer
@@ -51,10 +51,10 @@ class Rows(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """All that the forward pass saves for the backward pass."""
+    """Values that the forward pass saves for the backward pass."""
 
     x: Chunks
-    rows: Rows
+    outputs: Outputs
     starts: MLSTMState  # at the start of every chunk, leading axis Z
     last: MLSTMState  # leading axis Y = B * H
 
@@ -62,13 +62,16 @@ class Residuals(NamedTuple):
 def mlstm_chunkwise(
     x: Inputs, state: MLSTMState, flags: Flags, options: Options
 ) -> tuple[Float[Array, "B T H V"], MLSTMState]:
-    """The op `mlstm`. Any T; memory grows with T, not with T * chunk_size."""
+    """The op `mlstm`, for any T; memory grows with T, not with T * chunk_size."""
     q, k, v = (flags.zero_masked(a) for a in x[:3])
     gates = pre.log_gates(x.i, x.f, *flags, input_gate=options.input_gate, dtype=state.C.dtype)
     if not options.max_state:
+        # States of a sigmoid input gate have m = 0; the caller's may have another m.
         state = MLSTMState(*pre.without_scale(*state))
+    # A short sequence is one chunk of its own length, without padding.
     L = min(options.chunk_size or CHUNK_SIZE, q.shape[1])
     h, state = _chunkwise(options, L, q, k, v, gates, state)  # pyright: ignore[reportGeneralTypeIssues]
+    # A masked position writes nothing, but its query still reads the state.
     return flags.zero_masked(h), state
 
 
@@ -85,206 +88,221 @@ def _forward(options: Options, L: int, q, k, v, gates: LogGates, state: MLSTMSta
     if reset is not None:
         reset = _chunk(jnp.broadcast_to(reset[..., None], (B, T, H)), L)
     x = Chunks(_chunk(q, L), _chunk(k, L), _chunk(v, L), LogGates(log_i, log_f, reset))
-    # A product reads it: see `materialize` on operands that are one value repeated.
-    first = materialize(jax.tree.map(_merge_leading, state))
+    # An operand of products, and possibly a broadcast constant: see `materialize`.
+    initial = materialize(jax.tree.map(_merge_leading, state))
     decays = pre.borders(x.gates, materialize(pre.running_sum(x.gates)))
-    starts, last = _border_states(options, x, decays, first)
-    rows = _outputs(options, x, decays, starts)
+    starts, last = _boundary_states(options, x, decays, initial)
+    outputs = _outputs(options, x, decays, starts)
     last_by_head = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), last, state)
-    return (_join(rows.h, B, T, H), last_by_head), Residuals(x, rows, starts, last)
+    return (_join(outputs.h, B, T, H), last_by_head), Residuals(x, outputs, starts, last)
 
 
-def _backward(options: Options, L: int, saved: Residuals, cotangents):
-    x, rows, starts, last = saved
+def _backward(options: Options, L: int, residuals: Residuals, cotangents):
+    x, outputs, starts, last = residuals
     dh, dlast_by_head = cotangents
     B, T, H = dh.shape[:3]
     dh, dlast = _chunk(dh, L), materialize(jax.tree.map(_merge_leading, dlast_by_head))
-    if not options.normalize:  # else the division by norms makes it more than a constant
+    # dh may be a broadcast constant (see `materialize`), unless it is divided by norms first.
+    if not options.normalize:
         dh = materialize(dh)
     decays = pre.borders(x.gates, materialize(pre.running_sum(x.gates)))
-    drows = _row_grads(options, rows, dh)
-    weights = _row_weights(x.gates, decays, rows.m, starts.m)
-    dends, phi, dfirst = _border_grads(saved, decays, drows, weights[1], dlast)
-    dq, dk, dv = _input_grads(options, x, decays, starts, drows, weights, dends)
+    doutputs = _output_grads(options, outputs, dh)
+    weights = _query_weights(x.gates, decays, outputs.m, starts.m)
+    dends, phi, dinitial = _boundary_grads(residuals, decays, doutputs, weights[1], dlast)
+    dq, dk, dv = _input_grads(options, x, decays, starts, doutputs, weights, dends)
+    # exp(log i_s) k_s is one factor, so dlog_i = k dk. log f_j is in the weights of pairs (t, s)
+    # with s < j <= t: those of queries t >= j (q dq) minus those of keys s >= j (k dk).
     dlog_i = jnp.sum(x.k * dk, axis=-1)
     flow = jnp.sum(x.q * dq, axis=-1) - dlog_i
     dlog_f = pre.suffix_sum(flow, phi, decays.segment, x.gates.reset)
     if options.max_state:
+        # The gradient of the loss on the last state through m: C and n have the factor exp(-m).
         rho = dlast.m - _inner(dlast, last)
-        through_f, kept = pre.path_of_maximum(x.gates, rows.m, starts.m)
-        leaving = _leaving(kept, drows.m, rho)
-        gauge_i, gauge_f, gauge_m = pre.scale_grads(through_f, kept, leaving, drows.m)
+        through_f, through_m = pre.path_of_maximum(x.gates, outputs.m, starts.m)
+        leaving = _end_grads(through_m, doutputs.m, rho)
+        gauge_i, gauge_f, gauge_m = pre.scale_grads(through_f, through_m, leaving, doutputs.m)
         dlog_i, dlog_f = dlog_i + gauge_i, dlog_f + gauge_f
-        dfirst = dfirst._replace(m=dfirst.m + _by_position(gauge_m, last)[0])
+        dinitial = dinitial._replace(m=dinitial.m + _by_position(gauge_m, last)[0])
     dq, dk, dv = dq.astype(x.q.dtype), dk.astype(x.k.dtype), dv.astype(x.v.dtype)
     dq, dk, dv, dlog_i, dlog_f = (_join(g, B, T, H) for g in (dq, dk, dv, dlog_i, dlog_f))
-    dfirst = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), dfirst, dlast_by_head)
-    return dq, dk, dv, LogGates(dlog_i, dlog_f, None), dfirst
+    dinitial = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), dinitial, dlast_by_head)
+    return dq, dk, dv, LogGates(dlog_i, dlog_f, None), dinitial
 
 
 _chunkwise.defvjp(_forward, _backward)
 
 
-def _border_states(options: Options, x: Chunks, decays: Borders, state: MLSTMState):
+def _boundary_states(options: Options, x: Chunks, decays: Borders, state: MLSTMState):
     """The states at chunk starts, leading axis Z, and the last; `state` has the leading axis Y."""
     # Increments are computed for all chunks at once, each in its own scale; the scan only adds.
-    own = pre.end_max(x.gates, decays[:2]) if options.max_state else jnp.zeros_like(decays.across)
-    weight = jnp.exp(decays.to_end - own[..., None])[..., None]
+    m_new = pre.end_max(x.gates, decays[:2]) if options.max_state else jnp.zeros_like(decays.across)
+    weight = jnp.exp(decays.to_end - m_new[..., None])[..., None]
     keys = weight * x.k
     C_new = exact_einsum("ZLK,ZLV->ZKV", keys.astype(x.v.dtype), x.v, dtype=state.C.dtype)
     n_new = jnp.sum(keys, axis=-2)
-    news = tuple(_by_position(a, state) for a in (decays.across, own, C_new, n_new))
+    increments = tuple(_by_position(a, state) for a in (decays.across, m_new, C_new, n_new))
 
     def step(state, chunk):
-        across, own, C_new, n_new = chunk
-        m = jnp.maximum(across + state.m, own) if options.max_state else state.m
-        f_scaled, i_scaled = jnp.exp(across + state.m - m), jnp.exp(own - m)
+        across, m_new, C_new, n_new = chunk
+        m = jnp.maximum(across + state.m, m_new) if options.max_state else state.m
+        f_scaled, i_scaled = jnp.exp(across + state.m - m), jnp.exp(m_new - m)
         C = f_scaled[..., None, None] * state.C + i_scaled[..., None, None] * C_new
         n = f_scaled[..., None] * state.n + i_scaled[..., None] * n_new
         return MLSTMState(C, n, m), state
 
-    last, starts = jax.lax.scan(step, state, news)
+    last, starts = jax.lax.scan(step, state, increments)
     return jax.tree.map(_merge_leading, starts), last
 
 
-def _outputs(options: Options, x: Chunks, decays: Borders, starts: MLSTMState) -> Rows:
+def _outputs(options: Options, x: Chunks, decays: Borders, starts: MLSTMState) -> Outputs:
     dtype, scale = starts.C.dtype, x.q.shape[-1] ** -0.5
     m = jnp.zeros_like(x.gates.log_i)
-    if options.max_state:  # as the step recurrence has it
-        source = _source_decay(decays, pre.log_i_for_m(x.gates))
+    if options.max_state:  # the same m as that of the recurrence, so that eps has the same effect
+        source = _log_source_weights(decays, pre.log_i_for_m(x.gates))
         m = jnp.maximum(jnp.max(source, axis=-1), decays.to_row + starts.m[..., None])
-    inside, across = _row_weights(x.gates, decays, m, starts.m)
-    P = scale * exact_einsum("ZLK,ZSK->ZLS", x.q, x.k, dtype=dtype) * inside
+    within, across = _query_weights(x.gates, decays, m, starts.m)
+    P = scale * exact_einsum("ZLK,ZSK->ZLS", x.q, x.k, dtype=dtype) * within
     q = (scale * across)[..., None] * x.q
+    # Products take operands in the dtype of v and accumulate in that of the state.
     u = exact_einsum("ZLS,ZSV->ZLV", P.astype(x.v.dtype), x.v, dtype=dtype)
     C = starts.C.astype(x.v.dtype)
     u = u + exact_einsum("ZLK,ZKV->ZLV", q.astype(x.v.dtype), C, dtype=dtype)
     if not options.normalize:
-        return Rows(m, jnp.zeros_like(m), u.astype(x.v.dtype))
+        return Outputs(m, jnp.zeros_like(m), u.astype(x.v.dtype))
     d = jnp.sum(P, axis=-1) + jnp.sum(q * starts.n[..., None, :], axis=-1)
-    norm, _ = _row_norm(options, m, d)
-    return Rows(m, d, (u / norm[..., None]).astype(x.v.dtype))
+    norm, _ = _normalizer(options, m, d)
+    return Outputs(m, d, (u / norm[..., None]).astype(x.v.dtype))
 
 
-class _RowGrads(NamedTuple):
-    """Cotangents of a row's read-out `u`, of its normalizer `d`, and of its log-scale `m`."""
+class _OutputGrads(NamedTuple):
+    """Cotangents of a position's read-out `u`, of its normalizer `d`, and of its log-scale `m`."""
 
     u: Float[Array, "Z L V"]
     d: Float[Array, "Z L"]
     m: Float[Array, "Z L"]
 
 
-def _row_grads(options: Options, rows: Rows, dh: Float[Array, "Z L V"]) -> _RowGrads:
-    dtype = rows.m.dtype
+def _output_grads(options: Options, outputs: Outputs, dh: Float[Array, "Z L V"]) -> _OutputGrads:
+    dtype = outputs.m.dtype
     dh = dh.astype(dtype)
     if not options.normalize:
-        return _RowGrads(dh, jnp.zeros_like(rows.d), jnp.zeros_like(rows.m))
-    norm, by_d = _row_norm(options, rows.m, rows.d)
-    dnorm = -jnp.sum(dh * rows.h.astype(dtype), axis=-1) / norm
-    # eps is added in the scaled domain: in units of the state it is eps * exp(m).
-    dm = jnp.where(rows.m >= READ_FLOOR, options.eps * dnorm, 0)
-    return _RowGrads(dh / norm[..., None], jnp.where(by_d, jnp.sign(rows.d) * dnorm, 0), dm)
+        return _OutputGrads(dh, jnp.zeros_like(outputs.d), jnp.zeros_like(outputs.m))
+    norm, is_d = _normalizer(options, outputs.m, outputs.d)
+    dnorm = -jnp.sum(dh * outputs.h.astype(dtype), axis=-1) / norm
+    # eps is added in the scaled domain: in units of the unscaled state it is eps * exp(m).
+    dm = jnp.where(outputs.m >= READ_FLOOR, options.eps * dnorm, 0)
+    return _OutputGrads(dh / norm[..., None], jnp.where(is_d, jnp.sign(outputs.d) * dnorm, 0), dm)
 
 
-def _border_grads(saved: Residuals, decays: Borders, drows: _RowGrads, across, dlast):
-    """Cotangents of the states leaving each chunk, what scaling them costs, and of the first."""
-    x, _, starts, last = saved
+def _boundary_grads(residuals: Residuals, decays: Borders, doutputs: _OutputGrads, across, dlast):
+    """Cotangents of the states after each chunk, of a scaling of them, and of the initial state."""
+    x, _, starts, last = residuals
     dtype = starts.C.dtype
     q_across = (x.q.shape[-1] ** -0.5 * across)[..., None] * x.q
-    read = exact_einsum("ZLK,ZLV->ZKV", q_across.astype(x.v.dtype), _as(drows.u, x.v), dtype=dtype)
-    read_n = jnp.sum(q_across * drows.d[..., None], axis=-2)
+    dC_read = exact_einsum(
+        "ZLK,ZLV->ZKV", q_across.astype(x.v.dtype), _as(doutputs.u, x.v), dtype=dtype
+    )
+    dn_read = jnp.sum(q_across * doutputs.d[..., None], axis=-2)
     m_end = jnp.concatenate([starts.m[last.m.size :], last.m])
     f_scaled = jnp.exp(decays.across + starts.m - m_end)
 
     def step(carry, chunk):
         dC, dn, phi = carry
-        f_scaled, read, read_n, C, n = chunk
-        dC_start = f_scaled[..., None, None] * dC + read
-        dn_start = f_scaled[..., None] * dn + read_n
+        f_scaled, dC_read, dn_read, C, n = chunk
+        dC_start = f_scaled[..., None, None] * dC + dC_read
+        dn_start = f_scaled[..., None] * dn + dn_read
         phi_start = jnp.sum(dC_start * C, axis=(-2, -1)) + jnp.sum(dn_start * n, axis=-1)
         return (dC_start, dn_start, phi_start), carry
 
-    first = (dlast.C, dlast.n, _inner(dlast, last))
-    xs = tuple(_by_position(a, last) for a in (f_scaled, read, read_n, starts.C, starts.n))
-    (dC, dn, dm), (dC_end, dn_end, phi) = jax.lax.scan(step, first, xs, reverse=True)
+    carry = (dlast.C, dlast.n, _inner(dlast, last))
+    xs = tuple(_by_position(a, last) for a in (f_scaled, dC_read, dn_read, starts.C, starts.n))
+    (dC, dn, dm), (dC_end, dn_end, phi) = jax.lax.scan(step, carry, xs, reverse=True)
     dC_end, dn_end, phi = (_merge_leading(a) for a in (dC_end, dn_end, phi))
     return (dC_end, dn_end, m_end), phi, MLSTMState(dC, dn, dm)
 
 
-def _input_grads(options, x: Chunks, decays: Borders, starts, drows: _RowGrads, weights, dends):
+def _input_grads(
+    options, x: Chunks, decays: Borders, starts, doutputs: _OutputGrads, weights, dends
+):
     dtype, scale = starts.C.dtype, x.q.shape[-1] ** -0.5
-    (inside, across), (dC_end, dn_end, m_end) = weights, dends
+    (within, across), (dC_end, dn_end, m_end) = weights, dends
     C, dC_end = _as(starts.C, x.v), _as(dC_end, x.v)
-    du = _as(drows.u, x.v)
+    du = _as(doutputs.u, x.v)
     to_end = jnp.exp(decays.to_end - m_end[..., None])
-    inside = scale * inside
-    dS = (exact_einsum("ZLV,ZSV->ZLS", du, x.v, dtype=dtype) + drows.d[..., None]) * inside
-    P = exact_einsum("ZLK,ZSK->ZLS", x.q, x.k, dtype=dtype) * inside
+    within = scale * within
+    # Scores are rematerialized: L x L per chunk, they are not among the residuals.
+    dS = (exact_einsum("ZLV,ZSV->ZLS", du, x.v, dtype=dtype) + doutputs.d[..., None]) * within
+    P = exact_einsum("ZLK,ZSK->ZLS", x.q, x.k, dtype=dtype) * within
     dS, P = _as(dS, x.v), _as(P, x.v)
-    read = exact_einsum("ZLV,ZKV->ZLK", du, C, dtype=dtype)
+    dq_start = exact_einsum("ZLV,ZKV->ZLK", du, C, dtype=dtype)
     if options.normalize:
-        read = read + drows.d[..., None] * starts.n[..., None, :]
-    dq = exact_einsum("ZLS,ZSK->ZLK", dS, x.k, dtype=dtype) + (scale * across)[..., None] * read
-    written = exact_einsum("ZSV,ZKV->ZSK", x.v, dC_end, dtype=dtype) + dn_end[..., None, :]
-    dk = exact_einsum("ZLS,ZLK->ZSK", dS, x.q, dtype=dtype) + to_end[..., None] * written
+        dq_start = dq_start + doutputs.d[..., None] * starts.n[..., None, :]
+    dq = exact_einsum("ZLS,ZSK->ZLK", dS, x.k, dtype=dtype) + (scale * across)[..., None] * dq_start
+    dk_end = exact_einsum("ZSV,ZKV->ZSK", x.v, dC_end, dtype=dtype) + dn_end[..., None, :]
+    dk = exact_einsum("ZLS,ZLK->ZSK", dS, x.q, dtype=dtype) + to_end[..., None] * dk_end
     keys = _as(to_end[..., None] * x.k, x.v)
     dv = exact_einsum("ZLS,ZLV->ZSV", P, du, dtype=dtype)
     dv = dv + exact_einsum("ZSK,ZKV->ZSV", keys, dC_end, dtype=dtype)
     return dq, dk, dv
 
 
-def _leaving(kept, dm: Float[Array, "Z L"], rho: Float[Array, "Y"]) -> Float[Array, "Z"]:
-    """Cotangent of m after each chunk from later chunks; `rho` is that of the last m."""
-    entering = jnp.sum(jnp.where(jnp.cumsum(~kept, axis=-1) == 0, dm, 0), axis=-1)
+def _end_grads(through_m, dm: Float[Array, "Z L"], rho: Float[Array, "Y"]) -> Float[Array, "Z"]:
+    """Cotangent of m after each chunk from later chunks; `rho` is that of the last m.
+
+    `through_m` is True where m_t depends on m_{t-1}.
+    """
+    entering = jnp.sum(jnp.where(jnp.cumsum(~through_m, axis=-1) == 0, dm, 0), axis=-1)
 
     def step(leaving, chunk):
-        all_kept, entering = chunk
-        return entering + jnp.where(all_kept, leaving, 0), leaving
+        is_through, entering = chunk
+        return entering + jnp.where(is_through, leaving, 0), leaving
 
-    chunks = (a.reshape(-1, rho.size) for a in (jnp.all(kept, axis=-1), entering))
+    chunks = (a.reshape(-1, rho.size) for a in (jnp.all(through_m, axis=-1), entering))
     return jax.lax.scan(step, rho, tuple(chunks), reverse=True)[1].reshape(-1)
 
 
 def _inner(cotangent: MLSTMState, state: MLSTMState) -> Float[Array, "Y"]:
-    """What scaling the whole state costs."""
+    """Cotangent of the log of a common factor of C and n."""
     C = jnp.sum(cotangent.C * state.C, axis=(-2, -1))
     return C + jnp.sum(cotangent.n * state.n, axis=-1)
 
 
-def _source_decay(decays: Borders, log_i: Float[Array, "Z L"]) -> Float[Array, "Z L L"]:
-    """log weight of source s (last axis) in row t; NEG where s > t or a reset lies between."""
+def _log_source_weights(decays: Borders, log_i: Float[Array, "Z L"]) -> Float[Array, "Z L L"]:
+    """log weight of key s (last axis) for query t; NEG if s > t or a reset is between them."""
     L, (coarse, fine, segment, *_) = log_i.shape[-1], decays
-    seen = jnp.tril(jnp.ones((L, L), bool))[None]
+    visible = jnp.tril(jnp.ones((L, L), bool))[None]
     if segment is not None:
-        seen = seen & (segment[..., :, None] == segment[..., None, :])
+        visible = visible & (segment[..., :, None] == segment[..., None, :])
+    # Coarse parts are subtracted first: their difference is exact, see `Borders`.
     coarse = coarse[..., :, None] - coarse[..., None, :]
     fine = fine[..., :, None] + (log_i - fine)[..., None, :]
-    return jnp.where(seen, coarse + fine, pre.NEG)
+    return jnp.where(visible, coarse + fine, pre.NEG)
 
 
-def _row_weights(
+def _query_weights(
     gates: LogGates, decays: Borders, m: Float[Array, "Z L"], m_start: Float[Array, "Z"]
 ) -> tuple[Float[Array, "Z L L"], Float[Array, "Z L"]]:
-    """Factors of sources and of the state at the chunk's start, over e^m."""
+    """For every query: weights of keys, and of the state at the chunk's start, divided by e^m."""
     m = jnp.maximum(m, READ_FLOOR)
-    source = _source_decay(decays, gates.log_i)
+    source = _log_source_weights(decays, gates.log_i)
     across = decays.to_row + m_start[..., None]
     return jnp.exp(source - m[..., None]), jnp.exp(across - m)
 
 
-def _row_norm(options: Options, m: Float[Array, "Z L"], d: Float[Array, "Z L"]):
-    """The divisor of every position, and whether it is |d| (else a bound: no gradient to d)."""
+def _normalizer(options: Options, m: Float[Array, "Z L"], d: Float[Array, "Z L"]):
+    """The divisor of every read-out, and whether it is |d| (else the bound: no gradient to d)."""
     bound = pre.lower_bound(m)
     return jnp.maximum(jnp.abs(d), bound) + options.eps, jnp.abs(d) > bound
 
 
 def _chunk(x: Array, L: int, fill: float = 0) -> Array:
-    """`B T H ...` to `Z L ...`, with Z = N * B * H."""
+    """`B T H ...` to `Z L ...`, with Z = N * B * H; the last chunk is padded with `fill`."""
     B, T, H = x.shape[:3]
     pad = -T % L
     if pad:
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
     x = x.reshape((B, -1, L, H) + x.shape[3:])
+    # The chunk index first, so that a scan over chunks needs a reshape only.
     x = jnp.transpose(x, (1, 0, 3, 2, *range(4, x.ndim)))
     return x.reshape((-1, L) + x.shape[4:])
 
@@ -297,12 +315,12 @@ def _join(x: Array, B: int, T: int, H: int) -> Array:
 
 
 def _by_position(x: Array, state: MLSTMState) -> Array:
-    """`Z ...` to `N Y ...`: chunks of a sequence, and sequences with their heads."""
+    """`Z ...` to `N Y ...`: chunk index, and sequences with their heads."""
     return x.reshape((-1,) + state.m.shape + x.shape[1:])
 
 
 def _merge_leading(x: Float[Array, "N Y ..."]) -> Float[Array, "Z ..."]:
-    """The first two axes as one: the reverse of `_by_position`, or `B H ...` to `Y ...`."""
+    """The first two axes as one: the inverse of `_by_position`, or `B H ...` to `Y ...`."""
     return x.reshape((-1,) + x.shape[2:])
 
 

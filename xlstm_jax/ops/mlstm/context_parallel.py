@@ -1,10 +1,10 @@
-"""The mLSTM with its sequence sharded over devices, which exchange summaries of their shards alone.
+"""Context parallelism of the mLSTM: the sequence is sharded, devices exchange shard summaries.
 
-What a shard of the sequence does to the state is an affine map, state -> e^g state + e^m C: the
-summary (g, m, C, n) says all of it, whatever the length. Each device summarizes its own shard,
-receives the summaries of earlier shards, and with the state that they produce computes its shard as
-if it were alone. Composition of such maps is associative, so many devices need a logarithmic number
-of exchanges. Gradients are those of this program: they cross devices as cotangents of summaries.
+A shard of the sequence acts on the state as an affine map, state -> e^g state + e^m C. The summary
+(g, m, C, n) describes it completely, whatever the length. Each device summarizes its shard,
+receives the summaries of earlier shards, computes the state before its shard from them, and runs
+the op on its shard. Composition of affine maps is associative, so many devices need a logarithmic
+number of exchanges. Gradients come from autodiff: devices exchange cotangents of summaries.
 
 Source: the recurrence of arXiv:2405.04517, section 2.3, written for shards instead of steps.
 """
@@ -24,49 +24,50 @@ from xlstm_jax.ops.mlstm.arguments import Inputs, Options
 from xlstm_jax.typing import Array, Float
 
 ALL_GATHER_SHARDS = 16
-"""Up to so many shards, summaries are all-gathered; beyond, a logarithm of exchanges is made."""
+"""Up to this many shards, summaries are all-gathered; beyond, exchanged by recursive doubling."""
 
 GATE_CHUNK = 256
-"""Positions over which gates are summed at once, before the sums of such chunks are."""
+"""Positions per chunk in the two-level sum of log gates: within chunks, then over chunks."""
 
 
 class Summary(NamedTuple):
-    """What a shard of the sequence does to the state before it; C and n are divided by e^m."""
+    """The affine map of a shard of the sequence on the state; C and n are divided by e^m."""
 
-    g: Float[Array, "*shards B H"]  # sum of log f; NEG where the shard holds a reset
-    m: Float[Array, "*shards B H"]  # log-scale; NEG where the shard writes nothing
+    g: Float[Array, "*shards B H"]  # sum of log f; NEG if the shard contains a reset
+    m: Float[Array, "*shards B H"]  # log-scale; NEG if the shard writes nothing
     C: Float[Array, "*shards B H K V"]
     n: Float[Array, "*shards B H K"]
 
 
-def states_around(
+def boundary_states(
     x: Inputs, state: MLSTMState, flags: Flags, options: Options, axes: tuple[str, ...]
 ) -> tuple[MLSTMState, MLSTMState]:
     """The state before this device's shard of the sequence, and after the last shard.
 
-    Within a `shard_map`; the second is the same on every device.
+    Call within a `shard_map`; the second state is the same on every device.
 
     Args:
         x: one device's shard.
-        state: before the first shard; every device has it.
+        state: before the first shard; replicated.
         axes: mesh axes over which the sequence is sharded, in this order.
     """
     gates = pre.log_gates(x.i, x.f, *flags, input_gate=options.input_gate, dtype=state.C.dtype)
-    own = summarize(flags.zero_masked(x.k), flags.zero_masked(x.v), gates, options)
+    summary = summarize(flags.zero_masked(x.k), flags.zero_masked(x.v), gates, options)
     if not options.max_state:
         state = MLSTMState(*pre.without_scale(*state))
-    few = jax.lax.axis_size(axes) <= ALL_GATHER_SHARDS
-    exchange = _all_gather if few else _by_doubling
-    return exchange(own, state, axes)
+    # All-gather is one collective, but its size and work grow with the number of shards.
+    is_small = jax.lax.axis_size(axes) <= ALL_GATHER_SHARDS
+    exchange = _all_gather if is_small else _by_doubling
+    return exchange(summary, state, axes)
 
 
 def summarize(
     k: Float[Array, "B T H K"], v: Float[Array, "B T H V"], gates: LogGates, options: Options
 ) -> Summary:
-    """The summary of a shard: one product over all of its positions.
+    """The summary of a shard: one matrix product over all its positions.
 
-    Gates are summed in chunks, and chunks from the end: what still weighs something there is
-    reached over small sums, which keep their digits.
+    Log gates are summed in chunks, and over chunks from the end: the positions with a weight that
+    matters there have small sums, which lose few digits.
     """
     dtype = gates.log_i.dtype
     weights, g, m = _weights_at_end(gates)
@@ -77,20 +78,21 @@ def summarize(
 
 
 def _weights_at_end(gates: LogGates):
-    """log weight of every position in the state at the end, the shard's g, and its m."""
+    """log weight of every position in the state at the shard's end, and the shard's g and m."""
     B, T, H = gates.log_i.shape
     chunks = pre.in_chunks(gates, min(GATE_CHUNK, T))
     total = materialize(pre.running_sum(chunks))
     decays = pre.borders(chunks, total)
     if chunks.reset is None:
-        behind, has_reset = decays.across, jnp.zeros(decays.across.shape, bool)
+        across, has_reset = decays.across, jnp.zeros(decays.across.shape, bool)
     else:
         has_reset = jnp.any(chunks.reset, axis=-1)
-        behind = jnp.where(has_reset, 0.0, decays.across)  # no sum ever sees a minus infinity
-    # Of the chunks behind each one: the sum, and the number of those with a reset.
-    decay = jnp.flip(jnp.cumsum(jnp.flip(behind, -1), -1), -1)
+        across = jnp.where(has_reset, 0.0, decays.across)  # NEG would absorb the digits of a sum
+    # Over each chunk and all later ones: the log decay, and the number of chunks with a reset.
+    decay = jnp.flip(jnp.cumsum(jnp.flip(across, -1), -1), -1)
     resets = jnp.flip(jnp.cumsum(jnp.flip(has_reset, -1), -1), -1)
-    after = jnp.where(resets - has_reset > 0, NEG, decay - behind)
+    after = jnp.where(resets - has_reset > 0, NEG, decay - across)
+    # NEG is the lowest log weight, also where a sum has more than one of them.
     to_end = jnp.maximum(decays.to_end + after[..., None], NEG)
     m = jnp.max(pre.end_max(chunks, total) + after, axis=-1)
     g = jnp.where(resets[..., 0] > 0, NEG, decay[..., 0])
@@ -100,71 +102,77 @@ def _weights_at_end(gates: LogGates):
 
 def combine(x: Summary, y: Summary) -> Summary:
     """The summary of shard x followed by shard y."""
-    moved = jnp.maximum(y.g + x.m, NEG)
-    m = jnp.maximum(moved, y.m)
-    f_scaled, i_scaled = jnp.exp(moved - m), jnp.exp(y.m - m)
+    log_carry = jnp.maximum(y.g + x.m, NEG)
+    m = jnp.maximum(log_carry, y.m)
+    f_scaled, i_scaled = jnp.exp(log_carry - m), jnp.exp(y.m - m)
     C = f_scaled[..., None, None] * x.C + i_scaled[..., None, None] * y.C
     n = f_scaled[..., None] * x.n + i_scaled[..., None] * y.n
     return Summary(jnp.maximum(x.g + y.g, NEG), m, C, n)
 
 
-def after(state: MLSTMState, shard: Summary) -> MLSTMState:
+def apply_summary(state: MLSTMState, shard: Summary) -> MLSTMState:
     """The state after a shard that starts from `state`."""
+    # The state as a summary: its g does not enter m, C and n of the result.
     _, m, C, n = combine(Summary(jnp.zeros_like(state.m), state.m, state.C, state.n), shard)
     return MLSTMState(C, n, m)
 
 
-def _all_gather(own: Summary, state: MLSTMState, axes: tuple[str, ...]):
-    """The state before this device's shard and after the last one, from the summaries of all."""
-    shards = _unpack(jax.lax.all_gather(_pack(own), axes), own)
+def _all_gather(summary: Summary, state: MLSTMState, axes: tuple[str, ...]):
+    """The state before this device's shard and after the last, from all-gathered summaries."""
+    shards = _unpack(jax.lax.all_gather(_pack(summary), axes), summary)
     before = _state_before(jax.lax.axis_index(axes), shards, state)
     return before, _state_before(jax.lax.axis_size(axes), shards, state)
 
 
 def _state_before(rank, shards: Summary, state: MLSTMState) -> MLSTMState:
-    """What shards 0 .. rank - 1 make of `state`, each weighed by the decay from it to `rank`."""
-    numbers = jnp.arange(len(shards.g))
-    seen = numbers < rank
-    between = (numbers[:, None] < numbers[None]) & seen[None]
-    decay = jnp.sum(jnp.where(between[..., None, None], shards.g[None], 0.0), axis=1)
-    written = jnp.where(seen[:, None, None], jnp.maximum(decay + shards.m, NEG), NEG)
-    carried = jnp.sum(jnp.where(seen[:, None, None], shards.g, 0.0), axis=0)
-    carried = jnp.maximum(carried + state.m, NEG)
-    m = jnp.maximum(jnp.max(written, axis=0), carried)
-    weights, f_scaled = jnp.exp(written - m[None]), jnp.exp(carried - m)
-    # A weight of zero hides whatever a later shard holds.
-    weights = jnp.where(seen[:, None, None], weights, 0.0)
+    """The state after shards 0 .. rank - 1 that start from `state`.
+
+    Each summary is weighted by the decay from its shard to shard `rank`.
+    """
+    ranks = jnp.arange(len(shards.g))
+    is_before = ranks < rank
+    is_between = (ranks[:, None] < ranks[None]) & is_before[None]
+    decay = jnp.sum(jnp.where(is_between[..., None, None], shards.g[None], 0.0), axis=1)
+    log_weights = jnp.where(is_before[:, None, None], jnp.maximum(decay + shards.m, NEG), NEG)
+    log_carry = jnp.sum(jnp.where(is_before[:, None, None], shards.g, 0.0), axis=0)
+    log_carry = jnp.maximum(log_carry + state.m, NEG)
+    m = jnp.maximum(jnp.max(log_weights, axis=0), log_carry)
+    weights, f_scaled = jnp.exp(log_weights - m[None]), jnp.exp(log_carry - m)
+    # If m is NEG, exp(NEG - m) is 1: later shards need an explicit zero.
+    weights = jnp.where(is_before[:, None, None], weights, 0.0)
     C = exact_einsum("SBH,SBHKV->BHKV", weights, shards.C, dtype=m.dtype)
     n = exact_einsum("SBH,SBHK->BHK", weights, shards.n, dtype=m.dtype)
     return MLSTMState(f_scaled[..., None, None] * state.C + C, f_scaled[..., None] * state.n + n, m)
 
 
-def _by_doubling(own: Summary, state: MLSTMState, axes: tuple[str, ...]):
-    """As `_all_gather`; every exchange doubles the number of shards that a summary covers."""
+def _by_doubling(summary: Summary, state: MLSTMState, axes: tuple[str, ...]):
+    """As `_all_gather`, by a prefix scan: each exchange doubles the shards a summary covers."""
     count, rank = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
 
     def receive(x: Summary, distance: int) -> Summary:
         pairs = [(j, j + distance) for j in range(count - distance)]
-        sent = _unpack(jax.lax.ppermute(_pack(x), axes, pairs), x)
+        received = _unpack(jax.lax.ppermute(_pack(x), axes, pairs), x)
+        # Devices without a sender receive zeros, but the identity map has m = NEG.
         identity = jax.tree.map(jnp.zeros_like, x)._replace(m=jnp.full_like(x.m, NEG))
-        return jax.tree.map(lambda a, b: jnp.where(rank >= distance, a, b), sent, identity)
+        return jax.tree.map(lambda a, b: jnp.where(rank >= distance, a, b), received, identity)
 
-    through, distance = own, 1
+    prefix, distance = summary, 1
     while distance < count:
-        through = combine(receive(through, distance), through)
+        prefix = combine(receive(prefix, distance), prefix)
         distance *= 2
-    first = after(state, receive(through, 1))
-    last = jnp.where(rank == count - 1, _pack(through), 0.0)
-    return first, after(state, _unpack(jax.lax.psum(last, axes), own))
+    initial = apply_summary(state, receive(prefix, 1))
+    # The last device has the summary of all shards; zeros elsewhere make the psum a broadcast.
+    last = jnp.where(rank == count - 1, _pack(prefix), 0.0)
+    return initial, apply_summary(state, _unpack(jax.lax.psum(last, axes), summary))
 
 
-def _pack(x: Summary) -> Float[Array, "B H numbers"]:
-    """As one array, so that one exchange carries all of it."""
+def _pack(x: Summary) -> Float[Array, "B H packed"]:
+    """The summary as one array, so that one collective sends all leaves."""
     B, H, K, V = x.C.shape
     return jnp.concatenate([x.C.reshape(B, H, K * V), x.n, x.m[..., None], x.g[..., None]], axis=-1)
 
 
-def _unpack(x: Float[Array, "*shards B H numbers"], like: Summary) -> Summary:
+def _unpack(x: Float[Array, "*shards B H packed"], like: Summary) -> Summary:
     *_, K, V = like.C.shape
     C, n, m, g = jnp.split(x, (K * V, K * V + K, K * V + K + 1), axis=-1)
     return Summary(g[..., 0], m[..., 0], C.reshape(*x.shape[:-1], K, V), n)

@@ -1,7 +1,7 @@
-"""mLSTM with all pairs of positions at once: the log-space stabilizer matrix, written out.
+"""mLSTM over all pairs of positions at once, with the log-space stabilizer matrix.
 
-Quadratic in T; the form to read, and to compare others with. Its sums of log f run from one
-position to the next, so it keeps the most digits of all forms.
+Quadratic in T; the implementation to read, and to compare others with. Its sums of log f have no
+common start but run from one position to the next, so it loses the fewest digits of all forms.
 
 Source: arXiv:2405.04517, appendix (parallel mLSTM).
 """
@@ -20,28 +20,29 @@ from xlstm_jax.typing import Array, Float
 def mlstm_parallel(
     x: Inputs, state: MLSTMState, flags: Flags, options: Options
 ) -> tuple[Float[Array, "B T H V"], MLSTMState]:
-    """The op `mlstm` over all pairs of positions; `chunk_size` has no meaning here."""
+    """The op `mlstm` over all pairs of positions; ignores `chunk_size`."""
     dtype, scale = state.C.dtype, x.q.shape[-1] ** -0.5
-    # A product reads it: see `materialize` on operands that are one value repeated.
+    # An operand of products, and possibly a broadcast constant: see `materialize`.
     state = materialize(state)
     q, k, v = (flags.zero_masked(a).astype(dtype) for a in x[:3])
     gates = log_gates(x.i, x.f, *flags, input_gate=options.input_gate, dtype=dtype)
-    log_D, log_start, empty = _log_weights(gates, state.m)
+    log_D, log_start, log_initial = _log_weights(gates, state.m)
     if options.max_state:
-        m = jnp.maximum(jnp.maximum(jnp.max(log_D, axis=-1), log_start), empty)
+        m = jnp.maximum(jnp.maximum(jnp.max(log_D, axis=-1), log_start), log_initial)
     else:
         m = jnp.zeros_like(log_start)
-    read = jnp.maximum(m, READ_FLOOR)
-    dots = scale * exact_einsum("BTHK,BSHK->BHTS", q, k)
-    P = dots * jnp.exp(log_D - read[..., None])
-    start = scale * jnp.exp(log_start - read)
+    m_read = jnp.maximum(m, READ_FLOOR)
+    scores = scale * exact_einsum("BTHK,BSHK->BHTS", q, k)
+    # With an exponential gate m is the maximum of the log weights: exponents are <= 0.
+    P = scores * jnp.exp(log_D - m_read[..., None])
+    start = scale * jnp.exp(log_start - m_read)
     h = exact_einsum("BHTS,BSHV->BTHV", P, v)
     h = h + exact_einsum("BHT,BTHK,BHKV->BTHV", start, q, state.C)
     if options.normalize:
         d = jnp.sum(P, axis=-1) + start * exact_einsum("BTHK,BHK->BHT", q, state.n)
         norm = jnp.maximum(jnp.abs(d), lower_bound(m)) + options.eps
         h = h / jnp.swapaxes(norm, 1, 2)[..., None]
-    # The state after the last step: its row of weights, on keys and values.
+    # The weights of the last position, applied to keys and values, give the final state.
     m = m[..., -1]
     f_scaled = jnp.exp(log_start[..., -1] - m)
     keys = jnp.exp(log_D[..., -1, :] - m[..., None])[..., None] * jnp.swapaxes(k, 1, 2)
@@ -51,24 +52,27 @@ def mlstm_parallel(
 
 
 def _log_weights(gates: LogGates, m_start: Float[Array, "B H"]):
-    """Log weights of source s in row t `B H T S`, of the given state `B H T`, of an empty one.
+    """Log weights of keys s for queries t `B H T S`, and of two states for queries `B H T`.
 
-    The last is what a reset leaves: the initial state, whose m is 0.
+    The states are the one passed to the op, and the initial state that a reset leaves, whose m is 0
+    (NEG where no reset precedes the query).
     """
     log_i, log_f = (jnp.swapaxes(g, 1, 2) for g in (gates.log_i, gates.log_f))
     T = log_i.shape[-1]
     t, s = jnp.arange(T)[:, None], jnp.arange(T)[None]
-    # Column s holds the sum of log f over s+1 .. t, and column 0 of `whole` that over 0 .. t.
+    # decay[t, s] is the sum of log f over s+1 .. t, and from_start[t] that over 0 .. t.
     steps = jnp.where((t > s)[None, None], log_f[..., :, None], 0)
-    between = jnp.cumsum(steps, axis=-2)
-    whole = between[..., 0] + log_f[..., :1]
-    seen = (t >= s)[None, None]
+    decay = jnp.cumsum(steps, axis=-2)
+    from_start = decay[..., 0] + log_f[..., :1]
+    visible = (t >= s)[None, None]
     if gates.reset is None:
-        return jnp.where(seen, between + log_i[..., None, :], NEG), whole + m_start[..., None], NEG
+        log_D = jnp.where(visible, decay + log_i[..., None, :], NEG)
+        return log_D, from_start + m_start[..., None], NEG
+    # Resets are a mask, not a large negative log f: a sum with one would lose its digits.
     segment = jnp.cumsum(gates.reset, axis=-1)[:, None]
-    seen = seen & (segment[..., :, None] == segment[..., None, :])
-    log_D = jnp.where(seen, between + log_i[..., None, :], NEG)
-    log_start = jnp.where(segment == 0, whole + m_start[..., None], NEG)
-    cleared = seen & gates.reset[:, None, None, :]
-    empty = jnp.max(jnp.where(cleared, between + log_f[..., None, :], NEG), axis=-1)
-    return log_D, log_start, empty
+    visible = visible & (segment[..., :, None] == segment[..., None, :])
+    log_D = jnp.where(visible, decay + log_i[..., None, :], NEG)
+    log_start = jnp.where(segment == 0, from_start + m_start[..., None], NEG)
+    is_reset = visible & gates.reset[:, None, None, :]
+    log_initial = jnp.max(jnp.where(is_reset, decay + log_f[..., None, :], NEG), axis=-1)
+    return log_D, log_start, log_initial

@@ -1,1 +1,1 @@
-"""Parts of ops that communicate: `shard_map` wrappers, sharded parameters, halos in time."""
+"""Communication between devices: `shard_map` wrappers, sharded parameters, halos in time."""

@@ -1,7 +1,7 @@
-"""Parameters sharded over devices: all-gathered where they are used, their gradients scattered.
+"""Sharded parameters: all-gathered before use, with reduce-scattered gradients.
 
-XLA does the same for products with a sharded parameter. Here are the ones whose gradient it would
-all-reduce before each device takes its shard: the table of token vectors and the head.
+XLA does the same for products with a sharded parameter. This module is for parameters whose
+gradient XLA would all-reduce before each device takes its shard: the token embedding and the head.
 """
 
 import functools
@@ -19,40 +19,44 @@ from xlstm_jax.typing import Array, Float, Int
 
 
 def partition_spec(shape: Sequence[int], names: Sequence[str]) -> P:
-    """How the rules in use shard a parameter with these logical axes over the active mesh."""
+    """Partition spec of a parameter with these logical axes, by the rules and mesh in use."""
     return partition_spec_for(shape, [mesh_axes_for(name) for name in names], free_axes())
 
 
 def all_gather(shard: jax.Array, spec: P) -> jax.Array:
-    """The global array of which each device has a shard; within a `shard_map`."""
-    for number, axes in enumerate(spec):
+    """The global array of which each device has a shard; call within a `shard_map`."""
+    for dimension, axes in enumerate(spec):
         if axes is not None:
-            shard = jax.lax.all_gather(shard, axes, axis=number, tiled=True)
+            shard = jax.lax.all_gather(shard, axes, axis=dimension, tiled=True)
     return shard
 
 
-def reduce_scatter_grad(gradient: jax.Array, spec: P) -> jax.Array:
-    """A gradient summed over the axes of `spec`, to each device its shard; in a `shard_map`."""
-    for number, axes in enumerate(spec):
+def reduce_scatter_grad(grad: jax.Array, spec: P) -> jax.Array:
+    """The device's shard of a gradient summed over the axes of `spec`; call within a `shard_map`.
+
+    Axes of the mesh that `spec` does not name are summed by `shard_map` itself.
+    """
+    for dimension, axes in enumerate(spec):
         if axes is not None:
-            gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=number, tiled=True)
-    return gradient
+            grad = jax.lax.psum_scatter(grad, axes, scatter_dimension=dimension, tiled=True)
+    return grad
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def all_gather_with(x: jax.Array, shard: jax.Array, spec: P) -> tuple[jax.Array, jax.Array]:
-    """x, and the global parameter, communicated in x's dtype, in the dtype it had.
+    """x and the global parameter, which is all-gathered in x's dtype and cast back to its own.
 
-    Its gradient is reduce-scattered in the dtype of the parameter, whatever that of activations is,
-    and before the gradient of x is passed on: a compiler may otherwise delay the reduce-scatter for
-    as long as all layers take, and keep the global gradient in memory meanwhile.
+    The gradient of the parameter is reduce-scattered in the dtype of the parameter, whatever the
+    dtype of activations is.
     """
     return x, all_gather(shard.astype(x.dtype), spec).astype(shard.dtype)
 
 
-def _gather_backward(spec, _, gradients):
-    dx, gradient = gradients
-    return jax.lax.optimization_barrier((dx, reduce_scatter_grad(gradient, spec)))
+def _gather_backward(spec, _, cotangents):
+    dx, grad = cotangents
+    # dx waits for the reduce-scatter. Otherwise the compiler may delay it until the backward pass
+    # of all layers is done, with the global gradient in memory in the meantime.
+    return jax.lax.optimization_barrier((dx, reduce_scatter_grad(grad, spec)))
 
 
 all_gather_with.defvjp(lambda *inputs: (all_gather_with(*inputs), None), _gather_backward)
@@ -61,15 +65,15 @@ all_gather_with.defvjp(lambda *inputs: (all_gather_with(*inputs), None), _gather
 def sum_over_devices(
     fn: Callable[..., Any], x: jax.Array, kernel: jax.Array, *positions: jax.Array
 ) -> Any:
-    """`fn(x, kernel, *positions)`, sums over positions, each device summing its own.
+    """`fn(x, kernel, *positions)`, a tree of sums over positions, sharded over all devices.
 
-    Where features are sharded too, their devices divide the positions among them: each then needs
-    the global kernel, but no device waits for others in every chunk of a long loop.
+    The mesh axes that shard features shard the positions instead: every device then needs the
+    global kernel, but there is no communication in each chunk of a long loop.
 
     Args:
-        fn: returns a tree of sums.
+        fn: returns a tree of sums over the positions that it gets.
         x: `B T D`.
-        kernel: `D vocab`, of the head. Where it is sharded, it is all-gathered in x's dtype, once.
+        kernel: `D vocab`, of the head. If it is sharded, it is all-gathered once, in x's dtype.
         positions: arrays `B T`.
     """
     auto = auto_mesh_axes()
@@ -77,6 +81,7 @@ def sum_over_devices(
         return fn(x, kernel, *positions)
     batch, time = sharding_axes("B", x.shape[0]), sharding_axes("T", x.shape[1])
     rest = {name: size for name, size in auto.items() if name not in (*batch, *time)}
+    # The remaining axes divide each device's shard of time, if they divide its length.
     time += dividing_axes(x.shape[1] // math.prod(auto[axis] for axis in time), sorted(rest), rest)
     spec = partition_spec(kernel.shape, ("embed", "vocab"))
 
@@ -93,7 +98,7 @@ def sum_over_devices(
 def embed(
     tokens: Int[Array, "B T"], table: Float[Array, "vocab D"], dtype: jnp.dtype
 ) -> Float[Array, "B T D"]:
-    """`ops.embed` with a sharded table, which is all-gathered in `dtype`."""
+    """`ops.embed` with a sharded table, all-gathered in `dtype`."""
     positions = P(*(sharding_axes(a, n) or None for a, n in zip("BT", tokens.shape, strict=True)))
     spec = partition_spec(table.shape, ("vocab", "embed"))
 
@@ -102,9 +107,10 @@ def embed(
         return jnp.take(all_gather(shard.astype(dtype), spec), tokens, axis=0)
 
     def backward(tokens, dx):
-        rows = dx.astype(table.dtype).reshape(-1, dx.shape[-1])
-        gradient = jnp.zeros(table.shape, table.dtype).at[tokens.reshape(-1)].add(rows)
-        return None, reduce_scatter_grad(gradient, spec)
+        # Cast before the sum: many tokens, on many devices, add to the same embedding.
+        updates = dx.astype(table.dtype).reshape(-1, dx.shape[-1])
+        grad = jnp.zeros(table.shape, table.dtype).at[tokens.reshape(-1)].add(updates)
+        return None, reduce_scatter_grad(grad, spec)
 
     look_up.defvjp(lambda tokens, shard: (look_up(tokens, shard), tokens), backward)
     return shard_mapped(look_up, (tokens, table), (positions, spec), P(*positions, None))

@@ -1,1 +1,1 @@
-"""The op `slstm`: `api` is the public function, beside it one file per implementation."""
+"""The op `slstm`: the public function is in `api`; the other modules are implementations."""

@@ -10,10 +10,10 @@ from xlstm_jax.typing import Array, Bool, Float
 
 
 def _kernels(backend: str) -> Implementation:
-    """The Pallas kernels of "tpu", or those of "triton"."""
+    """The kernels of the backend "tpu" or "triton", as an implementation."""
 
     def unsupported(call: dispatch.Call) -> str | None:
-        reason = dispatch.refuses_kernel(backend, call)
+        reason = dispatch.kernel_refusal(backend, call)
         if reason is not None:
             return reason
         from pallas_kernels.slstm import backends
@@ -32,7 +32,7 @@ def _kernels(backend: str) -> Implementation:
     return Implementation(compute, unsupported)
 
 
-# Ordered: "auto" selects the first that supports the call.
+# Ordered by preference: "auto" selects the first that supports the call.
 IMPLEMENTATIONS = {
     "pallas_tpu": _kernels("tpu"),
     "triton": _kernels("triton"),
@@ -52,7 +52,7 @@ def slstm(
     reverse: bool = False,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B T H K"], SLSTMState]:
-    """sLSTM: exponential input gate, memory mixing inside each head (arXiv:2405.04517, 2.2).
+    """sLSTM: exponential input gate, memory mixing within heads (arXiv:2405.04517, section 2.2).
 
     Args:
         x: pre-activations of (i, f, z, o) without the recurrent part.
@@ -60,15 +60,15 @@ def slstm(
         b: bias of the four gates.
         state: before the first step; None is the initial state, zeros in every leaf.
         reset: where True, the state before this position is replaced by the initial one.
-        mask: where False, the state stays bit-identical and h is 0.
-        forget_gate: "sigmoid" or "exp".
+        mask: where False, the state stays bit-identical and h is 0; a reset there is ignored.
+        forget_gate: activation of the forget gate, "sigmoid" or "exp".
         reverse: flips time in every argument and in h.
         implementation: a name of `ops.implementations("slstm")`, or "auto".
 
     Returns h in the dtype of x, and the state after the last step, float32 or wider.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown gate or implementation.
+        ValueError: inconsistent shapes, an unknown gate or implementation.
         NotImplementedError: the implementation does not support this call; gives the reason.
     """
     check_choice("slstm", "forget_gate", forget_gate, ("sigmoid", "exp"))

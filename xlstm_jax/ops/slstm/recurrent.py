@@ -1,8 +1,8 @@
-"""sLSTM as a scan over time whose gradient is written by hand.
+"""sLSTM as a scan over time with a hand-written gradient.
 
-The loop forward holds one product with the recurrent weights and what depends on it; the loop
-backward holds the transposed product and six multiplications. Everything that can be known before
-or after a loop is computed for all steps at once, the weights' gradient as one product.
+The forward loop contains one product with the recurrent weights and the ops that depend on it; the
+backward loop contains the transposed product and six multiplications. Everything else is computed
+for all steps at once, before or after a loop; the gradient of the weights is one product.
 
 Source: arXiv:2405.04517, section 2.2. The stabilizer m is a gauge of (c, n): h does not depend on
 it, so a loss on h needs no gradient through m; one on the returned c, n, m does (`_scale_grads`).
@@ -24,20 +24,21 @@ from xlstm_jax.typing import Array, Float
 def slstm_recurrent(
     inputs: gated.Inputs, forget_gate: str
 ) -> tuple[Float[Array, "B T H K"], SLSTMState]:
-    """The op `slstm`."""
+    """The op `slstm`; `reset` and `mask` as in `cells.slstm_scan`."""
     x, r, b, state, (reset, mask) = inputs
     dtype = state.c.dtype
     x = inputs.flags.zero_masked(x).astype(dtype)
     if mask is not None and reset is not None:
         reset = reset & mask
     if b is not None:
+        # For all steps at once, outside the loop.
         x = x + jnp.swapaxes(b, 0, 1)[None, None].astype(dtype)
-    # Heads first inside the loop: its product then needs no transposition.
+    # Heads before batch inside the loop: the batched product over heads then needs no transpose.
     x = jnp.transpose(x, (1, 3, 0, 2, 4))
     state = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), state)
-    # `T 1 B 1`, to broadcast against heads and cells.
+    # `T 1 B 1`, to broadcast against `T H B K`.
     flags = Flags(*(None if f is None else f.T[:, None, :, None] for f in (reset, mask)))
-    r = r.astype(dtype)
+    r = r.astype(dtype)  # once, not in every step
     h, state = _scan(forget_gate, x, r, state, flags)  # pyright: ignore[reportGeneralTypeIssues]
     h = jnp.transpose(h, (2, 0, 1, 3)).astype(inputs.x.dtype)
     return h, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), state)
@@ -55,31 +56,35 @@ def _scan(
 
 
 def _forward(forget_gate, x, r, state, flags: Flags):
-    def step(state, now):
-        x, flags = now
-        seen = state
+    def step(state, xs):
+        x, flags = xs
+        before = state
         if flags.reset is not None:
-            seen = jax.tree.map(lambda s: jnp.where(flags.reset, 0, s), state)
-        gates = x + exact_einsum("HBK,HKGJ->HBGJ", seen.h, r)
+            before = jax.tree.map(lambda s: jnp.where(flags.reset, 0, s), state)
+        gates = x + exact_einsum("HBK,HKGJ->HBGJ", before.h, r)
         i, f, z, o = (gates[:, :, g] for g in range(4))
-        log_carry = jnp.where(seen.n == 0, NEG, _log_forget(forget_gate, f) + seen.m)
+        # As in `cells.slstm_step`: exponents are <= 0 and n >= 1.
+        log_carry = jnp.where(before.n == 0, NEG, _log_forget(forget_gate, f) + before.m)
         m = jnp.maximum(log_carry, i)
         f_scaled, i_scaled = jnp.exp(log_carry - m), jnp.exp(i - m)
-        c = f_scaled * seen.c + i_scaled * jnp.tanh(z)
-        n = f_scaled * seen.n + i_scaled
+        c = f_scaled * before.c + i_scaled * jnp.tanh(z)
+        n = f_scaled * before.n + i_scaled
         h = jax.nn.sigmoid(o) * c / n
-        new = SLSTMState(c, n, h, m)
+        after = SLSTMState(c, n, h, m)
         if flags.mask is not None:
-            new = jax.tree.map(lambda a, b: jnp.where(flags.mask, a, b), new, state)
+            after = jax.tree.map(lambda a, b: jnp.where(flags.mask, a, b), after, state)
             h = jnp.where(flags.mask, h, 0)
-        return new, (h, gates, new)
+        return after, (h, gates, after)
 
     last, (h, gates, states) = jax.lax.scan(step, state, (x, flags))
     return (h, last), (r, state, flags, gates, states)
 
 
 class _Factors(NamedTuple):
-    """What the backward loop multiplies with; each `T H B K`."""
+    """Partial derivatives that the backward loop multiplies with; each `T H B K`.
+
+    `c_to_f` is the derivative of c after the step by the pre-activation f, and so on.
+    """
 
     h_to_c: Array
     h_to_n: Array
@@ -94,6 +99,7 @@ class _Factors(NamedTuple):
 
 def _factors(forget_gate, gates, before: SLSTMState, after: SLSTMState) -> _Factors:
     i, f, z, o = (gates[..., g, :] for g in range(4))
+    # Derivative of log f by its pre-activation.
     slope = jnp.ones_like(f) if forget_gate == "exp" else jax.nn.sigmoid(-f)
     log_carry = jnp.where(before.n == 0, NEG, _log_forget(forget_gate, f) + before.m)
     f_scaled, i_scaled = jnp.exp(log_carry - after.m), jnp.exp(i - after.m)
@@ -112,63 +118,69 @@ def _factors(forget_gate, gates, before: SLSTMState, after: SLSTMState) -> _Fact
 
 
 def _backward(forget_gate, residuals, cotangents):
-    r, first, flags, gates, states = residuals
+    r, initial, flags, gates, states = residuals
     dh, dlast = cotangents
-    before = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[:-1]]), first, states)
+    before = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[:-1]]), initial, states)
     if flags.reset is not None:
         before = jax.tree.map(lambda s: jnp.where(flags.reset, 0, s), before)
     after = states
     if flags.mask is not None:
-        # A masked step keeps the old state; any finite stand-in does for factors nobody reads.
+        # A masked step does not change the state: the loop does not use its factors, so any finite
+        # values will do.
         gates = jnp.where(flags.mask[..., None], gates, 0)
         before = jax.tree.map(lambda s: jnp.where(flags.mask, s, 0), before)
         after = jax.tree.map(lambda s: jnp.where(flags.mask, s, 1), states)
         dh = jnp.where(flags.mask, dh, 0)
 
-    def step(carry, now):
+    def step(carry, xs):
         dc, dn, dh_next = carry
-        dh, w, (gauge_i, gauge_f), flags = now
+        dh, w, (gauge_i, gauge_f), flags = xs
         dh = dh + dh_next
-        dc_now, dn_now = dc + dh * w.h_to_c, dn + dh * w.h_to_n
-        di = dc_now * w.c_to_i + dn_now * w.n_to_i + gauge_i
-        df = dc_now * w.c_to_f + dn_now * w.n_to_f + gauge_f
-        dgates = jnp.stack([di, df, dc_now * w.c_to_z, dh * w.h_to_o], axis=2)
-        new = (dc_now * w.f_scaled, dn_now * w.f_scaled, exact_einsum("HBGJ,HKGJ->HBK", dgates, r))
+        dc, dn = dc + dh * w.h_to_c, dn + dh * w.h_to_n
+        di = dc * w.c_to_i + dn * w.n_to_i + gauge_i
+        df = dc * w.c_to_f + dn * w.n_to_f + gauge_f
+        dgates = jnp.stack([di, df, dc * w.c_to_z, dh * w.h_to_o], axis=2)
+        dbefore = (dc * w.f_scaled, dn * w.f_scaled, exact_einsum("HBGJ,HKGJ->HBK", dgates, r))
         if flags.reset is not None:
-            new = (new[0], new[1], jnp.where(flags.reset, 0, new[2]))
+            # After a reset f_scaled is 0 (n = 0 before), so only dh must be cleared.
+            dbefore = (dbefore[0], dbefore[1], jnp.where(flags.reset, 0, dbefore[2]))
         if flags.mask is not None:
-            new = tuple(jnp.where(flags.mask, a, b) for a, b in zip(new, carry, strict=True))
+            pairs = zip(dbefore, carry, strict=True)
+            dbefore = tuple(jnp.where(flags.mask, a, b) for a, b in pairs)
             dgates = jnp.where(flags.mask[..., None], dgates, 0)
-        return new, dgates
+        return dbefore, dgates
 
     factors = _factors(forget_gate, gates, before, after)
+    # The gradient of the loss on the last state through m: c and n have the factor exp(-m).
     rho = dlast.m - dlast.c * states.c[-1] - dlast.n * states.n[-1]
     gauge, rho = _scale_grads(forget_gate, gates, before, flags, rho)
     carry = (dlast.c, dlast.n, dlast.h)
-    (dc, dn, dh0), dgates = jax.lax.scan(step, carry, (dh, factors, gauge, flags), reverse=True)
+    (dc, dn, dh), dgates = jax.lax.scan(step, carry, (dh, factors, gauge, flags), reverse=True)
     dr = exact_einsum("THBK,THBGJ->HKGJ", before.h, dgates)
-    dstate = SLSTMState(dc, dn, dh0, rho + dc * first.c + dn * first.n)
-    return dgates, dr, dstate, Flags(None, None)
+    # For the initial state the same in reverse: exp(m) scales its c and n.
+    dinitial = SLSTMState(dc, dn, dh, rho + dc * initial.c + dn * initial.n)
+    return dgates, dr, dinitial, Flags(None, None)
 
 
 _scan.defvjp(_forward, _backward)
 
 
 def _scale_grads(forget_gate, gates, before: SLSTMState, flags: Flags, rho):
-    """Gradient through m_t = max(log f_t + m_{t-1}, i_t) of a loss placed on the last m.
+    """Gradient through m_t = max(log f_t + m_{t-1}, i_t) of a loss on the last m.
 
-    It follows the path of the maximum back from the last step until an input gate made m.
+    It follows the path of the maximum backward, from the last step to the one whose m came from i.
 
     Returns the cotangents of i and of f, and of m before the first step.
     """
     i, f = gates[..., 0, :], gates[..., 1, :]
-    by_f = (before.n != 0) & (_log_forget(forget_gate, f) + before.m >= i)
+    is_f = (before.n != 0) & (_log_forget(forget_gate, f) + before.m >= i)
     mask = True if flags.mask is None else flags.mask
-    segment = jnp.cumsum(~by_f & mask, axis=0)
+    # A segment starts where m comes from i; only the last one reaches the last m.
+    segment = jnp.cumsum(~is_f & mask, axis=0)
     on_path = (segment == segment[-1:]) & mask
     slope = jnp.ones_like(f) if forget_gate == "exp" else jax.nn.sigmoid(-f)
-    di = jnp.where(on_path & ~by_f, rho[None], 0)
-    df = jnp.where(on_path & by_f, rho[None] * slope, 0)
+    di = jnp.where(on_path & ~is_f, rho[None], 0)
+    df = jnp.where(on_path & is_f, rho[None] * slope, 0)
     return (di, df), jnp.where(segment[-1] == 0, rho, 0)
 
 
