@@ -65,7 +65,7 @@ def part_tensors(cfg: LMConfig, params: Any, theirs: str, ours: str) -> dict[str
     for folder in reversed(ours.strip("/").split("/")):
         tree = {folder: tree}
     start = names.V1_STACK + "blocks.0." + theirs
-    return {name.removeprefix(start): array for name, array in mapping.store(cfg, names.V1, tree)}
+    return {name.removeprefix(start): array for name, array in mapping.export(cfg, names.V1, tree)}
 
 
 def assert_same_mlstm_memory(actual: MLSTMState, c, n, m, tolerance: float) -> None:

@@ -27,7 +27,7 @@ every_model = pytest.mark.parametrize("name", LARGE + HF)
 def _large(name):
     golden = golden_files.load(name)
     fields = Fields(golden.config, "the config")
-    cfg = large.to_ours(
+    cfg = large.lm_config(
         fields,
         dim=fields.count("embedding_dim"),
         num_blocks=fields.count("num_blocks"),
@@ -145,7 +145,7 @@ def test_training_logits_and_loss_match_with_their_gradients(name):
     loss_and_grads = jax.value_and_grad(lambda p: _training(golden, cfg, p), has_aux=True)
     results, grads = jax.jit(loss_and_grads)(params)
     _assert_same_training(golden, *results, published.VALUES["float32"])
-    actual = dict(mapping.store(cfg, names.LARGE, grads))
+    actual = dict(mapping.export(cfg, names.LARGE, grads))
     assert_all_match(actual, golden.under("grad/param/"), published.GRADIENTS["float32"])
 
 

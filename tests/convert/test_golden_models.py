@@ -46,7 +46,7 @@ class Model:
     def tensors(self, params):
         """Under the names of the file."""
         start = "" if isinstance(self.module, LM) else names.V1_STACK
-        found = mapping.store(self.cfg, names.V1, params)
+        found = mapping.export(self.cfg, names.V1, params)
         return {name.removeprefix(start): array for name, array in found}
 
 

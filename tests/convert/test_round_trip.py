@@ -177,7 +177,7 @@ def test_factors_give_back_the_width(width, dim):
 def test_the_7b_model_has_a_name_for_every_parameter_and_the_published_config():
     cfg = presets.get("xlstm_7b")
     table = mapping.targets(cfg, names.HF, mapping.parameters(cfg))
-    sizes = [int(np.prod(target.their_shape)) for target in table.values()]
+    sizes = [int(np.prod(target.torch_shape)) for target in table.values()]
     assert sum(sizes) == 6_865_424_896
     config = hf.config_of(cfg)
     published = {
@@ -199,8 +199,8 @@ def test_the_7b_model_has_a_name_for_every_parameter_and_the_published_config():
 @pytest.mark.parametrize("rules", [names.V1, names.LARGE, names.HF])
 def test_no_name_and_no_path_stands_twice(rules):
     # Blocks of two kinds may use the same names, as no block is of both.
-    assert len({(rule.theirs, rule.ours.split("/")[1]) for rule in rules}) == len(rules)
-    assert len({rule.ours for rule in rules}) == len(rules)
+    assert len({(rule.torch_name, rule.path.split("/")[1]) for rule in rules}) == len(rules)
+    assert len({rule.path for rule in rules}) == len(rules)
 
 
 def test_every_layout_is_undone(rng):
@@ -216,9 +216,9 @@ def test_every_layout_is_undone(rng):
     for name, layout in LAYOUTS.items():
         for shape in shapes[name]:
             array = rng.normal(size=shape)
-            theirs = layout.to_theirs(array)
-            assert theirs.shape == layout.their_shape(shape)
-            assert np.array_equal(layout.to_ours(theirs, shape), array)
+            converted = layout.to_torch(array)
+            assert converted.shape == layout.torch_shape(shape)
+            assert np.array_equal(layout.from_torch(converted, shape), array)
 
 
 def test_a_cap_that_is_none_is_written_as_one_that_changes_nothing(tmp_path, key):

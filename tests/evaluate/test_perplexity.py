@@ -99,7 +99,7 @@ def test_rows_that_are_no_text_have_no_bytes(small):
 
 def test_loss_by_position_is_that_of_whole_windows(small, windows, losses, monkeypatch):
     """Pieces of 4 cut buckets as well as documents; every document starts from nothing."""
-    monkeypatch.setattr(position, "PIECE", 4)
+    monkeypatch.setattr(position, "CHUNK", 4)
     nats, batch = losses
     found = by_position(*small, windows, batch_size=4)
     assert [bucket[:2] for bucket in found] == [(0, 1), (1, 2), (2, 4), (4, 8), (8, 16), (16, 21)]

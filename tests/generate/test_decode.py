@@ -18,7 +18,7 @@ RANDOM = Sampler(temperature=2.0, repetition_penalty=1.3)
 def one_width_of_prefill():
     """Every width costs a compile; one is the least that most tests need."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "LEAST_PREFILL", 64)
+        patch.setattr(decode, "MIN_PREFILL", 64)
         yield
 
 
@@ -84,8 +84,8 @@ def test_the_state_is_the_models_own_after_reading_prompt_and_answer(small, answ
 
 
 def test_a_prompt_read_in_many_pieces_gets_the_same_answer(small, answers, monkeypatch):
-    monkeypatch.setattr(decode, "PREFILL", 8)
-    monkeypatch.setattr(decode, "LEAST_PREFILL", 8)
+    monkeypatch.setattr(decode, "MAX_PREFILL", 8)
+    monkeypatch.setattr(decode, "MIN_PREFILL", 8)
     assert generate(*small, PROMPTS, max_new_tokens=8).tokens == answers.tokens
 
 

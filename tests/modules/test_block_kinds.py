@@ -81,11 +81,11 @@ def test_options_survive_json_under_the_name_of_the_kind(toy):
         model(options=(toy.options(width=0),))
     with pytest.raises(ConfigError, match=r"options\.toy\.widht is not a field of ToyOptions"):
         from_dict(LMConfig, values | {"options": {"toy": {"widht": 5}}})
-    with pytest.raises(ConfigError, match="one entry per block kind of modules.BLOCKS, got"):
+    with pytest.raises(ConfigError, match="one entry per kind in modules.BLOCKS, got"):
         model(options=(toy.options(), toy.options()))
     del BLOCKS["x"]
     with pytest.raises(
-        ConfigError, match=r"options\.toy is of a block kind that is not reg.*--imp"
+        ConfigError, match=r"options\.toy names a block kind that is not reg.*--imp"
     ):
         from_dict(LMConfig, values)
     with pytest.raises(ConfigError, match="letter='x' is not known; use one of: m, s, M, or --imp"):

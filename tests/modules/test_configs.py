@@ -11,14 +11,17 @@ from xlstm_jax.modules import BLOCKS, LargeConfig, LMConfig, MLSTMConfig, SLSTMC
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        (dict(pattern=""), "pattern must name at least one block, got ''; try"),
+        (dict(pattern=""), "pattern must have at least one letter, got ''; try"),
         (dict(pattern="mxs"), "pattern='mxs': letter='x' is not known; use one of: m, s, M"),
         (dict(dim=0), "dim must be at least 1, got 0;"),
         (dict(vocab_size=0), "vocab_size must be at least 1, got 0;"),
         (dict(dtype="float16"), "dtype='float16' is not known; use one of: float32, bfloat16"),
         (dict(remat="some"), "remat='some' is not known; use one of: none, full, dots, names"),
         (dict(final_norm="batch"), "final_norm='batch' is not known; use one of: layer, rms, none"),
-        (dict(dropout=1.0), "dropout must be at least 0 and below 1, got 1.0; 0 drops nothing"),
+        (
+            dict(dropout=1.0),
+            "dropout must be at least 0 and below 1, got 1.0; use 0 for no dropout",
+        ),
         (
             dict(mlstm=MLSTMConfig(num_heads=5, inner_dim=24)),
             "mlstm.num_heads must divide the inner width=24, got 5; use for example 3, 4, 6,",

@@ -100,7 +100,7 @@ def test_a_folded_pattern_has_every_letter_once(pattern, unit, steps):
 
 def test_a_folded_pattern_knows_which_letters_are_always_there():
     run = find_period("mmsmm")
-    assert [run.has_always(letter) for letter in "ms"] == [True, False]
+    assert [run.always_has(letter) for letter in "ms"] == [True, False]
     assert run.num_blocks == 5
 
 

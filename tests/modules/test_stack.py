@@ -68,7 +68,7 @@ slow = pytest.mark.slow
 def test_a_loop_over_blocks_equals_the_blocks_in_turn(pattern, remat, num_bodies, with_state, key):
     cfg = models.config(pattern, remat=remat)
     if num_bodies is not None:
-        assert sum(len(run.unit) for run in stack.runs_of(cfg, 5)) == num_bodies
+        assert sum(len(run.unit) for run in stack.choose_runs(cfg, 5)) == num_bodies
     x = jax.random.normal(key, (2, 5, cfg.dim))
     reset = jax.random.bernoulli(jax.random.key(1), 0.2, (2, 5))
     mask = jax.random.bernoulli(jax.random.key(2), 0.8, (2, 5))
@@ -175,8 +175,8 @@ def test_an_irregular_preset_is_as_large_a_program_as_its_shortening():
 def test_reading_one_token_takes_no_branches():
     """A branch keeps a GPU waiting, and nothing is rematerialised."""
     cfg = models.config("mmmsmmmmms", remat="names")
-    assert all(run.has_always(letter) for run in stack.runs_of(cfg, 1) for letter in run.unit)
-    assert not stack.runs_of(cfg, 2)[0].has_always("s")
+    assert all(run.always_has(letter) for run in stack.choose_runs(cfg, 1) for letter in run.unit)
+    assert not stack.choose_runs(cfg, 2)[0].always_has("s")
 
 
 @slow
@@ -195,5 +195,5 @@ def test_written_out_and_in_a_loop_the_same_is_dropped(key):
 @pytest.mark.parametrize("pattern", ["mm", "mmmm", "mms"])
 def test_parameters_of_another_pattern_are_refused(pattern):
     variables = models.model_and_variables(models.config("mmm"))[1]
-    with pytest.raises(ValueError, match="params of blocks '[ms]' must hold . layers for pattern"):
+    with pytest.raises(ValueError, match="params of blocks '[ms]' must have . layers for pattern"):
         LM(models.config(pattern)).apply(variables, jnp.zeros((1, 2), jnp.int32))
