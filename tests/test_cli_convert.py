@@ -125,7 +125,8 @@ def test_a_comparison_that_fails_is_a_line_of_the_answer(workplace, capsys, monk
     assert main([*command, "run", "--compare"]) == 0
     assert "cannot read or run the folder (no such kernel)" in capsys.readouterr().out
     # Where ours are others than theirs, or ours fail, that is no line among others.
-    monkeypatch.setattr(compare, "_reference_logits", lambda *args: np.ones((1, 64, 96), np.float32))
+    ones = np.ones((1, 64, 96), np.float32)
+    monkeypatch.setattr(compare, "_reference_logits", lambda *args: ones)
     assert main([*command, "other", "--compare"]) == 5
     assert "differ from those of transformers 1, torch 1 by" in capsys.readouterr().out
     monkeypatch.setattr(compare, "LM", broken)

@@ -39,7 +39,7 @@ def by_position(
     max_batches: int | None = None,
     document_resets: bool = True,
 ) -> list[Bucket]:
-    """Loss in buckets of positions [0, 1), [1, 2), [2, 4), [4, 8), ...; windows may have any length.
+    """Loss in buckets of positions [0, 1), [1, 2), [2, 4), [4, 8), ...; windows have any length.
 
     A bucket is evaluated in chunks, and the state is carried from chunk to chunk: memory does not
     grow with the window, and the loss equals that of one pass over the window.

@@ -89,7 +89,7 @@ def stream(
     state: State | None = None,
     stop: Sequence[int] = (),
 ) -> Iterator[Generation]:
-    """As `generate`, but yields up to `piece` tokens at a time (None: all), and the state after them.
+    """As `generate`, but yields `piece` tokens at a time (None: all) with the state after them.
 
     Arguments are checked and prompts prefilled before the first `next`.
     """

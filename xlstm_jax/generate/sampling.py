@@ -17,7 +17,7 @@ from xlstm_jax.typing import Array, Bool, Float, Int, PRNGKeyArray
 
 
 def temperature(logits: Float[Array, "*B vocab"], value: float) -> Float[Array, "*B vocab"]:
-    """Divides logits: below 1 sharpens the distribution, above 1 flattens it; 0 would be `greedy`."""
+    """Sharpens the distribution below 1 and flattens it above 1; the limit 0 is `greedy`."""
     return logits / value
 
 
