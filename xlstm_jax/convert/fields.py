@@ -45,7 +45,7 @@ class Fields:
     def number(self, name: str, default: Any = _MISSING, *, minimum: float | None = None) -> Any:
         """A finite number, at least `minimum`."""
         value = self.get(name, default)
-        # bool is a subclass of int, but true is not a size.
+        # bool is a subclass of int, but true is not a number in JSON or YAML.
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         self.require(name, value, "a finite number", fits=is_number and math.isfinite(value))
         fits = minimum is None or float(value) >= minimum

@@ -63,7 +63,7 @@ def load_hf(folder: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, 
     # transformers applies the norm whatever the field says.
     way_out = "transformers applies that norm anyway: set it to true, or remove the tensor"
     fits = has_norm or OUT_NORM not in source.shapes
-    what = f"true where the weights have {OUT_NORM!r}"
+    what = f"true if the weights have {OUT_NORM!r}"
     fields.require("add_out_norm", has_norm, what, way_out, fits=fits)
     stored = fields.get("dtype", None) or fields.get("torch_dtype", None) or "float32"
     cfg = large.lm_config(
@@ -118,7 +118,7 @@ def save_hf(
         cfg: config of a model of large blocks.
         params: `variables["params"]` of `LM(cfg)`.
         dtype: of the stored tensors, "float32" or "bfloat16".
-        max_shard_bytes: largest size of a file; a larger tensor gets a file of its options.
+        max_shard_bytes: largest size of a file; a larger tensor gets a file of its own.
         special_tokens: ids for the config; generation stops at `eos_token_id`.
 
     Raises:

@@ -21,13 +21,13 @@ def find(folder: str | Path) -> str:
 
 
 def copied_file(folder: str | Path) -> Path | None:
-    """The file that `copy` wrote into a folder, under its present or old name; None if missing."""
+    """The file that `copy` wrote into a folder, under its current or old name; None if missing."""
     paths = (Path(folder) / name for name in (FILE, OLD_FILE))
     return next((path for path in paths if _lines(path)), None)
 
 
 def copy(source: str | Path, folder: str | Path) -> str:
-    """Copies the license of source weights next to the converted ones; returns its first line."""
+    """Copies the license of weights next to the converted ones; returns the line of `find`."""
     line, copied = find(source), copied_file(source)
     file = copied or _file(Path(source))
     text = file.read_text(errors="replace") if file else ""

@@ -54,10 +54,10 @@ def targets(
         WeightsError: the other implementation lacks a parameter.
     """
     rule_of = {rule.path: rule for rule in rules}
-    nameless = [path for path in leaves if path not in rule_of]
-    if nameless:
+    unmatched = [path for path in leaves if path not in rule_of]
+    if unmatched:
         raise WeightsError(
-            f"the other implementation has no parameter for {', '.join(nameless)}; "
+            f"the other implementation has no parameter for {', '.join(unmatched)}; "
             "turn off the option that creates it."
         )
     table = {}

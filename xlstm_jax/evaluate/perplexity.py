@@ -32,7 +32,7 @@ def perplexity(
     max_batches: int | None = None,
     document_resets: bool = True,
 ) -> Perplexity:
-    """Evaluates each window once, without dropout, as the held-out loss of training is.
+    """Evaluates each window once, without dropout, like the held-out loss of training.
 
     Args:
         windows: held-out data, from `data.load(cfg, "valid")`.

@@ -1,6 +1,6 @@
 """Loss by position in the window: the value of a longer context.
 
-Source: after Beck et al. 2024, arXiv:2405.04517, figure 7 (length extrapolation).
+Source: as in Beck et al. 2024, arXiv:2405.04517, figure 7 (length extrapolation).
 """
 
 import functools
@@ -80,8 +80,8 @@ def _chunk_sums(
 ) -> tuple[CrossEntropy, Any]:
     """Loss sums of a chunk, and the state; `before` is the segment id of the preceding position."""
     if document_resets:
-        # The model resets the state where documents change within the chunk, but given a state, not
-        # at its first position: that is done here.
+        # The model does not reset a given state at the first position, so a document that starts
+        # with the chunk needs a reset here.
         same = batch.segment_ids[:, 0] == before
         state = jax.tree.map(  # leaves have the axes layers, B, ...
             lambda leaf: jnp.where(same.reshape((1, -1) + (1,) * (leaf.ndim - 2)), leaf, 0), state

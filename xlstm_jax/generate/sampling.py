@@ -22,7 +22,7 @@ def temperature(logits: Float[Array, "*B vocab"], value: float) -> Float[Array, 
 
 
 def top_k(logits: Float[Array, "*B vocab"], k: int) -> Float[Array, "*B vocab"]:
-    """Keeps the k maximum likely tokens, and ties with the last of them."""
+    """Keeps the k most likely tokens, and ties with the last of them."""
     largest, _ = jax.lax.top_k(logits, min(k, logits.shape[-1]))
     return jnp.where(logits >= largest[..., -1:], logits, -jnp.inf)
 
@@ -41,7 +41,7 @@ def top_p(logits: Float[Array, "*B vocab"], p: float) -> Float[Array, "*B vocab"
 
 
 def min_p(logits: Float[Array, "*B vocab"], p: float) -> Float[Array, "*B vocab"]:
-    """Keeps tokens at least p times as likely as the maximum likely one.
+    """Keeps tokens at least p times as likely as the most likely one.
 
     Source: Nguyen et al. 2024, arXiv:2407.01082, section 3.
     """
@@ -67,7 +67,7 @@ def greedy(
     key: PRNGKeyArray | None = None,
     seen: Bool[Array, "*B vocab"] | None = None,
 ) -> Int[Array, "*B"]:
-    """The maximum likely token; `key` and `seen` have no effect."""
+    """The most likely token; `key` and `seen` have no effect."""
     return jnp.argmax(logits, axis=-1)
 
 
@@ -91,7 +91,7 @@ class Sampler:
             maximum = 1 if name in ("top_p", "min_p") else math.inf
             value = getattr(self, name)
             if value is not None and not 0 < value <= maximum:
-                demand = "above 0" if maximum == math.inf else f"above 0 and at maximum {maximum}"
+                demand = "above 0" if maximum == math.inf else f"above 0 and at most {maximum}"
                 raise ConfigError(
                     f"{name} must be {demand}, got {value}; leave it out to disable it, "
                     "or use `greedy` for the limit of temperature 0."
