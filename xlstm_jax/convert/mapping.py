@@ -99,6 +99,7 @@ def load(
         host = _empty(leaves[path].shape, leaves[path].dtype)
         for name, target in tensors:
             part = host if target.layer is None else host[target.layer]
+            # Assignment casts to the dtype of the parameter, float32.
             part[...] = target.layout.from_torch(source.read(name), target.shape)
         *folders, last = path.split("/")
         functools.reduce(lambda node, key: node.setdefault(key, {}), folders, tree)[last] = _put(

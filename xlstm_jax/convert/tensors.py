@@ -198,7 +198,7 @@ def _write_shards(
     safetensors = import_safetensors()
     shards: list[list[str]] = []
     shard: dict[str, np.ndarray] = {}
-    total = 0
+    total = 0  # bytes
 
     def write_shard() -> None:
         # The number of shards, part of their final names, is not known yet.

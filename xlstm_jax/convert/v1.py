@@ -92,6 +92,7 @@ def config_of(config: Mapping[str, Any], *, bare: bool = False) -> LMConfig:
 def _pattern(fields: Fields, num_blocks: int) -> str:
     slstm_at = fields.get("slstm_at", [])
     is_list = isinstance(slstm_at, Sequence) and not isinstance(slstm_at, str)
+    # An exact type check, as True is an int too.
     fits = slstm_at == "all" or (is_list and all(type(index) is int for index in slstm_at))
     fields.require("slstm_at", slstm_at, "'all' or a list of block indices", fits=fits)
     # Without mLSTM options, every block is an sLSTM block.

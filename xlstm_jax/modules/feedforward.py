@@ -64,7 +64,7 @@ class LargeFeedForward(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], *, deterministic: bool = True
     ) -> Float[Array, "B T D"]:
-        del deterministic  # accepted for the signature of `_Block`; there is no dropout here
+        del deterministic  # accepted as `_Block` passes it; this layer has no dropout
         dim = x.shape[-1]
         names = "proj_up_gate", "proj_up"
         layers = (Dense(self.inner_dim, small(dim), self.use_bias, name=name) for name in names)
