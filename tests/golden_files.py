@@ -1,8 +1,8 @@
-"""Reading the golden vectors: results of other implementations, kept in `tests/golden`.
+"""Loading of golden vectors: results of other implementations, stored in `tests/golden`.
 
-A file that is not kept there is read from the folder that the environment variable
-XLSTM_REFERENCE_DATA names, and the test is skipped where there is none. Where XLSTM_GOLDEN_ERRORS
-names a file, every comparison adds a line to it: `golden/errors.py` makes a table of them.
+Files that are not in the repository are read from the folder XLSTM_REFERENCE_DATA; if that is not
+set, the test is skipped. If XLSTM_GOLDEN_ERRORS is the path of a file, every comparison appends its
+error to it, for `golden/errors.py`.
 """
 
 import json
@@ -15,22 +15,22 @@ import pytest
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 
-_loaded: list[str] = []  # the last one is whose vectors are being compared
+_loaded: list[str] = []  # the last one is the file that is being compared
 
 
 class Golden(NamedTuple):
-    """One file: arrays by their flat key, and the configuration they were made with."""
+    """One file: arrays by flat key, and the config they were computed with."""
 
     arrays: dict[str, np.ndarray]
     config: dict[str, Any]
 
     def under(self, prefix: str) -> dict[str, np.ndarray]:
-        """The arrays whose keys start with `prefix`, by the rest of their key."""
+        """The arrays whose keys start with `prefix`, by the remainder of their keys."""
         return {k.removeprefix(prefix): a for k, a in self.arrays.items() if k.startswith(prefix)}
 
 
 def load(name: str) -> Golden:
-    """The golden file `name` (without suffix); skips the test where it cannot be found."""
+    """Loads the golden file `name` (without suffix); skips the test if it is not available."""
     _loaded.append(name)
     path = FOLDER / f"{name}.npz"
     if path.exists():
@@ -39,7 +39,7 @@ def load(name: str) -> Golden:
         return Golden(arrays, json.loads(str(arrays.pop("about")))["config"])
     reference = os.environ.get("XLSTM_REFERENCE_DATA")
     if reference is None:
-        pytest.skip(f"{name} is not kept here; set XLSTM_REFERENCE_DATA to the folder that has it")
+        pytest.skip(f"{name} is not in the repository; set XLSTM_REFERENCE_DATA to its folder")
     path = pathlib.Path(reference) / f"{name}.npz"
     with np.load(path) as file:
         arrays = dict(file)
@@ -47,17 +47,17 @@ def load(name: str) -> Golden:
 
 
 def names(pattern: str) -> list[str]:
-    """The kept files that match a glob pattern, without suffix."""
+    """Files in the repository that match a glob pattern, without suffix."""
     return sorted(path.stem for path in FOLDER.glob(f"{pattern}.npz"))
 
 
 def assert_matches(
     actual: np.ndarray, expected: np.ndarray, tolerance: float, name: str, largest: float = 0.0
 ):
-    """max |actual - expected| <= tolerance * max |expected|.
+    """Asserts max |actual - expected| <= tolerance * max |expected|.
 
-    `largest` is that maximum over all gradients of a file: one that is far smaller than the
-    largest is judged against a thousandth of it.
+    `largest` is the maximum over all gradients of a file. A much smaller gradient is compared
+    relative to a thousandth of it instead.
     """
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape} != {expected.shape}"
     scale = max(np.abs(expected).max(), 1e-3 * largest)
@@ -69,7 +69,7 @@ def assert_matches(
 
 
 def assert_all_match(actual: dict, expected: dict, tolerance: float):
-    """`assert_matches` for every array of `expected`, a file's gradients."""
+    """`assert_matches` for every array of `expected`, the gradients of a file."""
     largest = max(np.abs(array).max() for array in expected.values())
     for name, array in expected.items():
         assert_matches(actual[name], array, tolerance, f"d{name}", largest)

@@ -84,7 +84,7 @@ def random_tensors() -> Iterator[tuple[str, np.ndarray]]:
     """Names and arrays of the model, as `transformers` has them."""
     rng = np.random.default_rng(0)
     for name, place in mapping.targets(MODEL, names.HF, mapping.parameters(MODEL)).items():
-        yield name, rng.standard_normal(place.their_shape, np.float32) / 32
+        yield name, rng.standard_normal(place.torch_shape, np.float32) / 32
 
 
 def peak(code: str) -> int:

@@ -8,7 +8,7 @@ from experiments.benchmarks import cases
 from tests.workloads import ModelWorkload
 from xlstm_jax.modules import LargeConfig, LMConfig, MLSTMConfig, presets, ratio_pattern
 from xlstm_jax.modules.patterns import split_runs
-from xlstm_jax.modules.stack import runs_of
+from xlstm_jax.modules.stack import choose_runs
 
 SMALL = LMConfig(
     vocab_size=256,
@@ -46,7 +46,7 @@ def compare(
     rows = {
         name: {
             "pattern": model.pattern,
-            "bodies": sum(len(run.unit) for run in runs_of(model, SEQ_LEN)),  # blocks compiled
+            "bodies": sum(len(run.unit) for run in choose_runs(model, SEQ_LEN)),  # blocks compiled
             "seconds": times[name],
         }
         for name, model in models.items()

@@ -1,4 +1,4 @@
-"""Fixtures of the tests beside this file."""
+"""Fixtures of the tests in this folder."""
 
 import os
 
@@ -8,10 +8,10 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def quickly_compiled():
-    """Small models spend their time in the compiler: it may leave its later passes out.
+def quick_compilation():
+    """Skips most compiler optimizations: compilation dominates the run time of small models.
 
-    Not where the errors are measured: published ones are those of programs as users run them.
+    Not when errors are measured: the published ones are those of fully optimized programs.
     """
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", "XLSTM_GOLDEN_ERRORS" not in os.environ)
@@ -21,7 +21,7 @@ def quickly_compiled():
 
 @pytest.fixture
 def unchecked_types():
-    """As outside of tests: signatures are not checked, so the code's own checks are met."""
+    """Turns off the type checks that only tests have, to reach the checks of the library."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

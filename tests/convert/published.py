@@ -1,5 +1,5 @@
-"""What the tests of published models share: tolerances, states and configs as the references have
-them, and parts of a model read by the rules for whole ones."""
+"""Shared helpers of the tests of published models: tolerances, conversion of reference states and
+configs, and parameters of a part of a model, by the rules for complete models."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,14 +16,14 @@ from xlstm_jax.modules import LMConfig
 
 VALUES = {"float32": 2e-5, "float64": 1e-10}
 GRADIENTS = {"float32": 2e-4, "float64": 1e-10}
-"""Largest error allowed, as a share of an array's largest value."""
+"""Largest allowed error, relative to the largest value of an array."""
 
-# Where the reference's sequence form has no initial m at all, ours has one that never counts.
-NO_SCALE = -1e30
+# The sequence form of the reference has no initial m; this value gives ours no weight.
+NO_INITIAL_M = -1e30
 
 
 def nested(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A golden file's config with its parts where the package `xlstm` has them."""
+    """The config of a golden file, nested as in the package `xlstm`."""
     config = {k: v for k, v in config.items() if "weight_decay_params" not in k}
     parts = {part: config.pop(part, {}) for part in ("mlstm", "slstm", "feedforward")}
     feedforward = dict(parts["feedforward"])
@@ -37,76 +37,83 @@ def nested(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cast(tree: Any, dtype: str) -> Any:
-    """Floating-point leaves in another type."""
+    """Converts all leaves to `dtype`."""
     return jax.tree.map(lambda a: jnp.asarray(np.asarray(a), dtype), tree)
 
 
-def without_scale(state: Any) -> Any:
-    """An empty memory of first-generation mLSTM blocks, or of one layer, whose m never counts."""
+def without_initial_m(state: Any) -> Any:
+    """The initial state of mLSTM blocks, or of one layer, with an m that has no effect."""
     if isinstance(state, dict):
-        return {k: without_scale(s) if k == "m" else s for k, s in state.items()}
-    return state._replace(cell=state.cell._replace(m=jnp.full_like(state.cell.m, NO_SCALE)))
+        return {k: without_initial_m(s) if k == "m" else s for k, s in state.items()}
+    return state._replace(cell=state.cell._replace(m=jnp.full_like(state.cell.m, NO_INITIAL_M)))
 
 
-def part_params(cfg: LMConfig, tensors: Mapping[str, np.ndarray], theirs: str, ours: str) -> Any:
-    """Parameters of a part of the first block: `theirs` and `ours` are where its names begin."""
-    start = names.V1_STACK + "blocks.0." + theirs
+def part_params(
+    cfg: LMConfig, tensors: Mapping[str, np.ndarray], torch_prefix: str, path_prefix: str
+) -> Any:
+    """Parameters of a part of the first block, whose names and paths have these prefixes."""
+    start = names.V1_STACK + "blocks.0." + torch_prefix
     arrays = from_arrays({start + name: array for name, array in tensors.items()})
-    without = [path for path in mapping.parameters(cfg) if not path.startswith(ours)]
+    without = [path for path in mapping.parameters(cfg) if not path.startswith(path_prefix)]
     tree = mapping.load(cfg, names.V1, arrays, without)
-    for folder in ours.strip("/").split("/"):
-        tree = tree[folder]
+    for key in path_prefix.strip("/").split("/"):
+        tree = tree[key]
     return jax.tree.map(lambda leaf: leaf[0], tree)
 
 
-def part_tensors(cfg: LMConfig, params: Any, theirs: str, ours: str) -> dict[str, np.ndarray]:
+def part_tensors(
+    cfg: LMConfig, params: Any, torch_prefix: str, path_prefix: str
+) -> dict[str, np.ndarray]:
     """The inverse of `part_params`."""
     tree = jax.tree.map(lambda leaf: leaf[None], params)
-    for folder in reversed(ours.strip("/").split("/")):
-        tree = {folder: tree}
-    start = names.V1_STACK + "blocks.0." + theirs
-    return {name.removeprefix(start): array for name, array in mapping.store(cfg, names.V1, tree)}
+    for key in reversed(path_prefix.strip("/").split("/")):
+        tree = {key: tree}
+    start = names.V1_STACK + "blocks.0." + torch_prefix
+    return {name.removeprefix(start): array for name, array in mapping.export(cfg, names.V1, tree)}
 
 
-def assert_same_mlstm_memory(actual: MLSTMState, c, n, m, tolerance: float) -> None:
-    """Same C e^m and n e^m: the scale itself is a matter of taste.
+def assert_same_mlstm_state(actual: MLSTMState, c, n, m, tolerance: float) -> None:
+    """Compares C e^m and n e^m, which do not depend on the choice of the stabilizer m.
 
-    `c`, `n`, `m` are a reference's, one head's memory per entry of their first two axes.
+    `c`, `n`, `m` are those of the reference, with leading axes B and H.
     """
     m = np.asarray(m, np.float64).reshape(np.shape(actual.m))
     n = np.asarray(n).reshape(np.shape(actual.n))
-    # In units of the larger of both scales, so that neither overflows.
+    # Relative to the larger of both scales, so that neither overflows.
     top = np.maximum(m, actual.m)
-    ours, theirs = np.exp(np.asarray(actual.m, np.float64) - top), np.exp(m - top)
+    scale = np.exp(np.asarray(actual.m, np.float64) - top)
+    reference_scale = np.exp(m - top)
     for name, a, b in (("C", actual.C, np.asarray(c)), ("n", actual.n, n)):
-        axes = (...,) + (None,) * (a.ndim - ours.ndim)
+        axes = (...,) + (None,) * (a.ndim - scale.ndim)
         golden_files.assert_matches(
-            np.asarray(a, np.float64) * ours[axes], b * theirs[axes], tolerance, name
+            np.asarray(a, np.float64) * scale[axes], b * reference_scale[axes], tolerance, name
         )
 
 
-def assert_same_layer_state(actual: Any, found: Mapping[str, np.ndarray], tolerance: float) -> None:
-    """The memory of a first-generation layer, against the reference's after its steps."""
-    if "conv_state" in found:  # theirs holds the current input too
-        golden_files.assert_matches(actual.conv, found["conv_state"][:, 1:], tolerance, "conv")
-    if "slstm_state" in found:
-        cell = slstm_state(found["slstm_state"], actual.cell.c.shape[1])
-        for field, expected in cell._asdict().items():
-            golden_files.assert_matches(getattr(actual.cell, field), expected, tolerance, field)
+def assert_same_layer_state(
+    actual: Any, expected: Mapping[str, np.ndarray], tolerance: float
+) -> None:
+    """Compares the state of a first-generation layer with that of the reference."""
+    if "conv_state" in expected:  # the reference also stores the current input
+        golden_files.assert_matches(actual.conv, expected["conv_state"][:, 1:], tolerance, "conv")
+    if "slstm_state" in expected:
+        cell = slstm_state(expected["slstm_state"], actual.cell.c.shape[1])
+        for field, leaf in cell._asdict().items():
+            golden_files.assert_matches(getattr(actual.cell, field), leaf, tolerance, field)
         return
-    root = np.sqrt(actual.cell.C.shape[-2])  # their keys are divided by it when they are stored
-    c, n, m = (found[f"mlstm_state/{leaf}"] for leaf in "cnm")
-    assert_same_mlstm_memory(actual.cell, c * root, n * root, m, tolerance)
+    root = np.sqrt(actual.cell.C.shape[-2])  # the reference stores keys divided by it
+    c, n, m = (expected[f"mlstm_state/{leaf}"] for leaf in "cnm")
+    assert_same_mlstm_state(actual.cell, c * root, n * root, m, tolerance)
 
 
 def slstm_state(array: np.ndarray, num_heads: int) -> SLSTMState:
-    """The reference's (4, B, H K) in the order h, c, n, m."""
+    """Our state from the array (4, B, H K) of the reference, in the order h, c, n, m."""
     h, c, n, m = array.reshape(4, array.shape[1], num_heads, -1)
     return SLSTMState(c=c, n=n, h=h, m=m)
 
 
 def mean_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Over the positions whose label is not -1."""
+    """Mean over the positions whose label is not -1."""
     logs = jax.nn.log_softmax(logits)
     picked = jnp.take_along_axis(logs, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
     return -jnp.sum(jnp.where(labels >= 0, picked, 0)) / jnp.sum(labels >= 0)

@@ -1,4 +1,4 @@
-"""Weights and configs that do not fit are refused in one sentence that names all of it."""
+"""Invalid weights and configs are rejected with a one-line message that lists all problems."""
 
 import dataclasses
 import json
@@ -19,22 +19,22 @@ from xlstm_jax.modules import LMConfig
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of a checkpoint in one file, to be spoilt."""
+    """A copy of a checkpoint in one file, to be corrupted."""
     return shutil.copytree(FOLDER / "hf_tiny", tmp_path / "hf", copy_function=shutil.copyfile)
 
 
 @pytest.fixture
 def shards(tmp_path):
-    """A copy of a checkpoint in four files, to be spoilt."""
+    """A copy of a checkpoint in four files, to be corrupted."""
     source = FOLDER / "hf_tiny_sharded"
     return shutil.copytree(source, tmp_path / "sharded", copy_function=shutil.copyfile)
 
 
 def rewrite(folder, change):
     file = folder / "model.safetensors"
-    held = safetensors.numpy.load_file(file)
-    change(held)
-    safetensors.numpy.save_file(held, file)
+    tensors = safetensors.numpy.load_file(file)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, file)
 
 
 def edit(folder, **changes):
@@ -50,133 +50,135 @@ def message(load, *args, error=ConfigError, **kwargs):
     return text
 
 
-def test_missing_surplus_and_misshapen_tensors_are_all_listed(folder):
-    def spoil(held):
-        del held["backbone.out_norm.weight"]
-        del held["backbone.blocks.1.mlstm_layer.q.weight"]
-        held["backbone.blocks.2.norm_ffn.weight"] = np.ones(128, np.float32)
-        held["lm_head.weight"] = np.ones((96, 64), np.float32)
+def test_missing_unexpected_and_misshapen_tensors_are_all_listed(folder):
+    def corrupt(tensors):
+        del tensors["backbone.out_norm.weight"]
+        del tensors["backbone.blocks.1.mlstm_layer.q.weight"]
+        tensors["backbone.blocks.2.norm_ffn.weight"] = np.ones(128, np.float32)
+        tensors["lm_head.weight"] = np.ones((96, 64), np.float32)
 
-    rewrite(folder, spoil)
+    rewrite(folder, corrupt)
     text = message(convert.load_hf, folder, error=WeightsError)
     for part in (
-        "backbone.out_norm.weight (128,) is missing (out_norm/scale here)",
-        "backbone.blocks.1.mlstm_layer.q.weight (64, 128) is missing (stack/M/mlstm/q/kernel here)",
-        "backbone.blocks.2.norm_ffn.weight (128,) is not known",
-        "lm_head.weight must have the shape (96, 128), got (96, 64) (lm_head/kernel here)",
+        "backbone.out_norm.weight (128,) is missing (our out_norm/scale)",
+        "backbone.blocks.1.mlstm_layer.q.weight (64, 128) is missing (our stack/M/mlstm/q/kernel)",
+        "backbone.blocks.2.norm_ffn.weight (128,) is unexpected",
+        "lm_head.weight must have the shape (96, 128), got (96, 64) (our lm_head/kernel)",
     ):
         assert part in text
 
 
-def test_a_file_that_is_cut_short_is_named(folder):
+def test_truncated_file_is_named(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     text = message(convert.load_hf, folder, error=WeightsError)
-    assert text.startswith(f"{file} must be a whole safetensors file, but it is damaged or cut")
+    assert text.startswith(f"{file} must be a complete safetensors file, but is corrupt or")
 
 
-def test_a_file_of_something_else_is_named(shards):
+def test_file_of_another_format_is_named(shards):
     file = shards / "model-00002-of-00004.safetensors"
     file.write_bytes(b"<html>not found</html>")
     assert str(file) in message(convert.load_hf, shards, error=WeightsError)
 
 
-def test_a_shard_that_is_not_there_is_named(shards):
+def test_missing_shard_is_named(shards):
     (shards / "model-00003-of-00004.safetensors").unlink()
     text = message(convert.load_hf, shards, error=WeightsError)
-    assert "lacks model-00003-of-00004.safetensors of the 4 files" in text
+    assert "lacks model-00003-of-00004.safetensors of the 4 files in" in text
 
 
 @pytest.mark.parametrize(
     "text", ["{}", "{", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ""}}']
 )
-def test_an_index_that_cannot_be_read_is_named(shards, text):
+def test_invalid_index_is_named(shards, text):
     (shards / tensors.INDEX).write_text(text)
     assert tensors.INDEX in message(convert.load_hf, shards, error=WeightsError)
 
 
-def test_a_tensor_in_two_files_is_refused(shards):
+def test_tensor_in_two_files_is_rejected(shards):
     (shards / tensors.INDEX).unlink()
     shutil.copyfile(shards / "model-00001-of-00004.safetensors", shards / "model-00009.safetensors")
     text = message(convert.load_hf, shards, error=WeightsError)
     assert "must be in one file" in text and "model-00009.safetensors" in text
 
 
-def test_whole_numbers_are_no_parameters(folder):
-    rewrite(folder, lambda held: held.update({"lm_head.weight": np.ones((96, 128), np.int32)}))
+def test_integer_tensor_is_rejected(folder):
+    rewrite(
+        folder, lambda tensors: tensors.update({"lm_head.weight": np.ones((96, 128), np.int32)})
+    )
     text = message(convert.load_hf, folder, error=WeightsError)
     assert "'lm_head.weight'" in text and "got I32" in text
 
 
-def test_a_folder_without_weights_or_config_is_refused(tmp_path, folder):
+def test_folder_without_weights_or_config_is_rejected(tmp_path, folder):
     assert "config.json" in message(convert.load_hf, tmp_path / "nothing")
     (folder / "model.safetensors").unlink()
     assert "has no model.safetensors" in message(convert.load_hf, folder, error=WeightsError)
 
 
-# Field of a config.json -> a value that cannot be honoured, and what the sentence must say.
+# Field of config.json -> an unsupported value, and a part of the message.
 HF_FIELDS = {
-    "model_type": ("llama", "must be 'xlstm' here, got 'llama'"),
-    "weight_mode": ("fused", "must be 'single' here, got 'fused'; transformers reads no other"),
-    "add_out_norm": (False, "transformers applies that norm all the same"),
+    "model_type": ("llama", "must be 'xlstm', got 'llama'"),
+    "weight_mode": ("fused", "must be 'single', got 'fused'; transformers only loads separate"),
+    "add_out_norm": (False, "transformers applies that norm anyway"),
     "dtype": ("float16", "load it with dtype='bfloat16' or dtype='float32'"),
     "num_heads": (3, "large.num_heads must divide qk_dim=64, got 3; use for example"),
     "num_blocks": (3, "num_hidden_layers and num_blocks of"),
     "use_bias": ("yes", "must be true or false, got 'yes'"),
     "norm_eps": ("small", "norm_eps of"),
-    "vocab_size": (0, "must be a whole number of at least 1, got 0"),
+    "vocab_size": (0, "must be an integer of at least 1, got 0"),
     "gate_soft_cap": ("none", "must be a finite number, got 'none'"),
 }
 
 
 @pytest.mark.parametrize("field", HF_FIELDS)
-def test_a_field_that_cannot_be_honoured_is_named(folder, field):
+def test_unsupported_field_is_named(folder, field):
     value, expected = HF_FIELDS[field]
     edit(folder, **{field: value})
     assert expected in message(convert.load_hf, folder)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\x00"])
-def test_a_config_that_is_no_table_is_refused(folder, text):
+def test_config_that_is_not_a_json_object_is_rejected(folder, text):
     (folder / "config.json").write_text(text)
-    sentence = message(convert.load_hf, folder)
-    assert str(folder / "config.json") in sentence and sentence.endswith("fetch it again.")
+    error = message(convert.load_hf, folder)
+    assert str(folder / "config.json") in error and error.endswith("it again.")
 
 
-def test_unknown_fields_are_said_to_be_ignored(folder, caplog):
+def test_unknown_fields_are_logged(folder, caplog):
     edit(folder, mlstm_round_up_to_multiple_of=64)
     convert.load_hf(folder)
     assert "are ignored: mlstm_round_up_to_multiple_of" in caplog.text
 
 
-# A model that `transformers` has no fields for, and what the sentence must say.
+# A model that `transformers` does not support, and a part of the message.
 RMS = {"final_norm": "rms", "final_norm_eps": 1e-6}
-UNWRITABLE = {
-    "blocks": (dict(pattern="Mm", **RMS), "pattern='Mm' with other letters than M"),
+UNSUPPORTED = {
+    "blocks": (dict(pattern="Mm", **RMS), "pattern='Mm' with letters other than M"),
     "norm": (dict(pattern="M"), "final_norm='layer' instead of 'rms'"),
     "bias": (dict(pattern="M", final_norm_bias=True, **RMS), "final_norm_bias=True"),
     "no norm": (dict(pattern="M", final_norm="none"), "final_norm='none' instead of 'rms'"),
-    "eps": (dict(pattern="M", final_norm="rms"), "final_norm_eps=1e-05 that is not"),
+    "eps": (dict(pattern="M", final_norm="rms"), "final_norm_eps=1e-05 different from"),
 }
 
 
-@pytest.mark.parametrize("name", UNWRITABLE)
-def test_a_model_that_transformers_does_not_have_is_refused(name, tmp_path):
-    fields, expected = UNWRITABLE[name]
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_model_that_transformers_does_not_support_is_rejected(name, tmp_path):
+    fields, expected = UNSUPPORTED[name]
     cfg = LMConfig(vocab_size=7, dim=8, **fields)
     assert expected in message(convert.save_hf, tmp_path / "out", cfg, {})
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_holds_weights_is_not_overwritten(folder):
+def test_folder_with_weights_is_not_overwritten(folder):
     cfg, params = convert.load_hf(folder)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    assert "model.safetensors is there" in message(convert.save_hf, folder, cfg, params)
+    assert "contains model.safetensors" in message(convert.save_hf, folder, cfg, params)
     assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 @pytest.mark.parametrize("option", [{"dtype": "int8"}, {"max_shard_bytes": 0}])
-def test_options_out_of_range_are_refused(folder, tmp_path, option):
+def test_options_out_of_range_are_rejected(folder, tmp_path, option):
     cfg, params = convert.load_hf(folder)
     text = message(convert.save_hf, tmp_path / "out", cfg, params, **option)
     assert next(iter(option)) in text
@@ -199,7 +201,7 @@ def plain(tmp_path):
         ("num_heads: 4", "num_heads: [4", "is not valid YAML"),
     ],
 )
-def test_a_plain_folder_that_does_not_fit_is_refused(plain, old, new, expected):
+def test_invalid_config_yaml_is_rejected(plain, old, new, expected):
     path = plain / "config.yaml"
     text = path.read_text()
     assert old in text
@@ -207,9 +209,9 @@ def test_a_plain_folder_that_does_not_fit_is_refused(plain, old, new, expected):
     assert expected in message(convert.load_large, plain)
 
 
-def test_a_plain_folder_without_config_is_refused(plain):
+def test_folder_without_config_yaml_is_rejected(plain):
     (plain / "config.yaml").unlink()
-    assert "must have a config.yaml" in message(convert.load_large, plain)
+    assert "must have a readable config.yaml" in message(convert.load_large, plain)
 
 
 @pytest.fixture
@@ -218,20 +220,20 @@ def v1():
     return published.nested(golden.config), golden.under("param/")
 
 
-# Where in a config, what there, and what the sentence must say.
+# Part of a first-generation config, a change of its fields, and a part of the message.
 V1_FIELDS = {
     "an LSTM": ("slstm", {"function": "lstm"}, "the nearest is `ops.lstm`"),
-    "a cut gradient": ("slstm", {"gradient_recurrent_cut": True}, "gradients here are the true"),
+    "a truncated gradient": ("slstm", {"gradient_recurrent_cut": True}, "gradients are not cut"),
     "clipped outputs": ("slstm", {"forward_clipval": 1.0}, "outputs are not clipped"),
     "an initial bias": ("slstm", {"bias_init": "ones"}, "slstm.bias_init='ones' is not known"),
     "an activation": ("feedforward", {"act_fn": "tanh"}, "the nearest is gelu"),
-    "a feed-forward": ("feedforward", {"ff_type": "ffn"}, "the gated one is the only one"),
+    "a feed-forward": ("feedforward", {"ff_type": "ffn"}, "only the gated one is supported"),
     "heads": ("mlstm", {"num_heads": 5}, "mlstm.num_heads must divide the inner width=64, got 5"),
 }
 
 
 @pytest.mark.parametrize("name", V1_FIELDS)
-def test_a_first_generation_field_that_cannot_be_honoured_is_named(v1, name, unchecked_types):
+def test_unsupported_first_generation_field_is_named(v1, name, unchecked_types):
     config, arrays = v1
     part, change, expected = V1_FIELDS[name]
     block = config["mlstm_block" if part == "mlstm" else "slstm_block"]
@@ -239,7 +241,7 @@ def test_a_first_generation_field_that_cannot_be_honoured_is_named(v1, name, unc
     assert expected in message(convert.load_v1, config, arrays)
 
 
-def test_recurrent_weights_in_no_known_layout_are_listed_with_the_rest(v1):
+def test_recurrent_weights_of_unknown_layout_are_listed_with_other_problems(v1):
     config, arrays = v1
     name = "xlstm_block_stack.blocks.1.xlstm.slstm_cell._recurrent_kernel_"
     arrays[name] = np.zeros((2, 16, 16), np.float32)
@@ -249,20 +251,20 @@ def test_recurrent_weights_in_no_known_layout_are_listed_with_the_rest(v1):
     assert "lm_head.weight (53, 32) is missing" in text
 
 
-def test_a_head_that_is_not_the_table_of_a_tied_model_is_not_passed_over():
+def test_tied_model_with_a_different_head_is_rejected():
     golden = golden_files.load("xlstm_lm_tied")
     arrays = golden.under("param/") | {"lm_head.weight": np.zeros((3, 3), np.float32)}
     text = message(convert.load_v1, published.nested(golden.config), arrays, error=WeightsError)
-    assert "lm_head.weight (3, 3) is not known" in text
+    assert "lm_head.weight (3, 3) is unexpected" in text
 
 
-def test_a_model_without_tensors_lacks_its_embedding_too(v1):
+def test_missing_embedding_and_head_are_listed(v1):
     text = message(convert.load_v1, v1[0], {}, error=WeightsError)
     assert "token_embedding.weight (53, 32) is missing" in text
     assert "lm_head.weight (53, 32) is missing" in text
 
 
-def test_names_of_a_bare_stack_are_its_own():
+def test_errors_use_the_names_of_a_bare_stack():
     golden = golden_files.load("xlstm_block_stack_1_1")
     arrays = golden.under("param/")
     del arrays["post_blocks_norm.weight"]
@@ -273,23 +275,23 @@ def test_names_of_a_bare_stack_are_its_own():
 @pytest.mark.parametrize(
     "array", [np.ones(3, np.int32), np.ones(3, complex), np.array(["a"]), [1.0]]
 )
-def test_what_is_no_array_of_numbers_is_named(v1, array, unchecked_types):
+def test_value_that_is_not_a_floating_point_array_is_named(v1, array, unchecked_types):
     config, arrays = v1
     arrays["lm_head.weight"] = array
     text = message(convert.load_v1, config, arrays, error=WeightsError)
-    assert "must be arrays of floating-point numbers, got lm_head.weight (" in text
+    assert "must be floating-point arrays, got lm_head.weight (" in text
 
 
-@pytest.mark.parametrize("places", ["every", None, 1, ["1"], [None], [True], [1.0]])
-def test_places_that_are_no_numbers_are_refused(v1, places):
+@pytest.mark.parametrize("slstm_at", ["every", None, 1, ["1"], [None], [True], [1.0]])
+def test_invalid_slstm_at_is_rejected(v1, slstm_at):
     config, arrays = v1
-    text = message(convert.load_v1, config | {"slstm_at": places}, arrays)
+    text = message(convert.load_v1, config | {"slstm_at": slstm_at}, arrays)
     assert (
-        f"slstm_at of the config must be 'all' or a list of block numbers, got {places!r}" in text
+        f"slstm_at of the config must be 'all' or a list of block indices, got {slstm_at!r}" in text
     )
 
 
-def test_a_misspelt_part_is_said_to_be_ignored(v1, caplog):
+def test_misspelled_part_is_logged(v1, caplog):
     config, arrays = v1
     config["slstm_block"]["feed_forward"] = None
     convert.load_v1(config | {"weight_decay_on_embedding": True}, arrays)
@@ -297,35 +299,39 @@ def test_a_misspelt_part_is_said_to_be_ignored(v1, caplog):
     assert "train.decay_pattern=" in caplog.text
 
 
-def test_positions_outside_the_model_are_refused(v1):
+def test_slstm_at_outside_the_model_is_rejected(v1):
     config, arrays = v1
-    assert "positions from 0 to 1" in message(convert.load_v1, config | {"slstm_at": [2]}, arrays)
+    assert "block indices from 0 to 1" in message(
+        convert.load_v1, config | {"slstm_at": [2]}, arrays
+    )
 
 
-WHOLE = "backbone.blocks.0.mlstm_layer.ifgate_preact.weight"
+FUSED = "backbone.blocks.0.mlstm_layer.ifgate_preact.weight"
 
 
 @pytest.mark.parametrize("shape", [(7, 32), ()])
-def test_fused_rows_that_do_not_add_up_are_listed(shape):
+def test_fused_weight_of_wrong_size_is_listed(shape):
     cfg, _ = convert.load_large(PLAIN)
-    source = large.unfused(tensors.from_arrays({WHOLE: np.zeros(shape, np.float32)}), cfg)
+    source = large.unfused(tensors.from_arrays({FUSED: np.zeros(shape, np.float32)}), cfg)
     text = message(mapping.load, cfg, names.LARGE, source, error=WeightsError)
-    assert f"{WHOLE} {shape} is not known" in text
+    assert f"{FUSED} {shape} is unexpected" in text
     assert "backbone.blocks.0.mlstm_layer.igate_preact.weight (4, 32) is missing" in text
 
 
-def test_fused_weights_beside_separate_ones_are_one_too_many():
+def test_fused_weight_in_addition_to_separate_ones_is_unexpected():
     cfg, params = convert.load_large(PLAIN)
-    held = dict(mapping.store(cfg, names.LARGE, params))
-    source = large.unfused(tensors.from_arrays(held | {WHOLE: np.zeros((8, 32), np.float32)}), cfg)
+    separate = dict(mapping.export(cfg, names.LARGE, params))
+    source = large.unfused(
+        tensors.from_arrays(separate | {FUSED: np.zeros((8, 32), np.float32)}), cfg
+    )
     text = message(mapping.load, cfg, names.LARGE, source, error=WeightsError)
-    assert f"{WHOLE} (8, 32) is not known" in text
+    assert f"{FUSED} (8, 32) is unexpected" in text
 
 
-# How parameters may be spoilt -> what the sentence must say.
-SPOILT = {
+# Name -> how to change config and parameters, and a part of the message.
+MISMATCHED = {
     "none": (lambda cfg, p: (cfg, {}), "lm_head/kernel (128, 96) is missing"),
-    "variables": (lambda cfg, p: (cfg, {"params": p}), "give variables['params']"),
+    "variables": (lambda cfg, p: (cfg, {"params": p}), "pass variables['params']"),
     "vocabulary": (
         lambda cfg, p: (dataclasses.replace(cfg, vocab_size=50), p),
         "lm_head/kernel must have the shape (128, 50), got (128, 96)",
@@ -337,41 +343,41 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("name", SPOILT)
-def test_parameters_of_another_model_are_not_written(name, tmp_path):
-    spoil, expected = SPOILT[name]
-    arguments = spoil(*convert.load_hf(FOLDER / "hf_tiny"))
+@pytest.mark.parametrize("name", MISMATCHED)
+def test_parameters_that_do_not_match_the_config_are_not_saved(name, tmp_path):
+    change, expected = MISMATCHED[name]
+    arguments = change(*convert.load_hf(FOLDER / "hf_tiny"))
     text = message(convert.save_hf, tmp_path / "out", *arguments, error=WeightsError)
     assert expected in text
     assert not list(tmp_path.iterdir())
 
 
-def test_an_index_beside_a_whole_file_is_not_read(folder):
+def test_index_is_ignored_if_there_is_a_single_file(folder):
     (folder / tensors.INDEX).write_text("{}")
     assert convert.load_hf(folder)[0].num_blocks == 2
 
 
-def test_a_tie_that_is_not_made_is_logged(folder, caplog):
+def test_ignored_tie_word_embeddings_is_logged(folder, caplog):
     edit(folder, tie_word_embeddings=True)
     assert not convert.load_hf(folder)[0].tie_embeddings
-    assert "is ignored, as the weights have two tables" in caplog.text
+    assert "is ignored, as the weights have an embedding and a head" in caplog.text
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0])
 @pytest.mark.parametrize(
     "field", ["vocab_size", "norm_eps", "eps", "qk_dim_factor", "gate_soft_cap"]
 )
-def test_numbers_that_are_none_are_named(folder, field, number):
+def test_non_finite_and_negative_numbers_are_named(folder, field, number):
     edit(folder, **{field: number})
     assert f"{field} of {folder / 'config.json'} must be" in message(convert.load_hf, folder)
 
 
-def test_a_number_in_yaml_may_lack_its_point(plain):
+def test_yaml_number_without_decimal_point_is_accepted(plain):
     path = plain / "config.yaml"
     path.write_text(path.read_text().replace("norm_eps: 1.0e-06", "norm_eps: 1e-6"))
     assert convert.load_large(plain)[0].large.norm_eps == 1e-6
 
 
-def test_a_plain_config_of_other_bytes_is_refused(plain):
+def test_config_yaml_that_is_not_text_is_rejected(plain):
     (plain / "config.yaml").write_bytes(b"\xff\xfe\x00")
     assert "is not valid YAML" in message(convert.load_large, plain)

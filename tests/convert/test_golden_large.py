@@ -27,7 +27,7 @@ every_model = pytest.mark.parametrize("name", LARGE + HF)
 def _large(name):
     golden = golden_files.load(name)
     fields = Fields(golden.config, "the config")
-    cfg = large.to_ours(
+    cfg = large.lm_config(
         fields,
         dim=fields.count("embedding_dim"),
         num_blocks=fields.count("num_blocks"),
@@ -38,7 +38,7 @@ def _large(name):
 
 
 def _model(name):
-    """A file's vectors, and the model they belong to."""
+    """The golden vectors, config and parameters of a model."""
     if name in LARGE:
         return _large(name)
     return golden_files.load(f"{name}_io"), *convert.load_hf(FOLDER / name)
@@ -48,13 +48,13 @@ def _apply(cfg, params, ids, state=None):
     return jax.jit(LM(cfg).apply)({"params": params}, jnp.asarray(ids), state)
 
 
-def _assert_same_states(state, found, tolerance):
-    numbers = sorted({key.split("/")[0] for key in found})
-    assert len(numbers) == state["M"].m.shape[0]
-    for number in numbers:
-        ours = jax.tree.map(lambda leaf, number=number: leaf[int(number)], state["M"])
-        c, n, m = (found[f"{number}/{leaf}"] for leaf in "cnm")
-        published.assert_same_mlstm_memory(ours, c, n, m, tolerance)
+def _assert_same_states(state, expected, tolerance):
+    blocks = sorted({key.split("/")[0] for key in expected})
+    assert len(blocks) == state["M"].m.shape[0]
+    for block in blocks:
+        actual = jax.tree.map(lambda leaf, block=block: leaf[int(block)], state["M"])
+        c, n, m = (expected[f"{block}/{leaf}"] for leaf in "cnm")
+        published.assert_same_mlstm_state(actual, c, n, m, tolerance)
 
 
 @every_model
@@ -69,14 +69,14 @@ def test_logits_and_states_match(name):
 @every_model
 def test_steps_match(name):
     golden, cfg, params = _model(name)
-    ids, found, state = jnp.asarray(golden.arrays["input/ids"]), [], None
+    ids, outputs = jnp.asarray(golden.arrays["input/ids"]), []
     step = jax.jit(LM(cfg).apply)
     state = LM(cfg).init_state(ids.shape[0])
     for t in range(ids.shape[1]):
         logits, state = step({"params": params}, ids[:, t : t + 1], state)
-        found.append(logits)
+        outputs.append(logits)
     tolerance = published.VALUES["float32"]
-    logits = np.concatenate(found, axis=1)
+    logits = np.concatenate(outputs, axis=1)
     assert_matches(logits, golden.arrays["output/logits_step"], tolerance, "logits")
     _assert_same_states(state, golden.under("state/"), tolerance)
 
@@ -85,7 +85,7 @@ def test_steps_match(name):
     "name, lengths",
     [
         (LARGE[0], slice(None)),
-        # The first with biases and caps: the same paths through the chunks.
+        # One length of the second model: the code path is that of the first.
         (LARGE[1], slice(-1, None)),
         pytest.param(LARGE[1], slice(-1), marks=pytest.mark.slow),
     ],
@@ -97,17 +97,17 @@ def test_prefills_of_any_length_match(name, lengths):
         logits, state = _apply(cfg, params, ids)
         expected = golden.arrays[f"output/logits_last_prefill_{length}"]
         assert_matches(logits[:, -1], expected, published.VALUES["float32"], f"{length} tokens")
-        found = golden.under(f"state_prefill_{length}/")
-        _assert_same_states(state, found, published.VALUES["float32"])
+        states = golden.under(f"state_prefill_{length}/")
+        _assert_same_states(state, states, published.VALUES["float32"])
 
 
 @every_model
-def test_the_residual_stream_matches_after_every_block(name):
+def test_residual_stream_matches_after_every_block(name):
     golden, cfg, params = _model(name)
     if name in LARGE:
         stream = [golden.arrays["output/embedding"]]
         stream += [golden.arrays[f"output/block_{n}"] for n in range(cfg.num_blocks)]
-    else:  # the last of theirs is taken after the final norm
+    else:  # the last hidden state of transformers is after the final norm
         stream = [golden.arrays[f"output/hidden_states_{n}"] for n in range(cfg.num_blocks)]
     x = jnp.asarray(params["token_embedding"]["embedding"])[golden.arrays["input/ids"]]
     apply = jax.jit(Backbone(dataclasses.replace(cfg, pattern="M", final_norm="none")).apply)
@@ -140,16 +140,16 @@ def test_training_logits_and_loss_match_in_float64(name, x64):
 
 
 @every_large
-def test_training_logits_and_loss_match_with_their_gradients(name):
+def test_training_logits_loss_and_gradients_match(name):
     golden, cfg, params = _large(name)
     loss_and_grads = jax.value_and_grad(lambda p: _training(golden, cfg, p), has_aux=True)
     results, grads = jax.jit(loss_and_grads)(params)
     _assert_same_training(golden, *results, published.VALUES["float32"])
-    actual = dict(mapping.store(cfg, names.LARGE, grads))
+    actual = dict(mapping.export(cfg, names.LARGE, grads))
     assert_all_match(actual, golden.under("grad/param/"), published.GRADIENTS["float32"])
 
 
-# Sharded files only change how a model is read.
+# Sharded files only affect loading.
 @pytest.mark.parametrize("name", [*LARGE, HF[0], pytest.param(HF[1], marks=pytest.mark.slow)])
 def test_greedy_sequences_match_token_for_token(name):
     golden, cfg, params = _model(name)
@@ -160,14 +160,14 @@ def test_greedy_sequences_match_token_for_token(name):
         length = int(golden.arrays["input/prefill_len"])
         prompts = golden.arrays["input/ids"][:, :length]
         expected = golden.arrays["output/greedy_sequence"][:, length:]
-    found = generate(
+    generation = generate(
         LM(cfg), {"params": params}, prompts.tolist(), max_new_tokens=expected.shape[1]
     )
-    assert found.tokens == expected.tolist()
+    assert generation.tokens == expected.tolist()
 
 
 @pytest.mark.parametrize("name", HF)
-def test_the_shifted_loss_matches(name):
+def test_next_token_loss_matches(name):
     golden, cfg, params = _model(name)
     ids = jnp.asarray(golden.arrays["input/ids"])
     logits, _ = _apply(cfg, params, ids)
@@ -176,27 +176,27 @@ def test_the_shifted_loss_matches(name):
     assert_matches(np.asarray(loss), expected, published.VALUES["float32"], "loss")
 
 
-def test_a_plain_folder_holds_the_parameters_of_its_vectors():
+def test_load_large_gives_the_parameters_of_the_golden_vectors():
     _, cfg, params = _large("xlstm_large_small")
     loaded_cfg, loaded = convert.load_large(FOLDER / "xlstm_large_plain_checkpoint")
     assert loaded_cfg == cfg
     assert jax.tree.all(jax.tree.map(jnp.array_equal, loaded, params))
 
 
-def test_fused_weights_are_the_separate_ones():
+def test_fused_weights_load_as_separate_ones():
     golden, cfg, params = _large("xlstm_large_small")
     tensors, fused = golden.under("param/"), golden.under("fused/")
-    for number in range(cfg.num_blocks):
-        block = names.LARGE_BLOCK.format(number)
-        for whole, parts in names.FUSED.items():
+    for index in range(cfg.num_blocks):
+        block = names.LARGE_BLOCK.format(index)
+        for fused_name, parts in names.FUSED.items():
             for kind in (".weight", ".bias"):
-                held = [tensors.pop(block + p + kind, None) for p in parts]
-                held = [array for array in held if array is not None]
-                # The gates alone have biases in this model.
-                if held:
-                    rows = np.concatenate(held)
-                    tensors[block + whole + kind] = rows
-                    if block + whole + kind in fused:
-                        assert np.array_equal(fused[block + whole + kind], rows)
+                arrays = [tensors.pop(block + p + kind, None) for p in parts]
+                arrays = [array for array in arrays if array is not None]
+                # Only the gates have biases in this model.
+                if arrays:
+                    name = block + fused_name + kind
+                    tensors[name] = np.concatenate(arrays)
+                    if name in fused:
+                        assert np.array_equal(fused[name], tensors[name])
     loaded = mapping.load(cfg, names.LARGE, large.unfused(from_arrays(tensors), cfg))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, loaded, params))

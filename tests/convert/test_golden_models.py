@@ -1,4 +1,4 @@
-"""First-generation stacks and language models against the vectors of the official package."""
+"""First-generation stacks and language models against golden vectors of the package `xlstm`."""
 
 import re
 
@@ -24,7 +24,7 @@ every_lm = pytest.mark.parametrize("name", LMS)
 
 
 class Model:
-    """A file's model with its parameters in one type."""
+    """The model of a golden file, with parameters in `dtype`."""
 
     def __init__(self, name: str, dtype: str):
         self.golden = golden_files.load(name)
@@ -34,8 +34,8 @@ class Model:
         self.module = (LM if name in LMS else Backbone)(self.cfg)
         ids = self.golden.arrays.get("input/ids")
         self.x = jnp.asarray(ids) if ids is not None else self._vectors(dtype)
-        self.empty = self.module.init_state(self.x.shape[0])
-        self.start = published.cast(published.without_scale(self.empty), dtype)
+        self.initial = self.module.init_state(self.x.shape[0])
+        self.start = published.cast(published.without_initial_m(self.initial), dtype)
 
     def _vectors(self, dtype):
         return published.cast(self.golden.arrays["input/x"], dtype)
@@ -44,10 +44,10 @@ class Model:
         return self.module.apply({"params": params}, x, state)
 
     def tensors(self, params):
-        """Under the names of the file."""
+        """Parameters or gradients under the names of the file."""
         start = "" if isinstance(self.module, LM) else names.V1_STACK
-        found = mapping.store(self.cfg, names.V1, params)
-        return {name.removeprefix(start): array for name, array in found}
+        tensors = mapping.export(self.cfg, names.V1, params)
+        return {name.removeprefix(start): array for name, array in tensors}
 
 
 @pytest.mark.parametrize(
@@ -60,16 +60,16 @@ class Model:
         ),
     ],
 )
-def test_a_stack_matches_with_its_gradients(name, dtype, x64):
+def test_stack_outputs_and_gradients_match(name, dtype, x64):
     model = Model(name, dtype)
     dy = published.cast(model.golden.arrays["input/dy"], dtype)
 
     @jax.jit
-    def both(params, x):
+    def value_and_grads(params, x):
         y, pull = jax.vjp(lambda p, x: model.apply(p, x, model.start)[0], params, x)
         return y, pull(dy)
 
-    y, (dparams, dx) = both(model.params, model.x)
+    y, (dparams, dx) = value_and_grads(model.params, model.x)
     assert_matches(y, model.golden.arrays["output64/y"], published.VALUES[dtype], "y")
     expected = model.golden.under("grad64/param/") | {"x": model.golden.arrays["grad64/input/x"]}
     assert_all_match(model.tensors(dparams) | {"x": dx}, expected, published.GRADIENTS[dtype])
@@ -94,7 +94,7 @@ def test_logits_and_loss_match_in_float64(name, x64):
 
 
 @every_lm
-def test_logits_and_loss_match_with_their_gradients(name):
+def test_logits_loss_and_gradients_match(name):
     model = Model(name, "float32")
     loss_and_grads = jax.value_and_grad(lambda p: _logits_and_loss(model, p), has_aux=True)
     (loss, logits), grads = jax.jit(loss_and_grads)(model.params)
@@ -105,40 +105,40 @@ def test_logits_and_loss_match_with_their_gradients(name):
 
 @pytest.mark.parametrize("name", STACKS + LMS)
 def test_steps_and_states_match(name):
-    """One position at a time, from the empty memory, and the memory of every block at the end."""
+    """Steps one position at a time from the initial state, and compares all final states."""
     model = Model(name, "float32")
-    step, state, ys = jax.jit(model.apply), model.empty, []
+    step, state, ys = jax.jit(model.apply), model.initial, []
     for t in range(model.x.shape[1]):
         y, state = step(model.params, model.x[:, t : t + 1], state)
         ys.append(y)
     tolerance = published.VALUES["float32"]
     key = "output/logits_step" if name in LMS else "output/y_step"
     assert_matches(np.concatenate(ys, axis=1), model.golden.arrays[key], tolerance, "y")
-    for number, letter in enumerate(model.cfg.pattern):
-        layer = model.cfg.pattern[:number].count(letter)
-        ours = jax.tree.map(lambda leaf, layer=layer: leaf[layer], state[letter])
+    for index, letter in enumerate(model.cfg.pattern):
+        layer = model.cfg.pattern[:index].count(letter)
+        actual = jax.tree.map(lambda leaf, layer=layer: leaf[layer], state[letter])
         published.assert_same_layer_state(
-            ours, model.golden.under(f"state/block_{number}/"), tolerance
+            actual, model.golden.under(f"state/block_{index}/"), tolerance
         )
 
 
 @every_stack
-def test_the_start_of_m_moves_a_sequence_by_less_than_rounding(name, x64):
-    """The reference starts at m = 0 in steps and without any m in sequences; we start at 0.
+def test_initial_m_changes_outputs_by_less_than_float32_rounding(name, x64):
+    """The reference starts with m = 0 in steps and without m in sequences; we start with 0.
 
-    The two differ by what eps weighs, in float64 far above rounding and in float32 far below.
+    The difference comes from eps: it is above rounding in float64 and far below it in float32.
     """
     model = Model(name, "float64")
-    y, _ = jax.jit(model.apply)(model.params, model.x, published.cast(model.empty, "float64"))
+    y, _ = jax.jit(model.apply)(model.params, model.x, published.cast(model.initial, "float64"))
     assert_matches(y, model.golden.arrays["output64/y"], 1e-6, "y")
 
 
 @every_lm
-def test_what_is_decayed_is_what_the_reference_decays(name):
+def test_weight_decay_mask_is_that_of_the_reference(name):
     golden = golden_files.load(name)
     cfg, params = convert.load_v1(published.nested(golden.config), golden.under("param/"))
     decayed = set()
-    for pattern, table in (
+    for pattern, embedding in (
         (TrainConfig.decay_pattern, []),
         (r"(^|/)(kernel|embedding)$", ["token_embedding.weight"]),  # weight_decay_on_embedding
     ):
@@ -146,23 +146,23 @@ def test_what_is_decayed_is_what_the_reference_decays(name):
         by_path = {path_name(p): m for p, m in jax.tree_util.tree_leaves_with_path(mask)}
         targets = mapping.targets(cfg, names.V1, mapping.parameters(cfg))
         decayed = {name for name, target in targets.items() if by_path[target.path]}
-        assert decayed == set(golden.config["weight_decay_params"]) | set(table)
+        assert decayed == set(golden.config["weight_decay_params"]) | set(embedding)
 
 
 def _as_cuda(tensors):
-    """The same sLSTM weights as the backend `cuda` stores them."""
+    """The same sLSTM weights in the layout of the backend `cuda`."""
     tensors = dict(tensors)
     for name in [name for name in tensors if name.endswith("_recurrent_kernel_")]:
-        H, wide, K = tensors[name].shape
+        H, width, K = tensors[name].shape
         kernel = tensors[name].reshape(H, 4, K, K).transpose(0, 3, 1, 2)
-        tensors[name] = kernel.reshape(H, K, wide)
+        tensors[name] = kernel.reshape(H, K, width)
         bias = re.sub("_recurrent_kernel_$", "_bias_", name)
         tensors[bias] = tensors[bias].reshape(4, H, K).transpose(1, 0, 2).reshape(-1)
     return tensors
 
 
 @every_stack
-def test_both_layouts_of_slstm_weights_give_the_same_parameters(name):
+def test_vanilla_and_cuda_layouts_give_the_same_parameters(name):
     golden = golden_files.load(name)
     config, tensors = published.nested(golden.config), golden.under("param/")
     a = convert.load_v1(config, tensors)
@@ -171,7 +171,7 @@ def test_both_layouts_of_slstm_weights_give_the_same_parameters(name):
     assert jax.tree.all(jax.tree.map(jnp.array_equal, a[1], b[1]))
 
 
-def test_a_tied_model_may_repeat_its_table_as_a_head():
+def test_tied_model_may_have_a_copy_of_the_embedding_as_its_head():
     golden = golden_files.load("xlstm_lm_tied")
     tensors = golden.under("param/")
     tensors["lm_head.weight"] = tensors["token_embedding.weight"]

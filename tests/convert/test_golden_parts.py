@@ -1,4 +1,4 @@
-"""First-generation layers and blocks against the vectors of the official package."""
+"""First-generation layers and blocks against golden vectors of the package `xlstm`."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from xlstm_jax.modules import BLOCKS, LMConfig
 from xlstm_jax.modules.mlstm import MLSTMLayer
 from xlstm_jax.modules.slstm import SLSTMLayer
 
-# File -> the letter of its block, and where names begin, theirs and ours.
+# File -> letter of the block, and prefixes of PyTorch names and of our paths.
 PARTS = {
     "mlstm_layer": ("m", "xlstm.", "stack/m/mlstm/"),
     "mlstm_layer_bias": ("m", "xlstm.", "stack/m/mlstm/"),
@@ -23,13 +23,13 @@ PARTS = {
 }
 
 every_part = pytest.mark.parametrize("name", PARTS)
-both_types = pytest.mark.parametrize(
+both_dtypes = pytest.mark.parametrize(
     "dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)]
 )
 
 
 def _config(letter: str, config: dict) -> LMConfig:
-    """A model whose first block is the one of a file, which has the fields of its parts mixed."""
+    """A model whose first block is that of a file, from the flat config of the file."""
     feedforward = dict(config.get("feedforward", {}))
     feedforward.pop("up_dim", None)
     parts = {k: v for k, v in config.items() if k not in ("feedforward", "inner_dim")}
@@ -44,23 +44,25 @@ def _config(letter: str, config: dict) -> LMConfig:
 
 
 class Part:
-    """A layer or block with a file's parameters and inputs, in one type."""
+    """A layer or block with the parameters and inputs of a file, in `dtype`."""
 
     def __init__(self, name: str, dtype: str):
         self.golden = golden_files.load(name)
-        self.letter, self.theirs, self.ours = PARTS[name]
+        self.letter, *self.prefixes = PARTS[name]
         self.cfg = _config(self.letter, self.golden.config)
         is_block = name.endswith("block")
         layer = {"m": (MLSTMLayer, self.cfg.mlstm), "s": (SLSTMLayer, self.cfg.slstm)}[self.letter]
         self.module = BLOCKS[self.letter].block(self.cfg) if is_block else layer[0](layer[1], 1)
         tensors = self.golden.under("param/")
-        params = published.part_params(self.cfg, tensors, self.theirs, self.ours)
+        params = published.part_params(self.cfg, tensors, *self.prefixes)
         self.params = published.cast(params, dtype)
         self.x = published.cast(self.golden.arrays["input/x"], dtype)
         B, _, D = self.x.shape
         sizes = (B,) if is_block else (B, D, np.dtype(dtype))
-        self.empty = self.module.init_state(*sizes)
-        self.start = published.without_scale(self.empty) if self.letter == "m" else self.empty
+        self.initial = self.module.init_state(*sizes)
+        self.start = (
+            published.without_initial_m(self.initial) if self.letter == "m" else self.initial
+        )
         self.start = published.cast(self.start, dtype)
 
     def apply(self, params, x, state):
@@ -68,19 +70,19 @@ class Part:
 
 
 @every_part
-@both_types
+@both_dtypes
 def test_values_and_gradients_match(name, dtype, x64):
     part = Part(name, dtype)
     dy = published.cast(part.golden.arrays["input/dy"], dtype)
 
     @jax.jit
-    def both(params, x):
+    def value_and_grads(params, x):
         y, pull = jax.vjp(lambda p, x: part.apply(p, x, part.start)[0], params, x)
         return y, pull(dy)
 
-    y, (dparams, dx) = both(part.params, part.x)
+    y, (dparams, dx) = value_and_grads(part.params, part.x)
     assert_matches(y, part.golden.arrays["output64/y"], published.VALUES[dtype], "y")
-    actual = published.part_tensors(part.cfg, dparams, part.theirs, part.ours)
+    actual = published.part_tensors(part.cfg, dparams, *part.prefixes)
     expected = part.golden.under("grad64/param/")
     assert_all_match(
         actual | {"x": dx},
@@ -91,9 +93,9 @@ def test_values_and_gradients_match(name, dtype, x64):
 
 @every_part
 def test_steps_and_states_match(name):
-    """One position at a time, from the empty memory, and the memory after the last."""
+    """Steps one position at a time from the initial state, and compares the final state."""
     part = Part(name, "float32")
-    step, state, ys = jax.jit(part.apply), part.empty, []
+    step, state, ys = jax.jit(part.apply), part.initial, []
     for t in range(part.x.shape[1]):
         y, state = step(part.params, part.x[:, t : t + 1], state)
         ys.append(y)

@@ -1,4 +1,4 @@
-"""What is written is what was read; what is trained here can be written."""
+"""Round trips: loaded weights are saved unchanged, and saved weights load again."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def params(key):
 
 
 def init(cfg, key):
-    """Random parameters; `LM.init` would be compiled for each model."""
+    """Random parameters, without compiling `LM.init` for each model."""
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     return jax.tree.map(
         lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype), param_shapes(cfg)
@@ -41,10 +41,10 @@ def init(cfg, key):
 
 
 def contents(folder):
-    found = {}
+    arrays = {}
     for file in folder.glob("*.safetensors"):
-        found |= safetensors.numpy.load_file(file)
-    return found
+        arrays |= safetensors.numpy.load_file(file)
+    return arrays
 
 
 def assert_same_trees(a, b):
@@ -53,7 +53,7 @@ def assert_same_trees(a, b):
 
 
 @every_folder
-def test_a_folder_that_was_read_is_written_tensor_for_tensor(name, tmp_path):
+def test_loaded_folder_is_saved_tensor_for_tensor(name, tmp_path):
     cfg, params = convert.load_hf(FOLDER / name)
     convert.save_hf(tmp_path / "out", cfg, params)
     before, after = contents(FOLDER / name), contents(tmp_path / "out")
@@ -63,18 +63,18 @@ def test_a_folder_that_was_read_is_written_tensor_for_tensor(name, tmp_path):
     assert convert.load_hf(tmp_path / "out")[0] == cfg
 
 
-def test_the_config_that_is_written_says_what_the_one_that_was_read_says(tmp_path):
+def test_saved_config_has_the_fields_of_the_loaded_one(tmp_path):
     cfg, params = convert.load_hf(FOLDER / "hf_tiny")
     convert.save_hf(tmp_path / "out", cfg, params)
     before, after = (
         json.loads((f / "config.json").read_text()) for f in (FOLDER / "hf_tiny", tmp_path / "out")
     )
-    # The width of the feed-forward layer is 352 = 2.667 * 128 up to a multiple of 16: 2.75 * 128.
+    # The feed-forward width 352 is 2.667 * 128 rounded up to a multiple of 16, and 2.75 * 128.
     rewritten = {"ffn_proj_factor", "ffn_round_up_to_multiple_of", "transformers_version"}
     assert {k for k in before if before[k] != after.get(k)} == rewritten
 
 
-def test_shards_have_an_index_and_read_as_one_file_does(tmp_path, params):
+def test_shards_have_an_index_and_load_as_a_single_file_does(tmp_path, params):
     convert.save_hf(tmp_path / "one", model(), params)
     convert.save_hf(tmp_path / "many", model(), params, max_shard_bytes=6000)
     files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
@@ -85,10 +85,10 @@ def test_shards_have_an_index_and_read_as_one_file_does(tmp_path, params):
     assert index["weight_map"].keys() == contents(tmp_path / "one").keys()
     assert index["metadata"]["total_size"] == 4 * index["metadata"]["total_parameters"]
     assert_same_trees(convert.load_hf(tmp_path / "many")[1], params)
-    assert not list(tmp_path.glob(".*")), "a draft was left behind"
+    assert not list(tmp_path.glob(".*")), "a temporary folder was left behind"
 
 
-def test_bfloat16_is_rounded_once(tmp_path, params):
+def test_saving_in_bfloat16_rounds_once(tmp_path, params):
     convert.save_hf(tmp_path / "out", model(), params, dtype="bfloat16")
     cfg, loaded = convert.load_hf(tmp_path / "out")
     assert cfg.dtype == "bfloat16"
@@ -98,7 +98,7 @@ def test_bfloat16_is_rounded_once(tmp_path, params):
     assert {a.dtype for a in contents(tmp_path / "out").values()} == {np.dtype(ml_dtypes.bfloat16)}
 
 
-def test_a_tied_head_is_written_as_a_table_of_its_own(tmp_path, key):
+def test_tied_head_is_saved_as_a_separate_tensor(tmp_path, key):
     cfg = model(tie_embeddings=True)
     params = init(cfg, key)
     convert.save_hf(tmp_path / "out", cfg, params)
@@ -110,13 +110,13 @@ def test_a_tied_head_is_written_as_a_table_of_its_own(tmp_path, key):
 
 
 @pytest.mark.parametrize("has_head", [True, False])
-def test_the_files_decide_about_a_flag_that_transformers_ignores(tmp_path, params, has_head):
+def test_head_tensor_overrides_tie_word_embeddings(tmp_path, params, has_head):
     convert.save_hf(tmp_path / "out", model(), params)
     edit(tmp_path / "out", tie_word_embeddings=True)
     if not has_head:
-        held = contents(tmp_path / "out")
-        del held[hf.HEAD]
-        safetensors.numpy.save_file(held, tmp_path / "out" / "model.safetensors")
+        arrays = contents(tmp_path / "out")
+        del arrays[hf.HEAD]
+        safetensors.numpy.save_file(arrays, tmp_path / "out" / "model.safetensors")
     cfg, _ = convert.load_hf(tmp_path / "out")
     assert cfg.tie_embeddings == (not has_head)
 
@@ -127,28 +127,28 @@ def edit(folder, *drop, **changes):
     (folder / hf.CONFIG).write_text(json.dumps(config))
 
 
-def test_a_config_with_the_second_names_of_its_sizes_is_read(tmp_path, params):
+def test_alternative_names_of_sizes_are_accepted(tmp_path, params):
     convert.save_hf(tmp_path / "out", model(), params)
-    whole = convert.load_hf(tmp_path / "out")[0]
+    cfg = convert.load_hf(tmp_path / "out")[0]
     edit(tmp_path / "out", "hidden_size", "num_hidden_layers")
-    assert convert.load_hf(tmp_path / "out")[0] == whole
+    assert convert.load_hf(tmp_path / "out")[0] == cfg
     edit(tmp_path / "out", hidden_size=8)
     with pytest.raises(ConfigError, match="hidden_size and embedding_dim of .* got 8 and 16"):
         convert.load_hf(tmp_path / "out")
 
 
-def test_a_bias_in_the_blocks_gives_the_final_norm_none(tmp_path, key):
+def test_use_bias_adds_no_bias_to_the_final_norm(tmp_path, key):
     cfg = model(large=LargeConfig(num_heads=2, use_bias=True))
     convert.save_hf(tmp_path / "out", cfg, init(cfg, key))
     assert convert.load_hf(tmp_path / "out")[0].final_norm_bias is False
 
 
-def test_a_plain_folder_may_have_several_numbered_files(tmp_path):
+def test_load_large_reads_several_numbered_files(tmp_path):
     source = FOLDER / "xlstm_large_plain_checkpoint"
     shutil.copyfile(source / "config.yaml", tmp_path / "config.yaml")
-    held = sorted(contents(source).items())
+    tensors = sorted(contents(source).items())
     for number in range(3):
-        part = dict(held[number::3])
+        part = dict(tensors[number::3])
         safetensors.numpy.save_file(part, tmp_path / f"model_{number}.safetensors")
     cfg, params = convert.load_large(tmp_path)
     expected_cfg, expected = convert.load_large(source)
@@ -156,28 +156,28 @@ def test_a_plain_folder_may_have_several_numbered_files(tmp_path):
     assert_same_trees(params, expected)
 
 
-def test_parameters_go_onto_the_active_mesh():
+def test_parameters_are_sharded_over_the_active_mesh():
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
     with jax.set_mesh(mesh):
-        _, placed = convert.load_hf(FOLDER / "hf_tiny")
-    kernel = placed["stack"]["M"]["ffn"]["proj_up"]["kernel"]
-    # Too small to be gathered, large enough to be cut with its heads.
+        _, sharded = convert.load_hf(FOLDER / "hf_tiny")
+    kernel = sharded["stack"]["M"]["ffn"]["proj_up"]["kernel"]
+    # Below `min_shard_size`, hence replicated over fsdp, but sharded over tensor.
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, None, "tensor")
     assert len(kernel.sharding.device_set) == 8
-    _, whole = convert.load_hf(FOLDER / "hf_tiny")
-    assert_same_trees(jax.device_get(placed), jax.device_get(whole))
+    _, expected = convert.load_hf(FOLDER / "hf_tiny")
+    assert_same_trees(jax.device_get(sharded), jax.device_get(expected))
 
 
 @pytest.mark.parametrize("width", [1, 3, 7, 64, 100, 352, 2048, 2112, 10944])
 @pytest.mark.parametrize("dim", [3, 48, 100, 768, 4096])
-def test_factors_give_back_the_width(width, dim):
+def test_factor_of_gives_the_exact_width(width, dim):
     assert int(dim * large.factor_of(width, dim)) == width
 
 
-def test_the_7b_model_has_a_name_for_every_parameter_and_the_published_config():
+def test_7b_model_has_a_name_for_every_parameter_and_the_published_config():
     cfg = presets.get("xlstm_7b")
     table = mapping.targets(cfg, names.HF, mapping.parameters(cfg))
-    sizes = [int(np.prod(target.their_shape)) for target in table.values()]
+    sizes = [int(np.prod(target.torch_shape)) for target in table.values()]
     assert sum(sizes) == 6_865_424_896
     config = hf.config_of(cfg)
     published = {
@@ -197,13 +197,13 @@ def test_the_7b_model_has_a_name_for_every_parameter_and_the_published_config():
 
 
 @pytest.mark.parametrize("rules", [names.V1, names.LARGE, names.HF])
-def test_no_name_and_no_path_stands_twice(rules):
-    # Blocks of two kinds may use the same names, as no block is of both.
-    assert len({(rule.theirs, rule.ours.split("/")[1]) for rule in rules}) == len(rules)
-    assert len({rule.ours for rule in rules}) == len(rules)
+def test_names_and_paths_are_unique(rules):
+    # Two kinds of blocks may use the same name, as no block is of both kinds.
+    assert len({(rule.torch_name, rule.path.split("/")[1]) for rule in rules}) == len(rules)
+    assert len({rule.path for rule in rules}) == len(rules)
 
 
-def test_every_layout_is_undone(rng):
+def test_from_torch_inverts_to_torch_for_every_layout(rng):
     shapes = {
         "same": [(3,), (3, 4)],
         "transposed": [(3, 4)],
@@ -216,12 +216,12 @@ def test_every_layout_is_undone(rng):
     for name, layout in LAYOUTS.items():
         for shape in shapes[name]:
             array = rng.normal(size=shape)
-            theirs = layout.to_theirs(array)
-            assert theirs.shape == layout.their_shape(shape)
-            assert np.array_equal(layout.to_ours(theirs, shape), array)
+            converted = layout.to_torch(array)
+            assert converted.shape == layout.torch_shape(shape)
+            assert np.array_equal(layout.from_torch(converted, shape), array)
 
 
-def test_a_cap_that_is_none_is_written_as_one_that_changes_nothing(tmp_path, key):
+def test_missing_cap_is_saved_as_a_cap_without_effect(tmp_path, key):
     cfg = model(logit_soft_cap=None, large=LargeConfig(num_heads=2, gate_soft_cap=None))
     params = init(cfg, key)
     convert.save_hf(tmp_path / "out", cfg, params)
@@ -232,6 +232,6 @@ def test_a_cap_that_is_none_is_written_as_one_that_changes_nothing(tmp_path, key
 
 
 @pytest.mark.parametrize("dim, fits", [(128, True), (64, False)])
-def test_a_cache_is_promised_where_transformers_has_one(dim, fits):
+def test_use_cache_is_set_only_for_widths_that_transformers_supports(dim, fits):
     cfg = model(dim=dim)
     assert hf.config_of(cfg)["use_cache"] is fits

@@ -1,4 +1,4 @@
-"""Beside the packages whose weights we read, where they are installed."""
+"""Comparison with `transformers`, if it is installed."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 
 pytestmark = [
-    # Not ours to mend.
+    # Warnings of third-party packages.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -27,22 +27,22 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("name", ["hf_tiny", "hf_tiny_sharded"])
-def test_logits_of_a_folder_that_was_read_are_those_of_transformers(name):
-    found = compare.with_transformers(FOLDER / name)
-    assert found.error < 2e-5
+def test_logits_of_a_loaded_folder_are_those_of_transformers(name):
+    comparison = compare.with_transformers(FOLDER / name)
+    assert comparison.error < 2e-5
 
 
-def test_kernels_that_only_a_gpu_has_are_replaced(tmp_path):
+def test_gpu_kernels_in_the_config_are_replaced(tmp_path):
     folder = shutil.copytree(FOLDER / "hf_tiny", tmp_path / "hf", copy_function=shutil.copyfile)
     fields = json.loads((folder / "config.json").read_text())
     fields["chunkwise_kernel"] = "chunkwise--triton_xl_chunk"
     (folder / "config.json").write_text(json.dumps(fields))
-    found = compare.with_transformers(folder)
-    assert found.error < 2e-5
+    comparison = compare.with_transformers(folder)
+    assert comparison.error < 2e-5
 
 
 @pytest.mark.parametrize("use_bias, cap", [(False, 30), (True, 30.0), (False, None)])
-def test_a_model_trained_here_has_the_same_logits_there(tmp_path, use_bias, cap):
+def test_trained_and_saved_model_has_the_same_logits_in_transformers(tmp_path, use_bias, cap):
     model = LMConfig(
         vocab_size=257,
         dim=64,
@@ -57,10 +57,10 @@ def test_a_model_trained_here_has_the_same_logits_there(tmp_path, use_bias, cap)
     state = init_state(LM(model), tx, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     step = jax.jit(make_train_step(LM(model), tx, cfg))
     losses = []
-    for number in range(20):
-        state, metrics = step(state, loader.batch_at(examples, data, number))
+    for index in range(20):
+        state, metrics = step(state, loader.batch_at(examples, data, index))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.5
     convert.save_hf(tmp_path / "out", model, state.params, max_shard_bytes=100_000)
-    found = compare.with_transformers(tmp_path / "out")
-    assert found.error < 2e-5
+    comparison = compare.with_transformers(tmp_path / "out")
+    assert comparison.error < 2e-5

@@ -1,4 +1,4 @@
-"""Beside the official package `xlstm`, where it is installed: its own configs and state dicts."""
+"""Comparison with the package `xlstm`, if it is installed, from its configs and state dicts."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import safetensors.numpy
 from xlstm_jax import convert
 from xlstm_jax.modules import LM, Backbone
 
-REASON = "the first generation's own modules need the packages torch and xlstm"
+REASON = "the reference modules need the packages torch and xlstm"
 torch = pytest.importorskip("torch", reason=REASON)
 xlstm = pytest.importorskip("xlstm", reason=REASON)
 
@@ -40,11 +40,11 @@ def _model(**options):
     torch.manual_seed(0)
     model = xlstm.xLSTMLMModel(config).eval()
     model.reset_parameters()
-    return config, _shaken(model)
+    return config, _perturbed(model)
 
 
-def _shaken(model):
-    """No parameter is where zeros hide mistakes."""
+def _perturbed(model):
+    """Adds noise to the parameters, so that no zero hides a mistake."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -55,30 +55,30 @@ def _arrays(module):
     return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
 
 
-def _assert_close(ours, theirs):
-    theirs = theirs.detach().numpy()
-    assert np.abs(np.asarray(ours) - theirs).max() < 2e-5 * np.abs(theirs).max()
+def _assert_close(actual, reference):
+    expected = reference.detach().numpy()
+    assert np.abs(np.asarray(actual) - expected).max() < 2e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_and_its_stack_compute_the_same_here(name, caplog):
-    config, theirs = _model(**MODELS[name])
+def test_model_and_bare_stack_match_the_package(name, caplog):
+    config, reference = _model(**MODELS[name])
     ids = torch.randint(0, 50, (2, 20))
-    cfg, params = convert.load_v1(dataclasses.asdict(config), _arrays(theirs))
+    cfg, params = convert.load_v1(dataclasses.asdict(config), _arrays(reference))
     logits, _ = LM(cfg).apply({"params": params}, jnp.asarray(ids.numpy()))
-    _assert_close(logits, theirs(ids))
+    _assert_close(logits, reference(ids))
 
     x = torch.randn(2, 20, 64)
-    stack = theirs.xlstm_block_stack
+    stack = reference.xlstm_block_stack
     cfg, params = convert.load_v1(dataclasses.asdict(stack.config), _arrays(stack))
     y, _ = Backbone(cfg).apply({"params": params}, jnp.asarray(x.numpy()))
     _assert_close(y, stack(x))
-    assert not caplog.text, "a field of their own config is unknown"
+    assert not caplog.text, "a field of the config is unknown"
 
 
 LARGE = {
-    "usual": {},
-    "unusual": {
+    "default": {},
+    "non-default": {
         "use_bias": True,
         "add_out_norm": False,
         "qk_dim_factor": 1.0,
@@ -92,7 +92,7 @@ LARGE = {
 
 @pytest.mark.parametrize("weight_mode", ["single", "fused"])
 @pytest.mark.parametrize("name", LARGE)
-def test_a_large_model_computes_the_same_here(name, weight_mode, tmp_path, caplog):
+def test_large_model_matches_the_package(name, weight_mode, tmp_path, caplog):
     large = pytest.importorskip("xlstm.xlstm_large.model", reason=REASON)
     config = large.xLSTMLargeConfig(
         embedding_dim=64,
@@ -109,12 +109,12 @@ def test_a_large_model_computes_the_same_here(name, weight_mode, tmp_path, caplo
         **LARGE[name],
     )
     torch.manual_seed(0)
-    theirs = _shaken(large.xLSTMLarge(config).eval())
+    reference = _perturbed(large.xLSTMLarge(config).eval())
     # JSON is YAML.
     (tmp_path / "config.yaml").write_text(json.dumps(dataclasses.asdict(config)))
-    safetensors.numpy.save_file(_arrays(theirs), tmp_path / "model.safetensors")
+    safetensors.numpy.save_file(_arrays(reference), tmp_path / "model.safetensors")
     cfg, params = convert.load_large(tmp_path)
     ids = torch.randint(0, 50, (2, 20))
     logits, _ = LM(cfg).apply({"params": params}, jnp.asarray(ids.numpy()))
-    _assert_close(logits, theirs(ids)[0])
-    assert not caplog.text, "a field of their own config is unknown"
+    _assert_close(logits, reference(ids)[0])
+    assert not caplog.text, "a field of the config is unknown"

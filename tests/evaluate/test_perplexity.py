@@ -1,4 +1,4 @@
-"""The measures are those of a direct computation with all logits at hand."""
+"""Evaluation equals a direct computation from all logits."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ SEQ_LEN = 21
 
 
 class Letters:
-    """A tokenizer of ten letters; token 10 ends a document."""
+    """A tokenizer of ten digits; token 10 ends a document."""
 
     name, vocab_size, eos_id = "letters", 11, 10
 
@@ -30,7 +30,7 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def windows():
-    """Seven windows, so batches of four leave a short one; documents of all lengths up to 24."""
+    """Seven windows, so that the second batch of four is short; documents of up to 24 tokens."""
     rng = np.random.default_rng(0)
     documents = [[*rng.integers(0, 10, length), 10] for length in rng.permutation(24)[:12]]
     tokens = np.concatenate(documents).astype(np.uint16)[: 6 * SEQ_LEN + 9]
@@ -45,7 +45,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def losses(small, windows):
-    """Nats and weight of every target, all windows in one batch."""
+    """Nats of every target, and the batch of all windows."""
     model, variables = small
     batch = windows.batch(np.arange(len(windows)))
     logits, _ = jax.jit(model.apply)(variables, batch.inputs, segment_ids=batch.segment_ids)
@@ -54,56 +54,56 @@ def losses(small, windows):
     return np.asarray(picked, np.float64), batch
 
 
-def test_perplexity_is_the_mean_over_all_targets_the_short_batch_included(small, windows, losses):
+def test_perplexity_is_the_mean_over_all_targets_of_all_batches(small, windows, losses):
     nats, batch = losses
-    found = perplexity(*small, windows, batch_size=4)
+    result = perplexity(*small, windows, batch_size=4)
     assert len(windows) % 4
-    assert found.num_tokens == batch.weights.sum() == windows.num_targets
+    assert result.num_tokens == batch.weights.sum() == windows.num_targets
     mean = (nats * batch.weights).sum() / batch.weights.sum()
-    assert found.nats_per_token == pytest.approx(mean, rel=1e-5)
+    assert result.nats_per_token == pytest.approx(mean, rel=1e-5)
 
 
-def test_bits_per_byte_does_not_count_ends_of_documents_as_text(small, windows, losses):
+def test_bits_per_byte_excludes_end_of_document_tokens_from_bytes(small, windows, losses):
     nats, batch = losses
     num_bytes = ((batch.targets != 10) * batch.weights).sum()
     assert num_bytes < batch.weights.sum()
-    found = perplexity(*small, windows, batch_size=4)
+    result = perplexity(*small, windows, batch_size=4)
     expected = (nats * batch.weights).sum() / np.log(2) / num_bytes
-    assert found.bits_per_byte == pytest.approx(expected, rel=1e-5)
-    both = found.nats_per_token / np.log(2) / windows.bytes_per_token
-    assert found.bits_per_byte == pytest.approx(both, rel=1e-9)
+    assert result.bits_per_byte == pytest.approx(expected, rel=1e-5)
+    from_ratio = result.nats_per_token / np.log(2) / windows.bytes_per_token
+    assert result.bits_per_byte == pytest.approx(from_ratio, rel=1e-9)
 
 
-def test_perplexity_is_the_same_number_every_time(small, windows):
+def test_perplexity_is_deterministic(small, windows):
     assert perplexity(*small, windows, batch_size=4) == perplexity(*small, windows, batch_size=4)
 
 
-def test_a_quick_look_reads_windows_from_everywhere(small, windows, losses):
+def test_max_batches_spreads_batches_over_the_data(small, windows, losses):
     nats, batch = losses
-    found = perplexity(*small, windows, batch_size=4, max_batches=1)
+    result = perplexity(*small, windows, batch_size=4, max_batches=1)
     index = [0, 2, 4, 6]  # of seven
     weights = batch.weights[index]
-    assert found.num_tokens == weights.sum()
-    assert found.nats_per_token == pytest.approx(
+    assert result.num_tokens == weights.sum()
+    assert result.nats_per_token == pytest.approx(
         (nats[index] * weights).sum() / weights.sum(), rel=1e-5
     )
 
 
-def test_rows_that_are_no_text_have_no_bytes(small):
+def test_bits_per_byte_is_none_for_synthetic_tasks(small):
     cfg = DataConfig(source="parity", seq_len=SEQ_LEN, max_len=8, num_eval_samples=5)
-    rows = load(cfg, "valid")
-    found = perplexity(*small, rows, batch_size=4)
-    assert found.bits_per_byte is None
-    assert found.num_tokens >= 5
+    examples = load(cfg, "valid")
+    result = perplexity(*small, examples, batch_size=4)
+    assert result.bits_per_byte is None
+    assert result.num_tokens >= 5
 
 
-def test_loss_by_position_is_that_of_whole_windows(small, windows, losses, monkeypatch):
-    """Pieces of 4 cut buckets as well as documents; every document starts from nothing."""
-    monkeypatch.setattr(position, "PIECE", 4)
+def test_loss_by_position_equals_that_of_unsplit_windows(small, windows, losses, monkeypatch):
+    """Chunks of 4 split buckets and documents; each document starts from the initial state."""
+    monkeypatch.setattr(position, "CHUNK", 4)
     nats, batch = losses
-    found = by_position(*small, windows, batch_size=4)
-    assert [bucket[:2] for bucket in found] == [(0, 1), (1, 2), (2, 4), (4, 8), (8, 16), (16, 21)]
-    for start, stop, mean, count in found:
+    buckets = by_position(*small, windows, batch_size=4)
+    assert [bucket[:2] for bucket in buckets] == [(0, 1), (1, 2), (2, 4), (4, 8), (8, 16), (16, 21)]
+    for start, stop, mean, count in buckets:
         weights = batch.weights[:, start:stop]
         assert count == weights.sum()
         expected = (nats[:, start:stop] * weights).sum() / count
@@ -116,10 +116,10 @@ def test_loss_by_position_is_that_of_whole_windows(small, windows, losses, monke
     ids="T{}".format,
 )
 def test_buckets_are_powers_of_two_up_to_the_window(seq_len, buckets):
-    assert list(dict.fromkeys(bucket for bucket, _, _ in position._pieces(seq_len))) == buckets
+    assert list(dict.fromkeys(bucket for bucket, _, _ in position._chunks(seq_len))) == buckets
 
 
 @pytest.mark.parametrize("measure", [perplexity, by_position])
-def test_measuring_nothing_is_refused(small, windows, measure):
+def test_max_batches_0_is_rejected(small, windows, measure):
     with pytest.raises(ConfigError, match="max_batches must be at least 1, got 0"):
         measure(*small, windows, max_batches=0)

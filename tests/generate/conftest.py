@@ -1,4 +1,4 @@
-"""Programs compile quickly: nothing here is about speed."""
+"""Fast compilation for the tests in this folder, none of which measures speed."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A model small enough to compile in seconds, and sure of itself."""
+"""A model that compiles in seconds and whose logits differ clearly."""
 
 import functools
 
@@ -18,7 +18,7 @@ def model_and_variables(pattern="ms"):
         pattern=pattern,
         mlstm=MLSTMConfig(num_heads=2, inner_dim=16),
         slstm=SLSTMConfig(num_heads=2, ffn_dim=16),
-        # As initialised, every logit is nearly 0, and rounding would choose among them.
+        # With the default initializers all logits are near 0, and rounding would decide the argmax.
         embedding_std=1.0,
         head_std=1.0,
     )

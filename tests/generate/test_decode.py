@@ -1,4 +1,4 @@
-"""Answers are those of the model read token by token, in any company, in any pieces."""
+"""Generation equals plain model calls, for any batch, prefill chunks and stream pieces."""
 
 import chex
 import jax
@@ -15,10 +15,10 @@ RANDOM = Sampler(temperature=2.0, repetition_penalty=1.3)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_width_of_prefill():
-    """Every width costs a compile; one is the least that most tests need."""
+def single_prefill_width():
+    """One prefill width suffices for most tests, and every width costs a compilation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "LEAST_PREFILL", 64)
+        patch.setattr(decode, "MIN_PREFILL", 64)
         yield
 
 
@@ -28,87 +28,88 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def answers(small):
+def generated(small):
     return generate(*small, PROMPTS, max_new_tokens=8)
 
 
-def continuation(small, prompt, count):
-    """The greedy answer by one whole pass over the text per token: no state, no padding."""
+def naive_greedy(small, prompt, count):
+    """Greedy decoding by one pass over the full sequence per token, without a state."""
     model, variables = small
     apply = jax.jit(model.apply)
-    text = list(prompt)
+    sequence = list(prompt)
     for _ in range(count):
-        # Tokens to the right cannot matter to a causal model, and one length compiles once.
-        tokens = np.array([text + [0] * (64 - len(text))], np.int32)
+        # The model is causal, so padding on the right has no effect; one length compiles once.
+        tokens = np.array([sequence + [0] * (64 - len(sequence))], np.int32)
         logits = apply(variables, tokens)[0]
-        text.append(int(jnp.argmax(logits[0, len(text) - 1])))
-    return text[len(prompt) :]
+        sequence.append(int(jnp.argmax(logits[0, len(sequence) - 1])))
+    return sequence[len(prompt) :]
 
 
-def test_prefill_and_decode_equal_one_pass_over_the_text(small, answers):
-    for row in (0, 2):
-        assert answers.tokens[row] == continuation(small, PROMPTS[row], 8)
+def test_prefill_and_decode_equal_full_passes(small, generated):
+    for i in (0, 2):
+        assert generated.tokens[i] == naive_greedy(small, PROMPTS[i], 8)
 
 
-def of_row(state, row):
-    return jax.tree.map(lambda leaf: leaf[:, row], state)
+def state_of(state, i):
+    """The state of sequence i."""
+    return jax.tree.map(lambda leaf: leaf[:, i], state)
 
 
 @pytest.mark.parametrize(
     "sampler", [pytest.param(greedy, marks=pytest.mark.slow), RANDOM], ids=["greedy", "random"]
 )
-def test_a_row_is_answered_as_it_would_be_alone(small, key, sampler):
-    together = generate(*small, PROMPTS, max_new_tokens=8, sampler=sampler, key=key)
-    for row in (1, 2):
-        own = jax.random.fold_in(key, row)[None]
-        alone = generate(*small, [PROMPTS[row]], max_new_tokens=8, sampler=sampler, key=own)
-        assert alone.tokens == [together.tokens[row]]
-        states = of_row(alone.state, 0), of_row(together.state, row)
+def test_result_does_not_depend_on_the_other_prompts(small, key, sampler):
+    batch = generate(*small, PROMPTS, max_new_tokens=8, sampler=sampler, key=key)
+    for i in (1, 2):
+        key_i = jax.random.fold_in(key, i)[None]
+        single = generate(*small, [PROMPTS[i]], max_new_tokens=8, sampler=sampler, key=key_i)
+        assert single.tokens == [batch.tokens[i]]
+        states = state_of(single.state, 0), state_of(batch.state, i)
         chex.assert_trees_all_close(*states, rtol=1e-4, atol=1e-5)
 
 
-def test_an_answer_continued_from_its_state_equals_one_go(small, answers):
+def test_resuming_from_a_state_equals_one_call(small, generated):
     first = generate(*small, PROMPTS, max_new_tokens=5)
     more = [[6, 7, 8], [0], [3] * 20, [1, 2]]
     second = generate(*small, more, max_new_tokens=5, state=first.state)
-    texts = [p + a + m for p, a, m in zip(PROMPTS, first.tokens, more, strict=True)]
-    assert second.tokens == generate(*small, texts, max_new_tokens=5).tokens
+    sequences = [p + a + m for p, a, m in zip(PROMPTS, first.tokens, more, strict=True)]
+    assert second.tokens == generate(*small, sequences, max_new_tokens=5).tokens
 
 
-def test_the_state_is_the_models_own_after_reading_prompt_and_answer(small, answers):
+def test_state_is_that_of_a_pass_over_prompt_and_generated_tokens(small, generated):
     model, variables = small
-    tokens = jnp.array([PROMPTS[2] + answers.tokens[2]])
+    tokens = jnp.array([PROMPTS[2] + generated.tokens[2]])
     _, state = jax.jit(model.apply)(variables, tokens)
-    states = of_row(answers.state, 2), of_row(state, 0)
+    states = state_of(generated.state, 2), state_of(state, 0)
     chex.assert_trees_all_close(*states, rtol=1e-4, atol=1e-5)
 
 
-def test_a_prompt_read_in_many_pieces_gets_the_same_answer(small, answers, monkeypatch):
-    monkeypatch.setattr(decode, "PREFILL", 8)
-    monkeypatch.setattr(decode, "LEAST_PREFILL", 8)
-    assert generate(*small, PROMPTS, max_new_tokens=8).tokens == answers.tokens
+def test_result_does_not_depend_on_prefill_chunks(small, generated, monkeypatch):
+    monkeypatch.setattr(decode, "MAX_PREFILL", 8)
+    monkeypatch.setattr(decode, "MIN_PREFILL", 8)
+    assert generate(*small, PROMPTS, max_new_tokens=8).tokens == generated.tokens
 
 
-def test_a_row_ends_with_its_stop_token_and_its_state_stands_still(small, answers):
-    stop = answers.tokens[1][2]
+def test_stop_token_ends_a_sequence_and_freezes_its_state(small, generated):
+    stop = generated.tokens[1][2]
     stopped = generate(*small, PROMPTS, max_new_tokens=8, stop=[stop] * 11)
-    for cut, whole in zip(stopped.tokens, answers.tokens, strict=True):
-        assert cut == (whole[: whole.index(stop) + 1] if stop in whole else whole)
+    for actual, full in zip(stopped.tokens, generated.tokens, strict=True):
+        assert actual == (full[: full.index(stop) + 1] if stop in full else full)
     first = len(stopped.tokens[1])
     assert first < 8
     short = next(stream(*small, PROMPTS, max_new_tokens=first, piece=8))
-    chex.assert_trees_all_equal(of_row(stopped.state, 1), of_row(short.state, 1))
+    chex.assert_trees_all_equal(state_of(stopped.state, 1), state_of(short.state, 1))
 
 
-def test_the_loop_ends_when_every_row_has_stopped(small):
+def test_loop_ends_when_all_sequences_have_stopped(small):
     pieces = list(
         stream(*small, PROMPTS, max_new_tokens=10_000, piece=8, stop=range(small[0].cfg.vocab_size))
     )
-    assert [[len(row) for row in piece.tokens] for piece in pieces] == [[1, 1, 1, 1]]
+    assert [[len(ids) for ids in piece.tokens] for piece in pieces] == [[1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("sampler", [greedy, RANDOM], ids=["greedy", "random"])
-def test_a_stream_is_the_answer_in_pieces(small, key, sampler):
+def test_stream_yields_the_generated_tokens_in_pieces(small, key, sampler):
     options = dict(max_new_tokens=8, sampler=sampler, key=key)
     pieces = list(stream(*small, PROMPTS, piece=5, **options))
     assert [len(piece.tokens[0]) for piece in pieces] == [5, 3]
@@ -116,63 +117,62 @@ def test_a_stream_is_the_answer_in_pieces(small, key, sampler):
     assert joined == generate(*small, PROMPTS, **options).tokens
 
 
-def test_no_new_tokens_means_reading_the_prompt(small):
-    read = generate(*small, PROMPTS, max_new_tokens=0)
-    assert read.tokens == [[], [], [], []]
-    texts = [[4]] * 4
-    more = generate(*small, texts, max_new_tokens=5, state=read.state)
-    whole = generate(*small, [p + [4] for p in PROMPTS], max_new_tokens=5)
-    assert more.tokens == whole.tokens
+def test_max_new_tokens_0_only_prefills(small):
+    prefilled = generate(*small, PROMPTS, max_new_tokens=0)
+    assert prefilled.tokens == [[], [], [], []]
+    resumed = generate(*small, [[4]] * 4, max_new_tokens=5, state=prefilled.state)
+    expected = generate(*small, [p + [4] for p in PROMPTS], max_new_tokens=5)
+    assert resumed.tokens == expected.tokens
 
 
-def test_equal_prompts_draw_different_answers_and_a_key_repeats_them(small, key):
+def test_equal_prompts_get_different_samples_and_a_key_reproduces_them(small, key):
     options = dict(max_new_tokens=8, sampler=RANDOM, key=key)
-    drawn = generate(*small, [[1, 2]] * 4, **options).tokens
-    assert len(set(map(tuple, drawn))) == 4
-    assert generate(*small, [[1, 2]] * 4, **options).tokens == drawn
-    options["key"] = jax.random.PRNGKey(0)  # of the older kind, with the same seed
-    assert generate(*small, [[1, 2]] * 4, **options).tokens == drawn
+    samples = generate(*small, [[1, 2]] * 4, **options).tokens
+    assert len(set(map(tuple, samples))) == 4
+    assert generate(*small, [[1, 2]] * 4, **options).tokens == samples
+    options["key"] = jax.random.PRNGKey(0)  # a legacy key with the same seed
+    assert generate(*small, [[1, 2]] * 4, **options).tokens == samples
 
 
 def unseen(logits, key, seen):
-    """The likeliest token that has not occurred."""
+    """The most likely token that was not seen."""
     return greedy(jnp.where(seen, -jnp.inf, logits))
 
 
-def test_a_sampler_of_ones_own_sees_which_tokens_occurred_and_is_traced_once(small, key):
-    """Whatever the lengths of prompts and answers: a second trace would be an error."""
+def test_custom_sampler_gets_seen_tokens_and_is_traced_once(small, key):
+    """Two calls with other prompt lengths and limits share one trace."""
     options = dict(sampler=chex.assert_max_traces(unseen, n=1), key=key)
     prompts = [[1, 2, 3], [4, 4, 4], [5] * 9, [10, 0]]
     generate(*small, [[1]] * 4, max_new_tokens=6, **options)
-    drawn = generate(*small, prompts, max_new_tokens=8, **options).tokens
-    counts = [len({*prompt, *answer}) for prompt, answer in zip(prompts, drawn, strict=True)]
+    samples = generate(*small, prompts, max_new_tokens=8, **options).tokens
+    counts = [len({*prompt, *ids}) for prompt, ids in zip(prompts, samples, strict=True)]
     assert counts == [11, 9, 9, 10]
 
 
 BAD = {
-    "no prompt": (dict(prompts=[]), "prompts must hold at least one list"),
-    "empty prompt": (dict(prompts=[[1], []]), r"prompts\[1\] must hold at least one token"),
-    "token too large": (dict(prompts=[[1, 11]]), r"token ids in 0..10, got 1 to 11"),
-    "token below 0": (dict(prompts=[[-1]]), r"token ids in 0..10, got -1"),
+    "no prompt": (dict(prompts=[]), "prompts must have at least one list"),
+    "empty prompt": (dict(prompts=[[1], []]), r"prompts\[1\] must have at least one token"),
+    "token too large": (dict(prompts=[[1, 11]]), r"token ids from 0 to 10, got 1 to 11"),
+    "token below 0": (dict(prompts=[[-1]]), r"token ids from 0 to 10, got -1"),
     "negative count": (dict(max_new_tokens=-1), "max_new_tokens must be at least 0"),
-    "no key": (dict(sampler=Sampler()), "key must be given"),
-    "too many keys": (dict(key=3), "one for each of 1 prompts, got"),
+    "no key": (dict(sampler=Sampler()), "key must be a PRNG key"),
+    "too many keys": (dict(key=3), r"single key or have the shape \(1,\), got"),
     "state of two": (dict(state=2), "state of this model for 1 prompts"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_arguments_are_refused_in_one_sentence(small, key, case):
-    change, sentence = BAD[case]
+def test_invalid_arguments_are_rejected(small, key, case):
+    change, message = BAD[case]
     arguments = dict(prompts=[[1]], max_new_tokens=1) | change
     if "key" in change:
         arguments["key"] = jax.random.split(key, change["key"])
     if "state" in change:
         arguments["state"] = small[0].init_state(change["state"])
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(ConfigError, match=message):
         generate(*small, **arguments)
 
 
-def test_pieces_of_nothing_are_refused_before_anything_is_read(small):
+def test_piece_0_is_rejected_before_prefill(small):
     with pytest.raises(ConfigError, match="piece at least 1"):
         stream(*small, [[1]], max_new_tokens=5, piece=0)

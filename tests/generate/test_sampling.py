@@ -1,4 +1,4 @@
-"""The filters rule out what they say and nothing else; samplers draw from what is left."""
+"""Filters exclude exactly the tokens they should; samplers draw from the others."""
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +17,20 @@ def logits():
     return jnp.log(PROBABILITIES)
 
 
-def kept(logits):
+def retained(logits):
     return np.isfinite(np.asarray(logits)).tolist()
 
 
 def test_temperature_is_a_power_of_the_probabilities(logits):
-    found = jax.nn.softmax(temperature(logits, 0.5), axis=-1)
+    actual = jax.nn.softmax(temperature(logits, 0.5), axis=-1)
     expected = PROBABILITIES**2 / (PROBABILITIES**2).sum(axis=-1, keepdims=True)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
-def test_top_k_keeps_the_k_likeliest_and_leaves_them_as_they_are(logits):
-    found = top_k(logits, 2)
-    assert kept(found) == [[True, True, False, False], [False, False, True, True]]
-    np.testing.assert_array_equal(found[0, :2], logits[0, :2])
+def test_top_k_keeps_the_logits_of_the_k_most_likely_tokens(logits):
+    filtered = top_k(logits, 2)
+    assert retained(filtered) == [[True, True, False, False], [False, False, True, True]]
+    np.testing.assert_array_equal(filtered[0, :2], logits[0, :2])
 
 
 def test_top_k_beyond_the_vocabulary_keeps_everything(logits):
@@ -40,46 +40,49 @@ def test_top_k_beyond_the_vocabulary_keeps_everything(logits):
 @pytest.mark.parametrize(
     ("p", "counts"), [(1e-6, [1, 1]), (0.45, [1, 2]), (0.74, [2, 3]), (0.89, [3, 3]), (1.0, [4, 4])]
 )
-def test_top_p_keeps_the_fewest_tokens_that_hold_p_together(logits, p, counts):
-    found = np.asarray(top_p(logits, p))
-    assert np.isfinite(found).sum(axis=-1).tolist() == counts
-    for row, count in enumerate(counts):
-        likeliest = np.argsort(-PROBABILITIES[row])[:count]
-        assert np.isfinite(found[row, likeliest]).all()
+def test_top_p_keeps_the_fewest_tokens_with_total_probability_p(logits, p, counts):
+    filtered = np.asarray(top_p(logits, p))
+    assert np.isfinite(filtered).sum(axis=-1).tolist() == counts
+    for i, count in enumerate(counts):
+        most_likely = np.argsort(-PROBABILITIES[i])[:count]
+        assert np.isfinite(filtered[i, most_likely]).all()
 
 
-def test_min_p_keeps_tokens_by_their_share_of_the_largest_probability(logits):
-    assert kept(min_p(logits, 0.4)) == [[True, True, False, False], [False, True, True, True]]
-    assert kept(min_p(logits, 1.0)) == [[True, False, False, False], [False, False, False, True]]
+def test_min_p_keeps_tokens_by_their_ratio_to_the_largest_probability(logits):
+    assert retained(min_p(logits, 0.4)) == [[True, True, False, False], [False, True, True, True]]
+    assert retained(min_p(logits, 1.0)) == [
+        [True, False, False, False],
+        [False, False, False, True],
+    ]
 
 
-def test_repetition_penalty_lowers_seen_tokens_of_either_sign_and_no_others():
+def test_repetition_penalty_lowers_only_logits_of_seen_tokens_of_either_sign():
     logits = jnp.array([2.0, -2.0, 2.0, -2.0])
     seen = jnp.array([True, True, False, False])
-    found = repetition_penalty(logits, seen, 2.0)
-    np.testing.assert_array_equal(found, jnp.array([1.0, -4.0, 2.0, -2.0]))
+    penalized = repetition_penalty(logits, seen, 2.0)
+    np.testing.assert_array_equal(penalized, jnp.array([1.0, -4.0, 2.0, -2.0]))
 
 
-def test_filters_compose_in_any_order_that_is_written_down(logits):
-    found = top_p(top_k(temperature(logits, 0.7), 3), 0.6)
-    assert kept(found)[0] == [True, False, False, False]
+def test_filters_compose(logits):
+    filtered = top_p(top_k(temperature(logits, 0.7), 3), 0.6)
+    assert retained(filtered)[0] == [True, False, False, False]
 
 
-def test_greedy_takes_the_likeliest_token(logits):
+def test_greedy_takes_the_most_likely_token(logits):
     assert greedy(logits).tolist() == [0, 3]
 
 
-def test_a_sampler_draws_with_the_probabilities_that_its_filters_leave(logits, key):
+def test_sampler_draws_with_the_probabilities_after_filtering(logits, key):
     sampler = Sampler(top_k=2)
     draws = jax.vmap(lambda k: sampler(logits[0], k, jnp.zeros(4, bool)))(
         jax.random.split(key, 4096)
     )
-    shares = np.bincount(draws, minlength=4) / 4096
-    np.testing.assert_allclose(shares, [2 / 3, 1 / 3, 0, 0], atol=0.03)
+    frequencies = np.bincount(draws, minlength=4) / 4096
+    np.testing.assert_allclose(frequencies, [2 / 3, 1 / 3, 0, 0], atol=0.03)
 
 
-def test_every_field_of_a_sampler_takes_part(logits, key):
-    """Each leaves one token of two unlikely ones, so a field that is forgotten is noticed."""
+def test_every_field_of_a_sampler_has_an_effect(logits, key):
+    """Each setting leaves a single token, so that a field without effect fails."""
     seen = jnp.array([True, False, False, False])
     for sampler, token in (
         (Sampler(temperature=1e-3), 0),
@@ -92,7 +95,7 @@ def test_every_field_of_a_sampler_takes_part(logits, key):
         assert set(draws.tolist()) == {token}
 
 
-def test_samplers_with_equal_fields_share_what_was_compiled_for_them():
+def test_samplers_with_equal_fields_are_equal():
     assert Sampler(top_k=3) == Sampler(top_k=3)
     assert hash(Sampler(top_k=3)) == hash(Sampler(top_k=3))
 
@@ -110,7 +113,7 @@ def test_samplers_with_equal_fields_share_what_was_compiled_for_them():
     ],
     ids=str,
 )
-def test_a_field_out_of_range_is_refused_with_its_value(field):
+def test_field_out_of_range_is_rejected(field):
     ((name, value),) = field.items()
     with pytest.raises(ConfigError, match=f"{name} must be above 0.*got {value}"):
         Sampler(**field)

@@ -1,9 +1,9 @@
-"""The errors that the tests of the golden vectors reach, as a table.
+"""Prints the errors of the golden-vector tests as a Markdown table.
 
     XLSTM_GOLDEN_ERRORS=errors.jsonl python -m pytest tests -k golden
     python tests/golden/errors.py errors.jsonl
 
-Each is the largest over a file's comparisons, as a share of an array's maximum.
+Each is the largest over the comparisons of a file, relative to the maximum of an array.
 """
 
 import collections
@@ -15,12 +15,12 @@ COLUMNS = [(p, k) for p in ("float32", "float64") for k in ("values", "gradients
 
 
 def main(path: pathlib.Path) -> None:
-    """Print a row per file."""
+    """Prints one table row per file."""
     worst: dict[str, dict[tuple[str, str], float]] = collections.defaultdict(dict)
     for line in path.read_text().splitlines():
         name, precision, kind, error = json.loads(line)
-        row = worst[name]
-        row[precision, kind] = max(error, row.get((precision, kind), 0.0))
+        errors = worst[name]
+        errors[precision, kind] = max(error, errors.get((precision, kind), 0.0))
     for name in sorted(worst):
         cells = [
             f"{worst[name][column]:.0e}" if column in worst[name] else "" for column in COLUMNS

@@ -1,4 +1,4 @@
-"""Fixtures of the tests beside this file."""
+"""Fixtures of the tests in this folder."""
 
 import jax
 import jaxtyping
@@ -7,15 +7,15 @@ import pytest
 
 @pytest.fixture
 def unchecked_types():
-    """As outside of tests: signatures are not checked, so the code's own checks are met."""
+    """Turns off the type checks that only tests have, to reach the checks of the library."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)
-def quickly_compiled():
-    """Small models spend their time in the compiler: it may leave its later passes out."""
+def quick_compilation():
+    """Skips most compiler optimizations: compilation dominates the run time of small models."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

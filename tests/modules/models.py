@@ -1,4 +1,4 @@
-"""Small models whose every parameter matters, for the tests beside this file."""
+"""Small models whose parameters all affect the output, for the tests in this folder."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ MIXED = "msM"
 
 
 def config(pattern: str = MIXED, **changes) -> LMConfig:
-    """A model of width 16 with two heads, everywhere with sizes that differ from each other."""
+    """A model of width 16 with two heads; all other sizes differ, to reveal mixed-up axes."""
     cfg = LMConfig(
         vocab_size=11,
         dim=16,
@@ -26,8 +26,8 @@ def config(pattern: str = MIXED, **changes) -> LMConfig:
     return dataclasses.replace(cfg, **changes)
 
 
-def shaken(tree, seed: int = 0, dtype=np.float32):
-    """Values like those of `tree`, moved to where zeros cannot hide mistakes."""
+def perturbed(tree, seed: int = 0, dtype=np.float32):
+    """Adds noise to the leaves, so that no zero hides a mistake."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: jnp.asarray(leaf + 0.3 * rng.standard_normal(leaf.shape), dtype), tree
@@ -35,15 +35,15 @@ def shaken(tree, seed: int = 0, dtype=np.float32):
 
 
 def model_and_variables(cfg: LMConfig, seed: int = 0, dtype=np.float32):
-    """A model, and parameters of which none is 0."""
+    """A model and random parameters, none of which is zero."""
     model = LM(cfg)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes)
-    return model, shaken(zeros, seed, dtype)
+    return model, perturbed(zeros, seed, dtype)
 
 
 def apply(model: LM, variables, tokens, *arguments, **options):
-    """`model.apply`, compiled as a whole: op by op it would take many times as long."""
+    """Jitted `model.apply`, which is many times faster than op-by-op execution."""
     static = ("head", "deterministic")
     compiled = jax.jit(model.apply, static_argnames=static)
     return compiled(variables, tokens, *arguments, **options)

@@ -1,4 +1,4 @@
-"""A block kind of a user is one record: with it alone a model trains, shards, and is restored."""
+"""A user-defined `BlockKind` suffices to train, shard, checkpoint and restore a model."""
 
 import json
 import pathlib
@@ -22,7 +22,7 @@ MODULE = pathlib.Path(__file__).with_name("toy_kind.py")
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    """Block kinds and imports are those of before when a test ends."""
+    """Restores block kinds and imported modules after a test."""
     before = dict(BLOCKS)
     monkeypatch.setattr(config, "_imported", {})
     monkeypatch.setattr(cpu, "prepare", lambda: None)
@@ -42,13 +42,13 @@ def model(**changes):
     return LMConfig(**sizes | {"pattern": "mxx"} | changes)
 
 
-def test_parameters_and_flops_are_counted(toy):
+def test_parameters_and_flops_are_counted_by_the_formulas_of_the_kind(toy):
     cfg = model(options=(toy.options(width=5),))
     leaves = jax.tree.leaves(param_shapes(cfg))
     assert flops.count_params(cfg) == sum(leaf.size for leaf in leaves)
     without = flops.forward_flops(model(pattern="m"), 10)
     assert flops.forward_flops(cfg, 10) - without == 10 * 2 * 4 * 8 * 5
-    # Sharded over tensor: the projections up and down of m, inner and out of each x.
+    # Sharded over tensor: proj_down of m and out of each x; proj_up of m and inner of each x.
     assert formula._sharded_products(cfg) == (1 + 2, 1 + 2)
 
 
@@ -69,23 +69,23 @@ def test_parameters_are_sharded_by_the_axes_of_the_kind(toy, one_device):
     assert state["x"].shape == (2, 2, 4)
 
 
-def test_options_survive_json_under_the_name_of_the_kind(toy):
+def test_options_round_trip_through_json_under_the_name_of_the_kind(toy):
     cfg = model(options=(toy.options(width=5),))
     values = json.loads(json.dumps(to_dict(cfg)))
     assert values["options"] == {"toy": {"width": 5}}
     assert from_dict(LMConfig, values) == cfg and hash(cfg) == hash(from_dict(LMConfig, values))
-    # Defaults of a kind in use are recorded, those of another are not.
+    # Defaults are recorded for kinds in the pattern, not for others.
     assert to_dict(model())["options"] == {"toy": {"width": 6}}
     assert "options" not in to_dict(model(pattern="m"))
     with pytest.raises(ConfigError, match=r"toy\.width must be at least 1, got 0"):
         model(options=(toy.options(width=0),))
     with pytest.raises(ConfigError, match=r"options\.toy\.widht is not a field of ToyOptions"):
         from_dict(LMConfig, values | {"options": {"toy": {"widht": 5}}})
-    with pytest.raises(ConfigError, match="one entry per block kind of modules.BLOCKS, got"):
+    with pytest.raises(ConfigError, match="one entry per kind in modules.BLOCKS, got"):
         model(options=(toy.options(), toy.options()))
     del BLOCKS["x"]
     with pytest.raises(
-        ConfigError, match=r"options\.toy is of a block kind that is not reg.*--imp"
+        ConfigError, match=r"options\.toy names a block kind that is not reg.*--imp"
     ):
         from_dict(LMConfig, values)
     with pytest.raises(ConfigError, match="letter='x' is not known; use one of: m, s, M, or --imp"):
@@ -109,8 +109,8 @@ def config():
 
 
 @pytest.mark.usefixtures("one_device")
-def test_commands_import_the_module_that_is_named(tmp_path, monkeypatch, capsys):
-    """Trained, saved, restored, described and sampled from; refused where the import is missing."""
+def test_commands_import_the_module_given_by_import_option(tmp_path, monkeypatch, capsys):
+    """Trains, saves, restores, describes and samples; without the import each command fails."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "toy.py").write_text(CONFIG)
@@ -124,7 +124,7 @@ def test_commands_import_the_module_that_is_named(tmp_path, monkeypatch, capsys)
     cfg, params = restore_params("run")
     assert cfg.model.options_of("x").width == 6
     assert flops.count_params(cfg.model) == sum(leaf.size for leaf in jax.tree.leaves(params))
-    # What CONFIG.py imported from its folder is recorded too; nothing is imported for that.
+    # Modules that CONFIG.py imports from its folder are recorded too.
     imports = json.loads((tmp_path / "run" / "config.json").read_text())["imports"]
     assert imports == ["configs/sizes.py", "my_kinds"]
 
@@ -142,11 +142,11 @@ def test_commands_import_the_module_that_is_named(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out.startswith("a")
     assert main(["describe", "run"]) == 0
     assert "stack/x/inner/kernel" in capsys.readouterr().out
-    # The same run goes on: the names of modules are no part of its config.
+    # The run resumes: imported modules are not part of the compared config.
     assert main([*train, "--train.log-every", "2"]) == 0
 
 
-def test_a_module_that_is_missing_is_refused(tmp_path, monkeypatch, capsys):
+def test_missing_module_is_rejected(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("nothing", "nothing.py", "../nothing"):
         assert main(["describe", "scaling_160m", "--import", name]) == 2

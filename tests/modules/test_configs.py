@@ -1,4 +1,4 @@
-"""What a model config refuses, and that it survives JSON."""
+"""Validation of model configs, and their JSON round trip."""
 
 import pytest
 
@@ -9,16 +9,19 @@ from xlstm_jax.modules import BLOCKS, LargeConfig, LMConfig, MLSTMConfig, SLSTMC
 
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
-    "changes, sentence",
+    "changes, message",
     [
-        (dict(pattern=""), "pattern must name at least one block, got ''; try"),
+        (dict(pattern=""), "pattern must have at least one letter, got ''; try"),
         (dict(pattern="mxs"), "pattern='mxs': letter='x' is not known; use one of: m, s, M"),
         (dict(dim=0), "dim must be at least 1, got 0;"),
         (dict(vocab_size=0), "vocab_size must be at least 1, got 0;"),
         (dict(dtype="float16"), "dtype='float16' is not known; use one of: float32, bfloat16"),
         (dict(remat="some"), "remat='some' is not known; use one of: none, full, dots, names"),
         (dict(final_norm="batch"), "final_norm='batch' is not known; use one of: layer, rms, none"),
-        (dict(dropout=1.0), "dropout must be at least 0 and below 1, got 1.0; 0 drops nothing"),
+        (
+            dict(dropout=1.0),
+            "dropout must be at least 0 and below 1, got 1.0; use 0 for no dropout",
+        ),
         (
             dict(mlstm=MLSTMConfig(num_heads=5, inner_dim=24)),
             "mlstm.num_heads must divide the inner width=24, got 5; use for example 3, 4, 6,",
@@ -37,15 +40,15 @@ from xlstm_jax.modules import BLOCKS, LargeConfig, LMConfig, MLSTMConfig, SLSTMC
         ),
     ],
 )
-def test_a_value_that_does_not_fit_is_refused_in_a_sentence(changes, sentence):
+def test_invalid_value_is_rejected_with_a_message(changes, message):
     with pytest.raises(ConfigError) as error:
         models.config(**changes)
-    assert sentence in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
-    "make, sentence",
+    "make, message",
     [
         (lambda: MLSTMConfig(conv_width=-1), "mlstm.conv_width must be at least 0, got -1;"),
         (lambda: MLSTMConfig(chunk_size=0), "mlstm.chunk_size must be at least 1, got 0;"),
@@ -63,13 +66,13 @@ def test_a_value_that_does_not_fit_is_refused_in_a_sentence(changes, sentence):
         (lambda: SLSTMConfig(ffn_dropout=-0.1), "slstm.ffn_dropout must be at least 0"),
     ],
 )
-def test_a_layer_config_refuses_what_its_op_would(make, sentence):
+def test_layer_config_rejects_invalid_options(make, message):
     with pytest.raises(ConfigError) as error:
         make()
-    assert sentence in str(error.value)
+    assert message in str(error.value)
 
 
-def test_sizes_of_blocks_that_are_not_used_are_not_judged():
+def test_options_of_unused_kinds_are_not_checked_against_dim():
     heads = MLSTMConfig(num_heads=7)
     assert models.config(pattern="M", mlstm=heads).mlstm == heads
     with pytest.raises(ConfigError, match=r"mlstm\.num_heads"):
@@ -77,12 +80,12 @@ def test_sizes_of_blocks_that_are_not_used_are_not_judged():
 
 
 @pytest.mark.parametrize("name", ["xlstm_7b", "xlstm_125m_7:1"])
-def test_a_config_survives_json(name):
+def test_config_round_trips_through_json(name):
     cfg = presets.get(name)
     assert from_dict(LMConfig, to_dict(cfg)) == cfg
 
 
-def test_the_options_of_every_built_in_kind_are_a_field():
+def test_every_builtin_kind_has_a_field_of_options():
     for letter, kind in BLOCKS.items():
         changed = models.config(letter, **{kind.name: kind.options(num_heads=1)})
         assert (
@@ -90,7 +93,10 @@ def test_the_options_of_every_built_in_kind_are_a_field():
         )
 
 
-def test_a_model_has_dropout_where_any_of_its_blocks_does():
-    wet = SLSTMConfig(num_heads=2, ffn_dropout=0.1)
-    assert models.config("m", dropout=0.1).has_dropout and models.config("s", slstm=wet).has_dropout
-    assert not models.config("m", slstm=wet).has_dropout
+def test_has_dropout_is_true_if_any_used_block_has_dropout():
+    with_dropout = SLSTMConfig(num_heads=2, ffn_dropout=0.1)
+    assert (
+        models.config("m", dropout=0.1).has_dropout
+        and models.config("s", slstm=with_dropout).has_dropout
+    )
+    assert not models.config("m", slstm=with_dropout).has_dropout

@@ -1,4 +1,4 @@
-"""Each block equals its equations, written out with arrays and the cells of the library."""
+"""Each block equals its equations, written in NumPy with the reference cells of the library."""
 
 import dataclasses
 
@@ -24,45 +24,47 @@ CONFIG = LMConfig(
 )
 
 
-def _row(vector):
+def _expand(vector):
     return vector[None, None]
 
 
 def _dense(p, x):
     y = x @ p["kernel"]
-    return y + _row(p["bias"]) if "bias" in p else y
+    return y + _expand(p["bias"]) if "bias" in p else y
 
 
 def _headwise(p, x):
     groups = np.split(x, len(p["kernel"]), axis=-1)
     y = np.concatenate([g @ k for g, k in zip(groups, p["kernel"], strict=True)], axis=-1)
-    return y + _row(p["bias"]) if "bias" in p else y
+    return y + _expand(p["bias"]) if "bias" in p else y
 
 
 def _conv(p, x):
     width = len(p["kernel"])
     padded = np.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
-    return sum(padded[:, j : j + T] * _row(p["kernel"][j]) for j in range(width)) + _row(p["bias"])
+    return sum(padded[:, j : j + T] * _expand(p["kernel"][j]) for j in range(width)) + _expand(
+        p["bias"]
+    )
 
 
-def _standard(x, eps):
+def _standardize(x, eps):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
 
 
 def _layer_norm(p, x):
-    return _standard(x, 1e-5) * _row(1 + p["scale_offset"])
+    return _standardize(x, 1e-5) * _expand(1 + p["scale_offset"])
 
 
 def _rms_norm(p, x):
     y = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
-    return y * _row(p["scale"]) + _row(p["bias"])
+    return y * _expand(p["scale"]) + _expand(p["bias"])
 
 
-def _heads(x):
+def _split_heads(x):
     return x.reshape(B, T, H, -1)
 
 
-def _join(h):
+def _merge_heads(h):
     return np.asarray(h).reshape(B, T, -1)
 
 
@@ -82,9 +84,13 @@ def _mlstm_block(p, x):
     v = _headwise(layer["v_proj"], a)
     qkv = np.concatenate([q, k, v], axis=-1)
     i, f = (_dense(layer[name], qkv) for name in ("input_gate", "forget_gate"))
-    h, _ = cells.mlstm_scan(*map(jnp.asarray, (_heads(q), _heads(k), _heads(v), i, f)))
-    h = _join(_standard(np.asarray(h), 1e-5)) * _row(1 + layer["out_norm"]["scale_offset"])
-    h = (h + _row(layer["learnable_skip"]) * u) * _silu(z)
+    h, _ = cells.mlstm_scan(
+        *map(jnp.asarray, (_split_heads(q), _split_heads(k), _split_heads(v), i, f))
+    )
+    h = _merge_heads(_standardize(np.asarray(h), 1e-5)) * _expand(
+        1 + layer["out_norm"]["scale_offset"]
+    )
+    h = (h + _expand(layer["learnable_skip"]) * u) * _silu(z)
     return x + _dense(layer["proj_down"], h)
 
 
@@ -92,21 +98,25 @@ def _slstm_block(p, x):
     layer, y = p["slstm"], _layer_norm(p["xlstm_norm"], x)
     u = _silu(_conv(layer["conv"], y))
     inputs = {"input_gate": u, "forget_gate": u, "cell_input": y, "output_gate": y}
-    gates = np.stack([_heads(_headwise(layer[name], g)) for name, g in inputs.items()], axis=2)
+    gates = np.stack(
+        [_split_heads(_headwise(layer[name], g)) for name, g in inputs.items()], axis=2
+    )
     h, _ = cells.slstm_scan(*map(jnp.asarray, (gates, layer["recurrent_kernel"], layer["bias"])))
-    scale = _row(1 + layer["group_norm"]["scale_offset"])
-    x = x + _join(_standard(np.asarray(h), 1e-5)) * scale
+    scale = _expand(1 + layer["group_norm"]["scale_offset"])
+    x = x + _merge_heads(_standardize(np.asarray(h), 1e-5)) * scale
     gate, linear = np.split(_dense(p["ffn"]["proj_up"], _layer_norm(p["ffn_norm"], x)), 2, axis=-1)
     return x + _dense(p["ffn"]["proj_down"], np.maximum(gate, 0) * linear)
 
 
 def _large_block(p, x):
     layer, y = p["mlstm"], _rms_norm(p["norm_mlstm"], x)
-    q, k, v = (_heads(_dense(layer[name], y)) for name in "qkv")
+    q, k, v = (_split_heads(_dense(layer[name], y)) for name in "qkv")
     i, f = (2 * np.tanh(_dense(layer[name], y) / 2) for name in ("input_gate", "forget_gate"))
     h, _ = cells.mlstm_scan(*map(jnp.asarray, (q, k, v, i, f)))
     norm = layer["multihead_norm"]
-    h = _join(_standard(np.asarray(h), 1e-6)) * _row(norm["scale"]) + _row(norm["bias"])
+    h = _merge_heads(_standardize(np.asarray(h), 1e-6)) * _expand(norm["scale"]) + _expand(
+        norm["bias"]
+    )
     x = x + _dense(layer["out_proj"], _sigmoid(_dense(layer["output_gate"], y)) * h)
     y = _rms_norm(p["norm_ffn"], x)
     gate, up = (_dense(p["ffn"][name], y) for name in ("proj_up_gate", "proj_up"))
@@ -120,21 +130,21 @@ def _run(letter, cfg, x):
     block = BLOCKS[letter].block(cfg)
     shapes = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes)
-    params = models.shaken(zeros, dtype=np.float64)
+    params = models.perturbed(zeros, dtype=np.float64)
     y, _ = jax.jit(block.apply)({"params": params}, x)
     return np.asarray(y), jax.tree.map(np.asarray, params)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("letter", BLOCKS)
-def test_a_block_equals_its_equations(letter, rng):
+def test_block_equals_its_equations(letter, rng):
     x = rng.standard_normal((B, T, D))
     y, params = _run(letter, CONFIG, jnp.asarray(x))
     np.testing.assert_allclose(y, EQUATIONS[letter](params, x), rtol=0, atol=1e-10)
 
 
 @pytest.mark.usefixtures("x64")
-def test_a_convolution_of_width_zero_is_left_out_and_one_has_no_memory(rng):
+def test_convolution_of_width_0_has_no_parameters_and_of_width_1_no_state(rng):
     x = jnp.asarray(rng.standard_normal((B, T, D)))
     for letter, field in (("m", "mlstm"), ("s", "slstm")):
         for width in (0, 1):
@@ -148,7 +158,7 @@ def test_a_convolution_of_width_zero_is_left_out_and_one_has_no_memory(rng):
 
 
 @pytest.mark.usefixtures("x64")
-def test_a_feed_forward_of_width_zero_is_left_out(rng):
+def test_feed_forward_of_width_0_has_no_parameters(rng):
     cfg = dataclasses.replace(CONFIG, slstm=SLSTMConfig(num_heads=H, ffn_dim=0))
     _, params = _run("s", cfg, jnp.asarray(rng.standard_normal((B, T, D))))
     assert set(params) == {"xlstm_norm", "slstm"}

@@ -1,4 +1,4 @@
-"""Initial values: each parameter starts as the paper's model does."""
+"""Every parameter is initialized as in the papers."""
 
 import math
 
@@ -18,11 +18,10 @@ WANG = 2 / (NUM_BLOCKS * math.sqrt(DIM))
 def _params(**changes):
     cfg = LMConfig(vocab_size=257, dim=DIM, pattern="msM", **changes)
     assert cfg.num_blocks == NUM_BLOCKS
-    run = jax.jit(LM(cfg).init)(jax.random.key(0, impl="rbg"), jnp.zeros((1, 1), jnp.int32))[
-        "params"
-    ]
-    named = {**run.pop("stack"), **run}
-    leaves = jax.tree_util.tree_leaves_with_path(named)
+    key, tokens = jax.random.key(0, impl="rbg"), jnp.zeros((1, 1), jnp.int32)
+    params = jax.jit(LM(cfg).init)(key, tokens)["params"]
+    # Without the prefix "stack/".
+    leaves = jax.tree_util.tree_leaves_with_path({**params.pop("stack"), **params})
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
         for path, leaf in leaves
@@ -59,7 +58,7 @@ STANDARD_DEVIATIONS = {
 
 
 @pytest.mark.parametrize("name", STANDARD_DEVIATIONS)
-def test_a_projection_starts_normal_with_the_deviation_of_its_place(params, name):
+def test_projections_are_initialized_normal_with_the_published_std(params, name):
     leaf, std = params[name].ravel(), STANDARD_DEVIATIONS[name]
     error = 4 / math.sqrt(leaf.size)
     assert abs(leaf.mean()) < error * std
@@ -70,7 +69,7 @@ def test_a_projection_starts_normal_with_the_deviation_of_its_place(params, name
 @pytest.mark.parametrize(
     "name", ["m/mlstm/conv/kernel", "m/mlstm/conv/bias", "s/slstm/conv/kernel"]
 )
-def test_a_convolution_starts_uniform_within_its_fan_in(params, name):
+def test_convolutions_are_initialized_uniform_within_the_inverse_root_of_fan_in(params, name):
     assert 0.47 < np.abs(params[name]).max() <= 0.5
     assert abs(params[name].std() * math.sqrt(12) - 1) < 0.15
 
@@ -102,11 +101,11 @@ CONSTANTS = {
 
 
 @pytest.mark.parametrize("name", CONSTANTS)
-def test_a_parameter_starts_at_its_constant(params, name):
+def test_parameters_with_constant_initializers(params, name):
     assert np.array_equal(params[name], np.full_like(params[name], CONSTANTS[name]))
 
 
-def test_gate_biases_start_for_memories_of_many_lengths(params):
+def test_forget_biases_cover_a_range_of_time_constants(params):
     for block in "mM":
         np.testing.assert_allclose(params[f"{block}/mlstm/forget_gate/bias"], [[3, 4, 5, 6]])
     assert 0 < np.abs(params["m/mlstm/input_gate/bias"]).max() < 0.4
@@ -117,7 +116,7 @@ def test_gate_biases_start_for_memories_of_many_lengths(params):
     assert not bias[:, [0, 2, 3]].any()
 
 
-def test_initial_values_are_those_that_options_name(key):
+def test_options_select_initializers(key):
     slstm = SLSTMConfig(recurrent_init="standard", bias_init="standard")
     params = _params(slstm=slstm, embedding_std=0.5, head_std=0.02)
     assert abs(params["token_embedding/embedding"].std() / 0.5 - 1) < 0.05

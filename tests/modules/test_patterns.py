@@ -1,4 +1,4 @@
-"""Patterns of blocks, and their cut into runs."""
+"""Patterns of blocks, and their split into runs."""
 
 import random
 
@@ -9,7 +9,7 @@ from xlstm_jax.modules import at, ratio_pattern
 from xlstm_jax.modules.patterns import Run, find_period, split_runs
 
 
-def test_a_ratio_repeats_mlstm_then_slstm():
+def test_ratio_pattern_repeats_mlstm_then_slstm():
     assert ratio_pattern("7:1", 16) == "mmmmmmmsmmmmmmms"
     assert ratio_pattern("1:1", 2) == "ms"
     assert ratio_pattern("1:0", 3) == "mmm"
@@ -17,26 +17,26 @@ def test_a_ratio_repeats_mlstm_then_slstm():
 
 
 @pytest.mark.parametrize("ratio", ["7", "7-1", "0:0", "-1:1", ""])
-def test_a_ratio_that_is_none_is_refused(ratio):
+def test_invalid_ratio_is_rejected(ratio):
     with pytest.raises(ConfigError, match="must be two counts"):
         ratio_pattern(ratio, 8)
 
 
 @pytest.mark.parametrize("num_blocks", [0, 12])
-def test_blocks_that_a_ratio_does_not_divide_are_refused(num_blocks):
+def test_num_blocks_must_be_a_multiple_of_the_ratio(num_blocks):
     with pytest.raises(ConfigError, match=f"multiple of 8 .*got {num_blocks}; .*at()"):
         ratio_pattern("7:1", num_blocks)
 
 
-def test_positions_name_the_slstm_blocks():
+def test_at_puts_slstm_blocks_at_the_given_indices():
     assert at(6, slstm=[3, 5]) == "mmmsms"
     assert at(3, slstm=()) == "mmm"
 
 
-@pytest.mark.parametrize("position", [-1, 6])
-def test_a_position_outside_the_model_is_refused(position):
-    with pytest.raises(ConfigError, match=f"positions from 0 to 5, got {position}"):
-        at(6, slstm=[2, position])
+@pytest.mark.parametrize("index", [-1, 6])
+def test_index_outside_the_model_is_rejected(index):
+    with pytest.raises(ConfigError, match=f"block indices from 0 to 5, got {index}"):
+        at(6, slstm=[2, index])
 
 
 @pytest.mark.parametrize(
@@ -56,25 +56,25 @@ def test_a_position_outside_the_model_is_refused(position):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_pattern_is_cut_into_long_runs(pattern, runs):
+def test_pattern_is_split_into_long_runs(pattern, runs):
     assert split_runs(pattern) == tuple(Run(unit, (unit,) * repeats) for unit, repeats in runs)
 
 
 def _fewest_letters(pattern: str) -> int:
-    """By trying every first run, then every cut of the rest."""
+    """Exhaustive search over first runs and splits of the remaining suffix."""
     if not pattern:
         return 0
     counts = []
     for size in range(1, len(pattern) + 1):
-        rest = pattern[size:]
-        counts.append(size + _fewest_letters(rest))
-        while rest.startswith(pattern[:size]):
-            rest = rest[size:]
-            counts.append(size + _fewest_letters(rest))
+        suffix = pattern[size:]
+        counts.append(size + _fewest_letters(suffix))
+        while suffix.startswith(pattern[:size]):
+            suffix = suffix[size:]
+            counts.append(size + _fewest_letters(suffix))
     return min(counts)
 
 
-def test_a_cut_spells_the_pattern_with_as_few_letters_as_any():
+def test_split_compiles_the_fewest_blocks():
     rng = random.Random(0)
     for _ in range(60):
         pattern = "".join(rng.choices("msM", (3, 2, 1), k=rng.randint(1, 9)))
@@ -94,17 +94,17 @@ def test_a_cut_spells_the_pattern_with_as_few_letters_as_any():
         ("msMmM", "msM", "msM mM"),
     ],
 )
-def test_a_folded_pattern_has_every_letter_once(pattern, unit, steps):
+def test_period_has_every_letter_once(pattern, unit, steps):
     assert find_period(pattern) == Run(unit, tuple(steps.split()))
 
 
-def test_a_folded_pattern_knows_which_letters_are_always_there():
+def test_period_tells_which_letters_every_step_applies():
     run = find_period("mmsmm")
-    assert [run.has_always(letter) for letter in "ms"] == [True, False]
+    assert [run.always_has(letter) for letter in "ms"] == [True, False]
     assert run.num_blocks == 5
 
 
-def test_a_folded_pattern_is_the_pattern():
+def test_steps_of_a_period_concatenate_to_the_pattern():
     rng = random.Random(1)
     for _ in range(60):
         pattern = "".join(rng.choices("msM", (3, 2, 1), k=rng.randint(1, 12)))

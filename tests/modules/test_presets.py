@@ -1,4 +1,4 @@
-"""Named sizes have exactly the published numbers of parameters."""
+"""Presets have exactly the published parameter counts."""
 
 import math
 
@@ -55,31 +55,31 @@ def _count(cfg: LMConfig) -> int:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_formula_gives_the_published_count(name):
+def test_formula_gives_the_published_parameter_count(name):
     assert flops.count_params(presets.get(name)) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize(
     "name", ["xlstm_7b", "xlstm_125m_1:0", "xlstm_125m_7:1", "xlstm_2.7b_7:1", "scaling_160m"]
 )
-def test_the_model_has_the_published_count(name):
+def test_model_has_the_published_parameter_count(name):
     assert _count(presets.get(name)) == PUBLISHED[name]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", presets.names())
-def test_the_model_of_every_preset_has_the_count_of_the_formula(name):
+def test_formula_counts_the_parameters_of_every_preset(name):
     cfg = presets.get(name)
     assert _count(cfg) == flops.count_params(cfg)
 
 
-def test_no_two_presets_of_one_shape_differ():
+def test_presets_of_equal_shape_are_equal():
     assert presets.get("scaling_160m") == presets.get("scaling_d768_l12_h6")
     assert presets.get("scaling_7b") == presets.get("xlstm_7b")
     assert len(presets.names()) == len(set(presets.names())) == 82
 
 
-def test_an_unknown_preset_is_refused():
+def test_unknown_preset_is_rejected():
     with pytest.raises(ConfigError, match="preset 'xlstm_8b' is not known; did you mean xlstm_7b"):
         presets.get("xlstm_8b")
     with pytest.raises(ConfigError, match="presets.names\\(\\) lists all"):

@@ -1,4 +1,4 @@
-"""The scanned stack: what a loop over blocks would give, at a cost that depth does not change."""
+"""The stack equals a Python loop over blocks, and its program size does not depend on depth."""
 
 import dataclasses
 import functools
@@ -13,38 +13,39 @@ from tests.modules import models
 from xlstm_jax.modules import BLOCKS, LM, presets, stack
 
 
-def _in_a_loop(cfg, params, x, state, reset, mask):
-    """The output, and the new states of all blocks in the order of the pattern."""
-    seen, states = dict.fromkeys(cfg.pattern, 0), []
-    apply = {letter: jax.jit(BLOCKS[letter].block(cfg).apply) for letter in seen}
+def _python_loop(cfg, params, x, state, reset, mask):
+    """The output, and the new states as a list in the order of the pattern."""
+    counts, states = dict.fromkeys(cfg.pattern, 0), []
+    apply = {letter: jax.jit(BLOCKS[letter].block(cfg).apply) for letter in counts}
     take = jax.jit(lambda tree, n: jax.tree.map(lambda leaf: leaf[n], tree))
     for letter in cfg.pattern:
-        own = take((params[letter], state and state[letter]), seen[letter])
-        x, new = apply[letter]({"params": own[0]}, x, own[1], reset=reset, mask=mask)
-        states.append(new)
-        seen[letter] += 1
+        block_params, block_state = take((params[letter], state and state[letter]), counts[letter])
+        variables = {"params": block_params}
+        x, new_state = apply[letter](variables, x, block_state, reset=reset, mask=mask)
+        states.append(new_state)
+        counts[letter] += 1
     return x, states
 
 
 def _in_order(cfg, states):
     """States by letter as a list in the order of the pattern."""
-    left = {
+    remaining = {
         letter: iter([jax.tree.map(lambda leaf, n=n: leaf[n], tree) for n in range(count)])
         for letter, tree in states.items()
         for count in [jax.tree.leaves(tree)[0].shape[0]]
     }
-    return [next(left[letter]) for letter in cfg.pattern]
+    return [next(remaining[letter]) for letter in cfg.pattern]
 
 
-def _slopes(run, params, x, state):
-    """Value and gradients of all that a run returns, each leaf with a weight of its own."""
+def _value_and_grads(run, params, x, state):
+    """Value and gradients of a weighted sum over all outputs, each leaf with its own weight."""
 
     @jax.jit
-    def weigh(leaves):
+    def weighted_sum(leaves):
         return sum(np.cos(n) * jnp.sum(jnp.sin(leaf)) for n, leaf in enumerate(leaves))
 
     def loss(*args):
-        return weigh(jax.tree.leaves(run(*args)))
+        return weighted_sum(jax.tree.leaves(run(*args)))
 
     return jax.value_and_grad(loss, (0, 1, 2))(params, x, state)
 
@@ -56,37 +57,39 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     "pattern, remat, num_bodies",
     [
-        pytest.param("mms", "none", None, marks=slow),  # block by block
-        pytest.param("MMMsMsMM", "none", 4, marks=slow),  # run after run
+        pytest.param("mms", "none", None, marks=slow),  # unrolled
+        pytest.param("MMMsMsMM", "none", 4, marks=slow),  # several scans
         pytest.param("mmmsmmms", "none", 4, marks=slow),
-        ("MMsMMs", "full", 2),  # a loop within a loop
+        ("MMsMMs", "full", 2),  # one scan whose steps omit a letter
         pytest.param("MMMsMMMs", "full", 2, marks=slow),
-        pytest.param("mmsmsMm", "full", 3, marks=slow),  # two letters that are left out
-        pytest.param("mmssmmM", "full", 4, marks=slow),  # no letter in all steps: run after run
+        pytest.param("mmsmsMm", "full", 3, marks=slow),  # two omitted letters
+        pytest.param("mmssmmM", "full", 4, marks=slow),  # no letter in all steps: several scans
     ],
 )
-def test_a_loop_over_blocks_equals_the_blocks_in_turn(pattern, remat, num_bodies, with_state, key):
+def test_stack_equals_a_python_loop_over_blocks(pattern, remat, num_bodies, with_state, key):
     cfg = models.config(pattern, remat=remat)
     if num_bodies is not None:
-        assert sum(len(run.unit) for run in stack.runs_of(cfg, 5)) == num_bodies
+        assert sum(len(run.unit) for run in stack.choose_runs(cfg, 5)) == num_bodies
     x = jax.random.normal(key, (2, 5, cfg.dim))
     reset = jax.random.bernoulli(jax.random.key(1), 0.2, (2, 5))
     mask = jax.random.bernoulli(jax.random.key(2), 0.8, (2, 5))
     params = models.model_and_variables(cfg)[1]["params"]["stack"]
-    state = models.shaken(LM(cfg).init_state(2), seed=1) if with_state else None
+    state = models.perturbed(LM(cfg).init_state(2), seed=1) if with_state else None
 
-    def of_stack(params, x, state):
+    def run_stack(params, x, state):
         y, states = stack.Stack(cfg).apply({"params": params}, x, state, reset, mask)
         return y, _in_order(cfg, states)
 
-    actual = _slopes(jax.jit(of_stack), params, x, state)
-    expected = _slopes(lambda *args: _in_a_loop(cfg, *args, reset, mask), params, x, state)
+    actual = _value_and_grads(jax.jit(run_stack), params, x, state)
+    expected = _value_and_grads(
+        lambda *args: _python_loop(cfg, *args, reset, mask), params, x, state
+    )
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
 
 
-def test_parameters_and_states_have_the_layers_first(key):
+def test_parameters_and_states_have_a_leading_layers_axis(key):
     cfg = models.config("mmmsms")
     shapes = jax.eval_shape(LM(cfg).init, key, jnp.zeros((1, 1), jnp.int32))["params"]["stack"]
     state = LM(cfg).init_state(5)
@@ -96,19 +99,19 @@ def test_parameters_and_states_have_the_layers_first(key):
         assert {leaf.shape[:2] for leaf in jax.tree.leaves(state[letter])} == {(count, 5)}
 
 
-def test_every_block_starts_differently_and_by_its_depth(key):
-    """The forget bias of the sLSTM blocks at 1, 3 and 5 of 6, bent by their depth."""
+def test_blocks_are_initialized_independently_and_by_depth(key):
+    """The power law of the forget bias depends on the index of the sLSTM block: 1, 3, 5 of 6."""
     cfg = models.config("MsMsMs")
     params = jax.jit(LM(cfg).init)(key, jnp.zeros((1, 1), jnp.int32))["params"]["stack"]
     kernel = params["M"]["mlstm"]["q"]["kernel"]
     assert not np.allclose(kernel[0], kernel[1])
     bias = params["s"]["slstm"]["bias"][:, 0, 1]
-    share = np.linspace(0, 1, 8)
-    expected = [5 - 12 * share ** (0.3 + 1.3 * block / 5) for block in (1, 3, 5)]
+    fraction = np.linspace(0, 1, 8)
+    expected = [5 - 12 * fraction ** (0.3 + 1.3 * block / 5) for block in (1, 3, 5)]
     np.testing.assert_allclose(bias, expected, rtol=0, atol=1e-5)
 
 
-def test_a_returned_state_has_the_form_of_an_empty_one():
+def test_returned_state_has_the_structure_of_the_initial_state():
     model, variables = models.model_and_variables(models.config())
     apply = lambda: model.apply(variables, jnp.zeros((3, 2), jnp.int32))[1]  # noqa: E731
     describe = lambda leaf: (leaf.shape, leaf.dtype)  # noqa: E731
@@ -128,15 +131,15 @@ def _gradient(remat):
     "remat",
     ["names", *(pytest.param(name, marks=slow) for name in ("dots", "full", "offload"))],
 )
-def test_gradients_do_not_depend_on_what_is_kept_for_them(remat):
+def test_gradients_do_not_depend_on_rematerialization(remat):
     actual, expected = _gradient(remat), _gradient("none")
     largest = max(float(jnp.abs(leaf).max()) for leaf in expected)
     for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
 
 
-def test_what_is_made_again_is_not_kept():
-    """Of four blocks, few enough to be compiled one by one."""
+def test_rematerialization_reduces_temporary_memory():
+    """With four blocks, few enough to be unrolled without rematerialization."""
 
     def temporary_bytes(remat):
         model = LM(models.config("MMMM", remat=remat))
@@ -159,29 +162,29 @@ def _num_operations(cfg) -> int:
 
 
 @pytest.mark.parametrize("pattern", ["M", "ms"])
-def test_a_program_does_not_grow_with_depth(pattern):
+def test_program_size_does_not_grow_with_depth(pattern):
     shallow, deep = (_num_operations(models.config(pattern * n)) for n in (8, 32))
     assert abs(deep / shallow - 1) < 0.05
 
 
-def test_an_irregular_preset_is_as_large_a_program_as_its_shortening():
+def test_irregular_preset_compiles_to_the_size_of_a_short_pattern():
     cfg = presets.get("xlstm_350m_7:1")
     assert cfg.num_blocks == 48
-    small = dataclasses.replace(models.config(), pattern=cfg.pattern, remat=cfg.remat)
-    short = dataclasses.replace(small, pattern="mmsmsm")
-    assert _num_operations(small) < 1.05 * _num_operations(short)
+    deep = dataclasses.replace(models.config(), pattern=cfg.pattern, remat=cfg.remat)
+    shallow = dataclasses.replace(deep, pattern="mmsmsm")
+    assert _num_operations(deep) < 1.05 * _num_operations(shallow)
 
 
-def test_reading_one_token_takes_no_branches():
-    """A branch keeps a GPU waiting, and nothing is rematerialised."""
+def test_decoding_one_token_compiles_no_branches():
+    """A branch stalls a GPU, and decoding has no residuals to rematerialize."""
     cfg = models.config("mmmsmmmmms", remat="names")
-    assert all(run.has_always(letter) for run in stack.runs_of(cfg, 1) for letter in run.unit)
-    assert not stack.runs_of(cfg, 2)[0].has_always("s")
+    assert all(run.always_has(letter) for run in stack.choose_runs(cfg, 1) for letter in run.unit)
+    assert not stack.choose_runs(cfg, 2)[0].always_has("s")
 
 
 @slow
-def test_written_out_and_in_a_loop_the_same_is_dropped(key):
-    """Every loop draws by the number of the block."""
+def test_unrolled_and_scanned_models_draw_the_same_dropout(key):
+    """Every loop derives dropout keys from the index of the block."""
     variables = models.model_and_variables(models.config("MMMsMM"))[1]
     options = dict(deterministic=False, rngs={"dropout": key})
 
@@ -193,7 +196,7 @@ def test_written_out_and_in_a_loop_the_same_is_dropped(key):
 
 
 @pytest.mark.parametrize("pattern", ["mm", "mmmm", "mms"])
-def test_parameters_of_another_pattern_are_refused(pattern):
+def test_parameters_of_another_pattern_are_rejected(pattern):
     variables = models.model_and_variables(models.config("mmm"))[1]
-    with pytest.raises(ValueError, match="params of blocks '[ms]' must hold . layers for pattern"):
+    with pytest.raises(ValueError, match="params of blocks '[ms]' must have . layers for pattern"):
         LM(models.config(pattern)).apply(variables, jnp.zeros((1, 2), jnp.int32))

@@ -1,4 +1,4 @@
-"""A block kind as a user adds it: this file alone, imported by `--import` or a CONFIG.py."""
+"""A user-defined block kind in a single file, imported by `--import` or a CONFIG.py."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ class ToyOptions:
 
 
 class ToyBlock(nn.Module):
-    """x + out(c), where the state c is half of itself and half of inner(x) after every step."""
+    """x + out(c) with the state c = (c + inner(x)) / 2 at every step."""
 
     cfg: object
 
@@ -35,13 +35,13 @@ class ToyBlock(nn.Module):
         reset = jnp.zeros(x.shape[:2], bool) if reset is None else reset
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
 
-        def step(c, now):
-            u, reset, mask = now
+        def step(c, inputs):
+            u, reset, mask = inputs
             new = 0.5 * jnp.where(reset[:, None], 0, c) + 0.5 * u.astype(c.dtype)
             return jnp.where(mask[:, None], new, c), jnp.where(mask[:, None], new, 0)
 
-        now = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), (u, reset, mask))
-        state, h = jax.lax.scan(step, state, now)
+        xs = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), (u, reset, mask))
+        state, h = jax.lax.scan(step, state, xs)
         out = Dense(x.shape[-1], small(options.width), name="out")
         return x + out(jnp.swapaxes(h, 0, 1).astype(x.dtype)), state
 

@@ -97,7 +97,7 @@ def _hf_to_run(args: list[str]) -> int:
 
 def _run_to_hf(args: list[str]) -> int:
     chosen = options.parse("convert run-to-hf", RunToHf, args)
-    tensors.check_free(chosen.folder)
+    tensors.check_writable(chosen.folder)
     cfg, params = restore_params(chosen.run, chosen.step)
     tokens = chosen.run / SPECIAL_TOKENS
     convert.save_hf(

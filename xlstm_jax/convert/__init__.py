@@ -1,4 +1,4 @@
-"""Weights of other implementations: read into our models, and written for others to read."""
+"""Conversion of weights from and to other implementations."""
 
 from xlstm_jax.convert.hf import load_hf, save_hf
 from xlstm_jax.convert.large import load_large

@@ -1,4 +1,4 @@
-"""Logits of the reference implementation, where it is installed, beside ours."""
+"""Comparison of our logits with those of `transformers`, if it is installed."""
 
 import importlib
 from pathlib import Path
@@ -10,29 +10,30 @@ import numpy as np
 from xlstm_jax.convert import hf
 from xlstm_jax.modules.lm import LM
 
-TOKENS = 64
-TOLERANCE = 1e-3  # rounding gives about 1e-5, a wrong weight far more
+TOKENS = 64  # in the compared sequence
+TOLERANCE = 1e-3  # relative; rounding gives about 1e-5, a wrong weight far more
 
 
 class Comparison(NamedTuple):
-    """How far apart two implementations of a model are."""
+    """Difference between the logits of two implementations of a model."""
 
-    error: float  # largest difference of logits, as a share of the largest logit
-    agrees: bool
-    versions: str
+    error: float  # largest difference of logits, relative to the largest logit
+    agrees: bool  # error <= TOLERANCE
+    versions: str  # of the reference packages
 
 
 class TransformersError(Exception):
-    """`transformers` or `torch` is not installed, or cannot read or run a folder."""
+    """`transformers` or `torch` is not installed, or cannot load or run the model of a folder."""
 
 
 def with_transformers(folder: str | Path) -> Comparison:
-    """Compares what we make of a folder with what `transformers` does, on random tokens.
+    """Compares our logits for a checkpoint folder with those of `transformers`, on random tokens.
 
     Both compute in float32.
 
     Raises:
-        TransformersError: the reference fails; an error of ours is raised as it is.
+        TransformersError: the reference is not installed or fails.
+        ConfigError: we cannot load the folder; as in `hf.load_hf`.
     """
     try:
         torch: Any = importlib.import_module("torch")
@@ -41,23 +42,24 @@ def with_transformers(folder: str | Path) -> Comparison:
         raise TransformersError("transformers or torch is not installed") from error
     cfg, params = hf.load_hf(folder, dtype="float32")
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, TOKENS))
-    ours, _ = LM(cfg).apply({"params": params}, jnp.asarray(tokens))
+    logits, _ = LM(cfg).apply({"params": params}, jnp.asarray(tokens))
     try:
-        theirs = _their_logits(torch, transformers, folder, tokens)
-    except Exception as error:  # whatever they raise, it is not a fault of ours
+        reference = _reference_logits(torch, transformers, folder, tokens)
+    except Exception as error:  # the package may raise anything; none of it is a bug of ours
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise TransformersError(f"transformers cannot read or run the folder ({reason})") from error
-    largest = np.abs(theirs).max()
-    error = float(np.abs(np.asarray(ours) / largest - theirs / largest).max())
+    largest = np.abs(reference).max()
+    error = float(np.abs(np.asarray(logits) / largest - reference / largest).max())
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     return Comparison(error, error <= TOLERANCE, versions)
 
 
-def _their_logits(torch: Any, transformers: Any, folder: str | Path, tokens: np.ndarray) -> Any:
+def _reference_logits(torch: Any, transformers: Any, folder: str | Path, tokens: np.ndarray) -> Any:
+    # Published configs name kernels that need a GPU.
     config = transformers.xLSTMConfig(**hf.read_config(folder) | hf.KERNELS)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=torch.float32
     )
-    # Its cache has the widths of the keys rounded up, and does not take those of every model.
+    # use_cache=False: its cache rounds the width of the keys up, and fails for other widths.
     with torch.no_grad():
         return model.eval()(torch.from_numpy(tokens), use_cache=False).logits.numpy()

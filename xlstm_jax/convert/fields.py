@@ -1,5 +1,6 @@
-"""Configs of other implementations, field by field: each is used, known to have no effect, refused,
-or logged as unknown; none is ignored silently.
+"""Validation of configs of other implementations, field by field.
+
+A field is used, known to have no effect, rejected, or logged as unknown; none is ignored silently.
 """
 
 import logging
@@ -14,83 +15,86 @@ _MISSING = object()
 
 
 class Fields:
-    """The fields of a config of another implementation, named `where` in errors.
+    """The fields of a config of another implementation; errors call the config `where`.
 
-    It remembers which have been read. Every method raises ConfigError where a field does not hold
-    what it must.
+    It records which fields have been read. Every method that reads a field raises ConfigError if
+    its value is invalid.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str):
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{where} must be a table of fields, got {values!r}.")
+            raise ConfigError(f"{where} must be a mapping of fields, got {values!r}; pass a dict.")
         self._values, self._where, self._seen = values, where, set()
 
     def __contains__(self, name: str) -> bool:
+        # None counts as absent: configs written as JSON have null for unset fields.
         return self._values.get(name) is not None
 
     def is_null(self, name: str) -> bool:
-        """Whether the field is there without a value, which is not the same as its default."""
+        """Whether the field is present and null, which is not the same as absent."""
         return name in self._values and self._values[name] is None
 
     def get(self, name: str, default: Any = _MISSING) -> Any:
-        """The value of a field, or the default of the other implementation if there is one."""
+        """The value of a field, or `default`, that of the other implementation."""
         self._seen.add(name)
         value = self._values.get(name, default)
         if value is _MISSING:
             raise ConfigError(f"{self._where} must have the field {name!r}; add it.")
         return value
 
-    def number(self, name: str, default: Any = _MISSING, *, least: float | None = None) -> Any:
-        """A finite number, of at least `least`."""
+    def number(self, name: str, default: Any = _MISSING, *, minimum: float | None = None) -> Any:
+        """A finite number, at least `minimum`."""
         value = self.get(name, default)
+        # bool is a subclass of int, but true is not a number in JSON or YAML.
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        self.demand(name, value, "a finite number", fits=is_number and math.isfinite(value))
-        self.demand(name, value, f"at least {least}", fits=least is None or float(value) >= least)
+        self.require(name, value, "a finite number", fits=is_number and math.isfinite(value))
+        fits = minimum is None or float(value) >= minimum
+        self.require(name, value, f"at least {minimum}", fits=fits)
         return value
 
     def positive(self, name: str, default: Any = _MISSING) -> float:
-        """A number above 0."""
+        """A finite number above 0."""
         value = self.number(name, default)
-        self.demand(name, value, "above 0", fits=value > 0)
+        self.require(name, value, "above 0", fits=value > 0)
         return float(value)
 
-    def count(self, name: str, default: Any = _MISSING, *, least: int = 1) -> int:
-        """A whole number of at least `least`."""
+    def count(self, name: str, default: Any = _MISSING, *, minimum: int = 1) -> int:
+        """An integer of at least `minimum`; 4.0 is accepted for 4."""
         value = self.number(name, default)
-        is_count = value == int(value) and value >= least
-        self.demand(name, value, f"a whole number of at least {least}", fits=is_count)
+        is_count = value == int(value) and value >= minimum
+        self.require(name, value, f"an integer of at least {minimum}", fits=is_count)
         return int(value)
 
     def flag(self, name: str, *, default: Any = _MISSING) -> bool:
-        """True or false."""
+        """A boolean."""
         value = self.get(name, default)
-        self.demand(name, value, "true or false", fits=isinstance(value, bool))
+        self.require(name, value, "true or false", fits=isinstance(value, bool))
         return value
 
-    def table(self, name: str) -> "Fields | None":
-        """A table inside; None where it is absent or null."""
+    def nested(self, name: str) -> "Fields | None":
+        """The fields of a nested mapping; None if it is absent or null."""
         value = self.get(name, None)
         return None if value is None else Fields(value, f"{name} of {self._where}")
 
-    def refuse_unless(self, name: str, wanted: Any, instead: str) -> None:
-        """Nothing but `wanted`, the default; `instead` is the way out."""
-        value = self.get(name, wanted)
-        self.demand(name, value, f"{wanted!r} here", instead, fits=value == wanted)
+    def require_equal(self, name: str, expected: Any, way_out: str) -> None:
+        """Rejects any value but `expected`, which is also the default."""
+        value = self.get(name, expected)
+        self.require(name, value, repr(expected), way_out, fits=value == expected)
 
-    def demand(
+    def require(
         self, name: str, value: Any, what: str, way_out: str = "correct it", *, fits: bool
     ) -> None:
-        """Refuses the value of a field unless it fits; says what it must be."""
+        """Raises ConfigError unless `fits`; the message has the demand `what` and the `way_out`."""
         if not fits:
             where = f"{name} of {self._where}"
             raise ConfigError(f"{where} must be {what}, got {value!r}; {way_out}.")
 
     def ignore(self, *names: str) -> None:
-        """Fields that change no number: which kernel runs, what memory it takes, who wrote it."""
+        """Marks fields as known that do not affect results, such as the choice of a kernel."""
         self._seen.update(names)
 
-    def done(self) -> None:
-        """Logs the fields that nothing has asked for."""
+    def warn_unknown(self) -> None:
+        """Logs the fields that were neither read nor marked."""
         unknown = sorted(set(self._values) - self._seen)
         if unknown:
             logging.getLogger(__name__).warning(

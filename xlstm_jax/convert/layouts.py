@@ -1,6 +1,7 @@
-"""How the published implementations lay arrays out, and ours.
+"""Array layouts of the published PyTorch implementations, and ours.
 
-Theirs are PyTorch's: (out, in). Layouts only reorder, so they apply to gradients as well.
+PyTorch stores a linear map as (out, in). A layout only reorders elements, so it also applies to
+gradients.
 """
 
 import math
@@ -11,40 +12,44 @@ Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """Ours, with its axes in another order and then in another shape, is theirs.
+    """A permutation of the axes of our array, then a reshape, which give the PyTorch array.
 
-    The methods take NumPy and JAX arrays of one parameter.
+    The methods take NumPy or JAX arrays of one parameter.
     """
 
-    order: Callable[[range], Sequence[int]]  # from the axes of ours
-    reshape: Callable[[Shape], Shape] = lambda shape: shape
+    order: Callable[[range], Sequence[int]]  # our axes -> the same in PyTorch's order
+    reshape: Callable[[Shape], Shape] = lambda shape: shape  # permuted shape -> PyTorch's
 
-    def their_shape(self, ours: Shape) -> Shape:
-        return self.reshape(tuple(ours[axis] for axis in self.order(range(len(ours)))))
+    def torch_shape(self, shape: Shape) -> Shape:
+        """The PyTorch shape of a parameter with our `shape`."""
+        return self.reshape(tuple(shape[axis] for axis in self.order(range(len(shape)))))
 
-    def to_theirs(self, ours: Any) -> Any:
-        return ours.transpose(self.order(range(ours.ndim))).reshape(self.their_shape(ours.shape))
+    def to_torch(self, array: Any) -> Any:
+        """Our array in the PyTorch layout."""
+        permuted = array.transpose(self.order(range(array.ndim)))
+        return permuted.reshape(self.torch_shape(array.shape))
 
-    def to_ours(self, theirs: Any, shape: Shape) -> Any:
-        """`shape` is that of ours."""
+    def from_torch(self, array: Any, shape: Shape) -> Any:
+        """The inverse of `to_torch`; `shape` is ours."""
         order = self.order(range(len(shape)))
-        theirs = theirs.reshape([shape[axis] for axis in order])
-        return theirs.transpose([order.index(axis) for axis in range(len(shape))])
+        permuted = array.reshape([shape[axis] for axis in order])
+        # order.index inverts the permutation.
+        return permuted.transpose([order.index(axis) for axis in range(len(shape))])
 
 
 LAYOUTS = {
     "same": Layout(lambda axes: axes),
     "transposed": Layout(lambda axes: axes[::-1]),
-    "headwise": Layout(lambda _: (0, 2, 1)),  # (groups, out, in) there, (groups, in, out) here
-    # One window per feature is stored as (F, 1, W); channels that mix as (F_out, F_in, W).
+    "headwise": Layout(lambda _: (0, 2, 1)),  # PyTorch (groups, out, in); ours (groups, in, out)
+    # Depthwise: PyTorch (F, 1, W), ours (W, F). Mixing: PyTorch (F_out, F_in, W), ours reversed.
     "convolution": Layout(
         lambda axes: axes[::-1], lambda shape: (shape[0], 1, shape[1]) if len(shape) == 2 else shape
     ),
-    # (H, 4 out, in) there, (H, in, 4, out) here
+    # PyTorch (H, 4 out, in); ours (H, in, 4, out).
     "recurrent": Layout(
         lambda _: (0, 2, 3, 1), lambda shape: (shape[0], shape[1] * shape[2], shape[3])
     ),
-    # flat, gate by gate, there; (H, 4, K) here
+    # PyTorch (4 H K,), gate by gate; ours (H, 4, K).
     "gate_biases": Layout(lambda _: (1, 0, 2), lambda shape: (math.prod(shape),)),
 }
-"""Name in a rule -> how to reorder. The sLSTM's are those of its backend `vanilla`."""
+"""Name in a rule -> layout. sLSTM layouts are those of its backend `vanilla`."""

@@ -1,19 +1,18 @@
-"""Parameter names of the published implementations and ours, for both directions.
+"""Parameter names of the published PyTorch implementations and ours, for both directions.
 
-A rule is (their name, our path, the layout of their array: a key of `layouts.LAYOUTS`). In a name,
-`{}` is the number of a block in the model; our blocks are grouped by letter, in the order of their
-numbers. Rules for parameters that a model does not have, such as biases, do not apply to it.
+In a PyTorch name, `{}` is the index of a block in the model; our blocks are stacked by letter, in
+the order of their indices. Rules for parameters that a model lacks, such as biases, have no effect.
 """
 
 from typing import NamedTuple
 
 
 class Rule(NamedTuple):
-    """One parameter, there and here."""
+    """Name, path and layout of a parameter."""
 
-    theirs: str
-    ours: str
-    layout: str
+    torch_name: str
+    path: str  # in our tree of parameters
+    layout: str  # key of `layouts.LAYOUTS`
 
 
 _KINDS = {
@@ -24,22 +23,22 @@ _KINDS = {
     "scale": ("scale", "same"),
     "offset": ("scale_offset", "same"),
 }
-"""What the weights of a module are -> our name for them, and their layout. A bias is the same."""
+"""Kind of a module -> our name and the layout of its weight. Biases have the layout "same"."""
 
 
-def _rules(prefixes: tuple[str, str], *lines: tuple[str, str, str]) -> tuple[Rule, ...]:
-    """Two rules for each (their module, our module, what its weights are)."""
-    theirs, ours = prefixes
+def _rules(prefixes: tuple[str, str], *modules: tuple[str, str, str]) -> tuple[Rule, ...]:
+    """Rules for weight and bias of each (PyTorch module, our module, kind)."""
+    torch_prefix, prefix = prefixes
     rules = []
-    for name, path, kind in lines:
+    for name, path, kind in modules:
         parameter, layout = _KINDS[kind]
-        rules.append(Rule(f"{theirs}{name}.weight", f"{ours}{path}/{parameter}", layout))
-        rules.append(Rule(f"{theirs}{name}.bias", f"{ours}{path}/bias", "same"))
+        rules.append(Rule(f"{torch_prefix}{name}.weight", f"{prefix}{path}/{parameter}", layout))
+        rules.append(Rule(f"{torch_prefix}{name}.bias", f"{prefix}{path}/bias", "same"))
     return tuple(rules)
 
 
 # The package `xlstm`, first generation: xLSTMLMModel.
-V1_STACK = "xlstm_block_stack."  # what the names of a bare xLSTMBlockStack lack
+V1_STACK = "xlstm_block_stack."  # names of a bare xLSTMBlockStack lack this prefix
 _V1_BLOCK = V1_STACK + "blocks.{}."
 
 V1 = (
@@ -67,7 +66,7 @@ V1 = (
         (_V1_BLOCK, "stack/s/"),
         ("xlstm_norm", "xlstm_norm", "offset"),
         ("xlstm.conv1d.conv", "slstm/conv", "convolution"),
-        # Crosswise: what they name after one gate computes the other.
+        # Swapped on purpose: in the package, fgate computes the input gate, igate the forget gate.
         ("xlstm.fgate", "slstm/input_gate", "headwise"),
         ("xlstm.igate", "slstm/forget_gate", "headwise"),
         ("xlstm.zgate", "slstm/cell_input", "headwise"),
@@ -85,7 +84,7 @@ V1 = (
     Rule(_V1_BLOCK + "xlstm.slstm_cell._bias_", "stack/s/slstm/bias", "gate_biases"),
 )
 
-V1_BARE = tuple(rule._replace(theirs=rule.theirs.removeprefix(V1_STACK)) for rule in V1)
+V1_BARE = tuple(rule._replace(torch_name=rule.torch_name.removeprefix(V1_STACK)) for rule in V1)
 
 # The package `xlstm`, xLSTMLarge, with separate weights.
 LARGE_BLOCK = "backbone.blocks.{}."
@@ -130,4 +129,4 @@ FUSED = {
     "mlstm_layer.ifgate_preact": ("mlstm_layer.igate_preact", "mlstm_layer.fgate_preact"),
     "ffn.proj_up_gate_z": ("ffn.proj_up_gate", "ffn.proj_up"),
 }
-"""With fused weights: one name for rows that lie one after the other -> their separate names."""
+"""Name of a fused weight -> names of the separate weights whose rows it concatenates."""

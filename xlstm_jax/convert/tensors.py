@@ -1,4 +1,4 @@
-"""Tensors by name: from arrays or a folder of safetensors files, and into such a folder."""
+"""Named tensors: reads arrays or a folder of safetensors files, and writes such a folder."""
 
 import json
 import os
@@ -14,36 +14,36 @@ import numpy as np
 from xlstm_jax.config import ConfigError
 
 INDEX = "model.safetensors.index.json"
-READABLE = ("F64", "F32", "F16", "BF16")  # types a parameter may be stored in
-STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+READABLE_DTYPES = ("F64", "F32", "F16", "BF16")  # in the notation of safetensors
+STORAGE_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class WeightsError(ConfigError):
-    """Weights that are damaged or do not fit; the message lists all that is wrong with them."""
+    """Weights are corrupt or do not match the config; the message lists all problems."""
 
 
 class Source(NamedTuple):
-    """Tensors by name: the shapes of all, and what reads one."""
+    """Named tensors that are read on demand."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[int, ...]]  # of all tensors, known without reading them
     read: Callable[[str], np.ndarray]
 
 
 def from_arrays(arrays: Mapping[str, np.ndarray]) -> Source:
-    """Tensors that are in memory already.
+    """A source of arrays in memory.
 
     Raises:
-        WeightsError: some are no arrays of floating-point numbers; all are listed.
+        WeightsError: some are not floating-point arrays; lists all of them.
     """
-    strange = []
+    invalid = []
     for name, array in arrays.items():
         dtype = getattr(array, "dtype", type(array).__name__)
-        # bfloat16 is not among NumPy's own kinds.
+        # bfloat16 is an extension type: its kind is not "f".
         if not isinstance(dtype, np.dtype) or (dtype.kind != "f" and dtype.name != "bfloat16"):
-            strange.append(f"{name} ({dtype})")
-    if strange:
+            invalid.append(f"{name} ({dtype})")
+    if invalid:
         raise WeightsError(
-            f"tensors must be arrays of floating-point numbers, got {', '.join(strange)}; "
+            f"tensors must be floating-point arrays, got {', '.join(invalid)}; "
             "convert them with `.float().numpy()` or leave them out."
         )
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
@@ -51,12 +51,10 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Source:
 
 
 def from_folder(folder: Path) -> Source:
-    """The safetensors files of a folder.
-
-    A file is mapped into memory for one tensor at a time: what has been read of it does not stay.
+    """A source of the safetensors files in a folder.
 
     Raises:
-        WeightsError: there is no such file, one is damaged, or an index names what is not there.
+        WeightsError: a file is missing or corrupt, or a tensor is in two files.
     """
     file_of: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -65,11 +63,12 @@ def from_folder(folder: Path) -> Source:
             if name in file_of:
                 raise WeightsError(
                     f"tensor {name!r} must be in one file of {folder}, but is in "
-                    f"{file_of[name].name} and {file.name}; keep one of them."
+                    f"{file_of[name].name} and {file.name}; delete one of them."
                 )
             file_of[name], shapes[name] = file, shape
 
     def read(name: str) -> np.ndarray:
+        # Mapped anew for each tensor: pages that were read do not stay in memory.
         with _open(file_of[name]) as file:
             return file.get_tensor(name)
 
@@ -78,41 +77,42 @@ def from_folder(folder: Path) -> Source:
 
 def _files(folder: Path) -> list[Path]:
     index, single = folder / INDEX, folder / "model.safetensors"
-    if single.is_file():  # transformers reads no other then
+    if single.is_file():  # as in transformers, an index is then ignored
         return [single]
     if not index.exists():
         files = sorted(folder.glob("model*.safetensors"))
         if not files:
             raise WeightsError(
-                f"{folder} has no model.safetensors and no {INDEX}; name a folder of weights in "
+                f"{folder} has no model.safetensors and no {INDEX}; pass a folder with weights in "
                 "the safetensors format."
             )
         return files
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if "" in map(str.strip, names) or not names:
-            raise ValueError("files must be named by words")
+            raise ValueError("file names must not be empty")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise WeightsError(
-            f"{index} must be JSON with a weight_map from tensors to files, but it cannot be read "
-            f"({error!r}); fetch it again."
+            f"{index} must be JSON with a weight_map from tensors to files, but is invalid "
+            f"({error!r}); download it again."
         ) from error
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise WeightsError(
-            f"{folder} lacks {', '.join(missing)} of the {len(names)} files that {INDEX} names; "
-            "fetch them again."
+            f"{folder} lacks {', '.join(missing)} of the {len(names)} files in {INDEX}; "
+            "download them again."
         )
     return [folder / name for name in names]
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
     with _open(file) as opened:
+        # A slice has dtype and shape without reading the data.
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
         for name, part in slices.items():
-            if part.get_dtype() not in READABLE:
+            if part.get_dtype() not in READABLE_DTYPES:
                 raise WeightsError(
-                    f"tensor {name!r} of {file} must be one of {', '.join(READABLE)}, got "
+                    f"tensor {name!r} of {file} must be one of {', '.join(READABLE_DTYPES)}, got "
                     f"{part.get_dtype()}; convert it first."
                 )
         return {name: tuple(part.get_shape()) for name, part in slices.items()}
@@ -124,13 +124,13 @@ def _open(file: Path) -> Any:
         return safetensors.safe_open(file, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
         raise WeightsError(
-            f"{file} must be a whole safetensors file, but it is damaged or cut short "
-            f"({error}); fetch it again."
+            f"{file} must be a complete safetensors file, but is corrupt or truncated "
+            f"({error}); download it again."
         ) from error
 
 
 def import_safetensors() -> Any:
-    """The package, which is an extra."""
+    """Imports the optional package safetensors; raises ConfigError if it is not installed."""
     try:
         import safetensors
         import safetensors.numpy
@@ -150,42 +150,45 @@ def write(
     max_shard_bytes: int,
     files: Mapping[str, str],
 ) -> None:
-    """Writes tensors, and texts beside them; the host holds one file's tensors at a time.
+    """Writes tensors as safetensors shards, and text files (name -> text).
 
-    Arguments and errors are those of `hf.save_hf`; `files` are name -> text.
+    One shard at a time is in host memory. Other arguments and errors are those of `hf.save_hf`.
     """
-    if dtype not in STORED:
-        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(STORED)}; use float32.")
+    if dtype not in STORAGE_DTYPES:
+        raise ConfigError(
+            f"dtype={dtype!r} must be one of {', '.join(STORAGE_DTYPES)}; use float32."
+        )
     if max_shard_bytes < 1:
         raise ConfigError(
-            f"max_shard_bytes must be at least 1, got {max_shard_bytes}; 5e9 is usual."
+            f"max_shard_bytes must be at least 1, got {max_shard_bytes}; 5 * 10**9 is common."
         )
-    check_free(folder, files)
+    check_writable(folder, files)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # Next to the target, hence on the same file system: os.replace below is atomic.
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    draft.chmod(0o755)  # as other folders are, not for its owner alone
+    draft.chmod(0o755)  # mkdtemp makes folders private to the owner
     try:
-        _write_shards(draft, tensors, STORED[dtype], max_shard_bytes)
+        _write_shards(draft, tensors, STORAGE_DTYPES[dtype], max_shard_bytes)
         for name, text in files.items():
             (draft / name).write_text(text)
         if not folder.exists():
             os.replace(draft, folder)
             return
-        # The config comes last: without it nobody takes the folder for a whole one.
+        # The config comes last: a folder without it is not taken for a complete checkpoint.
         for path in sorted(draft.iterdir(), key=lambda path: path.name in files):
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def check_free(folder: Path, files: Iterable[str] = ("config.json",)) -> None:
-    """Raises ConfigError where weights, or one of these files, stand in the folder already."""
-    taken = [*folder.glob("*.safetensors*"), *(p for f in files if (p := folder / f).exists())]
-    if folder.is_file() or taken:
+def check_writable(folder: Path, files: Iterable[str] = ("config.json",)) -> None:
+    """Raises ConfigError if the folder contains weights or one of these files, or is a file."""
+    existing = [*folder.glob("*.safetensors*"), *(p for f in files if (p := folder / f).exists())]
+    if folder.is_file() or existing:
         raise ConfigError(
-            f"folder={str(folder)!r} must be new or hold no weights, but "
-            + (f"{taken[0].name} is there" if taken else "it is a file")
-            + "; name another one."
+            f"folder={str(folder)!r} must be new or have no weights, but "
+            + (f"contains {existing[0].name}" if existing else "is a file")
+            + "; choose another one."
         )
 
 
@@ -194,23 +197,24 @@ def _write_shards(
 ) -> None:
     safetensors = import_safetensors()
     shards: list[list[str]] = []
-    batch: dict[str, np.ndarray] = {}
-    total = 0
+    shard: dict[str, np.ndarray] = {}
+    total = 0  # bytes
 
-    def write_batch() -> None:
-        # PyTorch's readers ask for this word.
+    def write_shard() -> None:
+        # The number of shards, part of their final names, is not known yet.
         file = draft / f"{len(shards)}.part"
-        safetensors.numpy.save_file(batch, file, metadata={"format": "pt"})
-        shards.append(list(batch))
-        batch.clear()
+        # PyTorch readers require this metadata.
+        safetensors.numpy.save_file(shard, file, metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
 
     for name, array in tensors:
         array = np.asarray(array).astype(dtype, copy=False)
-        if batch and array.nbytes + sum(other.nbytes for other in batch.values()) > limit:
-            write_batch()
-        batch[name] = array
+        if shard and array.nbytes + sum(other.nbytes for other in shard.values()) > limit:
+            write_shard()
+        shard[name] = array
         total += array.nbytes
-    write_batch()
+    write_shard()
     if len(shards) == 1:
         os.replace(draft / "0.part", draft / "model.safetensors")
         return

@@ -18,7 +18,7 @@ from xlstm_jax.modules.patterns import at
 from xlstm_jax.typing import PyTree
 
 ACTIVATIONS = {name.replace("relu2", "relu^2"): name for name in options.ACTIVATION_NAMES}
-"""Their name -> ours."""
+"""Activation name of the package -> ours."""
 
 KERNEL, BIAS = "slstm_cell._recurrent_kernel_", "slstm_cell._bias_"
 
@@ -28,24 +28,24 @@ def load_v1(
 ) -> tuple[LMConfig, PyTree]:
     """A first-generation model from its config and its `state_dict`.
 
-    sLSTM weights may be those of the backend `vanilla` or `cuda`. `context_length` is no limit
-    here. Tensors of an xLSTMBlockStack make the parameters of `modules.Backbone`.
+    sLSTM weights may be those of the backend `vanilla` or `cuda`. `context_length` does not limit
+    our model. Tensors of an xLSTMBlockStack become parameters of `modules.Backbone`.
 
     Args:
-        config: the fields of xLSTMLMModelConfig or xLSTMBlockStackConfig, as nested dicts.
-        tensors: name -> NumPy array, with the names of the module's `state_dict`.
+        config: an xLSTMLMModelConfig or xLSTMBlockStackConfig as nested dicts.
+        tensors: the `state_dict` of the module, as NumPy arrays.
 
     Raises:
-        ConfigError: a field cannot be honored.
-        WeightsError: tensors are missing, too many, or of another shape.
+        ConfigError: a field is invalid or not supported.
+        WeightsError: tensors are missing, unexpected or misshapen.
     """
     bare = any(name.startswith("blocks.") for name in tensors)
     cfg = config_of(config, bare=bare)
-    # A state_dict repeats the head of a tied model, and has causal masks.
+    # A state_dict also has causal masks, which are buffers, and the head of a tied model.
     tensors = {n: a for n, a in tensors.items() if not n.endswith("mlstm_cell.causal_mask")}
-    head, table = (tensors.get(f"{part}.weight") for part in ("lm_head", "token_embedding"))
-    if cfg.tie_embeddings and head is not None and table is not None:
-        if np.array_equal(head, table):
+    head, embedding = (tensors.get(f"{part}.weight") for part in ("lm_head", "token_embedding"))
+    if cfg.tie_embeddings and head is not None and embedding is not None:
+        if np.array_equal(head, embedding):
             del tensors["lm_head.weight"]
     without = ("token_embedding/embedding", "lm_head/kernel") if bare else ()
     source = from_arrays(_as_vanilla(tensors))
@@ -53,10 +53,12 @@ def load_v1(
 
 
 def config_of(config: Mapping[str, Any], *, bare: bool = False) -> LMConfig:
-    """The model that a first-generation config describes; `bare`: of blocks, without a vocabulary.
+    """The `LMConfig` equivalent to a first-generation config.
+
+    `bare` is for an xLSTMBlockStackConfig, which has no vocabulary.
 
     Raises:
-        ConfigError: a field has no equivalent here.
+        ConfigError: a field is invalid or has no equivalent.
     """
     fields = Fields(config, "the config")
     dim, num_blocks = fields.count("embedding_dim"), fields.count("num_blocks")
@@ -64,6 +66,7 @@ def config_of(config: Mapping[str, Any], *, bare: bool = False) -> LMConfig:
     bias = fields.flag("bias", default=False)
     has_norm = fields.flag("add_post_blocks_norm", default=True)
     cfg = LMConfig(
+        # `Backbone` ignores the vocabulary, but the config needs one.
         vocab_size=1 if bare else fields.count("vocab_size"),
         dim=dim,
         pattern=pattern,
@@ -76,97 +79,99 @@ def config_of(config: Mapping[str, Any], *, bare: bool = False) -> LMConfig:
     )
     if fields.flag("weight_decay_on_embedding", default=False):
         logging.getLogger(__name__).warning(
-            "weight_decay_on_embedding is part of training here: "
+            "weight_decay_on_embedding is an option of training: set "
             r"train.decay_pattern='(^|/)(kernel|embedding)$'"
         )
-    # Longer inputs than the context are fine here.
+    # Our model has no maximum length, so `context_length` has no effect.
     fields.ignore("vocab_size", "context_length", "_block_map")
-    fields.ignore("mlstm_block", "slstm_block")  # one that no place names
-    fields.done()
+    fields.ignore("mlstm_block", "slstm_block")  # of a kind that the model does not use
+    fields.warn_unknown()
     return cfg
 
 
 def _pattern(fields: Fields, num_blocks: int) -> str:
     slstm_at = fields.get("slstm_at", [])
     is_list = isinstance(slstm_at, Sequence) and not isinstance(slstm_at, str)
-    fits = slstm_at == "all" or (is_list and all(type(place) is int for place in slstm_at))
-    fields.demand("slstm_at", slstm_at, "'all' or a list of block numbers", fits=fits)
+    # An exact type check, as True is an int too.
+    fits = slstm_at == "all" or (is_list and all(type(index) is int for index in slstm_at))
+    fields.require("slstm_at", slstm_at, "'all' or a list of block indices", fits=fits)
+    # Without mLSTM options, every block is an sLSTM block.
     if slstm_at == "all" or fields.get("mlstm_block", None) is None:
         return "s" * num_blocks
     fits, what = not slstm_at or not fields.is_null("slstm_block"), f"given for {slstm_at=}"
-    fields.demand("slstm_block", None, what, "give it or leave slstm_at empty", fits=fits)
+    fields.require("slstm_block", None, what, "give it or leave slstm_at empty", fits=fits)
     return at(num_blocks, slstm=slstm_at)
 
 
 def _mlstm(fields: Fields, dim: int, *, bias: bool) -> options.MLSTMConfig:
     layer = _layer(fields, "mlstm_block", "mlstm")
     inner_dim = _width(layer, dim, 2.0)
-    layer.ignore("bias", "dropout", "context_length", "embedding_dim")  # the model's count
+    layer.ignore("bias", "dropout", "context_length", "embedding_dim")  # set for the model
     layer.ignore("_num_blocks", "_proj_up_dim", "_inner_embedding_dim")
     cfg = options.MLSTMConfig(
         num_heads=layer.count("num_heads", 4),
         inner_dim=inner_dim,
         qkv_block_size=layer.count("qkv_proj_blocksize", 4),
-        conv_width=layer.count("conv1d_kernel_size", 4, least=0),
+        conv_width=layer.count("conv1d_kernel_size", 4, minimum=0),
         use_bias=bias,
     )
-    layer.done()
+    layer.warn_unknown()
     return cfg
 
 
 def _slstm(fields: Fields, dim: int) -> options.SLSTMConfig:
     layer = _layer(fields, "slstm_block", "slstm")
-    layer.refuse_unless("function", "slstm", "the nearest is `ops.lstm`, without a block")
+    layer.require_equal("function", "slstm", "the nearest is `ops.lstm`, which has no block")
     for name, off in (("gradient_recurrent_cut", False), ("gradient_recurrent_clipval", None)):
-        layer.refuse_unless(name, off, "gradients here are the true ones; clip their norm")
-    layer.refuse_unless("forward_clipval", None, "outputs are not clipped here")
-    layer.refuse_unless("initial_val", 0.0, "the initial state is zeros; give a state instead")
+        layer.require_equal(name, off, "gradients are not cut or clipped per step; use grad_clip")
+    layer.require_equal("forward_clipval", None, "outputs are not clipped")
+    layer.require_equal("initial_val", 0.0, "the initial state is zeros; pass a state instead")
     layer.ignore("embedding_dim", "hidden_size", "num_gates", "num_states", "dropout")
     layer.ignore("_block_idx", "_num_blocks", "backend", "batch_size", "internal_input_shape")
     layer.ignore("input_shape", "output_shape", "constants", "enable_automatic_mixed_precision")
     layer.ignore(*(f"dtype{suffix}" for suffix in ("", "_b", "_r", "_w", "_g", "_s", "_a")))
     cfg = options.SLSTMConfig(
         num_heads=layer.count("num_heads", 4),
-        conv_width=layer.count("conv1d_kernel_size", 4, least=0),
+        conv_width=layer.count("conv1d_kernel_size", 4, minimum=0),
         recurrent_init=layer.get("recurrent_weight_init", "zeros"),
         bias_init=layer.get("bias_init", "powerlaw_blockdependent"),
         group_norm_weight=layer.flag("group_norm_weight", default=True),
         **_feedforward(fields, dim),
     )
-    layer.done()
+    layer.warn_unknown()
     return cfg
 
 
 def _feedforward(fields: Fields, dim: int) -> dict[str, Any]:
-    block = fields.table("slstm_block")
+    block = fields.nested("slstm_block")
     if block and block.is_null("feedforward"):
         return {"ffn_dim": 0}
     layer = _layer(fields, "slstm_block", "feedforward")
-    layer.refuse_unless("ff_type", "ffn_gated", "the gated one is the only one")
+    layer.require_equal("ff_type", "ffn_gated", "only the gated one is supported")
     width = _width(layer, dim, 1.3)
-    layer.demand("the width", width, "above 0", "raise proj_factor", fits=width > 0)
+    layer.require("the width", width, "above 0", "raise proj_factor", fits=width > 0)
     activation = layer.get("act_fn", "gelu")
     what = f"one of {', '.join(ACTIVATIONS)}"
-    layer.demand("act_fn", activation, what, "the nearest is gelu", fits=activation in ACTIVATIONS)
+    layer.require("act_fn", activation, what, "the nearest is gelu", fits=activation in ACTIVATIONS)
     layer.ignore("embedding_dim", "_num_blocks", "_proj_up_dim")
     ffn = {
         "ffn_dim": width,
         "ffn_activation": ACTIVATIONS[activation],
-        # Those of the model do not reach the feed-forward layer.
+        # Separate from bias and dropout of the model.
         "ffn_bias": layer.flag("bias", default=False),
         "ffn_dropout": float(layer.number("dropout", 0.0)),
     }
-    layer.done()
+    layer.warn_unknown()
     return ffn
 
 
 def _layer(fields: Fields, block: str, name: str) -> Fields:
-    table = fields.table(block) or Fields({}, block)
-    layer = table.table(name)
-    table.ignore("mlstm", "slstm", "_num_blocks", "_block_idx")
+    block_fields = fields.nested(block) or Fields({}, block)
+    layer = block_fields.nested(name)
+    block_fields.ignore("mlstm", "slstm", "_num_blocks", "_block_idx")
     if block == "slstm_block":
-        table.ignore("feedforward")
-    table.done()
+        block_fields.ignore("feedforward")
+    block_fields.warn_unknown()
     return layer or Fields({}, f"{name} of {block}")
 
 
@@ -180,13 +185,14 @@ def _width(layer: Fields, dim: int, factor: float) -> int:
 
 
 def _as_vanilla(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """sLSTM weights as the backend `vanilla` stores them; `cuda` uses the same names otherwise.
+    """Converts sLSTM weights of the backend `cuda` to those of `vanilla`; names are the same.
 
-    Other layouts stay as they are, to be refused for their shape.
+    Other layouts are left as they are; `mapping.load` rejects their shapes.
     """
     tensors = dict(tensors)
     for name in [name for name in tensors if name.endswith(KERNEL)]:
         kernel, bias_name = tensors[name], name.removesuffix(KERNEL) + BIAS
+        # cuda: (H, K, 4 K); vanilla: (H, 4 K, K).
         if np.ndim(kernel) != 3 or 4 * kernel.shape[1] != kernel.shape[2]:
             continue
         H, K, _ = kernel.shape

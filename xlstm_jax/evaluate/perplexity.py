@@ -1,4 +1,4 @@
-"""How well a model predicts held-out data: nats per token and bits per byte."""
+"""Perplexity on held-out data: nats per token and bits per byte."""
 
 import functools
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from xlstm_jax.train.losses import HeldOut, token_sums
 
 
 class Perplexity(NamedTuple):
-    """Means over every target that counts; `exp(nats_per_token)` is the perplexity."""
+    """Means over all targets of nonzero weight; `exp(nats_per_token)` is the perplexity."""
 
     nats_per_token: float
-    bits_per_byte: float | None  # None where the targets are not text
+    bits_per_byte: float | None  # None if the targets are not text
     num_tokens: int
 
 
@@ -32,18 +32,19 @@ def perplexity(
     max_batches: int | None = None,
     document_resets: bool = True,
 ) -> Perplexity:
-    """Each window once, without dropout: the sums that training logs as its held-out loss.
+    """Evaluates each window once, without dropout, like the held-out loss of training.
 
     Args:
         windows: held-out data, from `data.load(cfg, "valid")`.
-        batch_size: windows of one pass; only speed and memory depend on it.
-        max_batches: only so many, spread evenly over the data, for a quick look.
-        document_resets: whether a document starts from the initial state, as in training.
+        batch_size: windows per forward pass; affects only speed and memory.
+        max_batches: limit on batches, which are spread evenly over the data; None: all.
+        document_resets: whether each document starts from the initial state, as in training.
 
     Raises:
-        ConfigError: a count is below 1.
+        ConfigError: `batch_size` or `max_batches` is below 1.
     """
     sums = functools.partial(_sums, model, variables["params"], document_resets=document_resets)
+    # Summed on the host: a float32 total loses digits over millions of tokens.
     total = HeldOut()
     for batch in batches(windows, batch_size, max_batches):
         total = total.plus(sums(batch), batch, windows)
@@ -56,9 +57,13 @@ def _sums(model: LM, params: Any, batch: Batch, *, document_resets: bool) -> Cro
 
 
 def batches(windows: Examples, batch_size: int, max_batches: int | None) -> Iterator[Batch]:
-    """Batches of all windows in order, or of `max_batches` spread over them; else a ConfigError."""
+    """Batches of all windows in order, or `max_batches` spread evenly over them.
+
+    Raises:
+        ConfigError: `batch_size` or `max_batches` is below 1.
+    """
     if max_batches is not None and max_batches < 1:
         raise ConfigError(
-            f"max_batches must be at least 1, got {max_batches}; leave it out to read everything."
+            f"max_batches must be at least 1, got {max_batches}; leave it out to use all data."
         )
     return eval_batches(windows, DataConfig(batch_size=batch_size), max_batches)

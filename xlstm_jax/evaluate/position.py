@@ -1,6 +1,6 @@
-"""Loss as a function of the position in the window: what a longer past is worth.
+"""Loss by position in the window: the value of a longer context.
 
-Source: the question of Beck et al. 2024, arXiv:2405.04517, figure 7 (length extrapolation).
+Source: as in Beck et al. 2024, arXiv:2405.04517, figure 7 (length extrapolation).
 """
 
 import functools
@@ -18,7 +18,7 @@ from xlstm_jax.modules.lm import LM
 from xlstm_jax.ops.cross_entropy import CrossEntropy
 from xlstm_jax.train.losses import token_sums
 
-PIECE = 1024  # positions in one pass: what bounds the memory, whatever the window
+CHUNK = 1024  # positions in one forward pass; bounds memory for windows of any length
 
 
 class Bucket(NamedTuple):
@@ -26,7 +26,7 @@ class Bucket(NamedTuple):
 
     start: int
     stop: int
-    nats_per_token: float  # NaN where no target counts
+    nats_per_token: float  # NaN if num_tokens is 0
     num_tokens: int
 
 
@@ -39,44 +39,49 @@ def by_position(
     max_batches: int | None = None,
     document_resets: bool = True,
 ) -> list[Bucket]:
-    """Loss in buckets [0, 1), [1, 2), [2, 4), [4, 8), ...; windows may be of any length.
+    """Loss in buckets of positions [0, 1), [1, 2), [2, 4), [4, 8), ...; windows have any length.
 
-    A bucket is read in one pass, or in pieces, and the state is carried to the next: memory does
-    not grow with the window, and the loss is that of the window in one piece.
+    A bucket is evaluated in chunks, and the state is carried from chunk to chunk: memory does not
+    grow with the window, and the loss equals that of one pass over the window.
 
-    Args and errors: those of `perplexity`.
+    Args and errors are those of `perplexity`.
     """
-    read = functools.partial(_read, model, variables["params"], document_resets=document_resets)
+    evaluate = functools.partial(
+        _chunk_sums, model, variables["params"], document_resets=document_resets
+    )
     totals: dict[tuple[int, int], np.ndarray] = {}
     for batch in batches(windows, batch_size, max_batches):
         state = model.init_state(len(batch.inputs))
-        for bucket, start, stop in _pieces(batch.inputs.shape[1]):
-            piece = Batch(*(leaf[:, start:stop] for leaf in batch[:-1]), index=batch.index)
+        for bucket, start, stop in _chunks(batch.inputs.shape[1]):
+            chunk = Batch(*(leaf[:, start:stop] for leaf in batch[:-1]), index=batch.index)
+            # Segment of the preceding position; the first chunk compares with itself.
             before = batch.segment_ids[:, max(start - 1, 0)]
-            sums, state = read(piece, before, state)
-            both = np.array([sums.ce_sum, sums.weight_sum], np.float64)
-            totals[bucket] = totals.get(bucket, np.zeros(2)) + both
+            sums, state = evaluate(chunk, before, state)
+            # In float64: a float32 total loses digits over millions of tokens.
+            nats_and_count = np.array([sums.ce_sum, sums.weight_sum], np.float64)
+            totals[bucket] = totals.get(bucket, np.zeros(2)) + nats_and_count
     return [
         Bucket(start, stop, float(nats / count) if count else float("nan"), int(count))
         for (start, stop), (nats, count) in totals.items()
     ]
 
 
-def _pieces(seq_len: int) -> Iterator[tuple[tuple[int, int], int, int]]:
-    """The bucket, the start and the stop of every pass over a window."""
+def _chunks(seq_len: int) -> Iterator[tuple[tuple[int, int], int, int]]:
+    """Bucket, start and stop of every forward pass over a window."""
     edges = [0, *(2**n for n in range(seq_len.bit_length()) if 2**n < seq_len), seq_len]
     for first, last in itertools.pairwise(edges):
-        for start in range(first, last, PIECE):
-            yield (first, last), start, min(start + PIECE, last)
+        for start in range(first, last, CHUNK):
+            yield (first, last), start, min(start + CHUNK, last)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "document_resets"))
-def _read(
+def _chunk_sums(
     model: LM, params: Any, batch: Batch, before: jax.Array, state: Any, *, document_resets: bool
 ) -> tuple[CrossEntropy, Any]:
-    """One pass; `before` is the document of the position before the first."""
+    """Loss sums of a chunk, and the state; `before` is the segment id of the preceding position."""
     if document_resets:
-        # The model sees documents change inside a piece; a change at its edge is seen here.
+        # The model does not reset a given state at the first position, so a document that starts
+        # with the chunk needs a reset here.
         same = batch.segment_ids[:, 0] == before
         state = jax.tree.map(  # leaves have the axes layers, B, ...
             lambda leaf: jnp.where(same.reshape((1, -1) + (1,) * (leaf.ndim - 2)), leaf, 0), state

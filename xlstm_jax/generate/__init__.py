@@ -1,4 +1,4 @@
-"""Sampling text from a trained model: prefill, then a token at a time from a fixed-size state."""
+"""Text generation: prefill, then token-by-token decoding from a fixed-size state."""
 
 from xlstm_jax.generate.decode import Generation, generate, stream
 from xlstm_jax.generate.sampling import Sampler, greedy

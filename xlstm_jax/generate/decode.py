@@ -1,7 +1,7 @@
-"""Prompts to answers: a chunkwise prefill, then one jitted loop that makes a token per iteration.
+"""Batched generation: a chunked prefill, then a jitted loop that decodes one token per iteration.
 
-The state of a recurrent model has one size whatever the length of the text, so every token costs
-the same, and the state after a prompt can be stored and continued.
+The recurrent state has a fixed size, so each token costs the same at any context length, and the
+state after a prompt can be stored and resumed.
 """
 
 import functools
@@ -18,31 +18,32 @@ from xlstm_jax.generate.sampling import greedy
 from xlstm_jax.modules.lm import LM, lm_logits
 from xlstm_jax.typing import Array, Bool, Float, Int, PRNGKeyArray
 
-# Positions in one pass over a prompt: the most, to bound its memory, and the least, so that short
-# prompts share one compiled pass. Between them widths are powers of two.
-PREFILL, LEAST_PREFILL = 512, 16
+# Positions in one prefill pass: at most MAX_PREFILL, to bound memory, and at least MIN_PREFILL, so
+# that short prompts share one compiled pass. Widths are powers of two, to bound recompilation.
+MAX_PREFILL, MIN_PREFILL = 512, 16
 
-# (logits, key, seen) -> token, for one row; hashable, and equal where it does the same.
+# (logits, key, seen) -> token, without a batch axis. It is a static argument of jit: it must be
+# hashable, and equal samplers share a compiled program.
 SamplerFn = Callable[..., Int[Array, ""]]
-State = Any  # the model's own
+State = Any  # of the model
 AnyKey = PRNGKeyArray | Key[Array, "keys"]
 
 
 class Generation(NamedTuple):
-    """Answers, and the state after the last token of each."""
+    """Generated tokens, and the state after the last token of each sequence."""
 
-    tokens: list[list[int]]  # per prompt, a stop token included as the last one
-    state: State  # has read prompts and answers: pass it on with what comes next
+    tokens: list[list[int]]  # per prompt; a stop token is included
+    state: State  # after prompt and generated tokens; pass it with the next prompts
 
 
-class _Cursor(NamedTuple):
-    """Where decoding stands; the state has read everything before the token to be drawn."""
+class _DecodeState(NamedTuple):
+    """Carry of the decoding loop."""
 
-    state: State
-    logits: Float[Array, "B vocab"]  # of the token to be drawn
-    seen: Bool[Array, "B vocab"]  # occurred in the prompt or the answer
-    length: Int[Array, "B"]  # tokens of the answer so far
-    done: Bool[Array, "B"]
+    state: State  # after all tokens so far
+    logits: Float[Array, "B vocab"]  # of the next token
+    seen: Bool[Array, "B vocab"]  # tokens in the prompt or generated so far
+    length: Int[Array, "B"]  # number of generated tokens
+    done: Bool[Array, "B"]  # a stop token was generated
 
 
 def generate(
@@ -56,20 +57,21 @@ def generate(
     state: State | None = None,
     stop: Sequence[int] = (),
 ) -> Generation:
-    """Answers to prompts of any lengths, in one batch.
+    """Continues prompts of any lengths, in one batch.
 
-    An answer does not depend on the other prompts: short prompts are padded with positions that
-    leave the state untouched, and each answer is drawn from a key of its own.
+    A result does not depend on the other prompts: padding is masked and leaves the state unchanged,
+    and each sequence is sampled with its own key.
 
     Args:
         prompts: token ids, at least one per prompt.
-        sampler: `greedy`, a `Sampler`, or any hashable (logits, key, seen) -> token, without batch.
-        key: answer i draws from `fold_in(key, i)`; or B keys, one each. Not used by `greedy`.
-        state: to start from, as `Generation.state` or `model.apply` gave it; None: the initial one.
-        stop: token ids that end an answer.
+        max_new_tokens: limit per sequence, a stop token included; 0 only prefills.
+        sampler: `greedy`, a `Sampler`, or a hashable (logits, key, seen) -> token, without batch.
+        key: sequence i uses `fold_in(key, i)`; or B keys, one per prompt. Not used by `greedy`.
+        state: to start from, returned by `generate` or `model.apply`; None: the initial state.
+        stop: token ids that end a sequence.
 
     Raises:
-        ConfigError: names the argument that no answer can be made from.
+        ConfigError: an argument is invalid.
     """
     options: dict[str, Any] = dict(sampler=sampler, key=key, state=state, stop=stop)
     return next(stream(model, variables, prompts, max_new_tokens=max_new_tokens, **options))
@@ -87,20 +89,23 @@ def stream(
     state: State | None = None,
     stop: Sequence[int] = (),
 ) -> Iterator[Generation]:
-    """As `generate`, `piece` tokens at a time (None: all), each piece with the state after it."""
+    """As `generate`, but yields `piece` tokens at a time (None: all) with the state after them.
+
+    Arguments are checked and prompts prefilled before the first `next`.
+    """
     piece = max_new_tokens if piece is None else piece
     if max_new_tokens < 0 or piece < min(1, max_new_tokens):
         raise ConfigError(
             "max_new_tokens must be at least 0 and piece at least 1, "
-            f"got {max_new_tokens} and {piece}."
+            f"got {max_new_tokens} and {piece}; leave out piece to get all tokens at once."
         )
     if key is None and sampler is not greedy:
         raise ConfigError(
-            "key must be given for a sampler that draws at random, got None; "
+            "key must be a PRNG key unless the sampler is greedy, got None; "
             "pass jax.random.key(seed), or sampler=greedy."
         )
-    keys = _row_keys(jax.random.key(0) if key is None else key, len(prompts))
-    cursor = prefill(model, variables, prompts, state)
+    keys = _sequence_keys(jax.random.key(0) if key is None else key, len(prompts))
+    carry = prefill(model, variables, prompts, state)
     decode = functools.partial(
         _decode,
         model,
@@ -108,35 +113,38 @@ def stream(
         keys=keys,
         stop=jnp.asarray(list(stop), jnp.int32),
         sampler=sampler,
-        # A power of two, so that few sizes of the token buffer are ever compiled.
+        # A static shape: powers of two bound the number of compiled programs.
         capacity=_power_of_two(piece),
     )
 
-    def pieces(cursor: _Cursor) -> Iterator[Generation]:
-        made = 0
+    def pieces(carry: _DecodeState) -> Iterator[Generation]:
+        num_tokens = 0
         while True:
-            before = cursor.length
-            cursor, tokens = decode(cursor, limit=min(piece, max_new_tokens - made))
-            rows = zip(np.asarray(tokens).tolist(), np.asarray(cursor.length - before), strict=True)
-            yield Generation([row[:length] for row, length in rows], cursor.state)
-            made += piece
-            if made >= max_new_tokens or bool(cursor.done.all()):
+            before = carry.length
+            carry, tokens = decode(carry, limit=min(piece, max_new_tokens - num_tokens))
+            # A sequence that stopped earlier has fewer valid tokens in the buffer.
+            lengths = np.asarray(carry.length - before)
+            sequences = zip(np.asarray(tokens).tolist(), lengths, strict=True)
+            yield Generation([ids[:length] for ids, length in sequences], carry.state)
+            num_tokens += piece
+            if num_tokens >= max_new_tokens or bool(carry.done.all()):
                 return
 
-    return pieces(cursor)
+    return pieces(carry)
 
 
 def _power_of_two(size: int) -> int:
-    """The least one that is not below `size`."""
+    """The smallest power of two that is at least `size`."""
     return 1 << max(size - 1, 0).bit_length()
 
 
 def prefill(
     model: LM, variables: Any, prompts: Sequence[Sequence[int]], state: State | None
-) -> _Cursor:
-    """Reads the prompts in chunkwise passes.
+) -> _DecodeState:
+    """Runs the model over the prompts in passes of at most `MAX_PREFILL` positions.
 
-    They are padded on the right, so that a prompt meets the same chunk boundaries in any company.
+    Prompts are padded on the right, so that the chunk boundaries of a prompt do not depend on the
+    other prompts of the batch.
     """
     batch_size, vocab_size = len(prompts), model.cfg.vocab_size
     _check_prompts(prompts, vocab_size)
@@ -145,24 +153,25 @@ def prefill(
         state = model.init_state(batch_size)
     elif jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, shapes):
         raise ConfigError(
-            f"state must be a state of this model for {batch_size} prompts, got one of other "
-            "shapes; give as many prompts as the state has sequences."
+            f"state must be a state of this model for {batch_size} prompts, got other shapes; "
+            "pass as many prompts as the state has sequences."
         )
     lengths = np.array([len(prompt) for prompt in prompts])
     start, total = 0, int(lengths.max())
-    tokens = np.zeros((batch_size, total + PREFILL), np.int32)
+    # Room for the last pass, which may be wider than what is left of the prompts.
+    tokens = np.zeros((batch_size, total + MAX_PREFILL), np.int32)
     seen = np.zeros((batch_size, vocab_size), bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-        seen[row, tokens[row, : len(prompt)]] = True
+    for i, prompt in enumerate(prompts):
+        tokens[i, : len(prompt)] = prompt
+        seen[i, tokens[i, : len(prompt)]] = True
     mask = np.arange(tokens.shape[1]) < lengths[:, None]
     logits = jnp.zeros((batch_size, vocab_size), jnp.float32)
     while start < total:
-        width = min(PREFILL, max(LEAST_PREFILL, _power_of_two(total - start)))
-        now = np.s_[:, start : start + width]
-        logits, state = _read(model, variables, tokens[now], mask[now], state, logits)
+        width = min(MAX_PREFILL, max(MIN_PREFILL, _power_of_two(total - start)))
+        chunk = np.s_[:, start : start + width]
+        logits, state = _prefill_chunk(model, variables, tokens[chunk], mask[chunk], state, logits)
         start += width
-    return _Cursor(
+    return _DecodeState(
         state=state,
         logits=logits,
         seen=jnp.asarray(seen),
@@ -172,7 +181,7 @@ def prefill(
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _read(
+def _prefill_chunk(
     model: LM,
     variables: Any,
     tokens: Int[Array, "B T"],
@@ -180,85 +189,90 @@ def _read(
     state: State,
     logits: Float[Array, "B vocab"],
 ) -> tuple[Float[Array, "B vocab"], State]:
-    """The logits after the last token of each row, which a row without tokens keeps, and the state.
+    """The logits after the last token of each sequence, and the state.
 
-    The head sees one position per row: the logits of a whole prompt would outweigh the model.
+    A sequence without tokens in this chunk keeps its previous `logits`. The head is applied to one
+    position per sequence: the logits of all positions may need more memory than the model.
     """
     hidden, state = model.apply(variables, tokens, state=state, mask=mask, head=False)
     last = jnp.maximum(mask.sum(axis=1) - 1, 0)
     x = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    now = lm_logits(model.cfg, variables["params"], x)
-    return jnp.where(mask.any(axis=1)[:, None], now, logits), state
+    new_logits = lm_logits(model.cfg, variables["params"], x)
+    return jnp.where(mask.any(axis=1)[:, None], new_logits, logits), state
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler", "capacity"))
 def _decode(
     model: LM,
     variables: Any,
-    cursor: _Cursor,
+    carry: _DecodeState,
     *,
     keys: Key[Array, "B"],
     stop: Int[Array, "stop"],
     limit: Int[Array, ""] | int,
     sampler: SamplerFn,
     capacity: int,
-) -> tuple[_Cursor, Int[Array, "B capacity"]]:
-    """Up to `limit` more tokens for each row, fewer when all rows have met a stop token."""
+) -> tuple[_DecodeState, Int[Array, "B capacity"]]:
+    """Generates up to `limit` tokens per sequence, fewer if all sequences are done.
 
-    def unfinished(carry):
-        turn, cursor, _ = carry
-        return (turn < limit) & ~cursor.done.all()
+    `limit` is dynamic and `capacity`, the width of the token buffer, static.
+    """
 
-    def body(carry):
-        turn, cursor, tokens = carry
-        active = ~cursor.done
-        # Folding in the length makes a row's draws independent of when its neighbors stop.
-        draws = jax.vmap(jax.random.fold_in)(keys, cursor.length)
-        token = jax.vmap(sampler)(cursor.logits, draws, cursor.seen).astype(jnp.int32)
+    def unfinished(loop):
+        step, carry, _ = loop
+        return (step < limit) & ~carry.done.all()
+
+    def body(loop):
+        step, carry, tokens = loop
+        active = ~carry.done
+        # Folding in the length makes samples independent of when other sequences stop.
+        step_keys = jax.vmap(jax.random.fold_in)(keys, carry.length)
+        token = jax.vmap(sampler)(carry.logits, step_keys, carry.seen).astype(jnp.int32)
+        # The mask freezes the state of finished sequences; their tokens are dropped by `length`.
         logits, state = model.apply(
-            variables, token[:, None], state=cursor.state, mask=active[:, None]
+            variables, token[:, None], state=carry.state, mask=active[:, None]
         )
         logits = logits[:, 0]
         ends = (token[:, None] == stop[None, :]).any(axis=1)
-        cursor = _Cursor(
+        carry = _DecodeState(
             state=state,
             logits=logits,
-            seen=cursor.seen | jax.nn.one_hot(token, logits.shape[-1], dtype=bool),
-            length=cursor.length + active,
-            done=cursor.done | ends,
+            seen=carry.seen | jax.nn.one_hot(token, logits.shape[-1], dtype=bool),
+            length=carry.length + active,
+            done=carry.done | ends,
         )
-        return turn + 1, cursor, tokens.at[:, turn].set(token)
+        return step + 1, carry, tokens.at[:, step].set(token)
 
     tokens = jnp.zeros((keys.shape[0], capacity), jnp.int32)
-    _, cursor, tokens = jax.lax.while_loop(unfinished, body, (0, cursor, tokens))
-    return cursor, tokens
+    _, carry, tokens = jax.lax.while_loop(unfinished, body, (0, carry, tokens))
+    return carry, tokens
 
 
-def _row_keys(key: AnyKey, batch_size: int) -> Key[Array, "B"]:
+def _sequence_keys(key: AnyKey, batch_size: int) -> Key[Array, "B"]:
     key = jnp.asarray(key)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
+        key = jax.random.wrap_key_data(key)  # a legacy uint32 key
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size))
     if key.shape != (batch_size,):
         raise ConfigError(
-            f"key must be one key or one for each of {batch_size} prompts, got {key.shape}; "
-            "give a single key to have it split."
+            f"key must be a single key or have the shape ({batch_size},), got {key.shape}; "
+            "pass a single key to derive one per prompt."
         )
     return key
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     if not prompts:
-        raise ConfigError("prompts must hold at least one list of token ids, got none.")
-    for row, prompt in enumerate(prompts):
+        raise ConfigError("prompts must have at least one list of token ids, got none; add one.")
+    for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ConfigError(
-                f"prompts[{row}] must hold at least one token, got none; "
-                "give it the text to continue."
+                f"prompts[{i}] must have at least one token, got none; "
+                "pass the token ids to continue."
             )
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise ConfigError(
-                f"prompts[{row}] must hold token ids in 0..{vocab_size - 1}, got {min(prompt)} to "
-                f"{max(prompt)}; encode it with the tokenizer the model was trained with."
+                f"prompts[{i}] must have token ids from 0 to {vocab_size - 1}, got {min(prompt)} "
+                f"to {max(prompt)}; encode it with the tokenizer of the model."
             )

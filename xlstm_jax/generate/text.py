@@ -1,4 +1,4 @@
-"""Text in, text out: what a person at a prompt sees of `decode.stream`."""
+"""Streaming of generated text: `decode.stream` with a tokenizer."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.generate import decode
 from xlstm_jax.modules.lm import LM
 
-PIECE = 8  # tokens between two updates of the answer: few to be responsive, many to be fast
+PIECE = 8  # tokens between two updates: few for low latency, many for throughput
 
 
 def stream_text(
@@ -19,14 +19,14 @@ def stream_text(
     stop: Sequence[str] = (),
     **options: Any,
 ) -> Iterator[str]:
-    """The answer to a prompt as it grows, each part said once; it ends with the document.
+    """Yields the continuation of a prompt in parts, up to the end of the document.
 
     Args:
-        stop: texts that end the answer and do not appear in it.
-        options: those of `decode.stream`, without its own `stop` and `piece`.
+        stop: strings that end the text; they are not part of it.
+        options: those of `decode.stream` except `stop` and `piece`.
 
     Raises:
-        ConfigError: as `decode.stream`, before any text is made.
+        ConfigError: as `decode.stream`, before the first `next`.
     """
     ids = tokenizer.encode(prompt).tolist()
     pieces = decode.stream(model, variables, [ids], piece=PIECE, stop=[tokenizer.eos_id], **options)
@@ -35,19 +35,20 @@ def stream_text(
 
 def _parts(pieces, tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
     tokens: list[int] = []
-    said = 0
+    num_emitted = 0  # characters of the text that were yielded
     for piece in pieces:
         tokens += piece.tokens[0]
+        # All tokens are decoded again: a character may consist of bytes of several tokens.
         text = tokenizer.decode(tokens)
         ends = [end for end in map(text.find, stop) if end >= 0]
         if ends:
-            yield text[said : min(ends)]
+            yield text[num_emitted : min(ends)]
             return
-        # Later tokens may complete what ends the text: half a character, or half a stop text.
+        # Hold back a suffix that later tokens may complete: a partial character or stop string.
         partial = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
-        begun = (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))
-        settled = len(text) - max(partial, *begun, 0)
-        if settled > said:
-            yield text[said:settled]
-            said = settled
-    yield tokenizer.decode(tokens)[said:]
+        prefixes = (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))
+        num_final = len(text) - max(partial, *prefixes, 0)
+        if num_final > num_emitted:
+            yield text[num_emitted:num_final]
+            num_emitted = num_final
+    yield tokenizer.decode(tokens)[num_emitted:]

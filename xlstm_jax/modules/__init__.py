@@ -1,4 +1,4 @@
-"""Parameters: layers, blocks and language models in Flax."""
+"""Flax modules: layers, residual blocks and language models."""
 
 from xlstm_jax.modules import presets
 from xlstm_jax.modules.block import LargeBlock, MLSTMBlock, SLSTMBlock

@@ -21,6 +21,7 @@ from xlstm_jax.ops.registry import TABLES
 from xlstm_jax.sharding.axes import set_block_axes
 from xlstm_jax.typing import Array, Bool, Float, Int
 
+# `options` checks names against this table without importing `ops`.
 IMPLEMENTATIONS.update(TABLES)
 
 
@@ -39,7 +40,8 @@ class _Block(nn.Module):
         mask: Bool[Array, "B T"] | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """The arguments of the layer; returns x after the block, and the state of the layer."""
+        """Returns the output of the block and the new state; arguments are those of the layer."""
+        # Built here, inside the compact method, so that Flax registers them as submodules.
         norm, layer, *ffn = self._parts()
         y, state = layer(norm(x), state, reset=reset, mask=mask, deterministic=deterministic)
         x = x + y
@@ -51,12 +53,13 @@ class _Block(nn.Module):
     @nn.nowrap
     def init_state(self, batch_size: int) -> Any:
         """The initial state: zeros."""
+        # parent=None, as an unbound module cannot create submodules.
         return self._layer(parent=None).init_state(
             batch_size, self.cfg.dim, jnp.dtype(self.cfg.dtype)
         )
 
     def _parts(self) -> tuple[nn.Module, ...]:
-        """Norm and layer, then norm and feed-forward layer if there is one."""
+        """The norm and the layer, then the feed-forward norm and layer if the block has them."""
         raise NotImplementedError
 
     def _layer(self, **options: Any) -> Any:
@@ -77,7 +80,7 @@ class MLSTMBlock(_Block):
 class SLSTMBlock(_Block):
     """First generation, with a feed-forward layer unless its width is 0."""
 
-    block_index: int | Int[Array, ""] = 0
+    block_index: int | Int[Array, ""] = 0  # in the model; traced, as blocks are initialized by vmap
 
     def _parts(self):
         cfg, inner_dim = self.cfg.slstm, self.cfg.slstm.ffn_width(self.cfg.dim)
@@ -119,10 +122,11 @@ BLOCKS["m"] = BlockKind(
     axes={
         r"mlstm/proj_up/kernel": ("embed", "inner"),
         r"mlstm/proj_down/kernel": ("inner", "embed"),
-        r"mlstm/[qkv]_proj/kernel": ("inner", None, None),  # small blocks on a diagonal
+        r"mlstm/[qkv]_proj/kernel": ("inner", None, None),  # diagonal blocks
         r"mlstm/(proj_up|[qkv]_proj)/bias": ("inner",),
         r"mlstm/learnable_skip": ("inner",),
-        # Its rows are those of q, k and v one after the other, which no shard respects; small.
+        # Replicated over inputs: its rows are q, k and v concatenated, so that equal shards would
+        # cross their boundaries. It is small.
         r"mlstm/(input|forget)_gate/kernel": (None, "heads"),
         r"mlstm/(input|forget)_gate/bias": (None,),
     },
@@ -156,4 +160,5 @@ BLOCKS["M"] = BlockKind(
     forward_flops=counts.large_flops,
 )
 
+# A callback, so that `sharding` sees kinds registered later and does not import `modules`.
 set_block_axes(lambda letter: BLOCKS[letter].axes if letter in BLOCKS else {})

@@ -1,4 +1,4 @@
-"""The config of a language model: sizes, block pattern, numerics."""
+"""Configuration of a language model: sizes, block pattern, numerics."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,23 +24,28 @@ FinalNorm = Literal["layer", "rms", "none"]
 
 def _options_to_json(options: tuple[Any, ...]) -> dict[str, Any]:
     names = {kind.options: kind.name for kind in BLOCKS.values()}
-    return {names[type(own)]: to_dict(own) for own in options}
+    return {names[type(entry)]: to_dict(entry) for entry in options}
 
 
 def _options_from_json(values: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where} must be a table from block kinds to options, got {values!r}.")
+        raise ConfigError(
+            f"{where} must map block kinds to options, got {values!r}; "
+            "use the name of each kind as its key."
+        )
     classes = {kind.name: kind.options for kind in BLOCKS.values()}
     for name in values:
         if name not in classes:
             raise ConfigError(
-                f"{where}.{name} is of a block kind that is not registered; use --import with the "
+                f"{where}.{name} names a block kind that is not registered; use --import with the "
                 "module that registers it."
             )
-    return tuple(from_dict(classes[name], own, f"{where}.{name}.") for name, own in values.items())
+    return tuple(
+        from_dict(classes[name], fields, f"{where}.{name}.") for name, fields in values.items()
+    )
 
 
-# Not an option of commands: which classes it holds is known at run time only.
+# Hidden from the command line: the classes of its entries are only known at run time.
 Options = Annotated[tuple[Any, ...], tyro.conf.Suppress]
 _OPTIONS = {"to_json": _options_to_json, "from_json": _options_from_json}
 
@@ -50,7 +55,7 @@ class LMConfig:
     """A language model: embedding, one block per letter of the pattern, norm, head.
 
     Raises:
-        ConfigError: a value is out of range, unknown, or does not fit another one.
+        ConfigError: a value is out of range, unknown, or inconsistent with another field.
     """
 
     vocab_size: int
@@ -59,33 +64,37 @@ class LMConfig:
     mlstm: MLSTMConfig = MLSTMConfig()
     slstm: SLSTMConfig = SLSTMConfig()
     large: LargeConfig = LargeConfig()
-    options: Options = dataclasses.field(default=(), metadata=_OPTIONS)  # of other block kinds
+    options: Options = dataclasses.field(default=(), metadata=_OPTIONS)  # of kinds without a field
     final_norm: FinalNorm = "layer"
     final_norm_eps: float = 1e-5
     final_norm_bias: bool = False
-    tie_embeddings: bool = False  # the embedding is the head as well
+    tie_embeddings: bool = False  # the head reuses the embedding matrix
     logit_soft_cap: float | None = None
     embedding_std: float | None = None  # initial; None: sqrt(2 / (5 dim))
     head_std: float | None = None  # initial; None: sqrt(2 / (5 dim))
-    dropout: float = 0.0  # after mLSTM layers and sLSTM cells
-    embedding_dropout: bool = False  # the same rate after the embedding
+    dropout: float = 0.0  # rate after mLSTM layers and sLSTM cells
+    embedding_dropout: bool = False  # the same rate on embedded tokens
     dtype: Dtype = "float32"  # of activations; parameters are float32, gates and state wider
-    # Saved for the backward pass. none: everything; full: inputs of steps over blocks; dots: matrix
-    # products too; names: outputs of blocks too; offload: as names, in host memory.
+    # Rematerialization: what is saved for the backward pass.
+    #   none: all residuals.
+    #   full: the input of each scan step.
+    #   dots: that, and matrix products without batch dimensions.
+    #   names: that of full, and the output of each block.
+    #   offload: as names, with block outputs in host memory.
     remat: Remat = "none"
 
     def __post_init__(self):
         check_at_least("vocab_size", self.vocab_size, 1)
         check_at_least("dim", self.dim, 1)
         if not self.pattern:
-            raise ConfigError("pattern must name at least one block, got ''; try 'mmms'.")
-        classes = [type(own) for own in self.options]
+            raise ConfigError("pattern must have at least one letter, got ''; try 'mmms'.")
+        classes = [type(entry) for entry in self.options]
         known = {kind.options for kind in BLOCKS.values()}
         for cls in classes:
             if cls not in known or classes.count(cls) > 1:
                 raise ConfigError(
-                    f"options must hold one entry per block kind of modules.BLOCKS, got {cls}; "
-                    "register its kind first, and give it once."
+                    f"options must have at most one entry per kind in modules.BLOCKS, got {cls}; "
+                    "register its kind first, and pass it once."
                 )
         for letter in dict.fromkeys(self.pattern):
             if letter not in BLOCKS:
@@ -93,11 +102,11 @@ class LMConfig:
                     f"pattern={self.pattern!r}: letter={letter!r} is not known; use one of: "
                     f"{', '.join(BLOCKS)}, or --import with the module that registers its kind."
                 )
-            own = self.options_of(letter)
-            own.check(self.dim)
-            if own not in (self.mlstm, self.slstm, self.large, *self.options):
-                # Defaults are recorded too: config.json has every option of the model.
-                object.__setattr__(self, "options", (*self.options, own))
+            options = self.options_of(letter)
+            options.check(self.dim)
+            if options not in (self.mlstm, self.slstm, self.large, *self.options):
+                # Record defaults too, so that config.json has every option of the model.
+                object.__setattr__(self, "options", (*self.options, options))
         check_choice("final_norm", self.final_norm, get_args(FinalNorm))
         check_choice("dtype", self.dtype, get_args(Dtype))
         check_choice("remat", self.remat, get_args(Remat))
@@ -105,20 +114,21 @@ class LMConfig:
 
     @property
     def num_blocks(self) -> int:
+        """Depth of the model: one block per letter of `pattern`."""
         return len(self.pattern)
 
     @property
     def has_dropout(self) -> bool:
         """Whether `deterministic=False` changes anything."""
-        own = (self.options_of(letter) for letter in dict.fromkeys(self.pattern))
-        return self.dropout > 0 or any(getattr(x, "has_dropout", False) for x in own)
+        options = (self.options_of(letter) for letter in dict.fromkeys(self.pattern))
+        return self.dropout > 0 or any(getattr(x, "has_dropout", False) for x in options)
 
     def options_of(self, letter: str) -> Any:
-        """The options of the blocks with this letter: a field, an entry of `options`, or defaults.
+        """Options of the blocks with this letter: a field, an entry of `options`, or the defaults.
 
         Raises:
             KeyError: no block kind has this letter.
         """
         kind = BLOCKS[letter]
-        given = (getattr(self, kind.name, None), *self.options)
-        return next((own for own in given if type(own) is kind.options), None) or kind.options()
+        entries = (getattr(self, kind.name, None), *self.options)
+        return next((x for x in entries if type(x) is kind.options), None) or kind.options()

@@ -1,4 +1,4 @@
-"""Causal convolution with its parameters."""
+"""Module of the causal convolution."""
 
 import math
 
@@ -14,7 +14,8 @@ from xlstm_jax.typing import Array, Bool, Float
 class CausalConv(nn.Module):
     """Convolution over the last `width` steps; width 0 is the identity and has no parameters.
 
-    Kernel and bias start uniform within 1 / sqrt(fan in). `mixing` lets channels mix.
+    It is depthwise unless `mixing` is set. Kernel and bias are initialized uniformly in
+    +-1 / sqrt(fan-in).
     """
 
     width: int  # W
@@ -29,11 +30,12 @@ class CausalConv(nn.Module):
         reset: Bool[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T F"], Float[Array, "B ... F"]]:
-        """`state`: the last W - 1 inputs, None for zeros. Returns (y, state)."""
+        """Convolves x after the last W - 1 inputs in `state` (None: zeros); returns y and state."""
         features = x.shape[-1]
         if self.width == 0:
             return x, conv_state(x.shape[0], 0, features, x.dtype)
         window = (self.width, features, features) if self.mixing else (self.width, features)
+        # The bias has the bound of the kernel, as in PyTorch's Conv1d.
         init = uniform(1 / math.sqrt(math.prod(window[:-1])))
         kernel = self.param("kernel", init, window).astype(x.dtype)
         bias = self.param("bias", init, (features,)).astype(x.dtype)
@@ -43,5 +45,5 @@ class CausalConv(nn.Module):
 def conv_state(
     batch_size: int, width: int, features: int, dtype: DTypeLike
 ) -> Float[Array, "B ... F"]:
-    """The initial state of a convolution: its last inputs, none for a width of 0 or 1."""
+    """Initial state of a convolution: W - 1 inputs of zeros, none for a width of 0 or 1."""
     return jnp.zeros((batch_size, max(width - 1, 0), features), dtype)

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.modules.initializers import small, wang
-from xlstm_jax.modules.linear import Dense, dense_together
+from xlstm_jax.modules.linear import Dense, fused_dense
 from xlstm_jax.modules.options import ACTIVATION_NAMES
 from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Float
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),  # exact, as PyTorch's default
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "selu": jax.nn.selu,
@@ -25,11 +25,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swish": jax.nn.silu,
 }
 
+# `options` lists the names, as it must not import this module.
 assert tuple(ACTIVATIONS) == ACTIVATION_NAMES
 
 
 class GatedFeedForward(nn.Module):
-    """First generation: of one up-projection, the first half is activated and gates the second.
+    """First generation: down(activation(gate) * up), where one projection yields gate and up.
 
     Dropout follows the down-projection.
     """
@@ -53,7 +54,7 @@ class GatedFeedForward(nn.Module):
 
 
 class LargeFeedForward(nn.Module):
-    """Large architecture: gate and up-projection are separate, the activation is silu."""
+    """Large architecture: down(silu(gate) * up), with separate projections for gate and up."""
 
     inner_dim: int  # U
     num_blocks: int = 1
@@ -63,10 +64,10 @@ class LargeFeedForward(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], *, deterministic: bool = True
     ) -> Float[Array, "B T D"]:
-        del deterministic  # it has no dropout
+        del deterministic  # accepted as `_Block` passes it; this layer has no dropout
         dim = x.shape[-1]
         names = "proj_up_gate", "proj_up"
         layers = (Dense(self.inner_dim, small(dim), self.use_bias, name=name) for name in names)
-        gate, up = (constrain(y, "batch", "time", "mlp") for y in dense_together(x, *layers))
+        gate, up = (constrain(y, "batch", "time", "mlp") for y in fused_dense(x, *layers))
         down = Dense(dim, wang(dim, self.num_blocks), self.use_bias, name="proj_down")
         return down(jax.nn.silu(gate) * up)

@@ -1,7 +1,7 @@
-"""Initial values of parameters, as functions (key, shape) -> float32 array.
+"""Parameter initializers: functions (key, shape) -> float32 array.
 
 Sources: `small` Nguyen & Salazar 2019, arXiv:1910.05895; `wang` Wang & Komatsuzaki 2021 (GPT-J);
-their places in the models: arXiv:2405.04517, appendix, and arXiv:2503.13427, section 3.
+where each is used: arXiv:2405.04517, appendix, and arXiv:2503.13427, section 3.
 """
 
 import math
@@ -12,22 +12,22 @@ import jax.numpy as jnp
 
 from xlstm_jax.typing import Array, Float, PRNGKeyArray
 
-# Parameters are float32 also where jax_enable_x64 would make float64 the default.
+# The dtype is explicit: parameters stay float32 under jax_enable_x64.
 Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Float[Array, "..."]]
 
 
 def normal(std: float) -> Initializer:
-    """Independent normal values around 0."""
+    """Normal with mean 0 and standard deviation `std`."""
     return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
 
 
 def uniform(bound: float) -> Initializer:
-    """Independent values, uniform between -bound and bound."""
+    """Uniform between -bound and bound."""
     return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
 def constant(value: float) -> Initializer:
-    """The same value everywhere."""
+    """All elements equal to `value`."""
     return lambda key, shape: jnp.full(shape, value, jnp.float32)
 
 
@@ -36,17 +36,17 @@ ones = constant(1.0)
 
 
 def small(dim: int) -> Initializer:
-    """Normal with variance 2 / (5 dim): projections that read the residual stream of width dim."""
+    """Normal with variance 2 / (5 dim), for projections that read a stream of width dim."""
     return normal(math.sqrt(2 / (5 * dim)))
 
 
 def wang(dim: int, num_blocks: int) -> Initializer:
-    """Normal with deviation 2 / (blocks * sqrt(dim)): projections that add to the stream."""
+    """Normal with std 2 / (num_blocks * sqrt(dim)), for projections onto the residual stream."""
     return normal(2 / (num_blocks * math.sqrt(dim)))
 
 
 def linspace(first: float, last: float) -> Initializer:
-    """Equal steps from first to last along the last axis; a single value is `first`."""
+    """Evenly spaced from first to last along the last axis; an axis of size 1 gets `first`."""
 
     def init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
         return jnp.broadcast_to(jnp.linspace(first, last, shape[-1], dtype=jnp.float32), shape)

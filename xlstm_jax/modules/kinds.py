@@ -1,7 +1,7 @@
-"""Block kinds: what a letter of a pattern stands for.
+"""Registry of block kinds: each letter of a pattern names one.
 
-A kind is one record; nothing else in the library knows letters. This module imports neither layers
-nor ops, so that a config can look letters up; `modules.block` registers the built-in kinds.
+A kind is one `BlockKind`; no other code depends on the letters. This module imports neither layers
+nor ops, so that configs can look up letters; `modules.block` registers the built-in kinds.
 """
 
 import dataclasses
@@ -11,21 +11,23 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class BlockKind:
-    """A residual block with its options, sharding and cost.
+    """A residual block with its options, logical axes and cost formulas.
 
     Attributes:
-        name: the field of `LMConfig` with its options, or else their key in config.json.
+        name: the field of `LMConfig` that has its options; without such a field, their key in
+            config.json.
         options: a frozen dataclass with defaults and `check(dim)`, which raises `ConfigError`. It
-            may have `has_dropout` (of its own, False by default) and `sharded_over_time` (whether
-            devices can share a sequence, True by default).
+            may have the attributes `has_dropout` (whether the options set a dropout rate, False by
+            default) and `sharded_over_time` (whether time can be sharded, True by default).
         block: an `nn.Module` made from an `LMConfig`, called as block(x, state=None, *, reset=None,
             mask=None, deterministic=True) -> (x, state), with `init_state(batch_size)`. An optional
-            field `block_index` gets the number of the block in the model while parameters are
-            initialized.
-        axes: the end of a parameter's path (regex) -> its logical axes, without `layers`; the first
-            match counts, before the rows in `sharding.axes` that all kinds share.
-        count_params: LMConfig -> parameters of one block.
-        forward_flops: (LMConfig, a key of `counts.CELL_FLOPS`) -> FLOPs of one block and token.
+            field `block_index` is set to the index of the block in the model, only during
+            initialization.
+        axes: regex for the end of a parameter path -> logical axes, without `layers`. The first
+            match wins; these precede the entries in `sharding.axes` that all kinds share.
+        count_params: LMConfig -> number of parameters of one block.
+        forward_flops: (LMConfig, a key of `counts.CELL_FLOPS`) -> forward FLOPs of one block
+            per token.
     """
 
     name: str
@@ -37,7 +39,7 @@ class BlockKind:
 
 
 BLOCKS: dict[str, BlockKind] = {}
-"""Letter -> kind: the whole registry."""
+"""Letter -> kind. Extensions add their own entries."""
 
 IMPLEMENTATIONS: dict[str, Collection[str]] = {}
-"""Op -> names of its implementations, set by `modules.block`: options are checked without `ops`."""
+"""Op -> names of its implementations, filled by `modules.block`, to validate options."""

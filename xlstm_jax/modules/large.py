@@ -1,4 +1,4 @@
-"""The mLSTM layer of the large architecture: no up-projection, a sigmoid output gate.
+"""mLSTM layer of the large architecture: no up-projection, a sigmoid output gate.
 
 Source: Beck et al. 2025, arXiv:2503.13427 (xLSTM 7B), section 3.
 """
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from xlstm_jax import ops
 from xlstm_jax.cells import MLSTMState, mlstm_init
 from xlstm_jax.modules.initializers import constant, linspace, small, wang, zeros
-from xlstm_jax.modules.linear import Dense, dense_together, input_and_forget_gates
+from xlstm_jax.modules.linear import Dense, fused_dense, input_and_forget_gates
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import LargeConfig
 from xlstm_jax.sharding import constrain
@@ -19,10 +19,10 @@ from xlstm_jax.typing import Array, Bool, Float
 
 
 class LargeMLSTMLayer(nn.Module):
-    """y = out(sigmoid(o) * norm(mLSTM(q, k, v, i, f))): everything is projected from x."""
+    """y = out(sigmoid(o) * norm(mLSTM(q, k, v, i, f))), with q, k, v, o, i, f projected from x."""
 
     cfg: LargeConfig
-    num_blocks: int = 1  # of the model: deeper models start with smaller outputs
+    num_blocks: int = 1  # of the model; scales down the initial output projection
     dropout: float = 0.0
 
     @nn.compact
@@ -39,8 +39,9 @@ class LargeMLSTMLayer(nn.Module):
         qk_dim, v_dim, _ = cfg.widths(dim)
         widths = {"q": qk_dim, "k": qk_dim, "v": v_dim}
         layers = [Dense(width, small(dim), cfg.use_bias, name=n) for n, width in widths.items()]
+        # Zeros: the output gate starts at sigmoid(0) = 0.5 for every input.
         layers.append(Dense(v_dim, zeros, cfg.use_bias, name="output_gate"))
-        q, k, v, o = (constrain(y, "batch", "time", "inner") for y in dense_together(x, *layers))
+        q, k, v, o = (constrain(y, "batch", "time", "inner") for y in fused_dense(x, *layers))
         biases = constant(cfg.input_bias), linspace(*cfg.forget_bias)
         gates = input_and_forget_gates(x, cfg.num_heads, biases)
         i, f = (ops.soft_cap(gate, cfg.gate_soft_cap) for gate in gates)
@@ -55,6 +56,6 @@ class LargeMLSTMLayer(nn.Module):
 
     @nn.nowrap
     def init_state(self, batch_size: int, dim: int, dtype: DTypeLike = jnp.float32) -> MLSTMState:
-        """The initial state, zeros; nothing in it has the `dtype` of activations."""
+        """The initial state, zeros. `dtype` has no effect: the state is float32."""
         (qk_dim, v_dim, _), H = self.cfg.widths(dim), self.cfg.num_heads
         return mlstm_init(batch_size, H, qk_dim // H, v_dim // H)

@@ -1,6 +1,6 @@
-"""Linear maps: dense, head-wise, and the table of token vectors.
+"""Linear layers: dense, block-diagonal (head-wise), and the token embedding.
 
-All compute in the dtype of their input; parameters are float32 and cast at use.
+They compute in the dtype of their input; parameters are float32 and cast at use.
 """
 
 import functools
@@ -19,51 +19,54 @@ from xlstm_jax.typing import Array, Float
 class Dense(nn.Module):
     """y = x kernel (+ bias).
 
-    `wide` asks for the product's own accumulator, float32 or wider, instead of x's dtype: gates and
-    logits are not rounded to bfloat16.
+    With `upcast` the output has the dtype of the accumulator, float32 or wider, instead of x's, so
+    that gate pre-activations and logits are not rounded to bfloat16.
     """
 
     features: int
     kernel_init: Initializer
     use_bias: bool = False
     bias_init: Initializer = zeros
-    wide: bool = False
+    upcast: bool = False
 
     @nn.compact
     def weights(
         self, in_dim: int
     ) -> tuple[Float[Array, "F_in F_out"], Float[Array, "F_out"] | None]:
-        """The parameters: kernel, and bias if there is one."""
+        """The parameters: kernel, and bias or None."""
         kernel = self.param("kernel", self.kernel_init, (in_dim, self.features))
         bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
         return kernel, bias
 
     def __call__(self, x: Float[Array, "*batch F_in"]) -> Float[Array, "*batch F_out"]:
-        return dense_together(x, self)[0]
+        return fused_dense(x, self)[0]
 
 
-def dense_together(
+def fused_dense(
     x: Float[Array, "*batch F_in"] | Sequence[Float[Array, "*batch F"]], *layers: Dense
 ) -> list[Array]:
-    """What each layer makes of the same x, by one product with all kernels side by side.
+    """Outputs of several layers for the same x, by one product with the concatenated kernels.
 
-    One product is faster than several, forward and backward; parameters stay those of each layer.
-    Where devices share the features, the products are apart.
-    All layers must have the same `wide`. Where x comes in parts, it stands for them joined.
+    One product is faster than several, forward and backward; each layer owns its parameters. If
+    output features are sharded, each layer has its own product. All layers must have the same
+    `upcast`. A sequence of arrays x stands for their concatenation along features.
     """
     if len(layers) > 1 and is_sharded("inner"):
-        # Side by side, each device would hold columns of other kernels than of its own.
-        return [y for layer in layers for y in dense_together(x, layer)]
+        # A shard of the concatenated kernel would not consist of shards of the kernels.
+        return [y for layer in layers for y in fused_dense(x, layer)]
     parts = x if isinstance(x, Sequence) else (x,)
     dtype = parts[0].dtype
-    dtype = jnp.promote_types(dtype, jnp.float32) if any(y.wide for y in layers) else dtype
+    upcast = any(layer.upcast for layer in layers)
+    dtype = jnp.promote_types(dtype, jnp.float32) if upcast else dtype
     in_dim = sum(part.shape[-1] for part in parts)
     kernels, biases = zip(*(layer.weights(in_dim) for layer in layers), strict=True)
     kernel = kernels[0] if len(kernels) == 1 else jnp.concatenate(kernels, axis=1)
-    rows = jnp.split(kernel, list(itertools.accumulate(p.shape[-1] for p in parts))[:-1])
-    y = sum(dense(part, k, dtype=dtype) for part, k in zip(parts, rows, strict=True))
-    stops = list(itertools.accumulate(k.shape[1] for k in kernels))
-    outputs = jnp.split(y, stops[:-1], axis=-1)
+    # Products of the parts are summed: the input is not concatenated, which would copy it.
+    in_stops = list(itertools.accumulate(part.shape[-1] for part in parts))
+    blocks = jnp.split(kernel, in_stops[:-1])
+    y = sum(dense(part, block, dtype=dtype) for part, block in zip(parts, blocks, strict=True))
+    out_stops = list(itertools.accumulate(k.shape[1] for k in kernels))
+    outputs = jnp.split(y, out_stops[:-1], axis=-1)
     return [
         out if b is None else (out + jnp.broadcast_to(b, out.shape)).astype(dtype)
         for out, b in zip(outputs, biases, strict=True)
@@ -71,22 +74,22 @@ def dense_together(
 
 
 class HeadwiseDense(nn.Module):
-    """A dense map inside each of P equal groups of features; groups do not mix.
+    """A dense layer within each of P equal groups of features (a block-diagonal kernel).
 
-    The kernel has the shape (P, F_in / P, F_out / P). `wide` as in `Dense`.
+    The kernel has the shape (P, F_in / P, F_out / P). `upcast` as in `Dense`.
     """
 
     features: int
     num_groups: int  # P
     kernel_init: Initializer
     use_bias: bool = False
-    wide: bool = False
+    upcast: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch F_in"]) -> Float[Array, "*batch F_out"]:
         P, F_in, F_out = self.num_groups, x.shape[-1], self.features
         kernel = self.param("kernel", self.kernel_init, (P, F_in // P, F_out // P))
-        dtype = jnp.promote_types(x.dtype, jnp.float32) if self.wide else x.dtype
+        dtype = jnp.promote_types(x.dtype, jnp.float32) if self.upcast else x.dtype
         y = grouped_dense(x, kernel, dtype=dtype)
         if self.use_bias:
             y = y + jnp.broadcast_to(self.param("bias", zeros, (F_out,)), y.shape)
@@ -98,15 +101,18 @@ def input_and_forget_gates(
     num_heads: int,
     biases: tuple[Initializer, Initializer],
 ) -> list[Float[Array, "B T H"]]:
-    """Pre-activations i and f of an mLSTM cell; at first x has no influence on them."""
-    gate = functools.partial(Dense, num_heads, zeros, use_bias=True, wide=True)
+    """Gate pre-activations i and f of an mLSTM cell.
+
+    Kernels are initialized to zeros: before training the gates depend only on their biases.
+    """
+    gate = functools.partial(Dense, num_heads, zeros, use_bias=True, upcast=True)
     names = "input_gate", "forget_gate"
     layers = (gate(bias_init=b, name=name) for b, name in zip(biases, names, strict=True))
-    return dense_together(x, *layers)
+    return fused_dense(x, *layers)
 
 
 class Embedding(nn.Module):
-    """The embedding of tokens; a tied model uses it as its head as well."""
+    """The token embedding matrix; a tied model also uses it as its head."""
 
     vocab_size: int
     dim: int

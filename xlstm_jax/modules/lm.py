@@ -1,4 +1,4 @@
-"""The language model: embedding, blocks, final norm, head."""
+"""Language model: embedding, blocks, final norm, head."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ class _Model(nn.Module):
 
     @nn.nowrap
     def init_state(self, batch_size: int) -> StackState:
-        """The initial state, zeros: by letter, each leaf with axes `layers B ...`."""
+        """The initial state, zeros: a dict by letter whose leaves are `layers B ...`."""
         return init_state(self.cfg, batch_size)
 
     def _blocks_and_norm(self, x, state, reset, mask, *, deterministic: bool):
@@ -36,9 +36,9 @@ class _Model(nn.Module):
 
 
 class LM(_Model):
-    """Logits of the next token at every position, and the state to continue from.
+    """Next-token logits at every position, and the state to continue from.
 
-    Source: arXiv:2405.04517 (first-generation blocks), arXiv:2503.13427 (large blocks).
+    Sources: arXiv:2405.04517 (first-generation blocks), arXiv:2503.13427 (large blocks).
     """
 
     @nn.compact
@@ -53,23 +53,23 @@ class LM(_Model):
         has_padding: bool = True,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T vocab"] | Float[Array, "B T D"], StackState]:
-        """Reads tokens, continuing from `state`.
+        """Runs the model over tokens, starting from `state`.
 
         Args:
             tokens: token ids.
-            state: before the first position; None is the initial one.
-            segment_ids: 0 is padding, documents count from 1; a change resets the state, and so
-                does a sequence's first token unless a state is given. None: one document.
-            mask: False where a position is to be skipped: it changes nothing in the state.
-            has_padding: False promises that no segment id is 0, and saves the work of masks.
+            state: state before the first position; None: the initial state.
+            segment_ids: document of each token, from 1; 0 is padding. The state is reset where the
+                id changes, and at the first token if no state is passed. None: one document.
+            mask: False where a position is skipped; it then leaves the state unchanged.
+            has_padding: False promises that no segment id is 0, and saves the cost of masking.
             head: False returns the hidden states after the final norm instead of logits.
-            deterministic: False applies dropout, with `rngs={"dropout": key}`.
+            deterministic: False applies dropout and requires `rngs={"dropout": key}`.
 
-        Returns logits in float32 or wider (hidden states in the dtype of activations), and the
-        state after the last position.
+        Returns logits in float32 or wider (hidden states in the activation dtype), and the state
+        after the last position.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: an array has the wrong shape.
         """
         cfg = self.cfg
         _check(cfg, tokens, state, segment_ids, mask)
@@ -80,7 +80,7 @@ class LM(_Model):
                 mask = segment_ids != 0 if mask is None else mask & (segment_ids != 0)
         init = small(cfg.dim) if cfg.embedding_std is None else normal(cfg.embedding_std)
         table = Embedding(cfg.vocab_size, cfg.dim, init, name="token_embedding")()
-        # Float64 parameters mean a float64 model.
+        # Float64 parameters override `cfg.dtype`: the model computes in float64 throughout.
         dtype = table.dtype if table.dtype == jnp.float64 else jnp.dtype(cfg.dtype)
         x = embed(tokens, table, dtype=dtype)
         rate = cfg.dropout if cfg.embedding_dropout else 0.0
@@ -88,6 +88,7 @@ class LM(_Model):
         x, state = self._blocks_and_norm(x, state, reset, mask, deterministic=deterministic)
         if not head:
             return x, state
+        # Rebuilt from the bound variables, so that `lm_logits` is the only code of the head.
         params: dict[str, Any] = {"token_embedding": {"embedding": table}}
         if not cfg.tie_embeddings:
             init = small(cfg.dim) if cfg.head_std is None else normal(cfg.head_std)
@@ -97,10 +98,10 @@ class LM(_Model):
 
 
 class Backbone(_Model):
-    """The blocks and the final norm of a model, for inputs that are vectors.
+    """Blocks and final norm of a model, for inputs that are vectors instead of tokens.
 
     Its parameters are those of `LM` without `token_embedding` and `lm_head`; `vocab_size` and the
-    other options of these two have no effect.
+    options of embedding and head have no effect.
     """
 
     @nn.compact
@@ -113,18 +114,18 @@ class Backbone(_Model):
         *,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], StackState]:
-        """As `LM`, from vectors to hidden states; `reset` is True where a state starts anew."""
+        """As `LM`, from vectors to hidden states; the state is reset where `reset` is True."""
         return self._blocks_and_norm(x, state, reset, mask, deterministic=deterministic)
 
 
 def param_shapes(cfg: LMConfig) -> Any:
-    """The tree of a model's parameters as shapes and dtypes; nothing is computed."""
+    """Shapes and dtypes of a model's parameters, without computing them."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(LM(cfg).init, jax.random.key(0), tokens)["params"]
 
 
 def head_kernel(cfg: LMConfig, params: Any) -> Float[Array, "D vocab"]:
-    """The matrix from hidden states to logits, tied or not; `params` are `variables["params"]`."""
+    """The kernel of the head, tied or not; `params` is `variables["params"]`."""
     if cfg.tie_embeddings:
         return params["token_embedding"]["embedding"].T
     return params["lm_head"]["kernel"]
@@ -133,7 +134,7 @@ def head_kernel(cfg: LMConfig, params: Any) -> Float[Array, "D vocab"]:
 def lm_logits(
     cfg: LMConfig, params: Any, hidden: Float[Array, "*batch D"]
 ) -> Float[Array, "*batch vocab"]:
-    """Logits of hidden states after the final norm, soft cap included, in float32 or wider."""
+    """Logits from hidden states after the final norm, soft-capped, in float32 or wider."""
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     logits = dense(hidden, head_kernel(cfg, params), dtype=dtype)
     return soft_cap(logits, cfg.logit_soft_cap)
@@ -149,13 +150,13 @@ def _check(cfg: LMConfig, tokens, state, segment_ids, mask) -> None:
         if array is not None and array.shape != tokens.shape:
             raise ValueError(
                 f"{name} must have the shape of tokens, {tokens.shape}, got {array.shape}; "
-                "give one value per token or leave it None."
+                "pass one value per token, or None."
             )
     if state is None:
         return
     expected = jax.eval_shape(lambda: init_state(cfg, tokens.shape[0]))
     if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, expected):
         raise ValueError(
-            f"state does not fit pattern={cfg.pattern!r} with {tokens.shape[0]} sequences; "
-            "make it with init_state(batch_size) of the same model, or leave it None."
+            f"state must match pattern={cfg.pattern!r} and {tokens.shape[0]} sequences, got other "
+            "shapes; use init_state(batch_size) of the same model, or None."
         )

@@ -1,4 +1,4 @@
-"""The mLSTM layer of the first generation: up-projection, convolution, cell, gated skip.
+"""mLSTM layer of the first generation: up-projection, convolution, cell, gated skip.
 
 Source: Beck et al. 2024, arXiv:2405.04517, figure 11 (pre-up-projection block).
 """
@@ -23,20 +23,20 @@ from xlstm_jax.typing import Array, Bool, Float
 
 
 class MLSTMLayerState(NamedTuple):
-    """What a first-generation mLSTM layer carries through time."""
+    """Recurrent state of a first-generation mLSTM layer."""
 
-    conv: Float[Array, "B ... F"]  # last W - 1 inputs of the convolution
+    conv: Float[Array, "B ... F"]  # last W - 1 inputs of the convolution, oldest first
     cell: MLSTMState
 
 
 class MLSTMLayer(nn.Module):
     """y = down((norm(mLSTM) + skip * u) * silu(z)), with [a, z] = up(x) and u = silu(conv(a)).
 
-    Queries and keys read u, values read a, the gates read all three.
+    Queries and keys are projected from u, values from a, and the gates from (q, k, v).
     """
 
     cfg: MLSTMConfig
-    num_blocks: int = 1  # of the model: deeper models start with smaller outputs
+    num_blocks: int = 1  # of the model; scales down the initial output projection
     dropout: float = 0.0
 
     @nn.compact
@@ -76,7 +76,7 @@ class MLSTMLayer(nn.Module):
     def init_state(
         self, batch_size: int, dim: int, dtype: DTypeLike = jnp.float32
     ) -> MLSTMLayerState:
-        """The initial state, zeros; `dtype` is that of activations."""
+        """The initial state, zeros. `dtype` is the activation dtype, which `conv` has."""
         inner_dim, H = self.cfg.width(dim), self.cfg.num_heads
         conv = conv_state(batch_size, self.cfg.conv_width, inner_dim, dtype)
         return MLSTMLayerState(conv, mlstm_init(batch_size, H, inner_dim // H, inner_dim // H))

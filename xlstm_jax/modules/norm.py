@@ -1,7 +1,7 @@
-"""Norms with their parameters.
+"""Normalization layers.
 
 The first generation stores a scale as its offset from one (`scale_offset`), the large architecture
-stores the scale itself (`scale`): the names differ so that checkpoints cannot be mixed up.
+stores the scale itself (`scale`). The names differ so that one is never restored as the other.
 """
 
 import flax.linen as nn
@@ -38,13 +38,10 @@ class RMSNorm(nn.Module):
 
 
 class MultiHeadNorm(nn.Module):
-    """Layer norm of each head apart, after a cell; heads are joined.
-
-    `as_offset` stores the scale as its offset from one, as the first generation does.
-    """
+    """Layer norm of each head of a cell's output; returns the heads concatenated."""
 
     eps: float
-    as_offset: bool
+    as_offset: bool  # store the scale as its offset from one, as in the first generation
     use_scale: bool = True
     use_bias: bool = False
 

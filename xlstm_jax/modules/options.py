@@ -1,4 +1,4 @@
-"""Options of the built-in block kinds: sizes, numerics, initial values, as frozen dataclasses."""
+"""Options of the built-in block kinds: sizes, numerics and initializers, as frozen dataclasses."""
 
 import dataclasses
 import math
@@ -14,6 +14,7 @@ ACTIVATION_NAMES = ("gelu", "relu", "relu2", "selu", "sigmoid", "swish")
 
 
 def check_at_least(name: str, value: float, smallest: float) -> None:
+    """Raises ConfigError if the value is below `smallest`."""
     if value < smallest:
         raise ConfigError(
             f"{name} must be at least {smallest}, got {value}; give it a larger value."
@@ -21,12 +22,14 @@ def check_at_least(name: str, value: float, smallest: float) -> None:
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raises ConfigError if the value is not one of the choices."""
     choices = tuple(choices)
     if value not in choices:
         raise ConfigError(f"{name}={value!r} is not known; use one of: {', '.join(choices)}.")
 
 
 def check_divides(name: str, divisor: int, width_name: str, width: int) -> None:
+    """Raises ConfigError, with the nearest divisors, unless `divisor` divides `width`."""
     if divisor < 1 or width % divisor:
         near = [n for n in range(1, width + 1) if width % n == 0]
         near = sorted(near, key=lambda n: abs(n - divisor))[:3]
@@ -37,43 +40,48 @@ def check_divides(name: str, divisor: int, width_name: str, width: int) -> None:
 
 
 def check_rate(name: str, value: float) -> None:
+    """Raises ConfigError unless 0 <= value < 1, the range of a dropout rate."""
     if not 0 <= value < 1:
-        raise ConfigError(f"{name} must be at least 0 and below 1, got {value}; 0 drops nothing.")
+        raise ConfigError(
+            f"{name} must be at least 0 and below 1, got {value}; use 0 for no dropout."
+        )
 
 
 def first_generation_width(
     dim: int, factor: float, multiple: int = 64, *, round_up: bool = True
 ) -> int:
-    """factor * dim rounded to a multiple, as the first generation rounds its up-projections."""
-    whole = math.ceil if round_up else math.floor
-    return multiple * whole(factor * dim / multiple)
+    """factor * dim rounded to a multiple, as in the up-projections of the first generation."""
+    round_factor = math.ceil if round_up else math.floor
+    return multiple * round_factor(factor * dim / multiple)
 
 
 def large_width(dim: int, factor: float, multiple: int = 64) -> int:
-    """factor * dim rounded as the large architecture's own code does, in floating point.
+    """factor * dim rounded to a multiple, as in the reference code of the large architecture.
 
-    Not a ceiling: a product less than one above a multiple is rounded down (2048.03 gives 2048).
+    This is not a ceiling: floating-point arithmetic rounds a product less than one above a multiple
+    down (2048.03 gives 2048).
     """
     return int((dim * factor + multiple - 1) // multiple * multiple)
 
 
 def scaling_width(dim: int) -> int:
     """2.667 * dim rounded up to a multiple of 64, as in the scaling study (arXiv:2510.02228)."""
+    # Always up, unlike `large_width`: dim=768 gives 2112, not 2048.
     return 64 * math.ceil(math.ceil(2.667 * dim) / 64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CellConfig:
-    """Heads and numerics of an mLSTM cell; the arguments of `ops.mlstm` by their names."""
+    """Heads and numerics of an mLSTM cell, under the argument names of `ops.mlstm`."""
 
-    FIELD: ClassVar[str]  # of LMConfig, to name in errors
+    FIELD: ClassVar[str]  # name of the field of LMConfig, for error messages
 
     num_heads: int = 4  # H
     input_gate: Literal["exp", "sigmoid"] = "exp"
-    normalize: bool = True  # False needs the sigmoid input gate
+    normalize: bool = True  # False requires the sigmoid input gate
     forget_bias: tuple[float, float] = (3.0, 6.0)  # first and last head: a range of time constants
     eps: float = 1e-6  # added to the normalizer
-    chunk_size: int | None = None  # L; speed only, None lets the op choose
+    chunk_size: int | None = None  # L; affects only speed; None: the op chooses
     implementation: str = "auto"
 
     def __post_init__(self):
@@ -88,7 +96,7 @@ class CellConfig:
 
     @property
     def cell(self) -> dict[str, Any]:
-        """The keyword arguments of `ops.mlstm`."""
+        """Keyword arguments for `ops.mlstm`."""
         names = ("input_gate", "normalize", "eps", "chunk_size", "implementation")
         return {name: getattr(self, name) for name in names}
 
@@ -100,11 +108,11 @@ class MLSTMConfig(CellConfig):
     FIELD = "mlstm"
 
     inner_dim: int | None = None  # F, of all heads; None: 2 * dim, rounded up to a multiple of 64
-    qkv_block_size: int = 4  # q, k and v mix features in groups of this size
+    qkv_block_size: int = 4  # q, k and v are block-diagonal projections; block size
     conv_width: int = 4  # W; 0: no convolution
-    conv_mixing: bool = False  # the convolution mixes features; else each has its own window
-    use_bias: bool = False  # of the projections; gates and convolution always have theirs
-    input_bias_std: float = 0.1  # initial input-gate bias, normal around 0
+    conv_mixing: bool = False  # the convolution mixes channels; otherwise it is depthwise
+    use_bias: bool = False  # in projections; gates and convolution always have one
+    input_bias_std: float = 0.1  # std of the initial input-gate bias, of mean 0
     norm_eps: float = 1e-5
 
     def __post_init__(self):
@@ -112,11 +120,11 @@ class MLSTMConfig(CellConfig):
         check_at_least("mlstm.conv_width", self.conv_width, 0)
 
     def width(self, dim: int) -> int:
-        """F, the inner width in a model of width `dim`."""
+        """F, the inner width of a block in a model of width `dim`."""
         return first_generation_width(dim, 2.0) if self.inner_dim is None else self.inner_dim
 
     def check(self, dim: int) -> None:
-        """Raises ConfigError where heads or groups do not divide the inner width."""
+        """Raises ConfigError unless `num_heads` and `qkv_block_size` divide the inner width."""
         inner_dim = self.width(dim)
         check_at_least("mlstm.inner_dim", inner_dim, 1)
         check_divides("mlstm.num_heads", self.num_heads, "the inner width", inner_dim)
@@ -125,23 +133,23 @@ class MLSTMConfig(CellConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SLSTMConfig:
-    """Sizes and numerics of a first-generation sLSTM block (letter s), feed-forward included."""
+    """Sizes and numerics of a first-generation sLSTM block (letter s) and its feed-forward."""
 
-    # Every step reads the hidden state of the step before: devices cannot share a sequence.
+    # Each step depends nonlinearly on the previous hidden state, so time cannot be sharded.
     sharded_over_time: ClassVar[bool] = False
 
-    num_heads: int = 4  # H; cells mix inside a head
-    conv_width: int = 4  # W; 0: neither convolution nor its activation
-    conv_mixing: bool = False  # the convolution mixes features; else each has its own window
+    num_heads: int = 4  # H; recurrent weights mix cells within a head
+    conv_width: int = 4  # W; 0: no convolution and no activation after it
+    conv_mixing: bool = False  # the convolution mixes channels; otherwise it is depthwise
     forget_gate: Literal["sigmoid", "exp"] = "sigmoid"
     recurrent_init: RecurrentInit = "zeros"
     bias_init: BiasInit = "powerlaw_blockdependent"
-    group_norm_weight: bool = True  # the norm after the cell has a scale
+    group_norm_weight: bool = True  # whether the norm after the cell has a scale
     norm_eps: float = 1e-5
-    ffn_dim: int | None = None  # None: 1.3 * dim, rounded up to a multiple of 64; 0: none
+    ffn_dim: int | None = None  # None: 1.3 * dim, rounded up to a multiple of 64; 0: no layer
     ffn_activation: str = "gelu"
     ffn_bias: bool = False
-    ffn_dropout: float = 0.0  # of its own: the model's dropout does not reach the feed-forward
+    ffn_dropout: float = 0.0  # separate from `LMConfig.dropout`
     implementation: str = "auto"  # of ops.slstm
 
     def __post_init__(self):
@@ -156,14 +164,15 @@ class SLSTMConfig:
 
     @property
     def has_dropout(self) -> bool:
+        """Whether `deterministic=False` changes the feed-forward layer."""
         return self.ffn_dropout > 0
 
     def ffn_width(self, dim: int) -> int:
-        """Width of the feed-forward layer in a model of width `dim`; 0 where there is none."""
+        """Width of the feed-forward layer in a model of width `dim`; 0: no layer."""
         return first_generation_width(dim, 1.3) if self.ffn_dim is None else self.ffn_dim
 
     def check(self, dim: int) -> None:
-        """Raises ConfigError where heads do not divide the width."""
+        """Raises ConfigError unless `num_heads` divides `dim`."""
         check_at_least("slstm.ffn_dim", self.ffn_width(dim), 0)
         check_divides("slstm.num_heads", self.num_heads, "dim", dim)
 
@@ -177,9 +186,9 @@ class LargeConfig(CellConfig):
     qk_dim: int | None = None  # H * K; None: dim // 2
     v_dim: int | None = None  # H * V; None: dim
     ffn_dim: int | None = None  # None: 2.667 * dim, rounded up to a multiple of 64
-    use_bias: bool = False  # of projections and norms; the gates always have theirs
-    gate_soft_cap: float | None = 15.0
-    input_bias: float = -10.0  # input gates start almost closed
+    use_bias: bool = False  # in projections and norms; gates always have one
+    gate_soft_cap: float | None = 15.0  # bounds both gates; None: no cap
+    input_bias: float = -10.0  # of the input gates, which start almost closed
     norm_eps: float = 1e-6
 
     def widths(self, dim: int) -> tuple[int, int, int]:
@@ -191,7 +200,7 @@ class LargeConfig(CellConfig):
         )
 
     def check(self, dim: int) -> None:
-        """Raises ConfigError where heads do not divide a width."""
+        """Raises ConfigError unless `num_heads` divides both widths."""
         qk_dim, v_dim, ffn_dim = self.widths(dim)
         check_at_least("large.qk_dim", qk_dim, 1)
         check_at_least("large.v_dim", v_dim, 1)

@@ -1,4 +1,4 @@
-"""Patterns of one letter per block, and the loops that spell them."""
+"""Patterns with one letter per block, and their decomposition into loops."""
 
 import functools
 import itertools
@@ -10,77 +10,83 @@ from xlstm_jax.config import ConfigError
 
 
 class Run(NamedTuple):
-    """A unit of blocks that is compiled once, and the steps of a loop over it."""
+    """A unit of blocks that is compiled once, and the steps of a scan over it."""
 
     unit: str  # one letter per block
-    steps: tuple[str, ...]  # what each step applies: the unit, or the unit without some letters
+    steps: tuple[str, ...]  # letters each step applies: all of the unit or a subsequence of it
 
     @property
     def num_blocks(self) -> int:
+        """Blocks that the steps apply in total."""
         return sum(map(len, self.steps))
 
     @property
     def pattern(self) -> str:
+        """The part of the model's pattern that this run covers."""
         return "".join(self.steps)
 
-    def has_always(self, letter: str) -> bool:
+    def always_has(self, letter: str) -> bool:
         """Whether every step applies all blocks of this letter."""
         return all(step.count(letter) == self.unit.count(letter) for step in self.steps)
 
 
 def ratio_pattern(ratio: str, num_blocks: int) -> str:
-    """xLSTM[a:b] of arXiv:2405.04517: a mLSTM blocks, then b sLSTM blocks, repeated.
+    """Pattern of xLSTM[a:b] (arXiv:2405.04517): a mLSTM blocks, then b sLSTM blocks, repeated.
 
     Raises:
-        ConfigError: the ratio is not of the form "7:1", or does not fit `num_blocks`.
+        ConfigError: the ratio is not of the form "7:1", or a + b does not divide `num_blocks`.
     """
     match = re.fullmatch(r"(\d+):(\d+)", ratio)
     unit = "m" * int(match[1]) + "s" * int(match[2]) if match else ""
     if not unit:
-        raise ConfigError(f"ratio={ratio!r} must be two counts, such as '7:1' (mLSTM : sLSTM).")
+        raise ConfigError(
+            f"ratio must be two counts 'mLSTM:sLSTM' that are not both 0, got {ratio!r}; try '7:1'."
+        )
     if num_blocks < 1 or num_blocks % len(unit):
         raise ConfigError(
             f"num_blocks must be a multiple of {len(unit)} for ratio={ratio!r}, got {num_blocks}; "
-            "change it, or place the blocks with at()."
+            "change it, or list the sLSTM blocks with at()."
         )
     return unit * (num_blocks // len(unit))
 
 
 def at(num_blocks: int, *, slstm: Sequence[int]) -> str:
-    """sLSTM blocks at the given positions, counted from 0, and mLSTM blocks elsewhere.
+    """Pattern with sLSTM blocks at the indices `slstm`, counted from 0, and mLSTM blocks elsewhere.
 
     Raises:
-        ConfigError: a position lies outside the model.
+        ConfigError: an index is out of range.
     """
-    for position in slstm:
-        if not 0 <= position < num_blocks:
+    for index in slstm:
+        if not 0 <= index < num_blocks:
             raise ConfigError(
-                f"slstm={list(slstm)} must hold positions from 0 to {num_blocks - 1}, "
-                f"got {position}; drop it or raise num_blocks={num_blocks}."
+                f"slstm={list(slstm)} must list block indices from 0 to {num_blocks - 1}, "
+                f"got {index}; drop it or raise num_blocks={num_blocks}."
             )
     return "".join("s" if block in slstm else "m" for block in range(num_blocks))
 
 
 @functools.lru_cache(maxsize=256)
 def split_runs(pattern: str) -> tuple[Run, ...]:
-    """A pattern as runs of repeated units, with the fewest letters to compile.
+    """Splits a pattern into runs of repeated units, with the fewest blocks to compile.
 
-    Ties go to fewer runs, then to uneven ones, then to a shorter first run.
+    Ties are broken by fewer runs, then more uneven runs, then a shorter first run.
     """
 
     def cost(runs: tuple[Run, ...]) -> tuple[int, int, int, list[int], tuple[Run, ...]]:
+        # The runs themselves come last: the minimum is unique, and so is the compiled program.
         lengths = [run.num_blocks for run in runs]
         letters, unevenness = sum(len(run.unit) for run in runs), -sum(n**2 for n in lengths)
         return letters, len(runs), unevenness, lengths, runs
 
-    best: dict[int, tuple[Run, ...]] = {len(pattern): ()}  # by the start of the rest
+    # Dynamic programming from the end: start of a suffix -> the best split of that suffix.
+    best: dict[int, tuple[Run, ...]] = {len(pattern): ()}
     for start in reversed(range(len(pattern))):
-        rest = pattern[start:]
+        suffix = pattern[start:]
         runs = [
             Run(unit, (unit,) * repeats)
-            for unit in itertools.accumulate(rest)
-            for repeats in range(1, len(rest) // len(unit) + 1)
-            if rest.startswith(unit * repeats)
+            for unit in itertools.accumulate(suffix)
+            for repeats in range(1, len(suffix) // len(unit) + 1)
+            if suffix.startswith(unit * repeats)
         ]
         best[start] = min(((run, *best[start + run.num_blocks]) for run in runs), key=cost)
     return best[0]
@@ -88,21 +94,22 @@ def split_runs(pattern: str) -> tuple[Run, ...]:
 
 @functools.lru_cache(maxsize=256)
 def find_period(pattern: str) -> Run:
-    """The whole pattern as one run, whose unit has every letter once.
+    """The pattern as a single run whose unit has each letter once.
 
-    Of all orders of the letters, one with the fewest steps; among these, one in which the fewest
-    letters are ever left out.
+    Among all orders of the letters, one with the fewest steps is chosen; ties are broken by the
+    fewest letters that some step omits.
     """
 
     def run_of(unit: tuple[str, ...]) -> Run:
         steps = [""]
         for letter in pattern:
+            # A new step starts wherever the letters stop following the order of the unit.
             if steps[-1] and unit.index(letter) <= unit.index(steps[-1][-1]):
                 steps.append("")
             steps[-1] += letter
         return Run("".join(unit), tuple(steps))
 
     def cost(run: Run) -> tuple[int, int]:
-        return len(run.steps), sum(not run.has_always(letter) for letter in run.unit)
+        return len(run.steps), sum(not run.always_has(letter) for letter in run.unit)
 
     return min(map(run_of, itertools.permutations(sorted(set(pattern)))), key=cost)

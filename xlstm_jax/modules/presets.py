@@ -1,4 +1,4 @@
-"""Named sizes from the papers; parameter counts equal the published ones, and one of 70B.
+"""Model sizes of the papers by name, with the published parameter counts, and one of 70B.
 
 Sources: arXiv:2405.04517 (table of sizes; sLSTM positions in the appendix), arXiv:2503.13427 (7B),
 arXiv:2510.02228 (scaling study).
@@ -11,7 +11,7 @@ from xlstm_jax.modules import options
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.patterns import at, ratio_pattern
 
-VOCAB_SIZE = 50304  # of GPT-2 and GPT-NeoX tokenizers, padded
+VOCAB_SIZE = 50304  # of the GPT-2 and GPT-NeoX tokenizers, padded
 
 FIRST_GENERATION = {
     "125m": (768, 24, (3, 20)),
@@ -30,7 +30,7 @@ LADDER = {
     "2.7b": (2560, 32, 5),
     "7b": (4096, 32, 8),
 }
-"""Size -> dim, blocks, heads of the runs at fixed ratios of tokens to parameters."""
+"""Size -> dim, blocks, heads of the runs with a fixed token-to-parameter ratio."""
 
 GRID = {
     512: (4, (10, 12, 14, 16)),
@@ -52,14 +52,14 @@ GRID = {
     3584: (14, (32, 36)),
     4096: (16, (30, 32)),
 }
-"""Width -> heads and numbers of blocks of the runs at fixed compute."""
+"""Width -> heads, and numbers of blocks, of the runs with a fixed compute budget."""
 
 
 def get(name: str) -> LMConfig:
-    """The config of this name.
+    """Returns the config of a preset.
 
     Raises:
-        ConfigError: no preset has it.
+        ConfigError: no preset has this name.
     """
     if name not in PRESETS:
         examples = "presets.names() lists all, for example xlstm_7b or xlstm_125m_7:1."
@@ -68,14 +68,14 @@ def get(name: str) -> LMConfig:
 
 
 def names() -> tuple[str, ...]:
-    """All names that `get` knows."""
+    """Names of all presets."""
     return tuple(PRESETS)
 
 
 def first_generation(
     dim: int, pattern: str, *, num_heads: int = 4, vocab_size: int = VOCAB_SIZE
 ) -> LMConfig:
-    """A model of first-generation blocks with the widths and numerics of the paper."""
+    """A model of first-generation blocks with the widths and numerics of arXiv:2405.04517."""
     return LMConfig(
         vocab_size=vocab_size,
         dim=dim,
@@ -109,19 +109,21 @@ def large(
 
 
 def scaling(dim: int, num_blocks: int, num_heads: int, *, vocab_size: int = VOCAB_SIZE) -> LMConfig:
-    """A shape of the scaling study, whose feed-forward widths are rounded by their own rule."""
+    """A model of the scaling study, which rounds feed-forward widths differently from the 7B."""
     return large(dim, num_blocks, num_heads, options.scaling_width(dim), vocab_size=vocab_size)
 
 
 def _presets() -> dict[str, Callable[[], LMConfig]]:
     table: dict[str, Callable[[], LMConfig]] = {
         "xlstm_7b": lambda: large(4096, 32, 8, options.large_width(4096, 2.6667)),
-        # Of no paper: twice the width with as wide heads, for plans of what is larger.
+        # Not from a paper: twice the width of the 7B, with heads as wide, to plan larger runs.
         "xlstm_70b": lambda: large(8192, 86, 16, options.large_width(8192, 2.6667)),
     }
+    # 2.7b has no published positions: its sLSTM blocks follow the ratio.
     for size, (dim, blocks, slstm) in FIRST_GENERATION.items():
         mixed = at(blocks, slstm=slstm) if slstm else ratio_pattern("7:1", blocks)
         for ratio, pattern in (("1:0", "m" * blocks), ("7:1", mixed)):
+            # Defaults bind the loop variables now; a plain closure would see their last values.
             table[f"xlstm_{size}_{ratio}"] = lambda d=dim, p=pattern: first_generation(d, p)
     for size, shape in LADDER.items():
         table[f"scaling_{size}"] = lambda s=shape: scaling(*s)

@@ -1,4 +1,4 @@
-"""The sLSTM layer of the first generation: convolution before two gates, cell, norm of each head.
+"""sLSTM layer of the first generation: convolution for two gates, cell, per-head norm.
 
 Source: Beck et al. 2024, arXiv:2405.04517, figure 10 (post-up-projection block).
 """
@@ -22,19 +22,22 @@ from xlstm_jax.typing import Array, Bool, Float, Int, PRNGKeyArray
 
 
 class SLSTMLayerState(NamedTuple):
-    """What a first-generation sLSTM layer carries through time."""
+    """Recurrent state of a first-generation sLSTM layer."""
 
-    conv: Float[Array, "B ... F"]  # last W - 1 inputs of the convolution
+    conv: Float[Array, "B ... F"]  # last W - 1 inputs of the convolution, oldest first
     cell: SLSTMState
 
 
 class SLSTMLayer(nn.Module):
-    """norm(sLSTM(i, f, z, o)): i and f read silu(conv(x)), z and o read x; no projection out."""
+    """norm(sLSTM(i, f, z, o)), without an output projection.
+
+    i and f are projected from silu(conv(x)), z and o from x.
+    """
 
     cfg: SLSTMConfig
-    num_blocks: int = 1
+    num_blocks: int = 1  # of the model; the initial forget bias depends on it
     dropout: float = 0.0
-    block_index: int | Int[Array, ""] = 0  # in the model; the initial forget bias depends on it
+    block_index: int | Int[Array, ""] = 0  # in the model, likewise
 
     @nn.compact
     def __call__(
@@ -51,10 +54,11 @@ class SLSTMLayer(nn.Module):
         conv, cell = (None, None) if state is None else state
         convolve = CausalConv(cfg.conv_width, cfg.conv_mixing, name="conv")
         u, conv = convolve(x, conv, reset=reset, mask=mask)
+        # Without a convolution there is no activation either: u is x.
         u = u if cfg.conv_width == 0 else jax.nn.silu(u)
         inputs = {"input_gate": u, "forget_gate": u, "cell_input": x, "output_gate": x}
         gates = [
-            HeadwiseDense(D, H, small(D), wide=True, name=name)(y).reshape(B, T, H, K)
+            HeadwiseDense(D, H, small(D), upcast=True, name=name)(y).reshape(B, T, H, K)
             for name, y in inputs.items()
         ]
         bias_init = cell_bias_init(cfg.bias_init, self.block_index, self.num_blocks)
@@ -68,6 +72,7 @@ class SLSTMLayer(nn.Module):
             forget_gate=cfg.forget_gate,
             implementation=cfg.implementation,
         )
+        # Dropout before the norm, as in the reference: the norm sees the dropped features.
         h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
         norm = MultiHeadNorm(
             cfg.norm_eps, as_offset=True, use_scale=cfg.group_norm_weight, name="group_norm"
@@ -78,14 +83,14 @@ class SLSTMLayer(nn.Module):
     def init_state(
         self, batch_size: int, dim: int, dtype: DTypeLike = jnp.float32
     ) -> SLSTMLayerState:
-        """The initial state, zeros; `dtype` is that of activations."""
+        """The initial state, zeros. `dtype` is the activation dtype, which `conv` has."""
         conv = conv_state(batch_size, self.cfg.conv_width, dim, dtype)
         H = self.cfg.num_heads
         return SLSTMLayerState(conv, slstm_init(batch_size, H, dim // H))
 
 
 def recurrent_init(name: RecurrentInit) -> Initializer:
-    """Of the recurrent weights (H, K, 4, K)."""
+    """Initializer of the recurrent weights (H, K, 4, K), by the name of an option."""
     if name == "zeros":
         return zeros
     return lambda key, shape: uniform(1 / math.sqrt(shape[0] * shape[1]))(key, shape)
@@ -94,7 +99,10 @@ def recurrent_init(name: RecurrentInit) -> Initializer:
 def cell_bias_init(
     name: BiasInit, block_index: int | Int[Array, ""], num_blocks: int
 ) -> Initializer:
-    """Of the bias (H, 4, K) of the four gates; all but "standard" set the forget gate alone."""
+    """Initializer of the bias (H, 4, K) of the gates i, f, z, o, by the name of an option.
+
+    "powerlaw_blockdependent" and "small_init" set only the forget gate; the others are zero.
+    """
     if name == "zeros":
         return zeros
     if name == "standard":
@@ -105,9 +113,9 @@ def cell_bias_init(
         H, _, K = shape
         if name == "small_init":
             forget = linspace(3.0, 6.0)(key, (H, K))
-        else:  # from 5 down to -7 along a head; a head of width 1 has 5
-            share = jnp.linspace(0.0, 1.0, K, dtype=jnp.float32)
-            forget = 5.0 - 12.0 * share ** jnp.asarray(0.3 + 1.3 * depth, jnp.float32)
+        else:  # from 5 down to -7 along a head, later in deeper blocks; a head of width 1 has 5
+            fraction = jnp.linspace(0.0, 1.0, K, dtype=jnp.float32)
+            forget = 5.0 - 12.0 * fraction ** jnp.asarray(0.3 + 1.3 * depth, jnp.float32)
         return jnp.zeros(shape, jnp.float32).at[:, 1].set(forget)
 
     return init

@@ -1,4 +1,4 @@
-"""Laws of every block and of a mixed model: time may be cut, documents and padding do not leak."""
+"""Invariants of every block and of a mixed model: splitting sequences, packing and padding."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from tests.modules.models import LETTERS, MIXED
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-# One mixed model holds every block; the blocks apart say which one fails.
+# One model has all kinds of blocks; the others tell which kind fails.
 each_pattern = pytest.mark.parametrize(
     "pattern", [MIXED, *(pytest.param(letter, marks=pytest.mark.slow) for letter in LETTERS)]
 )
@@ -29,7 +29,7 @@ def _assert_same(actual, expected, tolerance=TOLERANCE):
 
 
 def _model(pattern):
-    """Where one kind of block is alone, its convolution mixes channels."""
+    """Convolutions mix channels in models of a single kind, and are depthwise in the mixed one."""
     cfg = models.config(pattern)
     mixing = {
         field: dataclasses.replace(getattr(cfg, field), conv_mixing=pattern != MIXED)
@@ -39,23 +39,23 @@ def _model(pattern):
 
 
 @each_pattern
-def test_prefill_then_single_steps_equal_the_whole_sequence(pattern):
+def test_prefill_and_single_steps_equal_one_pass(pattern):
     model, variables = _model(pattern)
     tokens = models.tokens(0, 2, 9)
-    whole, final = models.apply(model, variables, tokens)
-    start, state = models.apply(model, variables, tokens[:, :5], model.init_state(2))
+    expected, final = models.apply(model, variables, tokens)
+    prefix, state = models.apply(model, variables, tokens[:, :5], model.init_state(2))
     step = jax.jit(model.apply)
-    steps = [start]
+    outputs = [prefix]
     for t in range(5, 9):
         logits, state = step(variables, tokens[:, t : t + 1], state)
-        steps.append(logits)
-    _assert_same(jnp.concatenate(steps, axis=1), whole)
+        outputs.append(logits)
+    _assert_same(jnp.concatenate(outputs, axis=1), expected)
     _assert_same(state, final)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", [MIXED, *LETTERS])
-def test_a_packed_row_equals_its_documents_apart_in_logits_and_gradients(pattern):
+def test_packed_sequence_equals_separate_documents_in_logits_and_gradients(pattern):
     model, variables = _model(pattern)
     documents = models.tokens(0, 3, 3)
     padding = jnp.zeros((1, 2), jnp.int32)
@@ -63,22 +63,24 @@ def test_a_packed_row_equals_its_documents_apart_in_logits_and_gradients(pattern
     segment_ids = jnp.array([[1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0]])
     weights = jnp.cos(jnp.arange(99.0)).reshape(1, 9, 11)
 
-    def of_row(variables):
+    def packed_loss(variables):
         logits, _ = model.apply(variables, packed, segment_ids=segment_ids)
         return jnp.sum(logits[:, :9] * weights), logits[:, :9]
 
-    def of_documents(variables):
+    def separate_loss(variables):
         logits, _ = model.apply(variables, documents)
         return jnp.sum(logits.reshape(weights.shape) * weights), logits.reshape(weights.shape)
 
-    (_, actual), actual_gradient = jax.jit(jax.value_and_grad(of_row, has_aux=True))(variables)
-    (_, expected), gradient = jax.jit(jax.value_and_grad(of_documents, has_aux=True))(variables)
+    (_, actual), actual_grads = jax.jit(jax.value_and_grad(packed_loss, has_aux=True))(variables)
+    (_, expected), expected_grads = jax.jit(jax.value_and_grad(separate_loss, has_aux=True))(
+        variables
+    )
     _assert_same(actual, expected)
-    _assert_same(actual_gradient, gradient, 1e-9)
+    _assert_same(actual_grads, expected_grads, 1e-9)
 
 
 @each_pattern
-def test_a_masked_row_equals_the_row_without_those_positions(pattern):
+def test_masked_sequence_equals_the_sequence_without_masked_positions(pattern):
     model, variables = _model(pattern)
     tokens = models.tokens(0, 1, 8)
     mask = jnp.array([[False, True, True, False, False, True, True, False]])
@@ -88,10 +90,10 @@ def test_a_masked_row_equals_the_row_without_those_positions(pattern):
     _assert_same(state, final)
 
 
-def test_a_state_given_to_a_padded_row_is_read_by_its_first_document_alone():
+def test_initial_state_reaches_only_the_first_document_of_a_padded_sequence():
     model, variables = _model(MIXED)
     empty = model.init_state(1)
-    state = models.shaken(empty, dtype=np.float64)
+    state = models.perturbed(empty, dtype=np.float64)
     tokens = models.tokens(0, 1, 5)
     segment_ids = jnp.array([[0, 4, 4, 5, 5]])
     logits, _ = models.apply(model, variables, tokens, state, segment_ids)
@@ -100,12 +102,12 @@ def test_a_state_given_to_a_padded_row_is_read_by_its_first_document_alone():
     _assert_same(logits[:, 1:], expected.reshape(1, 4, -1))
 
 
-def test_float64_parameters_are_used_in_float64_everywhere():
+def test_float64_parameters_give_float64_logits_and_states():
     model, variables = _model(MIXED)
     logits, state = models.apply(model, variables, models.tokens(0, 1, 5))
     assert {leaf.dtype for leaf in jax.tree.leaves((logits, state))} == {jnp.dtype("float64")}
 
 
-def test_parameters_start_in_float32_where_float64_is_allowed(key):
+def test_parameters_are_initialized_in_float32_under_x64(key):
     shapes = jax.eval_shape(models.LM(models.config()).init, key, jnp.zeros((1, 2), jnp.int32))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
