@@ -190,10 +190,7 @@ def test_a_stopped_run_exits_with_0(monkeypatch, capsys, step, evaluated_at):
 @pytest.mark.parametrize(
     ("batches", "scope"),
     [
-        (
-            "1",
-            "over 4 of {n:,} windows, spread evenly; `xlstm-jax evaluate runs/char_lm` evaluates",
-        ),
+        ("1", "over 4 of {n:,} windows, spread evenly; `xlstm-jax evaluate runs/char_lm`"),
         ("None", "over all {n:,} windows"),
     ],
 )

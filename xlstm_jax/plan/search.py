@@ -88,7 +88,7 @@ def search(
 
 
 def candidates(cfg: ExperimentConfig, target: Target) -> list[Candidate]:
-    """All candidates that may fit by formula, fastest first."""
+    """All candidates that fit by formula, fastest first."""
     unordered = [
         candidate
         for mesh in _meshes(target.num_devices)

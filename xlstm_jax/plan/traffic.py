@@ -47,7 +47,7 @@ def _instruction_bytes(
         return 2 * read[1]
     if opcode in ("all-gather-start", "collective-permute-start", "copy-start"):
         return instruction.num_bytes  # its result includes its operand
-    if opcode == "slice-start":  # likewise, but it reads only the slice, its second result
+    if opcode == "slice-start":  # reads only the slice, its result before the flag
         on_chip = (instruction.on_chip[0], instruction.on_chip[-2])
         return on_chip.count(False) * num_bytes(*instruction.shapes[-2])
     if opcode != "fusion":
