@@ -1,4 +1,4 @@
-"""`jit` for tests: most of their time is spent compiling small programs that run once or twice."""
+"""Quick compilation for tests, which spend most of their time compiling small programs."""
 
 import contextlib
 
@@ -9,13 +9,13 @@ OPTIONS = {"xla_backend_optimization_level": 0}
 
 
 def jit(fn, **options):
-    """`jax.jit` with little optimisation."""
+    """`jax.jit` with few compiler optimizations."""
     return jax.jit(fn, compiler_options=OPTIONS, **options)
 
 
 @contextlib.contextmanager
 def compilation(folder):
-    """Within, whatever is jitted compiles in half the time, and each program once for `folder`."""
+    """Context that halves compile times and caches compiled programs in `folder`."""
     settings = {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(folder),

@@ -1,4 +1,4 @@
-"""Commands do what they say, and refuse what they cannot in one sentence, with nothing changed."""
+"""The commands: results, exit codes, and one-line errors that leave the files unchanged."""
 
 import dataclasses
 import json
@@ -22,15 +22,15 @@ from xlstm_jax.train.guard import Guard
 
 CONFIG = str(Path(__file__).parents[1] / "experiments" / "char_lm.py")
 
-# Of a run whose training is left out; nobody looks inside.
+# Result of a fake `fit`; its contents are not used.
 STATE = TrainState(
     step=jnp.array(0), params={}, opt_state={}, guard=Guard.start(), lr_scale=jnp.array(1.0)
 )
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch, one_device):
-    """An empty working directory; the process of the tests stays as it is."""
+def workdir(tmp_path, monkeypatch, one_device):
+    """An empty working directory, without `cpu.prepare`, which changes the whole process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cpu, "prepare", lambda: None)
     return tmp_path
@@ -40,8 +40,8 @@ def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refuse(capsys, *argv):
-    """Runs a command that must fail; returns its sentence."""
+def error_of(capsys, *argv):
+    """Runs a command that must fail without changing a file; returns its one-line error."""
     folder = Path.cwd()
     before = files(folder)
     assert main([*argv]) == 2
@@ -53,11 +53,11 @@ def refuse(capsys, *argv):
     return err.removeprefix("xlstm-jax: ").strip()
 
 
-# Arguments -> what the sentence must say.
-BAD = {
+# Command line -> part of its error.
+ERRORS = {
     "trian CONFIG": "unknown command 'trian'; did you mean train?",
-    "train": "the config must come first, got nothing; write `xlstm-jax train CONFIG.py`",
-    "train --size smoke": "the config must come first, got '--size'",
+    "train": "the first argument must be a config, got none; write `xlstm-jax train CONFIG.py`",
+    "train --size smoke": "the first argument must be a config, got '--size'",
     "train missing.py": "missing.py does not exist",
     "train CONFIG --size big": "size='big' is not known here; use one of: smoke, cpu, paper.",
     "train CONFIG --model.dmi 8": "--model.dmi is not an option of `xlstm-jax train`; did you mean "
@@ -87,38 +87,38 @@ BAD = {
     "0.5 there)",
     "describe CONFIG --model.dim 0": "dim must be at least 1, got 0",
     "describe CONFIG --fresh": "--fresh is not an option of `xlstm-jax describe`",
-    "plan CONFIG --topology v9:2x2": "topology='v9:2x2' must be a kind of chip and a shape",
-    "plan CONFIG --out nowhere/plan.json": "out='nowhere/plan.json' must lie in a folder",
-    "plan CONFIG --topology h100:2x8 --slices 2": "slices=2 must be 1, or more of a TPU",
+    "plan CONFIG --topology v9:2x2": "topology='v9:2x2' must be a chip and a shape",
+    "plan CONFIG --out nowhere/plan.json": "--out must be a file in an existing folder, got",
+    "plan CONFIG --topology h100:2x8 --slices 2": "slices must be 1 for GPUs, got 2",
     "evaluate": "`xlstm-jax evaluate` needs RUN",
     "evaluate nowhere": "nowhere does not exist",
     "evaluate other": "other has no checkpoint yet; train it first",
     "evaluate other --split all": "invalid choice 'all' for argument '--split'",
     "generate other": "`xlstm-jax generate` needs --prompt",
     "generate other --prompt": "missing value for argument '--prompt'",
-    "generate other --prompt=": "--prompt must be the text to continue, got ''",
+    "generate other --prompt=": "--prompt must not be empty, got ''",
     "generate other --prompt a --top-k 0": "top_k must be above 0, got 0",
     "generate other --prompt a --top-q 1": "did you mean --top-p or --top-k",
     "generate other --prompt a": "other has no checkpoint yet; train it first",
 }
 
 
-@pytest.mark.parametrize("line", BAD)
-def test_what_cannot_be_done_is_refused_in_one_sentence(workplace, capsys, line):
-    (workplace / "file").write_text("no folder")
+@pytest.mark.parametrize("line", ERRORS)
+def test_bad_arguments_give_a_one_line_error(workdir, capsys, line):
+    (workdir / "file").write_text("no folder")
     cfg = dataclasses.replace(SMOKE, train=dataclasses.replace(SMOKE.train, lr=0.5))
-    (workplace / "other").mkdir()
-    (workplace / "other" / "config.json").write_text(json.dumps(config.to_dict(cfg)))
+    (workdir / "other").mkdir()
+    (workdir / "other" / "config.json").write_text(json.dumps(config.to_dict(cfg)))
     argv = [CONFIG if word == "CONFIG" else word for word in line.split()]
-    assert BAD[line] in refuse(capsys, *argv)
+    assert ERRORS[line] in error_of(capsys, *argv)
 
 
-def test_a_fault_that_is_no_bad_input_keeps_its_traceback(monkeypatch):
+def test_errors_raised_outside_the_library_keep_their_traceback(monkeypatch):
     def broken(*args, **kwargs):
-        raise ValueError("from elsewhere")
+        raise ValueError("not of the library")
 
     monkeypatch.setattr(train, "fit", broken)
-    with pytest.raises(ValueError, match="from elsewhere"):
+    with pytest.raises(ValueError, match="not of the library"):
         main(["train", CONFIG, "--size", "smoke"])
 
 
@@ -150,7 +150,7 @@ def test_help_without_a_config_lists_the_same_options(capsys):
 
 
 @pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["-h"], 0)])
-def test_the_command_alone_lists_its_commands(capsys, argv, code):
+def test_xlstm_jax_without_a_command_lists_the_commands(capsys, argv, code):
     assert main(argv) == code
     text = capsys.readouterr().out
     assert all(
@@ -158,18 +158,18 @@ def test_the_command_alone_lists_its_commands(capsys, argv, code):
     )
 
 
-def test_options_reach_the_run_and_both_spellings_of_a_name_count(monkeypatch):
-    seen = []
+def test_options_reach_fit_with_hyphens_or_underscores(monkeypatch):
+    calls = []
 
     def fit(cfg, run_dir, **options):
-        seen.append((cfg, run_dir, options["fresh"]))
+        calls.append((cfg, run_dir, options["fresh"]))
         return FitResult(state=STATE, step=3, finished=False, evaluation=None)
 
     monkeypatch.setattr(train, "fit", fit)
     options = "--size smoke --run-dir here --fresh --train.lr 1e-4 --model.mlstm.num_heads 2"
     more = "--train.warmup-steps=5 --model.mlstm.forget-bias 1 2 --train.grad-clip None"
     assert main(["train", CONFIG, *options.split(), *more.split()]) == 0
-    ((cfg, run_dir, fresh),) = seen
+    ((cfg, run_dir, fresh),) = calls
     assert (run_dir, fresh) == (Path("here"), True)
     assert cfg.train == dataclasses.replace(SMOKE.train, lr=1e-4, warmup_steps=5, grad_clip=None)
     mlstm = dataclasses.replace(SMOKE.model.mlstm, num_heads=2, forget_bias=(1.0, 2.0))
@@ -177,10 +177,10 @@ def test_options_reach_the_run_and_both_spellings_of_a_name_count(monkeypatch):
     assert cfg.data == SMOKE.data
 
 
-@pytest.mark.parametrize(("step", "measured_at"), [(7, None), (20, None), (20, 10)])
-def test_a_run_that_was_asked_to_stop_is_no_failure(monkeypatch, capsys, step, measured_at):
-    """Also where that was after its last step, while it was measured."""
-    evaluation = None if measured_at is None else {"step": measured_at, "valid_loss": 1.0}
+@pytest.mark.parametrize(("step", "evaluated_at"), [(7, None), (20, None), (20, 10)])
+def test_a_stopped_run_exits_with_0(monkeypatch, capsys, step, evaluated_at):
+    """Also when it was stopped after its last step, during the final evaluation."""
+    evaluation = None if evaluated_at is None else {"step": evaluated_at, "valid_loss": 1.0}
     stopped = FitResult(state=STATE, step=step, finished=step == 20, evaluation=evaluation)
     monkeypatch.setattr(train, "fit", lambda *args, **options: stopped)
     assert main(["train", CONFIG, "--size", "smoke"]) == 0
@@ -188,24 +188,24 @@ def test_a_run_that_was_asked_to_stop_is_no_failure(monkeypatch, capsys, step, m
 
 
 @pytest.mark.parametrize(
-    ("batches", "part"),
+    ("batches", "scope"),
     [
-        ("1", "over 4 of {n:,} windows, spread evenly; `xlstm-jax evaluate runs/char_lm` measures"),
+        ("1", "over 4 of {n:,} windows, spread evenly; `xlstm-jax evaluate runs/char_lm`"),
         ("None", "over all {n:,} windows"),
     ],
 )
-def test_the_final_message_says_on_what_the_loss_was_measured(monkeypatch, capsys, batches, part):
-    measured = {"step": 20, "valid_loss": 1.5, "valid_bits_per_byte": 2.25, "valid_tokens": 9}
-    done = FitResult(state=STATE, step=20, finished=True, evaluation=measured)
+def test_final_message_says_how_many_windows_were_evaluated(monkeypatch, capsys, batches, scope):
+    evaluation = {"step": 20, "valid_loss": 1.5, "valid_bits_per_byte": 2.25, "valid_tokens": 9}
+    done = FitResult(state=STATE, step=20, finished=True, evaluation=evaluation)
     monkeypatch.setattr(train, "fit", lambda *args, **options: done)
     monkeypatch.setattr(train, "_show_sample", lambda *args: None)
     assert main(["train", CONFIG, "--size", "smoke", "--train.eval-batches", batches]) == 0
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("held out"))
     count = len(data.load(SMOKE.data, "valid"))
-    assert f"2.2500 bits per byte, 1.5000 nats per token, {part.format(n=count)}" in line
+    assert f"2.2500 bits per byte, 1.5000 nats per token, {scope.format(n=count)}" in line
 
 
-def test_a_run_that_diverged_has_an_exit_code_of_its_own(monkeypatch, capsys):
+def test_a_diverged_run_exits_with_3(monkeypatch, capsys):
     def fit(*args, **options):
         raise DivergedError("8 updates in a row were discarded; lower train.lr.")
 
@@ -216,45 +216,45 @@ def test_a_run_that_diverged_has_an_exit_code_of_its_own(monkeypatch, capsys):
     )
 
 
-def test_a_run_lies_where_its_config_says(workplace):
-    (workplace / "old").mkdir()
+def test_default_run_dir_follows_the_config(workdir):
+    (workdir / "old").mkdir()
     assert train._default_run_dir(Path(CONFIG)) == Path("runs/char_lm")
     assert train._default_run_dir(Path("old/config.json")) == Path("old")
     assert train._default_run_dir(Path("old")) == Path("old")
 
 
-def without_compiler(monkeypatch):
-    refused = (), "nobody to ask"
-    monkeypatch.setattr(topology, "_described", lambda *args, **kwargs: refused)
+def remove_compiler(monkeypatch):
+    result = (), "no compiler"
+    monkeypatch.setattr(topology, "_describe", lambda *args, **kwargs: result)
 
 
-def test_plan_tells_what_a_run_would_take_and_leaves_only_its_file(workplace, capsys, monkeypatch):
-    without_compiler(monkeypatch)
+def test_plan_prints_the_resources_and_writes_only_its_json_file(workdir, capsys, monkeypatch):
+    remove_compiler(monkeypatch)
     argv = ["plan", "scaling_160m", "--topology", "h100:2x8", "--mesh.fsdp", "8"]
     assert main([*argv, "--data.batch-size", "16", "--out", "plan.json"]) == 0
     text = capsys.readouterr().out
     assert "data 2 x fsdp 8 under fsdp" in text and "fits" in text and "network bound" in text
-    assert "not compiled, all of it by formula: nobody to ask" in text
-    written = json.loads((workplace / "plan.json").read_text())
-    assert written["num_chips"] == 16 and written["fits"] and written["limit"] == "network"
-    assert list(files(workplace)) == [workplace / "plan.json"]
+    assert "not compiled, estimated by formula: no compiler" in text
+    fields = json.loads((workdir / "plan.json").read_text())
+    assert fields["num_chips"] == 16 and fields["fits"] and fields["limit"] == "network"
+    assert list(files(workdir)) == [workdir / "plan.json"]
 
 
 @pytest.mark.slow
-def test_plan_searches_and_says_how_to_have_what_it_found(capsys, monkeypatch):
-    without_compiler(monkeypatch)
+def test_plan_search_prints_the_flags_of_the_best_configuration(capsys, monkeypatch):
+    remove_compiler(monkeypatch)
     argv = ["plan", CONFIG, "--size", "smoke", "--topology", "v5e:2x2", "--search"]
     assert main(argv) == 0
     text = capsys.readouterr().out
     flags = text[text.rindex("--mesh.data") :].split()
     assert flags[:2] == ["--mesh.data", "4"] and "--data.batch-size" in flags
-    assert f"{' '.join(flags)}: " in text  # it was told when it was tried
+    assert f"{' '.join(flags)}: " in text  # printed when it was compiled
 
 
-def test_describe_tells_shapes_costs_and_the_decayed_set_and_leaves_no_trace(workplace, capsys):
+def test_describe_prints_shapes_costs_and_weight_decay_and_writes_nothing(workdir, capsys):
     assert main(["describe", CONFIG, "--size", "smoke"]) == 0
     text = capsys.readouterr().out
-    assert not files(workplace)
+    assert not files(workdir)
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
     assert rows["lm_head/kernel"] == "32 x 257 8,224 yes".split()
     assert rows["token_embedding/embedding"][-1] == "no"
@@ -263,7 +263,7 @@ def test_describe_tells_shapes_costs_and_the_decayed_set_and_leaves_no_trace(wor
     assert "256 = 4 x 64" in text and "FLOPs per token" in text and "on one device" in text
 
 
-def test_the_process_is_prepared_before_anything_else(monkeypatch):
+def test_cpu_settings_are_applied_before_the_command_runs(monkeypatch):
     calls = []
     monkeypatch.setattr(cpu, "prepare", lambda: calls.append("prepare"))
     monkeypatch.setattr("xlstm_jax.cli.commands._dispatch", lambda args: calls.append(args) or 0)
@@ -272,17 +272,17 @@ def test_the_process_is_prepared_before_anything_else(monkeypatch):
 
 
 def xlstm_jax(*argv):
-    """A command in a process of its own: its output, as it was written; it must succeed."""
+    """Runs a command in a new process, which must succeed; returns its output."""
     command = [sys.executable, "-m", "xlstm_jax", *argv]
-    done = subprocess.run(command, capture_output=True, timeout=600)
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode()
+    process = subprocess.run(command, capture_output=True, timeout=600)
+    assert process.returncode == 0, process.stderr.decode()
+    return process.stdout.decode()
 
 
 @pytest.mark.slow
-def test_a_small_run_is_trained_measured_read_out_and_found_finished(workplace, capsys):
+def test_train_generate_evaluate_and_rerun_of_a_small_run(workdir, capsys):
     first = xlstm_jax("train", CONFIG, "--size", "smoke")
-    run = workplace / "runs" / "char_lm"
+    run = workdir / "runs" / "char_lm"
     for text in ("bits per byte", "runs/char_lm/checkpoints/20", "runs/char_lm/loss.png"):
         assert text in first
     assert (run / "loss.png").is_file() and (run / "checkpoints" / "20").is_dir()
@@ -290,14 +290,14 @@ def test_a_small_run_is_trained_measured_read_out_and_found_finished(workplace, 
     assert len(sample) == 300
 
     options = ["--prompt", "the old cell", "--max-new-tokens", "40", "--temperature", "0"]
-    told = xlstm_jax("generate", "runs/char_lm", *options)
-    assert told.startswith("the old cell")
+    generated = xlstm_jax("generate", "runs/char_lm", *options)
+    assert generated.startswith("the old cell")
 
     assert main(["evaluate", "runs/char_lm", "--split", "test", "--by-position"]) == 0
-    measured = capsys.readouterr().out
-    assert "bits per byte" in measured and "32-63" in measured
+    evaluated = capsys.readouterr().out
+    assert "bits per byte" in evaluated and "32-63" in evaluated
 
-    # Nothing is left to train: only the report is made again, with the same sample.
+    # The run is finished: only the report is printed again, with the same sample.
     assert main(["train", "runs/char_lm/config.json"]) == 0
     again = capsys.readouterr().out
     assert again.split(":\n\n")[-1].removesuffix("\n") == sample
@@ -305,16 +305,16 @@ def test_a_small_run_is_trained_measured_read_out_and_found_finished(workplace, 
 
     array = max((run / "checkpoints" / "20" / "state").rglob("*"), key=lambda p: p.stat().st_size)
     os.truncate(array, array.stat().st_size // 2)
-    assert "bytes, got" in refuse(capsys, "evaluate", "runs/char_lm")
-    assert "bytes, got" in refuse(capsys, "train", "runs/char_lm/config.json")
+    assert "bytes, got" in error_of(capsys, "evaluate", "runs/char_lm")
+    assert "bytes, got" in error_of(capsys, "train", "runs/char_lm/config.json")
 
 
 @pytest.mark.slow
-def test_a_run_that_is_interrupted_saves_and_goes_on_where_it_was(workplace):
+def test_an_interrupted_run_saves_a_checkpoint_and_exits_with_0(workdir):
     options = ["--size", "smoke", "--train.steps", "100000", "--train.schedule", "constant"]
     command = [sys.executable, "-m", "xlstm_jax", "train", CONFIG, *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        metrics = workplace / "runs" / "char_lm" / "metrics.jsonl"
+        metrics = workdir / "runs" / "char_lm" / "metrics.jsonl"
         while not metrics.is_file() or metrics.read_text().count("\n") < 3:
             assert process.poll() is None
             time.sleep(0.2)
@@ -322,5 +322,5 @@ def test_a_run_that_is_interrupted_saves_and_goes_on_where_it_was(workplace):
         out, _ = process.communicate(timeout=200)
     assert process.returncode == 0
     assert "the same command resumes it" in out
-    step = max(int(p.name) for p in (workplace / "runs/char_lm/checkpoints").iterdir())
+    step = max(int(p.name) for p in (workdir / "runs/char_lm/checkpoints").iterdir())
     assert f"Stopped at step {step} of 100000" in out

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.char_lm import SMOKE
 from tests.golden_files import FOLDER
-from tests.test_cli import refuse, workplace  # noqa: F401
+from tests.test_cli import error_of, workdir  # noqa: F401
 from xlstm_jax import config, convert
 from xlstm_jax.cli import main
 from xlstm_jax.convert import compare, license
@@ -25,19 +25,19 @@ def assert_same_trees(a, b):
     assert jax.tree.all(jax.tree.map(jnp.array_equal, a, b))
 
 
-def test_a_run_made_of_a_folder_holds_its_parameters(workplace, capsys):  # noqa: F811
+def test_hf_to_run_imports_config_and_parameters(workdir, capsys):  # noqa: F811
     assert main(["convert", "hf-to-run", str(HF), "run"]) == 0
-    said = capsys.readouterr().out
-    assert "427,912" in said
-    assert license.UNKNOWN in said and "logits" not in said
+    out = capsys.readouterr().out
+    assert "427,912" in out
+    assert license.UNKNOWN in out and "logits" not in out
     cfg, params = restore_params("run")
     model, expected = convert.load_hf(HF)
     assert cfg.model == model and cfg.name == "run"
     assert_same_trees(params, expected)
 
 
-def test_the_way_out_gives_back_the_folder(workplace, capsys):  # noqa: F811
-    source = shutil.copytree(HF, workplace / "hf", copy_function=shutil.copyfile)
+def test_run_to_hf_inverts_hf_to_run(workdir, capsys):  # noqa: F811
+    source = shutil.copytree(HF, workdir / "hf", copy_function=shutil.copyfile)
     card = "---\nlicense: other\nlicense_name: 'some-terms'  # ask\n---\nWeights.\n"
     (source / "README.md").write_text(card)
     (source / "licence.md").write_text("The terms.\nAll of them.\n")
@@ -48,15 +48,15 @@ def test_the_way_out_gives_back_the_folder(workplace, capsys):  # noqa: F811
     assert main(["convert", "run-to-hf", "run", "out"]) == 0
     assert capsys.readouterr().out.count("other, some-terms (README.md)") == 2
     assert license.find("out") == "other, some-terms (README.md)"
-    carried = (workplace / "out" / license.FILE).read_text()
-    assert carried == "other, some-terms (README.md)\n\nThe terms.\nAll of them.\n"
-    assert json.loads((workplace / "out" / "config.json").read_text())["eos_token_id"] == 7
+    license_text = (workdir / "out" / license.FILE).read_text()
+    assert license_text == "other, some-terms (README.md)\n\nThe terms.\nAll of them.\n"
+    assert json.loads((workdir / "out" / "config.json").read_text())["eos_token_id"] == 7
     a, b = convert.load_hf("hf"), convert.load_hf("out")
     assert a[0] == b[0]
     assert_same_trees(a[1], b[1])
 
 
-def test_a_license_file_counts_where_no_card_speaks(tmp_path):
+def test_license_file_is_used_if_the_model_card_names_none(tmp_path):
     assert license.find(tmp_path) == license.UNKNOWN
     (tmp_path / "LICENSE").write_text("\n  Some Community License\n\nterms\n")
     assert license.find(tmp_path) == "Some Community License (LICENSE)"
@@ -75,7 +75,7 @@ TINY = LMConfig(
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_converted_parameters(workplace):  # noqa: F811
+def test_training_starts_from_converted_parameters(workdir):  # noqa: F811
     params = jax.jit(LM(TINY).init)(jax.random.key(5), jnp.zeros((1, 1), jnp.int32))["params"]
     convert.save_hf("hf", TINY, params)
     options = ["--train.steps", "3", "--train.lr", "1e-9", "--train.warmup-steps", "0"]
@@ -84,37 +84,37 @@ def test_training_goes_on_from_converted_parameters(workplace):  # noqa: F811
     assert checkpoint.has_params_alone("run")
     result = fit(config.load_config("run", ExperimentConfig), "run")
     assert result.step == 3 and not checkpoint.has_params_alone("run")
-    # The rate is so small that they are still where they began.
+    # The learning rate is so small that the parameters hardly change.
     close = jax.tree.map(lambda a, b: jnp.allclose(a, b, atol=1e-6), result.state.params, params)
     assert jax.tree.all(close)
 
 
-BAD = {
+ERRORS = {
     "convert hf-to-rnu a b": "unknown conversion 'hf-to-rnu'; did you mean hf-to-run?",
     "convert hf-to-run nothing run": "nothing must be a folder with a config.json",
-    "convert hf-to-run HF taken": "RUN='taken' must be a new folder or an empty one",
+    "convert hf-to-run HF taken": "RUN must be a new or an empty folder, got 'taken'",
     "convert hf-to-run HF run --dtype float16": "dtype",
     "convert run-to-hf nothing out": "nothing",
     "convert run-to-hf taken taken": "contains model.safetensors",
 }
 
 
-@pytest.mark.parametrize("command", BAD)
-def test_what_cannot_be_converted_is_refused_with_nothing_written(workplace, capsys, command):  # noqa: F811
-    (workplace / "taken").mkdir()
-    (workplace / "taken" / "model.safetensors").write_bytes(b"")
-    assert BAD[command] in refuse(capsys, *command.replace("HF", str(HF)).split())
+@pytest.mark.parametrize("command", ERRORS)
+def test_failed_conversions_write_nothing(workdir, capsys, command):  # noqa: F811
+    (workdir / "taken").mkdir()
+    (workdir / "taken" / "model.safetensors").write_bytes(b"")
+    assert ERRORS[command] in error_of(capsys, *command.replace("HF", str(HF)).split())
 
 
-def test_damaged_weights_leave_no_run(workplace, capsys):  # noqa: F811
-    source = shutil.copytree(HF, workplace / "hf", copy_function=shutil.copyfile)
+def test_damaged_weights_leave_no_run(workdir, capsys):  # noqa: F811
+    source = shutil.copytree(HF, workdir / "hf", copy_function=shutil.copyfile)
     file = source / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    assert "corrupt or truncated" in refuse(capsys, "convert", "hf-to-run", "hf", "run")
+    assert "corrupt or truncated" in error_of(capsys, "convert", "hf-to-run", "hf", "run")
 
 
 @pytest.mark.slow
-def test_a_comparison_that_fails_is_a_line_of_the_answer(workplace, capsys, monkeypatch):  # noqa: F811
+def test_only_errors_of_transformers_are_reported_as_not_compared(workdir, capsys, monkeypatch):  # noqa: F811
     def broken(*args):
         raise RuntimeError("no such\nkernel")
 
@@ -124,7 +124,7 @@ def test_a_comparison_that_fails_is_a_line_of_the_answer(workplace, capsys, monk
     command = ["convert", "hf-to-run", str(HF)]
     assert main([*command, "run", "--compare"]) == 0
     assert "cannot read or run the folder (no such kernel)" in capsys.readouterr().out
-    # Where ours are others than theirs, or ours fail, that is no line among others.
+    # Different logits give exit code 5, and errors of this library are raised.
     ones = np.ones((1, 64, 96), np.float32)
     monkeypatch.setattr(compare, "_reference_logits", lambda *args: ones)
     assert main([*command, "other", "--compare"]) == 5
@@ -134,17 +134,19 @@ def test_a_comparison_that_fails_is_a_line_of_the_answer(workplace, capsys, monk
         main([*command, "third", "--compare"])
 
 
-def test_a_model_of_other_blocks_cannot_be_written(workplace, capsys):  # noqa: F811
+def test_run_to_hf_rejects_models_without_large_blocks(workdir, capsys):  # noqa: F811
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), param_shapes(SMOKE.model))
     checkpoint.save_params("run", params, config.to_dict(SMOKE))
-    (workplace / "run" / "config.json").write_text(json.dumps(config.to_dict(SMOKE)))
-    assert "pattern='ms' with letters other" in refuse(capsys, "convert", "run-to-hf", "run", "out")
+    (workdir / "run" / "config.json").write_text(json.dumps(config.to_dict(SMOKE)))
+    assert "pattern='ms' with letters other" in error_of(
+        capsys, "convert", "run-to-hf", "run", "out"
+    )
 
 
-def test_help_names_both_directions(capsys):
+def test_help_lists_both_conversions(capsys):
     assert main(["convert", "--help"]) == 0
-    said = capsys.readouterr().out
-    assert "convert hf-to-run --help" in said and "convert run-to-hf --help" in said
+    out = capsys.readouterr().out
+    assert "convert hf-to-run --help" in out and "convert run-to-hf --help" in out
     assert main(["convert"]) == 2
 
 
@@ -158,16 +160,16 @@ def test_help_names_both_directions(capsys):
     ],
 )
 @pytest.mark.slow
-def test_the_7b_model_is_described_under_any_rules(capsys, rules, mesh, gib):
+def test_describe_gives_the_memory_of_the_7b_model_under_all_rules(capsys, rules, mesh, gib):
     assert main(["describe", "xlstm_7b", "--mesh.rules", rules, *mesh]) == 0
-    said = capsys.readouterr().out
-    assert "6,865,424,896" in said
-    words = said[said.index("(parameters ") + len("(parameters ") :]
-    found = float(words[: words.index(" MiB")].replace(",", "")) / 1024
-    assert found == pytest.approx(gib, rel=0.01)
+    out = capsys.readouterr().out
+    assert "6,865,424,896" in out
+    words = out[out.index("(parameters ") + len("(parameters ") :]
+    parameters_gib = float(words[: words.index(" MiB")].replace(",", "")) / 1024
+    assert parameters_gib == pytest.approx(gib, rel=0.01)
 
 
-def test_a_batch_that_the_mesh_cannot_cut_is_refused(workplace, capsys):  # noqa: F811
-    text = refuse(capsys, "describe", "xlstm_7b", "--mesh.fsdp", "3")
+def test_describe_rejects_a_batch_that_the_mesh_does_not_divide(workdir, capsys):  # noqa: F811
+    text = error_of(capsys, "describe", "xlstm_7b", "--mesh.fsdp", "3")
     assert "data.batch_size must be a multiple of 3, the devices along data=1 x fsdp=3, got" in text
     assert "got 16; 15 or 18 would do" in text

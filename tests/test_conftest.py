@@ -1,4 +1,4 @@
-"""The settings every test stands on: each of them is seen to refuse something."""
+"""The settings of all tests are in force."""
 
 import warnings
 
@@ -14,17 +14,17 @@ def test_there_are_eight_cpu_devices():
     assert [device.platform for device in jax.devices()] == ["cpu"] * 8
 
 
-def test_ranks_are_not_promoted_silently():
+def test_rank_promotion_raises():
     with pytest.raises(ValueError, match="rank_promotion"):
         jnp.ones((2, 3)) + jnp.ones(3)
 
 
-def test_a_warning_is_an_error():
+def test_warnings_are_errors():
     with pytest.raises(UserWarning, match="careful"):
         warnings.warn("careful", stacklevel=1)
 
 
-def test_a_shape_that_contradicts_a_signature_is_refused():
+def test_shapes_that_violate_a_signature_raise():
     state = cells.slstm_init(2, 3, 4)
     with pytest.raises(jaxtyping.TypeCheckError, match="slstm_step"):
         cells.slstm_step(state, jnp.zeros((2, 4, 3, 4)), jnp.zeros((3, 5, 4, 4)))

@@ -1,6 +1,6 @@
-"""The layers of the library, read off the import statements: nothing imports upwards.
+"""The layers of the import graph, read from the import statements: no layer imports a higher one.
 
-Imports inside functions count like those at the top.
+Imports inside functions count like those at the top of a module.
 """
 
 import ast
@@ -27,7 +27,7 @@ LAYER_4 = (
 )
 LAYER_5 = (*LAYER_4, "xlstm_jax.cli", "xlstm_jax.__main__")
 
-# Package -> what of ours it may import besides itself; every file belongs to one of them.
+# Package -> first-party packages that it may import besides itself; every module has an entry.
 MAY_IMPORT = {
     "xlstm_jax.typing": (),
     "xlstm_jax.config": ("xlstm_jax.typing",),
@@ -57,8 +57,8 @@ MAY_IMPORT = {
     "experiments": (*LAYER_5, "tests.workloads"),
 }
 
-# Package -> the only distributions it may import, the standard library aside.
-DISTRIBUTIONS = {
+# Package -> the only third-party packages that it may import.
+THIRD_PARTY = {
     "pallas_kernels": {"jax", "numpy", "triton"},
     "xlstm_jax.typing": {"jax", "jaxtyping"},
     "xlstm_jax.config": {"jax", "jaxtyping"},
@@ -69,29 +69,30 @@ DISTRIBUTIONS = {
     "xlstm_jax.cpu": {"jax"},
 }
 
-# Data are prepared where there is no accelerator.
-WITHOUT = {"xlstm_jax.data": {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}}
+# Package -> third-party packages that it may not import. Data preparation must not need JAX.
+FORBIDDEN = {"xlstm_jax.data": {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}}
 
-# Distribution -> the only packages and modules that import it.
+# Third-party package -> the only packages and modules that may import it.
 ONLY_IN = {"flax": ("xlstm_jax.modules", "xlstm_jax.train.state", "experiments")}
 
-# Distribution -> how the modules are called that import it, and nothing else where it is missing.
-ONLY_IN_MODULES = {"triton": "triton_"}
+# Optional third-party package -> name prefix of the only modules that may import it.
+MODULE_PREFIX = {"triton": "triton_"}
 
-LONGEST_CHAIN = 16
-"""Modules of ours in the longest chain of imports: what a reader may have to follow."""
+MAX_CHAIN = 16
+"""Modules of the longest chain of imports, which a reader may have to follow."""
 
-OURS = ("xlstm_jax", "pallas_kernels", "experiments", "tests")
+FIRST_PARTY = ("xlstm_jax", "pallas_kernels", "experiments", "tests")
 
 
 def belongs_to(target: str, package: str) -> bool:
-    """Whether the dotted name lies in the package; in the bare `xlstm_jax` only its own names."""
+    """Whether a dotted name is in a package; `xlstm_jax` stands for its `__init__` alone."""
     if package == "xlstm_jax":
         return target == package or target.startswith("xlstm_jax.__version__")
     return target == package or target.startswith(package + ".")
 
 
 def package_of(module: str) -> str | None:
+    """The entry of `MAY_IMPORT` that a module belongs to."""
     return next((package for package in MAY_IMPORT if belongs_to(module, package)), None)
 
 
@@ -103,46 +104,47 @@ def imported_names(module: str, source: str, is_package: bool = False) -> list[t
             names += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             parts = module.split(".")
-            kept = parts[: len(parts) - node.level + is_package] if node.level else []
-            base = ".".join([*kept, *([node.module] if node.module else [])])
+            parents = parts[: len(parts) - node.level + is_package] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
             names += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
     return names
 
 
-def fault(module: str, target: str) -> str | None:
+def violation(module: str, target: str) -> str | None:
     """Why `module` may not import `target`, or None."""
     package, top = package_of(module), target.split(".")[0]
     if package is None:
-        return "is imported by a module of no package of the table"
-    if top in OURS:
+        return "is imported by a module outside all packages of the table"
+    if top in FIRST_PARTY:
         allowed = (package, *MAY_IMPORT[package])
-        return None if any(belongs_to(target, other) for other in allowed) else "is not below it"
+        is_allowed = any(belongs_to(target, other) for other in allowed)
+        return None if is_allowed else "is not in a lower layer"
     if top in sys.stdlib_module_names:
         return None
-    if package in DISTRIBUTIONS and top not in DISTRIBUTIONS[package]:
-        return f"is none of {sorted(DISTRIBUTIONS[package])}"
-    if top in WITHOUT.get(package, ()):
-        return f"is what {package} does without"
-    if top in ONLY_IN and not any(belongs_to(module, home) for home in ONLY_IN[top]):
-        return f"is for {', '.join(ONLY_IN[top])}"
-    start = ONLY_IN_MODULES.get(top, "")
-    if package != "experiments" and not module.split(".")[-1].startswith(start):
-        return f"is for modules called {start}*"
+    if package in THIRD_PARTY and top not in THIRD_PARTY[package]:
+        return f"is not one of {sorted(THIRD_PARTY[package])}"
+    if top in FORBIDDEN.get(package, ()):
+        return f"is forbidden in {package}"
+    if top in ONLY_IN and not any(belongs_to(module, user) for user in ONLY_IN[top]):
+        return f"is allowed only in {', '.join(ONLY_IN[top])}"
+    prefix = MODULE_PREFIX.get(top, "")
+    if package != "experiments" and not module.split(".")[-1].startswith(prefix):
+        return f"is allowed only in modules named {prefix}*"
     return None
 
 
-def faults(module: str, source: str, is_package: bool = False) -> list[str]:
-    """One sentence for each import of the source that breaks a rule."""
+def violations(module: str, source: str, is_package: bool = False) -> list[str]:
+    """One message for each import of the source that breaks a rule."""
     return [
         f"{module}, line {line}: {target} {reason}."
         for line, target in imported_names(module, source, is_package)
-        if (reason := fault(module, target))
+        if (reason := violation(module, target))
     ]
 
 
 @functools.cache
 def sources() -> dict[str, pathlib.Path]:
-    """Dotted name -> file of every module of ours but the tests."""
+    """Dotted name -> file of every module of the repository, without the tests."""
     paths = [
         path
         for folder in ("xlstm_jax", "pallas_kernels", "experiments")
@@ -157,7 +159,7 @@ def sources() -> dict[str, pathlib.Path]:
 
 @functools.cache
 def longest_chain(module: str) -> tuple[str, ...]:
-    """The module and those of ours that it imports, one after another, as deep as it goes."""
+    """The longest chain of imports within the repository that starts at a module."""
     path = sources()[module]
     targets = imported_names(module, path.read_text(), path.name == "__init__.py")
     chains = [longest_chain(name) for _, target in targets if (name := module_of(target, module))]
@@ -165,19 +167,19 @@ def longest_chain(module: str) -> tuple[str, ...]:
 
 
 def module_of(target: str, importer: str) -> str | None:
-    """The module of ours, other than the importer, that a dotted name lies in."""
+    """The module of the repository that defines a dotted name, unless it is the importer."""
     while target and target not in sources():
         target = target.rpartition(".")[0]
     return target if target and target != importer else None
 
 
-def test_nothing_imports_upwards():
-    found = [
-        sentence
+def test_no_module_imports_a_higher_layer():
+    messages = [
+        message
         for module, path in sources().items()
-        for sentence in faults(module, path.read_text(), path.name == "__init__.py")
+        for message in violations(module, path.read_text(), path.name == "__init__.py")
     ]
-    assert not found, "\n".join(found)
+    assert not messages, "\n".join(messages)
 
 
 def test_every_module_belongs_to_a_package_of_the_table():
@@ -185,10 +187,10 @@ def test_every_module_belongs_to_a_package_of_the_table():
     assert {package_of(module) for module in sources()} == set(MAY_IMPORT)
 
 
-def test_import_chains_stay_short():
+def test_import_chains_are_short():
     library = [module for module in sources() if not belongs_to(module, "experiments")]
     longest = max(map(longest_chain, library), key=len)
-    assert len(longest) <= LONGEST_CHAIN, " -> ".join(longest)
+    assert len(longest) <= MAX_CHAIN, " -> ".join(longest)
 
 
 @pytest.mark.parametrize(
@@ -208,14 +210,14 @@ def test_import_chains_stay_short():
         ("xlstm_jax.generate.decode", "from xlstm_jax.train import state"),
         ("xlstm_jax.plan", "from xlstm_jax.train.checkpoint import Checkpointer"),
         ("xlstm_jax.cli", "import tests.conftest"),
-        ("xlstm_jax.surprise", "import os"),
+        ("xlstm_jax.unknown", "import os"),
         ("pallas_kernels.common", "from xlstm_jax.typing import Array"),
         ("pallas_kernels.common", "import optax"),
         ("pallas_kernels.mlstm.vjp", "def late():\n    import triton.language as tl"),
     ],
 )
-def test_an_import_that_breaks_a_rule_is_found(module, source):
-    assert len(faults(module, source)) == 1
+def test_import_that_breaks_a_rule_is_reported(module, source):
+    assert len(violations(module, source)) == 1
 
 
 @pytest.mark.parametrize(
@@ -230,12 +232,12 @@ def test_an_import_that_breaks_a_rule_is_found(module, source):
         ("pallas_kernels.mlstm.triton_step", "import triton\nimport triton.language as tl"),
     ],
 )
-def test_an_import_that_keeps_the_rules_is_let_pass(module, source):
-    assert faults(module, source) == []
+def test_import_that_follows_the_rules_is_accepted(module, source):
+    assert violations(module, source) == []
 
 
-def test_a_relative_import_is_resolved_from_a_package_too():
+def test_relative_imports_of_a_package_are_resolved():
     assert imported_names("xlstm_jax.ops", "from .mlstm import mlstm", is_package=True) == [
         (1, "xlstm_jax.ops.mlstm.mlstm")
     ]
-    assert faults("xlstm_jax.ops", "from ..train import loop", is_package=True)
+    assert violations("xlstm_jax.ops", "from ..train import loop", is_package=True)

@@ -1,4 +1,4 @@
-"""The wheel holds two packages and nothing else, and they import where the source tree is not."""
+"""The wheel contains two packages, which import without the source tree."""
 
 import json
 import os
@@ -13,8 +13,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# What `import xlstm_jax` has to do without: the layers above it, and every kernel language. The
-# arithmetic of the gates in `pallas_kernels` is plain JAX, which ops share.
+# What `import xlstm_jax` must not load: higher layers and kernel languages. The gate arithmetic of
+# `pallas_kernels` is plain JAX, which ops use.
 NOT_LOADED = (
     "flax", "orbax", "grain", "optax", "tyro", "matplotlib",
     "xlstm_jax.modules", "xlstm_jax.data", "xlstm_jax.train",
@@ -34,16 +34,16 @@ print(json.dumps(dict(loaded=loaded, kernels=kernels, files=files, version=xlstm
 
 
 def run(*command, cwd: pathlib.Path) -> str:
-    """Standard output of a command that has to succeed; nothing of the tree on its path."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
-    done = subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    """Runs a command that must succeed, without the source tree on its path; returns its stdout."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
+    process = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> pathlib.Path:
-    """The built wheel; without build isolation, so that no network is needed."""
+    """The wheel, built without isolation so that no network is needed."""
     folder = tmp_path_factory.mktemp("wheel")
     run(
         sys.executable,
@@ -62,28 +62,28 @@ def wheel(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> pathlib.Path:
-    """An environment that holds the wheel alone; its dependencies come from a path file."""
-    home = tmp_path_factory.mktemp("elsewhere") / "venv"
-    venv.create(home, symlinks=True)
-    pip = (sys.executable, "-m", "pip", "--python", home / "bin" / "python", "--quiet")
-    run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=home.parent)
-    # A path file, not PYTHONPATH: they come last, and path files within it are not read.
-    (site_packages(home) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return home
+    """A virtual environment with only the wheel installed; a .pth file adds its dependencies."""
+    prefix = tmp_path_factory.mktemp("installed") / "venv"
+    venv.create(prefix, symlinks=True)
+    pip = (sys.executable, "-m", "pip", "--python", prefix / "bin" / "python", "--quiet")
+    run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=prefix.parent)
+    # Not PYTHONPATH: a .pth entry comes last on sys.path, and .pth files inside it are ignored.
+    (site_packages(prefix) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return prefix
 
 
 @pytest.fixture(scope="module")
 def probe(installed) -> dict:
-    """What a fresh interpreter reports after importing both packages from another directory."""
+    """Report of a new interpreter that imports both packages from another directory."""
     python = installed / "bin" / "python"
     return json.loads(run(python, "-I", "-W", "error", "-c", PROBE, cwd=installed.parent))
 
 
-def site_packages(home: pathlib.Path) -> pathlib.Path:
-    return next(home.glob("lib/python*/site-packages"))
+def site_packages(prefix: pathlib.Path) -> pathlib.Path:
+    return next(prefix.glob("lib/python*/site-packages"))
 
 
-def test_the_wheel_holds_two_packages_and_nothing_else(wheel):
+def test_wheel_contains_only_the_two_packages(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {
@@ -94,23 +94,23 @@ def test_the_wheel_holds_two_packages_and_nothing_else(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_installing_it_installs_nothing_else(installed, probe):
-    found = {path.name for path in site_packages(installed).iterdir()}
+def test_installing_the_wheel_adds_only_the_two_packages(installed, probe):
+    names = {path.name for path in site_packages(installed).iterdir()}
     info = f"xlstm_jax-{probe['version']}.dist-info"
-    assert found == {"xlstm_jax", "pallas_kernels", info, "dependencies.pth"}
+    assert names == {"xlstm_jax", "pallas_kernels", info, "dependencies.pth"}
 
 
-def test_both_packages_import_from_another_directory(installed, probe):
+def test_packages_import_from_another_directory(installed, probe):
     assert all(pathlib.Path(file).is_relative_to(installed) for file in probe["files"])
 
 
-def test_importing_the_library_loads_no_layer_above_and_no_kernel(probe):
+def test_importing_xlstm_jax_loads_no_higher_layer_and_no_kernels(probe):
     assert not set(probe["loaded"]) & set(NOT_LOADED)
 
 
-def test_importing_the_kernels_loads_nothing_more(probe):
+def test_importing_pallas_kernels_loads_no_other_module(probe):
     assert probe["kernels"] == ["pallas_kernels"]
 
 
-def test_the_command_is_installed(installed):
+def test_wheel_installs_the_command(installed):
     assert "train" in run(installed / "bin" / "xlstm-jax", "--help", cwd=installed.parent)

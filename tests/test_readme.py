@@ -1,4 +1,4 @@
-"""What the README says is true: its commands exist, its example runs, its links lead somewhere."""
+"""The README is correct: its commands exist, its example runs, its links resolve."""
 
 import pathlib
 import re
@@ -12,24 +12,24 @@ README = (ROOT / "README.md").read_text()
 
 
 def code_block(language: str) -> str:
-    """The first block of this language."""
+    """The first code block of a language."""
     (block,) = re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[:1]
     return block
 
 
-def test_the_set_up_is_two_commands():
+def test_setup_is_two_make_commands():
     commands = [line.split("#")[0].strip() for line in code_block("sh").splitlines()]
     assert commands == ["make train", "make test"]
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{command.split()[1]}:", makefile, re.M) for command in commands)
 
 
-def test_the_example_fits_in_twenty_lines():
+def test_example_has_at_most_20_lines():
     assert len([line for line in code_block("python").splitlines() if line.strip()]) <= 20
 
 
 @pytest.mark.slow
-def test_the_example_runs_and_prints_what_it_says(capsys):
+def test_example_runs_and_prints_the_stated_output(capsys):
     example = code_block("python")
     names = {}
     exec(compile(example, "README.md", "exec"), names)
@@ -44,18 +44,20 @@ PAGES += [*ROOT.glob("pallas_kernels/*.md"), *ROOT.glob("tests/golden/*.md")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_to_files_that_exist(page):
+def test_links_point_to_existing_files(page):
     text = page.read_text()
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
     assert not [link for link in links if not (page.parent / link).exists()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_files_that_the_text_names_exist(page):
-    if page.name == "CHANGELOG.md":  # names what was, too
+def test_file_names_in_the_text_exist(page):
+    if page.name == "CHANGELOG.md":  # also names removed files
         return
     names = re.findall(
         r"`((?:xlstm_jax|tests|pallas_kernels|experiments|docs)/[\w/]+\.\w+)`", page.read_text()
     )
     missing = [name for name in names if not (ROOT / name).exists()]
-    assert not [name for name in missing if not re.search(r"[A-Z]{2}", name)]  # NAME stands for any
+    assert not [
+        name for name in missing if not re.search(r"[A-Z]{2}", name)
+    ]  # NAME is a placeholder

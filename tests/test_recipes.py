@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md, followed one by one; a block kind has `test_block_kinds.py`."""
+"""The recipes of CONTRIBUTING.md; that of a block kind is in `modules/test_block_kinds.py`."""
 
 import dataclasses
 import json
@@ -33,8 +33,8 @@ def experiment(**changes) -> ExperimentConfig:
     return ExperimentConfig(**values | changes)
 
 
-def test_an_implementation_is_a_line_of_its_op():
-    """Named it runs or raises its reason; "auto" passes over what refuses a call."""
+def test_adding_an_implementation_of_an_op():
+    """By name it runs or raises the reason; "auto" skips it where it does not support a call."""
     calls = []
 
     def compute(x, state, flags, options):
@@ -42,7 +42,7 @@ def test_an_implementation_is_a_line_of_its_op():
         return jnp.full_like(x.v, 7.0), state
 
     toy = Implementation(compute, lambda call: "it needs T = 2" if call.T != 2 else None)
-    table = {"toy": toy, **IMPLEMENTATIONS}  # first in the order of "auto"
+    table = {"toy": toy, **IMPLEMENTATIONS}  # "auto" tries it first
     q, i = jnp.ones((1, 3, 1, 2)), jnp.zeros((1, 3, 1))
     with mock.patch.dict(IMPLEMENTATIONS, table, clear=True):
         h, _ = ops.mlstm(q[:, :2], q[:, :2], q[:, :2], i[:, :2], i[:, :2])
@@ -56,7 +56,7 @@ def test_an_implementation_is_a_line_of_its_op():
 
 @dataclasses.dataclass(frozen=True)
 class Letters:
-    """A tokenizer of letters; everything else is token 0."""
+    """A tokenizer of letters; all other characters are token 0."""
 
     name: str = "letters"
     vocab_size: int = 28
@@ -74,7 +74,7 @@ class Letters:
         return int(np.count_nonzero(np.asarray(ids) != self.eos_id))
 
 
-def test_a_tokenizer_is_an_entry_of_its_table(monkeypatch):
+def test_adding_a_tokenizer(monkeypatch):
     monkeypatch.setitem(tokenizers.TOKENIZERS, "letters", Letters())
     cfg = DataConfig(source="grammar", seq_len=16, batch_size=2, tokenizer="letters")
     windows = data.load(cfg, "train")
@@ -85,7 +85,7 @@ def test_a_tokenizer_is_an_entry_of_its_table(monkeypatch):
 
 @dataclasses.dataclass(frozen=True)
 class Counting:
-    """Example i counts up from i, modulo 11."""
+    """A dataset whose example i counts up from i, modulo 11."""
 
     seq_len: int
     vocab_size: int = 11
@@ -104,9 +104,7 @@ class Counting:
         return Batch(tokens[:, :-1], tokens[:, 1:], ones, ones.astype(np.float32), index)
 
 
-def test_a_dataset_is_an_entry_of_its_table_and_an_optimizer_an_argument_of_fit(
-    monkeypatch, tmp_path, one_device
-):
+def test_adding_a_dataset_and_passing_an_optimizer_to_fit(monkeypatch, tmp_path, one_device):
     monkeypatch.setitem(DATASETS, "counting", lambda cfg, split: Counting(cfg.seq_len))
     cfg = experiment(data=DataConfig(source="counting", seq_len=8, batch_size=2))
     result = fit(cfg, tmp_path / "run", tx=optax.lion(1e-3))
@@ -115,7 +113,7 @@ def test_a_dataset_is_an_entry_of_its_table_and_an_optimizer_an_argument_of_fit(
     assert stored["data"]["train"] == {"source": "counting"}
 
 
-def test_a_sharding_rule_is_an_entry_of_its_table(monkeypatch, tmp_path):
+def test_adding_a_table_of_sharding_rules(monkeypatch, tmp_path):
     rules = {**RULES["fsdp"], "inner": ("fsdp",), "embed": ()}
     monkeypatch.setitem(RULES, "inner_over_fsdp", rules)
     mesh = sharding.MeshConfig(fsdp=2, data=1, rules="inner_over_fsdp", min_shard_size=1)

@@ -1,6 +1,6 @@
-"""The checker of signatures while tests run; `pyproject.toml` names it to the import hook."""
+"""The run-time type checker of tests, which the jaxtyping options in `pyproject.toml` name."""
 
 import beartype
 
-# An int serves where a float is asked for: what PEP 484 says, and what the static checker does.
+# Accept an int for a float, as PEP 484 and the static checker do.
 check = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))

@@ -18,7 +18,7 @@ import jax
 
 from experiments.benchmarks import measure
 from tests.workloads import PLANS_7B, PlanWorkload
-from xlstm_jax.cli.options import with_preset
+from xlstm_jax.cli.options import experiment_from_preset
 from xlstm_jax.plan import find_target, plan
 from xlstm_jax.plan.formula import estimate
 from xlstm_jax.sharding import MeshConfig
@@ -63,7 +63,7 @@ def runs(args: Arguments) -> Iterator[PlanWorkload]:
 
 def config(run: PlanWorkload) -> ExperimentConfig:
     """A run of a preset with full rematerialization."""
-    cfg = with_preset(run.preset)
+    cfg = experiment_from_preset(run.preset)
     return dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, remat="full"),
@@ -83,7 +83,7 @@ def row(run: PlanWorkload) -> dict[str, Any]:
         "limit": found.limit,
         "step_seconds": found.step_seconds,
         "sent": sum(sent for _, sent in found.collectives.values()),
-        "formula_sent": sum(formula.sent.values()),
+        "formula_sent": sum(formula.bytes_sent.values()),
         "formula_network_seconds": formula.network_seconds,
     }
 

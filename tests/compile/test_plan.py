@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from pallas_kernels.aot import compiler
-from xlstm_jax.cli.options import with_preset
+from xlstm_jax.cli.options import experiment_from_preset
 from xlstm_jax.flops import count_params
 from xlstm_jax.plan import find_target, plan
 from xlstm_jax.plan.collectives import collectives
@@ -15,7 +15,7 @@ from xlstm_jax.sharding import MeshConfig
 
 
 def config(preset, mesh, rows, seq_len, **model):
-    cfg = with_preset(preset)
+    cfg = experiment_from_preset(preset)
     data = dataclasses.replace(cfg.data, batch_size=rows, seq_len=seq_len)
     model = dataclasses.replace(cfg.model, remat="full", **model)
     return dataclasses.replace(cfg, model=model, data=data, mesh=mesh)
@@ -63,12 +63,12 @@ def test_parameters_travel_in_the_dtype_of_activations(program):
     large = [c for c in collectives(program) if c.payload > 2**20]
     gathered = [c for c in large if c.kind == "all-gather"]
     assert len(gathered) >= 6 and {c.dtype for c in gathered} == {"bf16"}
-    assert {c.times for c in gathered} == {1, 4}  # tables, and blocks
+    assert {c.count for c in gathered} == {1, 4}  # tables, and blocks
 
 
 def test_no_chip_adds_up_gradients_of_blocks_that_it_keeps_a_part_of(program):
     """What is added up whole, along data, is no larger than that part."""
-    blocks = [c for c in collectives(program) if c.times == 4 and c.payload > 2**20]
+    blocks = [c for c in collectives(program) if c.count == 4 and c.payload > 2**20]
     assert {"all-gather", "reduce-scatter", "all-reduce"} <= {c.kind for c in blocks}
     largest = max(c.payload for c in blocks if c.kind == "reduce-scatter")
     assert largest == 4096 * 21888 * 2
@@ -90,4 +90,4 @@ def test_only_parts_of_gradients_cross_the_network_between_slices():
     ]
     assert far and {c.kind for c in far} <= {"all-reduce", "all-gather", "reduce-scatter"}
     # Two tables and two blocks, a sixteenth of each.
-    assert sum(c.payload * c.times for c in far) < 1.2 * 4 * count_params(cfg.model) / 16
+    assert sum(c.payload * c.count for c in far) < 1.2 * 4 * count_params(cfg.model) / 16

@@ -1,4 +1,4 @@
-"""Runs and targets of the tests of plans."""
+"""Configs and targets for the tests of `xlstm_jax.plan`."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,7 @@ import dataclasses
 import jax
 
 from pallas_kernels.hardware import GPUS
-from xlstm_jax.cli.options import with_preset
+from xlstm_jax.cli.options import experiment_from_preset
 from xlstm_jax.modules import LargeConfig, LMConfig
 from xlstm_jax.plan import Target
 from xlstm_jax.sharding import MeshConfig
@@ -21,23 +21,24 @@ ONE_DEVICE = MeshConfig()
 def config(
     mesh: MeshConfig = ONE_DEVICE, batch_size: int = 8, seq_len: int = 256, **model
 ) -> ExperimentConfig:
-    cfg = with_preset("scaling_160m")
+    cfg = experiment_from_preset("scaling_160m")
     data = dataclasses.replace(cfg.data, batch_size=batch_size, seq_len=seq_len)
     return dataclasses.replace(cfg, model=dataclasses.replace(SMALL, **model), data=data, mesh=mesh)
 
 
-def sizes(**given: int) -> dict[str, int]:
-    return {"data": 1, "fsdp": 1, "seq": 1, "tensor": 1} | given
+def sizes(**axis_sizes: int) -> dict[str, int]:
+    """Mesh sizes; axes that are not named have size 1."""
+    return {"data": 1, "fsdp": 1, "seq": 1, "tensor": 1} | axis_sizes
 
 
 def target(count: int = 8, hbm_bytes: int = 2**30, intra_size: int = 8) -> Target:
-    """H100s that no compiler here knows."""
+    """H100s without a compiler, so that plans are estimated by formula."""
     chip = GPUS["H100"]._replace(hbm_bytes=hbm_bytes)
     return Target("h100:test", chip, (), count, count, intra_size, "for the test")
 
 
 class CpuTarget(Target):
-    """The CPU devices of this process, as if they were H100s."""
+    """The CPU devices of this process with the rates of an H100."""
 
     def compiling(self):
         return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Hardware by its name; what is compiled for it is tested where its compilers are installed."""
+"""Compilation targets by name; `tests/compile` compiles for them."""
 
 import os
 
@@ -13,12 +13,12 @@ from xlstm_jax.plan.topology import CLUSTERS
 @pytest.mark.parametrize(
     "name", ["v5e", "v5e:16", "v5e:0x4", "v9:2x2", "h100:2x2x2", "h100:8", "rtx:1x1", "l4:1x1"]
 )
-def test_hardware_that_cannot_be_is_refused(name):
-    with pytest.raises(ConfigError, match="must be a kind of chip and a shape, such as v5e:16x16"):
+def test_invalid_topology_raises(name):
+    with pytest.raises(ConfigError, match="must be a chip and a shape, such as v5e:16x16"):
         find_target(name)
 
 
-def test_a_target_has_the_chip_of_its_name_and_leaves_the_environment_alone():
+def test_find_target_returns_the_named_chip_without_changing_the_environment():
     before = dict(os.environ)
     target = find_target("v7x:2x2x1", slices=2)
     assert (target.num_chips, target.num_devices, target.intra_size) == (8, 16, 8)

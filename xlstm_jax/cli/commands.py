@@ -1,4 +1,4 @@
-"""`xlstm-jax COMMAND ...`: finds the command, and turns what goes wrong into an exit code."""
+"""`xlstm-jax COMMAND ...`: runs a command and maps its errors to exit codes."""
 
 import importlib
 import sys
@@ -9,35 +9,36 @@ from xlstm_jax import __version__, cpu
 from xlstm_jax.cli.exit_codes import BAD_ARGUMENT, DONE, INTERRUPTED
 from xlstm_jax.config import ConfigError, did_you_mean
 
-# Each is a module with `run(args) -> exit code`, imported when it is asked for.
+# Each is a module of this package with `run(argv) -> exit code`, imported only when it runs.
 COMMANDS = {
     "train": "train CONFIG.py: train a model, or resume a run",
-    "evaluate": "evaluate RUN: perplexity and bits per byte on held-out data",
+    "evaluate": "evaluate RUN: measure perplexity and bits per byte on held-out data",
     "generate": "generate RUN --prompt TEXT: continue a text",
-    "convert": "convert hf-to-run FOLDER RUN, run-to-hf RUN FOLDER: weights in and out",
-    "plan": "plan CONFIG.py --topology v5e:4x4: a run compiled for a target that is not attached",
-    "describe": "describe CONFIG.py: shapes, parameters, FLOPs and memory; trains nothing",
+    "convert": "convert hf-to-run FOLDER RUN, run-to-hf RUN FOLDER: import and export weights",
+    "plan": "plan CONFIG.py --topology v5e:4x4: compile a run for a target that is not attached",
+    "describe": "describe CONFIG.py: list shapes, parameters, FLOPs and memory, without training",
 }
 
-# These compute next to nothing; memory that malloc does not return would add to their peak.
-MOVES_ONLY = ("convert",)
+# Commands that compute almost nothing: `cpu.prepare` would not speed them up, and the freed memory
+# that it keeps in the process would raise their peak.
+WITHOUT_CPU_SETTINGS = ("convert",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code, one of `exit_codes`."""
+    """Runs one command and returns its exit code, one of `exit_codes`."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] not in MOVES_ONLY:
-        cpu.prepare()  # before anything computes
+    if not args or args[0] not in WITHOUT_CPU_SETTINGS:
+        cpu.prepare()  # has to precede the first computation
     try:
         return _dispatch(args)
     except (ConfigError, NotImplementedError, ValueError) as error:
-        if not _is_ours(error):
+        if not _is_raised_by_library(error):
             raise
         print(f"xlstm-jax: {error}", file=sys.stderr)
         return BAD_ARGUMENT
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         sys.stderr.close()
         return DONE
 
@@ -57,8 +58,8 @@ def _dispatch(args: list[str]) -> int:
     return importlib.import_module(f"xlstm_jax.cli.{args[0]}").run(args[1:])
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether the library itself raised it; a ValueError from elsewhere is a bug to be seen."""
+def _is_raised_by_library(error: Exception) -> bool:
+    """Whether this library raised the error; others are bugs, which keep their traceback."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     module = frame.f_globals.get("__name__", "")
     return isinstance(error, ConfigError) or module.startswith("xlstm_jax")

@@ -1,4 +1,4 @@
-"""How commands speak: in colour on a terminal, in plain text where the output is piped."""
+"""Output of commands: colored on a terminal, plain text in a pipe."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -7,24 +7,24 @@ from rich.console import Console
 from rich.text import Text
 
 
-def say(text: str) -> None:
-    """Writes text as it is and at once; what the output cannot encode is replaced."""
+def write(text: str) -> None:
+    """Writes text unchanged and flushes; characters that stdout cannot encode become "?"."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
 
 
-def facts(rows: Mapping[str, str]) -> None:
-    """Names and values, a line each."""
-    width = max(map(len, rows))
-    for name, value in rows.items():
+def print_fields(fields: Mapping[str, str]) -> None:
+    """Prints one name and value per line."""
+    width = max(map(len, fields))
+    for name, value in fields.items():
         _line(Text(f"{name:<{width}}  ", "cyan") + Text(value))
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns under their heads; the first one is text, the others stand flush right."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    for n, row in enumerate([heads, *rows]):
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table whose first column is left-aligned and whose others are right-aligned."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for n, row in enumerate([header, *rows]):
         cells = [
             f"{cell:<{width}}" if column == 0 else f"{cell:>{width}}"
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
@@ -33,5 +33,5 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _line(text: Text) -> None:
-    # Soft: a line longer than the screen is left to the terminal, and a pipe has no width.
+    # soft_wrap: rich must not break long lines, which would also break lines in a pipe.
     Console().print(text, soft_wrap=True)

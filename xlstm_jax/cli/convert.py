@@ -1,4 +1,4 @@
-"""`xlstm-jax convert hf-to-run` and `run-to-hf`: weights of `transformers` in and out."""
+"""`xlstm-jax convert hf-to-run` and `run-to-hf`: imports and exports `transformers` weights."""
 
 import dataclasses
 import shutil
@@ -19,7 +19,7 @@ from xlstm_jax.train.checkpoint import restore_params
 from xlstm_jax.train.config import ExperimentConfig, TrainConfig
 
 SPECIAL_TOKENS = "special_tokens.json"
-"""In a run made of others' weights: the ids of their config, for the way back."""
+"""File in a converted run: the special token ids of the source config, written back on export."""
 
 LICENSE = "license of the weights"
 
@@ -29,106 +29,105 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HfToRun(options.ModelCommand):
-    """Makes a run from a checkpoint folder of `transformers`, to evaluate or to train further."""
+    """Converts a checkpoint folder of `transformers` to a run, to evaluate or to train further."""
 
-    folder: Folder  # with config.json and safetensors files
-    run: options.RunPath  # the folder of the run; a new one
-    dtype: Dtype | None = None  # of activations; None: as the folder says
-    compare: bool = False  # the logits with those of transformers, in float32
-    data: DataConfig = DataConfig()  # of the run
+    folder: Folder  # checkpoint with config.json and safetensors files
+    run: options.RunPath  # directory of the run; must be new or empty
+    dtype: Dtype | None = None  # of activations; None: the dtype in the folder's config
+    compare: bool = False  # compare the logits with those of transformers, in float32
+    data: DataConfig = DataConfig()  # data of the run
     train: TrainConfig = TrainConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunToHf(options.ModelCommand):
-    """Makes a checkpoint folder that `transformers` loads, from a run of large blocks."""
+    """Converts a run of large blocks to a checkpoint folder that `transformers` loads."""
 
-    run: options.RunPath
-    folder: Folder  # a new one
-    step: int | None = None  # of the checkpoint; None: the newest
+    run: options.RunPath  # directory of a run
+    folder: Folder  # output; must be new or have no weights
+    step: int | None = None  # checkpoint to convert; None: the newest
     dtype: Dtype = "float32"  # of the stored tensors
-    max_shard_bytes: int = 10**9  # of one file
-    compare: bool = False  # the logits with those of transformers, in float32
+    max_shard_bytes: int = 10**9  # largest size of one file
+    compare: bool = False  # compare the logits with those of transformers, in float32
 
 
-def run(args: list[str]) -> int:
-    """Returns 0, or 5 where `--compare` measured a difference.
+def run(argv: list[str]) -> int:
+    """Runs a conversion; returns 0, or 5 if `--compare` measured different logits.
 
     Raises:
-        ConfigError: an option, the run or the weights cannot be used; nothing has been written.
+        ConfigError: an option, the run or the weights are invalid; nothing has been written.
     """
-    if not args or args[0] in ("-h", "--help"):
-        lines = [f"  xlstm-jax convert {name} --help" for name in DIRECTIONS]
-        console.say("\n".join(["the options of a conversion:", "", *lines, ""]))
-        return DONE if args else BAD_ARGUMENT
-    if args[0] not in DIRECTIONS:
-        hint = did_you_mean(args[0], DIRECTIONS, f"use one of: {', '.join(DIRECTIONS)}.")
-        raise ConfigError(f"unknown conversion {args[0]!r}; {hint}")
-    return DIRECTIONS[args[0]](args[1:])
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = [f"  xlstm-jax convert {name} --help" for name in CONVERSIONS]
+        console.write("\n".join(["Show the options of a conversion:", "", *lines, ""]))
+        return DONE if argv else BAD_ARGUMENT
+    if argv[0] not in CONVERSIONS:
+        hint = did_you_mean(argv[0], CONVERSIONS, f"use one of: {', '.join(CONVERSIONS)}.")
+        raise ConfigError(f"unknown conversion {argv[0]!r}; {hint}")
+    return CONVERSIONS[argv[0]](argv[1:])
 
 
-def _hf_to_run(args: list[str]) -> int:
-    chosen = options.parse("convert hf-to-run", HfToRun, args)
-    if chosen.run.exists() and (not chosen.run.is_dir() or any(chosen.run.iterdir())):
+def _hf_to_run(argv: list[str]) -> int:
+    args = options.parse("convert hf-to-run", HfToRun, argv)
+    if args.run.exists() and (not args.run.is_dir() or any(args.run.iterdir())):
         raise ConfigError(
-            f"RUN={str(chosen.run)!r} must be a new folder or an empty one; name another one."
+            f"RUN must be a new or an empty folder, got {str(args.run)!r}; choose another one."
         )
-    model, params = convert.load_hf(chosen.folder, dtype=chosen.dtype)
+    model, params = convert.load_hf(args.folder, dtype=args.dtype)
     cfg = ExperimentConfig(
-        name=chosen.run.resolve().name, model=model, data=chosen.data, train=chosen.train
+        name=args.run.resolve().name, model=model, data=args.data, train=args.train
     )
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-    facts = {"num_params": num_params, "converted_from": str(chosen.folder)}
+    facts = {"num_params": num_params, "converted_from": str(args.folder)}
     try:
-        rundir.begin(chosen.run, cfg, facts, step=0)
-        terms = license.copy(chosen.folder, chosen.run)
-        tokens = hf.special_tokens_of(chosen.folder)
-        rundir.write_json(chosen.run / SPECIAL_TOKENS, tokens)
-        checkpoint.save_params(chosen.run, params, to_dict(cfg))
+        rundir.begin(args.run, cfg, facts, step=0)
+        license_name = license.copy(args.folder, args.run)
+        special_tokens = hf.special_tokens_of(args.folder)
+        rundir.write_json(args.run / SPECIAL_TOKENS, special_tokens)
+        checkpoint.save_params(args.run, params, to_dict(cfg))
     except BaseException:
-        shutil.rmtree(chosen.run, ignore_errors=True)  # half a run is none
+        shutil.rmtree(args.run, ignore_errors=True)  # never leave an incomplete run behind
         raise
-    rows = {"written": str(chosen.run), "parameters": f"{num_params:,}", LICENSE: terms}
-    rows["tokenizer"] = f"{cfg.data.tokenizer!r} of the run; the folder's is not read"
-    if chosen.compare and model.tie_embeddings:
-        rows["logits"] = "not compared, as transformers makes a random head for a tied model"
-    return _report(rows, chosen.folder if chosen.compare and not model.tie_embeddings else None)
+    fields = {"written": str(args.run), "parameters": f"{num_params:,}", LICENSE: license_name}
+    fields["tokenizer"] = f"{cfg.data.tokenizer!r} of the run; that of the folder is not imported"
+    if args.compare and model.tie_embeddings:
+        fields["logits"] = "not compared: transformers gives tied models a random head"
+    return _report(fields, args.folder if args.compare and not model.tie_embeddings else None)
 
 
-def _run_to_hf(args: list[str]) -> int:
-    chosen = options.parse("convert run-to-hf", RunToHf, args)
-    tensors.check_writable(chosen.folder)
-    cfg, params = restore_params(chosen.run, chosen.step)
-    tokens = chosen.run / SPECIAL_TOKENS
+def _run_to_hf(argv: list[str]) -> int:
+    args = options.parse("convert run-to-hf", RunToHf, argv)
+    tensors.check_writable(args.folder)
+    cfg, params = restore_params(args.run, args.step)
+    tokens_file = args.run / SPECIAL_TOKENS
     convert.save_hf(
-        chosen.folder,
+        args.folder,
         cfg.model,
         params,
-        dtype=chosen.dtype,
-        max_shard_bytes=chosen.max_shard_bytes,
-        special_tokens=read_json(tokens) if tokens.exists() else hf.SPECIAL_TOKENS,
+        dtype=args.dtype,
+        max_shard_bytes=args.max_shard_bytes,
+        special_tokens=read_json(tokens_file) if tokens_file.exists() else hf.SPECIAL_TOKENS,
     )
-    terms = "they were trained here; it is for you to choose one"
-    if license.copied_file(chosen.run):
-        terms = license.copy(chosen.run, chosen.folder)
+    license_name = "none: the weights were trained in this run; choose one"
+    if license.copied_file(args.run):
+        license_name = license.copy(args.run, args.folder)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-    rows = {"written": str(chosen.folder), "parameters": f"{num_params:,}", LICENSE: terms}
-    return _report(rows, chosen.folder if chosen.compare else None)
+    fields = {"written": str(args.folder), "parameters": f"{num_params:,}", LICENSE: license_name}
+    return _report(fields, args.folder if args.compare else None)
 
 
-def _report(rows: dict[str, str], compared: Path | None) -> int:
-    """Prints the rows and how the logits of a folder compare, if one is given."""
+def _report(fields: dict[str, str], compared: Path | None) -> int:
+    """Prints the fields and, if a folder is given, how its logits differ from the reference."""
     agrees = True
     try:
         if compared is not None:
             difference, agrees, versions = compare.with_transformers(compared)
-            by = f"{difference:.1e} of the largest"
-            rows["logits"] = f"differ from those of {versions} by {by}"
+            fields["logits"] = f"differ from those of {versions} by {difference:.1e} of the largest"
     except compare.TransformersError as error:
-        rows["logits"] = f"not compared: {error}"
-    console.facts(rows)
+        fields["logits"] = f"not compared: {error}"
+    console.print_fields(fields)
     return DONE if agrees else WRONG_RESULT
 
 
-DIRECTIONS = {"hf-to-run": _hf_to_run, "run-to-hf": _run_to_hf}
-"""Word -> what does it."""
+CONVERSIONS = {"hf-to-run": _hf_to_run, "run-to-hf": _run_to_hf}
+"""Name of a conversion -> its function."""

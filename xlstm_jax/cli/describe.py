@@ -1,4 +1,4 @@
-"""`xlstm-jax describe CONFIG.py`: what a run would be, from shapes alone; computes nothing."""
+"""`xlstm-jax describe CONFIG.py`: the sizes and costs of a run, from shapes alone."""
 
 import dataclasses
 from typing import Any
@@ -19,46 +19,50 @@ from xlstm_jax.train.optimizer import decay_mask, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Describe(options.WithConfig):
-    """Shapes, parameters, the decayed set, FLOPs and memory of a config; trains nothing.
+class Describe(options.ConfigCommand):
+    """Lists parameters, weight decay, FLOPs and memory per device of a config, without training.
 
-    The devices of its mesh need not be attached; an axis of -1 counts as 1.
+    The devices of its mesh need not be attached; an axis of size -1 counts as 1.
     """
 
 
-def run(args: list[str]) -> int:
-    """Raises ConfigError if the config cannot be used."""
-    chosen = options.parse_with_config("describe", Describe, args, presets_too=True)
-    cfg = chosen.experiment
+def run(argv: list[str]) -> int:
+    """Runs `describe`.
+
+    Raises:
+        ConfigError: an option or the config is invalid.
+    """
+    args = options.parse_with_config("describe", Describe, argv, allow_presets=True)
+    cfg = args.experiment
     params = param_shapes(cfg.model)
     decays = jax.tree.leaves(decay_mask(params, cfg.train.decay_pattern))
     rows, num_decayed = [], 0
-    for (path, leaf), it in zip(jax.tree.leaves_with_path(params), decays, strict=True):
+    for (path, leaf), is_decayed in zip(jax.tree.leaves_with_path(params), decays, strict=True):
         shape = " x ".join(map(str, leaf.shape))
-        rows.append([path_name(path), shape, f"{leaf.size:,}", "yes" if it else "no"])
-        num_decayed += leaf.size if it else 0
+        rows.append([path_name(path), shape, f"{leaf.size:,}", "yes" if is_decayed else "no"])
+        num_decayed += leaf.size if is_decayed else 0
     flops = train_flops(cfg.model, cfg.data.seq_len) / cfg.data.seq_len
     tokens = cfg.data.batch_size * cfg.data.seq_len
     num_params, steps = count_params(cfg.model), cfg.train.steps
     share = f"{num_decayed / num_params:.1%}"
-    facts = {
+    fields = {
         "blocks": f"{cfg.model.num_blocks}: {cfg.model.pattern}",
         "parameters": f"{num_params:,}",
         "decayed": f"{num_decayed:,} ({share}) by {cfg.train.weight_decay}",
         "FLOPs per token": f"{flops:.4g} (forward and backward)",
         "tokens per step": f"{tokens:,} = {cfg.data.batch_size} x {cfg.data.seq_len}",
-        "tokens in all": f"{tokens * steps:,} in {steps:,} steps",
-        "FLOPs in all": f"{flops * tokens * steps:.4g}",
+        "total tokens": f"{tokens * steps:,} in {steps:,} steps",
+        "total FLOPs": f"{flops * tokens * steps:.4g}",
         "memory, without temporaries": _memory(cfg, params),
     }
-    console.table(["parameter", "shape", "count", "decayed"], rows)
-    console.say("\n")
-    console.facts(facts)
+    console.print_table(["parameter", "shape", "count", "decayed"], rows)
+    console.write("\n")
+    console.print_fields(fields)
     return DONE
 
 
 def _memory(cfg: ExperimentConfig, params: Any) -> str:
-    """Bytes on one device, by what they are for; temporaries of the compiled step are left out."""
+    """Memory of one device by purpose, without the temporaries of the compiled step."""
     rules = get_rules(cfg.mesh.rules_name())
     sizes = {name: max(getattr(cfg.mesh, name), 1) for name in MESH_AXES}
     check_lengths(cfg, rules, sizes)
@@ -70,10 +74,10 @@ def _memory(cfg: ExperimentConfig, params: Any) -> str:
         "optimizer": bytes_per_device(moments, rules, sizes, cfg.mesh.min_shard_size),
         "activations": residuals_per_device(cfg, sizes, jax.default_backend())[0],
     }
-    words = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items())
+    breakdown = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items())
     mesh = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-    where = f"each device of {mesh} under {cfg.mesh.rules_name()}" if mesh else "one device"
-    return f"{_mib(sum(parts.values()))} on {where} ({words})"
+    scope = f"each device of {mesh} under {cfg.mesh.rules_name()}" if mesh else "one device"
+    return f"{_mib(sum(parts.values()))} on {scope} ({breakdown})"
 
 
 def _mib(size: int) -> str:

@@ -1,4 +1,4 @@
-"""`xlstm-jax evaluate RUN`: how well a trained model predicts held-out data."""
+"""`xlstm-jax evaluate RUN`: loss, perplexity and bits per byte on held-out data."""
 
 import dataclasses
 import math
@@ -16,47 +16,51 @@ from xlstm_jax.train.rundir import compiled_programs
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate(options.ModelCommand):
-    """Perplexity and bits per byte over a whole split, each token counted once."""
+    """Measures perplexity and bits per byte over all tokens of a split."""
 
-    run: options.RunPath  # the folder of a run
-    split: Split = "valid"
-    source: str | None = None  # other data than the run's: a name, a file or a folder
-    seq_len: int | None = None  # another window than the run's, longer ones included
-    batch_size: int | None = None  # another batch than the run's; changes speed and memory
-    max_batches: int | None = None  # only so many, spread evenly over the split
-    by_position: bool = False  # also the loss by position in the window
-    step: int | None = None  # of the checkpoint; None: the newest
+    run: options.RunPath  # directory of a run
+    split: Split = "valid"  # split of the data
+    source: str | None = None  # data instead of the run's: a name, a text file or a folder
+    seq_len: int | None = None  # window length instead of the run's; may be longer
+    batch_size: int | None = None  # instead of the run's; affects speed and memory only
+    max_batches: int | None = None  # limit, spread evenly over the split; None: all
+    by_position: bool = False  # also print the loss by position in the window
+    step: int | None = None  # checkpoint to load; None: the newest
 
 
-def run(args: list[str]) -> int:
-    """Raises ConfigError if an option, the run or the data cannot be used."""
-    chosen = options.parse("evaluate", Evaluate, args)
-    cfg, params = restore_params(chosen.run, chosen.step)
-    changes = {name: getattr(chosen, name) for name in ("source", "seq_len", "batch_size")}
-    given = {name: value for name, value in changes.items() if value is not None}
-    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **given))
-    examples = load(cfg.data, chosen.split)
+def run(argv: list[str]) -> int:
+    """Runs `evaluate`.
+
+    Raises:
+        ConfigError: an option, the run or the data is invalid.
+    """
+    args = options.parse("evaluate", Evaluate, argv)
+    cfg, params = restore_params(args.run, args.step)
+    data_options = {name: getattr(args, name) for name in ("source", "seq_len", "batch_size")}
+    overrides = {name: value for name, value in data_options.items() if value is not None}
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **overrides))
+    examples = load(cfg.data, args.split)
     check_vocabulary(cfg, examples)
-    arguments = LM(cfg.model), {"params": params}, examples
-    how = {
+    inputs = LM(cfg.model), {"params": params}, examples
+    settings = {
         "batch_size": cfg.data.batch_size,
-        "max_batches": chosen.max_batches,
+        "max_batches": args.max_batches,
         "document_resets": cfg.train.document_resets,
     }
-    with compiled_programs(chosen.run):
-        measured = perplexity(*arguments, **how)
-        rows = {"data": f"{cfg.data.source}, {chosen.split}, windows of {cfg.data.seq_len} tokens"}
-        if measured.bits_per_byte is not None:
-            rows["bits per byte"] = f"{measured.bits_per_byte:.4f}"
-        rows["nats per token"] = f"{measured.nats_per_token:.4f}"
-        rows["perplexity"] = f"{math.exp(measured.nats_per_token):.4f}"
-        rows["tokens"] = f"{measured.num_tokens:,}"
-        console.facts(rows)
-        if chosen.by_position:
+    with compiled_programs(args.run):
+        result = perplexity(*inputs, **settings)
+        fields = {"data": f"{cfg.data.source}, {args.split}, windows of {cfg.data.seq_len} tokens"}
+        if result.bits_per_byte is not None:
+            fields["bits per byte"] = f"{result.bits_per_byte:.4f}"
+        fields["nats per token"] = f"{result.nats_per_token:.4f}"
+        fields["perplexity"] = f"{math.exp(result.nats_per_token):.4f}"
+        fields["tokens"] = f"{result.num_tokens:,}"
+        console.print_fields(fields)
+        if args.by_position:
             buckets = [
                 [f"{b.start}-{b.stop - 1}", f"{b.nats_per_token:.4f}", f"{b.num_tokens:,}"]
-                for b in by_position(*arguments, **how)
+                for b in by_position(*inputs, **settings)
             ]
-            console.say("\n")
-            console.table(["position", "nats per token", "tokens"], buckets)
+            console.write("\n")
+            console.print_table(["position", "nats per token", "tokens"], buckets)
     return DONE

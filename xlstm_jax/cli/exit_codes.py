@@ -1,7 +1,7 @@
-"""What a command tells whoever called it."""
+"""Exit codes of the commands."""
 
-DONE = 0  # or cleanly pre-empted
-BAD_ARGUMENT = 2  # or a configuration that cannot be used
-DIVERGED = 3
-WRONG_RESULT = 5  # `convert --compare` measured a difference
-INTERRUPTED = 130  # by Ctrl-C where there was nothing to save
+DONE = 0  # also: stopped by a signal after saving a checkpoint
+BAD_ARGUMENT = 2  # or a configuration, data, weights or a checkpoint that cannot be used
+DIVERGED = 3  # too many updates in a row were discarded
+WRONG_RESULT = 5  # `convert --compare` measured different logits
+INTERRUPTED = 130  # by Ctrl-C when there was nothing to save

@@ -1,4 +1,4 @@
-"""`xlstm-jax generate RUN --prompt TEXT`: continues a text, as it is being made."""
+"""`xlstm-jax generate RUN --prompt TEXT`: streams a continuation of a text."""
 
 import dataclasses
 import itertools
@@ -18,46 +18,50 @@ from xlstm_jax.train.rundir import compiled_programs
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(options.ModelCommand):
-    """Continues a text with a trained model, until its document ends."""
+    """Continues a text with a trained model until the end of the document."""
 
-    run: options.RunPath  # the folder of a run
+    run: options.RunPath  # directory of a run
     prompt: str  # the text to continue
-    max_new_tokens: int = 256
-    temperature: float = 0.8  # 0: always the likeliest token
-    top_k: int | None = None  # of the k likeliest tokens only
-    top_p: float | None = None  # of the fewest tokens that hold this probability
-    min_p: float | None = None  # of tokens with this share of the largest probability
-    repetition_penalty: float | None = None  # above 1 discourages tokens that occurred
-    stop: tuple[str, ...] = ()  # texts that end the answer
-    seed: int = 0
-    step: int | None = None  # of the checkpoint; None: the newest
+    max_new_tokens: int = 256  # limit of the continuation
+    temperature: float = 0.8  # 0: greedy decoding
+    top_k: int | None = None  # sample from the k most likely tokens only
+    top_p: float | None = None  # sample from the fewest tokens with this total probability
+    min_p: float | None = None  # sample from tokens with this share of the top probability
+    repetition_penalty: float | None = None  # above 1: makes repeated tokens less likely
+    stop: tuple[str, ...] = ()  # strings that end the continuation
+    seed: int = 0  # of the sampler
+    step: int | None = None  # checkpoint to load; None: the newest
 
 
-def run(args: list[str]) -> int:
-    """Raises ConfigError if an option or the run cannot be used."""
-    chosen = options.parse("generate", Generate, args)
-    if not chosen.prompt:
-        raise ConfigError("--prompt must be the text to continue, got ''; give it a character.")
-    likeliest = chosen.temperature == 0
+def run(argv: list[str]) -> int:
+    """Runs `generate`.
+
+    Raises:
+        ConfigError: an option or the run is invalid.
+    """
+    args = options.parse("generate", Generate, argv)
+    if not args.prompt:
+        raise ConfigError("--prompt must not be empty, got ''; pass the text to continue.")
+    is_greedy = args.temperature == 0
     sampler = Sampler(
-        repetition_penalty=chosen.repetition_penalty,
-        temperature=1.0 if likeliest else chosen.temperature,
-        top_k=1 if likeliest else chosen.top_k,
-        top_p=chosen.top_p,
-        min_p=chosen.min_p,
+        repetition_penalty=args.repetition_penalty,
+        temperature=1.0 if is_greedy else args.temperature,
+        top_k=1 if is_greedy else args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
     )
-    cfg, params = restore_params(chosen.run, chosen.step)
-    with compiled_programs(chosen.run):
-        answer = stream_text(
+    cfg, params = restore_params(args.run, args.step)
+    with compiled_programs(args.run):
+        continuation = stream_text(
             LM(cfg.model),
             {"params": params},
             tokenizers.get(cfg.data.tokenizer),
-            chosen.prompt,
-            max_new_tokens=chosen.max_new_tokens,
+            args.prompt,
+            max_new_tokens=args.max_new_tokens,
             sampler=sampler,
-            key=jax.random.key(chosen.seed),
-            stop=chosen.stop,
+            key=jax.random.key(args.seed),
+            stop=args.stop,
         )
-        for part in itertools.chain([chosen.prompt], answer, ["\n"]):
-            console.say(part)
+        for part in itertools.chain([args.prompt], continuation, ["\n"]):
+            console.write(part)
     return DONE

@@ -1,4 +1,4 @@
-"""Command lines to dataclasses: parsed and typed by tyro, refused with a one-line message."""
+"""Command lines to dataclasses: tyro parses them, errors become one-line messages."""
 
 import contextlib
 import dataclasses
@@ -32,126 +32,132 @@ IMPORT_VARIABLE = "XLSTM_IMPORT"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelCommand:
-    """A command that builds a model, with what the modules of a user register."""
+    """A command that builds a model, possibly from blocks that a user's module registers."""
 
-    imports: Imports = ()  # import a module first: its name, or the path of a .py file
+    imports: Imports = ()  # module to import first: its name, or the path of a .py file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WithConfig(ModelCommand):
-    """A command about the experiment that a CONFIG.py describes; every field of it is an option."""
+class ConfigCommand(ModelCommand):
+    """A command on the experiment of a CONFIG.py, each field of which is an option."""
 
-    config: ConfigPath  # or a run: its folder or its config.json
-    size: str | None = None  # for config(size=...) of CONFIG.py: "smoke", "cpu", "paper"
+    config: ConfigPath  # a CONFIG.py, or a run: its directory or its config.json
+    size: str | None = None  # argument of config(size=...) in CONFIG.py: "smoke", "cpu", "paper"
     experiment: Experiment
 
 
-C = TypeVar("C", bound=WithConfig)
+C = TypeVar("C", bound=ConfigCommand)
 
 
 def parse_with_config(
-    command: str, cls: type[C], args: Sequence[str], *, presets_too: bool = False
+    command: str, cls: type[C], args: Sequence[str], *, allow_presets: bool = False
 ) -> C:
-    """As `parse`; the config, which comes first, gives every field of the experiment its default.
+    """As `parse`, with the first argument's config as the default of every experiment field.
 
-    With `presets_too`, the name of a preset may stand for a config.
+    Args:
+        allow_presets: whether the name of a preset may stand for a config.
 
     Raises:
-        ConfigError: as `parse`, or there is no config, or it cannot be used.
+        ConfigError: as `parse`, or the config is missing or invalid.
     """
     if args and not args[0].startswith("-"):
         _import_modules(args)
-        if presets_too and _names_no_file(args[0]):
-            experiment = with_preset(args[0])
+        if allow_presets and _may_be_preset(args[0]):
+            experiment = experiment_from_preset(args[0])
         else:
-            experiment = load_config(args[0], ExperimentConfig, _values_of("--size", args)[-1])
+            experiment = load_config(args[0], ExperimentConfig, _option_values("--size", args)[-1])
         default = cls(config=Path(args[0]), experiment=experiment)
         return parse(command, cls, args, default)
-    if _asks_for_help(args):
+    if _wants_help(args):
         return parse(command, cls, args)
     raise ConfigError(
-        f"the config must come first, got {repr(args[0]) if args else 'nothing'}; "
-        f"write `xlstm-jax {command} CONFIG.py`, and options after it."
+        f"the first argument must be a config, got {repr(args[0]) if args else 'none'}; "
+        f"write `xlstm-jax {command} CONFIG.py`, with options after it."
     )
 
 
-def _names_no_file(config: str) -> bool:
+def _may_be_preset(config: str) -> bool:
     return not (os.path.exists(config) or os.sep in config or config.endswith((".py", ".json")))
 
 
-def with_preset(name: str) -> ExperimentConfig:
+def experiment_from_preset(name: str) -> ExperimentConfig:
+    """An experiment with the model of a preset and default data and training.
+
+    Raises:
+        ConfigError: the preset is unknown.
+    """
     model = presets.get(name)
     return ExperimentConfig(name=name, model=model, data=DataConfig(), train=TrainConfig())
 
 
 def parse(command: str, cls: type[T], args: Sequence[str], default: T | None = None) -> T:
-    """The arguments of a command as a `cls`, starting from `default`; runs its `--import`s.
+    """Parses arguments into a `cls`, starting from `default`, after running its `--import`s.
 
     Raises:
-        ConfigError: an option is unknown (names the nearest), lacks a value or cannot have it.
+        ConfigError: an option is unknown (suggests the nearest), or its value missing or invalid.
         SystemExit: after `--help`.
     """
-    given: dict[str, Any] = {} if default is None else {"default": default}
+    defaults: dict[str, Any] = {} if default is None else {"default": default}
     prog = f"xlstm-jax {command}"
-    if _asks_for_help(args):
-        # Alone, as tyro leaves arguments that it has read out of the help.
-        return tyro.cli(cls, prog=prog, args=["--help"], **given)
+    if _wants_help(args):
+        # --help alone: tyro omits options that are on the command line from its help.
+        return tyro.cli(cls, prog=prog, args=["--help"], **defaults)
     _import_modules(args)
-    box = io.StringIO()
+    errors = io.StringIO()
     try:
-        # tyro breaks the words of its messages in a narrow terminal.
-        with contextlib.redirect_stderr(box), mock.patch.dict(os.environ, COLUMNS="10000"):
+        # A wide terminal: in a narrow one tyro breaks words of its messages.
+        with contextlib.redirect_stderr(errors), mock.patch.dict(os.environ, COLUMNS="10000"):
             parsed, unknown = tyro.cli(
-                cls, prog=prog, args=list(args), return_unknown_args=True, **given
+                cls, prog=prog, args=list(args), return_unknown_args=True, **defaults
             )
     except SystemExit:
-        raise ConfigError(_message(box.getvalue(), prog)) from None
+        raise ConfigError(_message(errors.getvalue(), prog)) from None
     if not unknown:
         return parsed
     name = next((arg for arg in unknown if arg.startswith("-")), unknown[0]).split("=")[0]
-    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+    with contextlib.redirect_stdout(io.StringIO()) as help_text, contextlib.suppress(SystemExit):
         tyro.cli(cls, args=["--help"])
-    names = dict.fromkeys(re.findall(r"--[a-z][\w.-]*", text.getvalue()))
+    names = dict.fromkeys(re.findall(r"--[a-z][\w.-]*", help_text.getvalue()))
     hint = did_you_mean(name.replace("_", "-"), names, f"see `{prog} --help`.")
     raise ConfigError(f"{name} is not an option of `{prog}`; {hint}")
 
 
 def _import_modules(args: Sequence[str]) -> None:
-    """Those of the environment, then those of the arguments."""
-    names = os.environ.get(IMPORT_VARIABLE, "").split(",") + _values_of("--import", args)[1:]
+    """Imports the modules of XLSTM_IMPORT, then those of `--import`."""
+    names = os.environ.get(IMPORT_VARIABLE, "").split(",") + _option_values("--import", args)[1:]
     for name in filter(None, names):
         import_module(name)
 
 
-def _values_of(option: str, args: Sequence[str]) -> list[Any]:
-    """None, then the values that the option is given before tyro parses it."""
+def _option_values(option: str, args: Sequence[str]) -> list[Any]:
+    """None, then the values of an option; needed before tyro parses the command line."""
     pairs = zip(args, [*args[1:], None], strict=False)
     return [None] + [
-        arg.partition("=")[2] or after
-        for arg, after in pairs
-        if arg.startswith(option + "=") or (arg == option and after)
+        arg.partition("=")[2] or following
+        for arg, following in pairs
+        if arg.startswith(option + "=") or (arg == option and following)
     ]
 
 
-def _asks_for_help(args: Sequence[str]) -> bool:
+def _wants_help(args: Sequence[str]) -> bool:
     return not {"-h", "--help"}.isdisjoint(args)
 
 
-def _message(box: str, prog: str) -> str:
-    """One line for the first part of tyro's box, below its title; the others repeat the help.
+def _message(errors: str, prog: str) -> str:
+    """The first paragraph of tyro's boxed error, below its title, as one line.
 
-    Frames and rules are drawn in ASCII where the output is, and colored where it is a terminal.
+    The other paragraphs repeat the help. Box and rules may be ASCII or Unicode, and colored.
     """
-    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", errors).splitlines()[1:]]
     groups = itertools.groupby(lines, lambda line: bool(line.strip("─-╰╯")))
     text = " ".join(next(group for is_text, group in groups if is_text))
     kind, _, rest = text.partition(": ")
     if kind.startswith("Error parsing"):
-        where = kind.removeprefix("Error parsing ")
-        # A dataclass that refused its fields has a message of its own.
-        if not where.startswith("-"):
+        option = kind.removeprefix("Error parsing ")
+        # Not an option but a dataclass: `rest` is the message of its own check.
+        if not option.startswith("-"):
             return rest
-        text = f"invalid value for {where}: {rest}"
+        text = f"invalid value for {option}: {rest}"
     elif kind.startswith("Missing from"):
         text = f"`{prog}` needs {rest.replace(' (required)', '')}"
     else:

@@ -1,4 +1,4 @@
-"""`xlstm-jax plan CONFIG.py --topology v5e:16x16`: a run compiled for a target, ahead of time."""
+"""`xlstm-jax plan CONFIG.py --topology v5e:16x16`: compiles a train step ahead of time."""
 
 import dataclasses
 import json
@@ -18,43 +18,48 @@ GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanRun(options.WithConfig):
-    """Compiles the training program of a run for a target that is not attached; runs nothing.
+class PlanRun(options.ConfigCommand):
+    """Compiles the train step of a run for a target that is not attached, without running it.
 
-    Memory and collectives are the compiled program's. Times are bounds by the peaks of data sheets:
-    no step is faster than the largest of them.
+    Memory and collectives are those of the compiled program. Times are lower bounds, computed from
+    the peak rates of data sheets: no step is faster than the largest of them.
     """
 
-    topology: str = "v5e:4x4"  # or v5p:8x8x4; GPUs as hosts x GPUs: h100:32x8
-    slices: int = 1  # so many such TPUs, joined by a slower network
-    search: bool = False  # for the fastest mesh, rematerialization policy and batch size that fit
-    out: Path | None = None  # all figures as JSON
+    topology: str = "v5e:4x4"  # e.g. v5p:8x8x4; GPUs as hosts x GPUs: h100:32x8
+    slices: int = 1  # TPU slices of this topology, joined by the data-center network
+    search: bool = False  # find the fastest mesh, remat policy and batch size that fit
+    out: Path | None = None  # JSON file to write the plan to
 
 
-def run(args: list[str]) -> int:
-    """Raises ConfigError if the config does not fit the hardware, or `out` has no folder."""
-    # Nothing is computed, and a compiler that is installed would be looked for as a device.
+def run(argv: list[str]) -> int:
+    """Runs `plan`.
+
+    Raises:
+        ConfigError: an option or the config is invalid, the config does not fit the target, or the
+            folder of `--out` does not exist.
+    """
+    # Nothing is computed; on its own JAX would look for a device of each installed compiler.
     jax.config.update("jax_platforms", "cpu")
-    chosen = options.parse_with_config("plan", PlanRun, args, presets_too=True)
-    if chosen.out is not None and not chosen.out.parent.is_dir():
+    args = options.parse_with_config("plan", PlanRun, argv, allow_presets=True)
+    if args.out is not None and not args.out.parent.is_dir():
         raise ConfigError(
-            f"out={str(chosen.out)!r} must lie in a folder that exists; make "
-            f"{str(chosen.out.parent)!r} or name another."
+            f"--out must be a file in an existing folder, got {str(args.out)!r}; create "
+            f"{str(args.out.parent)!r} or choose another."
         )
-    target = find_target(chosen.topology, chosen.slices)
-    if chosen.search:
+    target = find_target(args.topology, args.slices)
+    if args.search:
         best, result = search(
-            chosen.experiment,
+            args.experiment,
             target,
-            on_plan=lambda tried, its_plan: console.say(f"{_flags(tried)}: {_peak(its_plan)}\n"),
+            on_plan=lambda c, compiled: console.write(f"{_flags(c)}: {_peak(compiled)}\n"),
         )
-        console.facts(rows(result) | {"flags": _flags(best)})
+        console.print_fields(summary(result) | {"flags": _flags(best)})
     else:
-        result = plan(chosen.experiment, target)
-        console.facts(rows(result))
-    if chosen.out is not None:
-        figures = dataclasses.asdict(result) | {"fits": result.fits, "limit": result.limit}
-        chosen.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        result = plan(args.experiment, target)
+        console.print_fields(summary(result))
+    if args.out is not None:
+        fields = dataclasses.asdict(result) | {"fits": result.fits, "limit": result.limit}
+        args.out.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     return DONE
 
 
@@ -70,10 +75,10 @@ def _flags(candidate: Candidate) -> str:
     return " ".join([*axes, f"--model.remat {cfg.model.remat}", batch])
 
 
-def rows(result: Plan) -> dict[str, str]:
-    """A plan for people."""
+def summary(result: Plan) -> dict[str, str]:
+    """The printed fields of a plan, by label."""
     mesh = " x ".join(f"{name} {size}" for name, size in result.mesh.items() if size > 1)
-    each = result.flops / math.prod(result.mesh.values())
+    flops_per_device = result.flops / math.prod(result.mesh.values())
     memory = {
         "parameters": result.params_bytes,
         "optimizer": result.optimizer_bytes,
@@ -81,27 +86,27 @@ def rows(result: Plan) -> dict[str, str]:
         "temporaries": result.temporary_bytes,
     }
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
-    least = "at least " if result.refusal else ""
-    rows = {
+    bound = "at least " if result.refusal else ""
+    fields = {
         "hardware": f"{result.topology}, {result.num_chips:,} chips",
         "mesh": f"{mesh or 'one device'} under {result.rules}",
         "parameters": f"{result.num_params:,}",
         "tokens per step": f"{result.tokens_per_step:,}",
-        "FLOPs per step": f"{result.flops:.4g}, {each:.4g} a device",
-        "memory a device": f"{least}{_peak(result)} ({parts})",
+        "FLOPs per step": f"{result.flops:.4g}, {flops_per_device:.4g} per device",
+        "memory per device": f"{bound}{_peak(result)} ({parts})",
     }
-    for kind, (times, sent) in sorted(result.collectives.items()):
-        count = "" if result.refusal else f"{times:,} a step, "
-        rows[kind] = f"{count}{sent / GIB:.3f} GiB sent by a device"
+    for kind, (calls, sent) in sorted(result.collectives.items()):
+        frequency = "" if result.refusal else f"{calls:,} per step, "
+        fields[kind] = f"{frequency}{sent / GIB:.3f} GiB sent per device"
     for name, seconds in result.seconds.items():
-        rows[f"{name} bound"] = f"{1e3 * seconds:,.1f} ms"
+        fields[f"{name} bound"] = f"{1e3 * seconds:,.1f} ms"
     rate = result.tokens_per_step / result.step_seconds
     share = result.seconds["compute"] / result.step_seconds
-    rows["step"] = (
+    fields["step"] = (
         f"at least {1e3 * result.step_seconds:,.1f} ms, limited by {result.limit}: at most "
         f"{rate:,.0f} tokens/s, {share:.0%} of the peak"
     )
-    rows["compiled in"] = f"{result.compile_seconds:.0f} s"
+    fields["compiled in"] = f"{result.compile_seconds:.0f} s"
     if result.refusal:
-        rows["compiled in"] = f"not compiled, all of it by formula: {result.refusal}"
-    return rows
+        fields["compiled in"] = f"not compiled, estimated by formula: {result.refusal}"
+    return fields

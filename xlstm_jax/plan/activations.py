@@ -17,20 +17,22 @@ from xlstm_jax.train.losses import language_model_loss
 def residuals_per_device(
     cfg: ExperimentConfig, sizes: dict[str, int], platform: str
 ) -> tuple[int, int]:
-    """Bytes that a micro-batch saves on each device besides the parameters.
+    """Bytes of the residuals of one micro-batch on each device, without the parameters.
 
     Args:
-        sizes: of the mesh axes.
-        platform: what functions are traced for, as far as it decides which kernels they use.
+        sizes: devices along each mesh axis.
+        platform: target that functions are traced for, which decides the kernels they use.
 
-    Returns the bytes of activations, and those that do not grow with the batch: parameters cast to
-    the dtype of activations.
+    Returns:
+        The bytes of activations, and the bytes that do not grow with the batch: parameters cast to
+        the dtype of activations.
     """
+    # Linear in the batch size: the slope is one sequence, the intercept does not grow.
     one, two = (
         _residual_bytes(cfg.model, cfg.train, (n, cfg.data.seq_len), platform) for n in (1, 2)
     )
     rules = get_rules(cfg.mesh.rules_name())
-    # Most of it are features, which devices along `tensor` share.
+    # Most residuals have a feature axis, which `tensor` shards.
     shards = math.prod(sizes[axis] for axis in (*rules["batch"], *rules["time"], "tensor"))
     num_sequences = cfg.data.batch_size // cfg.train.accumulation
     copies = (2 * one - two) // (sizes["fsdp"] * sizes["tensor"])
@@ -41,7 +43,7 @@ def residuals_per_device(
 def _residual_bytes(
     cfg: LMConfig, train: TrainConfig, shape: tuple[int, int], platform: str
 ) -> int:
-    """Of a batch `B T`, on all devices together."""
+    """Bytes of the residuals of a batch of shape `B T`, over all devices."""
     del platform  # part of the cache key
     model, params = LM(cfg), param_shapes(cfg)
     ids, weights = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -52,7 +54,7 @@ def _residual_bytes(
         return jax.tree.leaves(pullback)
 
     closed = jax.make_jaxpr(residuals)(params, batch)
-    # A variable may be saved more than once; inputs are stored elsewhere, constants do not count.
+    # A variable may be saved more than once. Inputs and constants are not residuals.
     inputs = set(closed.jaxpr.invars)
     saved = {id(out): out for out in closed.jaxpr.outvars if not hasattr(out, "val")}
     avals = [out.aval for out in saved.values() if out not in inputs]

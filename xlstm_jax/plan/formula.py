@@ -1,9 +1,13 @@
-"""State and communication of a train step by formula: for the search, and without a compiler.
+"""State and communication of a train step by formula, for the search and without a compiler.
 
-Devices along fsdp all-gather every parameter for the forward and the backward pass, in the dtype of
-activations, and reduce-scatter its gradient; devices along data all-reduce their shards of it.
-Under tensor every product with sharded features is all-reduced, forward, recomputed and for the
-gradient of its input; under seq devices exchange the state of every shard of the sequence.
+Collectives by mesh axis:
+
+- fsdp: all-gather every parameter for the forward and the backward pass, in the dtype of
+  activations; reduce-scatter its gradient.
+- data and seq: all-reduce the shards of gradients.
+- tensor: all-reduce every matrix product with sharded features: in the forward pass, its
+  recomputation, and the gradient of the input.
+- seq: all-gather the state of every shard of the sequence; reduce-scatter its gradient.
 """
 
 import dataclasses
@@ -31,31 +35,31 @@ Sizes = dict[str, int]  # mesh axis -> devices along it
 
 
 class Estimate(NamedTuple):
-    """Per device."""
+    """State and communication of a train step, per device."""
 
     params_bytes: int
     optimizer_bytes: int
-    sent: dict[str, float]  # kind of collective -> bytes
+    bytes_sent: dict[str, float]  # by kind of collective
     network_seconds: float
 
 
 def estimate(cfg: ExperimentConfig, target: Target, sizes: Sizes) -> Estimate:
-    """State and communication of a step on a mesh of these sizes."""
-    sent: dict[str, float] = {}
+    """Estimates the state and communication of a train step on a mesh of these sizes."""
+    bytes_sent: dict[str, float] = {}
     seconds = 0.0
-    for kind, axes, amount in _collectives(cfg, sizes):
-        sent[kind] = sent.get(kind, 0.0) + amount
-        seconds += amount / _bandwidth(target, sizes, axes)
-    # Rematerialization changes no shape, and most candidates of a search differ in it.
+    for kind, axes, num_bytes in _collectives(cfg, sizes):
+        bytes_sent[kind] = bytes_sent.get(kind, 0.0) + num_bytes
+        seconds += num_bytes / _bandwidth(target, sizes, axes)
+    # The remat policy changes no shape: without it, most candidates of a search share one entry.
     state = _state_shapes(dataclasses.replace(cfg.model, remat="none"), cfg.train)
     rules, min_shard_size = get_rules(cfg.mesh.rules_name()), cfg.mesh.min_shard_size
     params, moments = (bytes_per_device(tree, rules, sizes, min_shard_size) for tree in state)
-    return Estimate(params, moments, sent, seconds)
+    return Estimate(params, moments, bytes_sent, seconds)
 
 
 @functools.lru_cache(maxsize=8)
 def _state_shapes(model: LMConfig, train: TrainConfig) -> tuple[Any, Any]:
-    """Of parameters and of the optimizer's moments."""
+    """Shapes of the parameters and of the optimizer state."""
     params = param_shapes(model)
     return params, jax.eval_shape(make_optimizer(train).init, params)
 
@@ -63,31 +67,31 @@ def _state_shapes(model: LMConfig, train: TrainConfig) -> tuple[Any, Any]:
 def _collectives(
     cfg: ExperimentConfig, sizes: Sizes
 ) -> Iterator[tuple[str, tuple[str, ...], float]]:
-    """Kind, mesh axes, and bytes that a device sends."""
+    """Kind, mesh axes and bytes sent per device of each collective of a step."""
     model, accumulation = cfg.model, cfg.train.accumulation
     width = jnp.dtype(model.dtype).itemsize
     data, fsdp, seq, tensor = (sizes[name] for name in MESH_AXES)
     tables = model.vocab_size * model.dim * (1 if model.tie_embeddings else 2)
     blocks = (count_params(model) - tables) * width * accumulation
-    # The gradients of both tables are summed in float32, once.
+    # Gradients of the embedding and the head are reduced in float32, once per step.
     gradients = blocks + tables * 4
     if fsdp > 1:
         gathered = 2 * blocks + tables * width * accumulation
         yield "all-gather", ("fsdp",), _ring(fsdp) * gathered / tensor
         yield "reduce-scatter", ("fsdp",), _ring(fsdp) * gradients / tensor
     if data * seq > 1:
-        each = gradients / (fsdp * tensor)
-        yield "all-reduce", ("data", "seq"), 2 * _ring(data * seq) * each
+        shard = gradients / (fsdp * tensor)
+        yield "all-reduce", ("data", "seq"), 2 * _ring(data * seq) * shard
     num_sequences = cfg.data.batch_size / (data * fsdp)
     if tensor > 1:
-        # Every device looks up, and predicts, the whole vocabulary.
+        # Embedding lookup and logits need the full tables on every device.
         yield "all-gather", ("tensor",), _ring(tensor) * tables * width * accumulation
         yield "reduce-scatter", ("tensor",), _ring(tensor) * tables * 4
         to_model_width, from_model_width = _sharded_products(model)
         forward = to_model_width * (1 if model.remat == "none" else 2)
         activation = num_sequences * cfg.data.seq_len / seq * model.dim * width
-        sums = forward + from_model_width
-        yield "all-reduce", ("tensor",), 2 * _ring(tensor) * sums * activation
+        num_products = forward + from_model_width
+        yield "all-reduce", ("tensor",), 2 * _ring(tensor) * num_products * activation
     if seq > 1:
         state = (seq - 1) * num_sequences * _state_bytes(model)
         yield "all-gather", ("seq",), state
@@ -95,22 +99,25 @@ def _collectives(
 
 
 def _ring(count: int) -> float:
-    """Share of an array that a device sends around a ring."""
+    """Fraction of an array that each device sends in a ring all-gather or reduce-scatter."""
     return (count - 1) / count
 
 
 def _bandwidth(target: Target, sizes: Sizes, axes: tuple[str, ...]) -> float:
-    """Of the slowest network that a group crosses; inner mesh axes are neighbors."""
+    """Bandwidth of the slowest network within a group; inner mesh axes join neighboring devices."""
     outermost = min(MESH_AXES.index(axis) for axis in axes)
-    reach = math.prod(sizes[name] for name in MESH_AXES[outermost:])
-    is_intra = reach <= target.intra_size
+    extent = math.prod(sizes[name] for name in MESH_AXES[outermost:])
+    is_intra = extent <= target.intra_size
     return target.chip.intra_bandwidth if is_intra else target.chip.inter_bandwidth
 
 
 @functools.cache
 def _sharded_products(cfg: LMConfig) -> tuple[int, int]:
-    """Kernels of all blocks that map features sharded over tensor to the model width, and those
-    that map the model width to such features."""
+    """Counts the kernels of all blocks that contract features sharded over tensor, and those that
+    map the model width to such features.
+
+    The outputs of the former are all-reduced, and the input gradients of the latter.
+    """
     rules, counts = get_rules("fsdp_tensor"), [0, 0]
     for path, leaf in jax.tree_util.tree_leaves_with_path({"stack": param_shapes(cfg)["stack"]}):
         *names, last = logical_axes(path_name(path), leaf.ndim)
@@ -122,7 +129,7 @@ def _sharded_products(cfg: LMConfig) -> tuple[int, int]:
 
 @functools.cache
 def _state_bytes(cfg: LMConfig) -> int:
-    """Recurrent state of one sequence, in all blocks whose sequence can be sharded."""
+    """Bytes of the recurrent state of one sequence, in all blocks that can shard the sequence."""
     shardable = [
         letter
         for letter in cfg.pattern

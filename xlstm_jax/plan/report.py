@@ -20,14 +20,14 @@ from xlstm_jax.train.config import ExperimentConfig, check_lengths
 from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.typing import PyTree
 
-RECOMPUTED = {"none": 0.0, "full": 1.0, "names": 1.0, "offload": 1.0, "dots": 0.0}
-"""Forward passes that the backward pass repeats under each rematerialization policy; "dots" repeats
-no product."""
+RECOMPUTED_PASSES = {"none": 0.0, "full": 1.0, "names": 1.0, "offload": 1.0, "dots": 0.0}
+"""Rematerialization policy -> forward passes that the backward pass recomputes; "dots" recomputes
+no matrix product."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A train step on hardware that is not attached; bytes and seconds are per device of JAX."""
+    """The resources of a train step on a target; bytes and seconds are per JAX device."""
 
     topology: str
     num_chips: int
@@ -35,51 +35,52 @@ class Plan:
     rules: str
     num_params: int
     tokens_per_step: int
-    flops: float  # of the model, all devices together
+    flops: float  # of one step of the model, over all devices
     params_bytes: int
     optimizer_bytes: int
-    activations_bytes: int  # of the temporaries, residuals for the backward pass, by shapes
-    temporary_bytes: int  # all other temporaries
-    peak_bytes: int  # in all
-    memory_bytes: int  # capacity
-    collectives: dict[str, tuple[int, float]]  # kind -> how many run, bytes a device sends
-    seconds: dict[str, float]  # compute, memory, network: each a lower bound
+    activations_bytes: int  # residuals saved for the backward pass, from shapes
+    temporary_bytes: int  # temporaries other than residuals
+    peak_bytes: int  # arguments, new outputs and temporaries together
+    memory_bytes: int  # memory of the device
+    collectives: dict[str, tuple[int, float]]  # kind -> executions, bytes sent
+    seconds: dict[str, float]  # lower bounds by resource: compute, memory, network
     compile_seconds: float
-    refusal: str = ""  # why nothing was compiled: then by formula, and memory is a lower bound
+    refusal: str = ""  # why nothing was compiled; all is then by formula, memory a lower bound
 
     @property
     def fits(self) -> bool:
+        """Whether the peak memory fits the device."""
         return self.peak_bytes <= self.memory_bytes
 
     @property
     def step_seconds(self) -> float:
-        """No step is faster."""
+        """Lower bound on the time of a step: the largest of `seconds`."""
         return max(self.seconds.values())
 
     @property
     def limit(self) -> str:
-        """The resource with the largest bound."""
+        """The resource with the largest lower bound."""
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
 def plan(cfg: ExperimentConfig, target: Target) -> Plan:
-    """Compiles the train step of a run for `target` and reads its resources off the program.
+    """Compiles the train step of a run for `target` and reports the program's resources.
 
-    FLOPs are those of `flops.train_flops` plus recomputation; memory and collectives are those of
-    the compiled program, with loops multiplied out. Times are lower bounds by the peak rates of
-    data sheets, each as if the others took no time. Without a compiler for the target all of it is
-    by formula, and the plan says so.
+    FLOPs are those of `flops.train_flops`, and their time includes recomputation. Memory and
+    collectives are those of the compiled program, times the trip counts of its loops. Times are
+    lower bounds by the peak rates of data sheets, each as if the others took no time. Without a
+    compiler for the target everything is estimated by formula, and `Plan.refusal` gives the reason.
 
     Raises:
-        ConfigError: the mesh does not fit the hardware, or the batch does not fit the mesh.
+        ConfigError: the mesh does not fit the target, or the batch does not fit the mesh.
     """
     if target.refusal:
         return estimated_plan(cfg, target)
     start = time.perf_counter()
     program, compiled = compile_step(cfg, target)
     compile_seconds = time.perf_counter() - start
-    text = Program(str(compiled.as_text()))
-    used = collectives(text)
+    hlo = Program(str(compiled.as_text()))
+    all_collectives = collectives(hlo)
     memory = compiled.memory_analysis()
     assert memory is not None
     state, sizes = program.arguments[0], dict(program.devices.mesh.shape)
@@ -93,18 +94,21 @@ def plan(cfg: ExperimentConfig, target: Target) -> Plan:
         activations_bytes=activations,
         temporary_bytes=temporary - activations,
         peak_bytes=memory.argument_size_in_bytes + temporary + new_outputs,
-        collectives=_by_kind(used),
+        collectives=_by_kind(all_collectives),
         seconds={
             "compute": compute_seconds(cfg, target),
-            "memory": memory_traffic(text) / target.chip.hbm_bandwidth,
-            "network": _network_seconds(used, target),
+            "memory": memory_traffic(hlo) / target.chip.hbm_bandwidth,
+            "network": _network_seconds(all_collectives, target),
         },
         compile_seconds=compile_seconds,
     )
 
 
 def compile_step(cfg: ExperimentConfig, target: Target) -> tuple[TrainProgram, jax.stages.Compiled]:
-    """The training program of a run, and its step compiled for a target from shapes alone.
+    """Compiles the train step of a run for a target, from shapes alone.
+
+    Returns:
+        The training program and its compiled step.
 
     Raises:
         ConfigError: as `plan`.
@@ -117,12 +121,12 @@ def compile_step(cfg: ExperimentConfig, target: Target) -> tuple[TrainProgram, j
 
 
 def estimated_plan(cfg: ExperimentConfig, target: Target) -> Plan:
-    """`plan` by formula alone: memory is a lower bound, without temporaries but gradients."""
+    """`plan` by formula: memory is a lower bound, with gradients as the only temporaries."""
     sizes = cfg.mesh.sizes(target.num_devices)
     check_lengths(cfg, get_rules(cfg.mesh.rules_name()), sizes)
     step = estimate(cfg, target, sizes)
     activations, copies = _residuals(cfg, target, sizes)
-    gradients = step.params_bytes + copies
+    gradients = step.params_bytes + copies  # with the cast copies of parameters
     return Plan(
         **_facts(cfg, target, sizes),
         params_bytes=step.params_bytes,
@@ -130,7 +134,7 @@ def estimated_plan(cfg: ExperimentConfig, target: Target) -> Plan:
         activations_bytes=activations,
         temporary_bytes=gradients,
         peak_bytes=step.params_bytes + step.optimizer_bytes + gradients + activations,
-        collectives={kind: (0, sent) for kind, sent in step.sent.items()},
+        collectives={kind: (0, sent) for kind, sent in step.bytes_sent.items()},
         seconds={"compute": compute_seconds(cfg, target), "network": step.network_seconds},
         compile_seconds=0.0,
         refusal=target.refusal,
@@ -156,34 +160,35 @@ def _facts(cfg: ExperimentConfig, target: Target, sizes: dict[str, int]) -> dict
 
 
 def compute_seconds(cfg: ExperimentConfig, target: Target) -> float:
-    """One step at the chip's peak rate, recomputation included."""
+    """Seconds of one step at the peak rate of the chip, recomputation included."""
     flops = cfg.data.batch_size * train_flops(cfg.model, cfg.data.seq_len)
-    passes = (3 + RECOMPUTED[cfg.model.remat]) / 3
-    return flops * passes / target.num_devices / target.chip.flops
+    # Forward and backward are three forward passes: the backward pass costs two.
+    factor = (3 + RECOMPUTED_PASSES[cfg.model.remat]) / 3
+    return flops * factor / target.num_devices / target.chip.flops
 
 
 def _shard_bytes(tree: PyTree) -> int:
-    """Bytes on one device of shapes with shardings."""
+    """Bytes per device of a tree of shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
 
 
-def _by_kind(used: list[Collective]) -> dict[str, tuple[int, float]]:
+def _by_kind(all_collectives: list[Collective]) -> dict[str, tuple[int, float]]:
     totals: dict[str, tuple[int, float]] = {}
-    for one in used:
-        times, sent = totals.get(one.kind, (0, 0.0))
-        totals[one.kind] = times + one.times, sent + one.times * one.sent
+    for c in all_collectives:
+        count, sent = totals.get(c.kind, (0, 0.0))
+        totals[c.kind] = count + c.count, sent + c.count * c.bytes_sent
     return totals
 
 
-def _network_seconds(used: list[Collective], target: Target) -> float:
-    """Each collective at the bandwidth of the slowest network that its group crosses."""
+def _network_seconds(all_collectives: list[Collective], target: Target) -> float:
+    """Seconds of all collectives, each at the bandwidth of the slowest network in its group."""
     chip = target.chip
 
     def bandwidth(group: tuple[int, ...]) -> float:
         is_intra = len({device // target.intra_size for device in group}) == 1
         return chip.intra_bandwidth if is_intra else chip.inter_bandwidth
 
-    return sum(one.times * one.sent / bandwidth(one.group) for one in used)
+    return sum(c.count * c.bytes_sent / bandwidth(c.group) for c in all_collectives)
