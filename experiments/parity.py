@@ -201,7 +201,7 @@ def plot(result: dict, path: pathlib.Path) -> None:
     """Plots scaled accuracy over length: a point per seed, a line for the best one."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # needs no display
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")

@@ -118,8 +118,8 @@ def main(args: Arguments) -> int:
         print(json.dumps(record, default=str), flush=True)
     print(table(result), file=sys.stderr)
     if args.out is not None:
-        about = {"date": measure.date_and_flags()["date"], "versions": kernel_report.versions()}
-        text = json.dumps({**about, "records": result}, indent=1, default=str)
+        info = {"date": measure.date_and_flags()["date"], "versions": kernel_report.versions()}
+        text = json.dumps({**info, "records": result}, indent=1, default=str)
         args.out.write_text(text + "\n", encoding="utf-8")
     return 0
 

@@ -71,15 +71,15 @@ def _states_blocks(block: States) -> Iterator[States]:
 
 
 def _outputs_blocks(block: Outputs, chunk: int) -> Iterator[Outputs]:
-    for queries in (64, 128):
-        for others in (16, 32, 64):
-            for memory in (32, 64):
+    for positions in (64, 128):
+        for other_positions in (16, 32, 64):
+            for state_inner in (32, 64):
                 for width in {block.width, max(block.width // 2, 16)}:
                     for warps in (4, 8):
                         for stages in (2, 3):
-                            if queries <= chunk:
-                                sizes = (queries, others, block.inner, memory, width)
-                                yield Outputs(*sizes, warps, stages)
+                            if positions <= chunk:
+                                sizes = (positions, other_positions, block.inner, state_inner)
+                                yield Outputs(*sizes, width, warps, stages)
 
 
 def tile_function(tile: Tile, kernel: str, case: Case):
@@ -110,10 +110,11 @@ def examine(args: Arguments, tile: Tile, kernel: str, case: Case) -> dict[str, A
         if args.chip is not None:
             with common.compiled_for(chip):
                 shapes = jax.eval_shape(lambda: kernel_jax.inputs(case, "triton"))
-            kernels = resources.resources(chip, fn, *shapes)
-            varied = [k for k in kernels if kernel == "chunk" or k.name == f"mlstm_{kernel}"]
-            record |= {"resources": [k._asdict() for k in varied]}
-            record["dropped"] = [why for k in varied for why in resources.complaints(chip, k)]
+            usages = resources.resources(chip, fn, *shapes)
+            if kernel != "chunk":
+                usages = [usage for usage in usages if usage.name == f"mlstm_{kernel}"]
+            record["resources"] = [usage._asdict() for usage in usages]
+            record["dropped"] = sum((resources.complaints(chip, usage) for usage in usages), [])
         else:
             record |= time_call(fn, case, args.repeats)
     except Exception as error:  # any error of the compiler on a block that it does not support
@@ -148,9 +149,9 @@ def main(args: Arguments) -> int:
             print(json.dumps(record, default=str), flush=True)
         result += records
     if args.out is not None:
-        about = {"date": measure.date_and_flags()["date"], "versions": kernel_report.versions()}
-        about |= {"arguments": dataclasses.asdict(args), "machine": measure.machine()}
-        text = json.dumps({**about, "records": result}, indent=1, default=str)
+        info = {"date": measure.date_and_flags()["date"], "versions": kernel_report.versions()}
+        info |= {"arguments": dataclasses.asdict(args), "machine": measure.machine()}
+        text = json.dumps({**info, "records": result}, indent=1, default=str)
         args.out.write_text(text + "\n", encoding="utf-8")
     return 0
 

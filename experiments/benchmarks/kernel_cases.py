@@ -13,7 +13,7 @@ ATTENTION_WIDTH = 128
 """Head size of attention, whose heads together are as wide as the values of the mLSTM."""
 
 CHUNK, SQUARE = 256, 64
-"""Positions of a chunk in the bound of the mLSTM, and of the blocks skipped above the diagonal."""
+"""In the bound of the mLSTM: chunk length, and side of the squares skipped above the diagonal."""
 
 CACHED_BYTES = 256 << 20
 """More than any last-level cache: a decode step is timed on as many states as fill this."""

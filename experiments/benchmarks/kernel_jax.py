@@ -95,7 +95,7 @@ def timed_function(case: Case, candidate: str) -> Call:
 def compile_case(case: Case, candidate: str, fn: Call | None = None) -> jax.stages.Compiled:
     """Compiles the timed function of a case, or `fn` instead, from shapes."""
     shapes = jax.eval_shape(lambda: inputs(case, candidate))
-    donate = 0 if case.part == "decode" else ()
+    donate = 0 if case.part == "decode" else ()  # states are updated in place
     jitted = jax.jit(fn or timed_function(case, candidate), donate_argnums=donate)
     return jitted.lower(*shapes).compile()
 
@@ -122,7 +122,7 @@ def measure_case(case: Case, candidate: str, settings: dict[str, Any]) -> dict[s
     program = compile_case(case, candidate)
     call = bind_inputs(case, candidate, program)
     jax.block_until_ready(call())
-    peak = _peak_bytes(program)  # before several calls run concurrently
+    peak = _peak_bytes(program)  # before several calls are in flight
     times = [seconds / case.num_states for seconds in samples(call, **settings)]
     shapes = jax.eval_shape(lambda: inputs(case, candidate))
     launches = resources.launches(timed_function(case, candidate), *shapes)

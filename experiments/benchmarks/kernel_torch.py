@@ -89,7 +89,7 @@ def make_call(fn, args: list[Any], part: str):
 
     def gradient():
         for x in args:
-            x.grad = None
+            x.grad = None  # otherwise backward accumulates into it
         fn(*args).backward(cotangent)
 
     return gradient

@@ -72,7 +72,8 @@ def measure_cases(args: Arguments, candidate: str, cases: list[Case]) -> Iterato
         "cases": [dataclasses.asdict(case) for case in cases],
         "settings": {name: getattr(args, name) for name in ("repeats", "warmup", "sample_seconds")},
     }
-    # Run as a module: the folder of a script comes first on the path, and has a `kernels` module.
+    # As a module: the folder of a script precedes all others on the path, and this file would
+    # shadow any package named `kernels`.
     worker, python = "kernel_jax", sys.executable
     if candidate in PEERS:
         worker, python = "kernel_torch", args.peer_python or python

@@ -102,11 +102,11 @@ def slstm_cases(chip: str, K: int, B: int = 8, H: int = 4, T: int = 256) -> list
 
     size, tile = f"B={B} K={K}", f"heads={blocks.heads} steps={blocks.steps}"
     units = blocks.heads * blocks.unroll
-    inputs = (x, packed(K // 2, 4 * K), b, state)
-    residuals = (gates, packed(2 * K, K), states, h, state)
+    forward_inputs = (x, packed(K // 2, 4 * K), b, state)
+    backward_inputs = (gates, packed(2 * K, K), states, h, state)
     return [
-        Case("slstm_forward", size, tile, forward, inputs, units, T * H),
-        Case("slstm_backward", size, tile, backward, residuals, units, T * H),
+        Case("slstm_forward", size, tile, forward, forward_inputs, units, T * H),
+        Case("slstm_backward", size, tile, backward, backward_inputs, units, T * H),
     ]
 
 

@@ -61,7 +61,7 @@ class Report:
     def exclusive(self) -> Iterator[None]:
         """Holds the lock: no other section uses the GPU meanwhile."""
         with open(self.folder / "gpu.lock", "w", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX)  # released on close, also if the process is killed
             yield
 
     def _write(self) -> None:

@@ -95,9 +95,9 @@ def _mlstm(layers: int, B: int, H: int, K: int, V: int) -> Decoding:
     q, k, v = (normal(TOKENS, B, 1, H, size) for size in (K, K, V))
     tokens = (q, k, v, normal(TOKENS, B, 1, H), normal(TOKENS, B, 1, H) + 3)
 
-    def step(implementation, x, token, state):
+    def step(implementation, h, token, state):
         q, k, v, i, f = token
-        return ops.mlstm(q, k, v + x, i, f, state, implementation=implementation)
+        return ops.mlstm(q, k, v + h, i, f, state, implementation=implementation)
 
     return Decoding(states, tokens, jnp.zeros((B, 1, H, V)), step)
 
@@ -110,8 +110,8 @@ def _slstm(layers: int, B: int, H: int, K: int, V: int) -> Decoding:
     r = normal(H, K, 4, K) / math.sqrt(K)
     tokens = (normal(TOKENS, B, 1, 4, H, K),)
 
-    def step(implementation, x, token, state):
-        inputs = token[0] + x[:, :, None]
+    def step(implementation, h, token, state):
+        inputs = token[0] + h[:, :, None]
         return ops.slstm(inputs, r, None, state, implementation=implementation)
 
     return Decoding(states, tokens, jnp.zeros((B, 1, H, K)), step)

@@ -16,8 +16,8 @@ def main(folder: pathlib.Path, target: pathlib.Path, start: float) -> int:
     """Writes `target`; returns 1 if any record has an error or a failed check, else 0."""
     files = sorted(folder.glob("*.json"))
     sections = {file.stem: json.loads(file.read_text()) for file in files}
-    about = {**measure.run_info("gpu_run", PACKAGES), "driver": measure.driver()}
-    measure.write(target, {**about, "seconds": round(time.time() - start), "sections": sections})
+    info = {**measure.run_info("gpu_run", PACKAGES), "driver": measure.driver()}
+    measure.write(target, {**info, "seconds": round(time.time() - start), "sections": sections})
     lines = [line(name, record) for name, records in sections.items() for record in records]
     print("\n".join(lines))
     all_records = [record for records in sections.values() for record in records]
