@@ -1,13 +1,13 @@
 """Can a small xLSTM learn to write source code, byte by byte, in a few minutes on two CPU cores?
 
-An answer: held-out text costs at most 3.0 bits per byte, and less at every evaluation. (Bytes that
-are all alike cost 8; their frequencies alone, about 4.8.)
+Expected: at most 3.0 bits per byte on held-out text, decreasing at every evaluation. (A uniform
+distribution has 8 bits per byte, byte frequencies alone about 4.8.)
 
     xlstm-jax train experiments/char_lm.py --size cpu
 
-Text: the standard library of the running Python, split by file, so held-out bytes are from files
-the model has not seen. Sizes: smoke (seconds, to try the machinery), cpu (the answer), paper (the
-same question at a size that wants an accelerator).
+Data: the standard library of the running Python, split by file, so held-out text comes from files
+that are not trained on. Sizes: smoke (seconds, a functional test), cpu (the experiment), paper (a
+larger model, for an accelerator).
 """
 
 import dataclasses
@@ -47,11 +47,11 @@ SIZES = {"smoke": SMOKE, "cpu": CPU, "paper": PAPER}
 
 
 def config(size: str = "cpu") -> ExperimentConfig:
-    """The run of that size.
+    """The config of one size, a key of `SIZES`.
 
     Raises:
-        ConfigError: there is no such size.
+        ConfigError: `size` is unknown.
     """
     if size not in SIZES:
-        raise ConfigError(f"size={size!r} is not known here; use one of: {', '.join(SIZES)}.")
+        raise ConfigError(f"size={size!r} is unknown; use one of: {', '.join(SIZES)}.")
     return SIZES[size]

@@ -1,17 +1,17 @@
-"""Does memory mixing let a model count modulo 2, far beyond the lengths it was trained on?
+"""Does memory mixing let a model learn parity and extrapolate far beyond its training lengths?
 
-An answer: xLSTM[0:1] and xLSTM[1:1], which have sLSTM blocks, reach a scaled accuracy above 0.95 at
-every length up to 256 with at least one of three seeds, trained on rows of up to 40 tokens;
-xLSTM[1:0], whose mLSTM blocks do not mix memories, stays below 0.3 at lengths 128 to 256.
+Expected: xLSTM[0:1] and xLSTM[1:1], which have sLSTM blocks, reach a scaled accuracy above 0.95 at
+every length up to 256 with at least one of three seeds, trained on sequences of up to 40 tokens;
+xLSTM[1:0], whose mLSTM blocks have no memory mixing, stays below 0.3 at lengths 128 to 256.
 
-    python experiments/parity.py --size cpu                  # all three models, JSON and picture
-    xlstm-jax train experiments/parity.py                    # xLSTM[1:1] alone, as a usual run
+    python experiments/parity.py --size cpu                  # all three models, JSON and plot
+    xlstm-jax train experiments/parity.py                    # only xLSTM[1:1], as an ordinary run
 
 Scaled accuracy is (accuracy - 1/2) / (1 - 1/2): 0 is chance, 1 is perfect. The three seeds of a
-model share their data and are one program under `jax.vmap`.
+model share their data and train together under `jax.vmap`.
 
 Source of the task: Beck et al. 2024, arXiv:2405.04517, appendix B.1.1 (the sLSTM block has no
-convolution there). Sizes: smoke (seconds), cpu (the answer, minutes), paper (the published steps).
+convolution there). Sizes: smoke (seconds), cpu (minutes), paper (published number of steps).
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from xlstm_jax.train import ExperimentConfig, TrainConfig
 
 CHANCE = 0.5
 BUCKETS = ((3, 40), (40, 64), (64, 128), (128, 256))
-"""Shortest and longest sample of each evaluation, answer included."""
+"""Minimum and maximum length of the samples of each evaluation, answer included."""
 
 PATTERNS = {"xLSTM[0:1]": "ss", "xLSTM[1:1]": "ms", "xLSTM[1:0]": "mm"}
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -78,18 +78,18 @@ SIZES = {"smoke": SMOKE, "cpu": CPU, "paper": PAPER}
 
 
 def config(size: str = "cpu") -> ExperimentConfig:
-    """The run of that size, of xLSTM[1:1].
+    """The config of xLSTM[1:1] at one size, a key of `SIZES`.
 
     Raises:
-        ConfigError: there is no such size.
+        ConfigError: `size` is unknown.
     """
     if size not in SIZES:
-        raise ConfigError(f"size={size!r} is not known here; use one of: {', '.join(SIZES)}.")
+        raise ConfigError(f"size={size!r} is unknown; use one of: {', '.join(SIZES)}.")
     return SIZES[size]
 
 
 def train_seeds(cfg: ExperimentConfig, num_seeds: int):
-    """Parameters of all seeds (a leading axis) after training, and the losses [steps, seeds]."""
+    """Trains all seeds; returns parameters with a leading seed axis, and losses [steps, seeds]."""
     import jax
     import jax.numpy as jnp
 
@@ -123,21 +123,21 @@ def _drop_metrics(updated):
 def _steps(cfg: ExperimentConfig, first: int) -> Batch:
     """The batches of the next `log_every` steps, stacked."""
     count = min(cfg.train.log_every, cfg.train.steps - first)
-    rows = cfg.data.batch_size
-    flat = samples(cfg.data, "train", first * rows, count * rows, cfg.data.min_len, 40)
-    return Batch(*(a.reshape(count, rows, *a.shape[1:]) for a in flat))
+    B = cfg.data.batch_size
+    flat = samples(cfg.data, "train", first * B, count * B, cfg.data.min_len, 40)
+    return Batch(*(a.reshape(count, B, *a.shape[1:]) for a in flat))
 
 
 def samples(
     data: DataConfig, split: Literal["train", "test"], start: int, count: int, low: int, high: int
 ) -> Batch:
-    """Samples of lengths low to high, in rows just long enough."""
+    """`count` samples of `low` to `high` tokens, padded to `high - 1` inputs."""
     data = dataclasses.replace(data, min_len=low, max_len=high, seq_len=high - 1)
     return load(data, split).batch(np.arange(start, start + count))
 
 
 def scaled_accuracies(cfg: ExperimentConfig, params) -> dict[str, list[float]]:
-    """Per bucket of lengths, the scaled accuracy of every seed, pooled over held-out samples."""
+    """Scaled accuracy of every seed on held-out samples, by length bucket."""
     import jax
 
     from xlstm_jax.train import losses
@@ -162,7 +162,7 @@ def scaled_accuracies(cfg: ExperimentConfig, params) -> dict[str, list[float]]:
 
 
 def run_model(cfg: ExperimentConfig, name: str, num_seeds: int) -> dict:
-    """Train and score one model; its row of the result."""
+    """Trains and evaluates one model; returns its record."""
     import jax
 
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, pattern=PATTERNS[name]))
@@ -183,7 +183,7 @@ def run_model(cfg: ExperimentConfig, name: str, num_seeds: int) -> dict:
 
 
 def outcome(models: dict[str, dict]) -> dict[str, bool]:
-    """Whether each part of the expected answer came out."""
+    """Whether each expectation holds."""
 
     def solved(name):
         by_seed = np.array(list(models[name]["scaled_accuracy"].values()))
@@ -197,22 +197,22 @@ def outcome(models: dict[str, dict]) -> dict[str, bool]:
     }
 
 
-def draw(result: dict, path: pathlib.Path) -> None:
-    """Scaled accuracy over length, a line per seed."""
+def plot(result: dict, path: pathlib.Path) -> None:
+    """Plots scaled accuracy over length: a point per seed, a line for the best one."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # needs no display
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     labels = [f"{low}–{high}" for low, high in BUCKETS]
-    # Side by side, as models that solve the task lie on one line.
+    # Shift the models sideways: those that solve the task would overlap.
     styles = zip(("C0", "C2", "C3"), (-0.06, 0, 0.06), strict=True)
-    for (name, row), (colour, shift) in zip(result["models"].items(), styles, strict=True):
-        by_seed = np.array(list(row["scaled_accuracy"].values()))
+    for (name, model), (color, shift) in zip(result["models"].items(), styles, strict=True):
+        by_seed = np.array(list(model["scaled_accuracy"].values()))
         x = np.arange(len(labels)) + shift
-        axes.plot(x, by_seed.max(axis=1), "-", color=colour, label=f"{name}, best seed")
-        axes.plot(x, by_seed, "o", color=colour, alpha=0.35)
+        axes.plot(x, by_seed.max(axis=1), "-", color=color, label=f"{name}, best seed")
+        axes.plot(x, by_seed, "o", color=color, alpha=0.35)
     axes.set_xticks(range(len(labels)), labels)
     axes.axhline(0, color="0.5", lw=0.8, ls=":")
     axes.axhspan(0.95, 1.05, color="C2", alpha=0.08)
@@ -227,15 +227,15 @@ def draw(result: dict, path: pathlib.Path) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Train all three models and write one JSON file and one picture."""
+    """Trains all three models and writes one JSON file and one plot."""
 
     size: Literal["smoke", "cpu", "paper"] = "cpu"
-    num_seeds: int = 3  # trained together, as one program
-    out: pathlib.Path = RESULTS / "parity.json"  # the picture lies beside it
+    num_seeds: int = 3  # trained together under `jax.vmap`
+    out: pathlib.Path = RESULTS / "parity.json"  # the plot is written next to it
 
 
 def main(options: Options) -> int:
-    """Run the experiment; 0 if the expected outcome came out (smoke: always), else 1."""
+    """Runs the experiment; returns 0 if all expectations hold (smoke: always), else 1."""
     cpu.prepare()
     import jax
 
@@ -248,15 +248,15 @@ def main(options: Options) -> int:
         "command": f"python experiments/parity.py --size {options.size}",
         "hardware": f"{jax.devices()[0].device_kind}, {platform.machine()}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "seconds": round(sum(row["seconds"] for row in models.values()), 1),
+        "seconds": round(sum(model["seconds"] for model in models.values()), 1),
         "models": models,
         "outcome": outcome(models),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
-    draw(result, options.out.with_suffix(".png"))
-    for sentence, came_out in result["outcome"].items():
-        print(f"{'yes' if came_out else 'NO '}  {sentence}")
+    plot(result, options.out.with_suffix(".png"))
+    for expectation, holds in result["outcome"].items():
+        print(f"{'yes' if holds else 'NO '}  {expectation}")
     print(f"{result['seconds']} s; {options.out} and {options.out.with_suffix('.png').name}")
     return 0 if options.size == "smoke" or all(result["outcome"].values()) else 1
 

@@ -59,7 +59,7 @@ ERRORS = {
     "train": "the first argument must be a config, got none; write `xlstm-jax train CONFIG.py`",
     "train --size smoke": "the first argument must be a config, got '--size'",
     "train missing.py": "missing.py does not exist",
-    "train CONFIG --size big": "size='big' is not known here; use one of: smoke, cpu, paper.",
+    "train CONFIG --size big": "size='big' is unknown; use one of: smoke, cpu, paper.",
     "train CONFIG --model.dmi 8": "--model.dmi is not an option of `xlstm-jax train`; did you mean "
     "--model.dim",
     "train CONFIG --lr 1": "--lr is not an option of `xlstm-jax train`; did you mean --train.lr",

@@ -1,4 +1,4 @@
-"""The train step of a workload, as a run executes it, ready to be compiled and timed."""
+"""The train step of a workload, as executed in training, to be compiled and timed."""
 
 from collections.abc import Callable
 
@@ -19,21 +19,21 @@ from xlstm_jax.train import (
 )
 from xlstm_jax.train.program import TrainProgram
 
-# One document per sequence, and the peer knows no documents: neither side looks for boundaries.
+# One document per sequence, and the peer does not support documents: both skip document resets.
 TRAIN = TrainConfig(steps=1000, grad_clip=1.0, document_resets=False)
 
 
-def program(workload: ModelWorkload, rules: str = "data") -> TrainProgram:
-    """The training program of a run with this model and batch, on a mesh of one device."""
+def make_program(workload: ModelWorkload, rules: str = "data") -> TrainProgram:
+    """The training program for a workload, on a mesh of one device."""
     data = DataConfig(batch_size=workload.batch_size, seq_len=workload.seq_len)
     cfg = ExperimentConfig(name="benchmark", model=workload.model, data=data, train=TRAIN)
     return TrainProgram(cfg, make_devices(MeshConfig(rules=rules), jax.devices()[:1]))
 
 
-def start(
+def start_training(
     program: TrainProgram, compiled: jax.stages.Compiled, workload: ModelWorkload
 ) -> Callable[[], metrics.Totals]:
-    """A call that trains one step more and returns the totals of all steps."""
+    """A function that runs one more train step and returns the metric totals of all steps."""
     state, totals = program.init(), metrics.empty()
     batch = program.devices.batch(jax.device_get(random_batch(workload)))
 
@@ -41,7 +41,7 @@ def start(
         nonlocal state, totals
         with program.devices.active():
             state, totals = compiled(state, totals, batch)
-        # A copy: the totals themselves are donated to the next step.
+        # Copied, because the next step donates the totals.
         return jax.tree.map(jnp.copy, totals)
 
     return advance
@@ -50,16 +50,16 @@ def start(
 def compiled_step(
     workload: ModelWorkload, rules: str = "data"
 ) -> tuple[Callable[[], metrics.Totals], jax.stages.Compiled]:
-    """`start` of the compiled program, and the program itself."""
-    of = program(workload, rules)
-    compiled = of.compile()
-    return start(of, compiled, workload), compiled
+    """A function that runs one more train step, and the compiled program behind it."""
+    program = make_program(workload, rules)
+    compiled = program.compile()
+    return start_training(program, compiled, workload), compiled
 
 
 def plain_step(
     workload: ModelWorkload,
 ) -> tuple[Callable[[], dict[str, jax.Array]], jax.stages.Compiled]:
-    """As `compiled_step`, the pure train step alone: without a mesh and metric totals."""
+    """As `compiled_step`, but only the pure train step, without mesh and metric totals."""
     lm, tx = LM(workload.model), make_optimizer(TRAIN)
     step = jax.jit(make_train_step(lm, tx, TRAIN), donate_argnums=0)
     state = init_state(lm, tx, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
@@ -68,8 +68,8 @@ def plain_step(
 
     def advance() -> dict[str, jax.Array]:
         nonlocal state
-        state, now = compiled(state, batch)
-        return now
+        state, step_metrics = compiled(state, batch)
+        return step_metrics
 
     return advance, compiled
 

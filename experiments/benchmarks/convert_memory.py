@@ -1,13 +1,13 @@
-"""How much memory does it take to read the weights of another implementation?
+"""How much memory does the conversion of weights need?
 
-An answer: a checkpoint of 1 GiB in shards is read, and made a run of, with a peak below 1.5 GiB
-above the interpreter. What the way back takes is measured too: the parameters and one of its files.
+Target: loading a sharded checkpoint of 1 GiB, and converting it to a run, peaks below 1.5 GiB above
+the interpreter. Converting back is measured too; it needs the parameters and one output file.
 
     python experiments/benchmarks/convert_memory.py --out RESULT.json
 
-It writes a checkpoint of random weights, as `transformers` would, into a temporary folder, and
-reads it in processes of their own: their peak is what the kernel counted, files mapped into memory
-included. The bare interpreter and the interpreter with everything imported are measured alike.
+It writes a checkpoint of random weights in the format of `transformers` to a temporary folder and
+reads it in separate processes. Their peak is the one reported by the kernel, memory-mapped files
+included. For comparison, the bare interpreter and one with all imports are measured as well.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from xlstm_jax.flops import count_params
 from xlstm_jax.modules import presets
 
 GIB = 2**30
-DEMANDED_GIB = 1.5
+TARGET_GIB = 1.5
 MODEL = presets.large(1024, 17, 4, 2752, vocab_size=25_600)  # 1.00 GiB in float32
 
 PROCESSES = {
@@ -41,15 +41,18 @@ PROCESSES = {
     "main(['convert', 'run-to-hf', {run!r}, {back!r}, "
     "'--max-shard-bytes', str(2**28)])",
 }
-"""What each process does."""
+"""Code of each process."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments(measure.Arguments):
-    shard_mib: int = 256  # of one file
+    """Options of the conversion benchmark."""
+
+    shard_mib: int = 256  # size of one file of the checkpoint
 
 
 def main(args: Arguments) -> int:
+    """Measures the peak memory of every process and writes one result."""
     with tempfile.TemporaryDirectory() as parent:
         folder = pathlib.Path(parent, "hf")
         write_checkpoint(folder, args.shard_mib * 2**20)
@@ -57,12 +60,12 @@ def main(args: Arguments) -> int:
         folders = {"folder": str(folder), "run": f"{parent}/run", "back": f"{parent}/back"}
         peaks = {name: peak(code.format(**folders)) for name, code in PROCESSES.items()}
     result = {
-        **measure.about("convert_memory"),
+        **measure.run_info("convert_memory"),
         "parameters": count_params(MODEL),
         "checkpoint_bytes": sum(sizes),
         "files": len(sizes),
         "peak_bytes": peaks,
-        "demanded_gib_above_interpreter": DEMANDED_GIB,
+        "target_gib_above_interpreter": TARGET_GIB,
     }
     measure.write(args.out, result)
     print(f"checkpoint: {sum(sizes) / GIB:.2f} GiB in {len(sizes)} files")
@@ -73,7 +76,7 @@ def main(args: Arguments) -> int:
 
 
 def write_checkpoint(folder: pathlib.Path, shard_bytes: int) -> None:
-    """Random weights, made one tensor at a time."""
+    """Writes a checkpoint of random weights, generating one tensor at a time."""
     files = {hf.CONFIG: json.dumps(hf.config_of(MODEL))}
     tensors.write(
         folder, random_tensors(), dtype="float32", max_shard_bytes=shard_bytes, files=files
@@ -81,19 +84,19 @@ def write_checkpoint(folder: pathlib.Path, shard_bytes: int) -> None:
 
 
 def random_tensors() -> Iterator[tuple[str, np.ndarray]]:
-    """Names and arrays of the model, as `transformers` has them."""
+    """Random tensors with the names and shapes that `transformers` uses."""
     rng = np.random.default_rng(0)
     for name, place in mapping.targets(MODEL, names.HF, mapping.parameters(MODEL)).items():
         yield name, rng.standard_normal(place.torch_shape, np.float32) / 32
 
 
 def peak(code: str) -> int:
-    """The largest resident size, in bytes, of a process that runs some code."""
-    # Not ru_maxrss, which begins with the size of the process that started this one.
+    """Peak resident set size, in bytes, of a process that runs `code`."""
+    # Not ru_maxrss: it starts at the size of the parent process.
     ending = "print(next(x for x in open('/proc/self/status') if x.startswith('VmHWM')).split()[1])"
     command = [sys.executable, "-c", f"{code}\n{ending}"]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return int(done.stdout.split()[-1]) * 1024  # Linux counts in KiB
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return int(process.stdout.split()[-1]) * 1024  # Linux counts in KiB
 
 
 if __name__ == "__main__":

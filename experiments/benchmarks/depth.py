@@ -1,4 +1,4 @@
-"""Compile time of the train step for shallow and deep models: it must not grow with depth."""
+"""Compile time of the train step of shallow and deep models, which must not grow with depth."""
 
 import dataclasses
 import time
@@ -25,7 +25,7 @@ PAIRS = (("M x 32", "M x 8"), ("7:1 x 32", "7:1 x 8"), (PRESET, SHORTENED))
 
 
 def run(repeats: int) -> dict[str, Any]:
-    """Compile times of all models, and the ratios that are promised."""
+    """Compile times of all models, and the ratios of the deep to the shallow ones."""
     preset = dataclasses.replace(presets.get(PRESET), vocab_size=256)
     patterns = {f"M x {n}": "M" * n for n in (8, 32)}
     patterns |= {f"7:1 x {n}": ratio_pattern("7:1", n) for n in (8, 32)}
@@ -37,13 +37,13 @@ def run(repeats: int) -> dict[str, Any]:
 def compare(
     models: dict[str, LMConfig], pairs: tuple[tuple[str, str], ...], repeats: int
 ) -> dict[str, Any]:
-    """Compile times of all models, and of the first of each pair over the second."""
+    """Compile times of all models, and for each pair the first over the second."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats):
         for name, model in models.items():
             times[name].append(compile_seconds(model))
             print(f"compile {name}: {times[name][-1]:.1f} s")
-    rows = {
+    records = {
         name: {
             "pattern": model.pattern,
             "bodies": sum(len(run.unit) for run in choose_runs(model, SEQ_LEN)),  # blocks compiled
@@ -52,17 +52,17 @@ def compare(
         for name, model in models.items()
     }
     ratios = {f"{a} / {b}": min(times[a]) / min(times[b]) for a, b in pairs}
-    return {"models": rows, "ratios": ratios}
+    return {"models": records, "ratios": ratios}
 
 
 def shortened(pattern: str, num_blocks: int) -> str:
-    """The units of a pattern's runs, once each, up to so many blocks."""
+    """The repeated units of a pattern, once each, up to `num_blocks` blocks."""
     return "".join(run.unit for run in split_runs(pattern))[:num_blocks]
 
 
 def compile_seconds(model: LMConfig) -> float:
-    """To trace, lower and compile the train step, from shapes alone."""
-    program = cases.program(ModelWorkload(model=model, batch_size=1, seq_len=SEQ_LEN))
+    """Seconds to trace, lower and compile the train step."""
+    program = cases.make_program(ModelWorkload(model=model, batch_size=1, seq_len=SEQ_LEN))
     start = time.perf_counter()
     program.compile()
     return time.perf_counter() - start

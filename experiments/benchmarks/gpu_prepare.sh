@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Collects in .gpu_run what a GPU machine without package access needs: wheels that it lacks, and with
-# --exports the kernels as the newest Triton compiles them. Run in the project's root; takes a minute,
-# with --exports ten. PYTHON is an interpreter of the version of the GPU machine's (default python3.12).
+# Collects in .gpu_run what a GPU machine without package access needs: wheels, and with --exports the
+# kernels compiled by a newer Triton. Run in the project's root; takes one minute, with --exports ten.
+# PYTHON is an interpreter of the same version as on the GPU machine (default python3.12).
 set -euo pipefail
 version=${GPU_PYTHON_VERSION:-3.12}
 mkdir -p .gpu_run/wheels
@@ -18,4 +18,4 @@ if [ "${1:-}" = --exports ]; then
     .venv-export/bin/python -m experiments.benchmarks.gpu.export .gpu_run/exports
 fi
 du -sh .gpu_run
-echo 'On the GPU machine, in a checkout with .gpu_run in it: bash experiments/benchmarks/gpu_run.sh'
+echo 'On the GPU machine, in a checkout that contains .gpu_run: bash experiments/benchmarks/gpu_run.sh'

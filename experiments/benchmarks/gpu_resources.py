@@ -1,12 +1,12 @@
-"""What do the Triton kernels take of a GPU: registers, register spills, shared memory?
+"""How many registers, register spills and how much shared memory do the Triton kernels use?
 
-An answer: a line per kernel, size and chip, as Triton's own assembler has laid it out.
+One record per kernel, size and chip, as reported by the assembler in Triton's wheel.
 
     .venv-compile/bin/python experiments/benchmarks/gpu_resources.py --chips sm_90 --ops mlstm
     .venv-compile/bin/python experiments/benchmarks/gpu_resources.py --out RESULT.json
 
-No GPU is needed. A kernel that spills, takes 255 registers or more shared memory than there is is
-marked with `!`; such a tile does not belong in a table, and `tests/compile` fails on it.
+No GPU is needed. Kernels that spill, use 255 registers or exceed the shared memory are marked with
+`!`; `tests/compile` fails if a default tile does.
 """
 
 import dataclasses
@@ -35,21 +35,23 @@ WIDTHS = {
         "float32": ((64, 64), (128, 128)),
     },
 }
-"""K and V of a head, of every op and dtype."""
+"""K and V of a head, by op and dtype."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
+    """Options of the resource report."""
+
     chips: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")  # keys of `hardware.ARCHITECTURES`
     ops: tuple[str, ...] = tuple(WIDTHS)
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
-    widths: tuple[int, ...] | None = None  # K of the heads; None: all of them
+    widths: tuple[int, ...] | None = None  # K of the heads; None: all in `WIDTHS`
     parts: tuple[str, ...] = ("forward", "gradient", "decode")
-    out: pathlib.Path | None = None  # where to write what was found, as JSON
+    out: pathlib.Path | None = None  # JSON file to write the result to
 
 
 def cases(args: Arguments) -> Iterator[Case]:
-    """Calls of several chunks, and of one step, for every width."""
+    """Calls over several chunks, and decode steps, for every width."""
     for op in args.ops:
         for dtype in args.dtypes:
             for K, V in WIDTHS[op][dtype]:
@@ -59,62 +61,65 @@ def cases(args: Arguments) -> Iterator[Case]:
                         yield Case(op=op, part=part, B=16, T=T, H=4, K=K, V=V, dtype=dtype)
 
 
-def found(chip: str, case: Case) -> list[Resources]:
-    """Of the kernels of one case, at the tile of the table."""
+def kernel_resources(chip: str, case: Case) -> list[Resources]:
+    """Resources of the kernels of one case, with the default tile."""
     with common.compiled_for(chip):
         shapes = jax.eval_shape(lambda: kernel_jax.inputs(case, "triton"))
-    return resources.resources(chip, kernel_jax.timed(case, "triton"), *shapes)
+    return resources.resources(chip, kernel_jax.timed_function(case, "triton"), *shapes)
 
 
-def rows(args: Arguments) -> Iterator[dict[str, Any]]:
-    """One per kernel, size and chip; of a gradient those that the forward call has not."""
+def records(args: Arguments) -> Iterator[dict[str, Any]]:
+    """One record per kernel, size and chip; kernels shared by several parts appear once."""
     for chip in args.chips:
         seen: set[tuple[Any, ...]] = set()
         for case in cases(args):
-            for kernel in found(chip, case):
+            for kernel in kernel_resources(chip, case):
                 sizes = (case.op, case.K, case.V, case.dtype)
                 key = (*sizes, kernel.name, repr(kernel.constants))
                 if key not in seen:
                     seen.add(key)
-                    named = dict(zip(("op", "K", "V", "dtype"), sizes, strict=True))
-                    why = resources.complaints(chip, kernel)
-                    yield {"chip": chip, **named, **kernel._asdict(), "complaints": why}
+                    labels = dict(zip(("op", "K", "V", "dtype"), sizes, strict=True))
+                    complaints = resources.complaints(chip, kernel)
+                    record = {"chip": chip, **labels, **kernel._asdict()}
+                    yield {**record, "complaints": complaints}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: registers, spilled bytes, shared KiB, warps and stages of every kernel."""
-    chips = list(dict.fromkeys(row["chip"] for row in rows))
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown: registers, spilled bytes, shared KiB, warps and stages; kernels by chips."""
+    chips = list(dict.fromkeys(record["chip"] for record in records))
     lines = [
         "| kernel | K, V, dtype | " + " | ".join(chips) + " |",
         "|---" * (2 + len(chips)) + "|",
     ]
     groups: dict[tuple[str, str], dict[str, str]] = {}
-    for row in rows:
-        key = (row["name"], f"{row['K']}, {row['V']}, {row['dtype']}")
+    for record in records:
+        key = (record["name"], f"{record['K']}, {record['V']}, {record['dtype']}")
         cells = groups.setdefault(key, {})
-        cells[row["chip"]] = "; ".join(filter(None, (cells.get(row["chip"]), _cell(row))))
+        chip = record["chip"]
+        cells[chip] = "; ".join(filter(None, (cells.get(chip), _cell(record))))
     for (name, size), cells in groups.items():
         line = [f"`{name}`", size, *(cells.get(chip, "") for chip in chips)]
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)
 
 
-def _cell(row: dict[str, Any]) -> str:
+def _cell(record: dict[str, Any]) -> str:
     return (
-        f"{row['registers']} r, {row['spills']} B, {row['shared_bytes'] / 1024:.0f} KiB, "
-        f"{row['num_warps']} w, {row['num_stages']} s{' !' * bool(row['complaints'])}"
+        f"{record['registers']} r, {record['spills']} B, {record['shared_bytes'] / 1024:.0f} KiB, "
+        f"{record['num_warps']} w, {record['num_stages']} s{' !' * bool(record['complaints'])}"
     )
 
 
 def main(args: Arguments) -> int:
+    """Compiles all kernels, prints a table and writes the result."""
     result = []
-    for row in rows(args):
-        result.append(row)
-        print(json.dumps(row, default=str), flush=True)
+    for record in records(args):
+        result.append(record)
+        print(json.dumps(record, default=str), flush=True)
     print(table(result), file=sys.stderr)
     if args.out is not None:
-        about = {"date": measure.settings()["date"], "versions": kernel_report.versions()}
-        text = json.dumps({**about, "rows": result}, indent=1, default=str)
+        info = {"date": measure.date_and_flags()["date"], "versions": kernel_report.versions()}
+        text = json.dumps({**info, "records": result}, indent=1, default=str)
         args.out.write_text(text + "\n", encoding="utf-8")
     return 0
 

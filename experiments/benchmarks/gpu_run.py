@@ -1,10 +1,10 @@
-"""Sections of one prepared run on a Hopper GPU; `gpu_run.sh` starts them side by side.
+"""Sections of one prepared run on a Hopper GPU; `gpu_run.sh` starts them concurrently.
 
     python -m experiments.benchmarks.gpu_run SECTION [PART PARTS]
     python -m experiments.benchmarks.gpu_run summary RESULT.json
 
-GPU_RUN_SMOKE=1 takes toy sizes and implementations that run on a CPU. GPU_RUN_DIR is the folder of
-reports and locks, `.gpu_run/work` by default.
+GPU_RUN_SMOKE=1 selects toy sizes and implementations that run on a CPU. GPU_RUN_DIR is the folder
+of reports and locks, `.gpu_run/work` by default.
 """
 
 import contextlib
@@ -19,23 +19,24 @@ FOLDER = pathlib.Path(os.environ.get("GPU_RUN_DIR", ".gpu_run/work"))
 START = float(os.environ.get("GPU_RUN_START", time.time()))
 
 
-def complete_triton() -> None:
+def patch_triton() -> None:
     """Defines a constant of Triton's driver that jax-triton 0.4 imports and Triton 3.6 lacks.
 
-    Without it jax-triton takes the whole backend for missing.
+    Without it the import fails and jax-triton treats the CUDA backend as missing.
     """
     with contextlib.suppress(ImportError):
         import triton.backends.nvidia.driver as driver
 
         if not hasattr(driver, "TMA_TF32"):
-            driver.TMA_TF32 = 11  # of tf32 descriptors, which no kernel here uses
+            driver.TMA_TF32 = 11  # for tf32 descriptors, which none of the kernels uses
 
 
 def main(section: str, *arguments: str) -> int:
+    """Runs one section, or writes the summary; returns the exit code."""
     if SMOKE:
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    complete_triton()
-    # Both import JAX, and `exported` must not import Triton before it is complete.
+    patch_triton()
+    # Imported late: they import JAX, and Triton must be patched before anything imports it.
     from experiments.benchmarks.gpu import summary
 
     if section == "summary":

@@ -1,9 +1,9 @@
-"""Which blocks should the mLSTM's Triton kernels have on a chip?
+"""Which block sizes should the Triton kernels of the mLSTM use on a GPU?
 
-An answer: for each kernel, its neighbours in the space of blocks; those that spill, take 255
-registers or more shared memory than there is are dropped. On a GPU the rest is timed, and the
-fastest is what `pallas_kernels/mlstm/triton_tiles.py` should say; without one it is only known what
-compiles, and the rule there takes the widest.
+For each kernel, neighbors of its default blocks are compiled; those that spill, use 255 registers
+or exceed the shared memory are dropped. On a GPU all neighbors are timed, and the fastest one
+belongs in `pallas_kernels/mlstm/triton_tiles.py`. Without a GPU only what compiles is known, and
+the rule in that file selects the widest blocks.
 
     .venv-compile/bin/python experiments/benchmarks/gpu_tiles.py --chip sm_90
     python experiments/benchmarks/gpu_tiles.py --out RESULT.json         # on a GPU
@@ -33,32 +33,35 @@ CHUNKS = (64, 128, 256, 512)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    chip: str | None = None  # of `hardware.ARCHITECTURES`, to compile for; None: time here
+    """Options of the search for GPU blocks."""
+
+    chip: str | None = None  # AOT target, a key of `hardware.ARCHITECTURES`; None: time on this GPU
     K: int = 256
     V: int = 512
     H: int = 8
     T: int = 8192
-    tokens: int = 65_536  # of the whole batch
+    tokens: int = 65_536  # B * T
     dtype: str = "bfloat16"
     kernels: tuple[str, ...] = KERNELS  # whose blocks are varied; "chunk" varies the chunk
     repeats: int = 30
-    out: pathlib.Path | None = None  # where to write what was found, as JSON
+    out: pathlib.Path | None = None  # JSON file to write the result to
 
 
-def neighbours(tile: Tile, kernel: str) -> Iterator[Tile]:
-    """The tile, and those that differ from it in the blocks of one kernel."""
+def neighbors(tile: Tile, kernel: str) -> Iterator[Tile]:
+    """The tile itself, and tiles that differ from it in the blocks of one kernel."""
     yield tile
     if kernel == "chunk":
         yield from (tile._replace(chunk=chunk) for chunk in CHUNKS if chunk != tile.chunk)
         return
     block = getattr(tile, kernel)
-    found = _of_states(block) if isinstance(block, States) else _of_outputs(block, tile.chunk)
-    for candidate in dict.fromkeys(found):
+    is_states = isinstance(block, States)
+    blocks = _states_blocks(block) if is_states else _outputs_blocks(block, tile.chunk)
+    for candidate in dict.fromkeys(blocks):
         if candidate != block:
             yield tile._replace(**{kernel: candidate})
 
 
-def _of_states(block: States) -> Iterator[States]:
+def _states_blocks(block: States) -> Iterator[States]:
     for k in {min(block.k, 32), block.k, 2 * block.k}:
         for v in {min(block.v, 64), block.v}:
             for positions in (32, 64):
@@ -67,20 +70,20 @@ def _of_states(block: States) -> Iterator[States]:
                         yield States(k, v, positions, warps, stages)
 
 
-def _of_outputs(block: Outputs, chunk: int) -> Iterator[Outputs]:
-    for rows in (64, 128):
-        for others in (16, 32, 64):
-            for memory in (32, 64):
+def _outputs_blocks(block: Outputs, chunk: int) -> Iterator[Outputs]:
+    for positions in (64, 128):
+        for other_positions in (16, 32, 64):
+            for state_inner in (32, 64):
                 for width in {block.width, max(block.width // 2, 16)}:
                     for warps in (4, 8):
                         for stages in (2, 3):
-                            if rows <= chunk:
-                                sizes = (rows, others, block.inner, memory, width)
-                                yield Outputs(*sizes, warps, stages)
+                            if positions <= chunk:
+                                sizes = (positions, other_positions, block.inner, state_inner)
+                                yield Outputs(*sizes, width, warps, stages)
 
 
-def call(tile: Tile, kernel: str, case: Case):
-    """h, or all gradients where `kernel` is one of theirs, at a tile; and its arguments' shapes."""
+def tile_function(tile: Tile, kernel: str, case: Case):
+    """The mLSTM with the given tile: h, or h and all gradients, as the part of `case` requires."""
     kernels = backends.triton()._replace(tile=lambda *_: tile)
 
     def forward(q, k, v, i, f):
@@ -96,30 +99,31 @@ def call(tile: Tile, kernel: str, case: Case):
 
 
 def examine(args: Arguments, tile: Tile, kernel: str, case: Case) -> dict[str, Any]:
-    """Resources of one kernel at a tile, and on a GPU the time of all kernels together."""
-    row: dict[str, Any] = {"kernel": kernel, "chunk": tile.chunk}
+    """Resources of one kernel with a tile, or on a GPU the time of all kernels together."""
+    record: dict[str, Any] = {"kernel": kernel, "chunk": tile.chunk}
     if kernel != "chunk":
-        row["block"] = getattr(tile, kernel)._asdict()
-    fn = call(tile, kernel, case)
+        record["block"] = getattr(tile, kernel)._asdict()
+    fn = tile_function(tile, kernel, case)
     chip = args.chip or gpu.current_chip()
     assert chip is not None
     try:
         if args.chip is not None:
             with common.compiled_for(chip):
                 shapes = jax.eval_shape(lambda: kernel_jax.inputs(case, "triton"))
-            found = resources.resources(chip, fn, *shapes)
-            mine = [one for one in found if kernel == "chunk" or one.name == f"mlstm_{kernel}"]
-            row |= {"resources": [one._asdict() for one in mine]}
-            row["dropped"] = [why for one in mine for why in resources.complaints(chip, one)]
+            usages = resources.resources(chip, fn, *shapes)
+            if kernel != "chunk":
+                usages = [usage for usage in usages if usage.name == f"mlstm_{kernel}"]
+            record["resources"] = [usage._asdict() for usage in usages]
+            record["dropped"] = sum((resources.complaints(chip, usage) for usage in usages), [])
         else:
-            row |= timed(fn, case, args.repeats)
-    except Exception as error:  # whatever a compiler says of a block that it cannot lay out
-        row["dropped"] = [f"{type(error).__name__}: {str(error).splitlines()[0]}"]
-    return row
+            record |= time_call(fn, case, args.repeats)
+    except Exception as error:  # any error of the compiler on a block that it does not support
+        record["dropped"] = [f"{type(error).__name__}: {str(error).splitlines()[0]}"]
+    return record
 
 
-def timed(fn, case: Case, repeats: int) -> dict[str, Any]:
-    """Median time of a compiled call on random inputs."""
+def time_call(fn, case: Case, repeats: int) -> dict[str, Any]:
+    """Statistics of the time of a compiled call on random inputs."""
     inputs = kernel_jax.inputs(case, "triton")
     program = jax.jit(fn).lower(*inputs).compile()
     measure.seconds(lambda: program(*inputs), 10)
@@ -127,9 +131,10 @@ def timed(fn, case: Case, repeats: int) -> dict[str, Any]:
 
 
 def main(args: Arguments) -> int:
+    """Examines the neighbors of the default tile of every kernel, best first."""
     refusal = gpu.refusal() if args.chip is None else None
     if refusal is not None:
-        print(f"gpu_tiles: {refusal}; --chip compiles ahead of time.", file=sys.stderr)
+        print(f"gpu_tiles: {refusal}; use --chip to compile ahead of time.", file=sys.stderr)
         return 2
     result = []
     for kernel in args.kernels:
@@ -138,15 +143,15 @@ def main(args: Arguments) -> int:
         case = Case(op="mlstm", part=part, dtype=args.dtype, **sizes)
         with common.compiled_for(args.chip or gpu.current_chip() or ""):
             tile = triton_tiles.choose(args.K, args.V, jnp.dtype(args.dtype), args.T, None)
-        rows = [examine(args, one, kernel, case) for one in neighbours(tile, kernel)]
-        rows.sort(key=lambda row: (bool(row.get("dropped")), row.get("median_seconds", 0.0)))
-        for row in rows:
-            print(json.dumps(row, default=str), flush=True)
-        result += rows
+        records = [examine(args, neighbor, kernel, case) for neighbor in neighbors(tile, kernel)]
+        records.sort(key=lambda r: (bool(r.get("dropped")), r.get("median_seconds", 0.0)))
+        for record in records:
+            print(json.dumps(record, default=str), flush=True)
+        result += records
     if args.out is not None:
-        about = {"date": measure.settings()["date"], "versions": kernel_report.versions()}
-        about |= {"arguments": dataclasses.asdict(args), "machine": measure.machine()}
-        text = json.dumps({**about, "rows": result}, indent=1, default=str)
+        info = {"date": measure.date_and_flags()["date"], "versions": kernel_report.versions()}
+        info |= {"arguments": dataclasses.asdict(args), "machine": measure.machine()}
+        text = json.dumps({**info, "records": result}, indent=1, default=str)
         args.out.write_text(text + "\n", encoding="utf-8")
     return 0
 

@@ -1,4 +1,4 @@
-"""What the benchmark of kernels computes, at which sizes, and the least that it could take."""
+"""Cases of the kernel benchmark, and lower bounds of their times."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,73 +10,73 @@ from tests import workloads
 PARTS = ("forward", "gradient", "decode")
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 ATTENTION_WIDTH = 128
-"""Of attention's heads, which take as many columns together as the mLSTM's values."""
+"""Head size of attention, whose heads together are as wide as the values of the mLSTM."""
 
 CHUNK, SQUARE = 256, 64
-"""Of the mLSTM whose work is the bound: chunks, and the squares left out above a diagonal."""
+"""In the bound of the mLSTM: chunk length, and side of the squares skipped above the diagonal."""
 
 CACHED_BYTES = 256 << 20
-"""More than any cache of the last level: states of a decode step are as many as fill this."""
+"""More than any last-level cache: a decode step is timed on as many states as fill this."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One call: sizes of arrays, and which part of the computation is timed."""
+    """One call: sizes of the arrays, and the part of the computation that is timed."""
 
     op: str  # "mlstm" or "slstm"
-    part: str  # of `PARTS`; "gradient" is forward and backward
+    part: str  # one of `PARTS`; "gradient" is forward and backward
     B: int
     T: int
     H: int
     K: int
     V: int
     dtype: str = "bfloat16"
-    most_states: int = 32  # of a decode step
+    max_states: int = 32  # that a decode step is timed on
 
     @property
     def tokens(self) -> int:
-        """Positions of all sequences."""
+        """Tokens of the batch."""
         return self.B * self.T
 
     @property
     def section(self) -> str:
-        """Of the benchmark: "mlstm", "slstm" or "decode"."""
+        """Section of the benchmark: "mlstm", "slstm" or "decode"."""
         return "decode" if self.part == "decode" else self.op
 
     @property
     def attention_heads(self) -> int:
-        """Of attention in its place."""
+        """Heads of attention, when it replaces the mLSTM."""
         return max(1, self.H * self.V // ATTENTION_WIDTH)
 
     @property
     def num_states(self) -> int:
-        """States that a decode step is timed on, one after the other, as of layers."""
+        """States that a decode step is timed on, one after another, as those of layers."""
         if self.part != "decode":
             return 1
         elements = 4 * self.K if self.op == "slstm" else self.K * self.V
-        return max(1, min(self.most_states, CACHED_BYTES // (4 * self.B * self.H * elements)))
+        return max(1, min(self.max_states, CACHED_BYTES // (4 * self.B * self.H * elements)))
 
 
 class Work(NamedTuple):
-    """What no program can do without."""
+    """Least work of a call."""
 
     flops: float
-    bytes: float
+    bytes: float  # of memory traffic
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Which cases; a call has the same number of tokens at every length, and so the same work."""
+    """Sizes of all cases; a call has the same number of tokens at every sequence length."""
 
-    heads: tuple[tuple[int, int, int], ...] = tuple(  # H, K and V of the mLSTM's cases
+    heads: tuple[tuple[int, int, int], ...] = tuple(  # H, K and V of the mLSTM cases
         workloads.MLSTM[name].heads for name in ("7b", "16_heads", "4_heads")
     )
-    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)  # T of these
-    tokens: int = workloads.TOKENS  # of one call, at every length
-    slstm: tuple[int, int, int] = (16, 2048, 4)  # B, T and H of the sLSTM's cases
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)  # T of the mLSTM
+    tokens: int = workloads.TOKENS  # per call, at every length
+    slstm: tuple[int, int, int] = (16, 2048, 4)  # B, T and H of the sLSTM cases
     slstm_dims: tuple[int, ...] = tuple(workload.K for workload in workloads.SLSTM.values())  # K
-    decode_batches: tuple[int, ...] = (1, 32, 256)  # of one step at the first heads
-    decode_states: int = 32  # at most so many states are decoded one after the other
+    decode_batches: tuple[int, ...] = (1, 32, 256)  # B of decode steps, at the first of `heads`
+    decode_states: int = 32  # upper limit of `Case.num_states`
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
@@ -94,7 +94,7 @@ SMOKE: dict[str, Any] = dict(
 
 
 def groups(sizes: Sizes, sections: tuple[str, ...]) -> Iterator[list[Case]]:
-    """Cases that differ in their part alone, forward before gradient: they share a process."""
+    """Groups of cases that differ only in their part, forward before gradient, for one process."""
     shapes: list[tuple[str, tuple[int, int, int, int, int]]] = []
     for H, K, V in sizes.heads:
         shapes += [("mlstm", (max(1, sizes.tokens // T), T, H, K, V)) for T in sizes.lengths]
@@ -103,7 +103,7 @@ def groups(sizes: Sizes, sections: tuple[str, ...]) -> Iterator[list[Case]]:
     for section, shape in shapes:
         if section in sections:
             fields: dict[str, Any] = dict(zip("BTHKV", shape, strict=True), dtype=sizes.dtype)
-            fields |= dict(op=section, most_states=sizes.decode_states)
+            fields |= dict(op=section, max_states=sizes.decode_states)
             parts = PARTS[:2]
             if section == "decode":
                 fields["op"], parts = "mlstm", PARTS[2:]
@@ -111,12 +111,11 @@ def groups(sizes: Sizes, sections: tuple[str, ...]) -> Iterator[list[Case]]:
 
 
 def work(case: Case, *, attention: bool = False) -> Work:
-    """What the bound counts: kernels of one pass each, states kept on the chip.
+    """Work that the bound counts: one pass per direction, with states in on-chip memory.
 
-    Per token and head, K and V wide, with F the share of a chunk's square that is computed:
-    forward 4 K V + 2 F L (K + V) operations, backward 8 K V + 2 F L (3 K + 2 V); of a state the
-    backward pass reads, one per chunk is written in the forward pass. The sLSTM's backward keeps
-    the gates and, in float32, c, n and m.
+    mLSTM, per token and head, with F the fraction of a chunk's square that is computed: forward
+    4 K V + 2 F L (K + V) operations, backward 8 K V + 2 F L (3 K + 2 V). For the backward pass the
+    forward pass saves one state per chunk. The sLSTM saves the gates and, in float32, c, n and m.
     """
     item = ITEM_BYTES[case.dtype]
     if attention:
@@ -140,7 +139,7 @@ def work(case: Case, *, attention: bool = False) -> Work:
 
 
 def _attention(case: Case, item: int) -> Work:
-    """Of a causal square half is computed; the backward pass has five products to the two."""
+    """Causal: half of the square. The backward pass has five products, the forward pass two."""
     columns = case.attention_heads * ATTENTION_WIDTH
     forward = 2 * case.tokens * case.T * columns
     if case.part == "gradient":
@@ -149,13 +148,15 @@ def _attention(case: Case, item: int) -> Work:
 
 
 def bound_seconds(work: Work, dtype: str, device_kind: str) -> float | None:
-    """The least time that a device takes: for products or for memory, whichever is longer.
+    """Lower bound of the time on a device: of the products or of the memory traffic.
 
     Args:
-        work: what it has to do.
+        work: of the call.
         dtype: of the operands.
-        device_kind: as JAX or the driver reports it; of a device that is not in the table of GPUs
-            the result is None.
+        device_kind: as JAX or the driver reports it.
+
+    Returns:
+        The larger of both bounds; None for a device that is not in the table of GPUs.
     """
     device = gpu_by_device_kind(device_kind)
     if device is None:

@@ -1,6 +1,6 @@
-"""Times calls of our ops, and of attention in JAX, in a process of its own; see `kernels.py`.
+"""Times calls of our ops, and of attention in JAX, in a separate process; see `kernels.py`.
 
-The one argument is JSON; every case is answered with a line of JSON.
+The only argument is a request in JSON; one line of JSON is printed per case.
 """
 
 import json
@@ -21,7 +21,7 @@ Call = Callable[..., Any]
 
 
 def arrays(case: Case, candidate: str) -> tuple[jax.Array, ...]:
-    """Random inputs, as of a model's projections: products of zeros would be faster."""
+    """Random inputs, distributed as those in a model: products of zeros would be faster."""
     B, T, H, K, V = case.B, case.T, case.H, case.K, case.V
     dtype = jnp.dtype(case.dtype)
     keys = iter(jax.random.split(jax.random.key(0), 8))
@@ -39,11 +39,11 @@ def arrays(case: Case, candidate: str) -> tuple[jax.Array, ...]:
 
 
 def function(case: Case, candidate: str) -> Call:
-    """h of the arrays; with a state as well, h and the state after."""
+    """The function under test: arrays to h; for decoding, arrays and a state to (h, state)."""
     if candidate == "attention":
-        how = "cudnn" if jax.default_backend() == "gpu" and case.dtype != "float32" else None
+        backend = "cudnn" if jax.default_backend() == "gpu" and case.dtype != "float32" else None
         return lambda q, k, v: jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, implementation=how
+            q, k, v, is_causal=True, implementation=backend
         )
     op = ops.slstm if case.op == "slstm" else ops.mlstm
     if case.part == "decode":
@@ -52,7 +52,7 @@ def function(case: Case, candidate: str) -> Call:
 
 
 def inputs(case: Case, candidate: str) -> tuple[Any, ...]:
-    """The arguments of `timed`: arrays, behind the cotangent of h or the states of decoding."""
+    """Arguments of `timed_function`: first the cotangent of h or the decode states, if any."""
     args = arrays(case, candidate)
     if case.part == "gradient":
         like = jax.eval_shape(function(case, candidate), *args)
@@ -72,8 +72,8 @@ def _state(case: Case, number: int) -> Any:
     return cells.MLSTMState(C, n, jnp.zeros((B, H)))
 
 
-def timed(case: Case, candidate: str) -> Call:
-    """What is compiled and timed, a function of `inputs`."""
+def timed_function(case: Case, candidate: str) -> Call:
+    """The function of `inputs` that is compiled and timed."""
     fn = function(case, candidate)
 
     def gradient(cotangent, *args):
@@ -81,27 +81,28 @@ def timed(case: Case, candidate: str) -> Call:
         return h, pull(cotangent)
 
     def steps(states, *args):
-        found = []
+        updated = []
         for state in states:
             h, state = fn(*args, state)
-            found.append(state)
-            if case.op == "mlstm":  # each takes what the one before gives, as layers do
+            updated.append(state)
+            if case.op == "mlstm":  # each step depends on the one before, as layers do
                 args = (*args[:2], h, *args[3:])
-        return found
+        return updated
 
     return {"forward": fn, "gradient": gradient, "decode": steps}[case.part]
 
 
-def compiled(case: Case, candidate: str, fn: Call | None = None) -> jax.stages.Compiled:
-    """The timed function of a case, or `fn` in its place, compiled from shapes alone."""
+def compile_case(case: Case, candidate: str, fn: Call | None = None) -> jax.stages.Compiled:
+    """Compiles the timed function of a case, or `fn` instead, from shapes."""
     shapes = jax.eval_shape(lambda: inputs(case, candidate))
-    donate = 0 if case.part == "decode" else ()
-    return jax.jit(fn or timed(case, candidate), donate_argnums=donate).lower(*shapes).compile()
+    donate = 0 if case.part == "decode" else ()  # states are updated in place
+    jitted = jax.jit(fn or timed_function(case, candidate), donate_argnums=donate)
+    return jitted.lower(*shapes).compile()
 
 
-def repeatable(case: Case, candidate: str, program: jax.stages.Compiled) -> Callable[[], Any]:
-    """A call of the compiled function on random inputs; decoding continues from its last states."""
-    # Compiled, so that random numbers take no more memory than the arrays.
+def bind_inputs(case: Case, candidate: str, program: jax.stages.Compiled) -> Callable[[], Any]:
+    """A call of `program` on random inputs; each decode call continues from the last states."""
+    # Jitted, so that generating the random numbers needs no extra memory.
     args = jax.jit(lambda: inputs(case, candidate))()
     if case.part != "decode":
         return lambda: program(*args)
@@ -116,15 +117,15 @@ def repeatable(case: Case, candidate: str, program: jax.stages.Compiled) -> Call
     return decode
 
 
-def measured(case: Case, candidate: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Times of one call (of one state, where there are several), memory, and tiles."""
-    program = compiled(case, candidate)
-    call = repeatable(case, candidate, program)
+def measure_case(case: Case, candidate: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Times per call (per state if there are several), peak memory, and tiles."""
+    program = compile_case(case, candidate)
+    call = bind_inputs(case, candidate, program)
     jax.block_until_ready(call())
-    peak = _peak_bytes(program)  # before several calls are under way together
+    peak = _peak_bytes(program)  # before several calls are in flight
     times = [seconds / case.num_states for seconds in samples(call, **settings)]
     shapes = jax.eval_shape(lambda: inputs(case, candidate))
-    launches = resources.launches(timed(case, candidate), *shapes)
+    launches = resources.launches(timed_function(case, candidate), *shapes)
     tiles = {
         launch.name: {k: v for k, v in (*launch.constants, *launch.options) if type(v) is int}
         for launch in launches
@@ -133,11 +134,11 @@ def measured(case: Case, candidate: str, settings: dict[str, Any]) -> dict[str, 
 
 
 def samples(run: Call, *, repeats: int, warmup: int, sample_seconds: float) -> list[float]:
-    """Seconds of one call, `repeats` times: as many are dispatched at once as take a while."""
+    """Seconds per call, `repeats` samples; calls of `sample_seconds` are dispatched together."""
 
     def several(launches: int) -> Any:
         for _ in range(launches - 1):
-            run()  # nothing is kept: results of many calls may not fit the memory
+            run()  # results are dropped: those of many calls may not fit in memory
         return run()
 
     (each,) = measure.seconds(lambda: several(warmup), 1)
@@ -146,12 +147,12 @@ def samples(run: Call, *, repeats: int, warmup: int, sample_seconds: float) -> l
 
 
 def _peak_bytes(program: jax.stages.Compiled) -> dict[str, Any]:
-    """The most memory in use so far in this process, and what the compiler says of the program.
+    """Peak memory of this process so far, and the compiler's figure for the program.
 
-    The first may hold what XLA tries its own products with; the second is all there is on a CPU.
+    The first may include buffers of XLA's autotuning; a CPU has only the second.
     """
     analysis = program.memory_analysis()
-    assert analysis is not None  # on CPUs and GPUs there is one
+    assert analysis is not None  # CPUs and GPUs report one
     sizes = (analysis.argument_size_in_bytes, analysis.output_size_in_bytes)
     planned = sum(sizes) + analysis.temp_size_in_bytes - analysis.alias_size_in_bytes
     allocated = measure.peak_bytes()
@@ -163,22 +164,23 @@ def _peak_bytes(program: jax.stages.Compiled) -> dict[str, Any]:
 
 
 def refusal(case: Case, candidate: str) -> str | None:
-    """Why a candidate has no answer to a case, before it is tried."""
+    """Why a candidate cannot run a case; None if it can be tried."""
     known = {"attention": None, **ops.implementations(case.op)}
     return known.get(candidate, f"{case.op} has no such implementation")
 
 
 def main(request: dict[str, Any]) -> int:
+    """Prints the measurement of every requested case, the reason it was skipped, or its error."""
     for fields in request["cases"]:
         case = Case(**fields)
-        answer: dict[str, Any] = {"device": jax.devices()[0].device_kind}
+        record: dict[str, Any] = {"device": jax.devices()[0].device_kind}
         try:
             reason = refusal(case, request["candidate"])
-            found = {"skipped": reason} if reason else None
-            answer |= found or measured(case, request["candidate"], request["settings"])
-        except Exception as error:  # too large for the device, say: other cases go on
-            answer["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        print(json.dumps(answer), flush=True)
+            skipped = {"skipped": reason} if reason else None
+            record |= skipped or measure_case(case, request["candidate"], request["settings"])
+        except Exception as error:  # such as out of memory: measure the other cases
+            record["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        print(json.dumps(record), flush=True)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Times the kernels of PyTorch packages, in a process of its own; see `kernels.py`.
+"""Times the kernels of PyTorch packages, in a separate process; see `kernels.py`.
 
-Imports nothing of ours and no JAX, so that any interpreter with the packages can run it. As in
-`kernel_jax.py`, the one argument is JSON and every case is answered with a line of JSON.
+Imports neither JAX nor this project, so that any interpreter with the packages can run it. As in
+`kernel_jax.py`, the only argument is a request in JSON; one line of JSON is printed per case.
 """
 
 # pyright: reportMissingImports=false
@@ -16,11 +16,11 @@ from typing import Any
 PACKAGES = {"mlstm_kernels": "mlstm_kernels", "fla": "flash-linear-attention", "xlstm": "xlstm"}
 OPS = {"mlstm_kernels": "mlstm", "fla": "mlstm", "xlstm": "slstm"}
 CHUNK = 128
-"""Of `mlstm_kernels`: the fastest in its own benchmark."""
+"""Chunk size for `mlstm_kernels`: the fastest in its own benchmark."""
 
 
 def function(candidate: str, case: dict[str, Any]):
-    """h of the arrays by the package's documented call."""
+    """The documented call of the package: arrays to h."""
     if candidate == "xlstm":
         return _slstm_cell(case)
     if candidate == "mlstm_kernels":
@@ -41,7 +41,7 @@ def function(candidate: str, case: dict[str, Any]):
 
 
 def _slstm_cell(case: dict[str, Any]):
-    """The cell with its CUDA kernel, which is compiled when it is made."""
+    """The sLSTM cell with its CUDA kernel, which is compiled when the cell is created."""
     import torch
     from xlstm.blocks.slstm.cell import sLSTMCell, sLSTMCellConfig
 
@@ -49,13 +49,13 @@ def _slstm_cell(case: dict[str, Any]):
     config = sLSTMCellConfig(**sizes, backend="cuda", dtype=case["dtype"])
     cell = sLSTMCell(config).to("cuda")
     with torch.no_grad():
-        for parameter in cell.parameters():  # its own start from zero recurrent weights
+        for parameter in cell.parameters():  # by default the recurrent weights are zero
             parameter.normal_(std=1 / math.sqrt(case["K"]))
     return lambda x: cell(x)[0]
 
 
 def arrays(candidate: str, case: dict[str, Any]) -> list[Any]:
-    """Random inputs in the package's own layout: no time goes into transposing."""
+    """Random inputs in the native layout of the package, so that no transpose is timed."""
     import torch
 
     B, T, H, K, V = (case[letter] for letter in "BTHKV")
@@ -66,14 +66,14 @@ def arrays(candidate: str, case: dict[str, Any]) -> list[Any]:
         return [torch.randn((B, T, 4 * H * K), device="cuda", dtype=dtype)]
 
     def normal(*width: int):
-        rows = (H, T) if heads_first else (T, H)
-        return torch.randn((B, *rows, *width), device="cuda", dtype=dtype)
+        axes = (H, T) if heads_first else (T, H)
+        return torch.randn((B, *axes, *width), device="cuda", dtype=dtype)
 
     return [normal(K), normal(K), normal(V), normal(), 3 + normal()]
 
 
-def call(fn, args: list[Any], part: str):
-    """A call without arguments: forward, or forward and backward for a random cotangent."""
+def make_call(fn, args: list[Any], part: str):
+    """A call without arguments: forward, or forward and backward with a random cotangent."""
     import torch
 
     if part != "gradient":
@@ -89,25 +89,25 @@ def call(fn, args: list[Any], part: str):
 
     def gradient():
         for x in args:
-            x.grad = None
+            x.grad = None  # otherwise backward accumulates into it
         fn(*args).backward(cotangent)
 
     return gradient
 
 
-def measured(candidate: str, case: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Times of one call by the device's clock, and the most memory allocated."""
+def measure_case(candidate: str, case: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Times per call by CUDA events, and peak memory."""
     import torch
 
-    run = call(function(candidate, case), arrays(candidate, case), case["part"])
-    for _ in range(settings["warmup"]):  # packages that tune themselves do it here
+    run = make_call(function(candidate, case), arrays(candidate, case), case["part"])
+    for _ in range(settings["warmup"]):  # includes the autotuning of the packages
         run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    each = seconds_of(run, 1)
+    each = seconds_per_call(run, 1)
     peak = torch.cuda.max_memory_allocated()
     launches = min(1000, max(1, math.ceil(settings["sample_seconds"] / each)))
-    times = [seconds_of(run, launches) for _ in range(settings["repeats"])]
+    times = [seconds_per_call(run, launches) for _ in range(settings["repeats"])]
     low, median, high = torch.tensor(times).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
     return {
         "median_seconds": median,
@@ -121,8 +121,8 @@ def measured(candidate: str, case: dict[str, Any], settings: dict[str, Any]) -> 
     }
 
 
-def seconds_of(run, launches: int) -> float:
-    """Of one of several calls sent off together."""
+def seconds_per_call(run, launches: int) -> float:
+    """Average time of one of `launches` calls that are launched together."""
     import torch
 
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -135,29 +135,30 @@ def seconds_of(run, launches: int) -> float:
 
 
 def refusal(candidate: str, case: dict[str, Any]) -> str | None:
-    """Why a package has no answer to a case, before it is tried."""
+    """Why a package cannot run a case; None if it can be tried."""
     for module in ("torch", candidate):
         if importlib.util.find_spec(module) is None:
             return f"{PACKAGES.get(module, module)} is not installed"
     import torch
 
     if not torch.cuda.is_available():
-        return "its kernels need an NVIDIA GPU, and torch finds none"
+        return "its kernels need an NVIDIA GPU, and torch detects none"
     if case["op"] != OPS[candidate] or case["part"] == "decode":
         return f"it has no documented call for {case['op']}, {case['part']}"
     return None
 
 
 def main(request: dict[str, Any]) -> int:
+    """Prints the measurement of every requested case, the reason it was skipped, or its error."""
     for case in request["cases"]:
-        answer: dict[str, Any] = {}
+        record: dict[str, Any] = {}
         try:
             reason = refusal(request["candidate"], case)
-            found = {"skipped": reason} if reason else None
-            answer |= found or measured(request["candidate"], case, request["settings"])
-        except Exception as error:  # too large for the device, say: other cases go on
-            answer["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        print(json.dumps(answer), flush=True)
+            skipped = {"skipped": reason} if reason else None
+            record |= skipped or measure_case(request["candidate"], case, request["settings"])
+        except Exception as error:  # such as out of memory: measure the other cases
+            record["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        print(json.dumps(record), flush=True)
     return 0
 
 

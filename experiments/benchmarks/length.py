@@ -9,22 +9,23 @@ from experiments.benchmarks import measure
 from xlstm_jax import ops
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-HEADS, QK_DIM, V_DIM = 4, 32, 64  # of the large workload
+HEADS, QK_DIM, V_DIM = 4, 32, 64  # sizes of the large workload
 
 
 def run(repeats: int, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Any]:
-    """One row per length; `max_over_min` is 1 where the cost per token does not change."""
-    rows = {str(length): at_length(length, repeats) for length in lengths}
+    """One record per length; `max_over_min` is 1 if the cost per token is constant."""
+    costs = {str(length): at_length(length, repeats) for length in lengths}
     ratios = {
-        name: max(row[name] for row in rows.values()) / min(row[name] for row in rows.values())
+        name: max(cost[name] for cost in costs.values())
+        / min(cost[name] for cost in costs.values())
         for name in ("nanoseconds_per_token", "bytes_per_token")
     }
     shape = f"batch 1, {HEADS} heads, key size {QK_DIM}, value size {V_DIM}, float32"
-    return {"shape": shape, "lengths": rows, "max_over_min": ratios}
+    return {"shape": shape, "lengths": costs, "max_over_min": ratios}
 
 
 def at_length(length: int, repeats: int) -> dict[str, Any]:
-    """Cost of the gradients of all inputs for one sequence of that many tokens."""
+    """Cost of the gradients of all inputs for one sequence of `length` tokens."""
     widths = ((QK_DIM,), (QK_DIM,), (V_DIM,), (), (), (V_DIM,))
     keys = jax.random.split(jax.random.key(0), len(widths))
     shapes = [(1, length, HEADS, *width) for width in widths]

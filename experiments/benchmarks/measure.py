@@ -1,4 +1,4 @@
-"""What benchmarks share: options, times and their statistics, facts about the machine, results."""
+"""Shared by all benchmarks: options, timing and statistics, machine and versions, result files."""
 
 import dataclasses
 import datetime
@@ -22,24 +22,24 @@ import tyro
 from xlstm_jax.config import ConfigError
 
 MATRIX_SIZE = 2048
-"""Rows and columns of the float32 matrices whose product gives the machine's rate."""
+"""Size of the float32 matrices whose product gives the matrix-product rate of the machine."""
 
 PACKAGES = ("xlstm-jax", "jax", "jaxlib", "flax", "optax", "numpy")
-STEPS_IN_TURN = 5
+CALLS_PER_ROUND = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Options of every benchmark."""
 
-    out: pathlib.Path | None = None  # where results go, as JSON; None: they are only printed
+    out: pathlib.Path | None = None  # JSON file of the result; None: print only
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TimedArguments(Arguments):
-    """Options of every benchmark that takes times."""
+    """Options of every benchmark that measures time."""
 
-    repeats: int = 30  # times of each kind
+    repeats: int = 30  # timed calls of each kind
 
     def __post_init__(self):
         if self.repeats < 1:
@@ -47,7 +47,7 @@ class TimedArguments(Arguments):
 
 
 def run(main: Callable[[Any], int], arguments: type[Arguments], description: str | None) -> None:
-    """Runs a benchmark with the options of the command line; exits with 2 if one is invalid."""
+    """Runs a benchmark with command-line options; exits with code 2 if one is invalid."""
     try:
         sys.exit(main(tyro.cli(arguments, description=description)))
     except ConfigError as error:
@@ -56,15 +56,21 @@ def run(main: Callable[[Any], int], arguments: type[Arguments], description: str
 
 
 def write(path: pathlib.Path | None, result: Mapping[str, Any]) -> None:
-    """Writes a result as JSON; nothing without a path."""
+    """Writes a result as JSON; does nothing if `path` is None."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
 
 
+def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a result file; in older files their key is `rows`."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result["records"] if "records" in result else result["rows"]
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, with_header=True) -> str:
-    """Rows of cells in Markdown."""
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows] if with_header else rows
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -74,29 +80,29 @@ def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(call())
+        jax.block_until_ready(call())  # dispatch is asynchronous
         times.append(time.perf_counter() - start)
     return times
 
 
-def in_turns(
-    sides: Mapping[str, Callable[[int], list[float]]], repeats: int
+def interleaved(
+    timers: Mapping[str, Callable[[int], list[float]]], repeats: int
 ) -> dict[str, list[float]]:
-    """Seconds of `repeats` calls of each side, a few at a time: a busy moment hits all sides.
+    """Seconds of `repeats` calls by each timer, alternating, so that other load affects all alike.
 
     Args:
-        sides: by name, what takes a number of times.
-        repeats: times of each.
+        timers: by name, functions that time a number of calls, such as a partial of `seconds`.
+        repeats: number of calls by each timer.
     """
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for done in range(0, repeats, STEPS_IN_TURN):
-        for name, take in sides.items():
-            times[name] += take(min(STEPS_IN_TURN, repeats - done))
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for done in range(0, repeats, CALLS_PER_ROUND):
+        for name, timer in timers.items():
+            times[name] += timer(min(CALLS_PER_ROUND, repeats - done))
     return times
 
 
 def summary(times: Sequence[float]) -> dict[str, Any]:
-    """Median, quartiles and minimum: single times of a shared machine mean little."""
+    """Median, quartiles and minimum; single times on a shared machine are too noisy."""
     low, median, high = np.percentile(times, [25, 50, 75])
     return {
         "median_seconds": float(median),
@@ -107,7 +113,7 @@ def summary(times: Sequence[float]) -> dict[str, Any]:
 
 
 def matrix_product(size: int) -> Callable[[], jax.Array]:
-    """A compiled product of two float32 matrices, ready to be timed: 2 * size^3 FLOPs."""
+    """A compiled product of two float32 matrices, to be timed: 2 * size^3 FLOPs."""
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.float32)
     product = jax.jit(jnp.dot).lower(a, b).compile()
     jax.block_until_ready(product(a, b))
@@ -122,12 +128,12 @@ def product_rate(times: Sequence[float]) -> float:
 def temporary_bytes(program: jax.stages.Compiled) -> int:
     """Memory that a compiled program needs besides its arguments and results."""
     analysis = program.memory_analysis()
-    assert analysis is not None  # XLA for CPUs always has one
+    assert analysis is not None  # XLA reports one on CPUs
     return analysis.temp_size_in_bytes
 
 
 def peak_bytes() -> int | None:
-    """Peak memory of the first device so far; None where the allocator does not count it."""
+    """Peak memory of the first device so far; None if its allocator does not report it."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
@@ -146,41 +152,41 @@ def machine() -> dict[str, Any]:
 
 @functools.cache
 def driver() -> dict[str, str]:
-    """What the driver reports of the first GPU: its version and clocks; empty without one."""
+    """Name, driver version, clocks and power limit of the first GPU; empty without a GPU."""
     fields = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "power.limit")
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return {}
-    return dict(zip(fields, map(str.strip, found.splitlines()[0].split(",")), strict=True))
+    return dict(zip(fields, map(str.strip, output.splitlines()[0].split(",")), strict=True))
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Of Python, and of those of the packages that are installed."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the `packages` that are installed."""
+    installed = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
-def about(benchmark: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """What a result begins with: which benchmark, when, on what, with which versions."""
-    facts = {"machine": machine(), "versions": versions(packages)}
-    return {"benchmark": benchmark, **settings(), **facts}
+def run_info(benchmark: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """Head of a result: name of the benchmark, date, XLA flags, machine and versions."""
+    environment = {"machine": machine(), "versions": versions(packages)}
+    return {"benchmark": benchmark, **date_and_flags(), **environment}
 
 
-def settings() -> dict[str, str]:
-    """When, and with which flags of XLA."""
+def date_and_flags() -> dict[str, str]:
+    """Current date and time, and the value of XLA_FLAGS."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
     return {"date": now, "xla_flags": os.environ.get("XLA_FLAGS", "")}
 
 
 def _first_of(path: str, name: str) -> str | None:
-    """The value of the first line `name : value` of a file of the kernel's."""
+    """The value of the first line `name : value` of a file in /proc."""
     file = pathlib.Path(path)
     if not file.exists():
         return None

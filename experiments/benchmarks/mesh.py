@@ -1,11 +1,11 @@
-"""What does a mesh of one device cost, beside the same train step without any?
+"""What is the overhead of a mesh of one device over the same train step without a mesh?
 
-An answer: less than 2 %. Nothing is sharded then, and constraints and `shard_map` are left out.
+Target: less than 2 %. Nothing is sharded, so sharding constraints and `shard_map` are skipped.
 
     python experiments/benchmarks/mesh.py --out RESULT.json
 
-The two take turns, a few steps each, so that a busy moment of the machine hits both; use a machine
-that does nothing else.
+Steps of both alternate, a few at a time, so that other load affects both alike; use an otherwise
+idle machine.
 """
 
 import dataclasses
@@ -20,12 +20,14 @@ from xlstm_jax import cpu
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments(measure.TimedArguments):
-    repeats: int = 60  # timed steps of each side
+    """Options of the mesh benchmark."""
+
+    repeats: int = 60  # timed steps with and without a mesh, each
     rules: str = "fsdp"  # of the mesh
 
 
 def compare(workload: ModelWorkload, args: Arguments) -> dict[str, Any]:
-    """Both sides of a workload, and by how much the mesh takes longer."""
+    """Statistics of a workload without and with a mesh, and the overhead of the mesh."""
     steps = {
         "plain": cases.plain_step(workload),
         "mesh": cases.compiled_step(workload, args.rules),
@@ -34,12 +36,12 @@ def compare(workload: ModelWorkload, args: Arguments) -> dict[str, Any]:
         measure.seconds(advance, 3)
     product = measure.matrix_product(measure.MATRIX_SIZE)
     calls = {name: advance for name, (advance, _) in steps.items()} | {"product": product}
-    sides = {name: functools.partial(measure.seconds, call) for name, call in calls.items()}
-    times = measure.in_turns(sides, args.repeats)
-    found = {name: measure.summary(times[name]) for name in steps}
-    overhead = found["mesh"]["median_seconds"] / found["plain"]["median_seconds"] - 1
+    timers = {name: functools.partial(measure.seconds, call) for name, call in calls.items()}
+    times = measure.interleaved(timers, args.repeats)
+    summaries = {name: measure.summary(times[name]) for name in steps}
+    overhead = summaries["mesh"]["median_seconds"] / summaries["plain"]["median_seconds"] - 1
     return {
-        **found,
+        **summaries,
         "temporary_bytes": {name: measure.temporary_bytes(p) for name, (_, p) in steps.items()},
         "matrix_product_flops_per_second": measure.product_rate(times["product"]),
         "overhead": overhead,
@@ -47,14 +49,15 @@ def compare(workload: ModelWorkload, args: Arguments) -> dict[str, Any]:
 
 
 def main(args: Arguments) -> int:
+    """Compares all model workloads and writes one result."""
     cpu.prepare()
-    result = {**measure.about("mesh"), "rules": args.rules}
+    result = {**measure.run_info("mesh"), "rules": args.rules}
     for name, workload in workloads.MODELS.items():
-        found = result[name] = compare(workload, args)
-        plain, mesh = (1e3 * found[side]["median_seconds"] for side in ("plain", "mesh"))
+        record = result[name] = compare(workload, args)
+        plain, mesh = (1e3 * record[kind]["median_seconds"] for kind in ("plain", "mesh"))
         print(
             f"{name}: {plain:.1f} ms without a mesh, {mesh:.1f} ms on a mesh of one device, "
-            f"{found['overhead']:+.1%}"
+            f"{record['overhead']:+.1%}"
         )
     measure.write(args.out, result)
     return 0

@@ -1,4 +1,4 @@
-"""The official package in a process of its own, asked for steps whenever it is its turn."""
+"""Runs the official PyTorch package in a separate process and requests timed train steps."""
 
 import contextlib
 import json
@@ -13,36 +13,36 @@ SCRIPT = pathlib.Path(__file__).parent / "peer_torch.py"
 
 
 class Peer:
-    """A running `peer_torch.py`."""
+    """A running `peer_torch.py`; `description` has its variant, parameters and versions."""
 
     def __init__(self, python: str, process: subprocess.Popen[str]):
         self._python, self._process = python, process
-        self.description: dict[str, Any] = self._answer()
+        self.description: dict[str, Any] = self._read()
 
     def seconds(self, steps: int) -> list[float]:
-        """How long each of the next steps takes it."""
+        """Runs `steps` train steps; returns the time of each."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
-        return self._answer()["seconds"]
+        return self._read()["seconds"]
 
-    def _answer(self) -> Any:
+    def _read(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise ConfigError(
                 f"peer-python must name an interpreter with torch, xlstm and mlstm_kernels, got "
-                f"{self._python!r}, which stopped; its complaint is above."
+                f"{self._python!r}, which exited; its error is above."
             )
         return json.loads(line)
 
 
 @contextlib.contextmanager
 def start(python: str | None, case: str) -> Iterator[Peer | None]:
-    """The peer with its model of that name ready; None without an interpreter for it.
+    """Starts the peer with the model of the workload `case`; yields None if `python` is None.
 
     Raises:
-        ConfigError: the interpreter is not there, or lacks a package.
+        ConfigError: the interpreter does not exist or lacks a package.
     """
     if python is None:
         yield None
@@ -54,7 +54,7 @@ def start(python: str | None, case: str) -> Iterator[Peer | None]:
     except OSError as error:
         raise ConfigError(
             f"peer-python must name an interpreter, got {python!r} ({error.strerror}); "
-            "leave it out to measure ours alone."
+            "leave it out to measure only ours."
         ) from error
     with process:
         try:

@@ -1,14 +1,13 @@
 """Train steps of the official PyTorch package, timed on request.
 
-Runs under an interpreter of its own, which needs `torch`, `xlstm` and `mlstm_kernels`; it uses the
-package through its public classes. It answers in JSON lines on standard output:
+Runs in a separate interpreter with `torch`, `xlstm` and `mlstm_kernels`, and uses only public
+classes of the package. It writes JSON lines to standard output:
 
-    python peer_torch.py large        # first answer: versions, parameters, and the variants tried
-    5                                 # each line of input: train so many steps ...
-    {"seconds": [...]}                # ... and say how long each of them took
+    python peer_torch.py large        # first line of output: versions, parameters, variants tried
+    5                                 # each line of input: a number of train steps to run ...
+    {"seconds": [...]}                # ... answered with the time of each step
 
-Both models are float32. Of the variants of a model that a CPU can run, the one with the fastest
-step is kept.
+Both models are float32. Of the variants of a model that a CPU can run, the fastest is used.
 """
 
 # pyright: reportMissingImports=false
@@ -39,7 +38,7 @@ SHAPES = {"large": (4, 512), "v1": (8, 256)}
 
 
 def large(kernel: str, chunk_size: int) -> torch.nn.Module:
-    """Width 256, 4 blocks, 4 heads. It has to return states: without them its train mode fails."""
+    """Width 256, 4 blocks, 4 heads. Returns states, because train mode fails without."""
     config = xLSTMLargeConfig(
         embedding_dim=256,
         num_heads=4,
@@ -57,7 +56,7 @@ def large(kernel: str, chunk_size: int) -> torch.nn.Module:
 
 
 def first_generation() -> torch.nn.Module:
-    """Width 128, 6 blocks, the second an sLSTM; on a CPU there is only its `vanilla` backend."""
+    """Width 128, 6 blocks, the second an sLSTM with `vanilla` backend, the only one on a CPU."""
     slstm = sLSTMLayerConfig(
         backend="vanilla", num_heads=4, dtype="float32", enable_automatic_mixed_precision=False
     )
@@ -76,7 +75,7 @@ def first_generation() -> torch.nn.Module:
 
 
 def variants(name: str) -> dict[str, Callable[[], torch.nn.Module]]:
-    """Of a model, those that run on a CPU."""
+    """Variants of a model that run on a CPU."""
     if name == "v1":
         return {"parallel mLSTM, vanilla sLSTM": first_generation}
     return {
@@ -87,7 +86,7 @@ def variants(name: str) -> dict[str, Callable[[], torch.nn.Module]]:
 
 
 class Training:
-    """A model, its optimizer, and one batch to train on."""
+    """A model, its optimizer, and one batch that every step trains on."""
 
     def __init__(self, model: torch.nn.Module, shape: tuple[int, int]):
         self.model = model
@@ -99,7 +98,7 @@ class Training:
         self.step()  # warm-up
 
     def step(self) -> float:
-        """Seconds of one step: forward, loss, backward, clipping of gradients, update."""
+        """Runs one step (forward, loss, backward, gradient clipping, update); returns seconds."""
         start = time.perf_counter()
         out = self.model(self.inputs)
         logits = out[0] if isinstance(out, tuple) else out
@@ -113,7 +112,7 @@ class Training:
 
 
 def main(name: str) -> None:
-    """Picks the fastest variant and answers until the input ends."""
+    """Selects the fastest variant and serves requests until the end of the input."""
     warnings.simplefilter("ignore")
     trainings, medians = {}, {}
     for variant, make in variants(name).items():
@@ -123,14 +122,14 @@ def main(name: str) -> None:
     variant = min(medians, key=lambda variant: medians[variant])
     training = trainings[variant]
     packages = ("xlstm", "mlstm_kernels", "torch")
-    hello = {
+    description = {
         "variant": variant,
         "tried_median_seconds": medians,
         "parameters": sum(p.numel() for p in training.model.parameters()),
         "threads": torch.get_num_threads(),
         "versions": {package: metadata.version(package) for package in packages},
     }
-    print(json.dumps(hello), flush=True)
+    print(json.dumps(description), flush=True)
     for line in sys.stdin:
         print(json.dumps({"seconds": [training.step() for _ in range(int(line))]}), flush=True)
 

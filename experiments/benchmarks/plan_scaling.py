@@ -1,8 +1,8 @@
-"""How far does training scale, before anybody pays for it?
+"""How far does training scale, according to ahead-of-time compilation?
 
-An answer: the train step of three models, compiled for 16 to 4,096 chips, with the bounds that
-peaks of computing, memory and network set to its time, and what each chip sends. Beside it what the
-formula of `xlstm_jax/plan/formula.py` says of the same, for what lies beyond.
+The train step of three models is compiled for 16 to 4,096 chips. The result has lower bounds of its
+time, from peak rates of compute, memory and network, and the bytes that each chip sends; for
+comparison also the estimate of `xlstm_jax/plan/formula.py`, which extends to larger targets.
 
     .venv-compile/bin/python experiments/benchmarks/plan_scaling.py --kinds v5p h100
 
@@ -32,25 +32,27 @@ TOPOLOGIES = {
 }
 
 FSDP = {"scaling_1.4b": (16, 8), "xlstm_7b": (16, 8), "xlstm_70b": (64, 64)}
-"""TPUs, and GPUs, that share the state of a model, if there are as many; the others repeat it."""
+"""Size of the `fsdp` mesh axis on TPUs and on GPUs, at most all devices of the target."""
 
 COLUMNS = ("model", "hardware", "chips", "mesh", "GiB", "ms compute", "ms memory", "ms network")
-COLUMNS += ("GiB sent", "by the formula", "M tokens/s")
+COLUMNS += ("GiB sent", "formula", "M tokens/s")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments(measure.Arguments):
+    """Options; `models`, `kinds` and `shapes` apply to the table `scaling` only."""
+
     table: Literal["7b", "scaling"] = "scaling"
     models: tuple[str, ...] = tuple(FSDP)
     kinds: tuple[Literal["v5e", "v6e", "v5p", "h100"], ...] = ("v5p", "h100")
     seq_len: int = 8192
-    shapes: tuple[str, ...] = ()  # of the chips; all of a kind if none is named
+    shapes: tuple[str, ...] = ()  # topologies such as 8x8; empty: all of each kind
 
 
-def runs(args: Arguments) -> Iterator[PlanWorkload]:
-    """The workload of every line."""
+def planned_workloads(args: Arguments) -> Iterator[PlanWorkload]:
+    """The workloads of the selected table, in order."""
     if args.table == "7b":
-        yield from (dataclasses.replace(run, seq_len=args.seq_len) for run in PLANS_7B)
+        yield from (dataclasses.replace(workload, seq_len=args.seq_len) for workload in PLANS_7B)
         return
     for kind in args.kinds:
         for topology in (f"{kind}:{shape}" for shape in args.shapes or TOPOLOGIES[kind]):
@@ -61,59 +63,64 @@ def runs(args: Arguments) -> Iterator[PlanWorkload]:
                 yield PlanWorkload(preset=model, topology=topology, **sizes)
 
 
-def config(run: PlanWorkload) -> ExperimentConfig:
-    """A run of a preset with full rematerialization."""
-    cfg = experiment_from_preset(run.preset)
+def config(workload: PlanWorkload) -> ExperimentConfig:
+    """The config of a workload, with full rematerialization."""
+    cfg = experiment_from_preset(workload.preset)
     return dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, remat="full"),
-        mesh=MeshConfig(fsdp=run.fsdp),
-        data=dataclasses.replace(cfg.data, batch_size=run.batch_size, seq_len=run.seq_len),
+        mesh=MeshConfig(fsdp=workload.fsdp),
+        data=dataclasses.replace(
+            cfg.data, batch_size=workload.batch_size, seq_len=workload.seq_len
+        ),
     )
 
 
-def row(run: PlanWorkload) -> dict[str, Any]:
-    """A plan, and what the formula says of its collectives."""
-    cfg, target = config(run), find_target(run.topology)
-    found = plan(cfg, target)
-    formula = estimate(cfg, target, found.mesh)
-    return dataclasses.asdict(found) | {
-        "model": run.preset,
-        "fits": found.fits,
-        "limit": found.limit,
-        "step_seconds": found.step_seconds,
-        "sent": sum(sent for _, sent in found.collectives.values()),
+def make_record(workload: PlanWorkload) -> dict[str, Any]:
+    """The compiled plan of a workload, and the formula's estimate of its collectives."""
+    cfg, target = config(workload), find_target(workload.topology)
+    compiled = plan(cfg, target)
+    formula = estimate(cfg, target, compiled.mesh)
+    return dataclasses.asdict(compiled) | {
+        "model": workload.preset,
+        "fits": compiled.fits,
+        "limit": compiled.limit,
+        "step_seconds": compiled.step_seconds,
+        "sent": sum(sent for _, sent in compiled.collectives.values()),
         "formula_sent": sum(formula.bytes_sent.values()),
         "formula_network_seconds": formula.network_seconds,
     }
 
 
-def cells(found: dict[str, Any]) -> list[str]:
-    """A line of the table."""
+def cells(record: dict[str, Any]) -> list[str]:
+    """The cells of a record, in the order of `COLUMNS`."""
     gib = 2**30
-    limit = max(found["collectives"], key=lambda kind: found["collectives"][kind][1])
+    largest = max(record["collectives"], key=lambda kind: record["collectives"][kind][1])
     return [
-        found["model"],
-        found["topology"],
-        f"{found['num_chips']:,}",
-        " x ".join(f"{name} {n}" for name, n in found["mesh"].items() if n > 1),
-        f"{found['peak_bytes'] / gib:.1f} of {found['memory_bytes'] / gib:.0f}",
-        *(f"{1e3 * found['seconds'][name]:,.0f}" for name in ("compute", "memory", "network")),
-        f"{found['sent'] / gib:.1f}, most by {limit}",
-        f"{found['formula_sent'] / gib:.1f} ({found['formula_sent'] / found['sent'] - 1:+.0%})",
-        f"{found['tokens_per_step'] / found['step_seconds'] / 1e6:,.2f}",
+        record["model"],
+        record["topology"],
+        f"{record['num_chips']:,}",
+        " x ".join(f"{name} {n}" for name, n in record["mesh"].items() if n > 1),
+        f"{record['peak_bytes'] / gib:.1f} of {record['memory_bytes'] / gib:.0f}",
+        *(f"{1e3 * record['seconds'][name]:,.0f}" for name in ("compute", "memory", "network")),
+        f"{record['sent'] / gib:.1f}, mostly {largest}",
+        f"{record['formula_sent'] / gib:.1f} ({record['formula_sent'] / record['sent'] - 1:+.0%})",
+        f"{record['tokens_per_step'] / record['step_seconds'] / 1e6:,.2f}",
     ]
 
 
 def main(args: Arguments) -> int:
-    jax.config.update("jax_platforms", "cpu")
-    rows = []
-    for run in runs(args):
-        rows.append(row(run))
-        print(measure.table(COLUMNS, [cells(rows[-1])], with_header=len(rows) == 1), flush=True)
-    worst = max(abs(math.log(found["formula_sent"] / found["sent"])) for found in rows)
-    print(f"the formula is off by a factor of {math.exp(worst):.2f} at most")
-    measure.write(args.out, {**measure.about("plan_scaling", ("jax", "libtpu")), "rows": rows})
+    """Plans all workloads, prints a table and writes the result."""
+    jax.config.update("jax_platforms", "cpu")  # compiles for targets that are not attached
+    records = []
+    for workload in planned_workloads(args):
+        records.append(make_record(workload))
+        with_header = len(records) == 1
+        print(measure.table(COLUMNS, [cells(records[-1])], with_header=with_header), flush=True)
+    worst = max(abs(math.log(record["formula_sent"] / record["sent"])) for record in records)
+    print(f"the formula deviates by a factor of at most {math.exp(worst):.2f}")
+    info = measure.run_info("plan_scaling", ("jax", "libtpu"))
+    measure.write(args.out, {**info, "records": records})
     return 0
 
 

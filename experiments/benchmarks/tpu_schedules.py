@@ -1,14 +1,14 @@
-"""How many cycles do the TPU kernels take, by the compiler's own schedule?
+"""How many cycles do the TPU kernels take, according to the compiler's schedule?
 
-An answer: a table of kernels and chips with scheduled bundles, which `tests/compile` holds the
-kernels to; ten per cent more fail it.
+The result lists scheduled bundles by kernel and chip. `tests/compile` uses it as a budget and fails
+if a kernel exceeds it by more than 10 %.
 
     .venv-compile/bin/python experiments/benchmarks/tpu_schedules.py \
         --out tests/compile/schedules.json
 
-No TPU is needed. The unit of an mLSTM kernel is one token of one head, that of an sLSTM kernel one
-step of one head, of either decode kernel one head. A kernel over time with an inner loop (sLSTM)
-has its body counted once, together with what starts a block.
+No TPU is needed. Bundles are counted per token and head for the mLSTM, per step and head for the
+sLSTM, and per head for the decode kernels. The body of an inner loop over time (sLSTM) is counted
+once, together with the prologue of a block.
 """
 
 import dataclasses
@@ -45,51 +45,54 @@ class Case(NamedTuple):
     size: str
     tile: str
     fn: Callable[..., Any]
-    shapes: tuple
-    units: int  # tokens, steps or heads that one pass through the schedule stands for
-    all_units: int  # of the whole call, by which its traffic is divided
+    shapes: tuple  # of the arguments of `fn`
+    units: int  # tokens, steps or heads computed by one pass through the schedule
+    call_units: int  # the same for the entire call; its traffic is divided by this
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
+    """Options of the schedule report."""
+
     chips: tuple[str, ...] = tuple(TPUS)
-    quick: bool = False  # only the head width of the large models
-    out: pathlib.Path | None = None  # where to write the result, as JSON
+    quick: bool = False  # only the head size of the large models
+    out: pathlib.Path | None = None  # JSON file to write the result to
 
 
-def shape(*of: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(of, dtype)
+def shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    """An abstract array."""
+    return jax.ShapeDtypeStruct(sizes, dtype)
 
 
 def cases(chip: str, *, quick: bool = False) -> list[Case]:
-    """Everything that is held to a budget on one chip."""
+    """All cases with a budget on one chip."""
     widths = [(256, 512)] if quick else tpu_tiles.WIDTHS
-    found = [case for K, V in widths for case in mlstm_cases(chip, K, V)]
-    found += [case for K in ([256] if quick else [256, 512]) for case in slstm_cases(chip, K)]
-    return [*found, mlstm_step(256, 512), slstm_step(chip, 256)]
+    sequences = [case for K, V in widths for case in mlstm_cases(chip, K, V)]
+    sequences += [case for K in ([256] if quick else [256, 512]) for case in slstm_cases(chip, K)]
+    return [*sequences, mlstm_decode_case(256, 512), slstm_decode_case(chip, 256)]
 
 
 def mlstm_cases(chip: str, K: int, V: int) -> list[Case]:
-    """Forward with everything saved, and backward, at the tile of the table."""
+    """Forward with residuals saved, and backward, with the tile of the table."""
     if mlstm_tiles.refusal(K, V, BFLOAT16, chip=chip) is not None:
         return []
     tile = mlstm_tiles.choose(K, V, BFLOAT16, 8192, None, chip)
-    span = tile.chunk * tile.chunks_per_block
-    words = f"chunk={tile.chunk} strip={tile.strip} blocks={tile.chunks_per_block}"
+    block_tokens = tile.chunk * tile.chunks_per_block
+    label = f"chunk={tile.chunk} strip={tile.strip} blocks={tile.chunks_per_block}"
     return [
-        Case(name, f"K={K} V={V}", words, fn, shapes, span, tpu_tiles.LENGTH)
+        Case(name, f"K={K} V={V}", label, fn, shapes, block_tokens, tpu_tiles.LENGTH)
         for name, (fn, shapes, _) in tpu_tiles.calls(tile, K, V).items()
     ]
 
 
 def slstm_cases(chip: str, K: int, B: int = 8, H: int = 4, T: int = 256) -> list[Case]:
-    """Forward with everything saved, and backward."""
+    """Forward with residuals saved, and backward."""
     options = slstm_options(chip, B, T, H, K)
     blocks = options.tile.blocks
     bf16 = functools.partial(shape, dtype=jnp.bfloat16)
-    words = functools.partial(shape, H, 1, dtype=jnp.uint32)
+    packed = functools.partial(shape, H, 1, dtype=jnp.uint32)  # weights: two bfloat16 in 32 bits
     x, b, state = bf16(T, H, B, 4 * K), shape(H, 4 * K), shape(4, H, B, K)
-    h, gates, seen = bf16(T, H, B, K), shape(T, H, B, 4 * K), (shape(T, H, B, K),) * 3
+    h, gates, states = bf16(T, H, B, K), shape(T, H, B, 4 * K), (shape(T, H, B, K),) * 3
 
     def forward(*args):
         return slstm_forward(options, Inputs(*args, flags=None), save=True)
@@ -99,27 +102,28 @@ def slstm_cases(chip: str, K: int, B: int = 8, H: int = 4, T: int = 256) -> list
 
     size, tile = f"B={B} K={K}", f"heads={blocks.heads} steps={blocks.steps}"
     units = blocks.heads * blocks.unroll
-    given = (x, words(K // 2, 4 * K), b, state)
-    after = (gates, words(2 * K, K), seen, h, state)
+    forward_inputs = (x, packed(K // 2, 4 * K), b, state)
+    backward_inputs = (gates, packed(2 * K, K), states, h, state)
     return [
-        Case("slstm_forward", size, tile, forward, given, units, T * H),
-        Case("slstm_backward", size, tile, backward, after, units, T * H),
+        Case("slstm_forward", size, tile, forward, forward_inputs, units, T * H),
+        Case("slstm_backward", size, tile, backward, backward_inputs, units, T * H),
     ]
 
 
 def slstm_options(chip: str, B: int, T: int, H: int, K: int) -> Options:
-    """Those of a layer at its defaults."""
+    """Kernel options of a layer with default settings."""
     kernels = backends.tpu()
     with common.compiled_for(chip):
         tile = kernels.tile(B, T, H, K, BFLOAT16)
     return Options(kernels, tile, "sigmoid", save_gates=True, interpret=False, target=chip)
 
 
-def mlstm_step(K: int, V: int, B: int = 8, H: int = 8) -> Case:
+def mlstm_decode_case(K: int, V: int, B: int = 8, H: int = 8) -> Case:
+    """One decode step of the mLSTM."""
     bf16 = functools.partial(shape, dtype=jnp.bfloat16)
     q, v, gate = bf16(B, 1, H, K), bf16(B, 1, H, V), shape(B, 1, H)
     state = (shape(B, H, K, V), shape(B, H, K), shape(B, H))
-    options = tpu_tiles.options_of(mlstm_tiles.Tile(128, 128, 1))  # a step is not cut
+    options = tpu_tiles.options_of(mlstm_tiles.Tile(128, 128, 1))  # a decode step has no tiles
 
     def step(q, k, v, log_i, log_f, state):
         log_gates = gates.LogGates(log_i, log_f, None)
@@ -129,7 +133,8 @@ def mlstm_step(K: int, V: int, B: int = 8, H: int = 8) -> Case:
     return Case("mlstm_decode", f"K={K} V={V}", "", step, shapes, 1, B * H)
 
 
-def slstm_step(chip: str, K: int, B: int = 8, H: int = 4) -> Case:
+def slstm_decode_case(chip: str, K: int, B: int = 8, H: int = 4) -> Case:
+    """One decode step of the sLSTM."""
     bf16 = functools.partial(shape, dtype=jnp.bfloat16)
     options = slstm_options(chip, B, 1, H, K)
     options = options._replace(tile=options.tile._replace(vmem_bytes=SCOPED_BYTES))
@@ -143,7 +148,7 @@ def slstm_step(chip: str, K: int, B: int = 8, H: int = 4) -> Case:
 
 
 def examine(chip: str, case: Case) -> dict[str, Any]:
-    """One row of the table."""
+    """Compiles a case; records bundles and spills per unit, and HBM traffic."""
     donate = len(case.shapes) - 1 if case.kernel.endswith("decode") else None
     compiled = compiler.compile_for(chip, case.fn, *case.shapes, donate=donate)
     schedule = schedules.read()[case.kernel]
@@ -156,40 +161,41 @@ def examine(chip: str, case: Case) -> dict[str, Any]:
         "bundles": round(schedule.bundles / case.units, 2),
         "spills": round(schedule.spills / case.units, 2),
         "matrix_share": round(schedule.matrix_share, 3),
-        "hbm_bytes": round(moved / case.all_units),
+        "hbm_bytes": round(moved / case.call_units),
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line per kernel and size; by chip bundles, spills and share of matrix units."""
-    chips = [chip for chip in TPUS if any(row["chip"] == chip for row in rows)]
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown: bundles, spills and share of the matrix units; kernels and sizes by chips."""
+    chips = [chip for chip in TPUS if any(record["chip"] == chip for record in records)]
     lines = ["| kernel | size | " + " | ".join(chips) + " | HBM bytes |"]
     lines.append("|---" * (3 + len(chips)) + "|")
-    for kernel, size in dict.fromkeys((row["kernel"], row["size"]) for row in rows):
-        found = {r["chip"]: r for r in rows if (r["kernel"], r["size"]) == (kernel, size)}
-        moved = sorted({row["hbm_bytes"] for row in found.values()})
-        cells = [_cell(found.get(chip)) for chip in chips]
-        span = " to ".join(f"{x:,}" for x in dict.fromkeys((moved[0], moved[-1])))
-        lines.append("| " + " | ".join([f"`{kernel}`", size, *cells, span]) + " |")
+    for kernel, size in dict.fromkeys((record["kernel"], record["size"]) for record in records):
+        by_chip = {r["chip"]: r for r in records if (r["kernel"], r["size"]) == (kernel, size)}
+        moved = sorted({record["hbm_bytes"] for record in by_chip.values()})
+        cells = [_cell(by_chip.get(chip)) for chip in chips]
+        traffic = " to ".join(f"{x:,}" for x in dict.fromkeys((moved[0], moved[-1])))
+        lines.append("| " + " | ".join([f"`{kernel}`", size, *cells, traffic]) + " |")
     return "\n".join(lines)
 
 
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
+def _cell(record: dict[str, Any] | None) -> str:
+    if record is None:
         return ""
-    return f"{row['bundles']:g} ({row['spills']:g}, {row['matrix_share']:.0%})"
+    return f"{record['bundles']:g} ({record['spills']:g}, {record['matrix_share']:.0%})"
 
 
 def main(args: Arguments) -> int:
+    """Compiles all cases, prints a table and writes the result."""
     schedules.start()
-    rows = []
+    records = []
     for chip in args.chips:
         for case in cases(chip, quick=args.quick):
-            rows.append(examine(chip, case))
-            print(json.dumps(rows[-1]), flush=True)
-    print(table(rows), file=sys.stderr)
+            records.append(examine(chip, case))
+            print(json.dumps(records[-1]), flush=True)
+    print(table(records), file=sys.stderr)
     if args.out is not None:
-        tpu_tiles.write_result(args.out, rows)
+        tpu_tiles.write_result(args.out, records)
     return 0
 
 

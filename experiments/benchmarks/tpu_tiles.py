@@ -1,14 +1,14 @@
-"""Which tiles should the mLSTM kernels take on each TPU?
+"""Which tiles should the mLSTM kernels use on each TPU?
 
-An answer: for every chip and head width the candidates that compile, ranked by what bounds them,
-the matrix units or the memory; the best go into `pallas_kernels/mlstm/tpu_tiles.json`.
+For every chip and head width, the candidates that compile are ranked by their lower bound in time,
+of schedule or of memory traffic; the best go into `pallas_kernels/mlstm/tpu_tiles.json`.
 
     .venv-compile/bin/python experiments/benchmarks/tpu_tiles.py --out RESULT.json
     .venv-compile/bin/python experiments/benchmarks/tpu_tiles.py --write RESULT.json
 
-No TPU is needed: libtpu compiles the kernels ahead of time and their schedules are read. Times are
-lower bounds from bundles, clock and traffic; nothing is timed. Candidates that do not fit VMEM are
-dropped and listed. Every candidate spills some vector registers; how many is in the result.
+No TPU is needed: libtpu compiles the kernels ahead of time, and the bounds follow from scheduled
+bundles, clock rate and traffic; nothing is timed. Candidates that do not fit VMEM are dropped and
+listed. Every candidate spills some vector registers; the result has their number.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from experiments.benchmarks import measure
 from pallas_kernels.aot import compiler, schedules
 from pallas_kernels.hardware import MIB, TPUS
 from pallas_kernels.mlstm import backends, cost, tpu_tiles
@@ -32,7 +33,7 @@ from pallas_kernels.mlstm.tpu_backward import mlstm_backward
 from pallas_kernels.mlstm.tpu_forward import mlstm_forward
 from pallas_kernels.mlstm.tpu_tiles import Tile
 
-CANDIDATES = {  # by the side of the matrix unit
+CANDIDATES = {  # by the size of the matrix unit
     128: [Tile(128, 128, 2), Tile(128, 128, 4), Tile(256, 128, 1), Tile(256, 128, 2)]
     + [Tile(256, 128, 4), Tile(512, 128, 1)],
     256: [Tile(128, 128, 4), Tile(256, 256, 1), Tile(256, 256, 2), Tile(512, 256, 1)]
@@ -40,21 +41,23 @@ CANDIDATES = {  # by the side of the matrix unit
 }
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 WIDTHS = [(128, 256), (256, 512), (512, 512), (1024, 1024)]
-TIE = 1.02  # bounds this near to each other say nothing
-LENGTH = 8192  # of the sequences whose traffic is counted
+TIE = 1.02  # bounds within this factor count as equal
+LENGTH = 8192  # T of the sequences whose traffic is counted
 KERNELS = ("mlstm_forward", "mlstm_backward")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
+    """Options of the search for TPU tiles."""
+
     chips: tuple[str, ...] = tuple(TPUS)
     widths: tuple[tuple[int, int], ...] = tuple(WIDTHS)  # K and V of a head
-    out: pathlib.Path | None = None  # where to write the result, as JSON
-    write: pathlib.Path | None = None  # a result: put its best rows into the table
+    out: pathlib.Path | None = None  # JSON file to write the result to
+    write: pathlib.Path | None = None  # a result file, whose best tiles to write into the table
 
 
 def options_of(tile: Tile, *, resets: bool = False) -> Options:
-    """Those of a layer at its defaults."""
+    """Kernel options of a layer with default settings."""
     return Options(
         kernels=backends.tpu(),
         tile=tile,
@@ -70,114 +73,114 @@ def options_of(tile: Tile, *, resets: bool = False) -> Options:
 def calls(
     tile: Tile, K: int, V: int, dtype: jnp.dtype = BFLOAT16, *, resets: bool = False
 ) -> dict[str, Any]:
-    """The kernels of one head, with the shapes of their arguments and their work."""
+    """Both kernels for one head: function, shapes of the arguments, and cost."""
     B, H, T = 1, 1, LENGTH
     options = options_of(tile, resets=resets)
     shape = lambda *sizes, of=dtype: jax.ShapeDtypeStruct(sizes, of)  # noqa: E731
     f32 = functools.partial(shape, of=jnp.float32)
-    rows, q, v = f32(B, H, 8, T), shape(B, T, H * K), shape(B, T, H * V)
+    gates, q, v = f32(B, H, 8, T), shape(B, T, H * K), shape(B, T, H * V)
     C, n, N = f32(B, H, K, V), f32(B, H, 1, K), T // tile.chunk
     saved = (shape(B, H, N, K, V), f32(B, H, N, 1, K))
     return {
         "mlstm_forward": (
             lambda *args: tuple(mlstm_forward(options, *args, save=True)),
-            (rows, q, q, v, C, n),
+            (gates, q, q, v, C, n),
             cost.forward(options, B, T, H, K, V, dtype, save=True),
         ),
         "mlstm_backward": (
             lambda *args: tuple(mlstm_backward(options, *args)),
-            (rows, q, q, v, v, v, *saved, C, n),
+            (gates, q, q, v, v, v, *saved, C, n),
             cost.backward(options, B, T, H, K, V, dtype),
         ),
     }
 
 
 def examine(chip: str, tile: Tile, K: int, V: int) -> dict[str, Any]:
-    """Bundles and traffic per token and head of both kernels."""
-    row: dict[str, Any] = {"chip": chip, "K": K, "V": V, "tile": list(tile)}
-    row["vmem_mib"] = round(tpu_tiles.vmem_bytes(tile, K, V, BFLOAT16) / MIB, 1)
-    if row["vmem_mib"] * MIB > TPUS[chip].vmem_bytes:
-        return {**row, "dropped": "needs more VMEM than there is, by estimate"}
+    """Compiles both kernels; records bundles, spills and traffic per token and head."""
+    record: dict[str, Any] = {"chip": chip, "K": K, "V": V, "tile": list(tile)}
+    record["vmem_mib"] = round(tpu_tiles.vmem_bytes(tile, K, V, BFLOAT16) / MIB, 1)
+    if record["vmem_mib"] * MIB > TPUS[chip].vmem_bytes:
+        return {**record, "dropped": "needs more VMEM than the chip has, by estimate"}
     for name, (fn, shapes, work) in calls(tile, K, V).items():
         try:
             compiler.compile_for(chip, fn, *shapes)
             schedule = schedules.read()[name]
         except jax.errors.JaxRuntimeError as error:
-            schedules.read()  # of what failed: not to be taken for the next one's
-            return {**row, "dropped": str(error).splitlines()[0]}
-        span = tile.chunk * tile.chunks_per_block
-        row[name] = {
-            "bundles_per_token": round(schedule.bundles / span, 2),
-            "spills_per_token": round(schedule.spills / span, 2),
+            schedules.read()  # discards what the failed compilation wrote
+            return {**record, "dropped": str(error).splitlines()[0]}
+        tokens = tile.chunk * tile.chunks_per_block
+        record[name] = {
+            "bundles_per_token": round(schedule.bundles / tokens, 2),
+            "spills_per_token": round(schedule.spills / tokens, 2),
             "matrix_share": round(schedule.matrix_share, 3),
             "bytes_per_token": round(work.bytes_accessed / LENGTH),
         }
-    return row
+    return record
 
 
-def bound_ns(row: dict[str, Any]) -> float:
-    """The least time per token and head, forward and backward, on one core of the chip."""
-    chip = TPUS[row["chip"]]
+def bound_ns(record: dict[str, Any]) -> float:
+    """Lower bound per token and head, forward and backward, on one core of the chip."""
+    chip = TPUS[record["chip"]]
     seconds = sum(
         max(
-            row[name]["bytes_per_token"] / chip.core_hbm_bandwidth,
-            row[name]["bundles_per_token"] / chip.clock,
+            record[name]["bytes_per_token"] / chip.core_hbm_bandwidth,
+            record[name]["bundles_per_token"] / chip.clock,
         )
         for name in KERNELS
     )
     return round(1e9 * seconds, 2)
 
 
-def best(rows: list[dict[str, Any]]) -> dict[tuple[str, int, int], Tile]:
-    """For each chip and width the candidate with the lowest bound.
+def best_tiles(records: list[dict[str, Any]]) -> dict[tuple[str, int, int], Tile]:
+    """The candidate with the lowest bound for each (chip, K, V).
 
-    Of those within `TIE` of it the one with the longest chunks, which saves the fewest states, and
-    then the one with the fewest chunks in a block, which takes the least VMEM.
+    Among candidates within `TIE` of it the longest chunks win, as they save the fewest states, and
+    then the fewest chunks per block, as they need the least VMEM.
     """
     groups: dict[tuple[str, int, int], list[tuple[float, Tile]]] = {}
-    for row in rows:
-        if "dropped" not in row:
-            candidates = groups.setdefault((row["chip"], row["K"], row["V"]), [])
-            candidates.append((bound_ns(row), Tile(*row["tile"])))
+    for record in records:
+        if "dropped" not in record:
+            candidates = groups.setdefault((record["chip"], record["K"], record["V"]), [])
+            candidates.append((bound_ns(record), Tile(*record["tile"])))
     return {key: _best(candidates) for key, candidates in groups.items()}
 
 
 def _best(candidates: list[tuple[float, Tile]]) -> Tile:
     lowest = min(bound for bound, _ in candidates)
-    near = [tile for bound, tile in candidates if bound <= TIE * lowest]
-    return max(near, key=lambda tile: (tile.chunk, -tile.chunks_per_block))
+    tied = [tile for bound, tile in candidates if bound <= TIE * lowest]
+    return max(tied, key=lambda tile: (tile.chunk, -tile.chunks_per_block))
 
 
-def write_table(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    """The best rows as the JSON that `tpu_tiles.read_table` reads, a line each."""
+def write_table(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+    """Writes the best tiles as JSON for `tpu_tiles.read_table`, one per line."""
     lines = [
         json.dumps({"chip": chip, "K": K, "V": V, **tile._asdict()})
-        for (chip, K, V), tile in sorted(best(rows).items())
+        for (chip, K, V), tile in sorted(best_tiles(records).items())
     ]
     path.write_text("[\n " + ",\n ".join(lines) + "\n]\n", encoding="utf-8")
 
 
-def write_result(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    """A result as JSON, with the versions and the date it belongs to."""
+def write_result(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+    """Writes a result as JSON, with versions and date."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    result = {"date": f"{datetime.date.today()}", "versions": versions, "rows": rows}
+    result = {"date": f"{datetime.date.today()}", "versions": versions, "records": records}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def main(args: Arguments) -> int:
+    """Examines all candidates, or writes the table from an earlier result."""
     if args.write is not None:
-        rows = json.loads(args.write.read_text(encoding="utf-8"))["rows"]
-        write_table(tpu_tiles.TABLE_FILE, rows)
+        write_table(tpu_tiles.TABLE_FILE, measure.read_records(args.write))
         return 0
     schedules.start()
-    rows = []
+    records = []
     for chip in args.chips:
         for K, V in args.widths:
             for tile in CANDIDATES[TPUS[chip].matrix_unit]:
-                rows.append(examine(chip, tile, K, V))
-                print(json.dumps(rows[-1]), flush=True)
+                records.append(examine(chip, tile, K, V))
+                print(json.dumps(records[-1]), flush=True)
     if args.out is not None:
-        write_result(args.out, rows)
+        write_result(args.out, records)
     return 0
 
 

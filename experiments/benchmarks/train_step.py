@@ -1,13 +1,13 @@
-"""How fast is a train step on a CPU, beside the official PyTorch package on the same machine?
+"""How fast is a train step on a CPU, compared with the official PyTorch package?
 
-An answer: at least 1.2 times its tokens per second for the large architecture and 4 times for the
-first generation; time and memory per token of the chunkwise mLSTM that do not grow with length;
-compile time that does not grow with depth.
+Targets, on the same machine: at least 1.2 times its tokens per second for the large architecture
+and 4 times for the first generation; time and memory per token of the chunkwise mLSTM that do not
+grow with length; compile time that does not grow with depth.
 
     python experiments/benchmarks/train_step.py --peer-python PEER/bin/python --out RESULT.json
 
-Without `--peer-python` it measures ours alone. The two take turns, a few steps each, so that a busy
-moment of the machine hits both; use a machine that does nothing else.
+Without `--peer-python` only ours is measured. Steps of both alternate, a few at a time, so that
+other load affects both alike; use an otherwise idle machine.
 """
 
 import dataclasses
@@ -21,22 +21,23 @@ from xlstm_jax import cpu
 from xlstm_jax.config import to_dict
 from xlstm_jax.flops import count_params, train_flops
 
-DEMANDED = {"large": 1.2, "v1": 4.0}
-"""Our tokens per second over those of the peer."""
+TARGETS = {"large": 1.2, "v1": 4.0}
+"""Ratio of our tokens per second to those of the peer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments(measure.TimedArguments):
-    """`repeats` counts steps of each side, calls per length, ten times the compilations."""
+    """`repeats`: train steps of each package, calls per length, and 10 times the compilations."""
 
-    config: Literal["large", "v1", "all"] = "all"  # whose train step
+    config: Literal["large", "v1", "all"] = "all"  # workloads of the section `train`
     sections: tuple[Literal["train", "length", "depth"], ...] = ("train", "length", "depth")
-    peer_python: str | None = None  # an interpreter with torch, xlstm and mlstm_kernels
+    peer_python: str | None = None  # interpreter with torch, xlstm and mlstm_kernels
 
 
 def main(args: Arguments) -> int:
+    """Runs the selected sections and writes one result."""
     cpu.prepare()
-    result = measure.about("train_step")
+    result = measure.run_info("train_step")
     if "train" in args.sections:
         names = tuple(workloads.MODELS) if args.config == "all" else (args.config,)
         result["train"] = {name: train(name, args.repeats, args.peer_python) for name in names}
@@ -49,41 +50,41 @@ def main(args: Arguments) -> int:
 
 
 def train(name: str, repeats: int, peer_python: str | None) -> dict[str, Any]:
-    """One workload: our step, the peer's if there is one, and a matrix product, in turns."""
+    """Times our step, the peer's if there is one, and a matrix product, alternating."""
     with peer.start(peer_python, name) as other:
         workload = workloads.MODELS[name]
         advance, program = cases.compiled_step(workload)
         measure.seconds(advance, 2)
         product = measure.matrix_product(measure.MATRIX_SIZE)
-        sides = {
+        timers = {
             "product": functools.partial(measure.seconds, product),
             "ours": functools.partial(measure.seconds, advance),
         }
-        times = measure.in_turns(sides | ({"peer": other.seconds} if other else {}), repeats)
+        times = measure.interleaved(timers | ({"peer": other.seconds} if other else {}), repeats)
         rate = measure.product_rate(times["product"])
         flops = train_flops(workload.model, workload.seq_len) * workload.batch_size
-        of = functools.partial(side, name, workload.tokens, flops, rate)
-        row: dict[str, Any] = {
+        rates = functools.partial(step_rates, name, workload.tokens, flops, rate)
+        record: dict[str, Any] = {
             "config": to_dict(workload),
             "parameters": count_params(workload.model),
             "flops_per_step": flops,
             "temporary_bytes": measure.temporary_bytes(program),
             "matrix_product_flops_per_second": rate,
-            "ours": of("ours", times["ours"]),
+            "ours": rates("ours", times["ours"]),
             "peer": None,
         }
         if other is not None:
-            row["peer"] = {**of("peer", times["peer"]), **other.description}
-            ratio = row["ours"]["tokens_per_second"] / row["peer"]["tokens_per_second"]
-            row |= {"ours_over_peer": ratio, "demanded": DEMANDED[name]}
-            print(f"{name}: {ratio:.2f} x, demanded {DEMANDED[name]} x")
-        return row
+            record["peer"] = {**rates("peer", times["peer"]), **other.description}
+            ratio = record["ours"]["tokens_per_second"] / record["peer"]["tokens_per_second"]
+            record |= {"ours_over_peer": ratio, "target": TARGETS[name]}
+            print(f"{name}: {ratio:.2f} x, target {TARGETS[name]} x")
+        return record
 
 
-def side(
+def step_rates(
     name: str, tokens: int, flops: float, rate: float, who: str, times: Sequence[float]
 ) -> dict[str, Any]:
-    """Statistics of one side, printed; rates are those of the median step."""
+    """Prints and returns statistics of the steps of `who`; rates are those of the median step."""
     statistics = measure.summary(times)
     median = statistics["median_seconds"]
     share = flops / median / rate

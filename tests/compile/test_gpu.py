@@ -79,7 +79,7 @@ def test_no_kernel_spills_or_takes_more_than_there_is(gpu_chip, op, dtype, K, V)
     for part in PARTS:
         T = 1 if part == "decode" else 1024
         case = Case(op=op, part=part, B=16, T=T, H=4, K=K, V=V, dtype=dtype)
-        kernels = gpu_resources.found(gpu_chip, case)
+        kernels = gpu_resources.kernel_resources(gpu_chip, case)
         assert {kernel.name for kernel in kernels} == KERNELS[op][part]
         for kernel in kernels:
             assert resources.complaints(gpu_chip, kernel) == []

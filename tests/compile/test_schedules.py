@@ -5,17 +5,17 @@ After a change for the better, or a new libtpu: `python experiments/benchmarks/t
 --out tests/compile/schedules.json`.
 """
 
-import json
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
+from experiments.benchmarks import measure
 from pallas_kernels.hardware import TPUS
 
 ROOT = pathlib.Path(__file__).parents[2]
-STORED = json.loads((pathlib.Path(__file__).parent / "schedules.json").read_text())["rows"]
+STORED = measure.read_records(pathlib.Path(__file__).parent / "schedules.json")
 MARGIN = 1.1
 
 # Bundles per token and head at K = 256, V = 512.
@@ -33,7 +33,7 @@ def _found(chip: str, folder: pathlib.Path, *options: str) -> list[dict]:
     script = "experiments.benchmarks.tpu_schedules"
     command = [sys.executable, "-m", script, "--chips", chip, "--out", str(out), *options]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=1200)
-    return json.loads(out.read_text())["rows"]
+    return measure.read_records(out)
 
 
 def _assert_within_budget(rows: list[dict]):

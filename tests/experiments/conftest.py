@@ -1,11 +1,11 @@
-"""Programs of these tests run a few times: compiling them fast matters, not how fast they are."""
+"""Compiles without most optimizations: programs of these tests run only a few times."""
 
 import jax
 import pytest
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
+def disabled_optimizations():
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield

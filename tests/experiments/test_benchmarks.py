@@ -1,4 +1,4 @@
-"""The benchmarks run and account for what they measure. How fast anything is, no test asserts."""
+"""The benchmarks run and report consistent figures. No test asserts a time."""
 
 import dataclasses
 import json
@@ -26,67 +26,74 @@ def compiled():
 
 @pytest.fixture
 def tiny(monkeypatch, compiled):
-    """One small workload, and a process whose settings stay as they are."""
+    """Replaces the workloads by one small one, and leaves process-wide settings unchanged."""
     monkeypatch.setattr(workloads, "MODELS", {"large": TINY})
     monkeypatch.setattr(cases, "compiled_step", lambda *_: compiled)
     monkeypatch.setattr(measure, "MATRIX_SIZE", 8)
     monkeypatch.setattr(cpu, "prepare", lambda: False)
 
 
-def test_a_run_without_a_peer_leaves_its_column_empty(tiny, tmp_path):
+def test_train_step_runs_without_a_peer(tiny, tmp_path):
     out = tmp_path / "results" / "tiny.json"
     args = train_step.Arguments(config="large", sections=("train",), repeats=7, out=out)
     assert train_step.main(args) == 0
-    row = json.loads(out.read_text())["train"]["large"]
-    assert row["peer"] is None
-    low, high = row["ours"]["quartiles_seconds"]
-    assert row["ours"]["fastest_seconds"] <= low <= row["ours"]["median_seconds"] <= high
+    record = json.loads(out.read_text())["train"]["large"]
+    assert record["peer"] is None
+    ours = record["ours"]
+    low, high = ours["quartiles_seconds"]
+    assert ours["fastest_seconds"] <= low <= ours["median_seconds"] <= high
 
 
-def test_every_timed_step_trains(compiled):
+def test_timed_steps_reduce_the_loss(compiled):
     advance, _ = compiled
-    losses = np.diff([float(advance().values["loss"]) for _ in range(100)])  # totals grow by it
+    losses = np.diff([float(advance().values["loss"]) for _ in range(100)])  # totals accumulate
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.slow
-def test_a_mesh_is_compared_with_none(tiny, tmp_path):
+def test_steps_with_and_without_a_mesh_are_compared(tiny, tmp_path):
     out = tmp_path / "mesh.json"
     assert mesh.main(mesh.Arguments(repeats=2, out=out)) == 0
-    found = json.loads(out.read_text())["large"]
-    assert found["mesh"]["repeats"] == found["plain"]["repeats"] == 2
+    record = json.loads(out.read_text())["large"]
+    assert record["mesh"]["repeats"] == record["plain"]["repeats"] == 2
 
 
-def test_sides_are_measured_in_turns():
-    turns = []
-    sides = {name: lambda n, name=name: turns.append((name, n)) or [1.0] * n for name in "ab"}
-    assert measure.in_turns(sides, 12) == {"a": [1.0] * 12, "b": [1.0] * 12}
-    assert turns == [("a", 5), ("b", 5), ("a", 5), ("b", 5), ("a", 2), ("b", 2)]
+def test_timers_alternate():
+    calls = []
+    timers = {name: lambda n, name=name: calls.append((name, n)) or [1.0] * n for name in "ab"}
+    assert measure.interleaved(timers, 12) == {"a": [1.0] * 12, "b": [1.0] * 12}
+    assert calls == [("a", 5), ("b", 5), ("a", 5), ("b", 5), ("a", 2), ("b", 2)]
 
 
-def test_rates_are_those_of_the_median_step():
-    side = train_step.side("name", 100, 8.0, 16.0, "ours", [1.0, 2.0, 9.0])
-    assert side["tokens_per_second"] == 50 and side["share_of_matrix_product_rate"] == 0.25
+@pytest.mark.parametrize("key", ["records", "rows"])
+def test_records_of_old_and_new_result_files_are_read(key, tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps({"date": "2026-11-23", key: [{"K": 1}]}))
+    assert measure.read_records(tmp_path / "result.json") == [{"K": 1}]
+
+
+def test_rates_use_the_median_step():
+    rates = train_step.step_rates("name", 100, 8.0, 16.0, "ours", [1.0, 2.0, 9.0])
+    assert rates["tokens_per_second"] == 50 and rates["share_of_matrix_product_rate"] == 0.25
 
 
 @pytest.mark.parametrize("python", ["no/such/python", "false"])
-def test_an_interpreter_that_cannot_serve_is_refused(python):
+def test_an_unusable_peer_interpreter_is_rejected(python):
     with pytest.raises(ConfigError, match="peer-python must name an interpreter"):
         train_step.train("large", 1, python)
 
 
-def test_both_models_have_as_many_parameters_as_those_of_the_peer():
-    recorded = {"large": 3_353_888, "v1": 720_936}  # what peer_torch.py answers
+def test_parameter_counts_equal_those_of_the_peer():
+    recorded = {"large": 3_353_888, "v1": 720_936}  # as reported by peer_torch.py
     assert {name: count_params(w.model) for name, w in workloads.MODELS.items()} == recorded
 
 
-def test_cost_per_token_is_given_for_each_length():
+def test_cost_per_token_is_reported_for_each_length():
     result = length.run(repeats=1, lengths=(8,))
     assert result["lengths"]["8"]["bytes_per_token"] > 0
     assert result["max_over_min"]["bytes_per_token"] == 1
 
 
-def test_compile_times_are_compared_at_their_fastest(monkeypatch):
+def test_compile_time_ratios_use_the_fastest_repeats(monkeypatch):
     seconds = iter([2.0, 4.0, 8.0, 6.0])
     monkeypatch.setattr(depth, "compile_seconds", lambda model: next(seconds))
     models = {"one": MODEL, "two": dataclasses.replace(MODEL, pattern="mm")}
@@ -95,16 +102,16 @@ def test_compile_times_are_compared_at_their_fastest(monkeypatch):
     assert result["ratios"] == {"two / one": 2.0}
 
 
-def test_the_shortened_preset_has_both_kinds_of_block():
+def test_shortened_preset_has_both_kinds_of_block():
     assert set(depth.shortened(presets.get(depth.PRESET).pattern, 6)) == {"m", "s"}
 
 
 @pytest.mark.slow
-def test_the_memory_of_a_conversion_is_that_of_its_own_process(monkeypatch, tmp_path):
+def test_conversion_memory_is_measured_per_process(monkeypatch, tmp_path):
     monkeypatch.setattr(convert_memory, "MODEL", presets.large(16, 2, 2, 24, vocab_size=32))
     out = tmp_path / "memory.json"
     assert convert_memory.main(convert_memory.Arguments(shard_mib=1, out=out)) == 0
-    found = json.loads(out.read_text())
-    assert found["checkpoint_bytes"] > 4 * found["parameters"]
-    peaks = found["peak_bytes"]
+    result = json.loads(out.read_text())
+    assert result["checkpoint_bytes"] > 4 * result["parameters"]
+    peaks = result["peak_bytes"]
     assert 0 < peaks["interpreter"] < peaks["imports"] < peaks["hf-to-run"]

@@ -1,4 +1,4 @@
-"""What reading of kernels' resources does besides compiling, which `tests/compile` has."""
+"""Parsing and reporting of kernel resources; `tests/compile` covers the compilation."""
 
 import re
 import zlib
@@ -32,14 +32,14 @@ def _hexadecimal(data: bytes) -> str:
         ("triton_kernel_call_ffi", f'{{opaque = "{_hexadecimal(MESSAGE)}"}}'),
     ],
 )
-def test_the_name_of_a_call_is_read_off_the_program(target, config):
-    """As jax-triton 0.3 and 0.4 write it down."""
+def test_kernel_names_are_parsed_from_the_program(target, config):
+    """In the formats of jax-triton 0.3 and 0.4."""
     line = f'%x = f32[] custom-call(%y), custom_call_target="{target}", metadata={{}}'
     text = f"HloModule\n  {line}, backend_config={config}\n"
     assert compiler.kernel_names(text) == {"mlstm_forward"}
 
 
-def test_kernels_are_found_in_functions_within_functions():
+def test_kernel_calls_in_nested_functions_are_collected():
     primitive = jax.extend.core.Primitive("triton_kernel_call")
     primitive.def_abstract_eval(lambda x: x)
     inner = jax.jit(lambda x: jax.lax.scan(lambda c, _: (primitive.bind(c), None), x, length=2)[0])
@@ -52,7 +52,7 @@ def test_kernels_are_found_in_functions_within_functions():
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_a_gpu_is_described_to_its_compiler(name):
+def test_target_config_describes_the_gpu(name):
     gpu, text = GPUS[name], topologies.target_config(name)
     assert f"shared_memory_per_block_optin: {gpu.shared_bytes} " in text
     assert f"memory_bandwidth: {gpu.hbm_bandwidth:.0f} " in text
@@ -60,12 +60,12 @@ def test_a_gpu_is_described_to_its_compiler(name):
     assert text.count("{") == text.count("}")
 
 
-def test_a_kernel_that_fits_has_nothing_against_it():
+def test_a_kernel_within_all_limits_has_no_complaints():
     assert resources.complaints("sm_90", KERNEL) == []
 
 
 @pytest.mark.parametrize(
-    "change,words",
+    "change,message",
     [
         ({"spills": 8}, "8 bytes spilled, at most 0"),
         ({"registers": 255}, "255 registers, at most 254"),
@@ -73,26 +73,26 @@ def test_a_kernel_that_fits_has_nothing_against_it():
         ({"tensor_columns": 640}, "640 columns of tensor memory, at most 512"),
     ],
 )
-def test_what_does_not_fit_is_named(change, words):
-    (found,) = resources.complaints("sm_80", KERNEL._replace(**change))
-    assert found == f"mlstm_h on sm_80: {words}"
+def test_each_exceeded_limit_is_reported(change, message):
+    (complaint,) = resources.complaints("sm_80", KERNEL._replace(**change))
+    assert complaint == f"mlstm_h on sm_80: {message}"
 
 
-def test_every_width_is_looked_at_in_every_part():
-    found = list(gpu_resources.cases(Arguments(ops=("mlstm",), dtypes=("bfloat16",))))
-    assert len(found) == 4 * 3
-    assert {case.T for case in found if case.part == "decode"} == {1}
+def test_cases_cover_every_width_and_part():
+    cases = list(gpu_resources.cases(Arguments(ops=("mlstm",), dtypes=("bfloat16",))))
+    assert len(cases) == 4 * 3
+    assert {case.T for case in cases if case.part == "decode"} == {1}
     narrow = list(gpu_resources.cases(Arguments(widths=(64,))))
     assert {(case.op, case.K) for case in narrow} == {("mlstm", 64), ("slstm", 64)}
 
 
-def test_a_table_has_a_column_per_chip_and_marks_what_does_not_fit():
-    row = {"K": 64, "V": 128, "dtype": "bfloat16", "complaints": [], **KERNEL._asdict()}
-    rows = [
-        {**row, "chip": "sm_80", "spills": 4, "complaints": ["spills"]},
-        {**row, "chip": "sm_90"},
+def test_table_has_a_column_per_chip_and_marks_complaints():
+    record = {"K": 64, "V": 128, "dtype": "bfloat16", "complaints": [], **KERNEL._asdict()}
+    records = [
+        {**record, "chip": "sm_80", "spills": 4, "complaints": ["spills"]},
+        {**record, "chip": "sm_90"},
     ]
-    assert gpu_resources.table(rows).splitlines() == [
+    assert gpu_resources.table(records).splitlines() == [
         "| kernel | K, V, dtype | sm_80 | sm_90 |",
         "|---|---|---|---|",
         "| `mlstm_h` | 64, 128, bfloat16 | 128 r, 4 B, 64 KiB, 8 w, 2 s ! "

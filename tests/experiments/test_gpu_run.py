@@ -1,4 +1,4 @@
-"""Every section of the GPU run but two, at toy sizes on the CPU: none may record an error."""
+"""Sections of the GPU run, except two, complete without errors at toy sizes on a CPU."""
 
 import importlib
 import json
@@ -11,29 +11,31 @@ from pallas_kernels import common
 from xlstm_jax import ops
 
 SMOKE = settings.smoke()
-ELSEWHERE = ("peers", "exported")  # they need PyTorch, and files that contain a GPU's assembly
-RUN_HERE = [(name, ()) for name in sections.sections() if name not in ("correctness", *ELSEWHERE)]
-CASES = 3  # parts of the correctness section
-RUN_HERE += [("correctness", (0, CASES))]
-RUN_HERE += [pytest.param("correctness", (part, CASES), marks=pytest.mark.slow) for part in (1, 2)]
+GPU_ONLY = ("peers", "exported")  # they need PyTorch, and files with GPU assembly
+SECTIONS = [(name, ()) for name in sections.sections() if name not in ("correctness", *GPU_ONLY)]
+PARTS = 3  # of the correctness section
+SECTIONS += [("correctness", (0, PARTS))]
+SECTIONS += [pytest.param("correctness", (part, PARTS), marks=pytest.mark.slow) for part in (1, 2)]
 
 with common.interpreted():
     TRITON = ops.implementations("mlstm")["triton"]
 
 
-@pytest.mark.parametrize("section,part", RUN_HERE)
-def test_a_section_measures_everything_it_names(section, part, tmp_path):
+@pytest.mark.parametrize("section,part", SECTIONS)
+def test_every_record_of_a_section_is_complete(section, part, tmp_path):
     if section == "tiles" and TRITON is not None:
         pytest.skip(TRITON)
     report = Report(section, tmp_path, alone=True)
     sections.sections()[section](report, SMOKE, *part)
-    rows = json.loads((tmp_path / f"{section}.json").read_text())
-    assert rows
-    assert not [row for row in rows if "error" in row or not row.get("ok", True)]
-    assert all({"median_ms", "ok", "profiled"} & row.keys() for row in rows)
+    records = json.loads((tmp_path / f"{section}.json").read_text())
+    assert records
+    assert not [record for record in records if "error" in record or not record.get("ok", True)]
+    assert all({"median_ms", "ok", "profiled"} & record.keys() for record in records)
 
 
-def test_the_summary_has_all_rows_and_fails_if_one_is_wrong(tmp_path, monkeypatch, capsys):
+def test_summary_collects_all_records_and_fails_on_errors_and_failed_checks(
+    tmp_path, monkeypatch, capsys
+):
     main = importlib.import_module("experiments.benchmarks.gpu_run")
     monkeypatch.setattr(main, "FOLDER", tmp_path / "work")
     report = Report("kernels", main.FOLDER)
@@ -43,25 +45,29 @@ def test_the_summary_has_all_rows_and_fails_if_one_is_wrong(tmp_path, monkeypatc
     report.add("right", lambda: right)
     out = tmp_path / "out" / "results.json"
     assert main.main("summary", str(out)) == 1
-    report.rows.pop(1)
+    report.records.pop(1)
     report.add("wrong", lambda: {"errors": {"h": float("nan"), "dq": 2.0}, "ok": False})
     assert main.main("summary", str(out)) == 1
     result = json.loads(out.read_text())
     assert {"date", "machine", "versions", "driver"} <= result.keys()
-    assert [row["what"] for row in result["sections"]["kernels"]] == ["fast", "right", "wrong"]
+    assert [record["name"] for record in result["sections"]["kernels"]] == [
+        "fast",
+        "right",
+        "wrong",
+    ]
     text = capsys.readouterr().out
-    for words in (
+    for excerpt in (
         "1.500 ms, share 0.5",
         "ZeroDivisionError",
         "ok, worst dq 2.0e-06",
         "worst h nan",
     ):
-        assert words in text
+        assert excerpt in text
     assert main.main("nothing") == 2
 
 
-def test_the_real_sizes_name_calls_that_the_kernels_take():
-    """As far as is known without a GPU: shapes, tiles, and that no row is there twice."""
+def test_full_settings_have_valid_tiles_and_no_duplicates():
+    """What can be checked without a GPU: shapes, tiles and unique names."""
     full = settings.full()
     assert full.heads[0] == (8, 256, 512)
     with common.compiled_for("sm_90"):

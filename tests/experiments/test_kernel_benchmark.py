@@ -1,4 +1,4 @@
-"""The benchmark of kernels: what it counts, that it runs, and that failures become rows."""
+"""The kernel benchmark: counted work, measurement on a CPU, and records of failures."""
 
 import dataclasses
 import json
@@ -6,7 +6,14 @@ import json
 import jax
 import pytest
 
-from experiments.benchmarks import kernel_cases, kernel_jax, kernel_report, kernel_torch, kernels
+from experiments.benchmarks import (
+    kernel_cases,
+    kernel_jax,
+    kernel_report,
+    kernel_torch,
+    kernels,
+    measure,
+)
 from experiments.benchmarks.kernel_cases import Case, Sizes
 from experiments.benchmarks.kernels import Arguments
 from xlstm_jax import ops
@@ -22,12 +29,12 @@ def _cases(sizes: Sizes, *sections: str) -> list[Case]:
     return sum(kernel_cases.groups(sizes, sections), [])
 
 
-def test_every_length_has_the_same_number_of_tokens():
+def test_all_lengths_have_the_same_number_of_tokens():
     cases = _cases(Sizes(), "mlstm")
     assert len(cases) == 3 * 8 * 2 and {case.tokens for case in cases} == {65536}
 
 
-def test_the_bound_of_the_gradient_is_that_of_one_pass_each():
+def test_gradient_bound_counts_one_forward_and_one_backward_pass():
     """By hand: 4 (K + V) + 2 K V / L bytes forward, 8 K + 6 V + 2 K V / L backward, in bfloat16."""
     work = kernel_cases.work(LARGE)
     tokens = 65536 * 8
@@ -39,19 +46,19 @@ def test_the_bound_of_the_gradient_is_that_of_one_pass_each():
     assert seconds == pytest.approx(1.60e-3, rel=0.01)
 
 
-def test_attention_costs_what_its_causal_square_does():
+def test_attention_work_is_that_of_the_causal_half():
     forward = kernel_cases.work(dataclasses.replace(LARGE, part="forward"), attention=True)
     assert forward.flops == 2 * 65536 * 2048 * 8 * 512
     assert kernel_cases.work(LARGE, attention=True).flops == 3.5 * forward.flops
 
 
-def test_states_of_a_decode_step_do_not_fit_a_cache():
+def test_decode_states_exceed_any_cache():
     step = dataclasses.replace(LARGE, part="decode", T=1, B=1)
     assert step.num_states * 8 * 256 * 512 * 4 >= 128 << 20
     assert dataclasses.replace(step, B=256).num_states == 1
 
 
-def test_only_a_device_of_the_table_has_a_bound():
+def test_only_known_devices_have_a_bound():
     known = f"{H100}, NVIDIA H200, NVIDIA A100-SXM4-80GB, NVIDIA B200, NVIDIA A10, NVIDIA L4"
     unknown = "NVIDIA H100 PCIe, NVIDIA H100 NVL, NVIDIA A100-SXM4-40GB, NVIDIA A10G, Tesla T4, cpu"
     bound = lambda kind: kernel_cases.bound_seconds(kernel_cases.work(LARGE), "bfloat16", kind)  # noqa: E731
@@ -65,28 +72,28 @@ def test_only_a_device_of_the_table_has_a_bound():
     + [("decode", 0, "recurrent")],
 )
 def test_a_candidate_is_timed(section, number, candidate):
-    found = kernel_jax.measured(_cases(SMOKE, section)[number], candidate, QUICK)
-    assert found["repeats"] == 2
-    assert 0 < found["fastest_seconds"] <= found["median_seconds"]
-    assert found["peak_bytes"] > 0
+    record = kernel_jax.measure_case(_cases(SMOKE, section)[number], candidate, QUICK)
+    assert record["repeats"] == 2
+    assert 0 < record["fastest_seconds"] <= record["median_seconds"]
+    assert record["peak_bytes"] > 0
 
 
-def test_what_cannot_run_says_why(monkeypatch):
+def test_unsupported_cases_have_a_reason(monkeypatch):
     assert "runs on a GPU" in kernel_jax.refusal(LARGE, "triton")
     assert "no such implementation" in kernel_jax.refusal(LARGE, "nothing")
     monkeypatch.setattr(kernel_torch.importlib.util, "find_spec", lambda name: None)
     assert kernel_torch.refusal("fla", {}) == "torch is not installed"
 
 
-def test_a_call_that_fails_leaves_the_others_alone(monkeypatch, capsys):
-    """As on a device whose memory a gradient does not fit."""
+def test_a_failing_case_does_not_affect_others(monkeypatch, capsys):
+    """Such as an allocation that exceeds the memory of the device."""
 
-    def measured(case, candidate, settings):
+    def measure_case(case, candidate, settings):
         if case.part == "forward":
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
         return {"median_seconds": 1.0}
 
-    monkeypatch.setattr(kernel_jax, "measured", measured)
+    monkeypatch.setattr(kernel_jax, "measure_case", measure_case)
     cases = [dataclasses.asdict(case) for case in _cases(SMOKE, "mlstm")[:2]]
     kernel_jax.main({"candidate": "chunkwise", "cases": cases, "settings": QUICK})
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
@@ -94,41 +101,42 @@ def test_a_call_that_fails_leaves_the_others_alone(monkeypatch, capsys):
     assert second["median_seconds"] > 0
 
 
-def test_a_process_that_dies_is_a_row_with_an_error():
+def test_a_process_that_exits_early_yields_records_with_errors():
     cases = _cases(SMOKE, "mlstm")[:2]
-    rows = list(kernels.ask(Arguments(peer_python="false"), "fla", cases))
-    assert [row["error"] for row in rows] == ["ended with code 1"] * 2
+    records = list(kernels.measure_cases(Arguments(peer_python="false"), "fla", cases))
+    assert [record["error"] for record in records] == ["exited with code 1"] * 2
     with pytest.raises(ConfigError, match="peer-python must name an interpreter"):
-        list(kernels.ask(Arguments(peer_python="/nowhere/python"), "fla", cases))
+        list(kernels.measure_cases(Arguments(peer_python="/nowhere/python"), "fla", cases))
 
 
-def test_invalid_arguments_are_refused():
-    with pytest.raises(ConfigError, match="candidates must be of .*got cuda"):
+def test_invalid_arguments_are_rejected():
+    with pytest.raises(ConfigError, match="candidates must be among .*got cuda"):
         Arguments(candidates=("triton", "cuda"))
     for name in ("repeats", "warmup"):
         with pytest.raises(ConfigError, match=f"{name} must be at least 1"):
             Arguments(**{name: 0})
 
 
-def test_a_full_run_makes_a_table_and_a_picture(tmp_path):
-    """Every candidate at every size, but one that is skipped."""
-    rows = []
+def test_a_full_result_gives_a_table_and_a_plot(tmp_path):
+    """Every candidate at every size; one is skipped."""
+    records = []
     for case in _cases(Sizes(), *kernels.CANDIDATES):
         for candidate in kernels.CANDIDATES[case.section]:
-            row = {**dataclasses.asdict(case), "candidate": candidate, "device": H100}
-            row |= {"skipped": "absent"} if candidate == "fla" else {"median_seconds": 1e-3}
-            rows.append(kernels.with_bound(row, case))
-    about = {"date": "2027-01-01T00:00+00:00", "device": H100, "driver": {}, "versions": {}}
-    text = kernel_report.table({**about, "rows": rows})
+            record = {**dataclasses.asdict(case), "candidate": candidate, "device": H100}
+            record |= {"skipped": "absent"} if candidate == "fla" else {"median_seconds": 1e-3}
+            records.append(kernels.with_bound(record, case))
+    info = {"date": "2027-01-01T00:00+00:00", "device": H100, "driver": {}, "versions": {}}
+    result = {**info, "records": records}
+    text = kernel_report.table(result)
     assert "| triton | 1 (160%) |" in text and "- `fla`, mlstm: absent (48 cases)" in text
-    kernel_report.picture({**about, "rows": rows}, tmp_path / "picture.png")
-    assert 10_000 < (tmp_path / "picture.png").stat().st_size < 300 << 10
+    kernel_report.plot(result, tmp_path / "plot.png")
+    assert 10_000 < (tmp_path / "plot.png").stat().st_size < 300 << 10
 
 
-def test_a_run_writes_numbers_and_a_table(tmp_path):
-    out = tmp_path / "found.json"
+def test_a_run_writes_records_and_a_table(tmp_path):
+    out = tmp_path / "kernels.json"
     options = dict(size="smoke", sections=("decode",), candidates=("triton",), out=out)
     assert kernels.main(Arguments(**options)) == 0
-    (row,) = json.loads(out.read_text())["rows"]
-    assert row["K"] == 16 and row["device"] == "cpu" and "GPU" in row["skipped"]
+    (record,) = measure.read_records(out)
+    assert record["K"] == 16 and record["device"] == "cpu" and "GPU" in record["skipped"]
     assert "- `triton`, decode: " in out.with_suffix(".md").read_text(encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Writes the timed mLSTM calls as `jax.export` files that contain the assembly of a Hopper GPU.
+"""Writes the timed mLSTM calls as `jax.export` files with kernels compiled for a Hopper GPU.
 
     python -m experiments.benchmarks.gpu.export FOLDER
 
-Needs jax-triton, Triton and JAX's CUDA plugin, but no GPU. A file has some 150 kB.
+Needs jax-triton, Triton and JAX's CUDA plugin, but no GPU. Each file has about 150 kB.
 """
 
 import os
@@ -25,6 +25,7 @@ CHECKS = [
 
 
 def main(folder: pathlib.Path) -> int:
+    """Writes one file per head size and direction into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = full()
     for heads in settings.heads:
@@ -32,7 +33,7 @@ def main(folder: pathlib.Path) -> int:
             case = settings.mlstm_case(part, heads)
             with common.compiled_for(CHIP):
                 shapes = jax.eval_shape(lambda case=case: kernel_jax.inputs(case, "triton"))
-                jitted = jax.jit(kernel_jax.timed(case, "triton"))
+                jitted = jax.jit(kernel_jax.timed_function(case, "triton"))
                 call = export.export(jitted, platforms=["cuda"], disabled_checks=CHECKS)(*shapes)
             file = folder / f"{'x'.join(map(str, heads))}-{part}.export"
             file.write_bytes(call.serialize())

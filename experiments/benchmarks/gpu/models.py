@@ -1,4 +1,4 @@
-"""Times of train steps and of decoding."""
+"""Times of train steps and of decoding, with complete models."""
 
 import functools
 import time
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks import cases, kernel_cases, measure
-from experiments.benchmarks.gpu.report import Report, Row
+from experiments.benchmarks.gpu.report import Record, Report
 from experiments.benchmarks.gpu.settings import Settings
 from experiments.benchmarks.gpu.speed import statistics
 from experiments.benchmarks.kernel_cases import Work
@@ -20,50 +20,50 @@ from xlstm_jax.train.metrics import Totals
 
 
 def train(report: Report, settings: Settings) -> None:
-    """Steps of training, optimizer included."""
+    """Times train steps, optimizer update included."""
     calls = []
     for name, workload in settings.models:
         try:
-            program = cases.program(workload)
+            program = cases.make_program(workload)
             calls.append((name, workload, program, program.compile()))
-        except Exception as error:  # the other models shall still be timed
+        except Exception as error:  # a failure must not prevent the other measurements
             report.fail(name, error)
     report.wait()
     for name, workload, program, compiled in calls:
         with report.exclusive():
-            start = functools.partial(cases.start, program, compiled, workload)
+            start = functools.partial(cases.start_training, program, compiled, workload)
             report.add(name, functools.partial(train_steps, workload, start, settings.train_steps))
 
 
 def train_steps(
     workload: ModelWorkload, start: Callable[[], Callable[[], Totals]], num_steps: int
-) -> Row:
-    """Statistics of all steps but two, and the rates they amount to."""
+) -> Record:
+    """Statistics of all steps after the first two, and the rates of the median step."""
     advance, seconds, totals = start(), [], metrics.empty()
     for _ in range(num_steps):
         begin = time.perf_counter()
         totals = jax.block_until_ready(advance())
         seconds.append(time.perf_counter() - begin)
-    row = statistics(seconds[2:])
-    rate = workload.tokens / (row["median_ms"] / 1e3)
+    times = statistics(seconds[2:])
+    rate = workload.tokens / (times["median_ms"] / 1e3)
     flops = train_flops(workload.model, workload.seq_len) * workload.batch_size
     bound = bound_seconds(Work(flops, 0))
     return {
-        **row,
+        **times,
         "B": workload.batch_size,
         "T": workload.seq_len,
         "parameters": count_params(workload.model),
         "tokens_per_s": rate,
-        "mfu": bound and 1e3 * bound / row["median_ms"],
+        "mfu": bound and 1e3 * bound / times["median_ms"],
         "loss": metrics.summarize(totals)["loss"],  # mean over all steps
         "peak_bytes": measure.peak_bytes(),
     }
 
 
 def decode(report: Report, settings: Settings) -> None:
-    """Tokens of a model with bfloat16 weights, and the share of the memory bandwidth they take.
+    """Times decoding with bfloat16 weights; records the share of the memory bandwidth.
 
-    With XLA's dynamic-slice fusion and without it: the states of all layers are stacked.
+    States of all layers are stacked, so XLA's dynamic-slice fusion matters: with it and without.
     """
     cfg, steps = settings.decode_model, settings.decode_steps
     model, shapes, calls = LM(cfg), bfloat16_shapes(cfg), []
@@ -78,17 +78,17 @@ def decode(report: Report, settings: Settings) -> None:
             try:
                 program = lowered.compile(compiler_options=flags)
                 calls.append((f"B={B}, {name}", B, program))
-            except Exception as error:  # the other variants shall still be timed
+            except Exception as error:  # a failure must not prevent the other measurements
                 report.fail(f"B={B}, {name}", error)
     report.wait()
     with report.exclusive():
         params = random_params(shapes)
-        for what, B, program in calls:
-            report.add(what, functools.partial(decode_steps, model, params, program, B, steps))
+        for name, B, program in calls:
+            report.add(name, functools.partial(decode_steps, model, params, program, B, steps))
 
 
 def decode_tokens(model: LM, steps: int, params, token, state):
-    """`steps` greedy tokens more."""
+    """Decodes `steps` tokens greedily; returns the last token and the state."""
 
     def body(carry, _):
         token, state = carry
@@ -99,27 +99,30 @@ def decode_tokens(model: LM, steps: int, params, token, state):
     return jax.lax.scan(body, (token, state), None, length=steps)[0]
 
 
-def decode_steps(model: LM, params, program, B: int, steps: int) -> Row:
-    """Statistics of one token, and its traffic over what the memory allows."""
+def decode_steps(model: LM, params, program, B: int, steps: int) -> Record:
+    """Statistics of one token, and the share of the memory bandwidth by its least traffic.
+
+    That is one read of all parameters, and one read and one write of the state.
+    """
     state, token, seconds = model.init_state(B), jnp.zeros((B, 1), jnp.int32), []
     for _ in range(6):
         start = time.perf_counter()
         token, state = jax.block_until_ready(program(params, token, state))
         seconds.append((time.perf_counter() - start) / steps)
-    row = statistics(seconds[1:])
+    times = statistics(seconds[1:])
     moved = num_bytes(params) + 2 * num_bytes(state)
     bound = bound_seconds(Work(0, moved))
     return {
-        **row,
+        **times,
         "bytes_per_token": moved,
-        "tokens_per_s": 1e3 * B / row["median_ms"],
-        "share_of_bandwidth": bound and 1e3 * bound / row["median_ms"],
+        "tokens_per_s": 1e3 * B / times["median_ms"],
+        "share_of_bandwidth": bound and 1e3 * bound / times["median_ms"],
         "largest_of_state": max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(state)),
     }
 
 
 def bfloat16_shapes(cfg: LMConfig):
-    """Shapes of the parameters, matrices in bfloat16."""
+    """Shapes of the parameters, with matrices in bfloat16."""
 
     def narrow(shape):
         dtype = jnp.bfloat16 if shape.ndim > 1 else shape.dtype
@@ -129,7 +132,10 @@ def bfloat16_shapes(cfg: LMConfig):
 
 
 def random_params(shapes):
-    """Random parameters of these shapes, made one by one: together they would need float32."""
+    """Random parameters of these shapes.
+
+    Each array is compiled separately: one program for all would hold float32 temporaries.
+    """
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
 
@@ -137,15 +143,15 @@ def random_params(shapes):
         scale = 0.02 if len(shape.shape) > 1 else 1
         return (scale * jax.random.normal(key, shape.shape, shape.dtype)).astype(shape.dtype)
 
-    made = [jax.jit(functools.partial(make, shape=s))(k) for k, s in zip(keys, leaves, strict=True)]
-    return tree.unflatten(made)
+    pairs = zip(keys, leaves, strict=True)
+    return tree.unflatten([jax.jit(functools.partial(make, shape=s))(k) for k, s in pairs])
 
 
 def bound_seconds(work: Work) -> float | None:
-    """The least time for bfloat16 work on this device, if its peaks are known."""
+    """Lower bound of the time of bfloat16 work; None if the peaks of the device are not known."""
     return kernel_cases.bound_seconds(work, "bfloat16", jax.devices()[0].device_kind)
 
 
 def num_bytes(tree) -> int:
-    """Of all arrays of a tree."""
+    """Total size of the arrays of a tree, in bytes."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

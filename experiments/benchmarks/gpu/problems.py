@@ -1,4 +1,4 @@
-"""Random calls of the ops whose results are known in float64."""
+"""Random calls of the ops, with a float64 reference for their results."""
 
 import dataclasses
 import math
@@ -17,20 +17,20 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Arguments of a call, the weights of a loss on its results, and what computes it."""
+    """A call of an op: arguments, weights of a loss on its results, and implementations."""
 
     dtype: str
     inputs: Arrays  # by the op's argument names; rounded to `dtype`, as float32 arrays
     state: Any  # a NamedTuple
-    loss_weights: Arrays  # of h and of every leaf in `memory`
-    memory: tuple[str, ...]  # leaves of the state that are scaled by exp(-m)
+    loss_weights: Arrays  # of h and of every leaf in `stabilized`
+    stabilized: tuple[str, ...]  # leaves of the state that are stored times exp(-m)
     flags: dict[str, jax.Array | None]  # reset and mask
-    tested: Callable[..., Any]
+    tested: Callable[..., Any]  # the implementation under test
     reference: Callable[..., Any]
-    float32_inputs: tuple[str, ...] = ()  # whatever `dtype` is
+    float32_inputs: tuple[str, ...] = ()  # cast to float32 for every `dtype`
 
-    def narrow(self) -> dict[str, jax.Array]:
-        """Inputs as the tested implementation is given them."""
+    def cast_inputs(self) -> dict[str, jax.Array]:
+        """Inputs in the dtypes in which the implementation under test takes them."""
         dtype = jnp.dtype(self.dtype)
         return {
             name: jnp.asarray(x, jnp.float32 if name in self.float32_inputs else dtype)
@@ -39,7 +39,7 @@ class Problem:
 
 
 def random_problem(check: MLSTMCheck | SLSTMCheck, implementation: str) -> Problem:
-    """A problem of the sizes of `check`, the same at every call."""
+    """A problem of the sizes of `check`; deterministic."""
     rng = np.random.default_rng([len(check.name), *check.sizes])
     if isinstance(check, MLSTMCheck):
         fields = _mlstm(check, implementation, rng)
@@ -47,11 +47,11 @@ def random_problem(check: MLSTMCheck | SLSTMCheck, implementation: str) -> Probl
         fields = _slstm(check, implementation, rng)
     B, T, H = check.sizes[:3]
     fields["inputs"] = {
-        name: x if name == "b" else rounded(x, check.dtype) for name, x in fields["inputs"].items()
+        name: x if name == "b" else round_to(x, check.dtype) for name, x in fields["inputs"].items()
     }
     state = fields["state"]
-    weights = {"h": rounded(normal(rng, B, T, H, check.sizes[-1]), check.dtype)}
-    weights |= {name: normal(rng, *getattr(state, name).shape) for name in fields["memory"]}
+    weights = {"h": round_to(normal(rng, B, T, H, check.sizes[-1]), check.dtype)}
+    weights |= {name: normal(rng, *getattr(state, name).shape) for name in fields["stabilized"]}
     reset = mask = None
     if check.flags:
         reset = jnp.asarray(rng.random((B, T)) < 4 / T)
@@ -68,7 +68,7 @@ def _mlstm(check: MLSTMCheck, implementation: str, rng: np.random.Generator) -> 
     return {
         "inputs": {"q": q, "k": k, "v": v, "i": i, "f": f + 3},
         "state": state,
-        "memory": ("C", "n"),
+        "stabilized": ("C", "n"),
         "tested": _with(ops.mlstm, implementation=implementation, **check.options),
         "reference": _with(cells.mlstm_scan, **check.options),
     }
@@ -81,7 +81,7 @@ def _slstm(check: SLSTMCheck, implementation: str, rng: np.random.Generator) -> 
     return {
         "inputs": {"x": x, "r": r, "b": normal(rng, H, 4, K)},
         "state": cells.SLSTMState(c, 1 + abs(n), np.tanh(h), m),
-        "memory": ("c", "n"),
+        "stabilized": ("c", "n"),
         "tested": _with(ops.slstm, implementation=implementation),
         "reference": cells.slstm_scan,
         "float32_inputs": ("r", "b"),
@@ -93,10 +93,10 @@ def _with(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 
 def normal(rng: np.random.Generator, *shape: int) -> Any:
-    """Random normal float32 numbers."""
+    """A float32 array of standard normal numbers."""
     return rng.standard_normal(shape).astype(np.float32)
 
 
-def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
-    """`x` with only the digits of `dtype`, in float32."""
+def round_to(x: np.ndarray, dtype: str) -> np.ndarray:
+    """`x` rounded to `dtype`, as a float32 array."""
     return np.asarray(jnp.asarray(x, jnp.dtype(dtype)).astype(jnp.float32))

@@ -1,8 +1,9 @@
-"""Rows of one section, written after each of them, and the turns that sections take on the GPU.
+"""Records of one section, and the lock under which sections take measurements on the GPU.
 
-Sections run side by side in processes of their own. Each compiles everything it needs, says so by a
-file `ready.NAME`, and waits for the file `go`; from then on it measures under one lock, so that
-nothing else runs on the GPU. A section that is stopped leaves the rows it has.
+Sections run concurrently in separate processes. Each compiles everything it needs, creates the
+file `ready.NAME`, and waits for the file `go`; then it measures under a shared lock, so that
+nothing else runs on the GPU. Records are written after each measurement, so a section that is
+stopped leaves those it has completed.
 """
 
 import contextlib
@@ -13,58 +14,61 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
 class Report:
-    """Rows of the section `name` in `folder`."""
+    """Records of the section `name`, stored in `folder`."""
 
     def __init__(self, name: str, folder: pathlib.Path, *, start: float = 0, alone: bool = False):
-        """`alone`: no other section runs, so there is nothing to wait for."""
-        self.name, self.folder, self.rows = name, folder, []
+        """`start`: start time of the run; `alone`: no other section runs, so do not wait."""
+        self.name, self.folder, self.records = name, folder, []
         self._start, self._alone = start or time.time(), alone
         folder.mkdir(parents=True, exist_ok=True)
         self._write()
 
-    def add(self, what: str, fn: Callable[[], Row] | None = None, **row: Any) -> None:
-        """A row with what `fn` returns, or with the error that it raises."""
+    def add(self, name: str, fn: Callable[[], Record] | None = None, **record: Any) -> None:
+        """Adds a record with the result of `fn`, or with the error that it raises."""
         begin = time.time()
         try:
-            row |= fn() if fn else {}
-        except Exception as error:  # the other rows shall still be measured
-            row["error"] = describe(error)
-        took, at = time.time() - begin, time.time() - self._start
-        self.rows.append({"what": what, **row, "took_s": round(took, 1), "at_s": round(at, 1)})
+            record |= fn() if fn else {}
+        except Exception as error:  # a failure must not prevent the other measurements
+            record["error"] = describe(error)
+        times = {
+            "duration_seconds": round(time.time() - begin, 1),
+            "elapsed_seconds": round(time.time() - self._start, 1),  # since the run started
+        }
+        self.records.append({"name": name, **record, **times})
         self._write()
-        print(self.name, json.dumps(self.rows[-1], default=str)[:300], flush=True)
+        print(self.name, json.dumps(self.records[-1], default=str)[:300], flush=True)
 
-    def fail(self, what: str, error: Exception) -> None:
-        """A row for what could not be compiled."""
-        self.add(what, error=describe(error))
+    def fail(self, name: str, error: Exception) -> None:
+        """Adds a record for a call that did not compile."""
+        self.add(name, error=describe(error))
 
     def wait(self) -> None:
-        """Everything is compiled: wait for the other sections."""
+        """Marks this section as compiled and waits until measuring starts."""
         (self.folder / f"ready.{self.name}").touch()
         while not self._alone and not self.is_timing:
             time.sleep(0.2)
 
     @property
     def is_timing(self) -> bool:
-        """Whether sections have begun to measure."""
+        """Whether measuring has started."""
         return (self.folder / "go").exists()
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """The only section on the GPU."""
+        """Holds the lock: no other section uses the GPU meanwhile."""
         with open(self.folder / "gpu.lock", "w", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX)  # released on close, also if the process is killed
             yield
 
     def _write(self) -> None:
-        text = json.dumps(self.rows, indent=1, default=str)
+        text = json.dumps(self.records, indent=1, default=str)
         (self.folder / f"{self.name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def describe(error: Exception) -> str:
-    """Type and message, not longer than is readable in a table."""
+    """Type and message of an error, truncated to fit a table."""
     return f"{type(error).__name__}: {str(error).strip()[:600]}"

@@ -1,4 +1,4 @@
-"""The sections by name."""
+"""The sections of the GPU run, by name."""
 
 from collections.abc import Callable
 
@@ -12,17 +12,17 @@ from experiments.benchmarks.gpu.settings import Settings
 
 
 def profile(report: Report, settings: Settings) -> None:
-    """The kernels of one gradient at the first heads, twice, for a profiler."""
+    """Runs the kernels of one gradient at the first head sizes twice, for a profiler."""
     case = settings.mlstm_case("gradient", settings.heads[0])
-    program = kernel_jax.compiled(case, settings.mlstm)
-    call = kernel_jax.repeatable(case, settings.mlstm, program)
+    program = kernel_jax.compile_case(case, settings.mlstm)
+    call = kernel_jax.bind_inputs(case, settings.mlstm, program)
     for _ in range(2):
         jax.block_until_ready(call())
     report.add("gradient", profiled=2)
 
 
 def sections() -> dict[str, Callable[..., None]]:
-    """In the order in which their results are shown."""
+    """All sections by name."""
     return {
         "correctness": correctness,
         "kernels": speed.kernels,

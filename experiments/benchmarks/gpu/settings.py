@@ -1,4 +1,4 @@
-"""Sizes of the GPU run: the real ones, and toy ones that a CPU runs in seconds."""
+"""Sizes of the GPU run: full ones, and toy ones that a CPU runs in seconds."""
 
 import dataclasses
 from typing import Any
@@ -10,10 +10,11 @@ from xlstm_jax import ops
 from xlstm_jax.modules import LMConfig, presets
 
 Heads = tuple[int, int, int]
+"""H, K and V."""
 
 
 def reference(op: str) -> str:
-    """The reference implementation of an op: the last of its table."""
+    """Name of the reference implementation of an op: the last in its table."""
     return list(ops.implementations(op))[-1]
 
 
@@ -24,14 +25,14 @@ class MLSTMCheck:
     name: str
     sizes: tuple[int, int, int, int, int]  # B T H K V
     dtype: str = "bfloat16"
-    flags: bool = False  # with resets and a mask
-    gate_scale: float = 1
+    flags: bool = False  # whether to pass resets and a mask
+    gate_scale: float = 1  # standard deviation of the gate pre-activations
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SLSTMCheck:
-    """The same of the sLSTM."""
+    """As `MLSTMCheck`, of the sLSTM."""
 
     name: str
     sizes: tuple[int, int, int, int]  # B T H K
@@ -41,40 +42,42 @@ class SLSTMCheck:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a section needs to know about sizes."""
+    """Sizes and implementations, of all sections."""
 
     smoke: bool
-    dtype: str  # of timed calls
+    dtype: str  # of timed calls and of `transform_sizes`
     mlstm: str  # implementations under test
     slstm: str
-    heads: tuple[Heads, ...]  # the first are those of the 7B model
-    tokens: int  # of one timed call
+    heads: tuple[Heads, ...]  # the first one is that of the 7B model
+    tokens: int  # per timed call
     length: int  # T of timed calls
-    more_lengths: tuple[int, ...]  # of the first heads only
+    more_lengths: tuple[int, ...]  # further T, for the first of `heads` only
     decode_batches: tuple[int, ...]
-    decode_states: int  # at most so many states, as of layers, are decoded one after the other
+    decode_states: int  # upper limit of the states, one per layer, that a decode step updates
     slstm_dims: tuple[int, ...]
     slstm_batch: int
     slstm_length: int
     mlstm_checks: tuple[MLSTMCheck, ...]
     slstm_checks: tuple[SLSTMCheck, ...]
-    step_fusion: tuple[bool | None, ...]  # XLA's dynamic-slice fusion in stacked steps, or default
+    step_fusion: tuple[bool | None, ...]  # dynamic-slice fusion of stacked steps; None: default
     step_sizes: tuple[int, int, int, int, int]  # of stacked decode steps: layers, B H K V
-    transform_sizes: tuple[int, int, int, int, int, int]  # under vmap: mapped, B T H K V
-    poison_elements: int  # of the array of NaN between repeated runs
-    train_steps: int
+    transform_sizes: tuple[int, int, int, int, int, int]  # of the vmap check: groups, B T H K V
+    poison_elements: int  # size of the array of NaN allocated between repeated runs
+    train_steps: int  # the first two are not counted
     models: tuple[tuple[str, ModelWorkload], ...]
     decode_model: LMConfig
-    decode_steps: int
-    samples: dict[str, Any]
-    with_flashrnn: bool = False  # its kernels are built with nvcc: for a second run
+    decode_steps: int  # tokens per timed call
+    samples: dict[str, Any]  # options of `kernel_jax.samples`
+    with_flashrnn: bool = False  # slow to start: its kernels are built with nvcc
 
-    def mlstm_case(self, part: str, heads: Heads, T: int | None = None, B: int | None = None):
-        """A timed call of the mLSTM; B is what makes `tokens` unless given."""
+    def mlstm_case(
+        self, part: str, heads: Heads, T: int | None = None, B: int | None = None
+    ) -> Case:
+        """A timed call of the mLSTM; by default B is `tokens / T`."""
         T = T or self.length
         H, K, V = heads
         sizes = dict(B=B or max(1, self.tokens // T), T=T, H=H, K=K, V=V)
-        states = {"most_states": self.decode_states}
+        states = {"max_states": self.decode_states}
         return Case(op="mlstm", part=part, dtype=self.dtype, **sizes, **states)
 
     def slstm_case(self, part: str, K: int) -> Case:
@@ -104,7 +107,8 @@ MLSTM_CHECKS = (
     ),
     MLSTMCheck(name="long", sizes=(1, 4096, 1, 64, 128), dtype="float32"),
 )
-SLSTM_CHECKS = (  # the names say where the kernel keeps the recurrent weights
+# Resident weights stay on the multiprocessor; streamed ones come from the L2 cache at every step.
+SLSTM_CHECKS = (
     SLSTMCheck(name="resident weights", sizes=(3, 65, 2, 64)),
     SLSTMCheck(name="resident weights", sizes=(33, 40, 2, 64), dtype="float32"),
     SLSTMCheck(name="resident weights", sizes=(17, 64, 2, 128)),
@@ -116,7 +120,7 @@ SLSTM_CHECKS = (  # the names say where the kernel keeps the recurrent weights
 
 
 def full() -> Settings:
-    """For a Hopper GPU."""
+    """Settings for a Hopper GPU."""
     model = presets.get("scaling_160m")
     without_remat = dataclasses.replace(model, remat="none")
     names = ("7b", "16_heads", "square", "narrow")
@@ -152,7 +156,7 @@ def full() -> Settings:
 
 
 def smoke() -> Settings:
-    """For a CPU: the same code on toy sizes, with implementations that run there."""
+    """Settings for a CPU: toy sizes, with implementations that support it."""
     model = dataclasses.replace(workloads.LARGE, dim=16, pattern="M", vocab_size=16)
     return Settings(
         smoke=True,

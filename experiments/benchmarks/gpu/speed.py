@@ -1,4 +1,4 @@
-"""Times of the kernels, of their tiles, and of the exported programs."""
+"""Times of kernels, of tile variants, and of exported programs."""
 
 import contextlib
 import pathlib
@@ -10,20 +10,20 @@ import jax.numpy as jnp
 from jax import export
 
 from experiments.benchmarks import kernel_cases, kernel_jax, measure
-from experiments.benchmarks.gpu.report import Report, Row
+from experiments.benchmarks.gpu.report import Record, Report
 from experiments.benchmarks.gpu.settings import Settings, reference
 from experiments.benchmarks.kernel_cases import Case
 from pallas_kernels import common
 
 GRADIENT_ONLY = ("dq dk", "all", "all, 3 stages")
-"""Tiles whose forward pass is that of another."""
+"""Tile variants whose forward pass equals that of another variant."""
 
 Timed = tuple[str, Case, str, Callable[..., Any] | None]
-"""Name, call, implementation, and what to time in place of it."""
+"""Name, case, implementation, and a function to time instead of the implementation."""
 
 
 def kernels(report: Report, settings: Settings) -> None:
-    """The mLSTM over heads, lengths and the batch of a decode step."""
+    """Times the mLSTM over heads and lengths, and its decode step over batch sizes."""
     todo: list[Timed] = []
     calls = [(heads, settings.length) for heads in settings.heads]
     calls += [(settings.heads[0], T) for T in settings.more_lengths]
@@ -38,7 +38,7 @@ def kernels(report: Report, settings: Settings) -> None:
 
 
 def slstm(report: Report, settings: Settings) -> None:
-    """The sLSTM over head dimensions, beside the reference at two of them."""
+    """Times the sLSTM over head dimensions, and the reference at two of them."""
     todo: list[Timed] = []
     for K in settings.slstm_dims:
         for part in ("forward", "gradient"):
@@ -50,33 +50,34 @@ def slstm(report: Report, settings: Settings) -> None:
 
 
 def tiles(report: Report, settings: Settings) -> None:
-    """The mLSTM's tiles of the table, and some that ought to be faster on paper."""
+    """Times the default tiles of the mLSTM, and variants that are expected to be faster."""
     from experiments.benchmarks import gpu_tiles
 
-    # Without a GPU, Triton's interpreter computes the kernels.
+    # On a CPU the kernels run in Triton's interpreter.
     context = common.interpreted(lanes=16) if settings.smoke else contextlib.nullcontext()
     todo: list[Timed] = []
     with context:
         for name, tile in tile_variants(settings).items():
             for part in ("gradient",) if name in GRADIENT_ONLY else ("forward", "gradient"):
                 case = settings.mlstm_case(part, settings.heads[0])
-                fn = gpu_tiles.call(tile, "h", case)
+                fn = gpu_tiles.tile_function(tile, "h", case)
                 todo.append((f"{name}, {part}", case, settings.mlstm, fn))
         time_calls(report, settings, todo[:2] if settings.smoke else todo)
 
 
 def tile_variants(settings: Settings) -> dict[str, Any]:
-    """Tiles by name."""
+    """Tiles by name; "table" is the default one."""
     from pallas_kernels.mlstm import backends
     from pallas_kernels.mlstm.triton_tiles import Outputs
 
     _, K, V = settings.heads[0]
-    # `Any`: the kernels of TPUs have tiles of another type.
+    # `Any`: TPU kernels have another type of tile.
     table: Any = backends.triton().tile(K, V, jnp.dtype(settings.dtype), settings.length, None)
-    # Not the whole width: then Triton's layout computes the square once, not per group of warps.
+    # `inner` below the full width: Triton's layout then computes the square once, not once per
+    # group of warps.
     h = Outputs(rows=64, others=64, inner=128, memory=64, width=512, warps=8, stages=2)
     d = h._replace(width=256)
-    # Two programs of four warps on a multiprocessor.
+    # Two programs of four warps fit on a multiprocessor.
     narrow = Outputs(rows=64, others=32, inner=256, memory=64, width=256, warps=4, stages=2)
     all_of_them = table._replace(h=h, dv=h, dq=d, dk=d)
 
@@ -97,34 +98,36 @@ def tile_variants(settings: Settings) -> dict[str, Any]:
 
 
 def exported(report: Report, settings: Settings) -> None:
-    """The same calls as the newest Triton compiles them: `export.py` wrote the files in
-    `exports` beside the folder of this report, which contain the assembly."""
+    """Times the same calls as compiled by the Triton release that `export.py` ran with.
+
+    Its files, which contain the assembly, are in `exports` next to the folder of the report.
+    """
     calls = []
     for file in sorted((report.folder.parent / "exports").glob("*.export")):
         try:
             calls.append((file.stem, *load_exported(file)))
-        except Exception as error:  # the other files shall still be timed
+        except Exception as error:  # a failure must not prevent the other measurements
             report.fail(file.stem, error)
     report.wait()
-    for what, shapes, program in calls:
+    for name, shapes, program in calls:
 
-        def timed(shapes=shapes, program=program) -> Row:
+        def timed(shapes=shapes, program=program) -> Record:
             args = jax.jit(lambda: random_arrays(shapes))()
             jax.block_until_ready(program(*args))
             return statistics(kernel_jax.samples(lambda: program(*args), **settings.samples))
 
         with report.exclusive():
-            report.add(what, timed)
+            report.add(name, timed)
 
 
 def load_exported(file: pathlib.Path) -> tuple[Any, jax.stages.Compiled]:
-    """Argument shapes and the compiled program of a file."""
+    """Argument shapes and the compiled program of an exported file."""
     call = export.deserialize(bytearray(file.read_bytes()))
     return call.in_avals, jax.jit(call.call).lower(*call.in_avals).compile()
 
 
 def random_arrays(shapes) -> list[jax.Array]:
-    """Random normal numbers."""
+    """Arrays of standard normal numbers."""
     keys = jax.random.split(jax.random.key(0), len(shapes))
     return [
         jax.random.normal(k, s.shape).astype(s.dtype) for k, s in zip(keys, shapes, strict=True)
@@ -132,27 +135,27 @@ def random_arrays(shapes) -> list[jax.Array]:
 
 
 def time_calls(report: Report, settings: Settings, todo: list[Timed]) -> None:
-    """Compiles everything, waits, and times each call alone."""
+    """Compiles all calls, waits for the other sections, and times the calls one at a time."""
     calls = []
-    for what, case, implementation, fn in todo:
+    for name, case, implementation, fn in todo:
         try:
-            calls.append((what, case, prepared(case, implementation, fn, settings)))
-        except Exception as error:  # the other calls shall still be timed
-            report.fail(what, error)
+            calls.append((name, case, prepare(case, implementation, fn, settings)))
+        except Exception as error:  # a failure must not prevent the other measurements
+            report.fail(name, error)
     report.wait()
-    for what, case, timed in calls:
+    for name, case, timed in calls:
         with report.exclusive():
-            report.add(what, lambda case=case, timed=timed: with_bound(case, timed()))
+            report.add(name, lambda case=case, timed=timed: with_bound(case, timed()))
 
 
-def prepared(
+def prepare(
     case: Case, implementation: str, fn: Callable[..., Any] | None, settings: Settings
-) -> Callable[[], Row]:
-    """A function that times the call, which is compiled already, on new random inputs."""
-    program = kernel_jax.compiled(case, implementation, fn)
+) -> Callable[[], Record]:
+    """Compiles a call; returns a function that times it on new random inputs."""
+    program = kernel_jax.compile_case(case, implementation, fn)
 
-    def timed() -> Row:
-        call = kernel_jax.repeatable(case, implementation, program)
+    def timed() -> Record:
+        call = kernel_jax.bind_inputs(case, implementation, program)
         jax.block_until_ready(call())
         peak = measure.peak_bytes()
         times = kernel_jax.samples(call, **settings.samples)
@@ -161,21 +164,21 @@ def prepared(
     return timed
 
 
-def statistics(seconds: list[float]) -> Row:
+def statistics(seconds: list[float]) -> Record:
     """Median, quartiles and minimum in milliseconds."""
-    found = measure.summary(seconds)
+    summary = measure.summary(seconds)
     return {
-        "median_ms": 1e3 * found["median_seconds"],
-        "quartiles_ms": [1e3 * t for t in found["quartiles_seconds"]],
-        "fastest_ms": 1e3 * found["fastest_seconds"],
-        "n": found["repeats"],
+        "median_ms": 1e3 * summary["median_seconds"],
+        "quartiles_ms": [1e3 * t for t in summary["quartiles_seconds"]],
+        "fastest_ms": 1e3 * summary["fastest_seconds"],
+        "n": summary["repeats"],
     }
 
 
-def with_bound(case: Case, row: Row) -> Row:
-    """A row with the share of what the chip's data sheet allows, where the chip is known."""
+def with_bound(case: Case, record: Record) -> Record:
+    """Adds the lower bound from the device's data sheet and the share of it; no-op if unknown."""
     kind = jax.devices()[0].device_kind
     bound = kernel_cases.bound_seconds(kernel_cases.work(case), case.dtype, kind)
     if bound is None:
-        return row
-    return {**row, "bound_ms": 1e3 * bound, "share": 1e3 * bound / row["median_ms"]}
+        return record
+    return {**record, "bound_ms": 1e3 * bound, "share": 1e3 * bound / record["median_ms"]}

@@ -1,7 +1,7 @@
-"""Decode steps through layers whose states are stacked, by kernels and by plain JAX.
+"""Checks of decode steps through layers whose states are stacked, against the reference.
 
-XLA of jax 0.11.2 may give a kernel that writes in place a slice of the states it was given, and
-look for the result elsewhere: hence rows with its dynamic-slice fusion and without it.
+XLA of jax 0.11.2 may pass an in-place kernel a slice of the stacked input states but read the
+result from another buffer, so each check runs with dynamic-slice fusion and without it.
 """
 
 import functools
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.gpu.errors import relative
-from experiments.benchmarks.gpu.report import Row
+from experiments.benchmarks.gpu.errors import relative_error
+from experiments.benchmarks.gpu.report import Record
 from experiments.benchmarks.gpu.settings import Settings, reference
 from xlstm_jax import cells, ops
 
@@ -23,16 +23,21 @@ Step = Callable[..., tuple[jax.Array, Any]]
 
 
 class Decoding(NamedTuple):
-    """What two tokens go through."""
+    """Inputs of `TOKENS` decode steps through stacked layers, and the step of one layer."""
 
     states: Any  # leaves "layers B ..."
     tokens: tuple[jax.Array, ...]  # arguments of the first layer, "tokens B 1 ..."
-    zero: jax.Array  # what is added to them: h of no layer
-    step: Step  # implementation, h of the layer before, token, state -> h, state
+    zero: jax.Array  # input of the first layer, where others have h of the previous layer
+    step: Step  # (implementation, h of the previous layer, token, state) -> (h, state)
 
 
-def stacked_steps(op: str, settings: Settings, *, fusion: bool | None, unroll: bool) -> Row:
-    """Errors of h and of the state against the reference; of the states given, which must stay."""
+def check_stacked_steps(
+    op: str, settings: Settings, *, fusion: bool | None, unroll: bool
+) -> Record:
+    """Errors of h and of the state against the reference, and changes of the input states.
+
+    The inputs are not donated, so an in-place kernel must work on a copy.
+    """
     decoding = (_mlstm if op == "mlstm" else _slstm)(*settings.step_sizes)
     tested = settings.mlstm if op == "mlstm" else settings.slstm
     flags = {} if fusion is None else {"xla_gpu_enable_dynamic_slice_fusion": fusion}
@@ -43,29 +48,30 @@ def stacked_steps(op: str, settings: Settings, *, fusion: bool | None, unroll: b
         program = jax.jit(decode, compiler_options=flags)
         state, h = jax.tree.map(np.asarray, program(decoding.states, decoding.tokens))
         m = state.m.reshape(state.m.shape + (1,) * (state[0].ndim - state.m.ndim))
-        results.append({"h": h, "memory": state[0] * np.exp(m)})
-    expected, found = results
-    errors = {name: relative(found[name], expected[name]) for name in found}
-    errors["given"] = max(map(relative, jax.tree.leaves(decoding.states), jax.tree.leaves(before)))
+        results.append({"h": h, "state": state[0] * np.exp(m)})
+    expected, actual = results
+    errors = {name: relative_error(actual[name], expected[name]) for name in actual}
+    after = jax.tree.leaves(decoding.states)
+    errors["input_states"] = max(map(relative_error, after, jax.tree.leaves(before)))
     return {"errors": errors, "ok": all(error < 1e-4 for error in errors.values())}
 
 
 def through_layers(decoding: Decoding, implementation: str, states, tokens, *, unroll: bool):
-    """States after all tokens, and h of the last layer for each."""
+    """States after all tokens, and h of the last layer for each token."""
 
-    def layer(x, state, token):
-        return decoding.step(implementation, x, token, state)
+    def layer(h, state, token):
+        return decoding.step(implementation, h, token, state)
 
     def scanned(states, token):
-        x, states = jax.lax.scan(functools.partial(layer, token=token), decoding.zero, states)
-        return states, x
+        h, states = jax.lax.scan(functools.partial(layer, token=token), decoding.zero, states)
+        return states, h
 
     def unrolled(states, token):
-        x, after = decoding.zero, []
+        h, after = decoding.zero, []
         for number in range(states.m.shape[0]):
-            x, state = layer(x, jax.tree.map(lambda leaf, n=number: leaf[n], states), token)
+            h, state = layer(h, jax.tree.map(lambda leaf, n=number: leaf[n], states), token)
             after.append(state)
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *after), x
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *after), h
 
     if not unroll:
         return jax.lax.scan(scanned, states, tokens)
@@ -89,23 +95,23 @@ def _mlstm(layers: int, B: int, H: int, K: int, V: int) -> Decoding:
     q, k, v = (normal(TOKENS, B, 1, H, size) for size in (K, K, V))
     tokens = (q, k, v, normal(TOKENS, B, 1, H), normal(TOKENS, B, 1, H) + 3)
 
-    def step(implementation, x, token, state):
+    def step(implementation, h, token, state):
         q, k, v, i, f = token
-        return ops.mlstm(q, k, v + x, i, f, state, implementation=implementation)
+        return ops.mlstm(q, k, v + h, i, f, state, implementation=implementation)
 
     return Decoding(states, tokens, jnp.zeros((B, 1, H, V)), step)
 
 
 def _slstm(layers: int, B: int, H: int, K: int, V: int) -> Decoding:
-    del V  # of the mLSTM only
+    del V  # only the mLSTM has it
     normal = _random()
     c, n, h, m = normal(4, layers, B, H, K)
     states = cells.SLSTMState(c, 1 + abs(n), jnp.tanh(h), m)
     r = normal(H, K, 4, K) / math.sqrt(K)
     tokens = (normal(TOKENS, B, 1, 4, H, K),)
 
-    def step(implementation, x, token, state):
-        inputs = token[0] + x[:, :, None]
+    def step(implementation, h, token, state):
+        inputs = token[0] + h[:, :, None]
         return ops.slstm(inputs, r, None, state, implementation=implementation)
 
     return Decoding(states, tokens, jnp.zeros((B, 1, H, K)), step)
