@@ -16,7 +16,7 @@ from tests.ops.tolerances import TABLE, assert_close, assert_gradients_close
 from xlstm_jax import cells, ops
 from xlstm_jax.ops.mlstm import context_parallel
 from xlstm_jax.sharding import get_rules, make_mesh, use_rules
-from xlstm_jax.sharding.mesh import mesh_of
+from xlstm_jax.sharding.mesh import build_mesh
 
 B, T, H, K, V = 2, 48, 2, 8, 8
 VARIANTS = {
@@ -150,7 +150,7 @@ def test_flags_may_be_left_out(given, rng):
 def test_any_number_of_devices_may_share_a_sequence(exchange, rng):
     inputs, state, cotangents = mlstm_call(rng)
     args = inputs, state, flags("borders", rng), cotangents
-    mesh = mesh_of(jax.devices()[:6], dict(data=1, fsdp=1, seq=6, tensor=1))
+    mesh = build_mesh(jax.devices()[:6], dict(data=1, fsdp=1, seq=6, tensor=1))
     found = on_a_mesh(VARIANTS["exp"], mesh, *args, exchange=exchange)
     assert_the_same(found, alone(VARIANTS["exp"])(*args))
 

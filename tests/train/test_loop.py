@@ -143,7 +143,7 @@ def test_a_directory_of_another_config_is_refused_with_the_differing_fields(whol
     with pytest.raises(ConfigError) as caught:
         fit(other, run_dir)
     message = str(caught.value)
-    assert "model.dim: 16 here, 8 there; train.lr: 0.02 here, 0.01 there" in message
+    assert "model.dim: 16, stored 8; train.lr: 0.02, stored 0.01" in message
     assert "--fresh" in message and "\n" not in message
     assert contents(run_dir) == before
 
@@ -157,7 +157,7 @@ def test_what_changes_no_number_may_change(whole, with_train):
 
 def test_steps_of_a_schedule_that_falls_cannot_be_added(whole, with_train):
     cfg, _, run_dir = whole
-    with pytest.raises(ConfigError, match="train.steps: 20 here, 12 there.*only a constant"):
+    with pytest.raises(ConfigError, match="train.steps: 20, stored 12.*only a constant"):
         fit(with_train(cfg, steps=20), run_dir)
 
 
