@@ -81,9 +81,9 @@ def test_training_goes_on_from_converted_parameters(workplace):  # noqa: F811
     options = ["--train.steps", "3", "--train.lr", "1e-9", "--train.warmup-steps", "0"]
     options += ["--data.source", "grammar", "--data.seq-len", "32", "--train.eval-every", "0"]
     assert main(["convert", "hf-to-run", "hf", "run", *options]) == 0
-    assert checkpoint.has_params_alone("run")
+    assert checkpoint.has_params_only("run")
     result = fit(config.load_config("run", ExperimentConfig), "run")
-    assert result.step == 3 and not checkpoint.has_params_alone("run")
+    assert result.step == 3 and not checkpoint.has_params_only("run")
     # The rate is so small that they are still where they began.
     close = jax.tree.map(lambda a, b: jnp.allclose(a, b, atol=1e-6), result.state.params, params)
     assert jax.tree.all(close)

@@ -80,7 +80,7 @@ def _hf_to_run(args: list[str]) -> int:
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     facts = {"num_params": num_params, "converted_from": str(chosen.folder)}
     try:
-        rundir.begin(chosen.run, cfg, facts, step=0)
+        rundir.prepare(chosen.run, cfg, facts, step=0)
         terms = license.copy(chosen.folder, chosen.run)
         tokens = hf.special_tokens_of(chosen.folder)
         rundir.write_json(chosen.run / SPECIAL_TOKENS, tokens)
