@@ -120,7 +120,7 @@ def _resume(
     program: TrainProgram, run_dir: Path, train: Examples
 ) -> tuple[TrainState, Progress] | None:
     """The newest state of the run, sharded over its devices, and its progress; None if unsaved."""
-    if checkpoint.has_params_alone(run_dir):
+    if checkpoint.has_params_only(run_dir):
         _, params = checkpoint.restore_params(run_dir, place=program.devices.shardings)
         return program.init_from(params), Progress()
     restored = checkpoint.restore_latest(run_dir, program.arguments[0])
