@@ -19,7 +19,7 @@ log = logging.getLogger("xlstm_jax")
 
 
 def sync_processes(name: str) -> None:
-    """A barrier: returns when all processes have called it with this name."""
+    """A barrier: returns when all processes have called it; a single one returns at once."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
