@@ -169,4 +169,4 @@ def test_the_7b_model_is_described_under_any_rules(capsys, rules, mesh, gib):
 def test_a_batch_that_the_mesh_cannot_cut_is_refused(workplace, capsys):  # noqa: F811
     text = refuse(capsys, "describe", "xlstm_7b", "--mesh.fsdp", "3")
     assert "data.batch_size must be a multiple of 3, the devices along data=1 x fsdp=3, got" in text
-    assert "got 16; 15 or 18 would do" in text
+    assert "got 16; use 15 or 18" in text
