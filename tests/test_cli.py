@@ -83,8 +83,8 @@ ERRORS = {
     "train CONFIG --size smoke --run-dir file": "run_dir='file' must be a folder",
     "train CONFIG --size smoke --run-dir file/run": "run_dir='file/run' must be a folder",
     "plan xlstm_9b": "preset 'xlstm_9b' is not known; did you mean xlstm_7b",
-    "train CONFIG --size smoke --run-dir other": "belongs to another config (train.lr: 0.003 here, "
-    "0.5 there)",
+    "train CONFIG --size smoke --run-dir other": "belongs to another config (train.lr: 0.003, "
+    "stored 0.5)",
     "describe CONFIG --model.dim 0": "dim must be at least 1, got 0",
     "describe CONFIG --fresh": "--fresh is not an option of `xlstm-jax describe`",
     "plan CONFIG --topology v9:2x2": "topology='v9:2x2' must be a chip and a shape",

@@ -81,9 +81,9 @@ def test_training_starts_from_converted_parameters(workdir):  # noqa: F811
     options = ["--train.steps", "3", "--train.lr", "1e-9", "--train.warmup-steps", "0"]
     options += ["--data.source", "grammar", "--data.seq-len", "32", "--train.eval-every", "0"]
     assert main(["convert", "hf-to-run", "hf", "run", *options]) == 0
-    assert checkpoint.has_params_alone("run")
+    assert checkpoint.has_params_only("run")
     result = fit(config.load_config("run", ExperimentConfig), "run")
-    assert result.step == 3 and not checkpoint.has_params_alone("run")
+    assert result.step == 3 and not checkpoint.has_params_only("run")
     # The learning rate is so small that the parameters hardly change.
     close = jax.tree.map(lambda a, b: jnp.allclose(a, b, atol=1e-6), result.state.params, params)
     assert jax.tree.all(close)
@@ -172,4 +172,4 @@ def test_describe_gives_the_memory_of_the_7b_model_under_all_rules(capsys, rules
 def test_describe_rejects_a_batch_that_the_mesh_does_not_divide(workdir, capsys):  # noqa: F811
     text = error_of(capsys, "describe", "xlstm_7b", "--mesh.fsdp", "3")
     assert "data.batch_size must be a multiple of 3, the devices along data=1 x fsdp=3, got" in text
-    assert "got 16; 15 or 18 would do" in text
+    assert "got 16; use 15 or 18" in text

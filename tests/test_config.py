@@ -1,4 +1,4 @@
-"""Configs survive JSON, refuse what they cannot use, and say how two of them differ."""
+"""Configs: JSON round trips, validation, fingerprints, comparison and config files."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from xlstm_jax.config import ConfigError
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
     width: int = 8
-    span: tuple[float, float] = (3.0, 6.0)
+    bounds: tuple[float, float] = (3.0, 6.0)
 
     def __post_init__(self):
         if self.width < 1:
@@ -39,18 +39,18 @@ FULL = Model(name="n", extra=Layer(width=3), warmup=7, limit=1.5, kind="b", size
 
 
 @pytest.mark.parametrize("cfg", [Model(name="n"), FULL], ids=["defaults", "full"])
-def test_a_config_survives_json(cfg):
+def test_config_round_trips_through_json(cfg):
     text = json.dumps(config.to_dict(cfg))
     assert config.from_dict(Model, json.loads(text)) == cfg
 
 
-def test_an_integer_serves_as_a_float_and_keeps_its_fingerprint():
+def test_int_is_accepted_as_float_and_has_the_same_fingerprint():
     cfg = config.from_dict(Model, {"name": "n", "limit": 2})
     assert type(cfg.limit) is float
     assert config.fingerprint(cfg) == config.fingerprint(dataclasses.replace(cfg, limit=2.0))
 
 
-def test_a_fingerprint_names_the_values():
+def test_fingerprint_depends_on_the_values_alone():
     assert len(config.fingerprint(FULL)) == 12
     assert config.fingerprint(FULL) == config.fingerprint(dataclasses.replace(FULL))
     assert config.fingerprint(FULL) != config.fingerprint(Model(name="n"))
@@ -64,7 +64,7 @@ def test_a_fingerprint_names_the_values():
         ({"name": "n", "layer": {"widht": 1}}, ["layer.widht", "Layer", "width"]),
         ({"name": "n", "layer": {"width": 0}}, ["width", "0", "at least 1"]),
         ({"name": "n", "layer": {"width": "8"}}, ["layer.width", "'8'", "int"]),
-        ({"name": "n", "layer": {"span": [1.0]}}, ["layer.span", "2 values", "1"]),
+        ({"name": "n", "layer": {"bounds": [1.0]}}, ["layer.bounds", "2 values", "1"]),
         ({"name": "n", "layer": 3}, ["layer", "table", "3"]),
         ({"name": "n", "kind": "c"}, ["kind", "'a', 'b'", "'c'"]),
         ({"name": "n", "limit": "low"}, ["limit", "float or None", "'low'"]),
@@ -75,7 +75,7 @@ def test_a_fingerprint_names_the_values():
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_used_is_refused_in_one_sentence(values, words):
+def test_invalid_values_raise_a_one_line_error(values, words):
     with pytest.raises(ConfigError) as caught:
         config.from_dict(Model, values)
     message = str(caught.value)
@@ -83,21 +83,21 @@ def test_what_cannot_be_used_is_refused_in_one_sentence(values, words):
     assert "\n" not in message and message.endswith((".", "?"))
 
 
-def test_differences_name_the_fields_and_both_values():
-    here, there = config.to_dict(FULL), config.to_dict(dataclasses.replace(FULL, warmup=9))
-    del there["kind"]
-    assert config.differences(here, there) == [
-        "warmup: 7 here, 9 there",
-        "kind: 'b' here, absent there",
+def test_differences_list_the_fields_with_both_values():
+    new, stored = config.to_dict(FULL), config.to_dict(dataclasses.replace(FULL, warmup=9))
+    del stored["kind"]
+    assert config.differences(new, stored) == [
+        "warmup: 7, stored 9",
+        "kind: 'b', stored absent",
     ]
-    assert config.differences(here, here) == []
+    assert config.differences(new, new) == []
 
 
-def test_differences_of_a_missing_part_are_listed():
-    here, there = config.to_dict(FULL), config.to_dict(dataclasses.replace(FULL, extra=None))
-    lines = config.differences(here, there)
-    assert lines[0] == "extra.width: 3 here, absent there"
-    assert lines[-1] == "extra: absent here, None there"
+def test_differences_list_the_fields_of_a_missing_dataclass():
+    new, stored = config.to_dict(FULL), config.to_dict(dataclasses.replace(FULL, extra=None))
+    lines = config.differences(new, stored)
+    assert lines[0] == "extra.width: 3, stored absent"
+    assert lines[-1] == "extra: absent, stored None"
 
 
 SOURCE = """
@@ -127,13 +127,13 @@ def write(tmp_path, monkeypatch):
     return _write
 
 
-def test_a_config_file_is_python(write):
+def test_load_config_runs_a_python_file(write):
     path = write(SOURCE)
     assert config.load_config(path, Layer) == Layer(width=3)
     assert config.load_config(path, Layer, size="paper") == Layer(width=4)
 
 
-def test_a_run_directory_serves_as_a_config(write):
+def test_load_config_accepts_a_run_directory(write):
     path = write(json.dumps(config.to_dict(FULL)), "config.json")
     assert config.load_config(path, Model) == config.load_config(path.parent, Model) == FULL
 
@@ -151,13 +151,13 @@ def test_a_run_directory_serves_as_a_config(write):
         ("c.txt", "", None, ["c.txt", ".py"]),
     ],
 )
-def test_an_unusable_file_is_refused_in_one_sentence(write, name, text, size, words):
+def test_invalid_config_file_raises_a_one_line_error(write, name, text, size, words):
     with pytest.raises(ConfigError) as caught:
         config.load_config(write(text, name), Layer, size=size)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_a_missing_file_is_refused(tmp_path):
+def test_missing_config_file_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         config.load_config(tmp_path / "none.py", Layer)
     with pytest.raises(ConfigError, match="config.json does not exist"):

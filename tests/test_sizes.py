@@ -1,7 +1,7 @@
-"""Sizes at which a compiler chooses other products than for the small arrays of other tests.
+"""Sizes at which the compiler selects matmul kernels that smaller tests do not reach.
 
-At these sizes XLA for CPUs hands whole groups of operations to a library that small arrays never
-meet. It once returned garbage for a memory of zeros that was never stored.
+At these sizes XLA for CPUs passes groups of operations to a library, which it does not do for small
+arrays. This library once returned garbage for a matrix memory of zeros that was never materialized.
 """
 
 import jax
@@ -13,7 +13,7 @@ from tests import quick
 from xlstm_jax import ops
 from xlstm_jax.modules import LM, LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig
 
-SIZES = {  # B T H K V; one chunk, unless said otherwise
+SIZES = {  # B T H K V; one chunk, except "two chunks"
     "one head": (64, 64, 1, 64, 64),
     "short": (16, 40, 4, 32, 64),
     "wide": (8, 63, 4, 64, 128),
@@ -35,7 +35,7 @@ def _assert_close(actual, expected, tolerance):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("implementation", ["chunkwise", "parallel"])
-def test_mlstm_from_an_empty_memory_equals_the_recurrence(implementation, size, rng):
+def test_mlstm_from_the_initial_state_equals_the_recurrence(implementation, size, rng):
     def outputs(name):
         return jax.jit(lambda *x: ops.mlstm(*x, implementation=name)[0])
 
@@ -48,24 +48,24 @@ def test_mlstm_from_an_empty_memory_equals_the_recurrence(implementation, size, 
 @pytest.mark.parametrize("implementation", ["chunkwise", "parallel"])
 @pytest.mark.parametrize("with_state", [False, True], ids=["outputs", "outputs and state"])
 def test_gradients_of_mlstm_equal_those_of_the_recurrence(with_state, implementation, size, rng):
-    def slopes(name):
+    def grads(name):
         def loss(*x):
-            found = ops.mlstm(*x, implementation=name)
-            found = found if with_state else found[:1]
-            return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(found))
+            outputs = ops.mlstm(*x, implementation=name)
+            outputs = outputs if with_state else outputs[:1]
+            return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(outputs))
 
         return jax.jit(jax.grad(loss, range(5)))
 
     inputs = _inputs(size, rng)
-    _assert_close(slopes(implementation)(*inputs), slopes("recurrent")(*inputs), 1e-3)
+    _assert_close(grads(implementation)(*inputs), grads("recurrent")(*inputs), 1e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["chunkwise", "parallel"])
-def test_gradients_of_a_state_alone_equal_those_of_the_recurrence(implementation, rng):
-    """Nothing is asked of the outputs: their cotangents are zeros that were never stored."""
+def test_gradients_of_the_final_state_alone_equal_those_of_the_recurrence(implementation, rng):
+    """The cotangents of the outputs are zeros that are never materialized."""
 
-    def slopes(name):
+    def grads(name):
         def loss(*x):
             options = dict(implementation=name, input_gate="sigmoid", normalize=False)
             return sum(jnp.sum(jnp.sin(leaf)) for leaf in ops.mlstm(*x, **options)[1])
@@ -73,11 +73,11 @@ def test_gradients_of_a_state_alone_equal_those_of_the_recurrence(implementation
         return jax.jit(jax.grad(loss, (1, 2, 3, 4)))
 
     inputs = _inputs("one head", rng)
-    _assert_close(slopes(implementation)(*inputs), slopes("recurrent")(*inputs), 1e-3)
+    _assert_close(grads(implementation)(*inputs), grads("recurrent")(*inputs), 1e-3)
 
 
 @pytest.mark.parametrize("op", [ops.slstm, ops.lstm])
-def test_one_step_from_an_empty_memory_equals_the_first_of_two(op, rng):
+def test_one_step_from_the_initial_state_equals_the_first_of_two(op, rng):
     x = jnp.asarray(rng.standard_normal((64, 2, 4, 4, 64)), jnp.float32)
     r = jnp.asarray(rng.standard_normal((4, 64, 4, 64)) / 8, jnp.float32)
     run = jax.jit(lambda x, r: op(x, r)[0])
@@ -93,7 +93,7 @@ def test_one_step_from_an_empty_memory_equals_the_first_of_two(op, rng):
         pytest.param("msmmM", 64, 128, "full", marks=pytest.mark.slow),
     ],
 )
-def test_rows_of_a_large_batch_equal_the_rows_of_small_ones(pattern, dim, T, remat, rng):
+def test_sequences_of_a_large_batch_equal_those_of_small_batches(pattern, dim, T, remat, rng):
     heads = 1 if dim == 32 else 4
     cfg = LMConfig(
         vocab_size=256,
@@ -115,8 +115,8 @@ def test_rows_of_a_large_batch_equal_the_rows_of_small_ones(pattern, dim, T, rem
     small = quick.jit(run)  # the reference needs little optimization
     parts = [small(params, part) for part in jnp.split(tokens, 32)]
     _assert_close(logits, jnp.concatenate([part[0] for part in parts]), 1e-4)
-    gradient = jax.tree.map(lambda *leaves: sum(leaves), *(part[1] for part in parts))
-    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
-    pairs = zip(*map(jax.tree.leaves, (jax.jit(run)(params, tokens)[1], gradient)), strict=True)
+    expected = jax.tree.map(lambda *leaves: sum(leaves), *(part[1] for part in parts))
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    pairs = zip(*map(jax.tree.leaves, (jax.jit(run)(params, tokens)[1], expected)), strict=True)
     for a, b in pairs:
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * largest)

@@ -1,7 +1,7 @@
-"""Frozen dataclasses to and from JSON, compared, named by a fingerprint, loaded from a file.
+"""Serialization, comparison, fingerprints and loading of frozen config dataclasses.
 
-A field whose metadata have `to_json` (value -> JSON value, left out where it is empty) and
-`from_json` ((JSON value, name of the field) -> value) is converted by these.
+A field may override its conversion in its metadata: `to_json` maps a value to a JSON value, which
+is omitted when empty, and `from_json` maps (JSON value, field name) back to the value.
 """
 
 import contextlib
@@ -23,18 +23,19 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 IMPORTS = "imports"
-"""Key of config.json: the modules that were imported for it. `from_dict` ignores it."""
+"""Key of config.json that lists the modules its config needs. `from_dict` ignores it."""
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used; the message is one line that says what to do instead."""
+    """An invalid setting. The message is one line that includes a remedy."""
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
-    """The fields of a dataclass as JSON values: nested ones as dicts, tuples as lists."""
+    """The fields of a dataclass as JSON values: dataclasses become dicts, tuples become lists."""
     values = {}
     for field in dataclasses.fields(cfg):
         value = field.metadata.get("to_json", _to_json)(getattr(cfg, field.name))
+        # Omitted when empty, so that a new field of this kind does not change old fingerprints.
         if value or "to_json" not in field.metadata:
             values[field.name] = value
     return values
@@ -51,20 +52,24 @@ def _to_json(value: Any) -> Any:
 
 
 def from_dict(cls: type[T], values: Any, where: str = "") -> T:
-    """The inverse of `to_dict`; fields that are not given keep their defaults.
+    """The inverse of `to_dict`; absent fields keep their defaults.
 
-    `where` stands before their names in errors.
+    Args:
+        cls: the dataclass to build.
+        values: its fields as JSON values.
+        where: prefix of field names in error messages, such as "train.".
 
     Raises:
-        ConfigError: a field is unknown or missing, a value has the wrong type, or `cls` refuses it.
+        ConfigError: a field is unknown or missing, a value has the wrong type, or `cls` rejects it.
     """
     kind: Any = cls
     if not isinstance(values, Mapping):
         raise ConfigError(
             f"{where.rstrip('.') or cls.__name__} must be a table of fields, got {values!r}."
         )
+    # `IMPORTS` is a key of the file, not a field, so it is dropped at the top level only.
     values = {name: value for name, value in values.items() if where or name != IMPORTS}
-    if hasattr(kind, "upgrade"):  # from the names of earlier versions
+    if hasattr(kind, "upgrade"):  # renames fields of earlier versions
         values = kind.upgrade(values)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     for name in values:
@@ -85,21 +90,22 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The end of an error about an unknown name: the known ones it resembles, else `otherwise`."""
-    # Of a dotted name the last part is what people remember: lr for train.lr.
+    """A hint for an error about an unknown name: similar known names, or else `otherwise`."""
+    # Users remember the last part of a dotted name: lr for train.lr.
     near = [other for other in known if other.endswith("." + name.lstrip("-"))]
     near = near or difflib.get_close_matches(name, known)
     return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value`, as JSON gives it, in the type that `hint` asks for."""
+    """Converts a JSON value to the annotated type `hint`; `where` names it in errors."""
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
+        # An exact match wins, so that `int | float` keeps 1 and 1.0 apart.
         if type(value) in arguments:
             return value
         for member in arguments:
-            # A table belongs to the dataclass of the union; its own error says more than ours.
+            # A mapping can only be the dataclass of the union; its own error is more specific.
             if dataclasses.is_dataclass(member) and isinstance(value, Mapping):
                 return _convert(member, value, where)
             with contextlib.suppress(ConfigError):
@@ -109,6 +115,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where + ".")
     elif origin in (tuple, list) and isinstance(value, (tuple, list)):
+        # A list or a tuple[X, ...] has one element type and any length.
         if origin is list or arguments[-1:] in ((), (...,)):
             arguments = (*arguments, Any)[:1] * len(value)
         if len(arguments) != len(value):
@@ -120,7 +127,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {key: _convert(member, item, f"{where}.{key}") for key, item in value.items()}
     elif hint is pathlib.Path and isinstance(value, str):
         return pathlib.Path(value)
-    # True is an int to Python, but nobody means it as a count.
+    # bool is a subclass of int, but True is never meant as a number.
     elif isinstance(hint, type) and (hint is bool or not isinstance(value, bool)):
         if isinstance(value, hint):
             return value
@@ -149,8 +156,9 @@ def _value_errors_as_config_errors() -> Iterator[None]:
 
 
 def fingerprint(cfg: Any) -> str:
-    """Twelve hexadecimal digits that name the values of a config; 1 and 1.0 count as equal."""
+    """A hash of the values of a config: twelve hexadecimal digits; 1 and 1.0 are equal."""
 
+    # A float field may hold an int, which JSON writes without ".0".
     def number(text: str) -> float:
         return int(float(text)) if float(text).is_integer() else float(text)
 
@@ -159,21 +167,28 @@ def fingerprint(cfg: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """The fields that differ, each as "train.lr: 0.001 here, 0.003 there" (a is here, b there)."""
-    here, there = flatten(a), flatten(b)
+def differences(new: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """The fields that differ, each as "train.lr: 0.001, stored 0.003".
+
+    Args:
+        new: current values.
+        stored: values of an earlier run.
+    """
+    new, stored = flatten(new), flatten(stored)
     lines = []
-    for path in dict.fromkeys((*here, *there)):
-        if path not in here or path not in there or here[path] != there[path]:
-            left, right = (repr(x[path]) if path in x else "absent" for x in (here, there))
-            lines.append(f"{path}: {left} here, {right} there")
+    # Keys are compared, not only values: None and an absent field are different.
+    for path in dict.fromkeys((*new, *stored)):
+        if path not in new or path not in stored or new[path] != stored[path]:
+            left, right = (repr(x[path]) if path in x else "absent" for x in (new, stored))
+            lines.append(f"{path}: {left}, stored {right}")
     return lines
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """One level of dotted names: {"train": {"lr": 1}} becomes {"train.lr": 1}."""
+    """Flattens nested mappings to dotted names: {"train": {"lr": 1}} becomes {"train.lr": 1}."""
     flat = {}
     for name, value in values.items():
+        # An empty mapping stays a value, otherwise it would vanish from comparisons.
         if isinstance(value, Mapping) and value:
             flat.update(flatten(value, f"{prefix}{name}."))
         else:
@@ -182,25 +197,25 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def load_config(path: str | pathlib.Path, cls: type[T], size: str | None = None) -> T:
-    """The config that a file describes.
+    """Loads a config from a file.
 
     Args:
-        path: a Python file with a function `config(size=...)`, whose folder is the first on
-            `sys.path` while it runs, a `config.json`, or the run directory of one.
-        cls: the dataclass expected.
-        size: handed to `config`; None leaves its own default.
+        path: a Python file that defines `config(size=...)`, a `config.json`, or a run directory.
+            The folder of a Python file is first on `sys.path` while it runs.
+        cls: the expected dataclass.
+        size: argument of `config`; None uses its default.
 
     Raises:
-        ConfigError: the file is missing, is not a config, or describes something else than `cls`.
+        ConfigError: the file is missing, is not a config, or describes something other than `cls`.
     """
     path = pathlib.Path(path)
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist; name a CONFIG.py or the folder of a run.")
+        raise ConfigError(f"{path} does not exist; pass a CONFIG.py or a run directory.")
     if path.suffix not in (".py", ".json"):
         raise ConfigError(
-            f"{path} is neither a .py nor a .json file; name a CONFIG.py or a config.json."
+            f"{path} is neither a .py nor a .json file; pass a CONFIG.py or a config.json."
         )
     if path.suffix == ".py":
         cfg = _from_python_file(path, size)
@@ -210,18 +225,17 @@ def load_config(path: str | pathlib.Path, cls: type[T], size: str | None = None)
             )
         return cfg
     if size is not None:
-        raise ConfigError(
-            f"size={size!r} cannot be applied to {path}, which has none; leave it out."
-        )
+        raise ConfigError(f"size={size!r} applies to a CONFIG.py only, got {path}; leave it out.")
     values = read_json(path)
     try:
         return from_dict(cls, values)
     except ConfigError as error:
+        # The recorded modules are never imported from here: a file must not run code.
         names = values.get(IMPORTS, ()) if isinstance(values, Mapping) else ()
         flags = " ".join(f"--import {name}" for name in names if name not in _imported)
         if not flags:
             raise
-        raise ConfigError(f"{path} needs {flags}, as it was written with it: {error}") from error
+        raise ConfigError(f"{path} needs {flags}, which it was written with: {error}") from error
 
 
 def _from_python_file(path: pathlib.Path, size: str | None) -> Any:
@@ -239,7 +253,7 @@ def _from_python_file(path: pathlib.Path, size: str | None) -> Any:
             with _value_errors_as_config_errors():
                 return function() if size is None else function(size=size)
     finally:
-        # What it imports from its folder, `--import` would import too.
+        # Modules beside the file are recorded like those of `--import`: config.json may need them.
         for name in sys.modules.keys() - before:
             file = pathlib.Path(getattr(sys.modules[name], "__file__", None) or "")
             is_beside = file.suffix == ".py" and file.resolve().parent == path.resolve().parent
@@ -248,35 +262,39 @@ def _from_python_file(path: pathlib.Path, size: str | None) -> Any:
 
 
 def _execute(path: pathlib.Path) -> types.ModuleType:
-    """The module of a file, under a name that no other file has."""
+    """Executes a file as a module whose name is unique to its path."""
     name = "_config_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up while they are being defined
+    sys.modules[name] = module  # `dataclass` looks up the module while it defines a class
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise ConfigError(
-            f"{path} line {error.lineno} is not valid Python: {error.msg}."
+            f"{path} line {error.lineno} is not valid Python: {error.msg}; correct it."
         ) from error
     return module
 
 
 @contextlib.contextmanager
 def _searched_first(folder: pathlib.Path) -> Iterator[None]:
-    """Imports search this folder first."""
+    """Within the context, imports search this folder first."""
     entry = str(folder.resolve())
     sys.path.insert(0, entry)
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # the file may have edited sys.path itself
             sys.path.remove(entry)
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The contents of a JSON file; raises ConfigError if it is not valid JSON."""
+    """The contents of a JSON file.
+
+    Raises:
+        ConfigError: the file is not valid JSON.
+    """
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -285,17 +303,17 @@ def read_json(path: pathlib.Path) -> Any:
         ) from error
 
 
-_imported: dict[str, None] = {}  # by their names, in order
+_imported: dict[str, None] = {}  # an ordered set of names, as passed to `--import`
 
 
 def import_module(name: str) -> None:
-    """Imports a module by its name or by the path of its .py file, and records it.
+    """Imports a module by name or by the path of its .py file, and records it.
 
-    A name is searched in the current directory first. A module registers what it adds: block
-    kinds, data sets, tokenizers.
+    Names are looked up in the current directory first. Importing a module registers its block
+    kinds, data sets and tokenizers.
 
     Raises:
-        ConfigError: there is no such module.
+        ConfigError: no such module exists.
     """
     if name in _imported:
         return
@@ -306,14 +324,14 @@ def import_module(name: str) -> None:
             _execute(path) if is_file else importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name not in (module, module.split(".")[0]):
-            raise  # an import inside the module
+            raise  # the module exists, but one of its own imports does not
         raise ConfigError(
-            f"--import {name} must name a module of this directory or an installed one, or a .py "
-            "file; correct it."
+            f"--import {name} must name a .py file or a module that is installed or in this "
+            "directory; correct it."
         ) from error
     _imported[name] = None
 
 
 def with_imports(values: dict[str, Any]) -> dict[str, Any]:
-    """A config's dict with the modules that `import_module` or CONFIG.py files imported, if any."""
+    """Adds to a config's dict the modules that `import_module` or CONFIG.py files imported."""
     return values | ({IMPORTS: list(_imported)} if _imported else {})

@@ -1,4 +1,4 @@
-"""Built-in text. What is installed differs between machines; only the grammar is pinned."""
+"""Built-in corpora. Installed texts differ between machines; only the grammar is pinned."""
 
 import pytest
 
@@ -10,7 +10,7 @@ AVAILABLE = [name for name in corpora.CORPORA if any(True for _ in corpora.CORPO
 
 
 @pytest.mark.parametrize("name", AVAILABLE)
-def test_a_corpus_is_the_same_at_every_reading_and_names_no_document_twice(name):
+def test_a_corpus_is_deterministic_and_its_document_names_are_unique(name):
     documents = list(corpora.CORPORA[name]())
     assert documents == list(corpora.CORPORA[name]())
     assert len({document.name for document in documents}) == len(documents)
@@ -18,7 +18,7 @@ def test_a_corpus_is_the_same_at_every_reading_and_names_no_document_twice(name)
 
 
 @pytest.mark.parametrize("name", AVAILABLE)
-def test_a_corpus_has_something_for_every_split_and_describes_itself(name):
+def test_every_split_of_a_corpus_has_documents_and_a_description(name):
     loaded = {split: load(DataConfig(source=name), split) for split in SPLITS}
     for split, windows in loaded.items():
         description = windows.description
@@ -26,14 +26,14 @@ def test_a_corpus_has_something_for_every_split_and_describes_itself(name):
         assert description["split"] == split
         assert len(description["sha256"]) == 64
         documents = description["num_documents"][split]
-        # A byte is a token, and every document is closed by one more.
+        # One token per byte, and one more at the end of every document.
         assert windows.num_tokens == description["num_bytes"][split] + documents
         assert windows.tokens.dtype == "uint16"
     assert len({windows.description["sha256"] for windows in loaded.values()}) == 1
 
 
 @pytest.mark.skipif("stdlib" not in AVAILABLE, reason="this Python has no library sources")
-def test_the_library_source_code_comes_without_tests_and_other_peoples_packages():
+def test_stdlib_excludes_tests_and_installed_packages():
     names = [document.name for document in corpora.stdlib()]
     assert "dataclasses.py" in names and "json/decoder.py" in names
     unwanted = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
@@ -41,7 +41,7 @@ def test_the_library_source_code_comes_without_tests_and_other_peoples_packages(
     assert not any("_sysconfigdata" in name for name in names)
 
 
-def test_the_grammar_is_the_same_bytes_on_every_machine():
+def test_grammar_has_the_same_bytes_on_every_machine():
     description = load(DataConfig(source="grammar"), "train").description
     assert description["sha256"].startswith("8ba96728490e4efeaef831a0d1cd2633")
     assert 300_000 < sum(description["num_bytes"].values()) < 500_000
@@ -58,7 +58,7 @@ def without(monkeypatch, *missing):
     )
 
 
-def test_a_python_without_library_sources_falls_back_in_order_and_says_so(
+def test_missing_stdlib_is_replaced_by_the_next_corpus_with_a_warning(
     monkeypatch, caplog, tmp_path
 ):
     monkeypatch.setattr(corpora, "_folder", lambda: tmp_path)
@@ -68,17 +68,17 @@ def test_a_python_without_library_sources_falls_back_in_order_and_says_so(
     assert "no corpus 'stdlib'; using 'unicode' instead" in caplog.text
 
 
-def test_the_last_resort_is_the_grammar(monkeypatch):
+def test_grammar_replaces_every_other_missing_corpus(monkeypatch):
     without(monkeypatch, "stdlib", "topics", "unicode", "texts")
     assert load(DataConfig(), "valid").description["source"] == "grammar"
 
 
-def test_a_corpus_asked_for_by_name_is_not_replaced(monkeypatch):
+def test_a_corpus_other_than_the_default_is_not_replaced(monkeypatch):
     without(monkeypatch, "topics")
     with pytest.raises(ConfigError, match="data.source='topics' must be part of the running Pyth"):
         load(DataConfig(source="topics"), "train")
 
 
-def test_a_corpus_that_cannot_fill_its_splits_is_replaced_too(monkeypatch):
+def test_a_corpus_with_an_empty_split_is_replaced(monkeypatch):
     monkeypatch.setitem(corpora.CORPORA, "stdlib", lambda: iter([Document("one", b"text")]))
     assert load(DataConfig(), "train").description["source"] != "stdlib"

@@ -1,4 +1,4 @@
-"""What the data package may load, and what it leaves behind."""
+"""Imports of the data package, and its cleanup at exit."""
 
 import ast
 import pathlib
@@ -22,18 +22,18 @@ def imported(nodes):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_data_is_numpy_only_and_loads_grain_when_it_is_needed(name):
+def test_data_imports_neither_jax_nor_flax_and_imports_grain_lazily(name):
     tree = ast.parse((FOLDER / name).read_text())
     assert not {"jax", "flax"} & set(imported(ast.walk(tree)))
     assert "grain" not in set(imported(tree.body))
 
 
-def test_a_loop_that_is_left_early_leaves_no_traceback_at_exit():
+def test_leaving_a_loop_early_prints_no_traceback_at_exit():
     program = (
         "from xlstm_jax.data import DataConfig, batches, load\n"
         "cfg = DataConfig(source='parity', seq_len=16, batch_size=4)\n"
-        "with batches(load(cfg, 'train'), cfg) as kept:\n"
-        "    for batch in kept: break\n"
+        "with batches(load(cfg, 'train'), cfg) as iterator:\n"
+        "    for batch in iterator: break\n"
     )
     root = FOLDER.parent.parent
     done = subprocess.run(

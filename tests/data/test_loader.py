@@ -1,4 +1,4 @@
-"""Batches by step: what an epoch holds, how a run resumes, how hosts share."""
+"""Batches by step: epochs, resuming, and sharing between hosts."""
 
 import dataclasses
 import inspect
@@ -41,15 +41,15 @@ def indices(windows, cfg, num_steps):
 
 
 @pytest.mark.parametrize("num_windows", [6, 7, 20, 101])
-def test_every_window_comes_once_an_epoch_and_the_border_drops_none(num_windows):
+def test_every_epoch_contains_every_window_once(num_windows):
     windows = text(num_windows)
-    epochs = 6  # as many as rows in a batch, so that the last batch ends with an epoch
+    epochs = 6  # the batch size, so that the last batch ends with an epoch
     order = indices(windows, CFG, num_windows).reshape(epochs, num_windows)
     for epoch in order:
         assert sorted(epoch) == list(range(num_windows))
 
 
-def test_every_epoch_and_every_seed_has_an_order_of_its_own():
+def test_the_order_of_windows_depends_on_epoch_and_seed():
     windows = text(60)
     orders = [indices(windows, dataclasses.replace(CFG, seed=seed), 20) for seed in (0, 1)]
     epochs = {tuple(epoch) for order in orders for epoch in order.reshape(2, 60)}
@@ -57,19 +57,19 @@ def test_every_epoch_and_every_seed_has_an_order_of_its_own():
     assert tuple(range(60)) not in epochs
 
 
-def test_rows_are_those_of_the_numbered_windows():
+def test_sequences_of_a_batch_are_the_windows_of_its_index():
     windows = text(50)
     batch = batch_at(windows, CFG, 3)
-    for row, number in enumerate(batch.index):
-        window = windows.tokens[number * CFG.seq_len :][: CFG.seq_len + 1]
-        np.testing.assert_array_equal(batch.inputs[row], window[:-1])
-        np.testing.assert_array_equal(batch.targets[row], window[1:])
+    for inputs, targets, index in zip(batch.inputs, batch.targets, batch.index, strict=True):
+        window = windows.tokens[index * CFG.seq_len :][: CFG.seq_len + 1]
+        np.testing.assert_array_equal(inputs, window[:-1])
+        np.testing.assert_array_equal(targets, window[1:])
 
 
 @pytest.mark.parametrize("source", ["text", "parity"])
 @pytest.mark.parametrize("start", [0, 1, 9, 1_000_000])
-def test_the_iterator_gives_the_batches_of_its_steps_from_any_start(source, start):
-    """So a run that resumes at a step sees what an uninterrupted one would have seen."""
+def test_the_iterator_yields_the_batches_of_its_steps_from_any_start(source, start):
+    """A resumed run therefore gets the batches of an uninterrupted one."""
     examples = (
         text(50) if source == "text" else load(dataclasses.replace(CFG, source="parity"), "train")
     )
@@ -78,7 +78,7 @@ def test_the_iterator_gives_the_batches_of_its_steps_from_any_start(source, star
             assert_equal(next(iterator), batch_at(examples, CFG, step))
 
 
-def test_the_iterator_ends_after_its_steps_and_may_be_closed_twice():
+def test_the_iterator_ends_after_num_steps_and_can_be_closed_twice():
     iterator = batches(text(50), CFG, 2, num_steps=3)
     assert [tuple(batch.index) for batch in iterator] == [
         tuple(batch_at(text(50), CFG, step).index) for step in (2, 3, 4)
@@ -88,7 +88,7 @@ def test_the_iterator_ends_after_its_steps_and_may_be_closed_twice():
     assert next(iterator, None) is None
 
 
-def test_an_error_while_making_a_batch_reaches_the_caller():
+def test_an_error_in_the_prefetch_thread_is_raised_in_the_caller():
     class Broken(Windows):
         def batch(self, index):
             if index[0] == broken:
@@ -103,9 +103,9 @@ def test_an_error_while_making_a_batch_reaches_the_caller():
 
 
 @pytest.mark.parametrize("host_count", [1, 2, 3, 6])
-def test_the_blocks_of_the_hosts_in_order_are_the_global_batch(host_count):
+def test_the_blocks_of_all_hosts_concatenate_to_the_global_batch(host_count):
     windows = text(20)
-    for step in (0, 3, 7):  # step 3 reaches into the second epoch
+    for step in (0, 3, 7):  # step 3 spans two epochs
         parts = [
             batch_at(windows, CFG, step, host_index=host, host_count=host_count)
             for host in range(host_count)
@@ -116,7 +116,7 @@ def test_the_blocks_of_the_hosts_in_order_are_the_global_batch(host_count):
 
 @pytest.mark.parametrize("num_windows", [1, 5, 6, 7, 12])
 @pytest.mark.parametrize("host_count", [1, 3])
-def test_evaluation_sees_every_window_once_in_order_and_pads_the_last_batch(
+def test_evaluation_covers_every_window_once_in_order_and_pads_the_last_batch(
     num_windows, host_count
 ):
     windows = text(num_windows)
@@ -135,24 +135,24 @@ def test_evaluation_sees_every_window_once_in_order_and_pads_the_last_batch(
         assert (batch.segment_ids[batch.index == -1] == 0).all()
 
 
-def test_a_part_of_an_evaluation_is_spread_evenly_over_the_windows():
+def test_max_batches_samples_the_windows_evenly():
     seen = [batch.index.tolist() for batch in eval_batches(text(50), CFG, max_batches=2)]
     assert seen == [[2, 6, 10, 14, 18, 22], [27, 31, 35, 39, 43, 47]]
     assert len(list(eval_batches(text(5), CFG, max_batches=2))) == 1
 
 
 @pytest.mark.parametrize(("total", "count"), [(1, 1), (7, 3), (7, 7), (7, 9), (1000, 64)])
-def test_every_part_of_a_split_is_represented_alike(total, count):
+def test_eval_index_takes_the_middle_of_every_part(total, count):
     index = eval_index(total, count)
     assert len(index) == len(set(index.tolist())) == min(total, count)
-    # The middle of each of as many equal parts; so also their mean is that of all windows.
+    # One index from each of `count` equal parts; their mean is that of all windows.
     parts = index * len(index) // total
     assert parts.tolist() == list(range(len(index)))
     assert abs(index.mean() - (total - 1) / 2) <= 0.5
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "sentence"),
+    ("field", "value", "message"),
     [
         ("seq_len", 0, r"data\.seq_len must be at least 1, got 0; leave it out"),
         ("batch_size", 0, r"data\.batch_size must be at least 1, got 0; leave it out"),
@@ -162,44 +162,44 @@ def test_every_part_of_a_split_is_represented_alike(total, count):
         ("tokenizer", "words", r"tokenizer='words' is not known; use one of: 'byte'"),
     ],
 )
-def test_a_field_out_of_range_is_refused_when_the_config_is_built(field, value, sentence):
-    with pytest.raises(ConfigError, match=sentence):
+def test_an_invalid_field_is_rejected_when_the_config_is_built(field, value, message):
+    with pytest.raises(ConfigError, match=message):
         DataConfig(**{field: value})
 
 
-def test_a_batch_larger_than_the_data_is_refused():
-    sentence = r"data\.batch_size=6 must be at most the 5 rows of .*make the batch or .* smaller"
-    with pytest.raises(ConfigError, match=sentence):
+def test_a_batch_larger_than_the_data_is_rejected():
+    message = r"data\.batch_size=6 must be at most the 5 windows of .*make the batch or .* smaller"
+    with pytest.raises(ConfigError, match=message):
         batch_at(text(5), CFG, 0)
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(ConfigError, match=message):
         batches(text(5), CFG)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         ({"host_count": 4}, "batch_size=6 must be a multiple of host_count=4.*; change"),
         ({"host_count": 0}, "batch_size=6 must be a multiple of host_count=0.*; change"),
-        ({"host_index": 2, "host_count": 2}, r"host_index must lie in 0\.\.1 .*got 2; pass"),
-        ({"host_index": -1, "host_count": 2}, r"host_index must lie in 0\.\.1 .*got -1; pass"),
+        ({"host_index": 2, "host_count": 2}, r"host_index must be in 0\.\.1 .*got 2; pass"),
+        ({"host_index": -1, "host_count": 2}, r"host_index must be in 0\.\.1 .*got -1; pass"),
     ],
 )
-def test_hosts_that_cannot_share_a_batch_are_refused(arguments, sentence):
+def test_hosts_that_cannot_share_a_batch_are_rejected(arguments, message):
     for read in (
         lambda: batch_at(text(50), CFG, 0, **arguments),
         lambda: batches(text(50), CFG, **arguments),
         lambda: next(eval_batches(text(50), CFG, **arguments)),
     ):
-        with pytest.raises(ConfigError, match=sentence):
+        with pytest.raises(ConfigError, match=message):
             read()
 
 
-def test_a_negative_step_is_refused():
+def test_a_negative_step_is_rejected():
     with pytest.raises(ConfigError, match="step must be at least 0, got -1; 0 is the first"):
         batch_at(text(50), CFG, -1)
 
 
-def test_an_unknown_split_is_refused_with_the_splits_there_are():
+def test_an_unknown_split_is_rejected_with_the_known_splits():
     with pytest.raises(ConfigError, match="split='dev' is not known; use one of: train, valid"):
         inspect.unwrap(load)(CFG, "dev")
     assert SPLITS == ("train", "valid", "test")

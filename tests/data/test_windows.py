@@ -1,4 +1,4 @@
-"""Rows of a text: which token is where, which document it belongs to, which target counts."""
+"""Windows of a text: tokens, segment ids and weights of targets."""
 
 import numpy as np
 import pytest
@@ -23,20 +23,20 @@ def texts(rng):
     return [rng.bytes(int(length)) for length in rng.integers(1, 41, 30)]
 
 
-def everything(windows):
+def all_windows(windows):
     return windows.batch(np.arange(len(windows)))
 
 
-def test_every_document_is_closed_by_its_end():
+def test_every_document_ends_with_eos():
     tokens = concatenate([Document("a", b"ab"), Document("b", b"c")], BYTE)
     assert tokens.tolist() == [97, 98, EOS, 99, EOS]
     assert tokens.dtype == np.uint16
 
 
 @pytest.mark.parametrize("seq_len", [1, 7, 64, 5000])
-def test_window_i_is_the_tokens_from_i_times_seq_len_on(texts, seq_len):
+def test_window_i_starts_at_token_i_times_seq_len(texts, seq_len):
     windows = make(texts, seq_len)
-    batch = everything(windows)
+    batch = all_windows(windows)
     for i in range(len(windows)):
         expected = windows.tokens[i * seq_len : (i + 1) * seq_len + 1]
         count = len(expected) - 1
@@ -47,35 +47,35 @@ def test_window_i_is_the_tokens_from_i_times_seq_len_on(texts, seq_len):
 @pytest.mark.parametrize("seq_len", [1, 7, 64, 5000])
 def test_every_token_but_the_first_of_each_document_is_a_target_exactly_once(texts, seq_len):
     windows = make(texts, seq_len)
-    batch = everything(windows)
-    counted = batch.targets[batch.weights == 1]
+    batch = all_windows(windows)
+    targets = batch.targets[batch.weights == 1]
     expected = np.concatenate([[*text[1:], EOS] for text in texts])
-    np.testing.assert_array_equal(counted, expected)
+    np.testing.assert_array_equal(targets, expected)
     assert windows.num_targets == len(expected) == batch.weights.sum()
 
 
 @pytest.mark.parametrize("seq_len", [1, 7, 64])
-def test_bits_per_byte_follow_from_the_counted_bytes(texts, seq_len):
+def test_bytes_per_token_counts_the_bytes_of_targets(texts, seq_len):
     windows = make(texts, seq_len)
-    batch = everything(windows)
+    batch = all_windows(windows)
     num_bytes = BYTE.num_bytes(batch.targets[batch.weights == 1])
     assert windows.bytes_per_token * batch.weights.sum() == pytest.approx(num_bytes)
 
 
 @pytest.mark.parametrize("seq_len", [3, 7, 64])
-def test_a_change_of_segment_is_a_change_of_document_and_nothing_else(texts, seq_len):
+def test_segment_ids_change_exactly_where_documents_change(texts, seq_len):
     windows = make(texts, seq_len)
     document = np.repeat(np.arange(len(texts)), [len(text) + 1 for text in texts])
     for i in range(len(windows)):
         batch = windows.batch(np.array([i]))
         segments = batch.segment_ids[0]
         inside = document[i * seq_len : (i + 1) * seq_len]
-        # The text's own last token has no target; it is a position like any other.
+        # The last token of the text has no target, but it is not padding.
         np.testing.assert_array_equal(segments[: len(inside)], inside - inside[0] + 1)
         assert (segments[len(inside) :] == 0).all()
 
 
-def test_the_end_of_a_document_counts_as_its_last_target_and_starts_nothing():
+def test_eos_is_the_last_target_of_a_document_and_no_target_follows_it():
     batch = make([b"ab", b"c", b"d"], 4).batch(np.array([0, 1]))
     assert batch.inputs.tolist() == [[97, 98, EOS, 99], [EOS, 100, EOS, EOS]]
     assert batch.targets.tolist() == [[98, EOS, 99, EOS], [100, EOS, EOS, EOS]]
@@ -84,7 +84,7 @@ def test_the_end_of_a_document_counts_as_its_last_target_and_starts_nothing():
     assert batch.index.tolist() == [0, 1]
 
 
-def test_a_batch_has_the_promised_types():
+def test_a_batch_has_the_annotated_dtypes():
     batch = make([b"abc"], 2).batch(np.array([0]))
     dtypes = {name: str(leaf.dtype) for name, leaf in batch._asdict().items()}
     assert dtypes == {
@@ -96,8 +96,8 @@ def test_a_batch_has_the_promised_types():
     }
 
 
-@pytest.mark.parametrize("number", [-1, 2, 10**12])
-def test_a_window_that_does_not_exist_is_refused(number):
+@pytest.mark.parametrize("index", [-1, 2, 10**12])
+def test_a_window_index_out_of_range_is_rejected(index):
     windows = make([b"abcd"], 2)
-    with pytest.raises(ConfigError, match=rf"window numbers must lie in 0\.\.1 .* got {number};"):
-        windows.batch(np.array([number]))
+    with pytest.raises(ConfigError, match=rf"window indices must be in 0\.\.1 .* got {index};"):
+        windows.batch(np.array([index]))

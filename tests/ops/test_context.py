@@ -16,7 +16,7 @@ from tests.ops.tolerances import TABLE, assert_close, assert_gradients_close
 from xlstm_jax import cells, ops
 from xlstm_jax.ops.mlstm import context_parallel
 from xlstm_jax.sharding import get_rules, make_mesh, use_rules
-from xlstm_jax.sharding.mesh import mesh_of
+from xlstm_jax.sharding.mesh import build_mesh
 
 B, T, H, K, V = 2, 48, 2, 8, 8
 VARIANTS = {
@@ -151,7 +151,7 @@ def test_flags_are_optional(names, rng):
 def test_number_of_shards_need_not_be_a_power_of_two(exchange, rng):
     inputs, state, cotangents = mlstm_call(rng)
     args = inputs, state, flags("boundaries", rng), cotangents
-    mesh = mesh_of(jax.devices()[:6], dict(data=1, fsdp=1, seq=6, tensor=1))
+    mesh = build_mesh(jax.devices()[:6], dict(data=1, fsdp=1, seq=6, tensor=1))
     actual = on_a_mesh(VARIANTS["exp"], mesh, *args, exchange=exchange)
     assert_same_results(actual, single_device(VARIANTS["exp"])(*args))
 

@@ -1,4 +1,4 @@
-"""Who a process is, of how many; `tests/train/test_processes.py` has real ones."""
+"""Detection of processes; `tests/train/test_processes.py` starts real ones."""
 
 import jax
 import pytest
@@ -11,20 +11,23 @@ from xlstm_jax.sharding.rules import get_rules
 
 
 @pytest.mark.parametrize(
-    "given,sentence",
+    "fields,message",
     [
-        (dict(num_processes=2), "belong together, got None, 2 and None; give all three, or none"),
-        (dict(coordinator="a:1", num_processes=2, process_id=2), "process_id must lie in 0..1"),
+        (
+            dict(num_processes=2),
+            "must be set together, got None, 2 and None; set all three, or none",
+        ),
+        (dict(coordinator="a:1", num_processes=2, process_id=2), "process_id must be in 0..1"),
         (dict(coordinator="a", num_processes=2, process_id=0), "must be HOST:PORT, got 'a'"),
     ],
 )
-def test_processes_that_cannot_be_are_refused(given, sentence):
-    with pytest.raises(ConfigError, match=sentence):
-        Processes(**given)
+def test_invalid_processes_are_rejected(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        Processes(**fields)
 
 
 @pytest.mark.parametrize(
-    "variables,several",
+    "variables,is_multi_process",
     [
         (dict(), False),
         (dict(SLURM_STEP_NUM_TASKS="8"), True),
@@ -34,39 +37,37 @@ def test_processes_that_cannot_be_are_refused(given, sentence):
         (dict(TPU_WORKER_HOSTNAMES="a,b"), True),
     ],
 )
-def test_jax_detects_who_a_process_is_where_a_launcher_started_several(
-    monkeypatch, variables, several
-):
+def test_jax_detects_the_processes_of_a_launcher(monkeypatch, variables, is_multi_process):
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
     monkeypatch.setattr(distributed.os, "environ", variables)
     init_distributed()
-    assert calls == ([dict(initialization_timeout=360)] if several else [])
+    assert calls == ([dict(initialization_timeout=360)] if is_multi_process else [])
 
 
-def test_the_environment_of_jax_says_who_a_process_is(monkeypatch):
+def test_process_id_is_read_from_the_environment_variables_of_jax(monkeypatch):
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
     for name, value in zip(names, ("a:1", "2", "1"), strict=True):
         monkeypatch.setenv(name, value)
     init_distributed(Processes(timeout_minutes=1))
-    given = dict(coordinator_address="a:1", num_processes=2, process_id=1)
-    assert calls == [given | dict(initialization_timeout=120)]
-    monkeypatch.setenv(names[0], "localhost:1")  # nobody else is listened to
+    options = dict(coordinator_address="a:1", num_processes=2, process_id=1)
+    assert calls == [options | dict(initialization_timeout=120)]
+    monkeypatch.setenv(names[0], "localhost:1")  # binds to no other interface
     init_distributed(Processes(timeout_minutes=1))
     assert calls[1]["coordinator_bind_address"] == "localhost:1"
 
 
-def test_one_process_joins_nobody(monkeypatch):
+def test_a_single_process_does_not_initialize_jax_distributed(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", None)
     init_distributed(Processes(coordinator="a:1", num_processes=1, process_id=0))
     assert not jax.distributed.is_initialized()
 
 
-def test_a_process_that_has_all_devices_feeds_all_rows():
+def test_a_process_with_all_devices_feeds_the_global_batch():
     devices = Devices(make_mesh(fsdp=4), get_rules("fsdp"))
-    assert devices.share_of_rows(16) == Share(0, 1)
+    assert devices.share_of_batch(16) == Share(0, 1)
 
 
 @pytest.mark.parametrize(
@@ -79,5 +80,5 @@ def test_a_process_that_has_all_devices_feeds_all_rows():
         (dict(rules="fsdp_tensor"), "fsdp_tensor"),
     ],
 )
-def test_the_least_table_that_uses_a_mesh_is_taken(sizes, expected):
+def test_auto_selects_the_first_rules_that_use_every_mesh_axis(sizes, expected):
     assert MeshConfig(**sizes).rules_name() == expected

@@ -1,4 +1,4 @@
-"""Every parameter has its place on every mesh, under every table of rules."""
+"""Every parameter has a sharding on every mesh, under all sharding rules."""
 
 import math
 
@@ -15,8 +15,8 @@ from xlstm_jax.modules.large import LargeConfig
 from xlstm_jax.sharding.rules import LOGICAL_AXES
 from xlstm_jax.train import TrainConfig, make_optimizer
 
-# Models with every kind of parameter there is.
-EVERYTHING = [
+# Models that together have every kind of parameter.
+MODELS = [
     LMConfig(
         vocab_size=16,
         dim=8,
@@ -30,8 +30,8 @@ EVERYTHING = [
 ]
 
 
-@pytest.mark.parametrize("cfg", EVERYTHING, ids=["apart", "mixing"])
-def test_every_parameter_has_a_row_in_the_table_of_axes(cfg):
+@pytest.mark.parametrize("cfg", MODELS, ids=["depthwise conv", "mixing conv"])
+def test_every_parameter_has_logical_axes(cfg):
     for path, leaf in parameters(cfg).items():
         names = sharding.logical_axes(path, len(leaf.shape))
         assert len(names) == len(leaf.shape)
@@ -40,23 +40,23 @@ def test_every_parameter_has_a_row_in_the_table_of_axes(cfg):
 
 
 @pytest.mark.parametrize("name", ["xlstm_7b", "xlstm_125m_7:1"])
-def test_every_parameter_of_a_preset_has_a_row(name):
+def test_every_parameter_of_a_preset_has_logical_axes(name):
     for path, leaf in parameters(presets.get(name)).items():
         assert len(sharding.logical_axes(path, len(leaf.shape))) == len(leaf.shape)
 
 
-def test_a_parameter_without_a_row_is_an_error():
+def test_a_parameter_without_logical_axes_is_an_error():
     with pytest.raises(KeyError, match="stack/m/new/kernel with 3 axes"):
         sharding.logical_axes("stack/m/new/kernel", 3)
 
 
-def test_moments_lie_as_their_parameters_do():
+def test_moments_are_sharded_like_their_parameters():
     cfg = presets.get("scaling_160m")
     state = jax.eval_shape(make_optimizer(TrainConfig()).init, _tree(cfg))
     sizes = {"data": 2, "fsdp": 4, "seq": 1, "tensor": 2}
     rules = sharding.get_rules("fsdp_tensor")
-    held = sharding.bytes_per_device(_tree(cfg), rules, sizes)
-    assert sharding.bytes_per_device(state, rules, sizes) == pytest.approx(2 * held, rel=1e-6)
+    num_bytes = sharding.bytes_per_device(_tree(cfg), rules, sizes)
+    assert sharding.bytes_per_device(state, rules, sizes) == pytest.approx(2 * num_bytes, rel=1e-6)
 
 
 def _tree(cfg):
@@ -65,7 +65,7 @@ def _tree(cfg):
 
 
 @pytest.mark.parametrize("table", sharding.RULES.values(), ids=sharding.RULES)
-def test_every_table_says_where_every_axis_goes(table):
+def test_all_rules_have_every_logical_axis_and_only_mesh_axes(table):
     assert set(table) == set(LOGICAL_AXES)
     assert {axis for axes in table.values() for axis in axes} <= set(sharding.MESH_AXES)
 
@@ -77,7 +77,7 @@ SIZES = {"data": 2, "fsdp": 4, "seq": 1, "tensor": 2}
     "path, shape, expected",
     [
         ("token_embedding/embedding", (1024, 512), (("tensor", "fsdp"), None)),
-        ("lm_head/kernel", (512, 1024), ("fsdp", "tensor")),  # fsdp is taken by the width
+        ("lm_head/kernel", (512, 1024), ("fsdp", "tensor")),  # fsdp already shards embed
         ("stack/M/mlstm/q/kernel", (3, 512, 512), (None, "fsdp", "tensor")),
         ("stack/M/mlstm/out_proj/kernel", (3, 512, 512), (None, "tensor", "fsdp")),
         ("stack/M/ffn/proj_down/kernel", (3, 1024, 512), (None, "tensor", "fsdp")),
@@ -87,40 +87,40 @@ SIZES = {"data": 2, "fsdp": 4, "seq": 1, "tensor": 2}
         ("stack/m/xlstm_norm/scale_offset", (2, 512), (None, None)),
     ],
 )
-def test_parameters_are_cut_where_the_rules_say(path, shape, expected):
+def test_parameters_are_sharded_by_the_rules(path, shape, expected):
     spec = sharding.partition_spec(path, shape, sharding.get_rules("fsdp_tensor"), SIZES)
     assert spec == PartitionSpec(*expected)
 
 
-def test_axes_that_the_mesh_lacks_cut_nothing():
+def test_axes_that_the_mesh_lacks_are_ignored():
     rules = sharding.get_rules("fsdp_tensor")
     spec = sharding.partition_spec("lm_head/kernel", (512, 1024), rules, {"tensor": 2})
     assert spec == PartitionSpec(None, "tensor")
 
 
 @pytest.mark.parametrize("rules", sharding.RULES)
-def test_devices_hold_the_bytes_that_are_said(rules):
+def test_bytes_per_device_is_the_sum_of_shard_bytes(rules):
     cfg = presets.large(512, 2, 4, 1024, vocab_size=1024)
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
     table = sharding.get_rules(rules)
     total = 0
     for path, leaf in parameters(cfg).items():
-        placed = sharding.sharding_of(path, leaf.shape, table, mesh)
-        total += math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        leaf_sharding = sharding.sharding_of(path, leaf.shape, table, mesh)
+        total += math.prod(leaf_sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     assert sharding.bytes_per_device(_tree(cfg), table, dict(mesh.shape)) == total
 
 
-def test_a_mesh_takes_all_devices():
+def test_make_mesh_uses_all_devices():
     assert dict(sharding.make_mesh(fsdp=4).shape) == {"data": 2, "fsdp": 4, "seq": 1, "tensor": 1}
     assert sharding.make_mesh(data=1, tensor=-1).shape["tensor"] == 8
 
 
 @pytest.mark.parametrize("sizes", [{"data": 3}, {"data": 2, "fsdp": 2}, {"fsdp": 3}])
-def test_a_mesh_that_does_not_fit_is_refused_with_those_that_would(sizes):
+def test_mesh_sizes_that_do_not_multiply_are_rejected_with_sizes_that_do(sizes):
     with pytest.raises(ConfigError, match="multiply to 8.*8 x 1, 4 x 2, 2 x 4, 1 x 8"):
         sharding.make_mesh(**sizes)
 
 
-def test_unknown_rules_are_refused():
+def test_unknown_rules_are_rejected():
     with pytest.raises(ConfigError, match="use one of: data, fsdp, fsdp_tensor, fsdp_seq"):
         sharding.get_rules("zero")

@@ -1,4 +1,4 @@
-"""A model that compiles at once, called like `LM`, and runs small enough to be cut and resumed."""
+"""A model with the interface of `LM` that compiles quickly, and configs of small runs."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from xlstm_jax.train import ExperimentConfig, TrainConfig, checkpoint, program, 
 
 
 class Hidden(nn.Module):
-    """A layer by the names of one of ours: every parameter has its place on a mesh."""
+    """A layer with the parameter names of the library, so that it has logical axes."""
 
     @nn.compact
     def __call__(self, x):
@@ -24,7 +24,7 @@ class Hidden(nn.Module):
 
 
 class TinyLM(nn.Module):
-    """Embedding, one hidden layer, head: the parameter names and the call of `LM`, no memory."""
+    """Embedding, one hidden layer, head: parameter names and call of `LM`, but no state."""
 
     cfg: LMConfig
 
@@ -45,14 +45,14 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation(compiled, one_device):
-    """Nothing here is about speed."""
+    """These tests do not depend on the speed of compiled programs."""
     with quick.compilation(compiled):
         yield
 
 
 @pytest.fixture(autouse=True, scope="module")
 def shared_programs():
-    """Runs of one config share their programs: tracing is most of what a small run takes."""
+    """Runs of one config share their programs: tracing takes most of the time of a small run."""
     programs = {}
 
     def shared(cfg, devices, tx=None):
@@ -82,23 +82,23 @@ def shapes(model):
 
 @pytest.fixture
 def tiny():
-    """A model for calls of a step."""
+    """A model for train steps."""
     return TinyLM(LMConfig(vocab_size=11, dim=8, pattern="m"))
 
 
 @pytest.fixture
 def batches(rng):
-    """Makes batches with rows of very different weight."""
+    """Makes batches of sequences with very different numbers of targets."""
 
-    def make(num_rows=8, length=12, vocab=11):
-        shape = (num_rows, length)
-        counts = np.arange(length) < rng.integers(1, length + 1, (num_rows, 1))
+    def make(batch_size=8, length=12, vocab=11):
+        shape = (batch_size, length)
+        is_target = np.arange(length) < rng.integers(1, length + 1, (batch_size, 1))
         return Batch(
             inputs=rng.integers(0, vocab, shape).astype(np.int32),
             targets=rng.integers(0, vocab, shape).astype(np.int32),
-            segment_ids=counts.astype(np.int32),
-            weights=counts.astype(np.float32),
-            index=np.arange(num_rows, dtype=np.int64),
+            segment_ids=is_target.astype(np.int32),
+            weights=is_target.astype(np.float32),
+            index=np.arange(batch_size, dtype=np.int64),
         )
 
     return make
@@ -106,7 +106,7 @@ def batches(rng):
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
-    """A folder with a little text."""
+    """A folder with a small text."""
     rng, root = np.random.default_rng(1), tmp_path_factory.mktemp("text")
     for split, count in (("train", 3000), ("valid", 300), ("test", 300)):
         (root / split).mkdir()
@@ -117,7 +117,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def experiment(text):
-    """Makes configs of runs over that text; keywords go to TrainConfig."""
+    """Makes configs of runs on that text; keywords are fields of TrainConfig."""
 
     def make(data=None, model=None, **train):
         defaults = dict(steps=12, lr=1e-2, log_every=3, eval_every=4, eval_batches=2)
@@ -148,7 +148,7 @@ def assert_same():
 
 @pytest.fixture
 def with_train():
-    """`with_train(cfg, lr=1)`: a run's config with other fields of `train`."""
+    """`with_train(cfg, lr=1)`: a config with other fields of `train`."""
     return lambda cfg, **fields: dataclasses.replace(
         cfg, train=dataclasses.replace(cfg.train, **fields)
     )
@@ -156,5 +156,5 @@ def with_train():
 
 @pytest.fixture
 def tokens():
-    """Enough to make parameters."""
+    """Tokens that suffice to initialize parameters."""
     return jnp.zeros((1, 1), jnp.int32)

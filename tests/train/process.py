@@ -1,4 +1,4 @@
-"""One process of a run of several: python -m tests.train.process OPTIONS, a JSON object."""
+"""One process of a multi-process run: python -m tests.train.process OPTIONS (a JSON object)."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import jax
 
 
 def main(options: dict) -> None:
-    """Trains; writes the rows that this process has fed, step by step, beside the run."""
+    """Trains, and writes the window indices that this process loads at each step beside the run."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", options["devices"])
     from xlstm_jax.config import from_dict
@@ -20,21 +20,21 @@ def main(options: dict) -> None:
     from xlstm_jax.train import ExperimentConfig, fit, manifest
 
     init_distributed(from_dict(Processes, options["processes"]))
-    number = jax.process_index()
-    fed = Path(options["run_dir"]).parent / f"{options['name']}_{number}.jsonl"
-    place = Devices.batch
+    process_id = jax.process_index()
+    loaded = Path(options["run_dir"]).parent / f"{options['name']}_{process_id}.jsonl"
+    shard_batch = Devices.batch
 
-    def note_rows(self, rows, num_rows=None):
-        if num_rows is not None:
-            with fed.open("a") as file:
-                file.write(json.dumps(rows.index.tolist()) + "\n")
-        return place(self, rows, num_rows)
+    def record_indices(self, batch, batch_size=None):
+        if batch_size is not None:  # a training batch
+            with loaded.open("a") as file:
+                file.write(json.dumps(batch.index.tolist()) + "\n")
+        return shard_batch(self, batch, batch_size)
 
-    Devices.batch = note_rows
+    Devices.batch = record_indices
 
-    def note_step(step, record):
+    def send_signal(step, record):
         for event in options.get("events", []):
-            if (number, step) == (event["process"], event["step"]) and "loss" in record:
+            if (process_id, step) == (event["process"], event["step"]) and "loss" in record:
                 os.kill(os.getpid(), signal.Signals[event["signal"]])
 
     write = manifest.write
@@ -46,13 +46,13 @@ def main(options: dict) -> None:
 
     manifest.write = die_while_saving
     cfg = from_dict(ExperimentConfig, options["config"])
-    result = fit(cfg, options["run_dir"], on_metrics=note_step)
+    result = fit(cfg, options["run_dir"], on_metrics=send_signal)
     print(json.dumps(dataclasses.asdict(Result(result.step, result.finished))), flush=True)
 
 
 @dataclasses.dataclass
 class Result:
-    """What is said at the end."""
+    """The result that a process prints."""
 
     step: int
     finished: bool

@@ -1,4 +1,4 @@
-"""A checkpoint comes back as it was, or says in one sentence what is wrong with it."""
+"""Checkpoints restore exactly; corrupt ones raise a one-line error."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from xlstm_jax.train import (
 
 @pytest.fixture
 def saved(tmp_path, tiny_lm, experiment, key, tokens):
-    """A run directory with the steps 2 and 4, and what was saved in them."""
+    """A run directory with checkpoints of steps 2 and 4, its config, and the saved states."""
     cfg, run_dir = experiment(), tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "config.json").write_text(json.dumps(to_dict(cfg)))
@@ -31,7 +31,7 @@ def saved(tmp_path, tiny_lm, experiment, key, tokens):
         for step in (1, 2, 4):
             states[step] = jax.tree.map(lambda x, step=step: x + x.dtype.type(step), state)
             saver.save(step, states[step], {"step": step, "third": 1 / 3}, to_dict(cfg))
-            saver.save(step, state, {"step": -1}, {})  # is there already: left alone
+            saver.save(step, state, {"step": -1}, {})  # already saved: ignored
     return run_dir, cfg, states
 
 
@@ -40,9 +40,9 @@ def contents(folder):
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_the_newest_state_comes_back_bit_for_bit(saved, assert_same):
+def test_restore_latest_is_bit_exact(saved, assert_same):
     run_dir, _, states = saved
-    assert checkpoint.steps(run_dir) == [2, 4]  # the oldest made room
+    assert checkpoint.steps(run_dir) == [2, 4]  # step 1 was deleted, as keep=2
     before = contents(run_dir)
     like = jax.eval_shape(lambda: states[4])
     state, data = checkpoint.restore_latest(run_dir, like)
@@ -51,15 +51,15 @@ def test_the_newest_state_comes_back_bit_for_bit(saved, assert_same):
     assert contents(run_dir) == before
 
 
-def test_parameters_come_back_without_the_optimiser(saved, assert_same):
+def test_restore_params_restores_the_config_and_parameters_of_a_step(saved, assert_same):
     run_dir, cfg, states = saved
     for step, expected in ((None, 4), (2, 2)):
-        found, params = restore_params(run_dir, step)
-        assert found == cfg
+        restored_cfg, params = restore_params(run_dir, step)
+        assert restored_cfg == cfg
         assert_same(params, states[expected].params)
 
 
-def test_a_run_without_checkpoints_has_nothing_to_restore(tmp_path, saved):
+def test_a_missing_checkpoint_or_run_is_an_error(tmp_path, saved):
     assert checkpoint.restore_latest(tmp_path / "none", {}) is None
     run_dir, _, _ = saved
     with pytest.raises(CheckpointError, match="no checkpoint of step 3; use one of: 2, 4"):
@@ -83,7 +83,7 @@ def remove(path):
 
 
 @pytest.mark.parametrize(
-    ("which", "harm"),
+    ("name", "corrupt"),
     [
         ("state", truncate),
         ("state", flip),
@@ -93,12 +93,12 @@ def remove(path):
         ("manifest.json", truncate),
     ],
 )
-def test_a_damaged_file_is_named_and_nothing_is_touched(saved, harm, which):
+def test_a_corrupt_file_is_named_and_no_file_changes(saved, corrupt, name):
     run_dir, _, states = saved
-    folder = run_dir / "checkpoints" / "4" / which
+    folder = run_dir / "checkpoints" / "4" / name
     files = [folder] if folder.is_file() else [p for p in folder.rglob("*") if p.is_file()]
     victim = max(files, key=lambda path: path.stat().st_size)
-    harm(victim)
+    corrupt(victim)
     before = contents(run_dir)
     like = jax.eval_shape(lambda: states[4])
     for restore in (
@@ -113,16 +113,16 @@ def test_a_damaged_file_is_named_and_nothing_is_touched(saved, harm, which):
     assert contents(run_dir) == before
 
 
-def test_the_only_checkpoint_damaged_leaves_a_fresh_start(saved):
+def test_if_the_only_checkpoint_is_corrupt_the_error_suggests_fresh(saved):
     run_dir, _, states = saved
     checkpoints = run_dir / "checkpoints"
-    (checkpoints / "2").rename(run_dir / "elsewhere")
+    (checkpoints / "2").rename(run_dir / "moved")
     truncate(checkpoints / "4" / "data" / "metadata")
     with pytest.raises(CheckpointError, match=r"must have \d+ bytes, got \d+.*--fresh"):
         checkpoint.restore_latest(run_dir, jax.eval_shape(lambda: states[4]))
 
 
-def test_a_state_of_another_structure_is_refused_in_one_sentence(saved):
+def test_a_state_of_another_structure_is_an_error(saved):
     run_dir, _, states = saved
     like = jax.eval_shape(lambda: states[4])
     other = like.replace(params={"else": jax.ShapeDtypeStruct((3,), np.float32)})

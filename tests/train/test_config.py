@@ -1,4 +1,4 @@
-"""What a run may be, and the sentences that refuse the rest."""
+"""Validation of configs of runs."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from xlstm_jax.train.config import check_vocabulary
         (dict(lr=0.0), ["train.lr", "above 0"]),
         (dict(lr=float("nan")), ["train.lr", "nan"]),
         (dict(end_factor=0.0), ["train.end_factor", "at most 1"]),
-        (dict(warmup_steps=1.5), ["train.warmup_steps", "1.5", "share"]),
+        (dict(warmup_steps=1.5), ["train.warmup_steps", "1.5", "fraction"]),
         (dict(cooldown_steps=-1), ["train.cooldown_steps", "-1"]),
         (dict(steps=10, warmup_steps=6, cooldown_steps=5), ["train.steps", "10", "6", "5"]),
         (dict(steps=10, schedule="wsd", decay_steps=11), ["train.steps", "decay_steps 11"]),
@@ -31,7 +31,7 @@ from xlstm_jax.train.config import check_vocabulary
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_an_unusable_value_is_refused_in_one_sentence(fields, words):
+def test_an_invalid_value_raises_a_one_line_error(fields, words):
     with pytest.raises(ConfigError) as caught:
         TrainConfig(**fields)
     message = str(caught.value)
@@ -39,22 +39,22 @@ def test_an_unusable_value_is_refused_in_one_sentence(fields, words):
     assert "\n" not in message and message.endswith(".")
 
 
-def test_an_unknown_schedule_is_refused():
+def test_an_unknown_schedule_is_rejected():
     with pytest.raises(ConfigError, match="schedule must be one of .*'wsd', got 'a'"):
         from_dict(TrainConfig, {"schedule": "a"})
 
 
-def test_a_run_survives_json(experiment):
+def test_experiment_config_round_trips_through_json(experiment):
     cfg = experiment(warmup_steps=3, grad_clip=None, loss_chunk=64)
     assert from_dict(ExperimentConfig, json.loads(json.dumps(to_dict(cfg)))) == cfg
 
 
-def test_micro_batches_must_divide_the_batch(experiment):
+def test_accumulation_must_divide_the_batch_size(experiment):
     with pytest.raises(ConfigError, match="data.batch_size must be a multiple.*4 and 3"):
         experiment(accumulation=3)
 
 
-def test_the_model_must_know_every_token(experiment):
+def test_the_vocabulary_of_the_model_must_cover_the_data(experiment):
     cfg = experiment()
     examples = load(cfg.data, "train")
     check_vocabulary(cfg, examples)

@@ -1,4 +1,4 @@
-"""A run and `evaluate` give one number for one checkpoint."""
+"""Training and `evaluate` compute the same held-out loss for a checkpoint."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from xlstm_jax.train.program import TrainProgram
 
 @pytest.fixture(scope="module")
 def run(experiment, tmp_path_factory):
-    """A run without resets between short documents, measured over all windows."""
+    """A run without resets between short documents, evaluated on all windows."""
     root = tmp_path_factory.mktemp("documents")
     for split in ("train", "valid", "test"):
         (root / split).mkdir()
@@ -29,8 +29,8 @@ def run(experiment, tmp_path_factory):
     return cfg, root / "run", fit(cfg, root / "run")
 
 
-def measures(run, **train):
-    """The metrics of a run of another config at this checkpoint, and how `evaluate` is called."""
+def evaluate_run(run, **train):
+    """Metrics of this checkpoint under another config, and the arguments of `perplexity`."""
     cfg, _, result = run
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, **train))
     windows, params = load(cfg.data, "valid"), result.state.params
@@ -40,37 +40,37 @@ def measures(run, **train):
     return metrics, (LM(cfg.model), {"params": params}, windows)
 
 
-def test_the_final_held_out_loss_is_that_of_the_command(run, monkeypatch, capsys):
+def test_the_evaluate_command_gives_the_final_held_out_loss_of_the_run(run, monkeypatch, capsys):
     _, run_dir, result = run
-    measured = []
+    results = []
 
-    def note(*args, **options):
-        measured.append(perplexity(*args, **options))
-        return measured[-1]
+    def spy(*args, **options):
+        results.append(perplexity(*args, **options))
+        return results[-1]
 
-    monkeypatch.setattr(command, "perplexity", note)
+    monkeypatch.setattr(command, "perplexity", spy)
     monkeypatch.setattr(cpu, "prepare", lambda: None)
     assert main(["evaluate", str(run_dir)]) == 0
-    assert f"{measured[0].nats_per_token:.4f}" in capsys.readouterr().out
-    assert measured[0].nats_per_token == result.evaluation["valid_loss"]
-    assert measured[0].bits_per_byte == result.evaluation["valid_bits_per_byte"]
-    assert measured[0].num_tokens == result.evaluation["valid_tokens"]
+    assert f"{results[0].nats_per_token:.4f}" in capsys.readouterr().out
+    assert results[0].nats_per_token == result.evaluation["valid_loss"]
+    assert results[0].bits_per_byte == result.evaluation["valid_bits_per_byte"]
+    assert results[0].num_tokens == result.evaluation["valid_tokens"]
 
 
 @pytest.mark.parametrize("document_resets", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_buckets_add_up_to_the_loss_with_and_without_resets(run, document_resets):
-    metrics, args = measures(run, document_resets=document_resets)
+def test_losses_by_position_sum_to_the_held_out_loss(run, document_resets):
+    metrics, args = evaluate_run(run, document_resets=document_resets)
     options = dict(batch_size=run[0].data.batch_size, document_resets=document_resets)
     assert perplexity(*args, **options).nats_per_token == metrics["valid_loss"]
     buckets = [b for b in by_position(*args, **options) if b.num_tokens]
     nats = sum(b.nats_per_token * b.num_tokens for b in buckets)
     assert nats / metrics["valid_tokens"] == pytest.approx(metrics["valid_loss"], rel=1e-5)
     same = metrics["valid_loss"] == pytest.approx(run[2].evaluation["valid_loss"], rel=1e-4)
-    assert same != document_resets  # they matter here
+    assert same != document_resets  # resets change the loss of these data
 
 
-def test_a_part_of_the_windows_is_the_same_part_in_both(run):
-    metrics, args = measures(run, eval_batches=1)
+def test_training_and_evaluate_sample_the_same_windows(run):
+    metrics, args = evaluate_run(run, eval_batches=1)
     options = dict(batch_size=run[0].data.batch_size, max_batches=1, document_resets=False)
     assert perplexity(*args, **options).nats_per_token == metrics["valid_loss"]
     assert metrics["valid_tokens"] < run[2].evaluation["valid_tokens"]

@@ -1,4 +1,4 @@
-"""A run may be cut anywhere; a directory holds one run; whatever is wrong leaves it as it was."""
+"""Runs: exact resume after any interruption, and errors that leave the run directory unchanged."""
 
 import dataclasses
 import hashlib
@@ -27,7 +27,7 @@ SPEED = ("step_time", "data_wait", "tokens_per_second", "model_flops_per_second"
 
 
 def records(run_dir):
-    """What a run wrote, without how fast it was."""
+    """The records of a run, without metrics of speed."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in r.items() if name not in SPEED} for r in lines]
 
@@ -37,24 +37,24 @@ def contents(folder):
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-class CutError(Exception):
-    """A power failure."""
+class CrashError(Exception):
+    """A simulated power failure."""
 
 
 def crash_at(step):
-    def cut(at, record):
-        if at >= step:
-            raise CutError
+    def callback(current, record):
+        if current >= step:
+            raise CrashError
 
-    return cut
+    return callback
 
 
 def interrupt_at(step):
-    def cut(at, record):
-        if at == step and "loss" in record:
+    def callback(current, record):
+        if current == step and "loss" in record:
             signal.raise_signal(signal.SIGINT)
 
-    return cut
+    return callback
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +64,15 @@ def original(tiny_lm, experiment, tmp_path_factory):
 
 
 @pytest.fixture
-def whole(original, tmp_path):
-    """A config, the result of its uninterrupted run, and a copy of that run's directory."""
+def finished(original, tmp_path):
+    """A config, the result of its uninterrupted run, and a copy of its run directory."""
     cfg, result, run_dir = original
-    shutil.copytree(run_dir, tmp_path / "whole")
-    return cfg, result, tmp_path / "whole"
+    shutil.copytree(run_dir, tmp_path / "finished")
+    return cfg, result, tmp_path / "finished"
 
 
-def test_a_run_leaves_its_files_and_learns(whole, assert_same):
-    cfg, result, run_dir = whole
+def test_a_run_writes_its_files_and_learns(finished, assert_same):
+    cfg, result, run_dir = finished
     assert result.finished and result.step == 12
     assert sorted(p.name for p in run_dir.iterdir()) == [
         "checkpoints", "config.json", "loss.png", "metrics.jsonl", "run.json",
@@ -90,33 +90,33 @@ def test_a_run_leaves_its_files_and_learns(whole, assert_same):
     assert [r["step"] for r in valid] == [4, 8, 12]
     assert [r["tokens_seen"] for r in train] == [192, 384, 576, 768]
     assert train[-1]["loss"] < train[0]["loss"]
-    # A byte a token: bits per byte are nats per token in another unit.
+    # One token per byte, so bits per byte are nats per token in another unit.
     assert valid[-1]["valid_bits_per_byte"] == pytest.approx(
         valid[-1]["valid_loss"] / np.log(2), rel=1e-2
     )
     assert result.evaluation == valid[-1]
 
 
-@pytest.mark.parametrize("cut", [crash_at(3), crash_at(9), interrupt_at(3), interrupt_at(6)])
-def test_a_run_that_was_cut_ends_as_if_it_had_not_been(whole, tmp_path, assert_same, cut):
-    cfg, expected, run_dir = whole
-    cut_dir = tmp_path / "cut"
+@pytest.mark.parametrize("callback", [crash_at(3), crash_at(9), interrupt_at(3), interrupt_at(6)])
+def test_an_interrupted_run_resumes_bit_exactly(finished, tmp_path, assert_same, callback):
+    cfg, expected, run_dir = finished
+    resumed_dir = tmp_path / "resumed"
     try:
-        first = fit(cfg, cut_dir, on_metrics=cut)
-        # A signal ends the step at hand, saves it, and returns.
-        assert not first.finished and checkpoint.latest_step(cut_dir) == first.step < 12
-        assert not (cut_dir / "loss.png").exists()
-    except CutError:
-        assert (checkpoint.latest_step(cut_dir) or 0) < 12
-    result = fit(cfg, cut_dir)
+        first = fit(cfg, resumed_dir, on_metrics=callback)
+        # On a signal the current step finishes and is saved, and `fit` returns.
+        assert not first.finished and checkpoint.latest_step(resumed_dir) == first.step < 12
+        assert not (resumed_dir / "loss.png").exists()
+    except CrashError:
+        assert (checkpoint.latest_step(resumed_dir) or 0) < 12
+    result = fit(cfg, resumed_dir)
     assert result.finished and result.evaluation == expected.evaluation
     assert_same(result.state, expected.state)
-    assert records(cut_dir) == records(run_dir)
-    assert (cut_dir / "loss.png").exists()
+    assert records(resumed_dir) == records(run_dir)
+    assert (resumed_dir / "loss.png").exists()
 
 
-def test_a_finished_run_is_left_alone(whole, assert_same):
-    cfg, expected, run_dir = whole
+def test_resuming_a_finished_run_changes_nothing(finished, assert_same):
+    cfg, expected, run_dir = finished
     lines = records(run_dir)
     result = fit(cfg, run_dir)
     assert result.finished and result.evaluation == expected.evaluation
@@ -124,8 +124,8 @@ def test_a_finished_run_is_left_alone(whole, assert_same):
     assert records(run_dir) == lines
 
 
-def test_a_fresh_start_discards_the_run_and_nothing_else(whole, with_train):
-    cfg, _, run_dir = whole
+def test_fresh_deletes_the_files_of_the_run_only(finished, with_train):
+    cfg, _, run_dir = finished
     (run_dir / "notes.txt").write_text("mine")
     other = with_train(cfg, lr=2e-2, steps=3)
     assert fit(other, run_dir, fresh=True).step == 3
@@ -134,8 +134,8 @@ def test_a_fresh_start_discards_the_run_and_nothing_else(whole, with_train):
     assert (run_dir / "notes.txt").read_text() == "mine"
 
 
-def test_a_directory_of_another_config_is_refused_with_the_differing_fields(whole, with_train):
-    cfg, _, run_dir = whole
+def test_another_config_is_rejected_with_the_fields_that_differ(finished, with_train):
+    cfg, _, run_dir = finished
     before = contents(run_dir)
     other = dataclasses.replace(
         with_train(cfg, lr=2e-2), model=dataclasses.replace(cfg.model, dim=16)
@@ -143,49 +143,47 @@ def test_a_directory_of_another_config_is_refused_with_the_differing_fields(whol
     with pytest.raises(ConfigError) as caught:
         fit(other, run_dir)
     message = str(caught.value)
-    assert "model.dim: 16 here, 8 there; train.lr: 0.02 here, 0.01 there" in message
+    assert "model.dim: 16, stored 8; train.lr: 0.02, stored 0.01" in message
     assert "--fresh" in message and "\n" not in message
     assert contents(run_dir) == before
 
 
-def test_what_changes_no_number_may_change(whole, with_train):
-    cfg, _, run_dir = whole
+def test_fields_that_do_not_affect_results_may_differ_on_resume(finished, with_train):
+    cfg, _, run_dir = finished
     other = dataclasses.replace(with_train(cfg, log_every=5, keep=9, eval_batches=1), name="b")
     assert fit(other, run_dir).finished
     assert json.loads((run_dir / "config.json").read_text()) == to_dict(other)
 
 
-def test_steps_of_a_schedule_that_falls_cannot_be_added(whole, with_train):
-    cfg, _, run_dir = whole
-    with pytest.raises(ConfigError, match="train.steps: 20 here, 12 there.*only a constant"):
+def test_steps_of_a_decaying_schedule_cannot_be_extended(finished, with_train):
+    cfg, _, run_dir = finished
+    with pytest.raises(ConfigError, match="train.steps: 20, stored 12.*Only a constant"):
         fit(with_train(cfg, steps=20), run_dir)
 
 
-def test_a_constant_schedule_goes_on_for_as_long_as_one_likes(
+def test_steps_of_a_constant_schedule_can_be_extended(
     tiny_lm, experiment, with_train, tmp_path, assert_same
 ):
     short = experiment(schedule="constant", warmup_steps=2, steps=5)
     long = with_train(short, steps=8)
     assert int(fit(short, tmp_path / "a").state.step) == 5
-    continued, whole = fit(long, tmp_path / "a").state, fit(long, tmp_path / "b").state
-    assert int(continued.step) == 8
-    assert_same(continued, whole)
+    extended, expected = fit(long, tmp_path / "a").state, fit(long, tmp_path / "b").state
+    assert int(extended.step) == 8
+    assert_same(extended, expected)
 
 
-def test_any_transformation_of_optax_trains_and_is_resumed_with(
-    tiny_lm, experiment, tmp_path, assert_same
-):
+def test_any_optax_transformation_trains_and_resumes(tiny_lm, experiment, tmp_path, assert_same):
     cfg, tx = experiment(steps=4, eval_every=0, checkpoint_every=2), optax.sgd(0.1, momentum=0.9)
-    with pytest.raises(CutError):
-        fit(cfg, tmp_path / "cut", tx=tx, on_metrics=crash_at(3))
-    result, expected = fit(cfg, tmp_path / "cut", tx=tx), fit(cfg, tmp_path / "whole", tx=tx)
+    with pytest.raises(CrashError):
+        fit(cfg, tmp_path / "a", tx=tx, on_metrics=crash_at(3))
+    result, expected = fit(cfg, tmp_path / "a", tx=tx), fit(cfg, tmp_path / "b", tx=tx)
     assert_same(result.state, expected.state)
     assert optax.tree.get(result.state.opt_state, "trace") is not None
     with pytest.raises(CheckpointError, match="must be a complete checkpoint of this config"):
-        fit(cfg, tmp_path / "cut")  # without it
+        fit(cfg, tmp_path / "a")  # without tx
 
 
-def test_other_data_under_the_same_name_are_refused(tiny_lm, experiment, text, tmp_path):
+def test_changed_data_under_the_same_path_are_rejected(tiny_lm, experiment, text, tmp_path):
     shutil.copytree(text, tmp_path / "text")
     cfg, run_dir = experiment(data={"source": str(tmp_path / "text")}, steps=3), tmp_path / "run"
     fit(cfg, run_dir)
@@ -197,8 +195,8 @@ def test_other_data_under_the_same_name_are_refused(tiny_lm, experiment, text, t
     assert contents(run_dir) == before
 
 
-def test_a_truncated_checkpoint_is_refused_and_left_as_it_is(whole, with_train):
-    cfg, _, run_dir = whole
+def test_a_truncated_checkpoint_is_rejected_and_no_file_changes(finished, with_train):
+    cfg, _, run_dir = finished
     victim = max(
         (p for p in (run_dir / "checkpoints" / "12").rglob("*") if p.is_file()),
         key=lambda path: path.stat().st_size,
@@ -218,13 +216,13 @@ def test_a_truncated_checkpoint_is_refused_and_left_as_it_is(whole, with_train):
         ({}, {"vocab_size": 100}, "model.vocab_size must be at least 257"),
     ],
 )
-def test_a_run_that_cannot_begin_leaves_nothing(tiny_lm, experiment, tmp_path, data, model, words):
+def test_a_run_that_cannot_start_writes_nothing(tiny_lm, experiment, tmp_path, data, model, words):
     with pytest.raises(ConfigError, match=words):
         fit(experiment(data=data, model=model), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_directory_that_is_no_run_is_refused(tiny_lm, experiment, tmp_path):
+def test_a_path_that_is_not_a_run_directory_is_rejected(tiny_lm, experiment, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="must be a folder"):
         fit(experiment(), tmp_path / "file")
@@ -233,44 +231,44 @@ def test_a_directory_that_is_no_run_is_refused(tiny_lm, experiment, tmp_path):
         fit(experiment(), tmp_path / "run")
 
 
-def test_too_many_skipped_updates_in_a_row_end_the_run(tiny_lm, experiment, tmp_path):
+def test_too_many_consecutive_skips_end_the_run(tiny_lm, experiment, tmp_path):
     cfg = experiment(steps=40, lr=1e38, warmup_steps=0, eval_every=0, checkpoint_every=0)
     run_dir = tmp_path / "run"
-    with pytest.raises(DivergedError, match="8 updates in a row were discarded from step"):
+    with pytest.raises(DivergedError, match="8 updates in a row were skipped from step"):
         fit(cfg, run_dir)
     dump = json.loads((run_dir / "diverged.json").read_text())
     assert len(dump["index_of_step"]) == 8
     first = dump["first_skipped_step"]
     assert dump["index_of_step"][str(first)]
-    # What it had become is not saved: going on would be pointless.
+    # The diverged state is not saved.
     assert checkpoint.latest_step(run_dir) is None
     assert max(r["skipped_in_a_row"] for r in records(run_dir)) >= 8
 
 
-def test_the_clock_alone_can_ask_for_a_checkpoint(tiny_lm, experiment, tmp_path):
+def test_checkpoint_is_saved_after_checkpoint_minutes(tiny_lm, experiment, tmp_path):
     cfg = experiment(checkpoint_every=0, checkpoint_minutes=1e-9, steps=4, keep=10)
     fit(cfg, tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run") == [1, 2, 3, 4]
 
 
-def test_a_run_can_show_its_progress_and_its_rate(tiny_lm, experiment, tmp_path, capsys):
-    found = {}
+def test_console_shows_progress_and_records_contain_the_flop_rate(
+    tiny_lm, experiment, tmp_path, capsys
+):
+    metrics = {}
     cfg = experiment(steps=6)
     fit(
         cfg,
         tmp_path / "run",
         console=True,
         flops_per_step=100.0,
-        on_metrics=lambda step, record: found.update(record),
+        on_metrics=lambda step, record: metrics.update(record),
     )
-    assert found["model_flops_per_second"] == pytest.approx(100.0 / found["step_time"])
+    assert metrics["model_flops_per_second"] == pytest.approx(100.0 / metrics["step_time"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step 3/6  loss") and "bits per byte" in lines[-1]
 
 
-def test_compiled_programs_are_kept_beside_the_run_for_its_next_start(
-    tiny_lm, experiment, tmp_path, compiled
-):
+def test_compiled_programs_are_cached_in_the_run_directory(tiny_lm, experiment, tmp_path, compiled):
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
     try:
@@ -283,13 +281,13 @@ def test_compiled_programs_are_kept_beside_the_run_for_its_next_start(
 
 @pytest.fixture
 def interrupts():
-    """SIGINT raises KeyboardInterrupt, also where the tests run in a shell's background."""
+    """SIGINT raises KeyboardInterrupt, even if the tests run in the background of a shell."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_the_first_signal_asks_and_the_second_acts(interrupts):
+def test_the_first_signal_requests_a_stop_and_the_second_interrupts(interrupts):
     with stop_request() as stop:
         assert not stop.requested
         signal.raise_signal(signal.SIGTERM)
@@ -300,17 +298,17 @@ def test_the_first_signal_asks_and_the_second_acts(interrupts):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_another_thread_trains_without_listening_to_signals():
-    found = []
+def test_stop_request_handles_no_signals_outside_the_main_thread():
+    requested = []
 
     def enter():
         with stop_request() as stop:
-            found.append(stop.requested)
+            requested.append(stop.requested)
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert found == [False]
+    assert requested == [False]
 
 
 SCRIPT = """
@@ -320,7 +318,7 @@ SCRIPT = """
     from xlstm_jax.train import ExperimentConfig, TrainConfig, fit
 
     cfg = ExperimentConfig(
-        name="cut",
+        name="resumed",
         model=LMConfig(vocab_size=257, dim=16, pattern="ms", dropout=0.1),
         data=DataConfig(source="grammar", seq_len=32, batch_size=4),
         train=TrainConfig(steps=60, log_every=4, eval_every=20, eval_batches=2),
@@ -331,8 +329,8 @@ SCRIPT = """
 
 
 @pytest.mark.slow
-def test_a_killed_process_resumed_equals_an_uninterrupted_one(tmp_path):
-    """The real model in a process of its own, dropout included: losses equal bit for bit."""
+def test_an_interrupted_process_resumes_bit_exactly(tmp_path):
+    """The library's model with dropout, in a separate process: losses are bit-identical."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     environment = os.environ | {
@@ -350,20 +348,20 @@ def test_a_killed_process_resumed_equals_an_uninterrupted_one(tmp_path):
             text=True,
         )
 
-    whole, _ = finish(start("whole"))
-    assert whole[-1] == "finished 60"
-    process, metrics = start("cut"), tmp_path / "cut" / "metrics.jsonl"
+    output, _ = finish(start("uninterrupted"))
+    assert output[-1] == "finished 60"
+    process, metrics = start("resumed"), tmp_path / "resumed" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()) and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     lines, errors = finish(process)
     assert lines[-1].startswith("stopped") and not errors, errors
-    assert finish(start("cut"))[0][-1] == "finished 60"
-    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+    assert finish(start("resumed"))[0][-1] == "finished 60"
+    assert records(tmp_path / "resumed") == records(tmp_path / "uninterrupted")
 
 
 def finish(process):
-    """Standard output and error of a process that must leave with code 0."""
+    """Standard output and error of a process, which must exit with code 0."""
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     return out.splitlines(), err

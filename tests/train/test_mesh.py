@@ -1,4 +1,4 @@
-"""Training on a mesh: the same losses, gradients and runs as on one device."""
+"""Training on a mesh gives the losses, gradients and runs of a single device."""
 
 import dataclasses
 import functools
@@ -45,12 +45,12 @@ MESHES = {
     "fsdp_tensor": MeshConfig(fsdp=2, tensor=2, min_shard_size=2),
     "fsdp_seq": MeshConfig(fsdp=2, seq=2, min_shard_size=2),
 }
-"""Eight devices under every table of rules, which cuts as much as it can."""
+"""Eight devices under all sharding rules; the small min_shard_size shards every parameter."""
 
-every_table = pytest.mark.parametrize(
+every_mesh = pytest.mark.parametrize(
     "mesh",
     [
-        # A table that cuts in every way is quick, the others are among the slow tests.
+        # The rules with most axes run by default, the others only as slow tests.
         pytest.param(mesh, id=name, marks=[] if name in ("fsdp_tensor", "fsdp_seq") else slow)
         for name, mesh in MESHES.items()
     ],
@@ -60,7 +60,7 @@ T, VOCAB = 48, 64
 
 @pytest.fixture(autouse=True, scope="module")
 def all_devices(one_device):
-    """Not the first one alone, as other tests of training have it."""
+    """Uses all devices; other tests of training use the first one only."""
     with jax.default_device(None):
         yield
 
@@ -77,21 +77,21 @@ def config(pattern: str, remat: str = "none") -> LMConfig:
     )
 
 
-def packed_batch(rng, num_rows=8) -> Batch:
-    """Rows of several documents with padding behind, and of very different weight."""
-    shape = (num_rows, T)
+def packed_batch(rng, batch_size=8) -> Batch:
+    """Padded sequences of several documents, with very different numbers of targets."""
+    shape = (batch_size, T)
     documents = np.sort(rng.integers(1, 4, shape), axis=1).astype(np.int32)
     documents[0, 40:] = 0
-    weights = rng.random(shape) < np.linspace(0.2, 1.0, num_rows)[:, None]
+    weights = rng.random(shape) < np.linspace(0.2, 1.0, batch_size)[:, None]
     tokens = rng.integers(0, VOCAB, (2, *shape)).astype(np.int32)
-    return Batch(*tokens, documents, weights.astype(np.float32), np.arange(num_rows))
+    return Batch(*tokens, documents, weights.astype(np.float32), np.arange(batch_size))
 
 
 TRAIN = TrainConfig(loss_chunk=16, z_loss=1e-2)
 
 
-def shaken_params(model, rng):
-    """Parameters none of which is where it starts, at zero or one."""
+def random_params(model, rng):
+    """Parameters with noise, so that none is still zero or one."""
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     return jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape).astype(x.dtype), params)
 
@@ -101,15 +101,15 @@ def loss_and_gradients(model, params, batch):
 
 
 @functools.cache
-def alone(pattern: str, remat: str):
-    """Parameters, a batch, and what one device makes of them."""
+def on_one_device(pattern: str, remat: str):
+    """Parameters, a batch, and their loss and gradients on one device."""
     rng = np.random.default_rng(0)
     model = LM(config(pattern, remat))
-    params, batch = shaken_params(model, rng), packed_batch(rng)
+    params, batch = random_params(model, rng), packed_batch(rng)
     return params, batch, quick.jit(functools.partial(loss_and_gradients, model))(params, batch)
 
 
-@every_table
+@every_mesh
 @pytest.mark.parametrize(
     "pattern,remat",
     [
@@ -118,41 +118,41 @@ def alone(pattern: str, remat: str):
         pytest.param("mMsmMs", "full", marks=slow),
     ],
 )
-def test_loss_and_every_gradient_are_those_of_one_device(pattern, remat, mesh, capfd):
-    """Nor does the compiler complain that it has to gather what was cut."""
-    params, batch, (loss, gradients) = alone(pattern, remat)
+def test_loss_and_gradients_equal_those_of_one_device(pattern, remat, mesh, capfd):
+    """And the compiler reports no involuntary rematerialization of sharded arrays."""
+    params, batch, (loss, expected) = on_one_device(pattern, remat)
     devices = make_devices(mesh)
     shardings = devices.shardings(params)
     compute = functools.partial(loss_and_gradients, LM(config(pattern, remat)))
     with devices.active():
-        placed = jax.device_put(params, shardings), devices.batch(batch)
-        found = quick.jit(compute, out_shardings=(None, shardings))(*placed)
+        args = jax.device_put(params, shardings), devices.batch(batch)
+        sharded_loss, grads = quick.jit(compute, out_shardings=(None, shardings))(*args)
     assert "nvoluntary" not in capfd.readouterr().err
-    np.testing.assert_allclose(found[0], loss, rtol=1e-5)
-    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients))
-    for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(gradients), strict=True):
+    np.testing.assert_allclose(sharded_loss, loss, rtol=1e-5)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
 
 
-def test_a_cut_that_cannot_be_kept_is_complained_about(capfd):
-    """What the test above looks for is what the compiler says."""
+def test_the_compiler_reports_involuntary_rematerialization(capfd):
+    """So the test above searches for the right message."""
     devices = make_devices(MESHES["fsdp"])
 
-    def turn(x):
+    def reshard(x):
         x = jax.lax.with_sharding_constraint(x, P("fsdp", None, "data"))
         return jax.lax.with_sharding_constraint(jnp.sin(x), P(None, ("data", "fsdp"), None))
 
     with devices.active():
-        jax.jit(turn).lower(jnp.zeros((8, 8, 8))).compile()
+        jax.jit(reshard).lower(jnp.zeros((8, 8, 8))).compile()
     assert "nvoluntary" in capfd.readouterr().err
 
 
 @slow
-def test_no_exchange_of_a_step_grows_with_the_length():
-    """From tokens to new parameters, time sharded over `seq`: the collectives of the program."""
+def test_no_collective_of_a_step_grows_with_the_sequence_length():
+    """For a complete train step with time sharded over `seq`."""
     mesh = MeshConfig(fsdp=2, seq=4, min_shard_size=2)
 
-    def exchanged(length: int) -> list[str]:
+    def collectives_of_step(length: int) -> list[str]:
         data = DataConfig(batch_size=2, seq_len=length)
         cfg = ExperimentConfig(name="", model=config("Mm"), data=data, train=TRAIN, mesh=mesh)
         program = TrainProgram(cfg, make_devices(mesh), optax.sgd(0.1))
@@ -161,15 +161,15 @@ def test_no_exchange_of_a_step_grows_with_the_length():
         compiled = lowered.compile(compiler_options=quick.OPTIONS)
         return sorted(map(str, collectives(Program(compiled.as_text()))))
 
-    found = exchanged(256)
-    assert any("all-gather" in exchange for exchange in found)
-    assert found == exchanged(512)
+    short = collectives_of_step(256)
+    assert any("all-gather" in collective for collective in short)
+    assert short == collectives_of_step(512)
 
 
 @slow
-@every_table
-def test_a_step_updates_as_one_device_does(mesh, rng):
-    """From two micro-batches, rows of both on every device."""
+@every_mesh
+def test_a_train_step_equals_that_of_one_device(mesh, rng):
+    """With two micro-batches, both of which have sequences on every device."""
     cfg = TrainConfig(accumulation=2, lr=1e-2, warmup_steps=0, loss_chunk=16)
     model, tx = LM(config("mM")), make_optimizer(cfg)
     key, tokens, batch = jax.random.key(0), jnp.zeros((1, 1), jnp.int32), packed_batch(rng, 16)
@@ -182,37 +182,37 @@ def test_a_step_updates_as_one_device_does(mesh, rng):
         with devices.active():
             return step(state, devices.batch(batch))
 
-    expected, found = train(None), train(make_devices(mesh))
-    # Adam divides by the size of a gradient, however small: the sign of noise moves a parameter.
-    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    expected, actual = train(None), train(make_devices(mesh))
+    # Adam normalizes a gradient however small it is, so the sign of noise moves a parameter.
+    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
     for name in ("loss", "grad_norm", "tokens"):
-        np.testing.assert_allclose(found[1][name], expected[1][name], rtol=1e-5)
+        np.testing.assert_allclose(actual[1][name], expected[1][name], rtol=1e-5)
 
 
-@every_table
+@every_mesh
 def test_the_state_is_created_sharded(mesh):
-    """Nothing above the threshold is replicated under fsdp, moments neither."""
+    """Under fsdp no parameter or moment above the threshold is replicated."""
     cfg = dataclasses.replace(mesh, min_shard_size=2**12)
     devices, tx = make_devices(cfg), make_optimizer(TRAIN)
     tokens = jnp.zeros((1, 1), jnp.int32)
     state = init_state(LM(config("M")), tx, jax.random.key(0), tokens, devices=devices)
-    parts = dict(devices.mesh.shape)
+    sizes = dict(devices.mesh.shape)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         one_layer = leaf.size // (leaf.shape[0] if "/stack/" in path_name(path) else 1)
-        pieces = leaf.size // leaf.addressable_shards[0].data.size
+        num_shards = leaf.size // leaf.addressable_shards[0].data.size
         if one_layer >= cfg.min_shard_size and "fsdp" in devices.rules["embed"]:
-            assert pieces % parts["fsdp"] == 0, path_name(path)
+            assert num_shards % sizes["fsdp"] == 0, path_name(path)
         if cfg.rules_name() == "data":
-            assert pieces == 1
+            assert num_shards == 1
 
 
 @pytest.mark.parametrize(
     "name,fsdp",
-    # 256 does not divide the rows of the table of tokens.
+    # 256 does not divide the vocabulary.
     [("xlstm_7b", 8), ("xlstm_7b", 256), ("xlstm_1.3b_7:1", 8), ("xlstm_125m_1:0", 8)],
 )
-def test_no_large_parameter_of_a_preset_is_whole_under_fsdp(name, fsdp):
+def test_no_large_parameter_of_a_preset_is_replicated_under_fsdp(name, fsdp):
     sizes = {"data": 32, "fsdp": fsdp, "seq": 1, "tensor": 1}
     shapes = param_shapes(presets.get(name))
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
@@ -225,11 +225,11 @@ def test_no_large_parameter_of_a_preset_is_whole_under_fsdp(name, fsdp):
 
 
 def on(cfg, **mesh):
-    """A run's config on another mesh."""
+    """A config with another mesh."""
     return dataclasses.replace(cfg, mesh=MeshConfig(min_shard_size=2, **mesh))
 
 
-def fit_alone(cfg, run_dir, **options):
+def fit_on_one_device(cfg, run_dir, **options):
     with jax.default_device(jax.devices()[0]):
         return fit(cfg, run_dir, **options)
 
@@ -254,26 +254,26 @@ def run_config(experiment):
 
 @pytest.fixture(scope="module")
 def one_run(run_config, tmp_path_factory):
-    """Losses of a run that one device did from beginning to end."""
-    run_dir = tmp_path_factory.mktemp("alone") / "run"
-    result = fit_alone(run_config, run_dir)
+    """Losses and final evaluation of an uninterrupted run on one device."""
+    run_dir = tmp_path_factory.mktemp("one_device") / "run"
+    result = fit_on_one_device(run_config, run_dir)
     return losses(run_dir), result.evaluation
 
 
 @slow
 @pytest.mark.parametrize("mesh", RUN_MESHES.values(), ids=RUN_MESHES)
-def test_a_run_goes_on_on_any_other_mesh(mesh, run_config, one_run, tmp_path):
-    """Begun on one device, gone on on a mesh, ended on another one."""
+def test_a_run_resumes_on_any_other_mesh(mesh, run_config, one_run, tmp_path):
+    """Started on one device, resumed on a mesh, and finished on another mesh."""
     run_dir = tmp_path / "run"
 
     def stop_at(step):
-        def note(now, record):
-            if now == step:
+        def callback(current, record):
+            if current == step:
                 signal.raise_signal(signal.SIGTERM)
 
-        return note
+        return callback
 
-    fit_alone(run_config, run_dir, on_metrics=stop_at(2))
+    fit_on_one_device(run_config, run_dir, on_metrics=stop_at(2))
     fit(on(run_config, **mesh), run_dir, on_metrics=stop_at(4))
     result = fit(on(run_config, data=4, fsdp=2), run_dir)
     assert result.finished and len(losses(run_dir)) == 6
@@ -282,55 +282,55 @@ def test_a_run_goes_on_on_any_other_mesh(mesh, run_config, one_run, tmp_path):
 
 
 @slow
-def test_a_run_resumed_on_its_own_mesh_is_the_same_bit_for_bit(run_config, tmp_path, assert_same):
+def test_a_run_resumed_on_the_same_mesh_is_bit_exact(run_config, tmp_path, assert_same):
     cfg = on(run_config, fsdp=2, seq=2)
-    whole = fit(cfg, tmp_path / "whole")
+    expected = fit(cfg, tmp_path / "uninterrupted")
 
-    def note(step, record):
+    def stop(step, record):
         if step == 3:
             signal.raise_signal(signal.SIGTERM)
 
-    assert not fit(cfg, tmp_path / "cut", on_metrics=note).finished
-    result = fit(cfg, tmp_path / "cut")
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    assert_same(result.state, whole.state)
+    assert not fit(cfg, tmp_path / "resumed", on_metrics=stop).finished
+    result = fit(cfg, tmp_path / "resumed")
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "uninterrupted")
+    assert_same(result.state, expected.state)
 
 
 @slow
-def test_a_checkpoint_of_another_config_is_refused_with_the_differing_fields(run_config, tmp_path):
-    """The mesh may differ, and is not named."""
+def test_another_model_is_rejected_on_resume_but_another_mesh_is_not(run_config, tmp_path):
+    """The message lists the fields of the model only."""
     short = dataclasses.replace(run_config.train, steps=1)
     fit(on(dataclasses.replace(run_config, train=short), fsdp=2), tmp_path / "run")
     other = dataclasses.replace(run_config, model=dataclasses.replace(run_config.model, dim=64))
     dim = run_config.model.dim
-    with pytest.raises(ConfigError, match=f"model.dim: 64 here, {dim} there") as caught:
+    with pytest.raises(ConfigError, match=f"model.dim: 64, stored {dim}") as caught:
         fit(on(other, fsdp=4, tensor=2), tmp_path / "run")
     assert "mesh" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "change,sentence",
+    "change,message",
     [
         (dict(mesh=dict(data=3)), "must multiply to 8.*got data=3.*8 x 1, 4 x 2"),
         (
             dict(mesh=dict(fsdp=8), data=dict(batch_size=4)),
-            "batch_size must be a multiple of 8.*data=1 x fsdp=8, got 4; 8 would do",
+            "batch_size must be a multiple of 8.*data=1 x fsdp=8, got 4; use 8, or another mesh",
         ),
         (
             dict(mesh=dict(seq=8), data=dict(seq_len=20)),
             "seq_len must be a multiple of 8.*16 or 24",
         ),
         (dict(mesh=dict(tensor=8)), r"model.mlstm.num_heads must be a multiple of 8.*got 4"),
-        (dict(mesh=dict(tensor=2, seq=2)), "no table of rules shards over seq and tensor"),
-        (dict(mesh=dict(fsdp=2, rules="data")), "no use for the axis fsdp.*use one of: fsdp, "),
-        (dict(mesh=dict(data=-1, fsdp=-1)), "one axis of a mesh may be -1, got data and fsdp"),
+        (dict(mesh=dict(tensor=2, seq=2)), "no sharding rules use seq and tensor together"),
+        (dict(mesh=dict(fsdp=2, rules="data")), "must use the mesh axis fsdp.*use one of: fsdp, "),
+        (dict(mesh=dict(data=-1, fsdp=-1)), "only one mesh axis may be -1, got data and fsdp"),
         (dict(mesh=dict(seq=2, slstm_seq="refuse"), model=dict(pattern="ms")), "cannot shard"),
     ],
 )
-def test_what_devices_cannot_share_is_refused(change, sentence, experiment, tmp_path):
+def test_sizes_that_the_mesh_does_not_divide_are_rejected(change, message, experiment, tmp_path):
     data = dict(batch_size=8) | change.get("data", {})
     model = dict(dim=16, mlstm=MLSTMConfig(num_heads=4)) | change.get("model", {})
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(ConfigError, match=message):
         cfg = experiment(data=data, model=model)
         fit(dataclasses.replace(cfg, mesh=MeshConfig(**change["mesh"])), tmp_path / "run")
     assert not (tmp_path / "run").exists()

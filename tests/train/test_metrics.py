@@ -1,4 +1,4 @@
-"""Metrics of an interval are those of its steps, and writers keep them."""
+"""Metrics of an interval, writers, timing and the loss plot."""
 
 import io
 import json
@@ -16,51 +16,51 @@ from xlstm_jax.train.writers import ConsoleWriter, JsonlWriter
 
 
 def step(loss, tokens, skipped=0, **values):
-    names = metrics.PER_TOKEN + metrics.PER_STEP + metrics.ADDED + metrics.LAST + metrics.LARGEST
-    found = dict.fromkeys(names, 0.0) | dict(loss=loss, tokens=tokens, skipped=skipped) | values
-    return {name: jnp.asarray(value) for name, value in found.items()}
+    names = metrics.PER_TOKEN + metrics.PER_STEP + metrics.SUMMED + metrics.LAST + metrics.MAXIMUM
+    values = dict(loss=loss, tokens=tokens, skipped=skipped) | values
+    return {name: jnp.asarray(values.get(name, 0.0)) for name in names}
 
 
 def total(*steps):
     totals = metrics.empty()
-    for one in steps:
-        totals = metrics.add(totals, one)
+    for step_metrics in steps:
+        totals = metrics.add(totals, step_metrics)
     return totals
 
 
 def test_losses_are_weighted_by_tokens_and_norms_by_steps():
-    found = metrics.summarize(
+    summary = metrics.summarize(
         total(
             step(2.0, 30.0, grad_norm=1.0, lr=0.1, documents=2),
             step(4.0, 10.0, grad_norm=2.0, lr=0.2, documents=3),
         )
     )
-    assert found["loss"] == pytest.approx(2.5)
-    assert found["perplexity"] == pytest.approx(np.exp(2.5))
-    assert found["grad_norm"] == pytest.approx(1.5)
-    assert found["lr"] == pytest.approx(0.2)
-    assert (found["tokens"], found["documents"], found["skipped"]) == (40, 5, 0)
+    assert summary["loss"] == pytest.approx(2.5)
+    assert summary["perplexity"] == pytest.approx(np.exp(2.5))
+    assert summary["grad_norm"] == pytest.approx(1.5)
+    assert summary["lr"] == pytest.approx(0.2)
+    assert (summary["tokens"], summary["documents"], summary["skipped"]) == (40, 5, 0)
 
 
-def test_a_skipped_step_counts_but_its_numbers_do_not():
+def test_a_skipped_step_is_counted_but_enters_no_mean():
     nan = float("nan")
-    found = metrics.summarize(
+    summary = metrics.summarize(
         total(
             step(2.0, 30.0, grad_norm=1.0),
             step(nan, 10.0, skipped=1, skipped_in_a_row=1, grad_norm=nan),
             step(3.0, 30.0, grad_norm=3.0),
         )
     )
-    assert found["loss"] == pytest.approx(2.5) and found["grad_norm"] == pytest.approx(2.0)
-    assert (found["skipped"], found["skipped_in_a_row"], found["tokens"]) == (1, 1, 70)
+    assert summary["loss"] == pytest.approx(2.5) and summary["grad_norm"] == pytest.approx(2.0)
+    assert (summary["skipped"], summary["skipped_in_a_row"], summary["tokens"]) == (1, 1, 70)
 
 
 def test_an_interval_of_skipped_steps_has_no_loss():
-    found = metrics.summarize(total(step(float("nan"), 5.0, skipped=1)))
-    assert found["loss"] is found["perplexity"] is found["grad_norm"] is None
+    summary = metrics.summarize(total(step(float("nan"), 5.0, skipped=1)))
+    assert summary["loss"] is summary["perplexity"] is summary["grad_norm"] is None
 
 
-def test_totals_survive_json_bit_for_bit(assert_same):
+def test_totals_round_trip_through_json_exactly(assert_same):
     totals = total(step(1 / 3, 7.0, grad_norm=1e-30), step(np.pi, 11.0, lr=1e-3))
     progress = Progress(step=2, totals=totals)
     restored = Progress.from_json(json.loads(json.dumps(progress.to_json())))
@@ -73,7 +73,7 @@ def test_totals_can_be_donated():
     assert float(add(metrics.empty(), step(1.0, 1.0)).steps) == 1
 
 
-def test_what_is_not_finite_becomes_null(tmp_path):
+def test_non_finite_values_become_null(tmp_path):
     writer = JsonlWriter(tmp_path / "m.jsonl")
     writer.write(1, {"loss": float("nan"), "lr": 0.1})
     writer.write(2, {"loss": 1.0, "none": None})
@@ -97,7 +97,7 @@ def show(is_terminal):
     return file.getvalue()
 
 
-def test_piped_output_is_a_line_per_record():
+def test_piped_output_has_one_line_per_record():
     first, second = show(is_terminal=False).splitlines()
     assert first == "step 80/200  loss 1.5000  12,346 tokens/s  2 skipped  1:00 left"
     assert second == "step 80/200  held-out loss 1.2500  bits per byte 1.803  accuracy 0.500"
@@ -109,7 +109,7 @@ def test_a_terminal_shows_a_bar_with_the_time_left():
     assert "bits per byte 1.803" in text
 
 
-def test_the_clock_leaves_out_what_is_not_training(monkeypatch):
+def test_the_clock_excludes_pauses_and_counts_waiting(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("xlstm_jax.train.clock.time.perf_counter", lambda: now[0])
     clock = Clock()
@@ -129,7 +129,7 @@ def test_the_clock_leaves_out_what_is_not_training(monkeypatch):
 
 @pytest.mark.parametrize("bytes_per_token", [None, 1.0])
 @pytest.mark.parametrize("count", [0, 1, 500])
-def test_the_loss_curve_is_a_small_picture(tmp_path, count, bytes_per_token):
+def test_the_loss_curve_is_a_small_png(tmp_path, count, bytes_per_token):
     records = [{"step": 10 * i, "loss": 5.5 / (1 + 0.1 * i)} for i in range(1, count + 1)]
     records += [{"step": 5, "loss": None}]
     records += [dict(step=10 * i, **EVALUATION) for i in range(100, count, 100)]

@@ -1,4 +1,4 @@
-"""A run written by the first version, under its names, is resumed and evaluated.
+"""A run of the first version, with its old field names, can be resumed and evaluated.
 
 `tests/golden/run_0.tar.gz` was written by the commit a3b3597 with the `made_by.py` inside: config,
 the records of all six steps, and the checkpoint of step 3, in the middle of a logging interval.
@@ -25,7 +25,7 @@ def old(tmp_path):
     return tmp_path / "run"
 
 
-def test_its_names_are_upgraded(old):
+def test_old_field_names_are_upgraded(old):
     values = json.loads((old / "config.json").read_text())
     assert values["mesh"]["smallest_cut"] == 4 and values["mesh"]["slstm_time"] == "gather"
     assert values["model"]["slstm"]["implementation"] == "scan"
@@ -35,11 +35,11 @@ def test_its_names_are_upgraded(old):
     rundir.check(old, cfg)
 
 
-def test_it_is_evaluated_and_resumed_to_the_same_end(old, capsys, monkeypatch):
+def test_an_old_run_is_evaluated_and_resumed_with_the_same_records(old, capsys, monkeypatch):
     monkeypatch.setattr(cpu, "prepare", lambda: None)
     expected = rundir.read_metrics(old / rundir.METRICS)
     assert main(["evaluate", str(old), "--step", "3"]) == 0
-    assert "1.2620" in capsys.readouterr().out  # as the first version printed
+    assert "1.2620" in capsys.readouterr().out  # the value that the first version printed
     result = fit(load_config(old, ExperimentConfig), old)
     assert result.finished and result.step == 6
     records = rundir.read_metrics(old / rundir.METRICS)
@@ -56,7 +56,7 @@ def test_it_is_evaluated_and_resumed_to_the_same_end(old, capsys, monkeypatch):
     assert fit(load_config(old, ExperimentConfig), old).step == 6  # in the new layout
 
 
-def test_its_checksums_are_still_verified(old):
+def test_checksums_of_an_old_run_are_verified(old):
     victim = max((old / "checkpoints").rglob("*"), key=lambda path: path.stat().st_size)
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1

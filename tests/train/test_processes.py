@@ -1,4 +1,4 @@
-"""Several real processes that train one model: stopped, killed, and resumed by more or fewer."""
+"""Multi-process runs that are stopped, killed, and resumed with more or fewer processes."""
 
 import dataclasses
 import json
@@ -24,14 +24,14 @@ STEPS = 8
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def config(experiment):
-    """A run of eight steps on four devices, however many processes have them."""
+    """A run of eight steps on four devices, for any number of processes."""
     model = dict(pattern="mM", dim=16)
     train = dict(steps=STEPS, log_every=1, eval_every=4, checkpoint_every=3)
     cfg = experiment(data=dict(batch_size=8), model=model, **train)
@@ -39,7 +39,7 @@ def config(experiment):
 
 
 class Run:
-    """A run of several processes in a folder of its own."""
+    """A multi-process run in its own folder."""
 
     def __init__(self, folder: Path, cfg, compiled: Path):
         self.folder, self.cfg, self.run_dir = folder, cfg, folder / "run"
@@ -50,18 +50,18 @@ class Run:
         }
 
     def start(self, name: str, count: int, devices=4, missing=(), minutes=2.0, **more):
-        """Starts `count` processes with `devices` in all; returns them."""
+        """Starts `count` processes with `devices` devices in total."""
         port, processes = free_port(), []
-        for number in set(range(count)) - set(missing):
-            told = dict(timeout_minutes=minutes)
+        for process_id in set(range(count)) - set(missing):
+            config = dict(timeout_minutes=minutes)
             if count > 1:
-                told |= dict(coordinator=f"127.0.0.1:{port}", num_processes=count)
-                told |= dict(process_id=number)
+                config |= dict(coordinator=f"127.0.0.1:{port}", num_processes=count)
+                config |= dict(process_id=process_id)
             options = dict(
                 name=name,
                 run_dir=str(self.run_dir),
                 config=to_dict(self.cfg),
-                processes=told,
+                processes=config,
                 devices=devices // count,
                 **more,
             )
@@ -74,21 +74,21 @@ class Run:
             )
         return processes
 
-    def go(self, name: str, count: int, **options):
-        """Runs `count` processes to their end; returns what each says."""
-        return [_said(process) for process in self.start(name, count, **options)]
+    def run(self, name: str, count: int, **options):
+        """Runs `count` processes to completion; returns the result of each."""
+        return [_result(process) for process in self.start(name, count, **options)]
 
     def losses(self) -> list[float]:
         records = rundir.read_metrics(self.run_dir / rundir.METRICS)
         return [record["loss"] for record in records if "loss" in record]
 
-    def rows(self, name: str) -> list[set[int]]:
-        """Rows of the data set that all processes have fed together, step by step."""
+    def indices(self, name: str) -> list[set[int]]:
+        """For each step, the window indices that the processes loaded together."""
         files = self.folder.glob(f"{name}_*.jsonl")
         steps = [[json.loads(line) for line in path.read_text().splitlines()] for path in files]
         return [set().union(*step) for step in zip(*steps, strict=True)]
 
-    def expected_rows(self, first: int, last: int) -> list[set[int]]:
+    def expected_indices(self, first: int, last: int) -> list[set[int]]:
         examples = loader.load(self.cfg.data, "train")
         return [
             set(loader.batch_at(examples, self.cfg.data, step).index.tolist())
@@ -96,7 +96,7 @@ class Run:
         ]
 
 
-def _said(process, seconds=240):
+def _result(process, seconds=240):
     out, err = process.communicate(timeout=seconds)
     assert process.returncode == 0, err[-3000:]
     return json.loads(out.splitlines()[-1])
@@ -108,11 +108,11 @@ def run(tmp_path, config, compiled):
 
 
 @pytest.fixture(scope="module")
-def whole(config, compiled, tmp_path_factory):
-    """The run that two processes do without any interruption."""
-    done = Run(tmp_path_factory.mktemp("whole"), config, compiled)
-    done.go("all", 2)
-    return done
+def uninterrupted(config, compiled, tmp_path_factory):
+    """An uninterrupted run of two processes."""
+    run = Run(tmp_path_factory.mktemp("uninterrupted"), config, compiled)
+    run.run("all", 2)
+    return run
 
 
 SIGTERM_TO_ONE = {"process": 1, "step": 3, "signal": "SIGTERM"}
@@ -120,96 +120,96 @@ SIGTERM_TO_ONE = {"process": 1, "step": 3, "signal": "SIGTERM"}
 
 @pytest.fixture(scope="module")
 def stopped(config, compiled, tmp_path_factory):
-    """A run of two processes, one of which was sent a SIGTERM, and what they said at the end."""
+    """A run of two processes, one of which received a SIGTERM, and their results."""
     run = Run(tmp_path_factory.mktemp("stopped"), config, compiled)
-    return run, run.go("first", 2, events=[SIGTERM_TO_ONE])
+    return run, run.run("first", 2, events=[SIGTERM_TO_ONE])
 
 
 @pytest.fixture
-def rest(run, stopped):
-    """A copy of that run, to be resumed, and its step."""
-    first, said = stopped
+def resumable(run, stopped):
+    """A copy of the stopped run, to be resumed, and its step."""
+    first, results = stopped
     shutil.copytree(first.run_dir, run.run_dir)
-    return run, said[0]["step"]
+    return run, results[0]["step"]
 
 
-def test_a_signal_to_one_process_stops_both_at_one_step(stopped, whole):
+def test_sigterm_to_one_process_stops_both_at_the_same_step(stopped, uninterrupted):
     run, (first, second) = stopped
-    assert whole.rows("all") == whole.expected_rows(0, STEPS)
+    assert uninterrupted.indices("all") == uninterrupted.expected_indices(0, STEPS)
     assert first == second and not first["finished"] and 3 <= first["step"] < STEPS
     assert checkpoint.latest_step(run.run_dir) == first["step"]
     for number in range(2):
         log = (run.run_dir / f"process_{number}.log").read_text()
         assert f"process {number} of 2" in log and f"ends at step {first['step']} of 8" in log
-    assert run.rows("first") == run.expected_rows(0, first["step"])
+    assert run.indices("first") == run.expected_indices(0, first["step"])
 
 
-def test_one_process_resumes_what_two_began(rest, whole):
-    run, step = rest
-    (end,) = run.go("one", 1)
+def test_one_process_resumes_a_run_of_two(resumable, uninterrupted):
+    run, step = resumable
+    (end,) = run.run("one", 1)
     assert end == {"step": STEPS, "finished": True}
-    assert run.rows("one") == run.expected_rows(step, STEPS)
-    np.testing.assert_allclose(run.losses(), whole.losses(), rtol=1e-5)
+    assert run.indices("one") == run.expected_indices(step, STEPS)
+    np.testing.assert_allclose(run.losses(), uninterrupted.losses(), rtol=1e-5)
 
 
-def test_resumed_by_as_many_processes_the_run_is_the_same_bit_for_bit(rest, whole):
-    run, step = rest
-    run.go("two", 2)
-    assert run.losses() == whole.losses()
-    assert run.rows("two") == run.expected_rows(step, STEPS)
+def test_a_run_resumed_with_the_same_number_of_processes_is_bit_exact(resumable, uninterrupted):
+    run, step = resumable
+    run.run("two", 2)
+    assert run.losses() == uninterrupted.losses()
+    assert run.indices("two") == run.expected_indices(step, STEPS)
 
 
-def test_one_then_two_then_four_processes(run, whole):
+def test_a_run_resumes_with_one_then_two_then_four_processes(run, uninterrupted):
     stop = {"process": 0, "signal": "SIGTERM"}
-    (first,) = run.go("one", 1, events=[stop | {"step": 2}])
-    second = run.go("two", 2, events=[stop | {"step": 4}])
-    last = run.go("four", 4)
+    (first,) = run.run("one", 1, events=[stop | {"step": 2}])
+    second = run.run("two", 2, events=[stop | {"step": 4}])
+    last = run.run("four", 4)
     assert 2 <= first["step"] < second[0]["step"] < STEPS
     assert last == [{"step": STEPS, "finished": True}] * 4
-    np.testing.assert_allclose(run.losses(), whole.losses(), rtol=1e-5)
-    fed = run.rows("one") + run.rows("two") + run.rows("four")
-    assert fed == run.expected_rows(0, STEPS)
+    np.testing.assert_allclose(run.losses(), uninterrupted.losses(), rtol=1e-5)
+    indices = run.indices("one") + run.indices("two") + run.indices("four")
+    assert indices == run.expected_indices(0, STEPS)
 
 
-def test_killed_while_it_saves_a_run_goes_on_from_the_step_before(run, whole):
-    """When all is written and nothing is final yet; the other process then waits in vain."""
-    processes = run.start("cut", 2, killed_while_saving=6)
+def test_a_run_killed_while_saving_resumes_from_the_previous_checkpoint(run, uninterrupted):
+    """Killed after the files are written and before the rename; the other process then hangs."""
+    processes = run.start("killed", 2, killed_while_saving=6)
     processes[0].communicate(timeout=240)
     assert processes[0].returncode == -signal.SIGKILL
     processes[1].kill()
     processes[1].communicate(timeout=60)
     assert list((run.run_dir / checkpoint.FOLDER).glob("6.orbax-checkpoint-tmp*/state/*"))
     assert checkpoint.latest_step(run.run_dir) == 3
-    run.go("rest", 2)
-    assert run.losses() == whole.losses()
-    assert run.rows("rest") == run.expected_rows(3, STEPS)
+    run.run("resumed", 2)
+    assert run.losses() == uninterrupted.losses()
+    assert run.indices("resumed") == run.expected_indices(3, STEPS)
 
 
-@pytest.mark.parametrize("missing", [2, 0], ids=["one", "the coordinator"])
-def test_a_process_that_never_arrives_is_reported_in_one_line(run, missing):
+@pytest.mark.parametrize("missing", [2, 0], ids=["worker", "coordinator"])
+def test_a_missing_process_is_reported_in_one_line(run, missing):
     processes = run.start("late", 3, missing=[missing], minutes=0.15)
-    for number, process in zip(sorted({0, 1, 2} - {missing}), processes, strict=True):
+    for process_id, process in zip(sorted({0, 1, 2} - {missing}), processes, strict=True):
         _, err = process.communicate(timeout=120)
         assert process.returncode == 4
         (line,) = err.splitlines()
-        assert f"process {number} of 3 waited 0.15 minutes at 127.0.0.1:" in line
+        assert f"process {process_id} of 3 waited 0.15 minutes at 127.0.0.1:" in line
         assert "start those whose log lacks this line" in line
     assert not run.run_dir.exists()
 
 
-def test_a_coordinator_whose_port_is_in_use_is_refused_in_one_sentence(run):
+def test_a_coordinator_port_in_use_is_a_one_line_error(run):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        told = Processes(coordinator=address, num_processes=2, process_id=0)
+        processes = Processes(coordinator=address, num_processes=2, process_id=0)
         with pytest.raises(ConfigError, match="cannot be connected .*a free port of process 0"):
-            init_distributed(told)
+            init_distributed(processes)
 
 
-def test_a_process_alone_is_no_program_of_several():
+def test_init_distributed_does_nothing_for_a_single_process():
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "SLURM_"))}
     code = "from xlstm_jax.sharding import init_distributed as i; i(); import jax; "
     code += "print(jax.process_count())"
-    said = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
         env=environment | {"JAX_PLATFORMS": "cpu"},
@@ -217,4 +217,4 @@ def test_a_process_alone_is_no_program_of_several():
         text=True,
         timeout=120,
     )
-    assert said.stdout.strip() == "1", said.stderr
+    assert process.stdout.strip() == "1", process.stderr

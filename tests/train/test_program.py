@@ -1,4 +1,4 @@
-"""One compiled training program: shapes, shardings and the number of traces are those of a run."""
+"""The training program: AOT compilation matches execution, and the step is traced once."""
 
 import chex
 import jax
@@ -12,14 +12,14 @@ from xlstm_jax.train.program import TrainProgram
 
 
 def arguments(program):
-    """Real arguments of the step, as a run makes them."""
+    """Arguments of the step, as a run makes them."""
     cfg, devices = program.cfg, program.devices
     batch = devices.batch(batch_at(load(cfg.data, "train"), cfg.data, 0))
     return program.init(), devices.replicate(metrics.empty()), batch
 
 
-def test_what_is_compiled_ahead_of_time_is_what_a_run_executes(tiny_lm, experiment, assert_same):
-    """`plan` compiles from shapes; the program takes the arrays of a run and gives its results."""
+def test_the_ahead_of_time_program_is_the_one_a_run_executes(tiny_lm, experiment, assert_same):
+    """It is compiled from shapes, accepts the arrays of a run and computes the same results."""
     with jax.default_device(None):
         cfg = experiment()
         program = TrainProgram(cfg, make_devices(MeshConfig(data=2, fsdp=2, tensor=2)))
@@ -31,9 +31,9 @@ def test_what_is_compiled_ahead_of_time_is_what_a_run_executes(tiny_lm, experime
         compiled = program.compile()
         with program.devices.active():
             state, totals = compiled(*args)
-            other = program.step(*arguments(program))
+            expected = program.step(*arguments(program))
         assert float(totals.steps) == 1 and int(state.step) == 1
-        assert_same((state, totals), other)
+        assert_same((state, totals), expected)
 
 
 def test_a_second_trace_is_an_error(tiny_lm, experiment):
@@ -48,7 +48,7 @@ def test_a_second_trace_is_an_error(tiny_lm, experiment):
             program.step(state, totals, program.devices.batch(half))
 
 
-def test_programs_of_one_process_do_not_count_as_traces_of_each_other(tiny_lm, experiment):
+def test_traces_are_counted_separately_for_each_program(tiny_lm, experiment):
     for _ in range(2):
         program = TrainProgram(experiment(), make_devices(MeshConfig(data=1)))
         with program.devices.active():

@@ -80,7 +80,7 @@ def _hf_to_run(argv: list[str]) -> int:
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     facts = {"num_params": num_params, "converted_from": str(args.folder)}
     try:
-        rundir.begin(args.run, cfg, facts, step=0)
+        rundir.prepare(args.run, cfg, facts, step=0)
         license_name = license.copy(args.folder, args.run)
         special_tokens = hf.special_tokens_of(args.folder)
         rundir.write_json(args.run / SPECIAL_TOKENS, special_tokens)

@@ -14,7 +14,7 @@ from xlstm_jax.sharding.axes import path_name
 from xlstm_jax.sharding.mesh import MESH_AXES
 from xlstm_jax.sharding.placement import bytes_per_device
 from xlstm_jax.sharding.rules import get_rules
-from xlstm_jax.train.config import ExperimentConfig, check_lengths
+from xlstm_jax.train.config import ExperimentConfig, check_divisibility
 from xlstm_jax.train.optimizer import decay_mask, make_optimizer
 
 
@@ -65,7 +65,7 @@ def _memory(cfg: ExperimentConfig, params: Any) -> str:
     """Memory of one device by purpose, without the temporaries of the compiled step."""
     rules = get_rules(cfg.mesh.rules_name())
     sizes = {name: max(getattr(cfg.mesh, name), 1) for name in MESH_AXES}
-    check_lengths(cfg, rules, sizes)
+    check_divisibility(cfg, rules, sizes)
     params_bytes = bytes_per_device(params, rules, sizes, cfg.mesh.min_shard_size)
     moments = jax.eval_shape(make_optimizer(cfg.train).init, params)
     parts = {

@@ -1,7 +1,8 @@
-"""Raw text and seeded tasks to batches: NumPy only, no model, no accelerator.
+"""Batches of raw text and synthetic tasks, in NumPy only.
 
-A data set is rows by index: row i is a pure function of i, so the position of a run in its data
-is one integer, shuffling is a permutation of indices, and any number of hosts can share the rows.
+A data set is a sequence of examples, and example i is a pure function of i. The progress of a run
+in its data is therefore one integer, shuffling is a permutation of indices, and any number of hosts
+can share the examples.
 """
 
 from xlstm_jax.data.batch import Batch, Examples

@@ -1,4 +1,4 @@
-"""What the pipeline hands to a training step, and what it asks of a data set."""
+"""The batch that a training step consumes, and the interface of a data set."""
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -7,41 +7,41 @@ from jaxtyping import Float32, Int32, Int64
 
 
 class Batch(NamedTuple):
-    """Sequences of one step: NumPy arrays on the host, `jax.Array`s once on devices."""
+    """The sequences of one step: NumPy arrays on the host, `jax.Array`s on devices."""
 
     inputs: Int32[Any, "B T"]
-    targets: Int32[Any, "B T"]  # -1 where a synthetic task asks for nothing
+    targets: Int32[Any, "B T"]  # -1 where a synthetic task has no target
     segment_ids: Int32[Any, "B T"]  # 0 is padding; documents count from 1 within a sequence
-    weights: Float32[Any, "B T"]  # 1 where the target counts, 0 elsewhere
+    weights: Float32[Any, "B T"]  # 1 for a target of the loss, 0 elsewhere
     index: Int64[Any, "B"]  # window number in the data set; -1 pads a short batch
 
 
 @runtime_checkable  # so that signatures can be checked at run time
 class Examples(Protocol):
-    """A data set by index: `Windows` of a text, or the `Samples` of a synthetic task."""
+    """An indexed data set: the `Windows` of a text or the `Samples` of a synthetic task."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids a model of these data needs."""
+        """Number of token ids that a model needs for these data."""
 
     @property
     def description(self) -> dict[str, Any]:
-        """Where the data come from, ready for JSON: recorded beside every result."""
+        """Source of the data as JSON values, recorded with results; a resumed run compares it."""
 
     @property
     def shuffle(self) -> bool:
         """Whether training permutes the windows; independent samples need no shuffling."""
 
     def __len__(self) -> int:
-        """Windows or samples in an epoch."""
+        """Number of windows or samples in an epoch."""
 
     def batch(self, index: Int64[np.ndarray, "B"]) -> Batch:
-        """The windows or samples with these numbers, a pure function of them."""
+        """The windows or samples with these indices, as a pure function of the indices."""
 
 
-def fill_up(batch: Batch, batch_size: int) -> Batch:
+def pad_batch(batch: Batch, batch_size: int) -> Batch:
     """`batch` padded to `batch_size` with sequences of segment 0, weight 0 and index -1."""
     missing = batch_size - len(batch.index)
-    # Targets as well as inputs become token 0, a valid id in every vocabulary.
+    # Inputs and targets are padded with token 0, a valid id in every vocabulary.
     leaves = [np.pad(leaf, ((0, missing), (0, 0))) for leaf in batch[:-1]]
     return Batch(*leaves, index=np.pad(batch.index, (0, missing), constant_values=-1))

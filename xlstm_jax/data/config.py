@@ -1,4 +1,4 @@
-"""What data a run sees, and how it is cut into rows."""
+"""Configuration of the data of a run."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -12,16 +12,16 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Source, tokenizer and row size of a run's data."""
+    """Source, tokenizer, sequence length and batch size of the data of a run."""
 
-    source: str = "stdlib"  # a name of `loader.DATASETS`, or a text file, or a folder of them
-    seq_len: int = 256  # T: tokens a row feeds to the model
-    batch_size: int = 16  # rows of one step, over all hosts
+    source: str = "stdlib"  # a name in `loader.DATASETS`, a text file, or a folder of text files
+    seq_len: int = 256  # T: input tokens of a sequence
+    batch_size: int = 16  # sequences of one step, over all hosts
     tokenizer: str = "byte"
-    seed: int = 0  # order of the rows; the samples themselves of a synthetic task
-    pattern: str = "*.txt"  # which files of a folder to read, at any depth
-    min_len: int = 3  # synthetic tasks: shortest sample, its answer included
-    max_len: int | None = None  # synthetic tasks: longest sample; None: what a row holds
+    seed: int = 0  # of the shuffle; for synthetic tasks, of the samples themselves
+    pattern: str = "*.txt"  # files of a folder to read, at any depth
+    min_len: int = 3  # synthetic tasks: tokens of the shortest sample, with the answer
+    max_len: int | None = None  # synthetic tasks: of the longest; None: seq_len + 1
     num_eval_samples: int = 8192  # synthetic tasks: samples of a held-out split
 
     def __post_init__(self):
@@ -29,7 +29,7 @@ class DataConfig:
             ("seq_len", 1),
             ("batch_size", 1),
             ("seed", 0),
-            ("min_len", 2),
+            ("min_len", 2),  # one symbol and the answer
             ("num_eval_samples", 1),
         ):
             value = getattr(self, name)
@@ -38,4 +38,4 @@ class DataConfig:
                     f"data.{name} must be at least {least}, got {value}; "
                     f"leave it out for the default of {getattr(DataConfig, name)}."
                 )
-        tokenizers.get(self.tokenizer)
+        tokenizers.get(self.tokenizer)  # raises if the name is unknown

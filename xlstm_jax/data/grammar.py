@@ -1,7 +1,7 @@
-"""A text that needs no installation: English-like sentences from a seeded grammar.
+"""A generated corpus: English-like sentences from a seeded grammar.
 
-Public domain, the same bytes on every machine. It is small and simple, yet has things to learn:
-spelling, agreement in number, brackets that close, sums that are right.
+Public domain, and the same bytes on every machine. It is small and simple, yet has structure to
+learn: spelling, agreement in number, matched brackets, correct sums.
 """
 
 import functools
@@ -14,18 +14,19 @@ from xlstm_jax.data.readers import Document
 
 _NUM_DOCUMENTS, _NUM_SENTENCES = 200, 40
 
+# Any change of these words or of the order of draws changes the text, whose hash a test pins.
 _NOUNS = "cell gate river teacher garden sparrow engine number letter window clock".split()
 _ADJECTIVES = "old quiet bright narrow patient green hidden early careful empty".split()
 _VERBS = "follow remember forget open watch carry answer find write count".split()
-_PLACES = "in the house|under the bridge|near the sea|behind the hill|before noon".split("|")
-_JOINTS = "and then|because|while|so|but".split("|")
+_PHRASES = "in the house|under the bridge|near the sea|behind the hill|before noon".split("|")
+_CONJUNCTIONS = "and then|because|while|so|but".split("|")
 
-Draw = Callable[[Sequence[str]], str]  # picks one
+Draw = Callable[[Sequence[str]], str]  # returns one of the choices
 
 
 @functools.cache
 def documents() -> tuple[Document, ...]:
-    """All documents, 0.4 MB together."""
+    """All documents, 0.4 MB in total."""
     texts = []
     for number in range(_NUM_DOCUMENTS):
         draw = _draws(number)
@@ -35,8 +36,8 @@ def documents() -> tuple[Document, ...]:
 
 
 def _draws(number: int) -> Draw:
-    """Picks for one document, each a function of the document's number and of its place."""
-    # A sentence takes fewer than 30 picks; unused keys cost nothing.
+    """Draws for one document; draw i is a function of the document's number and of i alone."""
+    # A sentence takes fewer than 30 draws; unused keys cost little.
     keys = hashing.fold(hashing.key(number), np.arange(30 * _NUM_SENTENCES, dtype=np.uint64))
     stream: Iterator[int] = iter(keys.tolist())
 
@@ -52,7 +53,7 @@ def _sentence(draw: Draw) -> str:
         return f"{a} + {b} = {a + b}, and {a} - {b} = {a - b}."
     clauses = _clause(draw)
     if draw("ab") == "b":
-        clauses += f" {draw(_JOINTS)} {_clause(draw)}"
+        clauses += f" {draw(_CONJUNCTIONS)} {_clause(draw)}"
     return clauses[0].upper() + clauses[1:] + "."
 
 
@@ -62,7 +63,7 @@ def _clause(draw: Draw) -> str:
     if not plural:
         third_person = {"carry": "carries", "watch": "watches"}
         verb = third_person.get(verb, verb + "s")
-    aside = f" ({draw(_PLACES)})" if draw("aaab") == "b" else ""
+    aside = f" ({draw(_PHRASES)})" if draw("aaab") == "b" else ""
     return f"{_noun(draw, plural=plural)}{aside} {verb} {_noun(draw, plural=draw('ab') == 'b')}"
 
 

@@ -1,8 +1,8 @@
-"""Data sets by name, and their batches by step.
+"""Named data sets and their batches.
 
-The batch of a step is a pure function of the step: sequence b of it is element
-step * batch_size + b of an endless stream of epochs, each a permutation of the windows. So the
-position of a run in its data is one integer, valid on any number of hosts.
+The batch of a step is a pure function of the step: its sequence b is element step * batch_size + b
+of an endless stream of epochs, each of which is a permutation of the windows. The progress of a run
+in its data is therefore one integer, valid for any number of hosts.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jaxtyping import Int64
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import corpora, hashing, readers, tokenizers
-from xlstm_jax.data.batch import Batch, Examples, fill_up
+from xlstm_jax.data.batch import Batch, Examples, pad_batch
 from xlstm_jax.data.config import SPLITS, DataConfig, Split
 from xlstm_jax.data.prefetch import BatchIterator
 from xlstm_jax.data.synthetic import parity
@@ -24,11 +24,11 @@ from xlstm_jax.data.windows import Windows, concatenate
 
 
 def _windows(corpus: readers.Corpus, cfg: DataConfig, split: Split) -> Windows:
-    """One split of a corpus as tokens, with a record of all of it."""
+    """The windows of one split, with a description of all of its corpus."""
     if not corpus.documents[split]:
         raise ConfigError(
-            f"data.source={cfg.source!r} must hold at least one document for split={split!r}, and "
-            "none of its files falls there; add files, or sort them into train/, valid/ and test/."
+            f"data.source={cfg.source!r} must have at least one document for split={split!r}, got "
+            "none; add files, or sort them into train/, valid/ and test/."
         )
     tokenizer = tokenizers.get(cfg.tokenizer)
     tokens = concatenate(corpus.documents[split], tokenizer)
@@ -45,7 +45,7 @@ def _corpus(cfg: DataConfig, split: Split) -> Windows:
     return _windows(corpora.read_corpus(cfg.source), cfg, split)
 
 
-# Every source that goes by a name; anything else is a path.
+# Named sources; any other source is a path.
 DATASETS: dict[str, Callable[[DataConfig, Split], Examples]] = {
     **dict.fromkeys(corpora.CORPORA, _corpus),
     "parity": functools.partial(Samples, parity.task, parity.VOCAB_SIZE),
@@ -53,10 +53,10 @@ DATASETS: dict[str, Callable[[DataConfig, Split], Examples]] = {
 
 
 def load(cfg: DataConfig, split: Split) -> Examples:
-    """One split: `Windows` for text, `Samples` for a synthetic task.
+    """Loads one split: `Windows` of a text, or `Samples` of a synthetic task.
 
     Raises:
-        ConfigError: the source is not known or not there, or it has nothing for this split.
+        ConfigError: the source is unknown or does not exist, or it has no data for this split.
     """
     if split not in SPLITS:
         raise ConfigError(f"split={split!r} is not known; use one of: {', '.join(SPLITS)}.")
@@ -64,8 +64,8 @@ def load(cfg: DataConfig, split: Split) -> Examples:
         return DATASETS[cfg.source](cfg, split)
     if not Path(cfg.source).expanduser().exists():
         raise ConfigError(
-            f"data.source={cfg.source!r} is neither the name of a data set nor a path that exists; "
-            f"use a name ({', '.join(DATASETS)}) or give the path of "
+            f"data.source={cfg.source!r} is neither the name of a data set nor an existing path; "
+            f"use a name ({', '.join(DATASETS)}) or the path of "
             f"{readers.LAYOUT.format(pattern=cfg.pattern)}."
         )
     return _windows(readers.read_path(cfg.source, cfg.pattern), cfg, split)
@@ -74,41 +74,44 @@ def load(cfg: DataConfig, split: Split) -> Examples:
 def batch_at(
     examples: Examples, cfg: DataConfig, step: int, *, host_index: int = 0, host_count: int = 1
 ) -> Batch:
-    """The sequences that step `step` trains on; with several hosts, this host's block of them.
+    """The training batch of a step; with several hosts, this host's block of it.
 
-    Every epoch has every window once, in an order of its own from (seed, epoch). A batch that
-    reaches the end of one continues with the next, so no window is dropped.
+    Every epoch contains every window once, in an order that depends on (seed, epoch). A batch may
+    continue into the next epoch, so no window is dropped.
 
     Raises:
         ConfigError: the batch is larger than the data, or hosts cannot share it evenly.
     """
     if step < 0:
         raise ConfigError(f"step must be at least 0, got {step}; 0 is the first batch of a run.")
+    # A batch may continue into one more epoch, not into several.
     if cfg.batch_size > len(examples):
         raise ConfigError(
-            f"data.batch_size={cfg.batch_size} must be at most the {len(examples)} rows of "
+            f"data.batch_size={cfg.batch_size} must be at most the {len(examples)} windows of "
             f"data.source={cfg.source!r}; make the batch or data.seq_len smaller, or add text."
         )
-    rows = _host_rows(cfg, host_index, host_count)
-    position = step * cfg.batch_size + np.arange(rows.start, rows.stop, dtype=np.int64)
-    epoch, place = np.divmod(position, len(examples))
+    block = _host_block(cfg, host_index, host_count)
+    # int64: the stream outgrows 32 bits.
+    stream_index = step * cfg.batch_size + np.arange(block.start, block.stop, dtype=np.int64)
+    epoch, index = np.divmod(stream_index, len(examples))
     if not examples.shuffle:
-        return examples.batch(place)
+        return examples.batch(index)
+    # One key per sequence, because their epochs may differ.
     keys = hashing.fold(hashing.key(cfg.seed), epoch.astype(np.uint64))
-    return examples.batch(hashing.permute(place, len(examples), keys))
+    return examples.batch(hashing.permute(index, len(examples), keys))
 
 
-def _host_rows(cfg: DataConfig, host_index: int, host_count: int) -> range:
-    """The block of a global batch that one host feeds; the blocks in order are the batch."""
+def _host_block(cfg: DataConfig, host_index: int, host_count: int) -> range:
+    """The block of a global batch that one host loads; all blocks in order are the batch."""
     if host_count < 1 or cfg.batch_size % host_count:
         raise ConfigError(
             f"data.batch_size={cfg.batch_size} must be a multiple of host_count={host_count}, as "
-            "every host feeds the same number of rows; change the one or the other."
+            "every host loads the same number of sequences; change one of them."
         )
     if not 0 <= host_index < host_count:
         raise ConfigError(
-            f"host_index must lie in 0..{host_count - 1} for host_count={host_count}, got "
-            f"{host_index}; pass the number of this process."
+            f"host_index must be in 0..{host_count - 1} for host_count={host_count}, got "
+            f"{host_index}; pass the id of this process."
         )
     share = cfg.batch_size // host_count
     return range(host_index * share, (host_index + 1) * share)
@@ -123,13 +126,13 @@ def batches(
     host_index: int = 0,
     host_count: int = 1,
 ) -> BatchIterator:
-    """`batch_at` of start_step, start_step + 1, ..., prepared ahead by a thread.
+    """Batches of start_step, start_step + 1, ..., prefetched in a thread; see `batch_at`.
 
-    A context manager; without `num_steps` it does not end. To resume, start at the step that
-    comes next: there is no other state.
+    The result is a context manager; without `num_steps` it is endless. To resume, start at the next
+    step, because the iterator has no other state.
     """
     make = functools.partial(batch_at, examples, cfg, host_index=host_index, host_count=host_count)
-    # Bad arguments raise here, in the caller's thread, and not at the first batch.
+    # Invalid arguments raise here, in the caller's thread, and not at the first batch.
     make(start_step)
     return BatchIterator(make, start_step, num_steps)
 
@@ -142,20 +145,21 @@ def eval_batches(
     host_index: int = 0,
     host_count: int = 1,
 ) -> Iterator[Batch]:
-    """Every window once, in order; the last batch is padded with sequences of weight 0.
+    """Batches of every window once, in order; the last one is padded with sequences of weight 0.
 
-    With `max_batches`, as many windows as they hold, spread evenly over all of them: an unbiased
-    sample, the same one every time.
+    With `max_batches`, only as many windows as fit, spread evenly over the data: the same unbiased
+    sample every time.
     """
-    rows = _host_rows(cfg, host_index, host_count)
+    block = _host_block(cfg, host_index, host_count)
     count = len(examples) if max_batches is None else max_batches * cfg.batch_size
     index = eval_index(len(examples), count)
     for first in range(0, len(index), cfg.batch_size):
-        own = index[first + rows.start : first + rows.stop]
-        yield fill_up(examples.batch(own), len(rows))
+        local = index[first + block.start : first + block.stop]
+        # Every batch has one shape, so evaluation compiles once.
+        yield pad_batch(examples.batch(local), len(block))
 
 
 def eval_index(num_windows: int, count: int) -> Int64[np.ndarray, "N"]:
-    """`count` window numbers in order, the middles of equal parts; all where there are fewer."""
+    """Indices of `count` windows, the middles of equal parts of the data; at most all windows."""
     count = min(count, num_windows)
     return (2 * np.arange(count, dtype=np.int64) + 1) * num_windows // (2 * max(count, 1))

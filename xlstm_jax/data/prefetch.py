@@ -1,22 +1,22 @@
-"""Batches made ahead of their use, in a thread."""
+"""Prefetching of batches in a thread."""
 
 import sys
 from collections.abc import Callable, Iterator
 
 from xlstm_jax.data.batch import Batch
 
-_AHEAD = 4  # batches ready at any time: enough to hide a slow one, little memory
+_AHEAD = 4  # prefetched batches: enough to hide a slow one, at little memory
 
 
 class BatchIterator(Iterator[Batch]):
-    """`make(step)` of consecutive steps, in order; use it in a `with` statement.
+    """Iterates over `make(step)` for consecutive steps; use it in a `with` statement.
 
-    Closing it matters: the thread behind it would otherwise outlive the loop, and the interpreter
-    would print tracebacks of it at exit.
+    Without `close`, the prefetch thread outlives the loop and the interpreter prints its tracebacks
+    at exit.
     """
 
     def __init__(self, make: Callable[[int], Batch], start_step: int, num_steps: int | None):
-        # Half a second of import that only training needs.
+        # Imported here because it takes half a second, and only training needs it.
         import grain
 
         stop = sys.maxsize if num_steps is None else start_step + num_steps
@@ -36,8 +36,8 @@ class BatchIterator(Iterator[Batch]):
         self.close()
 
     def close(self) -> None:
-        """Ends the thread; there are no batches after it. Closing twice is harmless."""
+        """Ends the thread and the iteration. Closing twice is harmless."""
         if self._iterator is not None:
             self._iterator.close()
-            # grain's own clean-up at exit fails on an iterator that is still referenced.
+            # grain's cleanup at exit fails on an iterator that is still referenced.
             self._iterator = None

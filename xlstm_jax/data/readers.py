@@ -1,4 +1,4 @@
-"""Files to documents, and documents to the three splits."""
+"""Reading of files as documents, and their assignment to the three splits."""
 
 import hashlib
 import os
@@ -17,20 +17,21 @@ LAYOUT = (
 
 
 class Document(NamedTuple):
-    """One text, and a name that does not depend on where its folder lies."""
+    """One text, with a name that does not depend on the location of its folder."""
 
     name: str
     data: bytes
 
 
 class Corpus(NamedTuple):
-    """Documents by split, in a fixed order."""
+    """The documents of each split, in a fixed order."""
 
     name: str
     documents: dict[Split, list[Document]]
 
     def describe(self) -> dict[str, Any]:
-        """Counts by split, and one hash over names and contents of the whole source list."""
+        """Counts per split, and one hash over the names and contents of all documents."""
+        # Of all splits: a document that moves between them changes every description.
         digest = hashlib.sha256()
         for split, documents in self.documents.items():
             for document in documents:
@@ -48,13 +49,13 @@ class Corpus(NamedTuple):
 def read_folder(
     folder: Path, patterns: Iterable[str], skip: frozenset[str] = frozenset()
 ) -> Iterator[Document]:
-    """Files below `folder` that match, in the order of their paths; empty ones are left out.
+    """The non-empty files below `folder` that match a pattern, in the order of their paths.
 
-    Folders named in `skip`, hidden ones and links to folders are not entered.
+    Folders named in `skip`, hidden folders and links to folders are not entered.
     """
     patterns = tuple(patterns)
     for parent, folders, files in os.walk(folder):
-        # Sorting in place fixes the order of the walk, which is the file system's otherwise.
+        # Sorting in place fixes the order of the walk, which otherwise depends on the file system.
         folders[:] = sorted(f for f in folders if f not in skip and not f.startswith("."))
         for name in sorted(files):
             path = Path(parent, name)
@@ -64,17 +65,18 @@ def read_folder(
 
 
 def split_of(data: bytes) -> Split:
-    """Train, valid or test (90/5/5) by the hash of a document's content.
+    """Assigns a document to train, valid or test (90/5/5) by the hash of its content.
 
-    A document stays where it is when others are added or it is renamed, and copies of a text
-    never end up on both sides.
+    A document keeps its split when others are added or it is renamed, and copies of a text always
+    share a split.
     """
+    # Eight bytes: the bias of the remainder, 100 / 2**64, is negligible.
     share = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") % 100
     return "train" if share < 90 else "valid" if share < 95 else "test"
 
 
 def split_by_hash(name: str, documents: Iterable[Document]) -> Corpus:
-    """The documents dealt out by `split_of`."""
+    """A corpus whose documents are assigned to splits by `split_of`."""
     splits: dict[Split, list[Document]] = {split: [] for split in SPLITS}
     for document in documents:
         splits[split_of(document.data)].append(document)
@@ -82,21 +84,22 @@ def split_by_hash(name: str, documents: Iterable[Document]) -> Corpus:
 
 
 def read_path(source: str, pattern: str) -> Corpus:
-    """The text at a path of the user's.
+    """Reads the text at a path.
 
-    A folder with train/, valid/ and test/ is read as it is, any other folder is split by
-    `split_of`, and a single file in its order, 90/5/5, at the ends of lines.
+    A folder with train/, valid/ and test/ defines the splits. The documents of any other folder are
+    split by `split_of`, and a single file is split 90/5/5 in order, at line ends.
 
     Raises:
-        ConfigError: nothing to read there; names the expected layout.
+        ConfigError: the path has no text; the message gives the expected layout.
     """
     path = Path(source).expanduser()
     if path.is_file():
         data = path.read_bytes()
         bounds = [0]
         for percent in (90, 95):
+            # At line ends, so that no line, and no UTF-8 character, is split.
             end = data.find(b"\n", len(data) * percent // 100)
-            bounds.append(len(data) if end < 0 else end + 1)
+            bounds.append(len(data) if end < 0 else end + 1)  # no later line end: an empty split
         parts = [data[start:stop] for start, stop in pairwise([*bounds, len(data)])]
         documents: dict[Split, list[Document]] = {
             split: [Document(f"{path.name}:{split}", part)] if part else []
@@ -110,5 +113,5 @@ def read_path(source: str, pattern: str) -> Corpus:
         corpus = split_by_hash(source, read_folder(path, [pattern]))
     if not any(corpus.documents.values()):
         layout = LAYOUT.format(pattern=pattern)
-        raise ConfigError(f"data.source={source!r} holds no text; it must be {layout}.")
+        raise ConfigError(f"data.source={source!r} contains no text; it must be {layout}.")
     return corpus

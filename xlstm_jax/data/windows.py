@@ -1,4 +1,4 @@
-"""Documents to one array of tokens, and windows of it by index."""
+"""Documents concatenated to one array of tokens, and its windows by index."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -14,11 +14,11 @@ from xlstm_jax.data.tokenizers import Tokenizer
 
 
 def concatenate(documents: Iterable[Document], tokenizer: Tokenizer) -> UInt[np.ndarray, "N"]:
-    """All documents one after the other, each closed by the end-of-document token.
+    """The tokens of all documents, with the end-of-document token after each.
 
-    That token belongs to the document it closes: a model is asked for it there, and what follows
-    it is another document, of which it must know nothing.
+    This token belongs to the document that it ends, and is its last target.
     """
+    # Two bytes per token suffice for vocabularies up to 65,536.
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     end = np.array([tokenizer.eos_id], dtype)
     parts = [np.empty(0, dtype)]
@@ -29,17 +29,17 @@ def concatenate(documents: Iterable[Document], tokenizer: Tokenizer) -> UInt[np.
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
-    """A text in windows of T + 1 tokens, the last token of one being the first of the next.
+    """A text as windows of T + 1 tokens; the last token of one is the first token of the next.
 
-    So every token but the first of the text is the target of exactly one window. The last window
-    is padded; nothing is dropped.
+    Every token but the first of the text is therefore the target of exactly one window. The last
+    window is padded, and nothing is dropped.
 
-    Within a window, documents are numbered from 1 (`segment_ids`). A target counts (weight 1) where
-    it lies in the same document as its input: the token that closes a document counts, the first
-    token of the next one does not, as nothing of its own document stands before it.
+    Within a window, documents are numbered from 1 (`segment_ids`). A target has weight 1 if it is
+    in the same document as its input. So the end-of-document token has weight 1, and the first
+    token of a document has weight 0, because no token of its document precedes it.
     """
 
-    tokens: UInt[np.ndarray, "N"]  # closed documents, see `concatenate`
+    tokens: UInt[np.ndarray, "N"]  # ended documents, see `concatenate`
     seq_len: int  # T
     tokenizer: Tokenizer
     description: dict[str, Any]
@@ -48,21 +48,23 @@ class Windows:
 
     @property
     def vocab_size(self) -> int:
+        """Number of ids of the tokenizer."""
         return self.tokenizer.vocab_size
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the text, ends of documents included."""
+        """Tokens in the text, including end-of-document tokens."""
         return len(self.tokens)
 
     @property
     def num_targets(self) -> int:
-        """Targets that count: all tokens but the first of each document."""
+        """Targets with weight 1: all tokens but the first of each document."""
         return len(self.tokens) - len(self._first_tokens())
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text per target that counts: what turns nats per token into bits per byte."""
+        """Bytes of text per target with weight 1; converts nats per token to bits per byte."""
+        # First tokens are not targets, so their bytes do not count.
         num_bytes = self.tokenizer.num_bytes
         return (num_bytes(self.tokens) - num_bytes(self._first_tokens())) / self.num_targets
 
@@ -72,31 +74,32 @@ class Windows:
         return self.tokens[np.append(0, ends[:-1] + 1)]
 
     def __len__(self) -> int:
-        """Windows in the text."""
+        """Number of windows in the text."""
         return -(-(len(self.tokens) - 1) // self.seq_len)
 
     def batch(self, index: Int64[np.ndarray, "B"]) -> Batch:
-        """The windows with these numbers; the last window repeats its final token as padding.
+        """The windows with these indices; the last window is padded with its final token.
 
         Raises:
-            ConfigError: a number is not one of a window.
+            ConfigError: an index is out of range.
         """
-        strange = index[(index < 0) | (index >= len(self))]
-        if strange.size:
+        invalid = index[(index < 0) | (index >= len(self))]
+        if invalid.size:
             raise ConfigError(
-                f"window numbers must lie in 0..{len(self) - 1} for this text, got {strange[0]}; "
-                "a run that counts on more has been given another text than it began with."
+                f"window indices must be in 0..{len(self) - 1} for this text, got {invalid[0]}; "
+                "pass the text that the run began with."
             )
-        place = index[:, None] * self.seq_len + np.arange(self.seq_len + 1)
-        inside = place < len(self.tokens)
-        tokens = self.tokens[np.minimum(place, len(self.tokens) - 1)].astype(np.int32)
-        closes = tokens == self.tokenizer.eos_id
-        segment = (1 + np.cumsum(closes, axis=1) - closes) * inside
-        counts = inside[:, 1:] & (segment[:, 1:] == segment[:, :-1])
+        position = index[:, None] * self.seq_len + np.arange(self.seq_len + 1)
+        inside = position < len(self.tokens)
+        tokens = self.tokens[np.minimum(position, len(self.tokens) - 1)].astype(np.int32)
+        ends = tokens == self.tokenizer.eos_id
+        # Exclusive cumulative sum: an end-of-document token is part of the document it ends.
+        segment = (1 + np.cumsum(ends, axis=1) - ends) * inside
+        same_document = inside[:, 1:] & (segment[:, 1:] == segment[:, :-1])
         return Batch(
             inputs=tokens[:, :-1],
             targets=tokens[:, 1:],
             segment_ids=segment[:, :-1].astype(np.int32),
-            weights=counts.astype(np.float32),
+            weights=same_document.astype(np.float32),
             index=index,
         )

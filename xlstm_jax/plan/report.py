@@ -16,7 +16,7 @@ from xlstm_jax.plan.topology import Target
 from xlstm_jax.plan.traffic import memory_traffic
 from xlstm_jax.sharding.devices import make_devices
 from xlstm_jax.sharding.rules import get_rules
-from xlstm_jax.train.config import ExperimentConfig, check_lengths
+from xlstm_jax.train.config import ExperimentConfig, check_divisibility
 from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.typing import PyTree
 
@@ -114,7 +114,7 @@ def compile_step(cfg: ExperimentConfig, target: Target) -> tuple[TrainProgram, j
         ConfigError: as `plan`.
     """
     devices = make_devices(cfg.mesh, target.devices)
-    check_lengths(cfg, devices.rules, devices.mesh.shape)
+    check_divisibility(cfg, devices.rules, devices.mesh.shape)
     program = TrainProgram(cfg, devices)
     with target.compiling():
         return program, program.compile()
@@ -123,7 +123,7 @@ def compile_step(cfg: ExperimentConfig, target: Target) -> tuple[TrainProgram, j
 def estimated_plan(cfg: ExperimentConfig, target: Target) -> Plan:
     """`plan` by formula: memory is a lower bound, with gradients as the only temporaries."""
     sizes = cfg.mesh.sizes(target.num_devices)
-    check_lengths(cfg, get_rules(cfg.mesh.rules_name()), sizes)
+    check_divisibility(cfg, get_rules(cfg.mesh.rules_name()), sizes)
     step = estimate(cfg, target, sizes)
     activations, copies = _residuals(cfg, target, sizes)
     gradients = step.params_bytes + copies  # with the cast copies of parameters

@@ -1,4 +1,4 @@
-"""How arrays are sharded over a mesh: logical axes, tables of rules, meshes."""
+"""Sharding of arrays over a device mesh: meshes, logical axes and sharding rules."""
 
 from xlstm_jax.sharding.axes import constrain, is_sharded, logical_axes, path_name
 from xlstm_jax.sharding.devices import Devices, make_devices

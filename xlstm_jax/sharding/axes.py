@@ -1,9 +1,9 @@
-"""What each dimension of an array is, and how the rules in use shard it.
+"""Logical axes of parameters and activations, and their partition specs under the rules in use.
 
-For parameters, tables map the end of a path to logical axes: one here for what all models share,
-and one per block kind, which `modules` passes in. Moments and averages of parameters have the same
-paths below a prefix, and match the same rows. Activations name their axes where they are computed:
-`constrain`.
+For parameters, tables map the end of a path to logical axes: one table here for parameters that all
+models share, and one per block kind, which `modules` registers. Optimizer moments have the paths of
+their parameters below a prefix and match the same entries. Activations name their logical axes in
+`constrain`, where they are computed.
 """
 
 import re
@@ -18,63 +18,73 @@ from xlstm_jax.sharding.rules import rules_in_use
 Axes = tuple[str | None, ...]
 
 _AXES: tuple[tuple[str, Axes], ...] = (
-    # Sharded along its width only where the vocabulary does not divide.
+    # Sharded over `embed` only if the vocabulary does not divide: each mesh axis is used once.
     (r"token_embedding/embedding", ("vocab", "embed")),
     (r"lm_head/kernel", ("embed", "vocab")),
     (r"(\w*norm|norm_\w+)/(scale|scale_offset|bias)", (None,)),
     (r"(out_proj|proj_down)/bias", (None,)),
-    (r"conv/kernel", (None, None)),
-    (r"conv/kernel", (None, "embed", None)),  # channels mix
+    (r"conv/kernel", (None, None)),  # W F: a few taps per channel
+    (r"conv/kernel", (None, "embed", None)),  # W F F_out: mixes channels
     (r"conv/bias", (None,)),
     (r"ffn/(proj_up|proj_up_gate)/kernel", ("embed", "mlp")),
     (r"ffn/(proj_up|proj_up_gate)/bias", ("mlp",)),
     (r"ffn/proj_down/kernel", ("mlp", "embed")),
 )
-"""The end of a path -> its axes; the first that fits counts. One axis more is `layers`, before."""
+"""End of a path -> logical axes; the first match wins. An extra leading axis is `layers`."""
 
+# Set by `modules`, which imports this package and not the reverse.
 _block_axes: Callable[[str], Mapping[str, Axes]] = lambda letter: {}  # noqa: E731
 
 
 def set_block_axes(axes_of: Callable[[str], Mapping[str, Axes]]) -> None:
-    """Sets where the axes of block parameters, those below `stack/LETTER/`, are looked up.
+    """Registers the logical axes of block parameters, which are those below `stack/LETTER/`.
 
     Args:
-        axes_of: letter -> rows like those of the table here, which they precede.
+        axes_of: maps a letter to a table like `_AXES`, which takes precedence over `_AXES`.
     """
     global _block_axes
     _block_axes = axes_of
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A leaf's path in a tree as "stack/m/mlstm/proj_up/kernel"."""
+    """A tree path as a string, such as "stack/m/mlstm/proj_up/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def logical_axes(path: str, ndim: int) -> Axes:
-    """The names of a parameter's axes; None for one that is never sharded.
+    """The logical axes of a parameter; None for an axis that is never sharded.
 
     Raises:
-        KeyError: no row fits; a new parameter needs a row here or in the `axes` of its block kind.
+        KeyError: no entry matches. A new parameter needs one here or in the `axes` of its block
+            kind.
     """
-    if ndim == 0:  # a count of an optimizer
+    if ndim == 0:  # a scalar of the optimizer, such as its step count
         return ()
     block = re.search(r"(?:^|/)stack/([^/]+)/", path)
-    own = _block_axes(block[1]).items() if block else ()
-    for pattern, names in (*own, *_AXES):
+    block_axes = _block_axes(block[1]).items() if block else ()
+    for pattern, names in (*block_axes, *_AXES):
+        # Parameters of a stack have one axis more, over its layers, than those of a single layer.
         if re.search(rf"(^|/){pattern}$", path) and ndim - len(names) in (0, 1):
             return ("layers",) * (ndim - len(names)) + names
-    raise KeyError(f"{path} with {ndim} axes has no row in the table of logical axes.")
+    # Not replicated by default: a forgotten entry would cost memory on every device unnoticed.
+    raise KeyError(
+        f"{path} with {ndim} axes has no entry in the table of logical axes; add one to the `axes` "
+        "of its block kind."
+    )
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """x, sharded by the rules in use over the axes of the active mesh (`jax.set_mesh`).
+    """Constrains x to the sharding that the rules in use give on the active mesh.
+
+    Without an active mesh (`jax.set_mesh`), and inside a `shard_map` over all of its axes, x is
+    returned unchanged.
 
     Args:
         x: an activation.
-        names: what each of its axes is, of `LOGICAL_AXES`; None for one that is never sharded.
-
-    Without a mesh, and within a `shard_map` over all of it, x is returned as it is.
+        names: the logical axis of each dimension, from `LOGICAL_AXES`; None for a dimension that
+            is never sharded.
     """
+    # Only Auto axes take a constraint: Explicit ones are part of the type, Manual ones are local.
     auto = _axes_of_mesh(AxisType.Auto)
     if all(size == 1 for size in auto.values()):
         return x
@@ -83,33 +93,37 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def is_sharded(name: str) -> bool:
-    """Whether the active mesh has more than one device along this logical axis."""
+    """Whether the active mesh shards this logical axis over more than one device."""
     free = free_axes()
     return any(free.get(axis, 1) > 1 for axis in mesh_axes_for(name))
 
 
 def mesh_axes_for(name: str | None) -> tuple[str, ...]:
-    """The mesh axes that the rules in use give to a logical axis."""
+    """The mesh axes over which the rules in use shard a logical axis."""
     return rules_in_use()[name] if name else ()
 
 
 def free_axes() -> dict[str, int]:
-    """Axes of the active mesh and their sizes, without those of an enclosing `shard_map`."""
+    """Sizes of the axes of the active mesh that no enclosing `shard_map` has made Manual."""
     return _axes_of_mesh(AxisType.Auto, AxisType.Explicit)
 
 
-def _axes_of_mesh(*wanted: AxisType) -> dict[str, int]:
+def _axes_of_mesh(*axis_types: AxisType) -> dict[str, int]:
+    # The abstract mesh, unlike the concrete one, is available while tracing.
     mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {name: mesh.shape[name] for name, kind in kinds if kind in wanted}
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in types if kind in axis_types}
 
 
 def partition_spec_for(
     shape: Sequence[int], axes: Iterable[Sequence[str]], sizes: Mapping[str, int]
 ) -> PartitionSpec:
-    """How an array is sharded: each dimension over as many of its mesh axes as together divide it
-    and shard none before it."""
-    used: set[str] = set()
+    """The partition spec of an array of this shape.
+
+    Each dimension is sharded over as many of its mesh axes as divide it and shard no earlier
+    dimension.
+    """
+    used: set[str] = set()  # a partition spec may contain a mesh axis once
     spec = []
     for length, names in zip(shape, axes, strict=True):
         chosen = dividing_axes(length, [name for name in names if name not in used], sizes)
@@ -119,10 +133,13 @@ def partition_spec_for(
 
 
 def dividing_axes(length: int, axes: Iterable[str], sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """As many of these mesh axes, as far as the mesh has them, as together divide `length`."""
-    chosen, parts = [], 1
+    """The mesh axes whose product divides `length`, chosen greedily in order.
+
+    Axes that the mesh lacks are skipped.
+    """
+    chosen, num_shards = [], 1
     for axis in axes:
-        if axis in sizes and length % (parts * sizes[axis]) == 0:
+        if axis in sizes and length % (num_shards * sizes[axis]) == 0:
             chosen.append(axis)
-            parts *= sizes[axis]
+            num_shards *= sizes[axis]
     return tuple(chosen)

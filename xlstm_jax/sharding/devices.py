@@ -1,4 +1,4 @@
-"""A mesh and its rules together: how everything of a run is sharded."""
+"""A mesh with its sharding rules: how the state and the batches of a run are sharded."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xlstm_jax.sharding.mesh import MIN_SHARD_SIZE, MeshConfig, available, mesh_of
+from xlstm_jax.sharding.mesh import MIN_SHARD_SIZE, MeshConfig, available_devices, build_mesh
 from xlstm_jax.sharding.placement import tree_shardings
 from xlstm_jax.sharding.rules import Rules, get_rules, use_rules
 from xlstm_jax.typing import PyTree
@@ -17,7 +17,7 @@ from xlstm_jax.typing import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """One of several blocks of a batch."""
+    """One of `count` contiguous, equal blocks of a batch."""
 
     index: int
     count: int
@@ -25,7 +25,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """The devices of a run along the axes of a mesh, and what is sharded over these axes."""
+    """The device mesh of a run and the rules by which arrays are sharded over it."""
 
     mesh: Mesh
     rules: Rules
@@ -33,83 +33,89 @@ class Devices:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Within, functions are compiled for these devices; call what was compiled here as well."""
+        """Within the context, functions are compiled for, and must be called on, these devices."""
         with jax.set_mesh(self.mesh), use_rules(self.rules):
             yield
 
     def shardings(self, tree: PyTree) -> PyTree:
-        """A sharding for every leaf of a `TrainState`, or of another tree of parameters."""
+        """The sharding of every leaf of a `TrainState` or of another tree of parameters."""
         return tree_shardings(tree, self.rules, self.mesh, self.min_shard_size)
 
     def constrain(self, tree: PyTree) -> PyTree:
-        """The tree, constrained inside a compiled function to its `shardings`."""
+        """Constrains a tree to its `shardings` inside a compiled function."""
         return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
 
     def batch_sharding(self, ndim: int = 2) -> NamedSharding:
         """The sharding of a leaf of a batch, `B` or `B T`."""
+        # The rules write () for a replicated axis, a partition spec writes None.
         axes = (self.rules["batch"] or None, self.rules["time"] or None)
         return NamedSharding(self.mesh, PartitionSpec(*axes[:ndim]))
 
     @property
     def replicated(self) -> NamedSharding:
-        """The sharding of a value of which every device has a copy."""
+        """The sharding of a value that is copied to every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def replicate(self, tree: PyTree) -> PyTree:
-        """Values on the host, the same ones in every process, as a copy on every device."""
+        """Copies host values, which must be equal in every process, to every device."""
 
         def put(x: Any) -> jax.Array:
             x = np.asarray(x)
+            # Each process fills the devices it addresses; nothing is communicated.
             return jax.make_array_from_callback(x.shape, self.replicated, x.__getitem__)
 
         return jax.tree.map(put, tree)
 
     def batch(self, leaves: PyTree, batch_size: int | None = None) -> PyTree:
-        """A batch on the host as arrays sharded over all devices.
+        """Shards a batch on the host over all devices.
 
         Args:
-            leaves: NumPy arrays, `B` or `B T`: the batch, or this process' share of it.
-            batch_size: of the global batch; None: this is all of it.
+            leaves: NumPy arrays, `B` or `B T`: the global batch, or this process' share of it.
+            batch_size: size of the global batch; None means that `leaves` are all of it.
         """
 
-        def place(x: np.ndarray) -> jax.Array:
+        def shard_leaf(x: np.ndarray) -> jax.Array:
             shape = (len(x) if batch_size is None else batch_size, *x.shape[1:])
-            first = 0 if len(x) == shape[0] else self.share_of_rows(shape[0]).index * len(x)
+            # Global index of the first local sequence; 0 if this process has the whole batch.
+            first = 0 if len(x) == shape[0] else self.share_of_batch(shape[0]).index * len(x)
 
-            def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            def shard(index: tuple[slice, ...] | None) -> np.ndarray:  # of the global array
                 assert index is not None
                 start, stop, _ = index[0].indices(shape[0])
                 return x[(slice(start - first, stop - first), *index[1:])]
 
+            # int64 indices become int32 where JAX runs without 64-bit types.
             x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
             return jax.make_array_from_callback(shape, self.batch_sharding(x.ndim), shard)
 
-        return jax.tree.map(place, leaves)
+        return jax.tree.map(shard_leaf, leaves)
 
-    def share_of_rows(self, num_rows: int) -> Share:
-        """The sequences of a batch that the devices of this process need.
+    def share_of_batch(self, batch_size: int) -> Share:
+        """The part of a global batch that the devices of this process need.
 
-        One of several blocks of equal size; all of them, where they are not one such block.
+        It is one of several equal blocks, or the whole batch if the sequences do not form such a
+        block.
         """
-        indices = self.batch_sharding(1).addressable_devices_indices_map((num_rows,))
-        bounds = [index[0].indices(num_rows)[:2] for index in indices.values() if index]
+        indices = self.batch_sharding(1).addressable_devices_indices_map((batch_size,))
+        bounds = [index[0].indices(batch_size)[:2] for index in indices.values() if index]
         start, stop = min(first for first, _ in bounds), max(last for _, last in bounds)
         size = stop - start
-        if num_rows % size or start % size:
+        # Unequal or unaligned blocks: every process loads the batch and its devices pick from it.
+        if batch_size % size or start % size:
             return Share(0, 1)
-        return Share(start // size, num_rows // size)
+        return Share(start // size, batch_size // size)
 
 
 def make_devices(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Devices:
-    """The devices of this run as a mesh.
+    """The mesh of a run with its sharding rules.
 
     Args:
-        cfg: sizes and rules.
-        devices: which; None takes all of all processes, or `jax.default_device` where it is set.
+        cfg: axis sizes and rules.
+        devices: None uses all devices of all processes, or `jax.default_device` if it is set.
 
     Raises:
-        ConfigError: the sizes do not multiply to the number of devices, or an axis has no use.
+        ConfigError: the product of the sizes is not the number of devices, or no rule uses an axis.
     """
-    devices = available() if devices is None else devices
+    devices = available_devices() if devices is None else devices
     rules = get_rules(cfg.rules_name())
-    return Devices(mesh_of(devices, cfg.sizes(len(devices))), rules, cfg.min_shard_size)
+    return Devices(build_mesh(devices, cfg.sizes(len(devices))), rules, cfg.min_shard_size)

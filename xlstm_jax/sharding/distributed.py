@@ -1,16 +1,16 @@
-"""Several processes as one program: `jax.distributed` with a time limit in plain words.
+"""Multi-process initialization: `jax.distributed` with a timeout and a one-line error message.
 
-What a user sees where the processes do not match, tried with jax 0.10.2:
+Failures that a user sees, observed with jax 0.10.2:
 
-- A process that does not start: after `timeout_minutes` every other one prints one line, with its
-  own number and the coordinator's address, and ends with exit code 4. Missing is whoever printed no
-  such line: JAX's coordination service knows who it is, but has no public option that tells. (By
-  itself JAX would end with a failed check and a C++ stack trace.)
-- Two processes with one `process_id`: JAX ends the older one with a failed check, "Aborted connect
-  attempt as there is a request from a newer incarnation"; the others end as above.
-- Different `num_processes`: that of process 0 counts for all of them. A process whose number is not
-  below it ends with a failed check, "Unexpected task registered".
-- A port in use: process 0 ends with one line and exit code 2.
+- A process does not start: after `timeout_minutes` every other process prints one line, with its
+  own id and the address of the coordinator, and exits with code 4. The missing process is the one
+  whose log lacks this line: JAX's coordination service has its id but no public API to read it.
+  (Without our timeout JAX aborts with a failed check and a C++ stack trace.)
+- Two processes have the same `process_id`: JAX aborts the older one with a failed check, "Aborted
+  connect attempt as there is a request from a newer incarnation"; the others time out as above.
+- `num_processes` differs: the value of process 0 applies to all. A process whose id is not below it
+  aborts with a failed check, "Unexpected task registered".
+- The port is in use: process 0 exits with one line and code 2.
 """
 
 import contextlib
@@ -26,49 +26,52 @@ import jax
 
 from xlstm_jax.config import ConfigError
 
-MISSING = 4
-"""Exit code where a process did not arrive in time; the same command may succeed later."""
+TIMEOUT_EXIT_CODE = 4
+"""Exit code if a process did not connect in time; the same command may succeed later."""
 
-_GRACE_SECONDS = 60  # JAX's own limit comes later than ours: it ends a process with a stack trace
+_GRACE_SECONDS = 60  # added to JAX's own timeout, so that ours, without a stack trace, is first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Processes:
-    """Which process this is, of how many; nothing set: detected, from SLURM, MPI and the like."""
+    """The id of this process and the number of all; unset, both are detected (SLURM, MPI, ...)."""
 
-    coordinator: str | None = None  # HOST:PORT of process 0, where the others can reach it
+    coordinator: str | None = None  # HOST:PORT of process 0, reachable from all others
     num_processes: int | None = None
-    process_id: int | None = None  # from 0
-    timeout_minutes: float = 5.0  # to wait for the others
+    process_id: int | None = None  # counts from 0
+    timeout_minutes: float = 5.0  # how long to wait for the other processes
 
     def __post_init__(self):
-        given = [self.coordinator, self.num_processes, self.process_id]
-        if None in given and given != [None] * 3:
+        fields = [self.coordinator, self.num_processes, self.process_id]
+        if None in fields and fields != [None] * 3:
             raise ConfigError(
-                "coordinator, num_processes and process_id belong together, got "
+                "coordinator, num_processes and process_id must be set together, got "
                 f"{self.coordinator!r}, {self.num_processes} and {self.process_id}; "
-                "give all three, or none to have them detected."
+                "set all three, or none to detect them."
             )
         if self.num_processes is None or self.process_id is None:
             return
         if not 0 <= self.process_id < self.num_processes:
             raise ConfigError(
-                f"process_id must lie in 0..{self.num_processes - 1} for "
-                f"num_processes={self.num_processes}, got {self.process_id}."
+                f"process_id must be in 0..{self.num_processes - 1} for "
+                f"num_processes={self.num_processes}, got {self.process_id}; count from 0."
             )
         if not re.fullmatch(r".+:\d+", self.coordinator or ""):
-            raise ConfigError(f"coordinator must be HOST:PORT, got {self.coordinator!r}.")
+            raise ConfigError(
+                f"coordinator must be HOST:PORT, got {self.coordinator!r}; pass the address of "
+                "process 0."
+            )
 
 
 def init_distributed(processes: Processes | None = None) -> None:
-    """Joins the other processes of this program; call it before the first computation.
+    """Connects the processes of a program; call it before the first computation.
 
-    Alone, it does nothing. `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`
-    count where `processes` names nobody; then what `jax.distributed.initialize` detects: SLURM,
-    Open MPI, Kubernetes, cloud TPUs.
+    A single process does nothing. The addresses come from `processes`, else from the variables
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, else from the launchers
+    that `jax.distributed.initialize` detects: SLURM, Open MPI, Kubernetes, cloud TPUs.
 
-    Where another process does not arrive within `timeout_minutes`, this one prints one line and
-    ends with exit code 4; nothing that waits in JAX's runtime could be interrupted otherwise.
+    If another process does not connect within `timeout_minutes`, this process prints one line and
+    exits with code 4, since a call that waits in JAX's runtime cannot be interrupted.
 
     Raises:
         ConfigError: the coordinator cannot be used, or none was detected.
@@ -90,7 +93,7 @@ def init_distributed(processes: Processes | None = None) -> None:
             "process_id": processes.process_id,
         }
         if re.match(r"(localhost|127\.[\d.]+):", processes.coordinator):
-            arguments["coordinator_bind_address"] = processes.coordinator  # no other interface
+            arguments["coordinator_bind_address"] = processes.coordinator  # not on all interfaces
     elif not _is_in_cluster(environ):
         return
     if processes.num_processes == 1:
@@ -102,13 +105,13 @@ def init_distributed(processes: Processes | None = None) -> None:
         except (ValueError, RuntimeError) as error:  # a port in use, a launcher without an address
             reason = str(error).strip().split("\n")[0]
             raise ConfigError(
-                f"the processes of this program cannot be connected ({reason}); give coordinator, "
+                f"the processes of this program cannot be connected ({reason}); set coordinator, "
                 "num_processes and process_id, with a free port of process 0."
             ) from error
 
 
 def _is_in_cluster(environ: Mapping[str, str]) -> bool:
-    """Whether a launcher whose variables JAX reads has started this process as one of several."""
+    """Whether a launcher that JAX detects has started this process as one of several."""
     counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     several = any(int(environ.get(name, "1")) > 1 for name in counts)
     return several or "JOB_COMPLETION_INDEX" in environ or "TPU_WORKER_HOSTNAMES" in environ
@@ -116,7 +119,7 @@ def _is_in_cluster(environ: Mapping[str, str]) -> bool:
 
 @contextlib.contextmanager
 def _time_limit(processes: Processes, seconds: int) -> Iterator[None]:
-    """Ends the process, with one line on stderr, unless what is inside returns in time."""
+    """Ends the process, with one line on stderr, unless the body finishes in time."""
 
     def end() -> None:
         who, where = "this process", ""
@@ -130,7 +133,8 @@ def _time_limit(processes: Processes, seconds: int) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(MISSING)
+        # Not sys.exit: it would end this timer thread alone, while the main thread waits in C++.
+        os._exit(TIMEOUT_EXIT_CODE)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True

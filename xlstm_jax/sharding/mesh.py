@@ -1,4 +1,4 @@
-"""Meshes: devices along the axes data, fsdp, seq, tensor."""
+"""Device meshes with the axes data, fsdp, seq and tensor."""
 
 import dataclasses
 import math
@@ -13,27 +13,28 @@ from jax.sharding import AxisType, Mesh
 from xlstm_jax.config import ConfigError
 from xlstm_jax.sharding.rules import RULES
 
+# From outer to inner: tensor exchanges activations in every layer and needs the nearest neighbors.
 MESH_AXES = ("data", "fsdp", "seq", "tensor")
 
 MIN_SHARD_SIZE = 2**18
-"""Parameters of fewer elements (of one layer) stay replicated under fsdp: gathering them costs more
-than the memory they take."""
+"""Parameters with fewer elements per layer are replicated under fsdp: an all-gather costs more than
+the memory that sharding saves."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis of a mesh, and what is sharded over these axes.
+    """Sizes of the mesh axes, and the rules that shard arrays over them.
 
-    One axis may be -1: it takes the devices that the others leave.
+    One size may be -1: this axis takes the devices that the others leave.
     """
 
-    data: int = -1  # the batch
-    fsdp: int = 1  # the batch, parameters and moments
-    seq: int = 1  # time: each sequence
-    tensor: int = 1  # heads and features
+    data: int = -1  # shards the batch
+    fsdp: int = 1  # shards the batch, parameters and optimizer moments
+    seq: int = 1  # shards time: sequence (context) parallelism
+    tensor: int = 1  # shards heads and features
     rules: str = "auto"  # a name in `rules.RULES`; "auto": the first table that uses these axes
     min_shard_size: int = MIN_SHARD_SIZE  # elements; smaller parameters are replicated under fsdp
-    slstm_seq: Literal["gather", "refuse"] = "gather"  # time of an sLSTM, which is never sharded
+    slstm_seq: Literal["gather", "refuse"] = "gather"  # sLSTM under seq: gather time, or refuse
 
     def __post_init__(self):
         free = [name for name in MESH_AXES if getattr(self, name) == -1]
@@ -49,14 +50,14 @@ class MeshConfig:
             )
         if len(free) > 1:
             raise ConfigError(
-                f"one axis of a mesh may be -1, got {' and '.join(free)}; give all others a size."
+                f"only one mesh axis may be -1, got {' and '.join(free)}; set the others to a size."
             )
 
     def sizes(self, count: int) -> dict[str, int]:
-        """Devices along each axis, of `count` in all.
+        """The size of each axis for `count` devices.
 
         Raises:
-            ConfigError: they do not multiply to `count`.
+            ConfigError: the product of the sizes is not `count`.
         """
         sizes = {name: getattr(self, name) for name in MESH_AXES}
         fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -66,57 +67,56 @@ class MeshConfig:
             words = ", ".join(f"{name}={size}" for name, size in sizes.items())
             pairs = ", ".join(f"{count // n} x {n}" for n in range(1, count + 1) if count % n == 0)
             raise ConfigError(
-                f"the sizes of a mesh must multiply to {count}, the number of devices, got "
-                f"{words}; with one axis beside data, for example: {pairs}."
+                f"the sizes of the mesh axes must multiply to {count}, the number of devices, got "
+                f"{words}; with data and one other axis, for example: {pairs}."
             )
         return sizes
 
     def rules_name(self) -> str:
-        """The table of rules, chosen or the first that uses every axis that is not 1.
+        """The name of the rules: `rules`, or for "auto" the first that use every axis above 1.
 
         Raises:
-            ConfigError: devices along an axis would all do the same.
+            ConfigError: no rule uses an axis, so its devices would all compute the same.
         """
+        # Without data, which all rules use for the batch.
         needed = {name for name in MESH_AXES[1:] if getattr(self, name) != 1}
         used = {name: set().union(*table.values()) for name, table in RULES.items()}
         usable = [name for name, axes in used.items() if needed <= axes]
         if not usable:
             axes = " and ".join(sorted(needed))
-            raise ConfigError(
-                f"no table of rules shards over {axes} at once; set one of them to 1."
-            )
+            raise ConfigError(f"no sharding rules use {axes} together; set one of them to 1.")
         if self.rules == "auto":
             return usable[0]
         if self.rules not in usable:
             idle = " and ".join(sorted(needed - used[self.rules]))
             raise ConfigError(
-                f"mesh.rules={self.rules!r} has no use for the axis {idle}, whose devices would "
-                f"all do the same; set it to 1, or use one of: {', '.join(usable)}."
+                f"mesh.rules={self.rules!r} must use the mesh axis {idle}, else its devices all "
+                f"compute the same; set the axis to 1, or use one of: {', '.join(usable)}."
             )
         return self.rules
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, seq: int = 1, tensor: int = 1) -> Mesh:
-    """All devices of the process, or of all processes, as a mesh; enter it with `jax.set_mesh`.
+    """A mesh of all devices of all processes; activate it with `jax.set_mesh`.
 
-    One size may be -1: it takes what the others leave. Where `jax.default_device` names a device,
-    the mesh is that one alone.
+    One size may be -1: this axis takes the devices that the others leave. If `jax.default_device`
+    is set, the mesh has that device alone.
 
     Raises:
-        ConfigError: the sizes do not multiply to the number of devices.
+        ConfigError: the product of the sizes is not the number of devices.
     """
-    devices = available()
+    devices = available_devices()
     sizes = MeshConfig(data=data, fsdp=fsdp, seq=seq, tensor=tensor).sizes(len(devices))
-    return mesh_of(devices, sizes)
+    return build_mesh(devices, sizes)
 
 
-def mesh_of(devices: Sequence[Any], sizes: dict[str, int]) -> Mesh:
-    """These devices along the axes of a mesh, neighbors in the network along the inner axes.
+def build_mesh(devices: Sequence[Any], sizes: dict[str, int]) -> Mesh:
+    """Arranges devices in a mesh, with neighbors in the network along the inner axes.
 
-    Several TPU slices, which a slower network joins, are stacked along data, the outermost axis.
+    Several TPU slices, which a slower network connects, are stacked along data, the outermost axis.
 
     Raises:
-        ConfigError: data does not divide by the number of slices.
+        ConfigError: data is not a multiple of the number of slices.
     """
     shape = tuple(sizes[name] for name in MESH_AXES)
     slices = {getattr(device, "slice_index", 0) for device in devices}
@@ -126,8 +126,8 @@ def mesh_of(devices: Sequence[Any], sizes: dict[str, int]) -> Mesh:
         arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     elif sizes["data"] % len(slices):
         raise ConfigError(
-            f"data={sizes['data']} must be a multiple of {len(slices)}, the number of slices: only "
-            "whole rows cross the slow network between them; make data larger or fsdp smaller."
+            f"data={sizes['data']} must be a multiple of {len(slices)}, the number of slices: "
+            "only data may cross the slow network between them; make data larger or fsdp smaller."
         )
     else:
         arranged = mesh_utils.create_hybrid_device_mesh(
@@ -136,13 +136,13 @@ def mesh_of(devices: Sequence[Any], sizes: dict[str, int]) -> Mesh:
             devices,
             allow_split_physical_axes=True,
         )
-    # Stated, as the default of jax.make_mesh is another one.
+    # Set explicitly, because the default of `jax.make_mesh` is Explicit.
     return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def available() -> list[Any]:
-    """All devices of all processes, or `jax.default_device` alone where it is set."""
+def available_devices() -> list[Any]:
+    """All devices of all processes, or `jax.default_device` alone if it is set."""
     chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    if chosen is None or isinstance(chosen, str):
+    if chosen is None or isinstance(chosen, str):  # a string names a platform
         return jax.devices(chosen)
     return [chosen]

@@ -1,4 +1,4 @@
-"""The sharding of each parameter on a mesh, by its path and a table of rules."""
+"""Partition specs and shardings of parameters, from their paths and the sharding rules."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,16 @@ def partition_spec(
     mesh_sizes: Mapping[str, int],
     min_shard_size: int = MIN_SHARD_SIZE,
 ) -> PartitionSpec:
-    """The mesh axes over which each axis of a parameter is sharded.
+    """The partition spec of a parameter.
 
-    Axes that the mesh lacks, that do not divide an axis of the parameter, or that are already used
-    for another one, are left out: the parameter is then replicated over them.
+    A mesh axis is left out if the mesh lacks it, if its size does not divide the dimension, or if
+    it already shards another dimension. The parameter is then replicated over this axis.
     """
     names = logical_axes(path, len(shape))
+    # The size of one layer counts: stacking must not change whether a parameter is sharded.
     one_layer = math.prod(n for n, name in zip(shape, names, strict=True) if name != "layers")
     axes = [rules[name] if name else () for name in names]
+    # Only fsdp is dropped: tensor splits the computation, not just the storage.
     if one_layer < min_shard_size:
         axes = [[axis for axis in chosen if axis != "fsdp"] for chosen in axes]
     return partition_spec_for(shape, axes, mesh_sizes)
@@ -47,9 +49,10 @@ def sharding_of(
 def tree_shardings(
     tree: PyTree, rules: Rules, mesh: Mesh | AbstractMesh, min_shard_size: int = MIN_SHARD_SIZE
 ) -> PyTree:
-    """The sharding of every leaf of a tree that has the paths of parameters in it.
+    """The sharding of every leaf of a tree whose paths contain those of parameters.
 
-    A `TrainState`, or its shapes: moments are sharded like their parameters, scalars replicated.
+    In a `TrainState`, or its shapes, moments are sharded like their parameters and scalars are
+    replicated.
     """
 
     def of_leaf(path, leaf):
@@ -64,7 +67,8 @@ def bytes_per_device(
     mesh_sizes: Mapping[str, int],
     min_shard_size: int = MIN_SHARD_SIZE,
 ) -> int:
-    """Bytes on each device of parameters, or of a tree with the paths of parameters in it."""
+    """Bytes per device of a tree of parameters, or of a tree whose paths contain theirs."""
+    # Abstract, so that a mesh can be larger than the attached devices.
     mesh = AbstractMesh(tuple(mesh_sizes.values()), tuple(mesh_sizes))
     shardings = tree_shardings(params, rules, mesh, min_shard_size)
 

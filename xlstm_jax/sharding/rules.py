@@ -1,4 +1,4 @@
-"""Tables from a logical axis to the axes of the mesh it is sharded over, and the one in use."""
+"""Sharding rules: tables from logical axes to mesh axes, and the rules in use."""
 
 import contextlib
 import contextvars
@@ -9,7 +9,8 @@ from xlstm_jax.config import ConfigError
 Rules = Mapping[str, tuple[str, ...]]
 
 LOGICAL_AXES = ("batch", "time", "embed", "inner", "mlp", "heads", "vocab", "layers")
-"""embed: model width, where a parameter reads it; inner: heads x head size; mlp: feed-forward."""
+"""embed: the model width, as a dimension of parameters; inner: heads x head size; mlp: feed-forward
+width; layers: the leading axis of stacked blocks."""
 
 _REPLICATED: Rules = dict.fromkeys(LOGICAL_AXES, ())
 _FSDP: Rules = {**_REPLICATED, "batch": ("data", "fsdp"), "embed": ("fsdp",), "vocab": ("fsdp",)}
@@ -26,19 +27,20 @@ RULES: dict[str, Rules] = {
     },
     "fsdp_seq": {**_FSDP, "time": ("seq",)},
 }
-"""Every table has every logical axis; () means that it is replicated."""
+"""Every table has all logical axes; () means replicated. `MeshConfig` tries them in this order."""
 
-EVERYTHING: Rules = {**RULES["fsdp_tensor"], "time": ("seq",)}
-"""For activations where no table is in use: every axis that a mesh may have."""
+DEFAULT_RULES: Rules = {**RULES["fsdp_tensor"], "time": ("seq",)}
+"""Rules outside of `use_rules`: they use every axis of `MESH_AXES`."""
 
-_in_use: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=EVERYTHING)
+# A context variable and not a global: threads may trace under different rules.
+_in_use: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=DEFAULT_RULES)
 
 
 def get_rules(name: str) -> Rules:
-    """The table of that name.
+    """The rules with this name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no rules have this name.
     """
     if name not in RULES:
         raise ConfigError(f"rules={name!r} is not known; use one of: {', '.join(RULES)}.")
@@ -47,10 +49,10 @@ def get_rules(name: str) -> Rules:
 
 @contextlib.contextmanager
 def use_rules(rules: Rules) -> Iterator[None]:
-    """Within, activations are sharded by this table, as far as the active mesh has its axes.
+    """Within the context, activations are sharded by these rules, on the axes of the active mesh.
 
-    It counts while a function is traced: enter it inside of what is compiled, as the training
-    program does, or a program compiled before stays as it was.
+    The rules are read while a function is traced. Enter the context inside the jitted function, as
+    `TrainProgram` does: a function that is already compiled does not see a change of rules.
     """
     token = _in_use.set(rules)
     try:
@@ -60,5 +62,5 @@ def use_rules(rules: Rules) -> Iterator[None]:
 
 
 def rules_in_use() -> Rules:
-    """The table of the innermost `use_rules`, or `EVERYTHING`."""
+    """The rules of the innermost `use_rules`, or `DEFAULT_RULES`."""
     return _in_use.get()

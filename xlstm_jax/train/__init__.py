@@ -1,4 +1,4 @@
-"""Updating parameters: one pure step, and a loop that survives interruptions."""
+"""Training: a pure train step, and a loop with checkpoints, evaluation and exact resume."""
 
 from xlstm_jax.train.checkpoint import Checkpointer, CheckpointError, restore_params
 from xlstm_jax.train.config import ExperimentConfig, TrainConfig

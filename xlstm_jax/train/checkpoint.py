@@ -1,12 +1,12 @@
-"""A run's checkpoints: everything that belongs to a step, in one directory that appears at once.
+"""Checkpoints of a run: one directory per step, which appears atomically.
 
 RUN/config.json                     enough to rebuild the model
-RUN/checkpoints/STEP/state          the train state           (arrays)
+RUN/checkpoints/STEP/state          train state               (arrays)
 RUN/checkpoints/STEP/data           progress                  (JSON)
-RUN/checkpoints/STEP/config         as it was at this step    (JSON)
+RUN/checkpoints/STEP/config         config at this step       (JSON)
 RUN/checkpoints/STEP/manifest.json  sizes and checksums of all these files
 
-A run that begins with given parameters has a step 0 that holds these alone.
+A run that starts from existing parameters has a checkpoint of step 0 with the parameters only.
 """
 
 import collections
@@ -30,19 +30,19 @@ FOLDER = "checkpoints"
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint that does not exist or cannot be read; one line says which and what to do."""
+    """A checkpoint is missing or unreadable. The message is one line that includes a remedy."""
 
 
-# `Guard` as checkpoints store it that were written before its field was renamed.
+# `Guard` in checkpoints that were written before its field `usual_norm` was renamed.
 _OldGuard = collections.namedtuple("_OldGuard", ("usual_norm", "skipped"))
 
 
 class Checkpointer(contextlib.AbstractContextManager):
-    """Writes the checkpoints of one run, in the background, and keeps the newest `keep` of them."""
+    """Writes the checkpoints of a run asynchronously and retains the newest `keep` of them."""
 
     def __init__(self, run_dir: str | Path, keep: int = 3):
         self._folder = Path(run_dir).resolve() / FOLDER
-        self._step = latest_step(run_dir)
+        self._step = latest_step(run_dir)  # of the last save, possibly still in progress
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -53,17 +53,18 @@ class Checkpointer(contextlib.AbstractContextManager):
         )
 
     def _write_manifest(self) -> None:
-        # Saves follow each other, so it is this step whose items have just been completed. They
-        # still have a temporary name: the manifest appears together with them.
+        # Saves do not overlap, so the items just completed are those of this step. Their folder
+        # still has a temporary name: the manifest and the items appear with one rename.
         drafts = self._folder.glob(f"{self._step}.orbax-checkpoint-tmp*")
         manifest.write(next(drafts, self._folder / str(self._step)))
 
     def save(
         self, step: int, state: TrainState, data_state: dict[str, Any], config: dict[str, Any]
     ) -> None:
-        """Saves a step, unless it is saved already, from a copy: `state` may then be donated."""
+        """Saves a step unless it is saved already. Copies `state`, which may then be donated."""
         if step == self._step:
             return
+        # `_write_manifest` needs to know which save has completed.
         self._manager.wait_until_finished()
         self._step = step
         self._manager.save(
@@ -73,11 +74,11 @@ class Checkpointer(contextlib.AbstractContextManager):
                 data=ocp.args.JsonSave(data_state),
                 config=ocp.args.JsonSave(config),
             ),
-            force=True,
+            force=True,  # the loop decides when to save, not a policy of the manager
         )
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
+        """Waits until all checkpoints are on disk."""
         self._manager.close()
 
     def __exit__(self, *error: object) -> None:
@@ -85,29 +86,29 @@ class Checkpointer(contextlib.AbstractContextManager):
 
 
 def steps(run_dir: str | Path) -> list[int]:
-    """The steps that have a complete checkpoint, oldest first."""
-    # A checkpoint is renamed to the bare number when it is complete.
+    """The steps with a complete checkpoint, oldest first."""
+    # A checkpoint is renamed to the bare step number when it is complete.
     folders = (Path(run_dir) / FOLDER).glob("*")
     return sorted(int(path.name) for path in folders if path.name.isdecimal())
 
 
 def latest_step(run_dir: str | Path) -> int | None:
-    """The newest of `steps`; None if there is none."""
+    """The newest step with a complete checkpoint; None without any."""
     return max(steps(run_dir), default=None)
 
 
-_PARAMS_ALONE = {"params_alone": True}  # in place of the progress
+_PARAMS_ONLY = {"params_alone": True}  # stored in place of the progress
 
 
 def save_params(run_dir: str | Path, params: PyTree, config: dict[str, Any]) -> None:
-    """Saves parameters as step 0 of a new run: training then begins with them.
+    """Saves parameters as step 0 of a new run, which then starts from them.
 
-    They are written a few at a time, without moments or a second copy of all of them in memory, and
-    as they are: compressing weights saves a tenth and takes one more buffer of each.
+    Parameters are written a few at a time, without optimizer moments or a second copy of all of
+    them in memory. They are not compressed: this would save a tenth and buffer each once more.
     """
     folder = Path(run_dir).resolve() / FOLDER / "0"
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
-    gigabytes: Any = 1.01 * largest / 1e9  # less would not let the largest pass; need not be whole
+    gigabytes: Any = 1.01 * largest / 1e9  # admits the largest leaf; may be fractional
     handler = ocp.CompositeCheckpointHandler(
         state=ocp.PyTreeCheckpointHandler(save_concurrent_gb=gigabytes, use_compression=False),
         data=ocp.JsonCheckpointHandler(),
@@ -118,27 +119,38 @@ def save_params(run_dir: str | Path, params: PyTree, config: dict[str, Any]) -> 
             folder,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave({"params": params}),
-                data=ocp.args.JsonSave(_PARAMS_ALONE),
+                data=ocp.args.JsonSave(_PARAMS_ONLY),
                 config=ocp.args.JsonSave(config),
             ),
         )
     manifest.write(folder)
 
 
-def has_params_alone(run_dir: str | Path) -> bool:
-    """Whether the newest checkpoint is one of `save_params`; a CheckpointError if it is damaged."""
+def has_params_only(run_dir: str | Path) -> bool:
+    """Whether the newest checkpoint was written by `save_params`.
+
+    Raises:
+        CheckpointError: the checkpoint is corrupt.
+    """
     if latest_step(run_dir) != 0:
         return False
     args = ocp.args.Composite(data=ocp.args.JsonRestore())
-    return _restore(Path(run_dir), 0, args).data == _PARAMS_ALONE
+    return _restore(Path(run_dir), 0, args).data == _PARAMS_ONLY
 
 
 def restore_latest(run_dir: str | Path, like: PyTree) -> tuple[TrainState, dict[str, Any]] | None:
-    """The newest state and progress of a run, or None if it has not saved any.
+    """Restores the newest state and progress of a run; None without a checkpoint.
 
-    `like` is a state of the same structure, or its shapes, with the dtypes and shardings wanted,
-    whatever devices it was saved from; a leaf without sharding goes to one device. Raises a
-    CheckpointError if what is saved is damaged or of another structure; nothing on disk changes.
+    Nothing on disk changes, also if an error is raised.
+
+    Args:
+        run_dir: the run.
+        like: a state of the same structure, or its shapes, with the dtypes and shardings to restore
+            to. They may differ from those of the saving run; a leaf without a sharding is restored
+            to one device.
+
+    Raises:
+        CheckpointError: the checkpoint is corrupt or has another structure.
     """
     step = latest_step(run_dir)
     if step is None:
@@ -156,17 +168,17 @@ def restore_latest(run_dir: str | Path, like: PyTree) -> tuple[TrainState, dict[
 def restore_params(
     run_dir: str | Path, step: int | None = None, place: Callable[[PyTree], PyTree] | None = None
 ) -> tuple[ExperimentConfig, PyTree]:
-    """The config and the parameters of a run, at its newest step or a given one.
+    """Restores the config and the parameters of a run.
 
     Args:
         run_dir: the run.
-        step: one of `steps`; None takes the newest.
-        place: from a tree to the shardings of its leaves, whatever devices it was saved from; None
-            restores onto one device.
+        step: one of `steps`; None restores the newest.
+        place: maps a tree to the shardings of its leaves, which may differ from those of the saving
+            run; None restores to one device.
 
     Raises:
-        ConfigError: there is no run in this directory.
-        CheckpointError: it has not saved this step, or what it saved cannot be read.
+        ConfigError: the directory contains no run.
+        CheckpointError: the run has no checkpoint of this step, or it is corrupt.
     """
     cfg = load_config(run_dir, ExperimentConfig)
     saved = steps(run_dir)
@@ -177,6 +189,7 @@ def restore_params(
         raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; use one of: {words}.")
     shapes = param_shapes(cfg.model)
     like = {"params": _abstract(shapes, None if place is None else place(shapes))}
+    # Partial: the optimizer state is not read.
     item = ocp.args.PyTreeRestore(
         item=like,
         restore_args=ocp.checkpoint_utils.construct_restore_args(like),
@@ -188,7 +201,7 @@ def restore_params(
 
 
 def _abstract(tree: PyTree, shardings: PyTree = None) -> PyTree:
-    """Shapes and shardings of a tree: those given, else its own, else one device."""
+    """Shapes of a tree with `shardings`, or else with its own, or else on one device."""
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = shardings or jax.tree.map(
         lambda x: getattr(x, "sharding", None) or one_device, tree
@@ -209,11 +222,11 @@ def _restore(run_dir: Path, step: int, args: ocp.args.Composite) -> Any:
     problem = manifest.verify(folder)
     if problem is not None:
         raise CheckpointError(f"{problem}; {way_out}.")
-    # Without a manager: opening one would delete unfinished checkpoints.
+    # Not with a CheckpointManager, which deletes unfinished checkpoints when it is opened.
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
             return reader.restore(folder, args=args)
-    # Anything can come out of the array store, a bare Exception included.
+    # The array store raises many types of exception, including a bare Exception.
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise CheckpointError(

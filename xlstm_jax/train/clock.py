@@ -1,4 +1,4 @@
-"""How fast a run goes, without counting compilation, evaluation and checkpoints."""
+"""Timing of train steps, excluding compilation, evaluation and checkpoints."""
 
 import contextlib
 import time
@@ -7,35 +7,35 @@ from typing import Literal
 
 
 class Clock:
-    """Measures the steps between two laps; stopped until the first `start`."""
+    """Times the steps between two laps; stopped until the first `start`."""
 
     def __init__(self):
         self.start()
         self.running = False
 
     def start(self) -> None:
-        """From now on steps count; the first call of a run comes when its program is compiled."""
+        """Starts a lap. A run calls this first after its program has been compiled."""
         self.running = True
         self._begin = time.perf_counter()
         self._seconds = {"pause": 0.0, "wait": 0.0}
         self._steps = 0
 
     def step(self) -> None:
-        """One more step has been handed to the device."""
+        """Counts a step that has been dispatched to the device."""
         self._steps += 1
 
     @contextlib.contextmanager
     def measure(self, kind: Literal["pause", "wait"]) -> Iterator[None]:
-        """What happens inside is not part of training (pause), or is waiting for data."""
+        """Times its body as a pause, which is not training, or as a wait for data, which is."""
         begin = time.perf_counter()
-        yield
+        yield  # without `finally`: after an error the run ends and no lap follows
         self._seconds[kind] += time.perf_counter() - begin
 
     def lap(self) -> dict[str, float]:
-        """Seconds per step since the last lap, and the part of them that was spent on waiting."""
+        """Seconds per step since the last lap, and the seconds of these spent waiting for data."""
         if not self.running or self._steps == 0:
             return {}
         seconds = time.perf_counter() - self._begin - self._seconds["pause"]
         lap = {"step_time": seconds / self._steps, "data_wait": self._seconds["wait"] / self._steps}
-        self.start()
+        self.start()  # the next lap
         return lap

@@ -1,4 +1,4 @@
-"""How a run updates its parameters, and what a whole run is made of."""
+"""Configuration of training and of a complete run."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ Schedule = Literal["constant", "linear", "cosine", "exponential", "wsd"]
 
 
 class Parts(NamedTuple):
-    """Steps of the parts of a schedule, in order; only "wsd" has a constant part, then decays."""
+    """Numbers of steps of the parts of a schedule, in order; only "wsd" has a constant part."""
 
     warmup: int
     constant: int
@@ -30,43 +30,43 @@ class Parts(NamedTuple):
 class TrainConfig:
     """Optimizer, schedule, guard, and the intervals of logging, evaluation and checkpoints.
 
-    A length in steps that is below 1 is a share of `steps`.
+    A number of steps below 1 is a fraction of `steps`.
     """
 
-    steps: int = 1000  # updates in all: warm-up, main part and cool-down
+    steps: int = 1000  # total updates: warm-up, main part and cool-down
     lr: float = 1e-3  # peak learning rate
     schedule: Schedule = "cosine"  # shape of the main part
     warmup_steps: int | float = 0.05  # linear, from 0
-    decay_steps: int | float = 0.2  # "wsd" only: the linear decay that ends the main part
-    end_factor: float = 0.1  # the main part ends at end_factor * lr; "constant" ignores it
-    cooldown_steps: int | float = 0  # linear, from there to cooldown_lr
+    decay_steps: int | float = 0.2  # "wsd" only: linear decay at the end of the main part
+    end_factor: float = 0.1  # the main part ends at end_factor * lr; unused by "constant"
+    cooldown_steps: int | float = 0  # linear, from the end of the main part to cooldown_lr
     cooldown_lr: float = 0.0
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    decay_pattern: str = r"(^|/)kernel$"  # regex over parameter paths: what weight decay touches
+    decay_pattern: str = r"(^|/)kernel$"  # regex over paths of the parameters that decay
     grad_clip: float | None = 0.5  # bound on the global norm of the gradient
-    accumulation: int = 1  # micro-batches of one update
+    accumulation: int = 1  # micro-batches per update
     document_resets: bool = True  # a document starts from the initial state
     z_loss: float = 0.0  # weight of the squared log-normalizer of the softmax; 1e-4 is usual
-    loss_chunk: int | None = None  # positions whose logits exist at once; None: the op chooses
-    guard_factor: float = 10.0  # an update is discarded if its norm is this many times the usual
-    guard_floor: float = 10.0  # ... and above this
-    max_consecutive_skips: int = 8  # discarded updates in a row that end the run
-    seed: int = 0  # parameters and dropout; the order of the data has its own
-    log_every: int = 10
-    eval_every: int = 200  # 0: never, not even at the end
-    eval_batches: int | None = 20  # of one evaluation, spread over the held-out split; None: all
-    checkpoint_every: int = 200  # 0: by the clock and at the end only
-    checkpoint_minutes: float = 10.0  # 0: never by the clock
-    keep: int = 3  # newest checkpoints kept
+    loss_chunk: int | None = None  # tokens whose logits are in memory at once; None: the op chooses
+    guard_factor: float = 10.0  # skip an update if its gradient norm exceeds this times the average
+    guard_floor: float = 10.0  # ... and exceeds this
+    max_consecutive_skips: int = 8  # skipped updates in a row after which the run ends
+    seed: int = 0  # of parameters and dropout; data.seed orders the data
+    log_every: int = 10  # steps
+    eval_every: int = 200  # steps; 0: never, not even at the end
+    eval_batches: int | None = 20  # batches per evaluation, spread over the split; None: all
+    checkpoint_every: int = 200  # steps; 0: only by checkpoint_minutes and at the end
+    checkpoint_minutes: float = 10.0  # 0: only by checkpoint_every
+    keep: int = 3  # number of newest checkpoints to retain
 
     def __post_init__(self):
-        for demand, (fits, names) in _DEMANDS.items():
+        for demand, (is_valid, names) in _CONSTRAINTS.items():
             for name in names.split():
                 value = getattr(self, name)
-                if value is not None and not fits(value):
+                if value is not None and not is_valid(value):  # NaN fails every comparison
                     raise ConfigError(
                         f"train.{name} must be {demand}, got {value!r}; "
                         f"leave it out for the default of {getattr(TrainConfig, name)!r}."
@@ -75,7 +75,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value < 0 or (value >= 1 and value != int(value)):
                 raise ConfigError(
-                    f"train.{name} must be a whole number of steps or a share below 1, got "
+                    f"train.{name} must be an integer number of steps or a fraction below 1, got "
                     f"{value!r}; 0 leaves this part out."
                 )
         if self.parts.constant < 0:
@@ -95,18 +95,20 @@ class TrainConfig:
 
     @property
     def parts(self) -> Parts:
-        """Steps of warm-up, main part (constant and decay) and cool-down."""
+        """Numbers of steps of warm-up, main part (constant and decay) and cool-down."""
 
         def count(length: int | float) -> int:
             return round(length * self.steps) if length < 1 else int(length)
 
         warmup, cooldown = count(self.warmup_steps), count(self.cooldown_steps)
         main = self.steps - warmup - cooldown
+        # Negative if the parts exceed `steps`, which shows as a negative constant part.
         decay = count(self.decay_steps) if self.schedule == "wsd" else max(main, 0)
         return Parts(warmup, main - decay, decay, cooldown)
 
 
-_DEMANDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+# Demand -> check, and the fields of `TrainConfig` that must pass it.
+_CONSTRAINTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "at least 1": (
         lambda value: value >= 1,
         "steps accumulation loss_chunk max_consecutive_skips log_every eval_batches keep",
@@ -126,7 +128,7 @@ _DEMANDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
-    """A whole run: with it, everything the run did can be done again."""
+    """The complete configuration of a run, sufficient to reproduce it."""
 
     name: str
     model: LMConfig
@@ -143,7 +145,7 @@ class ExperimentConfig:
 
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
-        """What config.json says, with today's names; `from_dict` calls this."""
+        """Renames old fields and values of a config.json; called by `from_dict`."""
         values = dict(values)
         if isinstance(mesh := values.get("mesh"), dict):
             values["mesh"] = {_OLD_MESH.get(name, name): value for name, value in mesh.items()}
@@ -157,11 +159,16 @@ class ExperimentConfig:
         return values
 
 
+# Old -> new names of fields of `MeshConfig`.
 _OLD_MESH = {"smallest_cut": "min_shard_size", "slstm_time": "slstm_seq"}
 
 
 def check_vocabulary(cfg: ExperimentConfig, examples: Examples) -> None:
-    """Raises ConfigError if the data has token ids that the model does not."""
+    """Checks that the vocabulary of the model covers the data.
+
+    Raises:
+        ConfigError: the data have more token ids than the model.
+    """
     if cfg.model.vocab_size < examples.vocab_size:
         raise ConfigError(
             f"model.vocab_size must be at least {examples.vocab_size}, which the token ids of "
@@ -169,34 +176,41 @@ def check_vocabulary(cfg: ExperimentConfig, examples: Examples) -> None:
         )
 
 
-def check_lengths(cfg: ExperimentConfig, rules: Rules, sizes: Mapping[str, int]) -> None:
-    """Raises ConfigError where devices along the axes of a mesh cannot share the work evenly."""
+def check_divisibility(cfg: ExperimentConfig, rules: Rules, sizes: Mapping[str, int]) -> None:
+    """Checks that the mesh axes divide the dimensions they shard.
+
+    Raises:
+        ConfigError: the batch, the sequence or the heads cannot be divided evenly.
+    """
     accumulation = cfg.train.accumulation
     batch = "data.batch_size" if accumulation == 1 else "data.batch_size / accumulation"
-    own = {letter: cfg.model.options_of(letter) for letter in cfg.model.pattern}
+    blocks = {letter: cfg.model.options_of(letter) for letter in cfg.model.pattern}
     lengths = [
         ("batch", batch, cfg.data.batch_size // accumulation),
         ("time", "data.seq_len", cfg.data.seq_len),
     ]
     lengths += [
         ("heads", f"model.{BLOCKS[letter].name}.num_heads", options.num_heads)
-        for letter, options in own.items()
+        for letter, options in blocks.items()
         if hasattr(options, "num_heads")
     ]
-    for name, what, length in lengths:
-        parts = math.prod(sizes[axis] for axis in rules[name])
-        if length % parts:
+    for name, field, length in lengths:
+        num_shards = math.prod(sizes[axis] for axis in rules[name])
+        if length % num_shards:
             axes = " x ".join(f"{axis}={sizes[axis]}" for axis in rules[name])
-            near = {max(1, length // parts) * parts, (length // parts + 1) * parts}
+            multiple = length // num_shards
+            near = {max(1, multiple) * num_shards, (multiple + 1) * num_shards}
             raise ConfigError(
-                f"{what} must be a multiple of {parts}, the devices along {axes}, got {length}; "
-                f"{' or '.join(map(str, sorted(near)))} would do, or another mesh."
+                f"{field} must be a multiple of {num_shards}, the devices along {axes}, got "
+                f"{length}; use {' or '.join(map(str, sorted(near)))}, or another mesh."
             )
     shards_time = math.prod(sizes[axis] for axis in rules["time"]) > 1
-    unsharded = [x for x, options in own.items() if not getattr(options, "sharded_over_time", True)]
+    unsharded = [
+        x for x, options in blocks.items() if not getattr(options, "sharded_over_time", True)
+    ]
     if shards_time and unsharded and cfg.mesh.slstm_seq == "refuse":
         raise ConfigError(
             f"mesh.seq={sizes['seq']} cannot shard the sequence in blocks {', '.join(unsharded)} "
-            f"of model.pattern={cfg.model.pattern!r}, each step of which needs the one before; use "
+            f"of model.pattern={cfg.model.pattern!r}, where a step needs the previous one; use "
             "mesh.slstm_seq='gather' to compute them on every device, or seq=1."
         )

@@ -1,4 +1,4 @@
-"""The training loop, and what it touches on the host."""
+"""The training loop: steps, metrics, evaluations and checkpoints."""
 
 import contextlib
 import dataclasses
@@ -23,20 +23,25 @@ from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.train.state import TrainState
 from xlstm_jax.train.writers import Writer
 
-_MEMORY = {"bytes_in_use": "memory_in_use", "peak_bytes_in_use": "memory_peak"}  # theirs: ours
+_MEMORY = {
+    "bytes_in_use": "memory_in_use",
+    "peak_bytes_in_use": "memory_peak",
+}  # key of JAX: key of a record
 
 
 @dataclasses.dataclass(kw_only=True)
 class Progress:
-    """Saved beside the state, so that an interruption between two records leaves no trace."""
+    """Host state of a run, saved with every checkpoint, so that resuming is exact."""
 
-    step: int = 0  # batches seen; this is the whole data position
-    tokens_seen: int = 0  # up to the last record
-    totals: metrics.Totals = dataclasses.field(default_factory=metrics.empty)  # since then
-    evaluation: dict[str, Any] | None = None  # the last one, with its step
+    step: int = 0  # batches consumed; determines the next batch
+    tokens_seen: int = 0  # until the last record
+    totals: metrics.Totals = dataclasses.field(
+        default_factory=metrics.empty
+    )  # since the last record
+    evaluation: dict[str, Any] | None = None  # the last result, with its step
 
     def to_json(self) -> dict[str, Any]:
-        """For a checkpoint; float32 survives the way through JSON bit for bit."""
+        """The JSON values of a checkpoint; float32 round-trips through JSON exactly."""
         totals = jax.tree.map(float, jax.device_get(self.totals))
         return vars(self) | {"totals": totals._asdict()}
 
@@ -44,20 +49,22 @@ class Progress:
     def from_json(cls, values: dict[str, Any]) -> "Progress":
         """The inverse of `to_json`."""
         totals: Any = metrics.Totals(**values["totals"])
+        # JSON has no float32, so the dtypes come from fresh totals.
         totals = jax.tree.map(lambda x, y: np.asarray(y, x.dtype), metrics.empty(), totals)
         return cls(**values | {"totals": totals})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outputs(contextlib.AbstractContextManager):
-    """Where a run writes; closed at the end of the context, when everything is on disk."""
+    """Destinations of records and checkpoints; at the end of the context all are on disk."""
 
     run_dir: Path
-    writers: Sequence[Writer]  # take the records
+    writers: Sequence[Writer]  # each receives every record
     checkpoints: Checkpointer
-    flops_per_step: float | None = None  # of the model; None leaves the rate out of the records
+    flops_per_step: float | None = None  # of the model; None omits the FLOP rate from records
 
     def __exit__(self, *error: object) -> None:
+        # Writers are closed even if a save has failed.
         try:
             self.checkpoints.close()
         finally:
@@ -66,13 +73,13 @@ class Outputs(contextlib.AbstractContextManager):
 
 
 class Loop:
-    """Steps, records, evaluations and checkpoints, each when it is due.
+    """Runs steps, and writes records, evaluations and checkpoints when they are due.
 
-    Metrics stay on the device for a whole interval and are fetched while the step after it runs, so
-    logging never leaves the device idle.
+    Metrics accumulate on the device for one interval and are fetched while the next step runs, so
+    logging does not leave the device idle.
 
-    The devices of `program` must be active. `state` is donated to its first step, and `progress`,
-    which belongs to it, is kept up to date. Without `valid` there is no held-out loss.
+    The devices of `program` must be active. `state` is donated to the first step, and `progress` is
+    updated in place. Without `valid` no held-out loss is computed.
     """
 
     def __init__(
@@ -90,13 +97,13 @@ class Loop:
         self._program, self._cfg, self._devices = program, program.cfg, program.devices
         self._train, self._valid, self._outputs, self._stop = train, valid, outputs, stop
         self._clock = Clock()
-        self._complete: tuple[int, metrics.Totals] | None = None  # an interval not yet fetched
+        self._pending: tuple[int, metrics.Totals] | None = None  # a complete interval to fetch
         self._saved_at = time.monotonic()
 
     def run(self) -> None:
-        """Steps until the last one or until asked to stop; saves in either case."""
+        """Trains until the last step or a stop request, and saves a checkpoint in either case."""
         cfg, progress = self._cfg.train, self.progress
-        share = self._devices.share_of_rows(self._cfg.data.batch_size)
+        share = self._devices.share_of_batch(self._cfg.data.batch_size)
         with loader.batches(
             self._train,
             self._cfg.data,
@@ -105,7 +112,8 @@ class Loop:
             host_index=share.index,
             host_count=share.count,
         ) as batches:
-            self._evaluate_if_due()  # where the run was stopped, if that was before it was done
+            # A run that was stopped during an evaluation repeats it when it is resumed.
+            self._evaluate_if_due()
             while progress.step < cfg.steps and not self._stop.at(progress.step):
                 with self._clock.measure("wait"):
                     batch = next(batches)
@@ -115,9 +123,11 @@ class Loop:
                 if self._clock.running:
                     self._clock.step()
                 else:
-                    # The first step compiled the program; the clock begins when it is over.
+                    # The first step includes compilation, so the clock starts after it.
                     jax.block_until_ready(progress.totals)
                     self._clock.start()
+                # After the dispatch: the device computes this step while the host waits for the
+                # totals of the interval before it.
                 self._record()
                 if progress.step % cfg.log_every == 0:
                     self._close_interval()
@@ -126,7 +136,7 @@ class Loop:
                     self._save()
         self._record()
         if progress.step == cfg.steps:
-            if float(progress.totals.steps) > 0:
+            if float(progress.totals.steps) > 0:  # the last interval may be shorter
                 self._close_interval()
             self._evaluate()
         self._save()
@@ -139,30 +149,32 @@ class Loop:
         due = cfg.checkpoint_minutes > 0 and minutes >= cfg.checkpoint_minutes
         if jax.process_count() == 1 or cfg.checkpoint_minutes == 0:
             return due
-        # The clock of the first process counts, and is asked for now and then.
+        # All processes must agree, so the first one decides; the broadcast blocks, so not at
+        # every step.
         return step % cfg.log_every == 0 and bool(multihost_utils.broadcast_one_to_all(due))
 
     def _close_interval(self) -> None:
-        self._complete = (self.progress.step, self.progress.totals)
+        self._pending = (self.progress.step, self.progress.totals)
         self.progress.totals = self._devices.replicate(metrics.empty())
 
     def _record(self) -> None:
-        """Fetches and writes the interval that is complete, if any."""
-        if self._complete is None:
+        """Fetches and writes the record of the pending interval, if any."""
+        if self._pending is None:
             return
-        (step, totals), self._complete = self._complete, None
+        (step, totals), self._pending = self._pending, None
         record: dict[str, Any] = metrics.summarize(totals)
         self.progress.tokens_seen += record["tokens"]
         record |= {"tokens_seen": self.progress.tokens_seen} | self._clock.lap()
         if "step_time" in record:
+            # The clock may cover other steps than the interval: the first step is not timed.
             tokens_per_step = record["tokens"] / float(totals.steps)
             record["tokens_per_second"] = tokens_per_step / record["step_time"]
             if self._outputs.flops_per_step is not None:
                 rate = self._outputs.flops_per_step / record["step_time"]
                 record["model_flops_per_second"] = rate
-        # Of the first device, where its backend tells.
+        # Of the first local device; None on backends without statistics.
         stats = jax.local_devices()[0].memory_stats() or {}
-        record |= {ours: stats[theirs] for theirs, ours in _MEMORY.items() if theirs in stats}
+        record |= {name: stats[key] for key, name in _MEMORY.items() if key in stats}
         self._write(step, record)
         self._check_skipped(record["skipped_in_a_row"])
 
@@ -176,21 +188,22 @@ class Loop:
             self._evaluate()
 
     def _evaluate(self) -> None:
-        """Once per step at most; a run that is asked to stop does it when it is resumed."""
+        """Evaluates once per step at most; a stop request defers it until the run is resumed."""
         progress, valid = self.progress, self._valid
         if valid is None or (progress.evaluation or {}).get("step") == progress.step:
             return
-        self._record()
+        self._record()  # first, so that records are in the order of their steps
         with self._clock.measure("pause"):
-            measured = self._program.evaluate(
+            evaluation = self._program.evaluate(
                 self.state.params, valid, lambda: self._stop.requested
             )
-        if measured is not None:
-            self._write(progress.step, measured)
-            progress.evaluation = {"step": progress.step} | measured
+        if evaluation is not None:
+            self._write(progress.step, evaluation)
+            progress.evaluation = {"step": progress.step} | evaluation
 
     def _save(self) -> None:
         self._record()
+        # A diverged state must not replace the good checkpoints.
         self._check_skipped(int(self.state.guard.skipped))
         data = self.progress.to_json() | {"data": self._train.description}
         with self._clock.measure("pause"):
@@ -198,7 +211,7 @@ class Loop:
         self._saved_at = time.monotonic()
 
     def _check_skipped(self, in_a_row: int) -> None:
-        """Ends a run that has diverged, naming the windows it could not learn from."""
+        """Raises DivergedError after too many skips, and writes the windows of skipped steps."""
         limit, guard = self._cfg.train.max_consecutive_skips, self.state.guard
         if in_a_row < limit:
             return
@@ -207,13 +220,13 @@ class Loop:
             str(step): loader.batch_at(self._train, self._cfg.data, step).index.tolist()
             for step in range(first, first + limit)
         }
-        usual = float(guard.ema_grad_norm)
-        dump = {"first_skipped_step": first, "ema_grad_norm": usual, "index_of_step": index}
+        mean = float(guard.ema_grad_norm)
+        dump = {"first_skipped_step": first, "ema_grad_norm": mean, "index_of_step": index}
         rundir.write_json(self._outputs.run_dir / rundir.DIVERGED, dump)
         saved = latest_step(self._outputs.run_dir)
         raise DivergedError(
-            f"{limit} updates in a row were discarded from step {first} on, as their loss or "
-            "gradient was not finite or the gradient's norm was far above the usual "
-            f"{usual:.3g}; lower train.lr in a new run, or resume this one to meet the same "
-            f"batches again from {'the beginning' if saved is None else f'step {saved}'}."
+            f"{limit} updates in a row were skipped from step {first} on, because the loss or "
+            "gradient was not finite or the gradient norm was far above its average of "
+            f"{mean:.3g}; lower train.lr in a new run, or resume this one to repeat the same "
+            f"batches from {'the beginning' if saved is None else f'step {saved}'}."
         )

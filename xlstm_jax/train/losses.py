@@ -1,4 +1,4 @@
-"""Next-token loss as sums over a batch, to be divided once: for training and for evaluation."""
+"""Next-token loss as sums over a batch, for training and evaluation."""
 
 import math
 from typing import Any, NamedTuple
@@ -21,9 +21,9 @@ def language_model_loss(
     cfg: TrainConfig,
     dropout_key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, ""], CrossEntropy]:
-    """The sum to be differentiated, cross entropy and z-loss, and its parts.
+    """The sum to differentiate (cross entropy and z-loss) and its parts.
 
-    Sums, not means: only whoever knows all micro-batches and devices may divide.
+    These are sums, not means: the divisor is the number of tokens of all micro-batches and devices.
     """
     sums, _ = token_sums(
         model,
@@ -50,17 +50,17 @@ def token_sums(
 ) -> tuple[CrossEntropy, Any]:
     """Cross entropy summed over the targets of a batch, and the model's state after it.
 
-    The logits are made from hidden states `chunk_size` positions at a time; None: the op chooses.
-
     Args:
-        model: an `LM` or what is called like one.
+        model: an `LM`, or a module with the same call signature.
         params: its parameters.
-        batch: sequences; documents packed into one are told apart by `segment_ids`.
+        batch: sequences; `segment_ids` separate the documents packed into one.
         document_resets: whether a document starts from the initial state.
-        state: before the batch; None is the initial state.
-        dropout_key: None computes without dropout.
+        state: the state before the batch; None is the initial state.
+        dropout_key: None disables dropout.
+        z_loss: weight of the squared log-normalizer.
+        chunk_size: tokens whose logits are computed at once; None lets the op choose.
     """
-    # Padding is a document of its own; it weighs nothing, so it needs no mask.
+    # Padding becomes a separate document of weight 0, so it needs no mask (`has_padding=False`).
     documents = jnp.where(batch.segment_ids == 0, -1, batch.segment_ids)
     hidden, state = model.apply(
         {"params": params},
@@ -85,19 +85,19 @@ def token_sums(
 
 
 class HeldOut(NamedTuple):
-    """Sums over batches, as Python numbers: a float32 total loses digits over millions of tokens.
+    """Sums of a held-out loss over batches; every target has the same weight.
 
-    Every target that counts has the same weight, wherever it is.
+    Python numbers, because a float32 total loses digits over millions of tokens.
     """
 
     nats: float = 0.0
     num_tokens: int = 0
     num_correct: int = 0
-    num_bytes: int = 0  # of the targets as text; 0 where they are none
+    num_bytes: int = 0  # of text in the targets; 0 if they are not text
 
     def plus(self, sums: CrossEntropy, batch: Batch, examples: Examples) -> "HeldOut":
-        """With one more batch of these examples."""
-        sums = jax.device_get(sums)
+        """The sums including one more batch of these examples."""
+        sums = jax.device_get(sums)  # one transfer for all leaves
         num_bytes = 0
         if isinstance(examples, Windows):
             num_bytes = examples.tokenizer.num_bytes(batch.targets[batch.weights > 0])
@@ -110,9 +110,10 @@ class HeldOut(NamedTuple):
 
     @property
     def nats_per_token(self) -> float:
+        """Mean cross entropy of a target, in nats."""
         return self.nats / self.num_tokens
 
     @property
     def bits_per_byte(self) -> float | None:
-        """The measure that does not depend on the tokenizer; None where targets are no text."""
+        """Cross entropy per byte of text, comparable across tokenizers; None without text."""
         return self.nats / math.log(2) / self.num_bytes if self.num_bytes else None

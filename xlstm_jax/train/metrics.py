@@ -1,4 +1,4 @@
-"""Metrics of many steps, accumulated on the device and fetched in one transfer."""
+"""Metrics of a logging interval, accumulated on the device and fetched in one transfer."""
 
 import math
 from typing import Any, NamedTuple
@@ -12,54 +12,55 @@ from xlstm_jax.typing import Array, Float
 Metrics = dict[str, Array]
 """The metrics of one step by name, each a scalar."""
 
-# How each metric of a step becomes one of many steps.
-PER_TOKEN = ("loss", "z_loss", "accuracy")  # weighted by the tokens of the step
-PER_STEP = ("grad_norm", "update_norm", "param_norm", "padding_fraction")
-ADDED = ("tokens", "documents", "skipped")
+# How the metrics of single steps are combined to those of an interval.
+PER_TOKEN = ("loss", "z_loss", "accuracy")  # mean over steps, weighted by their tokens
+PER_STEP = ("grad_norm", "update_norm", "param_norm", "padding_fraction")  # mean over steps
+SUMMED = ("tokens", "documents", "skipped")
 LAST = ("lr",)
-LARGEST = ("skipped_in_a_row",)
+MAXIMUM = ("skipped_in_a_row",)
 
 
 class Totals(NamedTuple):
     """Sums over the steps of one logging interval.
 
-    Skipped steps count in `steps` and in what is added, but no loss or norm of theirs, finite or
-    not, enters a mean.
+    Skipped steps count in `steps` and in the `SUMMED` metrics, but not in any mean.
     """
 
     values: dict[str, Float[Any, ""]]
-    tokens: Float[Any, ""]  # of the steps that were taken
-    taken: Float[Any, ""]
-    steps: Float[Any, ""]
+    tokens: Float[Any, ""]  # of the steps that were not skipped
+    taken: Float[Any, ""]  # number of steps that were not skipped
+    steps: Float[Any, ""]  # number of all steps
 
 
 def empty() -> Totals:
-    """No step yet; on the host, to be replicated over the devices of a step."""
-    names = PER_TOKEN + PER_STEP + ADDED + LAST + LARGEST
+    """Totals of no steps, on the host."""
+    names = PER_TOKEN + PER_STEP + SUMMED + LAST + MAXIMUM
+    # Separate arrays: totals are donated, and no buffer may be donated twice.
     zeros = [np.zeros((), np.float32) for _ in range(len(names) + 3)]
     return Totals(dict(zip(names, zeros[3:], strict=True)), *zeros[:3])
 
 
 def add(totals: Totals, metrics: Metrics) -> Totals:
-    """The totals with one more step in them."""
+    """The totals including one more step."""
     taken = metrics["skipped"] == 0
     tokens = jnp.where(taken, metrics["tokens"], 0.0).astype(jnp.float32)
     count = taken.astype(jnp.float32)
     values = {}
     for name, value in totals.values.items():
-        now = metrics[name].astype(jnp.float32)
+        metric = metrics[name].astype(jnp.float32)
         if name in PER_TOKEN + PER_STEP:
-            weighted = now * tokens if name in PER_TOKEN else now
+            weighted = metric * tokens if name in PER_TOKEN else metric
+            # `where`, because a product with 0 would keep the NaN of a skipped step.
             values[name] = value + jnp.where(taken, weighted, 0.0)
-        elif name in ADDED:
-            values[name] = value + now
+        elif name in SUMMED:
+            values[name] = value + metric
         else:
-            values[name] = now if name in LAST else jnp.maximum(value, now)
+            values[name] = metric if name in LAST else jnp.maximum(value, metric)
     return Totals(values, totals.tokens + tokens, totals.taken + count, totals.steps + 1)
 
 
 def summarize(totals: Totals) -> dict[str, float | None]:
-    """Means, sums and maxima of the interval; None where every step of it was skipped."""
+    """The metrics of an interval; means are None if all of its steps were skipped."""
     host = jax.device_get(totals)
     summary: dict[str, float | None] = {}
     for name, value in host.values.items():
@@ -69,5 +70,5 @@ def summarize(totals: Totals) -> dict[str, float | None]:
         else:
             summary[name] = float(value) if name in LAST else int(value)
     loss = summary["loss"]
-    summary["perplexity"] = None if loss is None else math.exp(min(loss, 700.0))
+    summary["perplexity"] = None if loss is None else math.exp(min(loss, 700.0))  # no overflow
     return summary

@@ -1,4 +1,4 @@
-"""AdamW with decay by parameter path, and learning rates as pure functions of the step."""
+"""AdamW with weight decay by parameter path, and learning rate schedules."""
 
 import itertools
 import re
@@ -16,14 +16,14 @@ Schedule = Callable[[Int[ArrayLike, ""]], Float[ArrayLike, ""]]
 
 
 def make_schedule(cfg: TrainConfig) -> Schedule:
-    """The learning rate of each step: linear warm-up from 0, main part, linear cool-down.
+    """The learning rate as a function of the step: linear warm-up, main part, linear cool-down.
 
-    The main part starts at `lr` and ends at `end_factor * lr` (a constant one stays at `lr`); the
-    cool-down goes from there to `cooldown_lr`, which it reaches at step `steps`. Parts of no steps
-    are left out.
+    The warm-up starts at 0. The main part starts at `lr` and ends at `end_factor * lr`, or stays at
+    `lr` if it is constant. The cool-down ends at `cooldown_lr` at step `steps`. Parts with 0 steps
+    are omitted.
     """
     parts, lr, end = cfg.parts, cfg.lr, cfg.lr * cfg.end_factor
-    length = max(parts.decay, 1)  # optax refuses 0, also where the part is then left out
+    length = max(parts.decay, 1)  # optax rejects 0, even for a part that is then omitted
     decay = {
         "constant": optax.constant_schedule(lr),
         "linear": optax.linear_schedule(lr, end, length),
@@ -39,30 +39,31 @@ def make_schedule(cfg: TrainConfig) -> Schedule:
         optax.linear_schedule(last, cfg.cooldown_lr, parts.cooldown),
     )
     used = [(count, one) for count, one in zip(parts, schedules, strict=True) if count]
+    # Every schedule counts from its own start; `join_schedules` takes the inner boundaries.
     ends = itertools.accumulate(count for count, _ in used)
     return optax.join_schedules([schedule for _, schedule in used], list(ends)[:-1])
 
 
 def continued_end_factor(end_factor: float, old_decay_steps: int, new_decay_steps: int) -> float:
-    """`end_factor` for an exponential decay continued at the same rate to more steps.
+    """`end_factor` of an exponential decay that is extended to more steps at the same rate.
 
-    Reaching 0.1 after 495,000 steps and continuing to 540,000 ends at 0.0811.
+    A decay to 0.1 over 495,000 steps, extended to 540,000 steps, ends at 0.0811.
     """
     return end_factor ** (new_decay_steps / old_decay_steps)
 
 
 def decay_mask(params: PyTree, pattern: str = TrainConfig.decay_pattern) -> PyTree:
-    """For each parameter, whether weight decay touches it: whether `pattern` is in its path."""
+    """A tree of flags: whether a parameter decays, which is whether `pattern` is in its path."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: re.search(pattern, path_name(path)) is not None, params
     )
 
 
 def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformationExtraArgs:
-    """AdamW: clip by global norm, Adam, decoupled decay, learning rate.
+    """AdamW: clipping by global norm, Adam, decoupled weight decay, learning rate.
 
-    `update` takes `step`, which the schedule is a function of, and `lr_scale`, a factor on the
-    learning rate. Both are values, so one program serves a whole vmapped grid of learning rates.
+    `update` takes `step`, the argument of the schedule, and `lr_scale`, a factor on the learning
+    rate. Both may be traced, so one program serves a vmapped grid of learning rates.
     """
     return optax.chain(
         optax.identity() if cfg.grad_clip is None else optax.clip_by_global_norm(cfg.grad_clip),
@@ -75,9 +76,10 @@ def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformationExtraArgs:
 
 
 def scale_by_learning_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
-    """Descent by `lr_scale * schedule(step)`, with the step given and not counted.
+    """Scales updates by `-lr_scale * schedule(step)`, where `step` is an argument of `update`.
 
-    A count of its own would stand still whenever the guard restores the optimizer's state.
+    A step count in the optimizer state, as in optax, would not advance when the guard skips an
+    update and restores this state.
     """
 
     def update(updates, state, params=None, **extra):
@@ -88,7 +90,7 @@ def scale_by_learning_rate(schedule: Schedule) -> optax.GradientTransformationEx
 
 
 def norm(tree: PyTree) -> Float[Array, ""]:
-    """Square root of the sum of squares of all leaves, in float32 or wider."""
+    """Global norm: the square root of the sum of squares of all leaves, in float32 or wider."""
     return optax.tree.norm(
         jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
     )

@@ -1,4 +1,4 @@
-"""The picture of a run: its training loss and the held-out points."""
+"""Plot of the training and held-out loss of a run."""
 
 import math
 from pathlib import Path
@@ -10,11 +10,11 @@ import numpy as np
 def loss_curve(
     records: list[dict[str, Any]], path: Path, title: str, bytes_per_token: float | None
 ) -> None:
-    """Draws the records of metrics.jsonl into a PNG.
+    """Plots the records of metrics.jsonl to a PNG.
 
-    `bytes_per_token` turns nats per token into bits per byte; None where the data is no text.
+    `bytes_per_token` converts nats per token to bits per byte; None if the data are not text.
     """
-    # Half a second to import, which only the end of a run should cost.
+    # Imported here because it takes half a second, needed at the end of a run only.
     from matplotlib.figure import Figure
 
     scale = 1.0 if bytes_per_token is None else 1 / (math.log(2) * bytes_per_token)
@@ -39,7 +39,7 @@ def loss_curve(
     axes.grid(alpha=0.25)
     shown = np.concatenate([_smooth(losses) * scale, valid])
     if len(shown):
-        # The first few losses are far above the rest and would press it flat.
+        # The first losses are far above the rest and would flatten the curve.
         low, high = shown.min(), np.quantile(shown, 0.98)
         margin = 0.08 * (high - low) + 1e-3
         axes.set_ylim(max(0.0, low - margin), high + 2 * margin)
@@ -57,9 +57,10 @@ def _series(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.nd
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A centered mean over a twentieth of the run, over less of it near the ends."""
-    reach = len(values) // 40
+    """A centered moving average over a twentieth of the run, narrower near the ends."""
+    reach = len(values) // 40  # to either side
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
-    near = np.minimum(reach, np.minimum(index, index[::-1]))
-    return (sums[index + near + 1] - sums[index - near]) / (2 * near + 1)
+    # Symmetric also at the ends, so that the curve is not shifted there.
+    radius = np.minimum(reach, np.minimum(index, index[::-1]))
+    return (sums[index + radius + 1] - sums[index - radius]) / (2 * radius + 1)

@@ -1,4 +1,4 @@
-"""Processes of a run: waiting for each other, their logs, and being asked to stop."""
+"""Processes of a run: barriers, logs and stop requests."""
 
 import contextlib
 import dataclasses
@@ -15,18 +15,18 @@ import jax
 from jax.experimental import multihost_utils
 
 log = logging.getLogger("xlstm_jax")
-"""What a process of several has done; alone, the metrics say it."""
+"""Logs the progress of each process; with a single process the metrics suffice."""
 
 
-def wait_for_all(where: str) -> None:
-    """Returns once every process of the program is here; alone, at once."""
+def sync_processes(name: str) -> None:
+    """A barrier: returns when all processes have called it; a single one returns at once."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+        multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
 def process_log(run_dir: Path) -> Iterator[None]:
-    """Within, `log` and all warnings go to RUN/process_I.log, where there are several processes."""
+    """Within the context, `log` and warnings of several processes go to RUN/process_I.log."""
     if jax.process_count() == 1:
         yield
         return
@@ -35,13 +35,13 @@ def process_log(run_dir: Path) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root, level = logging.getLogger(), log.level
     root.addHandler(handler)
-    log.setLevel(logging.INFO)  # of others the root passes warnings on
+    log.setLevel(logging.INFO)  # other loggers inherit the root's level, warnings
     try:
         devices = ", ".join(map(str, jax.local_devices()))
         count = jax.process_count()
         log.info("process %d of %d on %s: %s", jax.process_index(), count, platform.node(), devices)
         yield
-    except BaseException:
+    except BaseException:  # KeyboardInterrupt too: the log must show why a process ended
         log.exception("the run ends with an error")
         raise
     finally:
@@ -52,15 +52,15 @@ def process_log(run_dir: Path) -> Iterator[None]:
 
 @dataclasses.dataclass
 class Stop:
-    """Whether this run was asked to stop."""
+    """A request to stop the run."""
 
-    requested: bool = False  # at once, whatever is going on; stays False with several processes
+    requested: bool = False  # by a signal; stays False with several processes
 
     def at(self, step: int) -> bool:
-        """Whether to stop before this step; to be called before every step.
+        """Whether to stop before this step; must be called before every step.
 
-        With several processes, JAX's runtime receives a SIGTERM to one of them and lets them agree
-        on a step that none of them has begun.
+        With several processes, JAX's runtime handles a SIGTERM to any of them and selects a step
+        that no process has started, so that all of them stop at the same step.
         """
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
@@ -69,9 +69,10 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[Stop]:
-    """Within, the first SIGINT or SIGTERM sets `requested`; the second acts as usual.
+    """Within the context, the first SIGINT or SIGTERM sets `requested`.
 
-    Only the main thread can listen to signals; in another one it stays False.
+    The second one has its previous effect. Only the main thread can handle signals; in other
+    threads `requested` stays False.
     """
     stop = Stop()
     previous: dict[signal.Signals, Any] = {}
@@ -80,13 +81,13 @@ def stop_request() -> Iterator[Stop]:
         while previous:
             signal.signal(*previous.popitem())
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def request(number: int, frame: FrameType | None) -> None:
         stop.requested = True
-        restore()
+        restore()  # so that a second signal ends a run that does not stop
 
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and jax.process_count() == 1:
-        previous |= {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+        previous |= {n: signal.signal(n, request) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:

@@ -1,4 +1,4 @@
-"""The compiled training program: the one that a run executes, `plan` compiles and benchmarks time.
+"""The jitted training program, which runs execute, `plan` compiles and benchmarks time.
 
 program = TrainProgram(cfg, make_devices(cfg.mesh))
 state, totals = program.init(), program.devices.replicate(metrics.empty())
@@ -29,13 +29,13 @@ from xlstm_jax.train.state import TrainState, first_state, init_state
 from xlstm_jax.train.step import make_train_step
 from xlstm_jax.typing import PyTree
 
-_number = itertools.count()
+_number = itertools.count()  # makes the names of the steps of a process unique
 
 
 class TrainProgram:
-    """The step of a run with its metric totals, on real devices or an ahead-of-time target's.
+    """The train step of a run with its metric totals, for attached devices or an AOT target.
 
-    `tx` may be any optax transformation; None is the one of `cfg.train`.
+    `tx` may be any optax transformation; None makes the optimizer of `cfg.train`.
     """
 
     def __init__(
@@ -51,9 +51,10 @@ class TrainProgram:
         totals = jax.eval_shape(metrics.empty)
         ids = jax.ShapeDtypeStruct((cfg.data.batch_size, cfg.data.seq_len), jnp.int32)
         weights = jax.ShapeDtypeStruct(ids.shape, jnp.float32)
+        # As `Devices.batch` makes it: int32 unless 64-bit types are enabled.
         index = jax.ShapeDtypeStruct(ids.shape[:1], jax.dtypes.canonicalize_dtype(np.int64))
         batch = Batch(ids, ids, ids, weights, index)
-        # Of `step`: shapes and shardings.
+        # Shapes and shardings of the arguments of `step`.
         self.arguments: tuple[TrainState, metrics.Totals, Batch] = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             (state, totals, batch),
@@ -68,19 +69,21 @@ class TrainProgram:
     def step(self) -> jax.stages.Wrapped:
         """The jitted `(state, totals, batch) -> (state, totals)`, with state and totals donated.
 
-        Call it within `devices.active()`. A second trace is an error: it would be a silent delay.
+        Call it within `devices.active()`. A second trace raises, because it would silently compile
+        the step again.
         """
         train_step = make_train_step(self.model, self.tx, self.cfg.train)
 
         def step(state: TrainState, totals: metrics.Totals, batch: Batch):
+            # Inside the jitted function: the rules are read while it is traced.
             with use_rules(self.devices.rules):
-                state, now = train_step(state, batch)
-            return state, metrics.add(totals, now)
+                state, step_metrics = train_step(state, batch)
+            return state, metrics.add(totals, step_metrics)
 
-        # By its name chex tells it from other programs of this process.
+        # chex counts traces by name, so every program of this process needs its own.
         step.__name__ = f"train_step_{next(_number)}"
         once = chex.assert_max_traces(step, n=1)
-        once.__name__ = "train_step"
+        once.__name__ = "train_step"  # the name in profiles and HLO
         state, totals, batch = jax.tree.map(lambda x: x.sharding, self.arguments)
         return jax.jit(
             once,
@@ -103,40 +106,41 @@ class TrainProgram:
     def evaluate(
         self, params: PyTree, examples: Examples, should_stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
-        """The metrics of held-out data, over all tokens of `eval_batches`; None if told to stop.
+        """The metrics of held-out data; None if `should_stop` returned True.
 
-        These are windows spread evenly over the split, the same ones each time; see
-        `data.eval_batches`.
+        The windows are those of `data.eval_batches`, the same for every evaluation.
         """
         total = losses.HeldOut()
         for batch in loader.eval_batches(examples, self.cfg.data, self.cfg.train.eval_batches):
             if should_stop():
                 return None
+            # Every process loads the global batch: evaluation needs its weights on the host.
             sums = self.held_out_sums(params, self.devices.batch(batch))
             total = total.plus(sums, batch, examples)
-        measured = {
+        evaluation = {
             "valid_loss": total.nats_per_token,
             "valid_accuracy": total.num_correct / total.num_tokens,
             "valid_tokens": total.num_tokens,
         }
         bits = total.bits_per_byte
-        return measured if bits is None else measured | {"valid_bits_per_byte": bits}
+        return evaluation if bits is None else evaluation | {"valid_bits_per_byte": bits}
 
     def _first_state(self, devices: Devices | None = None) -> TrainState:
+        # Parameters do not depend on the tokens, so the smallest batch initializes them.
         key, tokens = jax.random.key(self.cfg.train.seed), jnp.zeros((1, 1), jnp.int32)
         return init_state(self.model, self.tx, key, tokens, devices=devices)
 
     def init(self) -> TrainState:
-        """The state before the first step, each leaf created on its devices."""
+        """The initial state, each leaf created sharded on its devices."""
         return self._first_state(self.devices)
 
     def init_from(self, params: PyTree) -> TrainState:
-        """The state before the first step of given parameters."""
+        """The initial state for these parameters."""
         shardings = jax.tree.map(lambda x: x.sharding, self.arguments[0])
         make = jax.jit(lambda params: first_state(params, self.tx), out_shardings=shardings)
         return make(params)
 
     def compile(self) -> jax.stages.Compiled:
-        """`step` compiled from shapes alone; computes nothing."""
+        """Compiles `step` from shapes alone, without computing anything."""
         with self.devices.active():
             return self.step.lower(*self.arguments).compile()

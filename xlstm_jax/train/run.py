@@ -1,4 +1,4 @@
-"""A run from its config to its end, through as many interruptions as there are."""
+"""`fit`: starts or resumes a run and trains it to its last step."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from xlstm_jax.data.batch import Examples
 from xlstm_jax.data.windows import Windows
 from xlstm_jax.sharding.devices import make_devices
 from xlstm_jax.train import checkpoint, plots, rundir
-from xlstm_jax.train.config import ExperimentConfig, check_lengths, check_vocabulary
+from xlstm_jax.train.config import ExperimentConfig, check_divisibility, check_vocabulary
 from xlstm_jax.train.loop import Loop, Outputs, Progress
-from xlstm_jax.train.processes import log, process_log, stop_request, wait_for_all
+from xlstm_jax.train.processes import log, process_log, stop_request, sync_processes
 from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.train.state import TrainState
 from xlstm_jax.train.writers import CallbackWriter, ConsoleWriter, JsonlWriter, Writer
@@ -24,12 +24,12 @@ from xlstm_jax.train.writers import CallbackWriter, ConsoleWriter, JsonlWriter, 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """How a call of `fit` ended."""
+    """The result of `fit`."""
 
     state: TrainState
     step: int
-    finished: bool  # False: it was asked to stop, and what it did is saved
-    evaluation: dict[str, Any] | None  # the last one, with its step
+    finished: bool  # False after a stop request; the run is saved and can be resumed
+    evaluation: dict[str, Any] | None  # the last evaluation, with its step
 
 
 def fit(
@@ -42,37 +42,37 @@ def fit(
     flops_per_step: float | None = None,
     on_metrics: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> FitResult:
-    """Trains until `cfg.train.steps`, resuming the run in `run_dir` if there is one.
+    """Trains until step `cfg.train.steps`, resuming the run in `run_dir` if one exists.
 
-    A run that was interrupted anywhere and resumed computes, bit for bit, what it would have
-    computed. The first SIGINT or SIGTERM ends the step, saves, and returns; a second one acts as
-    usual.
+    A run that is interrupted and resumed gives bit-identical results to an uninterrupted one. On
+    the first SIGINT or SIGTERM, the current step finishes, a checkpoint is saved, and `fit`
+    returns; a second signal has its usual effect.
 
     Args:
-        cfg: the whole run.
-        run_dir: checkpoints, config.json, run.json, metrics.jsonl and loss.png go there.
-        tx: any optax transformation in place of the optimizer of `cfg.train`; its learning rate is
-            then its own, and a resumed run needs the same one again.
-        fresh: discard the run that is there.
+        cfg: the configuration of the run.
+        run_dir: directory of checkpoints, config.json, run.json, metrics.jsonl and loss.png.
+        tx: any optax transformation in place of the optimizer of `cfg.train`. It has its own
+            learning rate, and a resumed run needs the same `tx` again.
+        fresh: discard an existing run in `run_dir`.
         console: show progress on standard output.
-        flops_per_step: of the model, forward and backward; adds their rate to the records.
-        on_metrics: called with each record, after it was written.
+        flops_per_step: of the model, forward and backward; adds the FLOP rate to the records.
+        on_metrics: called with each record after it is written.
 
     Raises:
-        ConfigError: the config cannot be used, or the directory belongs to another one; then
-            nothing on disk has changed.
-        CheckpointError: what is there cannot be read; nothing on disk has changed.
-        DivergedError: `max_consecutive_skips` updates in a row were discarded.
+        ConfigError: the config is invalid, or `run_dir` belongs to another config; nothing on disk
+            has changed.
+        CheckpointError: the checkpoint cannot be read; nothing on disk has changed.
+        DivergedError: `max_consecutive_skips` updates in a row were skipped.
     """
     run_dir = Path(run_dir)
     if not fresh:
         rundir.check(run_dir, cfg)
     devices = make_devices(cfg.mesh)
-    check_lengths(cfg, devices.rules, devices.mesh.shape)
+    check_divisibility(cfg, devices.rules, devices.mesh.shape)
     train = loader.load(cfg.data, "train")
     valid = loader.load(cfg.data, "valid") if cfg.train.eval_every else None
     check_vocabulary(cfg, train)
-    loader.batch_at(train, cfg.data, 0)  # raises if the data are too few for a batch
+    loader.batch_at(train, cfg.data, 0)  # raises if the data are smaller than a batch
     program = TrainProgram(cfg, devices, tx)
     resumed = None if fresh else _resume(program, run_dir, train)
     state, progress = resumed or (program.init(), Progress())
@@ -81,17 +81,17 @@ def fit(
         "data": {"train": train.description}
         | ({} if valid is None else {"valid": valid.description}),
     }
-    # One process prepares the directory, while the others wait; from here on the disk changes. The
-    # others write only their shards of checkpoints, and a log.
-    writes = jax.process_index() == 0
-    wait_for_all("before the run begins")
-    if writes:
+    # Everything above may raise; from here on the disk changes. The first process prepares the
+    # directory while the others wait. They write only a log and their shards of checkpoints.
+    is_first = jax.process_index() == 0
+    sync_processes("before the run directory is prepared")
+    if is_first:
         if fresh:
             rundir.discard(run_dir)
-        rundir.begin(run_dir, cfg, facts, progress.step)
-    wait_for_all("the run has begun")
-    writers: list[Writer] = [JsonlWriter(run_dir / rundir.METRICS)] if writes else []
-    writers += [ConsoleWriter(cfg.train.steps, progress.step)] if writes and console else []
+        rundir.prepare(run_dir, cfg, facts, progress.step)
+    sync_processes("the run directory is prepared")
+    writers: list[Writer] = [JsonlWriter(run_dir / rundir.METRICS)] if is_first else []
+    writers += [ConsoleWriter(cfg.train.steps, progress.step)] if is_first and console else []
     if on_metrics is not None:
         writers.append(CallbackWriter(on_metrics))
     outputs = Outputs(
@@ -101,13 +101,13 @@ def fit(
         flops_per_step=flops_per_step,
     )
     with process_log(run_dir), rundir.compiled_programs(run_dir), stop_request() as stop:
-        log.info("begins at step %d of %d", progress.step, cfg.train.steps)
+        log.info("starts at step %d of %d", progress.step, cfg.train.steps)
         with outputs, devices.active():
             loop = Loop(program, state, progress, train, valid, outputs, stop)
             loop.run()
         log.info("ends at step %d of %d", progress.step, cfg.train.steps)
         finished = progress.step == cfg.train.steps
-        if finished and writes:
+        if finished and is_first:
             bytes_per_token = train.bytes_per_token if isinstance(train, Windows) else None
             records = rundir.read_metrics(run_dir / rundir.METRICS)
             plots.loss_curve(records, run_dir / rundir.CURVE, cfg.name, bytes_per_token)
@@ -119,18 +119,19 @@ def fit(
 def _resume(
     program: TrainProgram, run_dir: Path, train: Examples
 ) -> tuple[TrainState, Progress] | None:
-    """The newest state of the run, sharded over its devices; None if it has not saved any."""
-    if checkpoint.has_params_alone(run_dir):
+    """The newest state of the run, sharded over its devices, and its progress; None if unsaved."""
+    if checkpoint.has_params_only(run_dir):
         _, params = checkpoint.restore_params(run_dir, place=program.devices.shardings)
         return program.init_from(params), Progress()
     restored = checkpoint.restore_latest(run_dir, program.arguments[0])
     if restored is None:
         return None
     state, values = restored
+    # Resuming is exact only if step i has the same batch as before.
     lines = differences(train.description, values.pop("data"))
     if lines:
         raise ConfigError(
-            f"run_dir={str(run_dir)!r} was trained on other data ({'; '.join(lines)}); bring that "
-            "data back, use another directory, or fresh=True (--fresh) to discard that run."
+            f"run_dir={str(run_dir)!r} was trained on other data ({'; '.join(lines)}); restore "
+            "those data, use another directory, or fresh=True (--fresh) to discard that run."
         )
     return state, Progress.from_json(values)

@@ -1,4 +1,4 @@
-"""Everything a step reads and writes besides the batch."""
+"""The train state: everything that a step reads and writes, except the batch."""
 
 from typing import Any
 
@@ -13,16 +13,17 @@ from xlstm_jax.typing import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
 
 class TrainState(struct.PyTreeNode):
-    """One value per run; a leading axis on every leaf makes it many runs under `jax.vmap`.
+    """The state of one run, or of many runs with a leading axis on every leaf for `jax.vmap`.
 
-    Fields have no shapes in their types, as trees of shapes, shardings or flags have this one too.
+    Fields have no shapes in their types, because trees of shapes, shardings and flags have this
+    structure too.
     """
 
-    step: Any  # scalar: batches seen, skipped ones included; also the position in the data
+    step: Any  # scalar: batches seen, including skipped ones; determines the next batch
     params: PyTree
     opt_state: PyTree
     guard: Any  # Guard
-    lr_scale: Any  # scalar: factor on the schedule; differs over a grid of learning rates
+    lr_scale: Any  # scalar: factor on the schedule, for grids of learning rates
 
 
 def init_state(
@@ -34,15 +35,15 @@ def init_state(
     lr_scale: Float[ArrayLike, ""] = 1.0,
     devices: Devices | None = None,
 ) -> TrainState:
-    """The state before the first step, made in one compiled program.
+    """The initial state, computed in one compiled program.
 
     Args:
         model: a Flax module called with tokens.
-        tx: as for the step.
-        key: decides the parameters; `jax.vmap` over keys makes a state of many runs.
-        tokens: any tokens, as only parameters are made: a 1 x 1 array of zeros is enough.
+        tx: the optimizer of the train step.
+        key: initializes the parameters; `jax.vmap` over keys gives the state of many runs.
+        tokens: any tokens: their values do not matter, and 1 x 1 zeros suffice.
         lr_scale: factor on the learning rate.
-        devices: the mesh on which it is created, each leaf sharded; None: on one device.
+        devices: the mesh on which the state is created, sharded; None creates it on one device.
     """
 
     def build(key, tokens, lr_scale):
@@ -51,6 +52,7 @@ def init_state(
     args = key, tokens, lr_scale
     if devices is None:
         return jax.jit(build)(*args)
+    # Created sharded: the state may not fit on a single device.
     shardings = devices.shardings(jax.eval_shape(build, *args))
     with devices.active():
         return jax.jit(build, out_shardings=shardings)(*args)
@@ -59,7 +61,7 @@ def init_state(
 def first_state(
     params: PyTree, tx: optax.GradientTransformation, lr_scale: Float[ArrayLike, ""] = 1.0
 ) -> TrainState:
-    """The state before the first step, of given parameters."""
+    """The initial state for given parameters."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

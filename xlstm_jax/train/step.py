@@ -1,4 +1,4 @@
-"""One update of the parameters: a pure function of a state and a batch."""
+"""The train step: a pure function of a state and a batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ from xlstm_jax.typing import Array, Float, PRNGKeyArray, PyTree
 LossFn = Callable[[PyTree, Batch, PRNGKeyArray | None], tuple[Float[Array, ""], CrossEntropy]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
-_DROPOUT = 1  # the purposes that share a seed: parameters use the key itself, dropout this fold
+_DROPOUT = 1  # folded into the key of the seed, which itself initializes the parameters
 
 
 def make_train_step(
@@ -28,49 +28,50 @@ def make_train_step(
     cfg: TrainConfig,
     loss_fn: LossFn | None = None,
 ) -> TrainStep:
-    """The step function `(state, batch) -> (state, metrics)`.
+    """Makes the train step `(state, batch) -> (state, metrics)`.
 
-    It is pure and not jitted: `jax.jit` it with the state donated, `jax.vmap` it over states with
-    `in_axes=(0, None)` to train many seeds on the same batches, `jax.lax.scan` it over batches.
+    The step is pure and not jitted: `jax.jit` it with the state donated, `jax.vmap` it over states
+    with `in_axes=(0, None)` to train many seeds on the same batches, or `jax.lax.scan` it over
+    batches.
 
-    The metrics are scalars of this step. `loss` is the mean cross entropy over all tokens, without
-    the z-loss; `grad_norm` is taken before clipping; `skipped` is 1 where the guard discarded the
-    update; `skipped_in_a_row` counts those up to now.
+    The metrics are scalars. `loss` is the mean cross entropy over all tokens, without the z-loss;
+    `grad_norm` is measured before clipping; `skipped` is 1 if the guard skipped the update;
+    `skipped_in_a_row` counts consecutive skipped updates.
 
     Args:
-        model: an `LM` or what is called like one.
-        tx: from `make_optimizer`, or any other transformation of optax.
-        cfg: accumulation, guard, z-loss.
-        loss_fn: sums of a batch; None takes `losses.language_model_loss`.
+        model: an `LM`, or a module with the same call signature.
+        tx: the result of `make_optimizer`, or any other optax transformation.
+        cfg: gradient accumulation, guard and z-loss.
+        loss_fn: the sums of a batch; None uses `losses.language_model_loss`.
     """
 
     def model_loss(params, batch, key):
         return losses.language_model_loss(model, params, batch, cfg, key)
 
-    tx = optax.with_extra_args_support(tx)
+    tx = optax.with_extra_args_support(tx)  # ignores step and lr_scale unless tx takes them
     schedule = make_schedule(cfg)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = None
-        if model.cfg.has_dropout:  # from the seed and the step alone: there is no key to store
+        if model.cfg.has_dropout:  # a function of seed and step, so no key is stored
             key = jax.random.fold_in(jax.random.key(cfg.seed), _DROPOUT)
             key = jax.random.fold_in(key, state.step)
         loss_of = loss_fn or model_loss
         grads, sums = sum_gradients(loss_of, state.params, batch, key, cfg.accumulation)
-        # A batch without any target has the mean 0/0: the guard discards it.
+        # A batch without targets gives 0/0, which the guard skips.
         grads = jax.tree.map(lambda g: g / sums.weight_sum.astype(g.dtype), grads)
         loss = sums.ce_sum / sums.weight_sum
         grad_norm = norm(grads)
-        ok, watched = guard.judge(state.guard, loss, grad_norm, cfg)
+        ok, new_guard = guard.check_update(state.guard, loss, grad_norm, cfg)
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, step=state.step, lr_scale=state.lr_scale
         )
-        params = guard.keep_if(ok, optax.apply_updates(state.params, updates), state.params)
+        params = guard.select(ok, optax.apply_updates(state.params, updates), state.params)
         new = state.replace(
-            step=state.step + 1,
+            step=state.step + 1,  # also if skipped, so that the next batch is another one
             params=params,
-            opt_state=guard.keep_if(ok, opt_state, state.opt_state),
-            guard=watched,
+            opt_state=guard.select(ok, opt_state, state.opt_state),
+            guard=new_guard,
         )
         metrics = {
             "loss": loss,
@@ -82,10 +83,11 @@ def make_train_step(
             "update_norm": jnp.where(ok, norm(updates), 0.0),
             "param_norm": norm(params),
             "tokens": sums.weight_sum,
+            # Documents are numbered from 1 in each sequence, so the largest id is their number.
             "documents": jnp.sum(jnp.max(batch.segment_ids, axis=-1)),
             "padding_fraction": jnp.mean(batch.segment_ids == 0),
             "skipped": 1 - ok.astype(jnp.int32),
-            "skipped_in_a_row": watched.skipped,
+            "skipped_in_a_row": new_guard.skipped,
         }
         return new, metrics
 
@@ -99,9 +101,10 @@ def sum_gradients(
     key: PRNGKeyArray | None,
     num_parts: int = 1,
 ) -> tuple[PyTree, CrossEntropy]:
-    """Gradients of the summed loss, and the sums, over `num_parts` micro-batches in turn.
+    """Gradients of the summed loss, and the sums, accumulated over `num_parts` micro-batches.
 
-    Sums over parts of unequal weight add up to the sum over the batch; means would not.
+    Sums of micro-batches with different numbers of tokens add up to the sum of the batch; means do
+    not.
     """
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if num_parts == 1:
@@ -112,18 +115,19 @@ def sum_gradients(
             f"a batch must have a multiple of {num_parts} sequences, got {num_sequences}; "
             f"change data.batch_size or train.accumulation={num_parts}."
         )
-    # Every part has sequences of every device.
+    # Strided, so that every micro-batch has sequences on every device.
     parts = jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape((-1, num_parts) + x.shape[1:]), 0, 1), batch
     )
     shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], parts), key)
+    # Accumulated in float32 or wider, whatever the dtype of the parameters.
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
     )
 
-    def body(total, now):
-        number, part = now
-        part_key = None if key is None else jax.random.fold_in(key, number)
+    def body(total, index_and_part):
+        index, part = index_and_part
+        part_key = None if key is None else jax.random.fold_in(key, index)
         grads_and_sums = grad_fn(params, part, part_key)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, grads_and_sums), None
 

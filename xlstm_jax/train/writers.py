@@ -1,4 +1,4 @@
-"""Where metrics go: a writer is anything with `write(step, metrics)` and `close()`."""
+"""Writers of metrics: any object with `write(step, metrics)` and `close()`."""
 
 import dataclasses
 import json
@@ -13,19 +13,24 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 @runtime_checkable
 class Writer(Protocol):
-    """Takes the records of a run, in order."""
+    """Receives the records of a run, in order."""
 
-    def write(self, step: int, metrics: dict[str, Any], /) -> None: ...
-    def close(self) -> None: ...
+    def write(self, step: int, metrics: dict[str, Any], /) -> None:
+        """Writes the record of a logging interval or of an evaluation that ended at `step`."""
+
+    def close(self) -> None:
+        """Flushes and releases all resources; called once, also after an error."""
 
 
 class JsonlWriter:
-    """One JSON object a line, on disk at once; what is not finite becomes null."""
+    """Appends one JSON object per line; non-finite values become null."""
 
     def __init__(self, path: Path):
         self._file = path.open("a")
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Appends a record and flushes it."""
+        # JSON has no NaN or infinity.
         record = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in ({"step": step} | metrics).items()
@@ -34,11 +39,12 @@ class JsonlWriter:
         self._file.flush()
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 
 class ConsoleWriter:
-    """A progress bar on a terminal, a line per record elsewhere."""
+    """Shows a progress bar on a terminal, and prints one line per record elsewhere."""
 
     def __init__(self, total: int, start: int = 0, console: Console | None = None):
         self._console = console or Console()
@@ -56,6 +62,7 @@ class ConsoleWriter:
             self._bar.start()
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Prints a record, or updates the bar; evaluations are always printed."""
         if "valid_loss" in metrics:
             text = f"held-out loss {metrics['valid_loss']:.4f}"
             if "valid_bits_per_byte" in metrics:
@@ -66,12 +73,14 @@ class ConsoleWriter:
             if self._bar is not None:
                 self._bar.update(self._task, completed=step, description=text)
                 return
-        where = f"step {step}" if self._bar else f"step {step}/{self._total}"
-        self._console.print(f"{where}  {text}", markup=False, highlight=False, soft_wrap=True)
+        prefix = f"step {step}" if self._bar else f"step {step}/{self._total}"
+        self._console.print(f"{prefix}  {text}", markup=False, highlight=False, soft_wrap=True)
 
     def _describe(self, step: int, metrics: dict[str, Any]) -> str:
+        # The first interval of a run may have no step time.
         self._step_time = metrics.get("step_time", self._step_time)
         loss = metrics["loss"]
+        # None if all steps of the interval were skipped.
         text = f"loss {'-' if loss is None else format(loss, '.4f')}"
         if "tokens_per_second" in metrics:
             text += f"  {metrics['tokens_per_second']:,.0f} tokens/s"
@@ -86,15 +95,16 @@ class ConsoleWriter:
         return text
 
     def close(self) -> None:
+        """Stops the progress bar."""
         if self._bar is not None:
             self._bar.stop()
 
 
 @dataclasses.dataclass(frozen=True)
 class CallbackWriter:
-    """Hands every record to a function."""
+    """Calls a function with every record."""
 
     write: Callable[[int, dict[str, Any]], None]
 
     def close(self) -> None:
-        pass
+        """Does nothing."""

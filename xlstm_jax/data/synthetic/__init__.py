@@ -1,1 +1,1 @@
-"""Tasks whose samples are computed, not read."""
+"""Synthetic tasks: their samples are generated, not read from files."""

@@ -1,8 +1,8 @@
-"""Parity: is the number of b odd? One bit of memory, and every symbol can flip it.
+"""Parity: whether the number of b's is odd. The state is one bit, which every b flips.
 
-Source: Beck et al. 2024, arXiv:2405.04517, appendix B.1.1; ids and framing as in the reference
+Source: Beck et al. 2024, arXiv:2405.04517, appendix B.1.1; token ids and layout as in the reference
 scripts. Token 0 is padding, a is 1, b is 2. With a larger vocabulary the symbols are the residues
-of V - 1, and the answer is their sum.
+modulo vocab_size - 1, and the answer is their sum.
 """
 
 import numpy as np
@@ -15,7 +15,8 @@ VOCAB_SIZE = 3
 
 
 def answer(question: Int[np.ndarray, "N T"], vocab_size: int = VOCAB_SIZE) -> Int[np.ndarray, "N"]:
-    """The answer's id; padding in the question does not count."""
+    """The token id of the answer; padding in the question is ignored."""
+    # Padding and the residue 0 both become 0, so neither changes the sum.
     residues = np.maximum(question - 1, 0)
     return 1 + residues.sum(axis=-1) % (vocab_size - 1)
 
@@ -23,11 +24,12 @@ def answer(question: Int[np.ndarray, "N T"], vocab_size: int = VOCAB_SIZE) -> In
 def task(
     keys: UInt64[np.ndarray, "N"],
     lengths: Int64[np.ndarray, "N"],
-    row_len: int,
+    padded_len: int,
     vocab_size: int = VOCAB_SIZE,
 ) -> tuple[Int[np.ndarray, "N L"], Bool[np.ndarray, "N L"]]:
-    """Random symbols and their answer, as `Samples` asks for them."""
-    position = np.arange(row_len)
+    """Random symbols followed by their answer; a `Task`."""
+    position = np.arange(padded_len)
+    # Keys by position: a longer padding does not change the symbols.
     symbol_keys = hashing.fold(keys[:, None], position.astype(np.uint64)[None])
     symbols = 1 + hashing.below(symbol_keys, vocab_size - 1)
     last = lengths[:, None] - 1

@@ -1,8 +1,8 @@
 """Question-and-answer tasks as data sets: sample i is a function of (seed, split, i) alone.
 
-Source: Beck et al. 2024, arXiv:2405.04517, appendix B.1.1. A sample stands at the left of L
-tokens, `PAD` to its right; its number of tokens with the answer is uniform in [min_len, max_len].
-The model reads it with the answer blanked out, so an answer is never fed in.
+Source: Beck et al. 2024, arXiv:2405.04517, appendix B.1.1. A sample is padded on the right with
+`PAD` to L tokens. Its length, with the answer, is uniform in [min_len, max_len]. The answer is
+replaced by `PAD` in the inputs, so the model never reads it.
 """
 
 import dataclasses
@@ -18,22 +18,22 @@ from xlstm_jax.data.batch import Batch
 from xlstm_jax.data.config import SPLITS, DataConfig, Split
 
 PAD = 0
-IGNORED = -1  # the target where nothing is asked
-_ENDLESS = 1 << 40  # training never sees a sample twice
+IGNORED = -1  # the target at positions without an answer
+_ENDLESS = 1 << 40  # samples in an epoch: training never repeats one
 
 Task = Callable[
     [UInt64[np.ndarray, "N"], Int64[np.ndarray, "N"], int],
     tuple[Int[np.ndarray, "N L"], Bool[np.ndarray, "N L"]],
 ]
-"""(one key per sample, lengths with the answer, L) -> tokens, and which of them are answers."""
+"""(one key per sample, lengths with the answer, L) -> tokens, and whether each is an answer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Samples 0, 1, 2, ... of a task: endless in training, a fixed number held out.
+    """Samples 0, 1, 2, ... of a task: endless for training, `num_eval_samples` of a held-out split.
 
     Raises:
-        ConfigError: no samples of these lengths exist, or they do not fit `seq_len` + 1 tokens.
+        ConfigError: the range of lengths is empty or exceeds `seq_len` + 1 tokens.
     """
 
     task: Task
@@ -41,20 +41,20 @@ class Samples:
     cfg: DataConfig
     split: Split
 
-    # The samples are independent of each other, so any order is as good as theirs.
+    # The samples are independent and identically distributed, so shuffling changes nothing.
     shuffle = False
 
     def __post_init__(self):
-        least, most, row_len = self.cfg.min_len, self._max_len, self.cfg.seq_len + 1
+        least, most, padded_len = self.cfg.min_len, self._max_len, self.cfg.seq_len + 1
         if most < least:
             raise ConfigError(
                 f"max_len must be at least min_len={least}, got {most}; raise max_len (or "
-                "data.seq_len, where max_len is left to it) or lower min_len."
+                "data.seq_len, if max_len is None) or lower min_len."
             )
-        if most > row_len:
+        if most > padded_len:
             raise ConfigError(
-                f"max_len must be at most the row's {row_len} tokens (data.seq_len + 1), "
-                f"got {most}; make the rows longer or the samples shorter."
+                f"max_len must be at most {padded_len} tokens (data.seq_len + 1), "
+                f"got {most}; raise data.seq_len or lower max_len."
             )
 
     @property
@@ -63,7 +63,8 @@ class Samples:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What the samples are a function of."""
+        """The values that determine the samples."""
+        # Checkpoints store these keys and a resumed run compares them: do not rename them.
         return {
             "source": self.cfg.source,
             "seed": self.cfg.seed,
@@ -74,27 +75,28 @@ class Samples:
         }
 
     def __len__(self) -> int:
-        """Samples in an epoch."""
+        """Number of samples in an epoch."""
         return _ENDLESS if self.split == "train" else self.cfg.num_eval_samples
 
     def batch(self, index: Int64[np.ndarray, "B"]) -> Batch:
-        """The samples with these numbers."""
+        """The samples with these indices."""
+        # Splits have different keys, so held-out samples are not those of training.
         key = hashing.key(self.cfg.seed, SPLITS.index(self.split))
         keys = hashing.fold(key, index.astype(np.uint64))
         lengths = self.cfg.min_len + hashing.below(keys, self._max_len - self.cfg.min_len + 1)
-        return frame(*self.task(keys, lengths, self.cfg.seq_len + 1), lengths, index)
+        return shift_targets(*self.task(keys, lengths, self.cfg.seq_len + 1), lengths, index)
 
 
-def frame(
+def shift_targets(
     tokens: Int[np.ndarray, "B L"],
     answers: Bool[np.ndarray, "B L"],
     lengths: Int64[np.ndarray, "B"],
     index: Int64[np.ndarray, "B"],
 ) -> Batch:
-    """L tokens to T = L - 1 positions, the answers asked for one step early.
+    """A batch of T = L - 1 positions from L tokens, with targets shifted by one.
 
-    The answer at position p is the target at position p - 1, so a single answer is read off at the
-    last token of its question. Positions that come after the last one asked are padding.
+    The answer at position p is the target at position p - 1, so a single answer is predicted at the
+    last token of its question. Positions after the last target are padding.
     """
     inside = np.arange(tokens.shape[1] - 1) < lengths[:, None] - 1
     return Batch(
