@@ -29,11 +29,11 @@ def assert_whole(tile: Tile, K: int, least=LEAST):
     """Powers of two that divide the head, no block too small; nothing is cut that stays whole."""
     assert is_power_of_two(tile.warps) and tile.stages >= 1
     if tile.resident:
-        assert is_power_of_two(K) and tile.block == tile.inner == tile.kept == 0
+        assert is_power_of_two(K) and tile.block == tile.inner == tile.cached == 0
         return
     for size in (tile.block, tile.inner):
         assert is_power_of_two(size) and size >= least and K % size == 0, (K, tile)
-    assert tile.kept in (0, tile.block)
+    assert tile.cached in (0, tile.block)
 
 
 def all_tiles(chip: str, dtype, direction: str) -> dict[int, Tile]:
@@ -55,7 +55,7 @@ def test_blocks_divide_every_head(chip, dtype, direction):
 def test_weights_are_kept_only_where_they_fit(chip, dtype, direction):
     """Four gates of every cell that is computed with what is kept."""
     for K, tile in all_tiles(chip, dtype, direction).items():
-        cells = K if tile.resident else tile.kept
+        cells = K if tile.resident else tile.cached
         assert 4 * K * cells * dtype.itemsize <= ARCHITECTURES[chip].shared_bytes, (K, tile)
 
 
@@ -64,7 +64,7 @@ def test_weights_are_kept_only_where_they_fit(chip, dtype, direction):
 def test_what_is_kept_of_a_head_is_read_by_one_product(chip, dtype):
     """All cells of the head are one block of it, so they are a power of two."""
     for K, tile in all_tiles(chip, dtype, "forward").items():
-        assert not tile.kept or is_power_of_two(K), (K, tile)
+        assert not tile.cached or is_power_of_two(K), (K, tile)
 
 
 @every_chip
@@ -80,7 +80,7 @@ def test_narrower_heads_are_kept_where_a_wider_one_is(chip, dtype, direction):
 def test_the_gradient_keeps_no_weights_beside_streamed_ones(chip, dtype):
     """It has no kernel for that."""
     tiles = all_tiles(chip, dtype, "backward").values()
-    assert not any(tile.kept for tile in tiles)
+    assert not any(tile.cached for tile in tiles)
 
 
 @both_directions
