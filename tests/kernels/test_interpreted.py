@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import gpu
-from tests.kernels.watch import Launch, launches, watched
+from tests.kernels.triton_interpreter import Launch, launches, race_detector
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -128,7 +128,7 @@ def test_launches_are_recorded_in_order():
 
 
 def faults(kernel, *, grid=(4,), **settings) -> list[str]:
-    with watched() as found:
+    with race_detector() as found:
         jax.block_until_ready(call(kernel, X, shape=(2 * SIZE,), grid=grid, **settings))
     return found
 

@@ -17,12 +17,12 @@ from tests.kernels.calls import calls
 from tests.kernels.mlstm_cases import (
     LANES,
     LEAVES,
-    RESETS,
+    RESET_PATTERNS,
     STRICT,
-    assert_equal_results,
+    assert_results_match,
     in_bfloat16,
     make_case,
-    truth,
+    reference,
     with_resets,
 )
 from tests.ops.tolerances import TABLE, assert_close
@@ -42,7 +42,7 @@ def test_tiles_of_real_width_equal_the_recurrence(chunk_size, dtype):
     """Two strips of 128 rows in a chunk of 256; 300 steps are padded to two or three chunks."""
     case = in_bfloat16(make_case(B=1, T=300, K=64, V=128, flags=True))
     actual = kernel(in_bfloat16(case, dtype), lanes=128, chunk_size=chunk_size)
-    assert_equal_results(actual, truth(case), TABLE[dtype])
+    assert_results_match(actual, reference(case), TABLE[dtype])
 
 
 TILES = [Tile(8, 8, 4), Tile(16, 16, 2), Tile(32, 8, 1), Tile(64, 32, 1)]
@@ -51,28 +51,28 @@ TILES = [Tile(8, 8, 4), Tile(16, 16, 2), Tile(32, 8, 1), Tile(64, 32, 1)]
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: "-".join(map(str, tile)))
 def test_strips_and_blocks_of_chunks_do_not_show(tile):
     case = make_case(T=64, flags=True)
-    assert_equal_results(kernel(case, tile=tile), truth(case))
+    assert_results_match(kernel(case, tile=tile), reference(case))
 
 
 @pytest.mark.parametrize("options", [{}, {"normalize": False}], ids=["normalised", "plain"])
 def test_strips_do_not_show_with_the_sigmoid_input_gate(options):
     case = make_case(T=64)
     options = {"input_gate": "sigmoid", **options}
-    assert_equal_results(kernel(case, tile=Tile(16, 8, 2), **options), truth(case, **options))
+    assert_results_match(kernel(case, tile=Tile(16, 8, 2), **options), reference(case, **options))
 
 
 @pytest.mark.parametrize("chunk_size", [8, 32])
-@pytest.mark.parametrize("where", RESETS)
+@pytest.mark.parametrize("where", RESET_PATTERNS)
 def test_the_chunk_size_changes_nothing_wherever_resets_are(chunk_size, where):
     case = with_resets(make_case(T=64, flags=True), where, chunk_size)
-    assert_equal_results(kernel(case, chunk_size=chunk_size), truth(case))
+    assert_results_match(kernel(case, chunk_size=chunk_size), reference(case))
 
 
 @pytest.mark.parametrize("scale", [8.0, 30.0])
 def test_large_gates_in_long_chunks_equal_the_recurrence(scale):
     case = make_case(T=120, scale=scale, flags=True)
     actual = kernel(case, tile=Tile(64, 16, 2))
-    assert_equal_results(actual, truth(case), TABLE["float32, large gates"])
+    assert_results_match(actual, reference(case), TABLE["float32, large gates"])
 
 
 def test_a_memory_of_tiny_scale_is_read_as_little_as_by_the_recurrence():
@@ -81,7 +81,7 @@ def test_a_memory_of_tiny_scale_is_read_as_little_as_by_the_recurrence():
     case.state[2][:] = [[-20.0, -25.0], [-22.0, -200.0]]
     case.i[:] -= 250
     case.reset[:] = False
-    actual, expected = kernel(case), truth(case)
+    actual, expected = kernel(case), reference(case)
     assert np.abs(expected["h"]).max() < 1e-6
     assert_close(actual["h"], expected["h"], TABLE["float32"].h, "h")
 
@@ -92,9 +92,9 @@ def test_a_memory_of_tiny_scale_is_read_as_little_as_by_the_recurrence():
 def test_states_saved_in_bfloat16_cost_gradients_their_digits_and_values_nothing():
     """They have the dtype of q; the state that is carried is float32."""
     case = in_bfloat16(make_case(T=64, flags=True))
-    expected, wide = truth(case), kernel(case)
+    expected, wide = reference(case), kernel(case)
     narrow = kernel(in_bfloat16(case, "bfloat16"))
-    assert_equal_results(narrow, expected, TABLE["bfloat16"])
+    assert_results_match(narrow, expected, TABLE["bfloat16"])
     for name in LEAVES:  # operands of products alone are rounded, and they are bfloat16 already
         assert_close(narrow[name], expected[name], TABLE["bfloat16"].state, name)
     errors = [np.abs(result["df"] - expected["df"]).max() for result in (wide, narrow)]
@@ -132,11 +132,11 @@ def test_only_a_gradient_makes_the_forward_kernel_write_what_it_keeps():
 )
 def test_no_memory_is_read_before_it_is_written_nor_twice_at_once(tile, flags, how, capfd):
     case = make_case(B=1, T=61 if tile.chunk > 8 else 21, flags=flags)
-    assert_equal_results(kernel(case, how=how, tile=tile), truth(case))
-    forward = functools.partial(mlstm_cases.run, mlstm_cases.cut(backends.tpu(), tile))
+    assert_results_match(kernel(case, how=how, tile=tile), reference(case))
+    forward = functools.partial(mlstm_cases.run, mlstm_cases.with_tile(backends.tpu(), tile))
     with common.interpreted(how, lanes=LANES):
         h, _ = quick.jit(forward)(jax.tree.map(jnp.asarray, case))
-    assert_close(np.asarray(h), truth(case)["h"], TABLE["float32"].h, "h")
+    assert_close(np.asarray(h), reference(case)["h"], TABLE["float32"].h, "h")
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 

@@ -15,11 +15,11 @@ from tests.kernels.calls import calls
 from tests.kernels.mlstm_cases import (
     LANES,
     STRICT,
-    assert_equal_results,
-    assert_step_equals_the_cell,
+    assert_results_match,
+    assert_step_matches_cell,
     make_case,
-    make_step,
-    truth,
+    make_step_case,
+    reference,
 )
 
 # Interpreted kernels: once is enough. Quick ones are among tests/ops.
@@ -32,33 +32,33 @@ run = functools.partial(mlstm_cases.run, backends.tpu())
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
 def test_one_step_equals_the_cell(flags, dtype):
-    case = make_step(dtype)
+    case = make_step_case(dtype)
     if not flags:
         case = jax.tree.map(lambda x: x[:2], case)._replace(reset=None, mask=None)
     with common.interpreted(lanes=LANES):
         actual = quick.jit(run)(jax.tree.map(jnp.asarray, case))
-    assert_step_equals_the_cell(case, actual)
+    assert_step_matches_cell(case, actual)
 
 
 @pytest.mark.parametrize("options", [{"normalize": False}, {"eps": 0.5}, {}], ids=str)
 def test_one_step_with_the_sigmoid_input_gate_equals_the_cell(options):
-    case = make_step()
+    case = make_step_case()
     case = jax.tree.map(lambda x: x[:2], case._replace(mask=None))
     options = {"input_gate": "sigmoid", **options}
     with common.interpreted(lanes=LANES):
         actual = quick.jit(functools.partial(run, **options))(jax.tree.map(jnp.asarray, case))
-    assert_step_equals_the_cell(case, actual, **options)
+    assert_step_matches_cell(case, actual, **options)
 
 
 def test_a_memory_in_several_blocks_of_columns_equals_the_cell(monkeypatch):
     """V = 384 in three blocks of 128; h of each, and n once."""
     monkeypatch.setattr(tpu_decode, "BLOCK_BYTES", 4 * 8 * 128)
-    case = make_step(K=8, V=384)
+    case = make_step_case(K=8, V=384)
     (call,) = calls(run, jax.tree.map(jnp.asarray, case))
     assert call.params["grid_mapping"].grid == (5, 3, 3)
     with common.interpreted(lanes=LANES):
         actual = quick.jit(run)(jax.tree.map(jnp.asarray, case))
-    assert_step_equals_the_cell(case, actual)
+    assert_step_matches_cell(case, actual)
 
 
 @pytest.mark.parametrize("K,V", [(8, 8), (256, 512), (512, 1024), (1280, 1280), (96, 100), (96, 7)])
@@ -96,14 +96,14 @@ def test_one_step_has_the_gradients_of_the_cell(flags):
     if flags:
         reset, mask = np.array([[1, 1, 0, 0], [1, 0, 1, 0]], bool)[..., None]
         case = case._replace(reset=reset, mask=mask)
-    assert_equal_results(kernel(case), truth(case))
+    assert_results_match(kernel(case), reference(case))
 
 
 @pytest.mark.parametrize("how", STRICT.values(), ids=STRICT)
 def test_one_step_reads_no_memory_before_it_is_written_nor_twice_at_once(how, monkeypatch, capfd):
     monkeypatch.setattr(tpu_decode, "BLOCK_BYTES", 4 * 8 * 128)
-    case = make_step(K=8, V=256)
+    case = make_step_case(K=8, V=256)
     with common.interpreted(how, lanes=LANES):
         actual = quick.jit(run)(jax.tree.map(jnp.asarray, case))
-    assert_step_equals_the_cell(case, actual)
+    assert_step_matches_cell(case, actual)
     assert "RACE DETECTED" not in capfd.readouterr().out

@@ -16,14 +16,14 @@ from tests.kernels import mlstm_cases
 from tests.kernels.mlstm_cases import (
     INPUTS,
     LEAVES,
-    RESETS,
-    assert_equal_results,
+    RESET_PATTERNS,
+    assert_results_match,
     in_bfloat16,
     make_case,
-    truth,
+    reference,
     with_resets,
 )
-from tests.kernels.watch import watched
+from tests.kernels.triton_interpreter import race_detector
 from tests.ops.subjects import implementations
 from tests.ops.tolerances import TABLE, assert_close
 
@@ -91,7 +91,7 @@ def wide_case(**options):
 @every_tile
 def test_blocks_of_every_kind_do_not_show(blocks):
     case = wide_case(flags=True)
-    assert_equal_results(kernel(case, tile=tile(*blocks, K=32, V=16)), truth(case))
+    assert_results_match(kernel(case, tile=tile(*blocks, K=32, V=16)), reference(case))
 
 
 @pytest.mark.parametrize("options", [{}, {"normalize": False}], ids=["normalised", "plain"])
@@ -99,7 +99,7 @@ def test_blocks_do_not_show_with_the_sigmoid_input_gate(options):
     case = wide_case()
     options = {"input_gate": "sigmoid", **options}
     cut = tile(*BLOCKS["everything"], K=32, V=16)
-    assert_equal_results(kernel(case, tile=cut, **options), truth(case, **options))
+    assert_results_match(kernel(case, tile=cut, **options), reference(case, **options))
 
 
 @pytest.mark.parametrize("chip,dtype", [("sm_80", "float32"), ("sm_90", "bfloat16")])
@@ -110,13 +110,13 @@ def test_tiles_of_real_chips_equal_the_recurrence(chip, dtype):
         real = triton_tiles.choose(48, 128, jnp.dtype(dtype), 100, None)
     assert real.chunk == 128 and real.h.rows == 64
     actual = kernel(in_bfloat16(case, dtype), lanes=128, tile=real)
-    assert_equal_results(actual, truth(case), TABLE[dtype])
+    assert_results_match(actual, reference(case), TABLE[dtype])
 
 
 @pytest.mark.parametrize("lanes", [16, 128])
 def test_any_multiple_of_widths_may_be_interpreted(lanes):
     case = make_case(T=9)
-    assert_equal_results(kernel(case, lanes=lanes, chunk_size=None), truth(case))
+    assert_results_match(kernel(case, lanes=lanes, chunk_size=None), reference(case))
 
 
 @pytest.mark.parametrize("blocks", ["rows, larger than others", "everything"])
@@ -124,9 +124,9 @@ def test_any_multiple_of_widths_may_be_interpreted(lanes):
 def test_no_program_touches_what_is_not_its_own(blocks, flags):
     """No address beyond an array, and no element that one program writes and another one uses."""
     case = wide_case(flags=flags)
-    with watched() as faults:
+    with race_detector() as errors:
         kernel(case, tile=tile(*BLOCKS[blocks], K=32, V=16))
-    assert not faults
+    assert not errors
 
 
 # Sizes
@@ -135,27 +135,27 @@ def test_no_program_touches_what_is_not_its_own(blocks, flags):
 @pytest.mark.parametrize("T", [1, 8, 9, 29])
 def test_any_length_equals_the_recurrence(T):
     case = make_case(B=1, T=T, flags=T != 8)
-    assert_equal_results(kernel(case, chunk_size=8), truth(case))
+    assert_results_match(kernel(case, chunk_size=8), reference(case))
 
 
 @pytest.mark.parametrize("K,V", [(6, 10), (20, 20), (1, 3)])
 def test_any_width_equals_the_recurrence(K, V):
     """Padding with zeros, along one axis or both, changes nothing."""
     case = make_case(B=1, T=9, K=K, V=V)
-    assert_equal_results(kernel(case, chunk_size=16), truth(case))
+    assert_results_match(kernel(case, chunk_size=16), reference(case))
 
 
 def test_any_batch_and_number_of_heads_equals_the_recurrence():
     case = make_case(B=3, T=17, H=3, flags=True)
-    assert_equal_results(kernel(case), truth(case))
+    assert_results_match(kernel(case), reference(case))
 
 
 @pytest.mark.parametrize("chunk_size", [8, 32])
-@pytest.mark.parametrize("where", RESETS)
+@pytest.mark.parametrize("where", RESET_PATTERNS)
 def test_the_chunk_size_changes_nothing_wherever_resets_are(chunk_size, where):
     case = with_resets(make_case(flags=True), where, chunk_size)
     cut = tile(chunk_size, 8, 16, 8, chunk_size, 8, 16, 16, 16, K=8, V=16)
-    assert_equal_results(kernel(case, tile=cut), truth(case))
+    assert_results_match(kernel(case, tile=cut), reference(case))
 
 
 # Numbers
@@ -165,7 +165,7 @@ def test_the_chunk_size_changes_nothing_wherever_resets_are(chunk_size, where):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_values_and_gradients_equal_the_recurrence(dtype, flags):
     case = in_bfloat16(make_case(flags=flags))
-    assert_equal_results(kernel(in_bfloat16(case, dtype)), truth(case), TABLE[dtype])
+    assert_results_match(kernel(in_bfloat16(case, dtype)), reference(case), TABLE[dtype])
 
 
 @pytest.mark.parametrize(
@@ -177,15 +177,15 @@ def test_the_sigmoid_input_gate_equals_the_recurrence(dtype, options):
     case = in_bfloat16(make_case(flags=True))
     options = {"input_gate": "sigmoid", **options}
     actual = kernel(in_bfloat16(case, dtype), **options)
-    assert_equal_results(actual, truth(case, **options), TABLE[dtype])
+    assert_results_match(actual, reference(case, **options), TABLE[dtype])
 
 
 def test_states_in_bfloat16_cost_results_their_digits_and_the_last_state_none():
     """h and gradients read the states at chunk starts in the dtype of q; the last is float32."""
     case = in_bfloat16(make_case(flags=True))
-    expected, wide = truth(case), kernel(case)
+    expected, wide = reference(case), kernel(case)
     narrow = kernel(in_bfloat16(case, "bfloat16"))
-    assert_equal_results(narrow, expected, TABLE["bfloat16"])
+    assert_results_match(narrow, expected, TABLE["bfloat16"])
     for name in ("C", "n", "m"):  # products of operands that are bfloat16 already
         assert_close(narrow[name], expected[name], TABLE["bfloat16"].state, name)
     for name in ("h", "df"):
@@ -197,7 +197,7 @@ def test_states_in_bfloat16_cost_results_their_digits_and_the_last_state_none():
 def test_large_gates_equal_the_recurrence(scale):
     case = wide_case(scale=scale, flags=True)
     actual = kernel(case, tile=tile(*BLOCKS["rows, equal to others"], K=32, V=16))
-    assert_equal_results(actual, truth(case), TABLE["float32, large gates"])
+    assert_results_match(actual, reference(case), TABLE["float32, large gates"])
 
 
 def test_a_memory_of_tiny_scale_is_read_as_little_as_by_the_recurrence():
@@ -206,7 +206,7 @@ def test_a_memory_of_tiny_scale_is_read_as_little_as_by_the_recurrence():
     case.state[2][:] = [[-20.0, -25.0], [-22.0, -200.0]]
     case.i[:] -= 250
     case.reset[:] = False
-    actual, expected = kernel(case), truth(case)
+    actual, expected = kernel(case), reference(case)
     assert np.abs(expected["h"]).max() < 1e-6
     assert_close(actual["h"], expected["h"], TABLE["float32"].h, "h")
 

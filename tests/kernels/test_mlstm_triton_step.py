@@ -14,15 +14,15 @@ from tests import quick
 from tests.kernels import mlstm_cases
 from tests.kernels.mlstm_cases import (
     LANES,
-    assert_equal_results,
-    assert_step_equals_the_cell,
+    assert_results_match,
+    assert_step_matches_cell,
     evaluate,
     in_bfloat16,
     make_case,
-    make_step,
-    truth,
+    make_step_case,
+    reference,
 )
-from tests.kernels.watch import launches, recorded, watched
+from tests.kernels.triton_interpreter import launches, race_detector, recorded_launches
 from tests.ops.subjects import implementations
 
 REFUSAL = implementations("mlstm")["triton"]
@@ -46,7 +46,7 @@ FORWARD = {"mlstm_states": 1, "mlstm_h": 1}
 BACKWARD = dict.fromkeys(("mlstm_dstates", "mlstm_dq", "mlstm_dk", "mlstm_dv"), 1)
 
 
-def started(function, *arguments) -> dict[str, int]:
+def launch_counts(function, *arguments) -> dict[str, int]:
     """How often kernels are launched, by name."""
     return collections.Counter(launch.name for launch in launches(function, *arguments))
 
@@ -57,14 +57,14 @@ def small_case(**options):
 
 def test_a_forward_pass_launches_two_kernels_and_its_gradient_four_more():
     case = small_case()
-    assert started(lambda c: run(c), case) == FORWARD
+    assert launch_counts(lambda c: run(c), case) == FORWARD
     gradient = jax.grad(lambda c: jnp.sum(run(c)[0] * c.dh))
-    assert started(gradient, case) == FORWARD | BACKWARD
+    assert launch_counts(gradient, case) == FORWARD | BACKWARD
 
 
 def test_as_many_programs_are_launched_as_there_are_blocks():
     case = jax.tree.map(jnp.asarray, wide_case())
-    cut = mlstm_cases.cut(backends.triton(), tile(*BLOCKS["everything"], K=32, V=16))
+    cut = mlstm_cases.with_tile(backends.triton(), tile(*BLOCKS["everything"], K=32, V=16))
     grids = dict(launches(functools.partial(evaluate, functools.partial(by, cut)), case))
     heads, rows = 2, 4  # 64 positions in blocks of 16
     memory = heads * (32 // 16) * (16 // 8)
@@ -143,11 +143,11 @@ def test_vmap_equals_a_loop(names):
     cases, stacked, axes = stack(names)
     compute = functools.partial(evaluate, functools.partial(by, backends.triton()))
     together = jax.vmap(compute, in_axes=(axes,))
-    with common.interpreted(lanes=LANES), recorded() as found:
+    with common.interpreted(lanes=LANES), recorded_launches() as found:
         actual = quick.jit(together)(stacked)
     for number, case in enumerate(cases):
         one = {name: np.asarray(a[number], np.float64) for name, a in actual.items()}
-        assert_equal_results(one, truth(case))
+        assert_results_match(one, reference(case))
     assert collections.Counter(launch.name for launch in found) == FORWARD | BACKWARD
 
 
@@ -164,7 +164,7 @@ def test_the_gradient_of_a_vmap_equals_a_loop():
         actual = quick.jit(functools.partial(evaluate, compute))(stacked)
     for number, case in enumerate(cases):
         one = {name: np.asarray(a[number], np.float64) for name, a in actual.items()}
-        assert_equal_results(one, truth(case))
+        assert_results_match(one, reference(case))
 
 
 def test_without_jit_all_is_the_same():
@@ -180,10 +180,10 @@ def test_without_jit_all_is_the_same():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
 def test_one_step_equals_the_cell(flags, dtype):
-    case = make_step(dtype)
+    case = make_step_case(dtype)
     if not flags:
         case = jax.tree.map(lambda x: x[:2], case)._replace(reset=None, mask=None)
-    assert_step_equals_the_cell(case, step(case))
+    assert_step_matches_cell(case, step(case))
 
 
 def step(case, **options):
@@ -194,17 +194,17 @@ def step(case, **options):
 
 @pytest.mark.parametrize("options", [{"normalize": False}, {"eps": 0.5}, {}], ids=str)
 def test_one_step_with_the_sigmoid_input_gate_equals_the_cell(options):
-    case = make_step()
+    case = make_step_case()
     case = jax.tree.map(lambda x: x[:2], case._replace(mask=None))
     options = {"input_gate": "sigmoid", **options}
-    assert_step_equals_the_cell(case, step(case, **options), **options)
+    assert_step_matches_cell(case, step(case, **options), **options)
 
 
 @pytest.mark.parametrize("K,V", [(1, 1), (5, 33), (257, 40), (600, 7)])
 def test_one_step_of_any_width_equals_the_cell(K, V):
     """Blocks of 32 columns and of up to 256 rows; what they lack is masked."""
-    case = make_step(K=K, V=V)
-    assert_step_equals_the_cell(case, step(case))
+    case = make_step_case(K=K, V=V)
+    assert_step_matches_cell(case, step(case))
 
 
 @pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
@@ -213,14 +213,14 @@ def test_one_step_has_the_gradients_of_the_cell(flags):
     if flags:
         reset, mask = np.array([[1, 1, 0, 0], [1, 0, 1, 0]], bool)[..., None]
         case = case._replace(reset=reset, mask=mask)
-    assert_equal_results(kernel(case, chunk_size=8), truth(case))
+    assert_results_match(kernel(case, chunk_size=8), reference(case))
 
 
 def test_one_step_decodes_unless_it_is_differentiated():
     case = jax.tree.map(jnp.asarray, make_case(T=1))
-    assert started(lambda c: run(c), case) == {"mlstm_decode": 1}
+    assert launch_counts(lambda c: run(c), case) == {"mlstm_decode": 1}
     gradient = jax.grad(lambda c: jnp.sum(run(c)[0] * c.dh))
-    assert started(gradient, case) == FORWARD | BACKWARD
+    assert launch_counts(gradient, case) == FORWARD | BACKWARD
 
 
 @pytest.mark.parametrize("V,programs", [(1, 1), (64, 2), (65, 3)])
@@ -250,10 +250,10 @@ def test_one_step_writes_the_memory_in_place_and_its_normaliser_elsewhere(monkey
 
 
 def test_no_program_of_one_step_touches_what_is_not_its_own():
-    case = make_step(K=257, V=40)
-    with watched() as faults:
+    case = make_step_case(K=257, V=40)
+    with race_detector() as errors:
         step(case)
-    assert not faults
+    assert not errors
 
 
 @pytest.mark.parametrize("names", MAPPED.values(), ids=MAPPED)
