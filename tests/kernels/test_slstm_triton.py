@@ -102,28 +102,28 @@ def test_every_tile_matches_recurrence(width, tiles, flags):
 
 
 @every_tile
-def test_a_tile_says_which_kernels_compute_a_call(width, tiles):
-    seen = []
+def test_tile_selects_the_kernels_and_their_block_sizes(width, tiles):
+    calls = []
     call = gpu.call
 
     def spy(function, *rest, **settings):
-        seen.append((function, settings))
+        calls.append((function, settings))
         return call(function, *rest, **settings)
 
     case = jax.tree.map(jnp.asarray, make_case(B=1, T=2, H=1, K=width))
-    chosen = tiles(width=width)
-    both = functools.partial(slstm_cases.value_and_gradients, kernels(chosen))
+    case_tiles = tiles(width=width)
+    compute = functools.partial(slstm_cases.value_and_gradients, kernels(case_tiles))
     with mock.patch.object(gpu, "call", spy), common.interpreted(lanes=LANES):
-        jax.make_jaxpr(both)(case)
-    module = triton_resident if chosen.forward.resident else triton_streamed
-    assert [function for function, _ in seen] == [module.forward, module.backward]
-    for (_, settings), tile in zip(seen, chosen[1:], strict=True):
-        given = [settings.get(name, 0) for name in ("BLOCK", "INNER", "KEPT")]
-        assert given == [tile.block, tile.inner, tile.kept]
+        jax.make_jaxpr(compute)(case)
+    module = triton_resident if case_tiles.forward.resident else triton_streamed
+    assert [function for function, _ in calls] == [module.forward, module.backward]
+    for (_, settings), tile in zip(calls, case_tiles[1:], strict=True):
+        sizes = [settings.get(name, 0) for name in ("BLOCK", "INNER", "CACHED")]
+        assert sizes == [tile.block, tile.inner, tile.cached]
 
 
-def test_several_heads_and_programs_equal_the_recurrence():
-    """Three heads of 17 sequences, one of them in a program of its own."""
+def test_several_heads_and_programs_match_recurrence():
+    """Three heads; 17 sequences in two programs, one with a single sequence."""
     case = make_case(B=17, T=3, H=3, K=32, flags=True)
     expected = reference(case)
     for tiles in (resident(width=32), streamed(16, 32, 16, width=32), streamed(32, 16, width=32)):
