@@ -77,9 +77,9 @@ def _kernel(
     bias,  # H 4 K, float32
     flags,  # B, int32
     h,  # B H K, float32
-    c,  # B H K, float32, updated in place
-    n,  # B H K, float32, updated in place
-    m,  # B H K, float32, updated in place
+    c,  # B H K, float32; c, n and m are updated in place
+    n,
+    m,
     new_h_out,  # B H K, float32
     c_alias,  # aliased results: written through c, n and m
     n_alias,

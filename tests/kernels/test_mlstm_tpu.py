@@ -76,7 +76,7 @@ def test_large_gates_in_long_chunks_match_recurrence(scale):
 
 
 def test_read_out_of_a_state_with_tiny_m_matches_recurrence():
-    """m is near the lowest value at which the read-out is not zero; closed gates write nothing."""
+    """m is near the lower limit of the read-out; closed input gates write nothing."""
     case = make_case(T=64, flags=True)
     case.state[2][:] = [[-20.0, -25.0], [-22.0, -200.0]]
     case.i[:] -= 250

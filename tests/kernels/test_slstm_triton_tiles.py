@@ -22,6 +22,7 @@ both_directions = pytest.mark.parametrize("direction", ["forward", "backward"])
 
 
 def is_power_of_two(size: int) -> bool:
+    """Whether `size` is a power of two."""
     return size > 0 and size & (size - 1) == 0
 
 
