@@ -74,8 +74,8 @@ def slstm_backward(
         dfinal: gradients of c, n and h after the last step, and rho, `4 H B K` in float32. rho is
             the gradient of m at a fixed unscaled state (c e^m, n e^m).
 
-    Returns the gradient of x `T H B 4K` in the dtype of dh, 0 where a step is masked, and those of
-    c, n and h before the first step with its rho, `4 H B K`.
+    Returns the gradient of x `T H B 4K` in the dtype of dh, 0 where a step is masked; and dc, dn,
+    dh and rho before the first step, `4 H B K`.
     """
     shape = jax.ShapeDtypeStruct
     operands = [("time", gates), ("weights", packed), *[("time", x) for x in (*cnm, dh)]]

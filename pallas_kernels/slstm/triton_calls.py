@@ -80,8 +80,8 @@ def backward(options: Options, gates, r, cnm, dh, dfinal, flags) -> tuple[jax.Ar
         dh: `B T H K`.
         dfinal: `4 B H K`, gradients of c, n and h after the last step, and rho.
 
-    Returns the gradient of x, in the dtype of dh and 0 where masked, and those of c, n and h before
-    the first step with its rho.
+    Returns the gradient of x, in the dtype of dh and 0 where masked; and dc, dn, dh and rho before
+    the first step, `4 B H K`.
     """
     axes = ((0, 3), (None, 0), (0, 3), (0, 2), (1, 2), (0, None))
     kernel = common.folding(functools.partial(_backward, options), axes, ((0, 3), (1, 2)))
