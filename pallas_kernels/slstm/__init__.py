@@ -1,1 +1,1 @@
-"""Kernels of the sLSTM: a scan over time with its gradient, and one step of decoding."""
+"""sLSTM kernels: a scan over time with its gradient, and a decoding step."""

@@ -1,4 +1,4 @@
-"""The sLSTM's kernels by kind of chip, imported on first use."""
+"""The sLSTM kernels of each backend, imported on first use."""
 
 import functools
 
@@ -17,10 +17,10 @@ def tpu() -> Kernels:
         pad=tpu_layout.pad,
         unpad=tpu_layout.unpad,
         forward=tpu_kernels.forward,
-        h_before=lambda h, flags: h,
+        h_before=lambda h, flags: h,  # the TPU kernel saves h after resets
         backward=tpu_kernels.backward,
         step=tpu_decode.step,
-        takes_step=tpu_tiles.step_fits,
+        supports_step=tpu_tiles.step_fits,
     )
 
 
@@ -39,5 +39,5 @@ def triton() -> Kernels:
         h_before=triton_calls.h_before,
         backward=triton_calls.backward,
         step=triton_decode.step,
-        takes_step=lambda tile, x, r: True,
+        supports_step=lambda tile, x, r: True,
     )

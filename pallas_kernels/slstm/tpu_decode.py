@@ -1,4 +1,4 @@
-"""One step of the sLSTM as a TPU kernel: weights are read once, the state is updated in place.
+"""One sLSTM step as a TPU kernel: weights are read once, the state is updated in place.
 
 Source: Beck et al. 2024, arXiv:2405.04517, section 2.2.
 """
@@ -15,10 +15,9 @@ from pallas_kernels.slstm.options import MASKED, RESET, Options, State
 
 
 def step(options: Options, x, r, b, state: State, flags: jax.Array | None) -> State:
-    """The state after one step; under `jit` with it donated it is updated in place.
+    """The state after one step; under `jit`, a donated state is updated in place.
 
-    The kernel takes r as `H K 4K`, which XLA has to lay out anew; a loop over steps does so once,
-    before the first of them.
+    The kernel takes r as `H K 4K`, which needs a relayout by XLA; a loop over steps hoists it.
     """
     B, _, H, K = x.shape
     arguments = [jnp.transpose(x, (2, 0, 1, 3)), r, b]
@@ -27,7 +26,7 @@ def step(options: Options, x, r, b, state: State, flags: jax.Array | None) -> St
     if flags is not None:
         arguments.append(flags)
         specs.append(pl.BlockSpec((B, 1), lambda h: (0, 0)))
-    first = len(arguments)
+    state_index = len(arguments)
     leaf = pl.BlockSpec((B, H, K), lambda h: (0, 0, 0))
     out_shape = [jax.ShapeDtypeStruct((B, H, K), jnp.float32)] * 4
     arguments += state
@@ -38,7 +37,7 @@ def step(options: Options, x, r, b, state: State, flags: jax.Array | None) -> St
         in_specs=specs + [leaf] * 4,
         out_specs=[leaf] * 4,
         out_shape=out_shape,
-        input_output_aliases={first + index: index for index in range(4)},
+        input_output_aliases={state_index + index: index for index in range(4)},
         compiler_params=tpu.compiler_params(("arbitrary",), options.tile.vmem_bytes),
         cost_estimate=tpu_kernels.cost(
             "slstm_decode", H * B * K, K, gate, (*arguments, *out_shape)
@@ -51,20 +50,21 @@ def step(options: Options, x, r, b, state: State, flags: jax.Array | None) -> St
 
 def _body(x, r, b, *refs, forget_gate, flagged):
     flags, refs = (refs[0], refs[1:]) if flagged else (None, refs)
-    before, after = refs[:4], refs[4:]
+    old_refs, new_refs = refs[:4], refs[4:]
+    # Blocks of the state contain all heads and stay in VMEM for the whole grid.
     head = pl.program_id(0)
     K = r.shape[1]
-    state = [leaf[:, head] for leaf in before]
+    state = [ref[:, head] for ref in old_refs]
     reset, masked = None, None
     if flags is not None:
-        wide = jnp.broadcast_to(flags[...], (x.shape[1], K))
-        reset, masked = (wide & bit != 0 for bit in (RESET, MASKED))
+        bits = jnp.broadcast_to(flags[...], (x.shape[1], K))
+        reset, masked = (bits & bit != 0 for bit in (RESET, MASKED))
     c, n, h, m = state if reset is None else [jnp.where(reset, 0.0, leaf) for leaf in state]
     recurrent = tpu.product(h.astype(x.dtype), r[0].astype(x.dtype))
     gates = x[0].astype(jnp.float32) + b[0] + recurrent
-    new = tpu_kernels.step(gates, c, n, m, forget_gate)
+    new_state = tpu_kernels.cell_forward(gates, c, n, m, forget_gate)
     if masked is not None:
-        # What a masked step computes, from whatever x holds, is not looked at.
-        new = [jnp.where(masked, old, leaf) for old, leaf in zip(state, new, strict=True)]
-    for ref, leaf in zip(after, new, strict=True):
+        # A select, so that a NaN in the x of a masked sequence does not reach the state.
+        new_state = [jnp.where(masked, old, new) for old, new in zip(state, new_state, strict=True)]
+    for ref, leaf in zip(new_refs, new_state, strict=True):
         ref[:, head] = leaf

@@ -1,4 +1,4 @@
-"""With what arrays the sLSTM's Triton kernels are called, and what `vmap` makes of them."""
+"""Calls of the sLSTM Triton kernels: padding, output shapes, launch options and `vmap`."""
 
 import functools
 
@@ -8,51 +8,52 @@ import jax.numpy as jnp
 from pallas_kernels import common, gpu
 from pallas_kernels.slstm import triton_resident, triton_streamed
 from pallas_kernels.slstm.options import RESET, Forward, Inputs, Options, State
-from pallas_kernels.slstm.triton_tiles import ROWS
+from pallas_kernels.slstm.triton_tiles import BATCH_BLOCK
 
 
 def pad(options: Options, x, r, b, state: State, flags) -> Inputs:
-    """x `B T 4 H K`, r `H K 4 K`, b `4 H K`, state `4 B H K`, flags `B T`; padded widths."""
+    """x `B T 4 H K`, r `H K 4 K`, b `4 H K`, state `4 B H K`, flags `B T`, with K padded."""
     width = options.tile.width
     r = common.pad(common.pad(r, 3, width), 1, width)
     b = jnp.swapaxes(common.pad(b, 2, width), 0, 1)
-    first = jnp.stack([common.pad(leaf, 2, width) for leaf in state])
-    return Inputs(common.pad(x, 4, width), r, b, first, flags)
+    initial = jnp.stack([common.pad(leaf, 2, width) for leaf in state])
+    return Inputs(common.pad(x, 4, width), r, b, initial, flags)
 
 
-def unpad(h: jax.Array, last: jax.Array, shape) -> tuple[jax.Array, State]:
-    """h and the state, of `B T H K` and `4 B H K`."""
+def unpad(h: jax.Array, final: jax.Array, shape) -> tuple[jax.Array, State]:
+    """h and the state, from `B T H K` and `4 B H K`; `shape` is that of x."""
     K = shape[-1]
-    c, n, h_last, m = (leaf[..., :K] for leaf in last)
-    return h[..., :K], (c, n, h_last, m)
+    c, n, h_final, m = (leaf[..., :K] for leaf in final)
+    return h[..., :K], (c, n, h_final, m)
 
 
 def forward(options: Options, args: Inputs, *, save: bool) -> Forward:
-    """All steps of all sequences.
+    """The forward pass over all steps.
 
-    Saved are h `B T+1 H K` before the first step and after each, in the dtype of x; c, n and m as
-    each step sees them `B T 3 H K`; and the gates `B T 4 H K`.
+    Residuals: h `B T+1 H K` before the first step and after each, in the dtype of x; c, n and m
+    before each step `B T 3 H K`; and with `options.save_gates` the gates `B T 4 H K`.
     """
     axes = ((0, 3), (None, 0), (None, 1), (1, 2), (0, None))
     out_axes = ((0, 2), (1, 2), (0, 3), (0, 3))[: 2 + save + (save and options.save_gates)]
     x, r, *rest = args
     kernel = common.folding(functools.partial(_forward, options, save=save), axes, out_axes)
-    h, last, *saved = kernel(x, r.astype(x.dtype), *rest)
-    seen, gates = (*saved, None, None)[:2]
-    return Forward(h[:, 1:], last, h if save else None, seen, gates)
+    h, final, *saved = kernel(x, r.astype(x.dtype), *rest)
+    cnm, gates = (*saved, None, None)[:2]
+    return Forward(h[:, 1:], final, h if save else None, cnm, gates)
 
 
-def _forward(options: Options, x, r, b, first, flags, *, save: bool):
+def _forward(options: Options, x, r, b, initial, flags, *, save: bool):
     B, T, _, H, K = x.shape
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     save_gates = save and options.save_gates
     results = _call(
         options,
         "forward",
-        (x, r, jnp.swapaxes(b, 0, 1), first, _or_nothing(flags)),
+        (x, r, jnp.swapaxes(b, 0, 1), initial, _flags_or_dummy(flags)),
         (
             jax.ShapeDtypeStruct((B, T + 1, H, K), x.dtype),
-            f32(first.shape),
+            f32(initial.shape),
+            # A Triton kernel has a fixed number of results: unused ones have a single element.
             f32((B, T, 3, H, K) if save else (1,)),
             f32(x.shape if save_gates else (1,)),
         ),
@@ -65,44 +66,44 @@ def _forward(options: Options, x, r, b, first, flags, *, save: bool):
 
 
 def h_before(h: jax.Array, flags: jax.Array | None) -> jax.Array:
-    """`B T H K`, as each step sees it, of `B T+1 H K`."""
-    before = h[:, :-1]
+    """h before each step, after its reset: `B T H K`, from `B T+1 H K`."""
+    before_reset = h[:, :-1]
     if flags is None:
-        return before
-    return jnp.where((flags & RESET != 0)[..., None, None], 0, before)
+        return before_reset
+    return jnp.where((flags & RESET != 0)[..., None, None], 0, before_reset)
 
 
-def backward(options: Options, gates, r, seen, dh, dlast, flags) -> tuple[jax.Array, jax.Array]:
-    """Gradients of gates and of the state before the first step.
+def backward(options: Options, gates, r, cnm, dh, dfinal, flags) -> tuple[jax.Array, jax.Array]:
+    """The backward pass over all steps.
 
     Args:
         dh: `B T H K`.
-        dlast: `4 B H K`, of c, n and h after the last step, and rho.
+        dfinal: `4 B H K`, gradients of c, n and h after the last step, and rho.
 
-    Returns the gradient of x, in the dtype of dh and 0 where masked, and those of c, n and h before
-    the first step with what is left of rho.
+    Returns the gradient of x, in the dtype of dh and 0 where masked; and dc, dn, dh and rho before
+    the first step, `4 B H K`.
     """
     axes = ((0, 3), (None, 0), (0, 3), (0, 2), (1, 2), (0, None))
     kernel = common.folding(functools.partial(_backward, options), axes, ((0, 3), (1, 2)))
-    return kernel(gates, r, seen, dh, dlast, flags)
+    return kernel(gates, r, cnm, dh, dfinal, flags)
 
 
-def _backward(options: Options, gates, r, seen, dh, dlast, flags):
+def _backward(options: Options, gates, r, cnm, dh, dfinal, flags):
     B, T, _, H, K = gates.shape
     return _call(
         options,
         "backward",
-        (gates, r, seen, dh, dlast, _or_nothing(flags)),
+        (gates, r, cnm, dh, dfinal, _flags_or_dummy(flags)),
         (
             jax.ShapeDtypeStruct(gates.shape, dh.dtype),
-            jax.ShapeDtypeStruct(dlast.shape, jnp.float32),
+            jax.ShapeDtypeStruct(dfinal.shape, jnp.float32),
         ),
         sizes=(B, T, H, K),
         FLAGGED=flags is not None,
     )
 
 
-def _or_nothing(flags: jax.Array | None) -> jax.Array:
+def _flags_or_dummy(flags: jax.Array | None) -> jax.Array:
     return jnp.zeros((1,), jnp.int32) if flags is None else flags
 
 
@@ -111,14 +112,14 @@ def _call(options: Options, name: str, arrays, out_shape, *, sizes, **settings):
     kernels = triton_resident if tile.resident else triton_streamed
     blocks = {} if tile.resident else {"BLOCK": tile.block, "INNER": tile.inner}
     if not tile.resident and name == "forward":
-        blocks["KEPT"] = tile.kept
+        blocks["CACHED"] = tile.cached
     B, T, H, K = sizes
     return gpu.call(
         getattr(kernels, name),
         arrays,
         out_shape,
         name=f"slstm_{name}",
-        grid=(H, -(-B // ROWS)),
+        grid=(H, -(-B // BATCH_BLOCK)),
         num_warps=tile.warps,
         num_stages=tile.stages,
         target=options.target,

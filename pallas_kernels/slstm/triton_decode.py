@@ -1,4 +1,4 @@
-"""One step of the sLSTM on a GPU: weights are read once, the memory is written where it stood.
+"""One sLSTM step as a Triton kernel: weights are read once, c, n and m are updated in place.
 
 Source: Beck et al. 2024, arXiv:2405.04517, section 2.2.
 """
@@ -15,18 +15,17 @@ from pallas_kernels import common, gpu
 from pallas_kernels.gpu import divisor
 from pallas_kernels.slstm import triton_tiles
 from pallas_kernels.slstm.options import Options, State
-from pallas_kernels.slstm.triton_step import read_flags
-from pallas_kernels.slstm.triton_step import step as one_step
+from pallas_kernels.slstm.triton_step import read_flags, step_forward
 from pallas_kernels.triton_math import product
 
 CELLS = 32
-"""Cells of one program, which reads their weights from all cells of the head."""
+"""Output cells per program, which reads their weights from all cells of the head."""
 
 
 def step(options: Options, x, r, b, state: State, flags: jax.Array | None) -> State:
-    """The state after one step; under `jit` with it donated c, n and m are updated in place.
+    """The state after one step; under `jit`, donated c, n and m are updated in place.
 
-    h is not, as programs of other cells still read the old one.
+    h has a buffer of its own, as programs of other cells still read the old one.
 
     Args:
         x: `B 4 H K`.
@@ -46,14 +45,14 @@ def step(options: Options, x, r, b, state: State, flags: jax.Array | None) -> St
 
 def _decode(options: Options, x, r, b, flags, h, c, n, m):
     B, _, H, K = x.shape
-    given = jnp.zeros((1,), jnp.int32) if flags is None else flags
+    flags_or_dummy = jnp.zeros((1,), jnp.int32) if flags is None else flags
     cells = divisor(K, CELLS)
     return gpu.call(
         _kernel,
-        (x, r, b, given, h, c, n, m),
+        (x, r, b, flags_or_dummy, h, c, n, m),
         [jax.ShapeDtypeStruct(h.shape, jnp.float32)] * 4,
         name="slstm_decode",
-        grid=(H, -(-B // triton_tiles.ROWS), K // cells),
+        grid=(H, -(-B // triton_tiles.BATCH_BLOCK), K // cells),
         aliases={5: 1, 6: 2, 7: 3},
         num_warps=4,
         num_stages=3,
@@ -78,13 +77,13 @@ def _kernel(
     bias,  # H 4 K, float32
     flags,  # B, int32
     h,  # B H K, float32
-    c,  # B H K, float32, in place
-    n,  # B H K, float32, in place
-    m,  # B H K, float32, in place
-    h_after,  # B H K, float32
-    c_again,
-    n_again,
-    m_again,
+    c,  # B H K, float32; c, n and m are updated in place
+    n,
+    m,
+    new_h_out,  # B H K, float32
+    c_alias,  # aliased results: written through c, n and m
+    n_alias,
+    m_alias,
     B: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -96,39 +95,40 @@ def _kernel(
 ):
     head = tl.program_id(0)
     b = (tl.program_id(1) * 16 + tl.arange(0, 16)).to(tl.int64)
-    inside = (b < B)[:, None]
+    in_batch = (b < B)[:, None]
     cells = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    others = tl.arange(0, INNER)
-    reset, masked = read_flags(flags, b, inside, 1, FLAGGED)
-    rows = (b * (H * K) + head * K)[:, None]
+    inner = tl.arange(0, INNER)
+    reset, masked = read_flags(flags, b, in_batch, 1, FLAGGED)
+    head_offsets = (b * (H * K) + head * K)[:, None]
     i = tl.zeros((16, BLOCK), tl.float32)
     f = tl.zeros((16, BLOCK), tl.float32)
     z = tl.zeros((16, BLOCK), tl.float32)
     o = tl.zeros((16, BLOCK), tl.float32)
     dtype = x.dtype.element_ty
     for start in range(0, K, INNER):
-        inner = start + others
-        read = inside & (reset == 0)
-        operand = tl.load(h + rows + inner[None, :], read, other=0.0).to(dtype)
-        weights = r + head * (4 * K * K) + inner[:, None] * (4 * K) + cells[None, :]
+        k = start + inner
+        h_mask = in_batch & (reset == 0)
+        operand = tl.load(h + head_offsets + k[None, :], h_mask, other=0.0).to(dtype)
+        weights = r + head * (4 * K * K) + k[:, None] * (4 * K) + cells[None, :]
         i += product(operand, tl.load(weights).to(dtype), UPCAST)
         f += product(operand, tl.load(weights + K).to(dtype), UPCAST)
         z += product(operand, tl.load(weights + 2 * K).to(dtype), UPCAST)
         o += product(operand, tl.load(weights + 3 * K).to(dtype), UPCAST)
-    at = rows + cells[None, :]
+    offsets = head_offsets + cells[None, :]
     state = (
-        tl.load(c + at, inside, other=0.0),
-        tl.load(n + at, inside, other=0.0),
-        tl.load(h + at, inside, other=0.0),
-        tl.load(m + at, inside, other=0.0),
+        tl.load(c + offsets, in_batch, other=0.0),
+        tl.load(n + offsets, in_batch, other=0.0),
+        tl.load(h + offsets, in_batch, other=0.0),
+        tl.load(m + offsets, in_batch, other=0.0),
     )
     x += (b * (4 * H * K) + head * K)[:, None] + cells[None, :]
     bias += head * (4 * K) + cells[None, :]
-    pointers, marks = (x, bias, h, h), (reset, masked, inside)  # nothing is saved
-    new_c, new_n, new_h, new_m = one_step(
-        (i, f, z, o), state, pointers, marks, H * K, K, FLAGGED, False, False, SIGMOID
+    # Without SAVE and SAVE_GATES the last two pointers, here h, are not used.
+    pointers, masks = (x, bias, h, h), (reset, masked, in_batch)
+    new_c, new_n, new_h, new_m = step_forward(
+        (i, f, z, o), state, pointers, masks, H * K, K, FLAGGED, False, False, SIGMOID
     )
-    tl.store(c + at, new_c, inside)
-    tl.store(n + at, new_n, inside)
-    tl.store(m + at, new_m, inside)
-    tl.store(h_after + at, new_h, inside)
+    tl.store(c + offsets, new_c, in_batch)
+    tl.store(n + offsets, new_n, in_batch)
+    tl.store(m + offsets, new_m, in_batch)
+    tl.store(new_h_out + offsets, new_h, in_batch)

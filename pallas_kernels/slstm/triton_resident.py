@@ -1,9 +1,9 @@
-"""The sLSTM in Triton where the recurrent weights of a head stay on a multiprocessor.
+"""sLSTM in Triton with resident weights: those of a head fit the shared memory of a multiprocessor.
 
-A program computes one head of 16 rows of the batch, all steps: a product has no fewer rows. The
-weights are loaded once, into shared memory, and the memory stays in registers.
+A program computes all steps of one head and 16 sequences, the least that a tensor-core product
+takes. The weights are loaded once, into shared memory; the state stays in registers.
 
-Source: Beck et al. 2024, arXiv:2405.04517, section 2.2; the gradient as in `tpu_backward`.
+Source: Beck et al. 2024, arXiv:2405.04517, section 2.2; the gradient as in `tpu_kernels`.
 """
 
 from typing import no_type_check
@@ -12,16 +12,16 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.slstm.triton_step import (
+    batch_offsets,
     load_four,
     read_flags,
-    row_numbers,
-    step,
-    step_back,
+    step_backward,
+    step_forward,
     store_four,
 )
 from pallas_kernels.triton_math import product
 
-ROWS = tl.constexpr(16)
+BATCH_BLOCK = tl.constexpr(16)
 
 
 @triton.jit
@@ -30,11 +30,11 @@ def forward(
     x,  # B T 4 H K
     r,  # H K 4 K, in the dtype of x
     bias,  # H 4 K, float32
-    first,  # 4 B H K, float32: c, n, h and m
+    initial,  # 4 B H K, float32: c, n, h and m before the first step
     flags,  # B T, int32
     h,  # B T+1 H K, in the dtype of x: before the first step, and after each
-    last,  # 4 B H K, float32
-    seen,  # B T 3 H K, float32: c, n and m as each step sees them
+    final,  # 4 B H K, float32: c, n, h and m after the last step
+    cnm,  # B T 3 H K, float32: c, n and m before each step, after its reset
     gates,  # B T 4 H K, float32: pre-activations with the recurrent part
     B: tl.constexpr,
     T: tl.constexpr,
@@ -46,28 +46,28 @@ def forward(
     SIGMOID: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """All steps of one head and 16 rows."""
+    """All steps of one head and 16 sequences."""
     head = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64) * ROWS
-    b = row_numbers(T * H * K)
-    inside = (row + b < B)[:, None]
+    b_start = tl.program_id(1).to(tl.int64) * BATCH_BLOCK
+    b = batch_offsets(T * H * K)
+    in_batch = (b_start + b < B)[:, None]
     k = tl.arange(0, K)
-    at_state = row * (H * K) + head * K + (b * (H * K))[:, None] + k[None, :]
-    x += row * (T * 4 * H * K) + head * K + (b * (T * 4 * H * K))[:, None] + k[None, :]
-    gates += row * (T * 4 * H * K) + head * K + (b * (T * 4 * H * K))[:, None] + k[None, :]
-    seen += row * (T * 3 * H * K) + head * K + (b * (T * 3 * H * K))[:, None] + k[None, :]
-    h += row * ((T + 1) * H * K) + head * K + (b * ((T + 1) * H * K))[:, None] + k[None, :]
+    state_offsets = b_start * (H * K) + head * K + (b * (H * K))[:, None] + k[None, :]
+    x += b_start * (T * 4 * H * K) + head * K + (b * (T * 4 * H * K))[:, None] + k[None, :]
+    gates += b_start * (T * 4 * H * K) + head * K + (b * (T * 4 * H * K))[:, None] + k[None, :]
+    cnm += b_start * (T * 3 * H * K) + head * K + (b * (T * 3 * H * K))[:, None] + k[None, :]
+    h += b_start * ((T + 1) * H * K) + head * K + (b * ((T + 1) * H * K))[:, None] + k[None, :]
     bias += head * (4 * K) + k[None, :]
     r += head * (4 * K * K) + k[:, None] * (4 * K) + k[None, :]
     r_i = tl.load(r)
     r_f = tl.load(r + K)
     r_z = tl.load(r + 2 * K)
     r_o = tl.load(r + 3 * K)
-    state = load_four(first + at_state, B * H * K, inside)
+    state = load_four(initial + state_offsets, B * H * K, in_batch)
     dtype = h.dtype.element_ty
-    tl.store(h, state[2].to(dtype), inside)
+    tl.store(h, state[2].to(dtype), in_batch)
     for t in range(T):
-        reset, masked = read_flags(flags + row * T + t, b, inside, T, FLAGGED)
+        reset, masked = read_flags(flags + b_start * T + t, b, in_batch, T, FLAGGED)
         operand = state[2].to(dtype)
         if FLAGGED:
             operand = tl.where(reset, 0.0, operand).to(dtype)
@@ -75,16 +75,16 @@ def forward(
         f = product(operand, r_f, UPCAST)
         z = product(operand, r_z, UPCAST)
         o = product(operand, r_o, UPCAST)
-        pointers, marks = (x, bias, seen, gates), (reset, masked, inside)
-        state = step(
-            (i, f, z, o), state, pointers, marks, H * K, K, FLAGGED, SAVE, SAVE_GATES, SIGMOID
+        pointers, masks = (x, bias, cnm, gates), (reset, masked, in_batch)
+        state = step_forward(
+            (i, f, z, o), state, pointers, masks, H * K, K, FLAGGED, SAVE, SAVE_GATES, SIGMOID
         )
         x += 4 * H * K
         gates += 4 * H * K
-        seen += 3 * H * K
+        cnm += 3 * H * K
         h += H * K
-        tl.store(h, state[2].to(dtype), inside)
-    store_four(last + at_state, B * H * K, inside, state[0], state[1], state[2], state[3])
+        tl.store(h, state[2].to(dtype), in_batch)
+    store_four(final + state_offsets, B * H * K, in_batch, state[0], state[1], state[2], state[3])
 
 
 @triton.jit
@@ -92,12 +92,12 @@ def forward(
 def backward(
     gates,  # B T 4 H K, float32
     r,  # H K 4 K, in the dtype of dx
-    seen,  # B T 3 H K, float32
+    cnm,  # B T 3 H K, float32: c, n and m before each step
     dh,  # B T H K
-    dlast,  # 4 B H K, float32: of c, n and h after the last step, and rho
+    dfinal,  # 4 B H K, float32: gradients of c, n and h after the last step, and rho
     flags,  # B T, int32
     dx,  # B T 4 H K
-    dfirst,  # 4 B H K, float32
+    dinitial,  # 4 B H K, float32: the same before the first step
     B: tl.constexpr,
     T: tl.constexpr,
     H: tl.constexpr,
@@ -106,42 +106,42 @@ def backward(
     SIGMOID: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Gradients of all steps of one head and 16 rows, from the last step to the first."""
+    """Backward pass of one head and 16 sequences, from the last step to the first."""
     head = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64) * ROWS
-    b = row_numbers(T * H * K)
-    inside = (row + b < B)[:, None]
+    b_start = tl.program_id(1).to(tl.int64) * BATCH_BLOCK
+    b = batch_offsets(T * H * K)
+    in_batch = (b_start + b < B)[:, None]
     k = tl.arange(0, K)
-    at_state = row * (H * K) + head * K + (b * (H * K))[:, None] + k[None, :]
-    rows = (b * T)[:, None]
-    last_step = row * T + T - 1
-    here = head * K + k[None, :]
-    gates += last_step * (4 * H * K) + rows * (4 * H * K) + here
-    seen += last_step * (3 * H * K) + rows * (3 * H * K) + here
-    dh += last_step * (H * K) + rows * (H * K) + here
-    dx += last_step * (4 * H * K) + rows * (4 * H * K) + here
+    state_offsets = b_start * (H * K) + head * K + (b * (H * K))[:, None] + k[None, :]
+    bt_offsets = (b * T)[:, None]  # of each sequence in `B T`
+    last_step = b_start * T + T - 1
+    cell_offsets = head * K + k[None, :]
+    gates += last_step * (4 * H * K) + bt_offsets * (4 * H * K) + cell_offsets
+    cnm += last_step * (3 * H * K) + bt_offsets * (3 * H * K) + cell_offsets
+    dh += last_step * (H * K) + bt_offsets * (H * K) + cell_offsets
+    dx += last_step * (4 * H * K) + bt_offsets * (4 * H * K) + cell_offsets
     r += head * (4 * K * K) + k[:, None] + k[None, :] * (4 * K)
     r_i = tl.load(r)
     r_f = tl.load(r + K)
     r_z = tl.load(r + 2 * K)
     r_o = tl.load(r + 3 * K)
-    dc, dn, dh_next, rho = load_four(dlast + at_state, B * H * K, inside)
+    dc, dn, dh_next, rho = load_four(dfinal + state_offsets, B * H * K, in_batch)
     dtype = dx.dtype.element_ty
     for back in range(T):
-        reset, masked = read_flags(flags + row * T + T - 1 - back, b, inside, T, FLAGGED)
-        i, f, z, o, dc, dn, rho = step_back(
-            (gates, seen, dh, dx), (dc, dn, dh_next, rho), masked, inside, H * K, FLAGGED, SIGMOID
+        reset, masked = read_flags(flags + b_start * T + T - 1 - back, b, in_batch, T, FLAGGED)
+        i, f, z, o, dc, dn, rho = step_backward(
+            (gates, cnm, dh, dx), (dc, dn, dh_next, rho), masked, in_batch, H * K, FLAGGED, SIGMOID
         )
-        before = product(i.to(dtype), r_i, UPCAST)
-        before += product(f.to(dtype), r_f, UPCAST)
-        before += product(z.to(dtype), r_z, UPCAST)
-        before += product(o.to(dtype), r_o, UPCAST)
+        dh_prev = product(i.to(dtype), r_i, UPCAST)
+        dh_prev += product(f.to(dtype), r_f, UPCAST)
+        dh_prev += product(z.to(dtype), r_z, UPCAST)
+        dh_prev += product(o.to(dtype), r_o, UPCAST)
         if FLAGGED:
-            # The forget factor is 0 after a reset, so only h is left to be cut off.
-            before = tl.where(masked, dh_next, tl.where(reset, 0.0, before))
-        dh_next = before
+            # After a reset the forget gate is 0, so dc and dn are 0 already; dh is not.
+            dh_prev = tl.where(masked, dh_next, tl.where(reset, 0.0, dh_prev))
+        dh_next = dh_prev
         gates -= 4 * H * K
-        seen -= 3 * H * K
+        cnm -= 3 * H * K
         dh -= H * K
         dx -= 4 * H * K
-    store_four(dfirst + at_state, B * H * K, inside, dc, dn, dh_next, rho)
+    store_four(dinitial + state_offsets, B * H * K, in_batch, dc, dn, dh_next, rho)

@@ -1,4 +1,4 @@
-"""A step of the sLSTM in Triton, and its gradient; needs Triton to import.
+"""One sLSTM step in Triton and its gradient, as parts of kernels; importing it needs Triton.
 
 Source: Beck et al. 2024, arXiv:2405.04517, section 2.2.
 """
@@ -16,7 +16,7 @@ RESET, MASKED = tl.constexpr(options.RESET), tl.constexpr(options.MASKED)
 @triton.jit
 @no_type_check
 def log_forget(f, SIGMOID: tl.constexpr):
-    """log of the factor that f becomes."""
+    """Log of the forget gate, from its pre-activation f."""
     if SIGMOID:
         f = tl.minimum(f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f)))
     return f
@@ -24,46 +24,47 @@ def log_forget(f, SIGMOID: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def scales(i, log_f, n, m):
-    """The factors of old and new memory, the new log-scale, and whether it came from the old one.
+def stabilize(i, log_f, n, m):
+    """Stabilized forget and input gates, the new m, and whether it is that of the carry.
 
-    Where nothing is stored yet (n = 0) the old scale does not count.
+    Where nothing is written yet (n = 0) the old m is ignored.
     """
-    kept = tl.where(n == 0.0, -1e30, log_f + m)
-    from_old = kept >= i
-    # One of the two factors is exp(0).
-    smaller = tl.exp(-tl.abs(kept - i))
-    f_scaled = tl.where(from_old, 1.0, smaller)
-    i_scaled = tl.where(from_old, smaller, 1.0)
-    return f_scaled, i_scaled, tl.maximum(kept, i), from_old
+    log_carry = tl.where(n == 0.0, -1e30, log_f + m)
+    from_carry = log_carry >= i
+    # The larger of the two gates is exp(0): one exponential suffices.
+    smaller = tl.exp(-tl.abs(log_carry - i))
+    f_scaled = tl.where(from_carry, 1.0, smaller)
+    i_scaled = tl.where(from_carry, smaller, 1.0)
+    return f_scaled, i_scaled, tl.maximum(log_carry, i), from_carry
 
 
 @triton.jit
 @no_type_check
 def tanh(x):
+    """tanh by way of the sigmoid; for large |x| it is 1 or -1."""
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 
 @triton.jit
 @no_type_check
-def advance(i, f, z, o, c, n, m, SIGMOID: tl.constexpr):
-    """c, n, h and m after a step, from the gates and the memory before."""
-    f_scaled, i_scaled, m, _ = scales(i, log_forget(f, SIGMOID), n, m)
+def cell_forward(i, f, z, o, c, n, m, SIGMOID: tl.constexpr):
+    """c, n, h and m after a step, from the gates and the state before."""
+    f_scaled, i_scaled, m, _ = stabilize(i, log_forget(f, SIGMOID), n, m)
     c = f_scaled * c + i_scaled * tanh(z)
     n = f_scaled * n + i_scaled
-    # sigmoid(o) c / n with one division; where exp(-o) overflows the quotient is 0, as it should.
+    # sigmoid(o) c / n with one division; if exp(-o) overflows, the quotient is 0, which is right.
     return c, n, c / (n * (1.0 + tl.exp(-o))), m
 
 
 @triton.jit
 @no_type_check
-def retreat(i, f, z, o, c, n, m, dh, dc, dn, rho, SIGMOID: tl.constexpr):
-    """Gradients of the gates, and of c, n and m's path before a step, from those after it.
+def cell_backward(i, f, z, o, c, n, m, dh, dc, dn, rho, SIGMOID: tl.constexpr):
+    """Gradients of the gates, and dc, dn and rho before a step, from those after it.
 
-    m is a gauge of c and n, so it is held constant here; `rho` follows the path of the maximum from
-    the last m back to the input gate that made it.
+    m only rescales c and n, so it is treated as a constant here; `rho` follows the maximum from the
+    last m back to the input gate that set it.
     """
-    f_scaled, i_scaled, _, from_old = scales(i, log_forget(f, SIGMOID), n, m)
+    f_scaled, i_scaled, _, from_carry = stabilize(i, log_forget(f, SIGMOID), n, m)
     z = tanh(z)
     o = tl.sigmoid(o)
     inverse = 1.0 / (f_scaled * n + i_scaled)
@@ -71,67 +72,70 @@ def retreat(i, f, z, o, c, n, m, dh, dc, dn, rho, SIGMOID: tl.constexpr):
     weighted = dh * o * inverse
     dc += weighted
     dn -= weighted * ratio
-    kept = tl.where(from_old, rho, 0.0)
-    di = i_scaled * (dc * z + dn) + (rho - kept)
-    df = f_scaled * (dc * c + dn * n) + kept
+    rho_carry = tl.where(from_carry, rho, 0.0)
+    di = i_scaled * (dc * z + dn) + (rho - rho_carry)
+    df = f_scaled * (dc * c + dn * n) + rho_carry
     if SIGMOID:
         df *= tl.sigmoid(-f)
     dz = i_scaled * dc * (1.0 - z * z)
     do = dh * ratio * o * (1.0 - o)
-    return di, df, dz, do, f_scaled * dc, f_scaled * dn, kept
+    return di, df, dz, do, f_scaled * dc, f_scaled * dn, rho_carry
 
 
 @triton.jit
 @no_type_check
-def row_numbers(SIZE: tl.constexpr):
-    """Rows of a program, `SIZE` numbers of h apart, wide enough for offsets of what is read."""
-    if 16 * 4 * (SIZE + 1) < (1 << 31):
-        rows = tl.arange(0, 16)
+def batch_offsets(SEQUENCE_SIZE: tl.constexpr):
+    """0 to 15, the sequences of a program; int64 if offsets of the gates may exceed int32.
+
+    `SEQUENCE_SIZE` is the number of elements of h per sequence.
+    """
+    if 16 * 4 * (SEQUENCE_SIZE + 1) < (1 << 31):
+        b = tl.arange(0, 16)
     else:
-        rows = tl.arange(0, 16).to(tl.int64)
-    return rows
+        b = tl.arange(0, 16).to(tl.int64)
+    return b
 
 
 @triton.jit
 @no_type_check
-def load_four(pointer, STRIDE: tl.constexpr, inside):
-    """Blocks that lie `STRIDE` numbers apart, in float32; 0 where not `inside`."""
-    i = tl.load(pointer, inside, other=0.0).to(tl.float32)
-    f = tl.load(pointer + STRIDE, inside, other=0.0).to(tl.float32)
-    z = tl.load(pointer + 2 * STRIDE, inside, other=0.0).to(tl.float32)
-    o = tl.load(pointer + 3 * STRIDE, inside, other=0.0).to(tl.float32)
+def load_four(pointer, STRIDE: tl.constexpr, in_batch):
+    """Four blocks `STRIDE` elements apart, in float32; 0 outside the batch."""
+    i = tl.load(pointer, in_batch, other=0.0).to(tl.float32)
+    f = tl.load(pointer + STRIDE, in_batch, other=0.0).to(tl.float32)
+    z = tl.load(pointer + 2 * STRIDE, in_batch, other=0.0).to(tl.float32)
+    o = tl.load(pointer + 3 * STRIDE, in_batch, other=0.0).to(tl.float32)
     return i, f, z, o
 
 
 @triton.jit
 @no_type_check
-def store_four(pointer, STRIDE: tl.constexpr, inside, i, f, z, o):
-    """Writes what `load_four` reads."""
+def store_four(pointer, STRIDE: tl.constexpr, in_batch, i, f, z, o):
+    """Stores four blocks `STRIDE` elements apart; the inverse of `load_four`."""
     dtype = pointer.dtype.element_ty
-    tl.store(pointer, i.to(dtype), inside)
-    tl.store(pointer + STRIDE, f.to(dtype), inside)
-    tl.store(pointer + 2 * STRIDE, z.to(dtype), inside)
-    tl.store(pointer + 3 * STRIDE, o.to(dtype), inside)
+    tl.store(pointer, i.to(dtype), in_batch)
+    tl.store(pointer + STRIDE, f.to(dtype), in_batch)
+    tl.store(pointer + 2 * STRIDE, z.to(dtype), in_batch)
+    tl.store(pointer + 3 * STRIDE, o.to(dtype), in_batch)
 
 
 @triton.jit
 @no_type_check
-def read_flags(flags, b, inside, T: tl.constexpr, FLAGGED: tl.constexpr):
-    """Whether each row is reset at the step that `flags` points to, and whether that is masked."""
+def read_flags(flags, b, in_batch, T: tl.constexpr, FLAGGED: tl.constexpr):
+    """Whether each sequence is reset, and masked, at the step that `flags` points to."""
     if FLAGGED:
-        flag = tl.load(flags + (b * T)[:, None], inside, other=0)
+        flag = tl.load(flags + (b * T)[:, None], in_batch, other=0)
     else:
-        flag = tl.zeros(inside.shape, tl.int32)
+        flag = tl.zeros(in_batch.shape, tl.int32)
     return flag & RESET != 0, flag & MASKED != 0
 
 
 @triton.jit
 @no_type_check
-def step(
+def step_forward(
     recurrent,
     state,
     pointers,
-    marks,
+    masks,
     STRIDE: tl.constexpr,
     K: tl.constexpr,
     FLAGGED: tl.constexpr,
@@ -139,14 +143,14 @@ def step(
     SAVE_GATES: tl.constexpr,
     SIGMOID: tl.constexpr,
 ):
-    """c, n, h and m of some cells after a step; saves what the gradient needs.
+    """c, n, h and m of a block of cells after a step; stores the residuals if `SAVE`.
 
-    `recurrent` and `state` are four blocks; `pointers` are to blocks of x, bias, `seen` and gates;
-    `marks` say of each row whether it is reset, masked, and inside of the batch.
+    `recurrent` and `state` are four blocks each; `pointers` point to blocks of x, bias, cnm and
+    gates; `masks` tell for each sequence whether it is reset, masked, and in the batch.
     """
-    x, bias, seen, gates = pointers
-    reset, masked, inside = marks
-    x_i, x_f, x_z, x_o = load_four(x, STRIDE, inside)
+    x, bias, cnm, gates = pointers
+    reset, masked, in_batch = masks
+    x_i, x_f, x_z, x_o = load_four(x, STRIDE, in_batch)
     i = recurrent[0] + x_i + tl.load(bias)
     f = recurrent[1] + x_f + tl.load(bias + K)
     z = recurrent[2] + x_z + tl.load(bias + 2 * K)
@@ -159,12 +163,12 @@ def step(
         n = tl.where(reset, 0.0, n)
         m = tl.where(reset, 0.0, m)
     if SAVE:
-        tl.store(seen, c, inside)
-        tl.store(seen + STRIDE, n, inside)
-        tl.store(seen + 2 * STRIDE, m, inside)
+        tl.store(cnm, c, in_batch)
+        tl.store(cnm + STRIDE, n, in_batch)
+        tl.store(cnm + 2 * STRIDE, m, in_batch)
     if SAVE_GATES:
-        store_four(gates, STRIDE, inside, i, f, z, o)
-    c, n, h, m = advance(i, f, z, o, c, n, m, SIGMOID)
+        store_four(gates, STRIDE, in_batch, i, f, z, o)
+    c, n, h, m = cell_forward(i, f, z, o, c, n, m, SIGMOID)
     if FLAGGED:
         c = tl.where(masked, state[0], c)
         n = tl.where(masked, state[1], n)
@@ -175,27 +179,27 @@ def step(
 
 @triton.jit
 @no_type_check
-def step_back(
+def step_backward(
     pointers,
     carry,
     masked,
-    inside,
+    in_batch,
     STRIDE: tl.constexpr,
     FLAGGED: tl.constexpr,
     SIGMOID: tl.constexpr,
 ):
-    """Gradients of four gates of some cells, written to `dx` too, and dc, dn, rho before a step.
+    """Gradients of the gates of a block of cells, also stored in dx; and dc, dn, rho before a step.
 
-    `carry` is dc, dn, dh and rho after it; `pointers` are to blocks of gates, `seen`, dh and dx.
+    `carry` is dc, dn, dh and rho after it; `pointers` point to blocks of gates, cnm, dh and dx.
     """
-    gates, seen, dh, dx = pointers
-    i, f, z, o = load_four(gates, STRIDE, inside)
-    c = tl.load(seen, inside, other=0.0)
-    n = tl.load(seen + STRIDE, inside, other=1.0)
-    m = tl.load(seen + 2 * STRIDE, inside, other=0.0)
-    total = tl.load(dh, inside, other=0.0).to(tl.float32) + carry[2]
-    i, f, z, o, dc, dn, rho = retreat(
-        i, f, z, o, c, n, m, total, carry[0], carry[1], carry[3], SIGMOID
+    gates, cnm, dh, dx = pointers
+    i, f, z, o = load_four(gates, STRIDE, in_batch)
+    c = tl.load(cnm, in_batch, other=0.0)
+    n = tl.load(cnm + STRIDE, in_batch, other=1.0)
+    m = tl.load(cnm + 2 * STRIDE, in_batch, other=0.0)
+    dh_total = tl.load(dh, in_batch, other=0.0).to(tl.float32) + carry[2]
+    i, f, z, o, dc, dn, rho = cell_backward(
+        i, f, z, o, c, n, m, dh_total, carry[0], carry[1], carry[3], SIGMOID
     )
     if FLAGGED:
         i = tl.where(masked, 0.0, i)
@@ -205,5 +209,5 @@ def step_back(
         dc = tl.where(masked, carry[0], dc)
         dn = tl.where(masked, carry[1], dn)
         rho = tl.where(masked, carry[3], rho)
-    store_four(dx, STRIDE, inside, i, f, z, o)
+    store_four(dx, STRIDE, in_batch, i, f, z, o)
     return i, f, z, o, dc, dn, rho

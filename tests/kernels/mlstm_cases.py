@@ -1,4 +1,4 @@
-"""Calls of the mLSTM's kernels, the reference, and how kernels are interpreted here."""
+"""Test cases of the mLSTM kernels, interpreted, and the float64 reference."""
 
 import functools
 from typing import Any, NamedTuple
@@ -21,6 +21,8 @@ INPUTS = ("q", "k", "v", "i", "f")
 
 
 class Case(NamedTuple):
+    """Arguments of a call, and cotangents of its results."""
+
     q: Any
     k: Any
     v: Any
@@ -34,7 +36,7 @@ class Case(NamedTuple):
 
 
 def make_case(B=2, T=29, H=2, K=6, V=10, *, flags=False, scale=1.0, seed=0) -> Case:
-    """Random arguments and a random loss on h and on every leaf of the last state, as stored."""
+    """Random arguments and random cotangents of h and of every leaf of the final state."""
     rng = np.random.default_rng([seed, B, T, H, K, V])
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     inputs = (normal(B, T, H, K), normal(B, T, H, K), normal(B, T, H, V))
@@ -49,8 +51,8 @@ def make_case(B=2, T=29, H=2, K=6, V=10, *, flags=False, scale=1.0, seed=0) -> C
     return case._replace(reset=reset, mask=rng.random((B, T)) < 0.7)
 
 
-def make_step(dtype="float32", K=6, V=10) -> Case:
-    """Rows: plain, reset, masked with NaN in it, memories of tiny scale, one of scale e^60."""
+def make_step_case(dtype="float32", K=6, V=10) -> Case:
+    """One step of five sequences: plain, reset, masked with NaN inputs, tiny m, m = 60."""
     case = in_bfloat16(make_case(B=5, T=1, H=3, K=K, V=V))
     case = jax.tree.map(np.array, case)
     case = case._replace(reset=np.zeros((5, 1), bool), mask=np.ones((5, 1), bool))
@@ -64,103 +66,104 @@ def make_step(dtype="float32", K=6, V=10) -> Case:
 
 
 def in_bfloat16(case: Case, dtype="float32") -> Case:
-    """Inputs and the loss on h rounded to bfloat16, as arrays of `dtype`."""
+    """The same case with inputs and dh rounded to bfloat16, as arrays of `dtype`."""
     names = (*INPUTS, "dh")
-    half = {name: jnp.asarray(getattr(case, name), jnp.bfloat16).astype(dtype) for name in names}
-    return case._replace(**half)
+    rounded = {name: jnp.asarray(getattr(case, name), jnp.bfloat16).astype(dtype) for name in names}
+    return case._replace(**rounded)
 
 
-def with_resets(case: Case, where: str, chunk_size: int) -> Case:
-    """The same call with its resets `where` a key below says; none of them is masked."""
+def with_resets(case: Case, pattern: str, chunk_size: int) -> Case:
+    """The same case with resets at the steps of a pattern; no reset is masked but random ones."""
     steps = np.arange(case.q.shape[1])
-    pattern = {
+    reset = {
         "random steps": case.reset,
         "chunk starts": steps % chunk_size == 0,
         "chunk ends": steps % chunk_size == chunk_size - 1,
         "every step": steps >= 0,
-    }[where]
-    if where == "random steps":  # masked resets, which are void, among them
+    }[pattern]
+    if pattern == "random steps":  # includes masked resets, which have no effect
         return case
-    reset = np.broadcast_to(pattern, case.reset.shape)
+    reset = np.broadcast_to(reset, case.reset.shape)
     return case._replace(reset=reset, mask=case.mask | reset)
 
 
-RESETS = ("random steps", "chunk starts", "chunk ends", "every step")
+RESET_PATTERNS = ("random steps", "chunk starts", "chunk ends", "every step")
 
 
-# By the kernels
+# Kernels
 
 
 STRICT = {
     "nan": pltpu.InterpretParams(uninitialized_memory="nan"),
     "races": pltpu.InterpretParams(detect_races=True, random_seed=7),
 }
-"""How the interpreter of Pallas may be told to find memory nobody wrote, and races."""
+"""Interpreters of Pallas that fill uninitialized memory with NaN, or detect races."""
 
 
 def run(kernels: Kernels, case: Case, **options):
-    """h and the last state of a case."""
+    """h and the final state of a case."""
     return api.mlstm(kernels, *case[:6], reset=case.reset, mask=case.mask, **options)
 
 
 def interpret(
     kernels: Kernels, case: Case, *, how=True, lanes=LANES, tile=None, **options
 ) -> dict[str, np.ndarray]:
-    """Everything by these kernels, interpreted; chunks of 8 where lanes are 8.
+    """h, the final state and all gradients by these kernels, interpreted.
 
-    `tile` stands in place of the one that a test's sizes would get.
+    Chunks have 8 positions by default if lanes are 8; `tile` replaces the tile that the kernels
+    would choose.
     """
     options.setdefault("chunk_size", LANES if lanes == LANES else None)
-    function = _by(kernels if tile is None else cut(kernels, tile))
+    function = _bound(kernels if tile is None else with_tile(kernels, tile))
     compiled = _compiled(function, tuple(sorted(options.items())), (how, lanes))
     with common.interpreted(how, lanes=lanes):
-        return _wide(compiled(jax.tree.map(jnp.asarray, case)))
+        return _as_float64(compiled(jax.tree.map(jnp.asarray, case)))
 
 
 @functools.cache
-def cut(kernels: Kernels, tile) -> Kernels:
-    """The same kernels, all of whose calls are cut in one way."""
+def with_tile(kernels: Kernels, tile) -> Kernels:
+    """The same kernels, using `tile` for every call."""
     return kernels._replace(tile=lambda *_: tile)
 
 
 @functools.cache
-def _by(kernels: Kernels):
+def _bound(kernels: Kernels):
     return functools.partial(api.mlstm, kernels)
 
 
 def evaluate(function, case: Case) -> dict[str, jax.Array]:
-    """h, the last state and all gradients, by name."""
+    """h, the final state and all gradients, by name."""
     compute = functools.partial(function, reset=case.reset, mask=case.mask)
-    (h, state), pull = jax.vjp(compute, *case[:6])
-    *inputs, first = pull((case.dh, case.dstate))
+    (h, state), pullback = jax.vjp(compute, *case[:6])
+    *inputs, initial = pullback((case.dh, case.dstate))
     named = {"h": h, **dict(zip(LEAVES, state, strict=True))}
     named |= {f"d{name}": x for name, x in zip(INPUTS, inputs, strict=True)}
-    return named | {f"d{name}": x for name, x in zip(LEAVES, first, strict=True)}
+    return named | {f"d{name}": x for name, x in zip(LEAVES, initial, strict=True)}
 
 
 @functools.cache
-def _compiled(function, options: tuple, where: tuple = ()):
-    """A program of a case; `where` says what it is traced in, as that is part of it, too."""
-    del where
+def _compiled(function, options: tuple, context: tuple = ()):
+    """The jitted program of a case; `context`, the settings in force while tracing, is a key."""
+    del context
     return quick.jit(functools.partial(evaluate, functools.partial(function, **dict(options))))
 
 
-def _wide(results):
+def _as_float64(results):
     return jax.tree.map(lambda a: np.asarray(a, np.float64), results)
 
 
 # The reference
 
 
-def truth(case: Case, **options) -> dict[str, np.ndarray]:
-    """By the cell, in float64."""
-    compiled = _compiled(_by_the_cell, tuple(sorted(options.items())))
+def reference(case: Case, **options) -> dict[str, np.ndarray]:
+    """h, the final state and all gradients by the cell, in float64."""
+    compiled = _compiled(_cell, tuple(sorted(options.items())))
     with jax.enable_x64(True):
-        wide = lambda a: jnp.asarray(a, bool if a.dtype == bool else "float64")  # noqa: E731
-        return _wide(compiled(jax.tree.map(wide, case)))
+        float64 = lambda a: jnp.asarray(a, bool if a.dtype == bool else "float64")  # noqa: E731
+        return _as_float64(compiled(jax.tree.map(float64, case)))
 
 
-def _by_the_cell(q, k, v, i, f, state, *, reset, mask, **options):
+def _cell(q, k, v, i, f, state, *, reset, mask, **options):
     state = cells.MLSTMState(*state)
     h, state = cells.mlstm_scan(q, k, v, i, f, state, reset=reset, mask=mask, **options)
     return h, tuple(state)
@@ -169,30 +172,30 @@ def _by_the_cell(q, k, v, i, f, state, *, reset, mask, **options):
 # Comparisons
 
 
-def assert_equal_results(actual, expected, row=TABLE["float32"]):
-    """h, the state with the same log-scale, and all gradients agree."""
-    assert_close(actual["h"], expected["h"], row.h, "h")
+def assert_results_match(actual, expected, tolerance=TABLE["float32"]):
+    """h, C, n and m of the final state, and all gradients agree."""
+    assert_close(actual["h"], expected["h"], tolerance.h, "h")
     for name in LEAVES:
-        assert_close(actual[name], expected[name], row.state, name)
+        assert_close(actual[name], expected[name], tolerance.state, name)
     gradients = [f"d{name}" for name in (*INPUTS, *LEAVES)]
     pick = lambda results: {name[1:]: results[name] for name in gradients}  # noqa: E731
-    assert_gradients_close(pick(actual), pick(expected), row)
+    assert_gradients_close(pick(actual), pick(expected), tolerance)
 
 
-def assert_step_equals_the_cell(case: Case, actual, **options):
-    """h, C, n and m of one step; what is masked stays bit for bit."""
+def assert_step_matches_cell(case: Case, actual, **options):
+    """h, C, n and m agree; where masked, h is 0 and the state is bit-identical to the old."""
     dtype = str(case.q.dtype)
-    wide = case._replace(**{name: np.asarray(getattr(case, name), "float32") for name in INPUTS})
-    expected = truth(wide, **options)
+    as_float32 = {name: np.asarray(getattr(case, name), "float32") for name in INPUTS}
+    expected = reference(case._replace(**as_float32), **options)
     h, state = actual
     assert h.dtype == case.v.dtype
-    for row, (found, right) in enumerate(zip(np.asarray(h, "float64"), expected["h"], strict=True)):
-        assert_close(found, right, TABLE[dtype].h, f"h of row {row}", floor=1e-30)
+    for b, (h_b, right) in enumerate(zip(np.asarray(h, "float64"), expected["h"], strict=True)):
+        assert_close(h_b, right, TABLE[dtype].h, f"h of sequence {b}", floor=1e-30)
     for name, leaf in zip(LEAVES, state, strict=True):
         assert leaf.dtype == jnp.float32
         assert_close(np.asarray(leaf), expected[name], TABLE["float32"].state, name)
     if case.mask is not None:
-        asleep = ~case.mask[:, 0]
-        assert not np.asarray(h, "float32")[asleep].any()
+        masked = ~case.mask[:, 0]
+        assert not np.asarray(h, "float32")[masked].any()
         for old, new in zip(case.state, state, strict=True):
-            np.testing.assert_array_equal(new[asleep], old[asleep])
+            np.testing.assert_array_equal(new[masked], old[masked])

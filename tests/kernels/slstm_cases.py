@@ -1,4 +1,4 @@
-"""Calls of the sLSTM's kernels, the reference, and how kernels are interpreted here."""
+"""Test cases of the sLSTM kernels, interpreted, and the float64 reference."""
 
 import contextlib
 import functools
@@ -21,6 +21,8 @@ LEAVES = ("c", "n", "h", "m")
 
 
 class Case(NamedTuple):
+    """Arguments of a call, and cotangents of its results."""
+
     x: Any
     r: Any
     b: Any
@@ -32,7 +34,7 @@ class Case(NamedTuple):
 
 
 def make_case(B=2, T=13, H=2, K=8, *, flags=False, scale=1.0, seed=0) -> Case:
-    """Random arguments and a random loss on h and on every leaf of the last state, as stored."""
+    """Random arguments and random cotangents of h and of every leaf of the final state."""
     rng = np.random.default_rng([seed, B, T, H, K])
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     state = (0.5 * normal(B, H, K), 1 + abs(normal(B, H, K)), 0.3 * normal(B, H, K))
@@ -47,86 +49,86 @@ def make_case(B=2, T=13, H=2, K=8, *, flags=False, scale=1.0, seed=0) -> Case:
 
 
 def in_bfloat16(case: Case, dtype="float32", r_dtype=None) -> Case:
-    """The same case, rounded to bfloat16, in another dtype."""
-    half = lambda a, to: np.asarray(jnp.asarray(jnp.asarray(a, jnp.bfloat16), to))  # noqa: E731
-    x, dh = half(case.x, dtype), half(case.dh, dtype)
-    return case._replace(x=x, dh=dh, r=half(case.r, r_dtype or dtype))
+    """The same case with values rounded to bfloat16, as arrays of `dtype`."""
+    rounded = lambda a, to: np.asarray(jnp.asarray(jnp.asarray(a, jnp.bfloat16), to))  # noqa: E731
+    x, dh = rounded(case.x, dtype), rounded(case.dh, dtype)
+    return case._replace(x=x, dh=dh, r=rounded(case.r, r_dtype or dtype))
 
 
 def with_flags(case: Case, reset, mask) -> Case:
-    """Flags of a few steps, the same in every sequence but shifted by one."""
+    """The case with the flags of one sequence, shifted by one step from sequence to sequence."""
     B = case.x.shape[0]
     shifted = lambda flag: np.stack([np.roll(flag, b) for b in range(B)]).astype(bool)  # noqa: E731
-    given = {"reset": reset, "mask": mask}
-    return case._replace(**{n: shifted(flag) for n, flag in given.items() if flag is not None})
+    flags = {"reset": reset, "mask": mask}
+    return case._replace(**{n: shifted(flag) for n, flag in flags.items() if flag is not None})
 
 
-# By the kernels
+# Kernels
 
 
 def run(kernels: Kernels, case: Case, **options):
-    """h and the last state of a case."""
+    """h and the final state of a case."""
     return api.slstm(kernels, *case[:4], case.reset, case.mask, **options)
 
 
 def value_and_gradients(kernels: Kernels, case: Case):
-    """h, the last state, and the gradients of the case's loss."""
+    """(h, final state), and the gradients for the cotangents of the case."""
     compute = functools.partial(api.slstm, kernels, reset=case.reset, mask=case.mask)
-    outputs, pull = jax.vjp(compute, *case[:4])
-    return outputs, pull((case.dh, case.dstate))
+    outputs, pullback = jax.vjp(compute, *case[:4])
+    return outputs, pullback((case.dh, case.dstate))
 
 
 def step(kernels: Kernels, case: Case, **options):
-    """h and the state after a case of one step, interpreted."""
+    """h and the state of a case of one step, interpreted."""
     compiled = quick.jit(functools.partial(run, kernels, **options))
     with common.interpreted(lanes=LANES):
         return compiled(jax.tree.map(jnp.asarray, case))
 
 
 @functools.cache
-def cut(kernels: Kernels, tile) -> Kernels:
-    """The same kernels, all of whose calls have one tile."""
+def with_tile(kernels: Kernels, tile) -> Kernels:
+    """The same kernels, using `tile` for every call."""
     return kernels._replace(tile=lambda *_: tile)
 
 
 @contextlib.contextmanager
 def saving_gates(saved: bool | None):
-    """Gradients traced inside save the gates or recompute them; None: as their size says."""
-    most = api.SAVED_GATES_BYTES if saved is None else (1 << 40) * saved
-    with mock.patch.object(api, "SAVED_GATES_BYTES", most):
+    """Gradients traced inside save or recompute the gates; None: the default rule by size."""
+    limit = api.SAVED_GATES_BYTES if saved is None else (1 << 40) * saved
+    with mock.patch.object(api, "SAVED_GATES_BYTES", limit):
         yield
 
 
 def interpret(
     kernels: Kernels, case: Case, *, how=True, lanes=LANES, save_gates=None, **options
 ) -> dict[str, np.ndarray]:
-    """Everything by these kernels, interpreted."""
-    function = _by(kernels, tuple(sorted(options.items())))
+    """h, the final state and all gradients by these kernels, interpreted."""
+    function = _bound(kernels, tuple(sorted(options.items())))
     compiled = _compiled(function, (how, lanes, save_gates))
     with saving_gates(save_gates), common.interpreted(how, lanes=lanes):
         return _named(compiled(jax.tree.map(jnp.asarray, case)))
 
 
 @functools.cache
-def _by(kernels: Kernels, options: tuple):
+def _bound(kernels: Kernels, options: tuple):
     return functools.partial(api.slstm, kernels, **dict(options))
 
 
 @functools.cache
-def _compiled(function, where: tuple = ()):
-    """A program of a case; `where` says what it is traced in, as that is part of it, too."""
-    del where
+def _compiled(function, context: tuple = ()):
+    """The jitted program of a case; `context`, the settings in force while tracing, is a key."""
+    del context
 
     def evaluate(case):
         compute = functools.partial(function, reset=case.reset, mask=case.mask)
-        (h, state), pull = jax.vjp(compute, *case[:4])
-        return h, state, pull((case.dh, case.dstate))
+        (h, state), pullback = jax.vjp(compute, *case[:4])
+        return h, state, pullback((case.dh, case.dstate))
 
     return quick.jit(evaluate)
 
 
 def _named(results) -> dict[str, np.ndarray]:
-    """h, the last state and all gradients, by name."""
+    """h, the final state and all gradients, by name."""
     h, state, (dx, dr, db, dstate) = jax.tree.map(lambda a: np.asarray(a, np.float64), results)
     named = {"h": h, "dx": dx, "dr": dr, "db": db}
     named |= {name: leaf for name, leaf in zip(LEAVES, state, strict=True) if name != "h"}
@@ -136,11 +138,11 @@ def _named(results) -> dict[str, np.ndarray]:
 # The reference
 
 
-def truth(case: Case, **options) -> dict[str, np.ndarray]:
-    """By the cell, in float64."""
+def reference(case: Case, **options) -> dict[str, np.ndarray]:
+    """h, the final state and all gradients by the cell, in float64."""
     with jax.enable_x64(True):
-        wide = lambda a: jnp.asarray(a, bool if a.dtype == bool else "float64")  # noqa: E731
-        return _named(_compiled(_cell(**options))(jax.tree.map(wide, case)))
+        float64 = lambda a: jnp.asarray(a, bool if a.dtype == bool else "float64")  # noqa: E731
+        return _named(_compiled(_cell(**options))(jax.tree.map(float64, case)))
 
 
 @functools.cache
@@ -153,26 +155,26 @@ def _cell(**options):
     return function
 
 
-def assert_equal_results(actual, expected, row=TABLE["float32"]):
-    """h, the state and its stabilizer as stored, and all gradients agree."""
+def assert_results_match(actual, expected, tolerance=TABLE["float32"]):
+    """h, c, n and m of the final state, and all gradients agree."""
     gradients = [name for name in expected if name.startswith("d")]
     for name in expected.keys() - gradients:
-        assert_close(actual[name], expected[name], row.h, name)
+        assert_close(actual[name], expected[name], tolerance.h, name)
     pick = lambda results: {name[1:]: results[name] for name in gradients}  # noqa: E731
-    assert_gradients_close(pick(actual), pick(expected), row)
+    assert_gradients_close(pick(actual), pick(expected), tolerance)
 
 
-def assert_step_equals_the_cell(case: Case, found, row=TABLE["float32"], **options):
-    """h and every leaf of the state; where masked, bit for bit the old state."""
-    h, state = found
+def assert_step_matches_cell(case: Case, actual, tolerance=TABLE["float32"], **options):
+    """h and every leaf of the state agree; where masked, the state is bit-identical to the old."""
+    h, state = actual
     clean = case._replace(x=np.nan_to_num(np.asarray(case.x, np.float32)))
-    expected = truth(clean, **options)
-    assert_close(np.asarray(h, np.float64), expected["h"], row.h, "h")
+    expected = reference(clean, **options)
+    assert_close(np.asarray(h, np.float64), expected["h"], tolerance.h, "h")
     for name, leaf in zip(LEAVES, state, strict=True):
         if name != "h":
-            assert_close(np.asarray(leaf), expected[name], row.state, name)
-    awake = slice(None) if case.mask is None else case.mask[:, 0]
-    assert_close(np.asarray(state[2])[awake], expected["h"][awake, 0], row.h, "h")
+            assert_close(np.asarray(leaf), expected[name], tolerance.state, name)
+    active = slice(None) if case.mask is None else case.mask[:, 0]
+    assert_close(np.asarray(state[2])[active], expected["h"][active, 0], tolerance.h, "h")
     if case.mask is not None:
         for old, leaf in zip(case.state, state, strict=True):
             np.testing.assert_array_equal(leaf[~case.mask[:, 0]], old[~case.mask[:, 0]])

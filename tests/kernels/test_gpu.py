@@ -1,4 +1,4 @@
-"""Where Triton kernels run and what is said where they cannot, and how jax-triton is called."""
+"""Support of Triton kernels by device and environment, and calls of jax-triton."""
 
 import importlib.metadata
 import sys
@@ -12,37 +12,37 @@ import pytest
 from pallas_kernels import common, gpu
 from pallas_kernels.hardware import ARCHITECTURES
 
-WAY_OUT = "install the pair that belongs to this jax: `pip install xlstm-jax[gpu]`"
+INSTALL_HINT = "install the pair that belongs to this jax: `pip install xlstm-jax[gpu]`"
 PAIRS = {"0.10": ("0.10.2", "0.3.1"), "0.11": ("0.11.0", "0.4.0")}
 
 
 @pytest.fixture(autouse=True)
-def _asked_anew():
-    """Nothing that is kept for the process is kept from one test to another."""
-    kept = [function for function in vars(gpu).values() if hasattr(function, "cache_clear")]
-    for function in kept:
+def _clear_caches():
+    """Clears the process-wide caches of `gpu` before and after every test."""
+    cached = [function for function in vars(gpu).values() if hasattr(function, "cache_clear")]
+    for function in cached:
         function.cache_clear()
     yield
-    for function in kept:
+    for function in cached:
         function.cache_clear()
 
 
 @pytest.fixture
 def device(monkeypatch):
-    """A function that puts a device of this name and capability in front of all others."""
+    """A function that replaces the devices of JAX by one of this kind and capability."""
 
-    def put(kind: str, **attributes):
+    def set_device(kind: str, **attributes):
         device = SimpleNamespace(device_kind=kind, **attributes)
         monkeypatch.setattr(jax, "devices", lambda *_: [device])
 
-    return put
+    return set_device
 
 
 @pytest.fixture
 def installed(monkeypatch):
-    """A function that pretends that modules, and packages of these versions, are there."""
+    """A function that installs fake modules, with these package versions."""
 
-    def pretend(jax_version="0.10.2", jax_triton_version="0.3.1", *, interpret=False, call=None):
+    def install(jax_version="0.10.2", jax_triton_version="0.3.1", *, interpret=False, call=None):
         nvidia = SimpleNamespace(ptxas=SimpleNamespace(path="older"), ptxas_blackwell="newer")
         runtime = SimpleNamespace(interpret=interpret)
         triton = SimpleNamespace(knobs=SimpleNamespace(runtime=runtime, nvidia=nvidia))
@@ -52,7 +52,7 @@ def installed(monkeypatch):
         monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
         return triton
 
-    return pretend
+    return install
 
 
 # Chips
@@ -74,19 +74,21 @@ def installed(monkeypatch):
         ("gfx90a", None),
     ],
 )
-def test_the_current_chip_is_the_newest_known_one_that_is_not_newer(device, capability, name):
+def test_current_chip_is_the_newest_known_architecture_up_to_the_capability(
+    device, capability, name
+):
     device("some GPU", compute_capability=capability)
     assert gpu.current_chip() == name
 
 
-def test_without_a_gpu_there_is_no_current_chip_unless_one_is_compiled_for():
+def test_current_chip_without_a_gpu_is_the_ahead_of_time_target():
     assert gpu.current_chip() is None
     with common.compiled_for("sm_90"):
         assert gpu.current_chip() == "sm_90"
 
 
-def test_chips_are_in_the_order_of_their_capabilities():
-    """The current one is the last that is not newer."""
+def test_architectures_are_sorted_by_capability():
+    """`current_chip` takes the last one up to the capability of the device."""
     capabilities = [chip.capability for chip in ARCHITECTURES.values()]
     assert capabilities == sorted(capabilities)
     assert [f"sm_{capability}" for capability in capabilities] == list(ARCHITECTURES)
@@ -98,13 +100,13 @@ def test_chips_are_in_the_order_of_their_capabilities():
 
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 @pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"])
-def test_a_gpu_with_the_right_packages_is_not_refused(device, installed, capability, pair):
+def test_gpu_with_compatible_packages_is_supported(device, installed, capability, pair):
     device("some GPU", compute_capability=capability)
     installed(*pair)
     assert gpu.refusal() is None
 
 
-def test_a_device_that_is_no_gpu_of_nvidia_is_refused(device, installed):
+def test_other_devices_than_nvidia_gpus_are_refused(device, installed):
     installed()
     assert gpu.refusal() == "it needs an NVIDIA GPU, not a 'cpu'"
     device("AMD Instinct MI210", compute_capability="gfx90a")
@@ -112,7 +114,7 @@ def test_a_device_that_is_no_gpu_of_nvidia_is_refused(device, installed):
 
 
 @pytest.mark.parametrize("capability", ["7.5", "6.1"])
-def test_a_gpu_older_than_ampere_is_refused(device, installed, capability):
+def test_gpus_older_than_ampere_are_refused(device, installed, capability):
     installed()
     device("Tesla T4", compute_capability=capability)
     assert gpu.refusal() == (
@@ -121,14 +123,14 @@ def test_a_gpu_older_than_ampere_is_refused(device, installed, capability):
     )
 
 
-def test_a_chip_to_compile_for_need_not_be_here(installed):
+def test_ahead_of_time_target_needs_no_gpu(installed):
     installed()
     with common.compiled_for("sm_90"):
         assert gpu.refusal() is None
 
 
-def refused_here() -> str | None:
-    """What is said of the environment where the chip is not in question."""
+def environment_refusal() -> str | None:
+    """The refusal for an ahead-of-time target, which depends on installed packages only."""
     with common.compiled_for("sm_80"):
         return gpu.refusal()
 
@@ -136,51 +138,51 @@ def refused_here() -> str | None:
 @pytest.mark.parametrize(
     "module,package", [("triton", "triton"), ("jax_triton", "jax-triton")], ids=["triton", "bridge"]
 )
-def test_a_package_that_is_missing_is_named(monkeypatch, installed, module, package):
+def test_missing_package_is_named(monkeypatch, installed, module, package):
     installed()
     monkeypatch.setitem(sys.modules, module, None)
-    assert refused_here() == f"{package} is not installed; {WAY_OUT}"
+    assert environment_refusal() == f"{package} is not installed; {INSTALL_HINT}"
 
 
 @pytest.mark.parametrize(
-    "source,sentence",
+    "source,message",
     [
         (
             "raise AttributeError('jax has no attribute core')",
             "jax-triton does not load (AttributeError: jax has no attribute core)",
         ),
         (
-            "import a_module_that_nobody_has",
-            "jax-triton does not load (No module named 'a_module_that_nobody_has')",
+            "import missing_module",
+            "jax-triton does not load (No module named 'missing_module')",
         ),
     ],
-    ids=["an attribute", "a module"],
+    ids=["AttributeError", "ModuleNotFoundError"],
 )
-def test_what_jax_triton_raises_when_it_is_imported_is_passed_on(
-    monkeypatch, installed, tmp_path, source, sentence
+def test_import_error_of_jax_triton_is_part_of_the_refusal(
+    monkeypatch, installed, tmp_path, source, message
 ):
     installed()
     monkeypatch.delitem(sys.modules, "jax_triton")
     (tmp_path / "jax_triton.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    assert refused_here() == f"{sentence}; {WAY_OUT}"
+    assert environment_refusal() == f"{message}; {INSTALL_HINT}"
 
 
 @pytest.mark.parametrize(
     "versions", [("0.11.0", "0.3.1"), ("0.10.2", "0.4.0"), ("1.0.0", "0.3.1")], ids="-".join
 )
-def test_versions_that_do_not_belong_together_are_refused(installed, versions):
+def test_incompatible_versions_are_refused(installed, versions):
     installed(*versions)
-    said = f"jax {versions[0]}, jax-triton {versions[1]} do not belong together; {WAY_OUT}"
-    assert refused_here() == said
+    message = f"jax {versions[0]}, jax-triton {versions[1]} do not belong together; {INSTALL_HINT}"
+    assert environment_refusal() == message
 
 
-def test_where_triton_interprets_it_compiles_nothing(installed):
+def test_triton_interpret_mode_is_refused(installed):
     installed(interpret=True)
-    assert refused_here() == "TRITON_INTERPRET is set, so Triton compiles nothing; unset it"
+    assert environment_refusal() == "TRITON_INTERPRET is set, so Triton compiles nothing; unset it"
 
 
-def test_the_interpreter_needs_triton_and_to_be_asked_for_in_time(monkeypatch, installed):
+def test_interpreter_needs_triton_imported_in_interpret_mode(monkeypatch, installed):
     installed(interpret=True)
     assert gpu.interpreter_refusal() is None
     installed(interpret=False)
@@ -200,27 +202,27 @@ OUT = (jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.b
 
 @pytest.fixture
 def called(installed):
-    """A function that calls a kernel with fake packages: positional and named arguments there."""
+    """A function that calls a kernel with fake packages; returns the keyword arguments passed."""
 
     def call(pair: str, **settings):
-        seen = []
+        recorded = []
 
         def triton_call(*arrays, **named):
             if pair == "0.11":
                 message = "input_output_aliases is deprecated, use mutable arrays"
                 warnings.warn(message, DeprecationWarning, stacklevel=2)
-            seen.append((arrays, named))
+            recorded.append((arrays, named))
             return ("the", "results")
 
         installed(*PAIRS[pair], call=triton_call)
         settings = dict(name="a_kernel", grid=(4, 2), SIZE=3) | settings
         assert gpu.call(KERNEL, ("a", "b"), OUT, **settings) == ("the", "results")
-        ((arrays, named),) = seen
+        ((arrays, named),) = recorded
         assert arrays == ("a", "b")
         return named
 
     with pytest.MonkeyPatch.context() as patch:
-        # Strings stand for arrays, which the annotations of `call` would not let pass.
+        # Run-time type checks would reject the strings that stand for arrays.
         patch.setattr(gpu, "call", getattr(gpu.call, "__wrapped__", gpu.call))
         yield call
 
@@ -229,14 +231,14 @@ every_pair = pytest.mark.parametrize("pair", PAIRS)
 
 
 @every_pair
-def test_shapes_of_results_have_the_name_of_the_version(called, pair):
+def test_output_shapes_have_the_keyword_of_the_jax_triton_version(called, pair):
     named = called(pair)
     right, wrong = ("out_type", "out_shape") if pair == "0.11" else ("out_shape", "out_type")
     assert named[right] == OUT and wrong not in named
 
 
 @every_pair
-def test_kernel_grid_and_constants_are_passed_on(called, pair):
+def test_kernel_grid_and_constants_are_forwarded(called, pair):
     named = called(pair, num_warps=8, num_stages=3)
     assert named["kernel"] is KERNEL
     expected = dict(name="a_kernel", grid=(4, 2), num_warps=8, num_stages=3, SIZE=3)
@@ -245,13 +247,13 @@ def test_kernel_grid_and_constants_are_passed_on(called, pair):
 
 @every_pair
 @pytest.mark.parametrize("target,capability", [("sm_80", 80), ("sm_100", 100), (None, None)])
-def test_a_kernel_is_compiled_for_the_target(called, pair, target, capability):
+def test_target_sets_the_compute_capability(called, pair, target, capability):
     assert called(pair, target=target)["compute_capability"] == capability
 
 
 @every_pair
-def test_aliases_are_passed_on_and_what_stands_for_them_is_filled_where_it_is_not(called, pair):
-    """jax-triton 0.4 gives an aliased result no parameter, 0.3 does."""
+def test_aliases_are_forwarded_with_placeholders_where_needed(called, pair):
+    """jax-triton 0.4 passes no argument for an aliased result, 0.3 does."""
     named = called(pair, aliases={0: 1})
     assert dict(named["input_output_aliases"]) == {0: 1}
     assert named.get("second") == (0 if pair == "0.11" else None)
@@ -260,15 +262,13 @@ def test_aliases_are_passed_on_and_what_stands_for_them_is_filled_where_it_is_no
 
 
 @every_pair
-def test_fused_multiplications_are_those_of_both_versions(called, pair):
+def test_both_versions_enable_fp_fusion(called, pair):
     options = {"enable_fp_fusion": True} if pair == "0.11" else None
     assert called(pair).get("backend_options") == options
 
 
 @pytest.mark.parametrize("path", [None, "/mine"], ids=["unset", "set"])
-def test_triton_writes_for_the_assembler_of_xla_unless_another_one_is_named(
-    called, monkeypatch, path
-):
+def test_triton_uses_the_older_ptxas_unless_configured(called, monkeypatch, path):
     monkeypatch.delenv("TRITON_PTXAS_BLACKWELL_PATH", raising=False)
     if path is not None:
         monkeypatch.setenv("TRITON_PTXAS_BLACKWELL_PATH", path)

@@ -1,4 +1,4 @@
-"""The table of chips: figures of the data sheets, and what derives from them per core."""
+"""The hardware table: figures of the data sheets and the per-core figures derived from them."""
 
 import pytest
 
@@ -13,7 +13,7 @@ from pallas_kernels.hardware import (
     per_device,
 )
 
-# Google Cloud's pages: bfloat16 TFLOP/s, HBM GiB and GB/s of a chip, its TensorCores.
+# Google Cloud documentation, per chip: bfloat16 TFLOP/s, HBM GiB, HBM GB/s, TensorCores.
 TPU_SHEETS = {
     "v4": (275, 32, 1228, 2),
     "v5e": (197, 16, 819, 1),
@@ -22,9 +22,9 @@ TPU_SHEETS = {
     "v7x": (2307, 192, 7380, 2),
 }
 TPU_LINKS = {"v4": 300, "v5e": 200, "v5p": 600, "v6e": 400, "v7x": 600}  # GB/s, one direction
-VMEM_MIB = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128, "v7x": 64}  # of a core
+VMEM_MIB = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128, "v7x": 64}  # per core
 
-# NVIDIA: dense bfloat16 TFLOP/s, GB and TB/s of memory, multiprocessors of an SXM module.
+# NVIDIA, SXM modules: dense bfloat16 TFLOP/s, memory GB, memory TB/s, multiprocessors.
 GPU_SHEETS = {
     "A100": (312, 80, 2.04, 108),
     "H100": (989, 80, 3.35, 132),
@@ -39,7 +39,7 @@ SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 22
 
 
 @pytest.mark.parametrize("name", TPUS)
-def test_a_tpu_has_the_figures_of_its_data_sheet(name):
+def test_tpu_figures_match_the_data_sheet(name):
     chip = TPUS[name]
     figures = chip.flops / 1e12, chip.hbm_bytes / GIB, chip.hbm_bandwidth / 1e9, chip.cores
     assert figures == pytest.approx(TPU_SHEETS[name], rel=1e-12)
@@ -49,7 +49,7 @@ def test_a_tpu_has_the_figures_of_its_data_sheet(name):
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_a_gpu_has_the_figures_of_its_data_sheet(name):
+def test_gpu_figures_match_the_data_sheet(name):
     gpu = GPUS[name]
     figures = gpu.flops / 1e12, gpu.hbm_bytes / 1e9, gpu.hbm_bandwidth / 1e12, gpu.multiprocessors
     assert figures == pytest.approx(GPU_SHEETS[name], rel=1e-12)
@@ -59,7 +59,7 @@ def test_a_gpu_has_the_figures_of_its_data_sheet(name):
 
 
 @pytest.mark.parametrize("name", TPUS)
-def test_cores_share_the_bandwidth_and_the_peak_of_their_chip(name):
+def test_cores_split_the_bandwidth_and_the_peak_flops_of_a_chip(name):
     tflops, _, bandwidth, cores = TPU_SHEETS[name]
     chip = TPUS[name]
     assert chip.core_hbm_bandwidth == pytest.approx(bandwidth * 1e9 / cores, rel=1e-12)
@@ -68,29 +68,29 @@ def test_cores_share_the_bandwidth_and_the_peak_of_their_chip(name):
     assert 0.9e9 < chip.clock < 2.3e9
 
 
-def test_a_core_of_a_v5p_has_half_of_its_bandwidth():
+def test_a_v5p_core_has_half_of_the_chip_bandwidth():
     assert TPUS["v5p"].core_hbm_bandwidth == pytest.approx(1.3825e12)
 
 
-def test_a_device_is_a_chip_but_for_a_v7x_of_two():
+def test_a_device_is_a_chip_except_on_v7x():
     for name in ("v4", "v5e", "v5p", "v6e"):
         assert per_device(TPUS[name]) == TPUS[name]
-    half, whole = per_device(TPUS["v7x"]), TPUS["v7x"]
-    assert half.hbm_bytes * 2 == whole.hbm_bytes and half.intra_bandwidth * 2 == 600e9
-    assert (half.cores, half.devices) == (1, 1)
-    assert half.core_flops == whole.core_flops and half.clock == whole.clock
+    device, chip = per_device(TPUS["v7x"]), TPUS["v7x"]
+    assert device.hbm_bytes * 2 == chip.hbm_bytes and device.intra_bandwidth * 2 == 600e9
+    assert (device.cores, device.devices) == (1, 1)
+    assert device.core_flops == chip.core_flops and device.clock == chip.clock
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_an_architecture_has_the_limits_of_its_products(name):
+def test_gpus_of_an_architecture_have_the_same_limits(name):
     assert ARCHITECTURES[name].shared_bytes == SHARED_KIB[name] << 10
-    same = [gpu for gpu in GPUS.values() if gpu.target == name]
-    assert ARCHITECTURES[name] == same[0]
-    assert len({(gpu.capability, gpu.shared_bytes, gpu.threads) for gpu in same}) == 1
+    gpus = [gpu for gpu in GPUS.values() if gpu.target == name]
+    assert ARCHITECTURES[name] == gpus[0]
+    assert len({(gpu.capability, gpu.shared_bytes, gpu.threads) for gpu in gpus}) == 1
     assert ARCHITECTURES[name].has_wide_products == (name in ("sm_90", "sm_100"))
 
 
-def test_every_product_and_every_tpu_has_a_target():
+def test_every_gpu_and_every_tpu_has_a_compilation_target():
     assert {gpu.target for gpu in GPUS.values()} == set(ARCHITECTURES)
     assert set(TPU_DEVICE_KINDS.values()) == set(TPUS)
 
@@ -101,7 +101,7 @@ def test_networks_are_slower_than_memory():
             assert chip.inter_bandwidth < chip.intra_bandwidth < chip.hbm_bandwidth < chip.flops
 
 
-def test_a_gpu_is_known_by_the_name_it_reports():
+def test_gpus_are_identified_by_device_kind():
     assert gpu_by_device_kind("NVIDIA H100 80GB HBM3") == GPUS["H100"]
     assert gpu_by_device_kind("NVIDIA GeForce RTX 5090") == GPUS["RTX 5090"]
     assert gpu_by_device_kind("NVIDIA H100 PCIe") is None

@@ -1,4 +1,4 @@
-"""Importing the library, and looking up hardware, changes nothing of the process."""
+"""Importing the library and looking up hardware have no side effects on the process."""
 
 import json
 import os
@@ -21,10 +21,10 @@ before = state()
 names = []
 for package in ("xlstm_jax", "pallas_kernels"):
     module = importlib.import_module(package)
-    for found in pkgutil.walk_packages(module.__path__, package + "."):
-        if not found.name.endswith("__main__"):
-            importlib.import_module(found.name)
-            names.append(found.name)
+    for info in pkgutil.walk_packages(module.__path__, package + "."):
+        if not info.name.endswith("__main__"):
+            importlib.import_module(info.name)
+            names.append(info.name)
 after = state()
 changes = [
     key for x, y in zip(before, after) for key in x.keys() | y.keys() if x.get(key) != y.get(key)
@@ -33,20 +33,20 @@ print(json.dumps(dict(names=names, changes=changes)))
 """
 
 
-def test_importing_every_module_changes_neither_the_environment_nor_jax():
+def test_importing_every_module_changes_neither_the_environment_nor_jax_config():
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])
-    assert answer["changes"] == []
-    assert {"pallas_kernels.aot.schedules", "xlstm_jax.plan.topology"} <= set(answer["names"])
+    process = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    report = json.loads(process.stdout.splitlines()[-1])
+    assert report["changes"] == []
+    assert {"pallas_kernels.aot.schedules", "xlstm_jax.plan.topology"} <= set(report["names"])
 
 
-@pytest.mark.parametrize("given", [None, "mine"])
-def test_the_environment_of_libtpu_is_restored_after_its_first_use(monkeypatch, given):
+@pytest.mark.parametrize("user_value", [None, "mine"])
+def test_libtpu_environment_is_restored(monkeypatch, user_value):
     monkeypatch.delenv("TPU_ACCELERATOR_TYPE", raising=False)
-    if given is not None:
-        monkeypatch.setenv("TPU_ACCELERATOR_TYPE", given)
+    if user_value is not None:
+        monkeypatch.setenv("TPU_ACCELERATOR_TYPE", user_value)
     before = dict(os.environ)
     with topologies.libtpu_environment(LIBTPU_INIT_ARGS="--option"):
         assert os.environ["TPU_ACCELERATOR_TYPE"] == "v5litepod-4"
@@ -54,7 +54,7 @@ def test_the_environment_of_libtpu_is_restored_after_its_first_use(monkeypatch, 
     assert dict(os.environ) == before
 
 
-def test_a_description_leaves_the_environment_alone():
+def test_topology_description_leaves_the_environment_unchanged():
     before = dict(os.environ)
     try:
         topologies.tpu_slices("v5e", (2, 2))

@@ -1,4 +1,4 @@
-"""Triton's interpreter as `gpu.call` uses it, and the watch that tests keep on its memory."""
+"""Triton's interpreter as `gpu.call` uses it, and the tests' race detector."""
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import gpu
-from tests.kernels.watch import Launch, launches, watched
+from tests.kernels.triton_interpreter import Launch, launches, race_detector
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -22,49 +22,50 @@ SIZE = 8
 
 @triton.jit
 def _first(x, out, SIZE: tl.constexpr):
-    """The first element alone."""
+    """Copies the first element only."""
     tl.store(out, tl.load(x))
 
 
 @triton.jit
 def _add(x, y, out, SIZE: tl.constexpr):
-    """In place: the result takes the place of x."""
-    at = tl.arange(0, SIZE)
-    tl.store(x + at, tl.load(x + at) + tl.load(y + at))
+    """Adds y to x in place; the result is an alias of x."""
+    offsets = tl.arange(0, SIZE)
+    tl.store(x + offsets, tl.load(x + offsets) + tl.load(y + offsets))
 
 
 @triton.jit
-def _number(x, out, SIZE: tl.constexpr):
-    """Each program its number, on three axes."""
+def _program_id(x, out, SIZE: tl.constexpr):
+    """Each program stores its id on three axes, as three decimal digits, plus x[0]."""
     number = tl.program_id(0) * 100 + tl.program_id(1) * 10 + tl.program_id(2)
-    place = (tl.program_id(0) * 3 + tl.program_id(1)) * 2 + tl.program_id(2)
-    tl.store(out + place, number.to(tl.float32) + tl.load(x))
+    index = (tl.program_id(0) * 3 + tl.program_id(1)) * 2 + tl.program_id(2)
+    tl.store(out + index, number.to(tl.float32) + tl.load(x))
 
 
 @triton.jit
-def _turn(x, out, SIZE: tl.constexpr, OFFSET: tl.constexpr, MASKED: tl.constexpr):
-    """Program by program from x, OFFSET elements on."""
-    at = tl.program_id(0) + OFFSET
-    inside = at < SIZE if MASKED else at >= 0
-    tl.store(out + tl.program_id(0), tl.load(x + at, inside, other=0.0))
+def _copy(x, out, SIZE: tl.constexpr, OFFSET: tl.constexpr, MASKED: tl.constexpr):
+    """Each program copies one element, OFFSET elements further on in x."""
+    index = tl.program_id(0) + OFFSET
+    mask = index < SIZE if MASKED else index >= 0
+    tl.store(out + tl.program_id(0), tl.load(x + index, mask, other=0.0))
 
 
 @triton.jit
-def _shared(x, out, SIZE: tl.constexpr, READ: tl.constexpr):
-    """Every program the same element, or its own and then that of the first program."""
-    mine = tl.program_id(0) if READ else tl.program_id(0) * 0
-    tl.store(out + mine, tl.load(x))
+def _race(x, out, SIZE: tl.constexpr, READ: tl.constexpr):
+    """All programs write one element; or, if READ, they read what the first program writes."""
+    index = tl.program_id(0) if READ else tl.program_id(0) * 0
+    tl.store(out + index, tl.load(x))
     if READ:
         tl.store(out + SIZE + tl.program_id(0), tl.load(out))
 
 
 def call(kernel, *arrays, shape=(SIZE,), dtype=jnp.float32, grid=(1,), **settings):
+    """The result of an interpreted kernel."""
     settings = dict(SIZE=SIZE) | settings
     results = gpu.call(
         kernel,
         tuple(map(jnp.asarray, arrays)),
         (jax.ShapeDtypeStruct(shape, dtype),),
-        name="of_a_test",
+        name="test_kernel",
         grid=grid,
         interpret=True,
         **settings,
@@ -76,76 +77,79 @@ X = np.arange(1, 1 + SIZE, dtype=np.float32)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_no_program_writes_is_nan(dtype):
-    found = np.asarray(call(_first, X.astype(dtype), dtype=jnp.dtype(dtype)), "float32")
-    np.testing.assert_array_equal(found, [1] + [np.nan] * (SIZE - 1))
+def test_uninitialized_floats_are_nan(dtype):
+    result = np.asarray(call(_first, X.astype(dtype), dtype=jnp.dtype(dtype)), "float32")
+    np.testing.assert_array_equal(result, [1] + [np.nan] * (SIZE - 1))
 
 
-def test_integers_that_no_program_writes_are_minus_one():
-    found = call(_first, X.astype(np.int32), dtype=jnp.int32)
-    np.testing.assert_array_equal(found, [1] + [-1] * (SIZE - 1))
+def test_uninitialized_integers_are_minus_one():
+    result = call(_first, X.astype(np.int32), dtype=jnp.int32)
+    np.testing.assert_array_equal(result, [1] + [-1] * (SIZE - 1))
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-def test_a_result_in_place_of_an_array_starts_with_its_contents(jit):
-    """And the array that was given stays what it was."""
+def test_aliased_result_starts_as_a_copy_of_its_argument(jit):
+    """The argument itself is not modified."""
     x, y = jnp.asarray(X), jnp.asarray(10 * X)
     add = functools.partial(call, _add, aliases={0: 0})
-    found = (jax.jit(add) if jit else add)(x, y)
-    np.testing.assert_array_equal(found, 11 * X)
+    result = (jax.jit(add) if jit else add)(x, y)
+    np.testing.assert_array_equal(result, 11 * X)
     np.testing.assert_array_equal(x, X)
 
 
-def test_arrays_in_the_callers_own_memory_are_not_written(monkeypatch):
-    """Today a callback is given copies; nothing says that it always will be."""
+def test_arrays_owned_by_the_caller_are_not_modified(monkeypatch):
+    """A callback receives copies in current JAX, but JAX does not document that."""
     x, y = X.copy(), 10 * X
     monkeypatch.setattr(jax, "pure_callback", lambda run, *_: tuple(map(jnp.asarray, run(x, y))))
     np.testing.assert_array_equal(call(_add, x, y, aliases={0: 0}), 11 * X)
     np.testing.assert_array_equal(x, X)
 
 
-def test_the_grid_has_up_to_three_axes():
-    found = call(_number, np.zeros(1, np.float32), shape=(2, 3, 2), grid=(2, 3, 2))
+def test_grid_supports_three_axes():
+    result = call(_program_id, np.zeros(1, np.float32), shape=(2, 3, 2), grid=(2, 3, 2))
     expected = [100 * i + 10 * j + k for i, j, k in np.ndindex(2, 3, 2)]
-    np.testing.assert_array_equal(np.ravel(found), expected)
+    np.testing.assert_array_equal(np.ravel(result), expected)
 
 
-def test_threads_do_not_mix_their_programs_up():
-    compute = jax.jit(functools.partial(call, _number, shape=(2, 3, 2), grid=(2, 3, 2)))
+def test_interpreter_is_thread_safe():
+    compute = jax.jit(functools.partial(call, _program_id, shape=(2, 3, 2), grid=(2, 3, 2)))
     expected = np.reshape([100 * i + 10 * j + k for i, j, k in np.ndindex(2, 3, 2)], (2, 3, 2))
     with ThreadPoolExecutor(4) as pool:
         starts = [np.full(1, 1000 * number, np.float32) for number in range(32)]
-        for start, found in zip(starts, pool.map(compute, starts), strict=True):
-            np.testing.assert_array_equal(found, expected + start)
+        for start, result in zip(starts, pool.map(compute, starts), strict=True):
+            np.testing.assert_array_equal(result, expected + start)
 
 
-# The watch
+# Recorded launches and the race detector
 
 
 def test_launches_are_recorded_in_order():
-    twice = lambda x: call(_first, call(_number, x, grid=(1, 3)))  # noqa: E731
-    assert launches(twice, X) == [Launch("of_a_test", (1, 3)), Launch("of_a_test", (1,))]
+    twice = lambda x: call(_first, call(_program_id, x, grid=(1, 3)))  # noqa: E731
+    assert launches(twice, X) == [Launch("test_kernel", (1, 3)), Launch("test_kernel", (1,))]
 
 
-def faults(kernel, *, grid=(4,), **settings) -> list[str]:
-    with watched() as found:
+def detected_errors(kernel, *, grid=(4,), **settings) -> list[str]:
+    """The errors of the race detector for one launch."""
+    with race_detector() as errors:
         jax.block_until_ready(call(kernel, X, shape=(2 * SIZE,), grid=grid, **settings))
-    return found
+    return errors
 
 
-def test_programs_that_keep_to_themselves_have_no_faults():
-    assert faults(_turn, OFFSET=4, MASKED=False) == []
-    assert faults(_turn, OFFSET=6, MASKED=True) == []
+def test_independent_programs_have_no_errors():
+    assert detected_errors(_copy, OFFSET=4, MASKED=False) == []
+    assert detected_errors(_copy, OFFSET=6, MASKED=True) == []
 
 
-def test_an_address_outside_of_the_arrays_is_a_fault():
-    found = faults(_turn, OFFSET=6, MASKED=False)
-    assert len(found) == 2 and all("outside" in fault or "beyond" in fault for fault in found)
+def test_out_of_bounds_access_is_detected():
+    errors = detected_errors(_copy, OFFSET=6, MASKED=False)
+    assert len(errors) == 2 and all("outside" in error or "beyond" in error for error in errors)
 
 
-def test_an_element_that_two_programs_write_is_a_fault():
-    assert "program (1, 0, 0) writes what another one writes" in faults(_shared, READ=False)
+def test_write_write_race_is_detected():
+    error = "program (1, 0, 0) writes an element that another program writes"
+    assert error in detected_errors(_race, READ=False)
 
 
-def test_an_element_that_one_program_writes_and_another_reads_is_a_fault():
-    assert "program (1, 0, 0) reads what another one writes" in faults(_shared, READ=True)
+def test_read_write_race_is_detected():
+    error = "program (1, 0, 0) reads an element that another program writes"
+    assert error in detected_errors(_race, READ=True)

@@ -1,4 +1,4 @@
-"""Gates made ready for the mLSTM's kernels: sums, log-scales, and their gradients."""
+"""Gate arithmetic of the mLSTM kernels: running sums, the stabilizer m, and their gradients."""
 
 import functools
 from typing import NamedTuple
@@ -12,14 +12,13 @@ from pallas_kernels.mlstm import gates
 from tests import quick
 from tests.kernels.mlstm_cases import make_case
 
-# Beside the kernels that read them.
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # like the tests of the kernels that read them
 
 CHUNK = 8
 
 
 class Gates(NamedTuple):
-    """Raw gates `B T H`, flags `B T` or None, and the log-scale before the first step."""
+    """Raw gates `B T H`, flags `B T` or None, and m before the first step."""
 
     i: np.ndarray
     f: np.ndarray
@@ -27,7 +26,8 @@ class Gates(NamedTuple):
     mask: np.ndarray | None
     m: np.ndarray
 
-    def ready(self, input_gate="exp", chunk=CHUNK) -> tuple[gates.LogGates, gates.Decays]:
+    def compute(self, input_gate="exp", chunk=CHUNK) -> tuple[gates.LogGates, gates.Decays]:
+        """The log gates and the decays of all chunks."""
         flags = (None if x is None else jnp.asarray(x) for x in (self.reset, self.mask))
         i, f, m = map(jnp.asarray, (self.i, self.f, self.m))
         logs = gates.log_gates(i, f, *flags, input_gate=input_gate)
@@ -36,6 +36,7 @@ class Gates(NamedTuple):
 
 
 def make_gates(flags: bool, B=2, T=32, H=2, *, scale=2.0) -> Gates:
+    """Random gates, with random resets and mask if `flags`."""
     case = make_case(B=B, T=T, H=H, scale=scale, flags=flags)
     return Gates(case.i, case.f, case.reset, case.mask, case.state[2])
 
@@ -44,25 +45,26 @@ both_flags = pytest.mark.parametrize("flags", [False, True], ids=["plain", "flag
 
 
 def exact(raw: Gates, input_gate="exp"):
-    """log i, log f and voided resets, `B H T`, in float64: by the definition, and by the cell."""
+    """log i, log f and unmasked resets, `B H T`, in float64, from their definitions."""
     i, f = (np.swapaxes(x, 1, 2).astype(np.float64) for x in (raw.i, raw.f))
     log_sigmoid = lambda x: -np.logaddexp(0, -x)  # noqa: E731
     log_i, log_f = i if input_gate == "exp" else log_sigmoid(i), log_sigmoid(f)
-    asleep, reset = np.zeros(i.shape, bool), np.zeros(i.shape, bool)
+    masked, reset = np.zeros(i.shape, bool), np.zeros(i.shape, bool)
     if raw.mask is not None:
-        asleep |= ~raw.mask[:, None]
+        masked |= ~raw.mask[:, None]
     if raw.reset is not None:
-        reset |= raw.reset[:, None] & ~asleep
-    return np.where(asleep, gates.NEG, log_i), np.where(asleep, 0, log_f), reset
+        reset |= raw.reset[:, None] & ~masked
+    return np.where(masked, gates.NEG, log_i), np.where(masked, 0, log_f), reset
 
 
-def _nothing_to_neg(x: np.ndarray) -> np.ndarray:
-    """Logs of weights that are no float32, all said the same way."""
+def _clip_to_neg(x: np.ndarray) -> np.ndarray:
+    """Replaces sums that contain NEG, whose weights are 0 in float32, by NEG itself."""
     return np.where(x < -1e20, gates.NEG, x)
 
 
-def assert_decays_equal(actual, expected, name, tolerance=1e-5):
-    actual = _nothing_to_neg(np.asarray(actual, np.float64))
+def assert_decays_match(actual, expected, name, tolerance=1e-5):
+    """Log decays agree, where sums that contain NEG count as NEG."""
+    actual = _clip_to_neg(np.asarray(actual, np.float64))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance, err_msg=name)
 
 
@@ -70,46 +72,46 @@ def assert_decays_equal(actual, expected, name, tolerance=1e-5):
 @pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
 def test_decays_are_sums_of_log_gates_up_to_a_reset(input_gate, flags):
     raw = make_gates(flags)
-    _, x = raw.ready(input_gate)
-    inside = x.gates.log_i, x.border
+    _, x = raw.compute(input_gate)
+    chunked = x.gates.log_i, x.border
     log_i, log_f, reset = exact(raw, input_gate)
     B, H, T = log_i.shape
     for b, h, chunk in np.ndindex(B, H, T // CHUNK):
         steps = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-        add, keep, starts = (a[b, h, steps] for a in (log_i, log_f, reset))
-        to_row = np.full(CHUNK, gates.NEG)
+        log_i_chunk, log_f_chunk, resets = (a[b, h, steps] for a in (log_i, log_f, reset))
+        from_start = np.full(CHUNK, gates.NEG)
         weights = np.full((CHUNK, CHUNK), gates.NEG)
         for t in range(CHUNK):
             for s in range(t + 1):
-                if not starts[s + 1 : t + 1].any():
-                    weights[t, s] = keep[s + 1 : t + 1].sum() + add[s]
-            if not starts[: t + 1].any():
-                to_row[t] = keep[: t + 1].sum()
-        here = (b, h, chunk)
-        added, at = jax.tree.map(lambda a: np.asarray(a[here], np.float64), inside)  # noqa: B023
-        assert_decays_equal(at.to_row, to_row, "to_row")
-        assert_decays_equal(at.across, to_row[-1], "across")
-        assert_decays_equal(at.to_end, _nothing_to_neg(weights[-1]), "to_end")
-        seen = np.tri(CHUNK, dtype=bool)
+                if not resets[s + 1 : t + 1].any():
+                    weights[t, s] = log_f_chunk[s + 1 : t + 1].sum() + log_i_chunk[s]
+            if not resets[: t + 1].any():
+                from_start[t] = log_f_chunk[: t + 1].sum()
+        index = (b, h, chunk)
+        added, at = jax.tree.map(lambda a: np.asarray(a[index], np.float64), chunked)  # noqa: B023
+        assert_decays_match(at.to_row, from_start, "from_start")
+        assert_decays_match(at.across, from_start[-1], "across")
+        assert_decays_match(at.to_end, _clip_to_neg(weights[-1]), "to_end")
+        attended = np.tri(CHUNK, dtype=bool)
         if at.segment is not None:
-            np.testing.assert_array_equal(at.segment, np.cumsum(starts))
-            seen &= at.segment[:, None] == at.segment
+            np.testing.assert_array_equal(at.segment, np.cumsum(resets))
+            attended &= at.segment[:, None] == at.segment
         far = at.coarse[:, None] - at.coarse
-        found = np.where(seen, far + at.fine[:, None] + (added - at.fine), gates.NEG)
-        assert_decays_equal(found, _nothing_to_neg(weights), "weights")
+        actual = np.where(attended, far + at.fine[:, None] + (added - at.fine), gates.NEG)
+        assert_decays_match(actual, _clip_to_neg(weights), "weights")
 
 
 @both_flags
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_m_is_that_of_the_recurrence(scale, flags):
+def test_m_matches_the_recurrence(scale, flags):
     raw = make_gates(flags, scale=scale)
-    _, x = raw.ready()
+    _, x = raw.compute()
     log_i, log_f, reset = exact(raw)
-    m, found = raw.m.astype(np.float64), []
+    m, m_steps = raw.m.astype(np.float64), []
     for t in range(log_i.shape[2]):
         m = np.maximum(log_f[..., t] + np.where(reset[..., t], 0, m), log_i[..., t])
-        found.append(m)
-    expected = np.stack(found, axis=-1).reshape(x.m.shape)
+        m_steps.append(m)
+    expected = np.stack(m_steps, axis=-1).reshape(x.m.shape)
     np.testing.assert_allclose(x.m, expected, rtol=1e-6, atol=1e-5 * scale)
     np.testing.assert_allclose(x.m_end, expected[..., -1], rtol=1e-6, atol=1e-5 * scale)
     starts = np.concatenate([raw.m[..., None], expected[:, :, :-1, -1]], axis=-1)
@@ -117,65 +119,66 @@ def test_m_is_that_of_the_recurrence(scale, flags):
 
 
 @both_flags
-def test_m_is_zero_with_the_sigmoid_input_gate(flags):
-    _, x = make_gates(flags)._replace(m=np.zeros((2, 2), np.float32)).ready("sigmoid")
+def test_m_is_zero_with_sigmoid_input_gate(flags):
+    _, x = make_gates(flags)._replace(m=np.zeros((2, 2), np.float32)).compute("sigmoid")
     assert not any(np.any(leaf) for leaf in (x.m, x.m_start, x.m_end))
 
 
-def test_differences_of_large_sums_keep_their_digits():
-    """Sums of 256 log gates near -40, thousands in all: neighbours' weights to 1e-5.
+def test_differences_of_large_sums_do_not_cancel():
+    """Sums of 256 log gates near -40: weights of adjacent positions have an error below 1e-5.
 
-    In one part float32 would say them to 5e-4.
+    With the sums, some -10,000, in a single float32 the error would be 5e-4.
     """
     raw = make_gates(False, T=256, scale=0.3)
     raw = raw._replace(f=(raw.f - 43).astype(np.float32))
-    _, x = raw.ready(chunk=256)
+    _, x = raw.compute(chunk=256)
     log_i, log_f, _ = exact(raw)
     coarse, fine, log_i_32 = (np.asarray(a)[:, :, 0] for a in (*x.border[:2], x.gates.log_i))
     source = log_i_32 - fine
     assert coarse.min() < -9000
     near = fine[..., 1:] + source[..., :-1]
-    found = (coarse[..., 1:] - coarse[..., :-1]) + near
+    actual = (coarse[..., 1:] - coarse[..., :-1]) + near
     expected = log_f[..., 1:] + log_i[..., :-1]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
     one_part = np.cumsum(np.float32(log_f), axis=-1, dtype=np.float32)
     error = (one_part[..., 1:] - one_part[..., :-1]) + np.float32(log_i)[..., :-1] - expected
     assert np.abs(error).max() > 1e-4
 
 
 @both_flags
-def test_a_suffix_sum_ends_with_its_chunk_and_segment(rng, flags):
+def test_suffix_sums_end_with_their_chunk_and_segment(rng, flags):
     raw = make_gates(flags)
-    _, decays = raw.ready()
+    _, decays = raw.compute()
     terms = rng.standard_normal(decays.m.shape).astype(np.float32)
     leaving = rng.standard_normal(terms.shape[:3]).astype(np.float32)
     args = (jnp.asarray(terms), jnp.asarray(leaving), decays.border.segment, decays.gates.reset)
-    found = quick.jit(gates.suffix_sum)(*args)
+    actual = quick.jit(gates.suffix_sum)(*args)
     reset = exact(raw)[2].reshape(terms.shape)
     segment = np.cumsum(reset, axis=-1)
     expected = np.zeros(terms.shape)
     for index in np.ndindex(*terms.shape):
-        *here, j = index
-        row, mine = terms[tuple(here)], segment[tuple(here)]
-        same = (np.arange(CHUNK) >= j) & (mine == mine[j])
-        total = row[same].sum(dtype=np.float64) + leaving[tuple(here)] * (mine[j] == mine[-1])
+        *chunk, j = index
+        chunk_terms, segments = terms[tuple(chunk)], segment[tuple(chunk)]
+        suffix = (np.arange(CHUNK) >= j) & (segments == segments[j])
+        total = chunk_terms[suffix].sum(dtype=np.float64)
+        total += leaving[tuple(chunk)] * (segments[j] == segments[-1])
         expected[index] = 0 if reset[index] else total
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)
 
 
 @both_flags
 @pytest.mark.parametrize("shift", [0.0, 40.0])
-def test_the_last_m_passes_its_gradient_back_along_the_maximum(rng, flags, shift):
-    """With a first m of e^40 the path reaches it, where no reset lies between."""
+def test_gradient_of_the_final_m_follows_the_maximum(rng, flags, shift):
+    """With an initial m of 40 the path reaches it, unless a reset intervenes."""
     raw = make_gates(flags)
     raw = raw._replace(m=raw.m + np.float32(shift), f=raw.f + np.float32(2))
     if flags:
         raw.reset[1] = False
-        # A path that ends at a reset: it passes the forget gate there and goes no further.
+        # A path that ends at a reset: the gradient reaches the forget gate there and stops.
         raw.i[0, 20:] -= 50
         raw.reset[0, 20:], raw.mask[0, 20] = False, True
         raw.reset[0, 20] = True
-    _, x = raw.ready()
+    _, x = raw.compute()
     log_i, log_f, reset = exact(raw)
 
     def last(log_i, log_f, m):
@@ -190,7 +193,7 @@ def test_the_last_m_passes_its_gradient_back_along_the_maximum(rng, flags, shift
         expected = gradient(*map(jnp.float64, (rho, log_i, log_f, raw.m)))
         expected = [np.asarray(g) for g in expected]
     path = (a.reshape(*a.shape[:2], -1) for a in (x.through_f, x.kept))
-    found = quick.jit(gates.scale_grads)(*path, jnp.asarray(rho))
-    for name, a, b in zip(("log_i", "log_f", "m"), found, expected, strict=True):
+    actual = quick.jit(gates.scale_grads)(*path, jnp.asarray(rho))
+    for name, a, b in zip(("log_i", "log_f", "m"), actual, expected, strict=True):
         np.testing.assert_array_equal(np.reshape(a, b.shape), b, err_msg=name)
     assert np.any(expected[2]) == (shift > 0)

@@ -1,4 +1,4 @@
-"""What is particular to the mLSTM's TPU kernels: tiles, strips, what is kept for a gradient."""
+"""The mLSTM TPU kernels, interpreted: tiles, strips, residuals saved for the backward pass."""
 
 import functools
 
@@ -17,17 +17,17 @@ from tests.kernels.calls import calls
 from tests.kernels.mlstm_cases import (
     LANES,
     LEAVES,
-    RESETS,
+    RESET_PATTERNS,
     STRICT,
-    assert_equal_results,
+    assert_results_match,
     in_bfloat16,
     make_case,
-    truth,
+    reference,
     with_resets,
 )
 from tests.ops.tolerances import TABLE, assert_close
 
-# Interpreted kernels: once is enough. Quick ones are in tests/ops and test_quick.py.
+# Interpreted kernels are slow; quick cases are in tests/ops and test_quick.py.
 pytestmark = pytest.mark.slow
 
 kernel = functools.partial(mlstm_cases.interpret, backends.tpu())
@@ -38,70 +38,70 @@ run = functools.partial(mlstm_cases.run, backends.tpu())
 
 
 @pytest.mark.parametrize("chunk_size,dtype", [(256, "float32"), (128, "bfloat16")])
-def test_tiles_of_real_width_equal_the_recurrence(chunk_size, dtype):
-    """Two strips of 128 rows in a chunk of 256; 300 steps are padded to two or three chunks."""
+def test_tiles_of_real_width_match_recurrence(chunk_size, dtype):
+    """A chunk of 256 has two strips of 128; 300 positions are padded to two or three chunks."""
     case = in_bfloat16(make_case(B=1, T=300, K=64, V=128, flags=True))
     actual = kernel(in_bfloat16(case, dtype), lanes=128, chunk_size=chunk_size)
-    assert_equal_results(actual, truth(case), TABLE[dtype])
+    assert_results_match(actual, reference(case), TABLE[dtype])
 
 
 TILES = [Tile(8, 8, 4), Tile(16, 16, 2), Tile(32, 8, 1), Tile(64, 32, 1)]
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: "-".join(map(str, tile)))
-def test_strips_and_blocks_of_chunks_do_not_show(tile):
+def test_strips_and_blocks_of_chunks_do_not_affect_results(tile):
     case = make_case(T=64, flags=True)
-    assert_equal_results(kernel(case, tile=tile), truth(case))
+    assert_results_match(kernel(case, tile=tile), reference(case))
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize": False}], ids=["normalised", "plain"])
-def test_strips_do_not_show_with_the_sigmoid_input_gate(options):
+@pytest.mark.parametrize("options", [{}, {"normalize": False}], ids=["normalized", "plain"])
+def test_strips_do_not_affect_results_with_sigmoid_input_gate(options):
     case = make_case(T=64)
     options = {"input_gate": "sigmoid", **options}
-    assert_equal_results(kernel(case, tile=Tile(16, 8, 2), **options), truth(case, **options))
+    assert_results_match(kernel(case, tile=Tile(16, 8, 2), **options), reference(case, **options))
 
 
 @pytest.mark.parametrize("chunk_size", [8, 32])
-@pytest.mark.parametrize("where", RESETS)
-def test_the_chunk_size_changes_nothing_wherever_resets_are(chunk_size, where):
-    case = with_resets(make_case(T=64, flags=True), where, chunk_size)
-    assert_equal_results(kernel(case, chunk_size=chunk_size), truth(case))
+@pytest.mark.parametrize("pattern", RESET_PATTERNS)
+def test_chunk_size_does_not_affect_results_with_resets(chunk_size, pattern):
+    case = with_resets(make_case(T=64, flags=True), pattern, chunk_size)
+    assert_results_match(kernel(case, chunk_size=chunk_size), reference(case))
 
 
 @pytest.mark.parametrize("scale", [8.0, 30.0])
-def test_large_gates_in_long_chunks_equal_the_recurrence(scale):
+def test_large_gates_in_long_chunks_match_recurrence(scale):
     case = make_case(T=120, scale=scale, flags=True)
     actual = kernel(case, tile=Tile(64, 16, 2))
-    assert_equal_results(actual, truth(case), TABLE["float32, large gates"])
+    assert_results_match(actual, reference(case), TABLE["float32, large gates"])
 
 
-def test_a_memory_of_tiny_scale_is_read_as_little_as_by_the_recurrence():
-    """Log-scales around the lowest at which a memory is read, and nothing that is written."""
+def test_read_out_of_a_state_with_tiny_m_matches_recurrence():
+    """m is near the lower limit of the read-out; closed input gates write nothing."""
     case = make_case(T=64, flags=True)
     case.state[2][:] = [[-20.0, -25.0], [-22.0, -200.0]]
     case.i[:] -= 250
     case.reset[:] = False
-    actual, expected = kernel(case), truth(case)
+    actual, expected = kernel(case), reference(case)
     assert np.abs(expected["h"]).max() < 1e-6
     assert_close(actual["h"], expected["h"], TABLE["float32"].h, "h")
 
 
-# What is saved for the gradient
+# Residuals
 
 
-def test_states_saved_in_bfloat16_cost_gradients_their_digits_and_values_nothing():
-    """They have the dtype of q; the state that is carried is float32."""
+def test_residual_states_in_bfloat16_round_gradients_but_not_the_final_state():
+    """Saved states have the dtype of q; the carry is float32."""
     case = in_bfloat16(make_case(T=64, flags=True))
-    expected, wide = truth(case), kernel(case)
-    narrow = kernel(in_bfloat16(case, "bfloat16"))
-    assert_equal_results(narrow, expected, TABLE["bfloat16"])
-    for name in LEAVES:  # operands of products alone are rounded, and they are bfloat16 already
-        assert_close(narrow[name], expected[name], TABLE["bfloat16"].state, name)
-    errors = [np.abs(result["df"] - expected["df"]).max() for result in (wide, narrow)]
+    expected, float32 = reference(case), kernel(case)
+    bfloat16 = kernel(in_bfloat16(case, "bfloat16"))
+    assert_results_match(bfloat16, expected, TABLE["bfloat16"])
+    for name in LEAVES:  # only operands of products are rounded, and they are bfloat16 already
+        assert_close(bfloat16[name], expected[name], TABLE["bfloat16"].state, name)
+    errors = [np.abs(results["df"] - expected["df"]).max() for results in (float32, bfloat16)]
     assert errors[0] < 0.1 * errors[1]
 
 
-def test_saved_states_have_the_dtype_of_q():
+def test_residual_states_have_the_dtype_of_q():
     for dtype in map(jnp.dtype, ("float32", "bfloat16")):
         case = jax.tree.map(jnp.asarray, in_bfloat16(make_case(), dtype))
         forward = calls(
@@ -112,48 +112,49 @@ def test_saved_states_have_the_dtype_of_q():
         assert [v.aval.dtype for v in forward.outvars[1:4]] == [jnp.float32] * 3
 
 
-def test_only_a_gradient_makes_the_forward_kernel_write_what_it_keeps():
-    """h and the last memory; for a gradient the normaliser and the memories at chunk starts too."""
+def test_forward_kernel_writes_residuals_only_for_a_gradient():
+    """h and the final state; with a gradient also the normalizer and states at chunk starts."""
     case = jax.tree.map(jnp.asarray, make_case())
-    (alone,) = calls(run, case)
-    assert [v.aval.ndim for v in alone.outvars] == [3, 4, 4]
+    (forward,) = calls(run, case)
+    assert [v.aval.ndim for v in forward.outvars] == [3, 4, 4]
     forward, backward = calls(jax.grad(lambda c: run(c)[0].sum(), allow_int=True), case)
     assert [v.aval.ndim for v in forward.outvars] == [3, 4, 4, 4, 5, 5]
     assert forward.params["name"] == "mlstm_forward"
     assert backward.params["name"] == "mlstm_backward"
 
 
-# Memory that is not there, and races
+# Uninitialized memory and races
 
 
 @pytest.mark.parametrize("how", STRICT.values(), ids=STRICT)
 @pytest.mark.parametrize(
     "tile,flags", [(Tile(16, 8, 2), True), (Tile(8, 8, 1), False)], ids=["16-8-2", "8-8-1"]
 )
-def test_no_memory_is_read_before_it_is_written_nor_twice_at_once(tile, flags, how, capfd):
+def test_no_uninitialized_memory_is_read_and_there_are_no_races(tile, flags, how, capfd):
     case = make_case(B=1, T=61 if tile.chunk > 8 else 21, flags=flags)
-    assert_equal_results(kernel(case, how=how, tile=tile), truth(case))
-    forward = functools.partial(mlstm_cases.run, mlstm_cases.cut(backends.tpu(), tile))
+    assert_results_match(kernel(case, how=how, tile=tile), reference(case))
+    forward = functools.partial(mlstm_cases.run, mlstm_cases.with_tile(backends.tpu(), tile))
     with common.interpreted(how, lanes=LANES):
         h, _ = quick.jit(forward)(jax.tree.map(jnp.asarray, case))
-    assert_close(np.asarray(h), truth(case)["h"], TABLE["float32"].h, "h")
+    assert_close(np.asarray(h), reference(case)["h"], TABLE["float32"].h, "h")
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
     "chunk,advice", [(512, "chunk_size=256"), (384, "chunk_size=128"), (128, "use more heads")]
 )
-def test_the_advice_for_an_overflow_is_a_chunk_that_is_allowed(chunk, advice):
+def test_vmem_overflow_message_suggests_a_supported_chunk_size(chunk, advice):
     tile = Tile(chunk, 128, 1)
     options = Options(backends.tpu(), tile, True, True, 1e-6, False, 128, False)
     assert advice in options.metadata()["if_vmem_overflows"]
 
 
-@pytest.mark.parametrize("what", ["gate", "normaliser", "dtypes"])
-def test_what_the_op_would_refuse_the_kernel_refuses_too(what):
+@pytest.mark.parametrize("argument", ["gate", "normalizer", "dtypes"])
+def test_unsupported_arguments_raise(argument):
     case = jax.tree.map(jnp.asarray, make_case())
-    options = {"gate": {"input_gate": "relu"}, "normaliser": {"normalize": False}}.get(what, {})
-    if what == "dtypes":
+    invalid = {"gate": {"input_gate": "relu"}, "normalizer": {"normalize": False}}
+    options = invalid.get(argument, {})
+    if argument == "dtypes":
         case = case._replace(q=case.q.astype(jnp.bfloat16))
     with common.interpreted(lanes=LANES), pytest.raises(ValueError, match="must|needs"):
         run(case, **options)

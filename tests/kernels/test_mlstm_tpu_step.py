@@ -1,4 +1,4 @@
-"""The mLSTM's TPU kernel for one step: the cell's numbers, in place, in blocks of columns."""
+"""The mLSTM TPU kernel of one step, interpreted, against the cell: in place, in column blocks."""
 
 import functools
 
@@ -15,14 +15,14 @@ from tests.kernels.calls import calls
 from tests.kernels.mlstm_cases import (
     LANES,
     STRICT,
-    assert_equal_results,
-    assert_step_equals_the_cell,
+    assert_results_match,
+    assert_step_matches_cell,
     make_case,
-    make_step,
-    truth,
+    make_step_case,
+    reference,
 )
 
-# Interpreted kernels: once is enough. Quick ones are among tests/ops.
+# Interpreted kernels are slow; quick cases are in tests/ops.
 pytestmark = pytest.mark.slow
 
 kernel = functools.partial(mlstm_cases.interpret, backends.tpu())
@@ -31,38 +31,38 @@ run = functools.partial(mlstm_cases.run, backends.tpu())
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
-def test_one_step_equals_the_cell(flags, dtype):
-    case = make_step(dtype)
+def test_one_step_matches_the_cell(flags, dtype):
+    case = make_step_case(dtype)
     if not flags:
         case = jax.tree.map(lambda x: x[:2], case)._replace(reset=None, mask=None)
     with common.interpreted(lanes=LANES):
         actual = quick.jit(run)(jax.tree.map(jnp.asarray, case))
-    assert_step_equals_the_cell(case, actual)
+    assert_step_matches_cell(case, actual)
 
 
 @pytest.mark.parametrize("options", [{"normalize": False}, {"eps": 0.5}, {}], ids=str)
-def test_one_step_with_the_sigmoid_input_gate_equals_the_cell(options):
-    case = make_step()
+def test_one_step_with_sigmoid_input_gate_matches_the_cell(options):
+    case = make_step_case()
     case = jax.tree.map(lambda x: x[:2], case._replace(mask=None))
     options = {"input_gate": "sigmoid", **options}
     with common.interpreted(lanes=LANES):
         actual = quick.jit(functools.partial(run, **options))(jax.tree.map(jnp.asarray, case))
-    assert_step_equals_the_cell(case, actual, **options)
+    assert_step_matches_cell(case, actual, **options)
 
 
-def test_a_memory_in_several_blocks_of_columns_equals_the_cell(monkeypatch):
-    """V = 384 in three blocks of 128; h of each, and n once."""
+def test_column_blocks_of_the_matrix_memory_match_the_cell(monkeypatch):
+    """V = 384 in three blocks of 128: each computes its part of h, one of them n."""
     monkeypatch.setattr(tpu_decode, "BLOCK_BYTES", 4 * 8 * 128)
-    case = make_step(K=8, V=384)
+    case = make_step_case(K=8, V=384)
     (call,) = calls(run, jax.tree.map(jnp.asarray, case))
     assert call.params["grid_mapping"].grid == (5, 3, 3)
     with common.interpreted(lanes=LANES):
         actual = quick.jit(run)(jax.tree.map(jnp.asarray, case))
-    assert_step_equals_the_cell(case, actual)
+    assert_step_matches_cell(case, actual)
 
 
 @pytest.mark.parametrize("K,V", [(8, 8), (256, 512), (512, 1024), (1280, 1280), (96, 100), (96, 7)])
-def test_blocks_of_columns_divide_the_memory(K, V):
+def test_column_blocks_divide_the_matrix_memory(K, V):
     case = make_case(B=1, T=1, H=1, K=K, V=V)
     (call,) = calls(run, jax.tree.map(jnp.asarray, case))
     columns = V // call.params["grid_mapping"].grid[2]
@@ -71,18 +71,18 @@ def test_blocks_of_columns_divide_the_memory(K, V):
     assert 4 * K * columns <= tpu_decode.BLOCK_BYTES
 
 
-def test_one_step_writes_the_memory_in_place():
-    """C and n go to the kernel with nothing but an axis added, and share their buffers with it."""
+def test_one_step_updates_the_state_in_place():
+    """C and n are passed unchanged but for an added axis, and share their buffers with results."""
     case = jax.tree.map(jnp.asarray, make_case(T=1))
     (call,) = calls(run, case)
     aliases = dict(call.params["input_output_aliases"])
     assert aliases == {4: 1, 5: 2}
-    for given, returned in aliases.items():
-        assert call.invars[given].aval == call.outvars[returned].aval
+    for operand, result in aliases.items():
+        assert call.invars[operand].aval == call.outvars[result].aval
     assert [call.outvars[number].aval.shape for number in (1, 2)] == [(2, 2, 6, 10), (2, 2, 1, 6)]
 
 
-def test_one_step_decodes_unless_it_is_differentiated():
+def test_one_step_uses_the_decoding_kernel_unless_differentiated():
     case = jax.tree.map(jnp.asarray, make_case(T=1))
     names = lambda function: [call.params["name"] for call in calls(function, case)]  # noqa: E731
     assert names(run) == ["mlstm_decode"]
@@ -91,19 +91,19 @@ def test_one_step_decodes_unless_it_is_differentiated():
 
 
 @pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
-def test_one_step_has_the_gradients_of_the_cell(flags):
+def test_gradients_of_one_step_match_the_cell(flags):
     case = make_case(B=4, T=1)
     if flags:
         reset, mask = np.array([[1, 1, 0, 0], [1, 0, 1, 0]], bool)[..., None]
         case = case._replace(reset=reset, mask=mask)
-    assert_equal_results(kernel(case), truth(case))
+    assert_results_match(kernel(case), reference(case))
 
 
 @pytest.mark.parametrize("how", STRICT.values(), ids=STRICT)
-def test_one_step_reads_no_memory_before_it_is_written_nor_twice_at_once(how, monkeypatch, capfd):
+def test_one_step_reads_no_uninitialized_memory_and_has_no_races(how, monkeypatch, capfd):
     monkeypatch.setattr(tpu_decode, "BLOCK_BYTES", 4 * 8 * 128)
-    case = make_step(K=8, V=256)
+    case = make_step_case(K=8, V=256)
     with common.interpreted(how, lanes=LANES):
         actual = quick.jit(run)(jax.tree.map(jnp.asarray, case))
-    assert_step_equals_the_cell(case, actual)
+    assert_step_matches_cell(case, actual)
     assert "RACE DETECTED" not in capfd.readouterr().out

@@ -1,4 +1,4 @@
-"""One step of the mLSTM in Triton, what is launched, and `vmap`; interpreted."""
+"""The mLSTM Triton kernels, interpreted: launches, `vmap`, one step."""
 
 import collections
 import functools
@@ -14,21 +14,21 @@ from tests import quick
 from tests.kernels import mlstm_cases
 from tests.kernels.mlstm_cases import (
     LANES,
-    assert_equal_results,
-    assert_step_equals_the_cell,
+    assert_results_match,
+    assert_step_matches_cell,
     evaluate,
     in_bfloat16,
     make_case,
-    make_step,
-    truth,
+    make_step_case,
+    reference,
 )
-from tests.kernels.watch import launches, recorded, watched
+from tests.kernels.triton_interpreter import launches, race_detector, recorded_launches
 from tests.ops.subjects import implementations
 
 REFUSAL = implementations("mlstm")["triton"]
 
 pytestmark = [
-    pytest.mark.slow,  # cases by an interpreter; quick ones are in tests/ops and test_quick.py
+    pytest.mark.slow,  # interpreted; quick cases are in tests/ops and test_quick.py
     pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL)),
 ]
 if REFUSAL is None:
@@ -39,51 +39,53 @@ run = functools.partial(mlstm_cases.run, backends.triton())
 kernel = functools.partial(mlstm_cases.interpret, backends.triton())
 
 
-# What is launched
+# Launches
 
 
 FORWARD = {"mlstm_states": 1, "mlstm_h": 1}
 BACKWARD = dict.fromkeys(("mlstm_dstates", "mlstm_dq", "mlstm_dk", "mlstm_dv"), 1)
 
 
-def started(function, *arguments) -> dict[str, int]:
-    """How often kernels are launched, by name."""
+def launch_counts(function, *arguments) -> dict[str, int]:
+    """Number of launches by kernel name."""
     return collections.Counter(launch.name for launch in launches(function, *arguments))
 
 
 def small_case(**options):
+    """One sequence of 9 positions, as JAX arrays."""
     return jax.tree.map(jnp.asarray, make_case(B=1, T=9, **options))
 
 
-def test_a_forward_pass_launches_two_kernels_and_its_gradient_four_more():
+def test_forward_pass_launches_two_kernels_and_backward_pass_four():
     case = small_case()
-    assert started(lambda c: run(c), case) == FORWARD
+    assert launch_counts(lambda c: run(c), case) == FORWARD
     gradient = jax.grad(lambda c: jnp.sum(run(c)[0] * c.dh))
-    assert started(gradient, case) == FORWARD | BACKWARD
+    assert launch_counts(gradient, case) == FORWARD | BACKWARD
 
 
-def test_as_many_programs_are_launched_as_there_are_blocks():
+def test_grids_have_one_program_per_block():
     case = jax.tree.map(jnp.asarray, wide_case())
-    cut = mlstm_cases.cut(backends.triton(), tile(*BLOCKS["everything"], K=32, V=16))
-    grids = dict(launches(functools.partial(evaluate, functools.partial(by, cut)), case))
-    heads, rows = 2, 4  # 64 positions in blocks of 16
-    memory = heads * (32 // 16) * (16 // 8)
+    kernels = mlstm_cases.with_tile(backends.triton(), tile(*BLOCKS["all dimensions"], K=32, V=16))
+    compute = functools.partial(mlstm, kernels)
+    grids = dict(launches(functools.partial(evaluate, compute), case))
+    heads, blocks = 2, 4  # 64 positions in blocks of 16
+    state_blocks = heads * (32 // 16) * (16 // 8)
     assert grids == {
-        "mlstm_states": (memory,),
-        "mlstm_dstates": (memory,),
-        "mlstm_h": (heads * rows, 16 // 8),
-        "mlstm_dv": (heads * rows, 16 // 8),
-        "mlstm_dq": (heads * rows, 32 // 8),
-        "mlstm_dk": (heads * rows, 32 // 8),
+        "mlstm_states": (state_blocks,),
+        "mlstm_dstates": (state_blocks,),
+        "mlstm_h": (heads * blocks, 16 // 8),
+        "mlstm_dv": (heads * blocks, 16 // 8),
+        "mlstm_dq": (heads * blocks, 32 // 8),
+        "mlstm_dk": (heads * blocks, 32 // 8),
     }
 
 
-def test_kernels_are_compiled_for_the_chip_as_its_tile_says(monkeypatch):
-    """The gradient too, although it is traced when the chip is no longer named."""
-    seen = {}
+def test_kernels_are_compiled_for_the_ahead_of_time_target(monkeypatch):
+    """The gradient too, although it is traced outside of the `compiled_for` context."""
+    settings_by_kernel = {}
 
     def call(kernel, arrays, out_shape, *, name, **settings):
-        seen[name] = settings
+        settings_by_kernel[name] = settings
         return tuple(jnp.zeros(x.shape, x.dtype) for x in out_shape)
 
     monkeypatch.setattr(gpu, "call", call)
@@ -96,19 +98,20 @@ def test_kernels_are_compiled_for_the_chip_as_its_tile_says(monkeypatch):
     jax.eval_shape(jax.grad(lambda c: jnp.sum(forward(c) * c.dh)), case)
     jax.eval_shape(forward, jax.tree.map(jnp.asarray, make_case(T=1)))
     with common.compiled_for("sm_90"):
-        cut = triton_tiles.choose(64, 512, jnp.dtype("bfloat16"), 100, None)
-    assert seen.keys() == {*FORWARD, *BACKWARD, "mlstm_decode"}
-    blocks = {"mlstm_states": cut.states, "mlstm_dstates": cut.states}
-    blocks |= {f"mlstm_{name}": getattr(cut, name) for name in ("h", "dq", "dk", "dv")}
-    for name, settings in seen.items():
+        target_tile = triton_tiles.choose(64, 512, jnp.dtype("bfloat16"), 100, None)
+    assert settings_by_kernel.keys() == {*FORWARD, *BACKWARD, "mlstm_decode"}
+    blocks = {"mlstm_states": target_tile.states, "mlstm_dstates": target_tile.states}
+    blocks |= {f"mlstm_{name}": getattr(target_tile, name) for name in ("h", "dq", "dk", "dv")}
+    for name, settings in settings_by_kernel.items():
         assert settings["target"] == "sm_90" and not settings["interpret"]
         assert not settings.get("UPCAST")
         if name in blocks:
-            given = settings["num_warps"], settings["num_stages"]
-            assert given == (blocks[name].warps, blocks[name].stages)
+            launch_options = settings["num_warps"], settings["num_stages"]
+            assert launch_options == (blocks[name].warps, blocks[name].stages)
 
 
-def by(kernels, q, k, v, i, f, state, **options):
+def mlstm(kernels, q, k, v, i, f, state, **options):
+    """The op by these kernels, with the gates as positional arguments."""
     return mlstm_cases.api.mlstm(kernels, q, k, v, i, f, state, **options)
 
 
@@ -124,7 +127,7 @@ MAPPED = {
 
 
 def stack(names, **options):
-    """Cases that differ in these fields, one case with another axis in front, and where it is."""
+    """Cases that differ in the fields `names`, the stacked case, and its `in_axes`."""
     cases = [make_case(T=9, B=1, flags=True, seed=seed, **options) for seed in range(2)]
     shared = cases[0]._asdict()
     names = shared.keys() if names is Ellipsis else names
@@ -138,40 +141,40 @@ def stack(names, **options):
 
 
 @pytest.mark.parametrize("names", MAPPED.values(), ids=MAPPED)
-def test_vmap_equals_a_loop(names):
-    """Values and gradients; as many kernels as without it, each for the joint batch."""
+def test_vmap_matches_a_loop(names):
+    """Values and gradients; `vmap` folds into the batch and adds no launches."""
     cases, stacked, axes = stack(names)
-    compute = functools.partial(evaluate, functools.partial(by, backends.triton()))
-    together = jax.vmap(compute, in_axes=(axes,))
-    with common.interpreted(lanes=LANES), recorded() as found:
-        actual = quick.jit(together)(stacked)
-    for number, case in enumerate(cases):
-        one = {name: np.asarray(a[number], np.float64) for name, a in actual.items()}
-        assert_equal_results(one, truth(case))
-    assert collections.Counter(launch.name for launch in found) == FORWARD | BACKWARD
+    compute = functools.partial(evaluate, functools.partial(mlstm, backends.triton()))
+    mapped = jax.vmap(compute, in_axes=(axes,))
+    with common.interpreted(lanes=LANES), recorded_launches() as launch_list:
+        actual = quick.jit(mapped)(stacked)
+    for index, case in enumerate(cases):
+        one = {name: np.asarray(a[index], np.float64) for name, a in actual.items()}
+        assert_results_match(one, reference(case))
+    assert collections.Counter(launch.name for launch in launch_list) == FORWARD | BACKWARD
 
 
-def test_the_gradient_of_a_vmap_equals_a_loop():
+def test_gradient_of_a_vmap_matches_a_loop():
     cases, stacked, axes = stack(Ellipsis)
 
     def compute(*args, reset, mask):
         def one(args, flags):
-            return by(backends.triton(), *args, **flags)
+            return mlstm(backends.triton(), *args, **flags)
 
         return jax.vmap(one)(args, dict(reset=reset, mask=mask))
 
     with common.interpreted(lanes=LANES):
         actual = quick.jit(functools.partial(evaluate, compute))(stacked)
-    for number, case in enumerate(cases):
-        one = {name: np.asarray(a[number], np.float64) for name, a in actual.items()}
-        assert_equal_results(one, truth(case))
+    for index, case in enumerate(cases):
+        one = {name: np.asarray(a[index], np.float64) for name, a in actual.items()}
+        assert_results_match(one, reference(case))
 
 
-def test_without_jit_all_is_the_same():
+def test_results_without_jit_match_those_with_jit():
     case = small_case()
     with common.interpreted(lanes=LANES):
-        found, expected = (function(case) for function in (run, quick.jit(lambda c: run(c))))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
+        actual, expected = (function(case) for function in (run, quick.jit(lambda c: run(c))))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), actual, expected)
 
 
 # One step
@@ -179,96 +182,97 @@ def test_without_jit_all_is_the_same():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
-def test_one_step_equals_the_cell(flags, dtype):
-    case = make_step(dtype)
+def test_one_step_matches_the_cell(flags, dtype):
+    case = make_step_case(dtype)
     if not flags:
         case = jax.tree.map(lambda x: x[:2], case)._replace(reset=None, mask=None)
-    assert_step_equals_the_cell(case, step(case))
+    assert_step_matches_cell(case, step(case))
 
 
 def step(case, **options):
+    """h and the state of one step, interpreted."""
     with common.interpreted(lanes=LANES):
         compute = quick.jit(functools.partial(run, **options))
         return compute(jax.tree.map(jnp.asarray, case))
 
 
 @pytest.mark.parametrize("options", [{"normalize": False}, {"eps": 0.5}, {}], ids=str)
-def test_one_step_with_the_sigmoid_input_gate_equals_the_cell(options):
-    case = make_step()
+def test_one_step_with_sigmoid_input_gate_matches_the_cell(options):
+    case = make_step_case()
     case = jax.tree.map(lambda x: x[:2], case._replace(mask=None))
     options = {"input_gate": "sigmoid", **options}
-    assert_step_equals_the_cell(case, step(case, **options), **options)
+    assert_step_matches_cell(case, step(case, **options), **options)
 
 
 @pytest.mark.parametrize("K,V", [(1, 1), (5, 33), (257, 40), (600, 7)])
-def test_one_step_of_any_width_equals_the_cell(K, V):
-    """Blocks of 32 columns and of up to 256 rows; what they lack is masked."""
-    case = make_step(K=K, V=V)
-    assert_step_equals_the_cell(case, step(case))
+def test_one_step_of_any_width_matches_the_cell(K, V):
+    """Blocks have 32 columns and up to 256 rows; partial blocks are masked."""
+    case = make_step_case(K=K, V=V)
+    assert_step_matches_cell(case, step(case))
 
 
 @pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
-def test_one_step_has_the_gradients_of_the_cell(flags):
+def test_gradients_of_one_step_match_the_cell(flags):
     case = make_case(B=4, T=1)
     if flags:
         reset, mask = np.array([[1, 1, 0, 0], [1, 0, 1, 0]], bool)[..., None]
         case = case._replace(reset=reset, mask=mask)
-    assert_equal_results(kernel(case, chunk_size=8), truth(case))
+    assert_results_match(kernel(case, chunk_size=8), reference(case))
 
 
-def test_one_step_decodes_unless_it_is_differentiated():
+def test_one_step_uses_the_decoding_kernel_unless_differentiated():
     case = jax.tree.map(jnp.asarray, make_case(T=1))
-    assert started(lambda c: run(c), case) == {"mlstm_decode": 1}
+    assert launch_counts(lambda c: run(c), case) == {"mlstm_decode": 1}
     gradient = jax.grad(lambda c: jnp.sum(run(c)[0] * c.dh))
-    assert started(gradient, case) == FORWARD | BACKWARD
+    assert launch_counts(gradient, case) == FORWARD | BACKWARD
 
 
 @pytest.mark.parametrize("V,programs", [(1, 1), (64, 2), (65, 3)])
-def test_one_step_has_a_program_for_every_32_columns_of_a_head(V, programs):
+def test_grid_of_one_step_has_a_program_per_head_and_32_columns(V, programs):
     case = jax.tree.map(jnp.asarray, make_case(B=2, H=3, T=1, V=V))
     assert launches(lambda c: run(c), case) == [("mlstm_decode", (6, programs))]
 
 
-def test_one_step_writes_the_memory_in_place_and_its_normaliser_elsewhere(monkeypatch):
-    """C goes to the kernel as it is. Of n each program of other columns needs the old one."""
-    seen = []
+def test_one_step_updates_the_matrix_memory_in_place_but_not_the_normalizer(monkeypatch):
+    """C is passed unchanged. n has a new buffer, as programs of other columns read the old one."""
+    recorded = []
     call = gpu.call
 
     def spy(kernel, arrays, out_shape, **settings):
-        seen.append((arrays, out_shape, settings["aliases"]))
+        recorded.append((arrays, out_shape, settings["aliases"]))
         return call(kernel, arrays, out_shape, **settings)
 
     monkeypatch.setattr(gpu, "call", spy)
     case = jax.tree.map(jnp.asarray, make_case(T=1))
     with common.interpreted(lanes=LANES):
         jax.make_jaxpr(lambda c: run(c))(case)
-    ((arrays, out_shape, aliases),) = seen
+    ((arrays, out_shape, aliases),) = recorded
     ((source, result),) = aliases.items()
     C = case.state[0]
     assert (arrays[source].shape, out_shape[result].shape) == (C.shape, C.shape)
     assert arrays[source].dtype == out_shape[result].dtype == C.dtype
 
 
-def test_no_program_of_one_step_touches_what_is_not_its_own():
-    case = make_step(K=257, V=40)
-    with watched() as faults:
+def test_programs_of_one_step_have_no_races():
+    case = make_step_case(K=257, V=40)
+    with race_detector() as errors:
         step(case)
-    assert not faults
+    assert not errors
 
 
 @pytest.mark.parametrize("names", MAPPED.values(), ids=MAPPED)
-def test_vmap_of_one_step_equals_a_loop(names):
+def test_vmap_of_one_step_matches_a_loop(names):
     cases, stacked, axes = stack(names, K=5)
     first = lambda c: [x[:, :1] for x in (*c[:5], c.reset, c.mask)]  # noqa: E731
 
     def compute(case):
         *inputs, reset, mask = first(case)
-        return by(backends.triton(), *inputs, case.state, reset=reset, mask=mask)
+        return mlstm(backends.triton(), *inputs, case.state, reset=reset, mask=mask)
 
     with common.interpreted(lanes=LANES):
-        together = quick.jit(jax.vmap(compute, in_axes=(axes,)))(stacked)
-        alone = [quick.jit(compute)(jax.tree.map(jnp.asarray, case)) for case in cases]
-    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *alone)
+        actual = quick.jit(jax.vmap(compute, in_axes=(axes,)))(stacked)
+        by_loop = [quick.jit(compute)(jax.tree.map(jnp.asarray, case)) for case in cases]
+    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *by_loop)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), together, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), actual, expected
     )

@@ -1,4 +1,4 @@
-"""The rule of the Triton kernels' tiles: blocks divide what they cut; what has none is refused."""
+"""Tiles of the mLSTM Triton kernels: blocks divide every call; unsupported sizes are refused."""
 
 import itertools
 
@@ -14,25 +14,27 @@ DTYPES = [jnp.dtype("float32"), jnp.dtype("bfloat16")]
 SIZES = (1, 6, 16, 20, 48, 64, 65, 96, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048)
 LENGTHS = (1, 63, 64, 65, 100, 128, 300, 1000, 4096)
 CHUNKS = (None, 64, 128, 192, 256, 512)
-LEAST = 16
-"""Rows and columns that every product of blocks must have on a GPU."""
+MIN_BLOCK = 16
+"""The least size of a block in a product on a GPU."""
 
 every_chip = pytest.mark.parametrize("chip", ARCHITECTURES)
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def is_power_of_two(size: int) -> bool:
+    """Whether `size` is a power of two."""
     return size > 0 and size & (size - 1) == 0
 
 
-def assert_whole(tile: Tile, K: int, V: int, least=LEAST):
-    """Powers of two that divide the widths and the chunk that they cut, and no block too small."""
-    cuts = [(tile.states.k, K), (tile.states.v, V), (tile.states.positions, tile.chunk)]
+def assert_divides(tile: Tile, K: int, V: int, min_block=MIN_BLOCK):
+    """Block sizes are powers of two, at least `min_block`, and divide their widths or chunk."""
+    sizes = [(tile.states.k, K), (tile.states.v, V), (tile.states.positions, tile.chunk)]
     for block, read, written in ((tile.h, K, V), (tile.dv, K, V), (tile.dq, V, K), (tile.dk, V, K)):
-        cuts += [(block.inner, read), (block.memory, read), (block.width, written)]
-        cuts += [(block.rows, tile.chunk), (block.others, block.rows)]
-    for size, whole in cuts:
-        assert is_power_of_two(size) and size >= least and whole % size == 0, (size, whole, tile)
+        sizes += [(block.inner, read), (block.memory, read), (block.width, written)]
+        sizes += [(block.rows, tile.chunk), (block.others, block.rows)]
+    for size, total in sizes:
+        assert is_power_of_two(size) and size >= min_block, (size, tile)
+        assert total % size == 0, (size, total, tile)
     for block in tile[1:]:
         assert is_power_of_two(block.warps) and block.stages >= 1
 
@@ -43,24 +45,24 @@ def test_blocks_divide_every_call(chip, dtype):
     with common.compiled_for(chip):
         for K, V in itertools.product(SIZES, SIZES):
             widths = [gpu.width(size, common.LANES) for size in (K, V)]
-            assert_whole(triton_tiles.choose(K, V, dtype, 1000, None), *widths)
+            assert_divides(triton_tiles.choose(K, V, dtype, 1000, None), *widths)
 
 
 @every_chip
 @both_dtypes
 @pytest.mark.parametrize("T", LENGTHS)
-def test_a_chunk_is_the_one_asked_for_unless_the_sequence_is_shorter(chip, dtype, T):
+def test_chunk_has_the_requested_size_unless_the_sequence_is_shorter(chip, dtype, T):
     longest = common.round_up(T, triton_tiles.ROWS)
     with common.compiled_for(chip):
         for chunk_size in CHUNKS:
             tile = triton_tiles.choose(128, 256, dtype, T, chunk_size)
-            assert_whole(tile, 128, 256)
+            assert_divides(tile, 128, 256)
             default = triton_tiles.choose(128, 256, dtype, 4096, None).chunk
             assert tile.chunk == min(chunk_size or default, longest)
 
 
 @every_chip
-def test_wide_heads_have_the_longer_chunk(chip):
+def test_wide_heads_have_longer_chunks(chip):
     with common.compiled_for(chip):
         chunks = [
             triton_tiles.choose(K, 2 * K, jnp.dtype("bfloat16"), 4096, None).chunk
@@ -70,30 +72,29 @@ def test_wide_heads_have_the_longer_chunk(chip):
 
 
 @pytest.mark.parametrize("lanes", [8, 16, 32, 64, 128])
-def test_blocks_of_interpreted_calls_divide_them_too(lanes):
+def test_blocks_of_interpreted_calls_divide_every_call(lanes):
     for K, V, T in itertools.product((1, 6, 20, 64, 96), (10, 16, 128), (1, 9, 100)):
         with common.interpreted(lanes=lanes):
             tile = triton_tiles.choose(K, V, DTYPES[0], T, None)
         widths = [gpu.width(size, lanes) for size in (K, V)]
-        assert_whole(tile, *widths, least=min(lanes, LEAST))
+        assert_divides(tile, *widths, min_block=min(lanes, MIN_BLOCK))
 
 
 @pytest.mark.parametrize("size", range(1, 300, 7))
-def test_a_width_is_padded_to_the_least_one_that_blocks_divide(size):
-    """Powers of two up to 64, then multiples of 64."""
+def test_width_is_padded_to_a_power_of_two_or_a_multiple_of_64(size):
     width = gpu.width(size, common.LANES)
     allowed = [16, 32, 64, *range(128, 512, 64)]
     assert width == min(w for w in allowed if w >= size)
     assert gpu.width(width, common.LANES) == width
 
 
-@pytest.mark.parametrize("lanes,least", [(4, 4), (8, 8), (16, 16), (128, 16)])
-def test_interpreted_widths_may_be_smaller(lanes, least):
-    assert gpu.width(1, lanes) == least
+@pytest.mark.parametrize("lanes,min_width", [(4, 4), (8, 8), (16, 16), (128, 16)])
+def test_interpreted_widths_may_be_smaller(lanes, min_width):
+    assert gpu.width(1, lanes) == min_width
 
 
 @pytest.mark.parametrize(
-    "dtype,chunk_size,sentence",
+    "dtype,chunk_size,message",
     [
         ("float16", None, "float16 overflows in exponential gates; use bfloat16 or float32"),
         ("float64", None, "it computes with float32 and bfloat16, not with float64"),
@@ -105,15 +106,15 @@ def test_interpreted_widths_may_be_smaller(lanes, least):
         ("float32", 32, "chunk_size=32 is not a multiple of 64, the tile; use 64 or None"),
     ],
 )
-def test_what_has_no_tile_is_refused_with_what_has_one(dtype, chunk_size, sentence):
+def test_unsupported_calls_are_refused_with_a_supported_alternative(dtype, chunk_size, message):
     dtype = jnp.dtype(dtype)
-    assert triton_tiles.refusal(64, 64, dtype, chunk_size) == sentence
+    assert triton_tiles.refusal(64, 64, dtype, chunk_size) == message
     with common.compiled_for("sm_80"), pytest.raises(ValueError) as error:
         triton_tiles.choose(64, 64, dtype, 256, chunk_size)
-    assert str(error.value) == f"mlstm: {sentence}."
+    assert str(error.value) == f"mlstm: {message}."
 
 
-def test_calls_of_any_width_have_a_tile():
+def test_every_width_has_a_tile():
     for dtype, chunk_size in itertools.product(DTYPES, CHUNKS):
         assert triton_tiles.refusal(4096, 8192, dtype, chunk_size) is None
 

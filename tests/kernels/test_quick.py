@@ -1,4 +1,4 @@
-"""A few quick cases of every kernel, interpreted; the others are slow."""
+"""A few quick interpreted cases of every kernel; all others are slow."""
 
 import jax
 import jax.numpy as jnp
@@ -30,31 +30,31 @@ every_kernel = pytest.mark.parametrize("op,name", list(_params()))
 
 @every_kernel
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_values_and_gradients_equal_the_recurrence(op, name, dtype):
-    """Two chunks, resets and masks among them."""
+def test_values_and_gradients_match_recurrence(op, name, dtype):
+    """Two chunks, with resets and masked steps."""
     cases = CASES[op]
     case = cases.in_bfloat16(cases.make_case(B=1, T=9, H=1, flags=True))
     actual = cases.interpret(getattr(BACKENDS[op], name)(), cases.in_bfloat16(case, dtype))
-    cases.assert_equal_results(actual, cases.truth(case), TABLE[dtype])
+    cases.assert_results_match(actual, cases.reference(case), TABLE[dtype])
 
 
 @every_kernel
-def test_steps_one_by_one_equal_a_sequence(op, name):
+def test_single_steps_match_a_sequence(op, name):
     cases, kernels = CASES[op], getattr(BACKENDS[op], name)()
     case = jax.tree.map(jnp.asarray, cases.make_case(B=1, T=3, H=1, flags=True))
-    by_time = [field for field in case._fields if field in ("x", *"qkvif", "reset", "mask")]
+    time_fields = [field for field in case._fields if field in ("x", *"qkvif", "reset", "mask")]
 
-    def one_by_one(case):
+    def step_by_step(case):
         state, outputs = case.state, []
         for t in range(3):
-            one = {field: getattr(case, field)[:, t : t + 1] for field in by_time}
+            one = {field: getattr(case, field)[:, t : t + 1] for field in time_fields}
             h, state = cases.run(kernels, case._replace(state=state, **one))
             outputs.append(h)
         return jnp.concatenate(outputs, 1), state
 
     with common.interpreted(lanes=cases.LANES):
-        together = quick.jit(lambda case: cases.run(kernels, case))(case)
-        actual = quick.jit(one_by_one)(case)
+        expected = quick.jit(lambda case: cases.run(kernels, case))(case)
+        actual = quick.jit(step_by_step)(case)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, together
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, expected
     )

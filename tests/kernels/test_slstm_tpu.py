@@ -1,4 +1,4 @@
-"""What is particular to the sLSTM's TPU kernels: blocks, padding, saved gates, decoding."""
+"""The sLSTM TPU kernels, interpreted: blocks, padding, saved gates, decoding, VMEM."""
 
 import functools
 from unittest import mock
@@ -19,33 +19,33 @@ from tests.kernels.slstm_cases import (
     LANES,
     LEAVES,
     Case,
-    assert_equal_results,
-    assert_step_equals_the_cell,
+    assert_results_match,
+    assert_step_matches_cell,
     in_bfloat16,
     make_case,
-    truth,
+    reference,
 )
 from tests.ops.tolerances import TABLE, assert_close
 
-# Interpreted kernels: once is enough. Quick ones are in tests/ops and test_quick.py.
+# Interpreted kernels are slow; quick cases are in tests/ops and test_quick.py.
 pytestmark = pytest.mark.slow
 
 STEPS = 4
-SMALL = tpu_tiles.vmem_bytes(tpu_tiles.ROWS, LANES, jnp.dtype("float32"), STEPS)
-"""Bytes of VMEM in which one head of 8 sequences has room for 4 steps."""
+SMALL_VMEM = tpu_tiles.vmem_bytes(tpu_tiles.SUBLANES, LANES, jnp.dtype("float32"), STEPS)
+"""Bytes of VMEM that one head of 8 sequences needs for 4 steps."""
 
 run = functools.partial(slstm_cases.run, backends.tpu())
 step = functools.partial(slstm_cases.step, backends.tpu())
 
 
 def kernel(case: Case, *, vmem=None, **options) -> dict[str, np.ndarray]:
-    """Everything by the kernels, interpreted; `vmem`: the bytes that they may use."""
-    return slstm_cases.interpret(within(vmem), case, **options)
+    """h, the final state and all gradients, interpreted, with `vmem` bytes of VMEM."""
+    return slstm_cases.interpret(with_vmem(vmem), case, **options)
 
 
 @functools.cache
-def within(vmem: int | None):
-    """The kernels with so many bytes of VMEM."""
+def with_vmem(vmem: int | None):
+    """The kernels with `vmem` bytes of VMEM; None: the default."""
 
     def tile(*call):
         with mock.patch.object(tpu_tiles, "vmem_limit", lambda chip=None: vmem):
@@ -55,76 +55,77 @@ def within(vmem: int | None):
 
 
 @pytest.mark.parametrize("T", [1, STEPS, STEPS + 1, 3 * STEPS + 2])
-def test_blocks_of_time_do_not_show(T):
-    flags = T % STEPS == 2  # a number of steps without, one with, that has to be padded
+def test_blocks_of_time_do_not_affect_results(T):
+    flags = T % STEPS == 2  # lengths that need padding are tested without and with flags
     case = make_case(T=T, flags=flags)
-    assert_equal_results(kernel(case, vmem=SMALL), truth(case))
+    assert_results_match(kernel(case, vmem=SMALL_VMEM), reference(case))
 
 
-def test_any_batch_width_and_number_of_heads_equals_the_recurrence():
-    """Two blocks of rows, the second padded; three heads one by one, their width padded."""
+def test_odd_batch_width_and_head_count_match_recurrence():
+    """Two batch blocks, the second padded; three heads in a program each, their width padded."""
     case = make_case(B=11, T=10, H=3, K=6, flags=True)
-    assert tpu_tiles.blocks(11, 10, 3, 8, jnp.dtype("float32"), SMALL).num_rows == 16
-    assert_equal_results(kernel(case, vmem=SMALL), truth(case))
+    assert tpu_tiles.blocks(11, 10, 3, 8, jnp.dtype("float32"), SMALL_VMEM).padded_batch == 16
+    assert_results_match(kernel(case, vmem=SMALL_VMEM), reference(case))
 
 
 @pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
-def test_several_heads_of_one_program_equal_the_recurrence(flags):
+def test_several_heads_per_program_match_recurrence(flags):
     case = make_case(T=12, H=8, K=6, flags=flags)
     assert tpu_tiles.blocks(2, 12, 8, 8, jnp.dtype("float32"), SCOPED_BYTES).heads == 4
-    assert_equal_results(kernel(case), truth(case))
+    assert_results_match(kernel(case), reference(case))
 
 
-def test_narrow_heads_side_by_side_equal_the_recurrence():
-    """Six heads of width 5: three share the lanes of one wide head and do not mix."""
+def test_narrow_heads_that_share_lanes_match_recurrence():
+    """Six heads of width 5: three share the lanes of one wide head without mixing."""
     case = make_case(T=9, H=6, K=5, flags=True)
-    assert_equal_results(kernel(case, lanes=16), truth(case))
+    assert_results_match(kernel(case, lanes=16), reference(case))
 
 
-def test_the_exponential_forget_gate_equals_the_recurrence():
+def test_exponential_forget_gate_matches_recurrence():
     case = make_case(flags=True)
-    assert_equal_results(kernel(case, forget_gate="exp"), truth(case, forget_gate="exp"))
+    assert_results_match(kernel(case, forget_gate="exp"), reference(case, forget_gate="exp"))
 
 
-def test_an_empty_memory_takes_the_first_input_whatever_m_is():
+def test_m_is_ignored_where_n_is_zero():
     case = make_case()
     zeros = np.zeros_like(case.state[0])
     case = case._replace(state=(zeros, zeros, zeros, case.state[3] + 50))
-    assert_equal_results(kernel(case), truth(case))
+    assert_results_match(kernel(case), reference(case))
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e3])
-def test_large_gates_keep_everything_finite_and_bounded(scale):
-    result = kernel(make_case(flags=True, scale=scale))
-    assert all(np.isfinite(value).all() for value in result.values())
-    assert np.abs(result["h"]).max() <= 1 + 1e-6
-    assert result["n"].min() >= 1
+def test_results_are_finite_and_bounded_at_large_gates(scale):
+    results = kernel(make_case(flags=True, scale=scale))
+    assert all(np.isfinite(value).all() for value in results.values())
+    assert np.abs(results["h"]).max() <= 1 + 1e-6
+    assert results["n"].min() >= 1
 
 
 @pytest.mark.parametrize("save_gates,flags", [(False, True), (True, False)])
-def test_gates_may_be_saved_or_recomputed(save_gates, flags):
+def test_saved_and_recomputed_gates_match_recurrence(save_gates, flags):
     case = make_case(flags=flags)
-    assert_equal_results(kernel(case, save_gates=save_gates), truth(case))
+    assert_results_match(kernel(case, save_gates=save_gates), reference(case))
 
 
 @pytest.mark.parametrize("save_gates,r_dtype", [(False, "bfloat16"), (True, "float32")])
-def test_bfloat16_rounds_operands_only(save_gates, r_dtype):
+def test_bfloat16_rounds_only_operands(save_gates, r_dtype):
     case = in_bfloat16(make_case(T=24, flags=True))
-    given = in_bfloat16(case, "bfloat16", r_dtype)
-    assert_equal_results(kernel(given, save_gates=save_gates), truth(case), TABLE["bfloat16"])
+    bfloat16_case = in_bfloat16(case, "bfloat16", r_dtype)
+    actual = kernel(bfloat16_case, save_gates=save_gates)
+    assert_results_match(actual, reference(case), TABLE["bfloat16"])
 
 
-def test_weights_of_bfloat16_serve_float32_inputs():
+def test_bfloat16_weights_with_float32_inputs_match_recurrence():
     case = make_case()
     case = case._replace(r=jnp.asarray(case.r, jnp.bfloat16))
-    result = kernel(case)
-    expected = truth(case._replace(r=np.asarray(case.r, np.float32)))
+    actual = kernel(case)
+    expected = reference(case._replace(r=np.asarray(case.r, np.float32)))
     rounded = np.asarray(jnp.asarray(expected["dr"], jnp.bfloat16), np.float64)
-    assert_close(result.pop("dr"), rounded, 1e-3, "dr")
-    assert_equal_results(result, {name: a for name, a in expected.items() if name != "dr"})
+    assert_close(actual.pop("dr"), rounded, 1e-3, "dr")
+    assert_results_match(actual, {name: a for name, a in expected.items() if name != "dr"})
 
 
-def test_products_with_packed_weights_keep_the_digits_of_float32(rng):
+def test_products_with_packed_weights_have_float32_precision(rng):
     a, w = rng.standard_normal((8, 32)), rng.standard_normal((32, 16))
     a, w = (array.astype(np.float32) for array in (a, w))
     multiply = jax.jit(lambda a, w: tpu.times(a, tpu.pack(w[None])[0]))
@@ -133,22 +134,22 @@ def test_products_with_packed_weights_keep_the_digits_of_float32(rng):
     np.testing.assert_allclose(product, expected, rtol=0, atol=3e-7 * np.abs(expected).max())
 
 
-def test_padded_sequences_change_no_bit_of_the_others():
-    """A batch of 3 beside the same batch with five more sequences."""
+def test_results_are_bit_identical_without_the_other_sequences():
+    """A batch of 3 sequences, padded to 8, against a batch of 8 that contains them."""
     case = make_case(B=8, flags=True)
-    cut = jax.tree.map(lambda a: a[:3], case)._replace(r=case.r, b=case.b)
-    eight, three = kernel(case), kernel(cut)
+    first_three = jax.tree.map(lambda a: a[:3], case)._replace(r=case.r, b=case.b)
+    eight, three = kernel(case), kernel(first_three)
     for name in eight.keys() - {"dr", "db"}:
         np.testing.assert_array_equal(three[name], eight[name][:3], err_msg=name)
 
 
-def test_padded_lanes_change_nothing():
+def test_padded_lanes_do_not_affect_results():
     case = make_case(K=6, flags=True)
-    assert_equal_results(kernel(case, lanes=32), kernel(case, lanes=6))
+    assert_results_match(kernel(case, lanes=32), kernel(case, lanes=6))
 
 
-@pytest.mark.parametrize("save_gates", [False, True], ids=["computed", "saved"])
-def test_a_masked_step_is_never_read_and_leaves_the_state_bit_for_bit(save_gates):
+@pytest.mark.parametrize("save_gates", [False, True], ids=["recomputed", "saved"])
+def test_masked_steps_are_not_read_and_leave_the_state_bit_identical(save_gates):
     run = functools.partial(kernel, save_gates=save_gates)
     case = make_case(flags=True)
     garbage = case.x.copy()
@@ -157,55 +158,54 @@ def test_a_masked_step_is_never_read_and_leaves_the_state_bit_for_bit(save_gates
     for name, value in clean.items():
         np.testing.assert_array_equal(dirty[name], value, err_msg=name)
     assert not clean["h"][~case.mask].any() and not clean["dx"][~case.mask].any()
-    asleep = run(case._replace(x=garbage, mask=np.zeros_like(case.mask)))
+    all_masked = run(case._replace(x=garbage, mask=np.zeros_like(case.mask)))
     for name, leaf in zip(LEAVES, case.state, strict=True):
         if name != "h":
-            np.testing.assert_array_equal(asleep[name], leaf, err_msg=name)
-    assert not asleep["dr"].any()
+            np.testing.assert_array_equal(all_masked[name], leaf, err_msg=name)
+    assert not all_masked["dr"].any()
     for name, leaf in zip(LEAVES, case.dstate, strict=True):
-        assert_close(asleep[f"d{name}"], leaf.astype(np.float64), 1e-6, f"d{name}")
+        assert_close(all_masked[f"d{name}"], leaf.astype(np.float64), 1e-6, f"d{name}")
 
 
-def test_a_reset_leaves_no_trace_of_a_spoilt_memory():
-    """Nor does any gradient reach it, not even that of m, which moves all of the memory."""
+def test_reset_discards_a_nan_state():
+    """No gradient reaches it either, not even through m, which rescales c and n."""
     case = make_case()
     reset = np.zeros(case.x.shape[:2], bool)
     reset[:, 0] = True
     case = case._replace(reset=reset)
-    spoilt = case._replace(state=tuple(np.full_like(leaf, np.nan) for leaf in case.state))
-    clean, found = kernel(case), kernel(spoilt)
-    for name, value in clean.items():
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
-    assert not any(found[f"d{name}"].any() for name in LEAVES)
+    nan_case = case._replace(state=tuple(np.full_like(leaf, np.nan) for leaf in case.state))
+    expected, actual = kernel(case), kernel(nan_case)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(actual[name], value, err_msg=name)
+    assert not any(actual[f"d{name}"].any() for name in LEAVES)
 
 
 @pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
 @pytest.mark.parametrize("forget_gate", ["sigmoid", "exp"])
-def test_decoding_equals_the_step_of_the_cell(forget_gate, flags):
+def test_decoding_matches_the_cell(forget_gate, flags):
     case = make_case(B=3, T=1, H=3, K=6, flags=flags)
     if flags:
         case = case._replace(reset=np.array([[True], [False], [True]]))
         case = case._replace(mask=np.array([[True], [True], [False]]))
         case.x[2] = np.nan
-    found = step(case, forget_gate=forget_gate)
-    assert_step_equals_the_cell(case, found, forget_gate=forget_gate)
+    assert_step_matches_cell(case, step(case, forget_gate=forget_gate), forget_gate=forget_gate)
 
 
-def test_decoding_writes_the_state_in_place():
-    """Each leaf of the state goes to the kernel as it is and shares its buffer with an output."""
+def test_decoding_updates_the_state_in_place():
+    """Each leaf of the state is passed unchanged and shares its buffer with an output."""
     case = jax.tree.map(jnp.asarray, make_case(T=1))
     (call,) = calls(run, case)
     assert dict(call.params["input_output_aliases"]) == {3: 0, 4: 1, 5: 2, 6: 3}
 
 
-def test_one_step_decodes_unless_it_is_differentiated():
+def test_one_step_uses_the_decoding_kernel_unless_differentiated():
     case = jax.tree.map(jnp.asarray, make_case(T=1))
     names = lambda function: [call.params["name"] for call in calls(function, case)]  # noqa: E731
     assert names(run) == ["slstm_decode"]
     assert names(jax.grad(lambda c: run(c)[0].sum())) == ["slstm_forward", "slstm_backward"]
 
 
-def test_without_a_gradient_only_h_and_the_state_are_written():
+def test_forward_without_gradient_writes_only_h_and_the_state():
     case = jax.tree.map(jnp.asarray, make_case())
     (call,) = calls(run, case)
     assert len(call.outvars) == 2
@@ -213,7 +213,7 @@ def test_without_a_gradient_only_h_and_the_state_are_written():
 
 @pytest.mark.parametrize("batched", ["x", "everything"])
 @pytest.mark.parametrize("T", [1, 9])
-def test_vmap_equals_a_loop(T, batched):
+def test_vmap_matches_a_loop(T, batched):
     cases = [make_case(T=T, flags=True, seed=seed) for seed in range(2)]
     if batched == "x":
         cases = [cases[0]._replace(x=case.x) for case in cases]
@@ -223,73 +223,73 @@ def test_vmap_equals_a_loop(T, batched):
         axes = jax.tree.map(lambda _: None, axes)._replace(x=0)
         stacked = jax.tree.map(jnp.asarray, cases[0])._replace(x=stacked.x)
 
-    kernels = within(SMALL)
+    kernels = with_vmem(SMALL_VMEM)
 
     def evaluate(case):
-        both = slstm_cases.value_and_gradients(kernels, case)
-        return slstm_cases.run(kernels, case), both
+        with_gradients = slstm_cases.value_and_gradients(kernels, case)
+        return slstm_cases.run(kernels, case), with_gradients
 
     with common.interpreted(lanes=LANES):
-        together = quick.jit(jax.vmap(evaluate, in_axes=(axes,)))(stacked)
-        alone = [quick.jit(evaluate)(jax.tree.map(jnp.asarray, case)) for case in cases]
-    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *alone)
+        actual = quick.jit(jax.vmap(evaluate, in_axes=(axes,)))(stacked)
+        by_loop = [quick.jit(evaluate)(jax.tree.map(jnp.asarray, case)) for case in cases]
+    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *by_loop)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), together, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, expected
     )
 
 
-def refusal(case: Case, kernels=None, **options) -> str:
+def error_message(case: Case, kernels=None, **options) -> str:
+    """The message of the `ValueError` that a call raises."""
     arguments = jax.tree.map(jnp.asarray, case)
     with common.interpreted(lanes=LANES), pytest.raises(ValueError) as error:
         slstm_cases.run(kernels or backends.tpu(), arguments, **options)
     return str(error.value)
 
 
-def test_what_no_kernel_computes_is_refused():
+def test_unsupported_arguments_raise():
     case = make_case()
-    assert "use bfloat16 or float32" in refusal(case._replace(x=case.x.astype(np.float16)))
-    assert "'sigmoid' or 'exp', got 'tanh'" in refusal(case, forget_gate="tanh")
-    assert "`r` must have the shape (2, 8, 4, 8)" in refusal(case._replace(r=case.r[:1]))
+    assert "use bfloat16 or float32" in error_message(case._replace(x=case.x.astype(np.float16)))
+    assert "'sigmoid' or 'exp', got 'tanh'" in error_message(case, forget_gate="tanh")
+    assert "`r` must have the shape (2, 8, 4, 8)" in error_message(case._replace(r=case.r[:1]))
     narrow = (*case.state[:3], case.state[3][..., :4])
-    assert "`state.m` must have the shape (2, 2, 8)" in refusal(case._replace(state=narrow))
+    assert "`state.m` must have the shape (2, 2, 8)" in error_message(case._replace(state=narrow))
 
 
-def test_the_width_that_a_refusal_names_fits():
+def test_width_suggested_by_an_error_fits():
     with common.interpreted(lanes=LANES):
-        widest = tpu_tiles.widest(jnp.dtype("float32"), SMALL)
+        widest = tpu_tiles.widest(jnp.dtype("float32"), SMALL_VMEM)
     message = f"MiB of VMEM; K={widest} fits: use more heads."
-    assert message in refusal(make_case(T=2, K=widest + 1), within(SMALL))
+    assert message in error_message(make_case(T=2, K=widest + 1), with_vmem(SMALL_VMEM))
     for dtype in map(jnp.dtype, ("float32", "bfloat16")):
         widest = tpu_tiles.widest(dtype, SCOPED_BYTES)
         assert tpu_tiles.blocks(8, 64, 4, widest, dtype, SCOPED_BYTES) is not None
         assert tpu_tiles.blocks(8, 64, 4, widest + 128, dtype, SCOPED_BYTES) is None
 
 
-def test_a_state_that_exceeds_vmem_takes_a_step_by_the_kernel_over_time():
+def test_one_step_uses_the_sequence_kernel_if_the_state_exceeds_vmem():
     case = jax.tree.map(jnp.asarray, make_case(B=200, T=1))
-    compute = functools.partial(slstm_cases.run, within(SMALL))
+    compute = functools.partial(slstm_cases.run, with_vmem(SMALL_VMEM))
     assert [call.params["name"] for call in calls(compute, case)] == ["slstm_forward"]
 
 
 @pytest.mark.parametrize("T", [1, 31, 32, 61, 64, 96, 97, 1000, 1023])
-@pytest.mark.parametrize("fits", [1, 5, 12, 100])
-def test_a_block_of_time_fits_and_pads_little(T, fits):
-    steps = tpu_tiles.time_block(T, fits)
-    assert 1 <= steps <= min(fits, tpu_tiles.MAX_STEPS)
+@pytest.mark.parametrize("max_steps", [1, 5, 12, 100])
+def test_a_time_block_is_at_most_max_steps_and_needs_little_padding(T, max_steps):
+    steps = tpu_tiles.time_block(T, max_steps)
+    assert 1 <= steps <= min(max_steps, tpu_tiles.MAX_STEPS)
     assert common.round_up(T, steps) - T <= max(2 * -(-T // steps), 0)
 
 
 @pytest.mark.parametrize("B", [1, 20, 100, 700])
 @pytest.mark.parametrize("K", [128, 256, 512, 768])
-def test_blocks_fit_and_cover_the_call(B, K):
+def test_blocks_fit_vmem_and_cover_the_call(B, K):
     dtype, H, T = jnp.dtype("bfloat16"), 8, 50
     blocks = tpu_tiles.blocks(B, T, H, K, dtype, SCOPED_BYTES)
-    needed = tpu_tiles.vmem_bytes(blocks.rows, K, dtype, blocks.steps, heads=blocks.heads)
+    needed = tpu_tiles.vmem_bytes(blocks.sequences, K, dtype, blocks.steps, heads=blocks.heads)
     assert needed <= SCOPED_BYTES
-    assert (
-        blocks.num_rows >= B and blocks.num_rows % blocks.rows == 0 == blocks.rows % tpu_tiles.ROWS
-    )
-    assert blocks.num_steps >= T and blocks.num_steps % blocks.steps == 0 == H % blocks.heads
+    assert blocks.padded_batch >= B and blocks.padded_batch % blocks.sequences == 0
+    assert blocks.sequences % tpu_tiles.SUBLANES == 0
+    assert blocks.padded_steps >= T and blocks.padded_steps % blocks.steps == 0 == H % blocks.heads
 
 
 @pytest.mark.parametrize(
@@ -301,9 +301,9 @@ def test_blocks_fit_and_cover_the_call(B, K):
     ids=["nan", "races"],
 )
 @pytest.mark.parametrize("T", [1, 9])
-def test_no_memory_is_read_before_it_is_written_nor_twice_at_once(how, T, capfd):
+def test_no_uninitialized_memory_is_read_and_there_are_no_races(how, T, capfd):
     case = make_case(T=T, flags=True)
-    assert_equal_results(kernel(case, how=how, vmem=SMALL), truth(case))
+    assert_results_match(kernel(case, how=how, vmem=SMALL_VMEM), reference(case))
     with common.interpreted(how, lanes=LANES):
         h, _ = quick.jit(run)(jax.tree.map(jnp.asarray, case._replace(reset=None, mask=None)))
     assert np.isfinite(h).all()

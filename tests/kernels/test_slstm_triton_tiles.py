@@ -1,4 +1,4 @@
-"""The rule of the sLSTM's Triton tiles: blocks divide every head, what is kept has room."""
+"""Tiles of the sLSTM Triton kernels: blocks divide every head, resident weights fit."""
 
 import itertools
 
@@ -12,8 +12,8 @@ from pallas_kernels.slstm.triton_tiles import Tile
 
 DTYPES = [jnp.dtype("float32"), jnp.dtype("bfloat16")]
 LANES = (4, 8, 16, 32, 64, 128)
-LEAST = 16
-"""Rows and columns that every product of blocks must have on a GPU."""
+MIN_BLOCK = 16
+"""The least size of a block in a product on a GPU."""
 WIDTHS = sorted({gpu.width(size, common.LANES) for size in range(16, 1025, 16)})
 
 every_chip = pytest.mark.parametrize("chip", ARCHITECTURES)
@@ -22,21 +22,23 @@ both_directions = pytest.mark.parametrize("direction", ["forward", "backward"])
 
 
 def is_power_of_two(size: int) -> bool:
+    """Whether `size` is a power of two."""
     return size > 0 and size & (size - 1) == 0
 
 
-def assert_whole(tile: Tile, K: int, least=LEAST):
-    """Powers of two that divide the head, no block too small; nothing is cut that stays whole."""
+def assert_divides(tile: Tile, K: int, min_block=MIN_BLOCK):
+    """Block sizes are powers of two, at least `min_block`, and divide K."""
     assert is_power_of_two(tile.warps) and tile.stages >= 1
     if tile.resident:
-        assert is_power_of_two(K) and tile.block == tile.inner == tile.kept == 0
+        assert is_power_of_two(K) and tile.block == tile.inner == tile.cached == 0
         return
     for size in (tile.block, tile.inner):
-        assert is_power_of_two(size) and size >= least and K % size == 0, (K, tile)
-    assert tile.kept in (0, tile.block)
+        assert is_power_of_two(size) and size >= min_block and K % size == 0, (K, tile)
+    assert tile.cached in (0, tile.block)
 
 
 def all_tiles(chip: str, dtype, direction: str) -> dict[int, Tile]:
+    """The tile of every width K."""
     with common.compiled_for(chip):
         return {K: getattr(triton_tiles, direction)(K, dtype) for K in WIDTHS}
 
@@ -46,45 +48,43 @@ def all_tiles(chip: str, dtype, direction: str) -> dict[int, Tile]:
 @both_directions
 def test_blocks_divide_every_head(chip, dtype, direction):
     for K, tile in all_tiles(chip, dtype, direction).items():
-        assert_whole(tile, K)
+        assert_divides(tile, K)
 
 
 @every_chip
 @both_dtypes
 @both_directions
-def test_weights_are_kept_only_where_they_fit(chip, dtype, direction):
-    """Four gates of every cell that is computed with what is kept."""
+def test_resident_and_cached_weights_fit_shared_memory(chip, dtype, direction):
     for K, tile in all_tiles(chip, dtype, direction).items():
-        cells = K if tile.resident else tile.kept
+        cells = K if tile.resident else tile.cached
         assert 4 * K * cells * dtype.itemsize <= ARCHITECTURES[chip].shared_bytes, (K, tile)
 
 
 @every_chip
 @both_dtypes
-def test_what_is_kept_of_a_head_is_read_by_one_product(chip, dtype):
-    """All cells of the head are one block of it, so they are a power of two."""
+def test_weights_are_cached_only_for_widths_of_a_power_of_two(chip, dtype):
+    """A cached block is multiplied by all cells of the head in one product."""
     for K, tile in all_tiles(chip, dtype, "forward").items():
-        assert not tile.kept or is_power_of_two(K), (K, tile)
+        assert not tile.cached or is_power_of_two(K), (K, tile)
 
 
 @every_chip
 @both_dtypes
 @both_directions
-def test_narrower_heads_are_kept_where_a_wider_one_is(chip, dtype, direction):
+def test_weights_are_resident_up_to_a_maximum_width(chip, dtype, direction):
     resident = [tile.resident for tile in all_tiles(chip, dtype, direction).values()]
     assert resident == sorted(resident, reverse=True) and resident[0] and not resident[-1]
 
 
 @every_chip
 @both_dtypes
-def test_the_gradient_keeps_no_weights_beside_streamed_ones(chip, dtype):
-    """It has no kernel for that."""
+def test_backward_kernel_caches_no_streamed_weights(chip, dtype):
     tiles = all_tiles(chip, dtype, "backward").values()
-    assert not any(tile.kept for tile in tiles)
+    assert not any(tile.cached for tile in tiles)
 
 
 @both_directions
-def test_on_the_chips_of_data_centres_a_head_of_64_stays_in_bfloat16(direction):
+def test_bfloat16_heads_of_64_are_resident_on_data_center_gpus(direction):
     for chip, K in itertools.product(("sm_80", "sm_90", "sm_100"), (16, 32, 64)):
         assert all_tiles(chip, DTYPES[1], direction)[K].resident
 
@@ -92,19 +92,20 @@ def test_on_the_chips_of_data_centres_a_head_of_64_stays_in_bfloat16(direction):
 @pytest.mark.parametrize("lanes", LANES)
 @both_dtypes
 @both_directions
-def test_blocks_of_interpreted_calls_divide_them_too(lanes, dtype, direction):
+def test_blocks_of_interpreted_calls_divide_every_head(lanes, dtype, direction):
     for K, tile in interpreted_tiles(lanes, dtype, direction).items():
-        assert_whole(tile, K, least=min(lanes, LEAST))
+        assert_divides(tile, K, min_block=min(lanes, MIN_BLOCK))
 
 
 @both_dtypes
 @both_directions
-def test_narrow_heads_are_interpreted_by_one_kernel_and_wide_ones_by_the_other(dtype, direction):
+def test_interpreted_weights_are_resident_for_narrow_heads_only(dtype, direction):
     tiles = interpreted_tiles(8, dtype, direction)
     assert tiles[8].resident and not tiles[32].resident
 
 
 def interpreted_tiles(lanes: int, dtype, direction: str) -> dict[int, Tile]:
+    """The interpreter's tile of some widths K."""
     sizes = (1, 5, 8, 12, 16, 20, 40, 64, 65, 96, 192, 512)
     with common.interpreted(lanes=lanes):
         widths = [gpu.width(size, lanes) for size in sizes]
@@ -112,10 +113,9 @@ def interpreted_tiles(lanes: int, dtype, direction: str) -> dict[int, Tile]:
 
 
 @pytest.mark.parametrize("lanes", LANES)
-def test_a_width_is_padded_to_the_least_one_that_blocks_divide(lanes):
-    """Powers of two up to 64, then multiples of 64."""
-    least = min(lanes, LEAST)
-    allowed = [w for w in (4, 8, 16, 32, 64) if w >= least] + [*range(128, 1088, 64)]
+def test_width_is_padded_to_a_power_of_two_or_a_multiple_of_64(lanes):
+    min_width = min(lanes, MIN_BLOCK)
+    allowed = [w for w in (4, 8, 16, 32, 64) if w >= min_width] + [*range(128, 1088, 64)]
     for size in range(1, 1025):
         width = gpu.width(size, lanes)
         assert width == min(w for w in allowed if w >= size)

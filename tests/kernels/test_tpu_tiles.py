@@ -1,4 +1,4 @@
-"""Tiles fit their chips and cut calls into whole parts; what has none is refused in numbers."""
+"""TPU tiles fit the VMEM of their chips and divide every call; refusals suggest sizes that fit."""
 
 import re
 from types import SimpleNamespace
@@ -22,17 +22,17 @@ CHUNKS = (None, 128, 256, 384, 512)
 every_chip = pytest.mark.parametrize("chip", TPUS)
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: "-".join(map(str, row)))
-def test_every_row_of_the_table_fits_its_chip(row):
-    chip, K, V = row
-    need = tpu_tiles.vmem_bytes(TABLE[row], K, V, BFLOAT16)
-    assert need <= TPUS[chip].vmem_bytes
-    # A length of many chunks gets the row as it stands.
-    assert tpu_tiles.choose(K, V, BFLOAT16, 8 * TABLE[row].chunk, None, chip) == TABLE[row]
+@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: "-".join(map(str, entry)))
+def test_every_tile_of_the_table_fits_its_chip(entry):
+    chip, K, V = entry
+    tile = TABLE[entry]
+    assert tpu_tiles.vmem_bytes(tile, K, V, BFLOAT16) <= TPUS[chip].vmem_bytes
+    # For a sequence of many chunks the tile of the table is not shortened.
+    assert tpu_tiles.choose(K, V, BFLOAT16, 8 * tile.chunk, None, chip) == tile
 
 
-def assert_whole(tile: Tile, T: int):
-    """Whole tiles of 128, whole strips in a chunk, whole chunks in a block, no empty block."""
+def assert_divides(tile: Tile, T: int):
+    """Lanes divide strips, strips divide the chunk, blocks of chunks divide the sequence."""
     assert tile.chunk % common.LANES == 0 == tile.strip % common.LANES
     assert tile.chunk % tile.strip == 0
     num_chunks = -(-T // tile.chunk)
@@ -42,24 +42,24 @@ def assert_whole(tile: Tile, T: int):
 @every_chip
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
 def test_a_tile_divides_every_call_and_fits_its_chip(chip, dtype):
-    served = 0
+    num_supported = 0
     for K, V in WIDTHS:
         for chunk_size in CHUNKS:
             if tpu_tiles.refusal(K, V, dtype, chunk_size, chip) is not None:
                 continue
-            served += 1
+            num_supported += 1
             for T in LENGTHS:
                 tile = tpu_tiles.choose(K, V, dtype, T, chunk_size, chip)
-                assert_whole(tile, T)
+                assert_divides(tile, T)
                 assert tpu_tiles.vmem_bytes(tile, K, V, dtype) <= TPUS[chip].vmem_bytes
                 if chunk_size is not None:
                     assert tile.chunk == min(chunk_size, common.round_up(T, common.LANES))
-    assert served >= len(WIDTHS)
+    assert num_supported >= len(WIDTHS)
 
 
 @every_chip
 @pytest.mark.parametrize("T", [1, 128, 200])
-def test_a_chunk_is_no_longer_than_the_sequence_filled_up(chip, T):
+def test_a_chunk_is_no_longer_than_the_padded_sequence(chip, T):
     for K, V in WIDTHS[:4]:
         tile = tpu_tiles.choose(K, V, BFLOAT16, T, None, chip)
         assert tile.chunk <= common.round_up(T, common.LANES)
@@ -67,7 +67,7 @@ def test_a_chunk_is_no_longer_than_the_sequence_filled_up(chip, T):
 
 @pytest.mark.parametrize("T", [1, 13, 16, 64, 100])
 @pytest.mark.parametrize("chunk_size", [None, 8, 32])
-def test_an_interpreted_tile_is_one_of_as_many_lanes(T, chunk_size):
+def test_an_interpreted_tile_has_strips_of_the_interpreted_lanes(T, chunk_size):
     with common.interpreted(lanes=8):
         tile = tpu_tiles.choose(8, 8, FLOAT32, T, chunk_size)
     assert tile.strip == 8 and tile.chunk % 8 == 0
@@ -77,7 +77,7 @@ def test_an_interpreted_tile_is_one_of_as_many_lanes(T, chunk_size):
 
 @every_chip
 @pytest.mark.parametrize("K,V", WIDTHS)
-def test_the_compilers_limit_is_left_alone_where_it_will_do(chip, K, V):
+def test_vmem_limit_is_raised_only_if_the_default_is_too_small(chip, K, V):
     for dtype in (BFLOAT16, FLOAT32):
         if tpu_tiles.refusal(K, V, dtype, None, chip) is None:
             tile = tpu_tiles.choose(K, V, dtype, 4096, None, chip)
@@ -90,7 +90,7 @@ def test_the_compilers_limit_is_left_alone_where_it_will_do(chip, K, V):
 # Refusals
 
 
-def test_dtypes_that_no_kernel_computes_with_are_refused_with_those_that_it_does():
+def test_unsupported_dtypes_are_refused_and_supported_ones_named():
     for refusal in (
         lambda dtype: tpu_tiles.refusal(64, 64, jnp.dtype(dtype), None, "v5e"),
         lambda dtype: slstm_tiles.refusal(64, jnp.dtype(dtype), "v5e"),
@@ -102,7 +102,7 @@ def test_dtypes_that_no_kernel_computes_with_are_refused_with_those_that_it_does
         assert refusal("float32") is None is refusal("bfloat16")
 
 
-def test_a_chunk_that_is_no_multiple_of_the_tile_is_refused_with_one_that_is():
+def test_unsupported_chunk_size_is_refused_with_a_supported_one():
     refusal = tpu_tiles.refusal(64, 64, BFLOAT16, 100, "v5e")
     assert refusal == "chunk_size=100 is not a multiple of 128, the tile; use 128 or None"
     assert "use 384 or None" in tpu_tiles.refusal(64, 64, BFLOAT16, 257, "v5e")
@@ -113,7 +113,7 @@ def test_a_chunk_that_is_no_multiple_of_the_tile_is_refused_with_one_that_is():
 
 @every_chip
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
-def test_heads_too_wide_are_refused_with_the_widest_that_fit(chip, dtype):
+def test_too_wide_heads_are_refused_with_the_widest_that_fit(chip, dtype):
     refusal = tpu_tiles.refusal(8192, 4096, dtype, None, chip)
     words = (
         r"heads of K=8192, V=4096 need ([\d.]+) MiB with chunks of 128, "
@@ -126,28 +126,28 @@ def test_heads_too_wide_are_refused_with_the_widest_that_fit(chip, dtype):
     assert tpu_tiles.refusal(fits + 128, fits + 128, dtype, None, chip) is not None
 
 
-def test_a_chunk_too_long_is_refused_with_one_that_fits():
-    found = 0
+def test_too_long_chunk_is_refused_with_one_that_fits():
+    num_refused = 0
     for chip in TPUS:
         for K, V in WIDTHS:
             refusal = tpu_tiles.refusal(K, V, FLOAT32, 4096, chip)
             if refusal is None or "use more heads" in refusal:
                 continue
-            found += 1
+            num_refused += 1
             assert f"heads of K={K}, V={V} need" in refusal and "chunks of 4096" in refusal
             chunk = int(re.search(r"; chunk_size=(\d+) fits$", refusal)[1])
             assert tpu_tiles.refusal(K, V, FLOAT32, chunk, chip) is None
-    assert found
+    assert num_refused
 
 
-def test_a_call_without_a_tile_raises_what_its_refusal_says():
+def test_choose_raises_the_reason_of_the_refusal():
     refusal = tpu_tiles.refusal(64, 64, BFLOAT16, 100, "v5e")
     with pytest.raises(ValueError) as error:
         tpu_tiles.choose(64, 64, BFLOAT16, 512, 100, "v5e")
     assert str(error.value) == f"mlstm: {refusal}."
 
 
-def test_a_device_that_is_no_tpu_we_know_is_refused_with_those_that_are():
+def test_unknown_device_is_refused_and_known_tpus_named():
     refusal = tpu_tiles.refusal(64, 64, BFLOAT16)
     assert refusal == (
         f"the memory of a 'cpu' is not known, only of {', '.join(TPUS)}; name 'chunkwise'"
@@ -156,7 +156,7 @@ def test_a_device_that_is_no_tpu_we_know_is_refused_with_those_that_are():
 
 @every_chip
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
-def test_an_slstm_too_wide_is_refused_with_the_widest_that_fits(chip, dtype):
+def test_too_wide_slstm_heads_are_refused_with_the_widest_that_fit(chip, dtype):
     refusal = slstm_tiles.refusal(8000, dtype, chip)
     words = (
         rf"the recurrent weights of heads of K=8000 in {dtype} do not fit (\d+) MiB of VMEM; "
@@ -168,7 +168,7 @@ def test_an_slstm_too_wide_is_refused_with_the_widest_that_fits(chip, dtype):
     assert slstm_tiles.refusal(widest + 1, dtype, chip) is not None
 
 
-# The chip at hand
+# The current chip
 
 
 @pytest.mark.parametrize(
@@ -184,25 +184,25 @@ def test_an_slstm_too_wide_is_refused_with_the_widest_that_fits(chip, dtype):
         ("NVIDIA H100 80GB HBM3", None),
     ],
 )
-def test_a_chip_is_known_by_what_jax_calls_it(monkeypatch, device_kind, chip):
+def test_current_chip_follows_from_the_device_kind(monkeypatch, device_kind, chip):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=device_kind)])
     assert tpu.current_chip() == chip
     if chip is not None:
-        there = tpu_tiles.choose(256, 512, BFLOAT16, 4096, None)
-        assert there == tpu_tiles.choose(256, 512, BFLOAT16, 4096, None, chip)
+        tile = tpu_tiles.choose(256, 512, BFLOAT16, 4096, None)
+        assert tile == tpu_tiles.choose(256, 512, BFLOAT16, 4096, None, chip)
 
 
 @every_chip
-def test_what_is_compiled_for_a_chip_is_cut_for_it(chip):
+def test_ahead_of_time_target_gets_its_own_tile(chip):
     assert tpu.current_chip() is None
     with common.compiled_for(chip):
         assert tpu.current_chip() == chip
-        here = tpu_tiles.choose(256, 512, BFLOAT16, 4096, None)
-    assert here == tpu_tiles.choose(256, 512, BFLOAT16, 4096, None, chip)
+        tile = tpu_tiles.choose(256, 512, BFLOAT16, 4096, None)
+    assert tile == tpu_tiles.choose(256, 512, BFLOAT16, 4096, None, chip)
     assert tpu.current_chip() is None
 
 
-# The models that have names
+# Presets
 
 
 def mlstm_widths(name: str) -> set[tuple[int, int]]:
@@ -218,25 +218,25 @@ def mlstm_widths(name: str) -> set[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
-def test_every_preset_gets_a_tile_in_bfloat16(chip):
-    refused = {}
+def test_every_preset_has_a_bfloat16_tile(chip):
+    refusals = {}
     for name in presets.names():
         assert mlstm_widths(name), name
         for K, V in mlstm_widths(name):
             reason = tpu_tiles.refusal(K, V, BFLOAT16, None, chip)
             if reason is not None:
-                refused[name] = reason
-    assert not refused
+                refusals[name] = reason
+    assert not refusals
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
-def test_every_preset_with_an_slstm_has_room_for_it_in_bfloat16(chip):
-    refused = {}
+def test_slstm_heads_of_every_preset_fit_in_bfloat16(chip):
+    refusals = {}
     for name in presets.names():
         cfg = presets.get(name)
         if "s" in cfg.pattern:
             K = cfg.dim // cfg.slstm.num_heads
             reason = slstm_tiles.refusal(K, BFLOAT16, chip)
             if reason is not None:
-                refused[name] = reason
-    assert not refused
+                refusals[name] = reason
+    assert not refusals
