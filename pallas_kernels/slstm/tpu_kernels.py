@@ -20,13 +20,13 @@ from pallas_kernels.slstm.options import MASKED, RESET, Forward, Inputs, Options
 
 def forward(options: Options, args: Inputs, *, save: bool) -> Forward:
     """`slstm_forward` of unpacked weights."""
-    words = tpu.pack(args.r.astype(args.x.dtype))
+    words = tpu.pack_weights(args.r.astype(args.x.dtype))
     return slstm_forward(options, args._replace(r=words), save=save)
 
 
 def backward(options: Options, gates, r, *rest) -> tuple[jax.Array, ...]:
     """`slstm_backward` of unpacked weights."""
-    return slstm_backward(options, gates, tpu.pack(jnp.swapaxes(r, 1, 2)), *rest)
+    return slstm_backward(options, gates, tpu.pack_weights(jnp.swapaxes(r, 1, 2)), *rest)
 
 
 def slstm_forward(options: Options, args: Inputs, *, save: bool) -> Forward:
@@ -122,7 +122,7 @@ def _call(options: Options, body, operands, results, *, name: str) -> tuple[jax.
             in_specs=[spec(*pair) for pair in operands],
             out_specs=[spec(*pair) for pair in results],
             out_shape=shapes,
-            compiler_params=tpu.compiler_params(tpu.IN_ORDER, options.tile.vmem_bytes),
+            compiler_params=tpu.compiler_params(tpu.DIMENSION_SEMANTICS, options.tile.vmem_bytes),
             cost_estimate=cost(name, T * H * B * K, K, gate, (*arrays, *shapes)),
             interpret=options.interpret,
             name=name,
@@ -200,7 +200,7 @@ def _forward_body(x, words, bias, first, *refs, unroll, forget_gate, flagged):
     def advance(t, head, state):
         reset, masked = (None, None) if flags is None else read_flags(flags[t], K)
         c, n, h, m = state if reset is None else [jnp.where(reset, 0.0, leaf) for leaf in state]
-        gates = x[t, head].astype(jnp.float32) + bias[head] + tpu.times(h, words[head])
+        gates = x[t, head].astype(jnp.float32) + bias[head] + tpu.packed_matmul(h, words[head])
         for ref, value in zip(saved, (h, c, n, m, gates), strict=False):
             ref[t, head] = value.astype(ref.dtype)
         new = step(gates, c, n, m, forget_gate)
@@ -263,7 +263,7 @@ def _backward_body(gates, words, c, n, m, dh, dlast, *refs, unroll, forget_gate,
         if flags is not None:
             dgates = jnp.where(read_flags(flags[t], 4 * K)[1], 0.0, dgates)
         dx[t, head] = dgates.astype(dx.dtype)
-        new = (dc, dn, tpu.times(dgates, words[head]), rho)
+        new = (dc, dn, tpu.packed_matmul(dgates, words[head]), rho)
         if flags is not None:
             reset, masked = read_flags(flags[t], K)
             # The forget factor is 0 after a reset, so only h is left to be cut off.

@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels import common, gpu
 from pallas_kernels.hardware import ARCHITECTURES
 
-WAY_OUT = "install the pair that belongs to this jax: `pip install xlstm-jax[gpu]`"
+WAY_OUT = "install the versions that match this jax: `pip install xlstm-jax[gpu]`"
 PAIRS = {"0.10": ("0.10.2", "0.3.1"), "0.11": ("0.11.0", "0.4.0")}
 
 
@@ -90,7 +90,7 @@ def test_chips_are_in_the_order_of_their_capabilities():
     capabilities = [chip.capability for chip in ARCHITECTURES.values()]
     assert capabilities == sorted(capabilities)
     assert [f"sm_{capability}" for capability in capabilities] == list(ARCHITECTURES)
-    assert capabilities[0] == gpu.OLDEST
+    assert capabilities[0] == gpu.MIN_CAPABILITY
 
 
 # Refusals
@@ -106,9 +106,9 @@ def test_a_gpu_with_the_right_packages_is_not_refused(device, installed, capabil
 
 def test_a_device_that_is_no_gpu_of_nvidia_is_refused(device, installed):
     installed()
-    assert gpu.refusal() == "it needs an NVIDIA GPU, not a 'cpu'"
+    assert gpu.refusal() == "it needs an NVIDIA GPU, got 'cpu'"
     device("AMD Instinct MI210", compute_capability="gfx90a")
-    assert gpu.refusal() == "it needs an NVIDIA GPU, not a 'AMD Instinct MI210'"
+    assert gpu.refusal() == "it needs an NVIDIA GPU, got 'AMD Instinct MI210'"
 
 
 @pytest.mark.parametrize("capability", ["7.5", "6.1"])
@@ -116,8 +116,7 @@ def test_a_gpu_older_than_ampere_is_refused(device, installed, capability):
     installed()
     device("Tesla T4", compute_capability=capability)
     assert gpu.refusal() == (
-        "it needs an NVIDIA GPU of compute capability 8.0 or newer (Ampere), "
-        f"a Tesla T4 has {capability}"
+        f"it needs compute capability 8.0 (Ampere) or higher, a Tesla T4 has {capability}"
     )
 
 
@@ -147,11 +146,11 @@ def test_a_package_that_is_missing_is_named(monkeypatch, installed, module, pack
     [
         (
             "raise AttributeError('jax has no attribute core')",
-            "jax-triton does not load (AttributeError: jax has no attribute core)",
+            "jax-triton cannot be imported (AttributeError: jax has no attribute core)",
         ),
         (
             "import a_module_that_nobody_has",
-            "jax-triton does not load (No module named 'a_module_that_nobody_has')",
+            "jax-triton cannot be imported (No module named 'a_module_that_nobody_has')",
         ),
     ],
     ids=["an attribute", "a module"],
@@ -171,13 +170,13 @@ def test_what_jax_triton_raises_when_it_is_imported_is_passed_on(
 )
 def test_versions_that_do_not_belong_together_are_refused(installed, versions):
     installed(*versions)
-    said = f"jax {versions[0]}, jax-triton {versions[1]} do not belong together; {WAY_OUT}"
+    said = f"jax {versions[0]}, jax-triton {versions[1]} do not match; {WAY_OUT}"
     assert refused_here() == said
 
 
 def test_where_triton_interprets_it_compiles_nothing(installed):
     installed(interpret=True)
-    assert refused_here() == "TRITON_INTERPRET is set, so Triton compiles nothing; unset it"
+    assert refused_here() == "TRITON_INTERPRET is set, which disables Triton's compiler; unset it"
 
 
 def test_the_interpreter_needs_triton_and_to_be_asked_for_in_time(monkeypatch, installed):
@@ -185,7 +184,7 @@ def test_the_interpreter_needs_triton_and_to_be_asked_for_in_time(monkeypatch, i
     assert gpu.interpreter_refusal() is None
     installed(interpret=False)
     assert gpu.interpreter_refusal() == (
-        "Triton compiles in this process; set TRITON_INTERPRET=1 before it is imported"
+        "Triton's interpreter is off; set TRITON_INTERPRET=1 before triton is imported"
     )
     monkeypatch.setitem(sys.modules, "triton", None)
     assert gpu.interpreter_refusal() == "triton is not installed; `pip install triton`"

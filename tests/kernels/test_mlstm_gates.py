@@ -71,7 +71,7 @@ def assert_decays_equal(actual, expected, name, tolerance=1e-5):
 def test_decays_are_sums_of_log_gates_up_to_a_reset(input_gate, flags):
     raw = make_gates(flags)
     _, x = raw.ready(input_gate)
-    inside = x.gates.log_i, x.border
+    inside = x.gates.log_i, x.log_decays
     log_i, log_f, reset = exact(raw, input_gate)
     B, H, T = log_i.shape
     for b, h, chunk in np.ndindex(B, H, T // CHUNK):
@@ -87,7 +87,7 @@ def test_decays_are_sums_of_log_gates_up_to_a_reset(input_gate, flags):
                 to_row[t] = keep[: t + 1].sum()
         here = (b, h, chunk)
         added, at = jax.tree.map(lambda a: np.asarray(a[here], np.float64), inside)  # noqa: B023
-        assert_decays_equal(at.to_row, to_row, "to_row")
+        assert_decays_equal(at.from_start, to_row, "from_start")
         assert_decays_equal(at.across, to_row[-1], "across")
         assert_decays_equal(at.to_end, _nothing_to_neg(weights[-1]), "to_end")
         seen = np.tri(CHUNK, dtype=bool)
@@ -131,7 +131,7 @@ def test_differences_of_large_sums_keep_their_digits():
     raw = raw._replace(f=(raw.f - 43).astype(np.float32))
     _, x = raw.ready(chunk=256)
     log_i, log_f, _ = exact(raw)
-    coarse, fine, log_i_32 = (np.asarray(a)[:, :, 0] for a in (*x.border[:2], x.gates.log_i))
+    coarse, fine, log_i_32 = (np.asarray(a)[:, :, 0] for a in (*x.log_decays[:2], x.gates.log_i))
     source = log_i_32 - fine
     assert coarse.min() < -9000
     near = fine[..., 1:] + source[..., :-1]
@@ -149,7 +149,7 @@ def test_a_suffix_sum_ends_with_its_chunk_and_segment(rng, flags):
     _, decays = raw.ready()
     terms = rng.standard_normal(decays.m.shape).astype(np.float32)
     leaving = rng.standard_normal(terms.shape[:3]).astype(np.float32)
-    args = (jnp.asarray(terms), jnp.asarray(leaving), decays.border.segment, decays.gates.reset)
+    args = (jnp.asarray(terms), jnp.asarray(leaving), decays.log_decays.segment, decays.gates.reset)
     found = quick.jit(gates.suffix_sum)(*args)
     reset = exact(raw)[2].reshape(terms.shape)
     segment = np.cumsum(reset, axis=-1)
@@ -189,8 +189,8 @@ def test_the_last_m_passes_its_gradient_back_along_the_maximum(rng, flags, shift
         gradient = quick.jit(lambda rho, *args: jax.vjp(last, *args)[1](rho))
         expected = gradient(*map(jnp.float64, (rho, log_i, log_f, raw.m)))
         expected = [np.asarray(g) for g in expected]
-    path = (a.reshape(*a.shape[:2], -1) for a in (x.through_f, x.kept))
-    found = quick.jit(gates.scale_grads)(*path, jnp.asarray(rho))
+    path = (a.reshape(*a.shape[:2], -1) for a in (x.through_f, x.carried))
+    found = quick.jit(gates.stabilizer_grads)(*path, jnp.asarray(rho))
     for name, a, b in zip(("log_i", "log_f", "m"), found, expected, strict=True):
         np.testing.assert_array_equal(np.reshape(a, b.shape), b, err_msg=name)
     assert np.any(expected[2]) == (shift > 0)

@@ -29,8 +29,8 @@ def assert_whole(tile: Tile, K: int, V: int, least=LEAST):
     """Powers of two that divide the widths and the chunk that they cut, and no block too small."""
     cuts = [(tile.states.k, K), (tile.states.v, V), (tile.states.positions, tile.chunk)]
     for block, read, written in ((tile.h, K, V), (tile.dv, K, V), (tile.dq, V, K), (tile.dk, V, K)):
-        cuts += [(block.inner, read), (block.memory, read), (block.width, written)]
-        cuts += [(block.rows, tile.chunk), (block.others, block.rows)]
+        cuts += [(block.inner, read), (block.state_inner, read), (block.width, written)]
+        cuts += [(block.positions, tile.chunk), (block.other_positions, block.positions)]
     for size, whole in cuts:
         assert is_power_of_two(size) and size >= least and whole % size == 0, (size, whole, tile)
     for block in tile[1:]:
@@ -50,7 +50,7 @@ def test_blocks_divide_every_call(chip, dtype):
 @both_dtypes
 @pytest.mark.parametrize("T", LENGTHS)
 def test_a_chunk_is_the_one_asked_for_unless_the_sequence_is_shorter(chip, dtype, T):
-    longest = common.round_up(T, triton_tiles.ROWS)
+    longest = common.round_up(T, triton_tiles.POSITIONS)
     with common.compiled_for(chip):
         for chunk_size in CHUNKS:
             tile = triton_tiles.choose(128, 256, dtype, T, chunk_size)

@@ -150,7 +150,7 @@ def test_a_call_without_a_tile_raises_what_its_refusal_says():
 def test_a_device_that_is_no_tpu_we_know_is_refused_with_those_that_are():
     refusal = tpu_tiles.refusal(64, 64, BFLOAT16)
     assert refusal == (
-        f"the memory of a 'cpu' is not known, only of {', '.join(TPUS)}; name 'chunkwise'"
+        f"VMEM of 'cpu' is unknown, known are {', '.join(TPUS)}; use implementation='chunkwise'"
     )
 
 

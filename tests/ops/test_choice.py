@@ -63,7 +63,7 @@ def usable(monkeypatch):
     def call(kernel, arrays, out_shape, **_):
         return tuple(jnp.zeros(x.shape, x.dtype) for x in out_shape)
 
-    monkeypatch.setattr(gpu, "_unusable", lambda: None)
+    monkeypatch.setattr(gpu, "_environment_refusal", lambda: None)
     monkeypatch.setattr(gpu, "call", call)
 
 
@@ -164,7 +164,7 @@ def test_a_gpu_without_the_packages_computes_otherwise_and_says_why(
     monkeypatch, chosen, op, chip, T
 ):
     sentence = "jax-triton is not installed; a way out"
-    monkeypatch.setattr(gpu, "_unusable", lambda: sentence)
+    monkeypatch.setattr(gpu, "_environment_refusal", lambda: sentence)
     arguments = shapes(op, "bfloat16", T=T)
     assert_auto_falls_through(chosen, op, chip, arguments, "triton", sentence)
     with common.compiled_for(chip):

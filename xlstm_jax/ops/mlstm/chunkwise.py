@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mlstm import gates as pre
-from pallas_kernels.mlstm.gates import READ_FLOOR, Borders, LogGates
+from pallas_kernels.mlstm.gates import READ_FLOOR, LogDecays, LogGates
 from xlstm_jax.cells.logspace import exact_einsum
 from xlstm_jax.cells.mlstm import MLSTMState
 from xlstm_jax.ops.cpu import materialize
@@ -66,7 +66,7 @@ def mlstm_chunkwise(
     q, k, v = (flags.zero_masked(a) for a in x[:3])
     gates = pre.log_gates(x.i, x.f, *flags, input_gate=options.input_gate, dtype=state.C.dtype)
     if not options.max_state:
-        state = MLSTMState(*pre.without_scale(*state))
+        state = MLSTMState(*pre.fold_stabilizer(*state))
     L = min(options.chunk_size or CHUNK_SIZE, q.shape[1])
     h, state = _chunkwise(options, L, q, k, v, gates, state)  # pyright: ignore[reportGeneralTypeIssues]
     return flags.zero_masked(h), state
@@ -87,7 +87,7 @@ def _forward(options: Options, L: int, q, k, v, gates: LogGates, state: MLSTMSta
     x = Chunks(_chunk(q, L), _chunk(k, L), _chunk(v, L), LogGates(log_i, log_f, reset))
     # A product reads it: see `materialize` on operands that are one value repeated.
     first = materialize(jax.tree.map(_merge_leading, state))
-    decays = pre.borders(x.gates, materialize(pre.running_sum(x.gates)))
+    decays = pre.log_decays(x.gates, materialize(pre.running_sum(x.gates)))
     starts, last = _border_states(options, x, decays, first)
     rows = _outputs(options, x, decays, starts)
     last_by_head = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), last, state)
@@ -101,7 +101,7 @@ def _backward(options: Options, L: int, saved: Residuals, cotangents):
     dh, dlast = _chunk(dh, L), materialize(jax.tree.map(_merge_leading, dlast_by_head))
     if not options.normalize:  # else the division by norms makes it more than a constant
         dh = materialize(dh)
-    decays = pre.borders(x.gates, materialize(pre.running_sum(x.gates)))
+    decays = pre.log_decays(x.gates, materialize(pre.running_sum(x.gates)))
     drows = _row_grads(options, rows, dh)
     weights = _row_weights(x.gates, decays, rows.m, starts.m)
     dends, phi, dfirst = _border_grads(saved, decays, drows, weights[1], dlast)
@@ -111,9 +111,9 @@ def _backward(options: Options, L: int, saved: Residuals, cotangents):
     dlog_f = pre.suffix_sum(flow, phi, decays.segment, x.gates.reset)
     if options.max_state:
         rho = dlast.m - _inner(dlast, last)
-        through_f, kept = pre.path_of_maximum(x.gates, rows.m, starts.m)
+        through_f, kept = pre.stabilizer_path(x.gates, rows.m, starts.m)
         leaving = _leaving(kept, drows.m, rho)
-        gauge_i, gauge_f, gauge_m = pre.scale_grads(through_f, kept, leaving, drows.m)
+        gauge_i, gauge_f, gauge_m = pre.stabilizer_grads(through_f, kept, leaving, drows.m)
         dlog_i, dlog_f = dlog_i + gauge_i, dlog_f + gauge_f
         dfirst = dfirst._replace(m=dfirst.m + _by_position(gauge_m, last)[0])
     dq, dk, dv = dq.astype(x.q.dtype), dk.astype(x.k.dtype), dv.astype(x.v.dtype)
@@ -125,7 +125,7 @@ def _backward(options: Options, L: int, saved: Residuals, cotangents):
 _chunkwise.defvjp(_forward, _backward)
 
 
-def _border_states(options: Options, x: Chunks, decays: Borders, state: MLSTMState):
+def _border_states(options: Options, x: Chunks, decays: LogDecays, state: MLSTMState):
     """The states at chunk starts, leading axis Z, and the last; `state` has the leading axis Y."""
     # Increments are computed for all chunks at once, each in its own scale; the scan only adds.
     own = pre.end_max(x.gates, decays[:2]) if options.max_state else jnp.zeros_like(decays.across)
@@ -147,12 +147,12 @@ def _border_states(options: Options, x: Chunks, decays: Borders, state: MLSTMSta
     return jax.tree.map(_merge_leading, starts), last
 
 
-def _outputs(options: Options, x: Chunks, decays: Borders, starts: MLSTMState) -> Rows:
+def _outputs(options: Options, x: Chunks, decays: LogDecays, starts: MLSTMState) -> Rows:
     dtype, scale = starts.C.dtype, x.q.shape[-1] ** -0.5
     m = jnp.zeros_like(x.gates.log_i)
     if options.max_state:  # as the step recurrence has it
         source = _source_decay(decays, pre.log_i_for_m(x.gates))
-        m = jnp.maximum(jnp.max(source, axis=-1), decays.to_row + starts.m[..., None])
+        m = jnp.maximum(jnp.max(source, axis=-1), decays.from_start + starts.m[..., None])
     inside, across = _row_weights(x.gates, decays, m, starts.m)
     P = scale * exact_einsum("ZLK,ZSK->ZLS", x.q, x.k, dtype=dtype) * inside
     q = (scale * across)[..., None] * x.q
@@ -186,7 +186,7 @@ def _row_grads(options: Options, rows: Rows, dh: Float[Array, "Z L V"]) -> _RowG
     return _RowGrads(dh / norm[..., None], jnp.where(by_d, jnp.sign(rows.d) * dnorm, 0), dm)
 
 
-def _border_grads(saved: Residuals, decays: Borders, drows: _RowGrads, across, dlast):
+def _border_grads(saved: Residuals, decays: LogDecays, drows: _RowGrads, across, dlast):
     """Cotangents of the states leaving each chunk, what scaling them costs, and of the first."""
     x, _, starts, last = saved
     dtype = starts.C.dtype
@@ -211,7 +211,7 @@ def _border_grads(saved: Residuals, decays: Borders, drows: _RowGrads, across, d
     return (dC_end, dn_end, m_end), phi, MLSTMState(dC, dn, dm)
 
 
-def _input_grads(options, x: Chunks, decays: Borders, starts, drows: _RowGrads, weights, dends):
+def _input_grads(options, x: Chunks, decays: LogDecays, starts, drows: _RowGrads, weights, dends):
     dtype, scale = starts.C.dtype, x.q.shape[-1] ** -0.5
     (inside, across), (dC_end, dn_end, m_end) = weights, dends
     C, dC_end = _as(starts.C, x.v), _as(dC_end, x.v)
@@ -251,7 +251,7 @@ def _inner(cotangent: MLSTMState, state: MLSTMState) -> Float[Array, "Y"]:
     return C + jnp.sum(cotangent.n * state.n, axis=-1)
 
 
-def _source_decay(decays: Borders, log_i: Float[Array, "Z L"]) -> Float[Array, "Z L L"]:
+def _source_decay(decays: LogDecays, log_i: Float[Array, "Z L"]) -> Float[Array, "Z L L"]:
     """log weight of source s (last axis) in row t; NEG where s > t or a reset lies between."""
     L, (coarse, fine, segment, *_) = log_i.shape[-1], decays
     seen = jnp.tril(jnp.ones((L, L), bool))[None]
@@ -263,12 +263,12 @@ def _source_decay(decays: Borders, log_i: Float[Array, "Z L"]) -> Float[Array, "
 
 
 def _row_weights(
-    gates: LogGates, decays: Borders, m: Float[Array, "Z L"], m_start: Float[Array, "Z"]
+    gates: LogGates, decays: LogDecays, m: Float[Array, "Z L"], m_start: Float[Array, "Z"]
 ) -> tuple[Float[Array, "Z L L"], Float[Array, "Z L"]]:
     """Factors of sources and of the state at the chunk's start, over e^m."""
     m = jnp.maximum(m, READ_FLOOR)
     source = _source_decay(decays, gates.log_i)
-    across = decays.to_row + m_start[..., None]
+    across = decays.from_start + m_start[..., None]
     return jnp.exp(source - m[..., None]), jnp.exp(across - m)
 
 

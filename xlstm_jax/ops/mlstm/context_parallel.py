@@ -54,7 +54,7 @@ def states_around(
     gates = pre.log_gates(x.i, x.f, *flags, input_gate=options.input_gate, dtype=state.C.dtype)
     own = summarize(flags.zero_masked(x.k), flags.zero_masked(x.v), gates, options)
     if not options.max_state:
-        state = MLSTMState(*pre.without_scale(*state))
+        state = MLSTMState(*pre.fold_stabilizer(*state))
     few = jax.lax.axis_size(axes) <= ALL_GATHER_SHARDS
     exchange = _all_gather if few else _by_doubling
     return exchange(own, state, axes)
@@ -81,7 +81,7 @@ def _weights_at_end(gates: LogGates):
     B, T, H = gates.log_i.shape
     chunks = pre.in_chunks(gates, min(GATE_CHUNK, T))
     total = materialize(pre.running_sum(chunks))
-    decays = pre.borders(chunks, total)
+    decays = pre.log_decays(chunks, total)
     if chunks.reset is None:
         behind, has_reset = decays.across, jnp.zeros(decays.across.shape, bool)
     else:
