@@ -47,14 +47,14 @@ def compiler_params(semantics: tuple[str, ...], vmem_bytes: int | None) -> Any:
     )
 
 
-def as_column(row: jax.Array) -> jax.Array:
+def to_sublanes(x: jax.Array) -> jax.Array:
     """`1 L` to `L 1`, by a mask and a sum: not every chip can reshape lanes to sublanes."""
-    return jnp.sum(jnp.where(_diagonal(row.shape[1]), row, 0.0), axis=1, keepdims=True)
+    return jnp.sum(jnp.where(_diagonal(x.shape[1]), x, 0.0), axis=1, keepdims=True)
 
 
-def as_row(column: jax.Array) -> jax.Array:
+def to_lanes(x: jax.Array) -> jax.Array:
     """`L 1` to `1 L`, by a mask and a sum."""
-    return jnp.sum(jnp.where(_diagonal(column.shape[0]), column, 0.0), axis=0, keepdims=True)
+    return jnp.sum(jnp.where(_diagonal(x.shape[0]), x, 0.0), axis=0, keepdims=True)
 
 
 def _diagonal(size: int) -> jax.Array:

@@ -77,7 +77,7 @@ def rows(args: Arguments) -> Iterator[dict[str, Any]]:
                 if key not in seen:
                     seen.add(key)
                     named = dict(zip(("op", "K", "V", "dtype"), sizes, strict=True))
-                    why = resources.complaints(chip, kernel)
+                    why = resources.exceeded_limits(chip, kernel)
                     yield {"chip": chip, **named, **kernel._asdict(), "complaints": why}
 
 

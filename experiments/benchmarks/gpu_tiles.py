@@ -110,7 +110,7 @@ def examine(args: Arguments, tile: Tile, kernel: str, case: Case) -> dict[str, A
             found = resources.resources(chip, fn, *shapes)
             mine = [one for one in found if kernel == "chunk" or one.name == f"mlstm_{kernel}"]
             row |= {"resources": [one._asdict() for one in mine]}
-            row["dropped"] = [why for one in mine for why in resources.complaints(chip, one)]
+            row["dropped"] = [why for one in mine for why in resources.exceeded_limits(chip, one)]
         else:
             row |= timed(fn, case, args.repeats)
     except Exception as error:  # whatever a compiler says of a block that it cannot lay out

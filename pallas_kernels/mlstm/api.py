@@ -41,7 +41,8 @@ def mlstm(
         q, k, v: `B T H K`, `B T H K`, `B T H V`, all float32 or all bfloat16; 1/sqrt(K) is applied
             to q here.
         i, f: `B T H`, gate pre-activations; the forget gate is a sigmoid.
-        state: before the first step; with T = 1 a donated state is updated in place under `jit`.
+        state: before the first step; with T = 1 under `jit`, the buffers of a donated state are
+            reused.
         reset: `B T`; where True, the state is the initial one before this position is processed.
         mask: `B T`; where False, the state is unchanged and h is 0.
         input_gate: "exp" or "sigmoid"; with "sigmoid" the states have m = 0.
@@ -53,7 +54,7 @@ def mlstm(
     Any T, K and V are supported: they are padded to tiles, time by steps that leave the state
     unchanged and widths by zeros. State, normalizers and gates are float32. States at chunk
     boundaries, which are saved for the gradient and from which GPU kernels compute h, are in the
-    dtype of q. There is no second derivative; use the XLA implementation "chunkwise" for that.
+    dtype of q. Second derivatives are not supported; the XLA implementation "chunkwise" has them.
 
     Returns:
         h in the dtype of v, and the state after the last step.

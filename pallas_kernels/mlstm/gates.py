@@ -316,7 +316,7 @@ def suffix_sum(
         x: `... L`.
         carry: one number per chunk, added to the sums of the chunk's last segment.
         segment: segment index of each position, as in `LogDecays`; None: one segment.
-        reset: `... L`; the result is 0 there.
+        reset: `... L`; where True, the result is 0.
     """
     if segment is None:
         return jax.lax.cumsum(x, axis=x.ndim - 1, reverse=True) + carry[..., None]

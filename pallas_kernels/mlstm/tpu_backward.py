@@ -24,9 +24,9 @@ from pallas_kernels.mlstm.tpu_forward import (
     block_specs,
     concatenate,
     log_weights,
-    row_product,
+    weighted_sum,
 )
-from pallas_kernels.tpu import as_row, product
+from pallas_kernels.tpu import product, to_lanes
 
 K_DK, Q_DQ, SCALING = range(3)
 
@@ -44,7 +44,7 @@ def mlstm_backward(
     tokens, fixed, starts, by_time = block_specs(options, lambda c: last - c)
     outputs = [] if h is None else [h]
     inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
-    # `sums` has three rows, padded to four.
+    # K_DK, Q_DQ and SCALING, padded to four sums.
     float32 = [(B, H, 4, T), dC.shape, dn.shape]
     dq, dk, dv, sums, dC, dn = pl.pallas_call(
         functools.partial(_kernel, options),
@@ -87,11 +87,11 @@ class _Refs(NamedTuple):
     dC: jax.Ref
     dn: jax.Ref
 
-    def gate_row(self, index: int, positions: slice) -> jax.Array:
+    def gate(self, index: int, positions: slice) -> jax.Array:
         """One gate of these positions, `1 L`."""
         return self.packed[0, 0, index : index + 1, positions]
 
-    def gate_columns(self, positions: slice) -> jax.Array:
+    def sublane_gates(self, positions: slice) -> jax.Array:
         """All gates of these positions, `L 8`."""
         return self.packed[0, 0, :, positions].T
 
@@ -120,18 +120,18 @@ def _kernel(options: Options, *refs):
 
 
 def _normalizer_cotangent(options: Options, x: _Refs, strip: slice) -> tuple[jax.Array, jax.Array]:
-    """Cotangent of each query's normalizer, times the normalizer: as a column and as a row."""
+    """Cotangent of each query's normalizer, times the normalizer: as `L 1` and as `1 L`."""
     assert x.h is not None
     dh, h = (ref[0, strip].astype(jnp.float32) for ref in (x.dh, x.h))
-    sign = x.gate_columns(strip)[:, gates.NORMALIZER : gates.NORMALIZER + 1]
-    column = sign * jnp.sum(options.fold_lanes(dh * h), axis=1, keepdims=True)
-    return column, as_row(column)
+    sign = x.sublane_gates(strip)[:, gates.NORMALIZER : gates.NORMALIZER + 1]
+    dnorm = sign * jnp.sum(options.fold_lanes(dh * h), axis=1, keepdims=True)
+    return dnorm, to_lanes(dnorm)
 
 
 def _key_grads(options: Options, x: _Refs, chunk: slice, keys: slice, dnorm: dict, dS_tiles: dict):
     """dk and dv of one strip of keys; stores the tiles of dS in `dS_tiles`."""
     k, v = x.k[0, keys], x.v[0, keys]
-    key_gates = x.gate_columns(keys)
+    key_gates = x.sublane_gates(keys)
     P, dS = [], []
     for queries in options.strips(chunk):
         if queries.start < keys.start:
@@ -167,7 +167,7 @@ def _query_grads(
 ):
     """dq of one strip of queries."""
     q, dh = x.q[0, queries], x.dh[0, queries]
-    read = x.gate_columns(queries)[:, gates.READ : gates.READ + 1]
+    read = x.sublane_gates(queries)[:, gates.READ : gates.READ + 1]
     dS = [tile for (start, _), tile in dS_tiles.items() if start == queries.start]
     through_state = product(dh, x.C_starts[0, 0, index].astype(dh.dtype), (1, 1))
     if dnorm:
@@ -180,15 +180,15 @@ def _query_grads(
 
 def _update(options: Options, x: _Refs, index: int, chunk: slice, dnorm: list):
     """Cotangents of the state before the chunk, and of its log scale."""
-    read = x.gate_row(gates.READ, chunk)
-    decay = x.gate_row(gates.DECAY, slice(chunk.start, chunk.start + 1))
+    read = x.gate(gates.READ, chunk)
+    decay = x.gate(gates.DECAY, slice(chunk.start, chunk.start + 1))
     q = x.q[0, chunk]
     weighted = (q.T.astype(jnp.float32) * read).astype(q.dtype)
     dC = decay * x.dC[0, 0] + product(weighted, x.dh[0, chunk])
     x.dC[0, 0] = dC
     dn = decay * x.dn[0, 0]
     if dnorm:
-        dn = dn + row_product(read * concatenate([row for _, row in dnorm], 1), q)
+        dn = dn + weighted_sum(read * concatenate([lanes for _, lanes in dnorm], 1), q)
     x.dn[0, 0] = dn
     scaling = dC * x.C_starts[0, 0, index].astype(jnp.float32)
     scaling = jnp.sum(options.fold_lanes(scaling), axis=0, keepdims=True)
@@ -198,5 +198,5 @@ def _update(options: Options, x: _Refs, index: int, chunk: slice, dnorm: list):
 
 
 def _inner_products(options: Options, x: jax.Array, dx: jax.Array) -> jax.Array:
-    """Sums of x * dx over the last axis, as a row."""
-    return as_row(jnp.sum(options.fold_lanes(x.astype(jnp.float32) * dx), axis=1, keepdims=True))
+    """Sums of x * dx over the last axis, `1 L`."""
+    return to_lanes(jnp.sum(options.fold_lanes(x.astype(jnp.float32) * dx), axis=1, keepdims=True))

@@ -1,4 +1,4 @@
-"""One step of the mLSTM on a TPU: reads the state once and updates it in place.
+"""One step of the mLSTM on a TPU: reads the state once and overwrites it.
 
 The step is bound by the HBM traffic of the matrix memory, 8 K V bytes per head. Widths are not
 padded, so the state is not copied.
@@ -17,7 +17,7 @@ from pallas_kernels.hardware import TPUS
 from pallas_kernels.mlstm import cost
 from pallas_kernels.mlstm import gates as pre
 from pallas_kernels.mlstm.options import Options, State
-from pallas_kernels.tpu import as_column
+from pallas_kernels.tpu import to_sublanes
 
 DECAY, WRITE, BOUND, READ = range(len(pre.StepFactors._fields))
 
@@ -90,7 +90,7 @@ def _kernel(options: Options, factors, q, k, v, C_old, n_old, h, C, n):
     scale = q.shape[-1] ** -0.5 * factor(READ)
     query = q[0, 0].astype(jnp.float32) * scale
     key = k[0, 0].astype(jnp.float32) * factor(WRITE)
-    memory = factor(DECAY) * C_old[0, 0] + as_column(key) * v[0, 0].astype(jnp.float32)
+    memory = factor(DECAY) * C_old[0, 0] + to_sublanes(key) * v[0, 0].astype(jnp.float32)
     C[0, 0] = memory
 
     # n and n_old are one buffer, so only the first block of columns may update it.
@@ -98,7 +98,7 @@ def _kernel(options: Options, factors, q, k, v, C_old, n_old, h, C, n):
     def _():
         n[0, 0] = factor(DECAY) * n_old[0, 0] + key
 
-    u = jnp.sum(as_column(query) * memory, axis=0, keepdims=True)
+    u = jnp.sum(to_sublanes(query) * memory, axis=0, keepdims=True)
     if options.normalize:
         d = jnp.sum(query * n[0, 0], axis=1, keepdims=True)
         u = u / (jnp.maximum(jnp.abs(d), factor(BOUND)) + options.eps)

@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import tpu
 from pallas_kernels.mlstm import cost, gates
 from pallas_kernels.mlstm.options import Forward, Options
-from pallas_kernels.tpu import as_row, product
+from pallas_kernels.tpu import product, to_lanes
 
 IN_HBM = pl.BlockSpec(memory_space=pl.ANY)
 
@@ -130,46 +130,47 @@ def _outputs(options: Options, chunk, packed, q_ref, k_ref, v_ref, h_ref, C, n, 
             bound = query_gates[:, gates.NORMALIZER : gates.NORMALIZER + 1]
             u = u * (1.0 / (jnp.maximum(jnp.abs(d), bound) + options.eps))
             if d_ref is not None:
-                d_ref[0, 0, :, strip] = as_row(d)
+                d_ref[0, 0, :, strip] = to_lanes(d)
         h_ref[0, strip] = u.astype(h_ref.dtype)
 
 
 def _update(options: Options, chunk, packed, k_ref, v_ref, C, n):
-    """Updates the state in place to the end of one chunk."""
+    """Advances the state to the end of one chunk."""
     write = packed[0, 0, gates.WRITE : gates.WRITE + 1, chunk]
     decay = packed[0, 0, gates.DECAY : gates.DECAY + 1, chunk.start : chunk.start + 1]
     k = k_ref[0, chunk]
     weighted = (k.T.astype(jnp.float32) * write).astype(v_ref.dtype)
     C[0, 0] = decay * C[0, 0] + product(weighted, v_ref[0, chunk])
-    n[0, 0] = decay * n[0, 0] + row_product(write, k)
+    n[0, 0] = decay * n[0, 0] + weighted_sum(write, k)
 
 
-def log_weights(options: Options, column, row, *, on_diagonal: bool, upper: bool):
+def log_weights(options: Options, sublane_gates, lane_gates, *, on_diagonal: bool, upper: bool):
     """Log weights of one tile of queries and keys; NEG for later keys and across resets.
 
-    `column` `R 8` and `row` `8 R` are the packed gates along the tile's first and second axis. The
-    first axis is queries; with `upper` it is keys, and the upper triangle is causal.
+    The packed gates are `R 8` along the tile's first axis and `8 R` along its second. The first
+    axis is queries; with `upper` it is keys, and the upper triangle is causal.
     """
     first, second = (gates.KEY, gates.QUERY) if upper else (gates.QUERY, gates.KEY)
-    fine = column[:, first : first + 1] + row[second : second + 1]
-    coarse = column[:, gates.COARSE : gates.COARSE + 1] - row[gates.COARSE : gates.COARSE + 1]
+    fine = sublane_gates[:, first : first + 1] + lane_gates[second : second + 1]
+    index = slice(gates.COARSE, gates.COARSE + 1)
+    coarse = sublane_gates[:, index] - lane_gates[index]
     x = fine - coarse if upper else fine + coarse
     visible = None
     if on_diagonal:
         i, j = (jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
         visible = i <= j if upper else i >= j
     if options.resets:
-        segment = slice(gates.SEGMENT, gates.SEGMENT + 1)
-        same = column[:, segment] == row[segment]
+        index = slice(gates.SEGMENT, gates.SEGMENT + 1)
+        same = sublane_gates[:, index] == lane_gates[index]
         visible = same if visible is None else visible & same
     return x if visible is None else jnp.where(visible, x, gates.NEG)
 
 
-def row_product(weights: jax.Array, x: jax.Array) -> jax.Array:
+def weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
     """`1 L` in float32 times `L K`, without rounding the weights even if x is bfloat16.
 
-    The weights are split into three bfloat16 rows; the MXU takes no longer for eight rows than for
-    one.
+    The weights are split into three bfloat16 vectors, stacked along the sublanes; the MXU takes no
+    longer for eight sublanes than for one.
     """
     if x.dtype == jnp.float32:
         return product(weights, x)

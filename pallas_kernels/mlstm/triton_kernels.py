@@ -70,23 +70,23 @@ def states(
     program = tl.program_id(0)
     block = program % blocks
     head = (program // blocks).to(tl.int64)
-    rows = (block // (V // BV)) * BK + tl.arange(0, BK)
-    columns = (block % (V // BV)) * BV + tl.arange(0, BV)
+    offs_k = (block // (V // BV)) * BK + tl.arange(0, BK)
+    offs_v = (block % (V // BV)) * BV + tl.arange(0, BV)
     # n has no columns: only the programs of the first block of columns store it.
     owns_n = block % (V // BV) == 0
     t = tl.arange(0, BT)
     # Offsets within a block fit 32 bits; larger ones are 64-bit and are added to the pointers.
-    lhs_tile = t[None, :] * (H * K) + rows[:, None]
-    rhs_tile = t[:, None] * (H * V) + columns[None, :]
+    lhs_tile = t[None, :] * (H * K) + offs_k[:, None]
+    rhs_tile = t[:, None] * (H * V) + offs_v[None, :]
     first_token = (head // H) * T * H + head % H
     gates += head * 8 * T
-    state_tile = rows[:, None] * V + columns[None, :]
+    state_tile = offs_k[:, None] * V + offs_v[None, :]
     C_out += head * (T // L) * K * V + state_tile
     C_starts += head * (T // L) * K * V + state_tile
-    n_out += head * (T // L) * K + rows
-    n_starts += head * (T // L) * K + rows
+    n_out += head * (T // L) * K + offs_k
+    n_starts += head * (T // L) * K + offs_k
     C = tl.load(C_first + head * K * V + state_tile)
-    n = tl.load(n_first + head * K + rows)
+    n = tl.load(n_first + head * K + offs_k)
     for step in range(T // BT):
         position = (T - BT * (step + 1)) if REVERSED else BT * step
         chunk = (position // L).to(tl.int64)
@@ -114,7 +114,7 @@ def states(
                 tl.store(scaling + (head * (T // L) + chunk) * blocks + block, total)
     tl.store(C_last + head * K * V + state_tile, C)
     if owns_n:
-        tl.store(n_last + head * K + rows, n)
+        tl.store(n_last + head * K + offs_k, n)
 
 
 @triton.jit

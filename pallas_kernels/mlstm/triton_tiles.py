@@ -17,8 +17,8 @@ from pallas_kernels.hardware import ARCHITECTURES
 class States(NamedTuple):
     """Blocks of `triton_kernels.states`."""
 
-    k: int  # rows of C of one program
-    v: int  # columns of C of one program
+    k: int  # block of K of one program
+    v: int  # block of V of one program
     positions: int  # positions per iteration
     warps: int
     stages: int
@@ -48,7 +48,7 @@ class Tile(NamedTuple):
 
 
 POSITIONS = 64
-"""Output positions of one program: the rows of one matrix instruction of a four-warp group."""
+"""Output positions of one program: M of one matrix instruction of a four-warp group."""
 
 LONG_CHUNK, SHORT_CHUNK = 256, 128
 """Per token, the weights of a chunk cost L (K + V) operations and its stored state K V / L bytes:

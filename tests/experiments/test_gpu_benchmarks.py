@@ -61,7 +61,7 @@ def test_a_gpu_is_described_to_its_compiler(name):
 
 
 def test_a_kernel_that_fits_has_nothing_against_it():
-    assert resources.complaints("sm_90", KERNEL) == []
+    assert resources.exceeded_limits("sm_90", KERNEL) == []
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_kernel_that_fits_has_nothing_against_it():
     ],
 )
 def test_what_does_not_fit_is_named(change, words):
-    (found,) = resources.complaints("sm_80", KERNEL._replace(**change))
+    (found,) = resources.exceeded_limits("sm_80", KERNEL._replace(**change))
     assert found == f"mlstm_h on sm_80: {words}"
 
 
