@@ -38,7 +38,7 @@ class Resources(NamedTuple):
     spills: int  # bytes of register spills per thread
     shared_bytes: int  # shared memory per program
     tensor_columns: int  # columns of tensor memory (Blackwell), at most 512
-    assembly: float  # PTX version
+    ptx_version: float
     matrix_unit: str  # the matrix-multiply instruction; "" if the kernel has none
     num_warps: int
     num_stages: int
@@ -151,7 +151,7 @@ def _assembled(launch: Launch, capability: int) -> Resources:
         spills=usage["STACK"] + usage["LOCAL"],
         shared_bytes=kernel.metadata.shared,
         tensor_columns=getattr(kernel.metadata, "tmem_size", 0),
-        assembly=float(version[1]),
+        ptx_version=float(version[1]),
         matrix_unit=next(units, ""),
         num_warps=kernel.metadata.num_warps,
         num_stages=kernel.metadata.num_stages,

@@ -156,6 +156,8 @@ def outputs(
     # Positions count from the chunk start, so that offsets within a chunk fit 32 bits.
     begin = (program % (L // BT)) * BT
     t = begin + tl.arange(0, BT)
+    # Outside of the loop: inside it mlstm_dk takes all 255 registers on sm_100.
+    offs_s = tl.arange(0, BS)
     a = tl.arange(0, BA)
     w = split * BW + tl.arange(0, BW)
     token = ((head // H) * T + chunk * L) * H + head % H
@@ -194,7 +196,7 @@ def outputs(
     # Contribution of the positions of the same chunk.
     lhs_block = tl.load(lhs + a[None, :])
     for start in range(begin if LATER else 0, L if LATER else begin + BT, BS):
-        s = start + tl.arange(0, BS)
+        s = start + offs_s
         offset = s * (H * A)
         if A == BA:
             P = product(lhs_block, tl.load(rhs + offset[None, :] + a[:, None]), UPCAST)

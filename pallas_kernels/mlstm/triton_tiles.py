@@ -51,8 +51,8 @@ POSITIONS = 64
 """Output positions of one program: M of one matrix instruction of a four-warp group."""
 
 LONG_CHUNK, SHORT_CHUNK = 256, 128
-"""Per token, the weights of a chunk cost L (K + V) operations and its stored state K V / L bytes:
-they balance at L near sqrt(K V). `choose` has the threshold between the two lengths."""
+"""Per token, a chunk costs L (K + V) operations for its weights and K V / L of state traffic.
+They balance at L near sqrt(K V); `choose` has the threshold between the two lengths."""
 
 
 def choose(K: int, V: int, dtype: jnp.dtype, T: int, chunk_size: int | None) -> Tile:
