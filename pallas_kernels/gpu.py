@@ -113,7 +113,7 @@ def call(
     if interpret:
         return _interpreted(kernel, arrays, out_shape, grid, aliases, constants)
     jax_triton = importlib.import_module("jax_triton")
-    _target_bundled_ptxas()
+    _target_older_ptxas()
     if _version("jax-triton") >= (0, 4):
         named: dict[str, Any] = {"out_type": tuple(out_shape)}
         named["backend_options"] = {"enable_fp_fusion": True}  # the default of 0.3
@@ -168,7 +168,7 @@ def _environment_refusal() -> str | None:
 
 
 @functools.cache
-def _target_bundled_ptxas() -> None:
+def _target_older_ptxas() -> None:
     """Makes Triton emit PTX that ptxas of CUDA 12.9, the one installed with jax, can read.
 
     Triton's wheel bundles two versions of ptxas. From Hopper on it targets the newer one, but XLA

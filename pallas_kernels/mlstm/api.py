@@ -181,8 +181,9 @@ def _backward(options: Options, K: int, residuals, cotangents):
     dm_first = grads.scaling[..., 0]
     if options.max_state:
         # Returned C and n are scaled by exp(-m), so for a fixed unscaled state dm gets -scaling.
-        path = (x.reshape(*x.shape[:2], -1) for x in (decays.through_f, decays.carried))
-        dm_i, dm_f, dm_before = pre.stabilizer_grads(*path, dm - scaling)
+        path = decays.through_f, decays.carried
+        through_f, carried = (x.reshape(*x.shape[:2], -1) for x in path)
+        dm_i, dm_f, dm_before = pre.stabilizer_grads(through_f, carried, dm - scaling)
         dlog_i, dlog_f = dlog_i + dm_i.reshape(shape), dlog_f + dm_f.reshape(shape)
         dm_first = dm_first + dm_before
     dlog_i, dlog_f = (jnp.swapaxes(g.reshape(g.shape[:2] + (-1,)), 1, 2) for g in (dlog_i, dlog_f))
