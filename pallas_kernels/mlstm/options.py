@@ -67,7 +67,7 @@ class Options(NamedTuple):
         """Metadata that XLA quotes in its error message if VMEM overflows during compilation."""
         tile = f"chunk {self.chunk}, {self.tile.chunks_per_block} per block"
         smaller = self.chunk // 2 // self.lanes * self.lanes
-        advice = f"pass chunk_size={smaller}" if smaller else "use more, narrower heads"
+        advice = f"pass chunk_size={smaller}" if smaller else "use more heads of a smaller width"
         return {"tile": tile, "if_vmem_overflows": advice}
 
 
