@@ -1,4 +1,4 @@
-"""Kernels for the recurrences of xLSTM: arrays in, arrays out, nothing of `xlstm_jax` inside.
+"""Accelerator kernels for the xLSTM recurrences; they take and return arrays.
 
-Importing this package imports nothing else, so it costs nothing and needs no device.
+The package does not depend on `xlstm_jax`. Importing it imports no submodule and needs no device.
 """

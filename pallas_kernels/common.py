@@ -1,4 +1,4 @@
-"""What all kernels share: where they run, padding to tiles, `vmap`."""
+"""Shared by all kernels: interpretation, compilation targets, padding and `vmap`."""
 
 import contextlib
 import contextvars
@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 LANES = 128
-"""Elements in the last axis of a TPU's tile: widths and chunks are multiples of it."""
+"""Lanes of a TPU tile (its last axis); head widths and chunks are padded to multiples of it."""
 
 NEG = -1e30
-"""The log of nothing; finite, so that NEG - NEG is 0 and not NaN."""
+"""Stands for log(0); finite, so that NEG - NEG is 0 and not NaN."""
 
 _interpreter: contextvars.ContextVar[Any] = contextvars.ContextVar("interpreter", default=None)
 _lanes: contextvars.ContextVar[int] = contextvars.ContextVar("lanes", default=LANES)
@@ -22,13 +22,13 @@ _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", d
 
 @contextlib.contextmanager
 def interpreted(how: Any = True, *, lanes: int = LANES) -> Iterator[None]:
-    """Kernels traced inside run as plain XLA programs, on any device; for tests.
+    """Interprets the kernels that are traced in this context, on any device; for tests.
 
-    A kernel asked for by its name then runs where it would refuse; `"auto"` still passes it over.
+    A kernel that is selected by name then runs on every platform; `"auto"` still skips it.
 
     Args:
-        how: what `pallas_call(interpret=...)` takes: True, or `pltpu.InterpretParams`.
-        lanes: the multiple of widths and chunks, in place of 128: small cases stay small.
+        how: the `interpret` argument of `pallas_call`: True, or `pltpu.InterpretParams`.
+        lanes: widths and chunks are padded to multiples of this, so that test cases can be small.
     """
     tokens = _interpreter.set(how), _lanes.set(lanes)
     try:
@@ -40,7 +40,7 @@ def interpreted(how: Any = True, *, lanes: int = LANES) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiled_for(chip: str) -> Iterator[None]:
-    """Functions traced inside are compiled ahead of time for `chip`.
+    """Kernels that are traced in this context are compiled ahead of time for `chip`.
 
     Args:
         chip: a key of `hardware.TPUS` or of `hardware.ARCHITECTURES`.
@@ -53,84 +53,87 @@ def compiled_for(chip: str) -> Iterator[None]:
 
 
 def interpreter() -> Any:
-    """What to give `pallas_call` as `interpret`: False outside of `interpreted`."""
+    """The `interpret` argument for `pallas_call`; False outside of `interpreted`."""
     return _interpreter.get() or False
 
 
 def target() -> str | None:
-    """The chip of `compiled_for`, or None."""
+    """The chip given to `compiled_for`; None outside of it."""
     return _target.get()
 
 
 def lanes() -> int:
-    """The multiple that widths and chunks are padded to."""
+    """Widths and chunks are padded to multiples of this."""
     return _lanes.get()
 
 
 def round_up(size: int, multiple: int) -> int:
-    """The least multiple that is not below `size`."""
+    """The smallest multiple of `multiple` that is at least `size`."""
     return -(-size // multiple) * multiple
 
 
 def pad(x: jax.Array, axis: int, size: int, value: float = 0) -> jax.Array:
-    """`x` padded with `value` at the end of `axis`, to `size`; the same array if it has it."""
-    missing = size - x.shape[axis]
-    if not missing:
+    """Pads the end of `axis` with `value` up to `size`; returns `x` itself if it has that size."""
+    padding = size - x.shape[axis]
+    if not padding:
         return x
     widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, missing)
+    widths[axis] = (0, padding)
     return jnp.pad(x, widths, constant_values=value)
 
 
-def folding(
+def fold_vmap(
     kernel: Callable[..., Any],
     axes: Sequence[tuple[int | None, int | None]] | None = None,
     out_axes: Sequence[tuple[int, int]] | None = None,
 ) -> Callable[..., Any]:
-    """`kernel`, to whose batch `vmap` adds, or to whose heads where weights are mapped as well.
+    """`kernel` with a `vmap` rule that folds the mapped axis into the batch, or into the heads.
 
-    A kernel that copies from HBM by itself cannot be given another axis by Pallas.
+    It is folded into the heads if an argument without a batch axis (weights) is mapped too. The
+    rule replaces that of Pallas, which cannot add a grid axis to a kernel with its own DMAs.
 
     Args:
-        kernel: its arguments and results are arrays, None, or without `axes` trees of them.
-        axes: of every argument the axis of the batch and that of the heads, or None where it has no
-            such axis; without `axes` the batch is the first axis everywhere.
-        out_axes: the same of every result.
+        kernel: takes and returns arrays or None; without `axes` also trees of them.
+        axes: (batch axis, head axis) of each argument, None where it lacks one; without `axes` the
+            batch is the first axis of every array.
+        out_axes: the same for each result.
     """
     mapped = jax.custom_batching.custom_vmap(kernel)
 
     @mapped.def_vmap
     def _(size, is_mapped, *args):
-        folded = folding(kernel, axes, out_axes)
+        folded = fold_vmap(kernel, axes, out_axes)
         arrays, tree = jax.tree.flatten(args)
-        marks = jax.tree.leaves(is_mapped)
-        places = [(0, None)] * len(arrays)
+        flags = jax.tree.leaves(is_mapped)
+        batch_head = [(0, None)] * len(arrays)
         if axes is not None:
-            places = [place for place, x in zip(axes, args, strict=True) if x is not None]
-        mapped_places = list(itertools.compress(places, marks))
-        into = int(any(batch is None for batch, _ in mapped_places))
+            batch_head = [pair for pair, x in zip(axes, args, strict=True) if x is not None]
+        mapped_axes = list(itertools.compress(batch_head, flags))
+        # 0: fold into the batch; 1: into the heads.
+        into = int(any(batch is None for batch, _ in mapped_axes))
 
-        def repeat(x, mark):
-            return x if mark else jnp.broadcast_to(x, (size, *x.shape))
+        def broadcast(x, flag):
+            return x if flag else jnp.broadcast_to(x, (size, *x.shape))
 
-        if any(place[into] is None for place in mapped_places):  # flags beside mapped weights
-            repeated = tree.unflatten(map(repeat, arrays, marks))
-            results = jax.lax.map(lambda one: folded(*one), repeated)
+        # Mapped weights fold into the heads, which mapped resets and masks lack: run one by one.
+        if any(pair[into] is None for pair in mapped_axes):
+            stacked = tree.unflatten(map(broadcast, arrays, flags))
+            results = jax.lax.map(lambda one: folded(*one), stacked)
             return results, jax.tree.map(lambda _: True, results)
 
-        def join(x, mark, place):
-            axis = place[into]
+        def join(x, flag, pair):
+            axis = pair[into]
             if axis is None:
                 return x
-            x = jnp.moveaxis(repeat(x, mark), 0, axis)
+            x = jnp.moveaxis(broadcast(x, flag), 0, axis)
             return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
-        def split(x, place):
-            axis = place[into]
+        def split(x, pair):
+            axis = pair[into]
             x = x.reshape(*x.shape[:axis], size, -1, *x.shape[axis + 1 :])
             return jnp.moveaxis(x, axis, 0)
 
-        results = folded(*tree.unflatten(map(join, arrays, marks, places)))
+        results = folded(*tree.unflatten(map(join, arrays, flags, batch_head)))
         arrays, tree = jax.tree.flatten(results)
         results = tree.unflatten(map(split, arrays, out_axes or [(0, None)] * len(arrays)))
         return results, jax.tree.map(lambda _: True, results)
@@ -139,15 +142,15 @@ def folding(
 
 
 def refused_chunk(chunk_size: int | None, tile: int) -> str | None:
-    """Why no kernel has chunks of this size, with one that is supported, or None."""
+    """Why this chunk size is not supported, naming one that is; None if it is supported."""
     if chunk_size is None or chunk_size % tile == 0:
         return None
-    near = round_up(chunk_size, tile)
-    return f"chunk_size={chunk_size} is not a multiple of {tile}, the tile; use {near} or None"
+    multiple = round_up(chunk_size, tile)
+    return f"chunk_size={chunk_size} is not a multiple of {tile}, the tile; use {multiple} or None"
 
 
 def refused_dtype(dtype: jnp.dtype) -> str | None:
-    """Why no kernel computes with `dtype`, or None."""
+    """Why no kernel supports `dtype`; None if they do."""
     if dtype in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
         return None
     if dtype == jnp.dtype("float16"):

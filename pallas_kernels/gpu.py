@@ -1,7 +1,7 @@
-"""Calling a Triton kernel from JAX: compiled by jax-triton, or computed by Triton's interpreter.
+"""Calls Triton kernels from JAX: compiled by jax-triton, or run by Triton's interpreter.
 
-jax-triton changed the names of its arguments between 0.3 (jax 0.10) and 0.4 (jax 0.11); nothing
-outside of this file knows. Both keep what they have compiled by kernel, shapes and constants.
+This module hides the argument names that differ between jax-triton 0.3 (jax 0.10) and 0.4
+(jax 0.11). Both versions cache compiled kernels by kernel, shapes and constants.
 """
 
 import functools
@@ -20,14 +20,14 @@ import numpy as np
 from pallas_kernels import common
 from pallas_kernels.hardware import ARCHITECTURES
 
-OLDEST = 80
-"""Compute capability of Ampere, times ten: the first with products of bfloat16."""
+MIN_CAPABILITY = 80
+"""Compute capability times ten: Ampere is the first generation with bfloat16 matrix products."""
 
 
 def current_chip() -> str | None:
-    """The key in `hardware.ARCHITECTURES` of the GPU that functions traced now run on, or None.
+    """The key in `hardware.ARCHITECTURES` of the target or current GPU; None: not a known GPU.
 
-    A GPU between two of them is taken for the older one.
+    A GPU whose capability is between two entries maps to the older one.
     """
     if target := common.target():
         return target
@@ -37,41 +37,41 @@ def current_chip() -> str | None:
 
 
 def width(size: int, lanes: int) -> int:
-    """The width that heads are padded to: a power of two, beyond 64 a multiple of 64."""
+    """The width that heads are padded to: a power of two up to 64, then a multiple of 64."""
     if size > 64:
         return common.round_up(size, 64)
     return max(min(lanes, 16), 1 << (size - 1).bit_length())
 
 
-def divisor(size: int, most: int) -> int:
-    """The largest power of two that divides `size`, up to `most`."""
-    return min(size & -size, most)
+def divisor(size: int, limit: int) -> int:
+    """The largest power of two that divides `size`, but at most `limit` (a power of two)."""
+    return min(size & -size, limit)
 
 
 def refusal() -> str | None:
-    """Why no Triton kernel can run on this machine's GPU, or None."""
+    """Why Triton kernels cannot run on the current device; None if they can."""
     if common.target() is None:
         capability = _capability()
         if capability is None:
-            return f"it needs an NVIDIA GPU, not a {jax.devices()[0].device_kind!r}"
-        if capability < OLDEST:
+            return f"it needs an NVIDIA GPU, got {jax.devices()[0].device_kind!r}"
+        if capability < MIN_CAPABILITY:
             kind = jax.devices()[0].device_kind
             return (
-                f"it needs an NVIDIA GPU of compute capability 8.0 or newer (Ampere), a {kind} has "
+                f"it needs compute capability 8.0 (Ampere) or higher, a {kind} has "
                 f"{capability // 10}.{capability % 10}"
             )
-    return _unusable()
+    return _environment_refusal()
 
 
 def interpreter_refusal() -> str | None:
-    """Why Triton's interpreter cannot compute kernels in this process, or None."""
+    """Why Triton's interpreter cannot run kernels in this process; None if it can."""
     try:
         triton = importlib.import_module("triton")
     except ImportError:
         return "triton is not installed; `pip install triton`"
     if triton.knobs.runtime.interpret:
         return None
-    return "Triton compiles in this process; set TRITON_INTERPRET=1 before it is imported"
+    return "Triton's interpreter is off; set TRITON_INTERPRET=1 before triton is imported"
 
 
 def call(
@@ -88,29 +88,32 @@ def call(
     interpret: bool = False,
     **constants: Any,
 ) -> tuple[jax.Array, ...]:
-    """Results of a Triton kernel, whose parameters are the arrays, the results, then constants.
+    """Launches a Triton kernel, whose parameters are the arrays, the results, then constants.
+
+    The call has no gradient and no `vmap` rule; see `common.fold_vmap`.
 
     Args:
-        kernel: what `triton.jit` returns.
-        arrays: contiguous, as all arrays of XLA.
-        out_shape: of the results, uninitialized before the kernel writes them.
-        name: of the call in the compiled program.
-        grid: programs along up to three axes.
-        num_warps, num_stages: of `triton.Config`.
-        aliases: number of an array to the number of the result that takes its place in memory, to
-            be written through the array's parameter. Such results come last, and what stands for
-            them among the parameters, which jax-triton 0.4 does not fill, is left alone.
+        kernel: a function decorated with `triton.jit`.
+        arrays: operands; contiguous, like all XLA arrays.
+        out_shape: shapes of the results, which are uninitialized until the kernel writes them.
+        name: name of the call in the compiled program.
+        grid: number of programs along up to three axes.
+        num_warps, num_stages: as in `triton.Config`.
+        aliases: index of an array -> index of the result that reuses its buffer. The kernel writes
+            through the array's parameter. Aliased results come last, and the kernel must not use
+            their parameters, which jax-triton 0.4 does not pass.
         target: a key of `hardware.ARCHITECTURES`, to compile ahead of time; None: the current GPU.
-        interpret: compute on the host, one program after the other; for tests.
+        interpret: run on the host, one program after the other; for tests.
         constants: the kernel's `tl.constexpr` parameters.
 
-    There is no gradient and no `vmap`: see `common.folding`.
+    Returns:
+        One array for each element of `out_shape`.
     """
     aliases = dict(aliases or {})
     if interpret:
         return _interpreted(kernel, arrays, out_shape, grid, aliases, constants)
     jax_triton = importlib.import_module("jax_triton")
-    _write_for_the_older_assembler()
+    _target_older_ptxas()
     if _version("jax-triton") >= (0, 4):
         named: dict[str, Any] = {"out_type": tuple(out_shape)}
         named["backend_options"] = {"enable_fp_fusion": True}  # the default of 0.3
@@ -118,7 +121,7 @@ def call(
     else:
         named = {"out_shape": tuple(out_shape)}
     with warnings.catch_warnings():
-        # 0.4 would have mutable arrays instead, which 0.3 does not take.
+        # 0.4 recommends mutable arrays instead, which 0.3 does not support.
         warnings.filterwarnings("ignore", "input_output_aliases", DeprecationWarning)
         return jax_triton.triton_call(
             *arrays,
@@ -135,40 +138,41 @@ def call(
 
 
 def _capability() -> int | None:
-    """Of the first device, times ten; None: no NVIDIA GPU."""
+    """Compute capability of the first device, times ten; None: not an NVIDIA GPU."""
     try:
         major, minor = str(getattr(jax.devices()[0], "compute_capability", None)).split(".")
         return 10 * int(major) + int(minor)
-    except ValueError:  # not a GPU, or one of AMD, whose capability is a name
+    except ValueError:  # not a GPU, or an AMD GPU, whose capability is a name
         return None
 
 
 @functools.cache
-def _unusable() -> str | None:
-    """Why Triton kernels cannot be compiled in this environment, or None."""
-    way_out = "install the pair that belongs to this jax: `pip install xlstm-jax[gpu]`"
+def _environment_refusal() -> str | None:
+    """Why this environment cannot compile Triton kernels; None if it can."""
+    way_out = "install the versions that match this jax: `pip install xlstm-jax[gpu]`"
     for module, package in (("triton", "triton"), ("jax_triton", "jax-triton")):
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name == module:
                 return f"{package} is not installed; {way_out}"
-            return f"{package} does not load ({error}); {way_out}"
-        except Exception as error:  # whatever versions that do not belong together may raise
-            return f"{package} does not load ({type(error).__name__}: {error}); {way_out}"
+            return f"{package} cannot be imported ({error}); {way_out}"
+        except Exception as error:  # mismatched versions may raise anything
+            return f"{package} cannot be imported ({type(error).__name__}: {error}); {way_out}"
     if (_version("jax") >= (0, 11)) != (_version("jax-triton") >= (0, 4)):
         versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "jax-triton"))
-        return f"{versions} do not belong together; {way_out}"
+        return f"{versions} do not match; {way_out}"
     if importlib.import_module("triton").knobs.runtime.interpret:
-        return "TRITON_INTERPRET is set, so Triton compiles nothing; unset it"
+        return "TRITON_INTERPRET is set, which disables Triton's compiler; unset it"
     return None
 
 
 @functools.cache
-def _write_for_the_older_assembler() -> None:
-    """Have Triton write what the assembler of CUDA 12.9 reads, which is the one beside jax.
+def _target_older_ptxas() -> None:
+    """Makes Triton emit PTX that ptxas of CUDA 12.9, the one installed with jax, can read.
 
-    It brings two of its own; from Hopper on it would write for the newer, which XLA does not use.
+    Triton's wheel bundles two versions of ptxas. From Hopper on it targets the newer one, but XLA
+    assembles with that of CUDA 12.9.
     """
     nvidia = importlib.import_module("triton").knobs.nvidia
     if not os.environ.get("TRITON_PTXAS_BLACKWELL_PATH"):
@@ -181,20 +185,20 @@ def _version(package: str) -> tuple[int, int]:
 
 
 _interpreter_lock = threading.Lock()
-"""Triton's interpreter keeps the program's number in one place for all threads."""
+"""Triton's interpreter stores the current program id in a global that all threads share."""
 
 
 def _interpreted(kernel, arrays, out_shape, grid, aliases, constants) -> tuple[jax.Array, ...]:
     def run(*inputs):
         inputs = [np.array(x) for x in inputs]
-        # Memory that nobody has written holds NaN, so that reading it shows.
+        # Uninitialized memory is NaN, so that a test notices when it is read.
         outputs = [
             np.full(x.shape, np.nan if jnp.issubdtype(x.dtype, jnp.floating) else -1, x.dtype)
             for x in out_shape
         ]
         for source, result in aliases.items():
             outputs[result] = inputs[source]
-        # A GPU says nothing of overflows either.
+        # A GPU does not report overflow either.
         with _interpreter_lock, np.errstate(all="ignore"):
             kernel[grid](*(_HostArray(x) for x in (*inputs, *outputs)), **constants)
         return tuple(outputs)
@@ -203,9 +207,9 @@ def _interpreted(kernel, arrays, out_shape, grid, aliases, constants) -> tuple[j
 
 
 class _HostArray:
-    """A NumPy array with as much of a tensor's interface as Triton's interpreter asks for.
+    """A NumPy array with the part of the torch tensor interface that Triton's interpreter uses.
 
-    It is on the host already, so it is its own storage and its own copy.
+    The interpreter copies tensors to the host and back; these already are on the host.
     """
 
     def __init__(self, array: np.ndarray):

@@ -1,7 +1,8 @@
-"""What the data sheets say of accelerators; tiles, plans and benchmarks read this one table.
+"""Data-sheet figures of accelerators, the one table for tiles, plans and benchmarks.
 
-TPUs: Google Cloud's page of each version. GPUs: NVIDIA's data sheet of each module (SXM), and the
-network of its reference systems. Rates are per chip and second; what a core has derives from them.
+Sources: for TPUs Google Cloud's page of each version; for GPUs NVIDIA's data sheet of each module
+(SXM) and the network of its reference systems. Rates are per chip and second; figures per core are
+derived from them.
 """
 
 import re
@@ -13,62 +14,64 @@ MIB, GIB = 1 << 20, 1 << 30
 class Tpu(NamedTuple):
     """One TPU chip."""
 
-    target: str  # its key in `TPUS`, for which kernels are compiled
+    target: str  # key in `TPUS`: the compilation target
     flops: float  # bfloat16, dense
     hbm_bytes: int
     hbm_bandwidth: float
     intra_bandwidth: float  # sent to chips of the same slice, all links in one direction
-    inter_bandwidth: float  # sent to other slices, over the data center's network
-    cores: int  # TensorCores; a kernel's schedule and VMEM are those of one
-    devices: int  # of JAX; the cores of a v4 and a v5p are one device
-    vmem_bytes: int  # of a core
-    matrix_unit: int  # side of one matrix unit
-    flops_per_bundle: int  # of all matrix units of a core
+    inter_bandwidth: float  # sent to other slices, over the data-center network
+    cores: int  # TensorCores; a kernel runs on one and uses its VMEM
+    devices: int  # JAX devices; on v4 and v5p both cores form one device
+    vmem_bytes: int  # per core
+    matrix_unit: int  # side of one MXU
+    flops_per_bundle: int  # of all MXUs of a core
 
     @property
     def core_flops(self) -> float:
+        """Peak bfloat16 FLOP/s of one core."""
         return self.flops / self.cores
 
     @property
     def core_hbm_bandwidth(self) -> float:
+        """Bytes per second of HBM for each core, if they share it evenly."""
         return self.hbm_bandwidth / self.cores
 
     @property
     def clock(self) -> float:
-        """Bundles a second."""
+        """Scheduled bundles per second of one core."""
         return self.core_flops / self.flops_per_bundle
 
 
 class Gpu(NamedTuple):
-    """One NVIDIA product; of those for data centers the module with the most memory."""
+    """One NVIDIA GPU; for data-center products the module with the most memory."""
 
     flops: float  # bfloat16, dense, accumulated in float32
     hbm_bytes: int
     hbm_bandwidth: float
-    intra_bandwidth: float  # within a host, NVLink; 0: no network of a reference system
-    inter_bandwidth: float  # between hosts, one InfiniBand port a GPU
+    intra_bandwidth: float  # within a host, NVLink; 0: no reference system has a network for it
+    inter_bandwidth: float  # between hosts, one InfiniBand port per GPU
     tf32_flops: float
     capability: int  # compute capability, times ten
     multiprocessors: int
-    float32_lanes: int  # of a multiprocessor
-    threads: int  # of a multiprocessor, at most
-    shared_kib: int  # of a multiprocessor; one program may have one less
+    float32_lanes: int  # per multiprocessor
+    threads: int  # resident threads per multiprocessor, at most
+    shared_kib: int  # shared memory per multiprocessor; a program can use 1 KiB less
     l2_mib: int
     clock_ghz: float
 
     @property
     def target(self) -> str:
-        """Its key in `ARCHITECTURES`, for which kernels are compiled."""
+        """Key in `ARCHITECTURES`: the compilation target."""
         return f"sm_{self.capability}"
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of one program."""
+        """Shared memory that one program can use."""
         return (self.shared_kib - 1) << 10
 
     @property
     def has_wide_products(self) -> bool:
-        """Whether a group of warps multiplies matrices out of shared memory (wgmma, tcgen05)."""
+        """Whether warp groups multiply matrices straight from shared memory (wgmma, tcgen05)."""
         return 90 <= self.capability < 120
 
 
@@ -83,7 +86,7 @@ TPUS = {
 TPU_DEVICE_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p"}
 TPU_DEVICE_KINDS |= {"TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
 TPU_DEVICE_KINDS |= {"TPU7x": "v7x", "TPU7": "v7x"}
-"""What JAX may call a chip, to its key in `TPUS`."""
+"""`device_kind` as JAX reports it -> key in `TPUS`."""
 
 _A100 = (80, 108, 64, 2048, 164, 40, 1.41)
 _HOPPER = (90, 132, 128, 2048, 228, 50, 1.98)
@@ -105,11 +108,11 @@ GPUS = {
 ARCHITECTURES = {
     GPUS[name].target: GPUS[name] for name in ("A100", "A10", "L4", "H100", "B200", "RTX 5090")
 }
-"""By compute capability, in ascending order: the product that stands for its generation."""
+"""Compilation target -> the product that represents it; in ascending compute capability."""
 
 
 def per_device(chip: Tpu) -> Tpu:
-    """What one device of JAX has of a chip."""
+    """The figures of one JAX device, which may be a part of a chip."""
     names = ("flops", "hbm_bandwidth", "intra_bandwidth", "inter_bandwidth")
     shares: dict[str, Any] = {name: getattr(chip, name) / chip.devices for name in names}
     for name in ("hbm_bytes", "cores", "devices"):
@@ -118,9 +121,9 @@ def per_device(chip: Tpu) -> Tpu:
 
 
 def gpu_by_device_kind(device_kind: str) -> Gpu | None:
-    """By the name a device reports, such as "NVIDIA H100 80GB HBM3"; None: not in the table.
+    """The GPU with this `device_kind`, such as "NVIDIA H100 80GB HBM3"; None: not in the table.
 
-    Cards for PCI slots, and an A100 of 40 GB, are slower than what has the same name here.
+    PCIe cards and the 40 GB A100 are slower than the table's module of that name: None for them.
     """
     if re.search(r"PCIe|NVL|40GB", device_kind, re.IGNORECASE):
         return None

@@ -1,7 +1,7 @@
-"""What the Triton kernels share; needs Triton to import.
+"""Shared by the Triton kernels; importing it requires Triton.
 
-Every kernel is marked `no_type_check`: Triton reads its source, and a checker of annotations at run
-time, as the tests have one, would hide that behind a wrapper of its own.
+Every kernel is decorated with `no_type_check`: Triton parses a kernel's source, which the run-time
+type checker of the tests would hide behind a wrapper.
 """
 
 from typing import no_type_check
@@ -13,8 +13,8 @@ import triton.language as tl
 @triton.jit
 @no_type_check
 def product(a, b, UPCAST: tl.constexpr):
-    """`a @ b` in float32. float32 operands are taken as three parts of tf32 each: all but the last
-    two bits. UPCAST is for the interpreter, which cannot multiply bfloat16."""
+    """`a @ b`, accumulated in float32. float32 operands are split into three tf32 parts, which
+    loses their last two bits. UPCAST is for the interpreter, which cannot multiply bfloat16."""
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

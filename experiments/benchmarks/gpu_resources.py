@@ -79,7 +79,7 @@ def records(args: Arguments) -> Iterator[dict[str, Any]]:
                 if key not in seen:
                     seen.add(key)
                     labels = dict(zip(("op", "K", "V", "dtype"), sizes, strict=True))
-                    complaints = resources.complaints(chip, kernel)
+                    complaints = resources.exceeded_limits(chip, kernel)
                     record = {"chip": chip, **labels, **kernel._asdict()}
                     yield {**record, "complaints": complaints}
 

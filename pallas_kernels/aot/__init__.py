@@ -1,6 +1,6 @@
-"""Ahead-of-time compilation for TPUs and GPUs that are not attached, and what the compilers report.
+"""Ahead-of-time (AOT) compilation for TPUs and GPUs that are not attached.
 
-`topologies` describes the hardware, `compiler` compiles for it, `schedules` reads what libtpu makes
-of a TPU kernel and `resources` what Triton's assembler makes of a GPU kernel. Needs the compilers
-(`pip install xlstm-jax[compile]`), no accelerator.
+`topologies` describes the hardware and `compiler` compiles for it. `schedules` reads libtpu's
+schedules of TPU kernels; `resources` reports registers, spills and memory of GPU kernels. Requires
+the compilers (`pip install xlstm-jax[compile]`) but no accelerator.
 """

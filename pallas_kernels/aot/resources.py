@@ -1,7 +1,7 @@
-"""What every Triton kernel takes of a GPU, by Triton's own assembler.
+"""Registers, spills and shared memory of Triton kernels, as reported by Triton's ptxas.
 
-Triton's wheel has the assembler, so no CUDA toolkit is needed. With a GPU attached XLA takes the
-assembler that it finds there, so registers may differ by a few.
+Triton's wheel bundles ptxas, so no CUDA toolkit is needed. On a machine with a GPU XLA may use
+another version of ptxas, so register counts may differ by a few.
 """
 
 import functools
@@ -19,11 +19,11 @@ from jax.extend import core
 from pallas_kernels import common
 from pallas_kernels.hardware import ARCHITECTURES
 
-MOST_REGISTERS = 254
-"""Of a thread: at 255 the assembler has run out of them, spilled or not."""
+MAX_REGISTERS = 254
+"""Limit per thread: at 255 ptxas has run out of registers, even if it reports no spills."""
 
 TENSOR_COLUMNS = 512
-"""Of a Blackwell's tensor memory: beyond, Triton writes a kernel that stops the device."""
+"""Columns of Blackwell's tensor memory; beyond it Triton emits a kernel that halts the device."""
 
 MATRIX_UNITS = ("tcgen05.mma", "wgmma", "mma.sync")
 ELEMENTS = {"bfloat16": "bf16", "float32": "fp32", "int32": "i32", "uint32": "u32"}
@@ -31,15 +31,15 @@ ELEMENTS |= {"int8": "i8", "uint8": "u8", "bool": "i1"}
 
 
 class Resources(NamedTuple):
-    """One kernel as the assembler has laid it out."""
+    """Resource usage of one assembled kernel."""
 
     name: str  # of the call
-    registers: int  # of a thread; 255 at most
-    spills: int  # bytes of register spills of a thread
-    shared_bytes: int  # of a program
-    tensor_columns: int  # of a Blackwell's tensor memory, which has 512
-    assembly: float  # version of the language that Triton wrote for the assembler
-    matrix_unit: str  # the instruction that multiplies matrices; "" if none does
+    registers: int  # per thread, at most 255
+    spills: int  # bytes of register spills per thread
+    shared_bytes: int  # shared memory per program
+    tensor_columns: int  # columns of tensor memory (Blackwell), at most 512
+    ptx_version: float
+    matrix_unit: str  # the matrix-multiply instruction; "" if the kernel has none
     num_warps: int
     num_stages: int
     grid: tuple[int, ...]
@@ -47,9 +47,9 @@ class Resources(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A call of a kernel: all that its compilation depends on."""
+    """A kernel call, with everything that its compilation depends on."""
 
-    kernel: Any  # of `triton.jit`
+    kernel: Any  # a function decorated with `triton.jit`
     name: str
     grid: tuple[int, ...]
     parameters: tuple[tuple[str, str], ...]  # name and type
@@ -58,11 +58,11 @@ class Launch(NamedTuple):
 
 
 def resources(chip: str, fn: Callable[..., Any], *args) -> list[Resources]:
-    """Those of every Triton kernel that `fn` launches on `chip`, each once, in order.
+    """Resources of every distinct Triton kernel that `fn` launches on `chip`, in order.
 
     Args:
         chip: a key of `hardware.ARCHITECTURES`.
-        fn: a pure function; a gradient shows what it launches, its forward pass included.
+        fn: a pure function; a gradient function includes its forward pass.
         args: trees of `jax.ShapeDtypeStruct`.
     """
     capability = ARCHITECTURES[chip].capability
@@ -70,18 +70,18 @@ def resources(chip: str, fn: Callable[..., Any], *args) -> list[Resources]:
 
 
 def launches_for(chip: str, fn: Callable[..., Any], *args) -> list[Launch]:
-    """As `launches`, compiled ahead of time for `chip`."""
+    """As `launches`, for ahead-of-time compilation for `chip`."""
     with common.compiled_for(chip):
         return launches(fn, *args)
 
 
 def launches(fn: Callable[..., Any], *args) -> list[Launch]:
-    """Every Triton kernel that `fn` calls, each once, in order."""
+    """Every distinct Triton kernel launch of `fn`, in order."""
     return list(dict.fromkeys(map(_launch, _calls(jax.make_jaxpr(fn)(*args).jaxpr))))
 
 
 def _calls(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
-    """The calls of Triton kernels, in functions within functions too."""
+    """The calls of Triton kernels, including those in nested jaxprs."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "triton_kernel_call":
             yield equation
@@ -93,13 +93,13 @@ def _calls(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
 
 
 def _launch(equation: core.JaxprEqn) -> Launch:
-    """From a call's parameters, whose names changed between jax-triton 0.3 and 0.4."""
+    """The launch of a call, whose parameter names differ between jax-triton 0.3 and 0.4."""
     params = dict(equation.params)
     arrays: list[Any] = [variable.aval for variable in equation.invars]
     results: list[Any] = [variable.aval for variable in equation.outvars]
     if "metaparams" in params:
         constants, options = params["metaparams"], params["backend_options"]
-        # Where a result stands, or a number for one that takes the place of an array.
+        # 0.4: placeholders with an ordinal stand for results, plain numbers for aliased ones.
         arrays = params["in_tree"].unflatten(arrays)
         arrays = [results[x.ordinal] if hasattr(x, "ordinal") else x for x in arrays]
     else:
@@ -129,7 +129,7 @@ def _assembled(launch: Launch, capability: int) -> Resources:
         launch.kernel,
         signature=dict(launch.parameters) | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
-        # jax-triton says the same of all arrays: XLA's begin at multiples of 16 bytes.
+        # As in jax-triton: XLA aligns all arrays to at least 16 bytes.
         attrs={
             (number,): [["tt.divisibility", 16]]
             for number, (_, kind) in enumerate(launch.parameters)
@@ -137,21 +137,21 @@ def _assembled(launch: Launch, capability: int) -> Resources:
         },
     )
     with triton.knobs.cache.scope():
-        # jax-triton takes the folder away; without one nothing is compiled.
+        # jax-triton unsets the cache directory, without which Triton does not compile.
         triton.knobs.cache.dir = triton.knobs.cache.get_triton_dir("cache")
         kernel = triton.compile(source, target=target, options=dict(launch.options))
-    used = _usage(triton.knobs.nvidia.cuobjdump.path, kernel.asm["cubin"])
+    usage = _usage(triton.knobs.nvidia.cuobjdump.path, kernel.asm["cubin"])
     version = re.search(r"\.version (\d+\.\d+)", kernel.asm["ptx"])
     assert version is not None
     units = (unit for unit in MATRIX_UNITS if unit in kernel.asm["ptx"])
     return Resources(
         name=launch.name,
-        registers=used["REG"],
-        # A frame on the stack is what ptxas makes for spills; nothing else of ours needs one.
-        spills=used["STACK"] + used["LOCAL"],
+        registers=usage["REG"],
+        # ptxas spills to a stack frame; our kernels use the stack for nothing else.
+        spills=usage["STACK"] + usage["LOCAL"],
         shared_bytes=kernel.metadata.shared,
         tensor_columns=getattr(kernel.metadata, "tmem_size", 0),
-        assembly=float(version[1]),
+        ptx_version=float(version[1]),
         matrix_unit=next(units, ""),
         num_warps=kernel.metadata.num_warps,
         num_stages=kernel.metadata.num_stages,
@@ -161,7 +161,7 @@ def _assembled(launch: Launch, capability: int) -> Resources:
 
 
 def _usage(cuobjdump: str, cubin: bytes) -> dict[str, int]:
-    """What the assembler has noted of the one function in `cubin`."""
+    """Resource usage of the single function in `cubin`, by the keys of cuobjdump."""
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
@@ -170,16 +170,16 @@ def _usage(cuobjdump: str, cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
 
 
-def complaints(chip: str, found: Resources) -> list[str]:
-    """What exceeds the limits of `chip`; empty: the kernel fits."""
+def exceeded_limits(chip: str, kernel: Resources) -> list[str]:
+    """A message for every limit of `chip` that the kernel exceeds; empty: it fits."""
     limits = {
-        "bytes spilled": (found.spills, 0),
-        "registers": (found.registers, MOST_REGISTERS),
-        "bytes of shared memory": (found.shared_bytes, ARCHITECTURES[chip].shared_bytes),
-        "columns of tensor memory": (found.tensor_columns, TENSOR_COLUMNS),
+        "bytes spilled": (kernel.spills, 0),
+        "registers": (kernel.registers, MAX_REGISTERS),
+        "bytes of shared memory": (kernel.shared_bytes, ARCHITECTURES[chip].shared_bytes),
+        "columns of tensor memory": (kernel.tensor_columns, TENSOR_COLUMNS),
     }
     return [
-        f"{found.name} on {chip}: {value} {what}, at most {most}"
-        for what, (value, most) in limits.items()
-        if value > most
+        f"{kernel.name} on {chip}: {value} {unit}, at most {limit}"
+        for unit, (value, limit) in limits.items()
+        if value > limit
     ]

@@ -1,7 +1,7 @@
-"""Reading the schedule of every TPU kernel that libtpu compiles.
+"""Reads the schedules of the TPU kernels that libtpu compiles.
 
-A kernel's scheduled bundles are the cycles of one step of its grid, before any waiting for memory:
-a lower bound, good for comparison. The body of an inner loop is counted once.
+The scheduled bundles of a kernel are the cycles of one grid step without memory stalls: a lower
+bound, useful for comparisons. The body of an inner loop is counted once.
 """
 
 import atexit
@@ -18,18 +18,18 @@ from pallas_kernels.aot.compiler import KERNEL
 
 
 class Schedule(NamedTuple):
-    """One kernel as the compiler has laid it out."""
+    """Schedule of one kernel."""
 
     bundles: int
-    spills: int  # vector registers spilled
-    matrix_share: float  # of the slots of the matrix units, how many are taken
-    vector_share: float  # the same of the arithmetic slots
+    spills: int  # stores of spilled vector registers
+    matrix_share: float  # utilization of the MXU slots, 0 to 1
+    vector_share: float  # utilization of the vector ALU slots, 0 to 1
 
 
 def start() -> None:
-    """Have libtpu dump the schedule of everything it compiles; before its first use in a process.
+    """Makes libtpu dump the schedule of every kernel; call before its first use in a process.
 
-    Compiling then takes several times as long.
+    Compilation then takes several times as long.
     """
     options = f"--xla_jf_dump_to={_folder()} --xla_jf_dump_llo_text=true"
     with topologies.libtpu_environment(LIBTPU_INIT_ARGS=options):
@@ -38,14 +38,14 @@ def start() -> None:
 
 @functools.cache
 def _folder() -> str:
-    """Where libtpu writes its schedules."""
+    """The temporary directory that libtpu dumps schedules to."""
     folder = tempfile.mkdtemp(prefix="tpu-schedules-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 def read() -> dict[str, Schedule]:
-    """Those of our kernels compiled since the last call, by name; the dumps are removed."""
+    """Schedules of our kernels compiled since the last call, by name; deletes the dumps."""
     schedules = {}
     for path in glob.glob(f"{_folder()}/*schedule-analysis_final_bundles.txt"):
         stem = re.sub(r"-\d+-schedule-analysis_final_bundles\.txt$", "", path)
@@ -60,13 +60,13 @@ def read() -> dict[str, Schedule]:
 
 
 def _schedule(bundles: int, table: str) -> Schedule:
-    """From the compiler's table: a line of slot names, one of their capacities, one per bundle."""
+    """Parses libtpu's utilization table: slot names, their capacities, then one line per bundle."""
     lines = table.splitlines()
     names = [name.strip() for name in lines[1].split(",")]
     capacity = dict(zip(names, map(int, lines[2].split()), strict=True))
-    rows = [list(map(int, line.split())) for line in lines[4:] if line.strip()]
-    used = dict(zip(names, map(sum, zip(*rows, strict=True)), strict=True))
-    share = lambda slot: used[slot] / capacity[slot] / len(rows)  # noqa: E731
+    slots = [list(map(int, line.split())) for line in lines[4:] if line.strip()]
+    used = dict(zip(names, map(sum, zip(*slots, strict=True)), strict=True))
+    share = lambda slot: used[slot] / capacity[slot] / len(slots)  # noqa: E731
     return Schedule(bundles, used["VSTORE:SPILL"], share("MXU"), share("VALU"))
 
 

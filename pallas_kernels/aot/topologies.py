@@ -1,7 +1,7 @@
-"""Describing slices of TPU pods and hosts of GPUs to their compilers.
+"""Topologies of TPU slices and GPU hosts, for ahead-of-time compilation.
 
-libtpu reads its environment variables while it is loaded, at the first description of a process.
-They are set for that time only: neither an import nor a description changes `os.environ`.
+libtpu reads its environment variables while it loads, at the first topology of a process. They are
+set for that time only: afterwards `os.environ` is unchanged.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from jax.experimental import topologies
 
 from pallas_kernels.hardware import GPUS, Gpu
 
-_LIBTPU_NAMES = {"v7x": "tpu7x"}  # where libtpu's name is another
+_LIBTPU_NAMES = {"v7x": "tpu7x"}  # where libtpu uses another name
 
 _WITHOUT_A_TPU = {
-    # There is no metadata server to query and no device to lock.
+    # No metadata server to query, and no device to lock.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -28,13 +28,13 @@ _WITHOUT_A_TPU = {
 
 @contextlib.contextmanager
 def libtpu_environment(**variables: str) -> Iterator[None]:
-    """Sets what libtpu reads on a machine without a TPU, and `variables`; restored at the end."""
-    changed = {name: os.environ.get(name) for name in (*_WITHOUT_A_TPU, *variables)}
+    """Temporarily sets `variables` and what libtpu needs on a machine without a TPU."""
+    previous = {name: os.environ.get(name) for name in (*_WITHOUT_A_TPU, *variables)}
     os.environ |= _WITHOUT_A_TPU | variables
     try:
         yield
     finally:
-        for name, value in changed.items():
+        for name, value in previous.items():
             if value is None:
                 del os.environ[name]
             else:
@@ -42,51 +42,51 @@ def libtpu_environment(**variables: str) -> Iterator[None]:
 
 
 def tpu_slices(chip: str, shape: tuple[int, ...], slices: int = 1) -> tuple[Any, ...]:
-    """The devices of slices of a pod, as libtpu describes them.
+    """The devices of TPU slices, as described by libtpu.
 
     Args:
         chip: a key of `hardware.TPUS`.
         shape: chips along the axes of a slice.
-        slices: how many of them a data center's network joins.
+        slices: number of slices, connected by the data-center network.
 
     Raises:
-        RuntimeError: libtpu is missing, or it has no such slice.
+        RuntimeError: libtpu is not installed, or it does not support this shape.
     """
     name = f"{_LIBTPU_NAMES.get(chip, chip)}:{'x'.join(map(str, shape))}"
-    several = {"num_slices": slices} if slices > 1 else {}
+    multislice = {"num_slices": slices} if slices > 1 else {}
     with libtpu_environment():
-        return _described("libtpu", "tpu", topology_name=name, **several)
+        return _describe("libtpu", "tpu", topology_name=name, **multislice)
 
 
 def gpu_hosts(name: str, hosts: int, gpus: int) -> tuple[Any, ...]:
-    """The devices of `hosts` with `gpus` each, as XLA describes them.
+    """The devices of `hosts` with `gpus` each, as described by XLA.
 
     Args:
         name: a key of `hardware.GPUS`.
 
     Raises:
-        RuntimeError: JAX's CUDA plugin is missing.
+        RuntimeError: JAX's CUDA plugin is not installed.
     """
     target = target_config(name)
-    return _described(
+    return _describe(
         "JAX's CUDA plugin", "cuda", target_config=target, topology=f"1x{hosts}x{gpus}"
     )
 
 
 @functools.cache
-def _described(package: str, platform: str, **description: Any) -> tuple[Any, ...]:
+def _describe(package: str, platform: str, **description: Any) -> tuple[Any, ...]:
     try:
         return tuple(topologies.get_topology_desc(platform=platform, **description).devices)
     except (RuntimeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise RuntimeError(
-            f"it cannot be compiled for here ({reason}); that needs {package}, which "
-            "pip install 'xlstm-jax[compile]' installs, and an existing shape"
+            f"cannot compile for this topology ({reason}); it must be a supported shape, and "
+            f"{package} must be installed: pip install 'xlstm-jax[compile]'"
         ) from error
 
 
 def target_config(name: str) -> str:
-    """A GPU as XLA's compiler wants it described, in protocol-buffer text."""
+    """XLA's target configuration of a GPU, in protobuf text format."""
     gpu: Gpu = GPUS[name]
     shared = gpu.shared_kib << 10
     fields = {

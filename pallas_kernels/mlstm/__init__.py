@@ -1,1 +1,1 @@
-"""Kernels of the mLSTM: chunks of a sequence, and one step."""
+"""mLSTM kernels: chunkwise over a sequence, and one decoding step."""

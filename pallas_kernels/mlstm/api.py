@@ -1,8 +1,9 @@
-"""The mLSTM by kernels, with its gradient: arrays in, arrays out.
+"""Differentiable mLSTM on top of the kernels of a backend.
 
-The gradient is that of the recurrence but for one term: `eps` is added in units of e^m, so h
-depends on m through it, and this dependence is omitted. In float64 that changes the gradients of i
-and f by at most 7e-6 of their largest element (eps = 1e-6, gates of scale 1 to 10), and no other.
+The gradient is that of the recurrence except for one term: `eps` is scaled by e^m, so h depends on
+m through it, and the gradient omits this dependence. In float64 the omission changes the gradients
+of i and f by at most 7e-6 of their largest element (eps = 1e-6, gates of scale 1 to 10), and no
+other gradient.
 
 Source: arXiv:2405.04517, section 2.3; chunkwise form: arXiv:2503.14376, section 3.
 """
@@ -36,31 +37,31 @@ def mlstm(
     """mLSTM over a sequence.
 
     Args:
-        kernels: one of `backends`.
+        kernels: from `backends`.
         q, k, v: `B T H K`, `B T H K`, `B T H V`, all float32 or all bfloat16; 1/sqrt(K) is applied
             to q here.
         i, f: `B T H`, gate pre-activations; the forget gate is a sigmoid.
-        state: before the first step; with T = 1, under `jit` and donated, it is updated in place.
-        reset: `B T`; where True, the state before this position is the initial one.
-        mask: `B T`; where False, the state is unchanged, and h is 0.
-        input_gate: "exp", or "sigmoid", whose states have m = 0.
-        normalize: divide by max(|q n|, exp(-m)) + eps; False needs the sigmoid input gate.
+        state: before the first step; with T = 1 under `jit`, the buffers of a donated state are
+            reused.
+        reset: `B T`; where True, the state is the initial one before this position is processed.
+        mask: `B T`; where False, the state is unchanged and h is 0.
+        input_gate: "exp" or "sigmoid"; with "sigmoid" the states have m = 0.
+        normalize: divide by max(|q n|, exp(-m)) + eps; False requires the sigmoid input gate.
         eps: added after that maximum.
-        chunk_size: positions between two boundaries at which the state is known, a multiple of the
-            tile (128 on a TPU, 64 on a GPU); None: that of the table of tiles.
+        chunk_size: positions in a chunk, a multiple of the tile (128 on a TPU, 64 on a GPU); None:
+            chosen by `kernels.tile`.
 
-    State, normalizers and gates are float32. The states at chunk boundaries that are saved for the
-    gradient, and from which a GPU reads h within a sequence, are in the dtype of q. There is no
-    second derivative: use the chunkwise form that XLA compiles.
+    Any T, K and V are supported: they are padded to tiles, time by steps that leave the state
+    unchanged and widths by zeros. State, normalizers and gates are float32. States at chunk
+    boundaries, which are saved for the gradient and from which GPU kernels compute h, are in the
+    dtype of q. Second derivatives are not supported; the XLA implementation "chunkwise" has them.
 
-    Any T, K and V: they are padded to tiles with steps that leave the state unchanged and with
-    zeros, which changes no result.
-
-    Returns h in the dtype of v, and the state after the last step.
+    Returns:
+        h in the dtype of v, and the state after the last step.
 
     Raises:
-        ValueError: an unknown gate, a dtype that is not supported, a chunk that is no multiple of
-            the tile, heads wider than the chip allows; with sizes that fit.
+        ValueError: an unknown gate, an unsupported dtype, a chunk size that is not a multiple of
+            the tile, or heads too wide for the chip; the message names sizes that fit.
     """
     T, K, V = q.shape[1], q.shape[-1], v.shape[-1]
     _check(q, k, v, input_gate, normalize=normalize)
@@ -86,7 +87,7 @@ def mlstm(
 
 
 def _check(q, k, v, input_gate: str, *, normalize: bool) -> None:
-    """As the op `mlstm`, whose callers have had this checked."""
+    """Checks the arguments of direct callers; the op `mlstm` has checked its own."""
     if input_gate not in ("exp", "sigmoid"):
         raise ValueError(f"mlstm: `input_gate` must be 'exp' or 'sigmoid', got {input_gate!r}.")
     if input_gate == "exp" and not normalize:
@@ -100,8 +101,8 @@ def _check(q, k, v, input_gate: str, *, normalize: bool) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _step(options: Options, q, k, v, gates: pre.LogGates, state: State) -> tuple[jax.Array, State]:
-    """T = 1: the kernel for one step; its gradient is that of a chunk with one position."""
-    step = common.folding(functools.partial(options.kernels.step, options))
+    """T = 1, by the step kernel; the gradient is that of a chunk with one position."""
+    step = common.fold_vmap(functools.partial(options.kernels.step, options))
     return step(q, k, v, gates, state)
 
 
@@ -112,9 +113,9 @@ _step.defvjp(
 
 
 def _padded(options: Options, q, k, v, gates: pre.LogGates, state: State):
-    """`_core` for any sizes: padded to whole chunks and tiles."""
+    """`_core` for any sizes, by padding to chunks and tiles."""
     if not options.max_state:
-        state = pre.without_scale(*state)
+        state = pre.fold_stabilizer(*state)
     B, T, H, K = q.shape
     V = v.shape[-1]
     padded = common.round_up(T, options.chunk)
@@ -139,14 +140,17 @@ def _padded(options: Options, q, k, v, gates: pre.LogGates, state: State):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _core(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m):
-    """Whole chunks, whole tiles: `B T HK` and so on. Returns h, C, n, m."""
+    """The chunkwise kernels for padded sizes, q `B T HK`; K is the width before padding.
+
+    Returns h, C, n, m.
+    """
     return _forward(options, K, q, k, v, gates, C, n, m, save=False)[0]
 
 
 def _forward(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m, *, save=True):
     decays = pre.decays(gates, m, options.chunk, max_state=options.max_state)
-    kernel = common.folding(functools.partial(options.kernels.forward, options, save=save))
-    h, C, n, *saved = kernel(pre.forward_rows(decays, K), q, k, v, C, n)
+    kernel = common.fold_vmap(functools.partial(options.kernels.forward, options, save=save))
+    h, C, n, *saved = kernel(pre.pack_forward(decays, K), q, k, v, C, n)
     return (h, C, n, decays.m_end[..., -1]), (q, k, v, gates, m, h, C, n, *saved)
 
 
@@ -155,29 +159,33 @@ def _backward(options: Options, K: int, residuals, cotangents):
     dh, dC, dn, dm = cotangents
     decays = pre.decays(gates, m, options.chunk, max_state=options.max_state)
     shape = decays.m.shape
-    # The normalizer of every row, `B H N L`, and minus the sign with which d is in it, or 0.
+    # The normalizer of every query, `B H N L`, and minus the sign with which d enters it, or 0.
     if options.normalize:
         d, bound = d.reshape(shape), pre.lower_bound(decays.m)
         norm = jnp.maximum(jnp.abs(d), bound) + options.eps
         sign = jnp.where(jnp.abs(d) > bound, -jnp.sign(d), 0)
     else:
         norm, sign = None, jnp.zeros(shape, jnp.float32)
-    rows = pre.backward_rows(decays, K, norm, sign)
+    packed = pre.pack_backward(decays, K, norm, sign)
     h = h if options.normalize else None
-    backward = common.folding(functools.partial(options.kernels.backward, options))
-    grads = backward(rows, q, k, v, h, dh, C_starts, n_starts, dC, dn)
+    backward = common.fold_vmap(functools.partial(options.kernels.backward, options))
+    grads = backward(packed, q, k, v, h, dh, C_starts, n_starts, dC, dn)
+    # log i_s scales the contribution of k_s. log f_j scales all that is carried over step j, so its
+    # cotangent is the sum of q dq - k dk from j on, plus the scaling of the end state.
     scaling = jnp.sum(dC * C, axis=(2, 3)) + jnp.sum(dn * n, axis=(2, 3))
     dlog_i = grads.k_dk.reshape(shape)
     flow = grads.q_dq.reshape(shape) - dlog_i
-    leaving = jnp.concatenate([grads.scaling[..., 1:], scaling[..., None]], axis=-1)
-    segment, reset = decays.border.segment, decays.gates.reset
-    dlog_f = pre.suffix_sum(flow, leaving, segment, reset)
+    carry = jnp.concatenate([grads.scaling[..., 1:], scaling[..., None]], axis=-1)
+    segment, reset = decays.log_decays.segment, decays.gates.reset
+    dlog_f = pre.suffix_sum(flow, carry, segment, reset)
     dm_first = grads.scaling[..., 0]
     if options.max_state:
-        by_f, kept = (x.reshape(*x.shape[:2], -1) for x in (decays.through_f, decays.kept))
-        through_i, through_f, first = pre.scale_grads(by_f, kept, dm - scaling)
-        dlog_i, dlog_f = dlog_i + through_i.reshape(shape), dlog_f + through_f.reshape(shape)
-        dm_first = dm_first + first
+        # Returned C and n are scaled by exp(-m), so for a fixed unscaled state dm gets -scaling.
+        path = decays.through_f, decays.carried
+        through_f, carried = (x.reshape(*x.shape[:2], -1) for x in path)
+        dm_i, dm_f, dm_before = pre.stabilizer_grads(through_f, carried, dm - scaling)
+        dlog_i, dlog_f = dlog_i + dm_i.reshape(shape), dlog_f + dm_f.reshape(shape)
+        dm_first = dm_first + dm_before
     dlog_i, dlog_f = (jnp.swapaxes(g.reshape(g.shape[:2] + (-1,)), 1, 2) for g in (dlog_i, dlog_f))
     dgates = pre.LogGates(dlog_i, dlog_f, None)
     return grads.q, grads.k, grads.v, dgates, grads.C, grads.n, dm_first

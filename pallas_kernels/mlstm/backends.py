@@ -1,4 +1,4 @@
-"""The mLSTM's kernels by kind of chip, imported on first use."""
+"""The mLSTM kernels of each backend, imported on first use."""
 
 import functools
 
@@ -35,5 +35,5 @@ def triton() -> Kernels:
         forward=triton_calls.forward,
         backward=triton_calls.backward,
         step=triton_decode.step,
-        takes_step=triton_decode.takes,
+        takes_step=triton_decode.supports,
     )

@@ -1,7 +1,7 @@
-"""Work and traffic of the mLSTM kernels by formula, for XLA's scheduler and for tests.
+"""FLOPs and HBM traffic of the mLSTM kernels by formula, for XLA's scheduler and for tests.
 
-Per token and head, with F the share of a chunk's square that is computed (whole strips up to the
-diagonal): forward 4 K V + 2 F L (K + V) operations, backward 8 K V + 2 F L (3 K + 2 V).
+FLOPs per token and head: forward 4 K V + 2 F L (K + V), backward 8 K V + 2 F L (3 K + 2 V), where F
+is the fraction of a chunk's L x L matrix that is computed: all strips up to the diagonal.
 """
 
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from pallas_kernels.mlstm.options import Options
 def forward(
     options: Options, B: int, T: int, H: int, K: int, V: int, dtype: jnp.dtype, *, save: bool
 ) -> pl.CostEstimate:
-    """What `mlstm_forward` does; bytes are those between HBM and the chip."""
+    """Cost of `mlstm_forward`; bytes are those moved from and to HBM."""
     item = jnp.dtype(dtype).itemsize
     tokens = (2 * K + 2 * V) * item + 8 * 4
     states = 2 * (K * V + K) * 4  # first and last
@@ -26,25 +26,25 @@ def forward(
 def backward(
     options: Options, B: int, T: int, H: int, K: int, V: int, dtype: jnp.dtype
 ) -> pl.CostEstimate:
-    """What `mlstm_backward` does."""
+    """Cost of `mlstm_backward`."""
     item = jnp.dtype(dtype).itemsize
     tokens = (4 * K + (4 if options.normalize else 3) * V) * item + 12 * 4
     states = (T // options.chunk) * (K * V * item + 4 * K) + 2 * (K * V + K) * 4
     return _estimate(options, B * H, T, (8 * K * V, 2 * (3 * K + 2 * V)), tokens, states)
 
 
-def _estimate(options, heads, T, operations, tokens, states) -> pl.CostEstimate:
-    """From operations of a position and of a pair of positions, bytes of a position and a head."""
-    pairs = (options.chunk + options.tile.strip) / 2  # of each position
+def _estimate(options, heads, T, flops, token_bytes, head_bytes) -> pl.CostEstimate:
+    """From FLOPs per (position, pair of positions), bytes per position and bytes per head."""
+    pairs = (options.chunk + options.tile.strip) / 2  # keys computed per query, on average
     return pl.CostEstimate(
-        flops=round(heads * T * (operations[0] + pairs * operations[1])),
+        flops=round(heads * T * (flops[0] + pairs * flops[1])),
         transcendentals=round(heads * T * pairs),
-        bytes_accessed=heads * (T * tokens + states),
+        bytes_accessed=heads * (T * token_bytes + head_bytes),
     )
 
 
 def step(B: int, H: int, K: int, V: int, dtype: jnp.dtype) -> pl.CostEstimate:
-    """What `mlstm_decode` does: it reads the state once and writes it once."""
+    """Cost of `mlstm_decode`, which reads the state once and writes it once."""
     item = jnp.dtype(dtype).itemsize
     tokens = (2 * K + 2 * V) * item
     return pl.CostEstimate(

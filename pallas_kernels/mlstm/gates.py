@@ -1,13 +1,13 @@
-"""Gate arithmetic of the mLSTM in plain `jnp`, shared by the kernels and the forms of XLA.
+"""Gate arithmetic of the mLSTM in plain `jnp`, shared by the kernels and the XLA implementations.
 
-Positions of a chunk are the last axis; the axes before it are the caller's: `B H N L` for kernels,
-one axis of chunks `Z L` for `xlstm_jax.ops`. Everything has the dtype of the log gates.
+The last axis is the positions of a chunk; leading axes are up to the caller: `B H N L` for kernels,
+one axis of chunks `Z L` for `xlstm_jax.ops`. All arrays have the dtype of the log gates.
 
-A running sum of log f is kept in two parts, so that differences of large sums keep their digits;
-see `Borders`. A reset is no number in any sum: positions of different segments are masked.
+Running sums of log f are stored in two parts, so that differences of large sums do not cancel; see
+`LogDecays`. Resets do not enter any sum; pairs of positions in different segments are masked.
 
-All of it depends on the gates alone, so a kernel needs no running maximum and no scalar recurrence:
-m of every position is known before the first product.
+Everything here depends on the gates alone. m of every position is known before the first matrix
+product, so kernels need no running maximum and no scalar recurrence.
 
 Source: arXiv:2405.04517, appendix; arXiv:2503.14376, section 3.
 """
@@ -20,66 +20,66 @@ import jax.numpy as jnp
 from pallas_kernels.common import NEG
 
 TINY = 2.0**-120
-"""Lower bound of the normalizer, where exp(-m) has underflowed and the query reads nothing."""
+"""Lower bound of the normalizer where exp(-m) underflows and q n is 0."""
 
 READ_FLOOR = -20.0
-"""Lowest log-scale at which the state is read: far below, exp(-m) overflows float32."""
+"""Lower limit of m in a read-out: far below it, exp(-m) overflows float32."""
 
 GRID = 2.0**10
-"""Steps per unit of the coarse part of a sum: exact in float32 up to 2^14 in magnitude."""
+"""Coarse parts are multiples of 1 / GRID, which float32 represents exactly up to 2^14."""
 
 
 class LogGates(NamedTuple):
-    """Gates in log space: `B T H` and, for `reset`, `B T`; in chunks, one shape for all three."""
+    """Gates in log space: `B T H`, `reset` is `B T`; after `in_chunks` all have one shape."""
 
     log_i: jax.Array  # NEG where masked
     log_f: jax.Array  # 0 where masked
     reset: jax.Array | None  # False where masked
 
 
-class Borders(NamedTuple):
-    """Running sums in chunks, and log decays between a chunk's borders and its positions.
+class LogDecays(NamedTuple):
+    """Running sums of log f, and log decays between chunk boundaries and positions; `... L`.
 
-    A sum in two parts keeps the digits of a difference of two large ones. Coarse parts are
-    multiples of 1 / GRID: their sums and differences have no rounding error; fine parts stay below
-    L / GRID. Measured on 512 steps with gates of scale 8 in float32: the error of h falls from
-    1.6e-3 of its maximum to 6e-5, that of the step recurrence.
+    Each sum is stored in two parts, so that the difference of two large sums does not cancel.
+    Coarse parts are multiples of 1 / GRID: their sums and differences have no rounding error; fine
+    parts stay below L / GRID. Measured on 512 steps with gates of scale 8 in float32: the error of
+    h falls from 1.6e-3 of its maximum to 6e-5, that of the step recurrence.
     """
 
-    coarse: jax.Array  # sum of log f from the chunk's start up to each position, on the grid
-    fine: jax.Array  # the rest of that sum
-    segment: jax.Array | None  # resets seen in the chunk, up to and including each position
-    to_row: jax.Array  # from the chunk's start; NEG once a reset lies between
-    to_end: jax.Array  # weight of each position in the state at the chunk's end
-    across: jax.Array  # of the state at the start, in the state at the end; one a chunk
+    coarse: jax.Array  # sum of log f from the chunk start to each position, rounded to the grid
+    fine: jax.Array  # remainder of that sum
+    segment: jax.Array | None  # number of resets in the chunk up to and including each position
+    from_start: jax.Array  # decay from the chunk start to each position; NEG after a reset
+    to_end: jax.Array  # log weight of each position in the state at the chunk end
+    across: jax.Array  # `...`: decay from the chunk start to its end; NEG after a reset
 
 
 class Decays(NamedTuple):
-    """Log decays of N chunks, and the log-scale m of every position; `B H N L` unless said."""
+    """Log decays of N chunks and the stabilizer m of every position, `B H N L`."""
 
     gates: LogGates
-    border: Borders
+    log_decays: LogDecays
     m: jax.Array  # after each position
     m_start: jax.Array  # `B H N`: before the chunk
     m_end: jax.Array  # `B H N`: after the chunk
-    through_f: jax.Array  # where m_t is log f_t + m_{t-1}
-    kept: jax.Array  # where m_t depends on m before the step: through_f, and no reset
+    through_f: jax.Array  # bool: m_t is log f_t + m_{t-1}, not log i_t
+    carried: jax.Array  # bool: m_t depends on m_{t-1}, that is through_f without a reset
 
 
-class Packed(NamedTuple):
-    """Rows of the array `B H 8 T` that a kernel reads; see `forward_rows`, `backward_rows`."""
+class PackedGates(NamedTuple):
+    """The eight gate vectors `B H 8 T` of a kernel; see `pack_forward` and `pack_backward`."""
 
     coarse: jax.Array
-    row: jax.Array
-    source: jax.Array
-    across: jax.Array
-    written: jax.Array
-    extra: jax.Array
-    kept: jax.Array
+    query: jax.Array
+    key: jax.Array
+    read: jax.Array
+    write: jax.Array
+    normalizer: jax.Array
+    decay: jax.Array
     segment: jax.Array
 
 
-COARSE, ROW, SOURCE, ACROSS, WRITTEN, EXTRA, KEPT, SEGMENT = range(len(Packed._fields))
+COARSE, QUERY, KEY, READ, WRITE, NORMALIZER, DECAY, SEGMENT = range(len(PackedGates._fields))
 
 
 def log_gates(
@@ -91,8 +91,9 @@ def log_gates(
     input_gate: str,
     dtype: Any = jnp.float32,
 ) -> LogGates:
-    """Log gates `B T H`; a masked step writes nothing and forgets nothing, whatever it holds."""
+    """Log gates `B T H`; a masked step leaves the state unchanged, even if its inputs are NaN."""
     if mask is not None:
+        # Before the nonlinearities, so that masked NaNs do not reach their gradients.
         i, f = (jnp.where(mask[..., None], gate, 0) for gate in (i, f))
         reset = None if reset is None else reset & mask
     i, f = i.astype(dtype), f.astype(dtype)
@@ -104,20 +105,20 @@ def log_gates(
     return LogGates(log_i, log_f, reset)
 
 
-def without_scale(
+def fold_stabilizer(
     C: jax.Array, n: jax.Array, m: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same state with m = 0."""
+    """Multiplies exp(m) into C and n: the same state with m = 0."""
     factor = jnp.exp(m)
     return factor[..., None, None] * C, factor[..., None] * n, jnp.zeros_like(m)
 
 
 def in_chunks(gates: LogGates, L: int) -> LogGates:
-    """`B T H` to `B H N L`; the last chunk is padded with steps that write and forget nothing."""
+    """`B T H` to `B H N L`; the last chunk is padded with steps that leave the state unchanged."""
     B, T, H = gates.log_i.shape
 
-    def split(x: jax.Array, fill: float) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, -T % L), (0, 0)), constant_values=fill) if T % L else x
+    def split(x: jax.Array, padding: float) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, -T % L), (0, 0)), constant_values=padding) if T % L else x
         return jnp.swapaxes(x, 1, 2).reshape(B, H, -1, L)
 
     log_i, log_f = split(gates.log_i, NEG), split(gates.log_f, 0)
@@ -127,31 +128,32 @@ def in_chunks(gates: LogGates, L: int) -> LogGates:
 
 
 def running_sum(gates: LogGates) -> tuple[jax.Array, jax.Array]:
-    """Coarse and fine part of the sum of log f from the chunk's start; a reset adds nothing."""
+    """Cumulative sum of log f in each chunk, as (coarse, fine); a reset counts as log f = 0."""
     log_f = gates.log_f if gates.reset is None else jnp.where(gates.reset, 0, gates.log_f)
     coarse = jnp.round(log_f * GRID) / GRID
     return jnp.cumsum(coarse, axis=-1), jnp.cumsum(log_f - coarse, axis=-1)
 
 
-def borders(gates: LogGates, total: tuple[jax.Array, jax.Array]) -> Borders:
-    """Decays from a chunk's start and to its end; `total` is the running sum of its gates."""
+def log_decays(gates: LogGates, total: tuple[jax.Array, jax.Array]) -> LogDecays:
+    """Decays from each chunk's start and to its end; `total` is the `running_sum` of `gates`."""
     coarse, fine = total
-    to_row = coarse + fine
+    from_start = coarse + fine
+    # The difference of the coarse parts is exact; the small parts are summed before it is added.
     to_end = (coarse[..., -1:] - coarse) + (fine[..., -1:] + (gates.log_i - fine))
-    across = to_row[..., -1]
+    across = from_start[..., -1]
     if gates.reset is None:
-        return Borders(coarse, fine, None, to_row, to_end, across)
+        return LogDecays(coarse, fine, None, from_start, to_end, across)
     segment = jnp.cumsum(gates.reset, axis=-1)
-    to_row = jnp.where(segment == 0, to_row, NEG)
+    from_start = jnp.where(segment == 0, from_start, NEG)
     to_end = jnp.where(segment == segment[..., -1:], to_end, NEG)
     across = jnp.where(segment[..., -1] == 0, across, NEG)
-    return Borders(coarse, fine, segment, to_row, to_end, across)
+    return LogDecays(coarse, fine, segment, from_start, to_end, across)
 
 
 def log_i_for_m(gates: LogGates) -> jax.Array:
-    """What the stabilizer sees of each source.
+    """The log input gates that enter the running maximum of m.
 
-    The initial state that a reset writes has m = 0, so that step ends with max(log f + 0, i).
+    A reset installs the initial state, whose m is 0, so m after that step is max(log f + 0, log i).
     """
     if gates.reset is None:
         return gates.log_i
@@ -159,18 +161,21 @@ def log_i_for_m(gates: LogGates) -> jax.Array:
 
 
 def end_max(gates: LogGates, total: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """The stabilizer of a chunk's last state, the initial state that a reset writes included."""
-    return jnp.max(borders(gates._replace(log_i=log_i_for_m(gates)), total).to_end, axis=-1)
+    """m at the end of each chunk from its own positions alone, resets to m = 0 included."""
+    return jnp.max(log_decays(gates._replace(log_i=log_i_for_m(gates)), total).to_end, axis=-1)
 
 
-def path_of_maximum(
+def stabilizer_path(
     gates: LogGates, m: jax.Array, m_start: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Where m_t = max(log f_t + m_{t-1}, log i_t) takes the first, and where through an old state.
+    """Which argument attains m_t = max(log f_t + m_{t-1}, log i_t); ties go to the first.
 
     Args:
         gates: in chunks.
-        m, m_start: after every position, and before the chunk.
+        m, m_start: m after every position, and before each chunk.
+
+    Returns:
+        `through_f` and `carried`, as in `Decays`.
     """
     before = jnp.concatenate([m_start[..., None], m[..., :-1]], axis=-1)
     if gates.reset is None:
@@ -181,160 +186,167 @@ def path_of_maximum(
 
 
 def decays(gates: LogGates, m_first: jax.Array, chunk: int, *, max_state: bool) -> Decays:
-    """Decays in chunks of `chunk` positions.
+    """Log decays and stabilizers in chunks of `chunk` positions.
 
     Args:
         gates: `B T H`.
-        m_first: `B H`, the log-scale before the first step.
-        max_state: whether m follows the gates; else it is 0 everywhere.
+        m_first: `B H`, m before the first step.
+        chunk: L, positions in a chunk.
+        max_state: whether m is the running maximum; else it is 0 everywhere.
     """
     gates = in_chunks(gates, chunk)
     total = running_sum(gates)
-    border = borders(gates, total)
+    logs = log_decays(gates, total)
     if max_state:
-        inside = _inside_maximum(gates, total[0] + total[1])
-        m_start, m_end, m = _log_scales(inside, border, m_first)
+        chunk_max = _chunk_max(gates, total[0] + total[1])
+        m_start, m_end, m = _stabilizers(chunk_max, logs, m_first)
     else:
-        m_start = m_end = jnp.zeros_like(border.across)
-        m = jnp.zeros_like(border.to_row)
-    return Decays(gates, border, m, m_start, m_end, *path_of_maximum(gates, m, m_start))
+        m_start = m_end = jnp.zeros_like(logs.across)
+        m = jnp.zeros_like(logs.from_start)
+    return Decays(gates, logs, m, m_start, m_end, *stabilizer_path(gates, m, m_start))
 
 
-def _inside_maximum(gates: LogGates, to_row: jax.Array) -> jax.Array:
-    """The largest log weight of a source in each row, from inside the chunk alone."""
-    source = log_i_for_m(gates) - to_row
+def _chunk_max(gates: LogGates, from_start: jax.Array) -> jax.Array:
+    """The largest log weight of any key at each query, from the positions of the chunk alone."""
+    key = log_i_for_m(gates) - from_start
     if gates.reset is None:
-        return to_row + jax.lax.cummax(source, axis=source.ndim - 1)
+        return from_start + jax.lax.cummax(key, axis=key.ndim - 1)
 
     def join(a, b):
         (x, _), (y, starts) = a, b
         return jnp.where(starts, y, jnp.maximum(x, y)), a[1] | starts
 
-    highest, _ = jax.lax.associative_scan(join, (source, gates.reset), axis=source.ndim - 1)
-    return to_row + highest
+    # A cumulative maximum that restarts at every reset.
+    largest, _ = jax.lax.associative_scan(join, (key, gates.reset), axis=key.ndim - 1)
+    return from_start + largest
 
 
-def _log_scales(inside: jax.Array, border: Borders, m_first: jax.Array):
+def _stabilizers(chunk_max: jax.Array, logs: LogDecays, m_first: jax.Array):
     """m before and after each chunk and after each position: max(log f_t + m_{t-1}, log i_t)."""
 
     def join(x, y):
         return x[0] + y[0], jnp.maximum(y[0] + x[1], y[1])
 
-    own = (border.across, inside[..., -1])
-    decay, m = jax.lax.associative_scan(join, own, axis=inside.ndim - 2)
+    chunks = (logs.across, chunk_max[..., -1])
+    decay, m = jax.lax.associative_scan(join, chunks, axis=chunk_max.ndim - 2)
     m_end = jnp.maximum(jnp.maximum(decay, NEG) + m_first[..., None], m)
     m_start = jnp.concatenate([m_first[..., None], m_end[..., :-1]], axis=-1)
-    return m_start, m_end, jnp.maximum(inside, border.to_row + m_start[..., None])
+    return m_start, m_end, jnp.maximum(chunk_max, logs.from_start + m_start[..., None])
 
 
-def forward_rows(x: Decays, qk_dim: int) -> jax.Array:
-    """The array `B H 8 T` of the forward kernel, in the order of `Packed`.
+def pack_forward(x: Decays, qk_dim: int) -> jax.Array:
+    """`PackedGates` of the forward kernel, stacked to `B H 8 T`.
 
-    log weight of source s in row t, over e^m and with 1/sqrt(K):
-    (coarse_t - coarse_s) + (row_t + source_s); of the state at the chunk's start: log across_t.
-    `extra` is the lower bound of the normalizer.
+    Scaled by exp(-m) and 1/sqrt(K), the log weight of key s at query t is
+    (coarse_t - coarse_s) + (query_t + key_s), and that of the state at the chunk start is
+    log read_t. `normalizer` is the lower bound of the normalizer.
     """
-    return backward_rows(x, qk_dim, None, lower_bound(x.m))
+    return pack_backward(x, qk_dim, None, lower_bound(x.m))
 
 
-def backward_rows(x: Decays, qk_dim: int, norm: jax.Array | None, sign: jax.Array) -> jax.Array:
-    """The array `B H 8 T` of the backward kernel: as forward, weights divided by `norm` as well.
+def pack_backward(x: Decays, qk_dim: int, norm: jax.Array | None, sign: jax.Array) -> jax.Array:
+    """`PackedGates` of the backward kernel, stacked to `B H 8 T`: weights are divided by `norm`.
 
-    So the kernel reads cotangents of h as they come: times `sign`, in place of the lower bound,
-    their product with h is the cotangent of a row's normalizer times `norm`; all `B H N L`.
+    With that division in the gates the kernel uses cotangents of h unchanged. `normalizer` is
+    `sign`: sign * (dh . h) is the cotangent of a query's normalizer, times `norm`.
+
+    Args:
+        norm: `B H N L`, the normalizer of each query; None: not divided.
+        sign: `B H N L`, minus the sign with which q n enters the normalizer, or 0.
     """
-    coarse, fine, segment, to_row, to_end, across = x.border
+    coarse, fine, segment, from_start, to_end, across = x.log_decays
     m = jnp.maximum(x.m, READ_FLOOR)
-    row = fine - m - 0.5 * jnp.log(float(qk_dim))
-    across_row = qk_dim**-0.5 * jnp.exp(to_row + x.m_start[..., None] - m)
+    query = fine - m - 0.5 * jnp.log(float(qk_dim))
+    read = qk_dim**-0.5 * jnp.exp(from_start + x.m_start[..., None] - m)
     if norm is not None:
-        row, across_row = row - jnp.log(norm), across_row / norm
-    kept = jnp.exp(across + x.m_start - x.m_end)[..., None]
-    rows = Packed(
+        query, read = query - jnp.log(norm), read / norm
+    decay = jnp.exp(across + x.m_start - x.m_end)[..., None]
+    packed = PackedGates(
         coarse=coarse,
-        row=row,
-        source=x.gates.log_i - fine,
-        across=across_row,
-        written=jnp.exp(to_end - x.m_end[..., None]),
-        extra=sign,
-        kept=jnp.broadcast_to(kept, row.shape),
-        segment=jnp.zeros_like(row) if segment is None else segment.astype(row.dtype),
+        query=query,
+        key=x.gates.log_i - fine,
+        read=read,
+        write=jnp.exp(to_end - x.m_end[..., None]),
+        normalizer=sign,
+        decay=jnp.broadcast_to(decay, query.shape),
+        segment=jnp.zeros_like(query) if segment is None else segment.astype(query.dtype),
     )
-    return jnp.stack([a.reshape(a.shape[:2] + (-1,)) for a in rows], axis=2)
+    return jnp.stack([a.reshape(a.shape[:2] + (-1,)) for a in packed], axis=2)
 
 
 class StepFactors(NamedTuple):
-    """What one step multiplies with; `B H` each."""
+    """Factors of one step, `B H` each."""
 
-    kept: jax.Array  # the memory
-    added: jax.Array  # the key
-    bound: jax.Array  # the normalizer is at least this
-    read: jax.Array  # the query
+    decay: jax.Array  # multiplies the old state
+    write: jax.Array  # multiplies the key
+    bound: jax.Array  # lower bound of the normalizer
+    read: jax.Array  # multiplies the query
 
 
 def step_factors(
     gates: LogGates, m: jax.Array, *, max_state: bool
 ) -> tuple[StepFactors, jax.Array]:
-    """Factors of a step from the gates `B 1 H` and m before it, and m after it."""
+    """Factors of a step from its gates `B 1 H` and the m before it; also returns the new m."""
     log_i, log_f = gates.log_i[:, 0], gates.log_f[:, 0]
-    kept = log_f + m
-    before = kept
+    decay = log_f + m
+    carried_m = decay
     if gates.reset is not None:
-        reset = gates.reset  # B 1, as the gates' B H
-        kept, before = jnp.where(reset, NEG, kept), jnp.where(reset, log_f, kept)
-    m = jnp.maximum(before, log_i) if max_state else jnp.zeros_like(m)
-    # Memories are read at a log-scale of at least READ_FLOOR: the query carries the difference.
+        reset = gates.reset  # B 1, broadcast over heads
+        decay, carried_m = jnp.where(reset, NEG, decay), jnp.where(reset, log_f, decay)
+    m = jnp.maximum(carried_m, log_i) if max_state else jnp.zeros_like(m)
+    # States are read with m at least READ_FLOOR; the factor of the query makes up the difference.
     read = jnp.exp(m - jnp.maximum(m, READ_FLOOR))
-    return StepFactors(jnp.exp(kept - m), jnp.exp(log_i - m), lower_bound(m), read), m
+    return StepFactors(jnp.exp(decay - m), jnp.exp(log_i - m), lower_bound(m), read), m
 
 
 def lower_bound(m: jax.Array) -> jax.Array:
-    """What a normalizer is at least: exp(-m), as long as float32 can say it."""
+    """Lower bound of the normalizer: exp(-m), limited to what float32 can represent."""
     return jnp.maximum(jnp.exp(-jnp.maximum(m, READ_FLOOR)), TINY)
 
 
 def suffix_sum(
     x: jax.Array,
-    leaving: jax.Array,
+    carry: jax.Array,
     segment: jax.Array | None,
     reset: jax.Array | None = None,
 ) -> jax.Array:
-    """sum over t >= j of x_t in j's chunk and segment, plus `leaving` where that is the last one.
+    """For each position j the sum of x_t over t >= j in the same chunk and segment.
 
     Args:
         x: `... L`.
-        leaving: one number a chunk.
-        segment: a count that grows where a segment starts, as in `Borders`; None: one segment.
-        reset: `... L`; the result is 0 there.
+        carry: one number per chunk, added to the sums of the chunk's last segment.
+        segment: segment index of each position, as in `LogDecays`; None: one segment.
+        reset: `... L`; where True, the result is 0.
     """
     if segment is None:
-        return jax.lax.cumsum(x, axis=x.ndim - 1, reverse=True) + leaving[..., None]
+        return jax.lax.cumsum(x, axis=x.ndim - 1, reverse=True) + carry[..., None]
     L = x.shape[-1]
     later = jnp.triu(jnp.ones((L, L), bool)).reshape((1,) * (x.ndim - 1) + (L, L))
-    # Fused into one loop without an array of pairs; a scan would take ten times as long to compile.
+    # XLA fuses this without materializing `... L L`; a scan takes ten times as long to compile.
     same = later & (segment[..., :, None] == segment[..., None, :])
     total = jnp.sum(jnp.where(same, x[..., None, :], 0), axis=-1)
-    total = total + jnp.where(segment == segment[..., -1:], leaving[..., None], 0)
+    total = total + jnp.where(segment == segment[..., -1:], carry[..., None], 0)
     return total if reset is None else jnp.where(reset, 0, total)
 
 
-def scale_grads(
-    through_f: jax.Array, kept: jax.Array, leaving: jax.Array, dm: jax.Array | None = None
+def stabilizer_grads(
+    through_f: jax.Array, carried: jax.Array, dm_end: jax.Array, dm: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradient through m_t = max(log f_t + m_{t-1}, log i_t), along the path of the maximum.
+    """Backward pass of m_t = max(log f_t + m_{t-1}, log i_t).
 
     Args:
-        through_f, kept: of chunks `... L`; see `path_of_maximum`.
-        leaving: cotangent of m after each chunk, from what follows it.
-        dm: cotangent of m of every position, besides `leaving`; None: zeros.
+        through_f, carried: `... L`, from `stabilizer_path`.
+        dm_end: cotangent of m at the end of each chunk, from later chunks.
+        dm: `... L`, cotangent of m at every position, without `dm_end`; None: zeros.
 
-    Returns cotangents of log i, of log f, and of m before each chunk.
+    Returns:
+        Cotangents of log i, of log f, and of m before each chunk.
     """
-    # The path to t starts anew where m came from i, or from the initial state of a reset.
-    segment = jnp.cumsum(~kept, axis=-1)
+    # A new path starts where m_t comes from log i or, at a reset, from the initial state.
+    segment = jnp.cumsum(~carried, axis=-1)
     if dm is None:
-        total = jnp.where(segment == segment[..., -1:], leaving[..., None], 0)
+        total = jnp.where(segment == segment[..., -1:], dm_end[..., None], 0)
     else:
-        total = suffix_sum(dm, leaving, segment)
-    before = jnp.where(kept[..., 0], total[..., 0], 0)
+        total = suffix_sum(dm, dm_end, segment)
+    before = jnp.where(carried[..., 0], total[..., 0], 0)
     return jnp.where(through_f, 0, total), jnp.where(through_f, total, 0), before

@@ -1,4 +1,4 @@
-"""Static facts of a call of mLSTM kernels, and their contract with the gradient in `api`."""
+"""Static options of a kernel call, and the contract between the kernels and `api`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,89 +6,90 @@ from typing import Any, NamedTuple
 import jax
 
 State = tuple[jax.Array, jax.Array, jax.Array]
-"""C `B H K V`, n `B H K`, m `B H`: the memory and normalizer over e^m, and m; float32."""
+"""C `B H K V`, n `B H K`, m `B H`, float32: C and n are scaled by exp(-m)."""
 
 
 class Kernels(NamedTuple):
-    """The kernels of one kind of chip; those of TPUs and GPUs keep the same contract.
+    """The kernels of one backend; TPU and GPU kernels have the same contract.
 
     Args:
-        rows: `B H 8 T`, of `gates.forward_rows` and of `gates.backward_rows`.
-        q, k, v: `B T HK`, `B T HK`, `B T HV`; heads side by side, widths multiples of the tile.
+        packed: `B H 8 T`, from `gates.pack_forward` or `gates.pack_backward`.
+        q, k, v: `B T HK`, `B T HK`, `B T HV`; adjacent heads, widths padded to `width`.
         C, n: `B H K V` and `B H 1 K`, float32: the state before the first step.
-        save: whether `forward` also returns what `backward` needs.
-        h, dh: `B T HV`, of the forward pass; without h the normalizer has no gradient.
+        save: whether `forward` also returns the residuals of `backward`.
+        h, dh: `B T HV`, output of the forward pass and its cotangent; h is None without normalizer.
         C_starts, n_starts: `B H N K V` and `B H N 1 K`, states at chunk starts.
         dC, dn: `B H K V` and `B H 1 K`, float32: cotangents of the state after the last step.
 
-    `step` takes q, k, v `B 1 H K`, `B 1 H K`, `B 1 H V`, zeros where masked; gates `B 1 H`, and
-    resets `B 1`; and the state C `B H K V`, n `B H K`, m `B H`, float32. It returns h `B 1 H V` in
-    the dtype of v and the new state; under `jit`, a donated state is updated in place.
+    `step` takes q, k, v `B 1 H K`, `B 1 H K`, `B 1 H V`, zeros where masked; gates `B 1 H` and
+    resets `B 1`; and the state C `B H K V`, n `B H K`, m `B H` in float32. It returns h `B 1 H V`
+    in the dtype of v and the new state; under `jit`, it reuses the buffers of a donated state.
     """
 
     refusal: Callable[..., str | None]  # (K, V, dtype, chunk_size) -> why not supported, or None
-    tile: Callable[..., Any]  # (K, V, dtype, T, chunk_size) -> the tile of a call; may raise
+    tile: Callable[..., Any]  # (K, V, dtype, T, chunk_size) -> tile; may raise ValueError
     width: Callable[[int, int], int]  # (size, lanes) -> the width that heads are padded to
-    forward: Callable[..., "Forward"]  # (options, rows, q, k, v, C, n, *, save)
-    backward: Callable[..., "Backward"]  # (options, rows, q, k, v, h, dh, *starts, dC, dn)
-    step: Callable[..., Any]  # (options, q, k, v, gates, state) -> h, state: one position
+    forward: Callable[..., "Forward"]  # (options, packed, q, k, v, C, n, *, save)
+    backward: Callable[..., "Backward"]  # (options, packed, q, k, v, h, dh, *starts, dC, dn)
+    step: Callable[..., Any]  # (options, q, k, v, gates, state) -> h, state; T = 1
     takes_step: Callable[[int, int], bool]  # (K, V): whether `step` supports these widths
 
 
 class Options(NamedTuple):
-    """Static sizes and numerics; hashable, so that it can be part of a jit cache key."""
+    """Static sizes and numerics; hashable, so that it can be a part of a jit cache key."""
 
     kernels: Kernels
-    tile: Any  # what `kernels.tile` has returned
-    max_state: bool  # the exponential input gate: m follows the gates; else m is 0 everywhere
+    tile: Any  # result of `kernels.tile`
+    max_state: bool  # m is a running maximum (exponential input gate); else m is 0 everywhere
     normalize: bool
     eps: float
     resets: bool
-    lanes: int  # the least width of a tile
-    interpret: Any  # here, as a gradient is traced after the context of `interpreted` has ended
-    target: str | None = None  # the chip to compile for ahead of time
+    lanes: int  # smallest width of a tile
+    # Stored, because a gradient may be traced after the contexts of `common` have exited.
+    interpret: Any
+    target: str | None = None  # chip to compile for ahead of time
 
     @property
     def chunk(self) -> int:
-        """L: positions between two boundaries at which the state is known."""
+        """L, positions in a chunk."""
         return self.tile.chunk
 
     def strips(self, chunk: slice) -> list[slice]:
-        """The strips of a chunk; on TPUs."""
+        """Slices of `tile.strip` positions of a chunk; TPU tiles only."""
         starts = range(chunk.start, chunk.stop, self.tile.strip)
         return [slice(start, start + self.tile.strip) for start in starts]
 
-    def folded(self, x: jax.Array) -> jax.Array:
-        """Sum of the tiles along the last axis: the same total later, with fewer shuffles."""
+    def fold_lanes(self, x: jax.Array) -> jax.Array:
+        """Adds the tiles along the last axis, so that a later sum needs fewer lane shuffles."""
         return sum(x[:, start : start + self.lanes] for start in range(0, x.shape[1], self.lanes))
 
     def metadata(self) -> dict[str, str]:
-        """Words that XLA repeats in its message, should VMEM overflow while compiling."""
-        tile = f"chunk {self.chunk}, {self.tile.chunks_per_block} a block"
+        """Metadata that XLA quotes in its error message if VMEM overflows during compilation."""
+        tile = f"chunk {self.chunk}, {self.tile.chunks_per_block} per block"
         smaller = self.chunk // 2 // self.lanes * self.lanes
-        advice = f"pass chunk_size={smaller}" if smaller else "use more heads, each less wide"
+        advice = f"pass chunk_size={smaller}" if smaller else "use more heads of a smaller width"
         return {"tile": tile, "if_vmem_overflows": advice}
 
 
 class Forward(NamedTuple):
-    """Results of a forward pass; the last three are None unless asked for."""
+    """Results of a forward pass; the last three are None without `save`."""
 
     h: jax.Array  # B T HV
     C: jax.Array  # B H K V, after the last step
     n: jax.Array  # B H 1 K
-    d: jax.Array | None  # B H 1 T, the signed normalizer
+    d: jax.Array | None  # B H 1 T, q n, from which the normalizer is computed
     C_starts: jax.Array | None  # B H N K V, states at chunk starts, in the dtype of q
     n_starts: jax.Array | None  # B H N 1 K
 
 
 class Backward(NamedTuple):
-    """Results of a backward pass; C and n are cotangents of the state before the first step."""
+    """Cotangents of q, k, v and of the state before the first step, and sums for the gates."""
 
     q: jax.Array  # B T HK
     k: jax.Array  # B T HK
     v: jax.Array  # B T HV
-    k_dk: jax.Array  # B H T, the sum of k * dk per position
-    q_dq: jax.Array  # B H T
-    scaling: jax.Array  # B H N, what scaling the state before each chunk costs
+    k_dk: jax.Array  # B H T, sum of k * dk over K
+    q_dq: jax.Array  # B H T, sum of q * dq over K
+    scaling: jax.Array  # B H N, cotangent of the log scale of the state before each chunk
     C: jax.Array  # B H K V
     n: jax.Array  # B H 1 K

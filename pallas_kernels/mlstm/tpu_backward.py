@@ -1,8 +1,9 @@
-"""mLSTM backward on a TPU: one pass over the chunks from the last to the first.
+"""mLSTM backward on a TPU: one pass over the chunks, from the last to the first.
 
-The square of a chunk is recomputed once, transposed (keys down, queries across), so that only one
-product needs its operand turned. What is left to plain JAX are sums over single numbers per
-position. Cotangents of h are read as they come: their division by the normalizer is in the gates.
+The weights of a chunk are recomputed once and transposed (keys along the first axis, queries along
+the second), so that only one product transposes an operand. Plain JAX computes the gradients of the
+gates from the per-position sums that the kernel returns. Cotangents of h are used unchanged: the
+gates include the division by the normalizer.
 
 Source of the forward pass: arXiv:2503.14376, section 3.
 """
@@ -18,49 +19,58 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import tpu
 from pallas_kernels.mlstm import cost, gates
 from pallas_kernels.mlstm.options import Backward, Options
-from pallas_kernels.mlstm.tpu_forward import IN_HBM, block_specs, joined, log_weights, row_product
-from pallas_kernels.tpu import as_row, product
+from pallas_kernels.mlstm.tpu_forward import (
+    IN_HBM,
+    block_specs,
+    concatenate,
+    log_weights,
+    weighted_sum,
+)
+from pallas_kernels.tpu import product, to_lanes
 
 K_DK, Q_DQ, SCALING = range(3)
 
 
-def mlstm_backward(options: Options, rows, q, k, v, h, dh, C_starts, n_starts, dC, dn) -> Backward:
-    """Cotangents of one call; see `options.Kernels`."""
-    B, H, _, T = rows.shape
+def mlstm_backward(
+    options: Options, packed, q, k, v, h, dh, C_starts, n_starts, dC, dn
+) -> Backward:
+    """The backward kernel; see `options.Kernels`."""
+    B, H, _, T = packed.shape
     K, V = dC.shape[2:]
-    span = options.chunk * options.tile.chunks_per_block
+    block = options.chunk * options.tile.chunks_per_block
     limit = options.tile.vmem_limit(K, V, v.dtype)
-    last = T // span - 1
+    last = T // block - 1
 
     tokens, fixed, starts, by_time = block_specs(options, lambda c: last - c)
     outputs = [] if h is None else [h]
-    memory = [(B, H, 4, T), dC.shape, dn.shape]
-    same = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+    inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+    # K_DK, Q_DQ and SCALING, padded to four sums.
+    float32 = [(B, H, 4, T), dC.shape, dn.shape]
     dq, dk, dv, sums, dC, dn = pl.pallas_call(
-        functools.partial(_body, options),
-        grid=(B, H, T // span),
+        functools.partial(_kernel, options),
+        grid=(B, H, T // block),
         in_specs=[
             *(by_time(8), tokens(K), tokens(K), tokens(V), tokens(V)),
             *(tokens(V) for _ in outputs),
             *(starts(K, V), starts(1, K), IN_HBM, fixed(1, K)),
         ],
         out_specs=[tokens(K), tokens(K), tokens(V), by_time(4), fixed(K, V), fixed(1, K)],
-        out_shape=[*same, *(jax.ShapeDtypeStruct(x, jnp.float32) for x in memory)],
-        compiler_params=tpu.compiler_params(tpu.IN_ORDER, limit),
+        out_shape=[*inputs, *(jax.ShapeDtypeStruct(x, jnp.float32) for x in float32)],
+        compiler_params=tpu.compiler_params(tpu.DIMENSION_SEMANTICS, limit),
         cost_estimate=cost.backward(options, B, T, H, K, V, q.dtype),
         interpret=options.interpret,
         metadata=options.metadata(),
         name="mlstm_backward",
-    )(rows, q, k, v, dh, *outputs, C_starts, n_starts, dC, dn)
-    # The sum over a whole state is left spread over the first lanes of its chunk.
+    )(packed, q, k, v, dh, *outputs, C_starts, n_starts, dC, dn)
+    # The kernel leaves one partial sum per lane, in the first lanes of each chunk.
     scaling = sums[:, :, SCALING].reshape(B, H, -1, options.chunk)[..., : options.lanes]
     return Backward(dq, dk, dv, sums[:, :, K_DK], sums[:, :, Q_DQ], scaling.sum(-1), dC, dn)
 
 
 class _Refs(NamedTuple):
-    """References to the blocks that the kernel reads and writes."""
+    """Refs of the blocks that the kernel reads and writes."""
 
-    rows: jax.Ref
+    packed: jax.Ref
     q: jax.Ref
     k: jax.Ref
     v: jax.Ref
@@ -77,16 +87,16 @@ class _Refs(NamedTuple):
     dC: jax.Ref
     dn: jax.Ref
 
-    def row(self, index: int, positions: slice) -> jax.Array:
-        """`1 L`: one kind of gate."""
-        return self.rows[0, 0, index : index + 1, positions]
+    def gate(self, index: int, positions: slice) -> jax.Array:
+        """One gate of these positions, `1 L`."""
+        return self.packed[0, 0, index : index + 1, positions]
 
-    def column(self, positions: slice) -> jax.Array:
-        """`L 8`: all gates of these positions."""
-        return self.rows[0, 0, :, positions].T
+    def sublane_gates(self, positions: slice) -> jax.Array:
+        """All gates of these positions, `L 8`."""
+        return self.packed[0, 0, :, positions].T
 
 
-def _body(options: Options, *refs):
+def _kernel(options: Options, *refs):
     has_h = options.normalize
     x = _Refs._make(refs if has_h else (*refs[:5], None, *refs[5:]))
     b, head, block = (pl.program_id(axis) for axis in range(3))
@@ -99,87 +109,94 @@ def _body(options: Options, *refs):
     for index in reversed(range(options.tile.chunks_per_block)):
         chunk = slice(index * options.chunk, (index + 1) * options.chunk)
         strips = options.strips(chunk)
-        extra = {s.start: _normalizer_cotangent(options, x, s) for s in strips if has_h}
-        # Keys first: the products of the square are consumed while they are made.
-        squares = {}
-        for source in strips:
-            _keys(options, x, chunk, source, extra, squares)
-        for strip in strips:
-            _queries(options, x, index, chunk, strip, extra, squares)
-        _update(options, x, index, chunk, list(extra.values()))
+        dnorm = {s.start: _normalizer_cotangent(options, x, s) for s in strips if has_h}
+        # Keys first: dk and dv use the tiles of dS as they are computed; dq reads them later.
+        dS_tiles = {}
+        for keys in strips:
+            _key_grads(options, x, chunk, keys, dnorm, dS_tiles)
+        for queries in strips:
+            _query_grads(options, x, index, chunk, queries, dnorm, dS_tiles)
+        _update(options, x, index, chunk, list(dnorm.values()))
 
 
 def _normalizer_cotangent(options: Options, x: _Refs, strip: slice) -> tuple[jax.Array, jax.Array]:
-    """The cotangent of a row's normalizer, times the normalizer: as a column and as a row."""
+    """Cotangent of each query's normalizer, times the normalizer: as `L 1` and as `1 L`."""
     assert x.h is not None
     dh, h = (ref[0, strip].astype(jnp.float32) for ref in (x.dh, x.h))
-    sign = x.column(strip)[:, gates.EXTRA : gates.EXTRA + 1]
-    column = sign * jnp.sum(options.folded(dh * h), axis=1, keepdims=True)
-    return column, as_row(column)
+    sign = x.sublane_gates(strip)[:, gates.NORMALIZER : gates.NORMALIZER + 1]
+    dnorm = sign * jnp.sum(options.fold_lanes(dh * h), axis=1, keepdims=True)
+    return dnorm, to_lanes(dnorm)
 
 
-def _keys(options: Options, x: _Refs, chunk: slice, source: slice, extra: dict, squares: dict):
-    """dk and dv of one strip of keys; leaves the cotangents of the square in `squares`."""
-    k, v = x.k[0, source], x.v[0, source]
-    column = x.column(source)
+def _key_grads(options: Options, x: _Refs, chunk: slice, keys: slice, dnorm: dict, dS_tiles: dict):
+    """dk and dv of one strip of keys; stores the tiles of dS in `dS_tiles`."""
+    k, v = x.k[0, keys], x.v[0, keys]
+    key_gates = x.sublane_gates(keys)
     P, dS = [], []
-    for strip in options.strips(chunk):
-        if strip.start < source.start:
+    for queries in options.strips(chunk):
+        if queries.start < keys.start:
             continue
-        weights = log_weights(
-            options, column, x.rows[0, 0, :, strip], on_diagonal=strip == source, upper=True
+        log_D = log_weights(
+            options, key_gates, x.packed[0, 0, :, queries], on_diagonal=queries == keys, upper=True
         )
-        D = jnp.exp(weights)
-        P.append((product(k, x.q[0, strip], (1, 1)) * D).astype(v.dtype))
-        dP = product(v, x.dh[0, strip], (1, 1))
-        dP = dP + extra[strip.start][1] if extra else dP
+        D = jnp.exp(log_D)
+        P.append((product(k, x.q[0, queries], (1, 1)) * D).astype(v.dtype))
+        dP = product(v, x.dh[0, queries], (1, 1))
+        dP = dP + dnorm[queries.start][1] if dnorm else dP
         dS.append((dP * D).astype(v.dtype))
-        squares[strip.start, source.start] = dS[-1]
-    written = column[:, gates.WRITTEN : gates.WRITTEN + 1]
-    later = slice(source.start, chunk.stop)
+        dS_tiles[queries.start, keys.start] = dS[-1]
+    write = key_gates[:, gates.WRITE : gates.WRITE + 1]
+    later = slice(keys.start, chunk.stop)
     dC = x.dC[0, 0].astype(v.dtype)
-    dv = written * product(k, dC) + product(joined(P, 1), x.dh[0, later])
-    x.dv[0, source] = dv.astype(v.dtype)
+    dv = write * product(k, dC) + product(concatenate(P, 1), x.dh[0, later])
+    x.dv[0, keys] = dv.astype(v.dtype)
     through_state = product(v, dC, (1, 1)) + x.dn[0, 0]
-    dk = written * through_state + product(joined(dS, 1), x.q[0, later])
-    x.dk[0, source] = dk.astype(k.dtype)
-    x.sums[0, 0, K_DK : K_DK + 1, source] = _row_sums(options, k, dk)
+    dk = write * through_state + product(concatenate(dS, 1), x.q[0, later])
+    x.dk[0, keys] = dk.astype(k.dtype)
+    x.sums[0, 0, K_DK : K_DK + 1, keys] = _inner_products(options, k, dk)
 
 
-def _queries(
-    options: Options, x: _Refs, index: int, chunk: slice, strip: slice, extra: dict, squares: dict
+def _query_grads(
+    options: Options,
+    x: _Refs,
+    index: int,
+    chunk: slice,
+    queries: slice,
+    dnorm: dict,
+    dS_tiles: dict,
 ):
     """dq of one strip of queries."""
-    q, dh = x.q[0, strip], x.dh[0, strip]
-    across = x.column(strip)[:, gates.ACROSS : gates.ACROSS + 1]
-    dS = [square for (start, _), square in squares.items() if start == strip.start]
-    read = product(dh, x.C_starts[0, 0, index].astype(dh.dtype), (1, 1))
-    read = read + extra[strip.start][0] * x.n_starts[0, 0, index] if extra else read
-    seen = slice(chunk.start, strip.stop)
-    dq = across * read + product(joined(dS, 0), x.k[0, seen], (0, 0))
-    x.dq[0, strip] = dq.astype(q.dtype)
-    x.sums[0, 0, Q_DQ : Q_DQ + 1, strip] = _row_sums(options, q, dq)
+    q, dh = x.q[0, queries], x.dh[0, queries]
+    read = x.sublane_gates(queries)[:, gates.READ : gates.READ + 1]
+    dS = [tile for (start, _), tile in dS_tiles.items() if start == queries.start]
+    through_state = product(dh, x.C_starts[0, 0, index].astype(dh.dtype), (1, 1))
+    if dnorm:
+        through_state = through_state + dnorm[queries.start][0] * x.n_starts[0, 0, index]
+    causal = slice(chunk.start, queries.stop)
+    dq = read * through_state + product(concatenate(dS, 0), x.k[0, causal], (0, 0))
+    x.dq[0, queries] = dq.astype(q.dtype)
+    x.sums[0, 0, Q_DQ : Q_DQ + 1, queries] = _inner_products(options, q, dq)
 
 
-def _update(options: Options, x: _Refs, index: int, chunk: slice, extra: list):
-    """The cotangent of the memory before the chunk, and what scaling that memory costs."""
-    across = x.row(gates.ACROSS, chunk)
-    kept = x.row(gates.KEPT, slice(chunk.start, chunk.start + 1))
+def _update(options: Options, x: _Refs, index: int, chunk: slice, dnorm: list):
+    """Cotangents of the state before the chunk, and of its log scale."""
+    read = x.gate(gates.READ, chunk)
+    decay = x.gate(gates.DECAY, slice(chunk.start, chunk.start + 1))
     q = x.q[0, chunk]
-    weighted = (q.T.astype(jnp.float32) * across).astype(q.dtype)
-    dC = kept * x.dC[0, 0] + product(weighted, x.dh[0, chunk])
+    weighted = (q.T.astype(jnp.float32) * read).astype(q.dtype)
+    dC = decay * x.dC[0, 0] + product(weighted, x.dh[0, chunk])
     x.dC[0, 0] = dC
-    dn = kept * x.dn[0, 0]
-    if extra:
-        dn = dn + row_product(across * joined([row for _, row in extra], 1), q)
+    dn = decay * x.dn[0, 0]
+    if dnorm:
+        dn = dn + weighted_sum(read * concatenate([lanes for _, lanes in dnorm], 1), q)
     x.dn[0, 0] = dn
     scaling = dC * x.C_starts[0, 0, index].astype(jnp.float32)
-    scaling = jnp.sum(options.folded(scaling), axis=0, keepdims=True)
-    scaling = scaling + options.folded(dn * x.n_starts[0, 0, index])
+    scaling = jnp.sum(options.fold_lanes(scaling), axis=0, keepdims=True)
+    scaling = scaling + options.fold_lanes(dn * x.n_starts[0, 0, index])
     lanes = slice(chunk.start, chunk.start + scaling.shape[1])
     x.sums[0, 0, SCALING : SCALING + 1, lanes] = scaling
 
 
-def _row_sums(options: Options, x: jax.Array, dx: jax.Array) -> jax.Array:
-    """The sum of x * dx over the last axis, as a row."""
-    return as_row(jnp.sum(options.folded(x.astype(jnp.float32) * dx), axis=1, keepdims=True))
+def _inner_products(options: Options, x: jax.Array, dx: jax.Array) -> jax.Array:
+    """Sums of x * dx over the last axis, `1 L`."""
+    return to_lanes(jnp.sum(options.fold_lanes(x.astype(jnp.float32) * dx), axis=1, keepdims=True))

@@ -1,6 +1,6 @@
-"""The mLSTM's forward and backward pass on a GPU: each one run along the chunks, then all at once.
+"""mLSTM forward and backward passes on a GPU, as launches of the kernels in `triton_kernels`.
 
-The kernels are in `triton_kernels`; here stands with what arrays they are called.
+Each pass first computes the states at chunk boundaries, then all positions in parallel.
 """
 
 from typing import Any
@@ -14,42 +14,44 @@ from pallas_kernels.mlstm.options import Backward, Forward, Options
 from pallas_kernels.mlstm.triton_tiles import Outputs, States
 
 
-def forward(options: Options, rows, q, k, v, C, n, *, save: bool) -> Forward:
-    """All chunks of all sequences; see `options.Kernels`."""
-    C_starts, n_starts, C, n, _ = _states(options, rows, k, v, C, n)
+def forward(options: Options, packed, q, k, v, C, n, *, save: bool) -> Forward:
+    """The forward pass; see `options.Kernels`."""
+    C_starts, n_starts, C, n, _ = _states(options, packed, k, v, C, n)
     normalize = options.normalize
-    h, d = _outputs(options, "h", rows, q, k, v, C_starts, n_starts, v, normalize=normalize)
+    h, d = _outputs(options, "h", packed, q, k, v, C_starts, n_starts, v, normalize=normalize)
     d = d[:, :, :1] if normalize else None
     return Forward(h, C, n, *((d, C_starts, n_starts) if save else [None] * 3))
 
 
-def backward(options: Options, rows, q, k, v, h, dh, C_starts, n_starts, dC, dn) -> Backward:
-    """Cotangents of one call; see `options.Kernels`."""
-    extra = h is not None
-    if extra:
-        # The cotangent of each row's normalizer, times it, in place of its sign. It is summed where
-        # the widths are the last axis; only the sums are transposed.
-        B, H, _, T = rows.shape
+def backward(options: Options, packed, q, k, v, h, dh, C_starts, n_starts, dC, dn) -> Backward:
+    """The backward pass; see `options.Kernels`."""
+    dnorm = h is not None
+    if dnorm:
+        # From the sign of each query's normalizer to its cotangent times the normalizer. The sum
+        # runs over the last axis, before the transpose, so that only the sums are transposed.
+        B, H, _, T = packed.shape
         sums = (h.astype(jnp.float32) * dh.astype(jnp.float32)).reshape(B, T, H, -1).sum(-1)
-        rows = rows.at[:, :, gates.EXTRA].multiply(jnp.swapaxes(sums, 1, 2))
+        packed = packed.at[:, :, gates.NORMALIZER].multiply(jnp.swapaxes(sums, 1, 2))
     saved = (C_starts, n_starts)
-    *ends, dC, dn, scaling = _states(options, rows, q, dh, dC, dn, saved, extra=extra)
-    dq, q_dq = _outputs(options, "dq", rows, dh, v, k, *saved, q, extra=extra)
-    dk, k_dk = _outputs(options, "dk", rows, v, dh, q, *ends, k, extra=extra)
-    dv, _ = _outputs(options, "dv", rows, k, q, dh, *ends, v)
+    *ends, dC, dn, scaling = _states(options, packed, q, dh, dC, dn, saved, dnorm=dnorm)
+    dq, q_dq = _outputs(options, "dq", packed, dh, v, k, *saved, q, dnorm=dnorm)
+    dk, k_dk = _outputs(options, "dk", packed, v, dh, q, *ends, k, dnorm=dnorm)
+    dv, _ = _outputs(options, "dv", packed, k, q, dh, *ends, v)
     return Backward(dq, dk, dv, k_dk.sum(2), q_dq.sum(2), scaling.sum(-1), dC, dn)
 
 
 def _states(
-    options: Options, rows, x, values, first, first_n, starts=None, *, extra: bool = False
+    options: Options, packed, lhs, rhs, C, n, starts=None, *, dnorm: bool = False
 ) -> tuple[jax.Array, ...]:
-    """States at borders and at the end, `B H N K V`, `B H N 1 K`, `B H K V`, `B H 1 K`, and sums.
+    """Launches `triton_kernels.states`; with `starts`, the states of the forward pass, in reverse.
 
-    With `starts`, the states of the forward pass, the direction is backward.
+    Returns:
+        C `B H N K V` and n `B H N 1 K` at chunk boundaries, the last C `B H K V` and n `B H 1 K`,
+        and with `starts` the sums `B H N blocks` of the gradient of the log scale.
     """
     block: States = options.tile.states
-    B, H, _, T = rows.shape
-    K, V = first.shape[2:]
+    B, H, _, T = packed.shape
+    K, V = C.shape[2:]
     blocks = (K // block.k) * (V // block.v)
     N = T // options.chunk
     shape = jax.ShapeDtypeStruct
@@ -57,12 +59,12 @@ def _states(
         options,
         block,
         triton_kernels.states,
-        (rows, x, values, first, first_n, *(starts or (first, first_n))),
+        (packed, lhs, rhs, C, n, *(starts or (C, n))),
         (
-            shape((B, H, N, K, V), x.dtype),
+            shape((B, H, N, K, V), lhs.dtype),
             shape((B, H, N, 1, K), jnp.float32),
-            shape(first.shape, jnp.float32),
-            shape(first_n.shape, jnp.float32),
+            shape(C.shape, jnp.float32),
+            shape(n.shape, jnp.float32),
             shape((B, H, N, blocks) if starts else (1,), jnp.float32),
         ),
         name="mlstm_states" if starts is None else "mlstm_dstates",
@@ -76,21 +78,22 @@ def _states(
         BV=block.v,
         BT=block.positions,
         REVERSED=starts is not None,
-        WITH_EXTRA=extra,
+        WITH_DNORM=dnorm,
     )
 
 
 def _outputs(
-    options: Options, name: str, *arrays, normalize: bool = False, extra: bool = False
+    options: Options, name: str, *arrays, normalize: bool = False, dnorm: bool = False
 ) -> tuple[jax.Array, ...]:
-    """One of h, dq, dk and dv, `B T HW`, and the sums that come with it, `B H blocks T`.
+    """Launches `triton_kernels.outputs` on `arrays`, its first parameters.
 
-    The arrays are the first parameters of `triton_kernels.outputs`.
+    Returns:
+        h, dq, dk or dv, `B T HW`, and its sums `B H blocks T`.
     """
-    rows, mine, _, values, *_ = arrays
+    packed, lhs, _, values, *_ = arrays
     block: Outputs = getattr(options.tile, name)
-    B, H, _, T = rows.shape
-    A, W = mine.shape[2] // H, values.shape[2] // H
+    B, H, _, T = packed.shape
+    A, W = lhs.shape[2] // H, values.shape[2] // H
     blocks = W // block.width
     sums = name in ("dq", "dk") or normalize
     return _call(
@@ -103,22 +106,22 @@ def _outputs(
             jax.ShapeDtypeStruct((B, H, blocks, T) if sums else (1,), jnp.float32),
         ),
         name=f"mlstm_{name}",
-        grid=(B * H * (T // block.rows), blocks),
+        grid=(B * H * (T // block.positions), blocks),
         T=T,
         H=H,
         A=A,
         W=W,
         L=options.chunk,
-        BR=block.rows,
-        BC=block.others,
+        BT=block.positions,
+        BS=block.other_positions,
         BA=block.inner,
-        BM=block.memory,
+        BC=block.state_inner,
         BW=block.width,
         LATER=name in ("dk", "dv"),
         TRANSPOSED=name in ("dq", "dk"),
         NORMALIZE=normalize,
         WITH_SUMS=sums,
-        WITH_EXTRA=extra,
+        WITH_DNORM=dnorm,
         RESETS=options.resets,
         EPS=options.eps,
     )

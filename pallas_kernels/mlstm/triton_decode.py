@@ -1,4 +1,4 @@
-"""One step of the mLSTM on a GPU: the memory is read once and updated in place.
+"""One step of the mLSTM on a GPU: reads the state once and overwrites C.
 
 Source: arXiv:2405.04517, section 2.3.
 """
@@ -15,25 +15,25 @@ from pallas_kernels.mlstm import gates as pre
 from pallas_kernels.mlstm.options import Options, State
 
 COLUMNS = 32
-"""Columns of the memory of one program: a batch of one still gives every multiprocessor some."""
+"""Columns of C per program; few, so that even a batch of one occupies all multiprocessors."""
 
-ROWS = 256
-"""Most rows of the memory that a program has in registers, and on their way, at once."""
+MAX_BLOCK_K = 256
+"""Upper limit of BK, the part of K per iteration; bounds the registers of a program."""
 
 
-def takes(K: int, V: int) -> bool:
-    """Any widths: what is missing in a block is masked."""
+def supports(K: int, V: int) -> bool:
+    """True for all widths, as incomplete blocks are masked."""
     del K, V
     return True
 
 
 def step(options: Options, q, k, v, gates: pre.LogGates, state: State) -> tuple[jax.Array, State]:
-    """h and the state after one step; see `options.Kernels`."""
+    """The step kernel; see `options.Kernels`."""
     C, n, m = state
     factors, m = pre.step_factors(gates, m, max_state=options.max_state)
     B, H, K, V = C.shape
     shape = jax.ShapeDtypeStruct
-    # n is not written in place: programs of other columns read the old one.
+    # n is not aliased, because the programs of other columns read the old one.
     h, n, C = gpu.call(
         _kernel,
         (jnp.stack(factors, axis=-1), q, k, v, C, n),
@@ -47,7 +47,7 @@ def step(options: Options, q, k, v, gates: pre.LogGates, state: State) -> tuple[
         interpret=bool(options.interpret),
         K=K,
         V=V,
-        BK=min(ROWS, triton.next_power_of_2(K)),
+        BK=min(MAX_BLOCK_K, triton.next_power_of_2(K)),
         BV=COLUMNS,
         SCALE=K**-0.5,
         NORMALIZE=options.normalize,
@@ -63,11 +63,11 @@ def _kernel(
     q,  # B H K
     k,  # B H K
     v,  # B H V
-    C,  # B H K V, float32, in place
+    C,  # B H K V, float32, updated in place
     n_old,  # B H K, float32
     h,  # B H V
     n,  # B H K
-    C_again,
+    C_alias,  # unused: the result that aliases C
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -77,29 +77,29 @@ def _kernel(
     EPS: tl.constexpr,
 ):
     head = tl.program_id(0).to(tl.int64)
-    at_v = tl.program_id(1) * BV + tl.arange(0, BV)
-    kept = tl.load(factors + head * 4)
-    added = tl.load(factors + head * 4 + 1)
+    offs_v = tl.program_id(1) * BV + tl.arange(0, BV)
+    decay = tl.load(factors + head * 4)
+    write = tl.load(factors + head * 4 + 1)
     read = tl.load(factors + head * 4 + 3) * SCALE
-    in_v = at_v < V
-    values = tl.load(v + head * V + at_v, in_v, other=0.0).to(tl.float32)
+    mask_v = offs_v < V
+    value = tl.load(v + head * V + offs_v, mask_v, other=0.0).to(tl.float32)
     u = tl.zeros((BV,), tl.float32)
     d = 0.0
     for start in range(0, K, BK):
-        at_k = start + tl.arange(0, BK)
-        in_k = at_k < K
-        query = tl.load(q + head * K + at_k, in_k, other=0.0).to(tl.float32) * read
-        key = tl.load(k + head * K + at_k, in_k, other=0.0).to(tl.float32) * added
-        new = kept * tl.load(n_old + head * K + at_k, in_k, other=0.0) + key
-        d += tl.sum(query * new)
+        offs_k = start + tl.arange(0, BK)
+        mask_k = offs_k < K
+        query = tl.load(q + head * K + offs_k, mask_k, other=0.0).to(tl.float32) * read
+        key = tl.load(k + head * K + offs_k, mask_k, other=0.0).to(tl.float32) * write
+        n_new = decay * tl.load(n_old + head * K + offs_k, mask_k, other=0.0) + key
+        d += tl.sum(query * n_new)
         if tl.program_id(1) == 0:
-            tl.store(n + head * K + at_k, new, in_k)
-        tile = head * K * V + at_k[:, None] * V + at_v[None, :]
-        inside = in_k[:, None] & in_v[None, :]
-        memory = kept * tl.load(C + tile, inside, other=0.0) + key[:, None] * values[None, :]
-        tl.store(C + tile, memory, inside)
-        u += tl.sum(query[:, None] * memory, axis=0)
+            tl.store(n + head * K + offs_k, n_new, mask_k)
+        tile = head * K * V + offs_k[:, None] * V + offs_v[None, :]
+        inside = mask_k[:, None] & mask_v[None, :]
+        C_new = decay * tl.load(C + tile, inside, other=0.0) + key[:, None] * value[None, :]
+        tl.store(C + tile, C_new, inside)
+        u += tl.sum(query[:, None] * C_new, axis=0)
     if NORMALIZE:
         bound = tl.load(factors + head * 4 + 2)
         u = u / (tl.maximum(tl.abs(d), bound) + EPS)
-    tl.store(h + head * V + at_v, u.to(h.dtype.element_ty), in_v)
+    tl.store(h + head * V + offs_v, u.to(h.dtype.element_ty), mask_v)

@@ -20,13 +20,13 @@ from pallas_kernels.slstm.options import MASKED, RESET, Forward, Inputs, Options
 
 def forward(options: Options, args: Inputs, *, save: bool) -> Forward:
     """`slstm_forward` with unpacked weights."""
-    packed = tpu.pack(args.r.astype(args.x.dtype))
+    packed = tpu.pack_weights(args.r.astype(args.x.dtype))
     return slstm_forward(options, args._replace(r=packed), save=save)
 
 
 def backward(options: Options, gates, r, *rest) -> tuple[jax.Array, ...]:
     """`slstm_backward` with unpacked weights."""
-    return slstm_backward(options, gates, tpu.pack(jnp.swapaxes(r, 1, 2)), *rest)
+    return slstm_backward(options, gates, tpu.pack_weights(jnp.swapaxes(r, 1, 2)), *rest)
 
 
 def slstm_forward(options: Options, args: Inputs, *, save: bool) -> Forward:
@@ -202,7 +202,7 @@ def _forward_body(x, packed, bias, initial, *refs, unroll, forget_gate, flagged)
     def forward_step(t, head, state):
         reset, masked = (None, None) if flags is None else read_flags(flags[t], K)
         c, n, h, m = state if reset is None else [jnp.where(reset, 0.0, leaf) for leaf in state]
-        gates = x[t, head].astype(jnp.float32) + bias[head] + tpu.times(h, packed[head])
+        gates = x[t, head].astype(jnp.float32) + bias[head] + tpu.packed_matmul(h, packed[head])
         # `saved` has no refs without `save`, and none for gates without `save_gates`.
         for ref, value in zip(saved, (h, c, n, m, gates), strict=False):
             ref[t, head] = value.astype(ref.dtype)
@@ -269,7 +269,7 @@ def _backward_body(gates, packed, c, n, m, dh, dfinal, *refs, unroll, forget_gat
         if flags is not None:
             dgates = jnp.where(read_flags(flags[t], 4 * K)[1], 0.0, dgates)
         dx[t, head] = dgates.astype(dx.dtype)
-        new = (dc, dn, tpu.times(dgates, packed[head]), rho)
+        new = (dc, dn, tpu.packed_matmul(dgates, packed[head]), rho)
         if flags is not None:
             reset, masked = read_flags(flags[t], K)
             # After a reset the forget gate is 0, so dc and dn are 0 already; dh is not.

@@ -36,7 +36,7 @@ def forward(options: Options, args: Inputs, *, save: bool) -> Forward:
     axes = ((0, 3), (None, 0), (None, 1), (1, 2), (0, None))
     out_axes = ((0, 2), (1, 2), (0, 3), (0, 3))[: 2 + save + (save and options.save_gates)]
     x, r, *rest = args
-    kernel = common.folding(functools.partial(_forward, options, save=save), axes, out_axes)
+    kernel = common.fold_vmap(functools.partial(_forward, options, save=save), axes, out_axes)
     h, final, *saved = kernel(x, r.astype(x.dtype), *rest)
     cnm, gates = (*saved, None, None)[:2]
     return Forward(h[:, 1:], final, h if save else None, cnm, gates)
@@ -84,7 +84,7 @@ def backward(options: Options, gates, r, cnm, dh, dfinal, flags) -> tuple[jax.Ar
     the first step, `4 B H K`.
     """
     axes = ((0, 3), (None, 0), (0, 3), (0, 2), (1, 2), (0, None))
-    kernel = common.folding(functools.partial(_backward, options), axes, ((0, 3), (1, 2)))
+    kernel = common.fold_vmap(functools.partial(_backward, options), axes, ((0, 3), (1, 2)))
     return kernel(gates, r, cnm, dh, dfinal, flags)
 
 

@@ -38,7 +38,7 @@ def step(options: Options, x, r, b, state: State, flags: jax.Array | None) -> St
     r = common.pad(common.pad(r, 3, width), 1, width)
     c, n, h, m = (common.pad(leaf, 2, width) for leaf in state)
     axes = ((0, 2), (None, 0), (None, 0), (0, None), *[(0, 1)] * 4)
-    kernel = common.folding(functools.partial(_decode, options), axes, ((0, 1),) * 4)
+    kernel = common.fold_vmap(functools.partial(_decode, options), axes, ((0, 1),) * 4)
     h, c, n, m = (leaf[..., :K] for leaf in kernel(x, r, b, flags, h, c, n, m))
     return c, n, h, m
 

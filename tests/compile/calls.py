@@ -1,4 +1,4 @@
-"""The calls of the ops that are compiled: shapes of a model's layer, functions of arrays alone."""
+"""Calls of the ops that the tests compile, with the shapes of a model's layer."""
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ COLLECTIVES = r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-sc
 
 
 def shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an argument."""
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
@@ -26,18 +27,20 @@ def mlstm(
     implementation: str = "pallas_tpu",
     **options,
 ):
-    """A call of `ops.mlstm` on what projections yield, and the shapes of its arguments."""
-    memory = cells.MLSTMState(shape(B, H, K, V), shape(B, H, K), shape(B, H))
+    """A call of `ops.mlstm` on outputs of projections, and the shapes of its arguments."""
+    state = cells.MLSTMState(shape(B, H, K, V), shape(B, H, K), shape(B, H))
     gates = shape(B, T, H, dtype=dtype)
-    joined = (shape(B, T, H * width, dtype=dtype) for width in (K, K, V))
-    args = (*joined, gates, gates, memory)
+    qkv = (shape(B, T, H * width, dtype=dtype) for width in (K, K, V))
+    args = (*qkv, gates, gates, state)
     if flags:
         args = (*args, shape(B, T, dtype=bool), shape(B, T, dtype=bool))
 
     def call(q, k, v, i, f, state, reset=None, mask=None):
         q, k, v = (x.reshape(B, T, H, -1) for x in (q, k, v))
-        options_ = dict(reset=reset, mask=mask, implementation=implementation, **options)
-        h, state = ops.mlstm(q, k, v, i, f, state, **options_)
+        flags = dict(reset=reset, mask=mask)
+        h, state = ops.mlstm(
+            q, k, v, i, f, state, **flags, implementation=implementation, **options
+        )
         return h.reshape(B, T, -1), state
 
     return call, args
@@ -53,8 +56,8 @@ def slstm(
     **options,
 ):
     """A call of `ops.slstm`, and the shapes of its arguments."""
-    memory = cells.SLSTMState(*(shape(B, H, K) for _ in range(4)))
-    args = (shape(B, T, 4, H, K, dtype=dtype), shape(H, K, 4, K), shape(H, 4, K), memory)
+    state = cells.SLSTMState(*(shape(B, H, K) for _ in range(4)))
+    args = (shape(B, T, 4, H, K, dtype=dtype), shape(H, K, 4, K), shape(H, 4, K), state)
     if flags:
         args = (*args, shape(B, T, dtype=bool), shape(B, T, dtype=bool))
 
@@ -66,7 +69,7 @@ def slstm(
 
 
 def gradient(call):
-    """The gradient of a loss on everything that `call` returns, by all its floating arguments."""
+    """The gradient of a loss on all results of `call`, for all its floating-point arguments."""
 
     def loss(*args):
         outputs = jax.tree.leaves(call(*args))
@@ -74,32 +77,32 @@ def gradient(call):
 
     def compute(*args):
         is_flag = [getattr(a, "dtype", None) == jnp.dtype(bool) for a in args]
-        numbers = tuple(n for n, flag in enumerate(is_flag) if not flag)
-        return jax.grad(loss, argnums=numbers)(*args)
+        argnums = tuple(n for n, flag in enumerate(is_flag) if not flag)
+        return jax.grad(loss, argnums=argnums)(*args)
 
     return compute
 
 
-def pulled(call):
-    """Gradients of what `call` returns, by cotangents that are made where they are used."""
+def pullback(call):
+    """The gradient of `call` for elementwise cotangents, which need no communication."""
 
     def compute(*args):
-        outputs, pull = jax.vjp(call, *args)
-        return pull(jax.tree.map(jnp.sin, outputs))
+        outputs, vjp = jax.vjp(call, *args)
+        return vjp(jax.tree.map(jnp.sin, outputs))
 
     return compute
 
 
 def specs(name: str, args):
-    """Batch over data, heads over tensor."""
+    """Partition specs: batch sharded over data, heads over tensor."""
     if name == "mlstm":
-        joined, gates = P("data", None, "tensor"), P("data", None, "tensor")
-        return (joined, joined, joined, gates, gates, type(args[5])(*[P("data", "tensor")] * 3))
+        qkv_and_gates = [P("data", None, "tensor")] * 5
+        return (*qkv_and_gates, type(args[5])(*[P("data", "tensor")] * 3))
     state = type(args[3])(*[P("data", "tensor")] * 4)
     return (P("data", None, None, "tensor"), P("tensor"), P("tensor"), state)
 
 
 def shardings(mesh: Mesh, name: str, args):
-    """The same on a mesh."""
+    """`specs` on a mesh."""
     is_spec = lambda x: isinstance(x, P)  # noqa: E731
     return jax.tree.map(lambda x: NamedSharding(mesh, x), specs(name, args), is_leaf=is_spec)

@@ -1,6 +1,6 @@
-"""Kernels compiled for TPUs and GPUs that are not here: `make test-compile`, which has compilers.
+"""Ahead-of-time compilation for TPUs and GPUs; `make test-compile` installs the compilers.
 
-Elsewhere these tests are skipped, and say what is missing.
+Without the compilers these tests are skipped, with the missing package as the reason.
 """
 
 import functools
@@ -18,10 +18,11 @@ GPU_CHIPS = [
     *(pytest.param(chip, id=chip) for chip in ("sm_80", "sm_90", "sm_100")),
     *(pytest.param(chip, id=chip, marks=pytest.mark.slow) for chip in ("sm_86", "sm_89", "sm_120")),
 ]
-WAY_OUT = "; `make test-compile` has an environment for it"
+WAY_OUT = "; run `make test-compile`"
 
 
 def pytest_collection_modifyitems(items):
+    """Skips tests whose compiler is not installed."""
     for item in items:
         if item.path.parent.name == "compile":
             on_gpu = item.path.name.startswith("test_gpu")
@@ -33,7 +34,7 @@ def pytest_collection_modifyitems(items):
 @functools.cache
 def _missing_for_tpus() -> str | None:
     if importlib.util.find_spec("libtpu") is None:
-        return "libtpu is not installed here"
+        return "libtpu is not installed"
     return None
 
 
@@ -41,12 +42,13 @@ def _missing_for_tpus() -> str | None:
 def _missing_for_gpus() -> str | None:
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
     if not any(map(importlib.util.find_spec, plugins)):
-        return "JAX's plugin for CUDA is not installed here"
+        return "JAX's CUDA plugin is not installed"
     with common.compiled_for("sm_90"):
         return gpu.refusal()
 
 
 def pytest_generate_tests(metafunc):
+    """Runs tests with a `chip` or `gpu_chip` argument for every TPU or GPU target."""
     if "chip" in metafunc.fixturenames:
         metafunc.parametrize("chip", CHIPS)
     if "gpu_chip" in metafunc.fixturenames:

@@ -1,4 +1,4 @@
-"""Every Triton kernel, forward and gradient, compiles for every chip, and fits its registers."""
+"""Every Triton kernel, forward and gradient, compiles for every chip without register spills."""
 
 import re
 
@@ -31,7 +31,7 @@ CALLS = {
     "mlstm": calls.mlstm(512, 256, 512, **TRITON),
     "mlstm, resets and masks": calls.mlstm(512, 256, 512, flags=True, **TRITON),
     "mlstm, odd sizes, float32": calls.mlstm(300, 40, 96, jnp.float32, **TRITON),
-    "mlstm, sigmoid, no normaliser": calls.mlstm(
+    "mlstm, sigmoid, no normalizer": calls.mlstm(
         256, 128, 256, input_gate="sigmoid", normalize=False, **TRITON
     ),
     "slstm": calls.slstm(256, 256, **TRITON),
@@ -48,18 +48,18 @@ STEPS = {
 
 
 def _param(*values):
-    """A case of the op that the first value begins with."""
+    """A case whose first value starts with the name of the op."""
     op = values[0][:5]
-    has_none = "triton" not in ops.implementations(op)
-    skip = pytest.mark.skipif(has_none, reason=f"{op} has no Triton kernels yet")
+    missing = "triton" not in ops.implementations(op)
+    skip = pytest.mark.skipif(missing, reason=f"{op} has no Triton kernels yet")
     return pytest.param(*values, id="-".join(map(str, values)), marks=skip)
 
 
 OPS = [_param(op) for op in KERNELS]
 
-NEWEST_ASSEMBLY = 8.8
-"""What the assembler of CUDA 12.9 can read, the oldest that comes with JAX; Triton's own, which XLA
-does not use, is newer."""
+NEWEST_PTX = 8.8
+"""Newest PTX version that ptxas of CUDA 12.9, the oldest that comes with JAX, can read. XLA does
+not use the newer ptxas of Triton's wheel."""
 
 
 @pytest.mark.parametrize(
@@ -71,56 +71,56 @@ does not use, is newer."""
         for K, V in widths
     ],
 )
-def test_no_kernel_spills_or_takes_more_than_there_is(gpu_chip, op, dtype, K, V):
-    """At the tile of the table, forward, gradient and one step; with the units of the chip."""
+def test_no_kernel_spills_registers_or_exceeds_shared_memory(gpu_chip, op, dtype, K, V):
+    """Forward, gradient and decoding at the default tile, with the chip's matrix instruction."""
     unit = {"sm_90": "wgmma", "sm_100": "tcgen05.mma"}.get(gpu_chip, "mma.sync")
     if op == "slstm":
-        unit = "mma.sync"  # the only one for 16 rows, which are all that a step has
+        unit = "mma.sync"  # the only instruction for M = 16, the sequences of one program
     for part in PARTS:
         T = 1 if part == "decode" else 1024
         case = Case(op=op, part=part, B=16, T=T, H=4, K=K, V=V, dtype=dtype)
         kernels = gpu_resources.kernel_resources(gpu_chip, case)
         assert {kernel.name for kernel in kernels} == KERNELS[op][part]
         for kernel in kernels:
-            assert resources.complaints(gpu_chip, kernel) == []
-            assert kernel.assembly <= NEWEST_ASSEMBLY
+            assert resources.exceeded_limits(gpu_chip, kernel) == []
+            assert kernel.ptx_version <= NEWEST_PTX
             if part == "gradient" and (K, V) == WIDTHS[op]["bfloat16"][1] and dtype == "bfloat16":
                 assert kernel.matrix_unit == unit
 
 
 @pytest.mark.parametrize("name", [_param(name) for name in CALLS if name not in KERNELS])
-def test_the_gradient_compiles_with_every_option(name):
+def test_gradient_compiles_with_every_option(name):
     _assert_gradient_compiles("sm_90", name)
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_the_gradient_compiles(gpu_chip, op):
+def test_gradient_compiles(gpu_chip, op):
     _assert_gradient_compiles(gpu_chip, op)
 
 
 def _assert_gradient_compiles(chip, name):
     call, args = CALLS[name]
-    found = compiler.kernels(compiler.compile_for(chip, calls.gradient(call), *args))
-    assert found == KERNELS[name[:5]]["gradient"]
+    compiled = compiler.compile_for(chip, calls.gradient(call), *args)
+    assert compiler.kernels(compiled) == KERNELS[name[:5]]["gradient"]
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_single_step_compiles_and_updates_a_donated_state_in_place(gpu_chip, op):
-    _assert_step_is_in_place(gpu_chip, op)
+def test_decoding_step_reuses_a_donated_state(gpu_chip, op):
+    _assert_state_is_reused(gpu_chip, op)
 
 
 @pytest.mark.parametrize("name", [_param(name) for name in STEPS if name not in KERNELS])
-def test_a_single_step_is_in_place_with_every_option(name):
-    _assert_step_is_in_place("sm_90", name)
+def test_decoding_step_reuses_a_donated_state_with_every_option(name):
+    _assert_state_is_reused("sm_90", name)
 
 
-def _assert_step_is_in_place(chip, name):
-    """But for h of the sLSTM: programs of other cells still read the old one."""
+def _assert_state_is_reused(chip, name):
+    """Except for h of the sLSTM: programs of other cells still read the old one."""
     call, args = STEPS[name]
-    number = 5 if name.startswith("mlstm") else 3
-    compiled = compiler.compile_for(chip, call, *args, donate=number)
+    state = 5 if name.startswith("mlstm") else 3
+    compiled = compiler.compile_for(chip, call, *args, donate=state)
     assert compiler.kernels(compiled) == KERNELS[name[:5]]["decode"]
-    largest = max(args[number], key=lambda leaf: leaf.size)
+    largest = max(args[state], key=lambda leaf: leaf.size)
     assert compiled.memory_analysis().alias_size_in_bytes >= largest.size * 4
     sizes = ",".join(map(str, largest.shape))
     copies = re.findall(rf"= f32\[{sizes}\]\S* copy\(", compiled.as_text())
@@ -128,51 +128,50 @@ def _assert_step_is_in_place(chip, name):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_on_a_mesh_no_device_communicates(op):
-    """But for the sum of the recurrent weights' gradient over the batch, as for any weights."""
-    mesh = compiler.mesh_of(compiler.devices("sm_90", 4), tensor=2)
+def test_kernels_on_a_mesh_need_no_collectives(op):
+    """Except for the gradient of the recurrent weights, which is summed over the batch."""
+    mesh = compiler.make_mesh(compiler.devices("sm_90", 4), tensor=2)
     call, args = CALLS[op]
     kwargs = dict(mesh=mesh, shardings=calls.shardings(mesh, op, args))
     forward = compiler.compile_for("sm_90", call, *args, **kwargs)
     assert compiler.kernels(forward) == KERNELS[op]["forward"]
     assert not re.findall(calls.COLLECTIVES, forward.as_text())
-    # The cotangents come from a loss that is local, too: none of it is summed over devices.
-    backward = compiler.compile_for("sm_90", calls.pulled(call), *args, **kwargs).as_text()
-    found = set(re.findall(calls.COLLECTIVES, backward))
-    assert found <= ({"all-reduce"} if op == "slstm" else set())
+    backward = compiler.compile_for("sm_90", calls.pullback(call), *args, **kwargs).as_text()
+    collectives = set(re.findall(calls.COLLECTIVES, backward))
+    assert collectives <= ({"all-reduce"} if op == "slstm" else set())
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_mapped_axis_compiles(op):
+def test_vmap_of_the_gradient_compiles(op):
     call, args = CALLS[op]
     mapped = jax.tree.map(lambda x: calls.shape(2, *x.shape, dtype=x.dtype), args)
-    found = compiler.compile_for("sm_90", jax.vmap(calls.gradient(call)), *mapped)
-    assert compiler.kernels(found) == KERNELS[op]["gradient"]
+    compiled = compiler.compile_for("sm_90", jax.vmap(calls.gradient(call)), *mapped)
+    assert compiler.kernels(compiled) == KERNELS[op]["gradient"]
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_on_a_gpu_the_kernels_are_used_by_default(op):
+def test_kernels_are_used_by_default_on_a_gpu(op):
     sizes = {"mlstm": (512, 256, 512), "slstm": (256, 256)}[op]
     call, args = getattr(calls, op)(*sizes, implementation="auto")
-    found = compiler.kernels(compiler.compile_for("sm_90", call, *args))
-    assert found == KERNELS[op]["forward"]
+    compiled = compiler.compile_for("sm_90", call, *args)
+    assert compiler.kernels(compiled) == KERNELS[op]["forward"]
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_gpu_has_no_kernel_for_float16(op):
+def test_float16_is_not_supported(op):
     sizes = {"mlstm": (512, 256, 512), "slstm": (256, 256)}[op]
     call, args = getattr(calls, op)(*sizes, jnp.float16, **TRITON)
     with pytest.raises(NotImplementedError, match="float16 overflows"):
         resources.launches_for("sm_90", call, *args)
 
 
-def test_a_chunk_that_is_no_multiple_of_a_tile_is_refused_with_one_that_is():
+def test_error_for_an_unaligned_chunk_size_names_an_aligned_one():
     call, args = calls.mlstm(512, 256, 512, chunk_size=100, **TRITON)
     with pytest.raises(NotImplementedError, match="chunk_size=100 is not a multiple of 64.*128"):
         resources.launches_for("sm_90", call, *args)
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_tpu_has_no_triton(op):
+def test_triton_is_not_supported_on_a_tpu(op):
     with common.compiled_for("v5e"):
         assert "runs on a GPU" in str(ops.implementations(op)["triton"])

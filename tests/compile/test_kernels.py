@@ -1,4 +1,4 @@
-"""Every kernel, forward and gradient, compiles for every chip: one of them, and a mesh of four."""
+"""Every TPU kernel, forward and gradient, compiles for one chip and for a mesh of four."""
 
 import re
 
@@ -13,7 +13,7 @@ CALLS = {
     "mlstm": calls.mlstm(512, 256, 512),
     "mlstm, resets and masks": calls.mlstm(512, 256, 512, flags=True),
     "mlstm, odd sizes, float32": calls.mlstm(300, 64, 96, jnp.float32),
-    "mlstm, sigmoid, no normaliser": calls.mlstm(
+    "mlstm, sigmoid, no normalizer": calls.mlstm(
         256, 128, 256, input_gate="sigmoid", normalize=False
     ),
     "slstm": calls.slstm(256, 256),
@@ -30,72 +30,71 @@ STEPS = {
 
 
 @pytest.mark.parametrize("name", ["mlstm", "slstm"])
-def test_the_forward_pass_compiles(chip, name):
+def test_forward_pass_compiles(chip, name):
     call, args = CALLS[name]
-    found = compiler.kernels(compiler.compile_for(chip, call, *args))
-    assert found == {f"{name[:5]}_forward"}
+    compiled = compiler.compile_for(chip, call, *args)
+    assert compiler.kernels(compiled) == {f"{name[:5]}_forward"}
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in ("mlstm", "slstm")])
-def test_the_gradient_compiles_with_every_option(name):
+def test_gradient_compiles_with_every_option(name):
     _assert_gradient_compiles("v5e", name)
 
 
 @pytest.mark.parametrize("name", ["mlstm", "slstm"])
-def test_the_gradient_compiles(chip, name):
+def test_gradient_compiles(chip, name):
     _assert_gradient_compiles(chip, name)
 
 
 def _assert_gradient_compiles(chip, name):
     call, args = CALLS[name]
-    found = compiler.kernels(compiler.compile_for(chip, calls.gradient(call), *args))
-    assert found == {f"{name[:5]}_forward", f"{name[:5]}_backward"}
+    compiled = compiler.compile_for(chip, calls.gradient(call), *args)
+    assert compiler.kernels(compiled) == {f"{name[:5]}_forward", f"{name[:5]}_backward"}
 
 
 @pytest.mark.parametrize("name", ["mlstm", "slstm"])
-def test_a_single_step_compiles_and_updates_a_donated_state_in_place(chip, name):
-    _assert_step_is_in_place(chip, name)
+def test_decoding_step_reuses_a_donated_state(chip, name):
+    _assert_state_is_reused(chip, name)
 
 
 @pytest.mark.parametrize("name", [name for name in STEPS if name not in ("mlstm", "slstm")])
-def test_a_single_step_is_in_place_with_every_option(name):
-    _assert_step_is_in_place("v5e", name)
+def test_decoding_step_reuses_a_donated_state_with_every_option(name):
+    _assert_state_is_reused("v5e", name)
 
 
-def _assert_step_is_in_place(chip, name):
+def _assert_state_is_reused(chip, name):
     call, args = STEPS[name]
-    number = 5 if name.startswith("mlstm") else 3
-    compiled = compiler.compile_for(chip, call, *args, donate=number)
+    state = 5 if name.startswith("mlstm") else 3
+    compiled = compiler.compile_for(chip, call, *args, donate=state)
     assert compiler.kernels(compiled) == {f"{name[:5]}_decode"}
-    largest = max(args[number], key=lambda leaf: leaf.size)
+    largest = max(args[state], key=lambda leaf: leaf.size)
     assert compiled.memory_analysis().alias_size_in_bytes >= largest.size * 4
     sizes = ",".join(map(str, largest.shape))
     assert not re.search(rf"= f32\[{sizes}\]\S* copy\(", compiled.as_text())
 
 
 @pytest.mark.parametrize("K,V", [(1280, 1280), (1000, 1000), (512, 1024)])
-def test_wide_heads_take_a_step_too(K, V):
+def test_decoding_step_compiles_for_wide_heads(K, V):
     call, args = calls.mlstm(1, K, V)
     assert compiler.kernels(compiler.compile_for("v5e", call, *args)) == {"mlstm_decode"}
 
 
 @pytest.mark.parametrize("name", ["mlstm", "slstm"])
-def test_on_a_mesh_no_device_communicates(name):
-    """But for the sum of the recurrent weights' gradient over the batch, as for any weights."""
-    mesh = compiler.mesh_of(compiler.devices("v5p", 4), tensor=2)
+def test_kernels_on_a_mesh_need_no_collectives(name):
+    """Except for the gradient of the recurrent weights, which is summed over the batch."""
+    mesh = compiler.make_mesh(compiler.devices("v5p", 4), tensor=2)
     call, args = CALLS[name]
     kwargs = dict(mesh=mesh, shardings=calls.shardings(mesh, name, args))
     forward = compiler.compile_for("v5p", call, *args, **kwargs).as_text()
     assert not re.findall(calls.COLLECTIVES, forward)
-    # The cotangents come from a loss that is local, too: none of it is summed over devices.
-    backward = compiler.compile_for("v5p", calls.pulled(call), *args, **kwargs).as_text()
-    found = set(re.findall(calls.COLLECTIVES, backward))
-    assert found <= ({"all-reduce"} if name == "slstm" else set())
+    backward = compiler.compile_for("v5p", calls.pullback(call), *args, **kwargs).as_text()
+    collectives = set(re.findall(calls.COLLECTIVES, backward))
+    assert collectives <= ({"all-reduce"} if name == "slstm" else set())
 
 
 @pytest.mark.parametrize("name", ["mlstm", "slstm"])
-def test_a_mapped_axis_compiles(name):
+def test_vmap_of_the_gradient_compiles(name):
     call, args = CALLS[name]
     mapped = jax.tree.map(lambda x: calls.shape(2, *x.shape, dtype=x.dtype), args)
-    found = compiler.compile_for("v5e", jax.vmap(calls.gradient(call)), *mapped)
-    assert compiler.kernels(found) == {f"{name}_forward", f"{name}_backward"}
+    compiled = compiler.compile_for("v5e", jax.vmap(calls.gradient(call)), *mapped)
+    assert compiler.kernels(compiled) == {f"{name}_forward", f"{name}_backward"}

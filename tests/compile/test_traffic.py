@@ -1,4 +1,4 @@
-"""What the mLSTM kernels read and write, from the compiled programs."""
+"""HBM traffic of the mLSTM kernels, read from the compiled programs."""
 
 import re
 
@@ -15,14 +15,13 @@ SIZES = {"bf16": 2, "f32": 4, "s32": 4, "pred": 1}
 
 
 def _results(text: str, kernel: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Element type and shape of everything that a kernel writes."""
+    """Element type and shape of every result of a kernel."""
     (line,) = [x for x in text.splitlines() if '"tpu_custom_call"' in x and kernel in x]
-    results = line.split(" custom-call(")[0]
-    found = re.findall(r"(bf16|f32)\[([\d,]+)\]", results)
-    return [(kind, tuple(map(int, sizes.split(",")))) for kind, sizes in found]
+    results = re.findall(r"(bf16|f32)\[([\d,]+)\]", line.split(" custom-call(")[0])
+    return [(kind, tuple(map(int, sizes.split(",")))) for kind, sizes in results]
 
 
-def test_without_a_gradient_the_forward_pass_writes_h_and_the_final_state_only():
+def test_forward_pass_without_gradient_writes_only_h_and_the_final_state():
     call, args = calls.mlstm(T, K, V)
     text = compiler.compile_for("v5e", call, *args).as_text()
     assert _results(text, "mlstm_forward") == [
@@ -32,8 +31,8 @@ def test_without_a_gradient_the_forward_pass_writes_h_and_the_final_state_only()
     ]
 
 
-def test_for_a_gradient_it_writes_the_normaliser_and_one_state_per_chunk_as_well():
-    """m comes from the gates alone and is no part of the kernel's."""
+def test_forward_pass_of_a_gradient_also_writes_the_normalizer_and_chunk_states():
+    """m is computed from the gates, outside the kernel."""
     call, args = calls.mlstm(T, K, V)
     text = compiler.compile_for("v5e", calls.gradient(call), *args).as_text()
     N = T // tiles.choose(K, V, jnp.dtype("bfloat16"), T, None, "v5e").chunk
@@ -47,40 +46,40 @@ def test_for_a_gradient_it_writes_the_normaliser_and_one_state_per_chunk_as_well
     ]
 
 
-def _copies(text: str, least: int) -> list[str]:
-    """Instructions that only move data, of at least `least` bytes."""
-    found = []
+def _copies(text: str, min_bytes: int) -> list[str]:
+    """Instructions that only move data, of at least `min_bytes`."""
+    copies = []
     for kind, sizes, name in re.findall(
         r"= (bf16|f32)\[([\d,]+)\]\S* (copy|pad|transpose|reshape|concatenate)\(", text
     ):
         elements = 1
         for size in sizes.split(","):
             elements *= int(size)
-        if elements * SIZES[kind] >= least:
-            found.append(f"{name} {kind}[{sizes}]")
-    return found
+        if elements * SIZES[kind] >= min_bytes:
+            copies.append(f"{name} {kind}[{sizes}]")
+    return copies
 
 
 @pytest.mark.parametrize("part", ["forward", "gradient"])
 def test_aligned_sizes_are_not_copied(part):
-    """Neither queries, keys, values and h, nor the memory, in values and in cotangents."""
+    """Neither queries, keys, values, h and the state, nor their cotangents."""
     call, args = calls.mlstm(T, K, V)
-    fn = call if part == "forward" else calls.pulled(call)
+    fn = call if part == "forward" else calls.pullback(call)
     text = compiler.compile_for("v5e", fn, *args).as_text()
-    assert not _copies(text, least=B * T * H * K * 2)
+    assert not _copies(text, min_bytes=B * T * H * K * 2)
 
 
-def test_widths_that_are_no_multiple_of_a_tile_are_filled_up():
-    """So the test above can see what it looks for."""
+def test_unaligned_widths_are_padded():
+    """The negative case of the test above."""
     call, args = calls.mlstm(T, K - 8, V)
     text = compiler.compile_for("v5e", call, *args).as_text()
-    assert any(found.startswith("pad") for found in _copies(text, least=B * T * H * K * 2))
+    assert any(copy.startswith("pad") for copy in _copies(text, min_bytes=B * T * H * K * 2))
 
 
-def test_the_cost_given_to_the_compiler_is_that_of_the_formulas():
+def test_cost_estimate_of_the_compiler_matches_the_formulas():
     call, args = calls.mlstm(T, K, V)
     compiled = compiler.compile_for("v5e", call, *args)
     tile = tiles.choose(K, V, jnp.dtype("bfloat16"), T, None, "v5e")
-    square = (1 + tile.strip / tile.chunk) / 2 * tile.chunk
-    expected = B * T * H * (4 * K * V + 2 * square * (K + V))
+    keys_per_query = (tile.chunk + tile.strip) / 2
+    expected = B * T * H * (4 * K * V + 2 * keys_per_query * (K + V))
     assert compiled.cost_analysis()["flops"] == pytest.approx(expected, rel=0.02)

@@ -60,8 +60,8 @@ def test_target_config_describes_the_gpu(name):
     assert text.count("{") == text.count("}")
 
 
-def test_a_kernel_within_all_limits_has_no_complaints():
-    assert resources.complaints("sm_90", KERNEL) == []
+def test_a_kernel_within_all_limits_has_no_exceeded_limits():
+    assert resources.exceeded_limits("sm_90", KERNEL) == []
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_kernel_within_all_limits_has_no_complaints():
     ],
 )
 def test_each_exceeded_limit_is_reported(change, message):
-    (complaint,) = resources.complaints("sm_80", KERNEL._replace(**change))
+    (complaint,) = resources.exceeded_limits("sm_80", KERNEL._replace(**change))
     assert complaint == f"mlstm_h on sm_80: {message}"
 
 
@@ -86,7 +86,7 @@ def test_cases_cover_every_width_and_part():
     assert {(case.op, case.K) for case in narrow} == {("mlstm", 64), ("slstm", 64)}
 
 
-def test_table_has_a_column_per_chip_and_marks_complaints():
+def test_table_has_a_column_per_chip_and_marks_exceeded_limits():
     record = {"K": 64, "V": 128, "dtype": "bfloat16", "complaints": [], **KERNEL._asdict()}
     records = [
         {**record, "chip": "sm_80", "spills": 4, "complaints": ["spills"]},

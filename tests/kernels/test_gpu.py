@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels import common, gpu
 from pallas_kernels.hardware import ARCHITECTURES
 
-INSTALL_HINT = "install the pair that belongs to this jax: `pip install xlstm-jax[gpu]`"
+INSTALL_HINT = "install the versions that match this jax: `pip install xlstm-jax[gpu]`"
 PAIRS = {"0.10": ("0.10.2", "0.3.1"), "0.11": ("0.11.0", "0.4.0")}
 
 
@@ -153,7 +153,7 @@ def test_missing_package_is_named(monkeypatch, installed, module, package):
         ),
         (
             "import missing_module",
-            "jax-triton does not load (No module named 'missing_module')",
+            "jax-triton cannot be imported (No module named 'missing_module')",
         ),
     ],
     ids=["AttributeError", "ModuleNotFoundError"],
@@ -173,13 +173,16 @@ def test_import_error_of_jax_triton_is_part_of_the_refusal(
 )
 def test_incompatible_versions_are_refused(installed, versions):
     installed(*versions)
-    message = f"jax {versions[0]}, jax-triton {versions[1]} do not belong together; {INSTALL_HINT}"
+    message = f"jax {versions[0]}, jax-triton {versions[1]} do not match; {INSTALL_HINT}"
     assert environment_refusal() == message
 
 
 def test_triton_interpret_mode_is_refused(installed):
     installed(interpret=True)
-    assert environment_refusal() == "TRITON_INTERPRET is set, so Triton compiles nothing; unset it"
+    assert (
+        environment_refusal()
+        == "TRITON_INTERPRET is set, which disables Triton's compiler; unset it"
+    )
 
 
 def test_interpreter_needs_triton_imported_in_interpret_mode(monkeypatch, installed):

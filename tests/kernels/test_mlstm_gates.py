@@ -73,7 +73,7 @@ def assert_decays_match(actual, expected, name, tolerance=1e-5):
 def test_decays_are_sums_of_log_gates_up_to_a_reset(input_gate, flags):
     raw = make_gates(flags)
     _, x = raw.compute(input_gate)
-    chunked = x.gates.log_i, x.border
+    chunked = x.gates.log_i, x.log_decays
     log_i, log_f, reset = exact(raw, input_gate)
     B, H, T = log_i.shape
     for b, h, chunk in np.ndindex(B, H, T // CHUNK):
@@ -89,7 +89,7 @@ def test_decays_are_sums_of_log_gates_up_to_a_reset(input_gate, flags):
                 from_start[t] = log_f_chunk[: t + 1].sum()
         index = (b, h, chunk)
         added, at = jax.tree.map(lambda a: np.asarray(a[index], np.float64), chunked)  # noqa: B023
-        assert_decays_match(at.to_row, from_start, "from_start")
+        assert_decays_match(at.from_start, from_start, "from_start")
         assert_decays_match(at.across, from_start[-1], "across")
         assert_decays_match(at.to_end, _clip_to_neg(weights[-1]), "to_end")
         attended = np.tri(CHUNK, dtype=bool)
@@ -133,7 +133,7 @@ def test_differences_of_large_sums_do_not_cancel():
     raw = raw._replace(f=(raw.f - 43).astype(np.float32))
     _, x = raw.compute(chunk=256)
     log_i, log_f, _ = exact(raw)
-    coarse, fine, log_i_32 = (np.asarray(a)[:, :, 0] for a in (*x.border[:2], x.gates.log_i))
+    coarse, fine, log_i_32 = (np.asarray(a)[:, :, 0] for a in (*x.log_decays[:2], x.gates.log_i))
     source = log_i_32 - fine
     assert coarse.min() < -9000
     near = fine[..., 1:] + source[..., :-1]
@@ -151,7 +151,7 @@ def test_suffix_sums_end_with_their_chunk_and_segment(rng, flags):
     _, decays = raw.compute()
     terms = rng.standard_normal(decays.m.shape).astype(np.float32)
     leaving = rng.standard_normal(terms.shape[:3]).astype(np.float32)
-    args = (jnp.asarray(terms), jnp.asarray(leaving), decays.border.segment, decays.gates.reset)
+    args = (jnp.asarray(terms), jnp.asarray(leaving), decays.log_decays.segment, decays.gates.reset)
     actual = quick.jit(gates.suffix_sum)(*args)
     reset = exact(raw)[2].reshape(terms.shape)
     segment = np.cumsum(reset, axis=-1)
@@ -192,8 +192,8 @@ def test_gradient_of_the_final_m_follows_the_maximum(rng, flags, shift):
         gradient = quick.jit(lambda rho, *args: jax.vjp(last, *args)[1](rho))
         expected = gradient(*map(jnp.float64, (rho, log_i, log_f, raw.m)))
         expected = [np.asarray(g) for g in expected]
-    path = (a.reshape(*a.shape[:2], -1) for a in (x.through_f, x.kept))
-    actual = quick.jit(gates.scale_grads)(*path, jnp.asarray(rho))
+    path = (a.reshape(*a.shape[:2], -1) for a in (x.through_f, x.carried))
+    actual = quick.jit(gates.stabilizer_grads)(*path, jnp.asarray(rho))
     for name, a, b in zip(("log_i", "log_f", "m"), actual, expected, strict=True):
         np.testing.assert_array_equal(np.reshape(a, b.shape), b, err_msg=name)
     assert np.any(expected[2]) == (shift > 0)

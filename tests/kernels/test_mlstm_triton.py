@@ -109,7 +109,7 @@ def test_tiles_of_real_chips_match_recurrence(chip, dtype):
     case = in_bfloat16(make_case(B=1, T=100, K=48, V=128, flags=True))
     with common.compiled_for(chip):
         real = triton_tiles.choose(48, 128, jnp.dtype(dtype), 100, None)
-    assert real.chunk == 128 and real.h.rows == 64
+    assert real.chunk == 128 and real.h.positions == 64
     actual = kernel(in_bfloat16(case, dtype), lanes=128, tile=real)
     assert_results_match(actual, reference(case), TABLE[dtype])
 

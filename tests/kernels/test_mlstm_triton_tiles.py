@@ -30,8 +30,8 @@ def assert_divides(tile: Tile, K: int, V: int, min_block=MIN_BLOCK):
     """Block sizes are powers of two, at least `min_block`, and divide their widths or chunk."""
     sizes = [(tile.states.k, K), (tile.states.v, V), (tile.states.positions, tile.chunk)]
     for block, read, written in ((tile.h, K, V), (tile.dv, K, V), (tile.dq, V, K), (tile.dk, V, K)):
-        sizes += [(block.inner, read), (block.memory, read), (block.width, written)]
-        sizes += [(block.rows, tile.chunk), (block.others, block.rows)]
+        sizes += [(block.inner, read), (block.state_inner, read), (block.width, written)]
+        sizes += [(block.positions, tile.chunk), (block.other_positions, block.positions)]
     for size, total in sizes:
         assert is_power_of_two(size) and size >= min_block, (size, tile)
         assert total % size == 0, (size, total, tile)
@@ -52,7 +52,7 @@ def test_blocks_divide_every_call(chip, dtype):
 @both_dtypes
 @pytest.mark.parametrize("T", LENGTHS)
 def test_chunk_has_the_requested_size_unless_the_sequence_is_shorter(chip, dtype, T):
-    longest = common.round_up(T, triton_tiles.ROWS)
+    longest = common.round_up(T, triton_tiles.POSITIONS)
     with common.compiled_for(chip):
         for chunk_size in CHUNKS:
             tile = triton_tiles.choose(128, 256, dtype, T, chunk_size)

@@ -128,7 +128,7 @@ def test_bfloat16_weights_with_float32_inputs_match_recurrence():
 def test_products_with_packed_weights_have_float32_precision(rng):
     a, w = rng.standard_normal((8, 32)), rng.standard_normal((32, 16))
     a, w = (array.astype(np.float32) for array in (a, w))
-    multiply = jax.jit(lambda a, w: tpu.times(a, tpu.pack(w[None])[0]))
+    multiply = jax.jit(lambda a, w: tpu.packed_matmul(a, tpu.pack_weights(w[None])[0]))
     product = np.asarray(multiply(a, w))
     expected = a.astype(np.float64) @ w.astype(np.float64)
     np.testing.assert_allclose(product, expected, rtol=0, atol=3e-7 * np.abs(expected).max())

@@ -150,7 +150,7 @@ def test_choose_raises_the_reason_of_the_refusal():
 def test_unknown_device_is_refused_and_known_tpus_named():
     refusal = tpu_tiles.refusal(64, 64, BFLOAT16)
     assert refusal == (
-        f"the memory of a 'cpu' is not known, only of {', '.join(TPUS)}; name 'chunkwise'"
+        f"VMEM of 'cpu' is unknown, known are {', '.join(TPUS)}; use implementation='chunkwise'"
     )
 
 

@@ -75,10 +75,10 @@ def tile_variants(settings: Settings) -> dict[str, Any]:
     table: Any = backends.triton().tile(K, V, jnp.dtype(settings.dtype), settings.length, None)
     # `inner` below the full width: Triton's layout then computes the square once, not once per
     # group of warps.
-    h = Outputs(rows=64, others=64, inner=128, memory=64, width=512, warps=8, stages=2)
+    h = Outputs(64, 64, inner=128, state_inner=64, width=512, warps=8, stages=2)
     d = h._replace(width=256)
     # Two programs of four warps fit on a multiprocessor.
-    narrow = Outputs(rows=64, others=32, inner=256, memory=64, width=256, warps=4, stages=2)
+    narrow = Outputs(64, 32, inner=256, state_inner=64, width=256, warps=4, stages=2)
     all_of_them = table._replace(h=h, dv=h, dq=d, dk=d)
 
     def deeper(tile):

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mlstm import gates as pre
-from pallas_kernels.mlstm.gates import READ_FLOOR, Borders, LogGates
+from pallas_kernels.mlstm.gates import READ_FLOOR, LogDecays, LogGates
 from xlstm_jax.cells.logspace import exact_einsum
 from xlstm_jax.cells.mlstm import MLSTMState
 from xlstm_jax.ops.cpu import materialize
@@ -67,7 +67,7 @@ def mlstm_chunkwise(
     gates = pre.log_gates(x.i, x.f, *flags, input_gate=options.input_gate, dtype=state.C.dtype)
     if not options.max_state:
         # States of a sigmoid input gate have m = 0; the caller's may have another m.
-        state = MLSTMState(*pre.without_scale(*state))
+        state = MLSTMState(*pre.fold_stabilizer(*state))
     # A short sequence is one chunk of its own length, without padding.
     L = min(options.chunk_size or CHUNK_SIZE, q.shape[1])
     h, state = _chunkwise(options, L, q, k, v, gates, state)  # pyright: ignore[reportGeneralTypeIssues]
@@ -90,7 +90,7 @@ def _forward(options: Options, L: int, q, k, v, gates: LogGates, state: MLSTMSta
     x = Chunks(_chunk(q, L), _chunk(k, L), _chunk(v, L), LogGates(log_i, log_f, reset))
     # An operand of products, and possibly a broadcast constant: see `materialize`.
     initial = materialize(jax.tree.map(_merge_leading, state))
-    decays = pre.borders(x.gates, materialize(pre.running_sum(x.gates)))
+    decays = pre.log_decays(x.gates, materialize(pre.running_sum(x.gates)))
     starts, last = _boundary_states(options, x, decays, initial)
     outputs = _outputs(options, x, decays, starts)
     last_by_head = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), last, state)
@@ -105,7 +105,7 @@ def _backward(options: Options, L: int, residuals: Residuals, cotangents):
     # dh may be a broadcast constant (see `materialize`), unless it is divided by norms first.
     if not options.normalize:
         dh = materialize(dh)
-    decays = pre.borders(x.gates, materialize(pre.running_sum(x.gates)))
+    decays = pre.log_decays(x.gates, materialize(pre.running_sum(x.gates)))
     doutputs = _output_grads(options, outputs, dh)
     weights = _query_weights(x.gates, decays, outputs.m, starts.m)
     dends, phi, dinitial = _boundary_grads(residuals, decays, doutputs, weights[1], dlast)
@@ -118,9 +118,9 @@ def _backward(options: Options, L: int, residuals: Residuals, cotangents):
     if options.max_state:
         # The gradient of the loss on the last state through m: C and n have the factor exp(-m).
         rho = dlast.m - _inner(dlast, last)
-        through_f, through_m = pre.path_of_maximum(x.gates, outputs.m, starts.m)
+        through_f, through_m = pre.stabilizer_path(x.gates, outputs.m, starts.m)
         leaving = _end_grads(through_m, doutputs.m, rho)
-        gauge_i, gauge_f, gauge_m = pre.scale_grads(through_f, through_m, leaving, doutputs.m)
+        gauge_i, gauge_f, gauge_m = pre.stabilizer_grads(through_f, through_m, leaving, doutputs.m)
         dlog_i, dlog_f = dlog_i + gauge_i, dlog_f + gauge_f
         dinitial = dinitial._replace(m=dinitial.m + _by_position(gauge_m, last)[0])
     dq, dk, dv = dq.astype(x.q.dtype), dk.astype(x.k.dtype), dv.astype(x.v.dtype)
@@ -132,7 +132,7 @@ def _backward(options: Options, L: int, residuals: Residuals, cotangents):
 _chunkwise.defvjp(_forward, _backward)
 
 
-def _boundary_states(options: Options, x: Chunks, decays: Borders, state: MLSTMState):
+def _boundary_states(options: Options, x: Chunks, decays: LogDecays, state: MLSTMState):
     """The states at chunk starts, leading axis Z, and the last; `state` has the leading axis Y."""
     # Increments are computed for all chunks at once, each in its own scale; the scan only adds.
     m_new = pre.end_max(x.gates, decays[:2]) if options.max_state else jnp.zeros_like(decays.across)
@@ -154,12 +154,12 @@ def _boundary_states(options: Options, x: Chunks, decays: Borders, state: MLSTMS
     return jax.tree.map(_merge_leading, starts), last
 
 
-def _outputs(options: Options, x: Chunks, decays: Borders, starts: MLSTMState) -> Outputs:
+def _outputs(options: Options, x: Chunks, decays: LogDecays, starts: MLSTMState) -> Outputs:
     dtype, scale = starts.C.dtype, x.q.shape[-1] ** -0.5
     m = jnp.zeros_like(x.gates.log_i)
     if options.max_state:  # the same m as that of the recurrence, so that eps has the same effect
         source = _log_source_weights(decays, pre.log_i_for_m(x.gates))
-        m = jnp.maximum(jnp.max(source, axis=-1), decays.to_row + starts.m[..., None])
+        m = jnp.maximum(jnp.max(source, axis=-1), decays.from_start + starts.m[..., None])
     within, across = _query_weights(x.gates, decays, m, starts.m)
     P = scale * exact_einsum("ZLK,ZSK->ZLS", x.q, x.k, dtype=dtype) * within
     q = (scale * across)[..., None] * x.q
@@ -194,7 +194,7 @@ def _output_grads(options: Options, outputs: Outputs, dh: Float[Array, "Z L V"])
     return _OutputGrads(dh / norm[..., None], jnp.where(is_d, jnp.sign(outputs.d) * dnorm, 0), dm)
 
 
-def _boundary_grads(residuals: Residuals, decays: Borders, doutputs: _OutputGrads, across, dlast):
+def _boundary_grads(residuals: Residuals, decays: LogDecays, doutputs: _OutputGrads, across, dlast):
     """Cotangents of the states after each chunk, of a scaling of them, and of the initial state."""
     x, _, starts, last = residuals
     dtype = starts.C.dtype
@@ -222,7 +222,7 @@ def _boundary_grads(residuals: Residuals, decays: Borders, doutputs: _OutputGrad
 
 
 def _input_grads(
-    options, x: Chunks, decays: Borders, starts, doutputs: _OutputGrads, weights, dends
+    options, x: Chunks, decays: LogDecays, starts, doutputs: _OutputGrads, weights, dends
 ):
     dtype, scale = starts.C.dtype, x.q.shape[-1] ** -0.5
     (within, across), (dC_end, dn_end, m_end) = weights, dends
@@ -267,25 +267,25 @@ def _inner(cotangent: MLSTMState, state: MLSTMState) -> Float[Array, "Y"]:
     return C + jnp.sum(cotangent.n * state.n, axis=-1)
 
 
-def _log_source_weights(decays: Borders, log_i: Float[Array, "Z L"]) -> Float[Array, "Z L L"]:
+def _log_source_weights(decays: LogDecays, log_i: Float[Array, "Z L"]) -> Float[Array, "Z L L"]:
     """log weight of key s (last axis) for query t; NEG if s > t or a reset is between them."""
     L, (coarse, fine, segment, *_) = log_i.shape[-1], decays
     visible = jnp.tril(jnp.ones((L, L), bool))[None]
     if segment is not None:
         visible = visible & (segment[..., :, None] == segment[..., None, :])
-    # Coarse parts are subtracted first: their difference is exact, see `Borders`.
+    # Coarse parts are subtracted first: their difference is exact, see `LogDecays`.
     coarse = coarse[..., :, None] - coarse[..., None, :]
     fine = fine[..., :, None] + (log_i - fine)[..., None, :]
     return jnp.where(visible, coarse + fine, pre.NEG)
 
 
 def _query_weights(
-    gates: LogGates, decays: Borders, m: Float[Array, "Z L"], m_start: Float[Array, "Z"]
+    gates: LogGates, decays: LogDecays, m: Float[Array, "Z L"], m_start: Float[Array, "Z"]
 ) -> tuple[Float[Array, "Z L L"], Float[Array, "Z L"]]:
     """For every query: weights of keys, and of the state at the chunk's start, divided by e^m."""
     m = jnp.maximum(m, READ_FLOOR)
     source = _log_source_weights(decays, gates.log_i)
-    across = decays.to_row + m_start[..., None]
+    across = decays.from_start + m_start[..., None]
     return jnp.exp(source - m[..., None]), jnp.exp(across - m)
 
 

@@ -54,7 +54,7 @@ def boundary_states(
     gates = pre.log_gates(x.i, x.f, *flags, input_gate=options.input_gate, dtype=state.C.dtype)
     summary = summarize(flags.zero_masked(x.k), flags.zero_masked(x.v), gates, options)
     if not options.max_state:
-        state = MLSTMState(*pre.without_scale(*state))
+        state = MLSTMState(*pre.fold_stabilizer(*state))
     # All-gather is one collective, but its size and work grow with the number of shards.
     is_small = jax.lax.axis_size(axes) <= ALL_GATHER_SHARDS
     exchange = _all_gather if is_small else _by_doubling
@@ -82,7 +82,7 @@ def _weights_at_end(gates: LogGates):
     B, T, H = gates.log_i.shape
     chunks = pre.in_chunks(gates, min(GATE_CHUNK, T))
     total = materialize(pre.running_sum(chunks))
-    decays = pre.borders(chunks, total)
+    decays = pre.log_decays(chunks, total)
     if chunks.reset is None:
         across, has_reset = decays.across, jnp.zeros(decays.across.shape, bool)
     else:
