@@ -114,9 +114,9 @@ def examine(args: Arguments, tile: Tile, kernel: str, case: Case) -> dict[str, A
             if kernel != "chunk":
                 usages = [usage for usage in usages if usage.name == f"mlstm_{kernel}"]
             record["resources"] = [usage._asdict() for usage in usages]
-            record["dropped"] = sum(
-                (resources.exceeded_limits(chip, usage) for usage in usages), []
-            )
+            record["dropped"] = [
+                limit for usage in usages for limit in resources.exceeded_limits(chip, usage)
+            ]
         else:
             record |= time_call(fn, case, args.repeats)
     except Exception as error:  # any error of the compiler on a block that it does not support

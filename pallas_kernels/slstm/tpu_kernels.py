@@ -124,7 +124,7 @@ def _call(options: Options, body, operands, results, *, name: str) -> tuple[jax.
             in_specs=[spec(*pair) for pair in operands],
             out_specs=[spec(*pair) for pair in results],
             out_shape=shapes,
-            compiler_params=tpu.compiler_params(tpu.IN_ORDER, options.tile.vmem_bytes),
+            compiler_params=tpu.compiler_params(tpu.DIMENSION_SEMANTICS, options.tile.vmem_bytes),
             cost_estimate=cost(name, T * H * B * K, K, gate, (*arrays, *shapes)),
             interpret=options.interpret,
             name=name,

@@ -92,7 +92,7 @@ def test_architectures_are_sorted_by_capability():
     capabilities = [chip.capability for chip in ARCHITECTURES.values()]
     assert capabilities == sorted(capabilities)
     assert [f"sm_{capability}" for capability in capabilities] == list(ARCHITECTURES)
-    assert capabilities[0] == gpu.OLDEST
+    assert capabilities[0] == gpu.MIN_CAPABILITY
 
 
 # Refusals
@@ -108,9 +108,9 @@ def test_gpu_with_compatible_packages_is_supported(device, installed, capability
 
 def test_other_devices_than_nvidia_gpus_are_refused(device, installed):
     installed()
-    assert gpu.refusal() == "it needs an NVIDIA GPU, not a 'cpu'"
+    assert gpu.refusal() == "it needs an NVIDIA GPU, got 'cpu'"
     device("AMD Instinct MI210", compute_capability="gfx90a")
-    assert gpu.refusal() == "it needs an NVIDIA GPU, not a 'AMD Instinct MI210'"
+    assert gpu.refusal() == "it needs an NVIDIA GPU, got 'AMD Instinct MI210'"
 
 
 @pytest.mark.parametrize("capability", ["7.5", "6.1"])
@@ -118,8 +118,7 @@ def test_gpus_older_than_ampere_are_refused(device, installed, capability):
     installed()
     device("Tesla T4", compute_capability=capability)
     assert gpu.refusal() == (
-        "it needs an NVIDIA GPU of compute capability 8.0 or newer (Ampere), "
-        f"a Tesla T4 has {capability}"
+        f"it needs compute capability 8.0 (Ampere) or higher, a Tesla T4 has {capability}"
     )
 
 
@@ -149,7 +148,7 @@ def test_missing_package_is_named(monkeypatch, installed, module, package):
     [
         (
             "raise AttributeError('jax has no attribute core')",
-            "jax-triton does not load (AttributeError: jax has no attribute core)",
+            "jax-triton cannot be imported (AttributeError: jax has no attribute core)",
         ),
         (
             "import missing_module",
@@ -190,7 +189,7 @@ def test_interpreter_needs_triton_imported_in_interpret_mode(monkeypatch, instal
     assert gpu.interpreter_refusal() is None
     installed(interpret=False)
     assert gpu.interpreter_refusal() == (
-        "Triton compiles in this process; set TRITON_INTERPRET=1 before it is imported"
+        "Triton's interpreter is off; set TRITON_INTERPRET=1 before triton is imported"
     )
     monkeypatch.setitem(sys.modules, "triton", None)
     assert gpu.interpreter_refusal() == "triton is not installed; `pip install triton`"

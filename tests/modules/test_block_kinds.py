@@ -150,7 +150,7 @@ def test_missing_module_is_rejected(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("nothing", "nothing.py", "../nothing"):
         assert main(["describe", "scaling_160m", "--import", name]) == 2
-        assert f"--import {name} must name a module" in capsys.readouterr().err
+        assert f"--import {name} must name a .py file or a module" in capsys.readouterr().err
     (tmp_path / "broken.py").write_text("import not_installed_anywhere\n")
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
         main(["describe", "scaling_160m", "--import", "broken"])

@@ -63,7 +63,7 @@ def usable(monkeypatch):
     def call(kernel, arrays, out_shape, **_):
         return tuple(jnp.zeros(x.shape, x.dtype) for x in out_shape)
 
-    monkeypatch.setattr(gpu, "_unusable", lambda: None)
+    monkeypatch.setattr(gpu, "_environment_refusal", lambda: None)
     monkeypatch.setattr(gpu, "call", call)
 
 
@@ -162,7 +162,7 @@ def test_auto_falls_back_and_named_triton_raises_for_unsupported_calls(
 @pytest.mark.parametrize("T", [1, 200])
 def test_auto_falls_back_on_a_gpu_without_triton(monkeypatch, selected, op, chip, T):
     reason = "jax-triton is not installed; install it"
-    monkeypatch.setattr(gpu, "_unusable", lambda: reason)
+    monkeypatch.setattr(gpu, "_environment_refusal", lambda: reason)
     arguments = shapes(op, "bfloat16", T=T)
     assert_auto_falls_through(selected, op, chip, arguments, "triton", reason)
     with common.compiled_for(chip):
