@@ -12,7 +12,7 @@ from xlstm_jax.data.config import DataConfig
 from xlstm_jax.data.loader import eval_batches
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.ops.cross_entropy import CrossEntropy
-from xlstm_jax.train.losses import HeldOut, token_sums
+from xlstm_jax.train.losses import EvalSums, token_sums
 
 
 class Perplexity(NamedTuple):
@@ -45,7 +45,7 @@ def perplexity(
     """
     sums = functools.partial(_sums, model, variables["params"], document_resets=document_resets)
     # Summed on the host: a float32 total loses digits over millions of tokens.
-    total = HeldOut()
+    total = EvalSums()
     for batch in batches(windows, batch_size, max_batches):
         total = total.plus(sums(batch), batch, windows)
     return Perplexity(total.nats_per_token, total.bits_per_byte, total.num_tokens)

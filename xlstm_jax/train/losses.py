@@ -84,7 +84,7 @@ def token_sums(
     return sums, state
 
 
-class HeldOut(NamedTuple):
+class EvalSums(NamedTuple):
     """Sums of a held-out loss over batches; every target has the same weight.
 
     Python numbers, because a float32 total loses digits over millions of tokens.
@@ -95,13 +95,13 @@ class HeldOut(NamedTuple):
     num_correct: int = 0
     num_bytes: int = 0  # of text in the targets; 0 if they are not text
 
-    def plus(self, sums: CrossEntropy, batch: Batch, examples: Examples) -> "HeldOut":
+    def plus(self, sums: CrossEntropy, batch: Batch, examples: Examples) -> "EvalSums":
         """The sums including one more batch of these examples."""
         sums = jax.device_get(sums)  # one transfer for all leaves
         num_bytes = 0
         if isinstance(examples, Windows):
             num_bytes = examples.tokenizer.num_bytes(batch.targets[batch.weights > 0])
-        return HeldOut(
+        return EvalSums(
             self.nats + float(sums.ce_sum),
             self.num_tokens + int(sums.weight_sum),
             self.num_correct + int(sums.correct_sum),

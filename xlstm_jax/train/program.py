@@ -93,7 +93,7 @@ class TrainProgram:
         )
 
     @functools.cached_property
-    def held_out_sums(self) -> Callable[[PyTree, Batch], CrossEntropy]:
+    def eval_sums(self) -> Callable[[PyTree, Batch], CrossEntropy]:
         """The jitted `(params, batch) -> sums` of the held-out loss."""
         resets = self.cfg.train.document_resets
 
@@ -110,12 +110,12 @@ class TrainProgram:
 
         The windows are those of `data.eval_batches`, the same for every evaluation.
         """
-        total = losses.HeldOut()
+        total = losses.EvalSums()
         for batch in loader.eval_batches(examples, self.cfg.data, self.cfg.train.eval_batches):
             if should_stop():
                 return None
             # Every process loads the global batch: evaluation needs its weights on the host.
-            sums = self.held_out_sums(params, self.devices.batch(batch))
+            sums = self.eval_sums(params, self.devices.batch(batch))
             total = total.plus(sums, batch, examples)
         evaluation = {
             "valid_loss": total.nats_per_token,
