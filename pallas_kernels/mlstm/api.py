@@ -147,8 +147,13 @@ def _core(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m):
     return _forward(options, K, q, k, v, gates, C, n, m, save=False)[0]
 
 
+def _decays(options: Options, gates: pre.LogGates, m_first: jax.Array) -> pre.Decays:
+    gates = pre.in_chunks(gates, options.chunk)
+    return pre.decays(gates, *pre.stabilizers(gates, m_first, max_state=options.max_state))
+
+
 def _forward(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m, *, save=True):
-    decays = pre.decays(gates, m, options.chunk, max_state=options.max_state)
+    decays = _decays(options, gates, m)
     kernel = common.fold_vmap(functools.partial(options.kernels.forward, options, save=save))
     h, C, n, *saved = kernel(pre.pack_forward(decays, K), q, k, v, C, n)
     return (h, C, n, decays.m_end[..., -1]), (q, k, v, gates, m, h, C, n, *saved)
@@ -157,7 +162,7 @@ def _forward(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m, *,
 def _backward(options: Options, K: int, residuals, cotangents):
     q, k, v, gates, m, h, C, n, d, C_starts, n_starts = residuals
     dh, dC, dn, dm = cotangents
-    decays = pre.decays(gates, m, options.chunk, max_state=options.max_state)
+    decays = _decays(options, gates, m)
     shape = decays.m.shape
     # The normalizer of every query, `B H N L`, and minus the sign with which d enters it, or 0.
     if options.normalize:
@@ -176,12 +181,11 @@ def _backward(options: Options, K: int, residuals, cotangents):
     dlog_i = grads.k_dk.reshape(shape)
     flow = grads.q_dq.reshape(shape) - dlog_i
     carry = jnp.concatenate([grads.scaling[..., 1:], scaling[..., None]], axis=-1)
-    segment, reset = decays.log_decays.segment, decays.gates.reset
-    dlog_f = pre.suffix_sum(flow, carry, segment, reset)
+    dlog_f = pre.suffix_sum(flow, carry, decays.segment, decays.gates.reset)
     dm_first = grads.scaling[..., 0]
     if options.max_state:
         # Returned C and n are scaled by exp(-m), so for a fixed unscaled state dm gets -scaling.
-        path = decays.through_f, decays.carried
+        path = pre.stabilizer_path(decays.gates, decays.m, decays.m_start)
         through_f, carried = (x.reshape(*x.shape[:2], -1) for x in path)
         dm_i, dm_f, dm_before = pre.stabilizer_grads(through_f, carried, dm - scaling)
         dlog_i, dlog_f = dlog_i + dm_i.reshape(shape), dlog_f + dm_f.reshape(shape)

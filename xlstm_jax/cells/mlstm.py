@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xlstm_jax.cells.logspace import exact_einsum, log_sigmoid, state_dtype
+from xlstm_jax.cells.logspace import NEG, exact_einsum, log_sigmoid, state_dtype
 from xlstm_jax.cells.time import scan_time
 from xlstm_jax.typing import Array, Bool, Float
 
@@ -69,8 +69,10 @@ def mlstm_step(
     q, k, v, i, f = (a.astype(state.C.dtype) for a in (q, k, v, i, f))
     log_carry = log_sigmoid(f) + state.m
     log_i = i if input_gate == "exp" else log_sigmoid(i)
-    # With m = 0 the first step multiplies the scale of a given state back into C and n.
-    m = jnp.maximum(log_carry, log_i) if input_gate == "exp" else jnp.zeros_like(log_carry)
+    # With m = 0 the first step multiplies the scale of a given state back into C and n. If both
+    # gates are 0, m is NEG: it is never -inf, as -inf - -inf is NaN.
+    max_gate = jnp.maximum(jnp.maximum(log_carry, log_i), NEG)
+    m = max_gate if input_gate == "exp" else jnp.zeros_like(log_carry)
     # With an exponential gate both exponents are <= 0: nothing overflows.
     f_scaled = jnp.exp(log_carry - m)
     i_scaled = jnp.exp(log_i - m)

@@ -18,7 +18,7 @@ class SLSTMState(NamedTuple):
     """Carry of one sLSTM layer; the initial state is all zeros. Leaves are float32 or wider."""
 
     c: Float[Array, "B H K"]  # cell, times exp(-m)
-    n: Float[Array, "B H K"]  # normalizer, times exp(-m); >= 1 after the first step
+    n: Float[Array, "B H K"]  # normalizer, times exp(-m); 0 until an input gate opens, then >= 1
     h: Float[Array, "B H K"]  # hidden state, fed back through `r`
     m: Float[Array, "B H K"]  # stabilizer: log of the factor divided out; meaningless where n is 0
 
@@ -52,13 +52,13 @@ def slstm_step(
     # In the initial state (n = 0) the old stabilizer must not count: values and gradients are
     # those of m = i. Per element, so that a reset of some sequences does not affect the others.
     log_carry = jnp.where(state.n == 0, NEG, log_f + state.m)
-    m = jnp.maximum(log_carry, i)
-    # Both exponents are <= 0 and one of them is 0: nothing overflows, and n >= 1.
+    m = jnp.maximum(jnp.maximum(log_carry, i), NEG)  # never -inf, as -inf - -inf is NaN
+    # Both exponents are <= 0: nothing overflows, and n is 0 or >= 1.
     f_scaled = jnp.exp(log_carry - m)
     i_scaled = jnp.exp(i - m)
     c = f_scaled * state.c + i_scaled * jnp.tanh(z)
     n = f_scaled * state.n + i_scaled
-    h = jax.nn.sigmoid(o) * c / n
+    h = jax.nn.sigmoid(o) * c / jnp.where(n == 0, 1, n)  # n = 0: all input gates were 0, and h is
     return SLSTMState(c, n, h, m), h
 
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mlstm import gates as pre
-from pallas_kernels.mlstm.gates import READ_FLOOR, LogDecays, LogGates
+from pallas_kernels.mlstm.gates import READ_FLOOR, Decays, LogGates
 from xlstm_jax.cells.logspace import exact_einsum
 from xlstm_jax.cells.mlstm import MLSTMState
 from xlstm_jax.ops.cpu import materialize
@@ -90,8 +90,9 @@ def _forward(options: Options, L: int, q, k, v, gates: LogGates, state: MLSTMSta
     x = Chunks(_chunk(q, L), _chunk(k, L), _chunk(v, L), LogGates(log_i, log_f, reset))
     # An operand of products, and possibly a broadcast constant: see `materialize`.
     initial = materialize(jax.tree.map(_merge_leading, state))
-    decays = pre.log_decays(x.gates, materialize(pre.running_sum(x.gates)))
-    starts, last = _boundary_states(options, x, decays, initial)
+    m = _stabilizers(options, x.gates, initial.m)
+    decays = materialize(pre.decays(x.gates, *m))
+    starts, last = _boundary_states(x, decays, initial)
     outputs = _outputs(options, x, decays, starts)
     last_by_head = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), last, state)
     return (_join(outputs.h, B, T, H), last_by_head), Residuals(x, outputs, starts, last)
@@ -105,9 +106,10 @@ def _backward(options: Options, L: int, residuals: Residuals, cotangents):
     # dh may be a broadcast constant (see `materialize`), unless it is divided by norms first.
     if not options.normalize:
         dh = materialize(dh)
-    decays = pre.log_decays(x.gates, materialize(pre.running_sum(x.gates)))
+    m_end = jnp.concatenate([starts.m[last.m.size :], last.m])
+    decays = materialize(pre.decays(x.gates, outputs.m, starts.m, m_end))
     doutputs = _output_grads(options, outputs, dh)
-    weights = _query_weights(x.gates, decays, outputs.m, starts.m)
+    weights = _query_weights(decays)
     dends, phi, dinitial = _boundary_grads(residuals, decays, doutputs, weights[1], dlast)
     dq, dk, dv = _input_grads(options, x, decays, starts, doutputs, weights, dends)
     # exp(log i_s) k_s is one factor, so dlog_i = k dk. log f_j is in the weights of pairs (t, s)
@@ -132,35 +134,34 @@ def _backward(options: Options, L: int, residuals: Residuals, cotangents):
 _chunkwise.defvjp(_forward, _backward)
 
 
-def _boundary_states(options: Options, x: Chunks, decays: LogDecays, state: MLSTMState):
+def _stabilizers(options: Options, gates: LogGates, m_first: Float[Array, "Y"]):
+    """`stabilizers` with the leading axis Z."""
+    by_sequence = jax.tree.map(lambda x: x.reshape(-1, m_first.size, x.shape[-1]), gates)
+    m = pre.stabilizers(by_sequence, m_first, max_state=options.max_state, chunk_axis=0)
+    return materialize(tuple(_merge_leading(x) for x in m))
+
+
+def _boundary_states(x: Chunks, decays: Decays, state: MLSTMState):
     """The states at chunk starts, leading axis Z, and the last; `state` has the leading axis Y."""
-    # Increments are computed for all chunks at once, each in its own scale; the scan only adds.
-    m_new = pre.end_max(x.gates, decays[:2]) if options.max_state else jnp.zeros_like(decays.across)
-    weight = jnp.exp(decays.to_end - m_new[..., None])[..., None]
-    keys = weight * x.k
+    # Increments are computed for all chunks at once; the scan only scales and adds.
+    keys = jnp.exp(decays.to_end)[..., None] * x.k
     C_new = exact_einsum("ZLK,ZLV->ZKV", keys.astype(x.v.dtype), x.v, dtype=state.C.dtype)
     n_new = jnp.sum(keys, axis=-2)
-    increments = tuple(_by_position(a, state) for a in (decays.across, m_new, C_new, n_new))
+    chunks = jnp.exp(decays.across), decays.m_end, C_new, n_new
 
     def step(state, chunk):
-        across, m_new, C_new, n_new = chunk
-        m = jnp.maximum(across + state.m, m_new) if options.max_state else state.m
-        f_scaled, i_scaled = jnp.exp(across + state.m - m), jnp.exp(m_new - m)
-        C = f_scaled[..., None, None] * state.C + i_scaled[..., None, None] * C_new
-        n = f_scaled[..., None] * state.n + i_scaled[..., None] * n_new
+        f_scaled, m, C_new, n_new = chunk
+        C = f_scaled[..., None, None] * state.C + C_new
+        n = f_scaled[..., None] * state.n + n_new
         return MLSTMState(C, n, m), state
 
-    last, starts = jax.lax.scan(step, state, increments)
+    last, starts = jax.lax.scan(step, state, tuple(_by_position(a, state) for a in chunks))
     return jax.tree.map(_merge_leading, starts), last
 
 
-def _outputs(options: Options, x: Chunks, decays: LogDecays, starts: MLSTMState) -> Outputs:
-    dtype, scale = starts.C.dtype, x.q.shape[-1] ** -0.5
-    m = jnp.zeros_like(x.gates.log_i)
-    if options.max_state:  # the same m as that of the recurrence, so that eps has the same effect
-        source = _log_source_weights(decays, pre.log_i_for_m(x.gates))
-        m = jnp.maximum(jnp.max(source, axis=-1), decays.from_start + starts.m[..., None])
-    within, across = _query_weights(x.gates, decays, m, starts.m)
+def _outputs(options: Options, x: Chunks, decays: Decays, starts: MLSTMState) -> Outputs:
+    dtype, scale, m = starts.C.dtype, x.q.shape[-1] ** -0.5, decays.m
+    within, across = _query_weights(decays)
     P = scale * exact_einsum("ZLK,ZSK->ZLS", x.q, x.k, dtype=dtype) * within
     q = (scale * across)[..., None] * x.q
     # Products take operands in the dtype of v and accumulate in that of the state.
@@ -194,7 +195,7 @@ def _output_grads(options: Options, outputs: Outputs, dh: Float[Array, "Z L V"])
     return _OutputGrads(dh / norm[..., None], jnp.where(is_d, jnp.sign(outputs.d) * dnorm, 0), dm)
 
 
-def _boundary_grads(residuals: Residuals, decays: LogDecays, doutputs: _OutputGrads, across, dlast):
+def _boundary_grads(residuals: Residuals, decays: Decays, doutputs: _OutputGrads, across, dlast):
     """Cotangents of the states after each chunk, of a scaling of them, and of the initial state."""
     x, _, starts, last = residuals
     dtype = starts.C.dtype
@@ -203,8 +204,7 @@ def _boundary_grads(residuals: Residuals, decays: LogDecays, doutputs: _OutputGr
         "ZLK,ZLV->ZKV", q_across.astype(x.v.dtype), _as(doutputs.u, x.v), dtype=dtype
     )
     dn_read = jnp.sum(q_across * doutputs.d[..., None], axis=-2)
-    m_end = jnp.concatenate([starts.m[last.m.size :], last.m])
-    f_scaled = jnp.exp(decays.across + starts.m - m_end)
+    f_scaled = jnp.exp(decays.across)
 
     def step(carry, chunk):
         dC, dn, phi = carry
@@ -218,17 +218,17 @@ def _boundary_grads(residuals: Residuals, decays: LogDecays, doutputs: _OutputGr
     xs = tuple(_by_position(a, last) for a in (f_scaled, dC_read, dn_read, starts.C, starts.n))
     (dC, dn, dm), (dC_end, dn_end, phi) = jax.lax.scan(step, carry, xs, reverse=True)
     dC_end, dn_end, phi = (_merge_leading(a) for a in (dC_end, dn_end, phi))
-    return (dC_end, dn_end, m_end), phi, MLSTMState(dC, dn, dm)
+    return (dC_end, dn_end), phi, MLSTMState(dC, dn, dm)
 
 
 def _input_grads(
-    options, x: Chunks, decays: LogDecays, starts, doutputs: _OutputGrads, weights, dends
+    options, x: Chunks, decays: Decays, starts, doutputs: _OutputGrads, weights, dends
 ):
     dtype, scale = starts.C.dtype, x.q.shape[-1] ** -0.5
-    (within, across), (dC_end, dn_end, m_end) = weights, dends
+    (within, across), (dC_end, dn_end) = weights, dends
     C, dC_end = _as(starts.C, x.v), _as(dC_end, x.v)
     du = _as(doutputs.u, x.v)
-    to_end = jnp.exp(decays.to_end - m_end[..., None])
+    to_end = jnp.exp(decays.to_end)
     within = scale * within
     # Scores are rematerialized: L x L per chunk, they are not among the residuals.
     dS = (exact_einsum("ZLV,ZSV->ZLS", du, x.v, dtype=dtype) + doutputs.d[..., None]) * within
@@ -267,26 +267,19 @@ def _inner(cotangent: MLSTMState, state: MLSTMState) -> Float[Array, "Y"]:
     return C + jnp.sum(cotangent.n * state.n, axis=-1)
 
 
-def _log_source_weights(decays: LogDecays, log_i: Float[Array, "Z L"]) -> Float[Array, "Z L L"]:
-    """log weight of key s (last axis) for query t; NEG if s > t or a reset is between them."""
-    L, (coarse, fine, segment, *_) = log_i.shape[-1], decays
+def _query_weights(decays: Decays) -> tuple[Float[Array, "Z L L"], Float[Array, "Z L"]]:
+    """For every query: weights of keys, and of the state at the chunk's start, divided by e^m."""
+    L, segment = decays.m.shape[-1], decays.segment
     visible = jnp.tril(jnp.ones((L, L), bool))[None]
     if segment is not None:
         visible = visible & (segment[..., :, None] == segment[..., None, :])
-    # Coarse parts are subtracted first: their difference is exact, see `LogDecays`.
-    coarse = coarse[..., :, None] - coarse[..., None, :]
-    fine = fine[..., :, None] + (log_i - fine)[..., None, :]
-    return jnp.where(visible, coarse + fine, pre.NEG)
-
-
-def _query_weights(
-    gates: LogGates, decays: LogDecays, m: Float[Array, "Z L"], m_start: Float[Array, "Z"]
-) -> tuple[Float[Array, "Z L L"], Float[Array, "Z L"]]:
-    """For every query: weights of keys, and of the state at the chunk's start, divided by e^m."""
-    m = jnp.maximum(m, READ_FLOOR)
-    source = _log_source_weights(decays, gates.log_i)
-    across = decays.from_start + m_start[..., None]
-    return jnp.exp(source - m[..., None]), jnp.exp(across - m)
+    lift = decays.m - jnp.maximum(decays.m, READ_FLOOR)
+    # Coarse parts are subtracted first: their difference is exact, see `Decays`.
+    coarse = decays.coarse[..., :, None] - decays.coarse[..., None, :]
+    query, key = decays.fine + decays.query + lift, decays.key - decays.fine
+    source = coarse + (query[..., :, None] + key[..., None, :])
+    within = jnp.exp(jnp.where(visible, source, pre.NEG))
+    return within, jnp.exp(decays.from_start + lift)
 
 
 def _normalizer(options: Options, m: Float[Array, "Z L"], d: Float[Array, "Z L"]):
@@ -319,7 +312,7 @@ def _by_position(x: Array, state: MLSTMState) -> Array:
     return x.reshape((-1,) + state.m.shape + x.shape[1:])
 
 
-def _merge_leading(x: Float[Array, "N Y ..."]) -> Float[Array, "Z ..."]:
+def _merge_leading(x: Array) -> Array:
     """The first two axes as one: the inverse of `_by_position`, or `B H ...` to `Y ...`."""
     return x.reshape((-1,) + x.shape[2:])
 

@@ -64,40 +64,33 @@ def boundary_states(
 def summarize(
     k: Float[Array, "B T H K"], v: Float[Array, "B T H V"], gates: LogGates, options: Options
 ) -> Summary:
-    """The summary of a shard: one matrix product over all its positions.
-
-    Log gates are summed in chunks, and over chunks from the end: the positions with a weight that
-    matters there have small sums, which lose few digits.
-    """
+    """The summary of a shard: one matrix product over all its positions."""
     dtype = gates.log_i.dtype
-    weights, g, m = _weights_at_end(gates)
-    scale = m if options.max_state else jnp.zeros_like(m)
-    keys = jnp.exp(weights - scale[:, None])[..., None] * k
+    weights, g, m = _weights_at_end(gates, options)
+    keys = jnp.exp(weights)[..., None] * k
     C = exact_einsum("BTHK,BTHV->BHKV", keys.astype(v.dtype), v, dtype=dtype)
-    return Summary(g, scale, C, jnp.sum(keys, axis=1, dtype=dtype))
+    return Summary(g, m, C, jnp.sum(keys, axis=1, dtype=dtype))
 
 
-def _weights_at_end(gates: LogGates):
-    """log weight of every position in the state at the shard's end, and the shard's g and m."""
+def _weights_at_end(gates: LogGates, options: Options):
+    """log weight of every position in the state at the shard's end, and the shard's g and m.
+
+    Weights are sums of negative numbers over later steps, first within a chunk, then over chunks.
+    """
     B, T, H = gates.log_i.shape
     chunks = pre.in_chunks(gates, min(GATE_CHUNK, T))
-    total = materialize(pre.running_sum(chunks))
-    decays = pre.log_decays(chunks, total)
-    if chunks.reset is None:
-        across, has_reset = decays.across, jnp.zeros(decays.across.shape, bool)
-    else:
-        has_reset = jnp.any(chunks.reset, axis=-1)
-        across = jnp.where(has_reset, 0.0, decays.across)  # NEG would absorb the digits of a sum
-    # Over each chunk and all later ones: the log decay, and the number of chunks with a reset.
-    decay = jnp.flip(jnp.cumsum(jnp.flip(across, -1), -1), -1)
-    resets = jnp.flip(jnp.cumsum(jnp.flip(has_reset, -1), -1), -1)
-    after = jnp.where(resets - has_reset > 0, NEG, decay - across)
+    empty = jnp.full((B, H), NEG, gates.log_i.dtype)
+    m = materialize(pre.stabilizers(chunks, empty, max_state=options.max_state))
+    decays = pre.decays(chunks, *m)
+    later = jax.lax.cumsum(decays.across, axis=2, reverse=True)
+    later = jnp.pad(later[..., 1:], ((0, 0), (0, 0), (0, 1)))
     # NEG is the lowest log weight, also where a sum has more than one of them.
-    to_end = jnp.maximum(decays.to_end + after[..., None], NEG)
-    m = jnp.max(pre.end_max(chunks, total) + after, axis=-1)
-    g = jnp.where(resets[..., 0] > 0, NEG, decay[..., 0])
+    to_end = jnp.maximum(decays.to_end + later[..., None], NEG)
+    log_f = gates.log_f
+    if gates.reset is not None:
+        log_f = jnp.where(gates.reset[..., None], -jnp.inf, log_f)
     weights = jnp.moveaxis(to_end.reshape(B, H, -1), 1, 2)[:, :T]
-    return weights, g, jnp.maximum(m, NEG)
+    return weights, jnp.sum(log_f, axis=1), decays.m_end[..., -1]
 
 
 def combine(x: Summary, y: Summary) -> Summary:
@@ -107,7 +100,7 @@ def combine(x: Summary, y: Summary) -> Summary:
     f_scaled, i_scaled = jnp.exp(log_carry - m), jnp.exp(y.m - m)
     C = f_scaled[..., None, None] * x.C + i_scaled[..., None, None] * y.C
     n = f_scaled[..., None] * x.n + i_scaled[..., None] * y.n
-    return Summary(jnp.maximum(x.g + y.g, NEG), m, C, n)
+    return Summary(x.g + y.g, m, C, n)
 
 
 def apply_summary(state: MLSTMState, shard: Summary) -> MLSTMState:

@@ -63,13 +63,13 @@ def _forward(forget_gate, x, r, state, flags: Flags):
             before = jax.tree.map(lambda s: jnp.where(flags.reset, 0, s), state)
         gates = x + exact_einsum("HBK,HKGJ->HBGJ", before.h, r)
         i, f, z, o = (gates[:, :, g] for g in range(4))
-        # As in `cells.slstm_step`: exponents are <= 0 and n >= 1.
+        # As in `cells.slstm_step`: exponents are <= 0 and n is 0 or >= 1.
         log_carry = jnp.where(before.n == 0, NEG, _log_forget(forget_gate, f) + before.m)
-        m = jnp.maximum(log_carry, i)
+        m = jnp.maximum(jnp.maximum(log_carry, i), NEG)
         f_scaled, i_scaled = jnp.exp(log_carry - m), jnp.exp(i - m)
         c = f_scaled * before.c + i_scaled * jnp.tanh(z)
         n = f_scaled * before.n + i_scaled
-        h = jax.nn.sigmoid(o) * c / n
+        h = jax.nn.sigmoid(o) * c / jnp.where(n == 0, 1, n)
         after = SLSTMState(c, n, h, m)
         if flags.mask is not None:
             after = jax.tree.map(lambda a, b: jnp.where(flags.mask, a, b), after, state)
@@ -104,9 +104,11 @@ def _factors(forget_gate, gates, before: SLSTMState, after: SLSTMState) -> _Fact
     log_carry = jnp.where(before.n == 0, NEG, _log_forget(forget_gate, f) + before.m)
     f_scaled, i_scaled = jnp.exp(log_carry - after.m), jnp.exp(i - after.m)
     z, o = jnp.tanh(z), jax.nn.sigmoid(o)
+    # h is 0 where n is, whatever c and n are.
+    inverse = jnp.where(after.n == 0, 0, 1 / jnp.where(after.n == 0, 1, after.n))
     return _Factors(
-        h_to_c=o / after.n,
-        h_to_n=-after.h / after.n,
+        h_to_c=o * inverse,
+        h_to_n=-after.h * inverse,
         h_to_o=after.h * (1 - o),
         c_to_i=i_scaled * z,
         n_to_i=i_scaled,
