@@ -165,14 +165,9 @@ def stabilize(i: jax.Array, log_f: jax.Array, n: jax.Array, m: jax.Array) -> tup
 
     Where nothing is written yet (n = 0) the old m is ignored.
     """
-    log_carry = jnp.where(n == 0.0, NEG, log_f + m)
-    difference = log_carry - i
-    from_carry = difference >= 0.0
-    # The larger of the two gates is exp(0): one exponential suffices.
-    smaller = jnp.exp(-jnp.abs(difference))
-    f_scaled = jnp.where(from_carry, 1.0, smaller)
-    i_scaled = jnp.where(from_carry, smaller, 1.0)
-    return f_scaled, i_scaled, jnp.maximum(log_carry, i), from_carry
+    log_carry = jnp.where(n == 0.0, -jnp.inf, log_f + m)
+    m = jnp.maximum(jnp.maximum(log_carry, i), NEG)  # never -inf, as -inf - -inf is NaN
+    return jnp.exp(log_carry - m), jnp.exp(i - m), m, log_carry >= i
 
 
 def cell_forward(gates: jax.Array, c: jax.Array, n: jax.Array, m: jax.Array, forget_gate: str):
@@ -182,7 +177,8 @@ def cell_forward(gates: jax.Array, c: jax.Array, n: jax.Array, m: jax.Array, for
     c = f_scaled * c + i_scaled * jnp.tanh(z)
     n = f_scaled * n + i_scaled
     # sigmoid(o) c / n with one division; if exp(-o) overflows, the quotient is 0, which is right.
-    return c, n, c / (n * (1.0 + jnp.exp(-o))), m
+    # n is 0 as long as all input gates were 0; c and h are 0 then.
+    return c, n, c / (jnp.where(n == 0.0, 1.0, n) * (1.0 + jnp.exp(-o))), m
 
 
 def split_gates(gates: jax.Array) -> list[jax.Array]:
@@ -236,7 +232,8 @@ def _cell_backward(gates, cnm, dh, carry, forget_gate):
     log_f = log_forget(f, forget_gate)
     f_scaled, i_scaled, _, from_carry = stabilize(i, log_f, n, m)
     z, o = jnp.tanh(z), jax.nn.sigmoid(o)
-    inverse = 1.0 / (f_scaled * n + i_scaled)
+    n_after = f_scaled * n + i_scaled
+    inverse = 1.0 / jnp.where(n_after == 0.0, 1.0, n_after)
     ratio = (f_scaled * c + i_scaled * z) * inverse
     weighted = dh * o * inverse
     dc = dc + weighted

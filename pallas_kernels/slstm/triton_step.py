@@ -29,13 +29,9 @@ def stabilize(i, log_f, n, m):
 
     Where nothing is written yet (n = 0) the old m is ignored.
     """
-    log_carry = tl.where(n == 0.0, -1e30, log_f + m)
-    from_carry = log_carry >= i
-    # The larger of the two gates is exp(0): one exponential suffices.
-    smaller = tl.exp(-tl.abs(log_carry - i))
-    f_scaled = tl.where(from_carry, 1.0, smaller)
-    i_scaled = tl.where(from_carry, smaller, 1.0)
-    return f_scaled, i_scaled, tl.maximum(log_carry, i), from_carry
+    log_carry = tl.where(n == 0.0, float("-inf"), log_f + m)
+    m = tl.maximum(tl.maximum(log_carry, i), -1e30)  # never -inf, as -inf - -inf is NaN
+    return tl.exp(log_carry - m), tl.exp(i - m), m, log_carry >= i
 
 
 @triton.jit
@@ -53,7 +49,8 @@ def cell_forward(i, f, z, o, c, n, m, SIGMOID: tl.constexpr):
     c = f_scaled * c + i_scaled * tanh(z)
     n = f_scaled * n + i_scaled
     # sigmoid(o) c / n with one division; if exp(-o) overflows, the quotient is 0, which is right.
-    return c, n, c / (n * (1.0 + tl.exp(-o))), m
+    # n is 0 as long as all input gates were 0; c and h are 0 then.
+    return c, n, c / (tl.where(n == 0.0, 1.0, n) * (1.0 + tl.exp(-o))), m
 
 
 @triton.jit
@@ -67,7 +64,8 @@ def cell_backward(i, f, z, o, c, n, m, dh, dc, dn, rho, SIGMOID: tl.constexpr):
     f_scaled, i_scaled, _, from_carry = stabilize(i, log_forget(f, SIGMOID), n, m)
     z = tanh(z)
     o = tl.sigmoid(o)
-    inverse = 1.0 / (f_scaled * n + i_scaled)
+    n_after = f_scaled * n + i_scaled
+    inverse = 1.0 / tl.where(n_after == 0.0, 1.0, n_after)
     ratio = (f_scaled * c + i_scaled * z) * inverse
     weighted = dh * o * inverse
     dc += weighted

@@ -6,6 +6,7 @@ import pytest
 from tests.ops import runs, tolerances
 from tests.ops.subjects import (
     L,
+    Subject,
     T,
     both_dtypes,
     from_initial_state,
@@ -17,6 +18,10 @@ from tests.ops.subjects import (
 from tests.ops.tolerances import TABLE
 
 EXTREMES = [-200.0, 200.0]
+INF = np.inf
+# Positive input gates between 1e3 and 1e30 are left out: next to them float32 rounds log f away.
+RANGE_I = [-INF, -1e31, -1e29, -1e9, -1e5, -1e3, -100, 30, 1e3, 1e30]
+RANGE_F = [-INF, -1e29, -1e9, -1e6, -1e5, -1e4, -1e3, -100, 30, 1e3, 1e29, INF]
 
 
 def assert_finite(result):
@@ -31,6 +36,31 @@ def test_gates_of_any_scale_equal_the_recurrence(subject, scale):
     tol = TABLE["float32"] if scale < 1 else TABLE["float32, large gates"]
     case = with_flags(make_case(subject.variant, T, gate_scale=scale), num_masked=13)
     runs.assert_equals_the_recurrence(subject, case, tol)
+
+
+@pytest.mark.parametrize("closed_start", [False, True], ids=["", "closed start"])
+@pytest.mark.parametrize("flags", [False, True], ids=["", "flags"])
+@subjects(quick=("mlstm", "slstm"))
+def test_gates_from_minus_infinity_to_1e30_equal_the_recurrence(subject, flags, closed_start):
+    """A third of the gates is extreme; with `closed_start` no input gate opens for a chunk."""
+    case = make_case(subject.variant, T)
+    rng = np.random.default_rng([flags, closed_start])
+    # An exponential forget gate above 1 does not stop growing.
+    range_f = [x for x in RANGE_F if x < 30 or subject.variant != "slstm_exp"]
+    for gate, values in zip(_gates(case), (RANGE_I, range_f), strict=True):
+        is_extreme = rng.random(gate.shape) < 1 / 3
+        gate[is_extreme] = np.float32(rng.choice(values, is_extreme.sum()))
+    if closed_start:
+        _gates(case)[0][:, : L + 2] = -INF
+        case = from_initial_state(case)
+    case = with_flags(case, num_masked=3) if flags else case
+    cotangents = runs.random_cotangents(subject.variant, case)
+    actual = runs.run(subject, case, cotangents)
+    # h of the sLSTM does not depend on the scale of c and n, so it depends on the rounding of gates
+    # that are both far below 0: the recurrence is computed in float32, too.
+    dtype = "float64" if subject.op == "mlstm" else "float32"
+    expected = runs.run(Subject(subject.variant, "reference"), case, cotangents, dtype)
+    runs.assert_results_close(actual, expected, TABLE["float32, large gates"])
 
 
 @pytest.mark.parametrize("gate_i", [*EXTREMES, 0])

@@ -51,7 +51,7 @@ def slstm_step(
     log_f = f if forget_gate == "exp" else log_sigmoid(f)
     # In the initial state (n = 0) the old stabilizer must not count: values and gradients are
     # those of m = i. Per element, so that a reset of some sequences does not affect the others.
-    log_carry = jnp.where(state.n == 0, NEG, log_f + state.m)
+    log_carry = jnp.where(state.n == 0, -jnp.inf, log_f + state.m)
     m = jnp.maximum(jnp.maximum(log_carry, i), NEG)  # never -inf, as -inf - -inf is NaN
     # Both exponents are <= 0: nothing overflows, and n is 0 or >= 1.
     f_scaled = jnp.exp(log_carry - m)

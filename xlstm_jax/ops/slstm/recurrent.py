@@ -64,7 +64,7 @@ def _forward(forget_gate, x, r, state, flags: Flags):
         gates = x + exact_einsum("HBK,HKGJ->HBGJ", before.h, r)
         i, f, z, o = (gates[:, :, g] for g in range(4))
         # As in `cells.slstm_step`: exponents are <= 0 and n is 0 or >= 1.
-        log_carry = jnp.where(before.n == 0, NEG, _log_forget(forget_gate, f) + before.m)
+        log_carry = jnp.where(before.n == 0, -jnp.inf, _log_forget(forget_gate, f) + before.m)
         m = jnp.maximum(jnp.maximum(log_carry, i), NEG)
         f_scaled, i_scaled = jnp.exp(log_carry - m), jnp.exp(i - m)
         c = f_scaled * before.c + i_scaled * jnp.tanh(z)
@@ -101,11 +101,10 @@ def _factors(forget_gate, gates, before: SLSTMState, after: SLSTMState) -> _Fact
     i, f, z, o = (gates[..., g, :] for g in range(4))
     # Derivative of log f by its pre-activation.
     slope = jnp.ones_like(f) if forget_gate == "exp" else jax.nn.sigmoid(-f)
-    log_carry = jnp.where(before.n == 0, NEG, _log_forget(forget_gate, f) + before.m)
+    log_carry = jnp.where(before.n == 0, -jnp.inf, _log_forget(forget_gate, f) + before.m)
     f_scaled, i_scaled = jnp.exp(log_carry - after.m), jnp.exp(i - after.m)
     z, o = jnp.tanh(z), jax.nn.sigmoid(o)
-    # h is 0 where n is, whatever c and n are.
-    inverse = jnp.where(after.n == 0, 0, 1 / jnp.where(after.n == 0, 1, after.n))
+    inverse = 1 / jnp.where(after.n == 0, 1, after.n)
     return _Factors(
         h_to_c=o * inverse,
         h_to_n=-after.h * inverse,
