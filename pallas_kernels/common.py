@@ -141,7 +141,7 @@ def fold_vmap(
     return mapped
 
 
-def refused_chunk(chunk_size: int | None, tile: int) -> str | None:
+def chunk_refusal(chunk_size: int | None, tile: int) -> str | None:
     """Why this chunk size is not supported, naming one that is; None if it is supported."""
     if chunk_size is None or chunk_size % tile == 0:
         return None
@@ -149,7 +149,7 @@ def refused_chunk(chunk_size: int | None, tile: int) -> str | None:
     return f"chunk_size={chunk_size} is not a multiple of {tile}, the tile; use {multiple} or None"
 
 
-def refused_dtype(dtype: jnp.dtype) -> str | None:
+def dtype_refusal(dtype: jnp.dtype) -> str | None:
     """Why no kernel supports `dtype`; None if they do."""
     if dtype in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
         return None

@@ -1,23 +1,26 @@
 """Process settings for training on a CPU: glibc's allocator and JAX's dispatch.
 
-XLA's CPU backend allocates its temporary buffers with malloc in every call, hundreds of megabytes
-for a small model, and frees them afterwards. By default each allocation consists of fresh 4 KiB
-pages, which the kernel zeroes and which need a page-table lookup each. With these settings the
-process retains the memory, on huge pages.
+Each call of a compiled program allocates its temporary buffers with malloc and frees them at the
+end: hundreds of megabytes for a small model. By default glibc gets such blocks from the kernel and
+returns them, so every call pays for page faults and for zeroing 4 KiB pages. `prepare` makes the
+process keep freed memory, on huge pages.
 
-This applies to the heap of the main thread only: other threads have small arenas and get large
-blocks from the kernel. So programs run in the calling thread, without asynchronous dispatch. (One
-heap shared by all threads retains memory too, but then threads contend for it at every small
-allocation.)
+glibc keeps memory only in the heap of the main thread; other threads have small arenas and still
+get large blocks from the kernel. `prepare` therefore turns asynchronous dispatch off, and programs
+run in the thread that calls them. A single heap for all threads would also keep memory, but threads
+would then contend for it at every small allocation.
 
-Train steps of the benchmark's two models, two cores of an AMD EPYC, jaxlib 0.10.2, fastest of 20,
-2026-11-22: first generation 348 ms by default, 286 ms with retained memory, 246 ms with all
-settings; large 407, 336 and 305 ms.
+Time of a train step in `experiments/benchmarks/train_step.py`, fastest of 20 (two cores of an AMD
+EPYC, jaxlib 0.10.2, 2026-11-22):
 
-No XLA flag is set: of those tried, `--xla_cpu_experimental_xnn_fusion_type` changed nothing in
-jaxlib 0.10.2, and `--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT` was an eighth
-faster and wrong (the loss of a small mLSTM and sLSTM model by 0.2 %, by 20 % with retained memory).
-Neither wider vectors nor another scheduler made a difference.
+    architecture        default   memory kept   all settings
+    first generation     348 ms        286 ms         246 ms
+    large                407 ms        336 ms         305 ms
+
+No XLA flag is set. `--xla_cpu_experimental_xnn_fusion_type`, wider vectors and another scheduler
+made no difference. `--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT` was 12 %
+faster, but the loss of a small model with mLSTM and sLSTM blocks was wrong by 0.2 %, and by 20 %
+together with these settings.
 """
 
 import ctypes
@@ -31,18 +34,19 @@ _MADV_HUGEPAGE = 14
 _HUGE_PAGE = 2**21  # bytes
 _INT_MAX = 2**31 - 1
 RESERVED_BYTES = _INT_MAX - 2**24
-"""Address space reserved for huge pages; the kernel backs it with memory when it is touched."""
+"""Heap range that is marked for huge pages; it uses memory only where the process writes to it."""
 
 _ASYNC_DISPATCH = "JAX_CPU_ENABLE_ASYNC_DISPATCH"
 
 
 def prepare() -> bool:
-    """Configure the process for training on a CPU; call it before the first computation.
+    """Configures the process for training on a CPU; call it before the first computation.
 
-    Changes speed only, and nothing on other devices. The environment variable
-    `JAX_CPU_ENABLE_ASYNC_DISPATCH` takes precedence.
+    Results do not change, nor does the speed of other devices. If the environment variable
+    `JAX_CPU_ENABLE_ASYNC_DISPATCH` is set, it decides about asynchronous dispatch.
 
-    Returns whether freed memory is retained; only glibc supports that.
+    Returns:
+        Whether freed memory stays in the process, which only glibc supports.
     """
     if _ASYNC_DISPATCH not in os.environ:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -59,7 +63,7 @@ def prepare() -> bool:
 
 
 def _advise_huge_pages(libc: Any) -> None:
-    """Grow the heap once, advise huge pages for it, and free it; failures have no effect."""
+    """Grows the heap by a block, marks it for huge pages and frees it; errors are ignored."""
     # Without these types ctypes would truncate pointers to 32 bits.
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
@@ -67,8 +71,8 @@ def _advise_huge_pages(libc: Any) -> None:
     start = libc.malloc(RESERVED_BYTES)
     if start is None:
         return
-    # Only complete huge pages: round the start up and the end down.
+    # madvise takes whole huge pages: round the start up and the end down.
     first = -(-start // _HUGE_PAGE) * _HUGE_PAGE
-    last = (start + RESERVED_BYTES) // _HUGE_PAGE * _HUGE_PAGE
-    libc.madvise(first, last - first, _MADV_HUGEPAGE)
+    end = (start + RESERVED_BYTES) // _HUGE_PAGE * _HUGE_PAGE
+    libc.madvise(first, end - first, _MADV_HUGEPAGE)
     libc.free(start)

@@ -1,14 +1,14 @@
 """How many cycles do the TPU kernels take, according to the compiler's schedule?
 
-The result lists scheduled bundles by kernel and chip. `tests/compile` uses it as a budget and fails
-if a kernel exceeds it by more than 10 %.
+The result is the budget of `tests/compile/test_schedules.py`, which fails if a kernel exceeds its
+scheduled bundles or HBM traffic by more than 10 %.
 
     .venv-compile/bin/python experiments/benchmarks/tpu_schedules.py \
         --out tests/compile/schedules.json
 
-No TPU is needed. Bundles are counted per token and head for the mLSTM, per step and head for the
-sLSTM, and per head for the decode kernels. The body of an inner loop over time (sLSTM) is counted
-once, together with the prologue of a block.
+No TPU is needed. Bundles are per token and head for the mLSTM, and per step and head, of a batch of
+8, for the sLSTM. The schedule contains the body of the sLSTM's loop over time once, together with
+the prologue of a block.
 """
 
 import dataclasses
@@ -46,13 +46,13 @@ class Case(NamedTuple):
     tile: str
     fn: Callable[..., Any]
     shapes: tuple  # of the arguments of `fn`
-    units: int  # tokens, steps or heads computed by one pass through the schedule
-    call_units: int  # the same for the entire call; its traffic is divided by this
+    units: int  # (token, head) pairs per pass through the schedule
+    call_units: int  # the same for the entire call, by which its HBM traffic is divided
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Options of the schedule report."""
+    """Options of the benchmark."""
 
     chips: tuple[str, ...] = tuple(TPUS)
     quick: bool = False  # only the head size of the large models
@@ -60,7 +60,7 @@ class Arguments:
 
 
 def shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
-    """An abstract array."""
+    """Shape and dtype of an argument."""
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
@@ -73,7 +73,7 @@ def cases(chip: str, *, quick: bool = False) -> list[Case]:
 
 
 def mlstm_cases(chip: str, K: int, V: int) -> list[Case]:
-    """Forward with residuals saved, and backward, with the tile of the table."""
+    """Forward (with residuals saved) and backward, at the default tile."""
     if mlstm_tiles.refusal(K, V, BFLOAT16, chip=chip) is not None:
         return []
     tile = mlstm_tiles.choose(K, V, BFLOAT16, 8192, None, chip)
@@ -86,7 +86,7 @@ def mlstm_cases(chip: str, K: int, V: int) -> list[Case]:
 
 
 def slstm_cases(chip: str, K: int, B: int = 8, H: int = 4, T: int = 256) -> list[Case]:
-    """Forward with residuals saved, and backward."""
+    """Forward (with residuals saved) and backward."""
     options = slstm_options(chip, B, T, H, K)
     blocks = options.tile.blocks
     bf16 = functools.partial(shape, dtype=jnp.bfloat16)
@@ -152,7 +152,7 @@ def examine(chip: str, case: Case) -> dict[str, Any]:
     donate = len(case.shapes) - 1 if case.kernel.endswith("decode") else None
     compiled = compiler.compile_for(chip, case.fn, *case.shapes, donate=donate)
     schedule = schedules.read()[case.kernel]
-    moved = compiler.bytes_accessed(compiled)[case.kernel]
+    hbm_bytes = compiler.bytes_accessed(compiled)[case.kernel]
     return {
         "kernel": case.kernel,
         "chip": chip,
@@ -161,20 +161,20 @@ def examine(chip: str, case: Case) -> dict[str, Any]:
         "bundles": round(schedule.bundles / case.units, 2),
         "spills": round(schedule.spills / case.units, 2),
         "matrix_share": round(schedule.matrix_share, 3),
-        "hbm_bytes": round(moved / case.call_units),
+        "hbm_bytes": round(hbm_bytes / case.call_units),
     }
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Markdown: bundles, spills and share of the matrix units; kernels and sizes by chips."""
+    """Markdown table with a column per chip: bundles (spills, utilization of the matrix units)."""
     chips = [chip for chip in TPUS if any(record["chip"] == chip for record in records)]
     lines = ["| kernel | size | " + " | ".join(chips) + " | HBM bytes |"]
     lines.append("|---" * (3 + len(chips)) + "|")
     for kernel, size in dict.fromkeys((record["kernel"], record["size"]) for record in records):
         by_chip = {r["chip"]: r for r in records if (r["kernel"], r["size"]) == (kernel, size)}
-        moved = sorted({record["hbm_bytes"] for record in by_chip.values()})
+        hbm_bytes = sorted({record["hbm_bytes"] for record in by_chip.values()})
         cells = [_cell(by_chip.get(chip)) for chip in chips]
-        traffic = " to ".join(f"{x:,}" for x in dict.fromkeys((moved[0], moved[-1])))
+        traffic = " to ".join(f"{x:,}" for x in dict.fromkeys((hbm_bytes[0], hbm_bytes[-1])))
         lines.append("| " + " | ".join([f"`{kernel}`", size, *cells, traffic]) + " |")
     return "\n".join(lines)
 

@@ -81,7 +81,7 @@ def mlstm(
         interpret=common.interpreter(),
         target=common.target(),
     )
-    compute = _step if T == 1 and kernels.takes_step(K, V) else _padded
+    compute = _step if T == 1 and kernels.supports_step(K, V) else _padded
     h, state = compute(options, q, k, v, gates, (C, n, m))  # pyright: ignore[reportGeneralTypeIssues]
     return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
 
@@ -108,7 +108,7 @@ def _step(options: Options, q, k, v, gates: pre.LogGates, state: State) -> tuple
 
 _step.defvjp(
     lambda options, *arrays: jax.vjp(functools.partial(_padded, options), *arrays),
-    lambda options, pull, cotangents: pull(cotangents),
+    lambda options, pullback, cotangents: pullback(cotangents),
 )
 
 

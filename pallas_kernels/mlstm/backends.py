@@ -18,7 +18,7 @@ def tpu() -> Kernels:
         forward=tpu_forward.mlstm_forward,
         backward=tpu_backward.mlstm_backward,
         step=tpu_decode.step,
-        takes_step=tpu_decode.fits_vmem,
+        supports_step=tpu_decode.fits_vmem,
     )
 
 
@@ -35,5 +35,5 @@ def triton() -> Kernels:
         forward=triton_calls.forward,
         backward=triton_calls.backward,
         step=triton_decode.step,
-        takes_step=triton_decode.supports,
+        supports_step=triton_decode.supports,
     )

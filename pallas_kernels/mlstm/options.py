@@ -32,7 +32,7 @@ class Kernels(NamedTuple):
     forward: Callable[..., "Forward"]  # (options, packed, q, k, v, C, n, *, save)
     backward: Callable[..., "Backward"]  # (options, packed, q, k, v, h, dh, *starts, dC, dn)
     step: Callable[..., Any]  # (options, q, k, v, gates, state) -> h, state; T = 1
-    takes_step: Callable[[int, int], bool]  # (K, V): whether `step` supports these widths
+    supports_step: Callable[[int, int], bool]  # (K, V): whether `step` supports these widths
 
 
 class Options(NamedTuple):

@@ -74,8 +74,8 @@ def refusal(
     K: int, V: int, dtype: jnp.dtype, chunk_size: int | None = None, chip: str | None = None
 ) -> str | None:
     """Why a call is not supported, naming sizes that are; None if it is."""
-    chunk_reason = common.refused_chunk(chunk_size, common.lanes())
-    reason = common.refused_dtype(jnp.dtype(dtype)) or chunk_reason
+    chunk_reason = common.chunk_refusal(chunk_size, common.lanes())
+    reason = common.dtype_refusal(jnp.dtype(dtype)) or chunk_reason
     if reason or common.interpreter():
         return reason
     chip = chip or current_chip()

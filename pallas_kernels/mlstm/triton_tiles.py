@@ -88,7 +88,7 @@ def choose(K: int, V: int, dtype: jnp.dtype, T: int, chunk_size: int | None) -> 
 def refusal(K: int, V: int, dtype: jnp.dtype, chunk_size: int | None = None) -> str | None:
     """Why a call is not supported, naming sizes that are; None if it is."""
     multiple = min(common.lanes(), POSITIONS)
-    return common.refused_dtype(jnp.dtype(dtype)) or common.refused_chunk(chunk_size, multiple)
+    return common.dtype_refusal(jnp.dtype(dtype)) or common.chunk_refusal(chunk_size, multiple)
 
 
 def states(K: int, V: int, dtype: jnp.dtype, chip: str) -> States:

@@ -69,7 +69,7 @@ def slstm(
 
 
 def _check(x, r, state: State, forget_gate: str) -> None:
-    refusal = common.refused_dtype(x.dtype)
+    refusal = common.dtype_refusal(x.dtype)
     if refusal is not None:
         raise ValueError(f"slstm: `x` is {x.dtype}; {refusal}.")
     if forget_gate not in ("sigmoid", "exp"):

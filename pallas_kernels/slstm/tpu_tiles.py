@@ -67,7 +67,7 @@ def choose(B: int, T: int, H: int, K: int, dtype: jnp.dtype) -> Tile:
 
 def refusal(K: int, dtype: jnp.dtype, chip: str | None = None) -> str | None:
     """Why no kernel supports heads of width K, with a supported width, or None."""
-    if reason := common.refused_dtype(jnp.dtype(dtype)):
+    if reason := common.dtype_refusal(jnp.dtype(dtype)):
         return reason
     budget = vmem_limit(chip)
     widest_head = widest(jnp.dtype(dtype), budget)

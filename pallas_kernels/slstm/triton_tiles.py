@@ -45,7 +45,7 @@ def choose(B: int, T: int, H: int, K: int, dtype: jnp.dtype) -> Tiles:
 def refusal(K: int, dtype: jnp.dtype) -> str | None:
     """Why no kernel supports a call, or None; any head width is supported."""
     del K
-    return common.refused_dtype(jnp.dtype(dtype))
+    return common.dtype_refusal(jnp.dtype(dtype))
 
 
 def forward(K: int, dtype: jnp.dtype) -> Tile:

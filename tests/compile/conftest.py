@@ -1,6 +1,6 @@
 """Ahead-of-time compilation for TPUs and GPUs; `make test-compile` installs the compilers.
 
-Without the compilers these tests are skipped, with the missing package as the reason.
+Without the compilers these tests are skipped; the reason names the missing package.
 """
 
 import functools
@@ -18,28 +18,27 @@ GPU_CHIPS = [
     *(pytest.param(chip, id=chip) for chip in ("sm_80", "sm_90", "sm_100")),
     *(pytest.param(chip, id=chip, marks=pytest.mark.slow) for chip in ("sm_86", "sm_89", "sm_120")),
 ]
-WAY_OUT = "; run `make test-compile`"
 
 
 def pytest_collection_modifyitems(items):
     """Skips tests whose compiler is not installed."""
     for item in items:
         if item.path.parent.name == "compile":
-            on_gpu = item.path.name.startswith("test_gpu")
-            reason = _missing_for_gpus() if on_gpu else _missing_for_tpus()
-            if reason is not None:
-                item.add_marker(pytest.mark.skip(reason=reason + WAY_OUT))
+            is_gpu_test = item.path.name.startswith("test_gpu")
+            refusal = _gpu_refusal() if is_gpu_test else _tpu_refusal()
+            if refusal is not None:
+                item.add_marker(pytest.mark.skip(reason=f"{refusal}; run `make test-compile`"))
 
 
 @functools.cache
-def _missing_for_tpus() -> str | None:
+def _tpu_refusal() -> str | None:
     if importlib.util.find_spec("libtpu") is None:
         return "libtpu is not installed"
     return None
 
 
 @functools.cache
-def _missing_for_gpus() -> str | None:
+def _gpu_refusal() -> str | None:
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
     if not any(map(importlib.util.find_spec, plugins)):
         return "JAX's CUDA plugin is not installed"
@@ -48,7 +47,7 @@ def _missing_for_gpus() -> str | None:
 
 
 def pytest_generate_tests(metafunc):
-    """Runs tests with a `chip` or `gpu_chip` argument for every TPU or GPU target."""
+    """Parametrizes `chip` and `gpu_chip` over the TPU and GPU targets."""
     if "chip" in metafunc.fixturenames:
         metafunc.parametrize("chip", CHIPS)
     if "gpu_chip" in metafunc.fixturenames:

@@ -47,16 +47,6 @@ STEPS = {
 }
 
 
-def _param(*values):
-    """A case whose first value starts with the name of the op."""
-    op = values[0][:5]
-    missing = "triton" not in ops.implementations(op)
-    skip = pytest.mark.skipif(missing, reason=f"{op} has no Triton kernels yet")
-    return pytest.param(*values, id="-".join(map(str, values)), marks=skip)
-
-
-OPS = [_param(op) for op in KERNELS]
-
 NEWEST_PTX = 8.8
 """Newest PTX version that ptxas of CUDA 12.9, the oldest that comes with JAX, can read. XLA does
 not use the newer ptxas of Triton's wheel."""
@@ -65,7 +55,7 @@ not use the newer ptxas of Triton's wheel."""
 @pytest.mark.parametrize(
     "op,dtype,K,V",
     [
-        _param(op, dtype, K, V)
+        (op, dtype, K, V)
         for op in KERNELS
         for dtype, widths in WIDTHS[op].items()
         for K, V in widths
@@ -88,12 +78,12 @@ def test_no_kernel_spills_registers_or_exceeds_shared_memory(gpu_chip, op, dtype
                 assert kernel.matrix_unit == unit
 
 
-@pytest.mark.parametrize("name", [_param(name) for name in CALLS if name not in KERNELS])
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in KERNELS])
 def test_gradient_compiles_with_every_option(name):
     _assert_gradient_compiles("sm_90", name)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", KERNELS)
 def test_gradient_compiles(gpu_chip, op):
     _assert_gradient_compiles(gpu_chip, op)
 
@@ -104,12 +94,12 @@ def _assert_gradient_compiles(chip, name):
     assert compiler.kernels(compiled) == KERNELS[name[:5]]["gradient"]
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", KERNELS)
 def test_decoding_step_reuses_a_donated_state(gpu_chip, op):
     _assert_state_is_reused(gpu_chip, op)
 
 
-@pytest.mark.parametrize("name", [_param(name) for name in STEPS if name not in KERNELS])
+@pytest.mark.parametrize("name", [name for name in STEPS if name not in KERNELS])
 def test_decoding_step_reuses_a_donated_state_with_every_option(name):
     _assert_state_is_reused("sm_90", name)
 
@@ -127,7 +117,7 @@ def _assert_state_is_reused(chip, name):
     assert len(copies) == (1 if name.startswith("slstm") else 0)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", KERNELS)
 def test_kernels_on_a_mesh_need_no_collectives(op):
     """Except for the gradient of the recurrent weights, which is summed over the batch."""
     mesh = compiler.make_mesh(compiler.devices("sm_90", 4), tensor=2)
@@ -141,7 +131,7 @@ def test_kernels_on_a_mesh_need_no_collectives(op):
     assert collectives <= ({"all-reduce"} if op == "slstm" else set())
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", KERNELS)
 def test_vmap_of_the_gradient_compiles(op):
     call, args = CALLS[op]
     mapped = jax.tree.map(lambda x: calls.shape(2, *x.shape, dtype=x.dtype), args)
@@ -149,7 +139,7 @@ def test_vmap_of_the_gradient_compiles(op):
     assert compiler.kernels(compiled) == KERNELS[op]["gradient"]
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", KERNELS)
 def test_kernels_are_used_by_default_on_a_gpu(op):
     sizes = {"mlstm": (512, 256, 512), "slstm": (256, 256)}[op]
     call, args = getattr(calls, op)(*sizes, implementation="auto")
@@ -157,7 +147,7 @@ def test_kernels_are_used_by_default_on_a_gpu(op):
     assert compiler.kernels(compiled) == KERNELS[op]["forward"]
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", KERNELS)
 def test_float16_is_not_supported(op):
     sizes = {"mlstm": (512, 256, 512), "slstm": (256, 256)}[op]
     call, args = getattr(calls, op)(*sizes, jnp.float16, **TRITON)
@@ -171,7 +161,7 @@ def test_error_for_an_unaligned_chunk_size_names_an_aligned_one():
         resources.launches_for("sm_90", call, *args)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", KERNELS)
 def test_triton_is_not_supported_on_a_tpu(op):
     with common.compiled_for("v5e"):
         assert "runs on a GPU" in str(ops.implementations(op)["triton"])

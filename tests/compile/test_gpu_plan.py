@@ -14,17 +14,17 @@ from xlstm_jax.plan.report import compile_step
 from xlstm_jax.sharding import MeshConfig
 
 
-def paper(batch_size, mesh):
-    """The 7B model at the sequence length of its paper."""
+def config_7b(batch_size, mesh):
+    """xLSTM 7B with the sequence length of its paper and full rematerialization."""
     cfg = experiment_from_preset("xlstm_7b")
     data = dataclasses.replace(cfg.data, batch_size=batch_size, seq_len=8192)
     model = dataclasses.replace(cfg.model, remat="full")
     return dataclasses.replace(cfg, model=model, data=data, mesh=mesh)
 
 
-def test_the_7b_run_of_the_paper_fits_its_gpus():
-    """256 GPUs, data 32 x fsdp 8, two sequences of 8,192 tokens on each (arXiv:2503.13427)."""
-    result = plan(paper(512, MeshConfig(data=32, fsdp=8)), find_target("h100:32x8"))
+def test_published_7b_run_fits_its_gpus():
+    """256 GPUs, data 32 x fsdp 8, two sequences of 8,192 tokens per GPU (arXiv:2503.13427)."""
+    result = plan(config_7b(512, MeshConfig(data=32, fsdp=8)), find_target("h100:32x8"))
     assert result.num_chips == 256 and result.tokens_per_step == 512 * 8192
     assert result.fits and result.peak_bytes < 32 << 30
     assert result.limit == "compute"
@@ -32,25 +32,18 @@ def test_the_7b_run_of_the_paper_fits_its_gpus():
 
 
 def test_step_contains_the_triton_kernels_and_all_gathers_weights_in_bfloat16():
-    _, compiled = compile_step(paper(8, MeshConfig(fsdp=8)), find_target("h100:1x8"))
+    _, compiled = compile_step(config_7b(8, MeshConfig(fsdp=8)), find_target("h100:1x8"))
     names = {f"mlstm_{x}" for x in ("states", "h", "dstates", "dq", "dk", "dv")}
     assert compiler.kernels(compiled) == names
     large = [c for c in collectives(Program(str(compiled.as_text()))) if c.payload > 2**20]
     assert {c.dtype for c in large if c.kind == "all-gather"} == {"bf16"}
-    scattered = [c for c in large if c.kind == "reduce-scatter"]
-    assert sum(c.times for c in scattered) >= 3 * 32
+    assert sum(c.times for c in large if c.kind == "reduce-scatter") >= 3 * 32
     assert not [c for c in large if c.kind == "all-reduce"]
 
 
-@pytest.mark.parametrize(
-    "topology, mesh, tolerance",
-    [
-        ("h100:1x8", MeshConfig(fsdp=8), 0.1),
-        ("h100:2x8", MeshConfig(fsdp=8), 0.1),
-    ],
-)
-def test_formula_estimate_is_close_to_the_compiled_step(topology, mesh, tolerance):
-    cfg = paper(16, mesh)
+@pytest.mark.parametrize("topology", ["h100:1x8", "h100:2x8"])
+def test_formula_estimate_is_close_to_the_compiled_step(topology):
+    cfg = config_7b(16, MeshConfig(fsdp=8))
     model = dataclasses.replace(cfg.model, pattern="MM")
     data = dataclasses.replace(cfg.data, seq_len=512)
     cfg = dataclasses.replace(cfg, model=model, data=data)
@@ -60,4 +53,4 @@ def test_formula_estimate_is_close_to_the_compiled_step(topology, mesh, toleranc
     assert formula.params_bytes == compiled.params_bytes
     assert formula.optimizer_bytes == compiled.optimizer_bytes
     sent = sum(amount for _, amount in compiled.collectives.values())
-    assert sum(formula.sent.values()) == pytest.approx(sent, rel=tolerance)
+    assert sum(formula.sent.values()) == pytest.approx(sent, rel=0.1)

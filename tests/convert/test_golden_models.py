@@ -66,8 +66,8 @@ def test_stack_outputs_and_gradients_match(name, dtype, x64):
 
     @jax.jit
     def value_and_grads(params, x):
-        y, pull = jax.vjp(lambda p, x: model.apply(p, x, model.start)[0], params, x)
-        return y, pull(dy)
+        y, pullback = jax.vjp(lambda p, x: model.apply(p, x, model.start)[0], params, x)
+        return y, pullback(dy)
 
     y, (dparams, dx) = value_and_grads(model.params, model.x)
     assert_matches(y, model.golden.arrays["output64/y"], published.VALUES[dtype], "y")

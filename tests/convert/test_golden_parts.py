@@ -77,8 +77,8 @@ def test_values_and_gradients_match(name, dtype, x64):
 
     @jax.jit
     def value_and_grads(params, x):
-        y, pull = jax.vjp(lambda p, x: part.apply(p, x, part.start)[0], params, x)
-        return y, pull(dy)
+        y, pullback = jax.vjp(lambda p, x: part.apply(p, x, part.start)[0], params, x)
+        return y, pullback(dy)
 
     y, (dparams, dx) = value_and_grads(part.params, part.x)
     assert_matches(y, part.golden.arrays["output64/y"], published.VALUES[dtype], "y")

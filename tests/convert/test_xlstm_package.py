@@ -1,4 +1,4 @@
-"""Comparison with the package `xlstm`, if it is installed, from its configs and state dicts."""
+"""Models converted from the package `xlstm` give its outputs; skipped if it is not installed."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import safetensors.numpy
 from xlstm_jax import convert
 from xlstm_jax.modules import LM, Backbone
 
-REASON = "the reference modules need the packages torch and xlstm"
+REASON = "the PyTorch models need torch and xlstm"
 torch = pytest.importorskip("torch", reason=REASON)
 xlstm = pytest.importorskip("xlstm", reason=REASON)
 
@@ -20,7 +20,12 @@ MODELS = {
     "tied": {"slstm_at": [1], "tie_weights": True},
     "s s s": {"slstm_at": "all"},
     "m m m": {"slstm_at": []},
-    "biases": {"slstm_at": [1], "bias": True, "dropout": 0.1, "add_post_blocks_norm": False},
+    "biases, dropout, no final norm": {
+        "slstm_at": [1],
+        "bias": True,
+        "dropout": 0.1,
+        "add_post_blocks_norm": False,
+    },
 }
 
 
@@ -44,7 +49,7 @@ def _model(**options):
 
 
 def _perturbed(model):
-    """Adds noise to the parameters, so that no zero hides a mistake."""
+    """Adds noise to all parameters: a wrong conversion of zeros would go unnoticed."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -110,7 +115,7 @@ def test_large_model_matches_the_package(name, weight_mode, tmp_path, caplog):
     )
     torch.manual_seed(0)
     reference = _perturbed(large.xLSTMLarge(config).eval())
-    # JSON is YAML.
+    # Every JSON document is valid YAML.
     (tmp_path / "config.yaml").write_text(json.dumps(dataclasses.asdict(config)))
     safetensors.numpy.save_file(_arrays(reference), tmp_path / "model.safetensors")
     cfg, params = convert.load_large(tmp_path)

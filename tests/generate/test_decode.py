@@ -1,4 +1,4 @@
-"""Generation equals plain model calls, for any batch, prefill chunks and stream pieces."""
+"""Generation matches full forward passes for any batch, prefill chunk and stream piece."""
 
 import chex
 import jax
@@ -33,19 +33,19 @@ def generated(small):
 
 
 def naive_greedy(small, prompt, count):
-    """Greedy decoding by one pass over the full sequence per token, without a state."""
+    """Greedy decoding with a pass over the full sequence for every token, without a state."""
     model, variables = small
     apply = jax.jit(model.apply)
     sequence = list(prompt)
     for _ in range(count):
-        # The model is causal, so padding on the right has no effect; one length compiles once.
+        # Right padding does not affect a causal model; with one length it compiles once.
         tokens = np.array([sequence + [0] * (64 - len(sequence))], np.int32)
         logits = apply(variables, tokens)[0]
         sequence.append(int(jnp.argmax(logits[0, len(sequence) - 1])))
     return sequence[len(prompt) :]
 
 
-def test_prefill_and_decode_equal_full_passes(small, generated):
+def test_prefill_and_decode_match_full_passes(small, generated):
     for i in (0, 2):
         assert generated.tokens[i] == naive_greedy(small, PROMPTS[i], 8)
 
@@ -68,15 +68,15 @@ def test_result_does_not_depend_on_the_other_prompts(small, key, sampler):
         chex.assert_trees_all_close(*states, rtol=1e-4, atol=1e-5)
 
 
-def test_resuming_from_a_state_equals_one_call(small, generated):
+def test_resuming_from_a_state_matches_a_single_call(small):
     first = generate(*small, PROMPTS, max_new_tokens=5)
-    more = [[6, 7, 8], [0], [3] * 20, [1, 2]]
-    second = generate(*small, more, max_new_tokens=5, state=first.state)
-    sequences = [p + a + m for p, a, m in zip(PROMPTS, first.tokens, more, strict=True)]
-    assert second.tokens == generate(*small, sequences, max_new_tokens=5).tokens
+    next_prompts = [[6, 7, 8], [0], [3] * 20, [1, 2]]
+    second = generate(*small, next_prompts, max_new_tokens=5, state=first.state)
+    joined = [sum(parts, []) for parts in zip(PROMPTS, first.tokens, next_prompts, strict=True)]
+    assert second.tokens == generate(*small, joined, max_new_tokens=5).tokens
 
 
-def test_state_is_that_of_a_pass_over_prompt_and_generated_tokens(small, generated):
+def test_state_matches_a_pass_over_prompt_and_generated_tokens(small, generated):
     model, variables = small
     tokens = jnp.array([PROMPTS[2] + generated.tokens[2]])
     _, state = jax.jit(model.apply)(variables, tokens)
@@ -109,7 +109,7 @@ def test_loop_ends_when_all_sequences_have_stopped(small):
 
 
 @pytest.mark.parametrize("sampler", [greedy, RANDOM], ids=["greedy", "random"])
-def test_stream_yields_the_generated_tokens_in_pieces(small, key, sampler):
+def test_streamed_pieces_join_to_the_generated_tokens(small, key, sampler):
     options = dict(max_new_tokens=8, sampler=sampler, key=key)
     pieces = list(stream(*small, PROMPTS, piece=5, **options))
     assert [len(piece.tokens[0]) for piece in pieces] == [5, 3]
@@ -135,12 +135,12 @@ def test_equal_prompts_get_different_samples_and_a_key_reproduces_them(small, ke
 
 
 def unseen(logits, key, seen):
-    """The most likely token that was not seen."""
+    """The most likely token not seen yet."""
     return greedy(jnp.where(seen, -jnp.inf, logits))
 
 
 def test_custom_sampler_gets_seen_tokens_and_is_traced_once(small, key):
-    """Two calls with other prompt lengths and limits share one trace."""
+    """Calls with different prompt lengths and `max_new_tokens` share one trace."""
     options = dict(sampler=chex.assert_max_traces(unseen, n=1), key=key)
     prompts = [[1, 2, 3], [4, 4, 4], [5] * 9, [10, 0]]
     generate(*small, [[1]] * 4, max_new_tokens=6, **options)
@@ -149,7 +149,7 @@ def test_custom_sampler_gets_seen_tokens_and_is_traced_once(small, key):
     assert counts == [11, 9, 9, 10]
 
 
-BAD = {
+INVALID = {
     "no prompt": (dict(prompts=[]), "prompts must have at least one list"),
     "empty prompt": (dict(prompts=[[1], []]), r"prompts\[1\] must have at least one token"),
     "token too large": (dict(prompts=[[1, 11]]), r"token ids from 0 to 10, got 1 to 11"),
@@ -161,9 +161,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", INVALID)
 def test_invalid_arguments_are_rejected(small, key, case):
-    change, message = BAD[case]
+    change, message = INVALID[case]
     arguments = dict(prompts=[[1]], max_new_tokens=1) | change
     if "key" in change:
         arguments["key"] = jax.random.split(key, change["key"])

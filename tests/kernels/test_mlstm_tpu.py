@@ -1,4 +1,4 @@
-"""The mLSTM TPU kernels, interpreted: tiles, strips, residuals saved for the backward pass."""
+"""The mLSTM TPU kernels, interpreted: tiles, residuals, uninitialized memory, races, errors."""
 
 import functools
 
@@ -34,12 +34,9 @@ kernel = functools.partial(mlstm_cases.interpret, backends.tpu())
 run = functools.partial(mlstm_cases.run, backends.tpu())
 
 
-# Tiles and strips
-
-
 @pytest.mark.parametrize("chunk_size,dtype", [(256, "float32"), (128, "bfloat16")])
-def test_tiles_of_real_width_match_recurrence(chunk_size, dtype):
-    """A chunk of 256 has two strips of 128; 300 positions are padded to two or three chunks."""
+def test_tiles_of_128_lanes_match_the_recurrence(chunk_size, dtype):
+    """A chunk of 256 has two strips of 128; T = 300 is padded to two or three chunks."""
     case = in_bfloat16(make_case(B=1, T=300, K=64, V=128, flags=True))
     actual = kernel(in_bfloat16(case, dtype), lanes=128, chunk_size=chunk_size)
     assert_results_match(actual, reference(case), TABLE[dtype])
@@ -69,14 +66,14 @@ def test_chunk_size_does_not_affect_results_with_resets(chunk_size, pattern):
 
 
 @pytest.mark.parametrize("scale", [8.0, 30.0])
-def test_large_gates_in_long_chunks_match_recurrence(scale):
+def test_large_gates_in_long_chunks_match_the_recurrence(scale):
     case = make_case(T=120, scale=scale, flags=True)
     actual = kernel(case, tile=Tile(64, 16, 2))
     assert_results_match(actual, reference(case), TABLE["float32, large gates"])
 
 
-def test_read_out_of_a_state_with_tiny_m_matches_recurrence():
-    """m is near the lower limit of the read-out; closed input gates write nothing."""
+def test_read_out_of_a_state_with_very_negative_m_matches_the_recurrence():
+    """m is around or far below `READ_FLOOR`; the input gates are closed, so h nearly vanishes."""
     case = make_case(T=64, flags=True)
     case.state[2][:] = [[-20.0, -25.0], [-22.0, -200.0]]
     case.i[:] -= 250
@@ -86,16 +83,13 @@ def test_read_out_of_a_state_with_tiny_m_matches_recurrence():
     assert_close(actual["h"], expected["h"], TABLE["float32"].h, "h")
 
 
-# Residuals
-
-
 def test_residual_states_in_bfloat16_round_gradients_but_not_the_final_state():
     """Saved states have the dtype of q; the carry is float32."""
     case = in_bfloat16(make_case(T=64, flags=True))
     expected, float32 = reference(case), kernel(case)
     bfloat16 = kernel(in_bfloat16(case, "bfloat16"))
     assert_results_match(bfloat16, expected, TABLE["bfloat16"])
-    for name in LEAVES:  # only operands of products are rounded, and they are bfloat16 already
+    for name in LEAVES:  # no rounding here: the operands are bfloat16 already
         assert_close(bfloat16[name], expected[name], TABLE["bfloat16"].state, name)
     errors = [np.abs(results["df"] - expected["df"]).max() for results in (float32, bfloat16)]
     assert errors[0] < 0.1 * errors[1]
@@ -113,7 +107,7 @@ def test_residual_states_have_the_dtype_of_q():
 
 
 def test_forward_kernel_writes_residuals_only_for_a_gradient():
-    """h and the final state; with a gradient also the normalizer and states at chunk starts."""
+    """Always h and the final state; for a gradient also d and the states at chunk starts."""
     case = jax.tree.map(jnp.asarray, make_case())
     (forward,) = calls(run, case)
     assert [v.aval.ndim for v in forward.outvars] == [3, 4, 4]
@@ -123,14 +117,11 @@ def test_forward_kernel_writes_residuals_only_for_a_gradient():
     assert backward.params["name"] == "mlstm_backward"
 
 
-# Uninitialized memory and races
-
-
 @pytest.mark.parametrize("how", STRICT.values(), ids=STRICT)
 @pytest.mark.parametrize(
     "tile,flags", [(Tile(16, 8, 2), True), (Tile(8, 8, 1), False)], ids=["16-8-2", "8-8-1"]
 )
-def test_no_uninitialized_memory_is_read_and_there_are_no_races(tile, flags, how, capfd):
+def test_kernels_have_no_uninitialized_reads_or_races(tile, flags, how, capfd):
     case = make_case(B=1, T=61 if tile.chunk > 8 else 21, flags=flags)
     assert_results_match(kernel(case, how=how, tile=tile), reference(case))
     forward = functools.partial(mlstm_cases.run, mlstm_cases.with_tile(backends.tpu(), tile))

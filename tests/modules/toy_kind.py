@@ -1,4 +1,4 @@
-"""A user-defined block kind in a single file, imported by `--import` or a CONFIG.py."""
+"""A block kind defined outside the library, for tests: `--import` or a CONFIG.py imports it."""
 
 import dataclasses
 
@@ -13,9 +13,9 @@ from xlstm_jax.modules.initializers import small
 
 @dataclasses.dataclass(frozen=True)
 class ToyOptions:
-    """Sizes of the toy block."""
+    """Options of the toy block."""
 
-    width: int = 6
+    width: int = 6  # of the state
 
     def check(self, dim):
         if self.width < 1:
@@ -23,7 +23,7 @@ class ToyOptions:
 
 
 class ToyBlock(nn.Module):
-    """x + out(c) with the state c = (c + inner(x)) / 2 at every step."""
+    """x + out(c_t), with the state c_t = (c_{t-1} + inner(x_t)) / 2."""
 
     cfg: object
 

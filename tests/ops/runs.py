@@ -157,8 +157,8 @@ def _evaluate(call, case: Case, cotangents: Cotangents):
         h, last = call(inputs, weights, state, case.reset, case.mask)
         return h, _unscaled(last, cotangents.m_ref), last
 
-    outputs, pull = jax.vjp(outputs_of, case.inputs, case.weights, case.state)
-    return outputs[0], outputs[2], pull((cotangents.h, cotangents.unscaled, cotangents.state))
+    outputs, pullback = jax.vjp(outputs_of, case.inputs, case.weights, case.state)
+    return outputs[0], outputs[2], pullback((cotangents.h, cotangents.unscaled, cotangents.state))
 
 
 def _unscaled(state, m_ref):

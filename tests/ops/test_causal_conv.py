@@ -65,8 +65,8 @@ def pullback(call):
     """A jitted function (arguments, cotangents) -> (outputs, gradients)."""
 
     def evaluate(args, cotangents):
-        outputs, pull = jax.vjp(call, args)
-        return outputs, pull(cotangents)[0]
+        outputs, pullback = jax.vjp(call, args)
+        return outputs, pullback(cotangents)[0]
 
     return quick.jit(evaluate)
 
@@ -163,8 +163,8 @@ def test_inputs_of_masked_steps_do_not_change_results(W, rng):
 
     @quick.jit
     def evaluate(args, reset):
-        outputs, pull = jax.vjp(call_with(reset, mask), args)
-        return outputs, pull(jax.tree.map(jnp.ones_like, outputs))[0]
+        outputs, pullback = jax.vjp(call_with(reset, mask), args)
+        return outputs, pullback(jax.tree.map(jnp.ones_like, outputs))[0]
 
     clean = evaluate(args, reset)
     jax.tree.map(np.testing.assert_array_equal, evaluate(garbage, reset | ~mask), clean)

@@ -63,8 +63,8 @@ def _residuals(chunk_size: int, *, flags: bool = False) -> list[jax.ShapeDtypeSt
     if flags:
         options |= dict(reset=jnp.zeros((B, T), bool), mask=jnp.ones((B, T), bool))
     call = functools.partial(ops.mlstm, **options)
-    pull = jax.eval_shape(lambda *args: jax.vjp(call, *args)[1], *inputs, inputs[-1], state)
-    return [leaf for leaf in jax.tree.leaves(pull) if leaf.size > 1]
+    pullback = jax.eval_shape(lambda *args: jax.vjp(call, *args)[1], *inputs, inputs[-1], state)
+    return [leaf for leaf in jax.tree.leaves(pullback) if leaf.size > 1]
 
 
 def test_residuals_are_inputs_outputs_and_one_state_per_chunk():

@@ -1,4 +1,4 @@
-"""Context parallelism: results with a sharded sequence equal those on a single device."""
+"""Context parallelism: sharding the sequence does not change results."""
 
 import functools
 import re
@@ -28,10 +28,7 @@ VARIANTS = {
 }
 SEQ_8 = make_mesh(data=1, seq=8)
 EXCHANGES = {"all-gather": 16, "doubling": 1}
-"""How summaries are exchanged -> the largest number of shards for which they are all-gathered."""
-
-
-both_exchanges = pytest.mark.parametrize("exchange", EXCHANGES, indirect=True)
+"""Collective that exchanges summaries -> the value of `ALL_GATHER_SHARDS` that selects it."""
 
 
 @pytest.fixture
@@ -41,8 +38,8 @@ def exchange(request, monkeypatch):
     return name
 
 
-def flags(kind: str, rng):
-    """Resets at the boundaries of shards of 6, next to them, and anywhere; and masked steps."""
+def make_flags(kind: str, rng):
+    """Resets at shard boundaries (multiples of 6), next to them or anywhere, and masked steps."""
     reset, mask = np.zeros((B, T), bool), np.ones((B, T), bool)
     if kind in ("boundaries", "everything"):
         reset[0, [6, 11, 12, 18, 19, 47]] = True
@@ -55,14 +52,14 @@ def flags(kind: str, rng):
     return {"reset": jnp.asarray(reset), "mask": jnp.asarray(mask)}
 
 
-KINDS = ("boundaries", "random", "masks", "everything")
+FLAG_KINDS = ("boundaries", "random", "masks", "everything")
 
 
 def evaluate(op, inputs, state, flags, cotangents):
-    """Results of an op, and all gradients."""
+    """Outputs and gradients of an op."""
     run = lambda inputs, state: op(**inputs, state=state, **flags)  # noqa: E731
-    (y, last), pull = jax.vjp(run, inputs, state)
-    return (y, last), pull(cotangents)
+    (y, last), pullback = jax.vjp(run, inputs, state)
+    return (y, last), pullback(cotangents)
 
 
 def compiled(op):
@@ -71,13 +68,13 @@ def compiled(op):
 
 @functools.cache
 def single_device(op):
-    """The program for one device; cached, so that all tests share it."""
+    """The program for one device; the cache shares it between tests."""
     return compiled(op)
 
 
 @functools.cache
-def sharded(op, exchange, mesh):
-    """The program with the rules `fsdp_seq`; cached per way of exchanging summaries."""
+def sharded(op, mesh, exchange):
+    """The program under the rules `fsdp_seq`; `exchange`, set by its fixture, is only a key."""
     program = compiled(op)
 
     def run(*args):
@@ -87,8 +84,8 @@ def sharded(op, exchange, mesh):
     return run
 
 
-def on_a_mesh(op, mesh, *args, exchange="all-gather"):
-    return sharded(op, exchange, mesh)(*args)
+def run_sharded(op, mesh, *args, exchange="all-gather"):
+    return sharded(op, mesh, exchange)(*args)
 
 
 def mlstm_call(rng, T=T, gate_scale=1.0):
@@ -112,8 +109,7 @@ def assert_same_results(actual, expected):
 
 
 def _leaves(a, b):
-    names = a._fields if hasattr(a, "_fields") else ("state",)
-    return zip(names, jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return zip(a._fields, jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
 
 
 @pytest.mark.parametrize(
@@ -126,14 +122,14 @@ def _leaves(a, b):
     ],
     indirect=["exchange"],
 )
-def test_eight_shards_equal_a_single_device(variant, exchange, rng):
-    """With any resets and masks; gradients within 1e-5 of the largest."""
+def test_eight_shards_match_a_single_device(variant, exchange, rng):
+    """For all kinds of flags; gradient errors are below 1e-5 of the largest gradient."""
     inputs, state, cotangents = mlstm_call(rng)
     op = VARIANTS[variant]
-    for kind in KINDS:
-        args = inputs, state, flags(kind, rng), cotangents
+    for kind in FLAG_KINDS:
+        args = inputs, state, make_flags(kind, rng), cotangents
         expected = single_device(op)(*args)
-        actual = on_a_mesh(op, SEQ_8, *args, exchange=exchange)
+        actual = run_sharded(op, SEQ_8, *args, exchange=exchange)
         assert_same_results(actual, expected)
         largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected[1]))
         chex.assert_trees_all_close(actual[1], expected[1], rtol=0, atol=1e-5 * largest)
@@ -142,48 +138,48 @@ def test_eight_shards_equal_a_single_device(variant, exchange, rng):
 @pytest.mark.parametrize("names", [(), ("reset",)], ids=["no flags", "resets only"])
 def test_flags_are_optional(names, rng):
     inputs, state, cotangents = mlstm_call(rng)
-    keywords = {name: flags("boundaries", rng)[name] for name in names}
+    keywords = {name: make_flags("boundaries", rng)[name] for name in names}
     args = inputs, state, keywords, cotangents
-    assert_same_results(on_a_mesh(ops.mlstm, SEQ_8, *args), single_device(ops.mlstm)(*args))
+    assert_same_results(run_sharded(ops.mlstm, SEQ_8, *args), single_device(ops.mlstm)(*args))
 
 
 @pytest.mark.parametrize("exchange", ["doubling"], indirect=True)
 def test_number_of_shards_need_not_be_a_power_of_two(exchange, rng):
     inputs, state, cotangents = mlstm_call(rng)
-    args = inputs, state, flags("boundaries", rng), cotangents
+    args = inputs, state, make_flags("boundaries", rng), cotangents
     mesh = build_mesh(jax.devices()[:6], dict(data=1, fsdp=1, seq=6, tensor=1))
-    actual = on_a_mesh(VARIANTS["exp"], mesh, *args, exchange=exchange)
+    actual = run_sharded(VARIANTS["exp"], mesh, *args, exchange=exchange)
     assert_same_results(actual, single_device(VARIANTS["exp"])(*args))
 
 
 @pytest.mark.parametrize("implementation", ["parallel", "recurrent"])
 def test_every_implementation_supports_a_sharded_sequence(implementation, rng):
     inputs, state, cotangents = mlstm_call(rng)
-    args = inputs, state, flags("everything", rng), cotangents
+    args = inputs, state, make_flags("everything", rng), cotangents
     op = functools.partial(ops.mlstm, implementation=implementation)
-    actual = on_a_mesh(op, make_mesh(data=2, seq=4), *args)
+    actual = run_sharded(op, make_mesh(data=2, seq=4), *args)
     assert_same_results(actual, single_device(VARIANTS["exp"])(*args))
 
 
-@both_exchanges
+@pytest.mark.parametrize("exchange", EXCHANGES, indirect=True)
 @pytest.mark.parametrize("scale", [10.0, 100.0])
-def test_large_gates_equal_a_single_device(scale, exchange, rng):
+def test_eight_shards_match_a_single_device_for_large_gates(scale, exchange, rng):
     op = VARIANTS["exp"]
     inputs, state, cotangents = mlstm_call(rng, gate_scale=scale)
     zeros = jax.tree.map(jnp.zeros_like, state)
-    args = inputs, state, flags("random", rng), (cotangents[0], zeros)
-    expected, actual = single_device(op)(*args), on_a_mesh(op, SEQ_8, *args, exchange=exchange)
+    args = inputs, state, make_flags("random", rng), (cotangents[0], zeros)
+    expected, actual = single_device(op)(*args), run_sharded(op, SEQ_8, *args, exchange=exchange)
     tol = TABLE["float32, large gates"]
     assert_close(np.asarray(actual[0][0]), np.asarray(expected[0][0], np.float64), tol.h, "h")
     chex.assert_tree_all_finite(actual)
 
 
-def test_long_shards_equal_a_single_device(rng):
-    """Shards longer than the chunks of gate sums, and not a multiple of them."""
+def test_long_shards_match_a_single_device(rng):
+    """Shards are longer than `GATE_CHUNK` and not a multiple of it."""
     inputs, state, cotangents = mlstm_call(rng, T=2 * 700)
     reset = jnp.asarray(rng.random((B, 1400)) < 0.002)
     args = inputs, state, {"reset": reset}, cotangents
-    actual = on_a_mesh(ops.mlstm, make_mesh(data=4, seq=2), *args)
+    actual = run_sharded(ops.mlstm, make_mesh(data=4, seq=2), *args)
     assert_same_results(actual, single_device(ops.mlstm)(*args))
 
 
@@ -205,42 +201,42 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize("options,names", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_convolution_crosses_the_boundaries_of_shards(options, names, rng):
+def test_convolution_crosses_shard_boundaries(options, names, rng):
     inputs, state, cotangents = conv_call(rng, **options)
-    for kind in KINDS if names else ("random",):
-        keywords = {name: flags(kind, rng)[name] for name in names}
+    for kind in FLAG_KINDS if names else ("random",):
+        keywords = {name: make_flags(kind, rng)[name] for name in names}
         args = inputs, state, keywords, cotangents
         expected = single_device(ops.causal_conv)(*args)
-        actual = on_a_mesh(ops.causal_conv, SEQ_8, *args)
+        actual = run_sharded(ops.causal_conv, SEQ_8, *args)
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             largest = float(np.max(np.abs(b), initial=1.0))
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("name", ["slstm", "lstm"])
-def test_sequence_is_all_gathered_for_recurrences_that_cannot_shard_it(name, rng):
+def test_slstm_and_lstm_support_a_sharded_sequence(name, rng):
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     inputs = {"x": normal(B, T, 4, H, K), "r": 0.2 * normal(H, K, 4, K), "b": normal(H, 4, K)}
     state_type = {"slstm": cells.SLSTMState, "lstm": cells.LSTMState}[name]
     leaves = {leaf: 1 + jnp.abs(normal(B, H, K)) for leaf in state_type._fields}
     state = state_type(**leaves)
-    args = inputs, state, flags("everything", rng), (normal(B, T, H, K), state)
+    args = inputs, state, make_flags("everything", rng), (normal(B, T, H, K), state)
     op = getattr(ops, name)
-    actual = on_a_mesh(op, make_mesh(data=2, seq=2, tensor=2), *args)
+    actual = run_sharded(op, make_mesh(data=2, seq=2, tensor=2), *args)
     assert_same_results(actual, single_device(op)(*args))
 
 
-def test_length_that_the_mesh_does_not_divide_is_replicated(rng):
+def test_indivisible_length_gives_the_same_results(rng):
     inputs, state, cotangents = mlstm_call(rng, T=13)
     args = inputs, state, {}, cotangents
-    actual = on_a_mesh(ops.mlstm, SEQ_8, *args)
+    actual = run_sharded(ops.mlstm, SEQ_8, *args)
     assert_same_results(actual, single_device(ops.mlstm)(*args))
 
 
 def test_batch_heads_and_time_are_sharded_together(rng):
-    """Without a table of rules, every axis with a mesh axis of its own is sharded."""
+    """Without `use_rules`, the default rules shard all three."""
     inputs, state, cotangents = mlstm_call(rng)
-    args = inputs, state, flags("random", rng), cotangents
+    args = inputs, state, make_flags("random", rng), cotangents
     with jax.set_mesh(make_mesh(data=2, seq=2, tensor=2)):
         program = compiled(VARIANTS["exp"]).lower(*args).compile()
         actual = program(*args)
@@ -254,14 +250,14 @@ COLLECTIVE = re.compile(
 
 
 def collectives_of(op, mesh, *args):
-    """Shape and kind of every collective in the compiled program of an op."""
+    """Shape and kind of every collective in the compiled program."""
     with use_rules(get_rules("fsdp_seq")), jax.set_mesh(mesh):
         text = quick.jit(op).lower(*args).compile().as_text()
     return sorted(COLLECTIVE.findall(text))
 
 
-def test_communication_does_not_grow_with_the_length(rng):
-    """The forward pass is one all-gather of summaries; the gradient does not depend on T either."""
+def test_communication_does_not_grow_with_sequence_length(rng):
+    """The only collective of the forward pass is one all-gather of summaries."""
     mesh, collectives = SEQ_8, {}
     for length in (T, 8 * T):
         inputs, _, _ = mlstm_call(rng, T=length)

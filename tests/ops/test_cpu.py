@@ -42,7 +42,7 @@ def test_compiled_program_contains_the_conditional():
     assert " conditional(" not in plain
 
 
-def test_platform_is_that_of_the_default_device(monkeypatch):
+def test_platform_follows_the_default_device(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert dispatch.platform() == "gpu"
     with jax.default_device(jax.devices("cpu")[0]):

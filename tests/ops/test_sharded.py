@@ -1,4 +1,4 @@
-"""Kernels on a mesh: each device computes its shard; results equal those on a single device."""
+"""Kernels on a mesh: each device computes its shard, and results do not change."""
 
 import contextlib
 import functools
@@ -83,7 +83,7 @@ def make_call(op: str, B: int = 4, H: int = 2) -> Call:
     return Call(inputs, state, jax.tree.map(jnp.asarray, flags), cotangents)
 
 
-def by_kernels(subject: Subject, inputs, state, flags):
+def run_kernels(subject: Subject, inputs, state, flags):
     call = functools.partial(getattr(ops, subject.op), implementation=subject.kernels)
     if subject.op == "mlstm":
         call = functools.partial(call, chunk_size=8)
@@ -93,8 +93,8 @@ def by_kernels(subject: Subject, inputs, state, flags):
 def evaluate(compute, call: Call):
     """Results of `compute` and all gradients, by name."""
     run = lambda inputs, state: compute(inputs, state, call.flags)  # noqa: E731
-    (h, state), pull = jax.vjp(run, call.inputs, call.state)
-    inputs, initial = pull(call.cotangents)
+    (h, state), pullback = jax.vjp(run, call.inputs, call.state)
+    inputs, initial = pullback(call.cotangents)
     gradients = inputs | {f"state.{name}": leaf for name, leaf in initial._asdict().items()}
     return {"h": h, **state._asdict()}, gradients
 
@@ -117,7 +117,7 @@ def run(compute, call: Call, mesh):
 @functools.cache
 def single_device(subject: Subject):
     """Results on a single device."""
-    return run(functools.partial(by_kernels, subject), make_call(subject.op), None)
+    return run(functools.partial(run_kernels, subject), make_call(subject.op), None)
 
 
 def assert_same_results(actual, expected):
@@ -152,7 +152,7 @@ def mesh_axes_of(spec: P) -> set[str]:
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_mesh_changes_neither_values_nor_gradients(mesh, subject):
     """Time is replicated if `seq` does not divide it, and gradients are not summed twice."""
-    compute = functools.partial(by_kernels, subject)
+    compute = functools.partial(run_kernels, subject)
     assert_same_results(
         run(compute, make_call(subject.op), make_mesh(**mesh)), single_device(subject)
     )
@@ -164,8 +164,8 @@ def test_mesh_changes_neither_values_nor_gradients(mesh, subject):
     ids=["batch", "heads", "replicated"],
 )
 @every_kernel
-def test_axes_that_the_mesh_does_not_divide_are_replicated(subject, mesh):
-    compute = functools.partial(by_kernels, subject)
+def test_indivisible_axes_are_replicated(subject, mesh):
+    compute = functools.partial(run_kernels, subject)
     assert_same_results(
         run(compute, make_call(subject.op), make_mesh(**mesh)), single_device(subject)
     )
@@ -184,7 +184,7 @@ def test_axes_that_the_mesh_does_not_divide_are_replicated(subject, mesh):
 def test_batch_and_heads_are_sharded(subject, B, H, axes):
     mesh = make_mesh(**MESHES["data, fsdp, tensor"])
     maps = equations(
-        "shard_map", functools.partial(by_kernels, subject), make_call(subject.op, B, H), mesh
+        "shard_map", functools.partial(run_kernels, subject), make_call(subject.op, B, H), mesh
     )
     forward = maps[0].params["in_specs"]
     assert {axis for axis in set.union(*map(mesh_axes_of, forward)) if mesh.shape[axis] > 1} == axes
@@ -198,7 +198,7 @@ def in_callers_shard_map(subject: Subject, mesh, axis_names: set[str]):
     state_spec, flag_spec = only(P("data", "tensor")), only(P("data"))
     out_specs = (only(P("data", None, "tensor")), state_spec)
     return jax.shard_map(
-        functools.partial(by_kernels, subject),
+        functools.partial(run_kernels, subject),
         mesh=mesh,
         in_specs=(specs, state_spec, flag_spec),
         out_specs=out_specs,
@@ -233,7 +233,7 @@ def test_auto_does_not_select_interpreted_kernels(subject, on_mesh):
     mesh = make_mesh(data=4, tensor=2) if on_mesh else None
     assert not equations(subject.primitive, compute, make_call(subject.op), mesh)
     assert equations(
-        subject.primitive, functools.partial(by_kernels, subject), make_call(subject.op), mesh
+        subject.primitive, functools.partial(run_kernels, subject), make_call(subject.op), mesh
     )
 
 
@@ -243,7 +243,7 @@ def test_explicit_mesh_axes_are_sharded(subject):
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
     call = make_call(subject.op)
     with on(mesh):
-        compute = quick.jit(lambda call: by_kernels(subject, call.inputs, call.state, call.flags))
+        compute = quick.jit(lambda call: run_kernels(subject, call.inputs, call.state, call.flags))
         h, state = jax.tree.map(np.asarray, compute(call))
     expected, _ = single_device(subject)
     for name, value in {"h": h, **state._asdict()}.items():

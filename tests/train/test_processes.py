@@ -201,7 +201,9 @@ def test_a_coordinator_port_in_use_is_a_one_line_error(run):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         processes = Processes(coordinator=address, num_processes=2, process_id=0)
-        with pytest.raises(ConfigError, match="cannot be connected .*a free port of process 0"):
+        with pytest.raises(
+            ConfigError, match="cannot be initialized .*a free port on the host of process 0"
+        ):
             init_distributed(processes)
 
 

@@ -1,4 +1,4 @@
-"""`xlstm-jax evaluate RUN`: loss, perplexity and bits per byte on held-out data."""
+"""`xlstm-jax evaluate RUN`: perplexity and bits per byte of a trained model."""
 
 import dataclasses
 import math
@@ -16,16 +16,18 @@ from xlstm_jax.train.rundir import compiled_programs
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate(options.ModelCommand):
-    """Measures perplexity and bits per byte over all tokens of a split."""
+    """Measures perplexity and bits per byte on a split of the data."""
 
-    run: options.RunPath  # directory of a run
-    split: Split = "valid"  # split of the data
-    source: str | None = None  # data instead of the run's: a name, a text file or a folder
-    seq_len: int | None = None  # window length instead of the run's; may be longer
-    batch_size: int | None = None  # instead of the run's; affects speed and memory only
-    max_batches: int | None = None  # limit, spread evenly over the split; None: all
-    by_position: bool = False  # also print the loss by position in the window
-    step: int | None = None  # checkpoint to load; None: the newest
+    run: options.RunPath  # directory of a training run
+    split: Split = "valid"  # split to evaluate
+    source: str | None = None  # built-in corpus, text file or folder; default: the data of the run
+    seq_len: int | None = (
+        None  # tokens per window, also more than in training; default: as in training
+    )
+    batch_size: int | None = None  # windows per batch; default: as in training
+    max_batches: int | None = None  # evaluate this many batches, evenly spaced; default: all
+    by_position: bool = False  # also print the loss at each range of positions in the window
+    step: int | None = None  # step of the checkpoint; default: the newest
 
 
 def run(argv: list[str]) -> int:

@@ -56,6 +56,6 @@ class LargeMLSTMLayer(nn.Module):
 
     @nn.nowrap
     def init_state(self, batch_size: int, dim: int, dtype: DTypeLike = jnp.float32) -> MLSTMState:
-        """The initial state, zeros. `dtype` has no effect: the state is float32."""
+        """The initial state, all zeros; `dtype` has no effect, since the state is float32."""
         (qk_dim, v_dim, _), H = self.cfg.widths(dim), self.cfg.num_heads
         return mlstm_init(batch_size, H, qk_dim // H, v_dim // H)

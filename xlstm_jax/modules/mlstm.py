@@ -1,4 +1,4 @@
-"""mLSTM layer of the first generation: up-projection, convolution, cell, gated skip.
+"""First-generation mLSTM layer: up-projection, convolution, cell, gated skip.
 
 Source: Beck et al. 2024, arXiv:2405.04517, figure 11 (pre-up-projection block).
 """
@@ -76,7 +76,7 @@ class MLSTMLayer(nn.Module):
     def init_state(
         self, batch_size: int, dim: int, dtype: DTypeLike = jnp.float32
     ) -> MLSTMLayerState:
-        """The initial state, zeros. `dtype` is the activation dtype, which `conv` has."""
+        """The initial state, all zeros; `dtype`, that of activations, applies to `conv` only."""
         inner_dim, H = self.cfg.width(dim), self.cfg.num_heads
         conv = conv_state(batch_size, self.cfg.conv_width, inner_dim, dtype)
         return MLSTMLayerState(conv, mlstm_init(batch_size, H, inner_dim // H, inner_dim // H))

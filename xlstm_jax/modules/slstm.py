@@ -1,4 +1,4 @@
-"""sLSTM layer of the first generation: convolution for two gates, cell, per-head norm.
+"""First-generation sLSTM layer: a convolution for two gates, the cell, a norm per head.
 
 Source: Beck et al. 2024, arXiv:2405.04517, figure 10 (post-up-projection block).
 """
@@ -35,9 +35,9 @@ class SLSTMLayer(nn.Module):
     """
 
     cfg: SLSTMConfig
-    num_blocks: int = 1  # of the model; the initial forget bias depends on it
+    num_blocks: int = 1  # of the model; with `block_index`, sets the initial forget bias
     dropout: float = 0.0
-    block_index: int | Int[Array, ""] = 0  # in the model, likewise
+    block_index: int | Int[Array, ""] = 0  # of this block in the model, from 0
 
     @nn.compact
     def __call__(
@@ -54,8 +54,8 @@ class SLSTMLayer(nn.Module):
         conv, cell = (None, None) if state is None else state
         convolve = CausalConv(cfg.conv_width, cfg.conv_mixing, name="conv")
         u, conv = convolve(x, conv, reset=reset, mask=mask)
-        # Without a convolution there is no activation either: u is x.
-        u = u if cfg.conv_width == 0 else jax.nn.silu(u)
+        if cfg.conv_width > 0:
+            u = jax.nn.silu(u)
         inputs = {"input_gate": u, "forget_gate": u, "cell_input": x, "output_gate": x}
         gates = [
             HeadwiseDense(D, H, small(D), upcast=True, name=name)(y).reshape(B, T, H, K)
@@ -72,7 +72,7 @@ class SLSTMLayer(nn.Module):
             forget_gate=cfg.forget_gate,
             implementation=cfg.implementation,
         )
-        # Dropout before the norm, as in the reference: the norm sees the dropped features.
+        # Dropout comes before the norm, as in the reference implementation.
         h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
         norm = MultiHeadNorm(
             cfg.norm_eps, as_offset=True, use_scale=cfg.group_norm_weight, name="group_norm"
@@ -83,14 +83,14 @@ class SLSTMLayer(nn.Module):
     def init_state(
         self, batch_size: int, dim: int, dtype: DTypeLike = jnp.float32
     ) -> SLSTMLayerState:
-        """The initial state, zeros. `dtype` is the activation dtype, which `conv` has."""
+        """The initial state, all zeros; `dtype`, that of activations, applies to `conv` only."""
         conv = conv_state(batch_size, self.cfg.conv_width, dim, dtype)
         H = self.cfg.num_heads
         return SLSTMLayerState(conv, slstm_init(batch_size, H, dim // H))
 
 
 def recurrent_init(name: RecurrentInit) -> Initializer:
-    """Initializer of the recurrent weights (H, K, 4, K), by the name of an option."""
+    """Initializer of the recurrent weights, `H K 4 K`."""
     if name == "zeros":
         return zeros
     return lambda key, shape: uniform(1 / math.sqrt(shape[0] * shape[1]))(key, shape)
@@ -99,9 +99,9 @@ def recurrent_init(name: RecurrentInit) -> Initializer:
 def cell_bias_init(
     name: BiasInit, block_index: int | Int[Array, ""], num_blocks: int
 ) -> Initializer:
-    """Initializer of the bias (H, 4, K) of the gates i, f, z, o, by the name of an option.
+    """Initializer of the bias of the gates i, f, z, o, `H 4 K`.
 
-    "powerlaw_blockdependent" and "small_init" set only the forget gate; the others are zero.
+    "powerlaw_blockdependent" and "small_init" set the forget bias; the other biases are zero.
     """
     if name == "zeros":
         return zeros
@@ -113,7 +113,7 @@ def cell_bias_init(
         H, _, K = shape
         if name == "small_init":
             forget = linspace(3.0, 6.0)(key, (H, K))
-        else:  # from 5 down to -7 along a head, later in deeper blocks; a head of width 1 has 5
+        else:  # from 5 down to -7 within a head; the decrease starts later in deeper blocks
             fraction = jnp.linspace(0.0, 1.0, K, dtype=jnp.float32)
             forget = 5.0 - 12.0 * fraction ** jnp.asarray(0.3 + 1.3 * depth, jnp.float32)
         return jnp.zeros(shape, jnp.float32).at[:, 1].set(forget)

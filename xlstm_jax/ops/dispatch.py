@@ -25,14 +25,14 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One implementation of an op; `unsupported` gives the reason against a call, or None."""
+    """One implementation of an op; `unsupported` returns why it cannot run a call, or None."""
 
     fn: Callable[..., tuple[jax.Array, Any]]
     unsupported: Callable[[Call], str | None] = lambda call: None
 
 
 def choose(op: str, table: Mapping[str, Implementation], name: str, call: Call) -> Implementation:
-    """The named implementation, or for "auto" the first of the table that supports `call`.
+    """The named implementation, or for "auto" the first in the table that supports `call`.
 
     Raises:
         ValueError: no implementation has that name.
@@ -56,23 +56,23 @@ def choose(op: str, table: Mapping[str, Implementation], name: str, call: Call) 
 
 
 def refusals(table: Mapping[str, Implementation], call: Call) -> dict[str, str | None]:
-    """For every implementation of a table, None or the reason why it does not support `call`."""
+    """For every implementation in a table, None or the reason why it does not support `call`."""
     return {name: entry.unsupported(call) for name, entry in table.items()}
 
 
 def kernel_refusal(backend: str, call: Call) -> str | None:
-    """Why no kernel of the backend ("tpu" or "triton") supports the call, whatever its sizes.
+    """Why the kernels of a backend ("tpu" or "triton") do not support the call, or None.
 
-    None: kernels may support it, and the sizes decide.
+    Platform, dtype and environment are checked, sizes are not.
     """
     from pallas_kernels import common, gpu
 
     platform = "tpu" if backend == "tpu" else "gpu"
-    # Interpreted kernels run on any platform, but slowly: only for a caller who names them.
+    # Interpreted kernels run on any platform, but slowly, so "auto" does not select them.
     is_interpreted = call.named and common.interpreter()
     if call.platform != platform and not is_interpreted:
         return f"it runs on a {platform.upper()}, not on {call.platform!r}"
-    dtype_refusal = common.refused_dtype(call.dtype)
+    dtype_refusal = common.dtype_refusal(call.dtype)
     if backend == "tpu":
         return dtype_refusal
     if is_interpreted:
@@ -81,10 +81,10 @@ def kernel_refusal(backend: str, call: Call) -> str | None:
 
 
 def platform() -> str:
-    """The platform of the computation that is being traced: "cpu", "gpu" or "tpu".
+    """The platform of the computation being traced: "cpu", "gpu" or "tpu".
 
-    It is that of the ahead-of-time target, else of `jax.default_device`, else the default backend.
-    Where inputs are committed is unknown at trace time.
+    The ahead-of-time target takes precedence over `jax.default_device`, which takes precedence over
+    the default backend. The devices of committed inputs are unknown at trace time.
     """
     from pallas_kernels import common, hardware
 

@@ -3,13 +3,13 @@
 Failures that a user sees, observed with jax 0.10.2:
 
 - A process does not start: after `timeout_minutes` every other process prints one line, with its
-  own id and the address of the coordinator, and exits with code 4. The missing process is the one
-  whose log lacks this line: JAX's coordination service has its id but no public API to read it.
-  (Without our timeout JAX aborts with a failed check and a C++ stack trace.)
+  own id and the address of the coordinator, and exits with code 4. The line cannot name the missing
+  process, because JAX has no public API for it. (Without our timeout JAX aborts with a failed check
+  and a C++ stack trace.)
 - Two processes have the same `process_id`: JAX aborts the older one with a failed check, "Aborted
   connect attempt as there is a request from a newer incarnation"; the others time out as above.
-- `num_processes` differs: the value of process 0 applies to all. A process whose id is not below it
-  aborts with a failed check, "Unexpected task registered".
+- `num_processes` differs between processes: the value of process 0 is used. JAX aborts a process
+  whose id is too large with a failed check, "Unexpected task registered".
 - The port is in use: process 0 exits with one line and code 2.
 """
 
@@ -29,14 +29,14 @@ from xlstm_jax.config import ConfigError
 TIMEOUT_EXIT_CODE = 4
 """Exit code if a process did not connect in time; the same command may succeed later."""
 
-_GRACE_SECONDS = 60  # added to JAX's own timeout, so that ours, without a stack trace, is first
+_GRACE_SECONDS = 60  # added to JAX's timeout, so that ours, without a stack trace, expires first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Processes:
-    """The id of this process and the number of all; unset, both are detected (SLURM, MPI, ...)."""
+    """Coordinator and process ids; what is None is detected from the launcher (SLURM, MPI, ...)."""
 
-    coordinator: str | None = None  # HOST:PORT of process 0, reachable from all others
+    coordinator: str | None = None  # HOST:PORT of process 0, reachable from all
     num_processes: int | None = None
     process_id: int | None = None  # counts from 0
     timeout_minutes: float = 5.0  # how long to wait for the other processes
@@ -66,12 +66,12 @@ class Processes:
 def init_distributed(processes: Processes | None = None) -> None:
     """Connects the processes of a program; call it before the first computation.
 
-    A single process does nothing. The addresses come from `processes`, else from the variables
-    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, else from the launchers
-    that `jax.distributed.initialize` detects: SLURM, Open MPI, Kubernetes, cloud TPUs.
+    Does nothing in a program of one process. The coordinator comes from `processes`, else from
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, else from a launcher that
+    `jax.distributed.initialize` detects: SLURM, Open MPI, Kubernetes, cloud TPUs.
 
-    If another process does not connect within `timeout_minutes`, this process prints one line and
-    exits with code 4, since a call that waits in JAX's runtime cannot be interrupted.
+    If another process does not connect within `timeout_minutes`, this one prints one line and exits
+    with code 4; it cannot raise an error while the main thread is blocked in JAX's runtime.
 
     Raises:
         ConfigError: the coordinator cannot be used, or none was detected.
@@ -81,9 +81,12 @@ def init_distributed(processes: Processes | None = None) -> None:
     processes, environ = processes or Processes(), os.environ
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     if processes.coordinator is None and all(name in environ for name in names):
-        address, count, number = (environ[name] for name in names)
+        coordinator, num_processes, process_id = (environ[name] for name in names)
         processes = dataclasses.replace(
-            processes, coordinator=address, num_processes=int(count), process_id=int(number)
+            processes,
+            coordinator=coordinator,
+            num_processes=int(num_processes),
+            process_id=int(process_id),
         )
     arguments: dict[str, Any] = {}
     if processes.coordinator is not None:
@@ -105,38 +108,39 @@ def init_distributed(processes: Processes | None = None) -> None:
         except (ValueError, RuntimeError) as error:  # a port in use, a launcher without an address
             reason = str(error).strip().split("\n")[0]
             raise ConfigError(
-                f"the processes of this program cannot be connected ({reason}); set coordinator, "
-                "num_processes and process_id, with a free port of process 0."
+                f"jax.distributed cannot be initialized ({reason}); set coordinator, num_processes "
+                "and process_id, with a free port on the host of process 0."
             ) from error
 
 
 def _is_in_cluster(environ: Mapping[str, str]) -> bool:
-    """Whether a launcher that JAX detects has started this process as one of several."""
+    """Whether a launcher that JAX detects started this process as one of several."""
     counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    several = any(int(environ.get(name, "1")) > 1 for name in counts)
-    return several or "JOB_COMPLETION_INDEX" in environ or "TPU_WORKER_HOSTNAMES" in environ
+    markers = ("JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES")
+    is_multi_process = any(int(environ.get(name, "1")) > 1 for name in counts)
+    return is_multi_process or any(name in environ for name in markers)
 
 
 @contextlib.contextmanager
 def _time_limit(processes: Processes, seconds: int) -> Iterator[None]:
-    """Ends the process, with one line on stderr, unless the body finishes in time."""
+    """Exits the process with one line on stderr unless the body finishes in time."""
 
-    def end() -> None:
-        who, where = "this process", ""
+    def exit_process() -> None:
+        name, address = "this process", ""
         if processes.coordinator is not None:
-            who = f"process {processes.process_id} of {processes.num_processes}"
-            where = f" at {processes.coordinator}"
+            name = f"process {processes.process_id} of {processes.num_processes}"
+            address = f" at {processes.coordinator}"
         print(
-            f"xlstm-jax: {who} waited {processes.timeout_minutes:g} minutes{where} for processes "
-            "that did not arrive; start those whose log lacks this line, or give a smaller "
-            "num_processes.",
+            f"xlstm-jax: {name} waited {processes.timeout_minutes:g} minutes{address} for "
+            "processes that did not connect; start those whose log lacks this line, or set a "
+            "smaller num_processes.",
             file=sys.stderr,
             flush=True,
         )
-        # Not sys.exit: it would end this timer thread alone, while the main thread waits in C++.
+        # sys.exit would end only this timer thread, while the main thread is blocked in C++.
         os._exit(TIMEOUT_EXIT_CODE)
 
-    timer = threading.Timer(seconds, end)
+    timer = threading.Timer(seconds, exit_process)
     timer.daemon = True
     timer.start()
     try:

@@ -1,4 +1,4 @@
-"""Random calls of the ops, with a float64 reference for their results."""
+"""Random inputs for correctness checks of the ops, with the cells as the reference."""
 
 import dataclasses
 import math
@@ -17,20 +17,23 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A call of an op: arguments, weights of a loss on its results, and implementations."""
+    """Inputs of one check, an implementation under test and its reference.
+
+    The loss of a gradient check is a weighted sum of the outputs, with `loss_weights`.
+    """
 
     dtype: str
-    inputs: Arrays  # by the op's argument names; rounded to `dtype`, as float32 arrays
-    state: Any  # a NamedTuple
-    loss_weights: Arrays  # of h and of every leaf in `stabilized`
-    stabilized: tuple[str, ...]  # leaves of the state that are stored times exp(-m)
-    flags: dict[str, jax.Array | None]  # reset and mask
+    inputs: Arrays  # argument name -> float32 array, rounded to `dtype` except for the bias
+    state: Any  # initial state, a NamedTuple
+    loss_weights: Arrays  # for h and for each leaf in `stabilized`
+    stabilized: tuple[str, ...]  # leaves of the state that contain a factor exp(-m)
+    flags: dict[str, jax.Array | None]  # `reset`, and `mask`, which is True at valid positions
     tested: Callable[..., Any]  # the implementation under test
     reference: Callable[..., Any]
-    float32_inputs: tuple[str, ...] = ()  # cast to float32 for every `dtype`
+    float32_inputs: tuple[str, ...] = ()  # float32 for any `dtype`
 
     def cast_inputs(self) -> dict[str, jax.Array]:
-        """Inputs in the dtypes in which the implementation under test takes them."""
+        """The inputs in the dtypes that the tested implementation expects."""
         dtype = jnp.dtype(self.dtype)
         return {
             name: jnp.asarray(x, jnp.float32 if name in self.float32_inputs else dtype)
@@ -39,7 +42,7 @@ class Problem:
 
 
 def random_problem(check: MLSTMCheck | SLSTMCheck, implementation: str) -> Problem:
-    """A problem of the sizes of `check`; deterministic."""
+    """Random inputs with the sizes in `check`; the same check always gives the same inputs."""
     rng = np.random.default_rng([len(check.name), *check.sizes])
     if isinstance(check, MLSTMCheck):
         fields = _mlstm(check, implementation, rng)
@@ -54,7 +57,7 @@ def random_problem(check: MLSTMCheck | SLSTMCheck, implementation: str) -> Probl
     weights |= {name: normal(rng, *getattr(state, name).shape) for name in fields["stabilized"]}
     reset = mask = None
     if check.flags:
-        reset = jnp.asarray(rng.random((B, T)) < 4 / T)
+        reset = jnp.asarray(rng.random((B, T)) < 4 / T)  # four per sequence on average
         mask = jnp.asarray(rng.random((B, T)) < 0.9)
     flags = {"reset": reset, "mask": mask}
     return Problem(dtype=check.dtype, loss_weights=weights, flags=flags, **fields)
@@ -93,7 +96,7 @@ def _with(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 
 def normal(rng: np.random.Generator, *shape: int) -> Any:
-    """A float32 array of standard normal numbers."""
+    """A float32 array of standard normal samples."""
     return rng.standard_normal(shape).astype(np.float32)
 
 
