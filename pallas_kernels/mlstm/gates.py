@@ -98,7 +98,7 @@ def log_gates(
         i, f = (jnp.where(mask[..., None], gate, 0) for gate in (i, f))
         reset = None if reset is None else reset & mask
     i, f = i.astype(dtype), f.astype(dtype)
-    log_i = jnp.maximum(i if input_gate == "exp" else -jax.nn.softplus(-i), NEG)
+    log_i = i if input_gate == "exp" else -jax.nn.softplus(-i)
     log_f = -jax.nn.softplus(-f)
     if mask is not None:
         log_i = jnp.where(mask[..., None], log_i, NEG)
@@ -194,7 +194,7 @@ def decays(gates: LogGates, m: jax.Array, m_start: jax.Array, m_end: jax.Array) 
     rounded, start = _round(m, grid), _round(m_start, grid)
     before = jnp.concatenate([start[..., None], rounded[..., :-1]], axis=-1)
     coarse, fine = (jnp.cumsum(part, axis=-1) for part in _steps(gates, before, rounded, grid))
-    key, query = gates.log_i - rounded, rounded - m
+    key, query = jnp.maximum(gates.log_i, NEG) - rounded, rounded - m
     from_start = coarse + (fine + query + (m_start - start)[..., None])
     # The difference of the coarse parts is exact; the small parts are summed before it is added.
     to_end = (coarse[..., -1:] - coarse) + (fine[..., -1:] + query[..., -1:] + (key - fine))
@@ -286,7 +286,7 @@ def step_factors(
     if gates.reset is not None:
         reset = gates.reset  # B 1, broadcast over heads
         decay, carried_m = jnp.where(reset, NEG, decay), jnp.where(reset, log_f, decay)
-    m = jnp.maximum(carried_m, log_i) if max_state else jnp.zeros_like(m)
+    m = jnp.maximum(jnp.maximum(carried_m, log_i), NEG) if max_state else jnp.zeros_like(m)
     # States are read with m at least READ_FLOOR; the factor of the query makes up the difference.
     read = jnp.exp(m - jnp.maximum(m, READ_FLOOR))
     return StepFactors(jnp.exp(decay - m), jnp.exp(log_i - m), lower_bound(m), read), m

@@ -1,6 +1,5 @@
 """Gate arithmetic of the mLSTM kernels: running sums, the stabilizer m, and their gradients."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -31,7 +30,12 @@ class Gates(NamedTuple):
         flags = (None if x is None else jnp.asarray(x) for x in (self.reset, self.mask))
         i, f, m = map(jnp.asarray, (self.i, self.f, self.m))
         logs = gates.log_gates(i, f, *flags, input_gate=input_gate)
-        compute = functools.partial(gates.decays, chunk=chunk, max_state=input_gate == "exp")
+
+        def compute(logs, m):
+            chunks = gates.in_chunks(logs, chunk)
+            m = gates.stabilizers(chunks, m, max_state=input_gate == "exp")
+            return gates.decays(chunks, *m)
+
         return logs, quick.jit(compute)(logs, m)
 
 
@@ -57,23 +61,18 @@ def exact(raw: Gates, input_gate="exp"):
     return np.where(masked, gates.NEG, log_i), np.where(masked, 0, log_f), reset
 
 
-def _clip_to_neg(x: np.ndarray) -> np.ndarray:
-    """Replaces sums that contain NEG, whose weights are 0 in float32, by NEG itself."""
-    return np.where(x < -1e20, gates.NEG, x)
-
-
-def assert_decays_match(actual, expected, name, tolerance=1e-5):
-    """Log decays agree, where sums that contain NEG count as NEG."""
-    actual = _clip_to_neg(np.asarray(actual, np.float64))
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance, err_msg=name)
+def assert_log_weights_match(actual, expected, name):
+    """Log weights agree, or both are so low that the weights are 0 in float32."""
+    lowest = gates.closed(np.float32)
+    actual, expected = (np.maximum(np.asarray(x, np.float64), lowest) for x in (actual, expected))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5, err_msg=name)
 
 
 @both_flags
 @pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
-def test_decays_are_sums_of_log_gates_up_to_a_reset(input_gate, flags):
+def test_log_weights_are_sums_of_log_gates_relative_to_m(input_gate, flags):
     raw = make_gates(flags)
     _, x = raw.compute(input_gate)
-    chunked = x.gates.log_i, x.log_decays
     log_i, log_f, reset = exact(raw, input_gate)
     B, H, T = log_i.shape
     for b, h, chunk in np.ndindex(B, H, T // CHUNK):
@@ -88,17 +87,18 @@ def test_decays_are_sums_of_log_gates_up_to_a_reset(input_gate, flags):
             if not resets[: t + 1].any():
                 from_start[t] = log_f_chunk[: t + 1].sum()
         index = (b, h, chunk)
-        added, at = jax.tree.map(lambda a: np.asarray(a[index], np.float64), chunked)  # noqa: B023
-        assert_decays_match(at.from_start, from_start, "from_start")
-        assert_decays_match(at.across, from_start[-1], "across")
-        assert_decays_match(at.to_end, _clip_to_neg(weights[-1]), "to_end")
-        attended = np.tri(CHUNK, dtype=bool)
+        at = jax.tree.map(lambda a: np.asarray(a[index], np.float64), x)  # noqa: B023
+        weights, from_start = weights - at.m[:, None], from_start + at.m_start - at.m
+        assert_log_weights_match(at.from_start, from_start, "from_start")
+        assert_log_weights_match(x.across[index], from_start[-1], "across")
+        assert_log_weights_match(at.to_end, weights[-1], "to_end")
+        visible = np.tri(CHUNK, dtype=bool)
         if at.segment is not None:
             np.testing.assert_array_equal(at.segment, np.cumsum(resets))
-            attended &= at.segment[:, None] == at.segment
-        far = at.coarse[:, None] - at.coarse
-        actual = np.where(attended, far + at.fine[:, None] + (added - at.fine), gates.NEG)
-        assert_decays_match(actual, _clip_to_neg(weights), "weights")
+            visible &= at.segment[:, None] == at.segment
+        coarse = at.coarse[:, None] - at.coarse
+        pairs = coarse + (at.fine + at.query)[:, None] + (at.key - at.fine)
+        assert_log_weights_match(np.where(visible, pairs, gates.NEG), weights, "weights")
 
 
 @both_flags
@@ -130,13 +130,12 @@ def test_differences_of_large_sums_do_not_cancel():
     With the sums, some -10,000, in a single float32 the error would be 5e-4.
     """
     raw = make_gates(False, T=256, scale=0.3)
-    raw = raw._replace(f=(raw.f - 43).astype(np.float32))
-    _, x = raw.compute(chunk=256)
-    log_i, log_f, _ = exact(raw)
-    coarse, fine, log_i_32 = (np.asarray(a)[:, :, 0] for a in (*x.log_decays[:2], x.gates.log_i))
-    source = log_i_32 - fine
+    raw = raw._replace(f=(raw.f - 43).astype(np.float32), m=np.zeros_like(raw.m))
+    _, x = raw.compute("sigmoid", chunk=256)
+    log_i, log_f, _ = exact(raw, "sigmoid")
+    coarse, fine, key = (np.asarray(a)[:, :, 0] for a in (x.coarse, x.fine, x.key))
     assert coarse.min() < -9000
-    near = fine[..., 1:] + source[..., :-1]
+    near = fine[..., 1:] + (key - fine)[..., :-1]
     actual = (coarse[..., 1:] - coarse[..., :-1]) + near
     expected = log_f[..., 1:] + log_i[..., :-1]
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
@@ -145,13 +144,29 @@ def test_differences_of_large_sums_do_not_cancel():
     assert np.abs(error).max() > 1e-4
 
 
+@pytest.mark.parametrize("chunk", [64, 512])
+@pytest.mark.parametrize("f", [-100, -1e5, -1e9, -np.inf])
+def test_closed_forget_gates_leave_no_rounding_errors(f, chunk):
+    """Weights within a segment between closed forget gates are those without these gates."""
+    raw = make_gates(False, T=512)
+    raw.f[:, ::7] = f
+    _, x = raw.compute(chunk=chunk)
+    log_i, log_f, _ = exact(raw)
+    shape = x.m.shape
+    log_i, log_f, m = log_i.reshape(shape), log_f.reshape(shape), np.asarray(x.m, np.float64)
+    near = np.asarray(x.coarse[..., 1:] - x.coarse[..., :-1], np.float64)
+    near += np.asarray((x.fine + x.query)[..., 1:] + (x.key - x.fine)[..., :-1], np.float64)
+    expected = log_f[..., 1:] + log_i[..., :-1] - m[..., 1:]
+    assert_log_weights_match(near, expected, "weights")
+
+
 @both_flags
 def test_suffix_sums_end_with_their_chunk_and_segment(rng, flags):
     raw = make_gates(flags)
     _, decays = raw.compute()
     terms = rng.standard_normal(decays.m.shape).astype(np.float32)
     leaving = rng.standard_normal(terms.shape[:3]).astype(np.float32)
-    args = (jnp.asarray(terms), jnp.asarray(leaving), decays.log_decays.segment, decays.gates.reset)
+    args = (jnp.asarray(terms), jnp.asarray(leaving), decays.segment, decays.gates.reset)
     actual = quick.jit(gates.suffix_sum)(*args)
     reset = exact(raw)[2].reshape(terms.shape)
     segment = np.cumsum(reset, axis=-1)
@@ -192,7 +207,8 @@ def test_gradient_of_the_final_m_follows_the_maximum(rng, flags, shift):
         gradient = quick.jit(lambda rho, *args: jax.vjp(last, *args)[1](rho))
         expected = gradient(*map(jnp.float64, (rho, log_i, log_f, raw.m)))
         expected = [np.asarray(g) for g in expected]
-    path = (a.reshape(*a.shape[:2], -1) for a in (x.through_f, x.carried))
+    path = gates.stabilizer_path(x.gates, x.m, x.m_start)
+    path = (a.reshape(*a.shape[:2], -1) for a in path)
     actual = quick.jit(gates.stabilizer_grads)(*path, jnp.asarray(rho))
     for name, a, b in zip(("log_i", "log_f", "m"), actual, expected, strict=True):
         np.testing.assert_array_equal(np.reshape(a, b.shape), b, err_msg=name)
