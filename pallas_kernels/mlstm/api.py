@@ -108,7 +108,7 @@ def _step(options: Options, q, k, v, gates: pre.LogGates, state: State) -> tuple
 
 _step.defvjp(
     lambda options, *arrays: jax.vjp(functools.partial(_padded, options), *arrays),
-    lambda options, pull, cotangents: pull(cotangents),
+    lambda options, pullback, cotangents: pullback(cotangents),
 )
 
 
