@@ -92,8 +92,8 @@ def tile_function(tile: Tile, kernel: str, case: Case):
         return api.mlstm(kernels, q, k, v, i, f, state)[0]
 
     def gradient(dh, *args):
-        h, pull = jax.vjp(forward, *args)
-        return h, pull(dh)
+        h, pullback = jax.vjp(forward, *args)
+        return h, pullback(dh)
 
     return forward if case.part == "forward" else gradient
 

@@ -77,8 +77,8 @@ def timed_function(case: Case, candidate: str) -> Call:
     fn = function(case, candidate)
 
     def gradient(cotangent, *args):
-        h, pull = jax.vjp(fn, *args)
-        return h, pull(cotangent)
+        h, pullback = jax.vjp(fn, *args)
+        return h, pullback(cotangent)
 
     def steps(states, *args):
         updated = []

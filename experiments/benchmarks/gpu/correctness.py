@@ -118,8 +118,8 @@ def evaluate(problem: Problem, compute, inputs, state, stabilizer):
 def differentiate(problem: Problem, compute, inputs, state, stabilizer, loss_weights):
     """Results, and gradients of their weighted sum for input or leaf `x` under the name `dx`."""
     fn = functools.partial(evaluate, problem, compute, stabilizer=stabilizer)
-    outputs, pull, _ = jax.vjp(fn, inputs, state, has_aux=True)
-    grads = pull({name: w.astype(outputs[name].dtype) for name, w in loss_weights.items()})
+    outputs, pullback, _ = jax.vjp(fn, inputs, state, has_aux=True)
+    grads = pullback({name: w.astype(outputs[name].dtype) for name, w in loss_weights.items()})
     by_name = {**grads[0], **grads[1]._asdict()}
     return outputs | {f"d{name}": x for name, x in by_name.items()}
 
