@@ -135,7 +135,7 @@ def best_tiles(records: list[dict[str, Any]]) -> dict[tuple[str, int, int], Tile
     """The candidate with the lowest bound for each (chip, K, V).
 
     Among candidates within `TIE` of it the longest chunks win, as they save the fewest states, and
-    then the fewest chunks per block, as they need the least VMEM.
+    then the fewest chunks per block, which need the least VMEM.
     """
     groups: dict[tuple[str, int, int], list[tuple[float, Tile]]] = {}
     for record in records:
