@@ -1,7 +1,6 @@
-"""How many cycles do the TPU kernels take, according to the compiler's schedule?
+"""Counts the scheduled bundles of the TPU kernels, by kernel and chip.
 
-The result lists scheduled bundles by kernel and chip. `tests/compile` uses it as a budget and fails
-if a kernel exceeds it by more than 10 %.
+`tests/compile` uses the result as a budget and fails if a kernel exceeds it by more than 10 %.
 
     .venv-compile/bin/python experiments/benchmarks/tpu_schedules.py \
         --out tests/compile/schedules.json
@@ -147,7 +146,7 @@ def slstm_decode_case(chip: str, K: int, B: int = 8, H: int = 4) -> Case:
     return Case("slstm_decode", f"B={B} K={K}", "", step, shapes, 1, H)
 
 
-def examine(chip: str, case: Case) -> dict[str, Any]:
+def evaluate(chip: str, case: Case) -> dict[str, Any]:
     """Compiles a case; records bundles and spills per unit, and HBM traffic."""
     donate = len(case.shapes) - 1 if case.kernel.endswith("decode") else None
     compiled = compiler.compile_for(chip, case.fn, *case.shapes, donate=donate)
@@ -191,7 +190,7 @@ def main(args: Arguments) -> int:
     records = []
     for chip in args.chips:
         for case in cases(chip, quick=args.quick):
-            records.append(examine(chip, case))
+            records.append(evaluate(chip, case))
             print(json.dumps(records[-1]), flush=True)
     print(table(records), file=sys.stderr)
     if args.out is not None:
