@@ -1,9 +1,9 @@
 """sLSTM in Triton with streamed weights: those of a head do not fit shared memory.
 
 A program computes all steps of one head and 16 sequences, in blocks of cells. Every step loads the
-weights from the L2 cache, which gives a multiprocessor about 64 bytes a cycle: 8 K^2 bytes bound a
-step, 8,192 cycles at K = 256 in bfloat16. The carry lives in the output array of the final state,
-and h in its own; barriers make the stores of other threads visible.
+weights, 8 K^2 bytes in bfloat16, from the L2 cache at about 64 bytes per cycle and multiprocessor,
+which takes 8,192 cycles at K = 256. The carry is stored in the output array of the final state, h
+in the output array of h; barriers make the stores of other threads visible.
 
 Source: Beck et al. 2024, arXiv:2405.04517, section 2.2; the gradient as in `tpu_kernels`.
 """
@@ -37,7 +37,7 @@ def forward(
     h,  # B T+1 H K, in the dtype of x: before the first step, and after each
     final,  # 4 B H K, float32: c, n, h and m after the last step
     cnm,  # B T 3 H K, float32: c, n and m before each step, after its reset
-    gates,  # B T 4 H K, float32: pre-activations with the recurrent w
+    gates,  # B T 4 H K, float32: pre-activations with the recurrent part
     B: tl.constexpr,
     T: tl.constexpr,
     H: tl.constexpr,
@@ -135,7 +135,7 @@ def _finish_block(
     SAVE_GATES: tl.constexpr,
     SIGMOID: tl.constexpr,
 ):
-    """Completes a step for a block of cells, given the recurrent w of its gates."""
+    """Completes a step for a block of cells, given the recurrent part of its gates."""
     x, bias, final, h, cnm, gates = pointers
     in_batch = masks[2]
     offsets = cells[None, :]
