@@ -1,4 +1,4 @@
-"""How fast is a train step on a CPU, compared with the official PyTorch package?
+"""Times train steps on a CPU, compared with the official PyTorch package.
 
 Targets, on the same machine: at least 1.2 times its tokens per second for the large architecture
 and 4 times for the first generation; time and memory per token of the chunkwise mLSTM that do not
