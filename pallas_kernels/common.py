@@ -21,16 +21,16 @@ _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", d
 
 
 @contextlib.contextmanager
-def interpreted(how: Any = True, *, lanes: int = LANES) -> Iterator[None]:
+def interpreted(interpret: Any = True, *, lanes: int = LANES) -> Iterator[None]:
     """Interprets the kernels that are traced in this context, on any device; for tests.
 
     A kernel that is selected by name then runs on every platform; `"auto"` still skips it.
 
     Args:
-        how: the `interpret` argument of `pallas_call`: True, or `pltpu.InterpretParams`.
+        interpret: argument of `pallas_call`: True, or `pltpu.InterpretParams`.
         lanes: widths and chunks are padded to multiples of this, so that test cases can be small.
     """
-    tokens = _interpreter.set(how), _lanes.set(lanes)
+    tokens = _interpreter.set(interpret), _lanes.set(lanes)
     try:
         yield
     finally:

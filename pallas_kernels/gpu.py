@@ -149,19 +149,19 @@ def _capability() -> int | None:
 @functools.cache
 def _environment_refusal() -> str | None:
     """Why this environment cannot compile Triton kernels; None if it can."""
-    way_out = "install the versions that match this jax: `pip install xlstm-jax[gpu]`"
+    hint = "install the versions that match this jax: `pip install xlstm-jax[gpu]`"
     for module, package in (("triton", "triton"), ("jax_triton", "jax-triton")):
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name == module:
-                return f"{package} is not installed; {way_out}"
-            return f"{package} cannot be imported ({error}); {way_out}"
+                return f"{package} is not installed; {hint}"
+            return f"{package} cannot be imported ({error}); {hint}"
         except Exception as error:  # mismatched versions may raise anything
-            return f"{package} cannot be imported ({type(error).__name__}: {error}); {way_out}"
+            return f"{package} cannot be imported ({type(error).__name__}: {error}); {hint}"
     if (_version("jax") >= (0, 11)) != (_version("jax-triton") >= (0, 4)):
         versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "jax-triton"))
-        return f"{versions} do not match; {way_out}"
+        return f"{versions} do not match; {hint}"
     if importlib.import_module("triton").knobs.runtime.interpret:
         return "TRITON_INTERPRET is set, which disables Triton's compiler; unset it"
     return None
@@ -169,10 +169,10 @@ def _environment_refusal() -> str | None:
 
 @functools.cache
 def _target_older_ptxas() -> None:
-    """Makes Triton emit PTX that ptxas of CUDA 12.9, the one installed with jax, can read.
+    """Makes Triton emit PTX for the ptxas of CUDA 12.9, which is installed with jax.
 
-    Triton's wheel bundles two versions of ptxas. From Hopper on it targets the newer one, but XLA
-    assembles with that of CUDA 12.9.
+    Triton's wheel bundles two versions of ptxas and targets the newer one from Hopper on. XLA
+    assembles the PTX with the older one.
     """
     nvidia = importlib.import_module("triton").knobs.nvidia
     if not os.environ.get("TRITON_PTXAS_BLACKWELL_PATH"):
@@ -191,14 +191,14 @@ _interpreter_lock = threading.Lock()
 def _interpreted(kernel, arrays, out_shape, grid, aliases, constants) -> tuple[jax.Array, ...]:
     def run(*inputs):
         inputs = [np.array(x) for x in inputs]
-        # Uninitialized memory is NaN, so that a test notices when it is read.
+        # NaN stands for uninitialized memory, so that reading it shows in the results.
         outputs = [
             np.full(x.shape, np.nan if jnp.issubdtype(x.dtype, jnp.floating) else -1, x.dtype)
             for x in out_shape
         ]
         for source, result in aliases.items():
             outputs[result] = inputs[source]
-        # A GPU does not report overflow either.
+        # Like a GPU, do not report overflow.
         with _interpreter_lock, np.errstate(all="ignore"):
             kernel[grid](*(_HostArray(x) for x in (*inputs, *outputs)), **constants)
         return tuple(outputs)
@@ -209,7 +209,7 @@ def _interpreted(kernel, arrays, out_shape, grid, aliases, constants) -> tuple[j
 class _HostArray:
     """A NumPy array with the part of the torch tensor interface that Triton's interpreter uses.
 
-    The interpreter copies tensors to the host and back; these already are on the host.
+    The interpreter copies tensors to the host and back; these are already there.
     """
 
     def __init__(self, array: np.ndarray):

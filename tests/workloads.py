@@ -126,6 +126,6 @@ PLANS_7B = (
     PlanWorkload(preset="xlstm_7b", topology="v5p:8x8x4", fsdp=16, batch_size=256),
     PlanWorkload(preset="xlstm_7b", topology="v5p:16x16x16", fsdp=16, batch_size=4096),
     PlanWorkload(preset="xlstm_7b", topology="h100:1x8", fsdp=8, batch_size=8),
-    # The training run of arXiv:2503.13427.
+    # The batch size of arXiv:2503.13427.
     PlanWorkload(preset="xlstm_7b", topology="h100:32x8", fsdp=8, batch_size=512),
 )

@@ -1,4 +1,4 @@
-"""How much memory does the conversion of weights need?
+"""Measures the peak memory of weight conversion.
 
 Target: loading a sharded checkpoint of 1 GiB, and converting it to a run, peaks below 1.5 GiB above
 the interpreter. Converting back is measured too; it needs the parameters and one output file.

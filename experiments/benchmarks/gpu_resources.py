@@ -1,6 +1,6 @@
-"""How many registers, register spills and how much shared memory do the Triton kernels use?
+"""Registers, register spills and shared memory of the Triton kernels, by kernel, size and chip.
 
-One record per kernel, size and chip, as reported by the assembler in Triton's wheel.
+The figures are those reported by the assembler in Triton's wheel.
 
     .venv-compile/bin/python experiments/benchmarks/gpu_resources.py --chips sm_90 --ops mlstm
     .venv-compile/bin/python experiments/benchmarks/gpu_resources.py --out RESULT.json

@@ -1,10 +1,10 @@
-"""Sections of one prepared run on a Hopper GPU; `gpu_run.sh` starts them concurrently.
+"""Runs one section of the GPU run or writes its summary; `gpu_run.sh` runs all sections.
 
     python -m experiments.benchmarks.gpu_run SECTION [PART PARTS]
     python -m experiments.benchmarks.gpu_run summary RESULT.json
 
-GPU_RUN_SMOKE=1 selects toy sizes and implementations that run on a CPU. GPU_RUN_DIR is the folder
-of reports and locks, `.gpu_run/work` by default.
+The environment variable GPU_RUN_SMOKE=1 selects toy sizes and implementations that run on a CPU.
+Reports and locks are stored in GPU_RUN_DIR, by default `.gpu_run/work`.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ def patch_triton() -> None:
         import triton.backends.nvidia.driver as driver
 
         if not hasattr(driver, "TMA_TF32"):
-            driver.TMA_TF32 = 11  # for tf32 descriptors, which none of the kernels uses
+            driver.TMA_TF32 = 11  # for tf32 descriptors, which our kernels do not use
 
 
 def main(section: str, *arguments: str) -> int:
@@ -36,7 +36,7 @@ def main(section: str, *arguments: str) -> int:
     if SMOKE:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     patch_triton()
-    # Imported late: they import JAX, and Triton must be patched before anything imports it.
+    # Imported here, because Triton must be patched before jax-triton imports it.
     from experiments.benchmarks.gpu import summary
 
     if section == "summary":
@@ -44,14 +44,14 @@ def main(section: str, *arguments: str) -> int:
     from experiments.benchmarks.gpu import sections, settings
     from experiments.benchmarks.gpu.report import Report
 
-    known = sections.sections()
-    if section not in known:
-        print(f"unknown section {section!r}; use one of: {', '.join(known)}.", file=sys.stderr)
+    available = sections.sections()
+    if section not in available:
+        print(f"unknown section {section!r}; use one of: {', '.join(available)}.", file=sys.stderr)
         return 2
     report = Report(section + "".join(arguments[:1]), FOLDER, start=START, alone=SMOKE)
     sizes = settings.smoke() if SMOKE else settings.full()
     sizes = dataclasses.replace(sizes, with_flashrnn=os.environ.get("FLASHRNN") == "1")
-    known[section](report, sizes, *map(int, arguments))
+    available[section](report, sizes, *map(int, arguments))
     return 0
 
 

@@ -1,9 +1,8 @@
-"""Which block sizes should the Triton kernels of the mLSTM use on a GPU?
+"""Searches the neighborhood of the default block sizes of the mLSTM Triton kernels.
 
-For each kernel, neighbors of its default blocks are compiled; those that spill, use 255 registers
-or exceed the shared memory are dropped. On a GPU all neighbors are timed, and the fastest one
-belongs in `pallas_kernels/mlstm/triton_tiles.py`. Without a GPU only what compiles is known, and
-the rule in that file selects the widest blocks.
+On a GPU all neighbors are timed, and the fastest one belongs in
+`pallas_kernels/mlstm/triton_tiles.py`. With `--chip` they are only compiled, and those that spill,
+use 255 registers or exceed the shared memory are marked as dropped.
 
     .venv-compile/bin/python experiments/benchmarks/gpu_tiles.py --chip sm_90
     python experiments/benchmarks/gpu_tiles.py --out RESULT.json         # on a GPU
@@ -48,7 +47,7 @@ class Arguments:
 
 
 def neighbors(tile: Tile, kernel: str) -> Iterator[Tile]:
-    """The tile itself, and tiles that differ from it in the blocks of one kernel."""
+    """The tile itself, and tiles that differ in the blocks of one kernel, or in the chunk."""
     yield tile
     if kernel == "chunk":
         yield from (tile._replace(chunk=chunk) for chunk in CHUNKS if chunk != tile.chunk)
@@ -83,7 +82,7 @@ def _outputs_blocks(block: Outputs, chunk: int) -> Iterator[Outputs]:
 
 
 def tile_function(tile: Tile, kernel: str, case: Case):
-    """The mLSTM with the given tile: h, or h and all gradients, as the part of `case` requires."""
+    """The mLSTM with the given tile: h for the part "forward", else h and all gradients."""
     kernels = backends.triton()._replace(tile=lambda *_: tile)
 
     def forward(q, k, v, i, f):
@@ -98,7 +97,7 @@ def tile_function(tile: Tile, kernel: str, case: Case):
     return forward if case.part == "forward" else gradient
 
 
-def examine(args: Arguments, tile: Tile, kernel: str, case: Case) -> dict[str, Any]:
+def evaluate(args: Arguments, tile: Tile, kernel: str, case: Case) -> dict[str, Any]:
     """Resources of one kernel with a tile, or on a GPU the time of all kernels together."""
     record: dict[str, Any] = {"kernel": kernel, "chunk": tile.chunk}
     if kernel != "chunk":
@@ -119,13 +118,13 @@ def examine(args: Arguments, tile: Tile, kernel: str, case: Case) -> dict[str, A
             ]
         else:
             record |= time_call(fn, case, args.repeats)
-    except Exception as error:  # any error of the compiler on a block that it does not support
+    except Exception as error:  # compilers raise various types for unsupported blocks
         record["dropped"] = [f"{type(error).__name__}: {str(error).splitlines()[0]}"]
     return record
 
 
 def time_call(fn, case: Case, repeats: int) -> dict[str, Any]:
-    """Statistics of the time of a compiled call on random inputs."""
+    """Times a compiled call on random inputs."""
     inputs = kernel_jax.inputs(case, "triton")
     program = jax.jit(fn).lower(*inputs).compile()
     measure.seconds(lambda: program(*inputs), 10)
@@ -133,7 +132,7 @@ def time_call(fn, case: Case, repeats: int) -> dict[str, Any]:
 
 
 def main(args: Arguments) -> int:
-    """Examines the neighbors of the default tile of every kernel, best first."""
+    """Evaluates the neighbors of the default tile for every kernel, and prints the best first."""
     refusal = gpu.refusal() if args.chip is None else None
     if refusal is not None:
         print(f"gpu_tiles: {refusal}; use --chip to compile ahead of time.", file=sys.stderr)
@@ -145,7 +144,7 @@ def main(args: Arguments) -> int:
         case = Case(op="mlstm", part=part, dtype=args.dtype, **sizes)
         with common.compiled_for(args.chip or gpu.current_chip() or ""):
             tile = triton_tiles.choose(args.K, args.V, jnp.dtype(args.dtype), args.T, None)
-        records = [examine(args, neighbor, kernel, case) for neighbor in neighbors(tile, kernel)]
+        records = [evaluate(args, neighbor, kernel, case) for neighbor in neighbors(tile, kernel)]
         records.sort(key=lambda r: (bool(r.get("dropped")), r.get("median_seconds", 0.0)))
         for record in records:
             print(json.dumps(record, default=str), flush=True)

@@ -1,8 +1,8 @@
-"""How fast are the kernels, compared with other implementations of the same computation?
+"""Times the kernels and other implementations of the same computation.
 
-Answered by median times, with peak memory and the share of the bound set by the chip's data sheet:
-mLSTM forward, and forward + backward, over sequence lengths at a constant number of tokens; a
-decode step over batch sizes; one step of the sLSTM over head dimensions.
+Records median times, peak memory and the share of the bound set by the chip's data sheet: mLSTM
+forward, and forward + backward, over sequence lengths at a constant number of tokens; a decode step
+over batch sizes; one step of the sLSTM over head dimensions.
 
     python experiments/benchmarks/kernels.py --out experiments/benchmarks/results/kernels.json
     python experiments/benchmarks/kernels.py --size smoke --out /tmp/kernels.json

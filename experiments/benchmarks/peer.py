@@ -1,4 +1,4 @@
-"""Runs the official PyTorch package in a separate process and requests timed train steps."""
+"""Times train steps of the official PyTorch package in a separate process."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ class Peer:
 
 @contextlib.contextmanager
 def start(python: str | None, case: str) -> Iterator[Peer | None]:
-    """Starts the peer with the model of the workload `case`; yields None if `python` is None.
+    """Starts the peer with a model of `workloads.MODELS`; yields None if `python` is None.
 
     Raises:
         ConfigError: the interpreter does not exist or lacks a package.
@@ -54,7 +54,7 @@ def start(python: str | None, case: str) -> Iterator[Peer | None]:
     except OSError as error:
         raise ConfigError(
             f"peer-python must name an interpreter, got {python!r} ({error.strerror}); "
-            "leave it out to measure only ours."
+            "omit it to measure only xlstm-jax."
         ) from error
     with process:
         try:

@@ -1,13 +1,12 @@
-"""Train steps of the official PyTorch package, timed on request.
+"""Times train steps of the official PyTorch package `xlstm`, in float32 on a CPU.
 
-Runs in a separate interpreter with `torch`, `xlstm` and `mlstm_kernels`, and uses only public
-classes of the package. It writes JSON lines to standard output:
+`peer.py` starts this script in a separate interpreter with `torch`, `xlstm` and `mlstm_kernels`:
 
-    python peer_torch.py large        # first line of output: versions, parameters, variants tried
-    5                                 # each line of input: a number of train steps to run ...
-    {"seconds": [...]}                # ... answered with the time of each step
+    python peer_torch.py large
 
-Both models are float32. Of the variants of a model that a CPU can run, the fastest is used.
+It first prints one line of JSON: versions, number of parameters and the variant used, the fastest
+of those that run on a CPU. Then it reads a number of train steps from each line of standard input,
+runs them, and prints the time of each: `{"seconds": [...]}`.
 """
 
 # pyright: reportMissingImports=false
@@ -34,11 +33,11 @@ from xlstm import (
 from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
 
 VOCAB_SIZE = 256
-SHAPES = {"large": (4, 512), "v1": (8, 256)}
+SHAPES = {"large": (4, 512), "v1": (8, 256)}  # B, T
 
 
-def large(kernel: str, chunk_size: int) -> torch.nn.Module:
-    """Width 256, 4 blocks, 4 heads. Returns states, because train mode fails without."""
+def make_large(kernel: str, chunk_size: int) -> torch.nn.Module:
+    """The large architecture with width 256, 4 blocks and 4 heads."""
     config = xLSTMLargeConfig(
         embedding_dim=256,
         num_heads=4,
@@ -49,16 +48,19 @@ def large(kernel: str, chunk_size: int) -> torch.nn.Module:
         step_kernel="native",
         mode="train",
         chunk_size=chunk_size,
-        return_last_states=True,
+        return_last_states=True,  # train mode fails without it
         autocast_kernel_dtype="float32",
     )
     return xLSTMLarge(config)
 
 
-def first_generation() -> torch.nn.Module:
-    """Width 128, 6 blocks, the second an sLSTM with `vanilla` backend, the only one on a CPU."""
+def make_first_generation() -> torch.nn.Module:
+    """A first-generation model with width 128 and 6 blocks, the second an sLSTM block."""
     slstm = sLSTMLayerConfig(
-        backend="vanilla", num_heads=4, dtype="float32", enable_automatic_mixed_precision=False
+        backend="vanilla",  # the only one that runs on a CPU
+        num_heads=4,
+        dtype="float32",
+        enable_automatic_mixed_precision=False,
     )
     config = xLSTMLMModelConfig(
         vocab_size=VOCAB_SIZE,
@@ -75,18 +77,18 @@ def first_generation() -> torch.nn.Module:
 
 
 def variants(name: str) -> dict[str, Callable[[], torch.nn.Module]]:
-    """Variants of a model that run on a CPU."""
+    """Functions that make the variants of a model that run on a CPU, by description."""
     if name == "v1":
-        return {"parallel mLSTM, vanilla sLSTM": first_generation}
+        return {"parallel mLSTM, vanilla sLSTM": make_first_generation}
     return {
-        f"{kernel}, chunks of {size}": functools.partial(large, kernel, size)
+        f"{kernel}, chunks of {size}": functools.partial(make_large, kernel, size)
         for kernel in ("native_autograd", "native_custbw")
         for size in (32, 64, 128)
     }
 
 
-class Training:
-    """A model, its optimizer, and one batch that every step trains on."""
+class Trainer:
+    """A model, its optimizer, and a random batch that every step reuses."""
 
     def __init__(self, model: torch.nn.Module, shape: tuple[int, int]):
         self.model = model
@@ -98,10 +100,10 @@ class Training:
         self.step()  # warm-up
 
     def step(self) -> float:
-        """Runs one step (forward, loss, backward, gradient clipping, update); returns seconds."""
+        """Runs one train step, with gradient clipping; returns its time in seconds."""
         start = time.perf_counter()
-        out = self.model(self.inputs)
-        logits = out[0] if isinstance(out, tuple) else out
+        output = self.model(self.inputs)
+        logits = output[0] if isinstance(output, tuple) else output
         loss = torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB_SIZE), self.targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -112,26 +114,26 @@ class Training:
 
 
 def main(name: str) -> None:
-    """Selects the fastest variant and serves requests until the end of the input."""
+    """Selects the fastest variant and times its train steps until standard input ends."""
     warnings.simplefilter("ignore")
-    trainings, medians = {}, {}
-    for variant, make in variants(name).items():
+    trainers, medians = {}, {}
+    for variant, make_model in variants(name).items():
         torch.manual_seed(0)
-        trainings[variant] = Training(make(), SHAPES[name])
-        medians[variant] = statistics.median(trainings[variant].step() for _ in range(5))
+        trainers[variant] = Trainer(make_model(), SHAPES[name])
+        medians[variant] = statistics.median(trainers[variant].step() for _ in range(5))
     variant = min(medians, key=lambda variant: medians[variant])
-    training = trainings[variant]
+    trainer = trainers[variant]
     packages = ("xlstm", "mlstm_kernels", "torch")
     description = {
         "variant": variant,
         "tried_median_seconds": medians,
-        "parameters": sum(p.numel() for p in training.model.parameters()),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "threads": torch.get_num_threads(),
         "versions": {package: metadata.version(package) for package in packages},
     }
     print(json.dumps(description), flush=True)
     for line in sys.stdin:
-        print(json.dumps({"seconds": [training.step() for _ in range(int(line))]}), flush=True)
+        print(json.dumps({"seconds": [trainer.step() for _ in range(int(line))]}), flush=True)
 
 
 if __name__ == "__main__":

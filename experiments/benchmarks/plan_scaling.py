@@ -1,12 +1,13 @@
-"""How far does training scale, according to ahead-of-time compilation?
+"""Compiles train steps ahead of time for 16 to 4,096 chips.
 
-The train step of three models is compiled for 16 to 4,096 chips. The result has lower bounds of its
-time, from peak rates of compute, memory and network, and the bytes that each chip sends; for
-comparison also the estimate of `xlstm_jax/plan/formula.py`, which extends to larger targets.
+For each model and target, reports peak memory, lower bounds on the step time from the peak rates of
+compute, memory and network, and the bytes that each chip sends, compared with the estimate of
+`xlstm_jax/plan/formula.py`. Nothing is timed.
 
     .venv-compile/bin/python experiments/benchmarks/plan_scaling.py --kinds v5p h100
 
-Nothing is timed. One sequence of 8,192 tokens per chip, with full rematerialization.
+Each chip has one sequence of `--seq-len` tokens; all blocks are rematerialized. `--table 7b`
+compiles the targets and batches of `tests.workloads.PLANS_7B` instead.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ class Arguments(measure.Arguments):
 
 
 def planned_workloads(args: Arguments) -> Iterator[PlanWorkload]:
-    """The workloads of the selected table, in order."""
+    """The workloads of the selected table."""
     if args.table == "7b":
         yield from (dataclasses.replace(workload, seq_len=args.seq_len) for workload in PLANS_7B)
         return
@@ -77,7 +78,7 @@ def config(workload: PlanWorkload) -> ExperimentConfig:
 
 
 def make_record(workload: PlanWorkload) -> dict[str, Any]:
-    """The compiled plan of a workload, and the formula's estimate of its collectives."""
+    """The compiled plan of a workload, and the formula's estimate of its communication."""
     cfg, target = config(workload), find_target(workload.topology)
     compiled = plan(cfg, target)
     formula = estimate(cfg, target, compiled.mesh)
@@ -118,7 +119,7 @@ def main(args: Arguments) -> int:
         with_header = len(records) == 1
         print(measure.table(COLUMNS, [cells(records[-1])], with_header=with_header), flush=True)
     worst = max(abs(math.log(record["formula_sent"] / record["sent"])) for record in records)
-    print(f"the formula deviates by a factor of at most {math.exp(worst):.2f}")
+    print(f"the formula is within a factor of {math.exp(worst):.2f} of the bytes sent")
     info = measure.run_info("plan_scaling", ("jax", "libtpu"))
     measure.write(args.out, {**info, "records": records})
     return 0

@@ -1,4 +1,4 @@
-"""How many cycles do the TPU kernels take, according to the compiler's schedule?
+"""Counts the scheduled bundles of the TPU kernels, by kernel and chip.
 
 The result is the budget of `tests/compile/test_schedules.py`, which fails if a kernel exceeds its
 scheduled bundles or HBM traffic by more than 10 %.
@@ -147,7 +147,7 @@ def slstm_decode_case(chip: str, K: int, B: int = 8, H: int = 4) -> Case:
     return Case("slstm_decode", f"B={B} K={K}", "", step, shapes, 1, H)
 
 
-def examine(chip: str, case: Case) -> dict[str, Any]:
+def evaluate(chip: str, case: Case) -> dict[str, Any]:
     """Compiles a case; records bundles and spills per unit, and HBM traffic."""
     donate = len(case.shapes) - 1 if case.kernel.endswith("decode") else None
     compiled = compiler.compile_for(chip, case.fn, *case.shapes, donate=donate)
@@ -191,7 +191,7 @@ def main(args: Arguments) -> int:
     records = []
     for chip in args.chips:
         for case in cases(chip, quick=args.quick):
-            records.append(examine(chip, case))
+            records.append(evaluate(chip, case))
             print(json.dumps(records[-1]), flush=True)
     print(table(records), file=sys.stderr)
     if args.out is not None:

@@ -1,14 +1,14 @@
-"""Which tiles should the mLSTM kernels use on each TPU?
+"""Searches for the tiles of the mLSTM TPU kernels, by chip and head width.
 
-For every chip and head width, the candidates that compile are ranked by their lower bound in time,
-of schedule or of memory traffic; the best go into `pallas_kernels/mlstm/tpu_tiles.json`.
+Candidates are compiled ahead of time by libtpu, so no TPU is needed, and nothing is timed. They are
+ranked by a lower bound on their time, the larger of scheduled bundles / clock rate and HBM traffic
+/ bandwidth. `--write` stores the best ones in `pallas_kernels/mlstm/tpu_tiles.json`.
 
     .venv-compile/bin/python experiments/benchmarks/tpu_tiles.py --out RESULT.json
     .venv-compile/bin/python experiments/benchmarks/tpu_tiles.py --write RESULT.json
 
-No TPU is needed: libtpu compiles the kernels ahead of time, and the bounds follow from scheduled
-bundles, clock rate and traffic; nothing is timed. Candidates that do not fit VMEM are dropped and
-listed. Every candidate spills some vector registers; the result has their number.
+The result also lists the candidates that do not compile, with the reason, and the register spills
+of the others.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from pallas_kernels.mlstm.tpu_backward import mlstm_backward
 from pallas_kernels.mlstm.tpu_forward import mlstm_forward
 from pallas_kernels.mlstm.tpu_tiles import Tile
 
-CANDIDATES = {  # by the size of the matrix unit
+CANDIDATES = {  # by the side of the MXU
     128: [Tile(128, 128, 2), Tile(128, 128, 4), Tile(256, 128, 1), Tile(256, 128, 2)]
     + [Tile(256, 128, 4), Tile(512, 128, 1)],
     256: [Tile(128, 128, 4), Tile(256, 256, 1), Tile(256, 256, 2), Tile(512, 256, 1)]
@@ -53,7 +53,7 @@ class Arguments:
     chips: tuple[str, ...] = tuple(TPUS)
     widths: tuple[tuple[int, int], ...] = tuple(WIDTHS)  # K and V of a head
     out: pathlib.Path | None = None  # JSON file to write the result to
-    write: pathlib.Path | None = None  # a result file, whose best tiles to write into the table
+    write: pathlib.Path | None = None  # result file whose best tiles replace the table
 
 
 def options_of(tile: Tile, *, resets: bool = False) -> Options:
@@ -73,14 +73,14 @@ def options_of(tile: Tile, *, resets: bool = False) -> Options:
 def calls(
     tile: Tile, K: int, V: int, dtype: jnp.dtype = BFLOAT16, *, resets: bool = False
 ) -> dict[str, Any]:
-    """Both kernels for one head: function, shapes of the arguments, and cost."""
+    """For both kernels on one head: the function, the shapes of its arguments, and its cost."""
     B, H, T = 1, 1, LENGTH
     options = options_of(tile, resets=resets)
-    shape = lambda *sizes, of=dtype: jax.ShapeDtypeStruct(sizes, of)  # noqa: E731
-    f32 = functools.partial(shape, of=jnp.float32)
-    gates, q, v = f32(B, H, 8, T), shape(B, T, H * K), shape(B, T, H * V)
-    C, n, N = f32(B, H, K, V), f32(B, H, 1, K), T // tile.chunk
-    saved = (shape(B, H, N, K, V), f32(B, H, N, 1, K))
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    gates, q, v = f32((B, H, 8, T)), array((B, T, H * K)), array((B, T, H * V))
+    C, n, N = f32((B, H, K, V)), f32((B, H, 1, K)), T // tile.chunk
+    starts = (array((B, H, N, K, V)), f32((B, H, N, 1, K)))
     return {
         "mlstm_forward": (
             lambda *args: tuple(mlstm_forward(options, *args, save=True)),
@@ -89,18 +89,18 @@ def calls(
         ),
         "mlstm_backward": (
             lambda *args: tuple(mlstm_backward(options, *args)),
-            (gates, q, q, v, v, v, *saved, C, n),
+            (gates, q, q, v, v, v, *starts, C, n),
             cost.backward(options, B, T, H, K, V, dtype),
         ),
     }
 
 
-def examine(chip: str, tile: Tile, K: int, V: int) -> dict[str, Any]:
-    """Compiles both kernels; records bundles, spills and traffic per token and head."""
+def evaluate(chip: str, tile: Tile, K: int, V: int) -> dict[str, Any]:
+    """Bundles, spills and traffic of both kernels, per token and head; or why they are dropped."""
     record: dict[str, Any] = {"chip": chip, "K": K, "V": V, "tile": list(tile)}
     record["vmem_mib"] = round(tpu_tiles.vmem_bytes(tile, K, V, BFLOAT16) / MIB, 1)
     if record["vmem_mib"] * MIB > TPUS[chip].vmem_bytes:
-        return {**record, "dropped": "needs more VMEM than the chip has, by estimate"}
+        return {**record, "dropped": "needs more VMEM than the chip has, according to `vmem_bytes`"}
     for name, (fn, shapes, work) in calls(tile, K, V).items():
         try:
             compiler.compile_for(chip, fn, *shapes)
@@ -119,7 +119,7 @@ def examine(chip: str, tile: Tile, K: int, V: int) -> dict[str, Any]:
 
 
 def bound_ns(record: dict[str, Any]) -> float:
-    """Lower bound per token and head, forward and backward, on one core of the chip."""
+    """Lower bound on the time of forward and backward, per token and head, on one core."""
     chip = TPUS[record["chip"]]
     seconds = sum(
         max(
@@ -134,8 +134,8 @@ def bound_ns(record: dict[str, Any]) -> float:
 def best_tiles(records: list[dict[str, Any]]) -> dict[tuple[str, int, int], Tile]:
     """The candidate with the lowest bound for each (chip, K, V).
 
-    Among candidates within `TIE` of it the longest chunks win, as they save the fewest states, and
-    then the fewest chunks per block, as they need the least VMEM.
+    Ties, within a factor of `TIE`, go to the longest chunk, which saves the fewest states, then to
+    the fewest chunks per block, which need the least VMEM.
     """
     groups: dict[tuple[str, int, int], list[tuple[float, Tile]]] = {}
     for record in records:
@@ -168,7 +168,7 @@ def write_result(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
 
 
 def main(args: Arguments) -> int:
-    """Examines all candidates, or writes the table from an earlier result."""
+    """Evaluates all candidates, or writes the table from an earlier result."""
     if args.write is not None:
         write_table(tpu_tiles.TABLE_FILE, measure.read_records(args.write))
         return 0
@@ -177,7 +177,7 @@ def main(args: Arguments) -> int:
     for chip in args.chips:
         for K, V in args.widths:
             for tile in CANDIDATES[TPUS[chip].matrix_unit]:
-                records.append(examine(chip, tile, K, V))
+                records.append(evaluate(chip, tile, K, V))
                 print(json.dumps(records[-1]), flush=True)
     if args.out is not None:
         write_result(args.out, records)

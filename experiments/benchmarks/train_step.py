@@ -1,4 +1,4 @@
-"""How fast is a train step on a CPU, compared with the official PyTorch package?
+"""Times train steps on a CPU, compared with the official PyTorch package.
 
 Targets, on the same machine: at least 1.2 times its tokens per second for the large architecture
 and 4 times for the first generation; time and memory per token of the chunkwise mLSTM that do not
@@ -6,8 +6,8 @@ grow with length; compile time that does not grow with depth.
 
     python experiments/benchmarks/train_step.py --peer-python PEER/bin/python --out RESULT.json
 
-Without `--peer-python` only ours is measured. Steps of both alternate, a few at a time, so that
-other load affects both alike; use an otherwise idle machine.
+Without `--peer-python` only xlstm-jax is measured. Steps of both alternate, a few at a time, so
+that other load affects both alike; use an otherwise idle machine.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from xlstm_jax.config import to_dict
 from xlstm_jax.flops import count_params, train_flops
 
 TARGETS = {"large": 1.2, "v1": 4.0}
-"""Ratio of our tokens per second to those of the peer."""
+"""Minimum ratio of our tokens per second to those of the peer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -39,8 +39,8 @@ class Forward(NamedTuple):
     h: jax.Array  # after each step, in the dtype of x
     final: jax.Array  # c, n, h and m after the last step, float32
     h_saved: jax.Array | None  # argument of `Kernels.h_before`
-    cnm: Any  # c, n and m before each step, after its reset; float32
-    gates: jax.Array | None  # pre-activations with the recurrent part, float32
+    cnm: Any  # c, n and m before each step, with its reset applied; float32
+    gates: jax.Array | None  # pre-activations, recurrent term included, float32
 
 
 class Kernels(NamedTuple):
@@ -52,7 +52,7 @@ class Kernels(NamedTuple):
     pad: Callable[..., Inputs]  # (options, x, r, b, state, flags): to the kernels' layout
     unpad: Callable[..., Any]  # (h, final, shape of x) -> h `B T H K`, state
     forward: Callable[..., Forward]  # (options, Inputs, *, save)
-    h_before: Callable[..., jax.Array]  # (h_saved, flags) -> h before each step, after its reset
+    h_before: Callable[..., jax.Array]  # (h_saved, flags) -> h before each step, reset applied
     backward: Callable[..., Any]  # (options, gates, r, cnm, dh, dfinal, flags) -> dx, dinitial
     step: Callable[..., State]  # (options, x `B 4 H K`, r, b, state, flags `B 1`): one position
     supports_step: Callable[..., bool]  # (tile, x `B 1 4 H K`, r): whether `step` supports them

@@ -161,9 +161,9 @@ def log_forget(f: jax.Array, forget_gate: str) -> jax.Array:
 
 
 def stabilize(i: jax.Array, log_f: jax.Array, n: jax.Array, m: jax.Array) -> tuple[jax.Array, ...]:
-    """Stabilized forget and input gates, the new m, and whether it is that of the carry.
+    """Stabilized forget and input gates, the new m, and whether m comes from the carry.
 
-    Where nothing is written yet (n = 0) the old m is ignored.
+    Where nothing has been written yet (n = 0), the old m is ignored.
     """
     log_carry = jnp.where(n == 0.0, -jnp.inf, log_f + m)
     m = jnp.maximum(jnp.maximum(log_carry, i), NEG)  # never -inf, as -inf - -inf is NaN
@@ -171,12 +171,12 @@ def stabilize(i: jax.Array, log_f: jax.Array, n: jax.Array, m: jax.Array) -> tup
 
 
 def cell_forward(gates: jax.Array, c: jax.Array, n: jax.Array, m: jax.Array, forget_gate: str):
-    """c, n, h and m after a step, from the gates `B 4K` and the state before."""
+    """c, n, h and m after a step, from the gates `B 4K` and the previous state."""
     i, f, z, o = split_gates(gates)
     f_scaled, i_scaled, m, _ = stabilize(i, log_forget(f, forget_gate), n, m)
     c = f_scaled * c + i_scaled * jnp.tanh(z)
     n = f_scaled * n + i_scaled
-    # sigmoid(o) c / n with one division; if exp(-o) overflows, the quotient is 0, which is right.
+    # sigmoid(o) c / n with one division; if exp(-o) overflows, the result is 0, as it should be.
     # n is 0 as long as all input gates were 0; c and h are 0 then.
     return c, n, c / (jnp.where(n == 0.0, 1.0, n) * (1.0 + jnp.exp(-o))), m
 
@@ -221,7 +221,7 @@ def _forward_body(x, packed, bias, initial, *refs, unroll, forget_gate, flagged)
 
 
 def _cell_backward(gates, cnm, dh, carry, forget_gate):
-    """Gradients of the gates `B 4K`, and dc, dn and rho before a step, from those after it.
+    """Gradients of the gates `B 4K`, and dc, dn and rho before the step, from those after it.
 
     m only rescales c and n, so it is treated as a constant here; `rho` follows the maximum from the
     last m back to the input gate that set it.

@@ -1,9 +1,9 @@
-"""sLSTM in Triton with resident weights: those of a head fit the shared memory of a multiprocessor.
+"""sLSTM Triton kernels for heads whose recurrent weights fit in shared memory.
 
-A program computes all steps of one head and 16 sequences, the least that a tensor-core product
-takes. The weights are loaded once, into shared memory; the state stays in registers.
+Each program runs all steps of one head for 16 sequences, the smallest M of a tensor-core matmul. It
+loads the weights once, into shared memory, and keeps the state in registers.
 
-Source: Beck et al. 2024, arXiv:2405.04517, section 2.2; the gradient as in `tpu_kernels`.
+Source: Beck et al. 2024, arXiv:2405.04517, section 2.2.
 """
 
 from typing import no_type_check
@@ -32,10 +32,10 @@ def forward(
     bias,  # H 4 K, float32
     initial,  # 4 B H K, float32: c, n, h and m before the first step
     flags,  # B T, int32
-    h,  # B T+1 H K, in the dtype of x: before the first step, and after each
+    h,  # B T+1 H K, in the dtype of x: before the first step and after every step
     final,  # 4 B H K, float32: c, n, h and m after the last step
-    cnm,  # B T 3 H K, float32: c, n and m before each step, after its reset
-    gates,  # B T 4 H K, float32: pre-activations with the recurrent part
+    cnm,  # B T 3 H K, float32: c, n and m before each step, with its reset applied
+    gates,  # B T 4 H K, float32: pre-activations, recurrent term included
     B: tl.constexpr,
     T: tl.constexpr,
     H: tl.constexpr,
@@ -97,7 +97,7 @@ def backward(
     dfinal,  # 4 B H K, float32: gradients of c, n and h after the last step, and rho
     flags,  # B T, int32
     dx,  # B T 4 H K
-    dinitial,  # 4 B H K, float32: the same before the first step
+    dinitial,  # 4 B H K, float32: likewise before the first step
     B: tl.constexpr,
     T: tl.constexpr,
     H: tl.constexpr,
@@ -113,7 +113,7 @@ def backward(
     in_batch = (b_start + b < B)[:, None]
     k = tl.arange(0, K)
     state_offsets = b_start * (H * K) + head * K + (b * (H * K))[:, None] + k[None, :]
-    bt_offsets = (b * T)[:, None]  # of each sequence in `B T`
+    bt_offsets = (b * T)[:, None]
     last_step = b_start * T + T - 1
     cell_offsets = head * K + k[None, :]
     gates += last_step * (4 * H * K) + bt_offsets * (4 * H * K) + cell_offsets
@@ -127,8 +127,9 @@ def backward(
     r_o = tl.load(r + 3 * K)
     dc, dn, dh_next, rho = load_four(dfinal + state_offsets, B * H * K, in_batch)
     dtype = dx.dtype.element_ty
-    for back in range(T):
-        reset, masked = read_flags(flags + b_start * T + T - 1 - back, b, in_batch, T, FLAGGED)
+    for step in range(T):
+        t = T - 1 - step
+        reset, masked = read_flags(flags + b_start * T + t, b, in_batch, T, FLAGGED)
         i, f, z, o, dc, dn, rho = step_backward(
             (gates, cnm, dh, dx), (dc, dn, dh_next, rho), masked, in_batch, H * K, FLAGGED, SIGMOID
         )
@@ -137,7 +138,7 @@ def backward(
         dh_prev += product(z.to(dtype), r_z, UPCAST)
         dh_prev += product(o.to(dtype), r_o, UPCAST)
         if FLAGGED:
-            # After a reset the forget gate is 0, so dc and dn are 0 already; dh is not.
+            # At a reset f_scaled is 0 and so are dc and dn; dh must be cleared.
             dh_prev = tl.where(masked, dh_next, tl.where(reset, 0.0, dh_prev))
         dh_next = dh_prev
         gates -= 4 * H * K

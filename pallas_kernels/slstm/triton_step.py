@@ -1,4 +1,4 @@
-"""One sLSTM step in Triton and its gradient, as parts of kernels; importing it needs Triton.
+"""One sLSTM step and its gradient as Triton device functions; importing them requires Triton.
 
 Source: Beck et al. 2024, arXiv:2405.04517, section 2.2.
 """
@@ -25,9 +25,9 @@ def log_forget(f, SIGMOID: tl.constexpr):
 @triton.jit
 @no_type_check
 def stabilize(i, log_f, n, m):
-    """Stabilized forget and input gates, the new m, and whether it is that of the carry.
+    """Stabilized forget and input gates, the new m, and whether m comes from the carry.
 
-    Where nothing is written yet (n = 0) the old m is ignored.
+    Where nothing has been written yet (n = 0), the old m is ignored.
     """
     log_carry = tl.where(n == 0.0, float("-inf"), log_f + m)
     m = tl.maximum(tl.maximum(log_carry, i), -1e30)  # never -inf, as -inf - -inf is NaN
@@ -37,18 +37,18 @@ def stabilize(i, log_f, n, m):
 @triton.jit
 @no_type_check
 def tanh(x):
-    """tanh by way of the sigmoid; for large |x| it is 1 or -1."""
+    """tanh from the sigmoid; exactly 1 or -1 for large |x|."""
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 
 @triton.jit
 @no_type_check
 def cell_forward(i, f, z, o, c, n, m, SIGMOID: tl.constexpr):
-    """c, n, h and m after a step, from the gates and the state before."""
+    """c, n, h and m after a step, from the gates and the previous state."""
     f_scaled, i_scaled, m, _ = stabilize(i, log_forget(f, SIGMOID), n, m)
     c = f_scaled * c + i_scaled * tanh(z)
     n = f_scaled * n + i_scaled
-    # sigmoid(o) c / n with one division; if exp(-o) overflows, the quotient is 0, which is right.
+    # sigmoid(o) c / n with one division; if exp(-o) overflows, the result is 0, as it should be.
     # n is 0 as long as all input gates were 0; c and h are 0 then.
     return c, n, c / (tl.where(n == 0.0, 1.0, n) * (1.0 + tl.exp(-o))), m
 
@@ -56,7 +56,7 @@ def cell_forward(i, f, z, o, c, n, m, SIGMOID: tl.constexpr):
 @triton.jit
 @no_type_check
 def cell_backward(i, f, z, o, c, n, m, dh, dc, dn, rho, SIGMOID: tl.constexpr):
-    """Gradients of the gates, and dc, dn and rho before a step, from those after it.
+    """Gradients of the gates, and dc, dn and rho before the step, from those after it.
 
     m only rescales c and n, so it is treated as a constant here; `rho` follows the maximum from the
     last m back to the input gate that set it.
@@ -143,8 +143,8 @@ def step_forward(
 ):
     """c, n, h and m of a block of cells after a step; stores the residuals if `SAVE`.
 
-    `recurrent` and `state` are four blocks each; `pointers` point to blocks of x, bias, cnm and
-    gates; `masks` tell for each sequence whether it is reset, masked, and in the batch.
+    `recurrent` (h @ r of each gate) and `state` are four blocks each. `pointers` point to blocks of
+    x, bias, cnm and gates; `masks` are `reset`, `masked` and `in_batch`.
     """
     x, bias, cnm, gates = pointers
     reset, masked, in_batch = masks

@@ -1,11 +1,11 @@
-"""sLSTM in Triton with streamed weights: those of a head do not fit shared memory.
+"""sLSTM Triton kernels for heads whose recurrent weights do not fit in shared memory.
 
-A program computes all steps of one head and 16 sequences, in blocks of cells. Every step loads the
-weights from the L2 cache, which gives a multiprocessor about 64 bytes a cycle: 8 K^2 bytes bound a
-step, 8,192 cycles at K = 256 in bfloat16. The carry lives in the output array of the final state,
-and h in its own; barriers make the stores of other threads visible.
+Each program runs all steps of one head for 16 sequences, in blocks of cells. Every step reloads the
+8 K^2 bytes (bfloat16) of weights from the L2 cache. At about 64 bytes per cycle and multiprocessor,
+a step at K = 256 takes at least 8,192 cycles. The carry is stored in the output arrays `final` and
+`h`; barriers make the stores of other threads visible.
 
-Source: Beck et al. 2024, arXiv:2405.04517, section 2.2; the gradient as in `tpu_kernels`.
+Source: Beck et al. 2024, arXiv:2405.04517, section 2.2.
 """
 
 from typing import no_type_check
@@ -34,16 +34,16 @@ def forward(
     bias,  # H 4 K, float32
     initial,  # 4 B H K, float32: c, n, h and m before the first step
     flags,  # B T, int32
-    h,  # B T+1 H K, in the dtype of x: before the first step, and after each
+    h,  # B T+1 H K, in the dtype of x: before the first step and after every step
     final,  # 4 B H K, float32: c, n, h and m after the last step
-    cnm,  # B T 3 H K, float32: c, n and m before each step, after its reset
-    gates,  # B T 4 H K, float32: pre-activations with the recurrent w
+    cnm,  # B T 3 H K, float32: c, n and m before each step, with its reset applied
+    gates,  # B T 4 H K, float32: pre-activations, recurrent term included
     B: tl.constexpr,
     T: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,  # output cells per product
-    CACHED: tl.constexpr,  # output cells of one product whose weights are loaded once; or 0
+    CACHED: tl.constexpr,  # output cells whose weights are loaded only once; 0: none
     INNER: tl.constexpr,  # input cells per product
     FLAGGED: tl.constexpr,
     SAVE: tl.constexpr,
@@ -135,7 +135,7 @@ def _finish_block(
     SAVE_GATES: tl.constexpr,
     SIGMOID: tl.constexpr,
 ):
-    """Completes a step for a block of cells, given the recurrent w of its gates."""
+    """Completes a step for a block of cells; `recurrent` is h @ r for its four gates."""
     x, bias, final, h, cnm, gates = pointers
     in_batch = masks[2]
     offsets = cells[None, :]
@@ -146,7 +146,7 @@ def _finish_block(
         recurrent, state, block_pointers, masks, H * K, K, FLAGGED, SAVE, SAVE_GATES, SIGMOID
     )
     store_four(final + offsets, B * H * K, in_batch, c, n, new_h, m)
-    # h of the next step, so that other blocks of cells still read that of this one.
+    # Stored in the next slot of h: other blocks of cells still read the current one.
     tl.store(h + H * K + offsets, new_h.to(h.dtype.element_ty), in_batch)
 
 
@@ -160,7 +160,7 @@ def backward(
     dfinal,  # 4 B H K, float32: gradients of c, n and h after the last step, and rho
     flags,  # B T, int32
     dx,  # B T 4 H K
-    dinitial,  # 4 B H K, float32: the same before the first step
+    dinitial,  # 4 B H K, float32: likewise before the first step
     B: tl.constexpr,
     T: tl.constexpr,
     H: tl.constexpr,
@@ -182,7 +182,7 @@ def backward(
     state_offsets = b_start * (H * K) + head * K + (b * (H * K))[:, None] + cells[None, :]
     dfinal += state_offsets
     dinitial += state_offsets
-    bt_offsets = (b * T)[:, None]  # of each sequence in `B T`
+    bt_offsets = (b * T)[:, None]
     last_step = b_start * T + T - 1
     cell_offsets = head * K + cells[None, :]
     gates += last_step * (4 * H * K) + bt_offsets * (4 * H * K) + cell_offsets
@@ -194,8 +194,9 @@ def backward(
         dc, dn, dh_next, rho = load_four(dfinal + block, leaf, in_batch)
         store_four(dinitial + block, leaf, in_batch, dc, dn, dh_next, rho)
     tl.debug_barrier()
-    for back in range(T):
-        reset, masked = read_flags(flags + b_start * T + T - 1 - back, b, in_batch, T, FLAGGED)
+    for step in range(T):
+        t = T - 1 - step
+        reset, masked = read_flags(flags + b_start * T + t, b, in_batch, T, FLAGGED)
         for block in range(0, K, BLOCK):
             carry = load_four(dinitial + block, leaf, in_batch)
             pointers = (gates + block, cnm + block, dh + block, dx + block + cells[None, :])
@@ -212,7 +213,7 @@ def backward(
                 weights = tl.load(r + block * (4 * K) + start)
                 dh_prev += product(operand, weights, UPCAST)
             if FLAGGED:
-                # After a reset the forget gate is 0, so dc and dn are 0 already; dh is not.
+                # At a reset f_scaled is 0 and so are dc and dn; dh must be cleared.
                 dh_next = tl.load(dinitial + 2 * leaf + block, in_batch, other=0.0)
                 dh_prev = tl.where(masked, dh_next, tl.where(reset, 0.0, dh_prev))
             tl.store(dinitial + 2 * leaf + block, dh_prev, in_batch)

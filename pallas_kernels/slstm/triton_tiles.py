@@ -9,7 +9,7 @@ from pallas_kernels.gpu import divisor
 from pallas_kernels.hardware import ARCHITECTURES
 
 BATCH_BLOCK = 16
-"""Sequences per program: the least that a tensor-core product takes."""
+"""Sequences per program: the smallest M of a tensor-core matmul."""
 
 
 class Tile(NamedTuple):

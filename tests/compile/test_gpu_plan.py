@@ -22,8 +22,8 @@ def config_7b(batch_size, mesh):
     return dataclasses.replace(cfg, model=model, data=data, mesh=mesh)
 
 
-def test_published_7b_run_fits_its_gpus():
-    """256 GPUs, data 32 x fsdp 8, two sequences of 8,192 tokens per GPU (arXiv:2503.13427)."""
+def test_7b_model_with_the_batch_size_of_its_paper_fits_256_gpus():
+    """256 GPUs, data 32 x fsdp 8, two sequences of 8,192 tokens on each."""
     result = plan(config_7b(512, MeshConfig(data=32, fsdp=8)), find_target("h100:32x8"))
     assert result.num_chips == 256 and result.tokens_per_step == 512 * 8192
     assert result.fits and result.peak_bytes < 32 << 30

@@ -1,5 +1,4 @@
-"""Shared helpers of the tests of published models: tolerances, conversion of reference states and
-configs, and parameters of a part of a model, by the rules for complete models."""
+"""Shared by tests of published models: tolerances; conversion of configs, states and parameters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +17,7 @@ VALUES = {"float32": 2e-5, "float64": 1e-10}
 GRADIENTS = {"float32": 2e-4, "float64": 1e-10}
 """Largest allowed error, relative to the largest value of an array."""
 
-# The sequence form of the reference has no initial m; this value gives ours no weight.
+# The sequence form of the reference has no initial m; this value makes ours negligible.
 NO_INITIAL_M = -1e30
 
 
@@ -51,9 +50,9 @@ def without_initial_m(state: Any) -> Any:
 def part_params(
     cfg: LMConfig, tensors: Mapping[str, np.ndarray], torch_prefix: str, path_prefix: str
 ) -> Any:
-    """Parameters of a part of the first block, whose names and paths have these prefixes."""
-    start = names.V1_STACK + "blocks.0." + torch_prefix
-    arrays = from_arrays({start + name: array for name, array in tensors.items()})
+    """Parameters below `path_prefix`, from tensors named relative to `torch_prefix` of block 0."""
+    prefix = names.V1_STACK + "blocks.0." + torch_prefix
+    arrays = from_arrays({prefix + name: array for name, array in tensors.items()})
     without = [path for path in mapping.parameters(cfg) if not path.startswith(path_prefix)]
     tree = mapping.load(cfg, names.V1, arrays, without)
     for key in path_prefix.strip("/").split("/"):
@@ -68,8 +67,8 @@ def part_tensors(
     tree = jax.tree.map(lambda leaf: leaf[None], params)
     for key in reversed(path_prefix.strip("/").split("/")):
         tree = {key: tree}
-    start = names.V1_STACK + "blocks.0." + torch_prefix
-    return {name.removeprefix(start): array for name, array in mapping.export(cfg, names.V1, tree)}
+    prefix = names.V1_STACK + "blocks.0." + torch_prefix
+    return {name.removeprefix(prefix): array for name, array in mapping.export(cfg, names.V1, tree)}
 
 
 def assert_same_mlstm_state(actual: MLSTMState, c, n, m, tolerance: float) -> None:
@@ -79,10 +78,10 @@ def assert_same_mlstm_state(actual: MLSTMState, c, n, m, tolerance: float) -> No
     """
     m = np.asarray(m, np.float64).reshape(np.shape(actual.m))
     n = np.asarray(n).reshape(np.shape(actual.n))
-    # Relative to the larger of both scales, so that neither overflows.
-    top = np.maximum(m, actual.m)
-    scale = np.exp(np.asarray(actual.m, np.float64) - top)
-    reference_scale = np.exp(m - top)
+    # Relative to the larger stabilizer, so that neither side overflows.
+    max_m = np.maximum(m, actual.m)
+    scale = np.exp(np.asarray(actual.m, np.float64) - max_m)
+    reference_scale = np.exp(m - max_m)
     for name, a, b in (("C", actual.C, np.asarray(c)), ("n", actual.n, n)):
         axes = (...,) + (None,) * (a.ndim - scale.ndim)
         golden_files.assert_matches(
@@ -114,6 +113,7 @@ def slstm_state(array: np.ndarray, num_heads: int) -> SLSTMState:
 
 def mean_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean over the positions whose label is not -1."""
-    logs = jax.nn.log_softmax(logits)
-    picked = jnp.take_along_axis(logs, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-    return -jnp.sum(jnp.where(labels >= 0, picked, 0)) / jnp.sum(labels >= 0)
+    log_probs = jax.nn.log_softmax(logits)
+    indices = jnp.maximum(labels, 0)[..., None]
+    target_log_probs = jnp.take_along_axis(log_probs, indices, axis=-1)[..., 0]
+    return -jnp.sum(jnp.where(labels >= 0, target_log_probs, 0)) / jnp.sum(labels >= 0)

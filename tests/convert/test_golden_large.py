@@ -1,4 +1,4 @@
-"""The large architecture, and checkpoint folders of `transformers`, against reference vectors."""
+"""The large architecture and `transformers` checkpoints against golden vectors."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ every_large = pytest.mark.parametrize("name", LARGE)
 every_model = pytest.mark.parametrize("name", LARGE + HF)
 
 
-def _large(name):
+def _load_large(name):
     golden = golden_files.load(name)
     fields = Fields(golden.config, "the config")
     cfg = large.lm_config(
@@ -37,10 +37,10 @@ def _large(name):
     return golden, cfg, mapping.load(cfg, names.LARGE, from_arrays(golden.under("param/")))
 
 
-def _model(name):
+def _load(name):
     """The golden vectors, config and parameters of a model."""
     if name in LARGE:
-        return _large(name)
+        return _load_large(name)
     return golden_files.load(f"{name}_io"), *convert.load_hf(FOLDER / name)
 
 
@@ -48,7 +48,7 @@ def _apply(cfg, params, ids, state=None):
     return jax.jit(LM(cfg).apply)({"params": params}, jnp.asarray(ids), state)
 
 
-def _assert_same_states(state, expected, tolerance):
+def _assert_states_match(state, expected, tolerance):
     blocks = sorted({key.split("/")[0] for key in expected})
     assert len(blocks) == state["M"].m.shape[0]
     for block in blocks:
@@ -59,55 +59,55 @@ def _assert_same_states(state, expected, tolerance):
 
 @every_model
 def test_logits_and_states_match(name):
-    golden, cfg, params = _model(name)
+    golden, cfg, params = _load(name)
     logits, state = _apply(cfg, params, golden.arrays["input/ids"])
     tolerance = published.VALUES["float32"]
     assert_matches(logits, golden.arrays["output/logits"], tolerance, "logits")
-    _assert_same_states(state, golden.under("state/"), tolerance)
+    _assert_states_match(state, golden.under("state/"), tolerance)
 
 
 @every_model
-def test_steps_match(name):
-    golden, cfg, params = _model(name)
-    ids, outputs = jnp.asarray(golden.arrays["input/ids"]), []
+def test_logits_and_states_match_step_by_step(name):
+    golden, cfg, params = _load(name)
+    ids, step_logits = jnp.asarray(golden.arrays["input/ids"]), []
     step = jax.jit(LM(cfg).apply)
     state = LM(cfg).init_state(ids.shape[0])
     for t in range(ids.shape[1]):
         logits, state = step({"params": params}, ids[:, t : t + 1], state)
-        outputs.append(logits)
+        step_logits.append(logits)
     tolerance = published.VALUES["float32"]
-    logits = np.concatenate(outputs, axis=1)
+    logits = np.concatenate(step_logits, axis=1)
     assert_matches(logits, golden.arrays["output/logits_step"], tolerance, "logits")
-    _assert_same_states(state, golden.under("state/"), tolerance)
+    _assert_states_match(state, golden.under("state/"), tolerance)
 
 
 @pytest.mark.parametrize(
     "name, lengths",
     [
         (LARGE[0], slice(None)),
-        # One length of the second model: the code path is that of the first.
+        # The second model takes the same code path, so one length suffices.
         (LARGE[1], slice(-1, None)),
         pytest.param(LARGE[1], slice(-1), marks=pytest.mark.slow),
     ],
 )
-def test_prefills_of_any_length_match(name, lengths):
-    golden, cfg, params = _large(name)
+def test_prefill_matches_for_every_length(name, lengths):
+    golden, cfg, params = _load_large(name)
     for length in golden.config["prefill_lengths"][lengths]:
         ids = golden.arrays["input/ids"][:, :length]
         logits, state = _apply(cfg, params, ids)
         expected = golden.arrays[f"output/logits_last_prefill_{length}"]
         assert_matches(logits[:, -1], expected, published.VALUES["float32"], f"{length} tokens")
-        states = golden.under(f"state_prefill_{length}/")
-        _assert_same_states(state, states, published.VALUES["float32"])
+        expected_states = golden.under(f"state_prefill_{length}/")
+        _assert_states_match(state, expected_states, published.VALUES["float32"])
 
 
 @every_model
 def test_residual_stream_matches_after_every_block(name):
-    golden, cfg, params = _model(name)
+    golden, cfg, params = _load(name)
     if name in LARGE:
         stream = [golden.arrays["output/embedding"]]
         stream += [golden.arrays[f"output/block_{n}"] for n in range(cfg.num_blocks)]
-    else:  # the last hidden state of transformers is after the final norm
+    else:  # transformers stores its last hidden state after the final norm
         stream = [golden.arrays[f"output/hidden_states_{n}"] for n in range(cfg.num_blocks)]
     x = jnp.asarray(params["token_embedding"]["embedding"])[golden.arrays["input/ids"]]
     apply = jax.jit(Backbone(dataclasses.replace(cfg, pattern="M", final_norm="none")).apply)
@@ -118,7 +118,7 @@ def test_residual_stream_matches_after_every_block(name):
         assert_matches(x, expected, published.VALUES["float32"], f"after {number} blocks")
 
 
-def _training(golden, cfg, params):
+def _loss_and_logits(golden, cfg, params):
     length = int(golden.arrays["input/train_len"])
     ids = jnp.asarray(golden.arrays["input/ids"][:, :length])
     labels = jnp.asarray(golden.arrays["input/labels"][:, :length])
@@ -126,33 +126,33 @@ def _training(golden, cfg, params):
     return published.mean_cross_entropy(logits, labels), logits
 
 
-def _assert_same_training(golden, loss, logits, tolerance):
+def _assert_loss_and_logits_match(golden, loss, logits, tolerance):
     assert_matches(logits, golden.arrays["output64/train_logits"], tolerance, "logits")
     assert_matches(np.asarray(loss), golden.arrays["output64/train_loss"], tolerance, "loss")
 
 
 @every_large
 def test_training_logits_and_loss_match_in_float64(name, x64):
-    golden, cfg, params = _large(name)
-    run = jax.jit(lambda params: _training(golden, cfg, params))
-    results = run(published.cast(params, "float64"))
-    _assert_same_training(golden, *results, published.VALUES["float64"])
+    golden, cfg, params = _load_large(name)
+    params = published.cast(params, "float64")
+    loss, logits = jax.jit(lambda p: _loss_and_logits(golden, cfg, p))(params)
+    _assert_loss_and_logits_match(golden, loss, logits, published.VALUES["float64"])
 
 
 @every_large
 def test_training_logits_loss_and_gradients_match(name):
-    golden, cfg, params = _large(name)
-    loss_and_grads = jax.value_and_grad(lambda p: _training(golden, cfg, p), has_aux=True)
-    results, grads = jax.jit(loss_and_grads)(params)
-    _assert_same_training(golden, *results, published.VALUES["float32"])
+    golden, cfg, params = _load_large(name)
+    loss_and_grads = jax.value_and_grad(lambda p: _loss_and_logits(golden, cfg, p), has_aux=True)
+    (loss, logits), grads = jax.jit(loss_and_grads)(params)
+    _assert_loss_and_logits_match(golden, loss, logits, published.VALUES["float32"])
     actual = dict(mapping.export(cfg, names.LARGE, grads))
     assert_all_match(actual, golden.under("grad/param/"), published.GRADIENTS["float32"])
 
 
-# Sharded files only affect loading.
+# hf_tiny_sharded differs from hf_tiny only in how it is loaded.
 @pytest.mark.parametrize("name", [*LARGE, HF[0], pytest.param(HF[1], marks=pytest.mark.slow)])
 def test_greedy_sequences_match_token_for_token(name):
-    golden, cfg, params = _model(name)
+    golden, cfg, params = _load(name)
     if name in LARGE:
         prompts = golden.arrays["input/ids"][:, : int(golden.arrays["input/greedy_prompt_len"])]
         expected = golden.arrays["output/greedy_tokens"]
@@ -168,7 +168,7 @@ def test_greedy_sequences_match_token_for_token(name):
 
 @pytest.mark.parametrize("name", HF)
 def test_next_token_loss_matches(name):
-    golden, cfg, params = _model(name)
+    golden, cfg, params = _load(name)
     ids = jnp.asarray(golden.arrays["input/ids"])
     logits, _ = _apply(cfg, params, ids)
     loss = published.mean_cross_entropy(logits[:, :-1], ids[:, 1:])
@@ -176,15 +176,15 @@ def test_next_token_loss_matches(name):
     assert_matches(np.asarray(loss), expected, published.VALUES["float32"], "loss")
 
 
-def test_load_large_gives_the_parameters_of_the_golden_vectors():
-    _, cfg, params = _large("xlstm_large_small")
+def test_load_large_reads_the_parameters_of_the_golden_file():
+    _, cfg, params = _load_large("xlstm_large_small")
     loaded_cfg, loaded = convert.load_large(FOLDER / "xlstm_large_plain_checkpoint")
     assert loaded_cfg == cfg
     assert jax.tree.all(jax.tree.map(jnp.array_equal, loaded, params))
 
 
-def test_fused_weights_load_as_separate_ones():
-    golden, cfg, params = _large("xlstm_large_small")
+def test_fused_and_separate_weights_load_alike():
+    golden, cfg, params = _load_large("xlstm_large_small")
     tensors, fused = golden.under("param/"), golden.under("fused/")
     for index in range(cfg.num_blocks):
         block = names.LARGE_BLOCK.format(index)

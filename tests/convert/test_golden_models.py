@@ -24,7 +24,7 @@ every_lm = pytest.mark.parametrize("name", LMS)
 
 
 class Model:
-    """The model of a golden file, with parameters in `dtype`."""
+    """The model of a golden file, with its parameters in `dtype`."""
 
     def __init__(self, name: str, dtype: str):
         self.golden = golden_files.load(name)
@@ -34,8 +34,9 @@ class Model:
         self.module = (LM if name in LMS else Backbone)(self.cfg)
         ids = self.golden.arrays.get("input/ids")
         self.x = jnp.asarray(ids) if ids is not None else self._vectors(dtype)
-        self.initial = self.module.init_state(self.x.shape[0])
-        self.start = published.cast(published.without_initial_m(self.initial), dtype)
+        self.init_state = self.module.init_state(self.x.shape[0])
+        sequence_state = published.without_initial_m(self.init_state)
+        self.sequence_init_state = published.cast(sequence_state, dtype)
 
     def _vectors(self, dtype):
         return published.cast(self.golden.arrays["input/x"], dtype)
@@ -66,7 +67,9 @@ def test_stack_outputs_and_gradients_match(name, dtype, x64):
 
     @jax.jit
     def value_and_grads(params, x):
-        y, pullback = jax.vjp(lambda p, x: model.apply(p, x, model.start)[0], params, x)
+        y, pullback = jax.vjp(
+            lambda p, x: model.apply(p, x, model.sequence_init_state)[0], params, x
+        )
         return y, pullback(dy)
 
     y, (dparams, dx) = value_and_grads(model.params, model.x)
@@ -75,13 +78,13 @@ def test_stack_outputs_and_gradients_match(name, dtype, x64):
     assert_all_match(model.tensors(dparams) | {"x": dx}, expected, published.GRADIENTS[dtype])
 
 
-def _logits_and_loss(model, params):
-    logits, _ = model.apply(params, model.x, model.start)
+def _loss_and_logits(model, params):
+    logits, _ = model.apply(params, model.x, model.sequence_init_state)
     labels = jnp.asarray(model.golden.arrays["input/labels"])
     return published.mean_cross_entropy(logits, labels), logits
 
 
-def _assert_same_logits_and_loss(model, logits, loss, tolerance):
+def _assert_loss_and_logits_match(model, loss, logits, tolerance):
     assert_matches(logits, model.golden.arrays["output64/logits"], tolerance, "y")
     assert_matches(np.asarray(loss), model.golden.arrays["output64/loss"], tolerance, "loss")
 
@@ -89,25 +92,24 @@ def _assert_same_logits_and_loss(model, logits, loss, tolerance):
 @every_lm
 def test_logits_and_loss_match_in_float64(name, x64):
     model = Model(name, "float64")
-    loss, logits = jax.jit(lambda params: _logits_and_loss(model, params))(model.params)
-    _assert_same_logits_and_loss(model, logits, loss, published.VALUES["float64"])
+    loss, logits = jax.jit(lambda params: _loss_and_logits(model, params))(model.params)
+    _assert_loss_and_logits_match(model, loss, logits, published.VALUES["float64"])
 
 
 @every_lm
 def test_logits_loss_and_gradients_match(name):
     model = Model(name, "float32")
-    loss_and_grads = jax.value_and_grad(lambda p: _logits_and_loss(model, p), has_aux=True)
+    loss_and_grads = jax.value_and_grad(lambda p: _loss_and_logits(model, p), has_aux=True)
     (loss, logits), grads = jax.jit(loss_and_grads)(model.params)
-    _assert_same_logits_and_loss(model, logits, loss, published.VALUES["float32"])
+    _assert_loss_and_logits_match(model, loss, logits, published.VALUES["float32"])
     actual = model.tensors(grads)
     assert_all_match(actual, model.golden.under("grad/param/"), published.GRADIENTS["float32"])
 
 
 @pytest.mark.parametrize("name", STACKS + LMS)
-def test_steps_and_states_match(name):
-    """Steps one position at a time from the initial state, and compares all final states."""
+def test_outputs_and_final_states_match_step_by_step(name):
     model = Model(name, "float32")
-    step, state, ys = jax.jit(model.apply), model.initial, []
+    step, state, ys = jax.jit(model.apply), model.init_state, []
     for t in range(model.x.shape[1]):
         y, state = step(model.params, model.x[:, t : t + 1], state)
         ys.append(y)
@@ -129,7 +131,7 @@ def test_initial_m_changes_outputs_by_less_than_float32_rounding(name, x64):
     The difference comes from eps: it is above rounding in float64 and far below it in float32.
     """
     model = Model(name, "float64")
-    y, _ = jax.jit(model.apply)(model.params, model.x, published.cast(model.initial, "float64"))
+    y, _ = jax.jit(model.apply)(model.params, model.x, published.cast(model.init_state, "float64"))
     assert_matches(y, model.golden.arrays["output64/y"], 1e-6, "y")
 
 

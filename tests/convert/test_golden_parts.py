@@ -1,5 +1,7 @@
 """First-generation layers and blocks against golden vectors of the package `xlstm`."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from xlstm_jax.modules import BLOCKS, LMConfig
 from xlstm_jax.modules.mlstm import MLSTMLayer
 from xlstm_jax.modules.slstm import SLSTMLayer
 
-# File -> letter of the block, and prefixes of PyTorch names and of our paths.
+# Golden file -> block letter, prefix of PyTorch names, prefix of parameter paths.
 PARTS = {
     "mlstm_layer": ("m", "xlstm.", "stack/m/mlstm/"),
     "mlstm_layer_bias": ("m", "xlstm.", "stack/m/mlstm/"),
@@ -29,41 +31,42 @@ both_dtypes = pytest.mark.parametrize(
 
 
 def _config(letter: str, config: dict) -> LMConfig:
-    """A model whose first block is that of a file, from the flat config of the file."""
+    """A model with one block of this kind, from the flat config of a golden file."""
     feedforward = dict(config.get("feedforward", {}))
     feedforward.pop("up_dim", None)
-    parts = {k: v for k, v in config.items() if k not in ("feedforward", "inner_dim")}
-    model = {k: parts.pop(k) for k in ("embedding_dim", "bias", "context_length") if k in parts}
-    parts.pop("block_idx", None)
-    model["num_blocks"] = parts.pop("num_blocks", 1)
+    layer = {k: v for k, v in config.items() if k not in ("feedforward", "inner_dim", "block_idx")}
+    model = {k: layer.pop(k) for k in ("embedding_dim", "bias", "context_length") if k in layer}
+    model["num_blocks"] = layer.pop("num_blocks", 1)
     model["slstm_at"] = list(range(model["num_blocks"])) if letter == "s" else []
-    slstm = {"slstm": parts if letter == "s" else {}, "feedforward": feedforward}
-    blocks = {"mlstm_block": {"mlstm": parts if letter == "m" else {}}, "slstm_block": slstm}
-    cfg = v1.config_of(model | blocks, bare=True)
-    return LMConfig(**{f: getattr(cfg, f) for f in cfg.__dataclass_fields__} | {"pattern": letter})
+    slstm = {"slstm": layer if letter == "s" else {}, "feedforward": feedforward}
+    blocks = {"mlstm_block": {"mlstm": layer if letter == "m" else {}}, "slstm_block": slstm}
+    return dataclasses.replace(v1.config_of(model | blocks, bare=True), pattern=letter)
 
 
 class Part:
-    """A layer or block with the parameters and inputs of a file, in `dtype`."""
+    """The layer or block of a golden file, with its parameters and input in `dtype`."""
 
     def __init__(self, name: str, dtype: str):
         self.golden = golden_files.load(name)
         self.letter, *self.prefixes = PARTS[name]
         self.cfg = _config(self.letter, self.golden.config)
         is_block = name.endswith("block")
-        layer = {"m": (MLSTMLayer, self.cfg.mlstm), "s": (SLSTMLayer, self.cfg.slstm)}[self.letter]
-        self.module = BLOCKS[self.letter].block(self.cfg) if is_block else layer[0](layer[1], 1)
-        tensors = self.golden.under("param/")
-        params = published.part_params(self.cfg, tensors, *self.prefixes)
+        if is_block:
+            self.module = BLOCKS[self.letter].block(self.cfg)
+        elif self.letter == "m":
+            self.module = MLSTMLayer(self.cfg.mlstm, 1)
+        else:
+            self.module = SLSTMLayer(self.cfg.slstm, 1)
+        params = published.part_params(self.cfg, self.golden.under("param/"), *self.prefixes)
         self.params = published.cast(params, dtype)
         self.x = published.cast(self.golden.arrays["input/x"], dtype)
         B, _, D = self.x.shape
         sizes = (B,) if is_block else (B, D, np.dtype(dtype))
-        self.initial = self.module.init_state(*sizes)
-        self.start = (
-            published.without_initial_m(self.initial) if self.letter == "m" else self.initial
-        )
-        self.start = published.cast(self.start, dtype)
+        self.init_state = self.module.init_state(*sizes)
+        sequence_state = self.init_state
+        if self.letter == "m":
+            sequence_state = published.without_initial_m(sequence_state)
+        self.sequence_init_state = published.cast(sequence_state, dtype)
 
     def apply(self, params, x, state):
         return self.module.apply({"params": params}, x, state)
@@ -77,7 +80,7 @@ def test_values_and_gradients_match(name, dtype, x64):
 
     @jax.jit
     def value_and_grads(params, x):
-        y, pullback = jax.vjp(lambda p, x: part.apply(p, x, part.start)[0], params, x)
+        y, pullback = jax.vjp(lambda p, x: part.apply(p, x, part.sequence_init_state)[0], params, x)
         return y, pullback(dy)
 
     y, (dparams, dx) = value_and_grads(part.params, part.x)
@@ -92,10 +95,9 @@ def test_values_and_gradients_match(name, dtype, x64):
 
 
 @every_part
-def test_steps_and_states_match(name):
-    """Steps one position at a time from the initial state, and compares the final state."""
+def test_outputs_and_final_state_match_step_by_step(name):
     part = Part(name, "float32")
-    step, state, ys = jax.jit(part.apply), part.initial, []
+    step, state, ys = jax.jit(part.apply), part.init_state, []
     for t in range(part.x.shape[1]):
         y, state = step(part.params, part.x[:, t : t + 1], state)
         ys.append(y)

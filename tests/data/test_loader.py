@@ -25,7 +25,7 @@ BYTE = tokenizers.get("byte")
 CFG = DataConfig(seq_len=8, batch_size=6)
 
 
-def text(num_windows, seq_len=CFG.seq_len):
+def make_windows(num_windows, seq_len=CFG.seq_len):
     tokens = np.arange(num_windows * seq_len + 1).astype(np.uint16) % 256
     tokens[-1] = BYTE.eos_id
     return Windows(tokens, seq_len, BYTE, {})
@@ -42,7 +42,7 @@ def indices(windows, cfg, num_steps):
 
 @pytest.mark.parametrize("num_windows", [6, 7, 20, 101])
 def test_every_epoch_contains_every_window_once(num_windows):
-    windows = text(num_windows)
+    windows = make_windows(num_windows)
     epochs = 6  # the batch size, so that the last batch ends with an epoch
     order = indices(windows, CFG, num_windows).reshape(epochs, num_windows)
     for epoch in order:
@@ -50,7 +50,7 @@ def test_every_epoch_contains_every_window_once(num_windows):
 
 
 def test_the_order_of_windows_depends_on_epoch_and_seed():
-    windows = text(60)
+    windows = make_windows(60)
     orders = [indices(windows, dataclasses.replace(CFG, seed=seed), 20) for seed in (0, 1)]
     epochs = {tuple(epoch) for order in orders for epoch in order.reshape(2, 60)}
     assert len(epochs) == 4
@@ -58,7 +58,7 @@ def test_the_order_of_windows_depends_on_epoch_and_seed():
 
 
 def test_sequences_of_a_batch_are_the_windows_of_its_index():
-    windows = text(50)
+    windows = make_windows(50)
     batch = batch_at(windows, CFG, 3)
     for inputs, targets, index in zip(batch.inputs, batch.targets, batch.index, strict=True):
         window = windows.tokens[index * CFG.seq_len :][: CFG.seq_len + 1]
@@ -71,7 +71,9 @@ def test_sequences_of_a_batch_are_the_windows_of_its_index():
 def test_the_iterator_yields_the_batches_of_its_steps_from_any_start(source, start):
     """A resumed run therefore gets the batches of an uninterrupted one."""
     examples = (
-        text(50) if source == "text" else load(dataclasses.replace(CFG, source="parity"), "train")
+        make_windows(50)
+        if source == "text"
+        else load(dataclasses.replace(CFG, source="parity"), "train")
     )
     with batches(examples, CFG, start) as iterator:
         for step in range(start, start + 12):
@@ -79,9 +81,9 @@ def test_the_iterator_yields_the_batches_of_its_steps_from_any_start(source, sta
 
 
 def test_the_iterator_ends_after_num_steps_and_can_be_closed_twice():
-    iterator = batches(text(50), CFG, 2, num_steps=3)
+    iterator = batches(make_windows(50), CFG, 2, num_steps=3)
     assert [tuple(batch.index) for batch in iterator] == [
-        tuple(batch_at(text(50), CFG, step).index) for step in (2, 3, 4)
+        tuple(batch_at(make_windows(50), CFG, step).index) for step in (2, 3, 4)
     ]
     iterator.close()
     iterator.close()
@@ -91,27 +93,27 @@ def test_the_iterator_ends_after_num_steps_and_can_be_closed_twice():
 def test_an_error_in_the_prefetch_thread_is_raised_in_the_caller():
     class Broken(Windows):
         def batch(self, index):
-            if index[0] == broken:
-                raise OSError("the disk is gone")
+            if index[0] == unreadable:
+                raise OSError("read error")
             return super().batch(index)
 
-    good = text(50)
-    broken = batch_at(good, CFG, 2).index[0]
-    windows = Broken(good.tokens, good.seq_len, good.tokenizer, {})
-    with batches(windows, CFG) as iterator, pytest.raises(OSError, match="the disk is gone"):
+    windows = make_windows(50)
+    unreadable = batch_at(windows, CFG, 2).index[0]
+    broken = Broken(windows.tokens, windows.seq_len, windows.tokenizer, {})
+    with batches(broken, CFG) as iterator, pytest.raises(OSError, match="read error"):
         list(itertools.islice(iterator, 5))
 
 
 @pytest.mark.parametrize("host_count", [1, 2, 3, 6])
 def test_the_blocks_of_all_hosts_concatenate_to_the_global_batch(host_count):
-    windows = text(20)
+    windows = make_windows(20)
     for step in (0, 3, 7):  # step 3 spans two epochs
-        parts = [
+        blocks = [
             batch_at(windows, CFG, step, host_index=host, host_count=host_count)
             for host in range(host_count)
         ]
-        union = Batch(*(np.concatenate(leaves) for leaves in zip(*parts, strict=True)))
-        assert_equal(union, batch_at(windows, CFG, step))
+        joined = Batch(*(np.concatenate(leaves) for leaves in zip(*blocks, strict=True)))
+        assert_equal(joined, batch_at(windows, CFG, step))
 
 
 @pytest.mark.parametrize("num_windows", [1, 5, 6, 7, 12])
@@ -119,35 +121,33 @@ def test_the_blocks_of_all_hosts_concatenate_to_the_global_batch(host_count):
 def test_evaluation_covers_every_window_once_in_order_and_pads_the_last_batch(
     num_windows, host_count
 ):
-    windows = text(num_windows)
+    windows = make_windows(num_windows)
     hosts = [
         list(eval_batches(windows, CFG, host_index=host, host_count=host_count))
         for host in range(host_count)
     ]
-    seen = [number for parts in zip(*hosts, strict=True) for part in parts for number in part.index]
-    assert len(seen) % CFG.batch_size == 0
-    assert seen == [*range(num_windows)] + [-1] * (-num_windows % CFG.batch_size)
-    every = [batch for host in hosts for batch in host]
-    assert sum(batch.weights.sum() for batch in every) == windows.num_targets
-    for batch in every:
+    index = [i for blocks in zip(*hosts, strict=True) for block in blocks for i in block.index]
+    assert index == [*range(num_windows)] + [-1] * (-num_windows % CFG.batch_size)
+    all_batches = [batch for host in hosts for batch in host]
+    assert sum(batch.weights.sum() for batch in all_batches) == windows.num_targets
+    for batch in all_batches:
         assert batch.inputs.shape == (CFG.batch_size // host_count, CFG.seq_len)
         assert (batch.weights[batch.index == -1] == 0).all()
         assert (batch.segment_ids[batch.index == -1] == 0).all()
 
 
 def test_max_batches_samples_the_windows_evenly():
-    seen = [batch.index.tolist() for batch in eval_batches(text(50), CFG, max_batches=2)]
-    assert seen == [[2, 6, 10, 14, 18, 22], [27, 31, 35, 39, 43, 47]]
-    assert len(list(eval_batches(text(5), CFG, max_batches=2))) == 1
+    index = [batch.index.tolist() for batch in eval_batches(make_windows(50), CFG, max_batches=2)]
+    assert index == [[2, 6, 10, 14, 18, 22], [27, 31, 35, 39, 43, 47]]
+    assert len(list(eval_batches(make_windows(5), CFG, max_batches=2))) == 1
 
 
 @pytest.mark.parametrize(("total", "count"), [(1, 1), (7, 3), (7, 7), (7, 9), (1000, 64)])
 def test_eval_index_takes_the_middle_of_every_part(total, count):
     index = eval_index(total, count)
     assert len(index) == len(set(index.tolist())) == min(total, count)
-    # One index from each of `count` equal parts; their mean is that of all windows.
-    parts = index * len(index) // total
-    assert parts.tolist() == list(range(len(index)))
+    part_of_index = index * len(index) // total
+    assert part_of_index.tolist() == list(range(len(index)))
     assert abs(index.mean() - (total - 1) / 2) <= 0.5
 
 
@@ -170,9 +170,9 @@ def test_an_invalid_field_is_rejected_when_the_config_is_built(field, value, mes
 def test_a_batch_larger_than_the_data_is_rejected():
     message = r"data\.batch_size=6 must be at most the 5 windows of .*make the batch or .* smaller"
     with pytest.raises(ConfigError, match=message):
-        batch_at(text(5), CFG, 0)
+        batch_at(make_windows(5), CFG, 0)
     with pytest.raises(ConfigError, match=message):
-        batches(text(5), CFG)
+        batches(make_windows(5), CFG)
 
 
 @pytest.mark.parametrize(
@@ -185,18 +185,18 @@ def test_a_batch_larger_than_the_data_is_rejected():
     ],
 )
 def test_hosts_that_cannot_share_a_batch_are_rejected(arguments, message):
-    for read in (
-        lambda: batch_at(text(50), CFG, 0, **arguments),
-        lambda: batches(text(50), CFG, **arguments),
-        lambda: next(eval_batches(text(50), CFG, **arguments)),
+    for call in (
+        lambda: batch_at(make_windows(50), CFG, 0, **arguments),
+        lambda: batches(make_windows(50), CFG, **arguments),
+        lambda: next(eval_batches(make_windows(50), CFG, **arguments)),
     ):
         with pytest.raises(ConfigError, match=message):
-            read()
+            call()
 
 
 def test_a_negative_step_is_rejected():
     with pytest.raises(ConfigError, match="step must be at least 0, got -1; 0 is the first"):
-        batch_at(text(50), CFG, -1)
+        batch_at(make_windows(50), CFG, -1)
 
 
 def test_an_unknown_split_is_rejected_with_the_known_splits():

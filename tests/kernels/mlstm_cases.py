@@ -106,7 +106,7 @@ def run(kernels: Kernels, case: Case, **options):
 
 
 def interpret(
-    kernels: Kernels, case: Case, *, how=True, lanes=LANES, tile=None, **options
+    kernels: Kernels, case: Case, *, interpreter=True, lanes=LANES, tile=None, **options
 ) -> dict[str, np.ndarray]:
     """h, the final state and all gradients by these kernels, interpreted.
 
@@ -115,8 +115,8 @@ def interpret(
     """
     options.setdefault("chunk_size", LANES if lanes == LANES else None)
     function = _bound(kernels if tile is None else with_tile(kernels, tile))
-    compiled = _compiled(function, tuple(sorted(options.items())), (how, lanes))
-    with common.interpreted(how, lanes=lanes):
+    compiled = _compiled(function, tuple(sorted(options.items())), (interpreter, lanes))
+    with common.interpreted(interpreter, lanes=lanes):
         return _as_float64(compiled(jax.tree.map(jnp.asarray, case)))
 
 

@@ -100,12 +100,12 @@ def saving_gates(saved: bool | None):
 
 
 def interpret(
-    kernels: Kernels, case: Case, *, how=True, lanes=LANES, save_gates=None, **options
+    kernels: Kernels, case: Case, *, interpreter=True, lanes=LANES, save_gates=None, **options
 ) -> dict[str, np.ndarray]:
     """h, the final state and all gradients by these kernels, interpreted."""
     function = _bound(kernels, tuple(sorted(options.items())))
-    compiled = _compiled(function, (how, lanes, save_gates))
-    with saving_gates(save_gates), common.interpreted(how, lanes=lanes):
+    compiled = _compiled(function, (interpreter, lanes, save_gates))
+    with saving_gates(save_gates), common.interpreted(interpreter, lanes=lanes):
         return _named(compiled(jax.tree.map(jnp.asarray, case)))
 
 

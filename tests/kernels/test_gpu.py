@@ -1,4 +1,4 @@
-"""Support of Triton kernels by device and environment, and calls of jax-triton."""
+"""Device and package checks of the Triton kernels, and the arguments passed to jax-triton."""
 
 import importlib.metadata
 import sys
@@ -14,6 +14,7 @@ from pallas_kernels.hardware import ARCHITECTURES
 
 INSTALL_HINT = "install the versions that match this jax: `pip install xlstm-jax[gpu]`"
 PAIRS = {"0.10": ("0.10.2", "0.3.1"), "0.11": ("0.11.0", "0.4.0")}
+"""Compatible versions of jax and jax-triton, by jax release."""
 
 
 @pytest.fixture(autouse=True)
@@ -28,21 +29,23 @@ def _clear_caches():
 
 
 @pytest.fixture
-def device(monkeypatch):
-    """A function that replaces the devices of JAX by one of this kind and capability."""
+def set_device(monkeypatch):
+    """A function that makes `jax.devices` return a single fake device."""
 
-    def set_device(kind: str, **attributes):
+    def set_fake(kind: str, **attributes):
         device = SimpleNamespace(device_kind=kind, **attributes)
         monkeypatch.setattr(jax, "devices", lambda *_: [device])
 
-    return set_device
+    return set_fake
 
 
 @pytest.fixture
-def installed(monkeypatch):
-    """A function that installs fake modules, with these package versions."""
+def install(monkeypatch):
+    """A function that installs fake triton and jax-triton modules and package versions."""
 
-    def install(jax_version="0.10.2", jax_triton_version="0.3.1", *, interpret=False, call=None):
+    def install_fakes(
+        jax_version="0.10.2", jax_triton_version="0.3.1", *, interpret=False, call=None
+    ):
         nvidia = SimpleNamespace(ptxas=SimpleNamespace(path="older"), ptxas_blackwell="newer")
         runtime = SimpleNamespace(interpret=interpret)
         triton = SimpleNamespace(knobs=SimpleNamespace(runtime=runtime, nvidia=nvidia))
@@ -52,7 +55,7 @@ def installed(monkeypatch):
         monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
         return triton
 
-    return install
+    return install_fakes
 
 
 # Chips
@@ -75,9 +78,9 @@ def installed(monkeypatch):
     ],
 )
 def test_current_chip_is_the_newest_known_architecture_up_to_the_capability(
-    device, capability, name
+    set_device, capability, name
 ):
-    device("some GPU", compute_capability=capability)
+    set_device("some GPU", compute_capability=capability)
     assert gpu.current_chip() == name
 
 
@@ -88,7 +91,7 @@ def test_current_chip_without_a_gpu_is_the_ahead_of_time_target():
 
 
 def test_architectures_are_sorted_by_capability():
-    """`current_chip` takes the last one up to the capability of the device."""
+    """`current_chip` relies on this order."""
     capabilities = [chip.capability for chip in ARCHITECTURES.values()]
     assert capabilities == sorted(capabilities)
     assert [f"sm_{capability}" for capability in capabilities] == list(ARCHITECTURES)
@@ -100,45 +103,47 @@ def test_architectures_are_sorted_by_capability():
 
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 @pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"])
-def test_gpu_with_compatible_packages_is_supported(device, installed, capability, pair):
-    device("some GPU", compute_capability=capability)
-    installed(*pair)
+def test_gpu_with_compatible_packages_is_supported(set_device, install, capability, pair):
+    set_device("some GPU", compute_capability=capability)
+    install(*pair)
     assert gpu.refusal() is None
 
 
-def test_other_devices_than_nvidia_gpus_are_refused(device, installed):
-    installed()
+def test_devices_other_than_nvidia_gpus_are_refused(set_device, install):
+    install()
     assert gpu.refusal() == "it needs an NVIDIA GPU, got 'cpu'"
-    device("AMD Instinct MI210", compute_capability="gfx90a")
+    set_device("AMD Instinct MI210", compute_capability="gfx90a")
     assert gpu.refusal() == "it needs an NVIDIA GPU, got 'AMD Instinct MI210'"
 
 
 @pytest.mark.parametrize("capability", ["7.5", "6.1"])
-def test_gpus_older_than_ampere_are_refused(device, installed, capability):
-    installed()
-    device("Tesla T4", compute_capability=capability)
+def test_gpus_older_than_ampere_are_refused(set_device, install, capability):
+    install()
+    set_device("Tesla T4", compute_capability=capability)
     assert gpu.refusal() == (
         f"it needs compute capability 8.0 (Ampere) or higher, a Tesla T4 has {capability}"
     )
 
 
-def test_ahead_of_time_target_needs_no_gpu(installed):
-    installed()
+def test_ahead_of_time_target_needs_no_gpu(install):
+    install()
     with common.compiled_for("sm_90"):
         assert gpu.refusal() is None
 
 
 def environment_refusal() -> str | None:
-    """The refusal for an ahead-of-time target, which depends on installed packages only."""
+    """The refusal for an ahead-of-time target, which depends only on the installed packages."""
     with common.compiled_for("sm_80"):
         return gpu.refusal()
 
 
 @pytest.mark.parametrize(
-    "module,package", [("triton", "triton"), ("jax_triton", "jax-triton")], ids=["triton", "bridge"]
+    "module,package",
+    [("triton", "triton"), ("jax_triton", "jax-triton")],
+    ids=["triton", "jax-triton"],
 )
-def test_missing_package_is_named(monkeypatch, installed, module, package):
-    installed()
+def test_missing_package_is_named(monkeypatch, install, module, package):
+    install()
     monkeypatch.setitem(sys.modules, module, None)
     assert environment_refusal() == f"{package} is not installed; {INSTALL_HINT}"
 
@@ -157,10 +162,10 @@ def test_missing_package_is_named(monkeypatch, installed, module, package):
     ],
     ids=["AttributeError", "ModuleNotFoundError"],
 )
-def test_import_error_of_jax_triton_is_part_of_the_refusal(
-    monkeypatch, installed, tmp_path, source, message
+def test_refusal_contains_the_import_error_of_jax_triton(
+    monkeypatch, install, tmp_path, source, message
 ):
-    installed()
+    install()
     monkeypatch.delitem(sys.modules, "jax_triton")
     (tmp_path / "jax_triton.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
@@ -170,24 +175,24 @@ def test_import_error_of_jax_triton_is_part_of_the_refusal(
 @pytest.mark.parametrize(
     "versions", [("0.11.0", "0.3.1"), ("0.10.2", "0.4.0"), ("1.0.0", "0.3.1")], ids="-".join
 )
-def test_incompatible_versions_are_refused(installed, versions):
-    installed(*versions)
+def test_incompatible_versions_are_refused(install, versions):
+    install(*versions)
     message = f"jax {versions[0]}, jax-triton {versions[1]} do not match; {INSTALL_HINT}"
     assert environment_refusal() == message
 
 
-def test_triton_interpret_mode_is_refused(installed):
-    installed(interpret=True)
+def test_triton_interpret_mode_is_refused(install):
+    install(interpret=True)
     assert (
         environment_refusal()
         == "TRITON_INTERPRET is set, which disables Triton's compiler; unset it"
     )
 
 
-def test_interpreter_needs_triton_imported_in_interpret_mode(monkeypatch, installed):
-    installed(interpret=True)
+def test_interpreter_requires_triton_in_interpret_mode(monkeypatch, install):
+    install(interpret=True)
     assert gpu.interpreter_refusal() is None
-    installed(interpret=False)
+    install(interpret=False)
     assert gpu.interpreter_refusal() == (
         "Triton's interpreter is off; set TRITON_INTERPRET=1 before triton is imported"
     )
@@ -199,32 +204,32 @@ def test_interpreter_needs_triton_imported_in_interpret_mode(monkeypatch, instal
 
 
 KERNEL = SimpleNamespace(arg_names=["x", "y", "first", "second", "SIZE"])
-OUT = (jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.bfloat16))
+OUT_SHAPE = (jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.bfloat16))
 
 
 @pytest.fixture
-def called(installed):
-    """A function that calls a kernel with fake packages; returns the keyword arguments passed."""
+def triton_kwargs(install):
+    """A function that calls `gpu.call` and returns the keyword arguments of `triton_call`."""
 
     def call(pair: str, **settings):
         recorded = []
 
-        def triton_call(*arrays, **named):
+        def triton_call(*arrays, **kwargs):
             if pair == "0.11":
                 message = "input_output_aliases is deprecated, use mutable arrays"
                 warnings.warn(message, DeprecationWarning, stacklevel=2)
-            recorded.append((arrays, named))
-            return ("the", "results")
+            recorded.append((arrays, kwargs))
+            return ("x", "y")
 
-        installed(*PAIRS[pair], call=triton_call)
+        install(*PAIRS[pair], call=triton_call)
         settings = dict(name="a_kernel", grid=(4, 2), SIZE=3) | settings
-        assert gpu.call(KERNEL, ("a", "b"), OUT, **settings) == ("the", "results")
-        ((arrays, named),) = recorded
+        assert gpu.call(KERNEL, ("a", "b"), OUT_SHAPE, **settings) == ("x", "y")
+        ((arrays, kwargs),) = recorded
         assert arrays == ("a", "b")
-        return named
+        return kwargs
 
     with pytest.MonkeyPatch.context() as patch:
-        # Run-time type checks would reject the strings that stand for arrays.
+        # Run-time type checks reject the strings that stand for arrays.
         patch.setattr(gpu, "call", getattr(gpu.call, "__wrapped__", gpu.call))
         yield call
 
@@ -233,47 +238,47 @@ every_pair = pytest.mark.parametrize("pair", PAIRS)
 
 
 @every_pair
-def test_output_shapes_have_the_keyword_of_the_jax_triton_version(called, pair):
-    named = called(pair)
-    right, wrong = ("out_type", "out_shape") if pair == "0.11" else ("out_shape", "out_type")
-    assert named[right] == OUT and wrong not in named
+def test_output_shapes_use_the_keyword_of_the_jax_triton_version(triton_kwargs, pair):
+    kwargs = triton_kwargs(pair)
+    expected, other = ("out_type", "out_shape") if pair == "0.11" else ("out_shape", "out_type")
+    assert kwargs[expected] == OUT_SHAPE and other not in kwargs
 
 
 @every_pair
-def test_kernel_grid_and_constants_are_forwarded(called, pair):
-    named = called(pair, num_warps=8, num_stages=3)
-    assert named["kernel"] is KERNEL
+def test_kernel_grid_and_constants_are_forwarded(triton_kwargs, pair):
+    kwargs = triton_kwargs(pair, num_warps=8, num_stages=3)
+    assert kwargs["kernel"] is KERNEL
     expected = dict(name="a_kernel", grid=(4, 2), num_warps=8, num_stages=3, SIZE=3)
-    assert {key: named[key] for key in expected} == expected
+    assert {key: kwargs[key] for key in expected} == expected
 
 
 @every_pair
 @pytest.mark.parametrize("target,capability", [("sm_80", 80), ("sm_100", 100), (None, None)])
-def test_target_sets_the_compute_capability(called, pair, target, capability):
-    assert called(pair, target=target)["compute_capability"] == capability
+def test_target_sets_the_compute_capability(triton_kwargs, pair, target, capability):
+    assert triton_kwargs(pair, target=target)["compute_capability"] == capability
 
 
 @every_pair
-def test_aliases_are_forwarded_with_placeholders_where_needed(called, pair):
-    """jax-triton 0.4 passes no argument for an aliased result, 0.3 does."""
-    named = called(pair, aliases={0: 1})
-    assert dict(named["input_output_aliases"]) == {0: 1}
-    assert named.get("second") == (0 if pair == "0.11" else None)
-    assert "first" not in named
-    assert not called(pair)["input_output_aliases"]
+def test_aliases_are_forwarded_with_placeholders_where_needed(triton_kwargs, pair):
+    """jax-triton 0.4 passes no argument for an aliased result; 0.3 does."""
+    kwargs = triton_kwargs(pair, aliases={0: 1})
+    assert dict(kwargs["input_output_aliases"]) == {0: 1}
+    assert kwargs.get("second") == (0 if pair == "0.11" else None)
+    assert "first" not in kwargs
+    assert not triton_kwargs(pair)["input_output_aliases"]
 
 
 @every_pair
-def test_both_versions_enable_fp_fusion(called, pair):
+def test_both_versions_enable_fp_fusion(triton_kwargs, pair):
     options = {"enable_fp_fusion": True} if pair == "0.11" else None
-    assert called(pair).get("backend_options") == options
+    assert triton_kwargs(pair).get("backend_options") == options
 
 
 @pytest.mark.parametrize("path", [None, "/mine"], ids=["unset", "set"])
-def test_triton_uses_the_older_ptxas_unless_configured(called, monkeypatch, path):
+def test_triton_uses_the_older_ptxas_unless_configured(triton_kwargs, monkeypatch, path):
     monkeypatch.delenv("TRITON_PTXAS_BLACKWELL_PATH", raising=False)
     if path is not None:
         monkeypatch.setenv("TRITON_PTXAS_BLACKWELL_PATH", path)
-    called("0.10")
-    assembler = sys.modules["triton"].knobs.nvidia.ptxas_blackwell
-    assert assembler == ("older" if path is None else "newer")
+    triton_kwargs("0.10")
+    ptxas = sys.modules["triton"].knobs.nvidia.ptxas_blackwell
+    assert ptxas == ("older" if path is None else "newer")

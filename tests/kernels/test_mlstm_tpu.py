@@ -117,15 +117,15 @@ def test_forward_kernel_writes_residuals_only_for_a_gradient():
     assert backward.params["name"] == "mlstm_backward"
 
 
-@pytest.mark.parametrize("how", STRICT.values(), ids=STRICT)
+@pytest.mark.parametrize("interpreter", STRICT.values(), ids=STRICT)
 @pytest.mark.parametrize(
     "tile,flags", [(Tile(16, 8, 2), True), (Tile(8, 8, 1), False)], ids=["16-8-2", "8-8-1"]
 )
-def test_kernels_have_no_uninitialized_reads_or_races(tile, flags, how, capfd):
+def test_kernels_have_no_uninitialized_reads_or_races(tile, flags, interpreter, capfd):
     case = make_case(B=1, T=61 if tile.chunk > 8 else 21, flags=flags)
-    assert_results_match(kernel(case, how=how, tile=tile), reference(case))
+    assert_results_match(kernel(case, interpreter=interpreter, tile=tile), reference(case))
     forward = functools.partial(mlstm_cases.run, mlstm_cases.with_tile(backends.tpu(), tile))
-    with common.interpreted(how, lanes=LANES):
+    with common.interpreted(interpreter, lanes=LANES):
         h, _ = quick.jit(forward)(jax.tree.map(jnp.asarray, case))
     assert_close(np.asarray(h), reference(case)["h"], TABLE["float32"].h, "h")
     assert "RACE DETECTED" not in capfd.readouterr().out

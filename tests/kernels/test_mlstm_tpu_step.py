@@ -1,4 +1,4 @@
-"""The mLSTM TPU kernel of one step, interpreted, against the cell: in place, in column blocks."""
+"""The mLSTM TPU decode kernel, interpreted, against the cell."""
 
 import functools
 
@@ -51,7 +51,7 @@ def test_one_step_with_sigmoid_input_gate_matches_the_cell(options):
 
 
 def test_column_blocks_of_the_matrix_memory_match_the_cell(monkeypatch):
-    """V = 384 in three blocks of 128: each computes its part of h, one of them n."""
+    """V = 384 is split into three blocks of 128; n is computed by one of them."""
     monkeypatch.setattr(tpu_decode, "BLOCK_BYTES", 4 * 8 * 128)
     case = make_step_case(K=8, V=384)
     (call,) = calls(run, jax.tree.map(jnp.asarray, case))
@@ -62,7 +62,7 @@ def test_column_blocks_of_the_matrix_memory_match_the_cell(monkeypatch):
 
 
 @pytest.mark.parametrize("K,V", [(8, 8), (256, 512), (512, 1024), (1280, 1280), (96, 100), (96, 7)])
-def test_column_blocks_divide_the_matrix_memory(K, V):
+def test_column_blocks_divide_v_and_fit_the_block_size(K, V):
     case = make_case(B=1, T=1, H=1, K=K, V=V)
     (call,) = calls(run, jax.tree.map(jnp.asarray, case))
     columns = V // call.params["grid_mapping"].grid[2]
@@ -72,7 +72,7 @@ def test_column_blocks_divide_the_matrix_memory(K, V):
 
 
 def test_one_step_updates_the_state_in_place():
-    """C and n are passed unchanged but for an added axis, and share their buffers with results."""
+    """C and n, reshaped at most, alias results of the same shape."""
     case = jax.tree.map(jnp.asarray, make_case(T=1))
     (call,) = calls(run, case)
     aliases = dict(call.params["input_output_aliases"])
@@ -82,7 +82,7 @@ def test_one_step_updates_the_state_in_place():
     assert [call.outvars[number].aval.shape for number in (1, 2)] == [(2, 2, 6, 10), (2, 2, 1, 6)]
 
 
-def test_one_step_uses_the_decoding_kernel_unless_differentiated():
+def test_one_step_uses_the_decode_kernel_unless_differentiated():
     case = jax.tree.map(jnp.asarray, make_case(T=1))
     names = lambda function: [call.params["name"] for call in calls(function, case)]  # noqa: E731
     assert names(run) == ["mlstm_decode"]
@@ -99,11 +99,11 @@ def test_gradients_of_one_step_match_the_cell(flags):
     assert_results_match(kernel(case), reference(case))
 
 
-@pytest.mark.parametrize("how", STRICT.values(), ids=STRICT)
-def test_one_step_reads_no_uninitialized_memory_and_has_no_races(how, monkeypatch, capfd):
+@pytest.mark.parametrize("interpreter", STRICT.values(), ids=STRICT)
+def test_one_step_reads_no_uninitialized_memory_and_has_no_races(interpreter, monkeypatch, capfd):
     monkeypatch.setattr(tpu_decode, "BLOCK_BYTES", 4 * 8 * 128)
     case = make_step_case(K=8, V=256)
-    with common.interpreted(how, lanes=LANES):
+    with common.interpreted(interpreter, lanes=LANES):
         actual = quick.jit(run)(jax.tree.map(jnp.asarray, case))
     assert_step_matches_cell(case, actual)
     assert "RACE DETECTED" not in capfd.readouterr().out

@@ -220,7 +220,7 @@ def test_gradients_of_one_step_match_the_cell(flags):
     assert_results_match(kernel(case, chunk_size=8), reference(case))
 
 
-def test_one_step_uses_the_decoding_kernel_unless_differentiated():
+def test_one_step_uses_the_decode_kernel_unless_differentiated():
     case = jax.tree.map(jnp.asarray, make_case(T=1))
     assert launch_counts(lambda c: run(c), case) == {"mlstm_decode": 1}
     gradient = jax.grad(lambda c: jnp.sum(run(c)[0] * c.dh))

@@ -1,4 +1,4 @@
-"""Tiles of the mLSTM Triton kernels: blocks divide every call; unsupported sizes are refused."""
+"""Tiles of the mLSTM Triton kernels: blocks divide the padded sizes; bad calls are refused."""
 
 import itertools
 
@@ -15,22 +15,21 @@ SIZES = (1, 6, 16, 20, 48, 64, 65, 96, 128, 192, 256, 320, 384, 512, 640, 768, 1
 LENGTHS = (1, 63, 64, 65, 100, 128, 300, 1000, 4096)
 CHUNKS = (None, 64, 128, 192, 256, 512)
 MIN_BLOCK = 16
-"""The least size of a block in a product on a GPU."""
+"""Smallest block size of a matrix product on a GPU."""
 
 every_chip = pytest.mark.parametrize("chip", ARCHITECTURES)
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def is_power_of_two(size: int) -> bool:
-    """Whether `size` is a power of two."""
     return size > 0 and size & (size - 1) == 0
 
 
 def assert_divides(tile: Tile, K: int, V: int, min_block=MIN_BLOCK):
     """Block sizes are powers of two, at least `min_block`, and divide their widths or chunk."""
     sizes = [(tile.states.k, K), (tile.states.v, V), (tile.states.positions, tile.chunk)]
-    for block, read, written in ((tile.h, K, V), (tile.dv, K, V), (tile.dq, V, K), (tile.dk, V, K)):
-        sizes += [(block.inner, read), (block.state_inner, read), (block.width, written)]
+    for block, inner, width in ((tile.h, K, V), (tile.dv, K, V), (tile.dq, V, K), (tile.dk, V, K)):
+        sizes += [(block.inner, inner), (block.state_inner, inner), (block.width, width)]
         sizes += [(block.positions, tile.chunk), (block.other_positions, block.positions)]
     for size, total in sizes:
         assert is_power_of_two(size) and size >= min_block, (size, tile)
@@ -41,7 +40,7 @@ def assert_divides(tile: Tile, K: int, V: int, min_block=MIN_BLOCK):
 
 @every_chip
 @both_dtypes
-def test_blocks_divide_every_call(chip, dtype):
+def test_blocks_divide_the_padded_sizes(chip, dtype):
     with common.compiled_for(chip):
         for K, V in itertools.product(SIZES, SIZES):
             widths = [gpu.width(size, common.LANES) for size in (K, V)]
@@ -52,13 +51,13 @@ def test_blocks_divide_every_call(chip, dtype):
 @both_dtypes
 @pytest.mark.parametrize("T", LENGTHS)
 def test_chunk_has_the_requested_size_unless_the_sequence_is_shorter(chip, dtype, T):
-    longest = common.round_up(T, triton_tiles.POSITIONS)
+    max_chunk = common.round_up(T, triton_tiles.POSITIONS)
     with common.compiled_for(chip):
         for chunk_size in CHUNKS:
             tile = triton_tiles.choose(128, 256, dtype, T, chunk_size)
             assert_divides(tile, 128, 256)
             default = triton_tiles.choose(128, 256, dtype, 4096, None).chunk
-            assert tile.chunk == min(chunk_size or default, longest)
+            assert tile.chunk == min(chunk_size or default, max_chunk)
 
 
 @every_chip
@@ -72,7 +71,7 @@ def test_wide_heads_have_longer_chunks(chip):
 
 
 @pytest.mark.parametrize("lanes", [8, 16, 32, 64, 128])
-def test_blocks_of_interpreted_calls_divide_every_call(lanes):
+def test_interpreted_blocks_divide_the_padded_sizes(lanes):
     for K, V, T in itertools.product((1, 6, 20, 64, 96), (10, 16, 128), (1, 9, 100)):
         with common.interpreted(lanes=lanes):
             tile = triton_tiles.choose(K, V, DTYPES[0], T, None)
@@ -114,7 +113,7 @@ def test_unsupported_calls_are_refused_with_a_supported_alternative(dtype, chunk
     assert str(error.value) == f"mlstm: {message}."
 
 
-def test_every_width_has_a_tile():
+def test_very_wide_heads_are_supported():
     for dtype, chunk_size in itertools.product(DTYPES, CHUNKS):
         assert triton_tiles.refusal(4096, 8192, dtype, chunk_size) is None
 

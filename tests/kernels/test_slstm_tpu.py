@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import common, tpu
 from pallas_kernels.slstm import backends, tpu_tiles
@@ -15,6 +14,7 @@ from pallas_kernels.tpu import SCOPED_BYTES
 from tests import quick
 from tests.kernels import slstm_cases
 from tests.kernels.calls import calls
+from tests.kernels.mlstm_cases import STRICT
 from tests.kernels.slstm_cases import (
     LANES,
     LEAVES,
@@ -198,7 +198,7 @@ def test_decoding_updates_the_state_in_place():
     assert dict(call.params["input_output_aliases"]) == {3: 0, 4: 1, 5: 2, 6: 3}
 
 
-def test_one_step_uses_the_decoding_kernel_unless_differentiated():
+def test_one_step_uses_the_decode_kernel_unless_differentiated():
     case = jax.tree.map(jnp.asarray, make_case(T=1))
     names = lambda function: [call.params["name"] for call in calls(function, case)]  # noqa: E731
     assert names(run) == ["slstm_decode"]
@@ -292,19 +292,12 @@ def test_blocks_fit_vmem_and_cover_the_call(B, K):
     assert blocks.padded_steps >= T and blocks.padded_steps % blocks.steps == 0 == H % blocks.heads
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        pltpu.InterpretParams(uninitialized_memory="nan"),
-        pltpu.InterpretParams(detect_races=True, random_seed=7),
-    ],
-    ids=["nan", "races"],
-)
+@pytest.mark.parametrize("interpreter", STRICT.values(), ids=STRICT)
 @pytest.mark.parametrize("T", [1, 9])
-def test_no_uninitialized_memory_is_read_and_there_are_no_races(how, T, capfd):
+def test_no_uninitialized_memory_is_read_and_there_are_no_races(interpreter, T, capfd):
     case = make_case(T=T, flags=True)
-    assert_results_match(kernel(case, how=how, vmem=SMALL_VMEM), reference(case))
-    with common.interpreted(how, lanes=LANES):
+    assert_results_match(kernel(case, interpreter=interpreter, vmem=SMALL_VMEM), reference(case))
+    with common.interpreted(interpreter, lanes=LANES):
         h, _ = quick.jit(run)(jax.tree.map(jnp.asarray, case._replace(reset=None, mask=None)))
     assert np.isfinite(h).all()
     assert "RACE DETECTED" not in capfd.readouterr().out

@@ -162,7 +162,7 @@ def test_forward_and_backward_passes_launch_one_kernel_each(flags):
     assert launch_counts(gradient, case.x) == FORWARD | BACKWARD
 
 
-def test_one_step_uses_the_decoding_kernel_unless_differentiated():
+def test_one_step_uses_the_decode_kernel_unless_differentiated():
     case = jax.tree.map(jnp.asarray, make_case(T=1))
     assert launch_counts(run, case) == DECODE
     gradient = jax.grad(lambda x: jnp.sum(run(case._replace(x=x))[0] * case.dh))

@@ -1,4 +1,4 @@
-"""Tiles of the sLSTM Triton kernels: blocks divide every head, resident weights fit."""
+"""Tiles of the sLSTM Triton kernels: blocks divide the head width, resident weights fit."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from pallas_kernels.slstm.triton_tiles import Tile
 DTYPES = [jnp.dtype("float32"), jnp.dtype("bfloat16")]
 LANES = (4, 8, 16, 32, 64, 128)
 MIN_BLOCK = 16
-"""The least size of a block in a product on a GPU."""
+"""Smallest block size of a matrix product on a GPU."""
 WIDTHS = sorted({gpu.width(size, common.LANES) for size in range(16, 1025, 16)})
 
 every_chip = pytest.mark.parametrize("chip", ARCHITECTURES)
@@ -22,7 +22,6 @@ both_directions = pytest.mark.parametrize("direction", ["forward", "backward"])
 
 
 def is_power_of_two(size: int) -> bool:
-    """Whether `size` is a power of two."""
     return size > 0 and size & (size - 1) == 0
 
 
@@ -46,7 +45,7 @@ def all_tiles(chip: str, dtype, direction: str) -> dict[int, Tile]:
 @every_chip
 @both_dtypes
 @both_directions
-def test_blocks_divide_every_head(chip, dtype, direction):
+def test_blocks_divide_the_head_width(chip, dtype, direction):
     for K, tile in all_tiles(chip, dtype, direction).items():
         assert_divides(tile, K)
 
@@ -62,8 +61,8 @@ def test_resident_and_cached_weights_fit_shared_memory(chip, dtype, direction):
 
 @every_chip
 @both_dtypes
-def test_weights_are_cached_only_for_widths_of_a_power_of_two(chip, dtype):
-    """A cached block is multiplied by all cells of the head in one product."""
+def test_weights_are_cached_only_if_the_width_is_a_power_of_two(chip, dtype):
+    """One product multiplies a cached block by all cells of the head."""
     for K, tile in all_tiles(chip, dtype, "forward").items():
         assert not tile.cached or is_power_of_two(K), (K, tile)
 
@@ -92,7 +91,7 @@ def test_bfloat16_heads_of_64_are_resident_on_data_center_gpus(direction):
 @pytest.mark.parametrize("lanes", LANES)
 @both_dtypes
 @both_directions
-def test_blocks_of_interpreted_calls_divide_every_head(lanes, dtype, direction):
+def test_interpreted_blocks_divide_the_head_width(lanes, dtype, direction):
     for K, tile in interpreted_tiles(lanes, dtype, direction).items():
         assert_divides(tile, K, min_block=min(lanes, MIN_BLOCK))
 
@@ -105,7 +104,7 @@ def test_interpreted_weights_are_resident_for_narrow_heads_only(dtype, direction
 
 
 def interpreted_tiles(lanes: int, dtype, direction: str) -> dict[int, Tile]:
-    """The interpreter's tile of some widths K."""
+    """The tile that the interpreter uses for each of some widths K."""
     sizes = (1, 5, 8, 12, 16, 20, 40, 64, 65, 96, 192, 512)
     with common.interpreted(lanes=lanes):
         widths = [gpu.width(size, lanes) for size in sizes]

@@ -39,20 +39,20 @@ class TinyLM(nn.Module):
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
+def compile_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compile_cache")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compilation(compiled, one_device):
-    """These tests do not depend on the speed of compiled programs."""
-    with quick.compilation(compiled):
+def quick_compilation(compile_cache, one_device):
+    """Compiles with few optimizations, which are not worth their time in these tests."""
+    with quick.compilation(compile_cache):
         yield
 
 
 @pytest.fixture(autouse=True, scope="module")
 def shared_programs():
-    """Runs of one config share their programs: tracing takes most of the time of a small run."""
+    """Runs of one config share their programs, because tracing dominates the time of small runs."""
     programs = {}
 
     def shared(cfg, devices, tx=None):
@@ -68,7 +68,7 @@ def shared_programs():
 
 @pytest.fixture(scope="module")
 def tiny_lm():
-    """Runs train a `TinyLM`."""
+    """Replaces the model of all runs with `TinyLM`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "LM", TinyLM)
         patch.setattr(checkpoint, "param_shapes", lambda cfg: shapes(TinyLM(cfg)))
@@ -88,7 +88,7 @@ def tiny():
 
 @pytest.fixture
 def batches(rng):
-    """Makes batches of sequences with very different numbers of targets."""
+    """Makes random batches; the number of targets varies between sequences."""
 
     def make(batch_size=8, length=12, vocab=11):
         shape = (batch_size, length)
@@ -148,7 +148,7 @@ def assert_same():
 
 @pytest.fixture
 def with_train():
-    """`with_train(cfg, lr=1)`: a config with other fields of `train`."""
+    """`with_train(cfg, lr=1)` replaces fields of `cfg.train`."""
     return lambda cfg, **fields: dataclasses.replace(
         cfg, train=dataclasses.replace(cfg.train, **fields)
     )
@@ -156,5 +156,5 @@ def with_train():
 
 @pytest.fixture
 def tokens():
-    """Tokens that suffice to initialize parameters."""
+    """The smallest input that initializes parameters."""
     return jnp.zeros((1, 1), jnp.int32)

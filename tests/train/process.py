@@ -11,7 +11,7 @@ import jax
 
 
 def main(options: dict) -> None:
-    """Trains, and writes the window indices that this process loads at each step beside the run."""
+    """Trains, and logs the window indices of each local batch to a file next to the run folder."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", options["devices"])
     from xlstm_jax.config import from_dict
@@ -21,12 +21,12 @@ def main(options: dict) -> None:
 
     init_distributed(from_dict(Processes, options["processes"]))
     process_id = jax.process_index()
-    loaded = Path(options["run_dir"]).parent / f"{options['name']}_{process_id}.jsonl"
+    index_file = Path(options["run_dir"]).parent / f"{options['name']}_{process_id}.jsonl"
     shard_batch = Devices.batch
 
     def record_indices(self, batch, batch_size=None):
         if batch_size is not None:  # a training batch
-            with loaded.open("a") as file:
+            with index_file.open("a") as file:
                 file.write(json.dumps(batch.index.tolist()) + "\n")
         return shard_batch(self, batch, batch_size)
 

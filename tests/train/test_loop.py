@@ -268,7 +268,9 @@ def test_console_shows_progress_and_records_contain_the_flop_rate(
     assert lines[0].startswith("step 3/6  loss") and "bits per byte" in lines[-1]
 
 
-def test_compiled_programs_are_cached_in_the_run_directory(tiny_lm, experiment, tmp_path, compiled):
+def test_compiled_programs_are_cached_in_the_run_directory(
+    tiny_lm, experiment, tmp_path, compile_cache
+):
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
     try:
@@ -276,7 +278,7 @@ def test_compiled_programs_are_cached_in_the_run_directory(tiny_lm, experiment, 
         assert list((tmp_path / "run" / "cache").iterdir())
         assert jax.config.values["jax_compilation_cache_dir"] is None
     finally:
-        jax.config.update("jax_compilation_cache_dir", str(compiled))
+        jax.config.update("jax_compilation_cache_dir", str(compile_cache))
 
 
 @pytest.fixture

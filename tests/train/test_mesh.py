@@ -60,7 +60,7 @@ T, VOCAB = 48, 64
 
 @pytest.fixture(autouse=True, scope="module")
 def all_devices(one_device):
-    """Uses all devices; other tests of training use the first one only."""
+    """Overrides `one_device`, which restricts the other tests of training to one device."""
     with jax.default_device(None):
         yield
 
@@ -78,7 +78,7 @@ def config(pattern: str, remat: str = "none") -> LMConfig:
 
 
 def packed_batch(rng, batch_size=8) -> Batch:
-    """Padded sequences of several documents, with very different numbers of targets."""
+    """Padded sequences of several documents; the number of targets varies between sequences."""
     shape = (batch_size, T)
     documents = np.sort(rng.integers(1, 4, shape), axis=1).astype(np.int32)
     documents[0, 40:] = 0
@@ -119,7 +119,7 @@ def on_one_device(pattern: str, remat: str):
     ],
 )
 def test_loss_and_gradients_equal_those_of_one_device(pattern, remat, mesh, capfd):
-    """And the compiler reports no involuntary rematerialization of sharded arrays."""
+    """The compiler must not report involuntary rematerialization of sharded arrays either."""
     params, batch, (loss, expected) = on_one_device(pattern, remat)
     devices = make_devices(mesh)
     shardings = devices.shardings(params)
@@ -135,7 +135,7 @@ def test_loss_and_gradients_equal_those_of_one_device(pattern, remat, mesh, capf
 
 
 def test_the_compiler_reports_involuntary_rematerialization(capfd):
-    """So the test above searches for the right message."""
+    """Ensures that the test above searches for the right message."""
     devices = make_devices(MESHES["fsdp"])
 
     def reshard(x):
@@ -149,7 +149,7 @@ def test_the_compiler_reports_involuntary_rematerialization(capfd):
 
 @slow
 def test_no_collective_of_a_step_grows_with_the_sequence_length():
-    """For a complete train step with time sharded over `seq`."""
+    """Compares complete train steps, with the sequence sharded over `seq`."""
     mesh = MeshConfig(fsdp=2, seq=4, min_shard_size=2)
 
     def collectives_of_step(length: int) -> list[str]:
@@ -169,7 +169,7 @@ def test_no_collective_of_a_step_grows_with_the_sequence_length():
 @slow
 @every_mesh
 def test_a_train_step_equals_that_of_one_device(mesh, rng):
-    """With two micro-batches, both of which have sequences on every device."""
+    """Accumulates two micro-batches; both have sequences on every device."""
     cfg = TrainConfig(accumulation=2, lr=1e-2, warmup_steps=0, loss_chunk=16)
     model, tx = LM(config("mM")), make_optimizer(cfg)
     key, tokens, batch = jax.random.key(0), jnp.zeros((1, 1), jnp.int32), packed_batch(rng, 16)
@@ -263,7 +263,7 @@ def one_run(run_config, tmp_path_factory):
 @slow
 @pytest.mark.parametrize("mesh", RUN_MESHES.values(), ids=RUN_MESHES)
 def test_a_run_resumes_on_any_other_mesh(mesh, run_config, one_run, tmp_path):
-    """Started on one device, resumed on a mesh, and finished on another mesh."""
+    """Starts on one device, resumes on a mesh, and finishes on another mesh."""
     run_dir = tmp_path / "run"
 
     def stop_at(step):
@@ -298,7 +298,7 @@ def test_a_run_resumed_on_the_same_mesh_is_bit_exact(run_config, tmp_path, asser
 
 @slow
 def test_another_model_is_rejected_on_resume_but_another_mesh_is_not(run_config, tmp_path):
-    """The message lists the fields of the model only."""
+    """The error message must list the fields of the model only."""
     short = dataclasses.replace(run_config.train, steps=1)
     fit(on(dataclasses.replace(run_config, train=short), fsdp=2), tmp_path / "run")
     other = dataclasses.replace(run_config, model=dataclasses.replace(run_config.model, dim=64))

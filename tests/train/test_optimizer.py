@@ -62,7 +62,7 @@ def test_a_warmup_over_all_steps_ends_at_the_peak():
 
 
 def test_an_extended_exponential_decay_has_the_same_rate():
-    """With the end factor raised to the ratio of the numbers of steps."""
+    """The end factor must be raised to the ratio of new to old steps."""
     assert 0.1 ** (540_000 / 495_000) == pytest.approx(0.0811, abs=5e-5)  # of a published recipe
     old = TrainConfig(steps=100, lr=1.0, schedule="exponential", warmup_steps=0)
     new = TrainConfig(

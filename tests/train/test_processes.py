@@ -31,7 +31,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def config(experiment):
-    """A run of eight steps on four devices, for any number of processes."""
+    """A run of eight steps on a mesh of four devices."""
     model = dict(pattern="mM", dim=16)
     train = dict(steps=STEPS, log_every=1, eval_every=4, checkpoint_every=3)
     cfg = experiment(data=dict(batch_size=8), model=model, **train)
@@ -41,37 +41,36 @@ def config(experiment):
 class Run:
     """A multi-process run in its own folder."""
 
-    def __init__(self, folder: Path, cfg, compiled: Path):
+    def __init__(self, folder: Path, cfg, compile_cache: Path):
         self.folder, self.cfg, self.run_dir = folder, cfg, folder / "run"
         self.environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+            "JAX_COMPILATION_CACHE_DIR": str(compile_cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
 
-    def start(self, name: str, count: int, devices=4, missing=(), minutes=2.0, **more):
-        """Starts `count` processes with `devices` devices in total."""
-        port, processes = free_port(), []
-        for process_id in set(range(count)) - set(missing):
-            config = dict(timeout_minutes=minutes)
+    def start(self, name: str, count: int, missing=(), minutes=2.0, **options):
+        """Starts the processes of a run on four devices, except for the `missing` ids."""
+        coordinator, processes = f"127.0.0.1:{free_port()}", []
+        for process_id in sorted(set(range(count)) - set(missing)):
+            connection = dict(timeout_minutes=minutes)
             if count > 1:
-                config |= dict(coordinator=f"127.0.0.1:{port}", num_processes=count)
-                config |= dict(process_id=process_id)
-            options = dict(
+                connection |= dict(coordinator=coordinator, num_processes=count)
+                connection |= dict(process_id=process_id)
+            arguments = dict(
                 name=name,
                 run_dir=str(self.run_dir),
                 config=to_dict(self.cfg),
-                processes=config,
-                devices=devices // count,
-                **more,
+                processes=connection,
+                devices=4 // count,
+                **options,
             )
-            command = [sys.executable, "-m", "tests.train.process", json.dumps(options)]
+            command = [sys.executable, "-m", "tests.train.process", json.dumps(arguments)]
             pipe = subprocess.PIPE
-            processes.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=self.environment, stdout=pipe, stderr=pipe, text=True
-                )
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=self.environment, stdout=pipe, stderr=pipe, text=True
             )
+            processes.append(process)
         return processes
 
     def run(self, name: str, count: int, **options):
@@ -83,10 +82,10 @@ class Run:
         return [record["loss"] for record in records if "loss" in record]
 
     def indices(self, name: str) -> list[set[int]]:
-        """For each step, the window indices that the processes loaded together."""
+        """The window indices of each step, loaded by all processes together."""
         files = self.folder.glob(f"{name}_*.jsonl")
-        steps = [[json.loads(line) for line in path.read_text().splitlines()] for path in files]
-        return [set().union(*step) for step in zip(*steps, strict=True)]
+        hosts = [[json.loads(line) for line in path.read_text().splitlines()] for path in files]
+        return [set().union(*step) for step in zip(*hosts, strict=True)]
 
     def expected_indices(self, first: int, last: int) -> list[set[int]]:
         examples = loader.load(self.cfg.data, "train")
@@ -103,14 +102,14 @@ def _result(process, seconds=240):
 
 
 @pytest.fixture
-def run(tmp_path, config, compiled):
-    return Run(tmp_path, config, compiled)
+def run(tmp_path, config, compile_cache):
+    return Run(tmp_path, config, compile_cache)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(config, compiled, tmp_path_factory):
+def uninterrupted(config, compile_cache, tmp_path_factory):
     """An uninterrupted run of two processes."""
-    run = Run(tmp_path_factory.mktemp("uninterrupted"), config, compiled)
+    run = Run(tmp_path_factory.mktemp("uninterrupted"), config, compile_cache)
     run.run("all", 2)
     return run
 
@@ -119,17 +118,17 @@ SIGTERM_TO_ONE = {"process": 1, "step": 3, "signal": "SIGTERM"}
 
 
 @pytest.fixture(scope="module")
-def stopped(config, compiled, tmp_path_factory):
-    """A run of two processes, one of which received a SIGTERM, and their results."""
-    run = Run(tmp_path_factory.mktemp("stopped"), config, compiled)
+def stopped(config, compile_cache, tmp_path_factory):
+    """A run of two processes, stopped by a SIGTERM to one of them, and the result of each."""
+    run = Run(tmp_path_factory.mktemp("stopped"), config, compile_cache)
     return run, run.run("first", 2, events=[SIGTERM_TO_ONE])
 
 
 @pytest.fixture
 def resumable(run, stopped):
-    """A copy of the stopped run, to be resumed, and its step."""
-    first, results = stopped
-    shutil.copytree(first.run_dir, run.run_dir)
+    """A copy of the stopped run, and the step of its checkpoint."""
+    original, results = stopped
+    shutil.copytree(original.run_dir, run.run_dir)
     return run, results[0]["step"]
 
 
@@ -172,7 +171,7 @@ def test_a_run_resumes_with_one_then_two_then_four_processes(run, uninterrupted)
 
 
 def test_a_run_killed_while_saving_resumes_from_the_previous_checkpoint(run, uninterrupted):
-    """Killed after the files are written and before the rename; the other process then hangs."""
+    """Process 0 is killed between writing the files and renaming the folder; process 1 hangs."""
     processes = run.start("killed", 2, killed_while_saving=6)
     processes[0].communicate(timeout=240)
     assert processes[0].returncode == -signal.SIGKILL
@@ -209,8 +208,8 @@ def test_a_coordinator_port_in_use_is_a_one_line_error(run):
 
 def test_init_distributed_does_nothing_for_a_single_process():
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "SLURM_"))}
-    code = "from xlstm_jax.sharding import init_distributed as i; i(); import jax; "
-    code += "print(jax.process_count())"
+    code = "import jax; from xlstm_jax.sharding import init_distributed; "
+    code += "init_distributed(); print(jax.process_count())"
     process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

@@ -12,14 +12,14 @@ from xlstm_jax.train.program import TrainProgram
 
 
 def arguments(program):
-    """Arguments of the step, as a run makes them."""
+    """The arguments with which a run calls the step."""
     cfg, devices = program.cfg, program.devices
     batch = devices.batch(batch_at(load(cfg.data, "train"), cfg.data, 0))
     return program.init(), devices.replicate(metrics.empty()), batch
 
 
 def test_the_ahead_of_time_program_is_the_one_a_run_executes(tiny_lm, experiment, assert_same):
-    """It is compiled from shapes, accepts the arrays of a run and computes the same results."""
+    """The program compiled from shapes accepts a run's arrays and computes the same results."""
     with jax.default_device(None):
         cfg = experiment()
         program = TrainProgram(cfg, make_devices(MeshConfig(data=2, fsdp=2, tensor=2)))

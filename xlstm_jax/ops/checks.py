@@ -7,7 +7,7 @@ import jax
 
 
 def check_shapes(op: str, arrays: Mapping[str, tuple[jax.Array | None, str]]) -> dict[str, int]:
-    """Check that all arrays agree on the size of every axis, and return the sizes.
+    """Checks that all arrays agree on the size of every axis, and returns the sizes.
 
     Args:
         op: name of the op, for the message.
@@ -46,7 +46,7 @@ def fields_with_axes(values: Any, axes: Any, prefix: str = "") -> dict[str, tupl
 
 
 def check_length(op: str, sizes: Mapping[str, int]) -> None:
-    """Check that a sequence has at least one step.
+    """Checks that a sequence has at least one step.
 
     Raises:
         ValueError: T is 0.
@@ -56,7 +56,7 @@ def check_length(op: str, sizes: Mapping[str, int]) -> None:
 
 
 def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:
-    """Check that `value` is one of `choices`.
+    """Checks that `value` is one of `choices`.
 
     Raises:
         ValueError: it is not.
@@ -67,7 +67,7 @@ def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> N
 
 
 def check_chunk_size(op: str, chunk_size: int | None) -> None:
-    """Check that a chunk has at least one position; None lets the op choose.
+    """Checks that a chunk has at least one position; None lets the op choose.
 
     Raises:
         ValueError: `chunk_size` is below 1.

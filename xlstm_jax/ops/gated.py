@@ -35,7 +35,7 @@ def run(
     reverse: bool,
     **options: str,
 ) -> tuple[Float[Array, "B T H K"], Any]:
-    """Check shapes, select an implementation and call it: `fn(inputs, **options)`.
+    """Checks shapes, selects an implementation and calls it: `fn(inputs, **options)`.
 
     Each device computes its shard of batch and heads. The hidden state is fed back at every step,
     so shards of the sequence cannot be computed in parallel: a sequence sharded over devices is

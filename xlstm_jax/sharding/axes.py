@@ -1,9 +1,8 @@
 """Logical axes of parameters and activations, and their partition specs under the rules in use.
 
-For parameters, tables map the end of a path to logical axes: one table here for parameters that all
-models share, and one per block kind, which `modules` registers. Optimizer moments have the paths of
-their parameters below a prefix and match the same entries. Activations name their logical axes in
-`constrain`, where they are computed.
+Tables map path suffixes of parameters to logical axes: `_AXES` for parameters that all models
+share, and one table per block kind, which `modules` registers. The path of an optimizer moment ends
+with that of its parameter and matches the same entry. Activations get theirs from `constrain`.
 """
 
 import re
@@ -18,7 +17,7 @@ from xlstm_jax.sharding.rules import rules_in_use
 Axes = tuple[str | None, ...]
 
 _AXES: tuple[tuple[str, Axes], ...] = (
-    # Sharded over `embed` only if the vocabulary does not divide: each mesh axis is used once.
+    # `embed` is sharded over fsdp only if `vocab` is not: a spec uses each mesh axis once.
     (r"token_embedding/embedding", ("vocab", "embed")),
     (r"lm_head/kernel", ("embed", "vocab")),
     (r"(\w*norm|norm_\w+)/(scale|scale_offset|bias)", (None,)),
@@ -30,17 +29,17 @@ _AXES: tuple[tuple[str, Axes], ...] = (
     (r"ffn/(proj_up|proj_up_gate)/bias", ("mlp",)),
     (r"ffn/proj_down/kernel", ("mlp", "embed")),
 )
-"""End of a path -> logical axes; the first match wins. An extra leading axis is `layers`."""
+"""(path suffix, logical axes); the first match wins. An extra leading axis is `layers`."""
 
-# Set by `modules`, which imports this package and not the reverse.
+# Registered by `modules`, which this package must not import.
 _block_axes: Callable[[str], Mapping[str, Axes]] = lambda letter: {}  # noqa: E731
 
 
 def set_block_axes(axes_of: Callable[[str], Mapping[str, Axes]]) -> None:
-    """Registers the logical axes of block parameters, which are those below `stack/LETTER/`.
+    """Registers the logical axes of block parameters, whose paths contain `stack/LETTER/`.
 
     Args:
-        axes_of: maps a letter to a table like `_AXES`, which takes precedence over `_AXES`.
+        axes_of: maps the letter of a block kind to a table that takes precedence over `_AXES`.
     """
     global _block_axes
     _block_axes = axes_of
@@ -55,18 +54,16 @@ def logical_axes(path: str, ndim: int) -> Axes:
     """The logical axes of a parameter; None for an axis that is never sharded.
 
     Raises:
-        KeyError: no entry matches. A new parameter needs one here or in the `axes` of its block
-            kind.
+        KeyError: no entry of `_AXES` or of the block kind's `axes` matches.
     """
     if ndim == 0:  # a scalar of the optimizer, such as its step count
         return ()
     block = re.search(r"(?:^|/)stack/([^/]+)/", path)
     block_axes = _block_axes(block[1]).items() if block else ()
-    for pattern, names in (*block_axes, *_AXES):
-        # Parameters of a stack have one axis more, over its layers, than those of a single layer.
-        if re.search(rf"(^|/){pattern}$", path) and ndim - len(names) in (0, 1):
-            return ("layers",) * (ndim - len(names)) + names
-    # Not replicated by default: a forgotten entry would cost memory on every device unnoticed.
+    for pattern, axes in (*block_axes, *_AXES):
+        if re.search(rf"(^|/){pattern}$", path) and ndim - len(axes) in (0, 1):
+            return ("layers",) * (ndim - len(axes)) + axes
+    # Raise instead of replicating, which would silently use memory on every device.
     raise KeyError(
         f"{path} with {ndim} axes has no entry in the table of logical axes; add one to the `axes` "
         "of its block kind."
@@ -84,7 +81,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         names: the logical axis of each dimension, from `LOGICAL_AXES`; None for a dimension that
             is never sharded.
     """
-    # Only Auto axes take a constraint: Explicit ones are part of the type, Manual ones are local.
+    # Only Auto axes can be constrained: Explicit ones are part of the type, Manual ones are local.
     auto = _axes_of_mesh(AxisType.Auto)
     if all(size == 1 for size in auto.values()):
         return x
@@ -94,8 +91,8 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 def is_sharded(name: str) -> bool:
     """Whether the active mesh shards this logical axis over more than one device."""
-    free = free_axes()
-    return any(free.get(axis, 1) > 1 for axis in mesh_axes_for(name))
+    sizes = free_axes()
+    return any(sizes.get(axis, 1) > 1 for axis in mesh_axes_for(name))
 
 
 def mesh_axes_for(name: str | None) -> tuple[str, ...]:
@@ -120,10 +117,10 @@ def partition_spec_for(
 ) -> PartitionSpec:
     """The partition spec of an array of this shape.
 
-    Each dimension is sharded over as many of its mesh axes as divide it and shard no earlier
-    dimension.
+    Each dimension is sharded over those of its mesh axes that divide it and are not used by an
+    earlier dimension.
     """
-    used: set[str] = set()  # a partition spec may contain a mesh axis once
+    used: set[str] = set()  # a partition spec may contain a mesh axis only once
     spec = []
     for length, names in zip(shape, axes, strict=True):
         chosen = dividing_axes(length, [name for name in names if name not in used], sizes)

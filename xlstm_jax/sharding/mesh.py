@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh
 from xlstm_jax.config import ConfigError
 from xlstm_jax.sharding.rules import RULES
 
-# From outer to inner: tensor exchanges activations in every layer and needs the nearest neighbors.
+# From outer to inner: tensor communicates activations in every layer and needs the fastest links.
 MESH_AXES = ("data", "fsdp", "seq", "tensor")
 
 MIN_SHARD_SIZE = 2**18

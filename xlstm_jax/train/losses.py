@@ -1,4 +1,4 @@
-"""Next-token loss as sums over a batch, for training and evaluation."""
+"""Next-token cross entropy, as sums over a batch or over an evaluation."""
 
 import math
 from typing import Any, NamedTuple
@@ -21,9 +21,9 @@ def language_model_loss(
     cfg: TrainConfig,
     dropout_key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, ""], CrossEntropy]:
-    """The sum to differentiate (cross entropy and z-loss) and its parts.
+    """The sum to differentiate (cross entropy plus z-loss) and its parts.
 
-    These are sums, not means: the divisor is the number of tokens of all micro-batches and devices.
+    The train step divides by the number of tokens, after summing micro-batches and devices.
     """
     sums, _ = token_sums(
         model,
@@ -52,15 +52,15 @@ def token_sums(
 
     Args:
         model: an `LM`, or a module with the same call signature.
-        params: its parameters.
-        batch: sequences; `segment_ids` separate the documents packed into one.
-        document_resets: whether a document starts from the initial state.
+        params: parameters of the model.
+        batch: packed sequences, whose documents differ in `segment_ids`.
+        document_resets: whether to reset the state at the start of every document.
         state: the state before the batch; None is the initial state.
         dropout_key: None disables dropout.
-        z_loss: weight of the squared log-normalizer.
-        chunk_size: tokens whose logits are computed at once; None lets the op choose.
+        z_loss: coefficient of the squared log-normalizer.
+        chunk_size: positions per chunk of logits; None lets the op choose.
     """
-    # Padding becomes a separate document of weight 0, so it needs no mask (`has_padding=False`).
+    # Padding becomes a document of its own with weight 0, so it needs no mask.
     documents = jnp.where(batch.segment_ids == 0, -1, batch.segment_ids)
     hidden, state = model.apply(
         {"params": params},
@@ -85,18 +85,18 @@ def token_sums(
 
 
 class EvalSums(NamedTuple):
-    """Sums of a held-out loss over batches; every target has the same weight.
+    """Sums over the batches of an evaluation.
 
-    Python numbers, because a float32 total loses digits over millions of tokens.
+    Python numbers, because a float32 sum loses precision over millions of tokens.
     """
 
     nats: float = 0.0
     num_tokens: int = 0
     num_correct: int = 0
-    num_bytes: int = 0  # of text in the targets; 0 if they are not text
+    num_bytes: int = 0  # of the text of the targets; 0 if they are not text
 
     def plus(self, sums: CrossEntropy, batch: Batch, examples: Examples) -> "EvalSums":
-        """The sums including one more batch of these examples."""
+        """The sums including one more batch, drawn from `examples`."""
         sums = jax.device_get(sums)  # one transfer for all leaves
         num_bytes = 0
         if isinstance(examples, Windows):
@@ -110,7 +110,7 @@ class EvalSums(NamedTuple):
 
     @property
     def nats_per_token(self) -> float:
-        """Mean cross entropy of a target, in nats."""
+        """Mean cross entropy per target."""
         return self.nats / self.num_tokens
 
     @property

@@ -1,4 +1,4 @@
-"""Do the kernels match the float64 recurrence, and are repeated runs bitwise equal?
+"""Compares the kernels with the float64 recurrence, and repeated runs bit for bit.
 
 Each record has the relative root-mean-square errors of h, of the state and of every gradient, the
 names of those above their limit, and whether three runs agree bit for bit although freed device

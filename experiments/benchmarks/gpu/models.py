@@ -100,9 +100,9 @@ def decode_tokens(model: LM, steps: int, params, token, state):
 
 
 def decode_steps(model: LM, params, program, B: int, steps: int) -> Record:
-    """Statistics of one token, and the share of the memory bandwidth by its least traffic.
+    """Statistics of one token, and the share of the memory bandwidth that it achieves.
 
-    That is one read of all parameters, and one read and one write of the state.
+    The minimum traffic counts: all parameters are read once, the state is read and written once.
     """
     state, token, seconds = model.init_state(B), jnp.zeros((B, 1), jnp.int32), []
     for _ in range(6):

@@ -1,4 +1,4 @@
-"""The sections of the GPU run, by name."""
+"""The sections of the GPU run."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Sizes of the GPU run: full ones, and toy ones that a CPU runs in seconds."""
+"""Settings of the GPU run: full sizes, and toy sizes that run on a CPU in seconds."""
 
 import dataclasses
 from typing import Any
@@ -20,7 +20,7 @@ def reference(op: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLSTMCheck:
-    """A call of the mLSTM whose values and gradients are compared with the float64 recurrence."""
+    """An mLSTM call whose values and gradients are compared with the float64 recurrence."""
 
     name: str
     sizes: tuple[int, int, int, int, int]  # B T H K V
@@ -32,7 +32,7 @@ class MLSTMCheck:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SLSTMCheck:
-    """As `MLSTMCheck`, of the sLSTM."""
+    """An sLSTM call, checked like `MLSTMCheck`."""
 
     name: str
     sizes: tuple[int, int, int, int]  # B T H K
@@ -42,18 +42,18 @@ class SLSTMCheck:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Sizes and implementations, of all sections."""
+    """Sizes and implementations for all sections."""
 
     smoke: bool
     dtype: str  # of timed calls and of `transform_sizes`
     mlstm: str  # implementations under test
     slstm: str
-    heads: tuple[Heads, ...]  # the first one is that of the 7B model
+    heads: tuple[Heads, ...]  # the first entry is that of the 7B model
     tokens: int  # per timed call
     length: int  # T of timed calls
-    more_lengths: tuple[int, ...]  # further T, for the first of `heads` only
+    more_lengths: tuple[int, ...]  # additional T, timed with the first entry of `heads` only
     decode_batches: tuple[int, ...]
-    decode_states: int  # upper limit of the states, one per layer, that a decode step updates
+    decode_states: int  # a timed decode step updates at most this many states, one per layer
     slstm_dims: tuple[int, ...]
     slstm_batch: int
     slstm_length: int
@@ -61,14 +61,14 @@ class Settings:
     slstm_checks: tuple[SLSTMCheck, ...]
     step_fusion: tuple[bool | None, ...]  # dynamic-slice fusion of stacked steps; None: default
     step_sizes: tuple[int, int, int, int, int]  # of stacked decode steps: layers, B H K V
-    transform_sizes: tuple[int, int, int, int, int, int]  # of the vmap check: groups, B T H K V
-    poison_elements: int  # size of the array of NaN allocated between repeated runs
-    train_steps: int  # the first two are not counted
+    transform_sizes: tuple[int, int, int, int, int, int]  # vmap and remat checks: groups, B T H K V
+    poison_elements: int  # size of the NaN array that overwrites freed memory between runs
+    train_steps: int  # including two warm-up steps
     models: tuple[tuple[str, ModelWorkload], ...]
     decode_model: LMConfig
     decode_steps: int  # tokens per timed call
     samples: dict[str, Any]  # options of `kernel_jax.samples`
-    with_flashrnn: bool = False  # slow to start: its kernels are built with nvcc
+    with_flashrnn: bool = False  # slow to start, because nvcc compiles its kernels
 
     def mlstm_case(
         self, part: str, heads: Heads, T: int | None = None, B: int | None = None
@@ -107,7 +107,7 @@ MLSTM_CHECKS = (
     ),
     MLSTMCheck(name="long", sizes=(1, 4096, 1, 64, 128), dtype="float32"),
 )
-# Resident weights stay on the multiprocessor; streamed ones come from the L2 cache at every step.
+# Resident weights stay in shared memory; streamed weights are read from the L2 cache at every step.
 SLSTM_CHECKS = (
     SLSTMCheck(name="resident weights", sizes=(3, 65, 2, 64)),
     SLSTMCheck(name="resident weights", sizes=(33, 40, 2, 64), dtype="float32"),
@@ -156,7 +156,7 @@ def full() -> Settings:
 
 
 def smoke() -> Settings:
-    """Settings for a CPU: toy sizes, with implementations that support it."""
+    """Settings for a CPU: toy sizes, and implementations that run there."""
     model = dataclasses.replace(workloads.LARGE, dim=16, pattern="M", vocab_size=16)
     return Settings(
         smoke=True,

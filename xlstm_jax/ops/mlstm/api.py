@@ -36,24 +36,25 @@ def _kernels(backend: str) -> Implementation:
         return kernels.refusal(call.K, call.V, call.dtype, call.chunk_size)
 
     def compute(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
-        # A donated state is updated in place where T = 1.
         from pallas_kernels.mlstm import api, backends
 
         # Kernels load q, k and v in one dtype.
         dtype = jnp.result_type(x.q, x.k, x.v)
         q, k, v = (a.astype(dtype) for a in x[:3])
-        kernels, keywords = getattr(backends, backend)(), flags._asdict() | options._asdict()
-        h, leaves = api.mlstm(kernels, q, k, v, x.i, x.f, (state.C, state.n, state.m), **keywords)
-        return h.astype(x.v.dtype), MLSTMState(*leaves)
+        kernels, kwargs = getattr(backends, backend)(), flags._asdict() | options._asdict()
+        # With T = 1, a donated state is updated in place.
+        C, n, m = state
+        h, last = api.mlstm(kernels, q, k, v, x.i, x.f, (C, n, m), **kwargs)
+        return h.astype(x.v.dtype), MLSTMState(*last)
 
     return Implementation(compute, unsupported)
 
 
 def _recurrent(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
     """The reference, also used for decoding."""
-    keywords = flags._asdict() | options._asdict()
-    del keywords["chunk_size"]
-    return mlstm_scan(*x, state, **keywords)
+    kwargs = flags._asdict() | options._asdict()
+    del kwargs["chunk_size"]
+    return mlstm_scan(*x, state, **kwargs)
 
 
 # Ordered by preference: "auto" selects the first that supports the call.
@@ -92,10 +93,10 @@ def mlstm(
         reset: where True, the state before this position is replaced by the initial one.
         mask: where False, the state stays bit-identical and h is 0; a reset there is ignored.
         input_gate: "exp", or "sigmoid" (arXiv:2503.14376), whose states have m = 0.
-        normalize: divide by max(|q n|, exp(-m)) + eps; False needs the sigmoid input gate.
-        eps: added after that maximum.
+        normalize: divide h by max(|q n|, exp(-m)) + eps; False needs the sigmoid input gate.
+        eps: added to the normalizer.
         chunk_size: positions per chunk of chunkwise implementations; changes speed only.
-        reverse: flips time in every argument and in h.
+        reverse: run from the last position to the first.
         implementation: a name of `ops.implementations("mlstm")`, or "auto".
 
     Returns h in the dtype of v, and the state after the last step, float32 or wider.
@@ -109,13 +110,12 @@ def mlstm(
     call = _check(x, state, flags, options)
     selected = dispatch.choose("mlstm", IMPLEMENTATIONS, implementation, call)
     if implementation == "auto" and call.T == 1 and selected is IMPLEMENTATIONS["chunkwise"]:
-        selected = IMPLEMENTATIONS["recurrent"]  # decoding: a chunk of one step only adds work
+        selected = IMPLEMENTATIONS["recurrent"]  # a chunk of one step only adds work
     dtype = state_dtype(*x)
     if state is None:
         state = mlstm_init(call.B, call.H, call.K, call.V, dtype)
-    # A caller may pass a state in the dtype of the activations; implementations get a wide one.
+    # A caller may pass a state in the dtype of the activations.
     state = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
-    # Inputs and outputs are flipped here, so no implementation needs a reverse mode.
     if reverse:
         x, flags = flip_time((x, flags))
     time_axes = sharding_axes("T", call.T)
@@ -123,7 +123,7 @@ def mlstm(
     def local(x, state, flags):
         if not time_axes:
             return selected.fn(x, state, flags, options)
-        # The final state comes from the summaries; the one that `fn` returns is only this shard's.
+        # `fn` returns the state after this shard; the op returns the state after the last one.
         initial, last = boundary_states(x, state, flags, options, time_axes)
         return selected.fn(x, initial, flags, options)[0], last
 
@@ -134,7 +134,7 @@ def mlstm(
 
 
 def _check(x: Inputs, state: MLSTMState | None, flags: Flags, options: Options) -> dispatch.Call:
-    """Check the arguments, and return the static facts of the call."""
+    """Checks the arguments, and returns the static facts of the call."""
     arrays = fields_with_axes(x, INPUT_AXES) | fields_with_axes(flags, FLAG_AXES)
     if state is not None:
         arrays |= fields_with_axes(state, STATE_AXES, "state.")
@@ -143,12 +143,12 @@ def _check(x: Inputs, state: MLSTMState | None, flags: Flags, options: Options) 
     check_choice("mlstm", "input_gate", options.input_gate, ("exp", "sigmoid"))
     if not options.normalize and options.input_gate == "exp":
         raise ValueError(
-            "mlstm: normalize=False needs input_gate='sigmoid', got input_gate='exp', "
-            "whose state grows without bound unless it is divided by its normalizer."
+            "mlstm: normalize=False needs input_gate='sigmoid', got input_gate='exp'; exponential "
+            "gates are unbounded, so h must be divided by the normalizer."
         )
     check_chunk_size("mlstm", options.chunk_size)
     B, T, H, K, V = (sizes[axis] for axis in "BTHKV")
-    # One float64 argument makes the computation float64, which kernels do not support.
+    # A single float64 argument makes the computation float64, which kernels do not support.
     wide = state_dtype(*x)
     dtype = jnp.result_type(x.q, x.k, x.v) if wide == jnp.float32 else wide
     return dispatch.Call(B, T, H, K, V, dtype, dispatch.platform(), options.chunk_size)

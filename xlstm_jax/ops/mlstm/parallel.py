@@ -74,5 +74,6 @@ def _log_weights(gates: LogGates, m_start: Float[Array, "B H"]):
     log_D = jnp.where(visible, decay + log_i[..., None, :], NEG)
     log_start = jnp.where(segment == 0, from_start + m_start[..., None], NEG)
     is_reset = visible & gates.reset[:, None, None, :]
-    log_initial = jnp.max(jnp.where(is_reset, decay + log_f[..., None, :], NEG), axis=-1)
+    # At least NEG, so that m is never -inf: -inf - -inf is NaN.
+    log_initial = jnp.where(is_reset, decay + log_f[..., None, :], NEG).max(axis=-1, initial=NEG)
     return log_D, log_start, log_initial

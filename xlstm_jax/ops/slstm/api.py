@@ -21,11 +21,11 @@ def _kernels(backend: str) -> Implementation:
         return getattr(backends, backend)().refusal(call.K, call.dtype)
 
     def compute(inputs: gated.Inputs, forget_gate: str):
-        # A donated state is updated in place where T = 1.
         from pallas_kernels.slstm import api, backends
 
         x, r, b, state, flags = inputs
         kernels = getattr(backends, backend)()
+        # With T = 1, a donated state is updated in place.
         h, state = api.slstm(kernels, x, r, b, tuple(state), *flags, forget_gate=forget_gate)
         return h, SLSTMState(*state)
 
@@ -62,7 +62,7 @@ def slstm(
         reset: where True, the state before this position is replaced by the initial one.
         mask: where False, the state stays bit-identical and h is 0; a reset there is ignored.
         forget_gate: activation of the forget gate, "sigmoid" or "exp".
-        reverse: flips time in every argument and in h.
+        reverse: run from the last position to the first.
         implementation: a name of `ops.implementations("slstm")`, or "auto".
 
     Returns h in the dtype of x, and the state after the last step, float32 or wider.
