@@ -5,7 +5,6 @@ Failures that a user sees, observed with jax 0.10.2:
 - A process does not start: after `timeout_minutes` every other process prints one line, with its
   own id and the address of the coordinator, and exits with code 4. The missing process is the one
   whose log lacks this line: JAX's coordination service has its id but no public API to read it.
-  (Without our timeout JAX aborts with a failed check and a C++ stack trace.)
 - Two processes have the same `process_id`: JAX aborts the older one with a failed check, "Aborted
   connect attempt as there is a request from a newer incarnation"; the others time out as above.
 - `num_processes` differs: the value of process 0 applies to all. A process whose id is not below it
