@@ -52,7 +52,6 @@ def token_sums(
 
     Args:
         model: an `LM`, or a module with the same call signature.
-        params: its parameters.
         batch: sequences; `segment_ids` separate the documents packed into one.
         document_resets: whether a document starts from the initial state.
         state: the state before the batch; None is the initial state.
