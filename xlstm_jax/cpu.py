@@ -6,9 +6,7 @@ pages, which the kernel zeroes and which need a page-table lookup each. With the
 process retains the memory, on huge pages.
 
 This applies to the heap of the main thread only: other threads have small arenas and get large
-blocks from the kernel. So programs run in the calling thread, without asynchronous dispatch. (One
-heap shared by all threads retains memory too, but then threads contend for it at every small
-allocation.)
+blocks from the kernel. So programs run in the calling thread, without asynchronous dispatch.
 
 Train steps of the benchmark's two models, two cores of an AMD EPYC, jaxlib 0.10.2, fastest of 20,
 2026-11-22: first generation 348 ms by default, 286 ms with retained memory, 246 ms with all
@@ -17,7 +15,6 @@ settings; large 407, 336 and 305 ms.
 No XLA flag is set: of those tried, `--xla_cpu_experimental_xnn_fusion_type` changed nothing in
 jaxlib 0.10.2, and `--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT` was an eighth
 faster and wrong (the loss of a small mLSTM and sLSTM model by 0.2 %, by 20 % with retained memory).
-Neither wider vectors nor another scheduler made a difference.
 """
 
 import ctypes
