@@ -23,10 +23,8 @@ from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.train.state import TrainState
 from xlstm_jax.train.writers import Writer
 
-_MEMORY = {
-    "bytes_in_use": "memory_in_use",
-    "peak_bytes_in_use": "memory_peak",
-}  # key of JAX: key of a record
+# Key of JAX -> key of a record.
+_MEMORY = {"bytes_in_use": "memory_in_use", "peak_bytes_in_use": "memory_peak"}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -35,9 +33,8 @@ class Progress:
 
     step: int = 0  # batches consumed; determines the next batch
     tokens_seen: int = 0  # until the last record
-    totals: metrics.Totals = dataclasses.field(
-        default_factory=metrics.empty
-    )  # since the last record
+    # Since the last record.
+    totals: metrics.Totals = dataclasses.field(default_factory=metrics.empty)
     evaluation: dict[str, Any] | None = None  # the last result, with its step
 
     def to_json(self) -> dict[str, Any]:

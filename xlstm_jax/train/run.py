@@ -49,7 +49,6 @@ def fit(
     returns; a second signal has its usual effect.
 
     Args:
-        cfg: the configuration of the run.
         run_dir: directory of checkpoints, config.json, run.json, metrics.jsonl and loss.png.
         tx: any optax transformation in place of the optimizer of `cfg.train`. It has its own
             learning rate, and a resumed run needs the same `tx` again.
