@@ -53,7 +53,7 @@ class TrainConfig:
     loss_chunk: int | None = None  # tokens whose logits are in memory at once; None: the op chooses
     guard_factor: float = 10.0  # skip an update if its gradient norm exceeds this times the average
     guard_floor: float = 10.0  # ... and exceeds this
-    max_consecutive_skips: int = 8  # skipped updates in a row after which the run ends
+    max_consecutive_skips: int = 8  # consecutive skipped updates after which the run ends
     seed: int = 0  # of parameters and dropout; data.seed orders the data
     log_every: int = 10  # steps
     eval_every: int = 200  # steps; 0: never, not even at the end

@@ -61,7 +61,7 @@ def fit(
         ConfigError: the config is invalid, or `run_dir` belongs to another config; nothing on disk
             has changed.
         CheckpointError: the checkpoint cannot be read; nothing on disk has changed.
-        DivergedError: `max_consecutive_skips` updates in a row were skipped.
+        DivergedError: `max_consecutive_skips` consecutive updates were skipped.
     """
     run_dir = Path(run_dir)
     if not fresh:
