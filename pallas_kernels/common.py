@@ -40,11 +40,7 @@ def interpreted(interpret: Any = True, *, lanes: int = LANES) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiled_for(chip: str) -> Iterator[None]:
-    """Kernels that are traced in this context are compiled ahead of time for `chip`.
-
-    Args:
-        chip: a key of `hardware.TPUS` or of `hardware.ARCHITECTURES`.
-    """
+    """Compiles kernels traced in this context for `chip` of `hardware.TPUS` or `ARCHITECTURES`."""
     token = _target.set(chip)
     try:
         yield

@@ -105,9 +105,6 @@ def call(
         target: a key of `hardware.ARCHITECTURES`, to compile ahead of time; None: the current GPU.
         interpret: run on the host, one program after the other; for tests.
         constants: the kernel's `tl.constexpr` parameters.
-
-    Returns:
-        One array for each element of `out_shape`.
     """
     aliases = dict(aliases or {})
     if interpret:

@@ -207,12 +207,12 @@ def test_final_message_says_how_many_windows_were_evaluated(monkeypatch, capsys,
 
 def test_a_diverged_run_exits_with_3(monkeypatch, capsys):
     def fit(*args, **options):
-        raise DivergedError("8 updates in a row were discarded; lower train.lr.")
+        raise DivergedError("8 consecutive updates were skipped; lower train.lr.")
 
     monkeypatch.setattr(train, "fit", fit)
     assert main(["train", CONFIG, "--size", "smoke"]) == 3
     assert capsys.readouterr().err == (
-        "xlstm-jax: 8 updates in a row were discarded; lower train.lr.\n"
+        "xlstm-jax: 8 consecutive updates were skipped; lower train.lr.\n"
     )
 
 

@@ -55,8 +55,6 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
     """The inverse of `to_dict`; absent fields keep their defaults.
 
     Args:
-        cls: the dataclass to build.
-        values: its fields as JSON values.
         where: prefix of field names in error messages, such as "train.".
 
     Raises:
@@ -74,7 +72,7 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     for name in values:
         if name not in fields:
-            hint = did_you_mean(name, fields, f"use one of: {', '.join(fields)}.")
+            hint = did_you_mean(name, fields)
             raise ConfigError(f"{where}{name} is not a field of {cls.__name__}; {hint}")
     for name, field in fields.items():
         required = field.default is field.default_factory is dataclasses.MISSING
@@ -89,11 +87,12 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
         return cls(**arguments)
 
 
-def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """A hint for an error about an unknown name: similar known names, or else `otherwise`."""
+def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """A hint for an error about an unknown name: similar ones, else `otherwise`, else all known."""
     # Users remember the last part of a dotted name: lr for train.lr.
     near = [other for other in known if other.endswith("." + name.lstrip("-"))]
     near = near or difflib.get_close_matches(name, known)
+    otherwise = otherwise or f"use one of: {', '.join(known)}."
     return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
@@ -168,12 +167,7 @@ def fingerprint(cfg: Any) -> str:
 
 
 def differences(new: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    """The fields that differ, each as "train.lr: 0.001, stored 0.003".
-
-    Args:
-        new: current values.
-        stored: values of an earlier run.
-    """
+    """The fields that differ from those of an earlier run: "train.lr: 0.001, stored 0.003"."""
     new, stored = flatten(new), flatten(stored)
     lines = []
     # Keys are compared, not only values: None and an absent field are different.
@@ -202,7 +196,6 @@ def load_config(path: str | pathlib.Path, cls: type[T], size: str | None = None)
     Args:
         path: a Python file that defines `config(size=...)`, a `config.json`, or a run directory.
             The folder of a Python file is first on `sys.path` while it runs.
-        cls: the expected dataclass.
         size: argument of `config`; None uses its default.
 
     Raises:
@@ -290,17 +283,12 @@ def _searched_first(folder: pathlib.Path) -> Iterator[None]:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The contents of a JSON file.
-
-    Raises:
-        ConfigError: the file is not valid JSON.
-    """
+    """The contents of a JSON file; raises ConfigError if it is not valid JSON."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ConfigError(
-            f"{path} is not valid JSON ({error}); restore it or fetch it again."
-        ) from error
+        message = f"{path} is not valid JSON ({error}); restore it or fetch it again."
+        raise ConfigError(message) from error
 
 
 _imported: dict[str, None] = {}  # an ordered set of names, as passed to `--import`

@@ -7,8 +7,7 @@ process keep freed memory, on huge pages.
 
 glibc keeps memory only in the heap of the main thread; other threads have small arenas and still
 get large blocks from the kernel. `prepare` therefore turns asynchronous dispatch off, and programs
-run in the thread that calls them. A single heap for all threads would also keep memory, but threads
-would then contend for it at every small allocation.
+run in the thread that calls them.
 
 Time of a train step in `experiments/benchmarks/train_step.py`, fastest of 20 (two cores of an AMD
 EPYC, jaxlib 0.10.2, 2026-11-22):

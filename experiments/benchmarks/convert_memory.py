@@ -86,8 +86,8 @@ def write_checkpoint(folder: pathlib.Path, shard_bytes: int) -> None:
 def random_tensors() -> Iterator[tuple[str, np.ndarray]]:
     """Random tensors with the names and shapes that `transformers` uses."""
     rng = np.random.default_rng(0)
-    for name, place in mapping.targets(MODEL, names.HF, mapping.parameters(MODEL)).items():
-        yield name, rng.standard_normal(place.torch_shape, np.float32) / 32
+    for name, target in mapping.targets(MODEL, names.HF, mapping.parameters(MODEL)).items():
+        yield name, rng.standard_normal(target.torch_shape, np.float32) / 32
 
 
 def peak(code: str) -> int:

@@ -50,7 +50,6 @@ def compile_for(
 
     Args:
         chip: as in `devices`.
-        fn: a pure function.
         args: trees of `jax.ShapeDtypeStruct`.
         mesh: from `make_mesh` over `devices`; None: one device.
         shardings: for a mesh, a tree like `args` with a sharding for every array.

@@ -7,7 +7,7 @@ bound, useful for comparisons. The body of an inner loop is counted once.
 import atexit
 import functools
 import glob
-import os
+import pathlib
 import re
 import shutil
 import tempfile
@@ -47,15 +47,16 @@ def _folder() -> str:
 def read() -> dict[str, Schedule]:
     """Schedules of our kernels compiled since the last call, by name; deletes the dumps."""
     schedules = {}
-    for path in glob.glob(f"{_folder()}/*schedule-analysis_final_bundles.txt"):
-        stem = re.sub(r"-\d+-schedule-analysis_final_bundles\.txt$", "", path)
-        match = re.search(r"total scheduled bundles: *(\d+)", _read(path))
-        kernel = re.search(KERNEL, os.path.basename(stem))
-        utilization = glob.glob(f"{glob.escape(stem)}-*per-bundle-utilization.txt")
-        if match and kernel and utilization:
-            schedules[kernel[0]] = _schedule(int(match[1]), _read(utilization[0]))
-    for path in glob.glob(f"{_folder()}/*"):
-        os.remove(path)
+    folder = pathlib.Path(_folder())
+    for path in folder.glob("*schedule-analysis_final_bundles.txt"):
+        stem = re.sub(r"-\d+-schedule-analysis_final_bundles\.txt$", "", path.name)
+        match = re.search(r"total scheduled bundles: *(\d+)", path.read_text(encoding="utf-8"))
+        kernel = re.search(KERNEL, stem)
+        tables = list(folder.glob(f"{glob.escape(stem)}-*per-bundle-utilization.txt"))
+        if match and kernel and tables:
+            schedules[kernel[0]] = _schedule(int(match[1]), tables[0].read_text(encoding="utf-8"))
+    for path in folder.iterdir():
+        path.unlink()
     return schedules
 
 
@@ -68,8 +69,3 @@ def _schedule(bundles: int, table: str) -> Schedule:
     used = dict(zip(names, map(sum, zip(*slots, strict=True)), strict=True))
     share = lambda slot: used[slot] / capacity[slot] / len(slots)  # noqa: E731
     return Schedule(bundles, used["VSTORE:SPILL"], share("MXU"), share("VALU"))
-
-
-def _read(path: str) -> str:
-    with open(path, encoding="utf-8") as file:
-        return file.read()

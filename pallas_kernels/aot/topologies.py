@@ -88,12 +88,11 @@ def _describe(package: str, platform: str, **description: Any) -> tuple[Any, ...
 def target_config(name: str) -> str:
     """XLA's target configuration of a GPU, in protobuf text format."""
     gpu: Gpu = GPUS[name]
-    shared = gpu.shared_kib << 10
     fields = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
         "shared_memory_per_block": 48 << 10,
-        "shared_memory_per_core": shared,
+        "shared_memory_per_core": gpu.shared_kib << 10,
         "shared_memory_per_block_optin": gpu.shared_bytes,
         "threads_per_core_limit": gpu.threads,
         "core_count": gpu.multiprocessors,

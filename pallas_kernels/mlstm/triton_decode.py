@@ -21,12 +21,6 @@ MAX_BLOCK_K = 256
 """Upper limit of BK, the part of K per iteration; bounds the registers of a program."""
 
 
-def supports(K: int, V: int) -> bool:
-    """True for all widths, as incomplete blocks are masked."""
-    del K, V
-    return True
-
-
 def step(options: Options, q, k, v, gates: pre.LogGates, state: State) -> tuple[jax.Array, State]:
     """The step kernel; see `options.Kernels`."""
     C, n, m = state

@@ -56,11 +56,7 @@ They balance at L near sqrt(K V); `choose` has the threshold between the two len
 
 
 def choose(K: int, V: int, dtype: jnp.dtype, T: int, chunk_size: int | None) -> Tile:
-    """The tile of one call on the target or current chip.
-
-    Raises:
-        ValueError: the call is not supported; the message is that of `refusal`.
-    """
+    """The tile of one call on the target or current chip; raises ValueError as in `refusal`."""
     if reason := refusal(K, V, dtype, chunk_size):
         raise ValueError(f"mlstm: {reason}.")
     lanes = common.lanes()

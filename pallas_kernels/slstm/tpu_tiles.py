@@ -50,11 +50,7 @@ class Tile(NamedTuple):
 
 
 def choose(B: int, T: int, H: int, K: int, dtype: jnp.dtype) -> Tile:
-    """The tile of a call on the current chip.
-
-    Raises:
-        ValueError: the call is not supported, see `refusal`.
-    """
+    """The tile of a call on the current chip; raises ValueError with the message of `refusal`."""
     if reason := refusal(K, dtype):
         raise ValueError(f"slstm: {reason}.")
     max_heads = min(H, max(1, common.lanes() // K))

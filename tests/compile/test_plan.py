@@ -63,12 +63,12 @@ def test_parameters_are_all_gathered_in_the_dtype_of_activations(program):
     large = [c for c in collectives(program) if c.payload > 2**20]
     gathers = [c for c in large if c.kind == "all-gather"]
     assert len(gathers) >= 6 and {c.dtype for c in gathers} == {"bf16"}
-    assert {c.times for c in gathers} == {1, 4}  # embedding tables, and blocks
+    assert {c.count for c in gathers} == {1, 4}  # embedding tables, and blocks
 
 
 def test_gradients_of_blocks_are_reduce_scattered_before_the_all_reduce(program):
     """The all-reduce over data handles only the local shard."""
-    blocks = [c for c in collectives(program) if c.times == 4 and c.payload > 2**20]
+    blocks = [c for c in collectives(program) if c.count == 4 and c.payload > 2**20]
     assert {"all-gather", "reduce-scatter", "all-reduce"} <= {c.kind for c in blocks}
     largest = max(c.payload for c in blocks if c.kind == "reduce-scatter")
     assert largest == 4096 * 21888 * 2
@@ -91,5 +91,5 @@ def test_only_gradient_shards_cross_the_network_between_slices():
     assert inter_slice
     assert {c.kind for c in inter_slice} <= {"all-reduce", "all-gather", "reduce-scatter"}
     # A sixteenth of all parameters: two embedding tables and two blocks.
-    payload = sum(c.payload * c.times for c in inter_slice)
+    payload = sum(c.payload * c.count for c in inter_slice)
     assert payload < 1.2 * 4 * count_params(cfg.model) / 16

@@ -117,21 +117,14 @@ def test_the_blocks_of_all_hosts_concatenate_to_the_global_batch(host_count):
 
 
 @pytest.mark.parametrize("num_windows", [1, 5, 6, 7, 12])
-@pytest.mark.parametrize("host_count", [1, 3])
-def test_evaluation_covers_every_window_once_in_order_and_pads_the_last_batch(
-    num_windows, host_count
-):
+def test_evaluation_covers_every_window_once_in_order_and_pads_the_last_batch(num_windows):
     windows = make_windows(num_windows)
-    hosts = [
-        list(eval_batches(windows, CFG, host_index=host, host_count=host_count))
-        for host in range(host_count)
-    ]
-    index = [i for blocks in zip(*hosts, strict=True) for block in blocks for i in block.index]
+    all_batches = list(eval_batches(windows, CFG))
+    index = [i for batch in all_batches for i in batch.index]
     assert index == [*range(num_windows)] + [-1] * (-num_windows % CFG.batch_size)
-    all_batches = [batch for host in hosts for batch in host]
     assert sum(batch.weights.sum() for batch in all_batches) == windows.num_targets
     for batch in all_batches:
-        assert batch.inputs.shape == (CFG.batch_size // host_count, CFG.seq_len)
+        assert batch.inputs.shape == (CFG.batch_size, CFG.seq_len)
         assert (batch.weights[batch.index == -1] == 0).all()
         assert (batch.segment_ids[batch.index == -1] == 0).all()
 
@@ -188,7 +181,6 @@ def test_hosts_that_cannot_share_a_batch_are_rejected(arguments, message):
     for call in (
         lambda: batch_at(make_windows(50), CFG, 0, **arguments),
         lambda: batches(make_windows(50), CFG, **arguments),
-        lambda: next(eval_batches(make_windows(50), CFG, **arguments)),
     ):
         with pytest.raises(ConfigError, match=message):
             call()

@@ -234,7 +234,7 @@ def test_a_path_that_is_not_a_run_directory_is_rejected(tiny_lm, experiment, tmp
 def test_too_many_consecutive_skips_end_the_run(tiny_lm, experiment, tmp_path):
     cfg = experiment(steps=40, lr=1e38, warmup_steps=0, eval_every=0, checkpoint_every=0)
     run_dir = tmp_path / "run"
-    with pytest.raises(DivergedError, match="8 updates in a row were skipped from step"):
+    with pytest.raises(DivergedError, match="8 consecutive updates were skipped from step"):
         fit(cfg, run_dir)
     dump = json.loads((run_dir / "diverged.json").read_text())
     assert len(dump["index_of_step"]) == 8

@@ -53,8 +53,7 @@ def _dispatch(args: list[str]) -> int:
         print(f"xlstm-jax {__version__}")
         return DONE
     if args[0] not in COMMANDS:
-        hint = did_you_mean(args[0], COMMANDS, f"use one of: {', '.join(COMMANDS)}.")
-        raise ConfigError(f"unknown command {args[0]!r}; {hint}")
+        raise ConfigError(f"unknown command {args[0]!r}; {did_you_mean(args[0], COMMANDS)}")
     return importlib.import_module(f"xlstm_jax.cli.{args[0]}").run(args[1:])
 
 

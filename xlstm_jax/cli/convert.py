@@ -62,7 +62,7 @@ def run(argv: list[str]) -> int:
         console.write("\n".join(["Show the options of a conversion:", "", *lines, ""]))
         return DONE if argv else BAD_ARGUMENT
     if argv[0] not in CONVERSIONS:
-        hint = did_you_mean(argv[0], CONVERSIONS, f"use one of: {', '.join(CONVERSIONS)}.")
+        hint = did_you_mean(argv[0], CONVERSIONS)
         raise ConfigError(f"unknown conversion {argv[0]!r}; {hint}")
     return CONVERSIONS[argv[0]](argv[1:])
 

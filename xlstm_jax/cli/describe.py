@@ -27,11 +27,7 @@ class Describe(options.ConfigCommand):
 
 
 def run(argv: list[str]) -> int:
-    """Runs `describe`.
-
-    Raises:
-        ConfigError: an option or the config is invalid.
-    """
+    """Runs `describe`; raises ConfigError if an option or the config is invalid."""
     args = options.parse_with_config("describe", Describe, argv, allow_presets=True)
     cfg = args.experiment
     params = param_shapes(cfg.model)

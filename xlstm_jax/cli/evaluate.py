@@ -31,11 +31,7 @@ class Evaluate(options.ModelCommand):
 
 
 def run(argv: list[str]) -> int:
-    """Runs `evaluate`.
-
-    Raises:
-        ConfigError: an option, the run or the data is invalid.
-    """
+    """Runs `evaluate`; raises ConfigError if an option, the run or the data is invalid."""
     args = options.parse("evaluate", Evaluate, argv)
     cfg, params = restore_params(args.run, args.step)
     data_options = {name: getattr(args, name) for name in ("source", "seq_len", "batch_size")}

@@ -2,6 +2,6 @@
 
 DONE = 0  # also: stopped by a signal after saving a checkpoint
 BAD_ARGUMENT = 2  # or a configuration, data, weights or a checkpoint that cannot be used
-DIVERGED = 3  # too many updates in a row were discarded
+DIVERGED = 3  # too many consecutive updates were skipped
 WRONG_RESULT = 5  # `convert --compare` measured different logits
 INTERRUPTED = 130  # by Ctrl-C when there was nothing to save

@@ -34,11 +34,7 @@ class Generate(options.ModelCommand):
 
 
 def run(argv: list[str]) -> int:
-    """Runs `generate`.
-
-    Raises:
-        ConfigError: an option or the run is invalid.
-    """
+    """Runs `generate`; raises ConfigError if an option or the run is invalid."""
     args = options.parse("generate", Generate, argv)
     if not args.prompt:
         raise ConfigError("--prompt must not be empty, got ''; pass the text to continue.")

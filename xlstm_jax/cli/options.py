@@ -54,19 +54,20 @@ def parse_with_config(
 ) -> C:
     """As `parse`, with the first argument's config as the default of every experiment field.
 
-    Args:
-        allow_presets: whether the name of a preset may stand for a config.
+    With `allow_presets`, the name of a preset may stand for a config.
 
     Raises:
         ConfigError: as `parse`, or the config is missing or invalid.
     """
     if args and not args[0].startswith("-"):
         _import_modules(args)
-        if allow_presets and _may_be_preset(args[0]):
-            experiment = experiment_from_preset(args[0])
+        config = args[0]
+        is_path = os.path.exists(config) or os.sep in config or config.endswith((".py", ".json"))
+        if allow_presets and not is_path:
+            experiment = experiment_from_preset(config)
         else:
-            experiment = load_config(args[0], ExperimentConfig, _option_values("--size", args)[-1])
-        default = cls(config=Path(args[0]), experiment=experiment)
+            experiment = load_config(config, ExperimentConfig, _option_values("--size", args)[-1])
+        default = cls(config=Path(config), experiment=experiment)
         return parse(command, cls, args, default)
     if _wants_help(args):
         return parse(command, cls, args)
@@ -76,16 +77,8 @@ def parse_with_config(
     )
 
 
-def _may_be_preset(config: str) -> bool:
-    return not (os.path.exists(config) or os.sep in config or config.endswith((".py", ".json")))
-
-
 def experiment_from_preset(name: str) -> ExperimentConfig:
-    """An experiment with the model of a preset and default data and training.
-
-    Raises:
-        ConfigError: the preset is unknown.
-    """
+    """The model of a preset with default data and training; raises ConfigError if it is unknown."""
     model = presets.get(name)
     return ExperimentConfig(name=name, model=model, data=DataConfig(), train=TrainConfig())
 

@@ -36,11 +36,7 @@ class Train(options.ConfigCommand):
 
 
 def run(argv: list[str]) -> int:
-    """Runs `train`.
-
-    Raises:
-        ConfigError: an option, the config or the run is invalid; nothing on disk has changed.
-    """
+    """Runs `train`; raises ConfigError, with the disk unchanged, if its input is invalid."""
     args = options.parse_with_config("train", Train, argv)
     init_distributed(args.processes)
     cfg = args.experiment

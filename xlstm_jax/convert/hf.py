@@ -158,11 +158,7 @@ def special_tokens_of(folder: str | Path) -> dict[str, int]:
 
 
 def config_of(cfg: LMConfig, dtype: str = "float32") -> dict[str, Any]:
-    """Returns the config.json of a model.
-
-    Raises:
-        ConfigError: `transformers` does not support the model; lists all reasons.
-    """
+    """The config.json of a model; raises ConfigError, with all reasons, if it is unsupported."""
     options, dim, norm = cfg.large, cfg.dim, cfg.final_norm
     is_supported = {
         f"pattern={cfg.pattern!r} with letters other than M": set(cfg.pattern) == {"M"},

@@ -54,8 +54,7 @@ def lm_config(fields: Fields, *, dim: int, num_blocks: int, factor: float, dtype
 
     Args:
         fields: of the config.
-        dim: passed separately, as its name differs between configs.
-        num_blocks: likewise.
+        dim, num_blocks: passed separately, as their names differ between configs.
         factor: default of `ffn_proj_factor`.
         dtype: of activations.
 

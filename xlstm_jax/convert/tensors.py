@@ -30,11 +30,7 @@ class Source(NamedTuple):
 
 
 def from_arrays(arrays: Mapping[str, np.ndarray]) -> Source:
-    """A source of arrays in memory.
-
-    Raises:
-        WeightsError: some are not floating-point arrays; lists all of them.
-    """
+    """A source of floating-point arrays in memory; raises WeightsError listing all others."""
     invalid = []
     for name, array in arrays.items():
         dtype = getattr(array, "dtype", type(array).__name__)

@@ -1,9 +1,4 @@
-"""Batches of raw text and synthetic tasks, in NumPy only.
-
-A data set is a sequence of examples, and example i is a pure function of i. The progress of a run
-in its data is therefore one integer, shuffling is a permutation of indices, and any number of hosts
-can share the examples.
-"""
+"""Batches of raw text and synthetic tasks, in NumPy only; example i is a pure function of i."""
 
 from xlstm_jax.data.batch import Batch, Examples
 from xlstm_jax.data.config import SPLITS, DataConfig

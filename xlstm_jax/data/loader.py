@@ -138,25 +138,19 @@ def batches(
 
 
 def eval_batches(
-    examples: Examples,
-    cfg: DataConfig,
-    max_batches: int | None = None,
-    *,
-    host_index: int = 0,
-    host_count: int = 1,
+    examples: Examples, cfg: DataConfig, max_batches: int | None = None
 ) -> Iterator[Batch]:
     """Batches of every window once, in order; the last one is padded with sequences of weight 0.
 
     With `max_batches`, only as many windows as fit, spread evenly over the data: the same unbiased
     sample every time.
     """
-    block = _host_block(cfg, host_index, host_count)
     count = len(examples) if max_batches is None else max_batches * cfg.batch_size
     index = eval_index(len(examples), count)
     for first in range(0, len(index), cfg.batch_size):
-        local = index[first + block.start : first + block.stop]
+        batch = examples.batch(index[first : first + cfg.batch_size])
         # Every batch has one shape, so evaluation compiles once.
-        yield pad_batch(examples.batch(local), len(block))
+        yield pad_batch(batch, cfg.batch_size)
 
 
 def eval_index(num_windows: int, count: int) -> Int64[np.ndarray, "N"]:

@@ -55,11 +55,7 @@ class ByteTokenizer:
         return np.frombuffer(text, np.uint8).astype(np.uint16)
 
     def decode_bytes(self, ids: Integer[np.ndarray, "T"] | Sequence[int]) -> bytes:
-        """The exact bytes of token ids; `eos_id` has none.
-
-        Raises:
-            ConfigError: an id is outside the vocabulary.
-        """
+        """The exact bytes of token ids; `eos_id` has none. Raises ConfigError for an unknown id."""
         ids = np.asarray(ids, np.int64)  # a narrower type could wrap an invalid id into the range
         invalid = ids[(ids < 0) | (ids >= self.vocab_size)]
         if invalid.size:
@@ -82,11 +78,7 @@ TOKENIZERS: dict[str, Tokenizer] = {"byte": ByteTokenizer()}
 
 
 def get(name: str) -> Tokenizer:
-    """The tokenizer with this name.
-
-    Raises:
-        ConfigError: no tokenizer has this name; the message lists the known ones.
-    """
+    """The tokenizer with this name; raises ConfigError, with the known names, if there is none."""
     if name not in TOKENIZERS:
         known = ", ".join(repr(known) for known in TOKENIZERS)
         raise ConfigError(f"tokenizer={name!r} is not known; use one of: {known}.")

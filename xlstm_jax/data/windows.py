@@ -52,11 +52,6 @@ class Windows:
         return self.tokenizer.vocab_size
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens in the text, including end-of-document tokens."""
-        return len(self.tokens)
-
-    @property
     def num_targets(self) -> int:
         """Targets with weight 1: all tokens but the first of each document."""
         return len(self.tokens) - len(self._first_tokens())

@@ -1,4 +1,4 @@
-"""Evaluation of trained models on held-out data."""
+"""Evaluation of trained models: perplexity and bits per byte."""
 
 from xlstm_jax.evaluate.perplexity import Perplexity, perplexity
 from xlstm_jax.evaluate.position import Bucket, by_position

@@ -57,11 +57,7 @@ def _sums(model: LM, params: Any, batch: Batch, *, document_resets: bool) -> Cro
 
 
 def batches(windows: Examples, batch_size: int, max_batches: int | None) -> Iterator[Batch]:
-    """Batches of all windows in order, or `max_batches` spread evenly over them.
-
-    Raises:
-        ConfigError: `batch_size` or `max_batches` is below 1.
-    """
+    """Batches of all windows in order, or `max_batches` spread evenly; errors of `perplexity`."""
     if max_batches is not None and max_batches < 1:
         raise ConfigError(
             f"max_batches must be at least 1, got {max_batches}; leave it out to use all data."

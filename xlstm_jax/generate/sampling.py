@@ -98,10 +98,7 @@ class Sampler:
                 )
 
     def __call__(
-        self,
-        logits: Float[Array, "*B vocab"],
-        key: PRNGKeyArray,
-        seen: Bool[Array, "*B vocab"],
+        self, logits: Float[Array, "*B vocab"], key: PRNGKeyArray, seen: Bool[Array, "*B vocab"]
     ) -> Int[Array, "*B"]:
         """Samples one token; `seen` marks those in the prompt or generated so far."""
         if self.repetition_penalty is not None:

@@ -94,8 +94,7 @@ class SLSTMBlock(_Block):
     @nn.nowrap
     def _layer(self, **options):
         cfg = self.cfg
-        fields = (cfg.slstm, cfg.num_blocks, cfg.dropout, self.block_index)
-        return SLSTMLayer(*fields, **options)
+        return SLSTMLayer(cfg.slstm, cfg.num_blocks, cfg.dropout, self.block_index, **options)
 
 
 class LargeBlock(_Block):

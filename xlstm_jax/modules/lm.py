@@ -56,7 +56,6 @@ class LM(_Model):
         """Runs the model over tokens, starting from `state`.
 
         Args:
-            tokens: token ids.
             state: state before the first position; None: the initial state.
             segment_ids: document of each token, from 1; 0 is padding. The state is reset where the
                 id changes, and at the first token if no state is passed. None: one document.

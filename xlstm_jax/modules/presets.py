@@ -56,11 +56,7 @@ GRID = {
 
 
 def get(name: str) -> LMConfig:
-    """Returns the config of a preset.
-
-    Raises:
-        ConfigError: no preset has this name.
-    """
+    """The config of a preset; raises ConfigError if no preset has this name."""
     if name not in PRESETS:
         examples = "presets.names() lists all, for example xlstm_7b or xlstm_125m_7:1."
         raise ConfigError(f"preset {name!r} is not known; {did_you_mean(name, PRESETS, examples)}")
@@ -72,20 +68,14 @@ def names() -> tuple[str, ...]:
     return tuple(PRESETS)
 
 
-def first_generation(
-    dim: int, pattern: str, *, num_heads: int = 4, vocab_size: int = VOCAB_SIZE
-) -> LMConfig:
+def first_generation(dim: int, pattern: str) -> LMConfig:
     """A model of first-generation blocks with the widths and numerics of arXiv:2405.04517."""
     return LMConfig(
-        vocab_size=vocab_size,
+        vocab_size=VOCAB_SIZE,
         dim=dim,
         pattern=pattern,
-        mlstm=options.MLSTMConfig(
-            num_heads=num_heads, inner_dim=options.first_generation_width(dim, 2.0)
-        ),
-        slstm=options.SLSTMConfig(
-            num_heads=num_heads, ffn_dim=options.first_generation_width(dim, 1.3)
-        ),
+        mlstm=options.MLSTMConfig(inner_dim=options.first_generation_width(dim, 2.0)),
+        slstm=options.SLSTMConfig(ffn_dim=options.first_generation_width(dim, 1.3)),
         dtype="bfloat16",
         remat="names",
     )
@@ -108,9 +98,9 @@ def large(
     )
 
 
-def scaling(dim: int, num_blocks: int, num_heads: int, *, vocab_size: int = VOCAB_SIZE) -> LMConfig:
+def scaling(dim: int, num_blocks: int, num_heads: int) -> LMConfig:
     """A model of the scaling study, which rounds feed-forward widths differently from the 7B."""
-    return large(dim, num_blocks, num_heads, options.scaling_width(dim), vocab_size=vocab_size)
+    return large(dim, num_blocks, num_heads, options.scaling_width(dim))
 
 
 def _presets() -> dict[str, Callable[[], LMConfig]]:

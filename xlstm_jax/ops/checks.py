@@ -46,32 +46,20 @@ def fields_with_axes(values: Any, axes: Any, prefix: str = "") -> dict[str, tupl
 
 
 def check_length(op: str, sizes: Mapping[str, int]) -> None:
-    """Checks that a sequence has at least one step.
-
-    Raises:
-        ValueError: T is 0.
-    """
+    """Raises ValueError if a sequence has no step."""
     if sizes["T"] < 1:
         raise ValueError(f"{op}: T must be at least 1, got 0; skip the call for empty sequences.")
 
 
 def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:
-    """Checks that `value` is one of `choices`.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         known = " or ".join(repr(choice) for choice in choices)
         raise ValueError(f"{op}: `{name}` must be {known}, got {value!r}.")
 
 
 def check_chunk_size(op: str, chunk_size: int | None) -> None:
-    """Checks that a chunk has at least one position; None lets the op choose.
-
-    Raises:
-        ValueError: `chunk_size` is below 1.
-    """
+    """Raises ValueError if `chunk_size` is below 1; None lets the op choose."""
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(
             f"{op}: `chunk_size` must be at least 1, got {chunk_size}; "

@@ -26,7 +26,6 @@ def causal_conv(
     """y[t] = bias + sum over j of kernel[j] * x[t - (W-1) + j]; kernel[W-1] is the current step's.
 
     Args:
-        x: inputs.
         kernel: depthwise, one window per channel `W F`, or mixing channels `W F_in F_out`.
         bias: added to every output.
         state: the W-1 inputs before the first step, oldest first; None means zeros.

@@ -46,7 +46,6 @@ def cross_entropy(
         x: hidden states after the final norm.
         kernel: weights of the head.
         targets: token ids; any valid id where the weight is 0.
-        weights: weight of each position.
         soft_cap: bound on the logits, that of the model.
         z_loss: coefficient of the squared log-normalizer; its sum is separate (`z_sum`).
         chunk_size: positions per chunk, forward and backward, on each device; changes memory and
@@ -102,10 +101,8 @@ def _chunk_sums(kernel, x, targets, weights, *, soft_cap, z_loss) -> CrossEntrop
     target_logit = jnp.sum(jnp.where(vocab == targets[:, None], logits, 0), axis=-1)
     weights = weights.astype(dtype)
     # Same result as argmax, which is slow on a CPU: of equal logits the first one counts.
-    target = targets[:, None]
-    not_larger = (logits < target_logit[:, None]) | (
-        (logits == target_logit[:, None]) & (vocab >= target)
-    )
+    ties = (logits == target_logit[:, None]) & (vocab >= targets[:, None])
+    not_larger = (logits < target_logit[:, None]) | ties
     correct = (jnp.sum(not_larger, axis=-1) == logits.shape[-1]).astype(dtype)
     return CrossEntropy(
         jnp.sum(weights * (log_norm - target_logit)),

@@ -23,10 +23,7 @@ def dense(
 
 
 def grouped_dense(
-    x: Float[Array, "*batch F_in"],
-    kernel: Float[Array, "P I O"],
-    *,
-    dtype: jnp.dtype | None = None,
+    x: Float[Array, "*batch F_in"], kernel: Float[Array, "P I O"], *, dtype: jnp.dtype | None = None
 ) -> Float[Array, "*batch F_out"]:
     """A product within each of P equal groups of features: F_in = P * I, F_out = P * O.
 

@@ -7,11 +7,7 @@ from xlstm_jax.ops.lstm import IMPLEMENTATIONS as LSTM
 from xlstm_jax.ops.mlstm.api import IMPLEMENTATIONS as MLSTM
 from xlstm_jax.ops.slstm.api import IMPLEMENTATIONS as SLSTM
 
-TABLES = {
-    "lstm": LSTM,
-    "mlstm": MLSTM,
-    "slstm": SLSTM,
-}
+TABLES = {"lstm": LSTM, "mlstm": MLSTM, "slstm": SLSTM}
 
 
 def implementations(op: str) -> dict[str, str | None]:

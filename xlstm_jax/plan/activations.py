@@ -17,15 +17,13 @@ from xlstm_jax.train.losses import language_model_loss
 def residuals_per_device(
     cfg: ExperimentConfig, sizes: dict[str, int], platform: str
 ) -> tuple[int, int]:
-    """Bytes of the residuals of one micro-batch on each device, without the parameters.
+    """Bytes of one micro-batch's residuals on each device, and of parameters cast to their dtype.
+
+    The latter do not grow with the batch.
 
     Args:
         sizes: devices along each mesh axis.
         platform: target that functions are traced for, which decides the kernels they use.
-
-    Returns:
-        The bytes of activations, and the bytes that do not grow with the batch: parameters cast to
-        the dtype of activations.
     """
     # Linear in the batch size: the slope is one sequence, the intercept does not grow.
     one, two = (

@@ -78,17 +78,12 @@ def _is_reduce_scatter(computation: list[Instruction], instruction: Instruction)
 def _payload(kind: str, instruction: Instruction, group_size: int) -> int:
     """The bytes that `Collective.payload` counts."""
     sizes = [num_bytes(*shape) for shape in instruction.shapes]
-    is_start = instruction.opcode.endswith("-start")
     if kind == "collective-permute":
         return max(sizes)
-    if kind == "all-gather":
+    if kind in ("all-gather", "reduce-scatter") and instruction.opcode.endswith("-start"):
         # The result of a -start instruction includes its operands.
-        return sum(sizes) * group_size // (group_size + 1) if is_start else sum(sizes)
-    if kind == "reduce-scatter":
-        if is_start:
-            return sum(sizes) * group_size // (group_size + 1)
-        return sum(sizes) * group_size
-    return sum(sizes)
+        return sum(sizes) * group_size // (group_size + 1)
+    return sum(sizes) * (group_size if kind == "reduce-scatter" else 1)
 
 
 def _parse_send(send: Instruction, count: int) -> Collective | None:

@@ -130,13 +130,9 @@ def _sharded_products(cfg: LMConfig) -> tuple[int, int]:
 @functools.cache
 def _state_bytes(cfg: LMConfig) -> int:
     """Bytes of the recurrent state of one sequence, in all blocks that can shard the sequence."""
-    shardable = [
-        letter
-        for letter in cfg.pattern
-        if getattr(cfg.options_of(letter), "sharded_over_time", True)
-    ]
     states = [
         jax.eval_shape(lambda letter=letter: BLOCKS[letter].block(cfg, parent=None).init_state(1))
-        for letter in shardable
+        for letter in cfg.pattern
+        if getattr(cfg.options_of(letter), "sharded_over_time", True)
     ]
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(states))

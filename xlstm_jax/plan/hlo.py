@@ -21,10 +21,9 @@ _INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?{_NAME} = (.*)$")
 _DTYPES = "|".join(sorted(ITEM_BITS, key=len, reverse=True))
 _SHAPE = re.compile(rf"\b({_DTYPES})\[([\d,]*)\](\{{[^}}]*\}})?")
 _ON_CHIP = re.compile(r"S\([12]\)")  # TPU memory spaces: vector memory, and flags of pending copies
-_CALLED = re.compile(rf"\b(calls|to_apply|body|condition)={_NAME}")
+_CALLED = re.compile(rf"\b(calls|to_apply|body|condition|(?:true|false)_computation)={_NAME}")
 _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_TRUE_FALSE = re.compile(rf"\b(true_computation|false_computation)={_NAME}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +178,6 @@ def num_bytes(dtype: str, sizes: tuple[int, ...]) -> int:
 
 def called_computations(instruction: Instruction) -> Iterator[str]:
     """Names of the computations that an instruction calls."""
-    for pattern in (_CALLED, _TRUE_FALSE):
-        yield from (name for _, name in pattern.findall(instruction.attributes))
+    yield from (name for _, name in _CALLED.findall(instruction.attributes))
     for names in _BRANCHES.findall(instruction.attributes):
         yield from (name.strip().lstrip("%") for name in names.split(",") if name.strip())

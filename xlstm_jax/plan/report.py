@@ -1,7 +1,6 @@
 """The resources of a train step: memory by kind, collectives, and lower bounds on its time."""
 
 import dataclasses
-import math
 import time
 from typing import Any
 
@@ -15,6 +14,7 @@ from xlstm_jax.plan.hlo import Program
 from xlstm_jax.plan.topology import Target
 from xlstm_jax.plan.traffic import memory_traffic
 from xlstm_jax.sharding.devices import make_devices
+from xlstm_jax.sharding.placement import shard_bytes
 from xlstm_jax.sharding.rules import get_rules
 from xlstm_jax.train.config import ExperimentConfig, check_divisibility
 from xlstm_jax.train.program import TrainProgram
@@ -105,14 +105,7 @@ def plan(cfg: ExperimentConfig, target: Target) -> Plan:
 
 
 def compile_step(cfg: ExperimentConfig, target: Target) -> tuple[TrainProgram, jax.stages.Compiled]:
-    """Compiles the train step of a run for a target, from shapes alone.
-
-    Returns:
-        The training program and its compiled step.
-
-    Raises:
-        ConfigError: as `plan`.
-    """
+    """The training program of a run and its compiled step, from shapes alone; errors of `plan`."""
     devices = make_devices(cfg.mesh, target.devices)
     check_divisibility(cfg, devices.rules, devices.mesh.shape)
     program = TrainProgram(cfg, devices)
@@ -169,10 +162,7 @@ def compute_seconds(cfg: ExperimentConfig, target: Target) -> float:
 
 def _shard_bytes(tree: PyTree) -> int:
     """Bytes per device of a tree of shapes with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+    return sum(shard_bytes(leaf, leaf.sharding) for leaf in jax.tree.leaves(tree))
 
 
 def _by_kind(all_collectives: list[Collective]) -> dict[str, tuple[int, float]]:

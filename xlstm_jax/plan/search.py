@@ -52,7 +52,7 @@ def search(
     *,
     on_plan: Callable[[Candidate, Plan], None] = lambda candidate, compiled: None,
 ) -> tuple[Candidate, Plan]:
-    """Finds the fastest configuration of a model and sequence length that fits a target.
+    """The fastest configuration of a model and sequence length that fits a target, and its plan.
 
     Compiles candidates in the order of their estimated speed until one fits. Skips candidates that
     cannot fit, judging by similar ones compiled before.
@@ -60,9 +60,6 @@ def search(
     Args:
         cfg: the run; its mesh, rematerialization policy and batch size are replaced.
         on_plan: called with each compiled candidate and its plan.
-
-    Returns:
-        The candidate and its plan.
 
     Raises:
         ConfigError: no candidate fits.

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from pallas_kernels import common
@@ -28,11 +28,9 @@ class Target:
     intra_size: int  # devices of a TPU slice or GPU host, which the fast network joins
     refusal: str = ""  # why the compiler is not available
 
-    @contextlib.contextmanager
-    def compiling(self) -> Iterator[None]:
+    def compiling(self) -> contextlib.AbstractContextManager[None]:
         """Context in which traced functions use the kernels of this chip."""
-        with common.compiled_for(self.chip.target):
-            yield
+        return common.compiled_for(self.chip.target)
 
 
 def find_target(name: str, slices: int = 1) -> Target:
@@ -45,7 +43,8 @@ def find_target(name: str, slices: int = 1) -> Target:
         ConfigError: the name or the number of slices is invalid.
     """
     kind, _, shape = name.partition(":")
-    sizes = tuple(int(size) for size in shape.split("x")) if _is_shape(shape) else ()
+    is_shape = re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape)
+    sizes = tuple(int(size) for size in shape.split("x")) if is_shape else ()
     if slices < 1:
         raise ConfigError(f"slices must be at least 1, got {slices}; leave it out for one slice.")
     if slices > 1 and kind in CLUSTERS:
@@ -60,10 +59,6 @@ def find_target(name: str, slices: int = 1) -> Target:
         f"topology={name!r} must be a chip and a shape, such as v5e:16x16 or v5p:8x8x4 "
         f"({', '.join(TPUS)}), or h100:32x8 for 32 hosts of 8 ({', '.join(CLUSTERS)})."
     )
-
-
-def _is_shape(text: str) -> bool:
-    return re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", text) is not None
 
 
 def _tpus(kind: str, shape: tuple[int, ...], slices: int) -> Target:

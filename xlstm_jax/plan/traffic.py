@@ -76,9 +76,7 @@ def _fusion_bytes(fused: list[Instruction], operand_bytes: list[int]) -> int:
 
 
 def _bytes_read(
-    source: Instruction,
-    users: Mapping[str, list[Instruction]],
-    by_name: Mapping[str, Instruction],
+    source: Instruction, users: Mapping[str, list[Instruction]], by_name: Mapping[str, Instruction]
 ) -> int:
     """Bytes that a fusion reads from one of its operands: all, or the slices that it takes."""
     total = 0

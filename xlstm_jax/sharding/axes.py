@@ -38,8 +38,7 @@ _block_axes: Callable[[str], Mapping[str, Axes]] = lambda letter: {}  # noqa: E7
 def set_block_axes(axes_of: Callable[[str], Mapping[str, Axes]]) -> None:
     """Registers the logical axes of block parameters, whose paths contain `stack/LETTER/`.
 
-    Args:
-        axes_of: maps the letter of a block kind to a table that takes precedence over `_AXES`.
+    `axes_of` maps a letter to a table like `_AXES`, which takes precedence over `_AXES`.
     """
     global _block_axes
     _block_axes = axes_of
@@ -76,10 +75,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     Without an active mesh (`jax.set_mesh`), and inside a `shard_map` over all of its axes, x is
     returned unchanged.
 
-    Args:
-        x: an activation.
-        names: the logical axis of each dimension, from `LOGICAL_AXES`; None for a dimension that
-            is never sharded.
+    `names` are the logical axes of the dimensions, from `LOGICAL_AXES`; None is never sharded.
     """
     # Only Auto axes can be constrained: Explicit ones are part of the type, Manual ones are local.
     auto = _axes_of_mesh(AxisType.Auto)

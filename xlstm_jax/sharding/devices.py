@@ -110,7 +110,6 @@ def make_devices(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Devic
     """The mesh of a run with its sharding rules.
 
     Args:
-        cfg: axis sizes and rules.
         devices: None uses all devices of all processes, or `jax.default_device` if it is set.
 
     Raises:

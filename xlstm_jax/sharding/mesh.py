@@ -54,11 +54,7 @@ class MeshConfig:
             )
 
     def sizes(self, count: int) -> dict[str, int]:
-        """The size of each axis for `count` devices.
-
-        Raises:
-            ConfigError: the product of the sizes is not `count`.
-        """
+        """The size of each axis; raises ConfigError unless they multiply to `count` devices."""
         sizes = {name: getattr(self, name) for name in MESH_AXES}
         fixed = math.prod(size for size in sizes.values() if size != -1)
         if count % fixed == 0:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -71,8 +72,9 @@ def bytes_per_device(
     # Abstract, so that a mesh can be larger than the attached devices.
     mesh = AbstractMesh(tuple(mesh_sizes.values()), tuple(mesh_sizes))
     shardings = tree_shardings(params, rules, mesh, min_shard_size)
-
-    def shard_bytes(leaf, sharding: NamedSharding) -> int:
-        return math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-
     return sum(jax.tree.leaves(jax.tree.map(shard_bytes, params, shardings)))
+
+
+def shard_bytes(leaf: Any, sharding: NamedSharding) -> int:
+    """Bytes per device of an array, or of its shape."""
+    return math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize

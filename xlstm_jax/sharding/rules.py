@@ -37,11 +37,7 @@ _in_use: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default
 
 
 def get_rules(name: str) -> Rules:
-    """The rules with this name.
-
-    Raises:
-        ConfigError: no rules have this name.
-    """
+    """The rules with this name; raises ConfigError if there are none."""
     if name not in RULES:
         raise ConfigError(f"rules={name!r} is not known; use one of: {', '.join(RULES)}.")
     return RULES[name]

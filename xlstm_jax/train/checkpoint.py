@@ -127,11 +127,7 @@ def save_params(run_dir: str | Path, params: PyTree, config: dict[str, Any]) -> 
 
 
 def has_params_only(run_dir: str | Path) -> bool:
-    """Whether the newest checkpoint was written by `save_params`.
-
-    Raises:
-        CheckpointError: the checkpoint is corrupt.
-    """
+    """Whether the newest checkpoint is of `save_params`; raises CheckpointError if corrupt."""
     if latest_step(run_dir) != 0:
         return False
     args = ocp.args.Composite(data=ocp.args.JsonRestore())
@@ -144,7 +140,6 @@ def restore_latest(run_dir: str | Path, like: PyTree) -> tuple[TrainState, dict[
     Nothing on disk changes, also if an error is raised.
 
     Args:
-        run_dir: the run.
         like: a state of the same structure, or its shapes, with the dtypes and shardings to restore
             to. They may differ from those of the saving run; a leaf without a sharding is restored
             to one device.
@@ -171,7 +166,6 @@ def restore_params(
     """Restores the config and the parameters of a run.
 
     Args:
-        run_dir: the run.
         step: one of `steps`; None restores the newest.
         place: maps a tree to the shardings of its leaves, which may differ from those of the saving
             run; None restores to one device.

@@ -53,7 +53,7 @@ class TrainConfig:
     loss_chunk: int | None = None  # tokens whose logits are in memory at once; None: the op chooses
     guard_factor: float = 10.0  # skip an update if its gradient norm exceeds this times the average
     guard_floor: float = 10.0  # ... and exceeds this
-    max_consecutive_skips: int = 8  # skipped updates in a row after which the run ends
+    max_consecutive_skips: int = 8  # consecutive skipped updates after which the run ends
     seed: int = 0  # of parameters and dropout; data.seed orders the data
     log_every: int = 10  # steps
     eval_every: int = 200  # steps; 0: never, not even at the end
@@ -164,11 +164,7 @@ _OLD_MESH = {"smallest_cut": "min_shard_size", "slstm_time": "slstm_seq"}
 
 
 def check_vocabulary(cfg: ExperimentConfig, examples: Examples) -> None:
-    """Checks that the vocabulary of the model covers the data.
-
-    Raises:
-        ConfigError: the data have more token ids than the model.
-    """
+    """Raises ConfigError unless the vocabulary of the model covers the token ids of the data."""
     if cfg.model.vocab_size < examples.vocab_size:
         raise ConfigError(
             f"model.vocab_size must be at least {examples.vocab_size}, which the token ids of "
@@ -177,11 +173,7 @@ def check_vocabulary(cfg: ExperimentConfig, examples: Examples) -> None:
 
 
 def check_divisibility(cfg: ExperimentConfig, rules: Rules, sizes: Mapping[str, int]) -> None:
-    """Checks that the mesh axes divide the dimensions they shard.
-
-    Raises:
-        ConfigError: the batch, the sequence or the heads cannot be divided evenly.
-    """
+    """Raises ConfigError unless the mesh axes divide the batch, the sequence and the heads."""
     accumulation = cfg.train.accumulation
     batch = "data.batch_size" if accumulation == 1 else "data.batch_size / accumulation"
     blocks = {letter: cfg.model.options_of(letter) for letter in cfg.model.pattern}
@@ -205,9 +197,7 @@ def check_divisibility(cfg: ExperimentConfig, rules: Rules, sizes: Mapping[str, 
                 f"{length}; use {' or '.join(map(str, sorted(near)))}, or another mesh."
             )
     shards_time = math.prod(sizes[axis] for axis in rules["time"]) > 1
-    unsharded = [
-        x for x, options in blocks.items() if not getattr(options, "sharded_over_time", True)
-    ]
+    unsharded = [x for x, opts in blocks.items() if not getattr(opts, "sharded_over_time", True)]
     if shards_time and unsharded and cfg.mesh.slstm_seq == "refuse":
         raise ConfigError(
             f"mesh.seq={sizes['seq']} cannot shard the sequence in blocks {', '.join(unsharded)} "

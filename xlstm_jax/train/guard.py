@@ -12,7 +12,7 @@ _EMA_DECAY = 0.98  # of the average gradient norm: a window of about fifty updat
 
 
 class DivergedError(RuntimeError):
-    """Too many updates in a row were skipped; the parameters are no longer trained."""
+    """Too many consecutive updates were skipped; the parameters are no longer trained."""
 
 
 class Guard(NamedTuple):
@@ -34,7 +34,7 @@ def check_update(
 
     An update is applied if loss and gradient norm are finite and the norm is at most
     `cfg.guard_floor`, or at most `cfg.guard_factor` times its moving average. After
-    `cfg.max_consecutive_skips` skipped updates in a row all further ones are skipped: the host
+    `cfg.max_consecutive_skips` consecutive skipped updates all further ones are skipped: the host
     reads metrics with a delay, and the parameters must not change until it ends the run.
     """
     mean = guard.ema_grad_norm

@@ -23,10 +23,8 @@ from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.train.state import TrainState
 from xlstm_jax.train.writers import Writer
 
-_MEMORY = {
-    "bytes_in_use": "memory_in_use",
-    "peak_bytes_in_use": "memory_peak",
-}  # key of JAX: key of a record
+# Key of JAX -> key of a record.
+_MEMORY = {"bytes_in_use": "memory_in_use", "peak_bytes_in_use": "memory_peak"}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -35,9 +33,8 @@ class Progress:
 
     step: int = 0  # batches consumed; determines the next batch
     tokens_seen: int = 0  # until the last record
-    totals: metrics.Totals = dataclasses.field(
-        default_factory=metrics.empty
-    )  # since the last record
+    # Since the last record.
+    totals: metrics.Totals = dataclasses.field(default_factory=metrics.empty)
     evaluation: dict[str, Any] | None = None  # the last result, with its step
 
     def to_json(self) -> dict[str, Any]:
@@ -210,10 +207,10 @@ class Loop:
             self._outputs.checkpoints.save(self.progress.step, self.state, data, to_dict(self._cfg))
         self._saved_at = time.monotonic()
 
-    def _check_skipped(self, in_a_row: int) -> None:
+    def _check_skipped(self, num_skipped: int) -> None:
         """Raises DivergedError after too many skips, and writes the windows of skipped steps."""
         limit, guard = self._cfg.train.max_consecutive_skips, self.state.guard
-        if in_a_row < limit:
+        if num_skipped < limit:
             return
         first = self.progress.step - int(guard.skipped)
         index = {
@@ -225,7 +222,7 @@ class Loop:
         rundir.write_json(self._outputs.run_dir / rundir.DIVERGED, dump)
         saved = latest_step(self._outputs.run_dir)
         raise DivergedError(
-            f"{limit} updates in a row were skipped from step {first} on, because the loss or "
+            f"{limit} consecutive updates were skipped from step {first} on, because the loss or "
             "gradient was not finite or the gradient norm was far above its average of "
             f"{mean:.3g}; lower train.lr in a new run, or resume this one to repeat the same "
             f"batches from {'the beginning' if saved is None else f'step {saved}'}."

@@ -52,9 +52,8 @@ def token_sums(
 
     Args:
         model: an `LM`, or a module with the same call signature.
-        params: parameters of the model.
-        batch: packed sequences, whose documents differ in `segment_ids`.
-        document_resets: whether to reset the state at the start of every document.
+        batch: sequences; `segment_ids` separate the documents packed into one.
+        document_resets: whether a document starts from the initial state.
         state: the state before the batch; None is the initial state.
         dropout_key: None disables dropout.
         z_loss: coefficient of the squared log-normalizer.

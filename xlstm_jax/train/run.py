@@ -49,7 +49,6 @@ def fit(
     returns; a second signal has its usual effect.
 
     Args:
-        cfg: the configuration of the run.
         run_dir: directory of checkpoints, config.json, run.json, metrics.jsonl and loss.png.
         tx: any optax transformation in place of the optimizer of `cfg.train`. It has its own
             learning rate, and a resumed run needs the same `tx` again.
@@ -62,7 +61,7 @@ def fit(
         ConfigError: the config is invalid, or `run_dir` belongs to another config; nothing on disk
             has changed.
         CheckpointError: the checkpoint cannot be read; nothing on disk has changed.
-        DivergedError: `max_consecutive_skips` updates in a row were skipped.
+        DivergedError: `max_consecutive_skips` consecutive updates were skipped.
     """
     run_dir = Path(run_dir)
     if not fresh:

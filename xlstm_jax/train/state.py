@@ -39,10 +39,8 @@ def init_state(
 
     Args:
         model: a Flax module called with tokens.
-        tx: the optimizer of the train step.
         key: initializes the parameters; `jax.vmap` over keys gives the state of many runs.
         tokens: any tokens: their values do not matter, and 1 x 1 zeros suffice.
-        lr_scale: factor on the learning rate.
         devices: the mesh on which the state is created, sharded; None creates it on one device.
     """
 

@@ -23,10 +23,7 @@ _DROPOUT = 1  # folded into the key of the seed, which itself initializes the pa
 
 
 def make_train_step(
-    model: Any,
-    tx: optax.GradientTransformation,
-    cfg: TrainConfig,
-    loss_fn: LossFn | None = None,
+    model: Any, tx: optax.GradientTransformation, cfg: TrainConfig, loss_fn: LossFn | None = None
 ) -> TrainStep:
     """Makes the train step `(state, batch) -> (state, metrics)`.
 
@@ -95,11 +92,7 @@ def make_train_step(
 
 
 def sum_gradients(
-    loss_fn: LossFn,
-    params: PyTree,
-    batch: Batch,
-    key: PRNGKeyArray | None,
-    num_parts: int = 1,
+    loss_fn: LossFn, params: PyTree, batch: Batch, key: PRNGKeyArray | None, num_parts: int = 1
 ) -> tuple[PyTree, CrossEntropy]:
     """Gradients of the summed loss, and the sums, accumulated over `num_parts` micro-batches.
 

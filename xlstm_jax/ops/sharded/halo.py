@@ -27,10 +27,7 @@ def state_from_neighbor(
 ) -> tuple[Float[Array, "B taps F"], Float[Array, "B taps F"]]:
     """The last inputs before this shard and after the last one, if shards are as long as a state.
 
-    Args:
-        state: inputs before the first shard.
-        shard_last: the last inputs of this shard.
-        axes: see the module.
+    `state` precedes the first shard; `shard_last` are the last inputs of this one.
     """
     count, rank = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
     last = jnp.where(rank == count - 1, shard_last, 0)

@@ -71,7 +71,6 @@ def sum_over_devices(
     global kernel, but there is no communication in each chunk of a long loop.
 
     Args:
-        fn: returns a tree of sums over the positions that it gets.
         x: `B T D`.
         kernel: `D vocab`, of the head. If it is sharded, it is all-gathered once, in x's dtype.
         positions: arrays `B T`.

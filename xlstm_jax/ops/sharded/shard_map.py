@@ -19,11 +19,7 @@ LETTERS = {"B": "batch", "T": "time", "H": "heads", "F": "inner"}
 
 
 def map_shards(
-    fn: Callable[..., Any],
-    args: Any,
-    axes: Any,
-    out_axes: Any,
-    sizes: Mapping[str, int],
+    fn: Callable[..., Any], args: Any, axes: Any, out_axes: Any, sizes: Mapping[str, int]
 ) -> Any:
     """`fn(*args)`, sharded over the active mesh (`jax.set_mesh`) by the rules in use.
 
