@@ -50,7 +50,7 @@ def cell_forward(i, f, z, o, c, n, m, SIGMOID: tl.constexpr):
     n = f_scaled * n + i_scaled
     # sigmoid(o) c / n with one division; if exp(-o) overflows, the result is 0, as it should be.
     # n is 0 as long as all input gates were 0; c and h are 0 then.
-    return c, n, c / (tl.where(n == 0.0, 1.0, n) * (1.0 + tl.exp(-o))), m
+    return c, n, tl.where(n == 0.0, 0.0, c / (n * (1.0 + tl.exp(-o)))), m
 
 
 @triton.jit
