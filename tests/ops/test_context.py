@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests import quick
+from tests.ops.subjects import RANGE_F, RANGE_I, replace_third
 from tests.ops.tolerances import TABLE, assert_close, assert_gradients_close
 from xlstm_jax import cells, ops
 from xlstm_jax.ops.mlstm import context_parallel
@@ -133,6 +134,20 @@ def test_eight_shards_match_a_single_device(variant, exchange, rng):
         assert_same_results(actual, expected)
         largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected[1]))
         chex.assert_trees_all_close(actual[1], expected[1], rtol=0, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES, indirect=True)
+def test_gates_from_minus_infinity_to_1e30_match_a_single_device(exchange, rng):
+    inputs, state, cotangents = mlstm_call(rng)
+    for name, values in (("i", RANGE_I), ("f", RANGE_F)):
+        gate = np.array(inputs[name])
+        replace_third(rng, gate, values)
+        inputs[name] = jnp.asarray(gate)
+    inputs["i"] = inputs["i"].at[0, :14].set(-jnp.inf)  # two full shards, and part of a third
+    args = inputs, state, make_flags("random", rng), cotangents
+    op = VARIANTS["exp"]
+    expected = single_device(op)(*args)
+    assert_same_results(run_sharded(op, SEQ_8, *args, exchange=exchange), expected)
 
 
 @pytest.mark.parametrize("names", [(), ("reset",)], ids=["no flags", "resets only"])
