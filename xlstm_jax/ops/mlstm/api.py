@@ -88,7 +88,7 @@ def mlstm(
 
     Args:
         q, k, v: queries, keys, values; the op applies 1/sqrt(K) to q.
-        i, f: gate pre-activations; the forget gate is a sigmoid.
+        i, f: gate pre-activations from -inf, a closed gate, to 1e30; the forget gate is a sigmoid.
         state: before the first step; None is the initial state, zeros in every leaf.
         reset: where True, the state before this position is replaced by the initial one.
         mask: where False, the state stays bit-identical and h is 0; a reset there is ignored.

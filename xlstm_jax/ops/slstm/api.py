@@ -55,7 +55,8 @@ def slstm(
     """sLSTM: exponential input gate, memory mixing within heads (arXiv:2405.04517, section 2.2).
 
     Args:
-        x: pre-activations of (i, f, z, o) without the recurrent part.
+        x: pre-activations of (i, f, z, o) without the recurrent part. i may be -inf: h is 0 until
+            an input gate opens.
         r: recurrent weights (input, gate, output).
         b: bias of the four gates.
         state: before the first step; None is the initial state, zeros in every leaf.
