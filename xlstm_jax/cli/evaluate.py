@@ -20,14 +20,12 @@ class Evaluate(options.ModelCommand):
 
     run: options.RunPath  # directory of a training run
     split: Split = "valid"  # split to evaluate
-    source: str | None = None  # built-in corpus, text file or folder; default: the data of the run
-    seq_len: int | None = (
-        None  # tokens per window, also more than in training; default: as in training
-    )
-    batch_size: int | None = None  # windows per batch; default: as in training
-    max_batches: int | None = None  # evaluate this many batches, evenly spaced; default: all
+    source: str | None = None  # built-in corpus, text file or folder; None: as in training
+    seq_len: int | None = None  # tokens per window; None: as in training
+    batch_size: int | None = None  # windows per batch; None: as in training
+    max_batches: int | None = None  # evaluate this many batches, evenly spaced; None: all
     by_position: bool = False  # also print the loss at each range of positions in the window
-    step: int | None = None  # step of the checkpoint; default: the newest
+    step: int | None = None  # step of the checkpoint; None: the newest
 
 
 def run(argv: list[str]) -> int:

@@ -152,7 +152,9 @@ def _message(errors: str, prog: str) -> str:
             return rest
         text = f"invalid value for {option}: {rest}"
     elif kind.startswith("Missing from"):
-        text = f"`{prog}` needs {rest.replace(' (required)', '')}"
+        # "RUN help" or "--prompt STR help": a comma after the placeholder.
+        missing = re.sub(r"^((?:--\S+ )?\S+) ", r"\1, ", rest.replace(" (required)", ""))
+        text = f"`{prog}` needs {missing}"
     else:
         text = text[0].lower() + text[1:].rstrip(".").replace(". Expected", ", expected")
     return f"{text}; see `{prog} --help`."
