@@ -60,7 +60,7 @@ MAY_IMPORT = {
 # Package -> the only third-party packages that it may import.
 THIRD_PARTY = {
     "pallas_kernels": {"jax", "numpy", "triton"},
-    "xlstm_jax.typing": {"jax", "jaxtyping"},
+    "xlstm_jax.typing": {"jax", "jaxtyping", "numpy"},
     "xlstm_jax.config": {"jax", "jaxtyping"},
     "xlstm_jax.sharding": {"jax", "jaxtyping", "numpy"},
     "xlstm_jax.cells": {"jax", "jaxtyping", "numpy"},

@@ -10,6 +10,10 @@
 Rare axes are spelled out: `Float[Array, "B T vocab"]`. The public layout is `B T H K`.
 """
 
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-__all__ = ["Array", "ArrayLike", "Bool", "Float", "Int", "PRNGKeyArray", "PyTree"]
+Flag = Shaped[Array | np.ndarray, "B T"]
+"""A reset or a mask: booleans, or numbers, of which nonzero ones are True."""
+
+__all__ = ["Array", "ArrayLike", "Bool", "Flag", "Float", "Int", "PRNGKeyArray", "PyTree"]

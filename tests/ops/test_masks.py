@@ -1,7 +1,9 @@
 """Masked steps do not affect the state, h or gradients, whatever their inputs are."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.ops import runs
 from tests.ops.subjects import (
@@ -15,6 +17,7 @@ from tests.ops.subjects import (
     with_flags,
 )
 from tests.ops.tolerances import TABLE
+from xlstm_jax import cells, ops
 
 
 def _with_garbage(case):
@@ -83,3 +86,21 @@ def test_masked_steps_at_the_end_leave_the_state_bit_identical(subject):
         again = case._replace(state=masked.state, mask=np.zeros_like(case.mask))
         result = runs.run(subject, again, runs.zero_cotangents(subject.variant, case))
         jax.tree.map(np.testing.assert_array_equal, result.state, masked.state)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32", "numpy"])
+@pytest.mark.parametrize("op", ["mlstm", "slstm", "lstm"])
+def test_nonzero_numbers_are_true(op, dtype):
+    """Masks are often document numbers, 1, 1, 2, 2, 0, and resets integers."""
+    case = with_flags(make_case(op, 9), num_masked=3)
+    arguments = {name: jnp.asarray(x, jnp.float32) for name, x in case.inputs.items()}
+    arguments |= {name: jnp.asarray(x, jnp.float32) for name, x in case.weights.items()}
+    booleans = {"reset": jnp.asarray(case.reset), "mask": jnp.asarray(case.mask)}
+    if dtype == "numpy":
+        numbers = {"reset": case.reset, "mask": np.where(case.mask, 2, 0)}
+    else:
+        numbers = {name: jnp.asarray(2 * flag, dtype) for name, flag in booleans.items()}
+    for call in (getattr(ops, op), getattr(cells, f"{op}_scan")):
+        expected, actual = call(**arguments, **booleans), call(**arguments, **numbers)
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(a, b)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import exact_einsum, state_dtype
 from xlstm_jax.cells.time import scan_time
-from xlstm_jax.typing import Array, Bool, Float
+from xlstm_jax.typing import Array, Flag, Float
 
 
 class LSTMState(NamedTuple):
@@ -71,8 +71,8 @@ def lstm_scan(
     b: Float[Array, "H 4 K"] | None = None,
     state: LSTMState | None = None,
     *,
-    reset: Bool[Array, "B T"] | None = None,
-    mask: Bool[Array, "B T"] | None = None,
+    reset: Flag | None = None,
+    mask: Flag | None = None,
     reverse: bool = False,
 ) -> tuple[Float[Array, "B T H K"], LSTMState]:
     """The recurrence over a sequence; `reset`, `mask` and `reverse` as in `scan_time`.

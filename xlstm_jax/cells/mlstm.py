@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import NEG, exact_einsum, log_sigmoid, state_dtype
 from xlstm_jax.cells.time import scan_time
-from xlstm_jax.typing import Array, Bool, Float
+from xlstm_jax.typing import Array, Flag, Float
 
 READ_FLOOR = -20.0
 """Lowest log-scale for the read-out. Below -88, exp(-m) is inf in float32 and its gradient NaN;
@@ -107,8 +107,8 @@ def mlstm_scan(
     f: Float[Array, "B T H"],
     state: MLSTMState | None = None,
     *,
-    reset: Bool[Array, "B T"] | None = None,
-    mask: Bool[Array, "B T"] | None = None,
+    reset: Flag | None = None,
+    mask: Flag | None = None,
     input_gate: str = "exp",
     normalize: bool = True,
     eps: float = 1e-6,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from xlstm_jax.cells.logspace import NEG, log_sigmoid, state_dtype
 from xlstm_jax.cells.lstm import recurrent_gates
 from xlstm_jax.cells.time import scan_time
-from xlstm_jax.typing import Array, Bool, Float
+from xlstm_jax.typing import Array, Flag, Float
 
 
 class SLSTMState(NamedTuple):
@@ -68,8 +68,8 @@ def slstm_scan(
     b: Float[Array, "H 4 K"] | None = None,
     state: SLSTMState | None = None,
     *,
-    reset: Bool[Array, "B T"] | None = None,
-    mask: Bool[Array, "B T"] | None = None,
+    reset: Flag | None = None,
+    mask: Flag | None = None,
     forget_gate: str = "sigmoid",
     reverse: bool = False,
 ) -> tuple[Float[Array, "B T H K"], SLSTMState]:

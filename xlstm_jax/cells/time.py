@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xlstm_jax.typing import Array, Bool, Float
+from xlstm_jax.typing import Array, Bool, Flag, Float
 
 
 def scan_time(
@@ -14,8 +14,8 @@ def scan_time(
     state: Any,
     inputs: Any,
     *,
-    reset: Bool[Array, "B T"] | None = None,
-    mask: Bool[Array, "B T"] | None = None,
+    reset: Flag | None = None,
+    mask: Flag | None = None,
     reverse: bool = False,
 ) -> tuple[Float[Array, "B T ..."], Any]:
     """Run `step(state, inputs at t) -> (state, h)` over axis 1 of every leaf of `inputs`.
@@ -31,6 +31,8 @@ def scan_time(
 
     Returns the outputs `B T ...`, and the state after the last step that was run.
     """
+
+    reset, mask = (None if flag is None else as_bool(flag) for flag in (reset, mask))
 
     def body(state, inputs_t):
         x, reset, mask = inputs_t
@@ -50,6 +52,11 @@ def scan_time(
     time_first = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (inputs, reset, mask))
     state, h = jax.lax.scan(body, state, time_first, reverse=reverse)
     return jnp.moveaxis(h, 0, 1), state
+
+
+def as_bool(flag: Flag) -> Bool[Array, "B T"]:
+    """A reset or mask as booleans."""
+    return jnp.asarray(flag, bool)
 
 
 def _expand_dims(flag: Bool[Array, "B"], leaf: Array) -> Array:

@@ -19,7 +19,7 @@ from xlstm_jax.modules.options import LargeConfig, MLSTMConfig, SLSTMConfig
 from xlstm_jax.modules.slstm import SLSTMLayer
 from xlstm_jax.ops.registry import TABLES
 from xlstm_jax.sharding.axes import set_block_axes
-from xlstm_jax.typing import Array, Bool, Float, Int
+from xlstm_jax.typing import Array, Flag, Float, Int
 
 # `options` checks names against this table without importing `ops`.
 IMPLEMENTATIONS.update(TABLES)
@@ -36,8 +36,8 @@ class _Block(nn.Module):
         x: Float[Array, "B T D"],
         state: Any = None,
         *,
-        reset: Bool[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
+        reset: Flag | None = None,
+        mask: Flag | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Returns the output of the block and the new state; arguments are those of the layer."""

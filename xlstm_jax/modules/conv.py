@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from xlstm_jax.modules.initializers import uniform
 from xlstm_jax.ops.conv import causal_conv
-from xlstm_jax.typing import Array, Bool, Float
+from xlstm_jax.typing import Array, Flag, Float
 
 
 class CausalConv(nn.Module):
@@ -27,8 +27,8 @@ class CausalConv(nn.Module):
         x: Float[Array, "B T F"],
         state: Float[Array, "B ... F"] | None = None,
         *,
-        reset: Bool[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
+        reset: Flag | None = None,
+        mask: Flag | None = None,
     ) -> tuple[Float[Array, "B T F"], Float[Array, "B ... F"]]:
         """Convolves x after the last W - 1 inputs in `state` (None: zeros); returns y and state."""
         features = x.shape[-1]

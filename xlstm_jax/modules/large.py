@@ -15,7 +15,7 @@ from xlstm_jax.modules.linear import Dense, fused_dense, input_and_forget_gates
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import LargeConfig
 from xlstm_jax.sharding import constrain
-from xlstm_jax.typing import Array, Bool, Float
+from xlstm_jax.typing import Array, Flag, Float
 
 
 class LargeMLSTMLayer(nn.Module):
@@ -31,8 +31,8 @@ class LargeMLSTMLayer(nn.Module):
         x: Float[Array, "B T D"],
         state: MLSTMState | None = None,
         *,
-        reset: Bool[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
+        reset: Flag | None = None,
+        mask: Flag | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], MLSTMState]:
         cfg, dim = self.cfg, x.shape[-1]

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from xlstm_jax.cells.time import as_bool
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.initializers import normal, small
 from xlstm_jax.modules.linear import Dense, Embedding
@@ -15,7 +16,7 @@ from xlstm_jax.ops.dense import dense
 from xlstm_jax.ops.documents import document_starts
 from xlstm_jax.ops.embed import embed
 from xlstm_jax.ops.norm import soft_cap
-from xlstm_jax.typing import Array, Bool, Float, Int
+from xlstm_jax.typing import Array, Flag, Float, Int
 
 
 class _Model(nn.Module):
@@ -47,7 +48,7 @@ class LM(_Model):
         tokens: Int[Array, "B T"],
         state: StackState | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
+        mask: Flag | None = None,
         *,
         head: bool = True,
         has_padding: bool = True,
@@ -76,7 +77,8 @@ class LM(_Model):
         if segment_ids is not None:
             reset = document_starts(segment_ids)
             if has_padding:
-                mask = segment_ids != 0 if mask is None else mask & (segment_ids != 0)
+                is_token = segment_ids != 0
+                mask = is_token if mask is None else as_bool(mask) & is_token
         init = small(cfg.dim) if cfg.embedding_std is None else normal(cfg.embedding_std)
         table = Embedding(cfg.vocab_size, cfg.dim, init, name="token_embedding")()
         # Float64 parameters override `cfg.dtype`: the model computes in float64 throughout.
@@ -108,8 +110,8 @@ class Backbone(_Model):
         self,
         x: Float[Array, "B T D"],
         state: StackState | None = None,
-        reset: Bool[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
+        reset: Flag | None = None,
+        mask: Flag | None = None,
         *,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], StackState]:

@@ -19,7 +19,7 @@ from xlstm_jax.modules.linear import Dense, HeadwiseDense, input_and_forget_gate
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import MLSTMConfig
 from xlstm_jax.sharding import constrain
-from xlstm_jax.typing import Array, Bool, Float
+from xlstm_jax.typing import Array, Flag, Float
 
 
 class MLSTMLayerState(NamedTuple):
@@ -45,8 +45,8 @@ class MLSTMLayer(nn.Module):
         x: Float[Array, "B T D"],
         state: MLSTMLayerState | None = None,
         *,
-        reset: Bool[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
+        reset: Flag | None = None,
+        mask: Flag | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], MLSTMLayerState]:
         cfg, dim = self.cfg, x.shape[-1]

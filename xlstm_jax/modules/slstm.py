@@ -18,7 +18,7 @@ from xlstm_jax.modules.initializers import Initializer, linspace, small, uniform
 from xlstm_jax.modules.linear import HeadwiseDense
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import BiasInit, RecurrentInit, SLSTMConfig
-from xlstm_jax.typing import Array, Bool, Float, Int, PRNGKeyArray
+from xlstm_jax.typing import Array, Flag, Float, Int, PRNGKeyArray
 
 
 class SLSTMLayerState(NamedTuple):
@@ -45,8 +45,8 @@ class SLSTMLayer(nn.Module):
         x: Float[Array, "B T D"],
         state: SLSTMLayerState | None = None,
         *,
-        reset: Bool[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
+        reset: Flag | None = None,
+        mask: Flag | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], SLSTMLayerState]:
         cfg, (B, T, D) = self.cfg, x.shape

@@ -19,7 +19,7 @@ from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.kinds import BLOCKS
 from xlstm_jax.modules.patterns import Run, find_period, split_runs
 from xlstm_jax.sharding import constrain
-from xlstm_jax.typing import Array, Bool, Float, PyTree
+from xlstm_jax.typing import Array, Flag, Float, PyTree
 
 # Letter -> stacked state of its blocks; every leaf is "layers B ...".
 StackState = dict[str, Any]
@@ -53,8 +53,8 @@ class Stack(nn.Module):
         self,
         x: Float[Array, "B T D"],
         state: StackState | None = None,
-        reset: Bool[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
+        reset: Flag | None = None,
+        mask: Flag | None = None,
         *,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], StackState]:

@@ -11,7 +11,7 @@ from xlstm_jax.ops.cpu import materialize_cotangent
 from xlstm_jax.ops.flags import FLAG_AXES, Flags
 from xlstm_jax.ops.sharded.halo import state_from_neighbor, states_from_all_shards
 from xlstm_jax.ops.sharded.shard_map import map_shards, sharding_axes
-from xlstm_jax.typing import Array, Bool, Float
+from xlstm_jax.typing import Array, Flag, Float
 
 
 def causal_conv(
@@ -20,8 +20,8 @@ def causal_conv(
     bias: Float[Array, "F_out"] | None = None,
     state: Float[Array, "B W-1 F"] | None = None,
     *,
-    reset: Bool[Array, "B T"] | None = None,
-    mask: Bool[Array, "B T"] | None = None,
+    reset: Flag | None = None,
+    mask: Flag | None = None,
 ) -> tuple[Float[Array, "B T F_out"], Float[Array, "B W-1 F"]]:
     """y[t] = bias + sum over j of kernel[j] * x[t - (W-1) + j]; kernel[W-1] is the current step's.
 
@@ -38,15 +38,15 @@ def causal_conv(
     Raises:
         ValueError: inconsistent shapes.
     """
-    depthwise = kernel.ndim == 2
+    depthwise, flags = kernel.ndim == 2, Flags.of(reset, mask)
     sizes = check_shapes(
         "causal_conv",
         {
             "x": (x, "B T F"),
             "kernel": (kernel, "W F" if depthwise else "W F F_out"),
             "bias": (bias, "F" if depthwise else "F_out"),
-            "reset": (reset, "B T"),
-            "mask": (mask, "B T"),
+            "reset": (flags.reset, "B T"),
+            "mask": (flags.mask, "B T"),
         },
     )
     check_length("causal_conv", sizes)
@@ -55,7 +55,6 @@ def causal_conv(
         state = jnp.zeros((B, W - 1, F), x.dtype)
     check_shapes("causal_conv", {"state": (state, f"{B} {W - 1} {F}")})
     state = state.astype(x.dtype)
-    flags = Flags(reset, mask)
     time_axes = sharding_axes("T", T)
     if not time_axes or W == 1:  # a window of one step needs no inputs of other shards
         return _masked_convolve(x, kernel, bias, state, flags)

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xlstm_jax.typing import Array, Bool, Float
+from xlstm_jax.cells.time import as_bool
+from xlstm_jax.typing import Array, Bool, Flag, Float
 
 
 class Flags(NamedTuple):
@@ -13,6 +14,11 @@ class Flags(NamedTuple):
 
     reset: Bool[Array, "B T"] | None
     mask: Bool[Array, "B T"] | None
+
+    @classmethod
+    def of(cls, reset: Flag | None, mask: Flag | None) -> "Flags":
+        """The arguments of an op as booleans."""
+        return cls(*(None if flag is None else as_bool(flag) for flag in (reset, mask)))
 
     def zero_masked(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         """x with zeros at masked positions, whatever their values (also NaN)."""

@@ -4,7 +4,7 @@ from xlstm_jax.cells.lstm import LSTMState, lstm_scan
 from xlstm_jax.ops import gated
 from xlstm_jax.ops.dispatch import Implementation
 from xlstm_jax.ops.flags import Flags
-from xlstm_jax.typing import Array, Bool, Float
+from xlstm_jax.typing import Array, Flag, Float
 
 IMPLEMENTATIONS = {
     "recurrent": Implementation(lambda inputs: lstm_scan(*inputs[:4], **inputs.flags._asdict()))
@@ -17,8 +17,8 @@ def lstm(
     b: Float[Array, "H 4 K"] | None = None,
     state: LSTMState | None = None,
     *,
-    reset: Bool[Array, "B T"] | None = None,
-    mask: Bool[Array, "B T"] | None = None,
+    reset: Flag | None = None,
+    mask: Flag | None = None,
     reverse: bool = False,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B T H K"], LSTMState]:
@@ -34,5 +34,5 @@ def lstm(
         ValueError: inconsistent shapes, or an unknown implementation.
         NotImplementedError: the implementation does not support this call; gives the reason.
     """
-    inputs = gated.Inputs(x, r, b, state, Flags(reset, mask))
+    inputs = gated.Inputs(x, r, b, state, Flags.of(reset, mask))
     return gated.run("lstm", IMPLEMENTATIONS, implementation, inputs, LSTMState, reverse=reverse)

@@ -20,7 +20,7 @@ from xlstm_jax.ops.mlstm.chunkwise import mlstm_chunkwise
 from xlstm_jax.ops.mlstm.context_parallel import boundary_states
 from xlstm_jax.ops.mlstm.parallel import mlstm_parallel
 from xlstm_jax.ops.sharded.shard_map import map_shards, sharding_axes
-from xlstm_jax.typing import Array, Bool, Float
+from xlstm_jax.typing import Array, Flag, Float
 
 
 def _kernels(backend: str) -> Implementation:
@@ -75,8 +75,8 @@ def mlstm(
     f: Float[Array, "B T H"],
     state: MLSTMState | None = None,
     *,
-    reset: Bool[Array, "B T"] | None = None,
-    mask: Bool[Array, "B T"] | None = None,
+    reset: Flag | None = None,
+    mask: Flag | None = None,
     input_gate: str = "exp",
     normalize: bool = True,
     eps: float = 1e-6,
@@ -105,7 +105,7 @@ def mlstm(
         ValueError: inconsistent shapes, an unknown gate or implementation, a chunk size below 1.
         NotImplementedError: the implementation does not support this call; gives the reason.
     """
-    x, flags = Inputs(q, k, v, i, f), Flags(reset, mask)
+    x, flags = Inputs(q, k, v, i, f), Flags.of(reset, mask)
     options = Options(input_gate, normalize, eps, chunk_size)
     call = _check(x, state, flags, options)
     selected = dispatch.choose("mlstm", IMPLEMENTATIONS, implementation, call)

@@ -6,7 +6,7 @@ from xlstm_jax.ops.checks import check_choice
 from xlstm_jax.ops.dispatch import Implementation
 from xlstm_jax.ops.flags import Flags
 from xlstm_jax.ops.slstm.recurrent import slstm_recurrent
-from xlstm_jax.typing import Array, Bool, Float
+from xlstm_jax.typing import Array, Flag, Float
 
 
 def _kernels(backend: str) -> Implementation:
@@ -46,8 +46,8 @@ def slstm(
     b: Float[Array, "H 4 K"] | None = None,
     state: SLSTMState | None = None,
     *,
-    reset: Bool[Array, "B T"] | None = None,
-    mask: Bool[Array, "B T"] | None = None,
+    reset: Flag | None = None,
+    mask: Flag | None = None,
     forget_gate: str = "sigmoid",
     reverse: bool = False,
     implementation: str = "auto",
@@ -73,6 +73,6 @@ def slstm(
         NotImplementedError: the implementation does not support this call; gives the reason.
     """
     check_choice("slstm", "forget_gate", forget_gate, ("sigmoid", "exp"))
-    inputs = gated.Inputs(x, r, b, state, Flags(reset, mask))
+    inputs = gated.Inputs(x, r, b, state, Flags.of(reset, mask))
     op = ("slstm", IMPLEMENTATIONS, implementation)
     return gated.run(*op, inputs, SLSTMState, reverse=reverse, forget_gate=forget_gate)
