@@ -44,9 +44,7 @@ class Decays(NamedTuple):
     `closed(dtype)` has the exponential 0 and is clipped there, so running sums of g stay small and
     have the same digits for forget gates of -1e9 as for ordinary ones. Each sum has two parts:
     coarse parts are multiples of 1 / grid, whose sums and differences are exact; fine parts stay
-    below L / grid. m enters them rounded to the grid, and `query` adds the remainder. Measured on
-    512 steps with gates of scale 8 in float32: the error of h is 6e-5 of its maximum, as in the
-    step recurrence; with sums in one part it is 1.6e-3.
+    below L / grid. m enters them rounded to the grid, and `query` adds the remainder.
     """
 
     gates: LogGates
