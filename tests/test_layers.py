@@ -12,7 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-LAYER_0 = ("xlstm_jax.typing", "xlstm_jax.config")
+LAYER_0 = ("xlstm_jax.typing", "xlstm_jax.errors", "xlstm_jax.config")
 LAYER_2 = (*LAYER_0, "xlstm_jax.cells", "pallas_kernels", "xlstm_jax.ops", "xlstm_jax.sharding")
 LAYER_3 = (*LAYER_2, "xlstm_jax.modules", "xlstm_jax.data", "xlstm_jax")
 LAYER_4 = (
@@ -30,7 +30,8 @@ LAYER_5 = (*LAYER_4, "xlstm_jax.cli", "xlstm_jax.__main__")
 # Package -> first-party packages that it may import besides itself; every module has an entry.
 MAY_IMPORT = {
     "xlstm_jax.typing": (),
-    "xlstm_jax.config": ("xlstm_jax.typing",),
+    "xlstm_jax.errors": (),
+    "xlstm_jax.config": ("xlstm_jax.typing", "xlstm_jax.errors"),
     "xlstm_jax.sharding": LAYER_0,
     "xlstm_jax.cells": LAYER_0,
     "pallas_kernels": (),
@@ -61,6 +62,7 @@ MAY_IMPORT = {
 THIRD_PARTY = {
     "pallas_kernels": {"jax", "numpy", "triton"},
     "xlstm_jax.typing": {"jax", "jaxtyping", "numpy"},
+    "xlstm_jax.errors": set(),
     "xlstm_jax.config": {"jax", "jaxtyping"},
     "xlstm_jax.sharding": {"jax", "jaxtyping", "numpy"},
     "xlstm_jax.cells": {"jax", "jaxtyping", "numpy"},

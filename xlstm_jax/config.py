@@ -20,14 +20,13 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from xlstm_jax.errors import ConfigError as ConfigError  # public under this name
+from xlstm_jax.errors import quote, quote_path
+
 T = TypeVar("T")
 
 IMPORTS = "imports"
 """Key of config.json that lists the modules its config needs. `from_dict` ignores it."""
-
-
-class ConfigError(ValueError):
-    """An invalid setting. The message is one line that includes a remedy."""
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
@@ -63,7 +62,7 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
     kind: Any = cls
     if not isinstance(values, Mapping):
         raise ConfigError(
-            f"{where.rstrip('.') or cls.__name__} must be a table of fields, got {values!r}."
+            f"{where.rstrip('.') or cls.__name__} must be a table of fields, got {quote(values)}."
         )
     # `IMPORTS` is a key of the file, not a field, so it is dropped at the top level only.
     values = {name: value for name, value in values.items() if where or name != IMPORTS}
@@ -73,7 +72,9 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
     for name in values:
         if name not in fields:
             hint = did_you_mean(name, fields)
-            raise ConfigError(f"{where}{name} is not a field of {cls.__name__}; {hint}")
+            raise ConfigError(
+                f"{quote_path(where + name)} is not a field of {cls.__name__}; {hint}"
+            )
     for name, field in fields.items():
         required = field.default is field.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -132,7 +133,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return value
         if hint is float and isinstance(value, int):
             return float(value)
-    raise ConfigError(f"{where} must be {_spell(hint)}, got {value!r}.")
+    raise ConfigError(f"{where} must be {_spell(hint)}, got {quote(value)}.")
 
 
 def _spell(hint: Any) -> str:

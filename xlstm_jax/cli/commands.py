@@ -1,13 +1,22 @@
 """`xlstm-jax COMMAND ...`: runs a command and maps its errors to exit codes."""
 
+import errno
 import importlib
+import os
 import sys
-import traceback
 from collections.abc import Sequence
 
 from xlstm_jax import __version__, cpu
-from xlstm_jax.cli.exit_codes import BAD_ARGUMENT, DONE, INTERRUPTED
-from xlstm_jax.config import ConfigError, did_you_mean
+from xlstm_jax.cli.exit_codes import BAD_ARGUMENT, DONE, INTERRUPTED, MACHINE_FAILED
+from xlstm_jax.config import did_you_mean
+from xlstm_jax.errors import (
+    ArgumentError,
+    ConfigError,
+    UnsupportedError,
+    printable,
+    quote,
+    quote_path,
+)
 
 # Each is a module of this package with `run(argv) -> exit code`, imported only when it runs.
 COMMANDS = {
@@ -23,6 +32,20 @@ COMMANDS = {
 # that it keeps in the process would raise their peak.
 WITHOUT_CPU_SETTINGS = ("convert",)
 
+# Errors of the machine; all other errors of the operating system concern a path of the user.
+_MACHINE_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EHOSTUNREACH,
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code, one of `exit_codes`."""
@@ -31,16 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         cpu.prepare()  # has to precede the first computation
     try:
         return _dispatch(args)
-    except (ConfigError, NotImplementedError, ValueError) as error:
-        if not _is_raised_by_library(error):
-            raise
-        print(f"xlstm-jax: {error}", file=sys.stderr)
-        return BAD_ARGUMENT
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         sys.stderr.close()
         return DONE
+    except Exception as error:
+        code, message = explain(error)
+        if code is None:
+            raise
+        print(f"xlstm-jax: {message}", file=sys.stderr)
+        return code
 
 
 def _dispatch(args: list[str]) -> int:
@@ -53,12 +77,30 @@ def _dispatch(args: list[str]) -> int:
         print(f"xlstm-jax {__version__}")
         return DONE
     if args[0] not in COMMANDS:
-        raise ConfigError(f"unknown command {args[0]!r}; {did_you_mean(args[0], COMMANDS)}")
+        raise ConfigError(f"unknown command {quote(args[0])}; {did_you_mean(args[0], COMMANDS)}")
     return importlib.import_module(f"xlstm_jax.cli.{args[0]}").run(args[1:])
 
 
-def _is_raised_by_library(error: Exception) -> bool:
-    """Whether this library raised the error; others are bugs, which keep their traceback."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    module = frame.f_globals.get("__name__", "")
-    return isinstance(error, ConfigError) or module.startswith("xlstm_jax")
+def explain(error: Exception) -> tuple[int | None, str]:
+    """Exit code and one-line message of an exception; the code of a bug is None."""
+    if isinstance(error, (ArgumentError, UnsupportedError)):
+        return BAD_ARGUMENT, str(error)
+    if isinstance(error, OSError):
+        return _explain_os_error(error)
+    # XLA reports exhausted memory, also of the host, by the text of its errors only.
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]:
+        reason = printable(str(error))[:200] or "MemoryError"
+        return MACHINE_FAILED, (
+            f"out of memory ({reason}); make data.batch_size, data.seq_len or the model smaller."
+        )
+    return None, ""
+
+
+def _explain_os_error(error: OSError) -> tuple[int, str]:
+    reason = (error.strerror or str(error)).lower()
+    where = f"{quote_path(os.fsdecode(error.filename))}: " if error.filename else ""
+    if error.errno in _MACHINE_ERRORS or isinstance(error, (ConnectionError, TimeoutError)):
+        return MACHINE_FAILED, printable(
+            f"{where}{reason}; free or repair it, then repeat the command, which resumes."
+        )
+    return BAD_ARGUMENT, printable(f"{where}{reason}; pass a path that can be used.")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cells.time import as_bool
+from xlstm_jax.errors import ArgumentError
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.initializers import normal, small
 from xlstm_jax.modules.linear import Dense, Embedding
@@ -143,13 +144,13 @@ def lm_logits(
 
 def _check(cfg: LMConfig, tokens, state, segment_ids, mask) -> None:
     if tokens.ndim != 2 or tokens.shape[1] < 1:
-        raise ValueError(
+        raise ArgumentError(
             f"tokens must have the axes (B T) with at least one position, got {tokens.shape}; "
             "a single sequence is tokens[None]."
         )
     for name, array in (("segment_ids", segment_ids), ("mask", mask)):
         if array is not None and array.shape != tokens.shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"{name} must have the shape of tokens, {tokens.shape}, got {array.shape}; "
                 "pass one value per token, or None."
             )
@@ -157,7 +158,7 @@ def _check(cfg: LMConfig, tokens, state, segment_ids, mask) -> None:
         return
     expected = jax.eval_shape(lambda: init_state(cfg, tokens.shape[0]))
     if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, expected):
-        raise ValueError(
+        raise ArgumentError(
             f"state must match pattern={cfg.pattern!r} and {tokens.shape[0]} sequences, got other "
             "shapes; use init_state(batch_size) of the same model, or None."
         )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from xlstm_jax.errors import ArgumentError
 from xlstm_jax.modules import loops
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.kinds import BLOCKS
@@ -91,7 +92,7 @@ class Stack(nn.Module):
             params, count = self.get_variable("params", letter), cfg.pattern.count(letter)
             counts = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
             if counts != {(count,)}:
-                raise ValueError(
+                raise ArgumentError(
                     f"params of blocks {letter!r} must have {count} layers for "
                     f"pattern={cfg.pattern!r}, got {sorted(n for (n,) in counts) or 'none'}; "
                     "use parameters from `init` of the same model."

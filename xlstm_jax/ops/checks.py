@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from xlstm_jax.errors import ArgumentError
+
 
 def check_shapes(op: str, arrays: Mapping[str, tuple[jax.Array | None, str]]) -> dict[str, int]:
     """Checks that all arrays agree on the size of every axis, and returns the sizes.
@@ -23,7 +25,7 @@ def check_shapes(op: str, arrays: Mapping[str, tuple[jax.Array | None, str]]) ->
             continue
         letters = axes.split()
         if array.ndim != len(letters):
-            raise ValueError(
+            raise ArgumentError(
                 f"{op}: `{name}` must have the axes ({axes}), got shape {tuple(array.shape)}."
             )
         for letter, size in zip(letters, array.shape, strict=True):
@@ -31,7 +33,7 @@ def check_shapes(op: str, arrays: Mapping[str, tuple[jax.Array | None, str]]) ->
             expected = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
             if size != expected:
                 source = "" if letter.isdigit() else f" as in `{first_use[letter]}`"
-                raise ValueError(
+                raise ArgumentError(
                     f"{op}: `{name}` must have the axes ({axes}) with {letter}={expected}{source}, "
                     f"got shape {tuple(array.shape)}."
                 )
@@ -48,20 +50,22 @@ def fields_with_axes(values: Any, axes: Any, prefix: str = "") -> dict[str, tupl
 def check_length(op: str, sizes: Mapping[str, int]) -> None:
     """Raises ValueError if a sequence has no step."""
     if sizes["T"] < 1:
-        raise ValueError(f"{op}: T must be at least 1, got 0; skip the call for empty sequences.")
+        raise ArgumentError(
+            f"{op}: T must be at least 1, got 0; skip the call for empty sequences."
+        )
 
 
 def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         known = " or ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{op}: `{name}` must be {known}, got {value!r}.")
+        raise ArgumentError(f"{op}: `{name}` must be {known}, got {value!r}.")
 
 
 def check_chunk_size(op: str, chunk_size: int | None) -> None:
     """Raises ValueError if `chunk_size` is below 1; None lets the op choose."""
     if chunk_size is not None and chunk_size < 1:
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: `chunk_size` must be at least 1, got {chunk_size}; "
             "leave it None to let the op choose."
         )

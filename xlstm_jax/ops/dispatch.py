@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from xlstm_jax.errors import ArgumentError, UnsupportedError
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -40,7 +42,7 @@ def choose(op: str, table: Mapping[str, Implementation], name: str, call: Call) 
     """
     if name != "auto" and name not in table:
         known = ", ".join(table)
-        raise ValueError(
+        raise ArgumentError(
             f"implementation={name!r} of {op} is not known; use 'auto' or one of: {known}."
         )
     call = dataclasses.replace(call, named=name != "auto")
@@ -50,7 +52,7 @@ def choose(op: str, table: Mapping[str, Implementation], name: str, call: Call) 
         if reason is None:
             return table[candidate]
         refusals.append(f"{candidate}: {reason}")
-    raise NotImplementedError(
+    raise UnsupportedError(
         f"no requested implementation of {op} supports {call}: " + "; ".join(refusals) + "."
     )
 

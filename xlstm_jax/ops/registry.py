@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from xlstm_jax.errors import ArgumentError
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.lstm import IMPLEMENTATIONS as LSTM
 from xlstm_jax.ops.mlstm.api import IMPLEMENTATIONS as MLSTM
@@ -21,7 +22,7 @@ def implementations(op: str) -> dict[str, str | None]:
     """
     if op not in TABLES:
         known = ", ".join(TABLES)
-        raise ValueError(f"op={op!r} has no implementations to list; use one of: {known}.")
+        raise ArgumentError(f"op={op!r} has no implementations to list; use one of: {known}.")
     dtype = jnp.dtype(jnp.float32)
     call = dispatch.Call(1, 128, 1, 128, 128, dtype, dispatch.platform(), named=True)
     return dispatch.refusals(TABLES[op], call)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from xlstm_jax.data.batch import Batch
+from xlstm_jax.errors import ArgumentError
 from xlstm_jax.ops.cross_entropy import CrossEntropy
 from xlstm_jax.train import guard, losses
 from xlstm_jax.train.config import TrainConfig
@@ -104,7 +105,7 @@ def sum_gradients(
         return grad_fn(params, batch, key)
     num_sequences = len(batch.inputs)
     if num_sequences % num_parts:
-        raise ValueError(
+        raise ArgumentError(
             f"a batch must have a multiple of {num_parts} sequences, got {num_sequences}; "
             f"change data.batch_size or train.accumulation={num_parts}."
         )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.cells.mlstm import MLSTMState, mlstm_init, mlstm_scan
+from xlstm_jax.errors import ArgumentError
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.checks import (
     check_choice,
@@ -142,7 +143,7 @@ def _check(x: Inputs, state: MLSTMState | None, flags: Flags, options: Options) 
     check_length("mlstm", sizes)
     check_choice("mlstm", "input_gate", options.input_gate, ("exp", "sigmoid"))
     if not options.normalize and options.input_gate == "exp":
-        raise ValueError(
+        raise ArgumentError(
             "mlstm: normalize=False needs input_gate='sigmoid', got input_gate='exp'; exponential "
             "gates are unbounded, so h must be divided by the normalizer."
         )

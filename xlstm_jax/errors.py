@@ -1,0 +1,73 @@
+"""Errors that a user can act on, and the quoting of values in their messages.
+
+Commands recognize these errors by type and print them as one line; any other exception is a bug of
+this library and keeps its traceback.
+"""
+
+import reprlib
+from os import PathLike
+
+MAX_QUOTED = 80
+"""Characters of a value that a message quotes; a file may hold a value of any size."""
+
+
+class ArgumentError(ValueError):
+    """An invalid argument of a function. The message is one line that includes a remedy."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+class ConfigError(ArgumentError):
+    """An invalid setting, file or command line. The message is one line that includes a remedy."""
+
+
+class UnsupportedError(NotImplementedError):
+    """A valid combination of arguments that has no implementation here; the message says why."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """The text on one line, with escape sequences in place of control characters."""
+    text = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def quote(value: object) -> str:
+    """The `repr` of a value for a message: printable and cut at about `MAX_QUOTED` characters.
+
+    Of nested values only the beginning is visited, so that the cost is bounded as well.
+    """
+    return _cut(_repr.repr(value), MAX_QUOTED)
+
+
+def quote_path(path: str | PathLike[str]) -> str:
+    """A path for a message; names that no file system allows are cut."""
+    return printable("/".join(_cut(name, MAX_QUOTED) for name in str(path).split("/")))
+
+
+def _cut(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    half = (limit - 3) // 2
+    return f"{text[:half]}...{text[-half:]}"
+
+
+class _BoundedRepr(reprlib.Repr):
+    """`reprlib.Repr` within `MAX_QUOTED`, also for integers that Python refuses to print."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = MAX_QUOTED
+        self.maxlevel = 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python limits the digits of a conversion to text, because their cost is quadratic.
+        if x.bit_length() > 1000:
+            return f"an integer of {x.bit_length()} bits"
+        return super().repr_int(x, level)
+
+
+_repr = _BoundedRepr()
