@@ -20,8 +20,8 @@ MAX_BYTES = 1 << 30
 
 TEXT = (".txt", ".md")
 FORMATS = ".txt and .md, each also compressed as .gz or .zst"
-# Formats that hold rows or tokens; as text, a model would learn their syntax.
-ROWS = frozenset(".jsonl .json .ndjson .parquet .arrow .arrayrecord .bin .idx .ds".split())
+# Formats whose rows are documents; read as text, a model would learn their syntax.
+ROWS = frozenset(".jsonl .json .ndjson .parquet .arrow .arrayrecord".split())
 _MAX_PATTERNS = 100
 
 
@@ -82,8 +82,8 @@ def walk(
 ) -> Iterator[str]:
     """Names of the files below a folder, relative to it and in a fixed order.
 
-    Hidden files and folders, and folders named in `skip`, are left out. A link to a folder that
-    contains it is not followed.
+    Hidden files and folders, and folders named in `skip`, are left out. Links are followed, except
+    to a folder that contains them.
     """
     ancestors = {os.fspath(folder): frozenset[tuple[int, int]]()}
     for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=follow_links):
@@ -97,8 +97,11 @@ def walk(
         )
         ancestors |= {os.path.join(parent, name): chain for name in folders}
         for name in sorted(files):
-            if not name.startswith("."):
-                yield Path(parent, name).relative_to(folder).as_posix()
+            path = os.path.join(parent, name)
+            # A pipe would block, but a broken link is an error when it is read.
+            is_file = os.path.isfile(path) or not os.path.exists(path)
+            if is_file and not name.startswith("."):
+                yield Path(path).relative_to(folder).as_posix()
 
 
 def _raise(error: OSError) -> None:

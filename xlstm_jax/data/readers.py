@@ -4,7 +4,7 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,28 +90,17 @@ def find(source: str) -> Path | None:
 
 def _read(source: str, pattern: str | None) -> tuple[list[Document], dict[str, Split] | None]:
     """The non-empty documents at a path, and their splits if names define them."""
-    path = find(source)
-    if path is not None and path.is_file():
-        names, named, paths = [path.name], None, {path.name: path}
+    path, named = find(source), None
+    if path is not None and path.is_dir():
+        names = _names(source, path, pattern)
+        named = _names_to_splits(source, names)
+        paths = {name: path / name for name in named or names}
+    elif path is not None and path.is_file():
         if files.suffix(path.name) in files.ROWS and not _is_asked_for(path.name, pattern):
-            raise ConfigError(
-                f"data.source={quote(source)} must be text, but {path.suffix} files hold rows or "
-                f"tokens, which are not read yet; to train on their bytes as text, set "
-                f"data.pattern={quote('*' + path.suffix)}."
-            )
-    elif path is not None and path.is_dir():
-        every = list(files.walk(path))
-        names = [name for name in every if files.matches(name, pattern)]
-        if not names:
-            raise ConfigError(
-                f"data.source={quote(source)} must be a text file or a folder with files that "
-                f"match data.pattern={quote(pattern)} (None: {files.FORMATS}), but it has "
-                f"{files.count_suffixes(every)}; hidden files are skipped. Correct one of them."
-            )
-        named = _names_to_splits(source, names, every if pattern is None else names)
-        paths = {name: path / name for name in names if named is None or name in named}
+            raise ConfigError(_rows_message(source, path.name, f"*{path.suffix}"))
+        paths = {path.name: path}
     else:
-        raise ConfigError(f"data.source={quote(source)} must be a file or a folder.")
+        raise ConfigError(f"data.source={quote(source)} must be a regular file or a folder.")
     documents, left = [], files.MAX_BYTES
     for name, file in paths.items():
         data = files.read_text(file, left, any_bytes=_is_asked_for(name, pattern))
@@ -119,37 +108,53 @@ def _read(source: str, pattern: str | None) -> tuple[list[Document], dict[str, S
         documents += [Document(name, data)] if data else []
     if not documents:
         raise ConfigError(
-            f"data.source={quote(source)} contains no text: {files.count_suffixes(names)} are "
-            "empty; add text."
+            f"data.source={quote(source)} contains no text: {files.count_suffixes(list(paths))} "
+            "are empty; add text."
         )
     return documents, named
+
+
+def _names(source: str, folder: Path, pattern: str | None) -> list[str]:
+    """The files of a folder to read; names the others if the pattern does not exclude them."""
+    every = list(files.walk(folder))
+    names = [name for name in every if files.matches(name, pattern)]
+    if rows := [n for n in every if pattern is None and files.suffix(n) in files.ROWS]:
+        raise ConfigError(_rows_message(source, rows[0], "*.{txt,md}"))
+    if not names:
+        raise ConfigError(
+            f"data.source={quote(source)} must be a text file or a folder with files that match "
+            f"data.pattern={quote(pattern)} (None: {files.FORMATS}), but it has "
+            f"{files.count_suffixes(every)}; hidden files are skipped. Correct one of them."
+        )
+    if pattern is None and len(names) < len(every):
+        others = files.count_suffixes(sorted(set(every) - set(names)))
+        _warn_once(f"data.source={quote(source)}: {others} are not text and are skipped")
+    return names
+
+
+def _rows_message(source: str, name: str, pattern: str) -> str:
+    return (
+        f"data.source={quote(source)} must be text ({files.FORMATS}), but {quote_path(name)} holds "
+        f"rows of data, which are not read yet; set data.pattern={quote(pattern)} to select what "
+        "is read as text."
+    )
 
 
 def _is_asked_for(name: str, pattern: str | None) -> bool:
     return pattern is not None and files.matches(name, pattern)
 
 
-def _names_to_splits(
-    source: str, names: Sequence[str], every: Sequence[str]
-) -> dict[str, Split] | None:
-    """`splits_by_name`, with a warning about files that it leaves out."""
+def _names_to_splits(source: str, names: list[str]) -> dict[str, Split] | None:
+    """`splits_by_name`, with a warning about files that it ignores."""
     named = splits_by_name(names)
-    mentioned = named or {name: split for name in names for split in splits_of_name(name)}
-    for name in every:
-        if files.suffix(name) in files.ROWS and splits_of_name(name) - set(mentioned.values()):
-            raise ConfigError(
-                f"data.source={quote(source)} has {quote_path(name)}, whose name is that of a "
-                f"split, but only {files.FORMATS} are read; convert it, move it away, or set "
-                "data.pattern."
-            )
-    ignored = [n for n in names if n not in named] if named else list(mentioned)
+    if named is None:
+        ignored = [name for name in names if splits_of_name(name)]
+        why = "name a split but are split like all others, as no file names 'train'"
+    else:
+        ignored = [name for name in names if name not in named]
+        why = "name no split and are skipped"
     if ignored:
         examples = ", ".join(map(quote_path, ignored[:3]))
-        why = (
-            "belong to no split and are skipped"
-            if named
-            else "name a split but are split like all others, because no file names 'train'"
-        )
         _warn_once(f"data.source={quote(source)}: {len(ignored)} files {why}: {examples}")
     return named
 
@@ -158,10 +163,11 @@ def _by_name(
     source: str, documents: list[Document], named: dict[str, Split]
 ) -> dict[str, list[Document]]:
     """Documents by the split that they name; an absent "valid" is taken out of "train"."""
-    splits: dict[str, list[Document]] = {
-        split: [document for document in documents if named[document.name] == split]
-        for split in SPLITS
-    }
+    splits: dict[str, list[Document]] = {split: [] for split in SPLITS}
+    for name, data in documents:
+        split = named[name]
+        # Names relative to train/: descriptions of earlier versions have them.
+        splits[split].append(Document(name.removeprefix(f"{split}/"), data))
     if "valid" in named.values() or not splits["train"]:
         return splits
     by_hash = [split_by_content(document.data) == "valid" for document in splits["train"]]
