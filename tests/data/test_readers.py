@@ -84,7 +84,8 @@ def test_a_single_file_is_split_in_order_at_line_ends(tmp_path):
 def test_a_missing_path_is_rejected_with_the_names_and_the_way_to_give_a_new_path(tmp_path, split):
     cfg = DataConfig(source=str(tmp_path / "nowhere"))
     with pytest.raises(
-        ConfigError, match=r"data\.source='.*nowhere' is neither .*stdlib.*given by --data\.source"
+        ConfigError,
+        match=r"data\.source='.*nowhere' is neither .*stdlib.*give their new path \(--data\.source",
     ):
         load(cfg, split)
 

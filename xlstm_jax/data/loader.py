@@ -96,7 +96,7 @@ def _is_named(cfg: DataConfig) -> bool:
         raise ConfigError(
             f"data.source={quote(cfg.source)} is neither the name of a data set nor an existing "
             f"path; use a name ({', '.join(DATASETS)}) or the path of a text file or a folder of "
-            "text. The new path of data that moved is given by --data.source, with the same run."
+            "text. If the data moved, give their new path (--data.source; evaluate: --source)."
         )
     return cfg.source in DATASETS
 
