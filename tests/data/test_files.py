@@ -229,3 +229,9 @@ def test_more_text_than_fits_is_refused_before_it_is_read(tmp_path, monkeypatch,
     monkeypatch.setattr(files, "MAX_BYTES", 1 << 27)
     if name != "bomb.txt.gz":
         assert len(load_all(DataConfig(source=str(folder))).tokens) >= 1_500_000
+
+
+def test_decompression_stops_at_the_limit(tmp_path):
+    data = gzip.compress(bytes(1 << 26))
+    codec = files._CODECS[".gz"]
+    assert 1000 < len(files._decompress(tmp_path, data, codec, limit=1000)) < 1 << 23
