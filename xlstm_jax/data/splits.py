@@ -78,8 +78,9 @@ def divide(data: bytes, percents: Sequence[int]) -> list[bytes]:
     """Divides one document, in order, near these percentages of its bytes.
 
     At line ends, so that the parts concatenate to the document, unless it has fewer than 100 lines
-    or a long one leaves a part empty. Else by position, and bytes before each cut are left out: no
-    sentence continues in the next part. No UTF-8 character is broken either way.
+    or a long one leaves a part empty. Else by position, and 1 % before each cut is left out: no part
+    continues the one before it. No UTF-8 character is broken either way. A document of a few bytes
+    stays whole.
     """
     cuts = [len(data) * percent // 100 for percent in percents]
     line_feeds = data.count(b"\n")
@@ -94,7 +95,8 @@ def divide(data: bytes, percents: Sequence[int]) -> list[bytes]:
     gap = max(1, min(_MAX_GAP, len(data) // 100))
     starts = [0, *(_character(data, cut) for cut in cuts)]
     stops = [*(_character(data, max(0, start - gap)) for start in starts[1:]), len(data)]
-    return [data[start:stop] for start, stop in zip(starts, stops, strict=True)]
+    parts = [data[start:stop] for start, stop in zip(starts, stops, strict=True)]
+    return parts if all(parts) else [data] + [b""] * len(cuts)
 
 
 def _character(data: bytes, position: int) -> int:
