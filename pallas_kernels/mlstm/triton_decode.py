@@ -31,8 +31,8 @@ def step(options: Options, q, k, v, gates: pre.LogGates, state: State) -> tuple[
     factors, m = pre.step_factors(gates, m, max_state=options.max_state)
     B, H, K, V = C.shape
     shape = jax.ShapeDtypeStruct
-    # Every program of a head reads n, and one writes the new n. The concatenation is a buffer of its
-    # own, so they do not share memory, even if XLA updates a stack of states in place.
+    # Every program of a head reads n, and one writes the new n. The concatenation has a buffer of
+    # its own, so they share no memory even where a loop updates stacked states in place.
     factors_n = jnp.concatenate((jnp.stack(factors, axis=-1), n), axis=-1)
     h, C, n = gpu.call(
         _kernel,

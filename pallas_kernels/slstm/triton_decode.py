@@ -22,8 +22,10 @@ CELLS = 32
 """Output cells per program, which reads their weights from all cells of the head."""
 
 
-def step(options: Options, x, r, b, state: State, flags: jax.Array | None) -> State:
-    """The state after one step.
+def step(
+    options: Options, x, r, b, state: State, flags: jax.Array | None
+) -> tuple[jax.Array, State]:
+    """h `B H K` in the dtype of x, and the state after one step.
 
     Args:
         x: `B 4 H K`.
@@ -36,22 +38,24 @@ def step(options: Options, x, r, b, state: State, flags: jax.Array | None) -> St
     r = common.pad(common.pad(r, 3, width), 1, width)
     c, n, h, m = (common.pad(leaf, 2, width) for leaf in state)
     axes = ((0, 2), (None, 0), (None, 0), (0, None), *[(0, 1)] * 4)
-    kernel = common.fold_vmap(functools.partial(_decode, options), axes, ((0, 1),) * 4)
-    h, c, n, m = (leaf[..., :K] for leaf in kernel(x, r, b, flags, h, c, n, m))
-    return c, n, h, m
+    kernel = common.fold_vmap(functools.partial(_decode, options), axes, ((0, 1),) * 5)
+    out, h, c, n, m = (leaf[..., :K] for leaf in kernel(x, r, b, flags, h, c, n, m))
+    return out, (c, n, h, m)
 
 
 def _decode(options: Options, x, r, b, flags, h, c, n, m):
     B, _, H, K = x.shape
     flags_or_dummy = jnp.zeros((1,), jnp.int32) if flags is None else flags
     cells = divisor(K, CELLS)
-    # All programs of a head read h, and each writes a part of the new h. The concatenation is a
-    # buffer of its own, so they do not share memory, even if XLA updates a stack of states in place.
+    # Every program of a head reads h, and each writes a part of the new h. The concatenation has a
+    # buffer of its own, so they share no memory even where a loop updates stacked states in place.
     x_h = jnp.concatenate((x, h[:, None].astype(x.dtype)), axis=1)
     return gpu.call(
         _kernel,
         (x_h, r, b, flags_or_dummy, h, c, n, m),
-        [jax.ShapeDtypeStruct(h.shape, jnp.float32)] * 4,
+        # h twice: where a loop stacks a result that is also used otherwise, XLA of jax 0.11 calls
+        # the kernel twice.
+        [jax.ShapeDtypeStruct(h.shape, dtype) for dtype in (x.dtype, *[jnp.float32] * 4)],
         name="slstm_decode",
         grid=(H, -(-B // triton_tiles.BATCH_BLOCK), K // cells),
         num_warps=4,
@@ -76,11 +80,12 @@ def _kernel(
     r,  # H K 4 K
     bias,  # H 4 K, float32
     flags,  # B, int32
-    h,  # B H K, float32, like all that follow; a program reads and writes its cells only
+    h,  # B H K, float32; of h, c, n and m a program reads and writes its own cells only
     c,
     n,
     m,
-    h_out,
+    out,  # B H K: the new h, in the dtype of x
+    h_out,  # B H K, float32, like the next three
     c_out,
     n_out,
     m_out,
@@ -129,6 +134,7 @@ def _kernel(
     new_c, new_n, new_h, new_m = step_forward(
         (i, f, z, o), state, pointers, masks, H * K, K, FLAGGED, False, False, SIGMOID
     )
+    tl.store(out + offsets, new_h.to(dtype), in_batch)
     tl.store(h_out + offsets, new_h, in_batch)
     tl.store(c_out + offsets, new_c, in_batch)
     tl.store(n_out + offsets, new_n, in_batch)
