@@ -85,9 +85,7 @@ class _SharingKernel(NamedTuple):
             results = buffers[self.num_operands :]
             for index in reversed(range(self.num_operands)):
                 operand = buffers[index]
-                alike = [
-                    x for x in results if (x.shape, x.dtype) == (operand.shape, operand.dtype)
-                ]
+                alike = [x for x in results if (x.shape, x.dtype) == (operand.shape, operand.dtype)]
                 if alike:
                     alike[-1].array[...] = operand.array
                     buffers[index] = alike[-1]
