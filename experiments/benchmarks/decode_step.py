@@ -8,7 +8,6 @@ that only states and kernels differ between versions. No GPU is needed, and noth
 
 import dataclasses
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -43,12 +42,13 @@ def compile_step(chip: str, op: str, loop: str, sizes: tuple[int, ...]) -> jax.s
     layers, B, H, K, V = sizes
     shape = lambda *axes: jax.ShapeDtypeStruct((layers, *axes), jnp.float32)  # noqa: E731
     if op == "mlstm":
-        states = cells.MLSTMState(shape(B, H, K, V), shape(B, H, K), shape(B, H))
+        state = jax.eval_shape(lambda: cells.mlstm_init(B, H, K, V))
         q, v = shape(1, 1, H, K), shape(1, 1, H, V)
         params = {"q": q, "k": q, "v": v, "i": shape(1, 1, H)}
     else:
-        states = cells.SLSTMState(*[shape(B, H, V)] * 4)
+        state = jax.eval_shape(lambda: cells.slstm_init(B, H, V))
         params = {"x": shape(1, 1, 4, H, V), "r": shape(H, V, 4, V), "b": shape(H, 4, V)}
+    states = jax.tree.map(lambda leaf: shape(*leaf.shape), state)
     h = jax.ShapeDtypeStruct((B, 1, H, V), jnp.bfloat16)
     step = {"mlstm": _mlstm, "slstm": _slstm}[op]
 
@@ -81,33 +81,23 @@ def _slstm(h, inputs):
     return ops.slstm(x, params["r"], params["b"], state, implementation="triton")
 
 
-def kernel_calls(program: Program) -> Iterator[tuple[Instruction, bool]]:
-    """Calls of Triton kernels, and whether each is fused with slices of its arrays."""
-    for name, instructions in program.computations.items():
-        for instruction in instructions:
-            if KERNEL in instruction.attributes:
-                yield instruction, name in _computations_of_fusions(program)
-
-
-def _computations_of_fusions(program: Program) -> set[str]:
-    instructions = sum(program.computations.values(), [])
-    fusions = [instruction for instruction in instructions if instruction.opcode == "fusion"]
-    return {name for fusion in fusions for name in called_computations(fusion)}
+def kernel_calls(program: Program) -> list[Instruction]:
+    """Calls of Triton kernels, also those in fusions."""
+    return [x for code in program.computations.values() for x in code if KERNEL in x.attributes]
 
 
 def state_copies(program: Program, sizes: tuple[int, ...], op: str) -> tuple[int, int]:
-    """How often others than the kernels write an array of one or all layers' states, and bytes.
+    """How often others than the kernels write states of one or all layers; bytes read and written.
 
-    Reads count too. m of the mLSTM, which is no result of the kernel, is left out.
+    m of the mLSTM, which is no result of the kernel, is left out.
     """
     layers, B, H, K, V = sizes
     leaves = ((B, H, K, V), (B, H, K)) if op == "mlstm" else ((B, H, V),)
     written = {stack + leaf for leaf in leaves for stack in ((), (1,), (layers,))}
-    kernels = {call.name for call, _ in kernel_calls(program)}
     number = total = 0
     for instruction, count, size in traffic_by_instruction(program):
-        called = [program.computations[name] for name in called_computations(instruction)]
-        has_kernel = kernels & {i.name for i in (instruction, *sum(called, []))}
+        fused = [program.computations[name] for name in called_computations(instruction)]
+        has_kernel = any(KERNEL in x.attributes for x in (instruction, *sum(fused, [])))
         is_state = any(dtype == "f32" and axes in written for dtype, axes in instruction.shapes)
         if size and is_state and not has_kernel:
             number, total = number + count, total + count * size
@@ -118,15 +108,17 @@ def record(chip: str, op: str, loop: str, sizes: tuple[int, ...]) -> dict[str, A
     """Figures of one compiled decode step."""
     compiled = compile_step(chip, op, loop, sizes)
     program, memory = Program(str(compiled.as_text())), compiled.memory_analysis()
-    calls = list(kernel_calls(program))
+    assert memory is not None
+    calls = kernel_calls(program)
+    unfused = [instruction for instruction, *_ in traffic_by_instruction(program)]
     number, size = state_copies(program, sizes, op)
     return {
         "op": op,
         "loop": loop,
         "sizes": sizes,
         "kernel_calls": len(calls),
-        "fused_kernel_calls": sum(fused for _, fused in calls),
-        "aliased_kernel_calls": sum("output_to_operand_al" in c.attributes for c, _ in calls),
+        "fused_kernel_calls": sum(call not in unfused for call in calls),
+        "aliased_kernel_calls": sum("output_to_operand_aliasing" in x.attributes for x in calls),
         "state_copies": number,
         "state_copies_bytes": size,
         "temp_bytes": memory.temp_size_in_bytes,
