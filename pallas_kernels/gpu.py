@@ -91,9 +91,9 @@ def call(
 ) -> tuple[jax.Array, ...]:
     """Launches a Triton kernel, whose parameters are the arrays, the results, then constants.
 
-    The call has no gradient and no `vmap` rule; see `common.fold_vmap`. A kernel only writes to
-    results. Still, XLA may give an operand and a result the same buffer: a slice of a loop carry
-    that the loop updates at the same index. So no program may read what another one writes there.
+    The call has no gradient and no `vmap` rule; see `common.fold_vmap`. A kernel writes to results
+    only. Still, XLA gives an operand and a result one buffer if they are slices of a loop carry, at
+    the loop's own index. So of a state, no program may read what another one writes.
 
     Args:
         kernel: a function decorated with `triton.jit`.
