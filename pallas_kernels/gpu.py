@@ -4,13 +4,14 @@ This module hides the argument names that differ between jax-triton 0.3 (jax 0.1
 (jax 0.11). Both versions cache compiled kernels by kernel, shapes and constants.
 """
 
+import concurrent.futures
 import functools
 import importlib
 import importlib.metadata
+import inspect
 import os
 import threading
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -51,16 +52,17 @@ def divisor(size: int, limit: int) -> int:
 def refusal() -> str | None:
     """Why Triton kernels cannot run on the current device; None if they can."""
     if common.target() is None:
-        capability = _capability()
+        capability, kind = _capability(), jax.devices()[0].device_kind
+        if capability is None and jax.devices()[0].platform in ("gpu", "rocm"):
+            return f"it is compiled for NVIDIA GPUs only, not for {kind!r}, an AMD GPU (ROCm)"
         if capability is None:
-            return f"it needs an NVIDIA GPU, got {jax.devices()[0].device_kind!r}"
+            return f"it needs an NVIDIA GPU, got {kind!r}"
         if capability < MIN_CAPABILITY:
-            kind = jax.devices()[0].device_kind
             return (
                 f"it needs compute capability 8.0 (Ampere) or higher, a {kind} has "
                 f"{capability // 10}.{capability % 10}"
             )
-    return _environment_refusal()
+    return _environment_refusal(current_chip())
 
 
 def interpreter_refusal() -> str | None:
@@ -83,14 +85,15 @@ def call(
     grid: tuple[int, ...],
     num_warps: int = 4,
     num_stages: int = 2,
-    aliases: Mapping[int, int] | None = None,
     target: str | None = None,
     interpret: bool = False,
     **constants: Any,
 ) -> tuple[jax.Array, ...]:
     """Launches a Triton kernel, whose parameters are the arrays, the results, then constants.
 
-    The call has no gradient and no `vmap` rule; see `common.fold_vmap`.
+    The call has no gradient and no `vmap` rule; see `common.fold_vmap`. A kernel writes to results
+    only. Still, XLA gives an operand and a result one buffer if they are slices of a loop carry, at
+    the loop's own index. So of a state, no program may read what another one writes.
 
     Args:
         kernel: a function decorated with `triton.jit`.
@@ -99,39 +102,31 @@ def call(
         name: name of the call in the compiled program.
         grid: number of programs along up to three axes.
         num_warps, num_stages: as in `triton.Config`.
-        aliases: index of an array -> index of the result that reuses its buffer. The kernel writes
-            through the array's parameter. Aliased results come last, and the kernel must not use
-            their parameters, which jax-triton 0.4 does not pass.
         target: a key of `hardware.ARCHITECTURES`, to compile ahead of time; None: the current GPU.
         interpret: run on the host, one program after the other; for tests.
         constants: the kernel's `tl.constexpr` parameters.
     """
-    aliases = dict(aliases or {})
     if interpret:
-        return _interpreted(kernel, arrays, out_shape, grid, aliases, constants)
+        return _interpreted(kernel, arrays, out_shape, grid, constants)
     jax_triton = importlib.import_module("jax_triton")
     _target_older_ptxas()
+    _adapt_dce_rule()
     if _version("jax-triton") >= (0, 4):
         named: dict[str, Any] = {"out_type": tuple(out_shape)}
         named["backend_options"] = {"enable_fp_fusion": True}  # the default of 0.3
-        constants |= {kernel.arg_names[len(arrays) + result]: 0 for result in aliases.values()}
     else:
         named = {"out_shape": tuple(out_shape)}
-    with warnings.catch_warnings():
-        # 0.4 recommends mutable arrays instead, which 0.3 does not support.
-        warnings.filterwarnings("ignore", "input_output_aliases", DeprecationWarning)
-        return jax_triton.triton_call(
-            *arrays,
-            kernel=kernel,
-            name=name,
-            grid=grid,
-            num_warps=num_warps,
-            num_stages=num_stages,
-            input_output_aliases=aliases,
-            compute_capability=None if target is None else ARCHITECTURES[target].capability,
-            **named,
-            **constants,
-        )
+    return jax_triton.triton_call(
+        *arrays,
+        kernel=kernel,
+        name=name,
+        grid=grid,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        compute_capability=None if target is None else ARCHITECTURES[target].capability,
+        **named,
+        **constants,
+    )
 
 
 def _capability() -> int | None:
@@ -144,8 +139,8 @@ def _capability() -> int | None:
 
 
 @functools.cache
-def _environment_refusal() -> str | None:
-    """Why this environment cannot compile Triton kernels; None if it can."""
+def _environment_refusal(chip: str) -> str | None:
+    """Why this environment cannot compile Triton kernels for `chip`; None if it can."""
     hint = "install the versions that match this jax: `pip install xlstm-jax[gpu]`"
     for module, package in (("triton", "triton"), ("jax_triton", "jax-triton")):
         try:
@@ -156,12 +151,26 @@ def _environment_refusal() -> str | None:
             return f"{package} cannot be imported ({error}); {hint}"
         except Exception as error:  # mismatched versions may raise anything
             return f"{package} cannot be imported ({type(error).__name__}: {error}); {hint}"
-    if (_version("jax") >= (0, 11)) != (_version("jax-triton") >= (0, 4)):
-        versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "jax-triton"))
-        return f"{versions} do not match; {hint}"
     if importlib.import_module("triton").knobs.runtime.interpret:
         return "TRITON_INTERPRET is set, which disables Triton's compiler; unset it"
+    try:
+        # In a thread of its own, without the meshes and traces of the caller.
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            thread.submit(_compile_probe, chip).result()
+    except Exception as error:  # mismatched versions fail in many ways
+        packages = ("jax", "jax-triton", "triton")
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        return f"{versions} together cannot compile a kernel for {chip} ({reason}); {hint}"
     return None
+
+
+def _compile_probe(chip: str) -> None:
+    """Compiles a one-line kernel to PTX; needs no GPU."""
+    probe = importlib.import_module("pallas_kernels.triton_math").probe
+    x = jax.ShapeDtypeStruct((1,), jnp.float32)
+    compute = functools.partial(call, probe, out_shape=(x,), name="probe", grid=(1,), target=chip)
+    jax.jit(lambda x: compute(arrays=(x,))).trace(x).lower(lowering_platforms=("cuda",))
 
 
 @functools.cache
@@ -176,6 +185,19 @@ def _target_older_ptxas() -> None:
         nvidia.ptxas_blackwell = nvidia.ptxas.path
 
 
+@functools.cache
+def _adapt_dce_rule() -> None:
+    """Makes jax-triton 0.4 work with jax 0.12, whose rules to remove unused calls have one more
+    argument."""
+    if _version("jax") < (0, 12):
+        return
+    rules = importlib.import_module("jax._src.interpreters.partial_eval").dce_rules
+    call_p = importlib.import_module("jax_triton.triton_lib").triton_kernel_call_p
+    rule = rules.get(call_p)
+    if rule is not None and len(inspect.signature(rule).parameters) == 2:
+        rules[call_p] = lambda used_outputs, live_inputs, equation: rule(used_outputs, equation)
+
+
 def _version(package: str) -> tuple[int, int]:
     major, minor = importlib.metadata.version(package).split(".")[:2]
     return int(major), int(minor)
@@ -185,16 +207,14 @@ _interpreter_lock = threading.Lock()
 """Triton's interpreter stores the current program id in a global that all threads share."""
 
 
-def _interpreted(kernel, arrays, out_shape, grid, aliases, constants) -> tuple[jax.Array, ...]:
+def _interpreted(kernel, arrays, out_shape, grid, constants) -> tuple[jax.Array, ...]:
     def run(*inputs):
-        inputs = [np.array(x) for x in inputs]
+        inputs = [np.asarray(x) for x in inputs]
         # NaN stands for uninitialized memory, so that reading it shows in the results.
         outputs = [
             np.full(x.shape, np.nan if jnp.issubdtype(x.dtype, jnp.floating) else -1, x.dtype)
             for x in out_shape
         ]
-        for source, result in aliases.items():
-            outputs[result] = inputs[source]
         # Like a GPU, do not report overflow.
         with _interpreter_lock, np.errstate(all="ignore"):
             kernel[grid](*(_HostArray(x) for x in (*inputs, *outputs)), **constants)

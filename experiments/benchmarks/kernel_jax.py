@@ -95,7 +95,7 @@ def timed_function(case: Case, candidate: str) -> Call:
 def compile_case(case: Case, candidate: str, fn: Call | None = None) -> jax.stages.Compiled:
     """Compiles the timed function of a case, or `fn` instead, from shapes."""
     shapes = jax.eval_shape(lambda: inputs(case, candidate))
-    donate = 0 if case.part == "decode" else ()  # states are updated in place
+    donate = 0 if case.part == "decode" else ()  # new states take the place of the old ones
     jitted = jax.jit(fn or timed_function(case, candidate), donate_argnums=donate)
     return jitted.lower(*shapes).compile()
 

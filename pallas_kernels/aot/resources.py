@@ -99,7 +99,7 @@ def _launch(equation: core.JaxprEqn) -> Launch:
     results: list[Any] = [variable.aval for variable in equation.outvars]
     if "metaparams" in params:
         constants, options = params["metaparams"], params["backend_options"]
-        # 0.4: placeholders with an ordinal stand for results, plain numbers for aliased ones.
+        # 0.4: placeholders with an ordinal stand for results.
         arrays = params["in_tree"].unflatten(arrays)
         arrays = [results[x.ordinal] if hasattr(x, "ordinal") else x for x in arrays]
     else:
@@ -109,7 +109,7 @@ def _launch(equation: core.JaxprEqn) -> Launch:
         options = {key: params[key] for key in options}
         arrays = arrays + results
     names = [name for name in params["fn"].arg_names if name not in constants]
-    types = [f"*{ELEMENTS[str(x.dtype)]}" if hasattr(x, "dtype") else "i32" for x in arrays]
+    types = [f"*{ELEMENTS[str(x.dtype)]}" for x in arrays]
     return Launch(
         params["fn"],
         params["name"],
@@ -130,11 +130,7 @@ def _assembled(launch: Launch, capability: int) -> Resources:
         signature=dict(launch.parameters) | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
         # As in jax-triton: XLA aligns all arrays to at least 16 bytes.
-        attrs={
-            (number,): [["tt.divisibility", 16]]
-            for number, (_, kind) in enumerate(launch.parameters)
-            if kind.startswith("*")
-        },
+        attrs={(number,): [["tt.divisibility", 16]] for number in range(len(launch.parameters))},
     )
     with triton.knobs.cache.scope():
         # jax-triton unsets the cache directory, without which Triton does not compile.

@@ -41,8 +41,7 @@ def mlstm(
         q, k, v: `B T H K`, `B T H K`, `B T H V`, all float32 or all bfloat16; 1/sqrt(K) is applied
             to q here.
         i, f: `B T H`, gate pre-activations; the forget gate is a sigmoid.
-        state: before the first step; with T = 1 under `jit`, the buffers of a donated state are
-            reused.
+        state: before the first step.
         reset: `B T`; where True, the state is the initial one before this position is processed.
         mask: `B T`; where False, the state is unchanged and h is 0.
         input_gate: "exp" or "sigmoid"; with "sigmoid" the states have m = 0.

@@ -23,7 +23,7 @@ class Kernels(NamedTuple):
 
     `step` takes q, k, v `B 1 H K`, `B 1 H K`, `B 1 H V`, zeros where masked; gates `B 1 H` and
     resets `B 1`; and the state C `B H K V`, n `B H K`, m `B H` in float32. It returns h `B 1 H V`
-    in the dtype of v and the new state; under `jit`, it reuses the buffers of a donated state.
+    in the dtype of v and the new state; on a TPU, a donated state is updated in place.
     """
 
     refusal: Callable[..., str | None]  # (K, V, dtype, chunk_size) -> why not supported, or None

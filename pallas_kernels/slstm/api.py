@@ -36,7 +36,7 @@ def slstm(
             bfloat16.
         r: `H K 4 K`, recurrent weights (input, gate, output); multiplied in the dtype of x.
         b: `H 4 K`, the bias of the four gates, added in float32; None is 0.
-        state: before the first step; with T = 1, under `jit` and donated, it is updated in place.
+        state: before the first step.
         reset: `B T`; where True, the state is reset to zeros before this position.
         mask: `B T`; where False, the state is unchanged, h is 0 and x is not read.
         forget_gate: "sigmoid" or "exp".
@@ -96,8 +96,8 @@ def _flags(reset: jax.Array | None, mask: jax.Array | None) -> jax.Array | None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _step(options: Options, x, r, b, state: State, flags) -> tuple[jax.Array, State]:
     """T = 1 by the decoding kernel; the backward pass is that of `_padded`."""
-    state = options.kernels.step(options, x[:, 0], r, b, state, flags)
-    return state[2].astype(x.dtype)[:, None], state
+    h, state = options.kernels.step(options, x[:, 0], r, b, state, flags)
+    return h[:, None], state
 
 
 def _step_forward(options: Options, x, r, b, state, flags):

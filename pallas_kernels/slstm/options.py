@@ -54,7 +54,7 @@ class Kernels(NamedTuple):
     forward: Callable[..., Forward]  # (options, Inputs, *, save)
     h_before: Callable[..., jax.Array]  # (h_saved, flags) -> h before each step, reset applied
     backward: Callable[..., Any]  # (options, gates, r, cnm, dh, dfinal, flags) -> dx, dinitial
-    step: Callable[..., State]  # (options, x `B 4 H K`, r, b, state, flags `B 1`): one position
+    step: Callable[..., Any]  # (options, x `B 4 H K`, r, b, state, flags `B 1`) -> h, state
     supports_step: Callable[..., bool]  # (tile, x `B 1 4 H K`, r): whether `step` supports them
 
 

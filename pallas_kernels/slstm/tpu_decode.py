@@ -14,8 +14,10 @@ from pallas_kernels.slstm import tpu_kernels
 from pallas_kernels.slstm.options import MASKED, RESET, Options, State
 
 
-def step(options: Options, x, r, b, state: State, flags: jax.Array | None) -> State:
-    """The state after one step; under `jit`, a donated state is updated in place.
+def step(
+    options: Options, x, r, b, state: State, flags: jax.Array | None
+) -> tuple[jax.Array, State]:
+    """h and the state after one step; under `jit`, a donated state is updated in place.
 
     The kernel takes r as `H K 4K`, which needs a relayout by XLA; a loop over steps hoists it.
     """
@@ -45,7 +47,7 @@ def step(options: Options, x, r, b, state: State, flags: jax.Array | None) -> St
         interpret=options.interpret,
         name="slstm_decode",
     )(*arguments)
-    return c, n, h, m
+    return h.astype(x.dtype), (c, n, h, m)
 
 
 def _body(x, r, b, *refs, forget_gate, flagged):

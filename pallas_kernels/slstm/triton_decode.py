@@ -1,4 +1,4 @@
-"""One sLSTM step as a Triton kernel: weights are read once, c, n and m are updated in place.
+"""One sLSTM step as a Triton kernel, which reads the weights once.
 
 Source: Beck et al. 2024, arXiv:2405.04517, section 2.2.
 """
@@ -22,10 +22,10 @@ CELLS = 32
 """Output cells per program, which reads their weights from all cells of the head."""
 
 
-def step(options: Options, x, r, b, state: State, flags: jax.Array | None) -> State:
-    """The state after one step; under `jit`, donated c, n and m are updated in place.
-
-    h has a buffer of its own, as programs of other cells still read the old one.
+def step(
+    options: Options, x, r, b, state: State, flags: jax.Array | None
+) -> tuple[jax.Array, State]:
+    """h `B H K` in the dtype of x, and the state after one step.
 
     Args:
         x: `B 4 H K`.
@@ -38,22 +38,26 @@ def step(options: Options, x, r, b, state: State, flags: jax.Array | None) -> St
     r = common.pad(common.pad(r, 3, width), 1, width)
     c, n, h, m = (common.pad(leaf, 2, width) for leaf in state)
     axes = ((0, 2), (None, 0), (None, 0), (0, None), *[(0, 1)] * 4)
-    kernel = common.fold_vmap(functools.partial(_decode, options), axes, ((0, 1),) * 4)
-    h, c, n, m = (leaf[..., :K] for leaf in kernel(x, r, b, flags, h, c, n, m))
-    return c, n, h, m
+    kernel = common.fold_vmap(functools.partial(_decode, options), axes, ((0, 1),) * 5)
+    out, h, c, n, m = (leaf[..., :K] for leaf in kernel(x, r, b, flags, h, c, n, m))
+    return out, (c, n, h, m)
 
 
 def _decode(options: Options, x, r, b, flags, h, c, n, m):
     B, _, H, K = x.shape
     flags_or_dummy = jnp.zeros((1,), jnp.int32) if flags is None else flags
     cells = divisor(K, CELLS)
+    # Every program of a head reads h, and each writes a part of the new h. The concatenation has a
+    # buffer of its own, so they share no memory even where a loop updates stacked states in place.
+    x_h = jnp.concatenate((x, h[:, None].astype(x.dtype)), axis=1)
     return gpu.call(
         _kernel,
-        (x, r, b, flags_or_dummy, h, c, n, m),
-        [jax.ShapeDtypeStruct(h.shape, jnp.float32)] * 4,
+        (x_h, r, b, flags_or_dummy, h, c, n, m),
+        # h twice: where a loop stacks a result that is also used otherwise, XLA of jax 0.11 calls
+        # the kernel twice.
+        [jax.ShapeDtypeStruct(h.shape, dtype) for dtype in (x.dtype, *[jnp.float32] * 4)],
         name="slstm_decode",
         grid=(H, -(-B // triton_tiles.BATCH_BLOCK), K // cells),
-        aliases={5: 1, 6: 2, 7: 3},
         num_warps=4,
         num_stages=3,
         target=options.target,
@@ -72,18 +76,19 @@ def _decode(options: Options, x, r, b, flags, h, c, n, m):
 @triton.jit
 @no_type_check
 def _kernel(
-    x,  # B 4 H K
+    x,  # B 5 H K: i, f, z and o without the recurrent part, then h, the operand of r
     r,  # H K 4 K
     bias,  # H 4 K, float32
     flags,  # B, int32
-    h,  # B H K, float32
-    c,  # B H K, float32; c, n and m are updated in place
+    h,  # B H K, float32; of h, c, n and m a program reads and writes its own cells only
+    c,
     n,
     m,
-    new_h_out,  # B H K, float32
-    c_alias,  # aliased results: written through c, n and m
-    n_alias,
-    m_alias,
+    out,  # B H K: the new h, in the dtype of x
+    h_out,  # B H K, float32, like the next three
+    c_out,
+    n_out,
+    m_out,
     B: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -105,10 +110,11 @@ def _kernel(
     z = tl.zeros((16, BLOCK), tl.float32)
     o = tl.zeros((16, BLOCK), tl.float32)
     dtype = x.dtype.element_ty
+    x += (b * (5 * H * K) + head * K)[:, None]
     for start in range(0, K, INNER):
         k = start + inner
         h_mask = in_batch & (reset == 0)
-        operand = tl.load(h + head_offsets + k[None, :], h_mask, other=0.0).to(dtype)
+        operand = tl.load(x + 4 * H * K + k[None, :], h_mask, other=0.0)
         weights = r + head * (4 * K * K) + k[:, None] * (4 * K) + cells[None, :]
         i += product(operand, tl.load(weights).to(dtype), UPCAST)
         f += product(operand, tl.load(weights + K).to(dtype), UPCAST)
@@ -121,14 +127,15 @@ def _kernel(
         tl.load(h + offsets, in_batch, other=0.0),
         tl.load(m + offsets, in_batch, other=0.0),
     )
-    x += (b * (4 * H * K) + head * K)[:, None] + cells[None, :]
+    x += cells[None, :]
     bias += head * (4 * K) + cells[None, :]
     # Without SAVE and SAVE_GATES the last two pointers, here h, are not used.
     pointers, masks = (x, bias, h, h), (reset, masked, in_batch)
     new_c, new_n, new_h, new_m = step_forward(
         (i, f, z, o), state, pointers, masks, H * K, K, FLAGGED, False, False, SIGMOID
     )
-    tl.store(c + offsets, new_c, in_batch)
-    tl.store(n + offsets, new_n, in_batch)
-    tl.store(m + offsets, new_m, in_batch)
-    tl.store(new_h_out + offsets, new_h, in_batch)
+    tl.store(out + offsets, new_h.to(dtype), in_batch)
+    tl.store(h_out + offsets, new_h, in_batch)
+    tl.store(c_out + offsets, new_c, in_batch)
+    tl.store(n_out + offsets, new_n, in_batch)
+    tl.store(m_out + offsets, new_m, in_batch)

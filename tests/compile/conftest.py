@@ -8,7 +8,7 @@ import importlib.util
 
 import pytest
 
-from pallas_kernels import common, gpu
+from pallas_kernels import gpu
 
 CHIPS = [
     *(pytest.param(chip, id=chip) for chip in ("v5e", "v5p", "v6e")),
@@ -42,8 +42,11 @@ def _gpu_refusal() -> str | None:
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
     if not any(map(importlib.util.find_spec, plugins)):
         return "JAX's CUDA plugin is not installed"
-    with common.compiled_for("sm_90"):
-        return gpu.refusal()
+    for module in ("triton", "jax_triton"):
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
+    # Other refusals, such as versions that do not work together, are failures of the tests.
+    return None if gpu.interpreter_refusal() else "Triton interprets kernels"
 
 
 def pytest_generate_tests(metafunc):

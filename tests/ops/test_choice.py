@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ def usable(monkeypatch):
     def call(kernel, arrays, out_shape, **_):
         return tuple(jnp.zeros(x.shape, x.dtype) for x in out_shape)
 
-    monkeypatch.setattr(gpu, "_environment_refusal", lambda: None)
+    monkeypatch.setattr(gpu, "_environment_refusal", lambda chip: None)
     monkeypatch.setattr(gpu, "call", call)
 
 
@@ -162,11 +163,24 @@ def test_auto_falls_back_and_named_triton_raises_for_unsupported_calls(
 @pytest.mark.parametrize("T", [1, 200])
 def test_auto_falls_back_on_a_gpu_without_triton(monkeypatch, selected, op, chip, T):
     reason = "jax-triton is not installed; install it"
-    monkeypatch.setattr(gpu, "_environment_refusal", lambda: reason)
+    monkeypatch.setattr(gpu, "_environment_refusal", lambda chip: reason)
     arguments = shapes(op, "bfloat16", T=T)
     assert_auto_falls_through(selected, op, chip, arguments, "triton", reason)
     with common.compiled_for(chip):
         assert ops.implementations(op)["triton"] == reason
+
+
+@every_gpu_op
+@pytest.mark.parametrize("T", [1, 200])
+def test_auto_falls_back_on_an_amd_gpu(monkeypatch, selected, op, T):
+    kind = "AMD Instinct MI250X"
+    device = SimpleNamespace(device_kind=kind, platform="gpu", compute_capability="gfx90a")
+    monkeypatch.setattr(jax, "devices", lambda *_: [device])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    name, call = selected(op, shapes(op, "bfloat16", T=T))
+    assert (name, call.platform) == (FALLBACK[op], "gpu")
+    reason = f"it is compiled for NVIDIA GPUs only, not for {kind!r}, an AMD GPU (ROCm)"
+    assert ops.implementations(op)["triton"] == reason
 
 
 def test_gpu_kernels_support_chunk_sizes_that_are_multiples_of_the_tile(usable, selected):

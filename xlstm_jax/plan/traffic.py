@@ -16,14 +16,18 @@ def memory_traffic(program: Program) -> int:
 
     Of an operand that is only sliced, the slice counts.
     """
+    return sum(count * size for _, count, size in traffic_by_instruction(program))
+
+
+def traffic_by_instruction(program: Program) -> Iterator[tuple[Instruction, int, int]]:
+    """Each unfused instruction, how often it runs, and the bytes it reads and writes each time."""
     fused = set(_fused(program))
-    total = 0
     for name, count in program.execution_counts.items():
         if name in fused:
             continue
         by_name = {instruction.name: instruction for instruction in program.computations[name]}
-        total += count * sum(_instruction_bytes(program, i, by_name) for i in by_name.values())
-    return total
+        for instruction in by_name.values():
+            yield instruction, count, _instruction_bytes(program, instruction, by_name)
 
 
 def _fused(program: Program) -> Iterator[str]:

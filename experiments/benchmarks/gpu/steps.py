@@ -1,7 +1,7 @@
 """Checks of decode steps through layers whose states are stacked, against the reference.
 
-XLA of jax 0.11.2 may pass an in-place kernel a slice of the stacked input states but read the
-result from another buffer, so each check runs with dynamic-slice fusion and without it.
+XLA of jax 0.11 fuses a kernel with the slices of stacked states, which is wrong for a kernel that
+works in place. So each check runs with dynamic-slice fusion and without it.
 """
 
 import functools

@@ -43,7 +43,6 @@ def _kernels(backend: str) -> Implementation:
         dtype = jnp.result_type(x.q, x.k, x.v)
         q, k, v = (a.astype(dtype) for a in x[:3])
         kernels, kwargs = getattr(backends, backend)(), flags._asdict() | options._asdict()
-        # With T = 1, a donated state is updated in place.
         C, n, m = state
         h, last = api.mlstm(kernels, q, k, v, x.i, x.f, (C, n, m), **kwargs)
         return h.astype(x.v.dtype), MLSTMState(*last)

@@ -25,7 +25,6 @@ def _kernels(backend: str) -> Implementation:
 
         x, r, b, state, flags = inputs
         kernels = getattr(backends, backend)()
-        # With T = 1, a donated state is updated in place.
         h, state = api.slstm(kernels, x, r, b, tuple(state), *flags, forget_gate=forget_gate)
         return h, SLSTMState(*state)
 
