@@ -64,9 +64,9 @@ def mlstm_chunkwise(
 ) -> tuple[Float[Array, "B T H V"], MLSTMState]:
     """The op `mlstm`, for any T; memory grows with T, not with T * chunk_size."""
     q, k, v = (flags.zero_masked(a) for a in x[:3])
-    gates = pre.log_gates(x.i, x.f, *flags, input_gate=options.input_gate, dtype=state.C.dtype)
+    gates = pre.log_gates(x.i, x.f, *flags, **options.gates, dtype=state.C.dtype)
     if not options.max_state:
-        # States of a sigmoid input gate have m = 0; the caller's may have another m.
+        # The states of this op have m = 0; the caller's may have another m.
         state = MLSTMState(*pre.fold_stabilizer(*state))
     # A short sequence is one chunk of its own length, without padding.
     L = min(options.chunk_size or CHUNK_SIZE, q.shape[1])
@@ -91,7 +91,7 @@ def _forward(options: Options, L: int, q, k, v, gates: LogGates, state: MLSTMSta
     # An operand of products, and possibly a broadcast constant: see `materialize`.
     initial = materialize(jax.tree.map(_merge_leading, state))
     m = _stabilizers(options, x.gates, initial.m)
-    decays = materialize(pre.decays(x.gates, *m))
+    decays = materialize(pre.decays(x.gates, *m, forget_gate=options.forget_gate))
     starts, last = _boundary_states(x, decays, initial)
     outputs = _outputs(options, x, decays, starts)
     last_by_head = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), last, state)
@@ -107,7 +107,8 @@ def _backward(options: Options, L: int, residuals: Residuals, cotangents):
     if not options.normalize:
         dh = materialize(dh)
     m_end = jnp.concatenate([starts.m[last.m.size :], last.m])
-    decays = materialize(pre.decays(x.gates, outputs.m, starts.m, m_end))
+    m = outputs.m, starts.m, m_end
+    decays = materialize(pre.decays(x.gates, *m, forget_gate=options.forget_gate))
     doutputs = _output_grads(options, outputs, dh)
     weights = _query_weights(decays)
     dends, phi, dinitial = _boundary_grads(residuals, decays, doutputs, weights[1], dlast)

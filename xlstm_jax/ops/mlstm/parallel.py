@@ -25,7 +25,7 @@ def mlstm_parallel(
     # An operand of products, and possibly a broadcast constant: see `materialize`.
     state = materialize(state)
     q, k, v = (flags.zero_masked(a).astype(dtype) for a in x[:3])
-    gates = log_gates(x.i, x.f, *flags, input_gate=options.input_gate, dtype=dtype)
+    gates = log_gates(x.i, x.f, *flags, **options.gates, dtype=dtype)
     log_D, log_start, log_initial = _log_weights(gates, state.m)
     if options.max_state:
         m = jnp.maximum(jnp.maximum(jnp.max(log_D, axis=-1), log_start), log_initial)
