@@ -75,7 +75,8 @@ def summarize(
 def _weights_at_end(gates: LogGates, options: Options):
     """log weight of every position in the state at the shard's end, and the shard's g and m.
 
-    Weights are relative to m, so sums of negative numbers over later steps, first within a chunk, then over chunks.
+    Relative to m they are sums of negative numbers over later steps: within a chunk, then over
+    chunks.
     """
     B, T, H = gates.log_i.shape
     chunks = pre.in_chunks(gates, min(GATE_CHUNK, T))
