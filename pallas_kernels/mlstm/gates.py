@@ -25,9 +25,6 @@ TINY = 2.0**-120
 READ_FLOOR = -20.0
 """Lower limit of m in a read-out: far below it, exp(-m) overflows float32."""
 
-LARGE = 2.0**12
-"""Stabilizers above this are rounded as in the recurrence: log f may be lost in log f + m."""
-
 
 class LogGates(NamedTuple):
     """Gates in log space: `B T H`, `reset` is `B T`; after `in_chunks` all have one shape."""
@@ -230,17 +227,22 @@ def closed(dtype: Any) -> float:
     return -1024.0 if dtype == jnp.float64 else -128.0
 
 
+def large(dtype: Any) -> float:
+    """Stabilizers above this are rounded as in the recurrence: log f may be lost in log f + m."""
+    return 2.0**40 if dtype == jnp.float64 else 2.0**12
+
+
 def _steps(gates: LogGates, before: jax.Array, m: jax.Array, grid: float, forget_gate: str):
     """log f + before - m of every step, clipped at `closed`, as (coarse, fine)."""
     total = (gates.log_f + before) - m
     coarse = _round(gates.log_f, grid)
-    is_small = jnp.abs(before) < LARGE
+    is_small = jnp.abs(before) < large(total.dtype)
     if forget_gate == "exp":
         # m of `stabilizers` is rounded in sums of large log f. The maximum of this step alone is
         # `carried`, exactly, or larger: steps do not let the state grow.
         carried = gates.log_f + before
         m_step = jnp.maximum(jnp.maximum(carried, gates.log_i), NEG)
-        is_small &= (m < LARGE) & (jnp.abs(m - m_step) < 1)
+        is_small &= (m < large(total.dtype)) & (jnp.abs(m - m_step) < 1)
         total = jnp.where(is_small, total, carried - jax.lax.stop_gradient(m_step))
     fine = jnp.where(is_small, gates.log_f - coarse, total - _round(total, grid))
     coarse = jnp.where(is_small, coarse + (before - m), _round(total, grid))

@@ -271,7 +271,7 @@ def _inner(cotangent: MLSTMState, state: MLSTMState) -> Float[Array, "Y"]:
 def query_weights(decays: Decays) -> tuple[Float[Array, "*Z L L"], Float[Array, "*Z L"]]:
     """For every query: weights of keys, and of the state at the chunk's start, divided by e^m."""
     L, segment = decays.m.shape[-1], decays.segment
-    visible = jnp.tril(jnp.ones((L, L), bool))[None]
+    visible = jnp.expand_dims(jnp.tril(jnp.ones((L, L), bool)), range(decays.m.ndim - 1))
     if segment is not None:
         visible = visible & (segment[..., :, None] == segment[..., None, :])
     lift = decays.m - jnp.maximum(decays.m, READ_FLOOR)
