@@ -3,7 +3,17 @@
 import pytest
 
 from tests.ops import runs
-from tests.ops.subjects import CHUNKED, LENGTHS, OPTIONS, PRIMARY, T, make_case, pad, subjects, with_flags
+from tests.ops.subjects import (
+    CHUNKED,
+    LENGTHS,
+    OPTIONS,
+    PRIMARY,
+    T,
+    make_case,
+    pad,
+    subjects,
+    with_flags,
+)
 from tests.ops.tolerances import TABLE
 
 
