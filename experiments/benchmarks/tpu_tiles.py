@@ -61,6 +61,7 @@ def options_of(tile: Tile, *, resets: bool = False) -> Options:
     return Options(
         kernels=backends.tpu(),
         tile=tile,
+        forget_gate="sigmoid",
         max_state=True,
         normalize=True,
         eps=1e-6,

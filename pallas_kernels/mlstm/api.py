@@ -30,6 +30,7 @@ def mlstm(
     reset: jax.Array | None = None,
     mask: jax.Array | None = None,
     input_gate: str = "exp",
+    forget_gate: str = "sigmoid",
     normalize: bool = True,
     eps: float = 1e-6,
     chunk_size: int | None = None,
@@ -40,12 +41,12 @@ def mlstm(
         kernels: from `backends`.
         q, k, v: `B T H K`, `B T H K`, `B T H V`, all float32 or all bfloat16; 1/sqrt(K) is applied
             to q here.
-        i, f: `B T H`, gate pre-activations; the forget gate is a sigmoid.
+        i, f: `B T H`, gate pre-activations.
         state: before the first step.
         reset: `B T`; where True, the state is the initial one before this position is processed.
         mask: `B T`; where False, the state is unchanged and h is 0.
-        input_gate: "exp" or "sigmoid"; with "sigmoid" the states have m = 0.
-        normalize: divide by max(|q n|, exp(-m)) + eps; False requires the sigmoid input gate.
+        input_gate, forget_gate: "exp" or "sigmoid"; if both are "sigmoid", the states have m = 0.
+        normalize: divide by max(|q n|, exp(-m)) + eps; False requires both to be "sigmoid".
         eps: added after that maximum.
         chunk_size: positions in a chunk, a multiple of the tile (128 on a TPU, 64 on a GPU); None:
             chosen by `kernels.tile`.
@@ -63,16 +64,18 @@ def mlstm(
             the tile, or heads too wide for the chip; the message names sizes that fit.
     """
     T, K, V = q.shape[1], q.shape[-1], v.shape[-1]
-    _check(q, k, v, input_gate, normalize=normalize)
+    activations = {"input_gate": input_gate, "forget_gate": forget_gate}
+    _check(q, k, v, activations, normalize=normalize)
     tile = kernels.tile(K, V, v.dtype, T, chunk_size)
     if mask is not None:
         q, k, v = (jnp.where(mask[..., None, None], x, 0) for x in (q, k, v))
-    gates = pre.log_gates(i, f, reset, mask, input_gate=input_gate)
+    gates = pre.log_gates(i, f, reset, mask, **activations)
     C, n, m = (leaf.astype(jnp.float32) for leaf in state)
     options = Options(
         kernels=kernels,
         tile=tile,
-        max_state=input_gate == "exp",
+        forget_gate=forget_gate,
+        max_state="exp" in activations.values(),
         normalize=normalize,
         eps=eps,
         resets=reset is not None,
@@ -85,12 +88,13 @@ def mlstm(
     return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
 
 
-def _check(q, k, v, input_gate: str, *, normalize: bool) -> None:
+def _check(q, k, v, activations: dict[str, str], *, normalize: bool) -> None:
     """Checks the arguments of direct callers; the op `mlstm` has checked its own."""
-    if input_gate not in ("exp", "sigmoid"):
-        raise ValueError(f"mlstm: `input_gate` must be 'exp' or 'sigmoid', got {input_gate!r}.")
-    if input_gate == "exp" and not normalize:
-        raise ValueError("mlstm: normalize=False needs input_gate='sigmoid', got 'exp'.")
+    for name, gate in activations.items():
+        if gate not in ("exp", "sigmoid"):
+            raise ValueError(f"mlstm: `{name}` must be 'exp' or 'sigmoid', got {gate!r}.")
+        if gate == "exp" and not normalize:
+            raise ValueError(f"mlstm: normalize=False needs {name}='sigmoid', got 'exp'.")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             f"mlstm: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; "
@@ -148,7 +152,8 @@ def _core(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m):
 
 def _decays(options: Options, gates: pre.LogGates, m_first: jax.Array) -> pre.Decays:
     gates = pre.in_chunks(gates, options.chunk)
-    return pre.decays(gates, *pre.stabilizers(gates, m_first, max_state=options.max_state))
+    m = pre.stabilizers(gates, m_first, max_state=options.max_state)
+    return pre.decays(gates, *m, forget_gate=options.forget_gate)
 
 
 def _forward(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m, *, save=True):

@@ -25,9 +25,6 @@ TINY = 2.0**-120
 READ_FLOOR = -20.0
 """Lower limit of m in a read-out: far below it, exp(-m) overflows float32."""
 
-LARGE = 2.0**12
-"""Stabilizers above this are rounded as in the recurrence: log f may be lost in log f + m."""
-
 
 class LogGates(NamedTuple):
     """Gates in log space: `B T H`, `reset` is `B T`; after `in_chunks` all have one shape."""
@@ -88,6 +85,7 @@ def log_gates(
     mask: jax.Array | None,
     *,
     input_gate: str,
+    forget_gate: str,
     dtype: Any = jnp.float32,
 ) -> LogGates:
     """Log gates `B T H`; a masked step leaves the state unchanged, even if its inputs are NaN."""
@@ -97,7 +95,7 @@ def log_gates(
         reset = None if reset is None else reset & mask
     i, f = i.astype(dtype), f.astype(dtype)
     log_i = i if input_gate == "exp" else -jax.nn.softplus(-i)
-    log_f = -jax.nn.softplus(-f)
+    log_f = f if forget_gate == "exp" else -jax.nn.softplus(-f)
     if mask is not None:
         log_i = jnp.where(mask[..., None], log_i, NEG)
         log_f = jnp.where(mask[..., None], log_f, 0)
@@ -201,14 +199,17 @@ def stabilizer_path(
     return through_f, through_f & ~gates.reset
 
 
-def decays(gates: LogGates, m: jax.Array, m_start: jax.Array, m_end: jax.Array) -> Decays:
+def decays(
+    gates: LogGates, m: jax.Array, m_start: jax.Array, m_end: jax.Array, *, forget_gate: str
+) -> Decays:
     """Log weights of gates in chunks, `... L`, relative to their `stabilizers`."""
     L = m.shape[-1]
     # Of L numbers above -128, so that coarse sums are exact in float32.
     grid = min(2.0**10, 2.0**17 / 2 ** (L - 1).bit_length())
     rounded, start = _round(m, grid), _round(m_start, grid)
     before = jnp.concatenate([start[..., None], rounded[..., :-1]], axis=-1)
-    coarse, fine = (jnp.cumsum(part, axis=-1) for part in _steps(gates, before, rounded, grid))
+    steps = _steps(gates, before, rounded, grid, forget_gate)
+    coarse, fine = (jnp.cumsum(part, axis=-1) for part in steps)
     key, query = jnp.maximum(gates.log_i, NEG) - rounded, rounded - m
     from_start = coarse + (fine + query + (m_start - start)[..., None])
     # The difference of the coarse parts is exact; the small parts are summed before it is added.
@@ -226,11 +227,23 @@ def closed(dtype: Any) -> float:
     return -1024.0 if dtype == jnp.float64 else -128.0
 
 
-def _steps(gates: LogGates, before: jax.Array, m: jax.Array, grid: float):
+def large(dtype: Any) -> float:
+    """Stabilizers above this are rounded as in the recurrence: log f may be lost in log f + m."""
+    return 2.0**40 if dtype == jnp.float64 else 2.0**12
+
+
+def _steps(gates: LogGates, before: jax.Array, m: jax.Array, grid: float, forget_gate: str):
     """log f + before - m of every step, clipped at `closed`, as (coarse, fine)."""
     total = (gates.log_f + before) - m
     coarse = _round(gates.log_f, grid)
-    is_small = jnp.abs(before) < LARGE
+    is_small = jnp.abs(before) < large(total.dtype)
+    if forget_gate == "exp":
+        # m of `stabilizers` is rounded in sums of large log f. The maximum of this step alone is
+        # `carried`, exactly, or larger: steps do not let the state grow.
+        carried = gates.log_f + before
+        m_step = jnp.maximum(jnp.maximum(carried, gates.log_i), NEG)
+        is_small &= (m < large(total.dtype)) & (jnp.abs(m - m_step) < 1)
+        total = jnp.where(is_small, total, carried - jax.lax.stop_gradient(m_step))
     fine = jnp.where(is_small, gates.log_f - coarse, total - _round(total, grid))
     coarse = jnp.where(is_small, coarse + (before - m), _round(total, grid))
     is_closed = total <= closed(total.dtype)

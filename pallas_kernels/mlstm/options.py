@@ -40,7 +40,8 @@ class Options(NamedTuple):
 
     kernels: Kernels
     tile: Any  # result of `kernels.tile`
-    max_state: bool  # m is a running maximum (exponential input gate); else m is 0 everywhere
+    forget_gate: str
+    max_state: bool  # m is a running maximum (an exponential gate); else m is 0 everywhere
     normalize: bool
     eps: float
     resets: bool

@@ -34,12 +34,13 @@ def slstm(state, x, r, b, forget_gate="sigmoid"):
     return (c, n, h), h
 
 
-def mlstm(state, q, k, v, i, f, input_gate="exp", normalize=True):
+def mlstm(state, q, k, v, i, f, input_gate="exp", forget_gate="sigmoid", normalize=True):
     """One step of one head; 1/sqrt(K) is applied to q."""
     C, n = state
     input_factor = np.exp(i) if input_gate == "exp" else sigmoid(i)
-    C = sigmoid(f) * C + input_factor * np.outer(k, v)
-    n = sigmoid(f) * n + input_factor * k
+    forget = np.exp(f) if forget_gate == "exp" else sigmoid(f)
+    C = forget * C + input_factor * np.outer(k, v)
+    n = forget * n + input_factor * k
     q = q / np.sqrt(len(q))
     norm = max(abs(q @ n), 1.0) if normalize else 1.0
     return (C, n), q @ C / norm

@@ -30,6 +30,13 @@ CELLS = {
     "slstm": Cell(cells.slstm_scan, cells.slstm_step, naive.slstm, {}),
     "slstm_exp": Cell(cells.slstm_scan, cells.slstm_step, naive.slstm, {"forget_gate": "exp"}),
     "mlstm": Cell(cells.mlstm_scan, cells.mlstm_step, naive.mlstm, {}),
+    "mlstm_exp": Cell(cells.mlstm_scan, cells.mlstm_step, naive.mlstm, {"forget_gate": "exp"}),
+    "mlstm_swapped": Cell(
+        cells.mlstm_scan,
+        cells.mlstm_step,
+        naive.mlstm,
+        {"input_gate": "sigmoid", "forget_gate": "exp"},
+    ),
     "mlstm_sigmoid": Cell(
         cells.mlstm_scan, cells.mlstm_step, naive.mlstm, {"input_gate": "sigmoid"}
     ),

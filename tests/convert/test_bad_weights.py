@@ -14,7 +14,7 @@ from tests.golden_files import FOLDER
 from xlstm_jax import convert
 from xlstm_jax.config import ConfigError
 from xlstm_jax.convert import WeightsError, large, mapping, names, tensors
-from xlstm_jax.modules import LMConfig
+from xlstm_jax.modules import LargeConfig, LMConfig
 
 
 @pytest.fixture
@@ -155,6 +155,10 @@ def test_unknown_fields_are_logged(folder, caplog):
 RMS = {"final_norm": "rms", "final_norm_eps": 1e-6}
 UNSUPPORTED = {
     "blocks": (dict(pattern="Mm", **RMS), "pattern='Mm' with letters other than M"),
+    "gate": (
+        dict(pattern="M", large=LargeConfig(forget_gate="exp"), **RMS),
+        "large.forget_gate='exp' instead of 'sigmoid'",
+    ),
     "norm": (dict(pattern="M"), "final_norm='layer' instead of 'rms'"),
     "bias": (dict(pattern="M", final_norm_bias=True, **RMS), "final_norm_bias=True"),
     "no norm": (dict(pattern="M", final_norm="none"), "final_norm='none' instead of 'rms'"),

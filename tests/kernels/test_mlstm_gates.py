@@ -25,16 +25,18 @@ class Gates(NamedTuple):
     mask: np.ndarray | None
     m: np.ndarray
 
-    def compute(self, input_gate="exp", chunk=CHUNK) -> tuple[gates.LogGates, gates.Decays]:
+    def compute(
+        self, input_gate="exp", forget_gate="sigmoid", chunk=CHUNK
+    ) -> tuple[gates.LogGates, gates.Decays]:
         """The log gates and the decays of all chunks."""
         flags = (None if x is None else jnp.asarray(x) for x in (self.reset, self.mask))
         i, f, m = map(jnp.asarray, (self.i, self.f, self.m))
-        logs = gates.log_gates(i, f, *flags, input_gate=input_gate)
+        logs = gates.log_gates(i, f, *flags, input_gate=input_gate, forget_gate=forget_gate)
 
         def compute(logs, m):
             chunks = gates.in_chunks(logs, chunk)
-            m = gates.stabilizers(chunks, m, max_state=input_gate == "exp")
-            return gates.decays(chunks, *m)
+            m = gates.stabilizers(chunks, m, max_state="exp" in (input_gate, forget_gate))
+            return gates.decays(chunks, *m, forget_gate=forget_gate)
 
         return logs, quick.jit(compute)(logs, m)
 
@@ -45,14 +47,16 @@ def make_gates(flags: bool, B=2, T=32, H=2, *, scale=2.0) -> Gates:
     return Gates(case.i, case.f, case.reset, case.mask, case.state[2])
 
 
+ACTIVATIONS = [(i, f) for i in ("exp", "sigmoid") for f in ("exp", "sigmoid")]
 both_flags = pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
 
 
-def exact(raw: Gates, input_gate="exp"):
+def exact(raw: Gates, input_gate="exp", forget_gate="sigmoid"):
     """log i, log f and unmasked resets, `B H T`, in float64, from their definitions."""
     i, f = (np.swapaxes(x, 1, 2).astype(np.float64) for x in (raw.i, raw.f))
     log_sigmoid = lambda x: -np.logaddexp(0, -x)  # noqa: E731
-    log_i, log_f = i if input_gate == "exp" else log_sigmoid(i), log_sigmoid(f)
+    log_i = i if input_gate == "exp" else log_sigmoid(i)
+    log_f = f if forget_gate == "exp" else log_sigmoid(f)
     masked, reset = np.zeros(i.shape, bool), np.zeros(i.shape, bool)
     if raw.mask is not None:
         masked |= ~raw.mask[:, None]
@@ -69,11 +73,11 @@ def assert_log_weights_match(actual, expected, name):
 
 
 @both_flags
-@pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
-def test_log_weights_are_sums_of_log_gates_relative_to_m(input_gate, flags):
+@pytest.mark.parametrize("activations", ACTIVATIONS, ids="-".join)
+def test_log_weights_are_sums_of_log_gates_relative_to_m(activations, flags):
     raw = make_gates(flags)
-    _, x = raw.compute(input_gate)
-    log_i, log_f, reset = exact(raw, input_gate)
+    _, x = raw.compute(*activations)
+    log_i, log_f, reset = exact(raw, *activations)
     B, H, T = log_i.shape
     for b, h, chunk in np.ndindex(B, H, T // CHUNK):
         steps = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
@@ -103,10 +107,11 @@ def test_log_weights_are_sums_of_log_gates_relative_to_m(input_gate, flags):
 
 @both_flags
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_m_matches_the_recurrence(scale, flags):
+@pytest.mark.parametrize("forget_gate", ["sigmoid", "exp"])
+def test_m_matches_the_recurrence(forget_gate, scale, flags):
     raw = make_gates(flags, scale=scale)
-    _, x = raw.compute()
-    log_i, log_f, reset = exact(raw)
+    _, x = raw.compute("exp", forget_gate)
+    log_i, log_f, reset = exact(raw, "exp", forget_gate)
     m, m_steps = raw.m.astype(np.float64), []
     for t in range(log_i.shape[2]):
         m = np.maximum(log_f[..., t] + np.where(reset[..., t], 0, m), log_i[..., t])

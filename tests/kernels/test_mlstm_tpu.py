@@ -65,11 +65,12 @@ def test_chunk_size_does_not_affect_results_with_resets(chunk_size, pattern):
     assert_results_match(kernel(case, chunk_size=chunk_size), reference(case))
 
 
+@pytest.mark.parametrize("forget_gate", ["sigmoid", "exp"])
 @pytest.mark.parametrize("scale", [8.0, 30.0])
-def test_large_gates_in_long_chunks_match_the_recurrence(scale):
-    case = make_case(T=120, scale=scale, flags=True)
-    actual = kernel(case, tile=Tile(64, 16, 2))
-    assert_results_match(actual, reference(case), TABLE["float32, large gates"])
+def test_large_gates_in_long_chunks_match_the_recurrence(scale, forget_gate):
+    case, options = make_case(T=120, scale=scale, flags=True), {"forget_gate": forget_gate}
+    actual = kernel(case, tile=Tile(64, 16, 2), **options)
+    assert_results_match(actual, reference(case, **options), TABLE["float32, large gates"])
 
 
 def test_read_out_of_a_state_with_very_negative_m_matches_the_recurrence():
@@ -136,14 +137,15 @@ def test_kernels_have_no_uninitialized_reads_or_races(tile, flags, interpreter, 
 )
 def test_vmem_overflow_message_suggests_a_supported_chunk_size(chunk, advice):
     tile = Tile(chunk, 128, 1)
-    options = Options(backends.tpu(), tile, True, True, 1e-6, False, 128, False)
+    options = Options(backends.tpu(), tile, "sigmoid", True, True, 1e-6, False, 128, False)
     assert advice in options.metadata()["if_vmem_overflows"]
 
 
-@pytest.mark.parametrize("argument", ["gate", "normalizer", "dtypes"])
+@pytest.mark.parametrize("argument", ["gate", "forget gate", "normalizer", "dtypes"])
 def test_unsupported_arguments_raise(argument):
     case = jax.tree.map(jnp.asarray, make_case())
     invalid = {"gate": {"input_gate": "relu"}, "normalizer": {"normalize": False}}
+    invalid["forget gate"] = {"forget_gate": "relu"}
     options = invalid.get(argument, {})
     if argument == "dtypes":
         case = case._replace(q=case.q.astype(jnp.bfloat16))

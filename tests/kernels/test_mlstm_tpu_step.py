@@ -31,16 +31,19 @@ run = functools.partial(mlstm_cases.run, backends.tpu())
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
-def test_one_step_matches_the_cell(flags, dtype):
-    case = make_step_case(dtype)
+@pytest.mark.parametrize("forget_gate", ["sigmoid", "exp"])
+def test_one_step_matches_the_cell(forget_gate, flags, dtype):
+    case, options = make_step_case(dtype), {"forget_gate": forget_gate}
     if not flags:
         case = jax.tree.map(lambda x: x[:2], case)._replace(reset=None, mask=None)
     with common.interpreted(lanes=LANES):
-        actual = quick.jit(run)(jax.tree.map(jnp.asarray, case))
-    assert_step_matches_cell(case, actual)
+        actual = quick.jit(functools.partial(run, **options))(jax.tree.map(jnp.asarray, case))
+    assert_step_matches_cell(case, actual, **options)
 
 
-@pytest.mark.parametrize("options", [{"normalize": False}, {"eps": 0.5}, {}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"normalize": False}, {"eps": 0.5}, {}, {"forget_gate": "exp"}], ids=str
+)
 def test_one_step_with_sigmoid_input_gate_matches_the_cell(options):
     case = make_step_case()
     case = jax.tree.map(lambda x: x[:2], case._replace(mask=None))

@@ -194,11 +194,12 @@ def test_chunk_states_in_bfloat16_round_results_but_not_the_final_state():
         assert errors[0] < 0.1 * errors[1]
 
 
+@pytest.mark.parametrize("forget_gate", ["sigmoid", "exp"])
 @pytest.mark.parametrize("scale", [8.0, 30.0])
-def test_large_gates_match_recurrence(scale):
-    case = wide_case(scale=scale, flags=True)
-    actual = kernel(case, tile=tile(*BLOCKS["positions = other_positions"], K=32, V=16))
-    assert_results_match(actual, reference(case), TABLE["float32, large gates"])
+def test_large_gates_match_recurrence(scale, forget_gate):
+    case, options = wide_case(scale=scale, flags=True), {"forget_gate": forget_gate}
+    actual = kernel(case, tile=tile(*BLOCKS["positions = other_positions"], K=32, V=16), **options)
+    assert_results_match(actual, reference(case, **options), TABLE["float32, large gates"])
 
 
 def test_read_out_of_a_state_with_tiny_m_matches_recurrence():

@@ -187,11 +187,12 @@ def test_results_without_jit_match_those_with_jit():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
-def test_one_step_matches_the_cell(flags, dtype):
-    case = make_step_case(dtype)
+@pytest.mark.parametrize("forget_gate", ["sigmoid", "exp"])
+def test_one_step_matches_the_cell(forget_gate, flags, dtype):
+    case, options = make_step_case(dtype), {"forget_gate": forget_gate}
     if not flags:
         case = jax.tree.map(lambda x: x[:2], case)._replace(reset=None, mask=None)
-    assert_step_matches_cell(case, step(case))
+    assert_step_matches_cell(case, step(case, **options), **options)
 
 
 def step(case, **options):
@@ -201,7 +202,9 @@ def step(case, **options):
         return compute(jax.tree.map(jnp.asarray, case))
 
 
-@pytest.mark.parametrize("options", [{"normalize": False}, {"eps": 0.5}, {}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"normalize": False}, {"eps": 0.5}, {}, {"forget_gate": "exp"}], ids=str
+)
 def test_one_step_with_sigmoid_input_gate_matches_the_cell(options):
     case = make_step_case()
     case = jax.tree.map(lambda x: x[:2], case._replace(mask=None))

@@ -60,6 +60,11 @@ def test_invalid_value_is_rejected_with_a_message(changes, message):
         (lambda: SLSTMConfig(implementation="fast"), "slstm.implementation='fast' is not known;"),
         (lambda: MLSTMConfig(normalize=False), "use one of: sigmoid"),
         (lambda: LargeConfig(normalize=False), "use one of: sigmoid"),
+        (lambda: LargeConfig(forget_gate="relu"), "large.forget_gate='relu' is not known;"),
+        (
+            lambda: MLSTMConfig(normalize=False, input_gate="sigmoid", forget_gate="exp"),
+            "mlstm.forget_gate with normalize=False='exp'",
+        ),
         (lambda: SLSTMConfig(forget_gate="relu"), "slstm.forget_gate='relu' is not known;"),
         (lambda: SLSTMConfig(bias_init="ones"), "slstm.bias_init='ones' is not known;"),
         (lambda: SLSTMConfig(ffn_activation="tanh"), "slstm.ffn_activation='tanh' is not known;"),
@@ -83,6 +88,15 @@ def test_options_of_unused_kinds_are_not_checked_against_dim():
 def test_config_round_trips_through_json(name):
     cfg = presets.get(name)
     assert from_dict(LMConfig, to_dict(cfg)) == cfg
+
+
+@pytest.mark.parametrize("options", [MLSTMConfig, LargeConfig])
+def test_default_forget_gate_is_absent_from_json(options):
+    """So that fingerprints and config.json of earlier versions stay valid."""
+    assert "forget_gate" not in to_dict(options())
+    exponential = options(forget_gate="exp")
+    assert to_dict(exponential)["forget_gate"] == "exp"
+    assert from_dict(options, to_dict(exponential)) == exponential
 
 
 def test_every_builtin_kind_has_a_field_of_options():

@@ -55,6 +55,7 @@ class Subject(NamedTuple):
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "mlstm": {},
+    "mlstm_exp": {"forget_gate": "exp"},
     "mlstm_sigmoid": {"input_gate": "sigmoid"},
     "mlstm_unnormalized": {"input_gate": "sigmoid", "normalize": False},
     "slstm": {},
@@ -64,6 +65,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 PRIMARY = ("mlstm", "slstm", "lstm")
+QUICK = tuple(variant for variant in OPTIONS if variant != "mlstm_exp")
 
 
 def implementations(op: str) -> dict[str, str | None]:
@@ -74,7 +76,7 @@ def implementations(op: str) -> dict[str, str | None]:
 
 def subjects(
     *variants: str,
-    quick: tuple[str, ...] = tuple(OPTIONS),
+    quick: tuple[str, ...] = QUICK,
     quick_kernels: bool = False,
     only: tuple[str, ...] | None = None,
 ):
@@ -112,6 +114,8 @@ def _speed(variant: str, name: str, quick: tuple[str, ...], quick_kernels: bool)
 # Positive input gates between 1e3 and 1e30 are left out: next to them float32 rounds log f away.
 RANGE_I = [-np.inf, -1e31, -1e29, -1e9, -1e5, -1e3, -100, 30, 1e3, 1e30]
 RANGE_F = [-np.inf, -1e29, -1e9, -1e6, -1e5, -1e4, -1e3, -100, 30, 1e3, 1e29, np.inf]
+# With an exponential gate these are values of log f, which must not nearly cancel: see `RANGE_I`.
+RANGE_LOG_F = [x for x in RANGE_F if x < 0] + [30, 1e3, 1e30]
 
 
 def replace_third(rng: np.random.Generator, gate: np.ndarray, values: list[float]):
@@ -151,12 +155,13 @@ def make_case(variant: str, length: int, *, gate_scale: float = 1.0, seed: int =
         return _rounded(scale * rng.standard_normal(shape) + shift)
 
     if variant.startswith("mlstm"):
+        shift = -1.0 if variant == "mlstm_exp" else 3.0  # f is mostly, but not always, below 1
         inputs = {
             "q": normal(B, length, H, K),
             "k": normal(B, length, H, K),
             "v": normal(B, length, H, V),
             "i": normal(B, length, H, scale=gate_scale),
-            "f": normal(B, length, H, scale=gate_scale, shift=3.0),
+            "f": normal(B, length, H, scale=gate_scale, shift=shift),
         }
         state = cells.MLSTMState(normal(B, H, K, V), normal(B, H, K), normal(B, H))
         return Case(inputs, {}, state)

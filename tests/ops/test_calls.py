@@ -230,16 +230,19 @@ def test_chunk_size_below_one_raises_an_error_with_a_fix(chunk_size):
         ops.mlstm(**arguments("mlstm"), chunk_size=chunk_size)
 
 
-def test_normalize_false_needs_the_sigmoid_input_gate():
-    with pytest.raises(ValueError, match=r"normalize=False.*input_gate='sigmoid'.*'exp'"):
-        ops.mlstm(**arguments("mlstm"), normalize=False)
+@pytest.mark.parametrize("name", ["input_gate", "forget_gate"])
+def test_normalize_false_needs_sigmoid_gates(name):
+    gates = {"input_gate": "sigmoid", "forget_gate": "sigmoid", name: "exp"}
+    with pytest.raises(ValueError, match=rf"normalize=False.*{name}='sigmoid'.*'exp'"):
+        ops.mlstm(**arguments("mlstm"), normalize=False, **gates)
 
 
 def test_unknown_gate_raises_an_error_with_the_known_names():
     with pytest.raises(ValueError, match=r"input_gate.*'exp'.*'sigmoid'.*'relu'"):
         ops.mlstm(**arguments("mlstm"), input_gate="relu")
-    with pytest.raises(ValueError, match=r"forget_gate.*'sigmoid'.*'exp'.*'relu'"):
-        ops.slstm(**arguments("slstm"), forget_gate="relu")
+    for op in ("mlstm", "slstm"):
+        with pytest.raises(ValueError, match=r"forget_gate.*'sigmoid'.*'exp'.*'relu'"):
+            runs.OPS[op](**arguments(op), forget_gate="relu")
 
 
 @pytest.mark.parametrize("T", [1, L])

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests import quick
-from tests.ops.subjects import RANGE_F, RANGE_I, replace_third
+from tests.ops.subjects import RANGE_F, RANGE_I, RANGE_LOG_F, replace_third
 from tests.ops.tolerances import TABLE, assert_close, assert_gradients_close
 from xlstm_jax import cells, ops
 from xlstm_jax.ops.mlstm import context_parallel
@@ -22,6 +22,7 @@ from xlstm_jax.sharding.mesh import build_mesh
 B, T, H, K, V = 2, 48, 2, 8, 8
 VARIANTS = {
     "exp": functools.partial(ops.mlstm, chunk_size=4),
+    "exp forget gate": functools.partial(ops.mlstm, chunk_size=4, forget_gate="exp"),
     "sigmoid": functools.partial(ops.mlstm, chunk_size=4, input_gate="sigmoid"),
     "unnormalized": functools.partial(
         ops.mlstm, chunk_size=4, input_gate="sigmoid", normalize=False
@@ -118,6 +119,8 @@ def _leaves(a, b):
     [
         ("exp", "all-gather"),
         ("exp", "doubling"),
+        ("exp forget gate", "all-gather"),
+        ("exp forget gate", "doubling"),
         ("sigmoid", "doubling"),
         ("unnormalized", "all-gather"),
     ],
@@ -137,15 +140,16 @@ def test_eight_shards_match_a_single_device(variant, exchange, rng):
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES, indirect=True)
-def test_gates_from_minus_infinity_to_1e30_match_a_single_device(exchange, rng):
+@pytest.mark.parametrize("variant", ["exp", "exp forget gate"])
+def test_gates_from_minus_infinity_to_1e30_match_a_single_device(variant, exchange, rng):
     inputs, state, cotangents = mlstm_call(rng)
-    for name, values in (("i", RANGE_I), ("f", RANGE_F)):
+    for name, values in (("i", RANGE_I), ("f", RANGE_F if variant == "exp" else RANGE_LOG_F)):
         gate = np.array(inputs[name])
         replace_third(rng, gate, values)
         inputs[name] = jnp.asarray(gate)
     inputs["i"] = inputs["i"].at[0, :14].set(-jnp.inf)  # two full shards, and part of a third
     args = inputs, state, make_flags("random", rng), cotangents
-    op = VARIANTS["exp"]
+    op = VARIANTS[variant]
     expected = single_device(op)(*args)
     assert_same_results(run_sharded(op, SEQ_8, *args, exchange=exchange), expected)
 

@@ -3,7 +3,17 @@
 import pytest
 
 from tests.ops import runs
-from tests.ops.subjects import CHUNKED, LENGTHS, PRIMARY, T, make_case, pad, subjects, with_flags
+from tests.ops.subjects import (
+    CHUNKED,
+    LENGTHS,
+    OPTIONS,
+    PRIMARY,
+    T,
+    make_case,
+    pad,
+    subjects,
+    with_flags,
+)
 from tests.ops.tolerances import TABLE
 
 
@@ -22,13 +32,13 @@ def test_single_step_and_long_sequence_equal_the_recurrence(subject, T):
     runs.assert_equals_the_recurrence(subject, case, TABLE["float32"], "float32", stored=True)
 
 
-@subjects(quick_kernels=True)
+@subjects(quick=tuple(OPTIONS), quick_kernels=True)
 def test_resets_and_masks_equal_the_recurrence(subject):
     case = with_flags(make_case(subject.variant, T), num_masked=13)
     runs.assert_equals_the_recurrence(subject, case, TABLE["float32"], "float32")
 
 
-@subjects()
+@subjects(quick=tuple(OPTIONS))
 def test_float64_equals_the_recurrence_up_to_rounding(subject):
     """The loss is on the leaves as stored, so the log-scales m agree as well."""
     case = pad(make_case(subject.variant, T), T)

@@ -5,8 +5,10 @@ import pytest
 
 from tests.ops import runs, tolerances
 from tests.ops.subjects import (
+    OPTIONS,
     RANGE_F,
     RANGE_I,
+    RANGE_LOG_F,
     L,
     Subject,
     T,
@@ -30,7 +32,7 @@ def assert_finite(result):
 
 
 @pytest.mark.parametrize("scale", [0.1, 30.0])
-@subjects()
+@subjects(quick=tuple(OPTIONS))
 def test_gates_of_any_scale_equal_the_recurrence(subject, scale):
     tol = TABLE["float32"] if scale < 1 else TABLE["float32, large gates"]
     case = with_flags(make_case(subject.variant, T, gate_scale=scale), num_masked=13)
@@ -39,13 +41,13 @@ def test_gates_of_any_scale_equal_the_recurrence(subject, scale):
 
 @pytest.mark.parametrize("closed_start", [False, True], ids=["", "closed start"])
 @pytest.mark.parametrize("flags", [False, True], ids=["", "flags"])
-@subjects(quick=("mlstm", "slstm"))
+@subjects(quick=("mlstm", "mlstm_exp", "slstm"))
 def test_gates_from_minus_infinity_to_1e30_equal_the_recurrence(subject, flags, closed_start):
     """A third of the gates is extreme; with `closed_start` no input gate opens for a chunk."""
     case = make_case(subject.variant, T)
     rng = np.random.default_rng([flags, closed_start])
-    # An exponential forget gate above 1 does not stop growing.
-    range_f = [x for x in RANGE_F if x < 30 or subject.variant != "slstm_exp"]
+    range_f = {"mlstm_exp": RANGE_LOG_F, "slstm_exp": [x for x in RANGE_F if x < 0]}
+    range_f = range_f.get(subject.variant, RANGE_F)
     for gate, values in zip(_gates(case), (RANGE_I, range_f), strict=True):
         replace_third(rng, gate, values)
     if closed_start:
@@ -76,6 +78,37 @@ def test_values_and_gradients_stay_finite_at_extreme_gates(subject, gate_i):
             assert_finite(runs.run(subject, start, cotangents))
 
 
+@pytest.mark.parametrize("inputs", ["do not grow", "grow"])
+@subjects("mlstm_exp", quick=("mlstm_exp",))
+def test_forget_gates_above_one_over_4096_steps_equal_the_recurrence(subject, inputs):
+    """m grows to thousands; C and n stay scaled. If input gates grow as well, they matter.
+
+    In float32 m itself is rounded, and with it the scale of the state. The parallel form and
+    interpreted kernels have 512 steps.
+    """
+    length = 4096 if subject.implementation in ("chunkwise", "recurrent") else 512
+    case = _with_positive_normalizers(make_case(subject.variant, length))
+    i, f = _gates(case)
+    f[...] = np.float32(2.1 + 0.1 * f)
+    i += 2 * np.arange(length)[None, :, None] * (inputs == "grow")
+    cotangents = runs.random_cotangents(subject.variant, case)
+    expected = runs.run_reference(subject.variant, case, cotangents)
+    assert expected.state.m.min() > 1.9 * length
+    actual = runs.run(subject, case, cotangents)
+    assert_finite(actual)
+    assert max(np.abs(leaf).max() for leaf in actual.state[:2]) < 100
+    tolerances.assert_close(actual.h, expected.h, TABLE["float32, large gates"].h, "h")
+    if subject.widest_dtype == "float64":
+        actual = runs.run(subject, case, cotangents, "float64")
+        runs.assert_results_close(actual, expected, TABLE["float64"])
+
+
+def _with_positive_normalizers(case):
+    """The call with positive q, k and n: exp(-m) is 0, so nothing else keeps q n away from 0."""
+    inputs = {name: np.abs(x) if name in "qk" else x for name, x in case.inputs.items()}
+    return case._replace(inputs=inputs, state=case.state._replace(n=np.abs(case.state.n)))
+
+
 @pytest.mark.parametrize("eps", [True, False], ids=["eps", "no eps"])
 @subjects("mlstm", "mlstm_sigmoid", quick=("mlstm",))
 def test_zero_query_reads_zero_and_has_finite_gradients(subject, eps):
@@ -94,7 +127,7 @@ def test_zero_query_reads_zero_and_has_finite_gradients(subject, eps):
 
 
 @pytest.mark.parametrize("shift", [-100.0, 50.0])
-@subjects("mlstm", "mlstm_sigmoid", "mlstm_unnormalized", "slstm", "slstm_exp")
+@subjects("mlstm", "mlstm_exp", "mlstm_sigmoid", "mlstm_unnormalized", "slstm", "slstm_exp")
 def test_results_do_not_depend_on_the_log_scale_of_the_initial_state(subject, shift):
     """(C e^-c, n e^-c, m + c) is equivalent to (C, n, m), for every c at eps = 0."""
     dtype = subject.widest_dtype

@@ -51,6 +51,7 @@ def mlstm_step(
     f: Float[Array, "B H"],
     *,
     input_gate: str = "exp",
+    forget_gate: str = "sigmoid",
     normalize: bool = True,
     eps: float = 1e-6,
 ) -> tuple[MLSTMState, Float[Array, "B H V"]]:
@@ -59,20 +60,21 @@ def mlstm_step(
     Args:
         state: after step t-1.
         q, k, v: query, key and value.
-        i, f: gate pre-activations; the forget gate is a sigmoid.
-        input_gate: `"exp"`, or `"sigmoid"`, which is bounded: m is then 0 after every step.
+        i, f: gate pre-activations.
+        input_gate, forget_gate: activations, `"exp"` or `"sigmoid"`. If both are a sigmoid, the
+            state is bounded and m is 0 after every step.
         normalize: divide by max(|q n|, exp(-m)) + eps.
         eps: added after that maximum.
 
     Returns the state after step t, and h_t in the dtype of the state.
     """
     q, k, v, i, f = (a.astype(state.C.dtype) for a in (q, k, v, i, f))
-    log_carry = log_sigmoid(f) + state.m
+    log_carry = (f if forget_gate == "exp" else log_sigmoid(f)) + state.m
     log_i = i if input_gate == "exp" else log_sigmoid(i)
     # With m = 0 the first step multiplies the scale of a given state back into C and n. If both
     # gates are 0, m is NEG: it is never -inf, as -inf - -inf is NaN.
     max_gate = jnp.maximum(jnp.maximum(log_carry, log_i), NEG)
-    m = max_gate if input_gate == "exp" else jnp.zeros_like(log_carry)
+    m = max_gate if "exp" in (input_gate, forget_gate) else jnp.zeros_like(log_carry)
     # With an exponential gate both exponents are <= 0: nothing overflows.
     f_scaled = jnp.exp(log_carry - m)
     i_scaled = jnp.exp(log_i - m)
@@ -110,6 +112,7 @@ def mlstm_scan(
     reset: Flag | None = None,
     mask: Flag | None = None,
     input_gate: str = "exp",
+    forget_gate: str = "sigmoid",
     normalize: bool = True,
     eps: float = 1e-6,
     reverse: bool = False,
@@ -124,8 +127,10 @@ def mlstm_scan(
     # `scan` requires a carry of one dtype, also where the caller passes a narrower state.
     state = jax.tree.map(lambda s: s.astype(dtype), state)
 
+    options = {"input_gate": input_gate, "forget_gate": forget_gate}
+
     def step(state, x):
-        return mlstm_step(state, *x, input_gate=input_gate, normalize=normalize, eps=eps)
+        return mlstm_step(state, *x, normalize=normalize, eps=eps, **options)
 
     h, state = scan_time(step, state, (q, k, v, i, f), reset=reset, mask=mask, reverse=reverse)
     return h.astype(v.dtype), state

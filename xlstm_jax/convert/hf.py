@@ -163,6 +163,9 @@ def config_of(cfg: LMConfig, dtype: str = "float32") -> dict[str, Any]:
     is_supported = {
         f"pattern={cfg.pattern!r} with letters other than M": set(cfg.pattern) == {"M"},
         f"large.input_gate={options.input_gate!r} instead of 'exp'": options.input_gate == "exp",
+        f"large.forget_gate={options.forget_gate!r} instead of 'sigmoid'": (
+            options.forget_gate == "sigmoid"
+        ),
         f"final_norm={norm!r} instead of 'rms'": norm == "rms",
         "final_norm_bias=True": not cfg.final_norm_bias,
         f"final_norm_eps={cfg.final_norm_eps} different from large.norm_eps={options.norm_eps}": (

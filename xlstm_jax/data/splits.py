@@ -78,7 +78,7 @@ def divide(data: bytes, percents: Sequence[int]) -> list[bytes]:
     """Divides one document, in order, near these percentages of its bytes.
 
     At line ends, so that the parts concatenate to the document, unless it has fewer than 100 lines
-    or a long one leaves a part empty. Else by position, and 1 % before each cut is left out: no part
+    or a long one leaves a part empty. Else by position, without the 1 % before each cut: no part
     continues the one before it. No UTF-8 character is broken either way. A document of a few bytes
     stays whole.
     """

@@ -78,17 +78,23 @@ class CellConfig:
 
     num_heads: int = 4  # H
     input_gate: Literal["exp", "sigmoid"] = "exp"
-    normalize: bool = True  # False requires the sigmoid input gate
+    forget_gate: Literal["sigmoid", "exp"] = dataclasses.field(
+        default="sigmoid",
+        # config.json of earlier versions has no such field.
+        metadata={"to_json": lambda gate: "" if gate == "sigmoid" else gate},
+    )
+    normalize: bool = True  # False requires that both gates are sigmoids
     forget_bias: tuple[float, float] = (3.0, 6.0)  # first and last head: a range of time constants
     eps: float = 1e-6  # added to the normalizer
     chunk_size: int | None = None  # L; affects only speed; None: the op chooses
     implementation: str = "auto"
 
     def __post_init__(self):
-        # An exponential input gate without a normalizer grows without bound.
+        # With an exponential gate h grows without bound, unless it is divided by the normalizer.
         gates = ("exp", "sigmoid") if self.normalize else ("sigmoid",)
         condition = "" if self.normalize else " with normalize=False"
-        check_choice(f"{self.FIELD}.input_gate{condition}", self.input_gate, gates)
+        for name in ("input_gate", "forget_gate"):
+            check_choice(f"{self.FIELD}.{name}{condition}", getattr(self, name), gates)
         names = "auto", *IMPLEMENTATIONS.get("mlstm", ())
         check_choice(f"{self.FIELD}.implementation", self.implementation, names)
         if self.chunk_size is not None:
@@ -97,7 +103,7 @@ class CellConfig:
     @property
     def cell(self) -> dict[str, Any]:
         """Keyword arguments for `ops.mlstm`."""
-        names = ("input_gate", "normalize", "eps", "chunk_size", "implementation")
+        names = "input_gate", "forget_gate", "normalize", "eps", "chunk_size", "implementation"
         return {name: getattr(self, name) for name in names}
 
 

@@ -78,6 +78,7 @@ def mlstm(
     reset: Flag | None = None,
     mask: Flag | None = None,
     input_gate: str = "exp",
+    forget_gate: str = "sigmoid",
     normalize: bool = True,
     eps: float = 1e-6,
     chunk_size: int | None = None,
@@ -88,12 +89,13 @@ def mlstm(
 
     Args:
         q, k, v: queries, keys, values; the op applies 1/sqrt(K) to q.
-        i, f: gate pre-activations from -inf, a closed gate, to 1e30; the forget gate is a sigmoid.
+        i, f: gate pre-activations from -inf, a closed gate, to 1e30.
         state: before the first step; None is the initial state, zeros in every leaf.
         reset: where True, the state before this position is replaced by the initial one.
         mask: where False, the state stays bit-identical and h is 0; a reset there is ignored.
-        input_gate: "exp", or "sigmoid" (arXiv:2503.14376), whose states have m = 0.
-        normalize: divide h by max(|q n|, exp(-m)) + eps; False needs the sigmoid input gate.
+        input_gate: activation, "exp" or "sigmoid" (arXiv:2503.14376).
+        forget_gate: activation, "sigmoid" or "exp". If both are "sigmoid", states have m = 0.
+        normalize: divide h by max(|q n|, exp(-m)) + eps; False needs both to be "sigmoid".
         eps: added to the normalizer.
         chunk_size: positions per chunk of chunkwise implementations; changes speed only.
         reverse: run from the last position to the first.
@@ -106,7 +108,7 @@ def mlstm(
         NotImplementedError: the implementation does not support this call; gives the reason.
     """
     x, flags = Inputs(q, k, v, i, f), Flags.of(reset, mask)
-    options = Options(input_gate, normalize, eps, chunk_size)
+    options = Options(input_gate, forget_gate, normalize, eps, chunk_size)
     call = _check(x, state, flags, options)
     selected = dispatch.choose("mlstm", IMPLEMENTATIONS, implementation, call)
     if implementation == "auto" and call.T == 1 and selected is IMPLEMENTATIONS["chunkwise"]:
@@ -141,11 +143,13 @@ def _check(x: Inputs, state: MLSTMState | None, flags: Flags, options: Options) 
     sizes = check_shapes("mlstm", arrays)
     check_length("mlstm", sizes)
     check_choice("mlstm", "input_gate", options.input_gate, ("exp", "sigmoid"))
-    if not options.normalize and options.input_gate == "exp":
-        raise ArgumentError(
-            "mlstm: normalize=False needs input_gate='sigmoid', got input_gate='exp'; exponential "
-            "gates are unbounded, so h must be divided by the normalizer."
-        )
+    check_choice("mlstm", "forget_gate", options.forget_gate, ("sigmoid", "exp"))
+    for name in ("input_gate", "forget_gate"):
+        if not options.normalize and getattr(options, name) == "exp":
+            raise ArgumentError(
+                f"mlstm: normalize=False needs {name}='sigmoid', got {name}='exp'; exponential "
+                "gates are unbounded, so h must be divided by the normalizer."
+            )
     check_chunk_size("mlstm", options.chunk_size)
     B, T, H, K, V = (sizes[axis] for axis in "BTHKV")
     # A single float64 argument makes the computation float64, which kernels do not support.

@@ -24,11 +24,17 @@ class Options(NamedTuple):
     """Static options; hashable, as a non-differentiable argument of a `custom_vjp` must be."""
 
     input_gate: str = "exp"
+    forget_gate: str = "sigmoid"
     normalize: bool = True
     eps: float = 1e-6
     chunk_size: int | None = None
 
     @property
+    def gates(self) -> dict[str, str]:
+        """Activations of the gates, as keyword arguments of `gates.log_gates`."""
+        return {"input_gate": self.input_gate, "forget_gate": self.forget_gate}
+
+    @property
     def max_state(self) -> bool:
-        """Whether m is the running maximum of the gates; with a sigmoid input gate it is 0."""
-        return self.input_gate == "exp"
+        """Whether m is the running maximum of the gates; if both are a sigmoid, it is 0."""
+        return "exp" in (self.input_gate, self.forget_gate)

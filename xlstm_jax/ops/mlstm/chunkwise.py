@@ -64,9 +64,9 @@ def mlstm_chunkwise(
 ) -> tuple[Float[Array, "B T H V"], MLSTMState]:
     """The op `mlstm`, for any T; memory grows with T, not with T * chunk_size."""
     q, k, v = (flags.zero_masked(a) for a in x[:3])
-    gates = pre.log_gates(x.i, x.f, *flags, input_gate=options.input_gate, dtype=state.C.dtype)
+    gates = pre.log_gates(x.i, x.f, *flags, **options.gates, dtype=state.C.dtype)
     if not options.max_state:
-        # States of a sigmoid input gate have m = 0; the caller's may have another m.
+        # The states of this op have m = 0; the caller's may have another m.
         state = MLSTMState(*pre.fold_stabilizer(*state))
     # A short sequence is one chunk of its own length, without padding.
     L = min(options.chunk_size or CHUNK_SIZE, q.shape[1])
@@ -91,7 +91,7 @@ def _forward(options: Options, L: int, q, k, v, gates: LogGates, state: MLSTMSta
     # An operand of products, and possibly a broadcast constant: see `materialize`.
     initial = materialize(jax.tree.map(_merge_leading, state))
     m = _stabilizers(options, x.gates, initial.m)
-    decays = materialize(pre.decays(x.gates, *m))
+    decays = materialize(pre.decays(x.gates, *m, forget_gate=options.forget_gate))
     starts, last = _boundary_states(x, decays, initial)
     outputs = _outputs(options, x, decays, starts)
     last_by_head = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), last, state)
@@ -107,9 +107,10 @@ def _backward(options: Options, L: int, residuals: Residuals, cotangents):
     if not options.normalize:
         dh = materialize(dh)
     m_end = jnp.concatenate([starts.m[last.m.size :], last.m])
-    decays = materialize(pre.decays(x.gates, outputs.m, starts.m, m_end))
+    m = outputs.m, starts.m, m_end
+    decays = materialize(pre.decays(x.gates, *m, forget_gate=options.forget_gate))
     doutputs = _output_grads(options, outputs, dh)
-    weights = _query_weights(decays)
+    weights = query_weights(decays)
     dends, phi, dinitial = _boundary_grads(residuals, decays, doutputs, weights[1], dlast)
     dq, dk, dv = _input_grads(options, x, decays, starts, doutputs, weights, dends)
     # exp(log i_s) k_s is one factor, so dlog_i = k dk. log f_j is in the weights of pairs (t, s)
@@ -161,7 +162,7 @@ def _boundary_states(x: Chunks, decays: Decays, state: MLSTMState):
 
 def _outputs(options: Options, x: Chunks, decays: Decays, starts: MLSTMState) -> Outputs:
     dtype, scale, m = starts.C.dtype, x.q.shape[-1] ** -0.5, decays.m
-    within, across = _query_weights(decays)
+    within, across = query_weights(decays)
     P = scale * exact_einsum("ZLK,ZSK->ZLS", x.q, x.k, dtype=dtype) * within
     q = (scale * across)[..., None] * x.q
     # Products take operands in the dtype of v and accumulate in that of the state.
@@ -267,10 +268,10 @@ def _inner(cotangent: MLSTMState, state: MLSTMState) -> Float[Array, "Y"]:
     return C + jnp.sum(cotangent.n * state.n, axis=-1)
 
 
-def _query_weights(decays: Decays) -> tuple[Float[Array, "Z L L"], Float[Array, "Z L"]]:
+def query_weights(decays: Decays) -> tuple[Float[Array, "*Z L L"], Float[Array, "*Z L"]]:
     """For every query: weights of keys, and of the state at the chunk's start, divided by e^m."""
     L, segment = decays.m.shape[-1], decays.segment
-    visible = jnp.tril(jnp.ones((L, L), bool))[None]
+    visible = jnp.expand_dims(jnp.tril(jnp.ones((L, L), bool)), range(decays.m.ndim - 1))
     if segment is not None:
         visible = visible & (segment[..., :, None] == segment[..., None, :])
     lift = decays.m - jnp.maximum(decays.m, READ_FLOOR)

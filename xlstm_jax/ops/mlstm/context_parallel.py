@@ -51,7 +51,7 @@ def boundary_states(
         state: before the first shard; replicated.
         axes: mesh axes over which the sequence is sharded, in this order.
     """
-    gates = pre.log_gates(x.i, x.f, *flags, input_gate=options.input_gate, dtype=state.C.dtype)
+    gates = pre.log_gates(x.i, x.f, *flags, **options.gates, dtype=state.C.dtype)
     summary = summarize(flags.zero_masked(x.k), flags.zero_masked(x.v), gates, options)
     if not options.max_state:
         state = MLSTMState(*pre.fold_stabilizer(*state))
@@ -75,13 +75,14 @@ def summarize(
 def _weights_at_end(gates: LogGates, options: Options):
     """log weight of every position in the state at the shard's end, and the shard's g and m.
 
-    Weights are sums of negative numbers over later steps, first within a chunk, then over chunks.
+    Relative to m they are sums of negative numbers over later steps: within a chunk, then over
+    chunks.
     """
     B, T, H = gates.log_i.shape
     chunks = pre.in_chunks(gates, min(GATE_CHUNK, T))
     empty = jnp.full((B, H), NEG, gates.log_i.dtype)
     m = materialize(pre.stabilizers(chunks, empty, max_state=options.max_state))
-    decays = pre.decays(chunks, *m)
+    decays = pre.decays(chunks, *m, forget_gate=options.forget_gate)
     later = jax.lax.cumsum(decays.across, axis=2, reverse=True)
     later = jnp.pad(later[..., 1:], ((0, 0), (0, 0), (0, 1)))
     # NEG is the lowest log weight, also where a sum has more than one of them.
