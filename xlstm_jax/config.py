@@ -287,7 +287,7 @@ def read_json(path: pathlib.Path) -> Any:
     """The contents of a JSON file; raises ConfigError if it is not valid JSON."""
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         message = f"{path} is not valid JSON ({error}); restore it or fetch it again."
         raise ConfigError(message) from error
 
