@@ -73,11 +73,10 @@ class Fields:
 
     def number(self, name: str, default: Any = _MISSING, *, minimum: float | None = None) -> Any:
         """A finite number, at least `minimum`."""
-        value: Any = self.get(name, default)
+        value = self.get(name, default)
         # bool is a subclass of int, but true is not a number in JSON or YAML.
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        # Compared, not converted: an integer may exceed every float. NaN fails, too.
-        fits = is_number and bool(abs(value) <= _LARGEST)
+        fits = is_number and _is_float32(value)
         self.require(name, value, "a finite number", fits=fits)
         fits = minimum is None or float(value) >= minimum
         self.require(name, value, f"at least {minimum}", fits=fits)
@@ -143,6 +142,11 @@ class Fields:
             logging.getLogger(__name__).warning(
                 "unknown fields of %s are ignored: %s", self._where, first_of(unknown, 8)
             )
+
+
+def _is_float32(value: Any) -> bool:
+    # Compared, not converted: an integer may exceed every float. NaN fails, too.
+    return bool(abs(value) <= _LARGEST)
 
 
 def first_of(items: Collection[str], count: int) -> str:

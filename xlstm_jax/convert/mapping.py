@@ -151,34 +151,37 @@ def _check_shapes(
     way_out: str,
     remarks: Mapping[str, str],
 ) -> None:
-    """Raises WeightsError if arrays are missing, unexpected or misshapen; names three of each."""
+    """Raises WeightsError if arrays are missing, unexpected or misshapen; names the first ones."""
     # Arrays outside of the blocks first: they are few, and tell models apart.
     missing = sorted((n for n in expected if n not in actual), key=lambda n: "blocks." in n)
     unexpected = [name for name in actual if name not in expected]
     misshapen = [n for n, shape in expected.items() if actual.get(n, shape) != shape]
     # With many problems, the remarks would make the message too long to read.
-    is_short = len(missing) + len(unexpected) + len(misshapen) <= 4
-    remarks = remarks if is_short else {}
+    if len(missing) + len(unexpected) + len(misshapen) > 4:
+        remarks = {}
+
+    def describe(name: str) -> str:
+        shape, remark = expected.get(name), remarks.get(name, "")
+        if shape is None:
+            return f"{quote(name)[1:-1]} {quote(actual[name])} is unexpected"
+        if name not in actual:
+            return f"{name} {shape} is missing{remark}"
+        return f"{name} must have the shape {shape}, got {quote(actual[name])}{remark}"
+
     problems = [
-        *_first(
-            missing, lambda n: f"{quote(n)[1:-1]} {expected[n]} is missing{remarks.get(n, '')}"
-        ),
-        *_first(unexpected, lambda n: f"{quote(n)[1:-1]} {quote(actual[n])} is unexpected"),
-        *_first(
-            misshapen,
-            lambda n: (
-                f"{n} must have the shape {expected[n]}, got {quote(actual[n])}{remarks.get(n, '')}"
-            ),
-        ),
+        *_first(missing, 3, describe),
+        *_first(unexpected, 2 if missing else 3, describe),
+        *_first(misshapen, 1 if missing or unexpected else 3, describe),
     ]
     if problems:
         raise WeightsError(f"{what} do not match the config: {'; '.join(problems)}; {way_out}.")
 
 
-def _first(names: Sequence[str], describe: Callable[[str], str]) -> list[str]:
-    """Descriptions of the first three names, the last one with the number of others."""
-    lines = [describe(name) for name in names[:3]]
-    return [*lines[:-1], f"{lines[-1]} and {len(names) - 3} more"] if len(names) > 3 else lines
+def _first(names: Sequence[str], count: int, describe: Callable[[str], str]) -> list[str]:
+    """Descriptions of the first names, the last one with the number of others."""
+    lines = [describe(name) for name in names[:count]]
+    more = [f"{lines[-1]} and {len(names) - count} more"] if len(names) > count else lines[-1:]
+    return [*lines[:-1], *more]
 
 
 def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
