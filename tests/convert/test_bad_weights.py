@@ -227,6 +227,7 @@ V1_FIELDS = {
     "clipped outputs": ("slstm", {"forward_clipval": 1.0}, "outputs are not clipped"),
     "an initial bias": ("slstm", {"bias_init": "ones"}, "slstm.bias_init='ones' is not known"),
     "an activation": ("feedforward", {"act_fn": "tanh"}, "the nearest is gelu"),
+    "activations": ("feedforward", {"act_fn": ["gelu"]}, "the nearest is gelu"),
     "a feed-forward": ("feedforward", {"ff_type": "ffn"}, "only the gated one is supported"),
     "heads": ("mlstm", {"num_heads": 5}, "mlstm.num_heads must divide the inner width=64, got 5"),
 }

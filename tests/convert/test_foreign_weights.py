@@ -16,7 +16,7 @@ from tests.convert import published
 from tests.golden_files import FOLDER
 from xlstm_jax import convert
 from xlstm_jax.config import ConfigError
-from xlstm_jax.convert import WeightsError, hf, tensors, yaml_file
+from xlstm_jax.convert import WeightsError, hf, names, tensors, yaml_file
 from xlstm_jax.convert.fields import MAX_BYTES, Fields
 from xlstm_jax.errors import quote
 from xlstm_jax.modules import LargeConfig, LMConfig, param_shapes
@@ -97,6 +97,14 @@ def test_renamed_first_generation_tensors_load_as_the_originals(name, prefix):
     config, arrays = published.nested(golden.config), golden.under("param/")
     renamed = {prefix + key: array for key, array in arrays.items()}
     assert_same_models(convert.load_v1(config, renamed), convert.load_v1(config, arrays))
+
+
+def test_first_generation_tensors_may_lack_the_name_of_the_stack():
+    golden = golden_files.load("xlstm_lm_1_1")
+    config, arrays = published.nested(golden.config), golden.under("param/")
+    bare = {key.removeprefix(names.V1_STACK): array for key, array in arrays.items()}
+    assert bare.keys() != arrays.keys()
+    assert_same_models(convert.load_v1(config, bare), convert.load_v1(config, arrays))
 
 
 def test_tied_model_without_its_head_loads_from_bare_names(folder):

@@ -171,7 +171,8 @@ def _feedforward(fields: Fields, dim: int) -> dict[str, Any]:
     layer.require("the width", width, "above 0", "raise proj_factor", fits=width > 0)
     activation = layer.get("act_fn", "gelu")
     what = f"one of {', '.join(ACTIVATIONS)}"
-    layer.require("act_fn", activation, what, "the nearest is gelu", fits=activation in ACTIVATIONS)
+    fits = isinstance(activation, str) and activation in ACTIVATIONS
+    layer.require("act_fn", activation, what, "the nearest is gelu", fits=fits)
     layer.ignore("embedding_dim", "_num_blocks", "_proj_up_dim")
     ffn = {
         "ffn_dim": width,
