@@ -112,7 +112,7 @@ def mutate_value(
             other = rng.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
             parent[key], parent[other] = parent[other], parent[key]
         elif kind == "scale" and type(parent[key]) in (int, float):
-            parent[key] *= rng.choice((-1, 0, 2, 0.5, 1000, 10**9))
+            parent[key] *= rng.choice((-1, 0, 2, 1000, 10**9))
         else:
             parent[key] = new
     return value
