@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from experiments.char_lm import SMOKE
 from tests.golden_files import FOLDER
@@ -111,6 +112,36 @@ def test_damaged_weights_leave_no_run(workdir, capsys):  # noqa: F811
     file = source / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     assert "corrupt or truncated" in error_of(capsys, "convert", "hf-to-run", "hf", "run")
+
+
+@pytest.mark.filterwarnings("always::xlstm_jax.convert.tensors.WeightsWarning")
+def test_weights_that_are_not_finite_are_named_once(workdir, capsys):  # noqa: F811
+    source = shutil.copytree(HF, workdir / "hf", copy_function=shutil.copyfile)
+    arrays = safetensors.numpy.load_file(source / "model.safetensors")
+    arrays["lm_head.weight"][0, 0] = np.nan
+    safetensors.numpy.save_file(arrays, source / "model.safetensors")
+    assert main(["convert", "hf-to-run", "hf", "run"]) == 0
+    expected = (
+        "xlstm-jax: tensor 'lm_head.weight' has values that are NaN or infinite, so that the "
+    )
+    assert capsys.readouterr().err.startswith(expected)
+    assert main(["convert", "run-to-hf", "run", "out"]) == 0
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["[]", '{"vocab_size": 7}', '{"eos_token_id": 96}', "[" * 10**5])
+def test_special_tokens_of_a_run_are_checked(workdir, capsys, text):  # noqa: F811
+    assert main(["convert", "hf-to-run", str(HF), "run"]) == 0
+    (workdir / "run" / "special_tokens.json").write_text(text)
+    capsys.readouterr()
+    assert "special_tokens.json" in error_of(capsys, "convert", "run-to-hf", "run", "out")
+    assert not (workdir / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [("hf-to-run", "LONG", "run"), ("hf-to-run", "HF", "LONG")])
+def test_path_longer_than_file_systems_allow_is_an_error(workdir, capsys, arguments):  # noqa: F811
+    words = [word.replace("HF", str(HF)).replace("LONG", "a" * 300) for word in arguments]
+    assert "aaa" in error_of(capsys, "convert", *words)
 
 
 @pytest.mark.slow

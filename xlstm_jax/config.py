@@ -286,9 +286,10 @@ def _searched_first(folder: pathlib.Path) -> Iterator[None]:
 def read_json(path: pathlib.Path) -> Any:
     """The contents of a JSON file; raises ConfigError if it is not valid JSON."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        message = f"{path} is not valid JSON ({error}); restore it or fetch it again."
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        message = f"{quote_path(path)} is not valid JSON ({reason}); restore it or fetch it again."
         raise ConfigError(message) from error
 
 

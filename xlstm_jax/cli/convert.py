@@ -1,9 +1,13 @@
 """`xlstm-jax convert hf-to-run` and `run-to-hf`: imports and exports `transformers` weights."""
 
+import contextlib
 import dataclasses
 import shutil
+import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -14,6 +18,7 @@ from xlstm_jax.cli.exit_codes import BAD_ARGUMENT, DONE, WRONG_RESULT
 from xlstm_jax.config import ConfigError, did_you_mean, read_json, to_dict
 from xlstm_jax.convert import compare, hf, license, tensors
 from xlstm_jax.data.config import DataConfig
+from xlstm_jax.errors import quote, quote_path
 from xlstm_jax.train import checkpoint, rundir
 from xlstm_jax.train.checkpoint import restore_params
 from xlstm_jax.train.config import ExperimentConfig, TrainConfig
@@ -63,15 +68,33 @@ def run(argv: list[str]) -> int:
         return DONE if argv else BAD_ARGUMENT
     if argv[0] not in CONVERSIONS:
         hint = did_you_mean(argv[0], CONVERSIONS)
-        raise ConfigError(f"unknown conversion {argv[0]!r}; {hint}")
-    return CONVERSIONS[argv[0]](argv[1:])
+        raise ConfigError(f"unknown conversion {quote(argv[0])}; {hint}")
+    with _short_warnings():
+        return CONVERSIONS[argv[0]](argv[1:])
+
+
+@contextlib.contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Prints warnings about the weights as one line, without the place in our code."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, tensors.WeightsWarning):
+            print(f"xlstm-jax: {message}", file=sys.stderr)
+        else:
+            show_others(message, category, *place)
+
+    show_others = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _hf_to_run(argv: list[str]) -> int:
     args = options.parse("convert hf-to-run", HfToRun, argv)
     if args.run.exists() and (not args.run.is_dir() or any(args.run.iterdir())):
         raise ConfigError(
-            f"RUN must be a new or an empty folder, got {str(args.run)!r}; choose another one."
+            "RUN must be a new or an empty folder, got "
+            f"{quote_path(args.run)!r}; choose another one."
         )
     model, params = convert.load_hf(args.folder, dtype=args.dtype)
     cfg = ExperimentConfig(
@@ -82,7 +105,7 @@ def _hf_to_run(argv: list[str]) -> int:
     try:
         rundir.prepare(args.run, cfg, facts, step=0)
         license_name = license.copy(args.folder, args.run)
-        special_tokens = hf.special_tokens_of(args.folder)
+        special_tokens = hf.special_tokens_of(args.folder, model.vocab_size)
         rundir.write_json(args.run / SPECIAL_TOKENS, special_tokens)
         checkpoint.save_params(args.run, params, to_dict(cfg))
     except BaseException:
@@ -99,14 +122,17 @@ def _run_to_hf(argv: list[str]) -> int:
     args = options.parse("convert run-to-hf", RunToHf, argv)
     tensors.check_writable(args.folder)
     cfg, params = restore_params(args.run, args.step)
-    tokens_file = args.run / SPECIAL_TOKENS
+    tokens_file, tokens = args.run / SPECIAL_TOKENS, hf.SPECIAL_TOKENS
+    if tokens_file.exists():
+        where = quote_path(tokens_file)
+        tokens = hf.check_special_tokens(read_json(tokens_file), cfg.model.vocab_size, where)
     convert.save_hf(
         args.folder,
         cfg.model,
         params,
         dtype=args.dtype,
         max_shard_bytes=args.max_shard_bytes,
-        special_tokens=read_json(tokens_file) if tokens_file.exists() else hf.SPECIAL_TOKENS,
+        special_tokens=tokens,
     )
     license_name = "none: the weights were trained in this run; choose one"
     if license.copied_file(args.run):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlstm_jax.convert import hf
+from xlstm_jax.errors import printable
 from xlstm_jax.modules.lm import LM
 
 TOKENS = 64  # in the compared sequence
@@ -46,7 +47,7 @@ def with_transformers(folder: str | Path) -> Comparison:
     try:
         reference = _reference_logits(torch, transformers, folder, tokens)
     except Exception as error:  # the package may raise anything; none of it is a bug of ours
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = printable(" ".join(str(error).split()))[:200] or type(error).__name__
         raise TransformersError(f"transformers cannot read or run the folder ({reason})") from error
     largest = np.abs(reference).max()
     error = float(np.abs(np.asarray(logits) / largest - reference / largest).max())

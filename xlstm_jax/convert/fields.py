@@ -3,28 +3,57 @@
 A field is used, known to have no effect, rejected, or logged as unknown; none is ignored silently.
 """
 
+import itertools
 import logging
-import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from xlstm_jax.config import ConfigError
+from xlstm_jax.errors import quote, quote_path
 
+MAX_BYTES = 10**6
+"""Size of a config file; published ones have a few thousand bytes."""
+
+MAX_COUNT = 2**31 - 1
+"""The largest count; JAX indexes with 32 bits."""
+
+_LARGEST = 3.4e38  # of float32, in which models compute
 _MISSING = object()
+
+
+def check_size(path: Path, limit: int = MAX_BYTES) -> None:
+    """Raises ConfigError if a file is longer than `limit`: parsed, it takes far more memory."""
+    size = path.stat().st_size
+    if size > limit:
+        raise ConfigError(
+            f"{quote_path(path)} must have at most {limit:,} bytes, got {size:,}; fetch it again."
+        )
 
 
 class Fields:
     """The fields of a config of another implementation; errors call the config `where`.
 
+    `largest` bounds the sizes of arrays: that of the weights, so that a senseless config is
+    rejected before anything of its sizes is built.
+
     It records which fields have been read. Every method that reads a field raises ConfigError if
     its value is invalid.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str):
+    def __init__(self, values: Mapping[str, Any], where: str, largest: int = MAX_COUNT):
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{where} must be a mapping of fields, got {values!r}; pass a dict.")
-        self._values, self._where, self._seen = values, where, set()
+            raise ConfigError(
+                f"{where} must be a mapping of fields, got {quote(values)}; pass a dict."
+            )
+        for name in values:
+            if not isinstance(name, str):
+                raise ConfigError(
+                    f"{where} must have strings as keys, got {quote(name)}; quote it."
+                )
+        self._values, self._where, self._largest = values, where, largest
+        self._seen: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         # None counts as absent: configs written as JSON have null for unset fields.
@@ -47,7 +76,8 @@ class Fields:
         value = self.get(name, default)
         # bool is a subclass of int, but true is not a number in JSON or YAML.
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        self.require(name, value, "a finite number", fits=is_number and math.isfinite(value))
+        fits = is_number and _is_float32(value)
+        self.require(name, value, "a finite number", fits=fits)
         fits = minimum is None or float(value) >= minimum
         self.require(name, value, f"at least {minimum}", fits=fits)
         return value
@@ -63,7 +93,19 @@ class Fields:
         value = self.number(name, default)
         is_count = value == int(value) and value >= minimum
         self.require(name, value, f"an integer of at least {minimum}", fits=is_count)
+        self.require(name, value, f"at most {MAX_COUNT}", fits=value <= MAX_COUNT)
         return int(value)
+
+    def size(self, name: str, default: Any = _MISSING, *, minimum: int = 1) -> int:
+        """A count that is the size of an array."""
+        value = self.count(name, default, minimum=minimum)
+        self.require_size(name, value)
+        return value
+
+    def require_size(self, name: str, size: float) -> None:
+        """Raises ConfigError if an array of the weights cannot have this size."""
+        what = f"at most {self._largest}, the largest size in the weights"
+        self.require(name, size, what, fits=size <= self._largest)
 
     def flag(self, name: str, *, default: Any = _MISSING) -> bool:
         """A boolean."""
@@ -74,12 +116,12 @@ class Fields:
     def nested(self, name: str) -> "Fields | None":
         """The fields of a nested mapping; None if it is absent or null."""
         value = self.get(name, None)
-        return None if value is None else Fields(value, f"{name} of {self._where}")
+        return None if value is None else Fields(value, f"{name} of {self._where}", self._largest)
 
     def require_equal(self, name: str, expected: Any, way_out: str) -> None:
         """Rejects any value but `expected`, which is also the default."""
         value = self.get(name, expected)
-        self.require(name, value, repr(expected), way_out, fits=value == expected)
+        self.require(name, value, quote(expected), way_out, fits=value == expected)
 
     def require(
         self, name: str, value: Any, what: str, way_out: str = "correct it", *, fits: bool
@@ -87,7 +129,7 @@ class Fields:
         """Raises ConfigError unless `fits`; the message has the demand `what` and the `way_out`."""
         if not fits:
             where = f"{name} of {self._where}"
-            raise ConfigError(f"{where} must be {what}, got {value!r}; {way_out}.")
+            raise ConfigError(f"{where} must be {what}, got {quote(value)}; {way_out}.")
 
     def ignore(self, *names: str) -> None:
         """Marks fields as known that do not affect results, such as the choice of a kernel."""
@@ -98,5 +140,17 @@ class Fields:
         unknown = sorted(set(self._values) - self._seen)
         if unknown:
             logging.getLogger(__name__).warning(
-                "unknown fields of %s are ignored: %s", self._where, ", ".join(unknown)
+                "unknown fields of %s are ignored: %s", self._where, first_of(unknown, 8)
             )
+
+
+def _is_float32(value: Any) -> bool:
+    # Compared, not converted: an integer may exceed every float. NaN fails, too.
+    return bool(abs(value) <= _LARGEST)
+
+
+def first_of(items: Collection[str], count: int) -> str:
+    """The first items for a message, without quotation marks, and the number of others."""
+    words = [quote(item)[1:-1] for item in itertools.islice(items, count)]
+    more = f" and {len(items) - count} more" if len(items) > count else ""
+    return ", ".join(words) + more

@@ -5,16 +5,16 @@ Source of the layout: the public class xLSTMLarge of the package `xlstm`, 2.0.
 
 import itertools
 import math
-import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from xlstm_jax.config import ConfigError
-from xlstm_jax.convert import mapping, names
+from xlstm_jax.convert import mapping, names, yaml_file
 from xlstm_jax.convert.fields import Fields
+from xlstm_jax.convert.prefixes import unwrap
 from xlstm_jax.convert.tensors import Source, from_folder
+from xlstm_jax.errors import quote, quote_path
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.options import LargeConfig, large_width
 from xlstm_jax.typing import PyTree
@@ -27,6 +27,9 @@ NO_CAP = 1e10
 
 DTYPES = ("float32", "bfloat16")
 
+MAX_UNKNOWN_BLOCKS = 100
+"""Blocks of a config whose weights have other names."""
+
 
 def load_large(folder: str | Path, *, dtype: str = "float32") -> tuple[LMConfig, PyTree]:
     """Loads a folder with `config.yaml` and `model.safetensors`, or `model_0`, `model_1`, ...
@@ -34,18 +37,27 @@ def load_large(folder: str | Path, *, dtype: str = "float32") -> tuple[LMConfig,
     Weights may be separate or fused. Parameters, `dtype` and errors are those of `load_hf`.
     """
     folder = Path(folder)
-    fields = Fields(_read_yaml(folder / CONFIG), str(folder / CONFIG))
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ConfigError(
+            f"{quote_path(folder)} must have a readable {CONFIG}; pass a folder written by the "
+            "package xlstm."
+        )
+    values = yaml_file.read(path)
+    source = unwrap(from_folder(folder), names.LARGE, names.BACKBONE)
+    fields = Fields(values, quote_path(path), source.longest_axis)
+    num_blocks = fields.count("num_blocks")
+    check_num_blocks(fields, num_blocks, source)
     cfg = lm_config(
         fields,
         dim=fields.count("embedding_dim"),
-        num_blocks=fields.count("num_blocks"),
+        num_blocks=num_blocks,
         factor=FFN_FACTOR,
         dtype=dtype,
     )
     mode = fields.get("weight_mode", "single")
     fields.require("weight_mode", mode, "'single' or 'fused'", fits=mode in ("single", "fused"))
     fields.warn_unknown()
-    source = from_folder(folder)
     return cfg, mapping.load(cfg, names.LARGE, unfused(source, cfg) if mode == "fused" else source)
 
 
@@ -63,7 +75,7 @@ def lm_config(fields: Fields, *, dim: int, num_blocks: int, factor: float, dtype
     """
     if dtype not in DTYPES:
         raise ConfigError(
-            f"dtype={dtype!r} must be one of {', '.join(DTYPES)}, as float16 overflows in "
+            f"dtype={quote(dtype)} must be one of {', '.join(DTYPES)}, as float16 overflows in "
             "exponential gates; load it with dtype='bfloat16' or dtype='float32'."
         )
     # These select kernels and their precision; here gates, state and accumulators are always
@@ -75,16 +87,16 @@ def lm_config(fields: Fields, *, dim: int, num_blocks: int, factor: float, dtype
     norm_eps = float(fields.number("norm_eps", 1e-6, minimum=0))
     use_bias = fields.flag("use_bias", default=False)
     has_norm = fields.flag("add_out_norm", default=True)
+    fields.require_size("the width", dim)
     return LMConfig(
-        vocab_size=fields.count("vocab_size"),
+        vocab_size=fields.size("vocab_size"),
         dim=dim,
         pattern="M" * num_blocks,
         large=LargeConfig(
-            num_heads=fields.count("num_heads"),
-            # Truncated, as in the original.
-            qk_dim=int(dim * fields.positive("qk_dim_factor", 0.5)),
-            v_dim=int(dim * fields.positive("v_dim_factor", 1.0)),
-            ffn_dim=large_width(dim, fields.positive("ffn_proj_factor", factor), multiple),
+            num_heads=fields.size("num_heads"),
+            qk_dim=_width(fields, "qk_dim_factor", dim, 0.5),
+            v_dim=_width(fields, "v_dim_factor", dim, 1.0),
+            ffn_dim=_width(fields, "ffn_proj_factor", dim, factor, multiple),
             use_bias=use_bias,
             gate_soft_cap=_cap(fields, "gate_soft_cap", 15.0),
             norm_eps=norm_eps,
@@ -99,6 +111,24 @@ def lm_config(fields: Fields, *, dim: int, num_blocks: int, factor: float, dtype
     )
 
 
+def _width(fields: Fields, name: str, dim: int, default: float, multiple: int = 1) -> int:
+    factor = fields.positive(name, default)
+    fields.require_size(f"{name} times the width", dim * factor)
+    width = large_width(dim, factor, multiple)  # truncated, as in the original, for multiple=1
+    fields.require_size(f"the width by {name}", width)
+    return width
+
+
+def check_num_blocks(fields: Fields, num_blocks: int, source: Source) -> None:
+    """Raises ConfigError if the config has more blocks than the weights, before building any.
+
+    Weights without a single block have other names, which the error about these shows.
+    """
+    found = source.num_blocks
+    what = f"at most {found}, the number of blocks in the weights"
+    fields.require("num_blocks", num_blocks, what, fits=num_blocks <= (found or MAX_UNKNOWN_BLOCKS))
+
+
 def _cap(fields: Fields, name: str, default: float) -> float | None:
     cap = None if fields.get(name, default) is None else fields.positive(name, default)
     # The inverse of what `hf.config_of` writes for a model without a cap.
@@ -111,34 +141,6 @@ def factor_of(width: int, dim: int) -> float:
     while int(dim * factor) < width:
         factor = math.nextafter(factor, math.inf)
     return factor
-
-
-def _read_yaml(path: Path) -> Mapping:
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"reading {path} needs the package PyYAML; install it with `pip install "
-            "'xlstm-jax[hf]'`."
-        ) from error
-    # YAML 1.1 parses 1e-6 as a string, as it has no decimal point.
-    is_number = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+").fullmatch
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(
-            f"{path.parent} must have a readable {CONFIG}; pass a folder written by the "
-            "package xlstm."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not valid YAML ({reason}); download it again.") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must be a mapping of fields, got {values!r}; download it again.")
-    return {
-        name: float(value) if isinstance(value, str) and is_number(value) else value
-        for name, value in values.items()
-    }
 
 
 def unfused(source: Source, cfg: LMConfig) -> Source:

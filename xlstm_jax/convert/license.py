@@ -3,6 +3,11 @@
 import re
 from pathlib import Path
 
+from xlstm_jax.errors import printable
+
+MAX_TEXT = 10**6  # characters of a license or a model card that are read
+MAX_LINE = 200  # characters of the line that `find` returns
+
 FILE, OLD_FILE = "WEIGHTS_LICENSE.txt", "WEIGHTS_LICENCE.txt"
 """File next to converted weights: the line that `find` returns for their source, then its license
 text. `OLD_FILE` is the name in earlier versions, still read."""
@@ -30,7 +35,7 @@ def copy(source: str | Path, folder: str | Path) -> str:
     """Copies the license of weights next to the converted ones; returns the line of `find`."""
     line, copied = find(source), copied_file(source)
     file = copied or _file(Path(source))
-    text = file.read_text(errors="replace") if file else ""
+    text = _text(file) if file else ""
     # A copied file starts with the line already.
     text = text if copied else f"{line}\n\n{text}"
     (Path(folder) / FILE).write_text(text.rstrip() + "\n")
@@ -39,13 +44,13 @@ def copy(source: str | Path, folder: str | Path) -> str:
 
 def _from_card(card: Path) -> str | None:
     """The license fields in the YAML header of a model card."""
-    text = card.read_text(errors="replace") if card.is_file() else ""
+    text = _text(card)
     header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     fields = re.findall(
         r"^license(?:_name|_link)?: *(.+)$", header[1] if header else "", re.MULTILINE
     )
     values = [value.split(" #")[0].strip().strip("'\"") for value in fields]
-    return f"{', '.join(values)} ({card.name})" if values else None
+    return f"{printable(', '.join(values))[:MAX_LINE]} ({card.name})" if values else None
 
 
 def _file(folder: Path) -> Path | None:
@@ -56,6 +61,14 @@ def _file(folder: Path) -> Path | None:
 
 
 def _lines(path: Path) -> list[str]:
-    """The non-empty lines of a file; an empty list if it does not exist."""
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    """The non-empty lines of a file, shortened; an empty list if it does not exist."""
+    lines = _text(path).splitlines()
+    return [printable(line.strip())[:MAX_LINE] for line in lines if line.strip()]
+
+
+def _text(path: Path) -> str:
+    """The beginning of a file, which no message or copy needs whole; empty if it does not exist."""
+    if not path.is_file():
+        return ""
+    with path.open(errors="replace") as file:
+        return file.read(MAX_TEXT)

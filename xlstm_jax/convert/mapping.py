@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlstm_jax import sharding
+from xlstm_jax.convert.fields import first_of
 from xlstm_jax.convert.layouts import LAYOUTS, Layout, Shape
 from xlstm_jax.convert.names import Rule
-from xlstm_jax.convert.tensors import Source, WeightsError
+from xlstm_jax.convert.tensors import Source, WeightsError, is_finite, warn_not_finite
+from xlstm_jax.errors import quote
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.lm import param_shapes
 from xlstm_jax.typing import PyTree
@@ -57,7 +59,7 @@ def targets(
     unmatched = [path for path in leaves if path not in rule_of]
     if unmatched:
         raise WeightsError(
-            f"the other implementation has no parameter for {', '.join(unmatched)}; "
+            f"the other implementation has no parameter for {first_of(unmatched, 3)}; "
             "turn off the option that creates it."
         )
     table = {}
@@ -79,10 +81,10 @@ def load(
     """Loads the parameters of a model from a source, sharded over the active mesh if there is one.
 
     Leaves are assembled one at a time, and tensors read one at a time, to bound host memory.
-    Parameters whose path is in `without` are skipped.
+    Parameters whose path is in `without` are skipped. Warns if a value is NaN or infinite.
 
     Raises:
-        WeightsError: tensors are missing, unexpected or misshapen; lists all of them.
+        WeightsError: tensors are missing, unexpected or misshapen; names the first of them.
     """
     leaves = {path: leaf for path, leaf in parameters(cfg).items() if path not in without}
     table = targets(cfg, rules, leaves)
@@ -94,33 +96,45 @@ def load(
         {name: f" (our {target.path})" for name, target in table.items()},
     )
     tree: dict[str, Any] = {}
+    not_finite = []
     # `targets` lists the layers of a leaf one after another, so that groupby collects them.
     for path, tensors in itertools.groupby(table.items(), lambda item: item[1].path):
         host = _empty(leaves[path].shape, leaves[path].dtype)
         for name, target in tensors:
             part = host if target.layer is None else host[target.layer]
-            # Assignment casts to the dtype of the parameter, float32.
-            part[...] = target.layout.from_torch(source.read(name), target.shape)
+            # Assignment casts to the dtype of the parameter, float32; float64 may overflow.
+            with np.errstate(over="ignore"):
+                part[...] = target.layout.from_torch(source.read(name), target.shape)
+            if not is_finite(part):
+                not_finite.append(name)
         *folders, last = path.split("/")
         functools.reduce(lambda node, key: node.setdefault(key, {}), folders, tree)[last] = _put(
             path, host
         )
+    warn_not_finite(not_finite)
     return tree
 
 
 def export(
     cfg: LMConfig, rules: Sequence[Rule], params: PyTree
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the PyTorch name and array of every tensor, one at a time to bound host memory."""
-    leaves = by_path(params)
+    """Yields the PyTorch name and array of every tensor, one at a time to bound host memory.
+
+    Warns after the last one if a value is NaN or infinite.
+    """
+    leaves, not_finite = by_path(params), []
     for name, target in targets(cfg, rules, leaves).items():
         leaf = leaves[target.path]
         part = leaf if target.layer is None else leaf[target.layer]
-        yield name, np.ascontiguousarray(target.layout.to_torch(np.asarray(part)))
+        array = np.asarray(part)
+        if not is_finite(array):
+            not_finite.append(name)
+        yield name, np.ascontiguousarray(target.layout.to_torch(array))
+    warn_not_finite(not_finite)
 
 
 def check_params(cfg: LMConfig, params: PyTree) -> None:
-    """Raises WeightsError, listing all differences, unless `params` match the config."""
+    """Raises WeightsError, naming the first differences, unless `params` match the config."""
     expected = {path: leaf.shape for path, leaf in parameters(cfg).items()}
     actual = {path: np.shape(leaf) for path, leaf in by_path(params).items()}
     if set(actual) == {f"params/{path}" for path in expected}:
@@ -137,20 +151,37 @@ def _check_shapes(
     way_out: str,
     remarks: Mapping[str, str],
 ) -> None:
-    """Raises WeightsError listing all missing, unexpected and misshapen arrays."""
+    """Raises WeightsError if arrays are missing, unexpected or misshapen; names the first ones."""
+    # Arrays outside of the blocks first: they are few, and tell models apart.
+    missing = sorted((n for n in expected if n not in actual), key=lambda n: "blocks." in n)
+    unexpected = [name for name in actual if name not in expected]
+    misshapen = [n for n, shape in expected.items() if actual.get(n, shape) != shape]
+    # With many problems, the remarks would make the message too long to read.
+    if len(missing) + len(unexpected) + len(misshapen) > 4:
+        remarks = {}
+
+    def describe(name: str) -> str:
+        shape, remark = expected.get(name), remarks.get(name, "")
+        if shape is None:
+            return f"{quote(name)[1:-1]} {quote(actual[name])} is unexpected"
+        if name not in actual:
+            return f"{name} {shape} is missing{remark}"
+        return f"{name} must have the shape {shape}, got {quote(actual[name])}{remark}"
+
     problems = [
-        f"{name} {shape} is missing{remarks.get(name, '')}"
-        for name, shape in expected.items()
-        if name not in actual
-    ]
-    problems += [f"{name} {actual[name]} is unexpected" for name in actual if name not in expected]
-    problems += [
-        f"{name} must have the shape {shape}, got {actual[name]}{remarks.get(name, '')}"
-        for name, shape in expected.items()
-        if actual.get(name, shape) != shape
+        *_first(missing, 3, describe),
+        *_first(unexpected, 2 if missing else 3, describe),
+        *_first(misshapen, 1 if missing or unexpected else 3, describe),
     ]
     if problems:
         raise WeightsError(f"{what} do not match the config: {'; '.join(problems)}; {way_out}.")
+
+
+def _first(names: Sequence[str], count: int, describe: Callable[[str], str]) -> list[str]:
+    """Descriptions of the first names, the last one with the number of others."""
+    lines = [describe(name) for name in names[:count]]
+    more = [f"{lines[-1]} and {len(names) - count} more"] if len(names) > count else lines[-1:]
+    return [*lines[:-1], *more]
 
 
 def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -87,7 +87,8 @@ V1 = (
 V1_BARE = tuple(rule._replace(torch_name=rule.torch_name.removeprefix(V1_STACK)) for rule in V1)
 
 # The package `xlstm`, xLSTMLarge, with separate weights.
-LARGE_BLOCK = "backbone.blocks.{}."
+BACKBONE = "backbone."
+LARGE_BLOCK = BACKBONE + "blocks.{}."
 
 
 def _large(embedding: str) -> tuple[Rule, ...]:

@@ -2,24 +2,33 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from xlstm_jax.config import ConfigError
+from xlstm_jax.config import ConfigError, read_json
+from xlstm_jax.convert.fields import check_size, first_of
+from xlstm_jax.errors import printable, quote, quote_path
 
 INDEX = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 10**7  # that of 100,000 tensors
 READABLE_DTYPES = ("F64", "F32", "F16", "BF16")  # in the notation of safetensors
 STORAGE_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class WeightsError(ConfigError):
-    """Weights are corrupt or do not match the config; the message lists all problems."""
+    """Weights are corrupt or do not match the config; the message names the first problems."""
+
+
+class WeightsWarning(UserWarning):
+    """Weights have values that are NaN or infinite."""
 
 
 class Source(NamedTuple):
@@ -28,9 +37,20 @@ class Source(NamedTuple):
     shapes: Mapping[str, tuple[int, ...]]  # of all tensors, known without reading them
     read: Callable[[str], np.ndarray]
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that have a tensor."""
+        matches = (re.search(r"(?<![^.])blocks\.([0-9]+)\.", name) for name in self.shapes)
+        return len({match[1] for match in matches if match})
+
+    @property
+    def longest_axis(self) -> int:
+        """The longest axis of a tensor, which no size of the model exceeds."""
+        return max((axis for shape in self.shapes.values() for axis in shape), default=0)
+
 
 def from_arrays(arrays: Mapping[str, np.ndarray]) -> Source:
-    """A source of floating-point arrays in memory; raises WeightsError listing all others."""
+    """A source of floating-point arrays in memory; raises WeightsError if there are others."""
     invalid = []
     for name, array in arrays.items():
         dtype = getattr(array, "dtype", type(array).__name__)
@@ -39,7 +59,7 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Source:
             invalid.append(f"{name} ({dtype})")
     if invalid:
         raise WeightsError(
-            f"tensors must be floating-point arrays, got {', '.join(invalid)}; "
+            f"tensors must be floating-point arrays, got {first_of(invalid, 3)}; "
             "convert them with `.float().numpy()` or leave them out."
         )
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
@@ -58,8 +78,9 @@ def from_folder(folder: Path) -> Source:
         for name, shape in _header(file).items():
             if name in file_of:
                 raise WeightsError(
-                    f"tensor {name!r} must be in one file of {folder}, but is in "
-                    f"{file_of[name].name} and {file.name}; delete one of them."
+                    f"tensor {quote(name)} must be in one file of {quote_path(folder)}, but is in "
+                    f"{quote_path(file_of[name].name)} and {quote_path(file.name)}; delete one of "
+                    "them."
                 )
             file_of[name], shapes[name] = file, shape
 
@@ -79,26 +100,48 @@ def _files(folder: Path) -> list[Path]:
         files = sorted(folder.glob("model*.safetensors"))
         if not files:
             raise WeightsError(
-                f"{folder} has no model.safetensors and no {INDEX}; pass a folder with weights in "
-                "the safetensors format."
+                f"{quote_path(folder)} has no model.safetensors and no {INDEX}; pass a folder with "
+                "weights in the safetensors format."
             )
         return files
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if "" in map(str.strip, names) or not names:
-            raise ValueError("file names must not be empty")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise WeightsError(
-            f"{index} must be JSON with a weight_map from tensors to files, but is invalid "
-            f"({error!r}); download it again."
-        ) from error
+    names = _names_in(index)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise WeightsError(
-            f"{folder} lacks {', '.join(missing)} of the {len(names)} files in {INDEX}; "
-            "download them again."
+            f"{quote_path(folder)} lacks {first_of(missing, 3)} of the {len(names)} files in "
+            f"{INDEX}; download them again."
         )
     return [folder / name for name in names]
+
+
+def _names_in(index: Path) -> list[str]:
+    """The names of the files in an index."""
+    try:
+        check_size(index, MAX_INDEX_BYTES)
+        values = read_json(index)
+    except (ConfigError, OSError) as error:
+        raise WeightsError(str(error)) from error
+    weight_map = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(
+            f"{quote_path(index)} must have a weight_map from tensors to files, got "
+            f"{quote(weight_map)}; download it again."
+        )
+    for file in weight_map.values():
+        # Names only: an index from a stranger must not choose files elsewhere. Links are followed,
+        # as the cache of the Hugging Face hub consists of them.
+        if not (isinstance(file, str) and _is_file_name(file)):
+            raise WeightsError(
+                f"weight_map of {quote_path(index)} must have names of files in its folder, got "
+                f"{quote(file)}; download it again."
+            )
+    return sorted(set(weight_map.values()))
+
+
+def _is_file_name(name: str) -> bool:
+    # Windows' rules include those of other systems: both separators, and drives.
+    is_single = PureWindowsPath(name).name == name != ".."
+    return is_single and bool(name.strip()) and name.isprintable() and len(name.encode()) <= 255
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
@@ -108,8 +151,8 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
         for name, part in slices.items():
             if part.get_dtype() not in READABLE_DTYPES:
                 raise WeightsError(
-                    f"tensor {name!r} of {file} must be one of {', '.join(READABLE_DTYPES)}, got "
-                    f"{part.get_dtype()}; convert it first."
+                    f"tensor {quote(name)} of {quote_path(file)} must be one of "
+                    f"{', '.join(READABLE_DTYPES)}, got {part.get_dtype()}; convert it first."
                 )
         return {name: tuple(part.get_shape()) for name, part in slices.items()}
 
@@ -120,8 +163,8 @@ def _open(file: Path) -> Any:
         return safetensors.safe_open(file, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
         raise WeightsError(
-            f"{file} must be a complete safetensors file, but is corrupt or truncated "
-            f"({error}); download it again."
+            f"{quote_path(file)} must be a complete safetensors file, but is corrupt or truncated "
+            f"({printable(str(error))[:200]}); download it again."
         ) from error
 
 
@@ -138,6 +181,24 @@ def import_safetensors() -> Any:
     return safetensors
 
 
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; needs no second array."""
+    with np.errstate(invalid="ignore"):
+        return bool(np.isfinite(array.min()) and np.isfinite(array.max()))
+
+
+def warn_not_finite(names: Sequence[str]) -> None:
+    """Warns once about the tensors that have values that are NaN or infinite, if there are any."""
+    if names:
+        others = f" and {len(names) - 1} others have" if len(names) > 1 else " has"
+        warnings.warn(
+            f"tensor {quote(names[0])}{others} values that are NaN or infinite, so that the model "
+            "computes NaN; check the source of the weights.",
+            WeightsWarning,
+            stacklevel=3,
+        )
+
+
 def write(
     folder: Path,
     tensors: Iterable[tuple[str, np.ndarray]],
@@ -152,11 +213,11 @@ def write(
     """
     if dtype not in STORAGE_DTYPES:
         raise ConfigError(
-            f"dtype={dtype!r} must be one of {', '.join(STORAGE_DTYPES)}; use float32."
+            f"dtype={quote(dtype)} must be one of {', '.join(STORAGE_DTYPES)}; use float32."
         )
     if max_shard_bytes < 1:
         raise ConfigError(
-            f"max_shard_bytes must be at least 1, got {max_shard_bytes}; 5 * 10**9 is common."
+            f"max_shard_bytes must be at least 1, got {quote(max_shard_bytes)}; use 5 * 10**9, say."
         )
     check_writable(folder, files)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -182,8 +243,8 @@ def check_writable(folder: Path, files: Iterable[str] = ("config.json",)) -> Non
     existing = [*folder.glob("*.safetensors*"), *(p for f in files if (p := folder / f).exists())]
     if folder.is_file() or existing:
         raise ConfigError(
-            f"folder={str(folder)!r} must be new or have no weights, but "
-            + (f"contains {existing[0].name}" if existing else "is a file")
+            f"folder={quote_path(folder)!r} must be new or have no weights, but "
+            + (f"contains {quote_path(existing[0].name)}" if existing else "is a file")
             + "; choose another one."
         )
 

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 from xlstm_jax.convert import mapping, names
-from xlstm_jax.convert.fields import Fields
-from xlstm_jax.convert.tensors import from_arrays
+from xlstm_jax.convert.fields import MAX_COUNT, Fields
+from xlstm_jax.convert.large import check_num_blocks
+from xlstm_jax.convert.prefixes import unwrapped
+from xlstm_jax.convert.tensors import Source, from_arrays
+from xlstm_jax.errors import quote
 from xlstm_jax.modules import options
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.patterns import at
@@ -29,7 +32,8 @@ def load_v1(
     """A first-generation model from its config and its `state_dict`.
 
     sLSTM weights may be those of the backend `vanilla` or `cuda`. `context_length` does not limit
-    our model. Tensors of an xLSTMBlockStack become parameters of `modules.Backbone`.
+    our model. Tensors of an xLSTMBlockStack become parameters of `modules.Backbone`. Names may have
+    the prefixes of a compiled or wrapped model. Warns if a value is NaN or infinite.
 
     Args:
         config: an xLSTMLMModelConfig or xLSTMBlockStackConfig as nested dicts.
@@ -39,10 +43,15 @@ def load_v1(
         ConfigError: a field is invalid or not supported.
         WeightsError: tensors are missing, unexpected or misshapen.
     """
-    bare = any(name.startswith("blocks.") for name in tensors)
-    cfg = config_of(config, bare=bare)
     # A state_dict also has causal masks, which are buffers, and the head of a tied model.
-    tensors = {n: a for n, a in tensors.items() if not n.endswith("mlstm_cell.causal_mask")}
+    originals = [name for name in tensors if not name.endswith("mlstm_cell.causal_mask")]
+    by_name = unwrapped(originals, names.V1, names.V1_STACK)
+    tensors = {name: tensors[original] for name, original in by_name.items()}
+    bare = any(n.startswith(names.V1_STACK) and names.V1_STACK not in by_name[n] for n in tensors)
+    bare = bare and tensors.keys().isdisjoint(("token_embedding.weight", "lm_head.weight"))
+    if bare:
+        tensors = {name.removeprefix(names.V1_STACK): array for name, array in tensors.items()}
+    cfg = config_of(config, bare=bare, source=from_arrays(tensors))
     head, embedding = (tensors.get(f"{part}.weight") for part in ("lm_head", "token_embedding"))
     if cfg.tie_embeddings and head is not None and embedding is not None:
         if np.array_equal(head, embedding):
@@ -52,22 +61,29 @@ def load_v1(
     return cfg, mapping.load(cfg, names.V1_BARE if bare else names.V1, source, without)
 
 
-def config_of(config: Mapping[str, Any], *, bare: bool = False) -> LMConfig:
+def config_of(
+    config: Mapping[str, Any], *, bare: bool = False, source: Source | None = None
+) -> LMConfig:
     """The `LMConfig` equivalent to a first-generation config.
 
-    `bare` is for an xLSTMBlockStackConfig, which has no vocabulary.
+    Args:
+        bare: for an xLSTMBlockStackConfig, which has no vocabulary.
+        source: weights that bound the sizes.
 
     Raises:
         ConfigError: a field is invalid or has no equivalent.
     """
-    fields = Fields(config, "the config")
-    dim, num_blocks = fields.count("embedding_dim"), fields.count("num_blocks")
+    largest = source.longest_axis if source else 0
+    fields = Fields(config, "the config", largest or MAX_COUNT)
+    dim, num_blocks = fields.size("embedding_dim"), fields.count("num_blocks")
+    if source:
+        check_num_blocks(fields, num_blocks, source)
     pattern = _pattern(fields, num_blocks)
     bias = fields.flag("bias", default=False)
     has_norm = fields.flag("add_post_blocks_norm", default=True)
     cfg = LMConfig(
         # `Backbone` ignores the vocabulary, but the config needs one.
-        vocab_size=1 if bare else fields.count("vocab_size"),
+        vocab_size=1 if bare else fields.size("vocab_size"),
         dim=dim,
         pattern=pattern,
         mlstm=_mlstm(fields, dim, bias=bias) if "m" in pattern else options.MLSTMConfig(),
@@ -98,7 +114,10 @@ def _pattern(fields: Fields, num_blocks: int) -> str:
     # Without mLSTM options, every block is an sLSTM block.
     if slstm_at == "all" or fields.get("mlstm_block", None) is None:
         return "s" * num_blocks
-    fits, what = not slstm_at or not fields.is_null("slstm_block"), f"given for {slstm_at=}"
+    fits, what = (
+        not slstm_at or not fields.is_null("slstm_block"),
+        f"given for slstm_at={quote(slstm_at)}",
+    )
     fields.require("slstm_block", None, what, "give it or leave slstm_at empty", fits=fits)
     return at(num_blocks, slstm=slstm_at)
 
@@ -109,10 +128,10 @@ def _mlstm(fields: Fields, dim: int, *, bias: bool) -> options.MLSTMConfig:
     layer.ignore("bias", "dropout", "context_length", "embedding_dim")  # set for the model
     layer.ignore("_num_blocks", "_proj_up_dim", "_inner_embedding_dim")
     cfg = options.MLSTMConfig(
-        num_heads=layer.count("num_heads", 4),
+        num_heads=layer.size("num_heads", 4),
         inner_dim=inner_dim,
-        qkv_block_size=layer.count("qkv_proj_blocksize", 4),
-        conv_width=layer.count("conv1d_kernel_size", 4, minimum=0),
+        qkv_block_size=layer.size("qkv_proj_blocksize", 4),
+        conv_width=layer.size("conv1d_kernel_size", 4, minimum=0),
         use_bias=bias,
     )
     layer.warn_unknown()
@@ -131,8 +150,8 @@ def _slstm(fields: Fields, dim: int) -> options.SLSTMConfig:
     layer.ignore("input_shape", "output_shape", "constants", "enable_automatic_mixed_precision")
     layer.ignore(*(f"dtype{suffix}" for suffix in ("", "_b", "_r", "_w", "_g", "_s", "_a")))
     cfg = options.SLSTMConfig(
-        num_heads=layer.count("num_heads", 4),
-        conv_width=layer.count("conv1d_kernel_size", 4, minimum=0),
+        num_heads=layer.size("num_heads", 4),
+        conv_width=layer.size("conv1d_kernel_size", 4, minimum=0),
         recurrent_init=layer.get("recurrent_weight_init", "zeros"),
         bias_init=layer.get("bias_init", "powerlaw_blockdependent"),
         group_norm_weight=layer.flag("group_norm_weight", default=True),
@@ -152,7 +171,8 @@ def _feedforward(fields: Fields, dim: int) -> dict[str, Any]:
     layer.require("the width", width, "above 0", "raise proj_factor", fits=width > 0)
     activation = layer.get("act_fn", "gelu")
     what = f"one of {', '.join(ACTIVATIONS)}"
-    layer.require("act_fn", activation, what, "the nearest is gelu", fits=activation in ACTIVATIONS)
+    fits = isinstance(activation, str) and activation in ACTIVATIONS
+    layer.require("act_fn", activation, what, "the nearest is gelu", fits=fits)
     layer.ignore("embedding_dim", "_num_blocks", "_proj_up_dim")
     ffn = {
         "ffn_dim": width,
@@ -176,12 +196,16 @@ def _layer(fields: Fields, block: str, name: str) -> Fields:
 
 
 def _width(layer: Fields, dim: int, factor: float) -> int:
-    return options.first_generation_width(
+    factor = layer.positive("proj_factor", factor)
+    layer.require_size("proj_factor times the width", dim * factor)
+    width = options.first_generation_width(
         dim,
-        layer.positive("proj_factor", factor),
+        factor,
         layer.count("round_proj_up_to_multiple_of", 64),
         round_up=layer.flag("round_proj_up_dim_up", default=True),
     )
+    layer.require_size("the width by proj_factor", width)
+    return width
 
 
 def _as_vanilla(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
