@@ -1,8 +1,9 @@
-# One virtual environment per Python: .venv for python3, .venv-python3.12 for PYTHON=python3.12.
-PYTHON = python3
-VENV = $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+# PYTHON=python3.12 selects an interpreter, which has environments of its own: .venv-python3.12. By default
+# .ci/python chooses one for .venv; an existing .venv is used as it is.
+PYTHON =
+VENV = .venv$(if $(PYTHON),-$(notdir $(PYTHON)))
 # Environment with the ahead-of-time compilers for TPUs and GPUs: two gigabytes that nothing else needs.
-COMPILE_VENV = .venv-compile
+COMPILE_VENV = .venv-compile$(if $(PYTHON),-$(notdir $(PYTHON)))
 # Extra arguments for the command of a target: make test ARGS="tests/cells -x"
 ARGS =
 
@@ -39,15 +40,13 @@ lint: $(INSTALLED) ## check layout, common mistakes and types
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 
-# The recipe needs $(PYTHON) only if the environment does not exist yet.
-$(INSTALLED): pyproject.toml constraints.txt
-	@test -x $(VENV)/bin/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "xlstm-jax needs Python 3.11 or newer, but $(PYTHON) is older or missing; choose another one: make PYTHON=python3.12 $(or $(MAKECMDGOALS),install)" >&2; exit 1; }
-	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --editable '.[dev]' --constraint constraints.txt
-	@touch $@
-
-$(COMPILE_VENV)/.installed: pyproject.toml constraints.txt
-	test -x $(COMPILE_VENV)/bin/pip || $(PYTHON) -m venv $(COMPILE_VENV)
-	$(COMPILE_VENV)/bin/python -m pip install --editable '.[dev,compile]' --constraint constraints.txt
+$(VENV)/.installed: EXTRAS = dev
+$(COMPILE_VENV)/.installed: EXTRAS = dev,compile
+# Python 3.14 and newer use the versions of Python 3.13.
+$(VENV)/.installed $(COMPILE_VENV)/.installed: pyproject.toml $(wildcard constraints/*.txt)
+	@$(@D)/bin/python -c '' 2>/dev/null || \
+		{ python=$$(.ci/python $(PYTHON)) && echo "$(@D): $$($$python --version), $$python" && $$python -m venv --clear $(@D); }
+	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 || $(@D)/bin/python -m ensurepip
+	$(@D)/bin/python -m pip install --editable '.[$(EXTRAS)]' --constraint \
+		$$($(@D)/bin/python -c 'import sys; print(f"constraints/py3{min(max(sys.version_info[1], 11), 13)}.txt")')
 	@touch $@

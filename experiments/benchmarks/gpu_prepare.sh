@@ -12,7 +12,7 @@ python3 -m pip download -q --no-deps --only-binary=:all: --python-version "$vers
     jax-triton==0.4.1 tyro==1.0.17 docstring-parser==0.18.0 typeguard==4.6.0 flax==0.12.12 optax==0.2.8 \
     mlstm-kernels==2.0.6 flash-linear-attention==0.6.0 fla-core==0.6.0 flashrnn==1.0.8
 if [ "${1:-}" = --exports ]; then
-    [ -x .venv-export/bin/python ] || "${PYTHON:-python$version}" -m venv .venv-export
+    [ -x .venv-export/bin/python ] || "${PYTHON:-$(.ci/python "python$version")}" -m venv .venv-export
     .venv-export/bin/pip install -q jax==0.11.2 jaxlib==0.11.2 jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 \
         jax-triton==0.4.1 triton==3.9.0 nvidia-cuda-nvcc==13.5.37 flatbuffers jaxtyping flax optax orbax-checkpoint tyro rich matplotlib
     .venv-export/bin/python -m experiments.benchmarks.gpu.export .gpu_run/exports
