@@ -15,12 +15,18 @@ from xlstm_jax.modules import BLOCKS, LargeConfig, LMConfig, MLSTMConfig, SLSTMC
         (dict(pattern="mxs"), "pattern='mxs': letter='x' is not known; use one of: m, s, M"),
         (dict(dim=0), "dim must be at least 1, got 0;"),
         (dict(vocab_size=0), "vocab_size must be at least 1, got 0;"),
-        (dict(dtype="float16"), "dtype='float16' is not known; use one of: float32, bfloat16"),
-        (dict(remat="some"), "remat='some' is not known; use one of: none, full, dots, names"),
-        (dict(final_norm="batch"), "final_norm='batch' is not known; use one of: layer, rms, none"),
+        (dict(dtype="float16"), "dtype must be one of 'float32', 'bfloat16', got 'float16'."),
+        (
+            dict(remat="some"),
+            "remat must be one of 'none', 'full', 'dots', 'names', 'off",
+        ),
+        (
+            dict(final_norm="batch"),
+            "final_norm must be one of 'layer', 'rms', 'none', got",
+        ),
         (
             dict(dropout=1.0),
-            "dropout must be at least 0 and below 1, got 1.0; use 0 for no dropout",
+            "dropout must be at least 0 and below 1, got 1.0; the default is 0.0.",
         ),
         (
             dict(mlstm=MLSTMConfig(num_heads=5, inner_dim=24)),
@@ -31,8 +37,6 @@ from xlstm_jax.modules import BLOCKS, LargeConfig, LMConfig, MLSTMConfig, SLSTMC
             "mlstm.qkv_block_size must divide the inner width=24, got 5;",
         ),
         (dict(slstm=SLSTMConfig(num_heads=3)), "slstm.num_heads must divide dim=16, got 3;"),
-        (dict(slstm=SLSTMConfig(num_heads=0)), "slstm.num_heads must divide dim=16, got 0;"),
-        (dict(slstm=SLSTMConfig(ffn_dim=-1)), "slstm.ffn_dim must be at least 0, got -1;"),
         (dict(large=LargeConfig(num_heads=3)), "large.num_heads must divide qk_dim=8, got 3;"),
         (
             dict(large=LargeConfig(num_heads=8, v_dim=12)),
@@ -52,7 +56,7 @@ def test_invalid_value_is_rejected_with_a_message(changes, message):
     [
         (lambda: MLSTMConfig(conv_width=-1), "mlstm.conv_width must be at least 0, got -1;"),
         (lambda: MLSTMConfig(chunk_size=0), "mlstm.chunk_size must be at least 1, got 0;"),
-        (lambda: MLSTMConfig(input_gate="relu"), "mlstm.input_gate='relu' is not known;"),
+        (lambda: MLSTMConfig(input_gate="relu"), "input_gate must be one of 'exp', 'sigmoid'"),
         (
             lambda: MLSTMConfig(implementation="fast"),
             "mlstm.implementation='fast' is not known; use one of: auto, ",
@@ -60,8 +64,10 @@ def test_invalid_value_is_rejected_with_a_message(changes, message):
         (lambda: SLSTMConfig(implementation="fast"), "slstm.implementation='fast' is not known;"),
         (lambda: MLSTMConfig(normalize=False), "use one of: sigmoid"),
         (lambda: LargeConfig(normalize=False), "use one of: sigmoid"),
-        (lambda: SLSTMConfig(forget_gate="relu"), "slstm.forget_gate='relu' is not known;"),
-        (lambda: SLSTMConfig(bias_init="ones"), "slstm.bias_init='ones' is not known;"),
+        (lambda: SLSTMConfig(forget_gate="relu"), "slstm.forget_gate must be one of 'sigmoid'"),
+        (lambda: SLSTMConfig(bias_init="ones"), "slstm.bias_init must be one of 'powerlaw"),
+        (lambda: SLSTMConfig(num_heads=0), "slstm.num_heads must be at least 1, got 0;"),
+        (lambda: SLSTMConfig(ffn_dim=-1), "slstm.ffn_dim must be at least 0, got -1;"),
         (lambda: SLSTMConfig(ffn_activation="tanh"), "slstm.ffn_activation='tanh' is not known;"),
         (lambda: SLSTMConfig(ffn_dropout=-0.1), "slstm.ffn_dropout must be at least 0"),
     ],
