@@ -9,6 +9,7 @@ import optax
 
 from xlstm_jax.data.batch import Batch
 from xlstm_jax.errors import ArgumentError
+from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.ops.cross_entropy import CrossEntropy
 from xlstm_jax.train import guard, losses
 from xlstm_jax.train.config import TrainConfig
@@ -52,7 +53,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = None
         if model.cfg.has_dropout:  # a function of seed and step, so no key is stored
-            key = jax.random.fold_in(jax.random.key(cfg.seed), _DROPOUT)
+            key = jax.random.fold_in(random_key(cfg.seed), _DROPOUT)
             key = jax.random.fold_in(key, state.step)
         loss_of = loss_fn or model_loss
         grads, sums = sum_gradients(loss_of, state.params, batch, key, cfg.accumulation)
