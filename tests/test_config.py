@@ -298,7 +298,7 @@ def test_numpy_numbers_and_lists_become_the_types_of_the_fields():
 )
 def test_damaged_json_raises_a_one_line_error(tmp_path, content, words):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match="config.json") as caught:
         config.load_config(tmp_path, Model)
     assert words in str(caught.value) and len(str(caught.value)) < 500
 

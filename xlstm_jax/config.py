@@ -300,7 +300,7 @@ def load_config(path: str | pathlib.Path, cls: type[T], size: str | None = None)
         names = names if isinstance(names, list) else []
         flags = " ".join(f"--import {quote_path(x)}" for x in map(str, names) if x not in _imported)
         if not flags:
-            raise
+            raise ConfigError(f"{shown}: {error}") from error
         raise ConfigError(f"{shown} needs {flags}, which it was written with: {error}") from error
 
 

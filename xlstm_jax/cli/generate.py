@@ -5,7 +5,6 @@ import itertools
 
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data import tokenizers
 from xlstm_jax.generate import Sampler
 from xlstm_jax.generate.text import stream_text
@@ -35,8 +34,6 @@ class Generate(options.ModelCommand):
 def run(argv: list[str]) -> int:
     """Runs `generate`; raises ConfigError if an option or the run is invalid."""
     args = options.parse("generate", Generate, argv)
-    if not args.prompt:
-        raise ConfigError("--prompt must not be empty, got ''; pass the text to continue.")
     is_greedy = args.temperature == 0
     sampler = Sampler(
         repetition_penalty=args.repetition_penalty,
