@@ -148,9 +148,8 @@ def test_bad_environment_variables_give_a_one_line_error(monkeypatch, capsys, na
     for variable, value in (variables if name.startswith("JAX") else {}).items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setenv(name, "nonexistent")
-    assert re.search(
-        rf"{name}.*'nonexistent'|nonexistent.*{name}", error_of(capsys, "train", CONFIG)
-    )
+    error = error_of(capsys, "train", CONFIG)
+    assert name in error and "nonexistent" in error
 
 
 @pytest.mark.usefixtures("unchecked_types")
@@ -182,10 +181,13 @@ def test_a_config_may_use_numpy_numbers_and_modules_beside_it(workdir, capsys):
 
 def test_tilde_is_the_home_directory_in_every_path(workdir, monkeypatch):
     calls = []
+
+    def fit(cfg, run_dir, **options):
+        calls.append(run_dir)
+        return STOPPED
+
     monkeypatch.setenv("HOME", str(workdir / "home"))
-    monkeypatch.setattr(
-        train, "fit", lambda cfg, run_dir, **options: calls.append(run_dir) or STOPPED
-    )
+    monkeypatch.setattr(train, "fit", fit)
     assert main(["train", CONFIG, "--size", "smoke", "--run-dir=~/runs/a"]) == 0
     assert calls == [workdir / "home" / "runs" / "a"]
 

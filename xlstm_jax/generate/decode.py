@@ -99,8 +99,8 @@ def stream(
     """
     max_new_tokens = as_type(int, max_new_tokens, "max_new_tokens")
     check_range("max_new_tokens", max_new_tokens, "at least 0", "0 only computes the state")
-    piece = max(max_new_tokens, 1) if piece is None else as_type(int, piece, "piece")
-    check_range("piece", piece, "at least 1", "leave it out to get all tokens at once")
+    num_at_once: int = max(max_new_tokens, 1) if piece is None else as_type(int, piece, "piece")
+    check_range("piece", num_at_once, "at least 1", "leave it out to get all tokens at once")
     if key is None and sampler is not greedy:
         raise ConfigError(
             "key must be a PRNG key unless the sampler is greedy, got None; "
@@ -108,7 +108,7 @@ def stream(
         )
     ids = _prompt_ids(prompts, model.cfg.vocab_size)
     # A stop token outside of the vocabulary, such as that of a larger tokenizer, never occurs.
-    stop = _token_ids(list(stop), "stop", MAX_INT) if len(stop) else np.zeros(0, np.int32)
+    stop_ids = _token_ids(list(stop), "stop", MAX_INT) if len(stop) else np.zeros(0, np.int32)
     keys = _sequence_keys(jax.random.key(0) if key is None else key, len(ids))
     carry = prefill(model, variables, ids, state)
     decode = functools.partial(
@@ -116,22 +116,22 @@ def stream(
         model,
         variables,
         keys=keys,
-        stop=jnp.asarray(stop),
+        stop=jnp.asarray(stop_ids),
         sampler=sampler,
         # A static shape: powers of two bound the number of compiled programs.
-        capacity=_power_of_two(piece),
+        capacity=_power_of_two(num_at_once),
     )
 
     def pieces(carry: _DecodeState) -> Iterator[Generation]:
         num_tokens = 0
         while True:
             before = carry.length
-            carry, tokens = decode(carry, limit=min(piece, max_new_tokens - num_tokens))
+            carry, tokens = decode(carry, limit=min(num_at_once, max_new_tokens - num_tokens))
             # A sequence that stopped earlier has fewer valid tokens in the buffer.
             lengths = np.asarray(carry.length - before)
             sequences = zip(np.asarray(tokens).tolist(), lengths, strict=True)
             yield Generation([ids[:length] for ids, length in sequences], carry.state)
-            num_tokens += piece
+            num_tokens += num_at_once
             if num_tokens >= max_new_tokens or bool(carry.done.all()):
                 return
 
