@@ -196,8 +196,9 @@ USER_ERRORS = {
 
 
 @pytest.mark.parametrize("case", USER_ERRORS)
-def test_an_error_in_a_config_file_is_one_line_with_its_place(write, case):
+def test_an_error_in_a_config_file_is_one_line_with_its_place(write, case, monkeypatch, tmp_path):
     text, expected = USER_ERRORS[case]
+    monkeypatch.chdir(tmp_path)
     write("def fail():\n    raise RuntimeError('no')\n", "beside.py")
     write("x = 0\nx = = 1\n", "beside_syntax.py")
     with pytest.raises(ConfigError) as caught:

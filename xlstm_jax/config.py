@@ -396,7 +396,8 @@ def _places(error: BaseException, folder: pathlib.Path) -> tuple[str, str]:
         lines.append((error.filename, error.lineno or 1))
     inside = outside = ""
     for file, line in lines:
-        if not file.startswith((str(pathlib.Path(__file__).parent), "<frozen")):
+        # "<string>": the __init__ of a dataclass.
+        if not file.startswith((str(pathlib.Path(__file__).parent), "<")):
             outside = f"{quote_path(file)}:{line}"
             if pathlib.Path(file).resolve().parent == folder.resolve():
                 inside = f"{quote_path(folder / pathlib.Path(file).name)}:{line}"
