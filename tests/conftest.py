@@ -30,6 +30,7 @@ if "XLSTM_GOLDEN_ERRORS" not in os.environ:
     )
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -83,3 +84,11 @@ def x64():
     """Enables float64 during one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def unchecked_types():
+    """Turns off the type checks that only tests have, to reach the checks of the library."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,6 +1,7 @@
 """The commands: results, exit codes, and one-line errors that leave the files unchanged."""
 
 import dataclasses
+import io
 import json
 import os
 import shlex
@@ -15,7 +16,7 @@ import pytest
 
 from experiments.char_lm import SMOKE
 from xlstm_jax import config, cpu, data
-from xlstm_jax.cli import main, train
+from xlstm_jax.cli import console, main, train
 from xlstm_jax.plan import topology
 from xlstm_jax.train import DivergedError, FitResult, TrainState
 from xlstm_jax.train.guard import Guard
@@ -34,6 +35,9 @@ def workdir(tmp_path, monkeypatch, one_device):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cpu, "prepare", lambda: None)
     return tmp_path
+
+
+STOPPED = FitResult(state=STATE, step=3, finished=False, evaluation=None)
 
 
 def files(folder):
@@ -97,7 +101,29 @@ ERRORS = {
     "generate other": "`xlstm-jax generate` needs --prompt",
     "generate other --prompt": "missing value for argument '--prompt'",
     "generate other --prompt=": "--prompt must not be empty, got ''",
-    "generate other --prompt a --top-k 0": "top_k must be above 0, got 0",
+    "generate other --prompt a --top-k 0": "top_k must be at least 1, got 0",
+    "generate other --prompt a --top-p nan": "top_p must be 0 or a number from 1.2e-38",
+    "generate other --prompt a --temperature inf": "temperature must be 0 or a number",
+    "generate other --prompt a --temperature -1": "temperature must be from 1e-06 to 1000000.0",
+    "generate other --prompt a --temperature 1e-30": "temperature must be from 1e-06",
+    "generate other --prompt a --stop=": "--stop must not be empty, got ''",
+    "evaluate EMPTY": "the argument of `xlstm-jax evaluate` must not be empty, got ''",
+    "train EMPTY": "the first argument must be a config, got ''",
+    "train CONFIG --run-dir EMPTY": "--run-dir must not be empty, got ''",
+    "train LONG": "aaa: file name too long; pass a path",
+    "evaluate LONG": "aaa: file name too long; pass a path",
+    "generate LONG --prompt a": "aaa: file name too long; pass a path",
+    "describe LONG": "preset 'aaa",
+    "describe NUL": "arguments must have no NUL characters",
+    "describe ~nobody-of-this-name/x": "names a home directory that does not exist",
+    "evaluate ~nobody-of-this-name/x": "names a home directory that does not exist",
+    "evaluate \udcff": "\\udcff does not exist",
+    "train CONFIG --\udcff": "--\\udcff is not an option",
+    "evaluate list": "list/config.json: ExperimentConfig must be a table of fields, got [].",
+    "train CONFIG --import LONG": "aaa must name a .py file or a module",
+    "train CONFIG --train.steps 1e1": "invalid value for --train.steps",
+    "train CONFIG --train.warmup-steps inf": "train.warmup_steps must be 0 or a number",
+    "plan CONFIG --out list": "--out must be a file in an existing folder, got list",
     "generate other --prompt a --top-q 1": "did you mean --top-p or --top-k",
     "generate other --prompt a": "other has no checkpoint yet; train it first",
 }
@@ -109,8 +135,70 @@ def test_bad_arguments_give_a_one_line_error(workdir, capsys, line):
     cfg = dataclasses.replace(SMOKE, train=dataclasses.replace(SMOKE.train, lr=0.5))
     (workdir / "other").mkdir()
     (workdir / "other" / "config.json").write_text(json.dumps(config.to_dict(cfg)))
-    argv = [CONFIG if word == "CONFIG" else word for word in line.split()]
+    (workdir / "list").mkdir()
+    (workdir / "list" / "config.json").write_text("[]")
+    words = {"CONFIG": CONFIG, "EMPTY": "", "LONG": "a" * 300, "NUL": "a\0b"}
+    argv = [words.get(word, word) for word in line.split()]
     assert ERRORS[line] in error_of(capsys, *argv)
+
+
+@pytest.mark.parametrize("name", ["JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "XLSTM_IMPORT"])
+def test_bad_environment_variables_give_a_one_line_error(monkeypatch, capsys, name):
+    variables = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_PROCESS_ID": "0"}
+    for variable, value in (variables if name.startswith("JAX") else {}).items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv(name, "nonexistent")
+    error = error_of(capsys, "train", CONFIG)
+    assert name in error and "nonexistent" in error
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_an_error_in_a_config_is_one_line_with_its_place(workdir, capsys):
+    (workdir / "broken.py").write_text("def config():\n    return 1 / 0\n")
+    assert "broken.py:2: ZeroDivisionError: division by zero" in error_line(capsys, "broken.py")
+    text = "from xlstm_jax.modules import LMConfig\n\nLMConfig(vocabsize=1, dim=16, pattern='m')\n"
+    (workdir / "misspelled.py").write_text(text)
+    assert "argument 'vocabsize'; did you mean vocab_size?" in error_line(capsys, "misspelled.py")
+
+
+def error_line(capsys, path):
+    assert main(["train", path]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_config_may_use_numpy_numbers_and_modules_beside_it(workdir, capsys):
+    (workdir / "shared_values.py").write_text("import numpy as np\n\nDIM = np.int64(16)\n")
+    (workdir / "c.py").write_text(
+        "import dataclasses\n\nfrom experiments.char_lm import SMOKE\n"
+        "from shared_values import DIM\n\ndef config():\n"
+        "    model = dataclasses.replace(SMOKE.model, dim=DIM)\n"
+        "    return dataclasses.replace(SMOKE, model=model)\n"
+    )
+    assert main(["describe", "c.py"]) == 0
+    assert " 16 x 257 " in capsys.readouterr().out
+
+
+def test_tilde_is_the_home_directory_in_every_path(workdir, monkeypatch):
+    calls = []
+
+    def fit(cfg, run_dir, **options):
+        calls.append(run_dir)
+        return STOPPED
+
+    monkeypatch.setenv("HOME", str(workdir / "home"))
+    monkeypatch.setattr(train, "fit", fit)
+    assert main(["train", CONFIG, "--size", "smoke", "--run-dir=~/runs/a"]) == 0
+    assert calls == [workdir / "home" / "runs" / "a"]
+
+
+def test_output_that_stdout_cannot_encode_is_replaced(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    console.print_fields({"name": "\udcff \N{EURO SIGN}"})
+    console.print_table(["a"], [["\udcff"]])
+    stream.flush()
+    assert stream.buffer.getvalue().split() == [b"name", b"?", b"?", b"a", b"?"]
 
 
 def test_errors_raised_outside_the_library_keep_their_traceback(monkeypatch):

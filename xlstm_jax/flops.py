@@ -9,10 +9,11 @@ of a block belong to its kind (`modules.BLOCKS`).
 
 import collections
 
+from xlstm_jax.config import check_range
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.counts import CELL_FLOPS
 from xlstm_jax.modules.kinds import BLOCKS
-from xlstm_jax.modules.options import check_at_least, check_choice
+from xlstm_jax.modules.options import check_choice
 
 
 def count_params(cfg: LMConfig) -> int:
@@ -40,7 +41,7 @@ def train_flops(cfg: LMConfig, seq_len: int, *, count: str = "first") -> float:
 
 def forward_flops(cfg: LMConfig, seq_len: int, *, count: str = "first") -> float:
     """FLOPs of the forward pass of one sequence; arguments and errors as in `train_flops`."""
-    check_at_least("seq_len", seq_len, 1)
+    check_range("seq_len", seq_len, "at least 1")
     check_choice("count", count, CELL_FLOPS)
     letters = collections.Counter(cfg.pattern)
     per_token = sum(n * BLOCKS[letter].forward_flops(cfg, count) for letter, n in letters.items())

@@ -8,6 +8,7 @@ import pytest
 from tests.generate.small import model_and_variables
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import DataConfig, Windows, load
+from xlstm_jax.errors import ArgumentError
 from xlstm_jax.evaluate import by_position, perplexity, position
 
 SEQ_LEN = 21
@@ -123,3 +124,11 @@ def test_buckets_are_powers_of_two_up_to_the_window(seq_len, buckets):
 def test_max_batches_0_is_rejected(small, windows, measure):
     with pytest.raises(ConfigError, match="max_batches must be at least 1, got 0"):
         measure(*small, windows, max_batches=0)
+
+
+def test_token_ids_beyond_the_vocabulary_are_rejected(small):
+    model, variables = small
+    tokens = np.array([3, 10, 4, 11, 5, 6, 10] * 9, np.uint16)
+    for evaluate in (perplexity, by_position):
+        with pytest.raises(ArgumentError, match="ids from 0 to 10, .* got 0 to 11; use the tok"):
+            evaluate(model, variables, Windows(tokens, 7, Letters(), {}))

@@ -8,6 +8,7 @@ import pytest
 
 from tests.generate.small import model_and_variables
 from xlstm_jax.config import ConfigError
+from xlstm_jax.errors import ArgumentError
 from xlstm_jax.generate import Sampler, decode, generate, greedy, stream
 
 PROMPTS = [[1], [5, 4, 3, 2, 1, 0, 7], list(range(11)) * 3, [9, 9]]
@@ -18,7 +19,7 @@ RANDOM = Sampler(temperature=2.0, repetition_penalty=1.3)
 def single_prefill_width():
     """One prefill width suffices for most tests, and every width costs a compilation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "MIN_PREFILL", 64)
+        patch.setattr(decode, "PREFILL_WIDTHS", (64,))
         yield
 
 
@@ -85,9 +86,38 @@ def test_state_matches_a_pass_over_prompt_and_generated_tokens(small, generated)
 
 
 def test_result_does_not_depend_on_prefill_chunks(small, generated, monkeypatch):
-    monkeypatch.setattr(decode, "MAX_PREFILL", 8)
-    monkeypatch.setattr(decode, "MIN_PREFILL", 8)
+    monkeypatch.setattr(decode, "PREFILL_WIDTHS", (8,))
     assert generate(*small, PROMPTS, max_new_tokens=8).tokens == generated.tokens
+
+
+def test_prompts_of_equal_length_may_be_an_array(small):
+    expected = generate(*small, [[1, 2, 3], [4, 5, 6]], max_new_tokens=2).tokens
+    for prompts in (
+        np.array([[1, 2, 3], [4, 5, 6]]),
+        jnp.array([[1, 2, 3], [4, 5, 6]]),
+        ((1, 2, 3), (4, 5, 6)),
+        [np.array([1, 2, 3], np.uint16), [4, 5, 6]],
+    ):
+        assert generate(*small, prompts, max_new_tokens=2).tokens == expected
+
+
+@pytest.mark.parametrize("length, widths", [(1, [4]), (9, [16]), (24, [16, 4, 4])])
+def test_prompts_of_any_length_share_few_prefill_programs(small, monkeypatch, length, widths):
+    """The state equals that of an unpadded pass."""
+    model, variables = small
+    calls, prefill_chunk = [], decode._prefill_chunk
+
+    def recorded(*args):
+        calls.append(args[2].shape[1])
+        return prefill_chunk(*args)
+
+    monkeypatch.setattr(decode, "PREFILL_WIDTHS", (16, 4))
+    monkeypatch.setattr(decode, "_prefill_chunk", recorded)
+    prompt = [n % 11 for n in range(length)]
+    result = generate(model, variables, [prompt], max_new_tokens=0)
+    assert calls == widths
+    _, state = jax.jit(model.apply)(variables, jnp.array([prompt]))
+    chex.assert_trees_all_close(result.state, state, rtol=1e-4, atol=1e-5)
 
 
 def test_stop_token_ends_a_sequence_and_freezes_its_state(small, generated):
@@ -151,16 +181,28 @@ def test_custom_sampler_gets_seen_tokens_and_is_traced_once(small, key):
 
 INVALID = {
     "no prompt": (dict(prompts=[]), "prompts must have at least one list"),
-    "empty prompt": (dict(prompts=[[1], []]), r"prompts\[1\] must have at least one token"),
-    "token too large": (dict(prompts=[[1, 11]]), r"token ids from 0 to 10, got 1 to 11"),
-    "token below 0": (dict(prompts=[[-1]]), r"token ids from 0 to 10, got -1"),
+    "empty prompt": (dict(prompts=[[1], []]), r"prompts\[1\] must be a list of at least one token"),
+    "token too large": (dict(prompts=[[1, 11]]), r"ids from 0 to 10, got 11 at position 1"),
+    "token below 0": (dict(prompts=[[-1]]), r"token ids from 0 to 10, got -1 at position 0"),
+    "large token": (dict(prompts=[[2**63]]), r"token ids from 0 to 10, got 9223372036854775808 at"),
+    "array of tokens": (dict(prompts=np.full((2, 3), 11)), r"prompts\[0\] must have .*, got 11"),
+    "huge token": (dict(prompts=[[10**30]]), r"prompts\[0\] must be a list of at least one token"),
+    "floats": (dict(prompts=[[1.0]]), r"prompts\[0\] must be a list .* integers, got \[1.0\]"),
+    "nested": (dict(prompts=[[[1], [2, 3]]]), r"prompts\[0\] must be a list"),
+    "one prompt": (dict(prompts=[1, 2]), r"prompts\[0\] must be a list .* integers, got 1;"),
+    "text": (dict(prompts="ab"), r"prompts\[0\] must be a list .* integers, got 'a';"),
     "negative count": (dict(max_new_tokens=-1), "max_new_tokens must be at least 0"),
+    "huge count": (dict(max_new_tokens=10**20), "max_new_tokens must be at most 2147483647, got"),
+    "fraction": (dict(max_new_tokens=1.5), "max_new_tokens must be int, got 1.5"),
+    "text as stop": (dict(stop=["a"]), "stop must be a list of at least one token id"),
+    "huge stop": (dict(stop=[10**10]), "stop must have token ids from 0 to 2147483646, got"),
     "no key": (dict(sampler=Sampler()), "key must be a PRNG key"),
     "too many keys": (dict(key=3), r"single key or have the shape \(1,\), got"),
     "state of two": (dict(state=2), "state of this model for 1 prompts"),
 }
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("case", INVALID)
 def test_invalid_arguments_are_rejected(small, key, case):
     change, message = INVALID[case]
@@ -169,10 +211,10 @@ def test_invalid_arguments_are_rejected(small, key, case):
         arguments["key"] = jax.random.split(key, change["key"])
     if "state" in change:
         arguments["state"] = small[0].init_state(change["state"])
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         generate(*small, **arguments)
 
 
 def test_piece_0_is_rejected_before_prefill(small):
-    with pytest.raises(ConfigError, match="piece at least 1"):
+    with pytest.raises(ConfigError, match="piece must be at least 1"):
         stream(*small, [[1]], max_new_tokens=5, piece=0)

@@ -1,11 +1,14 @@
 """Filters exclude exactly the tokens they should; samplers draw from the others."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from xlstm_jax.config import ConfigError
+from xlstm_jax.errors import ArgumentError
 from xlstm_jax.generate import Sampler, greedy
 from xlstm_jax.generate.sampling import min_p, repetition_penalty, temperature, top_k, top_p
 
@@ -100,20 +103,24 @@ def test_samplers_with_equal_fields_are_equal():
     assert hash(Sampler(top_k=3)) == hash(Sampler(top_k=3))
 
 
-@pytest.mark.parametrize(
-    "field",
-    [
-        {"temperature": 0.0},
-        {"temperature": float("nan")},
-        {"top_k": 0},
-        {"top_p": 0.0},
-        {"top_p": 1.1},
-        {"min_p": -0.1},
-        {"repetition_penalty": 0.0},
-    ],
-    ids=str,
-)
-def test_field_out_of_range_is_rejected(field):
-    ((name, value),) = field.items()
-    with pytest.raises(ConfigError, match=f"{name} must be above 0.*got {value}"):
-        Sampler(**field)
+INVALID = {
+    "temperature": (0.0, -1.0, math.nan, math.inf, 1e-46, 1e-30, 1e30, "1", True),
+    "repetition_penalty": (0.0, math.inf, 1e-30),
+    "top_k": (0, -1, 1.5, 10**20),
+    "top_p": (0.0, 1.1, math.nan, 1e-46),
+    "min_p": (-0.1, math.inf),
+    "never": ((-1,), (1.5,), 3),
+}
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("name", INVALID)
+def test_field_out_of_range_is_rejected(name):
+    for value in INVALID[name]:
+        with pytest.raises(ConfigError, match=rf"^{name}(\[0\])? must be .*got \S+"):
+            Sampler(**{name: value})
+
+
+def test_excluded_tokens_must_be_in_the_vocabulary(logits, key):
+    with pytest.raises(ArgumentError, match="never must have token ids below 4, .* got 4; drop"):
+        Sampler(never=(4,))(logits[0], key, jnp.zeros(4, bool))

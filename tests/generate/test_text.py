@@ -3,8 +3,9 @@
 import pytest
 
 from xlstm_jax.data import tokenizers
+from xlstm_jax.errors import ArgumentError
 from xlstm_jax.generate import Generation
-from xlstm_jax.generate.text import _parts
+from xlstm_jax.generate.text import _parts, stream_text
 
 BYTES = tokenizers.get("byte")
 
@@ -58,3 +59,9 @@ def test_no_piece_is_decoded_after_a_stop_string():
         raise AssertionError("the text had ended")
 
     assert list(_parts(pieces(), BYTES, ["END"])) == ["a "]
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_empty_stop_string_is_rejected():
+    with pytest.raises(ArgumentError, match="stop must have no empty string, got ''"):
+        stream_text(None, None, BYTES, "a", stop=["END", ""])

@@ -1,16 +1,7 @@
 """Fixtures of the tests in this folder."""
 
 import jax
-import jaxtyping
 import pytest
-
-
-@pytest.fixture
-def unchecked_types():
-    """Turns off the type checks that only tests have, to reach the checks of the library."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

@@ -152,5 +152,5 @@ def test_missing_module_is_rejected(tmp_path, monkeypatch, capsys):
         assert main(["describe", "scaling_160m", "--import", name]) == 2
         assert f"--import {name} must name a .py file or a module" in capsys.readouterr().err
     (tmp_path / "broken.py").write_text("import not_installed_anywhere\n")
-    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
-        main(["describe", "scaling_160m", "--import", "broken"])
+    assert main(["describe", "scaling_160m", "--import", "broken"]) == 2
+    assert "broken.py:1: ModuleNotFoundError: No module" in capsys.readouterr().err

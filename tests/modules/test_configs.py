@@ -1,10 +1,26 @@
 """Validation of model configs, and their JSON round trip."""
 
+import math
+import re
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
 import pytest
 
 from tests.modules import models
 from xlstm_jax.config import ConfigError, from_dict, to_dict
-from xlstm_jax.modules import BLOCKS, LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig, presets
+from xlstm_jax.modules import (
+    BLOCKS,
+    LM,
+    LargeConfig,
+    LMConfig,
+    MLSTMConfig,
+    SLSTMConfig,
+    param_shapes,
+    presets,
+)
 
 
 @pytest.mark.usefixtures("unchecked_types")
@@ -15,12 +31,18 @@ from xlstm_jax.modules import BLOCKS, LargeConfig, LMConfig, MLSTMConfig, SLSTMC
         (dict(pattern="mxs"), "pattern='mxs': letter='x' is not known; use one of: m, s, M"),
         (dict(dim=0), "dim must be at least 1, got 0;"),
         (dict(vocab_size=0), "vocab_size must be at least 1, got 0;"),
-        (dict(dtype="float16"), "dtype='float16' is not known; use one of: float32, bfloat16"),
-        (dict(remat="some"), "remat='some' is not known; use one of: none, full, dots, names"),
-        (dict(final_norm="batch"), "final_norm='batch' is not known; use one of: layer, rms, none"),
+        (dict(dtype="float16"), "dtype must be one of 'float32', 'bfloat16', got 'float16'."),
+        (
+            dict(remat="some"),
+            "remat must be one of 'none', 'full', 'dots', 'names', 'off",
+        ),
+        (
+            dict(final_norm="batch"),
+            "final_norm must be one of 'layer', 'rms', 'none', got",
+        ),
         (
             dict(dropout=1.0),
-            "dropout must be at least 0 and below 1, got 1.0; use 0 for no dropout",
+            "dropout must be at least 0 and below 1, got 1.0; the default is 0.0.",
         ),
         (
             dict(mlstm=MLSTMConfig(num_heads=5, inner_dim=24)),
@@ -31,8 +53,6 @@ from xlstm_jax.modules import BLOCKS, LargeConfig, LMConfig, MLSTMConfig, SLSTMC
             "mlstm.qkv_block_size must divide the inner width=24, got 5;",
         ),
         (dict(slstm=SLSTMConfig(num_heads=3)), "slstm.num_heads must divide dim=16, got 3;"),
-        (dict(slstm=SLSTMConfig(num_heads=0)), "slstm.num_heads must divide dim=16, got 0;"),
-        (dict(slstm=SLSTMConfig(ffn_dim=-1)), "slstm.ffn_dim must be at least 0, got -1;"),
         (dict(large=LargeConfig(num_heads=3)), "large.num_heads must divide qk_dim=8, got 3;"),
         (
             dict(large=LargeConfig(num_heads=8, v_dim=12)),
@@ -52,21 +72,23 @@ def test_invalid_value_is_rejected_with_a_message(changes, message):
     [
         (lambda: MLSTMConfig(conv_width=-1), "mlstm.conv_width must be at least 0, got -1;"),
         (lambda: MLSTMConfig(chunk_size=0), "mlstm.chunk_size must be at least 1, got 0;"),
-        (lambda: MLSTMConfig(input_gate="relu"), "mlstm.input_gate='relu' is not known;"),
+        (lambda: MLSTMConfig(input_gate="relu"), "input_gate must be one of 'exp', 'sigmoid'"),
         (
             lambda: MLSTMConfig(implementation="fast"),
             "mlstm.implementation='fast' is not known; use one of: auto, ",
         ),
         (lambda: SLSTMConfig(implementation="fast"), "slstm.implementation='fast' is not known;"),
-        (lambda: MLSTMConfig(normalize=False), "use one of: sigmoid"),
-        (lambda: LargeConfig(normalize=False), "use one of: sigmoid"),
-        (lambda: LargeConfig(forget_gate="relu"), "large.forget_gate='relu' is not known;"),
+        (lambda: MLSTMConfig(normalize=False), "mlstm.input_gate must be 'sigmoid' with"),
+        (lambda: LargeConfig(normalize=False), "large.input_gate must be 'sigmoid' with"),
+        (lambda: LargeConfig(forget_gate="relu"), "large.forget_gate must be one of 'sigmoid'"),
         (
             lambda: MLSTMConfig(normalize=False, input_gate="sigmoid", forget_gate="exp"),
-            "mlstm.forget_gate with normalize=False='exp'",
+            "mlstm.forget_gate must be 'sigmoid' with normalize=False",
         ),
-        (lambda: SLSTMConfig(forget_gate="relu"), "slstm.forget_gate='relu' is not known;"),
-        (lambda: SLSTMConfig(bias_init="ones"), "slstm.bias_init='ones' is not known;"),
+        (lambda: SLSTMConfig(forget_gate="relu"), "slstm.forget_gate must be one of 'sigmoid'"),
+        (lambda: SLSTMConfig(bias_init="ones"), "slstm.bias_init must be one of 'powerlaw"),
+        (lambda: SLSTMConfig(num_heads=0), "slstm.num_heads must be at least 1, got 0;"),
+        (lambda: SLSTMConfig(ffn_dim=-1), "slstm.ffn_dim must be at least 0, got -1;"),
         (lambda: SLSTMConfig(ffn_activation="tanh"), "slstm.ffn_activation='tanh' is not known;"),
         (lambda: SLSTMConfig(ffn_dropout=-0.1), "slstm.ffn_dropout must be at least 0"),
     ],
@@ -114,3 +136,67 @@ def test_has_dropout_is_true_if_any_used_block_has_dropout():
         and models.config("s", slstm=with_dropout).has_dropout
     )
     assert not models.config("m", slstm=with_dropout).has_dropout
+
+
+NOT_FINITE = (math.nan, math.inf, -math.inf, 1e-46)
+# Field -> values that no model can use.
+SENSELESS = {
+    **dict.fromkeys(("logit_soft_cap", "final_norm_eps", "embedding_std"), (0.0, -1.0)),
+    **dict.fromkeys(("mlstm.norm_eps", "slstm.norm_eps", "large.norm_eps"), (0.0, -1.0)),
+    **dict.fromkeys(("head_std", "mlstm.eps", "large.eps", "mlstm.input_bias_std"), (-1.0,)),
+    **dict.fromkeys(("dropout", "slstm.ffn_dropout"), (-0.1, 1.0, 1 - 1e-9)),
+    "large.gate_soft_cap": (0.0, -1.0),
+    "large.input_bias": (),
+}
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("name", SENSELESS)
+def test_numbers_that_no_model_can_use_are_rejected(name):
+    kind, _, field = name.rpartition(".")
+    cls = {"": models.config, "mlstm": MLSTMConfig, "slstm": SLSTMConfig, "large": LargeConfig}
+    for value in (*NOT_FINITE, *SENSELESS[name]):
+        with pytest.raises(ConfigError, match=re.escape(f"{name} must be ")):
+            cls[kind](**{field: value})
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: models.config(vocab_size=10**20), "vocab_size must be at most 2147483647, got"),
+        (lambda: models.config(dim="16"), "dim must be int, got '16'."),
+        (lambda: models.config("s", dim=2**31 - 1), "slstm.num_heads must divide dim=2147483647"),
+        (lambda: models.config("s", dim=10**400), "dim must be at most 2147483647, got an int"),
+        (lambda: models.config(pattern=["m"]), "pattern must be str, got ['m']."),
+        (lambda: models.config(mlstm=3), "mlstm must be a table of fields, got 3."),
+        (lambda: MLSTMConfig(num_heads=2.0), "mlstm.num_heads must be int, got 2.0."),
+        (lambda: MLSTMConfig(qkv_block_size=0), "mlstm.qkv_block_size must be at least 1, got 0"),
+        (lambda: MLSTMConfig(inner_dim=0), "mlstm.inner_dim must be at least 1, got 0"),
+        (lambda: LargeConfig(forget_bias=(3.0, math.inf)), "large.forget_bias[1] must be 0 or a"),
+        (lambda: LargeConfig(ffn_dim=-1), "large.ffn_dim must be at least 1, got -1"),
+        (lambda: models.config(pattern="m" * 10**6 + "\n"), "letter='\\n' is not known"),
+    ],
+)
+def test_sizes_and_types_that_no_model_can_have_are_rejected(make, message):
+    with pytest.raises(ConfigError) as error:
+        make()
+    assert message in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("pattern", ["M", "MMMM", "mms" * 3, "msmmms", "sMmmMMsM"])
+def test_shapes_of_parameters_equal_those_of_init(pattern, remat):
+    cfg = models.config(pattern, remat=remat, final_norm="rms", tie_embeddings=len(pattern) == 4)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    expected = jax.eval_shape(LM(cfg).init, jax.random.key(0), tokens)["params"]
+    chex.assert_trees_all_equal(param_shapes(cfg), expected)
+
+
+def test_shapes_of_10000_blocks_cost_no_more_than_those_of_one():
+    start = time.process_time()
+    cfg = models.config("M" * 10_000, remat="full")
+    leaves = jax.tree.leaves(param_shapes(cfg)["stack"])
+    assert {leaf.shape[0] for leaf in leaves} == {10_000}
+    assert sum(leaf.size for leaf in leaves) == 10_000 * BLOCKS["M"].count_params(cfg)
+    assert time.process_time() - start < 5  # about 0.3 s; linear cost would be a minute

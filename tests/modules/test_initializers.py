@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from xlstm_jax.modules import LM, LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig
+from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.modules.slstm import cell_bias_init
 
 DIM, NUM_BLOCKS = 128, 3
@@ -126,3 +127,18 @@ def test_options_select_initializers(key):
         leaf, bound = params[f"s/slstm/{name}"], 1 / math.sqrt(DIM)
         assert 0.95 * bound < np.abs(leaf).max() <= bound
         assert abs(leaf.std() * math.sqrt(3) / bound - 1) < 0.15
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("seed", [0, 5, 2**31, 2**32 - 1])
+def test_seeds_of_32_bits_give_the_keys_of_jax(seed, x64):
+    with jax.enable_x64(x64):
+        key, expected = random_key(seed), jax.random.key(np.uint32(seed))
+        np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(expected))
+
+
+def test_every_bit_and_the_sign_of_a_seed_count():
+    magnitudes = [5, 2**64 + 5, 2**70, 2**70 + 1, 10**400]
+    magnitudes += [5 | 1 << bit for bit in range(3, 72, 6)]
+    keys = [random_key(sign * n) for n in magnitudes for sign in (1, -1)]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)

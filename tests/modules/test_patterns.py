@@ -1,6 +1,7 @@
 """Patterns of blocks, and their split into runs."""
 
 import random
+import time
 
 import pytest
 
@@ -81,6 +82,27 @@ def test_split_compiles_the_fewest_blocks():
         runs = split_runs(pattern)
         assert "".join(run.pattern for run in runs) == pattern
         assert sum(len(run.unit) for run in runs) == _fewest_letters(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern, runs",
+    [
+        ("M" * 10_000, [("M", 10_000)]),
+        ("mmmmmmms" * 1250, [("mmmmmmms", 1250)]),
+        ("m" + "Ms" * 4000 + "m" * 200, [("m", 1), ("Ms", 4000), ("m", 200)]),
+    ],
+    ids=["equal", "periodic", "three runs"],
+)
+def test_a_pattern_of_10000_blocks_is_split_at_once(pattern, runs):
+    start = time.process_time()
+    assert split_runs(pattern) == tuple(Run(unit, (unit,) * repeats) for unit, repeats in runs)
+    assert find_period(pattern).pattern == pattern
+    assert time.process_time() - start < 2  # exhaustive search takes 1 s for 256 blocks
+
+
+def test_a_period_of_many_letters_has_the_order_of_their_first_blocks():
+    letters = "zyxwvutsrqponmlkjihgfedcba"
+    assert find_period(letters * 2) == Run(letters, (letters, letters))
 
 
 @pytest.mark.parametrize(

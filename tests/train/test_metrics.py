@@ -42,6 +42,13 @@ def test_losses_are_weighted_by_tokens_and_norms_by_steps():
     assert (summary["tokens"], summary["documents"], summary["skipped"]) == (40, 5, 0)
 
 
+def test_a_learning_rate_that_steps_do_not_report_is_absent():
+    without = step(2.0, 30.0)
+    del without["lr"]
+    assert "lr" not in metrics.summarize(total(without, without))
+    assert metrics.summarize(total(step(2.0, 30.0, lr=0.0)))["lr"] == 0
+
+
 def test_a_skipped_step_is_counted_but_enters_no_mean():
     nan = float("nan")
     summary = metrics.summarize(

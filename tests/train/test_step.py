@@ -178,6 +178,7 @@ def test_any_optax_transformation_is_accepted(tiny, key, tokens, batches):
     state, first = step(state, batch)
     _, second = step(state, batch)
     assert second["loss"] < first["loss"]
+    assert "lr" not in first  # the rate of this optimizer, not of the config, is unknown
 
 
 def small_lm(**fields):

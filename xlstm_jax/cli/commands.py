@@ -76,6 +76,8 @@ def _dispatch(args: list[str]) -> int:
     if args[0] == "--version":
         print(f"xlstm-jax {__version__}")
         return DONE
+    if any("\0" in arg for arg in args):
+        raise ConfigError("arguments must have no NUL characters; remove them.")
     if args[0] not in COMMANDS:
         raise ConfigError(f"unknown command {quote(args[0])}; {did_you_mean(args[0], COMMANDS)}")
     return importlib.import_module(f"xlstm_jax.cli.{args[0]}").run(args[1:])
@@ -98,7 +100,8 @@ def explain(error: Exception) -> tuple[int | None, str]:
 
 def _explain_os_error(error: OSError) -> tuple[int, str]:
     reason = (error.strerror or str(error)).lower()
-    where = f"{quote_path(os.fsdecode(error.filename))}: " if error.filename else ""
+    path = error.filename if isinstance(error.filename, (str, bytes, os.PathLike)) else ""
+    where = f"{quote_path(os.fsdecode(path))}: " if path else ""
     if error.errno in _MACHINE_ERRORS or isinstance(error, (ConnectionError, TimeoutError)):
         return MACHINE_FAILED, printable(
             f"{where}{reason}; free or repair it, then repeat the command, which resumes."

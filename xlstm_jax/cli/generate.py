@@ -3,14 +3,12 @@
 import dataclasses
 import itertools
 
-import jax
-
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data import tokenizers
 from xlstm_jax.generate import Sampler
 from xlstm_jax.generate.text import stream_text
+from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.train.checkpoint import restore_params
 from xlstm_jax.train.rundir import compiled_programs
@@ -29,15 +27,13 @@ class Generate(options.ModelCommand):
     min_p: float | None = None  # sample from tokens with this share of the top probability
     repetition_penalty: float | None = None  # above 1: makes repeated tokens less likely
     stop: tuple[str, ...] = ()  # strings that end the continuation
-    seed: int = 0  # of the sampler
+    seed: int = 0  # any integer; of the sampler
     step: int | None = None  # checkpoint to load; None: the newest
 
 
 def run(argv: list[str]) -> int:
     """Runs `generate`; raises ConfigError if an option or the run is invalid."""
     args = options.parse("generate", Generate, argv)
-    if not args.prompt:
-        raise ConfigError("--prompt must not be empty, got ''; pass the text to continue.")
     is_greedy = args.temperature == 0
     sampler = Sampler(
         repetition_penalty=args.repetition_penalty,
@@ -55,7 +51,7 @@ def run(argv: list[str]) -> int:
             args.prompt,
             max_new_tokens=args.max_new_tokens,
             sampler=sampler,
-            key=jax.random.key(args.seed),
+            key=random_key(args.seed),
             stop=args.stop,
         )
         for part in itertools.chain([args.prompt], continuation, ["\n"]):

@@ -13,8 +13,9 @@ from unittest import mock
 
 import tyro
 
-from xlstm_jax.config import ConfigError, did_you_mean, import_module, load_config
+from xlstm_jax.config import ConfigError, did_you_mean, import_module, load_config, user_path
 from xlstm_jax.data.config import DataConfig
+from xlstm_jax.errors import quote, quote_path
 from xlstm_jax.modules import presets
 from xlstm_jax.train.config import ExperimentConfig, TrainConfig
 
@@ -59,9 +60,9 @@ def parse_with_config(
     Raises:
         ConfigError: as `parse`, or the config is missing or invalid.
     """
-    if args and not args[0].startswith("-"):
+    if args and args[0] and not args[0].startswith("-"):
         _import_modules(args)
-        config = args[0]
+        config = str(user_path(args[0]))
         is_path = os.path.exists(config) or os.sep in config or config.endswith((".py", ".json"))
         if allow_presets and not is_path:
             experiment = experiment_from_preset(config)
@@ -72,7 +73,7 @@ def parse_with_config(
     if _wants_help(args):
         return parse(command, cls, args)
     raise ConfigError(
-        f"the first argument must be a config, got {repr(args[0]) if args else 'none'}; "
+        f"the first argument must be a config, got {quote(args[0]) if args else 'none'}; "
         f"write `xlstm-jax {command} CONFIG.py`, with options after it."
     )
 
@@ -95,6 +96,7 @@ def parse(command: str, cls: type[T], args: Sequence[str], default: T | None = N
     if _wants_help(args):
         # --help alone: tyro omits options that are on the command line from its help.
         return tyro.cli(cls, prog=prog, args=["--help"], **defaults)
+    _check_not_empty(prog, args)
     _import_modules(args)
     errors = io.StringIO()
     try:
@@ -106,13 +108,29 @@ def parse(command: str, cls: type[T], args: Sequence[str], default: T | None = N
     except SystemExit:
         raise ConfigError(_message(errors.getvalue(), prog)) from None
     if not unknown:
-        return parsed
+        return _with_user_paths(parsed)
     name = next((arg for arg in unknown if arg.startswith("-")), unknown[0]).split("=")[0]
     with contextlib.redirect_stdout(io.StringIO()) as help_text, contextlib.suppress(SystemExit):
         tyro.cli(cls, args=["--help"])
     names = dict.fromkeys(re.findall(r"--[a-z][\w.-]*", help_text.getvalue()))
     hint = did_you_mean(name.replace("_", "-"), names, f"see `{prog} --help`.")
-    raise ConfigError(f"{name} is not an option of `{prog}`; {hint}")
+    raise ConfigError(f"{quote_path(name)} is not an option of `{prog}`; {hint}")
+
+
+def _check_not_empty(prog: str, args: Sequence[str]) -> None:
+    """An empty path would be the working directory; nothing else has an empty value either."""
+    for before, arg in itertools.pairwise([f"the argument of `{prog}`", *args]):
+        option, separator, value = arg.partition("=")
+        if not arg or (separator and not value):
+            raise ConfigError(f"{quote_path(option or before)} must not be empty, got ''; set it.")
+
+
+def _with_user_paths(args: T) -> T:
+    """The arguments with "~" replaced in paths; shells do not replace it in --option=~/path."""
+    command: Any = args
+    paths = {field.name: getattr(args, field.name) for field in dataclasses.fields(command)}
+    changes = {name: user_path(path) for name, path in paths.items() if isinstance(path, Path)}
+    return dataclasses.replace(command, **changes)
 
 
 def _import_modules(args: Sequence[str]) -> None:

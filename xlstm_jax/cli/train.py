@@ -15,6 +15,7 @@ from xlstm_jax.data.windows import Windows
 from xlstm_jax.flops import train_flops
 from xlstm_jax.generate import Sampler
 from xlstm_jax.generate.text import stream_text
+from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.sharding.distributed import Processes, init_distributed
 from xlstm_jax.train import checkpoint, rundir
@@ -100,7 +101,7 @@ def _show_sample(cfg: ExperimentConfig, result: FitResult, windows: Windows) -> 
         max_new_tokens=MAX_SAMPLE_TOKENS,
         # Without the end-of-document token, so that the sample has its full length.
         sampler=Sampler(temperature=0.8, never=(windows.tokenizer.eos_id,)),
-        key=jax.random.key(cfg.train.seed),
+        key=random_key(cfg.train.seed),
     )
     characters = itertools.islice(itertools.chain.from_iterable(parts), SAMPLE_CHARACTERS)
     for character in characters:

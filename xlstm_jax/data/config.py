@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal, get_args
 
-from xlstm_jax.config import ConfigError
+from xlstm_jax.config import ConfigError, check_fields
 from xlstm_jax.data import tokenizers
 from xlstm_jax.data.files import alternatives
 from xlstm_jax.errors import quote
@@ -27,6 +27,7 @@ class DataConfig:
     num_eval_samples: int = 8192  # synthetic tasks: samples of a held-out split
 
     def __post_init__(self):
+        check_fields(self, "data.", {})
         for name, least in (
             ("seq_len", 1),
             ("batch_size", 1),

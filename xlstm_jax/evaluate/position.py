@@ -50,7 +50,7 @@ def by_position(
         _chunk_sums, model, variables["params"], document_resets=document_resets
     )
     totals: dict[tuple[int, int], np.ndarray] = {}
-    for batch in batches(windows, batch_size, max_batches):
+    for batch in batches(model, windows, batch_size, max_batches):
         state = model.init_state(len(batch.inputs))
         for bucket, start, stop in _chunks(batch.inputs.shape[1]):
             chunk = Batch(*(leaf[:, start:stop] for leaf in batch[:-1]), index=batch.index)

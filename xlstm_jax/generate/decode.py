@@ -11,21 +11,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Key
+from jaxtyping import Integer, Key
 
-from xlstm_jax.config import ConfigError
+from xlstm_jax.config import MAX_INT, ConfigError, as_type, check_range
+from xlstm_jax.errors import ArgumentError, quote
 from xlstm_jax.generate.sampling import greedy
 from xlstm_jax.modules.lm import LM, lm_logits
 from xlstm_jax.typing import Array, Bool, Float, Int, PRNGKeyArray
 
-# Positions in one prefill pass: at most MAX_PREFILL, to bound memory, and at least MIN_PREFILL, so
-# that short prompts share one compiled pass. Widths are powers of two, to bound recompilation.
-MAX_PREFILL, MIN_PREFILL = 512, 16
+PREFILL_WIDTHS = (512, 128, 16)
+"""Positions in one prefill pass, each a compiled program: few, because compiling takes seconds. The
+largest bounds memory."""
 
 # (logits, key, seen) -> token, without a batch axis. It is a static argument of jit: it must be
 # hashable, and equal samplers share a compiled program.
 SamplerFn = Callable[..., Int[Array, ""]]
 State = Any  # of the model
+Prompts = (
+    Sequence[Sequence[int] | Integer[Array | np.ndarray, "T"]] | Integer[Array | np.ndarray, "B T"]
+)
 AnyKey = PRNGKeyArray | Key[Array, "keys"]
 
 
@@ -49,7 +53,7 @@ class _DecodeState(NamedTuple):
 def generate(
     model: LM,
     variables: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
     max_new_tokens: int,
     sampler: SamplerFn = greedy,
@@ -63,7 +67,7 @@ def generate(
     and each sequence is sampled with its own key.
 
     Args:
-        prompts: token ids, at least one per prompt.
+        prompts: token ids, at least one per prompt: lists of any lengths, or an array.
         max_new_tokens: limit per sequence, a stop token included; 0 only prefills.
         sampler: `greedy`, a `Sampler`, or a hashable (logits, key, seen) -> token, without batch.
         key: sequence i uses `fold_in(key, i)`; or B keys, one per prompt. Not used by `greedy`.
@@ -71,7 +75,7 @@ def generate(
         stop: token ids that end a sequence.
 
     Raises:
-        ConfigError: an argument is invalid.
+        ArgumentError: an argument is invalid.
     """
     options: dict[str, Any] = dict(sampler=sampler, key=key, state=state, stop=stop)
     return next(stream(model, variables, prompts, max_new_tokens=max_new_tokens, **options))
@@ -80,7 +84,7 @@ def generate(
 def stream(
     model: LM,
     variables: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
     max_new_tokens: int,
     piece: int | None = None,
@@ -93,40 +97,41 @@ def stream(
 
     Arguments are checked and prompts prefilled before the first `next`.
     """
-    piece = max_new_tokens if piece is None else piece
-    if max_new_tokens < 0 or piece < min(1, max_new_tokens):
-        raise ConfigError(
-            "max_new_tokens must be at least 0 and piece at least 1, "
-            f"got {max_new_tokens} and {piece}; leave out piece to get all tokens at once."
-        )
+    max_new_tokens = as_type(int, max_new_tokens, "max_new_tokens")
+    check_range("max_new_tokens", max_new_tokens, "at least 0", "0 only computes the state")
+    num_at_once: int = max(max_new_tokens, 1) if piece is None else as_type(int, piece, "piece")
+    check_range("piece", num_at_once, "at least 1", "leave it out to get all tokens at once")
     if key is None and sampler is not greedy:
         raise ConfigError(
             "key must be a PRNG key unless the sampler is greedy, got None; "
             "pass jax.random.key(seed), or sampler=greedy."
         )
-    keys = _sequence_keys(jax.random.key(0) if key is None else key, len(prompts))
-    carry = prefill(model, variables, prompts, state)
+    ids = _prompt_ids(prompts, model.cfg.vocab_size)
+    # A stop token outside of the vocabulary, such as that of a larger tokenizer, never occurs.
+    stop_ids = _token_ids(list(stop), "stop", MAX_INT) if len(stop) else np.zeros(0, np.int32)
+    keys = _sequence_keys(jax.random.key(0) if key is None else key, len(ids))
+    carry = prefill(model, variables, ids, state)
     decode = functools.partial(
         _decode,
         model,
         variables,
         keys=keys,
-        stop=jnp.asarray(list(stop), jnp.int32),
+        stop=jnp.asarray(stop_ids),
         sampler=sampler,
         # A static shape: powers of two bound the number of compiled programs.
-        capacity=_power_of_two(piece),
+        capacity=_power_of_two(num_at_once),
     )
 
     def pieces(carry: _DecodeState) -> Iterator[Generation]:
         num_tokens = 0
         while True:
             before = carry.length
-            carry, tokens = decode(carry, limit=min(piece, max_new_tokens - num_tokens))
+            carry, tokens = decode(carry, limit=min(num_at_once, max_new_tokens - num_tokens))
             # A sequence that stopped earlier has fewer valid tokens in the buffer.
             lengths = np.asarray(carry.length - before)
             sequences = zip(np.asarray(tokens).tolist(), lengths, strict=True)
             yield Generation([ids[:length] for ids, length in sequences], carry.state)
-            num_tokens += piece
+            num_tokens += num_at_once
             if num_tokens >= max_new_tokens or bool(carry.done.all()):
                 return
 
@@ -139,15 +144,14 @@ def _power_of_two(size: int) -> int:
 
 
 def prefill(
-    model: LM, variables: Any, prompts: Sequence[Sequence[int]], state: State | None
+    model: LM, variables: Any, prompts: Sequence[np.ndarray], state: State | None
 ) -> _DecodeState:
-    """Runs the model over the prompts in passes of at most `MAX_PREFILL` positions.
+    """Runs the model over the prompts in passes of `PREFILL_WIDTHS` positions.
 
     Prompts are padded on the right, so that the chunk boundaries of a prompt do not depend on the
     other prompts of the batch.
     """
     batch_size, vocab_size = len(prompts), model.cfg.vocab_size
-    _check_prompts(prompts, vocab_size)
     shapes = jax.eval_shape(lambda: model.init_state(batch_size))
     if state is None:
         state = model.init_state(batch_size)
@@ -159,15 +163,17 @@ def prefill(
     lengths = np.array([len(prompt) for prompt in prompts])
     start, total = 0, int(lengths.max())
     # Room for the last pass, which may be wider than what is left of the prompts.
-    tokens = np.zeros((batch_size, total + MAX_PREFILL), np.int32)
+    tokens = np.zeros((batch_size, total + max(PREFILL_WIDTHS)), np.int32)
     seen = np.zeros((batch_size, vocab_size), bool)
     for i, prompt in enumerate(prompts):
         tokens[i, : len(prompt)] = prompt
-        seen[i, tokens[i, : len(prompt)]] = True
+        seen[i, prompt] = True
     mask = np.arange(tokens.shape[1]) < lengths[:, None]
     logits = jnp.zeros((batch_size, vocab_size), jnp.float32)
     while start < total:
-        width = min(MAX_PREFILL, max(MIN_PREFILL, _power_of_two(total - start)))
+        # The widest pass that is more than half full, else the narrowest.
+        wide = [width for width in PREFILL_WIDTHS if width < 2 * (total - start)]
+        width = max(wide, default=min(PREFILL_WIDTHS))
         chunk = np.s_[:, start : start + width]
         logits, state = _prefill_chunk(model, variables, tokens[chunk], mask[chunk], state, logits)
         start += width
@@ -262,17 +268,28 @@ def _sequence_keys(key: AnyKey, batch_size: int) -> Key[Array, "B"]:
     return key
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-    if not prompts:
-        raise ConfigError("prompts must have at least one list of token ids, got none; add one.")
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ConfigError(
-                f"prompts[{i}] must have at least one token, got none; "
-                "pass the token ids to continue."
-            )
-        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise ConfigError(
-                f"prompts[{i}] must have token ids from 0 to {vocab_size - 1}, got {min(prompt)} "
-                f"to {max(prompt)}; encode it with the tokenizer of the model."
-            )
+def _prompt_ids(prompts: Prompts, vocab_size: int) -> list[np.ndarray]:
+    """The token ids of each prompt, checked."""
+    if len(prompts) == 0:
+        raise ArgumentError("prompts must have at least one list of token ids, got none; add one.")
+    return [_token_ids(ids, f"prompts[{i}]", vocab_size) for i, ids in enumerate(prompts)]
+
+
+def _token_ids(ids: Any, name: str, vocab_size: int) -> np.ndarray:
+    """Token ids as an int32 array; `name` names them in errors."""
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # nested lists of different lengths
+        array = np.zeros(())
+    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
+        raise ArgumentError(
+            f"{name} must be a list of at least one token id, integers, got {quote(ids)}; encode "
+            "the text with the tokenizer of the model."
+        )
+    invalid = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if invalid.size:
+        raise ArgumentError(
+            f"{name} must have token ids from 0 to {vocab_size - 1}, got {array[invalid[0]]} at "
+            f"position {invalid[0]}; encode it with the tokenizer of the model."
+        )
+    return array.astype(np.int32)

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xlstm_jax.config import ConfigError
+from xlstm_jax.config import ConfigError, check_fields, check_range
+from xlstm_jax.errors import ArgumentError
 from xlstm_jax.typing import Array, Bool, Float, Int, PRNGKeyArray
 
 
@@ -71,6 +72,10 @@ def greedy(
     return jnp.argmax(logits, axis=-1)
 
 
+MAX_FACTOR = 1e6
+"""Largest factor on logits, up or down: beyond it, logits may overflow float32."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
     """Samples after applying the filters that are set, in the order of the fields.
@@ -86,16 +91,16 @@ class Sampler:
     min_p: float | None = None
 
     def __post_init__(self):
-        for name in ("repetition_penalty", "temperature", "top_k", "top_p", "min_p"):
-            # top_p and min_p are probabilities.
-            maximum = 1 if name in ("top_p", "min_p") else math.inf
+        check_fields(self, "", {"at least 1": "top_k", "above 0 and at most 1": "top_p min_p"})
+        for name in ("repetition_penalty", "temperature"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= maximum:
-                demand = "above 0" if maximum == math.inf else f"above 0 and at most {maximum}"
+            if value is not None and not 1 / MAX_FACTOR <= value <= MAX_FACTOR:
                 raise ConfigError(
-                    f"{name} must be {demand}, got {value}; leave it out to disable it, "
-                    "or use `greedy` for the limit of temperature 0."
+                    f"{name} must be from {1 / MAX_FACTOR} to {MAX_FACTOR}, got {value}; leave it "
+                    "out to disable it, or use `greedy` for the limit of temperature 0."
                 )
+        for token in self.never:
+            check_range("never", token, "at least 0", "list token ids")
 
     def __call__(
         self, logits: Float[Array, "*B vocab"], key: PRNGKeyArray, seen: Bool[Array, "*B vocab"]
@@ -104,6 +109,11 @@ class Sampler:
         if self.repetition_penalty is not None:
             logits = repetition_penalty(logits, seen, self.repetition_penalty)
         if self.never:
+            if max(self.never) >= logits.shape[-1]:
+                raise ArgumentError(
+                    f"never must have token ids below {logits.shape[-1]}, the size of the "
+                    f"vocabulary, got {max(self.never)}; drop it."
+                )
             logits = logits.at[..., jnp.array(self.never)].set(-jnp.inf)
         logits = temperature(logits, self.temperature)
         filters: Any = (top_k, self.top_k), (top_p, self.top_p), (min_p, self.min_p)

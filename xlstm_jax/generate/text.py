@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from xlstm_jax.data.tokenizers import Tokenizer
+from xlstm_jax.errors import ArgumentError
 from xlstm_jax.generate import decode
 from xlstm_jax.modules.lm import LM
 
@@ -26,9 +27,11 @@ def stream_text(
         options: those of `decode.stream` except `stop` and `piece`.
 
     Raises:
-        ConfigError: as `decode.stream`, before the first `next`.
+        ArgumentError: a stop string is empty, or as `decode.stream`; before the first `next`.
     """
-    ids = tokenizer.encode(prompt).tolist()
+    if "" in stop:
+        raise ArgumentError("stop must have no empty string, got ''; leave it out.")
+    ids = tokenizer.encode(prompt)
     pieces = decode.stream(model, variables, [ids], piece=PIECE, stop=[tokenizer.eos_id], **options)
     return _parts(pieces, tokenizer, stop)
 

@@ -2,20 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from xlstm_jax.config import ConfigError, from_dict, to_dict
+from xlstm_jax.config import ConfigError, check_fields, from_dict, to_dict
+from xlstm_jax.errors import quote, quote_path
 from xlstm_jax.modules.kinds import BLOCKS
-from xlstm_jax.modules.options import (
-    LargeConfig,
-    MLSTMConfig,
-    SLSTMConfig,
-    check_at_least,
-    check_choice,
-    check_rate,
-)
+from xlstm_jax.modules.options import LargeConfig, MLSTMConfig, SLSTMConfig
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "full", "dots", "names", "offload"]
@@ -30,20 +24,27 @@ def _options_to_json(options: tuple[Any, ...]) -> dict[str, Any]:
 def _options_from_json(values: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(values, Mapping):
         raise ConfigError(
-            f"{where} must map block kinds to options, got {values!r}; "
+            f"{where} must map block kinds to options, got {quote(values)}; "
             "use the name of each kind as its key."
         )
     classes = {kind.name: kind.options for kind in BLOCKS.values()}
     for name in values:
         if name not in classes:
             raise ConfigError(
-                f"{where}.{name} names a block kind that is not registered; use --import with the "
-                "module that registers it."
+                f"{quote_path(f'{where}.{name}')} names a block kind that is not registered; use "
+                "--import with the module that registers it."
             )
     return tuple(
         from_dict(classes[name], fields, f"{where}.{name}.") for name, fields in values.items()
     )
 
+
+_DEMANDS = {
+    "at least 1": "vocab_size dim",
+    "at least 0": "head_std",
+    "above 0": "final_norm_eps logit_soft_cap embedding_std",
+    "at least 0 and below 1": "dropout",
+}
 
 # Hidden from the command line: the classes of its entries are only known at run time.
 Options = Annotated[tuple[Any, ...], tyro.conf.Suppress]
@@ -84,8 +85,7 @@ class LMConfig:
     remat: Remat = "none"
 
     def __post_init__(self):
-        check_at_least("vocab_size", self.vocab_size, 1)
-        check_at_least("dim", self.dim, 1)
+        check_fields(self, "", _DEMANDS)
         if not self.pattern:
             raise ConfigError("pattern must have at least one letter, got ''; try 'mmms'.")
         classes = [type(entry) for entry in self.options]
@@ -93,13 +93,14 @@ class LMConfig:
         for cls in classes:
             if cls not in known or classes.count(cls) > 1:
                 raise ConfigError(
-                    f"options must have at most one entry per kind in modules.BLOCKS, got {cls}; "
+                    "options must have at most one entry per kind in modules.BLOCKS, got "
+                    f"{quote(cls)}; "
                     "register its kind first, and pass it once."
                 )
         for letter in dict.fromkeys(self.pattern):
             if letter not in BLOCKS:
                 raise ConfigError(
-                    f"pattern={self.pattern!r}: letter={letter!r} is not known; use one of: "
+                    f"pattern={quote(self.pattern)}: letter={letter!r} is not known; use one of: "
                     f"{', '.join(BLOCKS)}, or --import with the module that registers its kind."
                 )
             options = self.options_of(letter)
@@ -107,10 +108,6 @@ class LMConfig:
             if options not in (self.mlstm, self.slstm, self.large, *self.options):
                 # Record defaults too, so that config.json has every option of the model.
                 object.__setattr__(self, "options", (*self.options, options))
-        check_choice("final_norm", self.final_norm, get_args(FinalNorm))
-        check_choice("dtype", self.dtype, get_args(Dtype))
-        check_choice("remat", self.remat, get_args(Remat))
-        check_rate("dropout", self.dropout)
 
     @property
     def num_blocks(self) -> int:

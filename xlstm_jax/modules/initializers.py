@@ -1,4 +1,4 @@
-"""Parameter initializers: functions (key, shape) -> float32 array.
+"""Random keys, and parameter initializers: functions (key, shape) -> float32 array.
 
 Sources: `small` Nguyen & Salazar 2019, arXiv:1910.05895; `wang` Wang & Komatsuzaki 2021 (GPT-J);
 where each is used: arXiv:2405.04517, appendix, and arXiv:2503.13427, section 3.
@@ -14,6 +14,20 @@ from xlstm_jax.typing import Array, Float, PRNGKeyArray
 
 # The dtype is explicit: parameters stay float32 under jax_enable_x64.
 Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Float[Array, "..."]]
+
+
+def random_key(seed: int) -> PRNGKeyArray:
+    """A key in which every bit of a seed counts, for any integer.
+
+    `jax.random.key` uses the lowest 32 bits only; of seeds from 0 to 2**32 - 1 it gives the same
+    key. Higher words are folded in, and a last 0 if the seed is negative.
+    """
+    magnitude = abs(seed)
+    key = jax.random.key(magnitude % 2**32)
+    while magnitude := magnitude >> 32:
+        key = jax.random.fold_in(key, magnitude % 2**32)
+    # The highest word of a positive seed is not 0, so that both signs differ.
+    return key if seed >= 0 else jax.random.fold_in(key, 0)
 
 
 def normal(std: float) -> Initializer:

@@ -1,5 +1,6 @@
 """Language model: embedding, blocks, final norm, head."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cells.time import as_bool
-from xlstm_jax.errors import ArgumentError
+from xlstm_jax.errors import ArgumentError, quote
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.initializers import normal, small
 from xlstm_jax.modules.linear import Dense, Embedding
@@ -58,6 +59,8 @@ class LM(_Model):
         """Runs the model over tokens, starting from `state`.
 
         Args:
+            tokens: ids below `vocab_size`. Others are embedded as NaN, and so are their logits:
+                under jit their values cannot be checked.
             state: state before the first position; None: the initial state.
             segment_ids: document of each token, from 1; 0 is padding. The state is reset where the
                 id changes, and at the first token if no state is passed. None: one document.
@@ -121,9 +124,20 @@ class Backbone(_Model):
 
 
 def param_shapes(cfg: LMConfig) -> Any:
-    """Shapes and dtypes of a model's parameters, without computing them."""
+    """Shapes and dtypes of a model's parameters, without computing them; any depth costs the same.
+
+    Parameters of equal blocks are stacked, so those of one block per letter tell all shapes.
+    """
+    letters = "".join(dict.fromkeys(cfg.pattern))
+    model = LM(dataclasses.replace(cfg, pattern=letters))
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(LM(cfg).init, jax.random.key(0), tokens)["params"]
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    for letter, tree in params["stack"].items():
+        count = cfg.pattern.count(letter)
+        params["stack"][letter] = jax.tree.map(
+            lambda leaf, n=count: leaf.update(shape=(n, *leaf.shape[1:])), tree
+        )
+    return params
 
 
 def head_kernel(cfg: LMConfig, params: Any) -> Float[Array, "D vocab"]:
@@ -159,6 +173,6 @@ def _check(cfg: LMConfig, tokens, state, segment_ids, mask) -> None:
     expected = jax.eval_shape(lambda: init_state(cfg, tokens.shape[0]))
     if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, expected):
         raise ArgumentError(
-            f"state must match pattern={cfg.pattern!r} and {tokens.shape[0]} sequences, got other "
-            "shapes; use init_state(batch_size) of the same model, or None."
+            f"state must match pattern={quote(cfg.pattern)} and {tokens.shape[0]} sequences, got "
+            "other shapes; use init_state(batch_size) of the same model, or None."
         )

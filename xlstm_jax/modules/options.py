@@ -3,9 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
-from xlstm_jax.config import ConfigError
+from xlstm_jax.config import ConfigError, check_fields, check_range
+from xlstm_jax.errors import quote
 from xlstm_jax.modules.kinds import IMPLEMENTATIONS
 
 RecurrentInit = Literal["zeros", "standard"]
@@ -13,37 +14,22 @@ BiasInit = Literal["powerlaw_blockdependent", "small_init", "standard", "zeros"]
 ACTIVATION_NAMES = ("gelu", "relu", "relu2", "selu", "sigmoid", "swish")
 
 
-def check_at_least(name: str, value: float, smallest: float) -> None:
-    """Raises ConfigError if the value is below `smallest`."""
-    if value < smallest:
-        raise ConfigError(
-            f"{name} must be at least {smallest}, got {value}; give it a larger value."
-        )
-
-
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raises ConfigError if the value is not one of the choices."""
     choices = tuple(choices)
     if value not in choices:
-        raise ConfigError(f"{name}={value!r} is not known; use one of: {', '.join(choices)}.")
+        raise ConfigError(f"{name}={quote(value)} is not known; use one of: {', '.join(choices)}.")
 
 
 def check_divides(name: str, divisor: int, width_name: str, width: int) -> None:
     """Raises ConfigError, with the nearest divisors, unless `divisor` divides `width`."""
     if divisor < 1 or width % divisor:
-        near = [n for n in range(1, width + 1) if width % n == 0]
+        small = [n for n in range(1, math.isqrt(width) + 1) if width % n == 0]
+        near = {*small, *(width // n for n in small)}
         near = sorted(near, key=lambda n: abs(n - divisor))[:3]
         raise ConfigError(
-            f"{name} must divide {width_name}={width}, got {divisor}; "
+            f"{name} must divide {width_name}={width}, got {quote(divisor)}; "
             f"use for example {', '.join(map(str, sorted(near)))}, or change {width_name}."
-        )
-
-
-def check_rate(name: str, value: float) -> None:
-    """Raises ConfigError unless 0 <= value < 1, the range of a dropout rate."""
-    if not 0 <= value < 1:
-        raise ConfigError(
-            f"{name} must be at least 0 and below 1, got {value}; use 0 for no dropout."
         )
 
 
@@ -90,15 +76,16 @@ class CellConfig:
     implementation: str = "auto"
 
     def __post_init__(self):
-        # With an exponential gate h grows without bound, unless it is divided by the normalizer.
-        gates = ("exp", "sigmoid") if self.normalize else ("sigmoid",)
-        condition = "" if self.normalize else " with normalize=False"
-        for name in ("input_gate", "forget_gate"):
-            check_choice(f"{self.FIELD}.{name}{condition}", getattr(self, name), gates)
+        demands = {"at least 1": "num_heads chunk_size", "at least 0": "eps"}
+        check_fields(self, f"{self.FIELD}.", demands)
+        for gate in ("input_gate", "forget_gate"):
+            if not self.normalize and getattr(self, gate) == "exp":
+                raise ConfigError(
+                    f"{self.FIELD}.{gate} must be 'sigmoid' with normalize=False, got 'exp'; h "
+                    "would grow without bound, so change one of them."
+                )
         names = "auto", *IMPLEMENTATIONS.get("mlstm", ())
         check_choice(f"{self.FIELD}.implementation", self.implementation, names)
-        if self.chunk_size is not None:
-            check_at_least(f"{self.FIELD}.chunk_size", self.chunk_size, 1)
 
     @property
     def cell(self) -> dict[str, Any]:
@@ -123,7 +110,12 @@ class MLSTMConfig(CellConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_at_least("mlstm.conv_width", self.conv_width, 0)
+        demands = {
+            "at least 1": "inner_dim qkv_block_size",
+            "at least 0": "conv_width input_bias_std",
+            "above 0": "norm_eps",
+        }
+        check_fields(self, "mlstm.", demands)
 
     def width(self, dim: int) -> int:
         """F, the inner width of a block in a model of width `dim`."""
@@ -132,7 +124,6 @@ class MLSTMConfig(CellConfig):
     def check(self, dim: int) -> None:
         """Raises ConfigError unless `num_heads` and `qkv_block_size` divide the inner width."""
         inner_dim = self.width(dim)
-        check_at_least("mlstm.inner_dim", inner_dim, 1)
         check_divides("mlstm.num_heads", self.num_heads, "the inner width", inner_dim)
         check_divides("mlstm.qkv_block_size", self.qkv_block_size, "the inner width", inner_dim)
 
@@ -159,14 +150,16 @@ class SLSTMConfig:
     implementation: str = "auto"  # of ops.slstm
 
     def __post_init__(self):
-        check_at_least("slstm.conv_width", self.conv_width, 0)
-        check_choice("slstm.forget_gate", self.forget_gate, ("sigmoid", "exp"))
-        check_choice("slstm.recurrent_init", self.recurrent_init, get_args(RecurrentInit))
-        check_choice("slstm.bias_init", self.bias_init, get_args(BiasInit))
+        demands = {
+            "at least 1": "num_heads",
+            "at least 0": "conv_width ffn_dim",
+            "above 0": "norm_eps",
+            "at least 0 and below 1": "ffn_dropout",
+        }
+        check_fields(self, "slstm.", demands)
         names = "auto", *IMPLEMENTATIONS.get("slstm", ())
         check_choice("slstm.implementation", self.implementation, names)
         check_choice("slstm.ffn_activation", self.ffn_activation, ACTIVATION_NAMES)
-        check_rate("slstm.ffn_dropout", self.ffn_dropout)
 
     @property
     def has_dropout(self) -> bool:
@@ -179,7 +172,6 @@ class SLSTMConfig:
 
     def check(self, dim: int) -> None:
         """Raises ConfigError unless `num_heads` divides `dim`."""
-        check_at_least("slstm.ffn_dim", self.ffn_width(dim), 0)
         check_divides("slstm.num_heads", self.num_heads, "dim", dim)
 
 
@@ -197,6 +189,11 @@ class LargeConfig(CellConfig):
     input_bias: float = -10.0  # of the input gates, which start almost closed
     norm_eps: float = 1e-6
 
+    def __post_init__(self):
+        super().__post_init__()
+        demands = {"at least 1": "qk_dim v_dim ffn_dim", "above 0": "gate_soft_cap norm_eps"}
+        check_fields(self, "large.", demands)
+
     def widths(self, dim: int) -> tuple[int, int, int]:
         """H * K, H * V and the feed-forward width in a model of width `dim`."""
         return (
@@ -207,9 +204,7 @@ class LargeConfig(CellConfig):
 
     def check(self, dim: int) -> None:
         """Raises ConfigError unless `num_heads` divides both widths."""
-        qk_dim, v_dim, ffn_dim = self.widths(dim)
-        check_at_least("large.qk_dim", qk_dim, 1)
-        check_at_least("large.v_dim", v_dim, 1)
-        check_at_least("large.ffn_dim", ffn_dim, 1)
+        qk_dim, v_dim, _ = self.widths(dim)
+        check_range("large.qk_dim", qk_dim, "at least 1")  # half of dim by default
         check_divides("large.num_heads", self.num_heads, "qk_dim", qk_dim)
         check_divides("large.num_heads", self.num_heads, "v_dim", v_dim)

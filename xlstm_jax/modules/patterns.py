@@ -7,6 +7,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from xlstm_jax.config import ConfigError
+from xlstm_jax.errors import quote
+
+MAX_EXACT = 128
+"""Letters up to which `split_runs` searches all splits; its time grows with the third power."""
+
+MAX_UNIT = 64
+"""Letters of the units that `split_runs` tries in longer patterns."""
+
+MAX_ORDERED = 6
+"""Different letters up to which `find_period` tries all orders."""
 
 
 class Run(NamedTuple):
@@ -40,12 +50,13 @@ def ratio_pattern(ratio: str, num_blocks: int) -> str:
     unit = "m" * int(match[1]) + "s" * int(match[2]) if match else ""
     if not unit:
         raise ConfigError(
-            f"ratio must be two counts 'mLSTM:sLSTM' that are not both 0, got {ratio!r}; try '7:1'."
+            f"ratio must be two counts 'mLSTM:sLSTM' that are not both 0, got {quote(ratio)}; try "
+            "'7:1'."
         )
     if num_blocks < 1 or num_blocks % len(unit):
         raise ConfigError(
-            f"num_blocks must be a multiple of {len(unit)} for ratio={ratio!r}, got {num_blocks}; "
-            "change it, or list the sLSTM blocks with at()."
+            f"num_blocks must be a multiple of {len(unit)} for ratio={quote(ratio)}, got "
+            f"{num_blocks}; change it, or list the sLSTM blocks with at()."
         )
     return unit * (num_blocks // len(unit))
 
@@ -62,16 +73,36 @@ def at(num_blocks: int, *, slstm: Sequence[int]) -> str:
                 f"slstm={list(slstm)} must list block indices from 0 to {num_blocks - 1}, "
                 f"got {index}; drop it or raise num_blocks={num_blocks}."
             )
-    return "".join("s" if block in slstm else "m" for block in range(num_blocks))
+    indices = frozenset(slstm)
+    return "".join("s" if block in indices else "m" for block in range(num_blocks))
 
 
 @functools.lru_cache(maxsize=256)
 def split_runs(pattern: str) -> tuple[Run, ...]:
     """Splits a pattern into runs of repeated units, with the fewest blocks to compile.
 
-    Ties are broken by fewer runs, then more uneven runs, then a shorter first run.
+    Ties are broken by fewer runs, then more uneven runs, then a shorter first run. In patterns of
+    more than `MAX_EXACT` letters, each run is the one that saves most, from the start.
     """
+    return _fewest_blocks(pattern) if len(pattern) <= MAX_EXACT else _greedy_runs(pattern)
 
+
+def _greedy_runs(pattern: str) -> tuple[Run, ...]:
+    runs, start = [], 0
+    while start < len(pattern):
+        candidates = []
+        for size in range(1, min(MAX_UNIT, len(pattern) - start) + 1):
+            unit, repeats = pattern[start : start + size], 1
+            while pattern.startswith(unit, start + repeats * size):
+                repeats += 1
+            candidates.append(Run(unit, (unit,) * repeats))
+        # The first of equals, which has the shortest unit.
+        runs.append(max(candidates, key=lambda run: run.num_blocks - len(run.unit)))
+        start += runs[-1].num_blocks
+    return tuple(runs)
+
+
+def _fewest_blocks(pattern: str) -> tuple[Run, ...]:
     def cost(runs: tuple[Run, ...]) -> tuple[int, int, int, list[int], tuple[Run, ...]]:
         # The runs themselves come last: the minimum is unique, and so is the compiled program.
         lengths = [run.num_blocks for run in runs]
@@ -97,7 +128,8 @@ def find_period(pattern: str) -> Run:
     """The pattern as a single run whose unit has each letter once.
 
     Among all orders of the letters, one with the fewest steps is chosen; ties are broken by the
-    fewest letters that some step omits.
+    fewest letters that some step omits. Of more than `MAX_ORDERED` letters, only the order of
+    their first blocks is tried.
     """
 
     def run_of(unit: tuple[str, ...]) -> Run:
@@ -112,4 +144,7 @@ def find_period(pattern: str) -> Run:
     def cost(run: Run) -> tuple[int, int]:
         return len(run.steps), sum(not run.always_has(letter) for letter in run.unit)
 
-    return min(map(run_of, itertools.permutations(sorted(set(pattern)))), key=cost)
+    letters = tuple(dict.fromkeys(pattern))
+    is_short = len(letters) <= MAX_ORDERED
+    orders = itertools.permutations(sorted(letters)) if is_short else [letters]
+    return min(map(run_of, orders), key=cost)

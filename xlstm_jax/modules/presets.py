@@ -7,6 +7,7 @@ arXiv:2510.02228 (scaling study).
 from collections.abc import Callable
 
 from xlstm_jax.config import ConfigError, did_you_mean
+from xlstm_jax.errors import quote
 from xlstm_jax.modules import options
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.patterns import at, ratio_pattern
@@ -59,7 +60,9 @@ def get(name: str) -> LMConfig:
     """The config of a preset; raises ConfigError if no preset has this name."""
     if name not in PRESETS:
         examples = "presets.names() lists all, for example xlstm_7b or xlstm_125m_7:1."
-        raise ConfigError(f"preset {name!r} is not known; {did_you_mean(name, PRESETS, examples)}")
+        raise ConfigError(
+            f"preset {quote(name)} is not known; {did_you_mean(name, PRESETS, examples)}"
+        )
     return PRESETS[name]()
 
 

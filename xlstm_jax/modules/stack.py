@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from xlstm_jax.errors import ArgumentError
+from xlstm_jax.errors import ArgumentError, quote
 from xlstm_jax.modules import loops
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.kinds import BLOCKS
@@ -94,7 +94,7 @@ class Stack(nn.Module):
             if counts != {(count,)}:
                 raise ArgumentError(
                     f"params of blocks {letter!r} must have {count} layers for "
-                    f"pattern={cfg.pattern!r}, got {sorted(n for (n,) in counts) or 'none'}; "
+                    f"pattern={quote(cfg.pattern)}, got {sorted(n for (n,) in counts) or 'none'}; "
                     "use parameters from `init` of the same model."
                 )
             return params

@@ -24,10 +24,14 @@ from typing import Any
 
 import jax
 
-from xlstm_jax.config import ConfigError
+from xlstm_jax.config import ConfigError, check_fields
+from xlstm_jax.errors import quote
 
 TIMEOUT_EXIT_CODE = 4
 """Exit code if a process did not connect in time; the same command may succeed later."""
+
+MAX_TIMEOUT_MINUTES = 100_000
+"""More than two months; much longer waits overflow the clocks of threads."""
 
 _GRACE_SECONDS = 60  # added to JAX's timeout, so that ours, without a stack trace, expires first
 
@@ -42,11 +46,17 @@ class Processes:
     timeout_minutes: float = 5.0  # how long to wait for the other processes
 
     def __post_init__(self):
+        check_fields(self, "", {"at least 1": "num_processes", "above 0": "timeout_minutes"})
+        if self.timeout_minutes > MAX_TIMEOUT_MINUTES:
+            raise ConfigError(
+                f"timeout_minutes must be at most {MAX_TIMEOUT_MINUTES}, got "
+                f"{self.timeout_minutes}; use a shorter time."
+            )
         fields = [self.coordinator, self.num_processes, self.process_id]
         if None in fields and fields != [None] * 3:
             raise ConfigError(
                 "coordinator, num_processes and process_id must be set together, got "
-                f"{self.coordinator!r}, {self.num_processes} and {self.process_id}; "
+                f"{quote(self.coordinator)}, {self.num_processes} and {self.process_id}; "
                 "set all three, or none to detect them."
             )
         if self.num_processes is None or self.process_id is None:
@@ -54,12 +64,12 @@ class Processes:
         if not 0 <= self.process_id < self.num_processes:
             raise ConfigError(
                 f"process_id must be in 0..{self.num_processes - 1} for "
-                f"num_processes={self.num_processes}, got {self.process_id}; count from 0."
+                f"num_processes={self.num_processes}, got {quote(self.process_id)}; count from 0."
             )
         if not re.fullmatch(r".+:\d+", self.coordinator or ""):
             raise ConfigError(
-                f"coordinator must be HOST:PORT, got {self.coordinator!r}; pass the address of "
-                "process 0."
+                f"coordinator must be HOST:PORT, got {quote(self.coordinator)}; pass the address "
+                "of process 0."
             )
 
 
@@ -81,12 +91,11 @@ def init_distributed(processes: Processes | None = None) -> None:
     processes, environ = processes or Processes(), os.environ
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     if processes.coordinator is None and all(name in environ for name in names):
-        coordinator, num_processes, process_id = (environ[name] for name in names)
         processes = dataclasses.replace(
             processes,
-            coordinator=coordinator,
-            num_processes=int(num_processes),
-            process_id=int(process_id),
+            coordinator=environ[names[0]],
+            num_processes=_integer(environ, names[1]),
+            process_id=_integer(environ, names[2]),
         )
     arguments: dict[str, Any] = {}
     if processes.coordinator is not None:
@@ -113,11 +122,21 @@ def init_distributed(processes: Processes | None = None) -> None:
             ) from error
 
 
+def _integer(environ: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environ[name])
+    except ValueError as error:
+        raise ConfigError(
+            f"the environment variable {name} must be an integer, got {quote(environ[name])}; "
+            "correct it or unset it."
+        ) from error
+
+
 def _is_in_cluster(environ: Mapping[str, str]) -> bool:
     """Whether a launcher that JAX detects started this process as one of several."""
     counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     markers = ("JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES")
-    is_multi_process = any(int(environ.get(name, "1")) > 1 for name in counts)
+    is_multi_process = any(name in environ and _integer(environ, name) > 1 for name in counts)
     return is_multi_process or any(name in environ for name in markers)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from xlstm_jax.config import ConfigError
+from xlstm_jax.config import ConfigError, check_fields, check_range
+from xlstm_jax.errors import quote
 from xlstm_jax.sharding.rules import RULES
 
 # From outer to inner: tensor communicates activations in every layer and needs the fastest links.
@@ -37,16 +38,16 @@ class MeshConfig:
     slstm_seq: Literal["gather", "refuse"] = "gather"  # sLSTM under seq: gather time, or refuse
 
     def __post_init__(self):
+        check_fields(self, "mesh.", {"at least 0": "min_shard_size"})
         free = [name for name in MESH_AXES if getattr(self, name) == -1]
         for name in MESH_AXES:
-            if getattr(self, name) < 1 and name not in free:
-                raise ConfigError(
-                    f"mesh.{name} must be at least 1, got {getattr(self, name)}; 1 shards nothing, "
-                    "-1 takes the devices that the other axes leave."
-                )
+            way_out = "1 shards nothing, -1 takes the devices that the other axes leave"
+            if name not in free:
+                check_range(f"mesh.{name}", getattr(self, name), "at least 1", way_out)
         if self.rules not in ("auto", *RULES):
             raise ConfigError(
-                f"mesh.rules={self.rules!r} is not known; use one of: auto, {', '.join(RULES)}."
+                f"mesh.rules={quote(self.rules)} is not known; use one of: auto, "
+                f"{', '.join(RULES)}."
             )
         if len(free) > 1:
             raise ConfigError(
@@ -86,8 +87,8 @@ class MeshConfig:
         if self.rules not in usable:
             idle = " and ".join(sorted(needed - used[self.rules]))
             raise ConfigError(
-                f"mesh.rules={self.rules!r} must use the mesh axis {idle}, else its devices all "
-                f"compute the same; set the axis to 1, or use one of: {', '.join(usable)}."
+                f"mesh.rules={quote(self.rules)} must use the mesh axis {idle}, else its devices "
+                f"all compute the same; set the axis to 1, or use one of: {', '.join(usable)}."
             )
         return self.rules
 

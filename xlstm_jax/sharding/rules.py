@@ -5,6 +5,7 @@ import contextvars
 from collections.abc import Iterator, Mapping
 
 from xlstm_jax.config import ConfigError
+from xlstm_jax.errors import quote
 
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -39,7 +40,7 @@ _in_use: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default
 def get_rules(name: str) -> Rules:
     """The rules with this name; raises ConfigError if there are none."""
     if name not in RULES:
-        raise ConfigError(f"rules={name!r} is not known; use one of: {', '.join(RULES)}.")
+        raise ConfigError(f"rules={quote(name)} is not known; use one of: {', '.join(RULES)}.")
     return RULES[name]
 
 

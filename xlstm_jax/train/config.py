@@ -3,12 +3,13 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
-from xlstm_jax.config import ConfigError
+from xlstm_jax.config import ConfigError, check_fields
 from xlstm_jax.data.batch import Examples
 from xlstm_jax.data.config import DataConfig
+from xlstm_jax.errors import quote
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.kinds import BLOCKS
 from xlstm_jax.sharding.mesh import MeshConfig
@@ -54,7 +55,7 @@ class TrainConfig:
     guard_factor: float = 10.0  # skip an update if its gradient norm exceeds this times the average
     guard_floor: float = 10.0  # ... and exceeds this
     max_consecutive_skips: int = 8  # consecutive skipped updates after which the run ends
-    seed: int = 0  # of parameters and dropout; data.seed orders the data
+    seed: int = 0  # any integer; of parameters and dropout; data.seed orders the data
     log_every: int = 10  # steps
     eval_every: int = 200  # steps; 0: never, not even at the end
     eval_batches: int | None = 20  # batches per evaluation, spread over the split; None: all
@@ -63,20 +64,13 @@ class TrainConfig:
     keep: int = 3  # number of newest checkpoints to retain
 
     def __post_init__(self):
-        for demand, (is_valid, names) in _CONSTRAINTS.items():
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not is_valid(value):  # NaN fails every comparison
-                    raise ConfigError(
-                        f"train.{name} must be {demand}, got {value!r}; "
-                        f"leave it out for the default of {getattr(TrainConfig, name)!r}."
-                    )
+        check_fields(self, "train.", _DEMANDS)
         for name in ("warmup_steps", "decay_steps", "cooldown_steps"):
             value = getattr(self, name)
-            if value < 0 or (value >= 1 and value != int(value)):
+            if value >= 1 and value != int(value):
                 raise ConfigError(
                     f"train.{name} must be an integer number of steps or a fraction below 1, got "
-                    f"{value!r}; 0 leaves this part out."
+                    f"{value}; 0 leaves this part out."
                 )
         if self.parts.constant < 0:
             names = ["warmup", "cooldown"] + (["decay"] if self.schedule == "wsd" else [])
@@ -87,10 +81,11 @@ class TrainConfig:
             )
         try:
             re.compile(self.decay_pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(
-                f"train.decay_pattern must be a regular expression, got {self.decay_pattern!r} "
-                f"({error}); use '/kernel$' for weight matrices or '$^' for none."
+                "train.decay_pattern must be a regular expression, got "
+                f"{quote(self.decay_pattern)} ({error}); use '/kernel$' for weight matrices or "
+                "'$^' for none."
             ) from error
 
     @property
@@ -107,22 +102,14 @@ class TrainConfig:
         return Parts(warmup, main - decay, decay, cooldown)
 
 
-# Demand -> check, and the fields of `TrainConfig` that must pass it.
-_CONSTRAINTS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "at least 1": (
-        lambda value: value >= 1,
-        "steps accumulation loss_chunk max_consecutive_skips log_every eval_batches keep",
-    ),
-    "at least 0": (
-        lambda value: value >= 0,
-        "cooldown_lr weight_decay z_loss guard_floor seed eval_every checkpoint_every "
-        "checkpoint_minutes",
-    ),
-    "above 0": (lambda value: value > 0, "lr eps grad_clip"),
-    "above 1": (lambda value: value > 1, "guard_factor"),
-    "above 0 and at most 1": (lambda value: 0 < value <= 1, "end_factor"),
-    "at least 0 and below 1": (lambda value: 0 <= value < 1, "b1 b2"),
-    f"one of {', '.join(get_args(Schedule))}": (lambda x: x in get_args(Schedule), "schedule"),
+_DEMANDS = {
+    "at least 1": "steps accumulation loss_chunk max_consecutive_skips log_every eval_batches keep",
+    "at least 0": "warmup_steps decay_steps cooldown_steps cooldown_lr weight_decay z_loss "
+    "guard_floor eval_every checkpoint_every checkpoint_minutes",
+    "above 0": "lr eps grad_clip",
+    "above 1": "guard_factor",
+    "above 0 and at most 1": "end_factor",
+    "at least 0 and below 1": "b1 b2",
 }
 
 
@@ -137,6 +124,7 @@ class ExperimentConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
+        check_fields(self, "", {})
         if self.data.batch_size % self.train.accumulation:
             raise ConfigError(
                 "data.batch_size must be a multiple of train.accumulation, got "
@@ -168,7 +156,8 @@ def check_vocabulary(cfg: ExperimentConfig, examples: Examples) -> None:
     if cfg.model.vocab_size < examples.vocab_size:
         raise ConfigError(
             f"model.vocab_size must be at least {examples.vocab_size}, which the token ids of "
-            f"data.source={cfg.data.source!r} need, got {cfg.model.vocab_size}; make it larger."
+            f"data.source={quote(cfg.data.source)} need, got {cfg.model.vocab_size}; make it "
+            "larger."
         )
 
 
@@ -201,6 +190,6 @@ def check_divisibility(cfg: ExperimentConfig, rules: Rules, sizes: Mapping[str, 
     if shards_time and unsharded and cfg.mesh.slstm_seq == "refuse":
         raise ConfigError(
             f"mesh.seq={sizes['seq']} cannot shard the sequence in blocks {', '.join(unsharded)} "
-            f"of model.pattern={cfg.model.pattern!r}, where a step needs the previous one; use "
-            "mesh.slstm_seq='gather' to compute them on every device, or seq=1."
+            f"of model.pattern={quote(cfg.model.pattern)}, where a step needs the previous one; "
+            "use mesh.slstm_seq='gather' to compute them on every device, or seq=1."
         )

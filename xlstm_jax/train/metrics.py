@@ -19,6 +19,8 @@ SUMMED = ("tokens", "documents", "skipped")
 LAST = ("lr",)
 MAXIMUM = ("skipped_in_a_row",)
 
+NO_LR = -1.0  # the total of `lr` if steps do not report it; not NaN, which JSON lacks
+
 
 class Totals(NamedTuple):
     """Sums over the steps of one logging interval.
@@ -47,7 +49,8 @@ def add(totals: Totals, metrics: Metrics) -> Totals:
     count = taken.astype(jnp.float32)
     values = {}
     for name, value in totals.values.items():
-        metric = metrics[name].astype(jnp.float32)
+        metric = jnp.asarray(metrics.get(name, NO_LR) if name in LAST else metrics[name])
+        metric = metric.astype(jnp.float32)
         if name in PER_TOKEN + PER_STEP:
             weighted = metric * tokens if name in PER_TOKEN else metric
             # `where`, because a product with 0 would keep the NaN of a skipped step.
@@ -67,8 +70,10 @@ def summarize(totals: Totals) -> dict[str, float | None]:
         if name in PER_TOKEN + PER_STEP:
             count = host.tokens if name in PER_TOKEN else host.taken
             summary[name] = float(value / count) if count else None
-        else:
-            summary[name] = float(value) if name in LAST else int(value)
+        elif name not in LAST:
+            summary[name] = int(value)
+        elif value >= 0:
+            summary[name] = float(value)
     loss = summary["loss"]
     summary["perplexity"] = None if loss is None else math.exp(min(loss, 700.0))  # no overflow
     return summary

@@ -59,20 +59,33 @@ def decay_mask(params: PyTree, pattern: str = TrainConfig.decay_pattern) -> PyTr
     )
 
 
-def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformationExtraArgs:
+class ScheduledOptimizer(optax.GradientTransformationExtraArgs):
+    """An optimizer with the `schedule` that it follows, so that train steps can report the rate."""
+
+    schedule: Schedule
+
+    def __new__(cls, tx: optax.GradientTransformationExtraArgs, schedule: Schedule):
+        self = super().__new__(cls, *tx)
+        self.schedule = schedule
+        return self
+
+
+def make_optimizer(cfg: TrainConfig) -> ScheduledOptimizer:
     """AdamW: clipping by global norm, Adam, decoupled weight decay, learning rate.
 
     `update` takes `step`, the argument of the schedule, and `lr_scale`, a factor on the learning
     rate. Both may be traced, so one program serves a vmapped grid of learning rates.
     """
-    return optax.chain(
+    schedule = make_schedule(cfg)
+    tx = optax.chain(
         optax.identity() if cfg.grad_clip is None else optax.clip_by_global_norm(cfg.grad_clip),
         optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
         optax.add_decayed_weights(
             cfg.weight_decay, mask=lambda params: decay_mask(params, cfg.decay_pattern)
         ),
-        scale_by_learning_rate(make_schedule(cfg)),
+        scale_by_learning_rate(schedule),
     )
+    return ScheduledOptimizer(tx, schedule)
 
 
 def scale_by_learning_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:

@@ -18,6 +18,7 @@ import optax
 
 from xlstm_jax.data import loader
 from xlstm_jax.data.batch import Batch, Examples
+from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.ops.cross_entropy import CrossEntropy
 from xlstm_jax.sharding.devices import Devices
@@ -127,7 +128,7 @@ class TrainProgram:
 
     def _first_state(self, devices: Devices | None = None) -> TrainState:
         # Parameters do not depend on the tokens, so the smallest batch initializes them.
-        key, tokens = jax.random.key(self.cfg.train.seed), jnp.zeros((1, 1), jnp.int32)
+        key, tokens = random_key(self.cfg.train.seed), jnp.zeros((1, 1), jnp.int32)
         return init_state(self.model, self.tx, key, tokens, devices=devices)
 
     def init(self) -> TrainState:

@@ -9,11 +9,12 @@ import optax
 
 from xlstm_jax.data.batch import Batch
 from xlstm_jax.errors import ArgumentError
+from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.ops.cross_entropy import CrossEntropy
 from xlstm_jax.train import guard, losses
 from xlstm_jax.train.config import TrainConfig
 from xlstm_jax.train.metrics import Metrics
-from xlstm_jax.train.optimizer import make_schedule, norm
+from xlstm_jax.train.optimizer import ScheduledOptimizer, norm
 from xlstm_jax.train.state import TrainState
 from xlstm_jax.typing import Array, Float, PRNGKeyArray, PyTree
 
@@ -34,7 +35,8 @@ def make_train_step(
 
     The metrics are scalars. `loss` is the mean cross entropy over all tokens, without the z-loss;
     `grad_norm` is measured before clipping; `skipped` is 1 if the guard skipped the update;
-    `skipped_in_a_row` counts consecutive skipped updates.
+    `skipped_in_a_row` counts consecutive skipped updates; `lr` is absent unless `tx` is a result of
+    `make_optimizer`.
 
     Args:
         model: an `LM`, or a module with the same call signature.
@@ -47,12 +49,11 @@ def make_train_step(
         return losses.language_model_loss(model, params, batch, cfg, key)
 
     tx = optax.with_extra_args_support(tx)  # ignores step and lr_scale unless tx takes them
-    schedule = make_schedule(cfg)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = None
         if model.cfg.has_dropout:  # a function of seed and step, so no key is stored
-            key = jax.random.fold_in(jax.random.key(cfg.seed), _DROPOUT)
+            key = jax.random.fold_in(random_key(cfg.seed), _DROPOUT)
             key = jax.random.fold_in(key, state.step)
         loss_of = loss_fn or model_loss
         grads, sums = sum_gradients(loss_of, state.params, batch, key, cfg.accumulation)
@@ -76,7 +77,6 @@ def make_train_step(
             "z_loss": sums.z_sum / sums.weight_sum,
             "perplexity": jnp.exp(loss),
             "accuracy": sums.correct_sum / sums.weight_sum,
-            "lr": jnp.asarray(schedule(state.step) * state.lr_scale),
             "grad_norm": grad_norm,
             "update_norm": jnp.where(ok, norm(updates), 0.0),
             "param_norm": norm(params),
@@ -87,6 +87,8 @@ def make_train_step(
             "skipped": 1 - ok.astype(jnp.int32),
             "skipped_in_a_row": new_guard.skipped,
         }
+        if isinstance(tx, ScheduledOptimizer):
+            metrics["lr"] = jnp.asarray(tx.schedule(state.step) * state.lr_scale)
         return new, metrics
 
     return train_step
