@@ -117,7 +117,7 @@ def test_if_the_only_checkpoint_is_corrupt_the_error_suggests_fresh(saved):
     run_dir, _, states = saved
     checkpoints = run_dir / "checkpoints"
     (checkpoints / "2").rename(run_dir / "moved")
-    truncate(checkpoints / "4" / "data" / "metadata")
+    truncate(checkpoints / "4" / "data" / "data.json")
     with pytest.raises(CheckpointError, match=r"must have \d+ bytes, got \d+.*--fresh"):
         checkpoint.restore_latest(run_dir, jax.eval_shape(lambda: states[4]))
 
