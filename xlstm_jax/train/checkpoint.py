@@ -60,7 +60,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         self._saving: concurrent.futures.Future[None] | None = None
         if jax.process_index() == 0 and (drafts := _drafts(self._folder)):
             names = ", ".join(path.name for path in drafts)
-            log.warning("deleted %s, left behind by an interrupted save: %s", self._folder, names)
+            log.warning("deleted incomplete checkpoints in %s: %s", self._folder, names)
             _delete(*drafts)
 
     def save(
@@ -72,21 +72,20 @@ class Checkpointer(contextlib.AbstractContextManager):
         self.wait()
         self._step = step
         folder, context = self._folder / str(step), _context()
-        with _disk_errors(folder), _quiet(), context:
+        with _disk_errors(folder), context:
             items = {"state": state, "data": data_state, "config": config}
-            response = ocp.save_checkpointables_async(_draft(folder), items)
+            response = ocp.save_checkpointables_async(str(_draft(folder)), items)
         self._saving = self._thread.submit(self._complete, folder, response.result)
 
     def _complete(self, folder: Path, wait: Callable[..., None]) -> None:
-        with _quiet():
-            try:
-                wait()
-                if jax.process_index() == 0:
-                    _publish(folder)
-            except BaseException:
-                if jax.process_index() == 0:  # a full disk needs the space
-                    _delete(*_drafts(self._folder))
-                raise
+        try:
+            wait()
+            if jax.process_index() == 0:
+                _publish(folder)
+        except BaseException:
+            if jax.process_index() == 0:  # a full disk needs the space
+                _delete(*_drafts(self._folder))
+            raise
         if jax.process_index() == 0:
             saved = steps(self._folder.parent)
             _delete(*(self._folder / str(step) for step in saved[: -self._keep]))
@@ -110,6 +109,7 @@ class Checkpointer(contextlib.AbstractContextManager):
 
 def _context() -> ocp.Context:
     """The settings of the store for one operation."""
+    logging.getLogger("absl").addFilter(_is_not_raised)  # which is added once only
     registry = ocp.handlers.local_registry()
     for name in ("data", "config"):  # they would be taken for trees of arrays
         registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
@@ -146,23 +146,16 @@ def _delete(*folders: Path) -> None:
 
 
 def delete_all(run_dir: Path) -> None:
-    """Deletes the checkpoints of a run, complete or not, and their folder if nothing else is in it."""
+    """Deletes the checkpoints of a run, complete or not, and their folder if it is then empty."""
     folder = run_dir / FOLDER
     _delete(*(folder / str(step) for step in reversed(steps(run_dir))), *_drafts(folder))
     with contextlib.suppress(OSError):
         folder.rmdir()
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Drops the log of the store, whose threads print tracebacks of errors that are also raised."""
-    # A filter of its own for each context: contexts of several threads overlap.
-    logger, drop = logging.getLogger("absl"), lambda record: False
-    logger.addFilter(drop)
-    try:
-        yield
-    finally:
-        logger.removeFilter(drop)
+def _is_not_raised(record: logging.LogRecord) -> bool:
+    """Drops tracebacks that threads of the store print of errors which are also raised."""
+    return "_SignalingThread.run() raised an exception" not in record.getMessage()
 
 
 @contextlib.contextmanager
@@ -213,9 +206,9 @@ def save_params(run_dir: str | Path, params: PyTree, config: dict[str, Any]) -> 
     context.memory.write_concurrent_bytes = int(1.01 * largest) + 1
     context.memory.deepcopy_host_arrays = False
     context.array.saving.use_compression = False
-    with _disk_errors(folder), _quiet(), context:
+    with _disk_errors(folder), context:
         items = {"state": {"params": params}, "data": _PARAMS_ONLY, "config": config}
-        ocp.save_checkpointables(_draft(folder), items)
+        ocp.save_checkpointables(str(_draft(folder)), items)
     _publish(folder)
 
 
@@ -292,14 +285,14 @@ def _abstract(tree: PyTree, shardings: PyTree = None) -> PyTree:
 
 
 def _restore(
-    run_dir: Path, step: int, items: dict[str, Any], partial: bool = False
+    run_dir: Path, step: int, items: dict[str, Any], *, partial: bool = False
 ) -> dict[str, Any]:
-    """Restores the named items of a checkpoint; `partial` reads the given leaves of a state only."""
+    """Restores items of a checkpoint; `partial` reads only the given leaves of a state."""
     folder = run_dir.resolve() / FOLDER / str(step)
     if (version := manifest.read_format(folder)) > manifest.FORMAT:
         raise CheckpointError(
-            f"{quote_path(folder)} must have a format up to {manifest.FORMAT}, got {version}, which a newer "
-            "version of xlstm-jax writes; upgrade xlstm-jax."
+            f"{quote_path(folder)} must have a format up to {manifest.FORMAT}, got {version}, "
+            "which a newer version of xlstm-jax writes; upgrade xlstm-jax."
         )
     earlier = [other for other in steps(run_dir) if other < step]
     way_out = "it is the only one, so start again with fresh=True (--fresh)"
@@ -311,10 +304,12 @@ def _restore(
     context = _context()
     context.pytree.loading.partial_load = partial
     try:
-        with _quiet(), context:
-            reason = _mismatch(folder, items["state"], partial) if "state" in items else None
+        with context:
+            reason = (
+                _mismatch(folder, items["state"], partial=partial) if "state" in items else None
+            )
             if reason is None:
-                return ocp.load_checkpointables(folder, items)
+                return ocp.load_checkpointables(str(folder), items)
     # The array store raises many types of exception, including a bare Exception.
     except Exception as error:
         if (number := _os_error_number(error)) not in (None, errno.ENOENT):
@@ -332,7 +327,7 @@ def _innermost(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
-def _mismatch(folder: Path, like: PyTree, partial: bool) -> str | None:
+def _mismatch(folder: Path, like: PyTree, *, partial: bool) -> str | None:
     """Describes the first leaf that a stored state lacks, has in excess or in another shape."""
 
     def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
@@ -340,7 +335,7 @@ def _mismatch(folder: Path, like: PyTree, partial: bool) -> str | None:
         return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves}
 
     wanted = shapes(like)
-    stored = shapes(ocp.metadata(folder, checkpointable_name="state").metadata)
+    stored = shapes(ocp.metadata(str(folder), checkpointable_name="state").metadata)
     for name in wanted if partial else {**wanted, **stored}:
         ours, other = wanted.get(name, "absent"), stored.get(name, "absent")
         if ours != other:

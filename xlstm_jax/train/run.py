@@ -73,12 +73,21 @@ def fit(
             rundir.check_fresh(run_dir)
         else:
             rundir.check(run_dir, cfg)
-        return _fit(cfg, run_dir, tx, fresh, console, flops_per_step, on_metrics)
+        return _fit(
+            cfg,
+            run_dir,
+            tx=tx,
+            fresh=fresh,
+            console=console,
+            flops_per_step=flops_per_step,
+            on_metrics=on_metrics,
+        )
 
 
 def _fit(
     cfg: ExperimentConfig,
     run_dir: Path,
+    *,
     tx: optax.GradientTransformation | None,
     fresh: bool,
     console: bool,

@@ -80,11 +80,11 @@ def check(run_dir: Path, cfg: ExperimentConfig) -> None:
     Raises:
         ConfigError: the directory contains a run of another config.
     """
-    name = quote_path(run_dir)
+    shown = quote_path(run_dir)
     if not (run_dir / CONFIG).exists():
         if checkpoint.latest_step(run_dir) is not None:
             raise ConfigError(
-                f"run_dir={name!r} must have a {CONFIG} beside its checkpoints, but it has "
+                f"run_dir={shown!r} must have a {CONFIG} beside its checkpoints, but it has "
                 "none; use another directory, or fresh=True (--fresh) to discard this run."
             )
         return
@@ -105,7 +105,7 @@ def check(run_dir: Path, cfg: ExperimentConfig) -> None:
             "be extended: other learning rates depend on the number of steps."
         )
         raise ConfigError(
-            f"run_dir={name!r} belongs to another config ({'; '.join(lines.values())}); "
+            f"run_dir={shown!r} belongs to another config ({'; '.join(lines.values())}); "
             "use another directory, the same values, or fresh=True (--fresh) to discard that run."
             + (hint if "train.steps" in lines else "")
         )
@@ -133,12 +133,12 @@ def _is_path(field: str, new: Mapping[str, Any], stored: Mapping[str, Any]) -> b
 
 
 def check_fresh(run_dir: Path) -> None:
-    """Raises ConfigError unless `run_dir` is empty or contains a run, which `discard` may delete."""
+    """Raises ConfigError unless `run_dir` is empty or contains a run, which can be discarded."""
     names = {path.name for path in run_dir.iterdir()} - {lock.NAME} if run_dir.exists() else ()
     if names and not _is_run(run_dir):
         raise ConfigError(
-            f"run_dir={quote_path(run_dir)!r} must be empty or a run to start afresh, but it has no "
-            f"{RUN} of a run; use another directory, or delete its files yourself."
+            f"run_dir={quote_path(run_dir)!r} must be empty or a run to start afresh, but it has "
+            f"no {RUN} of a run; use another directory, or delete its files yourself."
         )
 
 
@@ -212,8 +212,9 @@ def _write(path: Path, data: bytes) -> None:
     try:
         draft.write_bytes(data)
         os.replace(draft, path)
-    except OSError:  # such as a full disk, which needs the space
+    except OSError as error:  # such as a full disk, which needs the space
         draft.unlink(missing_ok=True)
+        error.filename = str(path)  # absent from errors of writing
         raise
 
 

@@ -42,8 +42,9 @@ class JsonlWriter:
         try:
             while line:
                 line = line[self._file.write(line) :]
-        except OSError:  # such as a full disk, after a part of the line
+        except OSError as error:  # such as a full disk, after a part of the line
             self._file.truncate(end)
+            error.filename = self._file.name  # absent from errors of writing
             raise
 
     def close(self) -> None:
