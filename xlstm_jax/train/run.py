@@ -162,10 +162,7 @@ def _resume(
     state, values = restored
     progress, description = Progress.from_json(values)
     # Resuming is exact only if step i has the same batch as before.
-    new, stored = train.description, description
-    if "sha256" in new and "sha256" in stored:  # content identifies data, however they are named
-        new, stored = ({k: v for k, v in x.items() if k not in _ORIGIN} for x in (new, stored))
-    if lines := differences(new, stored):
+    if lines := other_data(train.description, description):
         raise ConfigError(
             f"run_dir={str(run_dir)!r} was trained on other data ({'; '.join(lines)}); restore "
             "those data or give their path as data.source, use another directory, or fresh=True "
@@ -174,5 +171,9 @@ def _resume(
     return state, progress
 
 
-# Entries of a description that say where data come from.
-_ORIGIN = ("source", "python")
+def other_data(new: dict[str, Any], stored: dict[str, Any]) -> list[str]:
+    """The entries in which two descriptions of data differ, except for where the data come from."""
+    if "sha256" in new and "sha256" in stored:  # content identifies data, however they are named
+        origin = ("source", "python")
+        new, stored = ({k: v for k, v in x.items() if k not in origin} for x in (new, stored))
+    return differences(new, stored)
