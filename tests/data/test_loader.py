@@ -24,6 +24,14 @@ from xlstm_jax.data.loader import eval_index
 BYTE = tokenizers.get("byte")
 CFG = DataConfig(seq_len=8, batch_size=6)
 
+# Seed -> windows of step 7 of 60, from an earlier version: its runs resume with the same batches.
+ORDERS = {
+    0: [49, 9, 44, 11, 28, 45],
+    5: [14, 55, 57, 43, 4, 26],
+    2**32 - 1: [17, 25, 7, 27, 10, 42],
+    2**64 - 1: [55, 16, 30, 51, 6, 41],
+}
+
 
 def make_windows(num_windows, seq_len=CFG.seq_len):
     tokens = np.arange(num_windows * seq_len + 1).astype(np.uint16) % 256
@@ -55,6 +63,20 @@ def test_the_order_of_windows_depends_on_epoch_and_seed():
     epochs = {tuple(epoch) for order in orders for epoch in order.reshape(2, 60)}
     assert len(epochs) == 4
     assert tuple(range(60)) not in epochs
+
+
+def test_every_bit_of_the_seed_changes_the_order():
+    windows = make_windows(60)
+    seeds = [5, -5, 2**33 + 5, 2**63 + 5, 2**64 + 5, 2**65 + 5, 2**70, 10**5000]
+    orders = {tuple(indices(windows, dataclasses.replace(CFG, seed=s), 10)) for s in seeds}
+    assert len(orders) == len(seeds)
+
+
+def test_the_order_of_windows_is_that_of_earlier_versions():
+    windows = make_windows(60)
+    for seed, expected in ORDERS.items():
+        batch = batch_at(windows, dataclasses.replace(CFG, seed=seed), 7)
+        assert batch.index.tolist() == expected
 
 
 def test_sequences_of_a_batch_are_the_windows_of_its_index():
@@ -149,7 +171,9 @@ def test_eval_index_takes_the_middle_of_every_part(total, count):
     [
         ("seq_len", 0, r"data\.seq_len must be at least 1, got 0; leave it out"),
         ("batch_size", 0, r"data\.batch_size must be at least 1, got 0; leave it out"),
-        ("seed", -1, r"data\.seed must be at least 0, got -1; leave it out"),
+        ("pattern", "", r"data\.pattern must match names of files, got ''; use None"),
+        ("pattern", "{,*.txt}", r"data\.pattern must match names of files, got '\{,\*\.txt\}'"),
+        ("pattern", "{a,b}" * 40, r"data\.pattern must stand for at most 100 patterns, got"),
         ("min_len", 1, r"data\.min_len must be at least 2, got 1; leave it out"),
         ("num_eval_samples", 0, r"data\.num_eval_samples must be at least 1, got 0; leave"),
         ("tokenizer", "words", r"tokenizer='words' is not known; use one of: 'byte'"),

@@ -6,7 +6,8 @@ import math
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
 from xlstm_jax.data.config import Split
-from xlstm_jax.data.loader import load
+from xlstm_jax.data.loader import load, load_all
+from xlstm_jax.errors import quote_path
 from xlstm_jax.evaluate import by_position, perplexity
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.train.checkpoint import restore_params
@@ -19,8 +20,9 @@ class Evaluate(options.ModelCommand):
     """Measures perplexity and bits per byte on a split of the data."""
 
     run: options.RunPath  # directory of a training run
-    split: Split = "valid"  # split to evaluate
+    split: Split | None = None  # split to evaluate; None: "valid", or all of --source
     source: str | None = None  # built-in corpus, text file or folder; None: as in training
+    pattern: str | None = None  # files of a folder to read; None: as in training
     seq_len: int | None = None  # tokens per window; None: as in training
     batch_size: int | None = None  # windows per batch; None: as in training
     max_batches: int | None = None  # evaluate this many batches, evenly spaced; None: all
@@ -28,14 +30,19 @@ class Evaluate(options.ModelCommand):
     step: int | None = None  # step of the checkpoint; None: the newest
 
 
+_DATA = ("source", "pattern", "seq_len", "batch_size")  # options that replace those of `DataConfig`
+
+
 def run(argv: list[str]) -> int:
     """Runs `evaluate`; raises ConfigError if an option, the run or the data is invalid."""
     args = options.parse("evaluate", Evaluate, argv)
     cfg, params = restore_params(args.run, args.step)
-    data_options = {name: getattr(args, name) for name in ("source", "seq_len", "batch_size")}
+    data_options = {name: getattr(args, name) for name in _DATA}
     overrides = {name: value for name, value in data_options.items() if value is not None}
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **overrides))
-    examples = load(cfg.data, args.split)
+    # A text that is given is held out as a whole: a part of it would surprise.
+    split = args.split or ("valid" if args.source is None else None)
+    examples = load(cfg.data, split) if split else load_all(cfg.data)
     check_vocabulary(cfg, examples)
     inputs = LM(cfg.model), {"params": params}, examples
     settings = {
@@ -45,7 +52,8 @@ def run(argv: list[str]) -> int:
     }
     with compiled_programs(args.run):
         result = perplexity(*inputs, **settings)
-        fields = {"data": f"{cfg.data.source}, {args.split}, windows of {cfg.data.seq_len} tokens"}
+        scope = f"{quote_path(cfg.data.source)}, {split or 'all splits'}"
+        fields = {"data": f"{scope}, windows of {cfg.data.seq_len} tokens"}
         if result.bits_per_byte is not None:
             fields["bits per byte"] = f"{result.bits_per_byte:.4f}"
         fields["nats per token"] = f"{result.nats_per_token:.4f}"

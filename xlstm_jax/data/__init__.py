@@ -2,7 +2,7 @@
 
 from xlstm_jax.data.batch import Batch, Examples
 from xlstm_jax.data.config import SPLITS, DataConfig
-from xlstm_jax.data.loader import DATASETS, batch_at, batches, eval_batches, load
+from xlstm_jax.data.loader import DATASETS, batch_at, batches, eval_batches, load, load_all
 from xlstm_jax.data.windows import Windows
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "batches",
     "eval_batches",
     "load",
+    "load_all",
 ]

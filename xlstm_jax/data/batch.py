@@ -1,9 +1,12 @@
 """The batch that a training step consumes, and the interface of a data set."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
+
+from xlstm_jax.config import differences
 
 
 class Batch(NamedTuple):
@@ -26,7 +29,7 @@ class Examples(Protocol):
 
     @property
     def description(self) -> dict[str, Any]:
-        """Source of the data as JSON values, recorded with results; a resumed run compares it."""
+        """What identifies the data, as JSON values; `differences_of_data` compares it on resume."""
 
     @property
     def shuffle(self) -> bool:
@@ -37,6 +40,19 @@ class Examples(Protocol):
 
     def batch(self, index: Int64[np.ndarray, "B"]) -> Batch:
         """The windows or samples with these indices, as a pure function of the indices."""
+
+
+def differences_of_data(new: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """How a description differs from that of an earlier run, one line per field.
+
+    Data are identified by content: neither their place nor the names of their files count.
+    """
+    # Earlier versions stored the path of a text and the version of Python, and no hash without
+    # names of files.
+    ignored = {"source", "python"} - new.keys()
+    ignored |= {"sha256"} if "content_sha256" in stored else {"content_sha256"}
+    old, current = ({k: v for k, v in d.items() if k not in ignored} for d in (stored, new))
+    return differences(current, old)
 
 
 def pad_batch(batch: Batch, batch_size: int) -> Batch:

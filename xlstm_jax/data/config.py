@@ -5,6 +5,8 @@ from typing import Literal, get_args
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import tokenizers
+from xlstm_jax.data.files import alternatives
+from xlstm_jax.errors import quote
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -14,12 +16,12 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 class DataConfig:
     """Source, tokenizer, sequence length and batch size of the data of a run."""
 
-    source: str = "stdlib"  # a name in `loader.DATASETS`, a text file, or a folder of text files
+    source: str = "stdlib"  # a name in `loader.DATASETS`, or the path of a text file or a folder
     seq_len: int = 256  # T: input tokens of a sequence
     batch_size: int = 16  # sequences of one step, over all hosts
     tokenizer: str = "byte"
-    seed: int = 0  # of the shuffle; for synthetic tasks, of the samples themselves
-    pattern: str = "*.txt"  # files of a folder to read, at any depth
+    seed: int = 0  # any integer, of the shuffle; for synthetic tasks, of the samples themselves
+    pattern: str | None = None  # files of a folder, at any depth: *.py; None: .txt, .md, .gz, .zst
     min_len: int = 3  # synthetic tasks: tokens of the shortest sample, with the answer
     max_len: int | None = None  # synthetic tasks: of the longest; None: seq_len + 1
     num_eval_samples: int = 8192  # synthetic tasks: samples of a held-out split
@@ -28,14 +30,20 @@ class DataConfig:
         for name, least in (
             ("seq_len", 1),
             ("batch_size", 1),
-            ("seed", 0),
             ("min_len", 2),  # one symbol and the answer
             ("num_eval_samples", 1),
         ):
             value = getattr(self, name)
             if value < least:
                 raise ConfigError(
-                    f"data.{name} must be at least {least}, got {value}; "
+                    f"data.{name} must be at least {least}, got {quote(value)}; "
                     f"leave it out for the default of {getattr(DataConfig, name)}."
                 )
+        if not self.source:
+            raise ConfigError(
+                "data.source must be the name of a data set or a path, got ''; use '.' for the "
+                "working directory."
+            )
+        if self.pattern is not None:
+            alternatives(self.pattern)  # raises if it is invalid
         tokenizers.get(self.tokenizer)  # raises if the name is unknown

@@ -1,7 +1,7 @@
 """Built-in corpora: text files of the running Python installation, read in place.
 
-Nothing is copied into the package. The texts differ between Python versions, so every description
-records the version and a hash. License of the texts: PSF. Sizes are those of Python 3.11.
+Nothing is copied into the package. The texts differ between Python versions; every description has
+a hash of them. License of the texts: PSF. Sizes are those of Python 3.11.
 """
 
 import codecs
@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from xlstm_jax.config import ConfigError
-from xlstm_jax.data import grammar
-from xlstm_jax.data.readers import Corpus, Document, read_folder, split_by_hash
+from xlstm_jax.data import files, grammar
+from xlstm_jax.data.readers import Corpus, Document, split_by_hash
 
 _log = logging.getLogger(__name__)
 # The library alone: no tests, and no installed packages, which differ between machines.
@@ -27,9 +27,15 @@ def _folder() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
+def _read(pattern: str) -> Iterator[Document]:
+    for name in files.walk(_folder(), _SKIP, follow_links=False):
+        if files.matches(name, pattern) and (data := (_folder() / name).read_bytes()):
+            yield Document(name, data)
+
+
 def stdlib() -> Iterator[Document]:
     """Source code of the standard library, without its tests: 733 files, 12.1 MB."""
-    for document in read_folder(_folder(), ["*.py"], skip=_SKIP):
+    for document in _read("*.py"):
         # These contain build paths, which differ between machines with the same Python.
         if not document.name.startswith("_sysconfigdata"):
             yield document
@@ -55,7 +61,7 @@ def unicode() -> Iterator[Document]:
 
 def texts() -> Iterator[Document]:
     """The remaining texts: license, help, news, credits and a poem, 0.2 MB."""
-    for document in read_folder(_folder(), ["*.txt", "*.html", "*.rst"], skip=_SKIP):
+    for document in _read("*.{txt,html,rst}"):
         # In documents of 50 lines: the files are too few for every split to get one.
         lines = document.data.splitlines(keepends=True)
         for start in range(0, len(lines), 50):

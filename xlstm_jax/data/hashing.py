@@ -5,6 +5,8 @@ pseudorandom number generators"). NumPy's generators are streams: draw i of samp
 new generator per sample, and the streams may change between NumPy versions.
 """
 
+import hashlib
+
 import numpy as np
 from jaxtyping import Int64, UInt64
 
@@ -21,11 +23,19 @@ def mix(x: UInt64[np.ndarray, "*N"]) -> UInt64[np.ndarray, "*N"]:
 
 
 def key(*parts: int) -> UInt64[np.ndarray, "1"]:
-    """A key from non-negative integers, such as (seed, split); `fold` adds more of them."""
+    """A key from any integers, such as (seed, split); `fold` adds more of them."""
     result = np.zeros(1, np.uint64)
     for part in parts:
-        result = fold(result, np.full(1, part, np.uint64))
+        result = fold(result, np.full(1, _word(part), np.uint64))
     return result
+
+
+def _word(part: int) -> int:
+    """The integer itself if it fits 64 bits without a sign, else a hash of all its bits."""
+    if 0 <= part < 1 << 64:
+        return part
+    data = part.to_bytes(part.bit_length() // 8 + 1, "big", signed=True)
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
 def fold(

@@ -6,9 +6,7 @@ in its data is therefore one integer, valid for any number of hosts.
 """
 
 import functools
-import platform
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64
@@ -21,14 +19,16 @@ from xlstm_jax.data.prefetch import BatchIterator
 from xlstm_jax.data.synthetic import parity
 from xlstm_jax.data.synthetic.samples import Samples
 from xlstm_jax.data.windows import Windows, concatenate
+from xlstm_jax.errors import quote
 
 
-def _windows(corpus: readers.Corpus, cfg: DataConfig, split: Split) -> Windows:
+def _windows(corpus: readers.Corpus, cfg: DataConfig, split: str) -> Windows:
     """The windows of one split, with a description of all of its corpus."""
     if not corpus.documents[split]:
+        counts = ", ".join(f"{len(docs)} in {name}" for name, docs in corpus.documents.items())
         raise ConfigError(
-            f"data.source={cfg.source!r} must have at least one document for split={split!r}, got "
-            "none; add files, or sort them into train/, valid/ and test/."
+            f"data.source={quote(cfg.source)} must have at least one document for split={split!r}, "
+            f"got none ({counts}); add text, or sort it into train/, valid/ and test/."
         )
     tokenizer = tokenizers.get(cfg.tokenizer)
     tokens = concatenate(corpus.documents[split], tokenizer)
@@ -36,8 +36,9 @@ def _windows(corpus: readers.Corpus, cfg: DataConfig, split: Split) -> Windows:
         "split": split,
         "tokenizer": tokenizer.name,
         "num_tokens": len(tokens),
-        "python": platform.python_version(),  # built-in text differs between versions
     }
+    # The name of a built-in corpus identifies it; the path of a text does not.
+    description |= {"source": corpus.name} if corpus.name in corpora.CORPORA else {}
     return Windows(tokens, cfg.seq_len, tokenizer, description)
 
 
@@ -56,19 +57,48 @@ def load(cfg: DataConfig, split: Split) -> Examples:
     """Loads one split: `Windows` of a text, or `Samples` of a synthetic task.
 
     Raises:
-        ConfigError: the source is unknown or does not exist, or it has no data for this split.
+        ConfigError: the source is unknown, ambiguous or does not exist, or it has no data for this
+            split.
     """
     if split not in SPLITS:
-        raise ConfigError(f"split={split!r} is not known; use one of: {', '.join(SPLITS)}.")
-    if cfg.source in DATASETS:
+        raise ConfigError(f"split={quote(split)} is not known; use one of: {', '.join(SPLITS)}.")
+    if _is_named(cfg):
         return DATASETS[cfg.source](cfg, split)
-    if not Path(cfg.source).expanduser().exists():
-        raise ConfigError(
-            f"data.source={cfg.source!r} is neither the name of a data set nor an existing path; "
-            f"use a name ({', '.join(DATASETS)}) or the path of "
-            f"{readers.LAYOUT.format(pattern=cfg.pattern)}."
-        )
     return _windows(readers.read_path(cfg.source, cfg.pattern), cfg, split)
+
+
+def load_all(cfg: DataConfig) -> Examples:
+    """Loads the documents of all splits of a text; of other data sets, the split "valid".
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    if not _is_named(cfg):
+        corpus = readers.read_all(cfg.source, cfg.pattern)
+    elif DATASETS[cfg.source] is _corpus:
+        name, splits = corpora.read_corpus(cfg.source)
+        corpus = readers.Corpus(name, {"all": [d for docs in splits.values() for d in docs]})
+    else:
+        return load(cfg, "valid")
+    return _windows(corpus, cfg, "all")
+
+
+def _is_named(cfg: DataConfig) -> bool:
+    """Whether the source is a name in `DATASETS` and not a path; raises ConfigError if unclear."""
+    is_path = readers.find(cfg.source) is not None
+    if cfg.source in DATASETS and is_path:
+        raise ConfigError(
+            f"data.source={quote(cfg.source)} must be unambiguous, but it is the name of a data "
+            f"set and of a file or folder here; write {quote('./' + cfg.source)} for the path, or "
+            "rename it to use the data set."
+        )
+    if cfg.source not in DATASETS and not is_path:
+        raise ConfigError(
+            f"data.source={quote(cfg.source)} is neither the name of a data set nor an existing "
+            f"path; use a name ({', '.join(DATASETS)}) or the path of a text file or a folder of "
+            "text. If the data moved, give their new path (--data.source; evaluate: --source)."
+        )
+    return cfg.source in DATASETS
 
 
 def batch_at(
@@ -88,7 +118,7 @@ def batch_at(
     if cfg.batch_size > len(examples):
         raise ConfigError(
             f"data.batch_size={cfg.batch_size} must be at most the {len(examples)} windows of "
-            f"data.source={cfg.source!r}; make the batch or data.seq_len smaller, or add text."
+            f"data.source={quote(cfg.source)}; make the batch or data.seq_len smaller, or add text."
         )
     block = _host_block(cfg, host_index, host_count)
     # int64: the stream outgrows 32 bits.
