@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from xlstm_jax.config import ConfigError
-from xlstm_jax.train import CheckpointError, checkpoint, fit, manifest, plots, run, rundir
+from xlstm_jax.train import CheckpointError, checkpoint, fit, manifest, plots, rundir
 from xlstm_jax.train.writers import CallbackWriter, JsonlWriter
 
 
@@ -177,16 +177,6 @@ def test_data_that_moved_are_recognized_by_content(
     (tmp_path / "moved" / "train" / "a.txt").write_text("other text\n" * 500)
     with pytest.raises(ConfigError, match="was trained on other data.*give their path as data.s"):
         fit(experiment(data={"source": "moved"}, **train), "run")
-
-
-def test_the_origin_of_data_is_compared_only_where_nothing_identifies_their_content(trained):
-    cfg, run_dir = trained
-    identified = {"sha256": "1", "source": "a", "python": "3.11.1", "num_bytes": 3}
-    assert run.other_data(identified, identified | {"source": "b", "python": "3.11.2"}) == []
-    del identified["python"]
-    assert run.other_data(identified, identified | {"python": "3.11.2"}) == []
-    assert run.other_data(identified, identified | {"sha256": "2"})
-    assert run.other_data({"source": "parity"}, {"source": "majority"})
 
 
 def test_a_stored_config_without_newer_fields_belongs_to_a_config_with_their_defaults(trained):

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import optax
 
-from xlstm_jax.config import ConfigError, differences
+from xlstm_jax.config import ConfigError
 from xlstm_jax.data import loader
-from xlstm_jax.data.batch import Examples
+from xlstm_jax.data.batch import Examples, differences_of_data
 from xlstm_jax.data.windows import Windows
 from xlstm_jax.sharding.devices import make_devices
 from xlstm_jax.train import checkpoint, lock, plots, rundir
@@ -162,18 +162,10 @@ def _resume(
     state, values = restored
     progress, description = Progress.from_json(values)
     # Resuming is exact only if step i has the same batch as before.
-    if lines := other_data(train.description, description):
+    if lines := differences_of_data(train.description, description):
         raise ConfigError(
             f"run_dir={str(run_dir)!r} was trained on other data ({'; '.join(lines)}); restore "
             "those data or give their path as data.source, use another directory, or fresh=True "
             "(--fresh) to discard that run."
         )
     return state, progress
-
-
-def other_data(new: dict[str, Any], stored: dict[str, Any]) -> list[str]:
-    """The entries in which two descriptions of data differ, except for where the data come from."""
-    if "sha256" in new and "sha256" in stored:  # content identifies data, however they are named
-        origin = ("source", "python")
-        new, stored = ({k: v for k, v in x.items() if k not in origin} for x in (new, stored))
-    return differences(new, stored)
