@@ -1,7 +1,9 @@
 """Checkpoints restore exactly; corrupt ones raise a one-line error."""
 
+import errno
 import hashlib
 import json
+import resource
 
 import jax
 import numpy as np
@@ -117,14 +119,87 @@ def test_if_the_only_checkpoint_is_corrupt_the_error_suggests_fresh(saved):
     run_dir, _, states = saved
     checkpoints = run_dir / "checkpoints"
     (checkpoints / "2").rename(run_dir / "moved")
-    truncate(checkpoints / "4" / "data" / "metadata")
+    truncate(checkpoints / "4" / "data" / "data.json")
     with pytest.raises(CheckpointError, match=r"must have \d+ bytes, got \d+.*--fresh"):
         checkpoint.restore_latest(run_dir, jax.eval_shape(lambda: states[4]))
 
 
-def test_a_state_of_another_structure_is_an_error(saved):
+def test_a_state_of_another_model_is_an_error_that_names_the_first_leaf(saved):
     run_dir, _, states = saved
     like = jax.eval_shape(lambda: states[4])
-    other = like.replace(params={"else": jax.ShapeDtypeStruct((3,), np.float32)})
-    with pytest.raises(CheckpointError, match="must be a complete checkpoint of this config"):
-        checkpoint.restore_latest(run_dir, other)
+    table = like.params["token_embedding"]["embedding"]
+    for params, words in (
+        ({"else": jax.ShapeDtypeStruct((3,), np.float32)}, "params/else is absent there and .3,."),
+        (
+            like.params | {"token_embedding": {"embedding": table.update(shape=(9, 4))}},
+            r"params/token_embedding/embedding is .257, 8. there and .9, 4. in the config",
+        ),
+        (
+            {name: x for name, x in like.params.items() if name != "lm_head"},
+            r"params/lm_head/kernel is .8, 257. there and absent in the config",
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=words) as caught:
+            checkpoint.restore_latest(run_dir, like.replace(params=params))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    ["[]", "5", "null", '"x"', '{"state/a": 3}', '{"format": 2}', '{"format": 2, "files": []}']
+    + ["[" * 100_000, "\xff"],
+    ids=range(9),
+)
+def test_a_damaged_manifest_is_a_one_line_error(saved, contents):
+    run_dir, _, _ = saved
+    (run_dir / "checkpoints" / "4" / "manifest.json").write_text(contents, encoding="latin-1")
+    with pytest.raises(CheckpointError, match="manifest.json must list .* it is damaged; delete"):
+        restore_params(run_dir)
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_with_the_advice_to_upgrade(saved):
+    run_dir, _, _ = saved
+    path = run_dir / "checkpoints" / "4" / "manifest.json"
+    path.write_text(json.dumps({"format": 3, "records": "of a later version"}))
+    with pytest.raises(CheckpointError, match="format up to 2, got 3.*; upgrade xlstm-jax.$"):
+        restore_params(run_dir)
+    path.write_text(json.dumps(json.loads('{"data/data.json": {"size": 1, "crc32": 2}}')))
+    with pytest.raises(CheckpointError, match="must have 1 bytes"):  # the format of old manifests
+        restore_params(run_dir)
+
+
+def test_incomplete_checkpoints_are_ignored_and_deleted_by_the_next_run(saved, caplog):
+    run_dir, cfg, _ = saved
+    folder = run_dir / "checkpoints"
+    drafts = ["6.tmp", "6.tmp.orbax-checkpoint-tmp", "7.orbax-checkpoint-tmp-12"]
+    others = ["best.tmp", "6.tmp.notes"]
+    for name in drafts + others:
+        (folder / name / "state").mkdir(parents=True)
+    assert checkpoint.steps(run_dir) == [2, 4]
+    restore_params(run_dir)
+    Checkpointer(run_dir).close()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["2", "4", *others])
+    (message,) = caplog.messages
+    assert message == f"deleted incomplete checkpoints in {folder}: {', '.join(drafts)}"
+
+
+def test_a_failed_write_is_an_error_of_the_system_and_keeps_the_other_checkpoints(
+    saved, rng, caplog
+):
+    """The array store fails in its own threads; here because files may not grow beyond 256 kB."""
+    run_dir, _, states = saved
+    state = states[4].replace(params={"x": rng.standard_normal(200_000)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    saver = Checkpointer(run_dir, keep=3)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, hard))
+        saver.save(6, state, {"step": 6}, {})
+        with pytest.raises(OSError, match="checkpoints") as caught:
+            saver.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG and not caplog.messages
+    assert checkpoint.steps(run_dir) == [2, 4]
+    with Checkpointer(run_dir, keep=3) as saver:
+        saver.save(6, state, {"step": 6}, {})
+    assert checkpoint.steps(run_dir) == [2, 4, 6]

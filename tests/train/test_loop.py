@@ -1,5 +1,6 @@
 """Runs: exact resume after any interruption, and errors that leave the run directory unchanged."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,7 +22,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from xlstm_jax.config import ConfigError, to_dict
 from xlstm_jax.train import CheckpointError, DivergedError, checkpoint, fit, restore_params
-from xlstm_jax.train.processes import stop_request
+from xlstm_jax.train.processes import Stop
 
 SPEED = ("step_time", "data_wait", "tokens_per_second", "model_flops_per_second")
 
@@ -290,8 +291,10 @@ def interrupts():
 
 
 def test_the_first_signal_requests_a_stop_and_the_second_interrupts(interrupts):
-    with stop_request() as stop:
-        assert not stop.requested
+    with contextlib.closing(Stop()) as stop:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        stop.listen()
         signal.raise_signal(signal.SIGTERM)
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
@@ -300,14 +303,15 @@ def test_the_first_signal_requests_a_stop_and_the_second_interrupts(interrupts):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_stop_request_handles_no_signals_outside_the_main_thread():
+def test_stop_handles_no_signals_outside_the_main_thread():
     requested = []
 
-    def enter():
-        with stop_request() as stop:
+    def listen():
+        with contextlib.closing(Stop()) as stop:
+            stop.listen()
             requested.append(stop.requested)
 
-    thread = threading.Thread(target=enter)
+    thread = threading.Thread(target=listen)
     thread.start()
     thread.join()
     assert requested == [False]

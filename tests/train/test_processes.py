@@ -177,7 +177,7 @@ def test_a_run_killed_while_saving_resumes_from_the_previous_checkpoint(run, uni
     assert processes[0].returncode == -signal.SIGKILL
     processes[1].kill()
     processes[1].communicate(timeout=60)
-    assert list((run.run_dir / checkpoint.FOLDER).glob("6.orbax-checkpoint-tmp*/state/*"))
+    assert list((run.run_dir / checkpoint.FOLDER).glob("6.tmp/state/*"))
     assert checkpoint.latest_step(run.run_dir) == 3
     run.run("resumed", 2)
     assert run.losses() == uninterrupted.losses()

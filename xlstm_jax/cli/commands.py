@@ -36,6 +36,7 @@ WITHOUT_CPU_SETTINGS = ("convert",)
 _MACHINE_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.EIO,
     errno.EMFILE,
     errno.ENFILE,

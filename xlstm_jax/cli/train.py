@@ -21,6 +21,7 @@ from xlstm_jax.sharding.distributed import Processes, init_distributed
 from xlstm_jax.train import checkpoint, rundir
 from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.guard import DivergedError
+from xlstm_jax.train.processes import exit_on_signal, extra
 from xlstm_jax.train.run import FitResult, fit
 
 # Of the sample after training; a character may take several tokens.
@@ -41,10 +42,11 @@ def run(argv: list[str]) -> int:
     args = options.parse_with_config("train", Train, argv)
     init_distributed(args.processes)
     cfg = args.experiment
-    run_dir = _default_run_dir(args.config) if args.run_dir is None else args.run_dir
+    run_dir = rundir.expand(_default_run_dir(args.config) if args.run_dir is None else args.run_dir)
     flops = cfg.data.batch_size * train_flops(cfg.model, cfg.data.seq_len)
     try:
-        result = fit(cfg, run_dir, fresh=args.fresh, console=True, flops_per_step=flops)
+        with exit_on_signal():
+            result = fit(cfg, run_dir, fresh=args.fresh, console=True, flops_per_step=flops)
     except DivergedError as error:
         print(f"xlstm-jax: {error}", file=sys.stderr)
         return DIVERGED
@@ -74,12 +76,14 @@ def run(argv: list[str]) -> int:
             )
         fields["held out"] = ", ".join([*losses, scope])
     fields["checkpoint"] = str(run_dir / checkpoint.FOLDER / str(result.step))
-    fields["loss curve"] = str(run_dir / rundir.CURVE)
+    if (run_dir / rundir.CURVE).exists():
+        fields["loss curve"] = str(run_dir / rundir.CURVE)
     console.write("\n")
     console.print_fields(fields)
     # With several processes, parameters may be sharded over all of them.
     if isinstance(valid, Windows) and jax.process_count() == 1:
-        _show_sample(cfg, result, valid)
+        with extra("the sample"):
+            _show_sample(cfg, result, valid)
     return DONE
 
 

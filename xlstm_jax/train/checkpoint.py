@@ -6,23 +6,32 @@ RUN/checkpoints/STEP/data           progress                  (JSON)
 RUN/checkpoints/STEP/config         config at this step       (JSON)
 RUN/checkpoints/STEP/manifest.json  sizes and checksums of all these files
 
-A run that starts from existing parameters has a checkpoint of step 0 with the parameters only.
+A save writes to STEP.tmp, which is renamed to the bare number when it is complete. A run that
+starts from existing parameters has a checkpoint of step 0 with the parameters only.
 """
 
 import collections
+import concurrent.futures
 import contextlib
-from collections.abc import Callable
+import errno
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
+import orbax.checkpoint.experimental.v1 as ocp
 
 from xlstm_jax.config import ConfigError, load_config
+from xlstm_jax.errors import quote_path
 from xlstm_jax.modules.lm import param_shapes
 from xlstm_jax.train import manifest
 from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.guard import Guard
+from xlstm_jax.train.processes import log
 from xlstm_jax.train.state import TrainState
 from xlstm_jax.typing import PyTree
 
@@ -38,25 +47,21 @@ _OldGuard = collections.namedtuple("_OldGuard", ("usual_norm", "skipped"))
 
 
 class Checkpointer(contextlib.AbstractContextManager):
-    """Writes the checkpoints of a run asynchronously and retains the newest `keep` of them."""
+    """Writes the checkpoints of a run asynchronously and retains the newest `keep` of them.
+
+    Opening it deletes what interrupted saves have left behind. If a save fails, the error is raised
+    by the next call, and the earlier checkpoints remain; errors of the disk are `OSError`.
+    """
 
     def __init__(self, run_dir: str | Path, keep: int = 3):
-        self._folder = Path(run_dir).resolve() / FOLDER
+        self._folder, self._keep = Path(run_dir).resolve() / FOLDER, keep
         self._step = latest_step(run_dir)  # of the last save, possibly still in progress
-        self._manager = ocp.CheckpointManager(
-            self._folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                enable_async_checkpointing=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
-            ),
-        )
-
-    def _write_manifest(self) -> None:
-        # Saves do not overlap, so the items just completed are those of this step. Their folder
-        # still has a temporary name: the manifest and the items appear with one rename.
-        drafts = self._folder.glob(f"{self._step}.orbax-checkpoint-tmp*")
-        manifest.write(next(drafts, self._folder / str(self._step)))
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "save")
+        self._saving: concurrent.futures.Future[None] | None = None
+        if jax.process_index() == 0 and (drafts := _drafts(self._folder)):
+            names = ", ".join(path.name for path in drafts)
+            log.warning("deleted incomplete checkpoints in %s: %s", self._folder, names)
+            _delete(*drafts)
 
     def save(
         self, step: int, state: TrainState, data_state: dict[str, Any], config: dict[str, Any]
@@ -64,32 +69,124 @@ class Checkpointer(contextlib.AbstractContextManager):
         """Saves a step unless it is saved already. Copies `state`, which may then be donated."""
         if step == self._step:
             return
-        # `_write_manifest` needs to know which save has completed.
-        self._manager.wait_until_finished()
+        self.wait()
         self._step = step
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave(data_state),
-                config=ocp.args.JsonSave(config),
-            ),
-            force=True,  # the loop decides when to save, not a policy of the manager
-        )
+        folder, context = self._folder / str(step), _context()
+        with _disk_errors(folder), context:
+            items = {"state": state, "data": data_state, "config": config}
+            response = ocp.save_checkpointables_async(str(_draft(folder)), items)
+        self._saving = self._thread.submit(self._complete, folder, response.result)
+
+    def _complete(self, folder: Path, wait: Callable[..., None]) -> None:
+        try:
+            wait()
+            if jax.process_index() == 0:
+                _publish(folder)
+        except BaseException:
+            if jax.process_index() == 0:  # a full disk needs the space
+                _delete(*_drafts(self._folder))
+            raise
+        if jax.process_index() == 0:
+            saved = steps(self._folder.parent)
+            _delete(*(self._folder / str(step) for step in saved[: -self._keep]))
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk."""
+        saving, self._saving = self._saving, None  # releases what the save has buffered
+        if saving is not None:
+            with _disk_errors(self._folder):
+                saving.result()
 
     def close(self) -> None:
         """Waits until all checkpoints are on disk."""
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
 
+def _context() -> ocp.Context:
+    """The settings of the store for one operation."""
+    logging.getLogger("absl").addFilter(_is_not_raised)  # which is added once only
+    registry = ocp.handlers.local_registry()
+    for name in ("data", "config"):  # they would be taken for trees of arrays
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    # It would save a tenth of the size, for four times the time and a copy of every array.
+    context.array.saving.use_compression = False
+    return context
+
+
+def _draft(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.tmp")
+
+
+def _drafts(folder: Path) -> list[Path]:
+    """Incomplete checkpoints: STEP.tmp, and the temporary folders of the store."""
+    return sorted(p for p in folder.glob("*.*tmp*") if re.match(_DRAFT, p.name) and p.is_dir())
+
+
+_DRAFT = r"\d+(\.tmp)?(\.orbax-checkpoint-tmp.*)?$"
+
+
+def _publish(folder: Path) -> None:
+    """Completes a checkpoint: the manifest and all items appear with one rename."""
+    manifest.write(_draft(folder))
+    os.replace(_draft(folder), folder)
+
+
+def _delete(*folders: Path) -> None:
+    """Deletes checkpoints, which are incomplete from the beginning."""
+    for folder in folders:
+        draft = folder if folder.name.count(".") else _draft(folder)
+        with contextlib.suppress(OSError):
+            os.replace(folder, draft)
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def delete_all(run_dir: Path) -> None:
+    """Deletes the checkpoints of a run, complete or not, and their folder if it is then empty."""
+    folder = run_dir / FOLDER
+    _delete(*(folder / str(step) for step in reversed(steps(run_dir))), *_drafts(folder))
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _is_not_raised(record: logging.LogRecord) -> bool:
+    """Drops tracebacks that threads of the store print of errors which are also raised."""
+    return "_SignalingThread.run() raised an exception" not in record.getMessage()
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Raises failures of the disk as `OSError`, which the array store reports as text only."""
+    try:
+        yield
+    except Exception as error:
+        number = _os_error_number(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _os_error_number(error: BaseException | None) -> int | None:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if found := re.search(r"\[os_error_code='(\d+)'", str(error)):
+            return int(found[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def steps(run_dir: str | Path) -> list[int]:
     """The steps with a complete checkpoint, oldest first."""
-    # A checkpoint is renamed to the bare step number when it is complete.
     folders = (Path(run_dir) / FOLDER).glob("*")
-    return sorted(int(path.name) for path in folders if path.name.isdecimal())
+    return sorted(int(path.name) for path in folders if path.name.isdecimal() and path.is_dir())
 
 
 def latest_step(run_dir: str | Path) -> int | None:
@@ -104,37 +201,27 @@ def save_params(run_dir: str | Path, params: PyTree, config: dict[str, Any]) -> 
     """Saves parameters as step 0 of a new run, which then starts from them.
 
     Parameters are written a few at a time, without optimizer moments or a second copy of all of
-    them in memory. They are not compressed: this would save a tenth and buffer each once more.
+    them in memory.
     """
-    folder = Path(run_dir).resolve() / FOLDER / "0"
+    folder, context = Path(run_dir).resolve() / FOLDER / "0", _context()
+    # Admits the largest leaf.
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
-    gigabytes: Any = 1.01 * largest / 1e9  # admits the largest leaf; may be fractional
-    handler = ocp.CompositeCheckpointHandler(
-        state=ocp.PyTreeCheckpointHandler(save_concurrent_gb=gigabytes, use_compression=False),
-        data=ocp.JsonCheckpointHandler(),
-        config=ocp.JsonCheckpointHandler(),
-    )
-    with ocp.Checkpointer(handler) as writer:
-        writer.save(
-            folder,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave({"params": params}),
-                data=ocp.args.JsonSave(_PARAMS_ONLY),
-                config=ocp.args.JsonSave(config),
-            ),
-        )
-    manifest.write(folder)
+    context.memory.write_concurrent_bytes = int(1.01 * largest) + 1
+    context.memory.deepcopy_host_arrays = False
+    with _disk_errors(folder), context:
+        items = {"state": {"params": params}, "data": _PARAMS_ONLY, "config": config}
+        ocp.save_checkpointables(str(_draft(folder)), items)
+    _publish(folder)
 
 
 def has_params_only(run_dir: str | Path) -> bool:
     """Whether the newest checkpoint is of `save_params`; raises CheckpointError if corrupt."""
     if latest_step(run_dir) != 0:
         return False
-    args = ocp.args.Composite(data=ocp.args.JsonRestore())
-    return _restore(Path(run_dir), 0, args).data == _PARAMS_ONLY
+    return _restore(Path(run_dir), 0, {"data": None})["data"] == _PARAMS_ONLY
 
 
-def restore_latest(run_dir: str | Path, like: PyTree) -> tuple[TrainState, dict[str, Any]] | None:
+def restore_latest(run_dir: str | Path, like: PyTree) -> tuple[TrainState, Any] | None:
     """Restores the newest state and progress of a run; None without a checkpoint.
 
     Nothing on disk changes, also if an error is raised.
@@ -153,11 +240,9 @@ def restore_latest(run_dir: str | Path, like: PyTree) -> tuple[TrainState, dict[
     metadata = Path(run_dir, FOLDER, str(step), "state", "_METADATA")
     if metadata.is_file() and "usual_norm" in metadata.read_text(errors="replace"):
         like = like.replace(guard=_OldGuard(*like.guard))
-    args = ocp.args.Composite(
-        state=ocp.args.StandardRestore(_abstract(like)), data=ocp.args.JsonRestore()
-    )
-    restored = _restore(Path(run_dir), step, args)
-    return restored.state.replace(guard=Guard(*restored.state.guard)), restored.data
+    restored = _restore(Path(run_dir), step, {"state": _abstract(like), "data": None})
+    state = restored["state"]
+    return state.replace(guard=Guard(*state.guard)), restored["data"]
 
 
 def restore_params(
@@ -183,15 +268,9 @@ def restore_params(
         raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; use one of: {words}.")
     shapes = param_shapes(cfg.model)
     like = {"params": _abstract(shapes, None if place is None else place(shapes))}
-    # Partial: the optimizer state is not read.
-    item = ocp.args.PyTreeRestore(
-        item=like,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(like),
-        partial_restore=True,
-    )
     step = saved[-1] if step is None else step
-    restored = _restore(Path(run_dir), step, ocp.args.Composite(state=item))
-    return cfg, restored.state["params"]
+    # Partial: the optimizer state is not read.
+    return cfg, _restore(Path(run_dir), step, {"state": like}, partial=True)["state"]["params"]
 
 
 def _abstract(tree: PyTree, shardings: PyTree = None) -> PyTree:
@@ -207,8 +286,16 @@ def _abstract(tree: PyTree, shardings: PyTree = None) -> PyTree:
     )
 
 
-def _restore(run_dir: Path, step: int, args: ocp.args.Composite) -> Any:
+def _restore(
+    run_dir: Path, step: int, items: dict[str, Any], *, partial: bool = False
+) -> dict[str, Any]:
+    """Restores items of a checkpoint; `partial` reads only the given leaves of a state."""
     folder = run_dir.resolve() / FOLDER / str(step)
+    if (version := manifest.read_format(folder)) > manifest.FORMAT:
+        raise CheckpointError(
+            f"{quote_path(folder)} must have a format up to {manifest.FORMAT}, got {version}, "
+            "which a newer version of xlstm-jax writes; upgrade xlstm-jax."
+        )
     earlier = [other for other in steps(run_dir) if other < step]
     way_out = "it is the only one, so start again with fresh=True (--fresh)"
     if earlier:
@@ -216,14 +303,43 @@ def _restore(run_dir: Path, step: int, args: ocp.args.Composite) -> Any:
     problem = manifest.verify(folder)
     if problem is not None:
         raise CheckpointError(f"{problem}; {way_out}.")
-    # Not with a CheckpointManager, which deletes unfinished checkpoints when it is opened.
+    context = _context()
+    context.pytree.loading.partial_load = partial
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            return reader.restore(folder, args=args)
+        with context:
+            reason = (
+                _mismatch(folder, items["state"], partial=partial) if "state" in items else None
+            )
+            if reason is None:
+                return ocp.load_checkpointables(str(folder), items)
     # The array store raises many types of exception, including a bare Exception.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise CheckpointError(
-            f"{folder} must be a complete checkpoint of this config, but it cannot be read "
-            f"({reason}); {way_out}."
-        ) from error
+        if (number := _os_error_number(error)) not in (None, errno.ENOENT):
+            raise OSError(number, os.strerror(number), str(folder)) from error
+        reason = f"it cannot be read ({_innermost(error)})"
+    raise CheckpointError(
+        f"{folder} must be a complete checkpoint of this config, but {reason}; {way_out}."
+    )
+
+
+def _innermost(error: BaseException) -> str:
+    """The first line of the error that caused all others."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
+def _mismatch(folder: Path, like: PyTree, *, partial: bool) -> str | None:
+    """Describes the first leaf that a stored state lacks, has in excess or in another shape."""
+
+    def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves}
+
+    wanted = shapes(like)
+    stored = shapes(ocp.metadata(str(folder), checkpointable_name="state").metadata)
+    for name in wanted if partial else {**wanted, **stored}:
+        ours, other = wanted.get(name, "absent"), stored.get(name, "absent")
+        if ours != other:
+            return f"{name} is {other} there and {ours} in the config"
+    return None

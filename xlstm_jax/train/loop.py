@@ -14,11 +14,12 @@ from jax.experimental import multihost_utils
 from xlstm_jax.config import to_dict
 from xlstm_jax.data import loader
 from xlstm_jax.data.batch import Examples
+from xlstm_jax.errors import quote
 from xlstm_jax.train import metrics, rundir
-from xlstm_jax.train.checkpoint import Checkpointer, latest_step
+from xlstm_jax.train.checkpoint import Checkpointer, CheckpointError, latest_step
 from xlstm_jax.train.clock import Clock
 from xlstm_jax.train.guard import DivergedError
-from xlstm_jax.train.processes import Stop
+from xlstm_jax.train.processes import Stop, extra
 from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.train.state import TrainState
 from xlstm_jax.train.writers import Writer
@@ -43,12 +44,23 @@ class Progress:
         return vars(self) | {"totals": totals._asdict()}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Progress":
-        """The inverse of `to_json`."""
-        totals: Any = metrics.Totals(**values["totals"])
-        # JSON has no float32, so the dtypes come from fresh totals.
-        totals = jax.tree.map(lambda x, y: np.asarray(y, x.dtype), metrics.empty(), totals)
-        return cls(**values | {"totals": totals})
+    def from_json(cls, values: Any) -> tuple["Progress", dict[str, Any]]:
+        """The progress and the description of the data that `Loop` saved with it.
+
+        Raises:
+            CheckpointError: the values are not of a progress.
+        """
+        try:
+            data, totals = values["data"], metrics.Totals(**values["totals"])
+            # JSON has no float32, so the dtypes come from fresh totals.
+            totals: Any = jax.tree.map(lambda x, y: np.asarray(y, x.dtype), metrics.empty(), totals)
+            values = {name: value for name, value in values.items() if name != "data"}
+            return cls(**values | {"totals": totals}), dict(data)
+        except (TypeError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"the item `data` of the checkpoint must be the progress of a run, but it is "
+                f"damaged ({quote(values)}); delete that checkpoint to resume from the one before."
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +78,8 @@ class Outputs(contextlib.AbstractContextManager):
             self.checkpoints.close()
         finally:
             for writer in self.writers:
-                writer.close()
+                with extra(f"closing {type(writer).__name__}"):
+                    writer.close()
 
 
 class Loop:
@@ -123,6 +136,7 @@ class Loop:
                     # The first step includes compilation, so the clock starts after it.
                     jax.block_until_ready(progress.totals)
                     self._clock.start()
+                    self._stop.listen()  # from now on there is something to save
                 # After the dispatch: the device computes this step while the host waits for the
                 # totals of the interval before it.
                 self._record()

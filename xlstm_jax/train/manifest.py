@@ -7,19 +7,30 @@ tracebacks from its threads. The manifest detects both first.
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 NAME = "manifest.json"
-OLD_NAME = "seal.json"  # of older checkpoints; same contents
+OLD_NAME = "seal.json"  # of older checkpoints
+
+FORMAT = 2
+"""Of checkpoints. 1: written by orbax's V0 interface; its manifest is the table of files alone."""
 
 
 def write(folder: Path) -> None:
-    """Writes the manifest of all files in subfolders of `folder`.
+    """Writes the manifest of all files of `folder`, which must not change any more."""
+    files = {
+        str(path.relative_to(folder)): _measure(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (NAME, OLD_NAME)
+    }
+    (folder / NAME).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
 
-    Files directly in `folder` are not listed, because they may still change.
-    """
-    paths = [path for path in sorted(folder.glob("*/**/*")) if path.is_file()]
-    files = {str(path.relative_to(folder)): _measure(path) for path in paths}
-    (folder / NAME).write_text(json.dumps(files, indent=1))
+
+def read_format(folder: Path) -> int:
+    """The format of a checkpoint; that of older or damaged manifests is 1."""
+    contents = _read(_path(folder))
+    version = contents.get("format") if isinstance(contents, dict) else None
+    return version if isinstance(version, int) else 1
 
 
 def verify(folder: Path) -> str | None:
@@ -27,13 +38,14 @@ def verify(folder: Path) -> str | None:
 
     A folder without a manifest passes.
     """
-    path = next((folder / n for n in (NAME, OLD_NAME) if (folder / n).is_file()), None)
-    if path is None:
+    path = _path(folder)
+    if not path.is_file():
         return None
-    try:
-        files = json.loads(path.read_text())
-    except ValueError:
-        return f"{path} must be valid JSON, but it is corrupt"
+    files = _read(path)
+    if isinstance(files, dict) and "format" in files:
+        files = files.get("files")
+    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
+        return f"{path} must list the size and checksum of each file, but it is damaged"
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
@@ -44,6 +56,24 @@ def verify(folder: Path) -> str | None:
         if _measure(path) != expected:
             return f"{path} must be unchanged, but its checksum differs"
     return None
+
+
+def _path(folder: Path) -> Path:
+    old = folder / OLD_NAME
+    return old if old.is_file() and not (folder / NAME).is_file() else folder / NAME
+
+
+def _read(path: Path) -> Any:
+    """The JSON value of a file; None if it has none."""
+    try:
+        return json.loads(path.read_bytes())
+    # ValueError includes undecodable bytes; RecursionError is nesting beyond the parser's limit.
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(value.get(x)) is int for x in ("size", "crc32"))
 
 
 def _measure(path: Path) -> dict[str, int]:

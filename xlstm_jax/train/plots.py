@@ -44,16 +44,20 @@ def loss_curve(
         margin = 0.08 * (high - low) + 1e-3
         axes.set_ylim(max(0.0, low - margin), high + 2 * margin)
         axes.legend(frameon=False)
-    axes.set_title(title, loc="left")
+    axes.set_title(title, loc="left", parse_math=False)  # a "$" in a name is no formula
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte" if is_text else "nats per token")
     figure.savefig(path)
 
 
 def _series(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+    points = [(r["step"], r[name]) for r in records if _is_finite(r.get(name))]
     steps, values = np.array(points, np.float64).reshape(-1, 2).T
     return steps, values
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Processes of a run: barriers, logs and stop requests."""
 
 import contextlib
-import dataclasses
 import logging
+import os
 import platform
 import signal
 import threading
@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+from xlstm_jax.errors import printable
 
 log = logging.getLogger("xlstm_jax")
 """Logs the progress of each process; with a single process the metrics suffice."""
@@ -50,11 +52,25 @@ def process_log(run_dir: Path) -> Iterator[None]:
         handler.close()
 
 
-@dataclasses.dataclass
+@contextlib.contextmanager
+def extra(what: str) -> Iterator[None]:
+    """Logs an error in the body as one warning: what is not essential must not fail a saved run."""
+    try:
+        yield
+    except BrokenPipeError:  # the reader of the output is gone, which ends a command
+        raise
+    except Exception as error:
+        reason = printable(f"{type(error).__name__}: {error}")[:200]
+        log.warning("%s failed (%s); the run itself is not affected.", what, reason)
+
+
 class Stop:
     """A request to stop the run."""
 
-    requested: bool = False  # by a signal; stays False with several processes
+    def __init__(self):
+        self.requested = False  # by a signal; stays False with several processes
+        self._previous: dict[signal.Signals, Any] = {}
+        self._wakeup = -1
 
     def at(self, step: int) -> bool:
         """Whether to stop before this step; must be called before every step.
@@ -66,29 +82,71 @@ class Stop:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.requested
 
+    def listen(self) -> None:
+        """From now on, the first SIGINT or SIGTERM sets `requested`.
+
+        The second one has its previous effect. Only the main thread can handle signals; in other
+        threads `requested` stays False.
+        """
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and jax.process_count() == 1:
+            self._wakeup = signal.set_wakeup_fd(-1)  # no `exit_on_signal` any more
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()  # so that a second signal ends a run that does not stop
+
+    def _restore(self) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def close(self) -> None:
+        """Restores the previous effect of signals."""
+        self._restore()
+        if self._wakeup != -1:
+            self._wakeup = signal.set_wakeup_fd(self._wakeup)
+
 
 @contextlib.contextmanager
-def stop_request() -> Iterator[Stop]:
-    """Within the context, the first SIGINT or SIGTERM sets `requested`.
+def exit_on_signal() -> Iterator[None]:
+    """Within the context, SIGINT and SIGTERM end the process with exit code 130 or 143.
 
-    The second one has its previous effect. Only the main thread can handle signals; in other
-    threads `requested` stays False.
+    They do so at once and with one line, also while the main thread compiles: Python handles
+    signals when it returns from there, so a thread waits for them as well. Nothing is lost that
+    `Stop.listen` would not save. Several processes leave signals to JAX's runtime.
     """
-    stop = Stop()
-    previous: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
-    def restore() -> None:
-        while previous:
-            signal.signal(*previous.popitem())
+    def watch() -> None:
+        while number := os.read(reader, 1):
+            if number[0] in previous:
+                _exit(number[0])
+        os.close(reader)
 
-    def request(number: int, frame: FrameType | None) -> None:
-        stop.requested = True
-        restore()  # so that a second signal ends a run that does not stop
-
-    is_main = threading.current_thread() is threading.main_thread()
-    if is_main and jax.process_count() == 1:
-        previous |= {n: signal.signal(n, request) for n in (signal.SIGINT, signal.SIGTERM)}
+    previous = {n: signal.signal(n, _exit) for n in (signal.SIGINT, signal.SIGTERM)}
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
     try:
-        yield stop
+        yield
     finally:
-        restore()
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        os.close(writer)  # ends the thread
+
+
+def _exit(number: int, frame: FrameType | None = None) -> None:
+    # Not an exception: it would wait for a save in progress, which may be slow.
+    line = (
+        f"xlstm-jax: interrupted by {signal.Signals(number).name}; the same command continues from "
+        "the last complete checkpoint.\n"
+    )
+    show_cursor = "\x1b[?25h\n" if os.isatty(2) else ""  # a progress bar hides it
+    os.write(2, (show_cursor + line).encode())
+    os._exit(128 + number)

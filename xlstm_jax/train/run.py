@@ -1,5 +1,6 @@
 """`fit`: starts or resumes a run and trains it to its last step."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -8,15 +9,15 @@ from typing import Any
 import jax
 import optax
 
-from xlstm_jax.config import ConfigError, differences
+from xlstm_jax.config import ConfigError
 from xlstm_jax.data import loader
-from xlstm_jax.data.batch import Examples
+from xlstm_jax.data.batch import Examples, differences_of_data
 from xlstm_jax.data.windows import Windows
 from xlstm_jax.sharding.devices import make_devices
-from xlstm_jax.train import checkpoint, plots, rundir
+from xlstm_jax.train import checkpoint, lock, plots, rundir
 from xlstm_jax.train.config import ExperimentConfig, check_divisibility, check_vocabulary
 from xlstm_jax.train.loop import Loop, Outputs, Progress
-from xlstm_jax.train.processes import log, process_log, stop_request, sync_processes
+from xlstm_jax.train.processes import Stop, extra, log, process_log, sync_processes
 from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.train.state import TrainState
 from xlstm_jax.train.writers import CallbackWriter, ConsoleWriter, JsonlWriter, Writer
@@ -45,8 +46,9 @@ def fit(
     """Trains until step `cfg.train.steps`, resuming the run in `run_dir` if one exists.
 
     A run that is interrupted and resumed gives bit-identical results to an uninterrupted one. On
-    the first SIGINT or SIGTERM, the current step finishes, a checkpoint is saved, and `fit`
-    returns; a second signal has its usual effect.
+    the first SIGINT or SIGTERM after the first step, the current step finishes, a checkpoint is
+    saved, and `fit` returns. An earlier signal, when there is nothing to save, and a second one
+    have their usual effect.
 
     Args:
         run_dir: directory of checkpoints, config.json, run.json, metrics.jsonl and loss.png.
@@ -58,14 +60,41 @@ def fit(
         on_metrics: called with each record after it is written.
 
     Raises:
-        ConfigError: the config is invalid, or `run_dir` belongs to another config; nothing on disk
-            has changed.
+        ConfigError: the config is invalid, `run_dir` belongs to another config, or another process
+            trains in it; nothing on disk has changed.
         CheckpointError: the checkpoint cannot be read; nothing on disk has changed.
         DivergedError: `max_consecutive_skips` consecutive updates were skipped.
+        OSError: the disk is full or failed; the last complete checkpoint is intact.
     """
-    run_dir = Path(run_dir)
-    if not fresh:
-        rundir.check(run_dir, cfg)
+    run_dir = rundir.expand(run_dir)
+    rundir.check_folder(run_dir)
+    with lock.hold(run_dir):
+        if fresh:
+            rundir.check_fresh(run_dir)
+        else:
+            rundir.check(run_dir, cfg)
+        return _fit(
+            cfg,
+            run_dir,
+            tx=tx,
+            fresh=fresh,
+            console=console,
+            flops_per_step=flops_per_step,
+            on_metrics=on_metrics,
+        )
+
+
+def _fit(
+    cfg: ExperimentConfig,
+    run_dir: Path,
+    *,
+    tx: optax.GradientTransformation | None,
+    fresh: bool,
+    console: bool,
+    flops_per_step: float | None,
+    on_metrics: Callable[[int, dict[str, Any]], None] | None,
+) -> FitResult:
+    """`fit` in a directory that is checked and locked."""
     devices = make_devices(cfg.mesh)
     check_divisibility(cfg, devices.rules, devices.mesh.shape)
     train = loader.load(cfg.data, "train")
@@ -99,7 +128,11 @@ def fit(
         checkpoints=checkpoint.Checkpointer(run_dir, cfg.train.keep),
         flops_per_step=flops_per_step,
     )
-    with process_log(run_dir), rundir.compiled_programs(run_dir), stop_request() as stop:
+    with (
+        process_log(run_dir),
+        rundir.compiled_programs(run_dir),
+        contextlib.closing(Stop()) as stop,
+    ):
         log.info("starts at step %d of %d", progress.step, cfg.train.steps)
         with outputs, devices.active():
             loop = Loop(program, state, progress, train, valid, outputs, stop)
@@ -108,8 +141,9 @@ def fit(
         finished = progress.step == cfg.train.steps
         if finished and is_first:
             bytes_per_token = train.bytes_per_token if isinstance(train, Windows) else None
-            records = rundir.read_metrics(run_dir / rundir.METRICS)
-            plots.loss_curve(records, run_dir / rundir.CURVE, cfg.name, bytes_per_token)
+            with extra(f"the picture {rundir.CURVE}"):
+                records = rundir.read_metrics(run_dir / rundir.METRICS)
+                plots.loss_curve(records, run_dir / rundir.CURVE, cfg.name, bytes_per_token)
     return FitResult(
         state=loop.state, step=progress.step, finished=finished, evaluation=progress.evaluation
     )
@@ -126,11 +160,12 @@ def _resume(
     if restored is None:
         return None
     state, values = restored
+    progress, description = Progress.from_json(values)
     # Resuming is exact only if step i has the same batch as before.
-    lines = differences(train.description, values.pop("data"))
-    if lines:
+    if lines := differences_of_data(train.description, description):
         raise ConfigError(
             f"run_dir={str(run_dir)!r} was trained on other data ({'; '.join(lines)}); restore "
-            "those data, use another directory, or fresh=True (--fresh) to discard that run."
+            "those data or give their path as data.source, use another directory, or fresh=True "
+            "(--fresh) to discard that run."
         )
-    return state, Progress.from_json(values)
+    return state, progress

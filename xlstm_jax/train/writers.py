@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -26,17 +27,25 @@ class JsonlWriter:
     """Appends one JSON object per line; non-finite values become null."""
 
     def __init__(self, path: Path):
-        self._file = path.open("a")
+        # Unbuffered: after a failed write nothing is left to be written when the file is closed.
+        self._file = path.open("ab", buffering=0)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Appends a record and flushes it."""
+        """Appends a record, completely or not at all."""
         # JSON has no NaN or infinity.
         record = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in ({"step": step} | metrics).items()
         }
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:  # such as a full disk, after a part of the line
+            self._file.truncate(end)
+            error.filename = self._file.name  # absent from errors of writing
+            raise
 
     def close(self) -> None:
         """Closes the file."""
