@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -53,9 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] not in WITHOUT_CPU_SETTINGS:
         cpu.prepare()  # has to precede the first computation
+    # Orbax and absl would configure the root logger otherwise, with a prefix of their own.
+    logging.basicConfig(format="xlstm-jax: %(message)s")
     try:
         return _dispatch(args)
     except KeyboardInterrupt:
+        print("xlstm-jax: interrupted; repeat the command to start again.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         sys.stderr.close()

@@ -10,6 +10,7 @@ import jax
 from xlstm_jax import data
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DIVERGED, DONE
+from xlstm_jax.convert.hf import why_not_exportable
 from xlstm_jax.data.loader import eval_index
 from xlstm_jax.data.windows import Windows
 from xlstm_jax.flops import train_flops
@@ -21,7 +22,7 @@ from xlstm_jax.sharding.distributed import Processes, init_distributed
 from xlstm_jax.train import checkpoint, rundir
 from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.guard import DivergedError
-from xlstm_jax.train.processes import exit_on_signal, extra
+from xlstm_jax.train.processes import exit_on_signal, extra, log
 from xlstm_jax.train.run import FitResult, fit
 
 # Of the sample after training; a character may take several tokens.
@@ -44,6 +45,9 @@ def run(argv: list[str]) -> int:
     cfg = args.experiment
     run_dir = rundir.expand(_default_run_dir(args.config) if args.run_dir is None else args.run_dir)
     flops = cfg.data.batch_size * train_flops(cfg.model, cfg.data.seq_len)
+    # Of a model whose blocks transformers has: the others are not expected to be exportable.
+    if set(cfg.model.pattern) == {"M"} and (reason := why_not_exportable(cfg.model)):
+        log.warning("the trained model cannot be exported to transformers: %s.", reason)
     try:
         with exit_on_signal():
             result = fit(cfg, run_dir, fresh=args.fresh, console=True, flops_per_step=flops)
