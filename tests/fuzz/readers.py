@@ -497,19 +497,19 @@ READERS: dict[str, Reader] = {
     "manifest.json": Reader(200, file_reader(write_manifest, as_json, read_manifest)),
     "data of a checkpoint": Reader(60, file_reader(write_checkpoint, as_json, read_checkpoint)),
     "config.json of transformers": Reader(
-        100, file_reader(hf_folder("config.json"), as_json, loaded(convert.load_hf))
+        250, file_reader(hf_folder("config.json"), as_json, loaded(convert.load_hf))
     ),
     "index of shards": Reader(
-        100, file_reader(hf_folder(tensors.INDEX), change_index, loaded(convert.load_hf))
+        150, file_reader(hf_folder(tensors.INDEX), change_index, loaded(convert.load_hf))
     ),
     "safetensors file": Reader(
         200, file_reader(hf_folder(FIRST_SHARD), change_header, loaded(convert.load_hf))
     ),
-    "config.yaml": Reader(120, file_reader(yaml_folder, change_yaml, loaded(convert.load_large))),
+    "config.yaml": Reader(250, file_reader(yaml_folder, change_yaml, loaded(convert.load_large))),
     "special_tokens.json": Reader(200, file_reader(token_ids, as_json, special_tokens)),
-    "first-generation model": Reader(30, v1_model),
+    "first-generation model": Reader(80, v1_model),
     "text file": Reader(150, file_reader(text_file, change_text, read_text)),
-    "command line": Reader(150, commands),
-    "convert hf-to-run": Reader(24, hf_to_run),
+    "command line": Reader(300, commands),
+    "convert hf-to-run": Reader(48, hf_to_run),
 }
 """Name of a reader -> its cases. A new reader of files gets an entry here."""
