@@ -229,7 +229,7 @@ V1_FIELDS = {
     "an LSTM": ("slstm", {"function": "lstm"}, "the nearest is `ops.lstm`"),
     "a truncated gradient": ("slstm", {"gradient_recurrent_cut": True}, "gradients are not cut"),
     "clipped outputs": ("slstm", {"forward_clipval": 1.0}, "outputs are not clipped"),
-    "an initial bias": ("slstm", {"bias_init": "ones"}, "slstm.bias_init='ones' is not known"),
+    "an initial bias": ("slstm", {"bias_init": "ones"}, "slstm.bias_init must be one of 'powerlaw"),
     "an activation": ("feedforward", {"act_fn": "tanh"}, "the nearest is gelu"),
     "activations": ("feedforward", {"act_fn": ["gelu"]}, "the nearest is gelu"),
     "a feed-forward": ("feedforward", {"ff_type": "ffn"}, "only the gated one is supported"),

@@ -38,7 +38,12 @@ class MeshConfig:
     slstm_seq: Literal["gather", "refuse"] = "gather"  # sLSTM under seq: gather time, or refuse
 
     def __post_init__(self):
-        check_fields(self, "mesh.", {"at least 0": "min_shard_size"})
+        check_fields(self, "mesh.", {})
+        if self.min_shard_size < 0:  # no upper bound: a huge size replicates everything
+            raise ConfigError(
+                f"mesh.min_shard_size must be at least 0, got {quote(self.min_shard_size)}; the "
+                f"default is {MIN_SHARD_SIZE}."
+            )
         free = [name for name in MESH_AXES if getattr(self, name) == -1]
         for name in MESH_AXES:
             way_out = "1 shards nothing, -1 takes the devices that the other axes leave"
