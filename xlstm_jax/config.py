@@ -115,6 +115,7 @@ MAX_INT = 2**31 - 1
 
 DEMANDS: dict[str, Callable[[Any], bool]] = {
     "at least 1": lambda x: x >= 1,
+    "at least 2": lambda x: x >= 2,
     "at least 0": lambda x: x >= 0,
     "above 0": lambda x: x > 0,
     "above 1": lambda x: x > 1,

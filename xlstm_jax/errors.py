@@ -40,15 +40,16 @@ def quote(value: object) -> str:
 
     Of nested values only the beginning is visited, so that the cost is bounded as well.
     """
-    return _cut(_repr.repr(value), MAX_QUOTED)
+    return shorten(_repr.repr(value))
 
 
 def quote_path(path: str | PathLike[str]) -> str:
-    """A path for a message; names that no file system allows are cut."""
-    return printable("/".join(_cut(name, MAX_QUOTED) for name in str(path).split("/")))
+    """A path for a message; names, and paths, that no file system allows are cut."""
+    return printable(shorten("/".join(shorten(name) for name in str(path).split("/")), 400))
 
 
-def _cut(text: str, limit: int) -> str:
+def shorten(text: str, limit: int = MAX_QUOTED) -> str:
+    """The text, or its beginning and end if it has more than `limit` characters."""
     if len(text) <= limit:
         return text
     half = (limit - 3) // 2

@@ -27,7 +27,7 @@ from xlstm_jax.convert import hf, mapping, names, tensors, v1
 from xlstm_jax.data import DataConfig
 from xlstm_jax.errors import printable, quote
 from xlstm_jax.modules import LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig, param_shapes
-from xlstm_jax.train import ExperimentConfig, TrainConfig, checkpoint, manifest, rundir
+from xlstm_jax.train import ExperimentConfig, TrainConfig, checkpoint, lock, manifest, rundir
 
 Random = random.Random
 
@@ -240,6 +240,19 @@ def read_manifest(folder: Path) -> Any:
     """The problem, if there is one."""
     problem = manifest.verify(folder)
     return None if problem is None else Refused(printable(problem))
+
+
+def write_lock(folder: Path) -> bytes:
+    """The lock of a process that has ended."""
+    with lock.hold(folder):
+        return (folder / lock.NAME).read_bytes()
+
+
+def read_lock(folder: Path) -> None:
+    """Takes over a lock that no process holds."""
+    (folder / lock.NAME).write_bytes((folder / "input").read_bytes())
+    with lock.hold(folder):
+        pass
 
 
 def write_checkpoint(folder: Path) -> bytes:
@@ -495,6 +508,7 @@ READERS: dict[str, Reader] = {
     "ExperimentConfig": Reader(150, from_values(RUN)),
     "metrics.jsonl": Reader(200, file_reader(metrics, change_metrics, read_metrics)),
     "manifest.json": Reader(200, file_reader(write_manifest, as_json, read_manifest)),
+    "run.lock": Reader(100, file_reader(write_lock, as_json, read_lock)),
     "data of a checkpoint": Reader(60, file_reader(write_checkpoint, as_json, read_checkpoint)),
     "config.json of transformers": Reader(
         250, file_reader(hf_folder("config.json"), as_json, loaded(convert.load_hf))

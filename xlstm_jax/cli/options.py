@@ -15,7 +15,7 @@ import tyro
 
 from xlstm_jax.config import ConfigError, did_you_mean, import_module, load_config, user_path
 from xlstm_jax.data.config import DataConfig
-from xlstm_jax.errors import quote, quote_path
+from xlstm_jax.errors import quote, quote_path, shorten
 from xlstm_jax.modules import presets
 from xlstm_jax.train.config import ExperimentConfig, TrainConfig
 
@@ -162,6 +162,8 @@ def _message(errors: str, prog: str) -> str:
     lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", errors).splitlines()[1:]]
     groups = itertools.groupby(lines, lambda line: bool(line.strip("─-╰╯")))
     text = " ".join(next(group for is_text, group in groups if is_text))
+    # tyro repeats the value, which may have any length.
+    text = shorten(" ".join(shorten(word) for word in text.split(" ")), 500)
     kind, _, rest = text.partition(": ")
     if kind.startswith("Error parsing"):
         option = kind.removeprefix("Error parsing ")

@@ -6,7 +6,6 @@ from typing import Literal, get_args
 from xlstm_jax.config import ConfigError, check_fields
 from xlstm_jax.data import tokenizers
 from xlstm_jax.data.files import alternatives
-from xlstm_jax.errors import quote
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -27,19 +26,11 @@ class DataConfig:
     num_eval_samples: int = 8192  # synthetic tasks: samples of a held-out split
 
     def __post_init__(self):
-        check_fields(self, "data.", {})
-        for name, least in (
-            ("seq_len", 1),
-            ("batch_size", 1),
-            ("min_len", 2),  # one symbol and the answer
-            ("num_eval_samples", 1),
-        ):
-            value = getattr(self, name)
-            if value < least:
-                raise ConfigError(
-                    f"data.{name} must be at least {least}, got {quote(value)}; "
-                    f"leave it out for the default of {getattr(DataConfig, name)}."
-                )
+        demands = {
+            "at least 1": "seq_len batch_size num_eval_samples",
+            "at least 2": "min_len max_len",  # one symbol and the answer
+        }
+        check_fields(self, "data.", demands)
         if not self.source:
             raise ConfigError(
                 "data.source must be the name of a data set or a path, got ''; use '.' for the "

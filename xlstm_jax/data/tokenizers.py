@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Integer
 
-from xlstm_jax.config import ConfigError
+from xlstm_jax.errors import ConfigError, quote
 
 
 @runtime_checkable  # so that signatures can be checked at run time
@@ -81,5 +81,5 @@ def get(name: str) -> Tokenizer:
     """The tokenizer with this name; raises ConfigError, with the known names, if there is none."""
     if name not in TOKENIZERS:
         known = ", ".join(repr(known) for known in TOKENIZERS)
-        raise ConfigError(f"tokenizer={name!r} is not known; use one of: {known}.")
+        raise ConfigError(f"tokenizer={quote(name)} is not known; use one of: {known}.")
     return TOKENIZERS[name]

@@ -48,6 +48,7 @@ _INTERVALS = "log_every eval_every eval_batches checkpoint_every checkpoint_minu
 MUTABLE = frozenset({"name", IMPORTS, *(f"train.{field}" for field in _INTERVALS)})
 # These affect results by rounding only: a run may be resumed on other devices.
 MUTABLE_PREFIX = "mesh."
+MAX_LISTED = 3  # fields that differ, in an error message
 
 _PACKAGES = ("xlstm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -104,8 +105,10 @@ def check(run_dir: Path, cfg: ExperimentConfig) -> None:
             " Only a constant schedule without cool-down, and with a warm-up counted in steps, can "
             "be extended: other learning rates depend on the number of steps."
         )
+        listed = "; ".join([*lines.values()][:MAX_LISTED])
+        more = f"; and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
         raise ConfigError(
-            f"run_dir={shown!r} belongs to another config ({'; '.join(lines.values())}); "
+            f"run_dir={shown!r} belongs to another config ({listed}{more}); "
             "use another directory, the same values, or fresh=True (--fresh) to discard that run."
             + (hint if "train.steps" in lines else "")
         )
