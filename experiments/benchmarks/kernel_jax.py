@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from experiments.benchmarks import measure
 from experiments.benchmarks.kernel_cases import ATTENTION_WIDTH, Case
@@ -26,7 +27,7 @@ def arrays(case: Case, candidate: str) -> tuple[jax.Array, ...]:
     dtype = jnp.dtype(case.dtype)
     keys = iter(jax.random.split(jax.random.key(0), 8))
 
-    def normal(*shape, of=dtype):
+    def normal(*shape, of: DTypeLike = dtype):
         return jax.random.normal(next(keys), shape, jnp.float32).astype(of)
 
     if candidate == "attention":

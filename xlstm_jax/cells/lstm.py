@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from xlstm_jax.cells.logspace import exact_einsum, state_dtype
 from xlstm_jax.cells.time import scan_time
@@ -21,7 +22,7 @@ class LSTMState(NamedTuple):
 
 
 def lstm_init(
-    batch_size: int, num_heads: int, head_dim: int, dtype: jnp.dtype = jnp.float32
+    batch_size: int, num_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
 ) -> LSTMState:
     """The initial state: zeros in every leaf."""
     zeros = jnp.zeros((batch_size, num_heads, head_dim), dtype)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from xlstm_jax.cells.logspace import NEG, exact_einsum, log_sigmoid, state_dtype
 from xlstm_jax.cells.time import scan_time
@@ -32,7 +33,7 @@ class MLSTMState(NamedTuple):
 
 
 def mlstm_init(
-    batch_size: int, num_heads: int, qk_dim: int, v_dim: int, dtype: jnp.dtype = jnp.float32
+    batch_size: int, num_heads: int, qk_dim: int, v_dim: int, dtype: DTypeLike = jnp.float32
 ) -> MLSTMState:
     """The initial state: zeros in every leaf."""
     return MLSTMState(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from xlstm_jax.cells.logspace import NEG, log_sigmoid, state_dtype
 from xlstm_jax.cells.lstm import recurrent_gates
@@ -24,7 +25,7 @@ class SLSTMState(NamedTuple):
 
 
 def slstm_init(
-    batch_size: int, num_heads: int, head_dim: int, dtype: jnp.dtype = jnp.float32
+    batch_size: int, num_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
 ) -> SLSTMState:
     """The initial state: zeros in every leaf."""
     zeros = jnp.zeros((batch_size, num_heads, head_dim), dtype)

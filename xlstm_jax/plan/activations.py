@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,5 +56,5 @@ def _residual_bytes(
     # A variable may be saved more than once. Inputs and constants are not residuals.
     inputs = set(closed.jaxpr.invars)
     saved = {id(out): out for out in closed.jaxpr.outvars if not hasattr(out, "val")}
-    avals = [out.aval for out in saved.values() if out not in inputs]
+    avals: list[Any] = [out.aval for out in saved.values() if out not in inputs]
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in avals)
