@@ -3,7 +3,6 @@
 import os
 
 import jax
-import jaxtyping
 import pytest
 
 
@@ -17,11 +16,3 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", "XLSTM_GOLDEN_ERRORS" not in os.environ)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture
-def unchecked_types():
-    """Turns off the type checks that only tests have, to reach the checks of the library."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)

@@ -72,6 +72,7 @@ def test_of_threads_that_start_at_once_exactly_one_gets_the_lock(tmp_path):
 @pytest.mark.parametrize(
     "contents",
     [record(pid=NO_PROCESS), record(), "", '{"pid":', "[]", "null", "[" * 4000, "\0" * 9],
+    ids="ended reused empty torn list null deep zeros".split(),
 )
 def test_a_file_that_is_left_behind_does_not_lock(tmp_path, contents, caplog):
     (tmp_path / "run.lock").write_text(contents)
