@@ -167,7 +167,8 @@ def error_line(capsys, path):
 
 
 @pytest.mark.usefixtures("unchecked_types")
-def test_a_config_may_use_numpy_numbers_and_modules_beside_it(workdir, capsys):
+def test_a_config_may_use_numpy_numbers_and_modules_beside_it(workdir, capsys, monkeypatch):
+    monkeypatch.setattr("xlstm_jax.config._imported", {})  # else later tests record the module
     (workdir / "shared_values.py").write_text("import numpy as np\n\nDIM = np.int64(16)\n")
     (workdir / "c.py").write_text(
         "import dataclasses\n\nfrom experiments.char_lm import SMOKE\n"

@@ -204,6 +204,15 @@ def test_rows_of_data_are_refused_unless_a_pattern_asks_for_them(tmp_path, names
     assert read(source, f"*{rows[1:]}") == [b'{"text": "words"}\n']
 
 
+def test_metadata_smaller_than_the_text_beside_it_are_skipped(tmp_path):
+    (tmp_path / "a.txt").write_bytes(TEXT)
+    (tmp_path / "metadata.json").write_bytes(b"{}")
+    assert read(tmp_path) == [TEXT]
+    (tmp_path / "train.jsonl").write_bytes(b"{}\n" * len(TEXT))
+    with pytest.raises(ConfigError, match="holds rows of data"):
+        read(tmp_path)
+
+
 def test_a_single_file_needs_no_suffix(tmp_path):
     for name in ("text8", "main.py"):
         (tmp_path / name).write_bytes(TEXT)

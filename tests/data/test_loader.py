@@ -169,13 +169,17 @@ def test_eval_index_takes_the_middle_of_every_part(total, count):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("seq_len", 0, r"data\.seq_len must be at least 1, got 0; leave it out"),
-        ("batch_size", 0, r"data\.batch_size must be at least 1, got 0; leave it out"),
+        ("seq_len", 0, r"data\.seq_len must be at least 1, got 0; the default is"),
+        ("batch_size", 0, r"data\.batch_size must be at least 1, got 0; the default is"),
         ("pattern", "", r"data\.pattern must match names of files, got ''; use None"),
         ("pattern", "{,*.txt}", r"data\.pattern must match names of files, got '\{,\*\.txt\}'"),
         ("pattern", "{a,b}" * 40, r"data\.pattern must stand for at most 100 patterns, got"),
-        ("min_len", 1, r"data\.min_len must be at least 2, got 1; leave it out"),
-        ("num_eval_samples", 0, r"data\.num_eval_samples must be at least 1, got 0; leave"),
+        ("min_len", 1, r"data\.min_len must be at least 2, got 1; the default is"),
+        (
+            "num_eval_samples",
+            0,
+            r"data\.num_eval_samples must be at least 1, got 0; the default is",
+        ),
         ("tokenizer", "words", r"tokenizer='words' is not known; use one of: 'byte'"),
     ],
 )

@@ -117,7 +117,7 @@ def test_a_held_out_split_has_num_eval_samples_up_to_seq_len():
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [
-        ((1, 5, 8), "min_len must be at least 2, got 1; leave it out"),
+        ((1, 5, 8), "min_len must be at least 2, got 1; the default is"),
         ((6, 5, 8), "max_len must be at least min_len=6, got 5; raise max_len"),
         ((3, 9, 8), "max_len must be at most 8 tokens .*, got 9; raise data.seq_len"),
     ],

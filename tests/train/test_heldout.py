@@ -26,7 +26,8 @@ def run(experiment, tmp_path_factory):
     model = dict(mlstm=MLSTMConfig(num_heads=2, inner_dim=16), embedding_std=1.0, head_std=1.0)
     train = dict(steps=1, document_resets=False, eval_batches=50, loss_chunk=3)
     cfg = experiment(data=dict(source=str(root), seq_len=6), model=model, **train)
-    return cfg, root / "run", fit(cfg, root / "run")
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    return cfg, run_dir, fit(cfg, run_dir)
 
 
 def evaluate_run(run, **train):

@@ -70,8 +70,9 @@ def test_an_interval_of_skipped_steps_has_no_loss():
 def test_totals_round_trip_through_json_exactly(assert_same):
     totals = total(step(1 / 3, 7.0, grad_norm=1e-30), step(np.pi, 11.0, lr=1e-3))
     progress = Progress(step=2, totals=totals)
-    restored = Progress.from_json(json.loads(json.dumps(progress.to_json())))
-    assert restored.step == 2
+    values = json.loads(json.dumps(progress.to_json() | {"data": {"sha256": "abc"}}))
+    restored, data = Progress.from_json(values)
+    assert restored.step == 2 and data == {"sha256": "abc"}
     assert_same(restored.totals, totals)
 
 

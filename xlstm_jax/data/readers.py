@@ -118,7 +118,9 @@ def _names(source: str, folder: Path, pattern: str | None) -> list[str]:
     """The files of a folder to read; names the others if the pattern does not exclude them."""
     every = list(files.walk(folder))
     names = [name for name in every if files.matches(name, pattern)]
-    if rows := [n for n in every if pattern is None and files.suffix(n) in files.ROWS]:
+    rows = [n for n in every if pattern is None and files.suffix(n) in files.ROWS]
+    # Else they are metadata beside the text. A README beside a data set of rows is not its text.
+    if rows and _num_bytes(folder, rows) >= _num_bytes(folder, names):
         raise ConfigError(_rows_message(source, rows[0], "*.{txt,md}"))
     if not names:
         raise ConfigError(
@@ -130,6 +132,10 @@ def _names(source: str, folder: Path, pattern: str | None) -> list[str]:
         others = files.count_suffixes(sorted(set(every) - set(names)))
         _warn_once(f"data.source={quote(source)}: {others} are not text and are skipped")
     return names
+
+
+def _num_bytes(folder: Path, names: Iterable[str]) -> int:
+    return sum((folder / name).stat().st_size for name in names)
 
 
 def _rows_message(source: str, name: str, pattern: str) -> str:
