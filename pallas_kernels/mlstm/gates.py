@@ -371,6 +371,24 @@ def suffix_sum(
     return total if reset is None else jnp.where(reset, 0, total)
 
 
+def end_grads(carried: jax.Array, dm: jax.Array, rho: jax.Array) -> jax.Array:
+    """Cotangent of m after each chunk, from later chunks: `N ...`.
+
+    Args:
+        carried: `(N ...) L`, whether m_t depends on m_{t-1}; the chunk index first.
+        dm: `(N ...) L`, cotangent of m at every position.
+        rho: `...`, that of the last m.
+    """
+    entering = jnp.sum(jnp.where(jnp.cumsum(~carried, axis=-1) == 0, dm, 0), axis=-1)
+
+    def step(leaving, chunk):
+        is_carried, entering = chunk
+        return entering + jnp.where(is_carried, leaving, 0), leaving
+
+    chunks = (a.reshape(-1, *rho.shape) for a in (jnp.all(carried, axis=-1), entering))
+    return jax.lax.scan(step, rho, tuple(chunks), reverse=True)[1]
+
+
 def stabilizer_grads(
     through_f: jax.Array, carried: jax.Array, dm_end: jax.Array, dm: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

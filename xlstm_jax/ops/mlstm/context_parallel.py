@@ -75,7 +75,8 @@ def _boundary_stabilizers(gates: LogGates, m: Float[Array, "B H"], options: Opti
     _, g, m_shard = _weights_at_end(gates, options)
     # `B H 1 shards`: shards take the place of steps.
     shards = (jnp.moveaxis(jax.lax.all_gather(a, axes), 0, -1)[:, :, None] for a in (m_shard, g))
-    steps = pre.stabilizers(LogGates(*shards, None), m, max_state=True)[0][:, :, 0]
+    m_shard, g = shards
+    steps = pre.stabilizers(LogGates(m_shard, g, None), m, max_state=True)[0][:, :, 0]
     starts = jnp.concatenate([m[..., None], steps], axis=-1)
     return jnp.take(starts, jax.lax.axis_index(axes), axis=-1), starts[..., -1]
 
