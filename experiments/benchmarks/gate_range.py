@@ -1,109 +1,115 @@
-"""Errors of every implementation with one extreme gate in a sequence of ordinary ones.
+"""Errors of every implementation with extreme gates in a sequence of ordinary ones.
 
     TRITON_INTERPRET=1 XLA_FLAGS=--xla_force_host_platform_device_count=8 \\
         python experiments/benchmarks/gate_range.py --out RESULT.json
 
-Float32 is compared with the float64 recurrence. Kernels are interpreted, so no accelerator is
-needed. Needs the test dependencies: calls are those of `tests/ops`.
+Float32 is compared with the float64 recurrence. Kernels are interpreted: no accelerator is needed.
 """
 
 import contextlib
-import dataclasses
+import functools
 import itertools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import measure
-from tests.ops import runs, tolerances
-from tests.ops.subjects import Case, Subject, make_case
+from pallas_kernels import common
+from xlstm_jax import cells, ops
 from xlstm_jax.sharding import get_rules, make_mesh, use_rules
 
-LENGTH = 136
+B, T, H, K, V = 1, 136, 2, 8, 12
 POSITIONS = (40, 90)  # of the extreme gates
-SHARDED = "8 shards"
 VALUES = (-np.inf, -1e30, -1e8, -1e5, -1e3, -30.0, 0.0, 30.0, 1e3, 1e30)
-GATES = (("mlstm", "i"), ("mlstm", "f"), ("mlstm_exp", "f"), ("slstm", "i"), ("slstm", "f"))
-MLSTM = ("recurrent", "parallel", "chunkwise", SHARDED, "pallas_tpu", "triton")
+ACTIVATIONS = (("i", "sigmoid"), ("f", "sigmoid"), ("f", "exp"))  # extreme gate, forget gate
+REFERENCE, SHARDED = "reference", "8 shards"
 SLSTM = ("recurrent", "pallas_tpu", "triton")
+MLSTM = ("recurrent", "parallel", "chunkwise", SHARDED, "pallas_tpu", "triton")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments(measure.Arguments):
-    """Options of the gate range."""
-
-    values: tuple[float, ...] = VALUES
-
-
-def records(values: tuple[float, ...]) -> list[dict[str, Any]]:
-    """One record per gate, value and implementation, with the errors of h, state and gradients."""
-    result = []
-    for (variant, gate), value in itertools.product(GATES, values):
-        case = make_case(variant, LENGTH)
-        inputs = case.inputs
-        array = inputs[gate] if gate in inputs else inputs["x"][:, :, "if".index(gate)]
-        array[:, POSITIONS] = value
-        cotangents = runs.random_cotangents(variant, case)
-        expected = runs.run_reference(variant, case, cotangents)
-        for name in MLSTM if variant.startswith("mlstm") else SLSTM:
-            key = {"op": variant, "gate": gate, "value": value, "implementation": name}
-            result.append(key | errors(run(variant, name, case, cotangents), expected))
-            print(*result[-1].values(), flush=True)
-    return result
+def inputs_of(op: str, gate: str, value: float) -> dict[str, np.ndarray]:
+    """Standard normal inputs, with this value of the gate at `POSITIONS`."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    if op == "slstm":
+        x = normal(B, T, 4, H, K)
+        x[:, POSITIONS, "if".index(gate)] = value
+        return {"x": x, "r": 0.2 * normal(H, K, 4, K)}
+    inputs = {"q": normal(B, T, H, K), "k": normal(B, T, H, K), "v": normal(B, T, H, V)}
+    inputs |= {"i": normal(B, T, H), "f": normal(B, T, H)}
+    inputs[gate][:, POSITIONS] = value
+    return inputs
 
 
-def errors(actual: runs.Result, expected: runs.Result) -> dict[str, float]:
-    """Largest errors, each relative to the largest element of its array."""
-    state = tolerances.with_common_scale(actual.state, expected.state).values()
-    largest = max(np.abs(gradient).max() for gradient in expected.gradients.values())
+@functools.cache
+def program(op: str, forget_gate: str, name: str):
+    """A function from inputs to h, the final state, and the gradients of a projection of h."""
+    options: dict[str, Any] = {"forget_gate": forget_gate}
+    function = getattr(cells, f"{op}_scan") if name == REFERENCE else getattr(ops, op)
+    if name != REFERENCE:
+        options["implementation"] = "chunkwise" if name == SHARDED else name
+    weights = np.random.default_rng(1).standard_normal((B, T, H, 1)).astype(np.float32)
+
+    def loss(inputs):
+        h, state = function(**inputs, **options)
+        return jnp.sum(h * weights), (h, state)
+
+    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    def call(inputs):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(common.interpreted(lanes=8))
+            stack.enter_context(jax.enable_x64(name == REFERENCE))
+            if name == SHARDED:
+                stack.enter_context(use_rules(get_rules("fsdp_seq")))
+                stack.enter_context(jax.set_mesh(make_mesh(data=1, seq=8)))
+            dtype = "float64" if name == REFERENCE else "float32"
+            (_, outputs), gradients = compiled({n: x.astype(dtype) for n, x in inputs.items()})
+            return jax.tree.map(lambda x: np.asarray(x, np.float64), (*outputs, gradients))
+
+    return call
+
+
+def errors(actual, expected) -> dict[str, float]:
+    """Largest errors of h, state and gradients, relative to the largest expected element."""
+    (h, state, gradients), (h_64, state_64, gradients_64) = actual, expected
+    largest = max(np.abs(gradient).max() for gradient in gradients_64.values())
+    # In units of exp(m) of the reference: equivalent states may have different m.
+    scale = np.exp(np.clip(state.m - state_64.m, -80, 80))
+    names = set(state._fields) - {"h", "m"}
+    unscaled = {n: (getattr(state, n).T * scale.T).T for n in names}
     return {
-        "h": relative(actual.h, expected.h),
-        "state": max(relative(a, b) for a, b in state),
-        "gradients": max(
-            relative(actual.gradients[name], gradient, tolerances.FLOOR * largest)
-            for name, gradient in expected.gradients.items()
-        ),
+        "h": relative(h, h_64),
+        "state": max(relative(x, getattr(state_64, n)) for n, x in unscaled.items()),
+        "gradients": max(relative(gradients[n], g, largest) for n, g in gradients_64.items()),
     }
 
 
-def run(variant: str, name: str, case: Case, cotangents: runs.Cotangents) -> runs.Result:
-    """The call by one implementation, or by `chunkwise` on shards of the sequence."""
-    if name != SHARDED:
-        return runs.run(Subject(variant, name), case, cotangents)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(use_rules(get_rules("fsdp_seq")))
-        stack.enter_context(jax.set_mesh(make_mesh(data=1, seq=8)))
-        # Another chunk size, as programs are cached by options.
-        return runs.run(Subject(variant, "chunkwise"), case, cotangents, chunk_size=16)
+def relative(actual: np.ndarray, expected: np.ndarray, scale: float | None = None) -> float:
+    """The largest error; inf if a value is not finite."""
+    scale = np.abs(expected).max() if scale is None else scale
+    return float(np.abs(actual - expected).max() / scale) if np.isfinite(actual).all() else np.inf
 
 
-def relative(actual: np.ndarray, expected: np.ndarray, floor: float = 0.0) -> float:
-    """The largest error relative to the largest expected element; inf if `actual` is not finite."""
-    if not np.isfinite(actual).all():
-        return float("inf")
-    scale = max(np.abs(expected).max(), floor)
-    return float(np.abs(actual - expected).max() / scale) if scale else 0.0
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The largest error of h, state and gradients per gate and value, by implementation."""
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    for row in rows:
-        error = max(row["h"], row["state"], row["gradients"])
-        key = f"{row['op']}, {row['gate']}", f"{row['value']:g}"
-        cells.setdefault(key, {})[row["implementation"]] = f"{error:.0e}"
-    body = [[*key, *(errors.get(name, "") for name in MLSTM)] for key, errors in cells.items()]
-    return measure.table(("op, gate", "value", *MLSTM), body)
-
-
-def main(args: Arguments) -> int:
-    """Prints a table, and writes all errors to `args.out`."""
-    rows = records(args.values)
-    print(table(rows))
-    measure.write(args.out, measure.run_info("gate_range") | {"records": rows})
+def main(args: measure.Arguments) -> int:
+    """Prints the largest of the three errors; writes all to `args.out`."""
+    records, rows = [], []
+    for op, (gate, forget), value in itertools.product(("mlstm", "slstm"), ACTIVATIONS, VALUES):
+        inputs = inputs_of(op, gate, value)
+        expected = program(op, forget, REFERENCE)(inputs)
+        key = {"op": op, "gate": gate, "forget_gate": forget, "value": value}
+        row = {}
+        for name in MLSTM if op == "mlstm" else SLSTM:
+            row[name] = errors(program(op, forget, name)(inputs), expected)
+            records.append(key | {"implementation": name} | row[name])
+        cells_of_row = (f"{max(row[n].values()):.0e}" if n in row else "" for n in MLSTM)
+        rows.append([*map(str, key.values()), *cells_of_row])
+    print(measure.table(("op", "gate", "forget gate", "value", *MLSTM), rows))
+    measure.write(args.out, measure.run_info("gate_range") | {"records": records})
     return 0
 
 
 if __name__ == "__main__":
-    measure.run(main, Arguments, __doc__)
+    measure.run(main, measure.Arguments, __doc__)

@@ -1,9 +1,10 @@
 """Differentiable mLSTM on top of the kernels of a backend.
 
 The gradient is that of the recurrence except for one term: `eps` is scaled by e^m, so h depends on
-m through it, and the gradient omits this dependence. In float64 the omission changes the gradients
-of i and f by at most 7e-6 of their largest element (eps = 1e-6, gates of scale 1 to 10), and no
-other gradient.
+m through it, and the gradient omits this dependence if the forget gate is a sigmoid. In float64 the
+omission changes the gradients of i and f by at most 7e-6 of their largest element (eps = 1e-6,
+gates of scale 1 to 10), and no other gradient. With an exponential forget gate exp(-m) may be below
+eps, and the gradient is exact.
 
 Source: arXiv:2405.04517, section 2.3; chunkwise form: arXiv:2503.14376, section 3.
 """
@@ -190,13 +191,35 @@ def _backward(options: Options, K: int, residuals, cotangents):
     if options.max_state:
         # Returned C and n are scaled by exp(-m), so for a fixed unscaled state dm gets -scaling.
         path = pre.stabilizer_path(decays.gates, decays.m, decays.m_start)
-        through_f, carried = (x.reshape(*x.shape[:2], -1) for x in path)
-        dm_i, dm_f, dm_before = pre.stabilizer_grads(through_f, carried, dm - scaling)
+        if options.forget_gate == "exp" and h is not None and norm is not None:
+            dnorm = _inner_products(h, dh, shape) / -norm
+            dm_eps = jnp.where(decays.m >= pre.READ_FLOOR, options.eps * dnorm, 0)
+            dm_i, dm_f, dm_before = _stabilizer_grads(*path, dm_eps, dm - scaling)
+        else:
+            through_f, carried = (x.reshape(*x.shape[:2], -1) for x in path)
+            dm_i, dm_f, dm_before = pre.stabilizer_grads(through_f, carried, dm - scaling)
         dlog_i, dlog_f = dlog_i + dm_i.reshape(shape), dlog_f + dm_f.reshape(shape)
         dm_first = dm_first + dm_before
     dlog_i, dlog_f = (jnp.swapaxes(g.reshape(g.shape[:2] + (-1,)), 1, 2) for g in (dlog_i, dlog_f))
     dgates = pre.LogGates(dlog_i, dlog_f, None)
     return grads.q, grads.k, grads.v, dgates, grads.C, grads.n, dm_first
+
+
+def _inner_products(h: jax.Array, dh: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sums of h * dh over the values of a head: `B T HV` to `shape`, `B H N L`."""
+    B, H = shape[:2]
+    products = h.astype(jnp.float32) * dh.astype(jnp.float32)
+    return jnp.swapaxes(jnp.sum(products.reshape(B, -1, H, h.shape[2] // H), -1), 1, 2).reshape(
+        shape
+    )
+
+
+def _stabilizer_grads(through_f, carried, dm: jax.Array, rho: jax.Array):
+    """Backward pass of m for cotangents of m at every position, `B H N L`, and of the last m."""
+    chunks_first = jnp.moveaxis(carried, 2, 0), jnp.moveaxis(dm, 2, 0)
+    leaving = jnp.moveaxis(pre.end_grads(*chunks_first, rho), 0, 2)
+    dlog_i, dlog_f, before = pre.stabilizer_grads(through_f, carried, leaving, dm)
+    return dlog_i, dlog_f, before[..., 0]
 
 
 _core.defvjp(_forward, _backward)

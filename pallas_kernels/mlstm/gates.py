@@ -208,7 +208,10 @@ def decays(
     grid = min(2.0**10, 2.0**17 / 2 ** (L - 1).bit_length())
     rounded, start = _round(m, grid), _round(m_start, grid)
     before = jnp.concatenate([start[..., None], rounded[..., :-1]], axis=-1)
-    steps = _steps(gates, before, rounded, grid, forget_gate)
+    exact = None
+    if forget_gate == "exp":
+        exact = jnp.concatenate([m_start[..., None], m[..., :-1]], axis=-1), m
+    steps = _steps(gates, before, rounded, grid, exact)
     coarse, fine = (jnp.cumsum(part, axis=-1) for part in steps)
     key, query = jnp.maximum(gates.log_i, NEG) - rounded, rounded - m
     from_start = coarse + (fine + query + (m_start - start)[..., None])
@@ -232,24 +235,42 @@ def large(dtype: Any) -> float:
     return 2.0**40 if dtype == jnp.float64 else 2.0**12
 
 
-def _steps(gates: LogGates, before: jax.Array, m: jax.Array, grid: float, forget_gate: str):
-    """log f + before - m of every step, clipped at `closed`, as (coarse, fine)."""
+def _steps(
+    gates: LogGates,
+    before: jax.Array,
+    m: jax.Array,
+    grid: float,
+    exact: tuple[jax.Array, jax.Array] | None,
+):
+    """log f + before - m of every step, clipped at `closed`, as (coarse, fine).
+
+    With an exponential forget gate, `exact` are `before` and `m` before they are rounded.
+    """
     total = (gates.log_f + before) - m
     coarse = _round(gates.log_f, grid)
     is_small = jnp.abs(before) < large(total.dtype)
-    if forget_gate == "exp":
-        # m of `stabilizers` is rounded in sums of large log f. The maximum of this step alone is
-        # `carried`, exactly, or larger: steps do not let the state grow.
-        carried = gates.log_f + before
-        m_step = jnp.maximum(jnp.maximum(carried, gates.log_i), NEG)
-        is_small &= (m < large(total.dtype)) & (jnp.abs(m - m_step) < 1)
-        total = jnp.where(is_small, total, carried - jax.lax.stop_gradient(m_step))
+    if exact is not None:
+        is_sum, step = _growing_steps(gates, *exact)
+        is_small &= is_sum & (m < large(total.dtype))
+        rounding = jax.lax.stop_gradient((before - exact[0]) - (m - exact[1]))
+        total = jnp.where(is_small, total, step + rounding)
     fine = jnp.where(is_small, gates.log_f - coarse, total - _round(total, grid))
     coarse = jnp.where(is_small, coarse + (before - m), _round(total, grid))
     is_closed = total <= closed(total.dtype)
     if gates.reset is not None:
         is_closed |= gates.reset
     return jnp.where(is_closed, closed(total.dtype), coarse), jnp.where(is_closed, 0, fine)
+
+
+def _growing_steps(gates: LogGates, before: jax.Array, m: jax.Array):
+    """Whether m is near the maximum of this step alone, and log f + before minus that maximum.
+
+    m of `stabilizers` is rounded in sums of many log f, which may be large. The maximum of the step
+    is `log f + before`, exactly, or larger: as in the recurrence, no step lets the state grow.
+    """
+    carried = gates.log_f + jax.lax.stop_gradient(before)
+    m_step = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(carried, gates.log_i), NEG))
+    return jnp.abs(m - m_step) < 1, carried - m_step
 
 
 def _round(x: jax.Array, grid: float) -> jax.Array:
@@ -348,6 +369,24 @@ def suffix_sum(
     total = jnp.sum(jnp.where(same, x[..., None, :], 0), axis=-1)
     total = total + jnp.where(segment == segment[..., -1:], carry[..., None], 0)
     return total if reset is None else jnp.where(reset, 0, total)
+
+
+def end_grads(carried: jax.Array, dm: jax.Array, rho: jax.Array) -> jax.Array:
+    """Cotangent of m after each chunk, from later chunks: `N ...`.
+
+    Args:
+        carried: `(N ...) L`, whether m_t depends on m_{t-1}; the chunk index first.
+        dm: `(N ...) L`, cotangent of m at every position.
+        rho: `...`, that of the last m.
+    """
+    entering = jnp.sum(jnp.where(jnp.cumsum(~carried, axis=-1) == 0, dm, 0), axis=-1)
+
+    def step(leaving, chunk):
+        is_carried, entering = chunk
+        return entering + jnp.where(is_carried, leaving, 0), leaving
+
+    chunks = (a.reshape(-1, *rho.shape) for a in (jnp.all(carried, axis=-1), entering))
+    return jax.lax.scan(step, rho, tuple(chunks), reverse=True)[1]
 
 
 def stabilizer_grads(

@@ -76,6 +76,8 @@ def assert_log_weights_match(actual, expected, name):
 @pytest.mark.parametrize("activations", ACTIVATIONS, ids="-".join)
 def test_log_weights_are_sums_of_log_gates_relative_to_m(activations, flags):
     raw = make_gates(flags)
+    if activations[1] == "exp":
+        raw = raw._replace(f=raw.f - np.float32(3))  # mostly below 1
     _, x = raw.compute(*activations)
     log_i, log_f, reset = exact(raw, *activations)
     B, H, T = log_i.shape

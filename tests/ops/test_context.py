@@ -129,6 +129,7 @@ def _leaves(a, b):
 def test_eight_shards_match_a_single_device(variant, exchange, rng):
     """For all kinds of flags; gradient errors are below 1e-5 of the largest gradient."""
     inputs, state, cotangents = mlstm_call(rng)
+    inputs["f"] -= 3 * (variant == "exp forget gate")  # mostly below 1
     op = VARIANTS[variant]
     for kind in FLAG_KINDS:
         args = inputs, state, make_flags(kind, rng), cotangents
@@ -143,6 +144,7 @@ def test_eight_shards_match_a_single_device(variant, exchange, rng):
 @pytest.mark.parametrize("variant", ["exp", "exp forget gate"])
 def test_gates_from_minus_infinity_to_1e30_match_a_single_device(variant, exchange, rng):
     inputs, state, cotangents = mlstm_call(rng)
+    inputs["f"] -= 3 * (variant == "exp forget gate")  # mostly below 1
     for name, values in (("i", RANGE_I), ("f", RANGE_F if variant == "exp" else RANGE_LOG_F)):
         gate = np.array(inputs[name])
         replace_third(rng, gate, values)

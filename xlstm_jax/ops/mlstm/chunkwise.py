@@ -122,7 +122,7 @@ def _backward(options: Options, L: int, residuals: Residuals, cotangents):
         # The gradient of the loss on the last state through m: C and n have the factor exp(-m).
         rho = dlast.m - _inner(dlast, last)
         through_f, through_m = pre.stabilizer_path(x.gates, outputs.m, starts.m)
-        leaving = _end_grads(through_m, doutputs.m, rho)
+        leaving = pre.end_grads(through_m, doutputs.m, rho).reshape(-1)
         gauge_i, gauge_f, gauge_m = pre.stabilizer_grads(through_f, through_m, leaving, doutputs.m)
         dlog_i, dlog_f = dlog_i + gauge_i, dlog_f + gauge_f
         dinitial = dinitial._replace(m=dinitial.m + _by_position(gauge_m, last)[0])
@@ -245,21 +245,6 @@ def _input_grads(
     dv = exact_einsum("ZLS,ZLV->ZSV", P, du, dtype=dtype)
     dv = dv + exact_einsum("ZSK,ZKV->ZSV", keys, dC_end, dtype=dtype)
     return dq, dk, dv
-
-
-def _end_grads(through_m, dm: Float[Array, "Z L"], rho: Float[Array, "Y"]) -> Float[Array, "Z"]:
-    """Cotangent of m after each chunk from later chunks; `rho` is that of the last m.
-
-    `through_m` is True where m_t depends on m_{t-1}.
-    """
-    entering = jnp.sum(jnp.where(jnp.cumsum(~through_m, axis=-1) == 0, dm, 0), axis=-1)
-
-    def step(leaving, chunk):
-        is_through, entering = chunk
-        return entering + jnp.where(is_through, leaving, 0), leaving
-
-    chunks = (a.reshape(-1, rho.size) for a in (jnp.all(through_m, axis=-1), entering))
-    return jax.lax.scan(step, rho, tuple(chunks), reverse=True)[1].reshape(-1)
 
 
 def _inner(cotangent: MLSTMState, state: MLSTMState) -> Float[Array, "Y"]:

@@ -52,27 +52,55 @@ def boundary_states(
         axes: mesh axes over which the sequence is sharded, in this order.
     """
     gates = pre.log_gates(x.i, x.f, *flags, **options.gates, dtype=state.C.dtype)
-    summary = summarize(flags.zero_masked(x.k), flags.zero_masked(x.v), gates, options)
     if not options.max_state:
         state = MLSTMState(*pre.fold_stabilizer(*state))
     # All-gather is one collective, but its size and work grow with the number of shards.
     is_small = jax.lax.axis_size(axes) <= ALL_GATHER_SHARDS
     exchange = _all_gather if is_small else _by_doubling
-    return exchange(summary, state, axes)
+    k, v = flags.zero_masked(x.k), flags.zero_masked(x.v)
+    if options.forget_gate == "sigmoid":
+        return exchange(summarize(k, v, gates, options), state, axes)
+    # Sums of log f far above 0 would round log weights, so all are relative to m of the recurrence,
+    # which needs an earlier exchange of two numbers per head.
+    first, last = _boundary_stabilizers(gates, state.m, options, axes)
+    summary = summarize(k, v, gates, options, first)
+    zero = jnp.zeros_like(state.m)
+    summary = summary._replace(m=jnp.zeros_like(summary.m))
+    before, after = exchange(summary, state._replace(m=zero), axes)
+    return before._replace(m=before.m + first), after._replace(m=after.m + last)
+
+
+def _boundary_stabilizers(gates: LogGates, m: Float[Array, "B H"], options: Options, axes):
+    """m of the recurrence before this shard, and after the last one; `m` is before the first."""
+    _, g, m_shard = _weights_at_end(gates, options)
+    # `B H 1 shards`: shards take the place of steps.
+    shards = (jnp.moveaxis(jax.lax.all_gather(a, axes), 0, -1)[:, :, None] for a in (m_shard, g))
+    m_shard, g = shards
+    steps = pre.stabilizers(LogGates(m_shard, g, None), m, max_state=True)[0][:, :, 0]
+    starts = jnp.concatenate([m[..., None], steps], axis=-1)
+    return jnp.take(starts, jax.lax.axis_index(axes), axis=-1), starts[..., -1]
 
 
 def summarize(
-    k: Float[Array, "B T H K"], v: Float[Array, "B T H V"], gates: LogGates, options: Options
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    gates: LogGates,
+    options: Options,
+    m_first: Float[Array, "B H"] | None = None,
 ) -> Summary:
-    """The summary of a shard: one matrix product over all its positions."""
+    """The summary of a shard: one matrix product over all its positions.
+
+    With `m_first`, m before the shard, the result is relative: g is the log weight of the state
+    before the shard in the state after it, both divided by e^m.
+    """
     dtype = gates.log_i.dtype
-    weights, g, m = _weights_at_end(gates, options)
+    weights, g, m = _weights_at_end(gates, options, m_first)
     keys = jnp.exp(weights)[..., None] * k
     C = exact_einsum("BTHK,BTHV->BHKV", keys.astype(v.dtype), v, dtype=dtype)
     return Summary(g, m, C, jnp.sum(keys, axis=1, dtype=dtype))
 
 
-def _weights_at_end(gates: LogGates, options: Options):
+def _weights_at_end(gates: LogGates, options: Options, m_first=None):
     """log weight of every position in the state at the shard's end, and the shard's g and m.
 
     Relative to m they are sums of negative numbers over later steps: within a chunk, then over
@@ -80,17 +108,19 @@ def _weights_at_end(gates: LogGates, options: Options):
     """
     B, T, H = gates.log_i.shape
     chunks = pre.in_chunks(gates, min(GATE_CHUNK, T))
-    empty = jnp.full((B, H), NEG, gates.log_i.dtype)
-    m = materialize(pre.stabilizers(chunks, empty, max_state=options.max_state))
+    first = jnp.full((B, H), NEG, gates.log_i.dtype) if m_first is None else m_first
+    m = materialize(pre.stabilizers(chunks, first, max_state=options.max_state))
     decays = pre.decays(chunks, *m, forget_gate=options.forget_gate)
     later = jax.lax.cumsum(decays.across, axis=2, reverse=True)
     later = jnp.pad(later[..., 1:], ((0, 0), (0, 0), (0, 1)))
     # NEG is the lowest log weight, also where a sum has more than one of them.
     to_end = jnp.maximum(decays.to_end + later[..., None], NEG)
+    weights = jnp.moveaxis(to_end.reshape(B, H, -1), 1, 2)[:, :T]
+    if m_first is not None:
+        return weights, jnp.sum(decays.across, axis=-1), decays.m_end[..., -1]
     log_f = gates.log_f
     if gates.reset is not None:
         log_f = jnp.where(gates.reset[..., None], -jnp.inf, log_f)
-    weights = jnp.moveaxis(to_end.reshape(B, H, -1), 1, 2)[:, :T]
     return weights, jnp.sum(log_f, axis=1), decays.m_end[..., -1]
 
 
