@@ -203,18 +203,9 @@ def decays(
     gates: LogGates, m: jax.Array, m_start: jax.Array, m_end: jax.Array, *, forget_gate: str
 ) -> Decays:
     """Log weights of gates in chunks, `... L`, relative to their `stabilizers`."""
-    L = m.shape[-1]
-    # Of L numbers above -128, so that coarse sums are exact in float32.
-    grid = min(2.0**10, 2.0**17 / 2 ** (L - 1).bit_length())
-    rounded, start = _round(m, grid), _round(m_start, grid)
-    before = jnp.concatenate([start[..., None], rounded[..., :-1]], axis=-1)
-    exact = None
-    if forget_gate == "exp":
-        exact = jnp.concatenate([m_start[..., None], m[..., :-1]], axis=-1), m
-    steps = _steps(gates, before, rounded, grid, exact)
+    *steps, key, query, start = relative_steps(gates, m, m_start, forget_gate=forget_gate)
     coarse, fine = (jnp.cumsum(part, axis=-1) for part in steps)
-    key, query = jnp.maximum(gates.log_i, NEG) - rounded, rounded - m
-    from_start = coarse + (fine + query + (m_start - start)[..., None])
+    from_start = coarse + (fine + query + start)
     # The difference of the coarse parts is exact; the small parts are summed before it is added.
     to_end = (coarse[..., -1:] - coarse) + (fine[..., -1:] + query[..., -1:] + (key - fine))
     segment = None
@@ -223,6 +214,33 @@ def decays(
         from_start = jnp.where(segment == 0, from_start, NEG)
         to_end = jnp.where(segment == segment[..., -1:], to_end, NEG)
     return Decays(gates, coarse, fine, key, query, segment, from_start, to_end, m, m_start, m_end)
+
+
+class RelativeSteps(NamedTuple):
+    """Log weights of single steps, `... L`: they are relative to m rounded to a grid."""
+
+    coarse: jax.Array  # log f_t + m_{t-1} - m_t is coarse + fine; coarse is on the grid
+    fine: jax.Array
+    key: jax.Array  # log i_t - m_t
+    query: jax.Array  # rounded m_t minus m_t
+    start: jax.Array  # m minus rounded m before the chunk, `... 1`
+
+
+def relative_steps(
+    gates: LogGates, m: jax.Array, m_start: jax.Array, *, forget_gate: str
+) -> RelativeSteps:
+    """Log weights of single steps in chunks, relative to their `stabilizers`."""
+    L = m.shape[-1]
+    # Of L numbers above -128, so that coarse sums are exact in float32.
+    grid = min(2.0**10, 2.0**17 / 2 ** (L - 1).bit_length())
+    rounded, start = _round(m, grid), _round(m_start, grid)
+    before = jnp.concatenate([start[..., None], rounded[..., :-1]], axis=-1)
+    exact = None
+    if forget_gate == "exp":
+        exact = jnp.concatenate([m_start[..., None], m[..., :-1]], axis=-1), m
+    coarse, fine = _steps(gates, before, rounded, grid, exact)
+    key = jnp.maximum(gates.log_i, NEG) - rounded
+    return RelativeSteps(coarse, fine, key, rounded - m, (m_start - start)[..., None])
 
 
 def closed(dtype: Any) -> float:
