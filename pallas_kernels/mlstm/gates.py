@@ -203,15 +203,7 @@ def decays(
     gates: LogGates, m: jax.Array, m_start: jax.Array, m_end: jax.Array, *, forget_gate: str
 ) -> Decays:
     """Log weights of gates in chunks, `... L`, relative to their `stabilizers`."""
-    L = m.shape[-1]
-    # Of L numbers above -128, so that coarse sums are exact in float32.
-    grid = min(2.0**10, 2.0**17 / 2 ** (L - 1).bit_length())
-    rounded, start = _round(m, grid), _round(m_start, grid)
-    before = jnp.concatenate([start[..., None], rounded[..., :-1]], axis=-1)
-    exact = None
-    if forget_gate == "exp":
-        exact = jnp.concatenate([m_start[..., None], m[..., :-1]], axis=-1), m
-    steps = _steps(gates, before, rounded, grid, exact)
+    steps, rounded, start = relative_steps(gates, m, m_start, forget_gate=forget_gate)
     coarse, fine = (jnp.cumsum(part, axis=-1) for part in steps)
     key, query = jnp.maximum(gates.log_i, NEG) - rounded, rounded - m
     from_start = coarse + (fine + query + (m_start - start)[..., None])
@@ -223,6 +215,21 @@ def decays(
         from_start = jnp.where(segment == 0, from_start, NEG)
         to_end = jnp.where(segment == segment[..., -1:], to_end, NEG)
     return Decays(gates, coarse, fine, key, query, segment, from_start, to_end, m, m_start, m_end)
+
+
+def relative_steps(
+    gates: LogGates, m: jax.Array, m_start: jax.Array, *, forget_gate: str
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
+    """Coarse and fine part of g of every step, see `Decays`, and m and `m_start`, rounded."""
+    L = m.shape[-1]
+    # Of L numbers above -128, so that coarse sums are exact in float32.
+    grid = min(2.0**10, 2.0**17 / 2 ** (L - 1).bit_length())
+    rounded, start = _round(m, grid), _round(m_start, grid)
+    before = jnp.concatenate([start[..., None], rounded[..., :-1]], axis=-1)
+    exact = None
+    if forget_gate == "exp":
+        exact = jnp.concatenate([m_start[..., None], m[..., :-1]], axis=-1), m
+    return _steps(gates, before, rounded, grid, exact), rounded, start
 
 
 def closed(dtype: Any) -> float:
