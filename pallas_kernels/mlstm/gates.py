@@ -25,6 +25,9 @@ TINY = 2.0**-120
 READ_FLOOR = -20.0
 """Lower limit of m in a read-out: far below it, exp(-m) overflows float32."""
 
+LARGE = 2.0**12
+"""Stabilizers above this are rounded as in the recurrence: log f may be lost in log f + m."""
+
 
 class LogGates(NamedTuple):
     """Gates in log space: `B T H`, `reset` is `B T`; after `in_chunks` all have one shape."""
@@ -237,11 +240,6 @@ def closed(dtype: Any) -> float:
     return -1024.0 if dtype == jnp.float64 else -128.0
 
 
-def large(dtype: Any) -> float:
-    """Stabilizers above this are rounded as in the recurrence: log f may be lost in log f + m."""
-    return 2.0**40 if dtype == jnp.float64 else 2.0**12
-
-
 def _steps(
     gates: LogGates,
     before: jax.Array,
@@ -255,10 +253,10 @@ def _steps(
     """
     total = (gates.log_f + before) - m
     coarse = _round(gates.log_f, grid)
-    is_small = jnp.abs(before) < large(total.dtype)
+    is_small = jnp.abs(before) < LARGE
     if exact is not None:
         is_sum, step = _growing_steps(gates, *exact)
-        is_small &= is_sum & (m < large(total.dtype))
+        is_small &= is_sum & (m < LARGE)
         rounding = jax.lax.stop_gradient((before - exact[0]) - (m - exact[1]))
         total = jnp.where(is_small, total, step + rounding)
     fine = jnp.where(is_small, gates.log_f - coarse, total - _round(total, grid))
