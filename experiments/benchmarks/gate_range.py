@@ -99,13 +99,13 @@ def main(args: measure.Arguments) -> int:
     for op, (gate, forget), value in itertools.product(("mlstm", "slstm"), ACTIVATIONS, VALUES):
         inputs = inputs_of(op, gate, value)
         expected = program(op, forget, REFERENCE)(inputs)
-        key = {"op": op, "gate": gate, "forget_gate": forget, "value": value}
+        key = {"op": op, "gate": gate, "forget_gate": forget, "value": f"{value:g}"}
         row = {}
         for name in MLSTM if op == "mlstm" else SLSTM:
             row[name] = errors(program(op, forget, name)(inputs), expected)
             records.append(key | {"implementation": name} | row[name])
         cells_of_row = (f"{max(row[n].values()):.0e}" if n in row else "" for n in MLSTM)
-        rows.append([*map(str, key.values()), *cells_of_row])
+        rows.append([*key.values(), *cells_of_row])
     print(measure.table(("op", "gate", "forget gate", "value", *MLSTM), rows))
     measure.write(args.out, measure.run_info("gate_range") | {"records": records})
     return 0

@@ -25,6 +25,9 @@ TINY = 2.0**-120
 READ_FLOOR = -20.0
 """Lower limit of m in a read-out: far below it, exp(-m) overflows float32."""
 
+LARGE = 2.0**12
+"""Stabilizers above this are rounded as in the recurrence: log f may be lost in log f + m."""
+
 
 class LogGates(NamedTuple):
     """Gates in log space: `B T H`, `reset` is `B T`; after `in_chunks` all have one shape."""
@@ -203,9 +206,10 @@ def decays(
     gates: LogGates, m: jax.Array, m_start: jax.Array, m_end: jax.Array, *, forget_gate: str
 ) -> Decays:
     """Log weights of gates in chunks, `... L`, relative to their `stabilizers`."""
-    *steps, key, query, start = relative_steps(gates, m, m_start, forget_gate=forget_gate)
+    steps, rounded, start = relative_steps(gates, m, m_start, forget_gate=forget_gate)
     coarse, fine = (jnp.cumsum(part, axis=-1) for part in steps)
-    from_start = coarse + (fine + query + start)
+    key, query = jnp.maximum(gates.log_i, NEG) - rounded, rounded - m
+    from_start = coarse + (fine + query + (m_start - start)[..., None])
     # The difference of the coarse parts is exact; the small parts are summed before it is added.
     to_end = (coarse[..., -1:] - coarse) + (fine[..., -1:] + query[..., -1:] + (key - fine))
     segment = None
@@ -216,20 +220,10 @@ def decays(
     return Decays(gates, coarse, fine, key, query, segment, from_start, to_end, m, m_start, m_end)
 
 
-class RelativeSteps(NamedTuple):
-    """Log weights of single steps, `... L`: they are relative to m rounded to a grid."""
-
-    coarse: jax.Array  # log f_t + m_{t-1} - m_t is coarse + fine; coarse is on the grid
-    fine: jax.Array
-    key: jax.Array  # log i_t - m_t
-    query: jax.Array  # rounded m_t minus m_t
-    start: jax.Array  # m minus rounded m before the chunk, `... 1`
-
-
 def relative_steps(
     gates: LogGates, m: jax.Array, m_start: jax.Array, *, forget_gate: str
-) -> RelativeSteps:
-    """Log weights of single steps in chunks, relative to their `stabilizers`."""
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
+    """Coarse and fine part of g of every step, see `Decays`, and m and `m_start`, rounded."""
     L = m.shape[-1]
     # Of L numbers above -128, so that coarse sums are exact in float32.
     grid = min(2.0**10, 2.0**17 / 2 ** (L - 1).bit_length())
@@ -238,19 +232,12 @@ def relative_steps(
     exact = None
     if forget_gate == "exp":
         exact = jnp.concatenate([m_start[..., None], m[..., :-1]], axis=-1), m
-    coarse, fine = _steps(gates, before, rounded, grid, exact)
-    key = jnp.maximum(gates.log_i, NEG) - rounded
-    return RelativeSteps(coarse, fine, key, rounded - m, (m_start - start)[..., None])
+    return _steps(gates, before, rounded, grid, exact), rounded, start
 
 
 def closed(dtype: Any) -> float:
     """A log weight whose exponential is 0 in this dtype."""
     return -1024.0 if dtype == jnp.float64 else -128.0
-
-
-def large(dtype: Any) -> float:
-    """Stabilizers above this are rounded as in the recurrence: log f may be lost in log f + m."""
-    return 2.0**40 if dtype == jnp.float64 else 2.0**12
 
 
 def _steps(
@@ -266,10 +253,10 @@ def _steps(
     """
     total = (gates.log_f + before) - m
     coarse = _round(gates.log_f, grid)
-    is_small = jnp.abs(before) < large(total.dtype)
+    is_small = jnp.abs(before) < LARGE
     if exact is not None:
         is_sum, step = _growing_steps(gates, *exact)
-        is_small &= is_sum & (m < large(total.dtype))
+        is_small &= is_sum & (m < LARGE)
         rounding = jax.lax.stop_gradient((before - exact[0]) - (m - exact[1]))
         total = jnp.where(is_small, total, step + rounding)
     fine = jnp.where(is_small, gates.log_f - coarse, total - _round(total, grid))

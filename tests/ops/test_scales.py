@@ -103,6 +103,24 @@ def test_forget_gates_above_one_over_4096_steps_equal_the_recurrence(subject, in
         runs.assert_results_close(actual, expected, TABLE["float64"])
 
 
+@subjects("mlstm_exp", quick=("mlstm_exp",))
+def test_a_state_scaled_by_1e30_has_the_weight_of_an_input_gate_of_1e30(subject):
+    """Nothing but the log of that factor is rounded."""
+    case = _with_positive_normalizers(make_case(subject.variant, T))
+    i, f = _gates(case)
+    f[:, L + 2], i[:, L + 5] = np.float32(1e30), np.float32(1e30)
+    runs.assert_equals_the_recurrence(subject, case, TABLE["float32"])
+
+
+@subjects("mlstm_exp", quick=("mlstm_exp",))
+def test_forget_gates_whose_logs_cancel_leave_results_finite(subject):
+    """Their sums have rounding errors of thousands, but no step lets the state grow."""
+    case = make_case(subject.variant, T)
+    rng = np.random.default_rng(0)
+    replace_third(rng, _gates(case)[1], [-3e11, -1e11, 1e11, 2e11])
+    assert_finite(runs.run(subject, case, runs.zero_cotangents(subject.variant, case)))
+
+
 def _with_positive_normalizers(case):
     """The call with positive q, k and n: exp(-m) is 0, so nothing else keeps q n away from 0."""
     inputs = {name: np.abs(x) if name in "qk" else x for name, x in case.inputs.items()}

@@ -110,7 +110,7 @@ def _backward(options: Options, L: int, residuals: Residuals, cotangents):
     m = outputs.m, starts.m, m_end
     decays = materialize(pre.decays(x.gates, *m, forget_gate=options.forget_gate))
     doutputs = _output_grads(options, outputs, dh)
-    weights = query_weights(decays)
+    weights = _query_weights(decays)
     dends, phi, dinitial = _boundary_grads(residuals, decays, doutputs, weights[1], dlast)
     dq, dk, dv = _input_grads(options, x, decays, starts, doutputs, weights, dends)
     # exp(log i_s) k_s is one factor, so dlog_i = k dk. log f_j is in the weights of pairs (t, s)
@@ -162,7 +162,7 @@ def _boundary_states(x: Chunks, decays: Decays, state: MLSTMState):
 
 def _outputs(options: Options, x: Chunks, decays: Decays, starts: MLSTMState) -> Outputs:
     dtype, scale, m = starts.C.dtype, x.q.shape[-1] ** -0.5, decays.m
-    within, across = query_weights(decays)
+    within, across = _query_weights(decays)
     P = scale * exact_einsum("ZLK,ZSK->ZLS", x.q, x.k, dtype=dtype) * within
     q = (scale * across)[..., None] * x.q
     # Products take operands in the dtype of v and accumulate in that of the state.
@@ -253,10 +253,10 @@ def _inner(cotangent: MLSTMState, state: MLSTMState) -> Float[Array, "Y"]:
     return C + jnp.sum(cotangent.n * state.n, axis=-1)
 
 
-def query_weights(decays: Decays) -> tuple[Float[Array, "*Z L L"], Float[Array, "*Z L"]]:
+def _query_weights(decays: Decays) -> tuple[Float[Array, "Z L L"], Float[Array, "Z L"]]:
     """For every query: weights of keys, and of the state at the chunk's start, divided by e^m."""
     L, segment = decays.m.shape[-1], decays.segment
-    visible = jnp.expand_dims(jnp.tril(jnp.ones((L, L), bool)), range(decays.m.ndim - 1))
+    visible = jnp.tril(jnp.ones((L, L), bool))[None]
     if segment is not None:
         visible = visible & (segment[..., :, None] == segment[..., None, :])
     lift = decays.m - jnp.maximum(decays.m, READ_FLOOR)

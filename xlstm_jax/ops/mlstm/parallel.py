@@ -1,7 +1,8 @@
 """mLSTM over all pairs of positions at once, with the log-space stabilizer matrix.
 
-Quadratic in T; the implementation to read, and to compare others with. Its sums of log weights have
-no common start but run from one position to the next, so it loses the fewest digits of all forms.
+Quadratic in T; the implementation to read, and to compare others with. Its sums of log f have no
+common start but run from one position to the next, so it loses the fewest digits of all forms.
+Autodiff computes the gradients.
 
 Source: arXiv:2405.04517, appendix (parallel mLSTM).
 """
@@ -30,9 +31,11 @@ def mlstm_parallel(
         # States of this op have m = 0; the caller's may have another m.
         state = MLSTMState(*pre.fold_stabilizer(*state))
     log_D, log_start, m = _log_weights(gates, state.m, options)
-    # States are read with m at least READ_FLOOR.
-    lift = m - jnp.maximum(m, pre.READ_FLOOR)
-    P = scale * exact_einsum("BTHK,BSHK->BHTS", q, k) * jnp.exp(log_D + lift[..., None])
+    m_read = jnp.maximum(m, pre.READ_FLOOR)
+    lift = m - m_read
+    # Log weights are relative to m, so exponents are <= 0, whatever the gates are.
+    scores = scale * exact_einsum("BTHK,BSHK->BHTS", q, k)
+    P = scores * jnp.exp(log_D + lift[..., None])
     start = scale * jnp.exp(log_start + lift)
     h = exact_einsum("BHTS,BSHV->BTHV", P, v)
     h = h + exact_einsum("BHT,BTHK,BHKV->BTHV", start, q, state.C)
@@ -49,25 +52,31 @@ def mlstm_parallel(
 
 
 def _log_weights(gates: pre.LogGates, m_start: Float[Array, "B H"], options: Options):
-    """Log weights of keys s for queries t `B H T S`, of the given state `B H T`, and m `B H T`.
+    """Relative to m: log weights of keys s for queries t `B H T S`, and of the state `B H T`.
 
-    Weights are divided by exp(m): they are sums of the log weights of steps, which are at most 0,
-    whatever the gates are.
+    Also returns m after every position, `B H T`.
     """
     T = gates.log_i.shape[1]
-    chunks = pre.in_chunks(gates, T)  # the whole sequence is one chunk
-    m, m_start, _ = pre.stabilizers(chunks, m_start, max_state=options.max_state)
-    steps = pre.relative_steps(chunks, m, m_start, forget_gate=options.forget_gate)
-    step, key, query, start, m = (a[:, :, 0] for a in (steps.coarse + steps.fine, *steps[2:], m))
+    # The sequence is a chunk: `B H 1 T`.
+    gates = pre.in_chunks(gates, T)
+    m, start, _ = pre.stabilizers(gates, m_start, max_state=options.max_state)
+    parts, rounded, rounded_start = pre.relative_steps(
+        gates, m, start, forget_gate=options.forget_gate
+    )
     t, s = jnp.arange(T)[:, None], jnp.arange(T)[None]
-    # decay[t, s] is the sum over s+1 .. t, and from_start[t] that over 0 .. t.
-    decay = jnp.cumsum(jnp.where(t > s, step[..., :, None], 0), axis=-2)
-    from_start = decay[..., 0] + (step[..., :1] + query + start)
-    visible = (t >= s)[None, None]
+    key, query = jnp.maximum(gates.log_i, pre.NEG) - rounded, rounded - m
+    log_D = query[..., :, None] + key[..., None, :]
+    log_start = query + (start - rounded_start)[..., None]
+    for part in parts:
+        # Sums over s+1 .. t start at s: gradients before a reset are exactly 0.
+        steps = jnp.where(jnp.expand_dims(t > s, (0, 1, 2)), part[..., :, None], 0)
+        log_D = log_D + jnp.cumsum(steps, axis=-2)
+        log_start = log_start + jnp.cumsum(part, axis=-1)
+    visible = jnp.expand_dims(t >= s, (0, 1, 2))
     if gates.reset is not None:
         # Resets are a mask, not a large negative log f: a sum with one would lose its digits.
-        segment = jnp.cumsum(gates.reset, axis=-1)[:, None]
+        segment = jnp.cumsum(gates.reset, axis=-1)
         visible = visible & (segment[..., :, None] == segment[..., None, :])
-        from_start = jnp.where(segment == 0, from_start, pre.NEG)
-    log_D = jnp.where(visible, decay + (query[..., :, None] + key[..., None, :]), pre.NEG)
-    return log_D, from_start, m
+        log_start = jnp.where(segment == 0, log_start, pre.NEG)
+    log_D = jnp.where(visible, log_D, pre.NEG)
+    return log_D[:, :, 0], log_start[:, :, 0], m[:, :, 0]
