@@ -70,7 +70,9 @@ class CellConfig:
         metadata={"to_json": lambda gate: "" if gate == "sigmoid" else gate},
     )
     normalize: bool = True  # False requires that both gates are sigmoids
-    forget_bias: tuple[float, float] = (3.0, 6.0)  # first and last head: a range of time constants
+    # First and last head: a range of time constants. With forget_gate="exp" about (-1, 0): there a
+    # positive bias multiplies the memory in every step.
+    forget_bias: tuple[float, float] = (3.0, 6.0)
     eps: float = 1e-6  # added to the normalizer
     chunk_size: int | None = None  # L; affects only speed; None: the op chooses
     implementation: str = "auto"
