@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 import signal
 
 import jax
@@ -137,10 +138,11 @@ def test_loss_and_gradients_equal_those_of_one_device(pattern, remat, mesh, capf
 def test_the_compiler_reports_involuntary_rematerialization(capfd):
     """Ensures that the test above searches for the right message."""
     devices = make_devices(MESHES["fsdp"])
+    new = time.time()  # a new constant: a program from the compilation cache reports nothing
 
     def reshard(x):
         x = jax.lax.with_sharding_constraint(x, P("fsdp", None, "data"))
-        return jax.lax.with_sharding_constraint(jnp.sin(x), P(None, ("data", "fsdp"), None))
+        return jax.lax.with_sharding_constraint(jnp.sin(x) + new, P(None, ("data", "fsdp"), None))
 
     with devices.active():
         jax.jit(reshard).lower(jnp.zeros((8, 8, 8))).compile()
