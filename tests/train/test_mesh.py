@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import time
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
