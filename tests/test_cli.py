@@ -34,6 +34,8 @@ def workdir(tmp_path, monkeypatch, one_device):
     """An empty working directory, without `cpu.prepare`, which changes the whole process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cpu, "prepare", lambda: None)
+    # Else configs of later tests record the modules that a test imports.
+    monkeypatch.setattr(config, "_imported", {})
     return tmp_path
 
 
@@ -167,8 +169,7 @@ def error_line(capsys, path):
 
 
 @pytest.mark.usefixtures("unchecked_types")
-def test_a_config_may_use_numpy_numbers_and_modules_beside_it(workdir, capsys, monkeypatch):
-    monkeypatch.setattr("xlstm_jax.config._imported", {})  # else later tests record the module
+def test_a_config_may_use_numpy_numbers_and_modules_beside_it(workdir, capsys):
     (workdir / "shared_values.py").write_text("import numpy as np\n\nDIM = np.int64(16)\n")
     (workdir / "c.py").write_text(
         "import dataclasses\n\nfrom experiments.char_lm import SMOKE\n"

@@ -121,6 +121,8 @@ def config(size="cpu"):
 @pytest.fixture
 def write(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1]))
+    # Else configs of later tests record the modules that a test imports.
+    monkeypatch.setattr(config, "_imported", {})
 
     def _write(text, name="c.py"):
         (tmp_path / name).write_text(text.replace("tests.test_config", __name__))
