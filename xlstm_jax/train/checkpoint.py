@@ -307,18 +307,22 @@ def _restore(
     context.pytree.loading.partial_load = partial
     try:
         with context:
-            reason = (
+            difference = (
                 _mismatch(folder, items["state"], partial=partial) if "state" in items else None
             )
-            if reason is None:
+            if difference is None:
                 return ocp.load_checkpointables(str(folder), items)
     # The array store raises many types of exception, including a bare Exception.
     except Exception as error:
         if (number := _os_error_number(error)) not in (None, errno.ENOENT):
             raise OSError(number, os.strerror(number), str(folder)) from error
-        reason = f"it cannot be read ({_innermost(error)})"
+        raise CheckpointError(
+            f"{folder} must be a complete checkpoint, but it cannot be read "
+            f"({_innermost(error)}); {way_out}."
+        ) from error
     raise CheckpointError(
-        f"{folder} must be a complete checkpoint of this config, but {reason}; {way_out}."
+        f"{folder} must be a checkpoint of this config, but {difference}; use the config that it "
+        "was trained with, or another directory."
     )
 
 
