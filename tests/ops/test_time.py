@@ -69,7 +69,7 @@ def test_sequence_can_be_split_around_a_chunk_boundary(subject, split):
 @subjects(quick=PRIMARY)
 def test_sequence_with_resets_and_masks_can_be_split_anywhere(subject, dtype):
     case = with_flags(make_case(subject.variant, T), num_masked=7)
-    for split in (1, 4, 7, 8, 9, 11, 13, 16, 19, 23, 25, T - 1):
+    for split in (1, 7, 8, 9, 13, 25, T - 1):
         _assert_split_changes_nothing(subject, case, split, dtype, length=T)
 
 

@@ -172,7 +172,8 @@ def test_no_collective_of_a_step_grows_with_the_sequence_length():
 @every_mesh
 def test_a_train_step_equals_that_of_one_device(mesh, rng):
     """Accumulates two micro-batches; both have sequences on every device."""
-    cfg = TrainConfig(accumulation=2, lr=1e-2, warmup_steps=0, loss_chunk=16)
+    # With a small eps, Adam moves a parameter by the sign of its gradient, which may be rounding.
+    cfg = TrainConfig(accumulation=2, lr=1e-2, warmup_steps=0, loss_chunk=16, eps=1e-3)
     model, tx = LM(config("mM")), make_optimizer(cfg)
     key, tokens, batch = jax.random.key(0), jnp.zeros((1, 1), jnp.int32), packed_batch(rng, 16)
 
@@ -185,9 +186,8 @@ def test_a_train_step_equals_that_of_one_device(mesh, rng):
             return step(state, devices.batch(batch))
 
     expected, actual = train(None), train(make_devices(mesh))
-    # Adam normalizes a gradient however small it is, so the sign of noise moves a parameter.
     for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     for name in ("loss", "grad_norm", "tokens"):
         np.testing.assert_allclose(actual[1][name], expected[1][name], rtol=1e-5)
 
