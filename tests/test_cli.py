@@ -1,6 +1,7 @@
 """The commands: results, exit codes, and one-line errors that leave the files unchanged."""
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 from experiments.char_lm import SMOKE
 from xlstm_jax import config, cpu, data
 from xlstm_jax.cli import console, main, train
+from xlstm_jax.errors import UnsupportedError
 from xlstm_jax.plan import topology
 from xlstm_jax.train import DivergedError, FitResult, TrainState
 from xlstm_jax.train.guard import Guard
@@ -192,6 +194,38 @@ def test_tilde_is_the_home_directory_in_every_path(workdir, monkeypatch):
     monkeypatch.setattr(train, "fit", fit)
     assert main(["train", CONFIG, "--size", "smoke", "--run-dir=~/runs/a"]) == 0
     assert calls == [workdir / "home" / "runs" / "a"]
+
+
+@pytest.mark.parametrize("pattern, is_said", [("M", True), ("mM", False)])
+def test_training_says_that_a_model_of_large_blocks_cannot_be_exported(
+    monkeypatch, caplog, pattern, is_said
+):
+    monkeypatch.setattr(train, "fit", lambda *_, **__: STOPPED)
+    assert main(["train", CONFIG, "--size", "smoke", "--model.pattern", pattern]) == 0
+    assert ("cannot be exported to transformers: final_norm" in caplog.text) == is_said
+
+
+@pytest.mark.parametrize(
+    "error, code, text",
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), 4, "a/b: no space left"),
+        (ConnectionResetError("connection reset"), 4, "connection reset"),
+        (PermissionError(errno.EACCES, "Permission denied", "c"), 2, "c: permission denied"),
+        (MemoryError(), 4, "out of memory (MemoryError)"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nat line 1"), 4, "out of memory (RES"),
+        (UnsupportedError("no implementation"), 2, "no implementation"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_errors_have_an_exit_code_and_one_line(monkeypatch, capsys, error, code, text):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(train, "fit", fail)
+    assert main(["train", CONFIG, "--size", "smoke"]) == code
+    message = capsys.readouterr().err
+    assert message.startswith(f"xlstm-jax: {text}") and message.count("\n") == 1
 
 
 def test_output_that_stdout_cannot_encode_is_replaced(monkeypatch):
