@@ -249,6 +249,7 @@ class Checked:
         (dict(rate=1e39), "got 1e+39."),
         (dict(rate=np.float64(math.nan)), "got nan."),
         (dict(steps=math.inf), "part.steps must be"),
+        (dict(steps=-(10**400)), "part.steps must have at most 512 bits, got an integer of 1329"),
         (dict(steps=None), "part.steps must be int or float, got None."),
         (dict(bounds=(1.0, math.nan)), "part.bounds"),
         (dict(bounds=1.0), "part.bounds must be"),

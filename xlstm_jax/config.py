@@ -113,6 +113,9 @@ FLOAT32_MIN, FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 MAX_INT = 2**31 - 1
 """Largest size, count and token id: indices are int32."""
 
+MAX_BITS = 512
+"""Of any integer: Python refuses to write those of more than 4,300 digits to JSON."""
+
 DEMANDS: dict[str, Callable[[Any], bool]] = {
     "at least 1": lambda x: x >= 1,
     "at least 2": lambda x: x >= 2,
@@ -149,6 +152,11 @@ def check_fields(cfg: Any, where: str, demands: Mapping[str, str]) -> None:
             has_default = hasattr(type(cfg), name)
             way_out = f"the default is {getattr(type(cfg), name)}" if has_default else "change it"
             check_range(where + name, getattr(cfg, name), demand, way_out)
+    for name, value in vars(cfg).items():  # of integers without a range, such as seeds
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
+            raise ConfigError(
+                f"{where}{name} must have at most {MAX_BITS} bits, got {quote(value)}; shorten it."
+            )
 
 
 def check_range(name: str, value: float | None, demand: str, way_out: str = "change it") -> None:
