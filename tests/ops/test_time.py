@@ -119,7 +119,7 @@ def test_packed_sequence_equals_its_separate_documents(subject, dtype):
     cotangents = runs.random_cotangents(subject.variant, case, **options)
     packed = runs.run(subject, case, cotangents, dtype, **options)
     zero = runs.zero_cotangents(subject.variant, case)
-    weights = {name: 0.0 for name in case.weights}
+    weights, gradients = {name: 0.0 for name in case.weights}, {name: [] for name in case.inputs}
     for start, stop in DOCUMENTS:
         document = pad(from_initial_state(make_case(subject.variant, T).slice(start, stop)), T)
         # The final state is that of the last document, so only its loss includes the state.
@@ -128,10 +128,14 @@ def test_packed_sequence_equals_its_separate_documents(subject, dtype):
         separate = runs.run(subject, document, loss, dtype, **options)
         n = stop - start
         tolerances.assert_close(packed.h[:, start:stop], separate.h[:, :n], tol.h, "h")
-        gradients = {name: packed.gradients[name][:, start:stop] for name in case.inputs}
-        expected = {name: separate.gradients[name][:, :n] for name in case.inputs}
-        tolerances.assert_gradients_close(gradients, expected, tol)
+        for name in case.inputs:
+            gradients[name].append(separate.gradients[name][:, :n])
         weights = {name: weights[name] + separate.gradients[name] for name in weights}
+    # Together: in a document of one token, the gradient of f is the rounding error of the others.
+    length = DOCUMENTS[-1][1]
+    actual = {name: packed.gradients[name][:, :length] for name in case.inputs}
+    expected = {name: np.concatenate(parts, axis=1) for name, parts in gradients.items()}
+    tolerances.assert_gradients_close(actual, expected, tol)
     tolerances.assert_states_close(packed.state, separate.state, tol.state)
     for name in case.state._fields:
         assert not packed.gradients[f"state.{name}"].any()
