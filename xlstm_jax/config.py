@@ -363,21 +363,21 @@ def _execute(path: pathlib.Path) -> types.ModuleType:
 def _errors_of_user_code(
     folder: pathlib.Path, file: pathlib.Path | None = None, cls: type | None = None
 ) -> Iterator[None]:
-    """Within the context, errors become one line with their place in a file of the user.
+    """Within the context, errors become one line with their location in a file of the user.
 
     Args:
-        folder: of the user's files; the place is the last line of the traceback in one of them.
-        file: the place of errors outside of them; None: any last line outside of this library.
+        folder: of the user's files; the location is the last line of the traceback in one of them.
+        file: location of errors outside of them; None: any last line outside of this library.
         cls: the config class; misspelled fields of it and of its fields get a hint.
     """
     try:
         yield
     except (Exception, SystemExit) as error:
-        inside, outside = _places(error, folder)
+        inside, outside = _locations(error, folder)
         if isinstance(error, ArgumentError) and not inside:
             raise  # of this library, not of the user's code
-        place = inside or (outside if file is None else quote_path(file))
-        raise ConfigError(f"{place}: {_reason(error, cls)}") from error
+        location = inside or (outside if file is None else quote_path(file))
+        raise ConfigError(f"{location}: {_reason(error, cls)}") from error
 
 
 MAX_REASON = 1000
@@ -398,7 +398,7 @@ def _reason(error: BaseException, cls: type | None) -> str:
     return f"{name}: {reason[:MAX_REASON]}" if reason else name
 
 
-def _places(error: BaseException, folder: pathlib.Path) -> tuple[str, str]:
+def _locations(error: BaseException, folder: pathlib.Path) -> tuple[str, str]:
     """FILE:LINE of the last line in a folder, and of the last line outside of this library."""
     lines = [(frame.f_code.co_filename, n) for frame, n in traceback.walk_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:

@@ -36,7 +36,7 @@ def printable(text: str) -> str:
 
 
 def quote(value: object) -> str:
-    """The `repr` of a value for a message: printable and cut at about `MAX_QUOTED` characters.
+    """The `repr` of a value for a message: printable, truncated to about `MAX_QUOTED` characters.
 
     Of nested values only the beginning is visited, so that the cost is bounded as well.
     """
@@ -44,7 +44,7 @@ def quote(value: object) -> str:
 
 
 def quote_path(path: str | PathLike[str]) -> str:
-    """A path for a message; names, and paths, that no file system allows are cut."""
+    """A path for a message; names, and paths, that no file system allows are truncated."""
     return printable(shorten("/".join(shorten(name) for name in str(path).split("/")), 400))
 
 

@@ -67,7 +67,7 @@ def test_the_order_of_windows_depends_on_epoch_and_seed():
 
 def test_every_bit_of_the_seed_changes_the_order():
     windows = make_windows(60)
-    seeds = [5, -5, 2**33 + 5, 2**63 + 5, 2**64 + 5, 2**65 + 5, 2**70, 10**5000]
+    seeds = [5, -5, 2**33 + 5, 2**63 + 5, 2**64 + 5, 2**65 + 5, 2**70, 2**500]
     orders = {tuple(indices(windows, dataclasses.replace(CFG, seed=s), 10)) for s in seeds}
     assert len(orders) == len(seeds)
 

@@ -75,13 +75,13 @@ def run(argv: list[str]) -> int:
 
 @contextlib.contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Prints warnings about the weights as one line, without the place in our code."""
+    """Prints warnings about the weights as one line, without their source location."""
 
-    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *location: Any) -> None:
         if issubclass(category, tensors.WeightsWarning):
             print(f"xlstm-jax: {message}", file=sys.stderr)
         else:
-            show_others(message, category, *place)
+            show_others(message, category, *location)
 
     show_others = warnings.showwarning
     with warnings.catch_warnings():

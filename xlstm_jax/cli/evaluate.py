@@ -40,7 +40,7 @@ def run(argv: list[str]) -> int:
     data_options = {name: getattr(args, name) for name in _DATA}
     overrides = {name: value for name, value in data_options.items() if value is not None}
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **overrides))
-    # A text that is given is held out as a whole: a part of it would surprise.
+    # All of a given text is held-out data, so all of it is evaluated.
     split = args.split or ("valid" if args.source is None else None)
     examples = load(cfg.data, split) if split else load_all(cfg.data)
     check_vocabulary(cfg, examples)

@@ -124,9 +124,11 @@ def check_num_blocks(fields: Fields, num_blocks: int, source: Source) -> None:
 
     Weights without a single block have other names, which the error about these shows.
     """
-    found = source.num_blocks
-    what = f"at most {found}, the number of blocks in the weights"
-    fields.require("num_blocks", num_blocks, what, fits=num_blocks <= (found or MAX_UNKNOWN_BLOCKS))
+    stored = source.num_blocks
+    what = f"at most {stored}, the number of blocks in the weights"
+    fields.require(
+        "num_blocks", num_blocks, what, fits=num_blocks <= (stored or MAX_UNKNOWN_BLOCKS)
+    )
 
 
 def _cap(fields: Fields, name: str, default: float) -> float | None:

@@ -67,7 +67,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _text(path: Path) -> str:
-    """The beginning of a file, which no message or copy needs whole; empty if it does not exist."""
+    """The first bytes of a file, enough for a message or a copy; empty if it does not exist."""
     if not path.is_file():
         return ""
     with path.open(errors="replace") as file:

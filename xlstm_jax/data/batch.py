@@ -45,7 +45,7 @@ class Examples(Protocol):
 def differences_of_data(new: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
     """How a description differs from that of an earlier run, one line per field.
 
-    Data are identified by content: neither their place nor the names of their files count.
+    Data are identified by content: neither their path nor the names of their files count.
     """
     # Earlier versions stored the path of a text and the version of Python, and no hash without
     # names of files.

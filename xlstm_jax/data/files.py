@@ -16,7 +16,7 @@ from xlstm_jax.config import ConfigError
 from xlstm_jax.errors import quote, quote_path
 
 MAX_BYTES = 1 << 30
-"""Bytes of text in a source, decompressed, because tokens are held in memory."""
+"""Bytes of text in a source, decompressed, because tokens are stored in memory."""
 
 TEXT = (".txt", ".md")
 FORMATS = ".txt and .md, each also compressed as .gz or .zst"
@@ -167,7 +167,7 @@ def read_text(path: Path, limit: int, *, any_bytes: bool = False) -> bytes:
     if data is None or len(data) > limit:
         raise ConfigError(
             f"the text of data.source must be at most {MAX_BYTES >> 20:,} MiB, as its tokens are "
-            f"held in memory, but {quote_path(path)} exceeds that; use fewer or smaller files."
+            f"stored in memory, but {quote_path(path)} exceeds that; use fewer or smaller files."
         )
     for kind, (offset, magic) in _ARCHIVES.items():
         if data.startswith(magic, offset):

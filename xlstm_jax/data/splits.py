@@ -78,25 +78,28 @@ def divide(data: bytes, percents: Sequence[int]) -> list[bytes]:
     """Divides one document, in order, near these percentages of its bytes.
 
     At line ends, so that the parts concatenate to the document, unless it has fewer than 100 lines
-    or a long one leaves a part empty. Else by position, without the 1 % before each cut: no part
+    or a long one leaves a part empty. Else by position, without the 1 % before each split: no part
     continues the one before it. No UTF-8 character is broken either way. A document of a few bytes
-    stays whole.
+    is not divided.
     """
-    cuts = [len(data) * percent // 100 for percent in percents]
+    positions = [len(data) * percent // 100 for percent in percents]
     line_feeds = data.count(b"\n")
     line_ends = line_feeds + data.count(b"\r") - data.count(b"\r\n")
     if line_ends + (not data.endswith((b"\r", b"\n"))) >= _MIN_LINES:
         # A text with line feeds may contain stray returns.
         pattern = _LINE_FEED if line_feeds >= _MIN_LINES else _LINE_END
-        ends = [match.end() if (match := pattern.search(data, cut)) else len(data) for cut in cuts]
+        ends = [
+            match.end() if (match := pattern.search(data, start)) else len(data)
+            for start in positions
+        ]
         parts = [data[start:stop] for start, stop in pairwise([0, *ends, len(data)])]
         if all(parts):
             return parts
     gap = max(1, min(_MAX_GAP, len(data) // 100))
-    starts = [0, *(_character(data, cut) for cut in cuts)]
+    starts = [0, *(_character(data, start) for start in positions)]
     stops = [*(_character(data, max(0, start - gap)) for start in starts[1:]), len(data)]
     parts = [data[start:stop] for start, stop in zip(starts, stops, strict=True)]
-    return parts if all(parts) else [data] + [b""] * len(cuts)
+    return parts if all(parts) else [data] + [b""] * len(positions)
 
 
 def _character(data: bytes, position: int) -> int:
