@@ -1,12 +1,12 @@
 """Workarounds for XLA's CPU backend, each with its measured gain; other platforms use none."""
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
 from xlstm_jax.ops import dispatch
+from xlstm_jax.ops.gradient import with_backward
 from xlstm_jax.sharding.axes import free_axes
 from xlstm_jax.typing import Array, Float, PyTree
 
@@ -44,13 +44,8 @@ def materialize(x: PyTree) -> PyTree:
     return jax.lax.cond(true, lambda x: x, lambda x: jax.tree.map(jnp.zeros_like, x), x)
 
 
-@jax.custom_vjp
-def materialize_cotangent(x: Array) -> Array:
-    """x; its cotangent is stored in memory before it is used, see `materialize`."""
-    return x
-
-
-materialize_cotangent.defvjp(lambda x: (x, None), lambda _, dx: (materialize(dx),))
+materialize_cotangent = with_backward(lambda x: (x, None), lambda _, dx: (materialize(dx),))
+"""x; its cotangent is stored in memory before it is used, see `materialize`."""
 
 
 def mean(x: Array) -> Array:
@@ -69,20 +64,20 @@ def mean(x: Array) -> Array:
 # gradient reads, with strided access, and computes it again for the input's gradient. Behind a
 # barrier it is computed once, without a copy: the train step of a four-block model of width 256
 # fell from 912 to 750 ms of CPU time (AMD EPYC, 2026-11-22).
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
-    """x @ kernel, accumulated and returned in `dtype`."""
-    return jnp.dot(x, kernel, preferred_element_type=dtype)
+def _matmul(dtype: jnp.dtype, x: Array, kernel: Array):
+    return jnp.dot(x, kernel, preferred_element_type=dtype), (x, kernel)
 
 
 def _matmul_backward(dtype, residuals, dy):
+    del dtype
     x, kernel = residuals
     dy = jax.lax.optimization_barrier(dy.astype(x.dtype)).reshape(-1, dy.shape[-1])
     dx = jax.lax.dot_general(dy, kernel, (((1,), (1,)), ((), ())))
     return dx.reshape(x.shape), _kernel_grad(x.reshape(-1, x.shape[-1]), dy)
 
 
-matmul.defvjp(lambda x, kernel, dtype: (matmul(x, kernel, dtype), (x, kernel)), _matmul_backward)
+matmul = with_backward(_matmul, _matmul_backward, num_static=1)
+"""(dtype, x, kernel) -> x @ kernel, accumulated and returned in `dtype`."""
 
 _NARROW_WIDTH, _PARTIAL_SUMS = 16, 16
 
@@ -105,15 +100,11 @@ def _kernel_grad(
     return jnp.sum(parts, axis=0).T.astype(x.dtype)
 
 
-@jax.custom_vjp
-def grouped_matmul(
-    x: Float[Array, "N P I"], kernel: Float[Array, "P I O"]
-) -> Float[Array, "N P O"]:
-    """A product within each of P small groups; see `SMALL_GROUP`."""
+def _grouped_matmul(x: Float[Array, "N P I"], kernel: Float[Array, "P I O"]):
     # One input feature of all groups at a time, times contiguous weights.
     by_feature = jnp.moveaxis(kernel, 1, 0)
     y = sum(x[:, :, i, None] * by_feature[i][None] for i in range(kernel.shape[1]))
-    return materialize(y)
+    return materialize(y), (x, kernel)
 
 
 def _grouped_backward(residuals, dy):
@@ -122,7 +113,8 @@ def _grouped_backward(residuals, dy):
     return grouped_matmul(dy, jnp.swapaxes(kernel, 1, 2)), _sum_of_outer_products(x, dy)
 
 
-grouped_matmul.defvjp(lambda *inputs: (grouped_matmul(*inputs), inputs), _grouped_backward)
+grouped_matmul = with_backward(_grouped_matmul, _grouped_backward)
+"""A product within each of P small groups, (`N P I`, `P I O`) -> `N P O`; see `SMALL_GROUP`."""
 
 
 def _sum_of_outer_products(

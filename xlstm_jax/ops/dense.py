@@ -18,7 +18,7 @@ def dense(
     """x @ kernel, accumulated and returned in `dtype` (None: that of x); kernel is cast to x's."""
     dtype, kernel = jnp.dtype(dtype or x.dtype), kernel.astype(x.dtype)
     if cpu.is_single_cpu():
-        return cpu.matmul(x, kernel, dtype)
+        return cpu.matmul(dtype, x, kernel)
     return jnp.dot(x, kernel, preferred_element_type=dtype)
 
 

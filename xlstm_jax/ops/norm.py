@@ -3,13 +3,12 @@
 Source: arXiv:2405.04517, appendix; arXiv:2503.13427, section 3 (RMS norm, soft cap).
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.ops.cpu import mean
+from xlstm_jax.ops.gradient import with_backward
 from xlstm_jax.typing import Array, Float
 
 
@@ -58,11 +57,6 @@ def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
 
 # The gradient is written by hand: it needs only y and one number per vector as residuals, and two
 # independent means.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _standardize(kind: str, eps: float, x: Array) -> Array:
-    return _forward(kind, eps, x)[0]
-
-
 def _forward(kind: str, eps: float, x: Array):
     x = x - mean(x) if kind == "layer" else x
     scale = jax.lax.rsqrt(mean(jnp.square(x)) + eps)
@@ -78,7 +72,7 @@ def _backward(kind: str, eps: float, residuals, dy: Array):
     return (scale * (dx - mean(dy) if kind == "layer" else dx),)
 
 
-_standardize.defvjp(_forward, _backward)
+_standardize = with_backward(_forward, _backward, num_static=2)
 
 
 def _affine(y: Array, scale: Array | None, bias: Array | None) -> Array:

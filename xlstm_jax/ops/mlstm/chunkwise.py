@@ -14,7 +14,6 @@ scaled domain, and a loss on the returned C, n and m.
 Source: arXiv:2503.14376 (tiled flash linear attention), section 3; the gradient is our derivation.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -26,6 +25,7 @@ from xlstm_jax.cells.logspace import exact_einsum
 from xlstm_jax.cells.mlstm import MLSTMState
 from xlstm_jax.ops.cpu import materialize
 from xlstm_jax.ops.flags import Flags
+from xlstm_jax.ops.gradient import with_backward
 from xlstm_jax.ops.mlstm.arguments import Inputs, Options
 from xlstm_jax.typing import Array, Float
 
@@ -70,14 +70,9 @@ def mlstm_chunkwise(
         state = MLSTMState(*pre.fold_stabilizer(*state))
     # A short sequence is one chunk of its own length, without padding.
     L = min(options.chunk_size or CHUNK_SIZE, q.shape[1])
-    h, state = _chunkwise(options, L, q, k, v, gates, state)  # pyright: ignore[reportGeneralTypeIssues]
+    h, state = _chunkwise(options, L, q, k, v, gates, state)
     # A masked position writes nothing, but its query still reads the state.
     return flags.zero_masked(h), state
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunkwise(options: Options, L: int, q, k, v, gates: LogGates, state: MLSTMState):
-    return _forward(options, L, q, k, v, gates, state)[0]
 
 
 def _forward(options: Options, L: int, q, k, v, gates: LogGates, state: MLSTMState):
@@ -132,7 +127,7 @@ def _backward(options: Options, L: int, residuals: Residuals, cotangents):
     return dq, dk, dv, LogGates(dlog_i, dlog_f, None), dinitial
 
 
-_chunkwise.defvjp(_forward, _backward)
+_chunkwise = with_backward(_forward, _backward, num_static=2)
 
 
 def _stabilizers(options: Options, gates: LogGates, m_first: Float[Array, "Y"]):

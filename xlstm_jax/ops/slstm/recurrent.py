@@ -8,7 +8,6 @@ Source: arXiv:2405.04517, section 2.2. The stabilizer m is a gauge of (c, n): h 
 it, so a loss on h needs no gradient through m; one on the returned c, n, m does (`_scale_grads`).
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from xlstm_jax.cells.logspace import NEG, exact_einsum, log_sigmoid
 from xlstm_jax.cells.slstm import SLSTMState
 from xlstm_jax.ops import gated
 from xlstm_jax.ops.flags import Flags
+from xlstm_jax.ops.gradient import with_backward
 from xlstm_jax.typing import Array, Float
 
 
@@ -39,23 +39,18 @@ def slstm_recurrent(
     # `T 1 B 1`, to broadcast against `T H B K`.
     flags = Flags(*(None if f is None else f.T[:, None, :, None] for f in (reset, mask)))
     r = r.astype(dtype)  # once, not in every step
-    h, state = _scan(forget_gate, x, r, state, flags)  # pyright: ignore[reportGeneralTypeIssues]
+    h, state = _scan(forget_gate, x, r, state, flags)
     h = jnp.transpose(h, (2, 0, 1, 3)).astype(inputs.x.dtype)
     return h, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), state)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(
+def _forward(
     forget_gate: str,
     x: Float[Array, "T H B 4 K"],
     r: Float[Array, "H K 4 K"],
     state: SLSTMState,
     flags: Flags,
-) -> tuple[Float[Array, "T H B K"], SLSTMState]:
-    return _forward(forget_gate, x, r, state, flags)[0]
-
-
-def _forward(forget_gate, x, r, state, flags: Flags):
+):
     def step(state, xs):
         x, flags = xs
         before = state
@@ -163,7 +158,7 @@ def _backward(forget_gate, residuals, cotangents):
     return dgates, dr, dinitial, Flags(None, None)
 
 
-_scan.defvjp(_forward, _backward)
+_scan = with_backward(_forward, _backward, num_static=1)
 
 
 def _scale_grads(forget_gate, gates, before: SLSTMState, flags: Flags, rho):

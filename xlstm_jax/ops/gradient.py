@@ -1,0 +1,49 @@
+"""Hand-written backward passes that forward mode can use too.
+
+`jax.custom_vjp` refuses forward mode, and with it Hessian-vector products by forward over reverse.
+A backward pass is linear in the cotangents, so its transpose is the forward-mode derivative. JAX
+transposes that once more in reverse mode, and gets the backward pass that was written.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from xlstm_jax.typing import PyTree
+
+Forward = Callable[..., tuple[Any, Any]]
+Backward = Callable[..., Any]
+
+
+def with_backward(forward: Forward, backward: Backward, num_static: int = 0) -> Callable[..., Any]:
+    """`forward(*args)[0]` with this backward pass, in every mode of differentiation.
+
+    Args:
+        forward: (*static, *args) -> (output, residuals).
+        backward: (*static, residuals, cotangent of the output) -> tuple of the cotangents of args,
+            with None for every integer or boolean array. It must be linear in the cotangent, and a
+            differentiable function of the residuals, for second derivatives.
+        num_static: number of leading arguments that are not arrays.
+    """
+
+    @functools.partial(jax.custom_jvp, nondiff_argnums=tuple(range(num_static)))
+    def fn(*args):
+        return forward(*args)[0]
+
+    @fn.defjvp
+    def jvp(*args):
+        *static, primals, tangents = args
+        output, residuals = forward(*static, *primals)
+        # Integers and booleans have tangents of the dtype float0.
+        tangents = jax.tree.map(lambda t: None if t.dtype == jax.dtypes.float0 else t, tangents)
+
+        def pushforward(residuals: PyTree, tangents: PyTree) -> PyTree:
+            pullback = functools.partial(backward, *static, residuals)
+            return jax.linear_transpose(pullback, output)(tangents)[0]
+
+        # Reverse mode saves the residuals, and not what the backward pass computes from them.
+        return output, jax.checkpoint(pushforward, prevent_cse=False)(residuals, tangents)
+
+    return fn
