@@ -351,6 +351,18 @@ def lower_bound(m: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.exp(-jnp.maximum(m, READ_FLOOR)), TINY)
 
 
+def prefix_sum(x: jax.Array, reset: jax.Array | None) -> jax.Array:
+    """For each position the sum of x, `... L`, since the last reset, whose own x does not count."""
+    if reset is None:
+        return jnp.cumsum(x, axis=-1)
+    L, segment = x.shape[-1], jnp.cumsum(reset, axis=-1)
+    earlier = jnp.tril(jnp.ones((L, L), bool)).reshape((1,) * (x.ndim - 1) + (L, L))
+    # XLA fuses this without materializing `... L L`. No difference of running sums: the gradient
+    # of one document has no rounding errors of another.
+    same = earlier & (segment[..., :, None] == segment[..., None, :])
+    return jnp.sum(jnp.where(same, jnp.where(reset, 0, x)[..., None, :], 0), axis=-1)
+
+
 def suffix_sum(
     x: jax.Array,
     carry: jax.Array,
