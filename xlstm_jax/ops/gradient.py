@@ -17,7 +17,9 @@ Forward = Callable[..., tuple[Any, Any]]
 Backward = Callable[..., Any]
 
 
-def with_backward(forward: Forward, backward: Backward, num_static: int = 0) -> Callable[..., Any]:
+def with_backward(
+    forward: Forward, backward: Backward, num_static: int = 0, *, rematerialize: bool = False
+) -> Callable[..., Any]:
     """`forward(*args)[0]` with this backward pass, in every mode of differentiation.
 
     Args:
@@ -26,6 +28,8 @@ def with_backward(forward: Forward, backward: Backward, num_static: int = 0) -> 
             with None for every integer or boolean array. It must be linear in the cotangent, and a
             differentiable function of the residuals, for second derivatives.
         num_static: number of leading arguments that are not arrays.
+        rematerialize: reverse mode saves the residuals, and not what `backward` computes from them
+            alone.
     """
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=tuple(range(num_static)))
@@ -43,7 +47,7 @@ def with_backward(forward: Forward, backward: Backward, num_static: int = 0) -> 
             pullback = functools.partial(backward, *static, residuals)
             return jax.linear_transpose(pullback, output)(tangents)[0]
 
-        # Reverse mode saves the residuals, and not what the backward pass computes from them.
-        return output, jax.checkpoint(pushforward, prevent_cse=False)(residuals, tangents)
+        wrap = functools.partial(jax.checkpoint, prevent_cse=False) if rematerialize else lambda f: f
+        return output, wrap(pushforward)(residuals, tangents)
 
     return fn

@@ -158,7 +158,7 @@ def _backward(forget_gate, residuals, cotangents):
     return dgates, dr, dinitial, Flags(None, None)
 
 
-_scan = with_backward(_forward, _backward, num_static=1)
+_scan = with_backward(_forward, _backward, num_static=1, rematerialize=True)
 
 
 def _scale_grads(forget_gate, gates, before: SLSTMState, flags: Flags, rho):
