@@ -8,7 +8,7 @@ suffice: it initializes op by op, draws a key at every call, and knows no shardi
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -21,10 +21,10 @@ from flax.errors import InvalidRngError
 from xlstm_jax import modules
 from xlstm_jax.errors import ArgumentError, quote
 from xlstm_jax.modules.kinds import BLOCKS
-from xlstm_jax.sharding.axes import free_axes, logical_axes, path_name
+from xlstm_jax.sharding.axes import Axes, free_axes, logical_axes, path_name
 from xlstm_jax.sharding.placement import partition_spec
 from xlstm_jax.sharding.rules import rules_in_use
-from xlstm_jax.typing import PyTree
+from xlstm_jax.typing import PRNGKeyArray, PyTree
 
 # Layer -> where a model has its parameters: tables of logical axes are by paths in a model.
 _FOLDERS: dict[type, str] = {
@@ -67,10 +67,12 @@ class LinenModule(nnx.Module):
             rngs: with `deterministic=False`, the key of dropout is drawn from its stream `dropout`,
                 or its default stream; None: from the stream that `to_nnx` has forked.
         """
-        stream = self.dropout_rngs if rngs is None else rngs["dropout"]
-        # Only where it is used: under `jax.jit`, a module that draws a key cannot be closed over.
-        draws = stream is not None and not options.get("deterministic", True)
-        keys = {"dropout": stream()} if draws else {}
+        stream: Any = self.dropout_rngs if rngs is None else rngs["dropout"]
+        # Drawn only where it is used, as it changes the module.
+        if stream is None or options.get("deterministic", True):
+            keys = {}
+        else:
+            keys = {"dropout": stream()}
         try:
             return self.linen.apply({"params": _tree(self)}, *args, rngs=keys, **options)
         except InvalidRngError as error:
@@ -111,23 +113,25 @@ def to_nnx(
     linen = cfg_or_module
     if isinstance(linen, modules.LMConfig):
         linen = modules.LM(linen)
-    inputs = _inputs(linen, dim)
+    init = _initializer(linen, dim)
     if not (rngs is None or isinstance(rngs, nnx.Rngs)):
         raise ArgumentError(f"rngs must be an nnx.Rngs, got {quote(rngs)}; pass nnx.Rngs(0).")
-
-    def annotated(params):
-        return jax.tree_util.tree_map_with_path(lambda *leaf: _param(linen, *leaf), params)
-
+    specs = None
+    if free_axes():
+        # Arrays are sharded before Flax sees them: it shards only those that are on the mesh.
+        with nnx.use_eager_sharding(False):
+            abstract = _annotated(linen, jax.eval_shape(init, jax.random.key(0)))
+        specs = nnx.as_pure(nnx.get_partition_spec(abstract))
     if params is None:
         key = jax.random.key(0) if rngs is None else rngs.params()
-        # Annotated in the same program: on a mesh, no device ever has all parameters.
-        params = jax.jit(lambda key: annotated(linen.init(key, *inputs)["params"]))(key)
+        params = jax.jit(init, out_shardings=specs)(key)
     else:
-        params = annotated(_checked("params", params, linen, inputs))
-    has_stream = rngs is not None and ("dropout" in rngs or "default" in rngs)
+        params = jax.device_put(_checked("params", params, linen, init), specs)
     # Without dropout the module has no random state, which would be in every checkpoint.
-    stream = rngs["dropout"].fork() if has_stream and _has_dropout(linen) else None
-    return LinenModule(linen, params, stream, dim)
+    stream = None
+    if rngs is not None and _has_dropout(linen) and ("dropout" in rngs or "default" in rngs):
+        stream = rngs["dropout"].fork()
+    return LinenModule(linen, _annotated(linen, params), stream, dim)
 
 
 def from_nnx(module: Any) -> PyTree:
@@ -141,11 +145,17 @@ def from_nnx(module: Any) -> PyTree:
             f"module must be what to_nnx returned, got {quote(type(module))}; nnx.to_pure_dict "
             "gives the arrays of other modules."
         )
-    return _checked("module", _tree(module), module.linen, _inputs(module.linen, module.dim))
+    init = _initializer(module.linen, module.dim)
+    return _checked("module", _tree(module), module.linen, init)
+
+
+def _initializer(linen: Any, dim: int | None) -> Callable[[PRNGKeyArray], PyTree]:
+    """A compiled function from a key to the parameters of a module; checks it and `dim`."""
+    inputs = _inputs(linen, dim)
+    return jax.jit(lambda key: linen.init(key, *inputs).get("params", {}))
 
 
 def _inputs(linen: Any, dim: int | None) -> tuple[Any, ...]:
-    """Arguments with which a module initializes its parameters; checks it and `dim`."""
     if not isinstance(linen, nn.Module):
         raise ArgumentError(
             f"cfg_or_module must be an LMConfig or a linen module, got {quote(linen)}; pass an "
@@ -182,9 +192,9 @@ def _tree(module: LinenModule) -> PyTree:
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
-def _checked(argument: str, params: PyTree, linen: Any, inputs: tuple[Any, ...]) -> PyTree:
-    """`params` as arrays in the tree of a linen module; lists leaves that do not fit."""
-    expected = jax.eval_shape(linen.init, jax.random.key(0), *inputs).get("params", {})
+def _checked(argument: str, params: PyTree, linen: Any, init: Any) -> PyTree:
+    """`params` in the tree that `init` returns; raises ArgumentError if leaves do not fit."""
+    expected = jax.eval_shape(init, jax.random.key(0))
     leaves = _by_path(nnx.as_pure(params))
     wanted, got = ({p: jnp.shape(x) for p, x in t.items()} for t in (_by_path(expected), leaves))
     faults = [
@@ -205,21 +215,31 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _param(linen: Any, path: tuple[Any, ...], leaf: Any) -> nnx.Param:
-    """A parameter with its logical axes, as Flax stores them."""
+def _annotated(linen: Any, params: PyTree) -> PyTree:
+    """The tree with an `nnx.Param` for each leaf, an array or a shape."""
     blocks = {kind.block: f"stack/{letter}/" for letter, kind in BLOCKS.items()}
     folders = blocks | _FOLDERS
     folder = next((folders[cls] for cls in type(linen).__mro__ if cls in folders), None)
-    leaf, name = jnp.asarray(leaf), (folder or "") + path_name(path)
-    try:
-        axes = logical_axes(name, leaf.ndim)
-    except KeyError:
-        if folder is not None:
-            raise
-        return nnx.Param(leaf)  # of a module that is not in the tables: replicated
+
+    def param(path, leaf):
+        name = (folder or "") + path_name(path)
+        try:
+            axes = logical_axes(name, leaf.ndim)
+        except KeyError:
+            if folder is not None:
+                raise
+            return nnx.Param(leaf)  # of a module that is not in the tables: replicated
+        return _param(name, axes, leaf)
+
+    return jax.tree_util.tree_map_with_path(param, params)
+
+
+def _param(name: str, axes: Axes, leaf: Any) -> nnx.Param:
+    """A parameter with its logical axes, as Flax stores them."""
     # A partition spec has each mesh axis once, so that a second axis of that name is replicated.
     axes = tuple(None if axis in axes[:n] else axis for n, axis in enumerate(axes))
-    # Flax shards a variable when it is made, and raises without a mesh or if axes differ in type.
+    # Whether Flax shards variables with this metadata, such as moments, when they are made. It
+    # cannot do so without a mesh, nor on axes of several types.
     mesh = jax.sharding.get_abstract_mesh()
     can_shard = not mesh.empty and (mesh.are_all_axes_auto or mesh.are_all_axes_explicit)
     return nnx.Param(
