@@ -91,19 +91,21 @@ def repeated(step: Callable[..., Any], state: Any) -> Callable[[], Any]:
     return call
 
 
+STEPS = {
+    "linen, jax.jit": linen_step,
+    "split and merge in jax.jit": split_step,
+    "nnx.jit with nnx.cached_partial": functools.partial(nnx_step, cached=True),
+    "nnx.jit": functools.partial(nnx_step, cached=False),
+}
+
+
 def main(args: measure.TimedArguments) -> int:
     """Times all steps and writes one result."""
-    steps = {
-        "linen, jax.jit": linen_step(),
-        "split and merge in jax.jit": split_step(),
-        "nnx.jit with nnx.cached_partial": nnx_step(cached=True),
-        "nnx.jit": nnx_step(cached=False),
-    }
-    timers = {name: functools.partial(measure.seconds, step) for name, step in steps.items()}
+    timers = {name: functools.partial(measure.seconds, make()) for name, make in STEPS.items()}
     for timer in timers.values():
         timer(3)
     times = measure.interleaved(timers, args.repeats)
-    result = {name: measure.summary(times[name]) for name in steps}
+    result = {name: measure.summary(times[name]) for name in STEPS}
     for name, record in result.items():
         print(f"{name}: {1e3 * record['median_seconds']:.2f} ms")
     measure.write(args.out, {**measure.run_info("nnx_step"), **result})

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def params():
 
 
 def test_outputs_states_and_gradients_are_those_of_linen():
-    model, variables = models.model_and_variables(models.config())
+    model, variables = models.model_and_variables(models.config("mM"))
     state = models.perturbed(model.init_state(2))
 
     def run(call):
@@ -97,7 +98,7 @@ def test_outputs_states_and_gradients_are_those_of_linen():
         return run(lambda *x: model.apply({"params": params}, *x))
 
     expected, grads = jax.jit(jax.value_and_grad(linen, has_aux=True))(variables["params"])
-    module = to_nnx(models.config(), variables["params"])
+    module = to_nnx(model.cfg, variables["params"])
     actual, module_grads = nnx.jit(nnx.value_and_grad(run, has_aux=True))(module)
     assert_equal(actual, expected)
     assert_equal(nnx.to_pure_dict(module_grads), grads)
@@ -271,8 +272,8 @@ def test_checkpoints_of_a_run_and_of_nnx_are_read_by_the_other(tmp_path, params)
     assert_equal(restored, params)
     assert_equal(from_nnx(to_nnx(restored_cfg.model, restored)), params)
     # Flax users save the pure dictionary with Orbax.
-    ocp.save_pytree(tmp_path / "nnx", nnx.to_pure_dict(nnx.state(module, nnx.Param)))
-    assert_equal(ocp.load_pytree(tmp_path / "nnx", params), params)
+    ocp.save(tmp_path / "nnx", nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+    assert_equal(ocp.load(tmp_path / "nnx", params), params)
 
 
 def test_dropout_draws_from_the_stream_of_the_call_or_of_the_construction():
@@ -358,6 +359,17 @@ def test_names_of_nnx_modules_are_refused_as_parameters():
 
     with pytest.raises(ArgumentError, match="Layer must not have parameters named 'train'"):
         to_nnx(Layer(), dim=4)
+
+
+@pytest.mark.slow
+def test_the_documentation_runs():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "nnx.md"
+    example, mesh = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+    names = {"sharding": sharding}
+    exec(compile(example + mesh, page, "exec"), names)
+    assert names["losses"][2] < names["losses"][0]
+    assert names["logits"].shape == (8, 13, 256) and names["y"].shape == (2, 10, 64)
+    assert len(names["optimizer"].opt_state[0].mu["lm_head"]["kernel"].sharding.device_set) == 8
 
 
 def test_modules_are_imported_without_nnx():
