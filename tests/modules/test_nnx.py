@@ -1,6 +1,7 @@
 """NNX modules have the parameters, outputs and gradients of linen modules, and train like them."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import re
@@ -174,14 +175,14 @@ def test_three_steps_of_an_nnx_optimizer_equal_those_of_optax(mesh, params):
             stack.enter_context(jax.set_mesh(sharding.make_mesh(**mesh)))
         module = to_nnx(CFG, params)
         optimizer = new_optimizer(module)
+        trees = module.stack, optimizer.opt_state[0].mu["stack"]
         for _ in range(3):
+            for kernel in (tree["M"]["ffn"]["proj_up"]["kernel"] for tree in trees):
+                sharded = kernel.get_value().sharding
+                assert not mesh or sharded.spec == jax.P(None, None, "tensor")
             params, moments = step(params, moments)
             nnx_step(module, optimizer)
             assert_equal(from_nnx(module), params, 1e-6)
-        if mesh:
-            for tree in (module.stack, optimizer.opt_state[0].mu["stack"]):
-                kernel = tree["M"]["ffn"]["proj_up"]["kernel"].get_value()
-                assert kernel.sharding.spec == jax.P(None, None, "tensor")
 
 
 @pytest.mark.parametrize("cfg", [models.config(), models.config("m", dim=1024)])
@@ -235,18 +236,35 @@ def test_sharded_creation_as_in_the_documentation_of_flax():
     assert abstract["proj_up"]["kernel"].get_value().sharding.spec == jax.P(None, "tensor")
 
 
-@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
-def test_given_parameters_on_one_device_are_sharded_over_the_active_mesh(axis_type):
-    layer, axis_types = LAYERS["large feed-forward"][0], (jax.sharding.AxisType[axis_type],) * 2
-    given = jax.device_put(from_nnx(to_nnx(layer, dim=16)), jax.devices()[1])
+@pytest.mark.parametrize("types", ["Auto Auto", "Explicit Explicit", "Explicit Auto"])
+def test_parameters_initial_or_given_are_sharded_over_the_active_mesh(types):
+    """Given parameters may be NumPy arrays, or arrays on a device."""
+    layer = LAYERS["large feed-forward"][0]
+    arrays = jax.tree.map(np.asarray, from_nnx(to_nnx(layer, dim=16)))
+    given = arrays | {"proj_up": jax.device_put(arrays["proj_up"], jax.devices()[1])}
+    axis_types = tuple(map(jax.sharding.AxisType.__getitem__, types.split()))
     with jax.set_mesh(jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=axis_types)):
-        module = to_nnx(
-            layer, jax.tree.map(np.asarray, given) | {"proj_up": given["proj_up"]}, dim=16
-        )
-        optimizer = nnx.Optimizer(module, TX, wrt=nnx.Param)
-    for tree in (module.proj_up, module.proj_up_gate, optimizer.opt_state[0].nu["proj_up"]):
-        assert tree["kernel"].get_value().sharding.spec == jax.P(None, "tensor")
-    assert_equal(from_nnx(module), jax.tree.map(np.asarray, given))
+        # A sharded program may round initial values in another way.
+        made = (to_nnx(layer, given, dim=16), 0.0), (to_nnx(layer, dim=16), 1e-7)
+        for module, tolerance in made:
+            moments = nnx.Optimizer(module, TX, wrt=nnx.Param).opt_state[0].nu
+            for kernels in (module.proj_up, module.proj_up_gate, moments["proj_up"]):
+                assert kernels["kernel"].get_value().sharding.spec == jax.P(None, "tensor")
+            assert_equal(from_nnx(module), arrays, tolerance)
+
+
+def test_a_block_kind_without_logical_axes_is_refused(monkeypatch):
+    monkeypatch.setitem(modules.BLOCKS, "M", dataclasses.replace(modules.BLOCKS["M"], axes={}))
+    with pytest.raises(KeyError, match="add one to the `axes` of its block kind"):
+        nnx.eval_shape(lambda: to_nnx(CFG))
+
+
+def test_a_mesh_axis_shards_one_of_two_dimensions_with_the_same_logical_axis(monkeypatch):
+    axes = {r"ffn/proj_up/kernel": ("mlp", "mlp")} | modules.BLOCKS["M"].axes
+    monkeypatch.setitem(modules.BLOCKS, "M", dataclasses.replace(modules.BLOCKS["M"], axes=axes))
+    module = nnx.eval_shape(lambda: to_nnx(modules.LargeBlock(CFG)))
+    kernel = nnx.get_partition_spec(nnx.state(module))["ffn"]["proj_up"]["kernel"]
+    assert kernel.get_value() == jax.P("tensor", None)
 
 
 def test_modules_can_be_split_merged_and_vmapped():
