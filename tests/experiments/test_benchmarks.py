@@ -6,7 +6,16 @@ import json
 import numpy as np
 import pytest
 
-from experiments.benchmarks import cases, convert_memory, depth, length, measure, mesh, train_step
+from experiments.benchmarks import (
+    cases,
+    convert_memory,
+    depth,
+    length,
+    measure,
+    mesh,
+    nnx_step,
+    train_step,
+)
 from tests import workloads
 from tests.workloads import ModelWorkload
 from xlstm_jax import cpu
@@ -56,6 +65,22 @@ def test_steps_with_and_without_a_mesh_are_compared(tiny, tmp_path):
     assert mesh.main(mesh.Arguments(repeats=2, out=out)) == 0
     record = json.loads(out.read_text())["large"]
     assert record["mesh"]["repeats"] == record["plain"]["repeats"] == 2
+
+
+@pytest.mark.slow
+def test_steps_with_nnx_compute_what_those_of_linen_do(monkeypatch, tmp_path):
+    losses = {}
+
+    def seconds(call, repeats):
+        losses.setdefault(call, []).extend(float(call()) for _ in range(repeats))
+        return [1.0] * repeats
+
+    monkeypatch.setattr(measure, "seconds", seconds)
+    assert nnx_step.main(measure.TimedArguments(repeats=2, out=tmp_path / "nnx.json")) == 0
+    first, *others = losses.values()
+    assert len(others) == 3 and first[0] > first[-1]
+    for other in others:
+        assert other == pytest.approx(first, rel=1e-5)
 
 
 def test_timers_alternate():
