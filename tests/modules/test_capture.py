@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.modules import models
-from xlstm_jax import cells, ops
+from xlstm_jax import cells, ops, sharding
 from xlstm_jax.modules import BLOCKS, Backbone, LargeMLSTMLayer, MLSTMLayer, SLSTMLayer
 from xlstm_jax.modules.capture import NAMES
 
@@ -199,6 +199,21 @@ def test_capture_is_mapped_over_by_vmap():
         variables, tokens
     )[2]
     _assert_close(jax.tree.map(lambda leaf: jnp.moveaxis(leaf[:, :, 0], 0, 1), mapped), expected)
+
+
+@pytest.mark.parametrize("axes", [dict(data=2, seq=2), pytest.param(dict(tensor=2), marks=slow)])
+def test_captured_values_do_not_depend_on_the_mesh(axes, one_device):
+    model, variables = models.model_and_variables(models.config("ms"))
+    tokens, segment_ids = models.tokens(0, 2, 6), jnp.array([[1, 1, 1, 2, 2, 2], [1] * 4 + [0] * 2])
+    run = functools.partial(model.apply, segment_ids=segment_ids, capture=NAMES)
+    expected = jax.jit(run)(variables, tokens)
+    sizes = dict(data=1) | axes
+    devices = sharding.make_devices(
+        sharding.MeshConfig(**sizes), jax.devices("cpu")[: np.prod(list(sizes.values()))]
+    )
+    with devices.active():
+        actual = jax.jit(lambda *x: run(*x))(variables, tokens)
+    _assert_close(actual, expected, 1e-4)
 
 
 def test_gates_are_float32_for_bfloat16_activations():
