@@ -152,8 +152,8 @@ def test_hidden_states_are_the_outputs_of_the_blocks_in_order(index, layer):
 
 
 @functools.cache
-def _values_and_gradients(remat):
-    model, variables = models.model_and_variables(models.config("Ms", remat=remat))
+def _values_and_gradients(pattern, remat):
+    model, variables = models.model_and_variables(models.config(pattern, remat=remat))
 
     def loss(variables):
         logits, _, got = model.apply(variables, models.tokens(0, 2, 3), capture=NAMES)
@@ -164,11 +164,15 @@ def _values_and_gradients(remat):
 
 
 @pytest.mark.parametrize(
-    "remat", ["names", *(pytest.param(x, marks=slow) for x in ("dots", "full", "offload"))]
+    "pattern, remat",
+    [
+        ("M", "names"),
+        *(pytest.param("Ms", x, marks=slow) for x in ("names", "dots", "full", "offload")),
+    ],
 )
-def test_captured_values_and_gradients_do_not_depend_on_the_loop_over_blocks(remat):
-    values, grads = _values_and_gradients(remat)
-    expected, expected_grads = _values_and_gradients("none")
+def test_captured_values_and_gradients_do_not_depend_on_the_loop_over_blocks(pattern, remat):
+    values, grads = _values_and_gradients(pattern, remat)
+    expected, expected_grads = _values_and_gradients(pattern, "none")
     _assert_close(values, expected, 1e-4)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected_grads))
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
