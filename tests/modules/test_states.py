@@ -1,6 +1,7 @@
 """States of models, blocks and layers: dtypes, buffers, and messages for foreign ones."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ def _dtypes(tree):
     return jax.tree.map(lambda leaf: leaf.dtype, tree)
 
 
-def _setup(dtype):
+def _setup(dtype) -> tuple[Any, Any, Any]:
     """Config, dtype of parameters and argument of `init_state` for activations of a dtype."""
     if dtype == "float64":
         return models.config(), np.float64, jnp.float64

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from xlstm_jax.errors import ArgumentError, quote
@@ -59,7 +60,7 @@ def gates_of_block(variables: Mapping[str, Any]) -> dict[str, Array]:
 def states_at_positions(
     step: Callable[..., tuple[Any, PyTree]],
     x: Float[Array, "B T D"],
-    state: PyTree | None,
+    state: PyTree,
     last: PyTree,
     **flags: Flag | None,
 ) -> PyTree:
@@ -69,14 +70,14 @@ def states_at_positions(
 
     Args:
         step: the block, `step(x, state, **flags) -> (x, state)`.
-        state: before the first position; None: zeros.
-        last: after the last position, from one pass; only its shapes and dtypes are used.
+        state: before the first position.
+        last: after the last position, from one pass; only its type is used.
         flags: `reset` and `mask`.
     """
-    if state is None:
-        state = jax.tree.map(jnp.zeros_like, last)
-    # The carry of a scan has one dtype, also where the caller passes a narrower state.
-    state = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, last)
+    # The carry of a scan has one type: dtype, sharding, mesh axes over which it varies.
+    state = jax.tree.map(
+        lambda leaf, like: jnp.zeros_like(like) + leaf.astype(like.dtype), state, last
+    )
 
     def body(state, inputs):
         x, flags = jax.tree.map(lambda leaf: leaf[:, None], inputs)
@@ -101,6 +102,7 @@ def collect(
         for name in capture
     }
     if "hidden" in captured:
-        blocks = {letter: iter(leaf) for letter, leaf in captured["hidden"].items()}
-        captured["hidden"] = jnp.stack([next(blocks[letter]) for letter in pattern])
+        outputs = captured["hidden"]
+        positions = [n for letter in outputs for n, other in enumerate(pattern) if other == letter]
+        captured["hidden"] = jnp.concatenate(list(outputs.values()))[np.argsort(positions)]
     return captured

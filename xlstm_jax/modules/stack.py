@@ -87,7 +87,8 @@ class Stack(nn.Module):
             if gates := gates_of_block(variables):
                 captured["gates"] = gates
             if "state" in capture:
-                captured["state"] = states_at_positions(run, x, state, new, **flags)
+                first = block.init_state(x.shape[0]) if state is None else state
+                captured["state"] = states_at_positions(run, x, first, new, **flags)
             if "hidden" in capture:
                 captured["hidden"] = y
             return y, (new, captured)
