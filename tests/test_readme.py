@@ -39,6 +39,16 @@ def test_example_runs_and_prints_the_stated_output(capsys):
     assert all(jax.tree.leaves(finite))
 
 
+@pytest.mark.slow
+def test_example_of_activations_prints_a_line_per_layer(capsys):
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/activations.md").read_text(), re.S
+    )
+    exec(compile(example, "activations.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["m0", "m1", "s0"]
+
+
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")]
 PAGES += [*ROOT.glob("pallas_kernels/*.md"), *ROOT.glob("tests/golden/*.md")]
 

@@ -198,7 +198,7 @@ INVALID = {
     "huge stop": (dict(stop=[10**10]), "stop must have token ids from 0 to 2147483646, got"),
     "no key": (dict(sampler=Sampler()), "key must be a PRNG key"),
     "too many keys": (dict(key=3), r"single key or have the shape \(1,\), got"),
-    "state of two": (dict(state=2), "state of this model for 1 prompts"),
+    "state of two": (dict(state=2), "must be that of pattern='ms' and 1 sequences: leaf 'm/conv'"),
 }
 
 

@@ -1,9 +1,12 @@
 """A user-defined `BlockKind` suffices to train, shard, checkpoint and restore a model."""
 
+import dataclasses
+import functools
 import json
 import pathlib
 import shutil
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +16,8 @@ from jax.sharding import PartitionSpec
 from xlstm_jax import config, cpu, flops, sharding
 from xlstm_jax.cli import main
 from xlstm_jax.config import ConfigError, from_dict, to_dict
-from xlstm_jax.modules import BLOCKS, LM, LMConfig, MLSTMConfig, param_shapes
+from xlstm_jax.modules import BLOCKS, LM, Backbone, LMConfig, MLSTMConfig, param_shapes
+from xlstm_jax.modules.capture import sow_gates
 from xlstm_jax.plan import formula
 from xlstm_jax.train import restore_params
 
@@ -90,6 +94,52 @@ def test_options_round_trip_through_json_under_the_name_of_the_kind(toy):
         from_dict(LMConfig, values)
     with pytest.raises(ConfigError, match="letter='x' is not known; use one of: m, s, M, or --imp"):
         model()
+
+
+def test_kind_without_gates_captures_its_states_and_outputs_alone(toy):
+    cfg = model(vocab_size=16)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, 4)))
+    params = jax.jit(LM(cfg).init)(jax.random.key(0), tokens)
+    run = jax.jit(functools.partial(LM(cfg).apply, capture=("gates", "state", "hidden")))
+    logits, state, captured = run(params, tokens)
+    np.testing.assert_array_equal(logits, jax.jit(LM(cfg).apply)(params, tokens)[0])
+    assert set(captured["gates"]) == {"m"} and captured["hidden"].shape == (3, 2, 4, 8)
+    assert captured["state"]["x"].shape == (2, 2, 4, 6)  # layers B T width
+    np.testing.assert_allclose(captured["state"]["x"][:, :, -1], state["x"], 1e-5, 1e-6)
+
+
+def test_initial_state_of_a_kind_is_float64_on_request(toy, x64):
+    state = LM(model()).init_state(3, "float64")
+    assert state["x"].shape == (2, 3, 6)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float64")}
+
+
+class _Gates(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        sow_gates(self, lambda: {"f": x[..., None]})
+        return x
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_gates_of_a_kind_are_those_its_layers_store_under_different_names(toy, num_layers):
+    class Block(toy.block):
+        @nn.compact
+        def __call__(self, x, state=None, **flags):
+            for _ in range(num_layers):
+                x = _Gates()(x)
+            return x, self.init_state(x.shape[0]) if state is None else state
+
+    BLOCKS["x"] = dataclasses.replace(toy, block=Block)
+    backbone = Backbone(model(pattern="x", final_norm="none"))
+    params = {"stack": {"x": {"unused": jnp.zeros(1)}}}
+    apply = functools.partial(backbone.apply, {"params": params}, capture=("gates",))
+    run, x = lambda x: jax.eval_shape(apply, x)[2], jnp.zeros((2, 4, 8))
+    if num_layers == 1:
+        assert run(x)["gates"]["x"]["f"].shape == (1, 2, 4, 8, 1)
+    else:
+        with pytest.raises(ValueError, match="names of captured gates must differ within a block"):
+            run(x)
 
 
 CONFIG = """

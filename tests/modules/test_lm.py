@@ -116,9 +116,6 @@ TOKENS = jnp.zeros((2, 3), jnp.int32)
         (TOKENS[:, :0], {}, r"tokens must have .* at least one position, got \(2, 0\)"),
         (TOKENS, dict(mask=TOKENS[:, :2] == 0), r"mask must have the shape of tokens, \(2, 3\)"),
         (TOKENS, dict(segment_ids=TOKENS[:1]), r"segment_ids must have .* got \(1, 3\);"),
-        (TOKENS, dict(state=((),)), "state must match pattern='m' and 2 sequences.*init_state"),
-        (TOKENS, dict(state=LM(models.config("m")).init_state(3)), "state must match"),
-        (TOKENS, dict(state=LM(models.config("M")).init_state(2)), "state must match"),
     ],
 )
 def test_invalid_arguments_are_rejected(tokens, arguments, message):

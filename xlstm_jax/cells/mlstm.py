@@ -90,16 +90,29 @@ def mlstm_read(
     state: MLSTMState, q: Float[Array, "B H K"], *, normalize: bool, eps: float
 ) -> Float[Array, "B H V"]:
     """The read-out: C q / (max(|q n|, exp(-m)) + eps)."""
+    q, m = _scale_query(state, q)
+    u = exact_einsum("BHK,BHKV->BHV", q, state.C)
+    return u / _divisor(state.n, q, m, eps)[..., None] if normalize else u
+
+
+def mlstm_normalizer(
+    state: MLSTMState, q: Float[Array, "B H K"], *, eps: float
+) -> Float[Array, "B H"]:
+    """The divisor of the read-out, in units of exp(max(m, READ_FLOOR))."""
+    return _divisor(state.n, *_scale_query(state, q), eps)
+
+
+def _scale_query(state: MLSTMState, q: Float[Array, "B H K"]):
+    """The query for the stored state, and m raised to the floor."""
     m = jnp.maximum(state.m, READ_FLOOR)
     # The difference to the floor and 1/sqrt(K) scale the query, which is smaller than the state.
-    q = q * (q.shape[-1] ** -0.5 * jnp.exp(state.m - m)[..., None])
-    u = exact_einsum("BHK,BHKV->BHV", q, state.C)
-    if not normalize:
-        return u
-    d = jnp.sum(q * state.n, axis=-1)
+    return q * (q.shape[-1] ** -0.5 * jnp.exp(state.m - m)[..., None]), m
+
+
+def _divisor(n: Float[Array, "B H K"], q, m: Float[Array, "B H"], eps: float):
+    d = jnp.sum(q * n, axis=-1)
     # exp(-m) is 1 in units of the unscaled state: small |q n| must not amplify the read-out.
-    norm = jnp.maximum(jnp.maximum(jnp.abs(d), jnp.exp(-m)), TINY) + eps
-    return u / norm[..., None]
+    return jnp.maximum(jnp.maximum(jnp.abs(d), jnp.exp(-m)), TINY) + eps
 
 
 def mlstm_scan(

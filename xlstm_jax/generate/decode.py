@@ -17,6 +17,7 @@ from xlstm_jax.config import MAX_INT, ConfigError, as_type, check_range
 from xlstm_jax.errors import ArgumentError, quote
 from xlstm_jax.generate.sampling import greedy
 from xlstm_jax.modules.lm import LM, lm_logits
+from xlstm_jax.modules.stack import check_stack_state
 from xlstm_jax.typing import Array, Bool, Float, Int, PRNGKeyArray
 
 PREFILL_WIDTHS = (512, 128, 16)
@@ -152,14 +153,9 @@ def prefill(
     other prompts of the batch.
     """
     batch_size, vocab_size = len(prompts), model.cfg.vocab_size
-    shapes = jax.eval_shape(lambda: model.init_state(batch_size))
+    check_stack_state(model.cfg, state, batch_size)
     if state is None:
         state = model.init_state(batch_size)
-    elif jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, shapes):
-        raise ConfigError(
-            f"state must be a state of this model for {batch_size} prompts, got other shapes; "
-            "pass as many prompts as the state has sequences."
-        )
     lengths = np.array([len(prompt) for prompt in prompts])
     start, total = 0, int(lengths.max())
     # Room for the last pass, which may be wider than what is left of the prompts.

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from xlstm_jax.modules import counts
 from xlstm_jax.modules.config import LMConfig
@@ -51,12 +52,11 @@ class _Block(nn.Module):
         return x, state
 
     @nn.nowrap
-    def init_state(self, batch_size: int) -> Any:
-        """The initial state: zeros."""
+    def init_state(self, batch_size: int, dtype: DTypeLike | None = None) -> Any:
+        """The initial state, zeros, for activations of `dtype`; None: `cfg.dtype`."""
+        dtype = jnp.dtype(self.cfg.dtype if dtype is None else dtype)
         # parent=None, as an unbound module cannot create submodules.
-        return self._layer(parent=None).init_state(
-            batch_size, self.cfg.dim, jnp.dtype(self.cfg.dtype)
-        )
+        return self._layer(parent=None).init_state(batch_size, self.cfg.dim, dtype)
 
     def _parts(self) -> tuple[nn.Module, ...]:
         """The norm and the layer, then the feed-forward norm and layer if the block has them."""

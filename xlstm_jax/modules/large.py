@@ -3,6 +3,8 @@
 Source: Beck et al. 2025, arXiv:2503.13427 (xLSTM 7B), section 3.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,13 @@ from jax.typing import DTypeLike
 
 from xlstm_jax import ops
 from xlstm_jax.cells import MLSTMState, mlstm_init
+from xlstm_jax.modules.capture import sow_gates
+from xlstm_jax.modules.checks import check_layer_state
 from xlstm_jax.modules.initializers import constant, linspace, small, wang, zeros
 from xlstm_jax.modules.linear import Dense, fused_dense, input_and_forget_gates
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import LargeConfig
+from xlstm_jax.ops.trace import mlstm_trace
 from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Flag, Float
 
@@ -36,6 +41,7 @@ class LargeMLSTMLayer(nn.Module):
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], MLSTMState]:
         cfg, dim = self.cfg, x.shape[-1]
+        check_layer_state(self, state, x)
         qk_dim, v_dim, _ = cfg.widths(dim)
         widths = {"q": qk_dim, "k": qk_dim, "v": v_dim}
         layers = [Dense(width, small(dim), cfg.use_bias, name=n) for n, width in widths.items()]
@@ -46,7 +52,9 @@ class LargeMLSTMLayer(nn.Module):
         gates = input_and_forget_gates(x, cfg.num_heads, biases)
         i, f = (ops.soft_cap(gate, cfg.gate_soft_cap) for gate in gates)
         q, k, v = (y.reshape(*y.shape[:2], cfg.num_heads, -1) for y in (q, k, v))
-        h, state = ops.mlstm(q, k, v, i, f, state, reset=reset, mask=mask, **cfg.cell)
+        flags: dict[str, Any] = dict(reset=reset, mask=mask)
+        sow_gates(self, mlstm_trace, q, k, i, f, o, state, **flags, **cfg.numerics)
+        h, state = ops.mlstm(q, k, v, i, f, state, **flags, **cfg.cell)
         norm = MultiHeadNorm(
             cfg.norm_eps, as_offset=False, use_bias=cfg.use_bias, name="multihead_norm"
         )
@@ -56,6 +64,7 @@ class LargeMLSTMLayer(nn.Module):
 
     @nn.nowrap
     def init_state(self, batch_size: int, dim: int, dtype: DTypeLike = jnp.float32) -> MLSTMState:
-        """The initial state, all zeros; `dtype` has no effect, since the state is float32."""
+        """The initial state, all zeros, in `dtype`, that of activations, but at least float32."""
         (qk_dim, v_dim, _), H = self.cfg.widths(dim), self.cfg.num_heads
-        return mlstm_init(batch_size, H, qk_dim // H, v_dim // H)
+        cell_dtype = jnp.promote_types(dtype, jnp.float32)
+        return mlstm_init(batch_size, H, qk_dim // H, v_dim // H, cell_dtype)

@@ -1,14 +1,18 @@
 """Language model: embedding, blocks, final norm, head."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import FlaxError
+from jax.typing import DTypeLike
 
 from xlstm_jax.cells.time import as_bool
 from xlstm_jax.errors import ArgumentError, quote
+from xlstm_jax.modules.checks import check_param_names, difference
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.initializers import normal, small
 from xlstm_jax.modules.linear import Dense, Embedding
@@ -25,17 +29,44 @@ class _Model(nn.Module):
     cfg: LMConfig
 
     @nn.nowrap
-    def init_state(self, batch_size: int) -> StackState:
-        """The initial state, zeros: a dict by letter whose leaves are `layers B ...`."""
-        return init_state(self.cfg, batch_size)
+    def init_state(self, batch_size: int, dtype: DTypeLike | None = None) -> StackState:
+        """The initial state, zeros: a dict by letter whose leaves are `layers B ...`.
 
-    def _blocks_and_norm(self, x, state, reset, mask, *, deterministic: bool):
+        `dtype` is that of activations: None is `cfg.dtype`; float64 belongs to float64 parameters.
+        Calls of the model then return states of the same dtypes, as a scan over calls requires.
+        """
+        return init_state(self.cfg, batch_size, dtype)
+
+    @nn.nowrap
+    def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
+        """As `nn.Module.apply`, but names the first parameter that does not fit the config."""
+        try:
+            return super().apply(variables, *args, **options)
+        except FlaxError:
+            if "params" not in variables:
+                raise ArgumentError(
+                    "variables must be a dict with the key 'params', as `init` returns, got the "
+                    f"keys {quote(sorted(variables))}; write {{'params': params}}."
+                ) from None
+            if found := difference(*self._own_params(variables["params"], param_shapes(self.cfg))):
+                raise ArgumentError(
+                    f"params must be those of this config: {found}; "
+                    "use parameters from `init` of the same config."
+                ) from None
+            raise
+
+    @nn.nowrap
+    def _own_params(self, *trees: Any) -> tuple[Any, ...]:
+        return trees
+
+    def _blocks_and_norm(self, x, state, reset, mask, **options: Any) -> tuple[Any, ...]:
+        """Returns x, then what follows it in the result of the stack."""
         cfg, stack = self.cfg, Stack(self.cfg, name="stack")
-        x, state = stack(x, state, reset, mask, deterministic=deterministic)
+        x, *rest = stack(x, state, reset, mask, **options)
         if cfg.final_norm == "none":
-            return x, state
+            return x, *rest
         norm = LayerNorm if cfg.final_norm == "layer" else RMSNorm
-        return norm(cfg.final_norm_eps, cfg.final_norm_bias, name="out_norm")(x), state
+        return norm(cfg.final_norm_eps, cfg.final_norm_bias, name="out_norm")(x), *rest
 
 
 class LM(_Model):
@@ -55,7 +86,8 @@ class LM(_Model):
         head: bool = True,
         has_padding: bool = True,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T vocab"] | Float[Array, "B T D"], StackState]:
+        capture: Sequence[str] = (),
+    ) -> tuple[Any, ...]:
         """Runs the model over tokens, starting from `state`.
 
         Args:
@@ -68,15 +100,27 @@ class LM(_Model):
             has_padding: False promises that no segment id is 0, and saves the cost of masking.
             head: False returns the hidden states after the final norm instead of logits.
             deterministic: False applies dropout and requires `rngs={"dropout": key}`.
+            capture: names of activations to return as well, of every block and position.
 
-        Returns logits in float32 or wider (hidden states in the activation dtype), and the state
-        after the last position.
+        Returns logits `B T vocab` in float32 or wider (hidden states `B T D` in the activation
+        dtype), and the state after the last position. If anything is captured, then also a dict
+        with these entries:
+            gates: letter -> what its layers compute from their gates, `layers B T ...`, by the
+                names of `ops.trace`. Kinds whose layers store none (`capture.sow_gates`) are left
+                out.
+            state: the state after every position, as the state but with leaves `layers B T ...`.
+                The matrix memory of an mLSTM makes it T times as large. Blocks run again, one
+                position at a time.
+            hidden: output of every block in the order of the pattern, `layers B T D`.
 
         Raises:
-            ValueError: an array has the wrong shape.
+            ValueError: an array has the wrong shape; a name to capture is unknown.
         """
         cfg = self.cfg
-        _check(cfg, tokens, state, segment_ids, mask)
+        _check(tokens, segment_ids, mask)
+        head_names = [] if cfg.tie_embeddings else ["lm_head"]
+        norm_names = [] if cfg.final_norm == "none" else ["out_norm"]
+        check_param_names(self, ["token_embedding", "stack", *norm_names, *head_names])
         reset = None
         if segment_ids is not None:
             reset = document_starts(segment_ids)
@@ -90,16 +134,17 @@ class LM(_Model):
         x = embed(tokens, table, dtype=dtype)
         rate = cfg.dropout if cfg.embedding_dropout else 0.0
         x = nn.Dropout(rate, deterministic=deterministic)(x)
-        x, state = self._blocks_and_norm(x, state, reset, mask, deterministic=deterministic)
+        options = dict(deterministic=deterministic, capture=capture)
+        x, *rest = self._blocks_and_norm(x, state, reset, mask, **options)
         if not head:
-            return x, state
+            return x, *rest
         # Rebuilt from the bound variables, so that `lm_logits` is the only code of the head.
         params: dict[str, Any] = {"token_embedding": {"embedding": table}}
         if not cfg.tie_embeddings:
             init = small(cfg.dim) if cfg.head_std is None else normal(cfg.head_std)
             layer = Dense(cfg.vocab_size, init, name="lm_head")
             params["lm_head"] = {"kernel": layer.weights(cfg.dim)[0]}
-        return lm_logits(cfg, params, x), state
+        return lm_logits(cfg, params, x), *rest
 
 
 class Backbone(_Model):
@@ -118,9 +163,21 @@ class Backbone(_Model):
         mask: Flag | None = None,
         *,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], StackState]:
+        capture: Sequence[str] = (),
+    ) -> tuple[Any, ...]:
         """As `LM`, from vectors to hidden states; the state is reset where `reset` is True."""
-        return self._blocks_and_norm(x, state, reset, mask, deterministic=deterministic)
+        if x.ndim != 3 or x.shape[-1] != self.cfg.dim:
+            raise ArgumentError(
+                f"x must have the axes (B T D) with D={self.cfg.dim}, got {x.shape}; "
+                "a single sequence is x[None]."
+            )
+        options = dict(deterministic=deterministic, capture=capture)
+        return self._blocks_and_norm(x, state, reset, mask, **options)
+
+    @nn.nowrap
+    def _own_params(self, *trees: Any) -> tuple[Any, ...]:
+        names = ("stack", "out_norm")  # those of an `LM` are accepted too
+        return tuple({name: tree[name] for name in names if name in tree} for tree in trees)
 
 
 def param_shapes(cfg: LMConfig) -> Any:
@@ -156,7 +213,7 @@ def lm_logits(
     return soft_cap(logits, cfg.logit_soft_cap)
 
 
-def _check(cfg: LMConfig, tokens, state, segment_ids, mask) -> None:
+def _check(tokens, segment_ids, mask) -> None:
     if tokens.ndim != 2 or tokens.shape[1] < 1:
         raise ArgumentError(
             f"tokens must have the axes (B T) with at least one position, got {tokens.shape}; "
@@ -168,11 +225,3 @@ def _check(cfg: LMConfig, tokens, state, segment_ids, mask) -> None:
                 f"{name} must have the shape of tokens, {tokens.shape}, got {array.shape}; "
                 "pass one value per token, or None."
             )
-    if state is None:
-        return
-    expected = jax.eval_shape(lambda: init_state(cfg, tokens.shape[0]))
-    if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, expected):
-        raise ArgumentError(
-            f"state must match pattern={quote(cfg.pattern)} and {tokens.shape[0]} sequences, got "
-            "other shapes; use init_state(batch_size) of the same model, or None."
-        )

@@ -4,7 +4,7 @@ Source: Beck et al. 2024, arXiv:2405.04517, figure 11 (pre-up-projection block).
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,11 +13,14 @@ from jax.typing import DTypeLike
 
 from xlstm_jax import ops
 from xlstm_jax.cells import MLSTMState, mlstm_init
+from xlstm_jax.modules.capture import sow_gates
+from xlstm_jax.modules.checks import check_layer_state
 from xlstm_jax.modules.conv import CausalConv, conv_state
 from xlstm_jax.modules.initializers import linspace, normal, ones, small, wang
 from xlstm_jax.modules.linear import Dense, HeadwiseDense, input_and_forget_gates
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import MLSTMConfig
+from xlstm_jax.ops.trace import mlstm_trace
 from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Flag, Float
 
@@ -51,6 +54,7 @@ class MLSTMLayer(nn.Module):
     ) -> tuple[Float[Array, "B T D"], MLSTMLayerState]:
         cfg, dim = self.cfg, x.shape[-1]
         inner_dim = cfg.width(dim)
+        check_layer_state(self, state, x)
         conv, cell = (None, None) if state is None else state
         up = Dense(2 * inner_dim, small(dim), cfg.use_bias, name="proj_up")(x)
         a, z = (constrain(y, "batch", "time", "inner") for y in jnp.split(up, 2, axis=-1))
@@ -64,7 +68,9 @@ class MLSTMLayer(nn.Module):
         biases = normal(cfg.input_bias_std), linspace(*cfg.forget_bias)
         i, f = input_and_forget_gates((q, k, v), cfg.num_heads, biases)
         q, k, v = (y.reshape(*y.shape[:2], cfg.num_heads, -1) for y in (q, k, v))
-        h, cell = ops.mlstm(q, k, v, i, f, cell, reset=reset, mask=mask, **cfg.cell)
+        flags: dict[str, Any] = dict(reset=reset, mask=mask)
+        sow_gates(self, mlstm_trace, q, k, i, f, z, cell, **flags, **cfg.numerics)
+        h, cell = ops.mlstm(q, k, v, i, f, cell, **flags, **cfg.cell)
         h = MultiHeadNorm(cfg.norm_eps, as_offset=True, name="out_norm")(h)
         skip = self.param("learnable_skip", ones, (inner_dim,)).astype(x.dtype)
         y = (h + skip[None, None] * u) * jax.nn.silu(z)
@@ -76,7 +82,8 @@ class MLSTMLayer(nn.Module):
     def init_state(
         self, batch_size: int, dim: int, dtype: DTypeLike = jnp.float32
     ) -> MLSTMLayerState:
-        """The initial state, all zeros; `dtype`, that of activations, applies to `conv` only."""
+        """The initial state: zeros, in the dtype of activations; `cell` is float32 or wider."""
         inner_dim, H = self.cfg.width(dim), self.cfg.num_heads
         conv = conv_state(batch_size, self.cfg.conv_width, inner_dim, dtype)
-        return MLSTMLayerState(conv, mlstm_init(batch_size, H, inner_dim // H, inner_dim // H))
+        K, cell_dtype = inner_dim // H, jnp.promote_types(dtype, jnp.float32)
+        return MLSTMLayerState(conv, mlstm_init(batch_size, H, K, K, cell_dtype))

@@ -92,7 +92,13 @@ class CellConfig:
     @property
     def cell(self) -> dict[str, Any]:
         """Keyword arguments for `ops.mlstm`."""
-        names = "input_gate", "forget_gate", "normalize", "eps", "chunk_size", "implementation"
+        speed = {"chunk_size": self.chunk_size, "implementation": self.implementation}
+        return self.numerics | speed
+
+    @property
+    def numerics(self) -> dict[str, Any]:
+        """Those of `cell` that change the result."""
+        names = "input_gate", "forget_gate", "normalize", "eps"
         return {name: getattr(self, name) for name in names}
 
 

@@ -4,7 +4,7 @@ Source: Beck et al. 2024, arXiv:2405.04517, figure 10 (post-up-projection block)
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,11 +13,14 @@ from jax.typing import DTypeLike
 
 from xlstm_jax import ops
 from xlstm_jax.cells import SLSTMState, slstm_init
+from xlstm_jax.modules.capture import sow_gates
+from xlstm_jax.modules.checks import check_layer_state
 from xlstm_jax.modules.conv import CausalConv, conv_state
 from xlstm_jax.modules.initializers import Initializer, linspace, small, uniform, zeros
 from xlstm_jax.modules.linear import HeadwiseDense
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import BiasInit, RecurrentInit, SLSTMConfig
+from xlstm_jax.ops.trace import slstm_trace
 from xlstm_jax.typing import Array, Flag, Float, Int, PRNGKeyArray
 
 
@@ -51,6 +54,7 @@ class SLSTMLayer(nn.Module):
     ) -> tuple[Float[Array, "B T D"], SLSTMLayerState]:
         cfg, (B, T, D) = self.cfg, x.shape
         H, K = cfg.num_heads, D // cfg.num_heads
+        check_layer_state(self, state, x)
         conv, cell = (None, None) if state is None else state
         convolve = CausalConv(cfg.conv_width, cfg.conv_mixing, name="conv")
         u, conv = convolve(x, conv, reset=reset, mask=mask)
@@ -62,16 +66,15 @@ class SLSTMLayer(nn.Module):
             for name, y in inputs.items()
         ]
         bias_init = cell_bias_init(cfg.bias_init, self.block_index, self.num_blocks)
-        h, cell = ops.slstm(
+        arguments = (
             jnp.stack(gates, axis=2),
             self.param("recurrent_kernel", recurrent_init(cfg.recurrent_init), (H, K, 4, K)),
             self.param("bias", bias_init, (H, 4, K)),
             cell,
-            reset=reset,
-            mask=mask,
-            forget_gate=cfg.forget_gate,
-            implementation=cfg.implementation,
         )
+        options: dict[str, Any] = dict(reset=reset, mask=mask, forget_gate=cfg.forget_gate)
+        sow_gates(self, slstm_trace, *arguments, **options)
+        h, cell = ops.slstm(*arguments, **options, implementation=cfg.implementation)
         # Dropout comes before the norm, as in the reference implementation.
         h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
         norm = MultiHeadNorm(
@@ -83,10 +86,10 @@ class SLSTMLayer(nn.Module):
     def init_state(
         self, batch_size: int, dim: int, dtype: DTypeLike = jnp.float32
     ) -> SLSTMLayerState:
-        """The initial state, all zeros; `dtype`, that of activations, applies to `conv` only."""
+        """The initial state: zeros, in the dtype of activations; `cell` is float32 or wider."""
         conv = conv_state(batch_size, self.cfg.conv_width, dim, dtype)
-        H = self.cfg.num_heads
-        return SLSTMLayerState(conv, slstm_init(batch_size, H, dim // H))
+        H, cell_dtype = self.cfg.num_heads, jnp.promote_types(dtype, jnp.float32)
+        return SLSTMLayerState(conv, slstm_init(batch_size, H, dim // H, cell_dtype))
 
 
 def recurrent_init(name: RecurrentInit) -> Initializer:

@@ -6,16 +6,21 @@ scans, compile time does not grow with depth; it grows with the irregularity of 
 with rematerialization mostly not even with that.
 """
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from xlstm_jax.errors import ArgumentError, quote
 from xlstm_jax.modules import loops
+from xlstm_jax.modules.capture import check_names, collect, gates_of_block, states_at_positions
+from xlstm_jax.modules.checks import check_param_names, check_state
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.kinds import BLOCKS
 from xlstm_jax.modules.patterns import Run, find_period, split_runs
@@ -58,19 +63,35 @@ class Stack(nn.Module):
         mask: Flag | None = None,
         *,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], StackState]:
-        cfg, flags = self.cfg, dict(reset=reset, mask=mask, deterministic=deterministic)
+        capture: Sequence[str] = (),
+    ) -> tuple[Any, ...]:
+        """Returns x and the new state, and what is captured if anything is: see `LM`."""
+        check_names(capture)
+        check_param_names(self, set(self.cfg.pattern))
+        check_stack_state(self.cfg, state, x.shape[0])
+        cfg, flags = self.cfg, dict(reset=reset, mask=mask)
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
 
         def apply(letter: str, x, params_and_state, index):
             params, state = params_and_state
             # Functional `apply` of a detached block: its parameters are slices of the stacked tree.
             block = BLOCKS[letter].block(cfg, parent=None)
+            run = functools.partial(block.apply, {"params": params})
             # By index, so that a block draws the same mask whichever loop runs it.
             rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
-            x, state = block.apply({"params": params}, x, state, **flags, rngs=rngs)
-            x = constrain(x, "batch", "time", None)
-            return checkpoint_name(x, "block_output"), state
+            options = dict(deterministic=deterministic, rngs=rngs)
+            mutable = ["gates"] if "gates" in capture else []
+            (y, new), variables = run(x, state, **flags, **options, mutable=mutable)
+            y = checkpoint_name(constrain(y, "batch", "time", None), "block_output")
+            captured = {}
+            if gates := gates_of_block(variables):
+                captured["gates"] = gates
+            if "state" in capture:
+                first = block.init_state(x.shape[0]) if state is None else state
+                captured["state"] = states_at_positions(run, x, first, new, **flags)
+            if "hidden" in capture:
+                captured["hidden"] = y
+            return y, (new, captured)
 
         blocks = {
             letter: (self._params(letter, x), None if state is None else state[letter])
@@ -79,11 +100,17 @@ class Stack(nn.Module):
         # Unrolled blocks are never rematerialized: without a scan and with prevent_cse=False, XLA
         # would merge the recomputation with the forward pass (common subexpressions).
         if cfg.remat == "none" and cfg.num_blocks <= MAX_UNROLLED_BLOCKS:
-            return loops.unrolled(cfg.pattern, apply, x, blocks)
-        policy = REMAT_POLICIES.get(cfg.remat)
-        checkpoint = functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
-        wrap = (lambda step: step) if cfg.remat == "none" else checkpoint
-        return loops.scanned(choose_runs(cfg, x.shape[1]), apply, x, blocks, wrap)
+            x, results = loops.unrolled(cfg.pattern, apply, x, blocks)
+        else:
+            policy = REMAT_POLICIES.get(cfg.remat)
+            checkpoint = functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+            wrap = (lambda step: step) if cfg.remat == "none" else checkpoint
+            x, results = loops.scanned(choose_runs(cfg, x.shape[1]), apply, x, blocks, wrap)
+        states = {letter: new for letter, (new, _) in results.items()}
+        if not capture:
+            return x, states
+        captured = {letter: trees for letter, (_, trees) in results.items()}
+        return x, states, collect(capture, cfg.pattern, captured)
 
     def _params(self, letter: str, x: Float[Array, "B T D"]) -> PyTree:
         """Parameters of all blocks of a letter; every leaf is "layers ..."."""
@@ -129,12 +156,31 @@ def choose_runs(cfg: LMConfig, T: int) -> tuple[Run, ...]:
     return (period,) if is_better else runs
 
 
-def init_state(cfg: LMConfig, batch_size: int) -> StackState:
-    """The initial state of all blocks: zeros, stacked by letter."""
+def check_stack_state(cfg: LMConfig, state: StackState | None, batch_size: int) -> None:
+    """Raises ValueError unless the state is None or belongs to this model and batch size."""
+    owner = f"pattern={quote(cfg.pattern)} and {batch_size} sequences"
+    remedy = f"init_state({batch_size}) of the same model"
+    check_state(state, lambda: init_state(cfg, batch_size), owner, remedy)
+
+
+def init_state(cfg: LMConfig, batch_size: int, dtype: DTypeLike | None = None) -> StackState:
+    """The initial state of all blocks: zeros, stacked by letter; `dtype` is that of activations."""
+    name = cfg.dtype if dtype is None else getattr(dtype, "__name__", str(dtype))
+    if name not in (names := ("float32", "bfloat16", "float64")):
+        raise ArgumentError(f"dtype must be one of {names}, got {quote(dtype)}; or pass None.")
+    # Float64 is no `cfg.dtype`: it comes from the parameters and applies to every leaf.
+    is_wide = name == "float64"
+    cfg = cfg if is_wide else dataclasses.replace(cfg, dtype=name)
 
     def stacked(letter: str) -> Any:
         one = BLOCKS[letter].block(cfg, parent=None).init_state(batch_size)
         n = cfg.pattern.count(letter)
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (n, *leaf.shape)), one)
+
+        def stack(leaf: Array) -> Array:
+            is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+            leaf = leaf.astype(jnp.float64) if is_wide and is_float else leaf
+            return jnp.broadcast_to(leaf[None], (n, *leaf.shape))
+
+        return jax.tree.map(stack, one)
 
     return {letter: stacked(letter) for letter in sorted(set(cfg.pattern))}
