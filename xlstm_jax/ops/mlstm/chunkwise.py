@@ -43,6 +43,14 @@ class Chunks(NamedTuple):
     v: Float[Array, "Z L V"]
 
 
+class Factors(NamedTuple):
+    """Factors that are 1 and carry the gradient of the gates; see `_unit`."""
+
+    query: Float[Array, "Z L"]
+    key: Float[Array, "Z L"]
+    end: Float[Array, "Z"]  # of everything in the state after a chunk
+
+
 class Memory(NamedTuple):
     """A state without its log-scale."""
 
@@ -70,14 +78,13 @@ def mlstm_chunkwise(
     gates = _chunk_gates(gates, L)
     m = _stabilizers(gates, m_first) if options.max_state else jnp.zeros_like(gates.log_i)
     decays = materialize(_decays(options, gates, m, m_first))
-    query, key, across = _gate_factors(gates)
-    q, k, v = (_chunk(flags.zero_masked(a), L).astype(dtype) for a in x[:3])
-    chunks = Chunks(q * query[..., None], k * key[..., None], v)
+    factors = _gate_factors(gates)
+    chunks = Chunks(*(_chunk(flags.zero_masked(a), L).astype(dtype) for a in x[:3]))
     initial = Memory(C, n).times(_unit(m_first))
-    starts, last = _boundary_states(chunks, decays, across, initial, x.v.dtype)
+    starts, last = _boundary_states(chunks, factors, decays, initial, x.v.dtype)
     # Weights and scores, L x L per chunk, are rematerialized in the backward pass.
-    read = jax.checkpoint(_read, prevent_cse=False, static_argnums=3)
-    u, d = read(chunks, decays, starts, x.v.dtype)
+    read = jax.checkpoint(_read, static_argnums=4, prevent_cse=False)
+    u, d = read(chunks, factors, decays, starts, x.v.dtype)
     h = _normalize(u, d, m, options.eps) if options.normalize else materialize_cotangent(u)
     m_last = m[-m_first.size :, -1]
     last = MLSTMState(*last.times(_unit(-m_last)), m_last)
@@ -100,12 +107,11 @@ def _chunk_gates(gates: LogGates, L: int) -> LogGates:
     return LogGates(log_i, log_f, _chunk(reset, L))
 
 
-def _gate_factors(gates: LogGates) -> tuple[Array, Array, Array]:
-    """Factors of queries and keys, `Z L`, and of a chunk's last state, `Z`; see `_unit`."""
+def _gate_factors(gates: LogGates) -> Factors:
     # Limited, as the difference of infinities would be NaN.
     log_i, log_f = jnp.maximum(gates.log_i, pre.NEG), jnp.maximum(gates.log_f, pre.NEG)
     F = pre.prefix_sum(log_f, gates.reset)
-    return _unit(F), _unit(log_i - F), _unit(F[:, -1])
+    return Factors(_unit(F), _unit(log_i - F), _unit(F[:, -1]))
 
 
 def _forward_stabilizers(gates: LogGates, m_first: Float[Array, "Y"]):
@@ -123,7 +129,7 @@ def _backward_stabilizers(residuals, dm: Float[Array, "Z L"]):
     return LogGates(di, df, None), before[: m_first.size]
 
 
-_stabilizers = with_backward(_forward_stabilizers, _backward_stabilizers)
+_stabilizers = with_backward(_forward_stabilizers, _backward_stabilizers, rematerialize=True)
 """(gates, m before the first chunk `Y`) -> m after every position, `Z L`."""
 
 
@@ -140,35 +146,40 @@ def _decays(options: Options, gates: LogGates, m: Array, m_first: Array) -> Deca
 
 
 def _boundary_states(
-    x: Chunks, decays: Decays, across: Float[Array, "Z"], initial: Memory, dtype: jnp.dtype
+    x: Chunks, factors: Factors, decays: Decays, initial: Memory, dtype: jnp.dtype
 ) -> tuple[Memory, Memory]:
     """The states at chunk starts, leading axis Z, and the last; `initial` has the leading axis Y.
 
     Products take operands in `dtype` and accumulate in that of the state.
     """
     # Increments are computed for all chunks at once; the scan only scales and adds.
-    keys = (jnp.exp(decays.to_end) * across[:, None])[..., None] * x.k
-    C_new = product("ZLK,ZLV->ZKV", dtype, keys, x.v)
-    chunks = jnp.exp(decays.across) * across, Memory(C_new, jnp.sum(keys, axis=-2))
+    @jax.checkpoint
+    def increments(k, v, key, to_end):
+        keys = (jnp.exp(to_end) * key)[..., None] * k
+        return Memory(product("ZLK,ZLV->ZKV", dtype, keys, v), jnp.sum(keys, axis=-2))
+
+    f_scaled = jnp.exp(decays.across) * factors.end
+    new = increments(x.k, x.v, factors.key * factors.end[:, None], decays.to_end)
 
     def step(state: Memory, chunk):
         f_scaled, new = chunk
         return Memory(*map(jnp.add, state.times(f_scaled), new)), state
 
     Y = initial.n.shape[0]
-    chunks = jax.tree.map(lambda a: a.reshape((-1, Y) + a.shape[1:]), chunks)
+    chunks = jax.tree.map(lambda a: a.reshape((-1, Y) + a.shape[1:]), (f_scaled, new))
     last, starts = jax.lax.scan(step, initial, chunks)
     return jax.tree.map(_merge_leading, starts), last
 
 
 def _read(
-    x: Chunks, decays: Decays, starts: Memory, dtype: jnp.dtype
+    x: Chunks, factors: Factors, decays: Decays, starts: Memory, dtype: jnp.dtype
 ) -> tuple[Float[Array, "Z L V"], Float[Array, "Z L"]]:
     """Unnormalized read-out and normalizer of every position."""
     within, across = _query_weights(decays)
     scale = x.q.shape[-1] ** -0.5
-    P = product("ZLK,ZSK->ZLS", dtype, x.q, x.k) * (scale * within)
-    q = (scale * across)[..., None] * x.q
+    q, k = factors.query[..., None] * x.q, factors.key[..., None] * x.k
+    P = product("ZLK,ZSK->ZLS", dtype, q, k) * (scale * within)
+    q = (scale * across)[..., None] * q
     u = product("ZLS,ZSV->ZLV", dtype, P, x.v) + product("ZLK,ZKV->ZLV", dtype, q, starts.C)
     d = jnp.sum(P, axis=-1) + jnp.sum(q * starts.n[..., None, :], axis=-1)
     return u, d
