@@ -24,9 +24,9 @@ class LSTMState(NamedTuple):
 def lstm_init(
     batch_size: int, num_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
 ) -> LSTMState:
-    """The initial state: zeros in every leaf."""
-    zeros = jnp.zeros((batch_size, num_heads, head_dim), dtype)
-    return LSTMState(zeros, zeros)
+    """The initial state: zeros in every leaf, each in its own buffer, so that it can be donated."""
+    shape = batch_size, num_heads, head_dim
+    return LSTMState._make(jnp.zeros(shape, dtype) for _ in LSTMState._fields)
 
 
 def lstm_step(

@@ -27,9 +27,9 @@ class SLSTMState(NamedTuple):
 def slstm_init(
     batch_size: int, num_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
 ) -> SLSTMState:
-    """The initial state: zeros in every leaf."""
-    zeros = jnp.zeros((batch_size, num_heads, head_dim), dtype)
-    return SLSTMState(zeros, zeros, zeros, zeros)
+    """The initial state: zeros in every leaf, each in its own buffer, so that it can be donated."""
+    shape = batch_size, num_heads, head_dim
+    return SLSTMState._make(jnp.zeros(shape, dtype) for _ in SLSTMState._fields)
 
 
 def slstm_step(
