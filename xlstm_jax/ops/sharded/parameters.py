@@ -23,9 +23,14 @@ def partition_spec(shape: Sequence[int], names: Sequence[str]) -> P:
     return partition_spec_for(shape, [mesh_axes_for(name) for name in names], free_axes())
 
 
-def all_gather(shard: jax.Array, spec: P) -> jax.Array:
-    """The global array of which each device has a shard; call within a `shard_map`."""
-    for dimension, axes in enumerate(spec):
+def all_gather(shard: jax.Array, spec: P, *, reverse: bool = False) -> jax.Array:
+    """The global array of which each device has a shard; call within a `shard_map`.
+
+    The transpose is a reduce-scatter in the dtype of `shard`, in the opposite order of dimensions:
+    `reverse` gathers the last one first. `shard_map` itself sums over axes that `spec` omits.
+    """
+    dimensions = list(enumerate(spec))
+    for dimension, axes in reversed(dimensions) if reverse else dimensions:
         if axes is not None:
             shard = jax.lax.all_gather(shard, axes, axis=dimension, tiled=True)
     return shard
@@ -47,7 +52,7 @@ def _gather_tangents(spec, primals, tangents):
     # backward pass of all layers is done, with the global gradient in memory in the meantime.
     dx, dshard = jax.lax.optimization_barrier(tangents)
     # Not cast to x's dtype: the transpose of this all-gather is the reduce-scatter.
-    return all_gather_with(*primals, spec), (dx, all_gather(dshard, spec))
+    return all_gather_with(*primals, spec), (dx, all_gather(dshard, spec, reverse=True))
 
 
 def sum_over_devices(
@@ -97,7 +102,7 @@ def embed(
     def tangent(primals, tangents):
         # Cast after the look-up, so that its transpose casts before the sum: many tokens, on many
         # devices, add to the same embedding.
-        embeddings = jnp.take(all_gather(tangents[0], spec), primals[1], axis=0)
+        embeddings = jnp.take(all_gather(tangents[0], spec, reverse=True), primals[1], axis=0)
         return look_up(*primals), embeddings.astype(dtype)
 
     return shard_mapped(look_up, (table, tokens), (spec, positions), P(*positions, None))
