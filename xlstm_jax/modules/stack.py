@@ -152,7 +152,7 @@ def choose_runs(cfg: LMConfig, T: int) -> tuple[Run, ...]:
     runs, period = split_runs(cfg.pattern), find_period(cfg.pattern)
     is_shorter = len(period.unit) < sum(len(run.unit) for run in runs)
     omits_only_rare = period.always_has(max(period.unit, key=cfg.pattern.count))
-    is_better = cfg.remat != "none" and T > 1 and is_shorter and omits_only_rare
+    is_better = cfg.remat != "none" and T != 1 and is_shorter and omits_only_rare
     return (period,) if is_better else runs
 
 

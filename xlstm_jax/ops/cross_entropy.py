@@ -75,15 +75,17 @@ def cross_entropy(
 def _local_sums(chunk_sums, chunk_size: int, x, kernel, targets, weights) -> CrossEntropy:
     """Sums over the positions of one device."""
     positions = targets.size
-    chunk = min(positions, chunk_size)
+    # `jax.export` may trace with a symbolic number of positions, which cannot be compared.
+    chunk = min(positions, chunk_size) if isinstance(positions, int) else chunk_size
     flat = (x.reshape(positions, -1), targets.reshape(-1), weights.reshape(-1))
     if chunk == positions:
         return chunk_sums(kernel, *flat)
     # Positions are padded to full chunks with weight 0. The backward pass rematerializes logits,
     # so only those of one chunk are in memory.
-    pad = -positions % chunk
+    num_chunks = -(-positions // chunk)
+    pad = num_chunks * chunk - positions
     flat = jax.tree.map(lambda a: jnp.pad(a, ((0, pad),) + ((0, 0),) * (a.ndim - 1)), flat)
-    chunks = jax.tree.map(lambda a: a.reshape((-1, chunk) + a.shape[1:]), flat)
+    chunks = jax.tree.map(lambda a: a.reshape((num_chunks, chunk) + a.shape[1:]), flat)
     body = jax.checkpoint(
         lambda total, xs: (jax.tree.map(jnp.add, total, chunk_sums(kernel, *xs)), None)
     )

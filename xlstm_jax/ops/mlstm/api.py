@@ -50,6 +50,11 @@ def _kernels(backend: str) -> Implementation:
     return Implementation(compute, unsupported)
 
 
+def _in_chunks(call: dispatch.Call) -> str | None:
+    """Only a known length can be divided into chunks, or into a matrix of pairs of positions."""
+    return dispatch.symbolic_refusal(call, "T")
+
+
 def _recurrent(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
     """The reference, also used for decoding."""
     kwargs = flags._asdict() | options._asdict()
@@ -61,8 +66,8 @@ def _recurrent(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
 IMPLEMENTATIONS = {
     "pallas_tpu": _kernels("tpu"),
     "triton": _kernels("triton"),
-    "chunkwise": Implementation(mlstm_chunkwise),
-    "parallel": Implementation(mlstm_parallel),
+    "chunkwise": Implementation(mlstm_chunkwise, _in_chunks),
+    "parallel": Implementation(mlstm_parallel, _in_chunks),
     "recurrent": Implementation(_recurrent),
 }
 
