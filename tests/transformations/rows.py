@@ -203,7 +203,7 @@ def _rows():
     mlstm, x = ("q", "k", "v", "i", "f"), ("x",)
     recurrent = (("slstm", cells.SLSTMState), ("lstm", cells.LSTMState))
     for name in ("recurrent", "chunkwise", "parallel", *KERNELS):
-        kwargs = {"implementation": name, "chunk_size": CHUNK}
+        kwargs = {"implementation": name, "chunk_size": 8 if name in KERNELS else CHUNK}
         batched, timed = (*mlstm, "state", *flags), (*mlstm, *flags)
         yield Row(f"mlstm-{name}", ops.mlstm, _mlstm, batched, timed, name, kwargs=kwargs)
     batched, timed = (*x, "state", *flags), (*x, *flags)

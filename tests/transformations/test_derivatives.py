@@ -62,11 +62,22 @@ def test_vjp_of_a_kernel_equals_that_of_the_recurrence(row):
 
 
 @each_row(lambda row: row.is_kernel, slow=())
-def test_jvp_of_a_kernel_raises(row):
+def test_forward_mode_of_a_kernel_raises(row):
     floats, rest = split_floats(row, row.arguments())
     fn = functools.partial(loss, row, rest=rest)
     with pytest.raises(TypeError, match="forward-mode"):
-        jax.eval_shape(lambda x: jax.jvp(fn, (x,), (x,)), floats)
+        jax.jit(lambda x: jax.jvp(fn, (x,), (x,))).lower(floats)
+
+
+@each_row(lambda row: row.is_kernel, slow=())
+def test_second_derivative_of_a_kernel_raises(row):
+    floats, rest = split_floats(row, row.arguments())
+    grad = jax.grad(functools.partial(loss, row, rest=rest))
+    forward = lambda x: jax.jvp(grad, (x,), (x,))  # noqa: E731
+    reverse = jax.grad(lambda x: inner(grad(x), x))
+    for fn in (forward, reverse):
+        with pytest.raises(TypeError, match="first derivatives in reverse mode only"):
+            jax.eval_shape(fn, floats)
 
 
 @each_row(on_cpu)
