@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from xlstm_jax.cells.logspace import exact_einsum, state_dtype
 from xlstm_jax.cells.time import scan_time
-from xlstm_jax.typing import Array, Flag, Float
+from xlstm_jax.typing import Array, Flag, Float, Size
 
 
 class LSTMState(NamedTuple):
@@ -22,7 +22,7 @@ class LSTMState(NamedTuple):
 
 
 def lstm_init(
-    batch_size: int, num_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
+    batch_size: Size, num_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
 ) -> LSTMState:
     """The initial state: zeros in every leaf, each in its own buffer, so that it can be donated."""
     shape = batch_size, num_heads, head_dim

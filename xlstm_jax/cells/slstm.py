@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from xlstm_jax.cells.logspace import NEG, log_sigmoid, state_dtype
 from xlstm_jax.cells.lstm import recurrent_gates
 from xlstm_jax.cells.time import scan_time
-from xlstm_jax.typing import Array, Flag, Float
+from xlstm_jax.typing import Array, Flag, Float, Size
 
 
 class SLSTMState(NamedTuple):
@@ -25,7 +25,7 @@ class SLSTMState(NamedTuple):
 
 
 def slstm_init(
-    batch_size: int, num_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
+    batch_size: Size, num_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
 ) -> SLSTMState:
     """The initial state: zeros in every leaf, each in its own buffer, so that it can be donated."""
     shape = batch_size, num_heads, head_dim

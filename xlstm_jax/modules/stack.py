@@ -25,7 +25,7 @@ from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.kinds import BLOCKS
 from xlstm_jax.modules.patterns import Run, find_period, split_runs
 from xlstm_jax.sharding import constrain
-from xlstm_jax.typing import Array, Flag, Float, PyTree
+from xlstm_jax.typing import Array, Flag, Float, PyTree, Size
 
 # Letter -> stacked state of its blocks; every leaf is "layers B ...".
 StackState = dict[str, Any]
@@ -141,7 +141,7 @@ class Stack(nn.Module):
         return self.param(letter, init_blocks)
 
 
-def choose_runs(cfg: LMConfig, T: int) -> tuple[Run, ...]:
+def choose_runs(cfg: LMConfig, T: Size) -> tuple[Run, ...]:
     """Chooses the scans for a pattern and a sequence length T.
 
     A single run whose steps omit blocks compiles the fewest blocks, at the price of a branch. The

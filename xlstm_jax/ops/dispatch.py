@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.errors import ArgumentError, UnsupportedError
+from xlstm_jax.typing import Size
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
     """Static facts of a call, known at trace time; the selection depends on nothing else."""
 
-    B: int
-    T: int
+    B: Size
+    T: Size
     H: int
     K: int
     V: int

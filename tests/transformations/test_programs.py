@@ -1,0 +1,133 @@
+"""Programs of `jax.export`, for every platform, with a symbolic batch and length, and serialized."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import export
+
+from pallas_kernels import common
+from tests.transformations.rows import (
+    BY_NAME,
+    B,
+    Row,
+    T,
+    assert_close,
+    each_row,
+    outputs,
+)
+from xlstm_jax import ops
+from xlstm_jax.errors import UnsupportedError
+from xlstm_jax.modules import LM, LMConfig
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+NEEDS_LENGTH = ("mlstm-chunkwise", "mlstm-parallel")
+
+
+def on_cpu(row: Row) -> bool:
+    return not row.is_kernel
+
+
+def takes_any_length(row: Row) -> bool:
+    return on_cpu(row) and not row.is_step and row.name not in NEEDS_LENGTH
+
+
+@functools.cache
+def exported(name: str, sizes: str = "b") -> export.Exported:
+    """The program of a row in float32 for all platforms; `sizes` are symbolic, "b" or "b, t"."""
+    row = BY_NAME[name]
+    b, *t = export.symbolic_shape(sizes)
+    arguments = row.arguments(dtype="float32")
+
+    def spec(x, is_timed: bool):
+        shape = list(x.shape)
+        shape[_batch_axis(x)] = b
+        if is_timed and t:
+            shape[1] = t[0]
+        return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+
+    for argument in row.batched:
+        is_timed = not row.is_step and argument != "state"
+        arguments[argument] = jax.tree.map(
+            functools.partial(spec, is_timed=is_timed), arguments[argument]
+        )
+    return export.export(jax.jit(row.run), platforms=PLATFORMS)(arguments)
+
+
+def _batch_axis(x) -> int:
+    """The leaves of a model's state are `layers B ...`, with one layer; other arrays `B ...`."""
+    return 0 if x.shape[0] == B else 1
+
+
+def larger(row: Row, *, longer: bool):
+    """Float32 arguments with twice the batch, or with the batch and twice the length."""
+    first, second = (row.arguments(seed, "float32") for seed in (0, 1))
+    for name in row.batched:
+        if longer and name != "state":
+            first[name] = jnp.concatenate([first[name], second[name]], axis=1)
+        elif not longer:
+            first[name] = jax.tree.map(
+                lambda a, b: jnp.concatenate([a, b], axis=_batch_axis(a)), first[name], second[name]
+            )
+    return first
+
+
+@each_row(on_cpu)
+def test_program_with_a_symbolic_batch_equals_the_function(row):
+    with jax.enable_x64(False):
+        arguments = larger(row, longer=False)
+        actual = exported(row.name).call(arguments)
+        assert_close(actual, outputs(row.name)(arguments), 1e-5)
+
+
+@each_row(takes_any_length, slow=("",))
+def test_program_with_a_symbolic_length_equals_the_function(row):
+    with jax.enable_x64(False):
+        arguments = larger(row, longer=True)
+        actual = exported(row.name, "b, t").call(arguments)
+        assert_close(actual, outputs(row.name)(arguments), 1e-5)
+
+
+@each_row(on_cpu)
+def test_serialized_program_is_the_same(row):
+    pytest.importorskip("flatbuffers")
+    with jax.enable_x64(False):
+        program = exported(row.name)
+        restored = export.deserialize(program.serialize())
+    assert restored.mlir_module() == program.mlir_module()
+    assert restored.in_avals == program.in_avals
+
+
+@pytest.mark.parametrize("name", NEEDS_LENGTH)
+def test_implementation_that_needs_a_length_refuses_a_symbolic_one(name):
+    match = f"{name[6:]}: T=t is symbolic; export one program per sequence length"
+    with pytest.raises(UnsupportedError, match=match):
+        exported(name, "b, t")
+
+
+@each_row(lambda row: row.is_kernel, slow=())
+def test_kernel_refuses_a_symbolic_batch(row):
+    match = f"{row.implementation}: B=b is symbolic; export one program per batch size"
+    with pytest.raises(UnsupportedError, match=match):
+        exported(row.name)
+
+
+@pytest.mark.parametrize("op", ["mlstm", "slstm"])
+def test_kernel_is_exported_for_tpus(op):
+    row = BY_NAME[f"{op}-pallas_tpu"]
+    arguments = row.arguments(dtype="float32")
+    kwargs = {"implementation": "pallas_tpu"}
+    fn = functools.partial(getattr(ops, op), **kwargs)
+    with common.compiled_for("v5e"):
+        program = export.export(jax.jit(fn), platforms=["tpu"])(**arguments)
+    assert program.platforms == ("tpu",)
+
+
+def test_auto_is_the_recurrence_for_a_symbolic_length():
+    """A model of any length can be exported, also one that is scanned and rematerialized."""
+    model = LM(LMConfig(vocab_size=5, dim=8, pattern="mmmsmmm", remat="full"))
+    tokens = jax.ShapeDtypeStruct(export.symbolic_shape("b, t"), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, T), jnp.int32))
+    program = export.export(jax.jit(model.apply))(variables, tokens)
+    assert program.out_avals[0].shape[:2] == tokens.shape
