@@ -274,7 +274,7 @@ def each_row(where: Callable[[Row], bool] = lambda row: True, *, slow: tuple[str
 
 
 def is_float(x: Any) -> bool:
-    return jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)
+    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def split_floats(row: Row, arguments: Arguments) -> tuple[Arguments, Arguments]:
@@ -290,7 +290,9 @@ def is_differentiable(row: Row) -> bool:
 def loss(row: Row, floats: Arguments, rest: Arguments) -> jax.Array:
     """A scalar that depends on every output and on every leaf of the state."""
     leaves = jax.tree.leaves(row.run({**floats, **rest}))
-    return sum((jnp.sum(jnp.sin(leaf)) for leaf in leaves), jnp.zeros(()))
+    # Cast explicitly: tests also call this without implicit promotion of dtypes.
+    dtype = max((x.dtype for x in jax.tree.leaves(floats)), key=lambda dtype: dtype.itemsize)
+    return sum(jnp.sum(jnp.sin(leaf)).astype(dtype) for leaf in leaves)
 
 
 @functools.cache

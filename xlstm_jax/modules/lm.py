@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax.errors import FlaxError
 from jax.typing import DTypeLike
 
+from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.cells.time import as_bool
 from xlstm_jax.errors import ArgumentError, quote
 from xlstm_jax.modules.checks import check_param_names, difference
@@ -208,7 +209,7 @@ def lm_logits(
     cfg: LMConfig, params: Any, hidden: Float[Array, "*batch D"]
 ) -> Float[Array, "*batch vocab"]:
     """Logits from hidden states after the final norm, soft-capped, in float32 or wider."""
-    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    dtype = state_dtype(hidden)
     logits = dense(hidden, head_kernel(cfg, params), dtype=dtype)
     return soft_cap(logits, cfg.logit_soft_cap)
 

@@ -99,7 +99,7 @@ def _chunk_sums(kernel, x, targets, weights, *, soft_cap, z_loss) -> CrossEntrop
     logits = apply_soft_cap(dense(x, kernel, dtype=dtype), soft_cap)
     log_norm = jax.nn.logsumexp(logits, axis=-1)
     # A one-hot select, not a gather: its gradient is elementwise, not a scatter.
-    vocab = jnp.arange(logits.shape[-1])[None]
+    vocab = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None]
     target_logit = jnp.sum(jnp.where(vocab == targets[:, None], logits, 0), axis=-1)
     weights = weights.astype(dtype)
     # Same result as argmax, which is slow on a CPU: of equal logits the first one counts.
