@@ -262,11 +262,21 @@ HEAVY = ("_scan", "Layer", "LM-", "-parallel", "-pallas_tpu", "-triton", "rms_no
 """Parts of the names of rows whose programs take long to compile, or repeat another row."""
 
 
-def each_row(where: Callable[[Row], bool] = lambda row: True, *, slow: tuple[str, ...] = HEAVY):
-    """Parametrize a test over the rows that satisfy `where`; those named in `slow` are slow."""
+def each_row(
+    where: Callable[[Row], bool] = lambda row: True,
+    *,
+    slow: tuple[str, ...] = HEAVY,
+    exhaustive: tuple[str, ...] = (),
+):
+    """Parametrize a test over the rows that satisfy `where`, by name.
+
+    Those with a name that contains a part in `slow` or `exhaustive` are marked as such.
+    """
     cases = []
     for row in filter(where, ROWS):
         marks = [pytest.mark.slow] if any(part in row.name for part in slow) else []
+        if any(part in row.name for part in exhaustive):
+            marks = [pytest.mark.exhaustive]
         if row.is_kernel and (why := implementations(row.name.split("-")[0])[row.implementation]):
             marks.append(pytest.mark.skip(reason=why))
         cases.append(pytest.param(row.name, id=row.name, marks=marks))

@@ -17,6 +17,7 @@ from tests.transformations.rows import (
     T,
     assert_close,
     each_row,
+    is_differentiable,
     layer,
     loss,
     outputs,
@@ -52,7 +53,7 @@ def test_vmap_over_each_argument_equals_a_loop(row):
     assert_vmap_equals_a_loop(row.run, row, outputs(row.name))
 
 
-@each_row(lambda row: row.name != "document_starts", slow=("",))
+@each_row(is_differentiable, slow=("",), exhaustive=("Layer", "LM-", "_scan"))
 def test_vmap_of_the_gradient_over_each_argument_equals_a_loop(row):
     def gradient(arguments):
         return jax.grad(functools.partial(loss, row))(*split_floats(row, arguments))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests import quick
+from tests.modules.models import config
 from tests.transformations.rows import (
     Row,
     as_dtype,
@@ -19,8 +20,16 @@ from tests.transformations.rows import (
     outputs,
     split_floats,
 )
+from xlstm_jax.data.batch import Batch
+from xlstm_jax.modules import LM
+from xlstm_jax.train.config import TrainConfig
+from xlstm_jax.train.losses import language_model_loss
 
 MODULES = ("Layer", "LM-")
+
+
+REPEATED = ("_scan", "Layer", "-tiles", "rms_norm")
+"""Rows whose code other rows run too."""
 
 
 def is_module(row: Row) -> bool:
@@ -43,7 +52,7 @@ EAGER = ("mlstm", "causal_conv", "cross_entropy", "slstm", *MODULES, "-tiles", "
 """Rows that take seconds without jit: every operation is compiled on its own."""
 
 
-@each_row(slow=EAGER)
+@each_row(slow=EAGER, exhaustive=("Layer", "_scan", "slstm-pallas_tpu"))
 def test_function_without_jit_equals_the_compiled_one(row):
     """No intermediate value is NaN either, forward or backward."""
     arguments = row.arguments()
@@ -78,8 +87,9 @@ def _arrays(row: Row):
 
 @each_row(lambda row: row.has_state and not is_module(row))
 def test_closed_gates_and_masked_nan_give_no_nan(row):
+    arguments = extreme(row)
     with jax.debug_nans(True):
-        outputs_and_gradients = quick.jit(functools.partial(results, row))(extreme(row))
+        outputs_and_gradients = quick.jit(functools.partial(results, row))(arguments)
     for leaf in jax.tree.leaves(outputs_and_gradients):
         assert np.isfinite(leaf).all()
 
@@ -91,23 +101,38 @@ def test_results_and_gradients_pass_the_nan_check(row):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@each_row(lambda row: is_differentiable(row) and not row.is_kernel, slow=())
+@each_row(lambda row: is_differentiable(row) and not row.is_kernel, slow=REPEATED)
 def test_results_and_gradients_have_the_dtype_of_the_arguments(row, dtype):
-    """With float64 enabled, float32 stays float32."""
-    shapes = jax.eval_shape(functools.partial(results, row), row.arguments(dtype=dtype))
+    """With float64 enabled, float32 stays float32; without implicit promotion too."""
+    with jax.numpy_dtype_promotion("strict"):
+        shapes = jax.eval_shape(functools.partial(results, row), row.arguments(dtype=dtype))
     assert float_dtypes(shapes) == {dtype}
 
 
-@each_row(slow=())
+@each_row(slow=REPEATED)
 def test_no_dtype_is_promoted_implicitly(row):
-    """float32, the widest dtype, and bfloat16 with a float32 state; values and gradients."""
-    run = functools.partial(results, row)
+    """bfloat16 with a float32 state, and for kernels float32; values and gradients."""
     with jax.numpy_dtype_promotion("strict"):
-        for dtype in {"float32", row.dtype, "bfloat16"}:
+        for dtype in ("bfloat16", "float32") if row.is_kernel else ("bfloat16",):
             arguments = row.arguments(dtype=dtype)
-            if dtype == "bfloat16" and row.has_state:
+            if row.has_state:
                 arguments["state"] = as_dtype(arguments["state"], "float32")
-            jax.eval_shape(run, arguments)
+            jax.eval_shape(functools.partial(results, row), arguments)
+
+
+@pytest.mark.parametrize("letter", "msM")
+def test_loss_of_a_bfloat16_model_promotes_no_dtype_implicitly(letter):
+    """float32 parameters, gradients and sums, bfloat16 activations."""
+    model, cfg = LM(config(letter, dtype="bfloat16")), TrainConfig(steps=1)
+    ids = jnp.ones((2, 6), jnp.int32)
+    batch = Batch(ids, ids, ids, jnp.ones((2, 6)), jnp.zeros(2, jnp.int32))
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    loss_of = functools.partial(language_model_loss, model)
+    with jax.numpy_dtype_promotion("strict"):
+        grads, _ = jax.eval_shape(
+            lambda p: jax.grad(loss_of, has_aux=True)(p, batch, cfg), params
+        )
+    assert grads == params
 
 
 FLAGS = {
