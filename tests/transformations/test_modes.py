@@ -80,9 +80,7 @@ def extreme(row: Row):
 
 
 def _arrays(row: Row):
-    return {
-        name: x if name == "state" else np.asarray(x) for name, x in row.arguments().items()
-    }
+    return {name: x if name == "state" else np.asarray(x) for name, x in row.arguments().items()}
 
 
 @each_row(lambda row: row.has_state and not is_module(row))
@@ -129,16 +127,16 @@ def test_loss_of_a_bfloat16_model_promotes_no_dtype_implicitly(letter):
     params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     loss_of = functools.partial(language_model_loss, model)
     with jax.numpy_dtype_promotion("strict"):
-        grads, _ = jax.eval_shape(
-            lambda p: jax.grad(loss_of, has_aux=True)(p, batch, cfg), params
-        )
+        grads, _ = jax.eval_shape(lambda p: jax.grad(loss_of, has_aux=True)(p, batch, cfg), params)
     assert grads == params
 
 
 FLAGS = {
     "int32": lambda flag: flag.astype(np.int32),
     "uint8": lambda flag: flag.astype(np.uint8),
-    "document numbers": lambda flag: np.where(flag, np.arange(1, flag.size + 1).reshape(flag.shape), 0),
+    "document numbers": lambda flag: np.where(
+        flag, np.arange(1, flag.size + 1).reshape(flag.shape), 0
+    ),
     "negative": lambda flag: -flag.astype(np.int32),
     "float32": lambda flag: 0.5 * flag.astype(np.float32),
     "bfloat16": lambda flag: np.asarray(jnp.asarray(flag, jnp.bfloat16)),

@@ -99,11 +99,11 @@ def test_serialized_program_is_the_same(row):
     assert restored.in_avals == program.in_avals
 
 
-@pytest.mark.parametrize("name", NEEDS_LENGTH)
-def test_implementation_that_needs_a_length_refuses_a_symbolic_one(name):
-    match = f"{name[6:]}: T=t is symbolic; export one program per sequence length"
+@each_row(lambda row: row.name in NEEDS_LENGTH, slow=())
+def test_implementation_that_needs_a_length_refuses_a_symbolic_one(row):
+    match = f"{row.implementation}: T=t is symbolic; export one program per sequence length"
     with pytest.raises(UnsupportedError, match=match):
-        exported(name, "b, t")
+        exported(row.name, "b, t")
 
 
 @each_row(lambda row: row.is_kernel, slow=())
@@ -113,15 +113,20 @@ def test_kernel_refuses_a_symbolic_batch(row):
         exported(row.name)
 
 
-@pytest.mark.parametrize("op", ["mlstm", "slstm"])
-def test_kernel_is_exported_for_tpus(op):
-    row = BY_NAME[f"{op}-pallas_tpu"]
+@each_row(lambda row: row.implementation == "pallas_tpu", slow=())
+def test_kernel_is_exported_for_tpus(row):
+    op = getattr(ops, row.name.split("-")[0])
+    fn = functools.partial(op, implementation=row.implementation)
     arguments = row.arguments(dtype="float32")
-    kwargs = {"implementation": "pallas_tpu"}
-    fn = functools.partial(getattr(ops, op), **kwargs)
-    with common.compiled_for("v5e"):
+    with common.compiled_for("v5e"), jax.sharding.use_abstract_mesh(one_chip("TPU v5e")):
         program = export.export(jax.jit(fn), platforms=["tpu"])(**arguments)
     assert program.platforms == ("tpu",)
+
+
+def one_chip(kind: str) -> jax.sharding.AbstractMesh:
+    """From jax 0.11 on, kernels are lowered without a chip only if a mesh names it."""
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    return jax.sharding.AbstractMesh((1,), ("chips",), abstract_device=device)
 
 
 def test_auto_is_the_recurrence_for_a_symbolic_length():

@@ -31,7 +31,10 @@ def test_derivatives_of_sharded_parameters_equal_those_on_one_device():
     rng = np.random.default_rng(0)
     shapes = {"table": (VOCAB, DIM), "head": (DIM, VOCAB)}
     params, tangents = (
-        {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+        {
+            name: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+            for name, shape in shapes.items()
+        }
         for _ in range(2)
     )
     tokens = jnp.asarray(rng.integers(0, VOCAB, (B, T)), jnp.int32)
