@@ -1,4 +1,4 @@
-"""Programs of `jax.export`, for every platform, with a symbolic batch and length, and serialized."""
+"""Programs of `jax.export`: for every platform, with a symbolic batch and length, serialized."""
 
 import functools
 
@@ -96,7 +96,7 @@ def test_serialized_program_is_the_same(row):
         program = exported(row.name)
         restored = export.deserialize(program.serialize())
     assert restored.mlir_module() == program.mlir_module()
-    assert restored.in_avals == program.in_avals
+    assert str(restored.in_avals) == str(program.in_avals)  # each has its own scope of symbols
 
 
 @each_row(lambda row: row.name in NEEDS_LENGTH, slow=())

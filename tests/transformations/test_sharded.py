@@ -30,13 +30,8 @@ def derivatives(params, tangents, tokens):
 def test_derivatives_of_sharded_parameters_equal_those_on_one_device():
     rng = np.random.default_rng(0)
     shapes = {"table": (VOCAB, DIM), "head": (DIM, VOCAB)}
-    params, tangents = (
-        {
-            name: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-            for name, shape in shapes.items()
-        }
-        for _ in range(2)
-    )
+    normal = lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    params, tangents = ({name: normal(s) for name, s in shapes.items()} for _ in range(2))
     tokens = jnp.asarray(rng.integers(0, VOCAB, (B, T)), jnp.int32)
     expected = quick.jit(derivatives)(params, tangents, tokens)
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):

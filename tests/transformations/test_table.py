@@ -1,4 +1,4 @@
-"""The table of `docs/transformations.md` is complete: every cell names a test, or gives a reason."""
+"""The table of `docs/transformations.md`: every cell names a test that exists, or a reason."""
 
 import importlib
 import itertools

@@ -43,7 +43,8 @@ def loss(params, letter: str = "m"):
     return language_model_loss(model(letter), params, batch(), CFG)[0]
 
 
-@pytest.mark.parametrize("letter", ["M", *(pytest.param(x, marks=pytest.mark.slow) for x in "ms")])
+@pytest.mark.slow
+@pytest.mark.parametrize("letter", "msM")
 def test_train_step_under_vmap_over_seeds_equals_the_step_of_each_seed(letter):
     tx = optax.sgd(0.1)
     step = make_train_step(model(letter), tx, CFG)
