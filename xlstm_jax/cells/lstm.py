@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jax.typing import DTypeLike
 
 from xlstm_jax.cells.logspace import exact_einsum, state_dtype
@@ -19,6 +20,9 @@ class LSTMState(NamedTuple):
 
     c: Float[Array, "B H K"]  # cell
     h: Float[Array, "B H K"]  # hidden state, fed back through `r`
+
+
+export.register_namedtuple_serialization(LSTMState, serialized_name="xlstm_jax.LSTMState")
 
 
 def lstm_init(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jax.typing import DTypeLike
 
 from xlstm_jax.cells.logspace import NEG, exact_einsum, log_sigmoid, state_dtype
@@ -30,6 +31,9 @@ class MLSTMState(NamedTuple):
     C: Float[Array, "B H K V"]  # matrix memory, times exp(-m)
     n: Float[Array, "B H K"]  # normalizer, times exp(-m)
     m: Float[Array, "B H"]  # log of the scale divided out of C and n
+
+
+export.register_namedtuple_serialization(MLSTMState, serialized_name="xlstm_jax.MLSTMState")
 
 
 def mlstm_init(

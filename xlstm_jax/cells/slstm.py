@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jax.typing import DTypeLike
 
 from xlstm_jax.cells.logspace import NEG, log_sigmoid, state_dtype
@@ -22,6 +23,9 @@ class SLSTMState(NamedTuple):
     n: Float[Array, "B H K"]  # normalizer, times exp(-m); 0 until an input gate opens, then >= 1
     h: Float[Array, "B H K"]  # hidden state, fed back through `r`
     m: Float[Array, "B H K"]  # stabilizer: log of the factor divided out; meaningless where n is 0
+
+
+export.register_namedtuple_serialization(SLSTMState, serialized_name="xlstm_jax.SLSTMState")
 
 
 def slstm_init(

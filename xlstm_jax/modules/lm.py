@@ -23,14 +23,14 @@ from xlstm_jax.ops.dense import dense
 from xlstm_jax.ops.documents import document_starts
 from xlstm_jax.ops.embed import embed
 from xlstm_jax.ops.norm import soft_cap
-from xlstm_jax.typing import Array, Flag, Float, Int
+from xlstm_jax.typing import Array, Flag, Float, Int, Size
 
 
 class _Model(nn.Module):
     cfg: LMConfig
 
     @nn.nowrap
-    def init_state(self, batch_size: int, dtype: DTypeLike | None = None) -> StackState:
+    def init_state(self, batch_size: Size, dtype: DTypeLike | None = None) -> StackState:
         """The initial state, zeros: a dict by letter whose leaves are `layers B ...`.
 
         `dtype` is that of activations: None is `cfg.dtype`; float64 belongs to float64 parameters.

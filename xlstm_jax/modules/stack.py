@@ -156,14 +156,14 @@ def choose_runs(cfg: LMConfig, T: Size) -> tuple[Run, ...]:
     return (period,) if is_better else runs
 
 
-def check_stack_state(cfg: LMConfig, state: StackState | None, batch_size: int) -> None:
+def check_stack_state(cfg: LMConfig, state: StackState | None, batch_size: Size) -> None:
     """Raises ValueError unless the state is None or belongs to this model and batch size."""
     owner = f"pattern={quote(cfg.pattern)} and {batch_size} sequences"
     remedy = f"init_state({batch_size}) of the same model"
     check_state(state, lambda: init_state(cfg, batch_size), owner, remedy)
 
 
-def init_state(cfg: LMConfig, batch_size: int, dtype: DTypeLike | None = None) -> StackState:
+def init_state(cfg: LMConfig, batch_size: Size, dtype: DTypeLike | None = None) -> StackState:
     """The initial state of all blocks: zeros, stacked by letter; `dtype` is that of activations."""
     name = cfg.dtype if dtype is None else getattr(dtype, "__name__", str(dtype))
     if name not in (names := ("float32", "bfloat16", "float64")):

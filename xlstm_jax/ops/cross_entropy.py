@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
 from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.ops import dispatch
@@ -28,6 +29,9 @@ class CrossEntropy(NamedTuple):
     z_sum: Float[Array, ""]  # z_loss * logsumexp^2
     weight_sum: Float[Array, ""]
     correct_sum: Float[Array, ""]  # positions whose largest logit is the target
+
+
+export.register_namedtuple_serialization(CrossEntropy, serialized_name="xlstm_jax.CrossEntropy")
 
 
 def cross_entropy(

@@ -51,7 +51,9 @@ def with_backward(
 
             return jax.linear_transpose(pullback, output)(tangents)[0]
 
-        wrap = functools.partial(jax.checkpoint, prevent_cse=False) if rematerialize else lambda f: f
+        wrap = (
+            functools.partial(jax.checkpoint, prevent_cse=False) if rematerialize else lambda f: f
+        )
         return output, wrap(pushforward)(residuals, tangents)
 
     fn.defjvp(jvp, symbolic_zeros=True)
