@@ -136,3 +136,14 @@ def test_auto_is_the_recurrence_for_a_symbolic_length():
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, T), jnp.int32))
     program = export.export(jax.jit(model.apply))(variables, tokens)
     assert program.out_avals[0].shape[:2] == tokens.shape
+
+
+def test_chunks_of_logits_do_not_depend_on_a_symbolic_batch():
+    """By default, the size of a chunk is chosen by the op."""
+    row, (b,) = BY_NAME["cross_entropy"], export.symbolic_shape("b")
+    arguments = row.arguments(dtype="float32")
+    shapes = jax.eval_shape(lambda: arguments)
+    for name in row.batched:
+        shapes[name] = jax.ShapeDtypeStruct((b, *shapes[name].shape[1:]), shapes[name].dtype)
+    actual = export.export(jax.jit(ops.cross_entropy))(**shapes).call(**arguments)
+    assert_close(actual, jax.jit(ops.cross_entropy)(**arguments), 1e-5)
