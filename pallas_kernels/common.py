@@ -137,6 +137,20 @@ def fold_vmap(
     return mapped
 
 
+def first_order(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, a part of a derivative, which raises TypeError if it is differentiated itself."""
+    kernel = jax.custom_jvp(kernel)
+
+    @kernel.defjvp
+    def _(primals, tangents):
+        raise TypeError(
+            "kernels have first derivatives in reverse mode only; name another implementation, "
+            "such as 'recurrent', for second derivatives."
+        )
+
+    return kernel
+
+
 def chunk_refusal(chunk_size: int | None, tile: int) -> str | None:
     """Why this chunk size is not supported, naming one that is; None if it is supported."""
     if chunk_size is None or chunk_size % tile == 0:

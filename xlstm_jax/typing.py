@@ -10,10 +10,15 @@
 Rare axes are spelled out: `Float[Array, "B T vocab"]`. The public layout is `B T H K`.
 """
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 Flag = Shaped[Array | np.ndarray, "B T"]
 """A reset or a mask: booleans, or numbers, of which nonzero ones are True."""
 
-__all__ = ["Array", "ArrayLike", "Bool", "Flag", "Float", "Int", "PRNGKeyArray", "PyTree"]
+Size = Any
+"""The size of an axis: an integer, or a symbolic size where `jax.export` traces."""
+
+__all__ = ["Array", "ArrayLike", "Bool", "Flag", "Float", "Int", "PRNGKeyArray", "PyTree", "Size"]

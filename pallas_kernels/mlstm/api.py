@@ -160,7 +160,7 @@ def _decays(options: Options, gates: pre.LogGates, m_first: jax.Array) -> pre.De
 def _forward(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m, *, save=True):
     decays = _decays(options, gates, m)
     kernel = common.fold_vmap(functools.partial(options.kernels.forward, options, save=save))
-    h, C, n, *saved = kernel(pre.pack_forward(decays, K), q, k, v, C, n)
+    h, C, n, *saved = common.first_order(kernel)(pre.pack_forward(decays, K), q, k, v, C, n)
     return (h, C, n, decays.m_end[..., -1]), (q, k, v, gates, m, h, C, n, *saved)
 
 
@@ -179,7 +179,7 @@ def _backward(options: Options, K: int, residuals, cotangents):
     packed = pre.pack_backward(decays, K, norm, sign)
     h = h if options.normalize else None
     backward = common.fold_vmap(functools.partial(options.kernels.backward, options))
-    grads = backward(packed, q, k, v, h, dh, C_starts, n_starts, dC, dn)
+    grads = common.first_order(backward)(packed, q, k, v, h, dh, C_starts, n_starts, dC, dn)
     # log i_s scales the contribution of k_s. log f_j scales all that is carried over step j, so its
     # cotangent is the sum of q dq - k dk from j on, plus the scaling of the end state.
     scaling = jnp.sum(dC * C, axis=(2, 3)) + jnp.sum(dn * n, axis=(2, 3))

@@ -122,7 +122,8 @@ def _core(options: Options, args: Inputs) -> tuple[jax.Array, jax.Array]:
 
 
 def _forward(options: Options, args: Inputs):
-    results = options.kernels.forward(options, args, save=True)
+    kernel = common.first_order(functools.partial(options.kernels.forward, options, save=True))
+    results = kernel(args)
     if results.gates is not None:  # saved gates replace x, whose dtype is that of dh
         args = args._replace(x=None)  # pyright: ignore[reportArgumentType]
     return (results.h, results.final), (args, results._replace(h=None))
@@ -140,9 +141,8 @@ def _backward(options: Options, residuals, cotangents):
     # Change of variables: rho is the cotangent of m at a fixed unscaled state (c e^m, n e^m).
     rho = dfinal[3] - dfinal[0] * final[0] - dfinal[1] * final[1]
     dfinal = jnp.stack([dfinal[0], dfinal[1], dfinal[2], rho])
-    dx, (dc, dn, dh_initial, rho) = kernels.backward(
-        options, gates, weights, cnm, dh, dfinal, flags
-    )
+    kernel = common.first_order(functools.partial(kernels.backward, options))
+    dx, (dc, dn, dh_initial, rho) = kernel(gates, weights, cnm, dh, dfinal, flags)
     dr = _product(options, layout.weights, h_before, dx).astype(r.dtype)
     db = jnp.sum(dx, axis=layout.time_and_batch, dtype=jnp.float32)
     # A zero gradient, as before a reset, must stay zero even where c or n is NaN.

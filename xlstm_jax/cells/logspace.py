@@ -6,6 +6,7 @@ of a scale (`m`), and its exponents are never positive (arXiv:2405.04517, sectio
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from xlstm_jax.typing import Array, Float
 
@@ -18,10 +19,17 @@ def log_sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return -jax.nn.softplus(-x)
 
 
+def common_dtype(*dtypes: DTypeLike) -> jnp.dtype:
+    """The dtype to which arrays of these dtypes are promoted."""
+    # Promoted explicitly, so that it works where the user forbids implicit promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
 def state_dtype(*arrays: Array) -> jnp.dtype:
     """The dtype of gates, sums and state: float32, or wider if an input is wider."""
     # bfloat16 has 8 significant bits: a state summed over many steps would lose small updates.
-    return jnp.result_type(jnp.float32, *(a.dtype for a in arrays))
+    return common_dtype(jnp.float32, *(a.dtype for a in arrays))
 
 
 def exact_einsum(spec: str, *operands: Array, dtype: jnp.dtype | None = None) -> Array:

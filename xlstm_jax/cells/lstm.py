@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jax.typing import DTypeLike
 
 from xlstm_jax.cells.logspace import exact_einsum, state_dtype
 from xlstm_jax.cells.time import scan_time
-from xlstm_jax.typing import Array, Flag, Float
+from xlstm_jax.typing import Array, Flag, Float, Size
 
 
 class LSTMState(NamedTuple):
@@ -21,12 +22,15 @@ class LSTMState(NamedTuple):
     h: Float[Array, "B H K"]  # hidden state, fed back through `r`
 
 
+export.register_namedtuple_serialization(LSTMState, serialized_name="xlstm_jax.LSTMState")
+
+
 def lstm_init(
-    batch_size: int, num_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
+    batch_size: Size, num_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
 ) -> LSTMState:
-    """The initial state: zeros in every leaf."""
-    zeros = jnp.zeros((batch_size, num_heads, head_dim), dtype)
-    return LSTMState(zeros, zeros)
+    """The initial state: zeros in every leaf, each in its own buffer, so that it can be donated."""
+    shape = batch_size, num_heads, head_dim
+    return LSTMState._make(jnp.zeros(shape, dtype) for _ in LSTMState._fields)
 
 
 def lstm_step(

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jax.typing import DTypeLike
 
 from xlstm_jax.cells.logspace import NEG, exact_einsum, log_sigmoid, state_dtype
 from xlstm_jax.cells.time import scan_time
-from xlstm_jax.typing import Array, Flag, Float
+from xlstm_jax.typing import Array, Flag, Float, Size
 
 READ_FLOOR = -20.0
 """Lowest log-scale for the read-out. Below -88, exp(-m) is inf in float32 and its gradient NaN;
@@ -32,8 +33,11 @@ class MLSTMState(NamedTuple):
     m: Float[Array, "B H"]  # log of the scale divided out of C and n
 
 
+export.register_namedtuple_serialization(MLSTMState, serialized_name="xlstm_jax.MLSTMState")
+
+
 def mlstm_init(
-    batch_size: int, num_heads: int, qk_dim: int, v_dim: int, dtype: DTypeLike = jnp.float32
+    batch_size: Size, num_heads: int, qk_dim: int, v_dim: int, dtype: DTypeLike = jnp.float32
 ) -> MLSTMState:
     """The initial state: zeros in every leaf."""
     return MLSTMState(

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jax.typing import DTypeLike
 
 from xlstm_jax.cells.logspace import NEG, log_sigmoid, state_dtype
 from xlstm_jax.cells.lstm import recurrent_gates
 from xlstm_jax.cells.time import scan_time
-from xlstm_jax.typing import Array, Flag, Float
+from xlstm_jax.typing import Array, Flag, Float, Size
 
 
 class SLSTMState(NamedTuple):
@@ -24,12 +25,15 @@ class SLSTMState(NamedTuple):
     m: Float[Array, "B H K"]  # stabilizer: log of the factor divided out; meaningless where n is 0
 
 
+export.register_namedtuple_serialization(SLSTMState, serialized_name="xlstm_jax.SLSTMState")
+
+
 def slstm_init(
-    batch_size: int, num_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
+    batch_size: Size, num_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
 ) -> SLSTMState:
-    """The initial state: zeros in every leaf."""
-    zeros = jnp.zeros((batch_size, num_heads, head_dim), dtype)
-    return SLSTMState(zeros, zeros, zeros, zeros)
+    """The initial state: zeros in every leaf, each in its own buffer, so that it can be donated."""
+    shape = batch_size, num_heads, head_dim
+    return SLSTMState._make(jnp.zeros(shape, dtype) for _ in SLSTMState._fields)
 
 
 def slstm_step(

@@ -20,7 +20,7 @@ from xlstm_jax.modules.options import LargeConfig, MLSTMConfig, SLSTMConfig
 from xlstm_jax.modules.slstm import SLSTMLayer
 from xlstm_jax.ops.registry import TABLES
 from xlstm_jax.sharding.axes import set_block_axes
-from xlstm_jax.typing import Array, Flag, Float, Int
+from xlstm_jax.typing import Array, Flag, Float, Int, Size
 
 # `options` checks names against this table without importing `ops`.
 IMPLEMENTATIONS.update(TABLES)
@@ -52,7 +52,7 @@ class _Block(nn.Module):
         return x, state
 
     @nn.nowrap
-    def init_state(self, batch_size: int, dtype: DTypeLike | None = None) -> Any:
+    def init_state(self, batch_size: Size, dtype: DTypeLike | None = None) -> Any:
         """The initial state, zeros, for activations of `dtype`; None: `cfg.dtype`."""
         dtype = jnp.dtype(self.cfg.dtype if dtype is None else dtype)
         # parent=None, as an unbound module cannot create submodules.

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from xlstm_jax.modules.initializers import uniform
 from xlstm_jax.ops.conv import causal_conv
-from xlstm_jax.typing import Array, Flag, Float
+from xlstm_jax.typing import Array, Flag, Float, Size
 
 
 class CausalConv(nn.Module):
@@ -43,7 +43,7 @@ class CausalConv(nn.Module):
 
 
 def conv_state(
-    batch_size: int, width: int, features: int, dtype: DTypeLike
+    batch_size: Size, width: int, features: int, dtype: DTypeLike
 ) -> Float[Array, "B ... F"]:
     """Initial state of a convolution: W - 1 inputs of zeros, none for a width of 0 or 1."""
     return jnp.zeros((batch_size, max(width - 1, 0), features), dtype)

@@ -20,7 +20,7 @@ from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import LargeConfig
 from xlstm_jax.ops.trace import mlstm_trace
 from xlstm_jax.sharding import constrain
-from xlstm_jax.typing import Array, Flag, Float
+from xlstm_jax.typing import Array, Flag, Float, Size
 
 
 class LargeMLSTMLayer(nn.Module):
@@ -63,7 +63,7 @@ class LargeMLSTMLayer(nn.Module):
         return nn.Dropout(self.dropout, deterministic=deterministic)(y), state
 
     @nn.nowrap
-    def init_state(self, batch_size: int, dim: int, dtype: DTypeLike = jnp.float32) -> MLSTMState:
+    def init_state(self, batch_size: Size, dim: int, dtype: DTypeLike = jnp.float32) -> MLSTMState:
         """The initial state, all zeros, in `dtype`, that of activations, but at least float32."""
         (qk_dim, v_dim, _), H = self.cfg.widths(dim), self.cfg.num_heads
         cell_dtype = jnp.promote_types(dtype, jnp.float32)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
+from xlstm_jax.cells.logspace import common_dtype, state_dtype
 from xlstm_jax.modules.initializers import Initializer, zeros
 from xlstm_jax.ops.dense import dense, grouped_dense
 from xlstm_jax.sharding import is_sharded
@@ -57,7 +58,7 @@ def fused_dense(
     parts = x if isinstance(x, Sequence) else (x,)
     dtype = parts[0].dtype
     upcast = any(layer.upcast for layer in layers)
-    dtype = jnp.promote_types(dtype, jnp.float32) if upcast else dtype
+    dtype = state_dtype(parts[0]) if upcast else dtype
     in_dim = sum(part.shape[-1] for part in parts)
     kernels, biases = zip(*(layer.weights(in_dim) for layer in layers), strict=True)
     kernel = kernels[0] if len(kernels) == 1 else jnp.concatenate(kernels, axis=1)
@@ -68,9 +69,14 @@ def fused_dense(
     out_stops = list(itertools.accumulate(k.shape[1] for k in kernels))
     outputs = jnp.split(y, out_stops[:-1], axis=-1)
     return [
-        out if b is None else (out + jnp.broadcast_to(b, out.shape)).astype(dtype)
+        out if b is None else _add_bias(out, b).astype(dtype)
         for out, b in zip(outputs, biases, strict=True)
     ]
+
+
+def _add_bias(y: Float[Array, "*batch F"], bias: Float[Array, "F"]) -> Float[Array, "*batch F"]:
+    dtype = common_dtype(y.dtype, bias.dtype)  # that of the parameter, usually float32
+    return y.astype(dtype) + jnp.broadcast_to(bias.astype(dtype), y.shape)
 
 
 class HeadwiseDense(nn.Module):
@@ -89,10 +95,10 @@ class HeadwiseDense(nn.Module):
     def __call__(self, x: Float[Array, "*batch F_in"]) -> Float[Array, "*batch F_out"]:
         P, F_in, F_out = self.num_groups, x.shape[-1], self.features
         kernel = self.param("kernel", self.kernel_init, (P, F_in // P, F_out // P))
-        dtype = jnp.promote_types(x.dtype, jnp.float32) if self.upcast else x.dtype
+        dtype = state_dtype(x) if self.upcast else x.dtype
         y = grouped_dense(x, kernel, dtype=dtype)
         if self.use_bias:
-            y = y + jnp.broadcast_to(self.param("bias", zeros, (F_out,)), y.shape)
+            y = _add_bias(y, self.param("bias", zeros, (F_out,)))
         return y.astype(dtype)
 
 

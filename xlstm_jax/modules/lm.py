@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax.errors import FlaxError
 from jax.typing import DTypeLike
 
+from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.cells.time import as_bool
 from xlstm_jax.errors import ArgumentError, quote
 from xlstm_jax.modules.checks import check_param_names, difference
@@ -22,14 +23,14 @@ from xlstm_jax.ops.dense import dense
 from xlstm_jax.ops.documents import document_starts
 from xlstm_jax.ops.embed import embed
 from xlstm_jax.ops.norm import soft_cap
-from xlstm_jax.typing import Array, Flag, Float, Int
+from xlstm_jax.typing import Array, Flag, Float, Int, Size
 
 
 class _Model(nn.Module):
     cfg: LMConfig
 
     @nn.nowrap
-    def init_state(self, batch_size: int, dtype: DTypeLike | None = None) -> StackState:
+    def init_state(self, batch_size: Size, dtype: DTypeLike | None = None) -> StackState:
         """The initial state, zeros: a dict by letter whose leaves are `layers B ...`.
 
         `dtype` is that of activations: None is `cfg.dtype`; float64 belongs to float64 parameters.
@@ -208,7 +209,7 @@ def lm_logits(
     cfg: LMConfig, params: Any, hidden: Float[Array, "*batch D"]
 ) -> Float[Array, "*batch vocab"]:
     """Logits from hidden states after the final norm, soft-capped, in float32 or wider."""
-    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    dtype = state_dtype(hidden)
     logits = dense(hidden, head_kernel(cfg, params), dtype=dtype)
     return soft_cap(logits, cfg.logit_soft_cap)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import export
 from jax.typing import DTypeLike
 
 from xlstm_jax import ops
@@ -22,7 +23,7 @@ from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import MLSTMConfig
 from xlstm_jax.ops.trace import mlstm_trace
 from xlstm_jax.sharding import constrain
-from xlstm_jax.typing import Array, Flag, Float
+from xlstm_jax.typing import Array, Flag, Float, Size
 
 
 class MLSTMLayerState(NamedTuple):
@@ -30,6 +31,11 @@ class MLSTMLayerState(NamedTuple):
 
     conv: Float[Array, "B ... F"]  # last W - 1 inputs of the convolution, oldest first
     cell: MLSTMState
+
+
+export.register_namedtuple_serialization(
+    MLSTMLayerState, serialized_name="xlstm_jax.MLSTMLayerState"
+)
 
 
 class MLSTMLayer(nn.Module):
@@ -80,7 +86,7 @@ class MLSTMLayer(nn.Module):
 
     @nn.nowrap
     def init_state(
-        self, batch_size: int, dim: int, dtype: DTypeLike = jnp.float32
+        self, batch_size: Size, dim: int, dtype: DTypeLike = jnp.float32
     ) -> MLSTMLayerState:
         """The initial state: zeros, in the dtype of activations; `cell` is float32 or wider."""
         inner_dim, H = self.cfg.width(dim), self.cfg.num_heads

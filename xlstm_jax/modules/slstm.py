@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import export
 from jax.typing import DTypeLike
 
 from xlstm_jax import ops
@@ -21,7 +22,7 @@ from xlstm_jax.modules.linear import HeadwiseDense
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import BiasInit, RecurrentInit, SLSTMConfig
 from xlstm_jax.ops.trace import slstm_trace
-from xlstm_jax.typing import Array, Flag, Float, Int, PRNGKeyArray
+from xlstm_jax.typing import Array, Flag, Float, Int, PRNGKeyArray, Size
 
 
 class SLSTMLayerState(NamedTuple):
@@ -29,6 +30,11 @@ class SLSTMLayerState(NamedTuple):
 
     conv: Float[Array, "B ... F"]  # last W - 1 inputs of the convolution, oldest first
     cell: SLSTMState
+
+
+export.register_namedtuple_serialization(
+    SLSTMLayerState, serialized_name="xlstm_jax.SLSTMLayerState"
+)
 
 
 class SLSTMLayer(nn.Module):
@@ -84,7 +90,7 @@ class SLSTMLayer(nn.Module):
 
     @nn.nowrap
     def init_state(
-        self, batch_size: int, dim: int, dtype: DTypeLike = jnp.float32
+        self, batch_size: Size, dim: int, dtype: DTypeLike = jnp.float32
     ) -> SLSTMLayerState:
         """The initial state: zeros, in the dtype of activations; `cell` is float32 or wider."""
         conv = conv_state(batch_size, self.cfg.conv_width, dim, dtype)

@@ -25,7 +25,7 @@ from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.kinds import BLOCKS
 from xlstm_jax.modules.patterns import Run, find_period, split_runs
 from xlstm_jax.sharding import constrain
-from xlstm_jax.typing import Array, Flag, Float, PyTree
+from xlstm_jax.typing import Array, Flag, Float, PyTree, Size
 
 # Letter -> stacked state of its blocks; every leaf is "layers B ...".
 StackState = dict[str, Any]
@@ -141,7 +141,7 @@ class Stack(nn.Module):
         return self.param(letter, init_blocks)
 
 
-def choose_runs(cfg: LMConfig, T: int) -> tuple[Run, ...]:
+def choose_runs(cfg: LMConfig, T: Size) -> tuple[Run, ...]:
     """Chooses the scans for a pattern and a sequence length T.
 
     A single run whose steps omit blocks compiles the fewest blocks, at the price of a branch. The
@@ -152,18 +152,18 @@ def choose_runs(cfg: LMConfig, T: int) -> tuple[Run, ...]:
     runs, period = split_runs(cfg.pattern), find_period(cfg.pattern)
     is_shorter = len(period.unit) < sum(len(run.unit) for run in runs)
     omits_only_rare = period.always_has(max(period.unit, key=cfg.pattern.count))
-    is_better = cfg.remat != "none" and T > 1 and is_shorter and omits_only_rare
+    is_better = cfg.remat != "none" and T != 1 and is_shorter and omits_only_rare
     return (period,) if is_better else runs
 
 
-def check_stack_state(cfg: LMConfig, state: StackState | None, batch_size: int) -> None:
+def check_stack_state(cfg: LMConfig, state: StackState | None, batch_size: Size) -> None:
     """Raises ValueError unless the state is None or belongs to this model and batch size."""
     owner = f"pattern={quote(cfg.pattern)} and {batch_size} sequences"
     remedy = f"init_state({batch_size}) of the same model"
     check_state(state, lambda: init_state(cfg, batch_size), owner, remedy)
 
 
-def init_state(cfg: LMConfig, batch_size: int, dtype: DTypeLike | None = None) -> StackState:
+def init_state(cfg: LMConfig, batch_size: Size, dtype: DTypeLike | None = None) -> StackState:
     """The initial state of all blocks: zeros, stacked by letter; `dtype` is that of activations."""
     name = cfg.dtype if dtype is None else getattr(dtype, "__name__", str(dtype))
     if name not in (names := ("float32", "bfloat16", "float64")):

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 
 from xlstm_jax.errors import ArgumentError
+from xlstm_jax.typing import Size
 
 
-def check_shapes(op: str, arrays: Mapping[str, tuple[jax.Array | None, str]]) -> dict[str, int]:
+def check_shapes(op: str, arrays: Mapping[str, tuple[jax.Array | None, str]]) -> dict[str, Size]:
     """Checks that all arrays agree on the size of every axis, and returns the sizes.
 
     Args:
@@ -18,7 +19,7 @@ def check_shapes(op: str, arrays: Mapping[str, tuple[jax.Array | None, str]]) ->
     Raises:
         ValueError: an array has another number of axes, or two arrays disagree on a size.
     """
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Size] = {}
     first_use: dict[str, str] = {}
     for name, (array, axes) in arrays.items():
         if array is None:
@@ -47,7 +48,7 @@ def fields_with_axes(values: Any, axes: Any, prefix: str = "") -> dict[str, tupl
     return {prefix + name: (value, letters) for name, value, letters in fields}
 
 
-def check_length(op: str, sizes: Mapping[str, int]) -> None:
+def check_length(op: str, sizes: Mapping[str, Size]) -> None:
     """Raises ValueError if a sequence has no step."""
     if sizes["T"] < 1:
         raise ArgumentError(

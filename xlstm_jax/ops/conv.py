@@ -6,6 +6,7 @@ Source: arXiv:2405.04517, appendix (window 4 before the mLSTM and sLSTM gates).
 import jax
 import jax.numpy as jnp
 
+from xlstm_jax.cells.logspace import common_dtype
 from xlstm_jax.ops.checks import check_length, check_shapes
 from xlstm_jax.ops.cpu import materialize_cotangent
 from xlstm_jax.ops.flags import FLAG_AXES, Flags
@@ -117,7 +118,7 @@ def _boundary_states(x, state, flags: Flags, axes: tuple[str, ...]):
 @jax.checkpoint
 def _convolve(x, kernel, bias, state, reset):
     W, T = kernel.shape[0], x.shape[1]
-    dtype = jnp.result_type(x, kernel)
+    dtype = common_dtype(x.dtype, kernel.dtype)
     window = jnp.concatenate([state, x], axis=1)
     segment = None if reset is None else _segments(reset, W)
     # A sum of W shifted products, as W is small.

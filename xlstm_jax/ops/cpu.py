@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.gradient import with_backward
 from xlstm_jax.sharding.axes import free_axes
@@ -95,7 +96,7 @@ def _kernel_grad(
         return jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
     x, dy = (a.reshape(partial_sums, -1, a.shape[-1]) for a in (x, dy))
     # Partial sums are added in float32 at least: rounding each to bfloat16 would lose digits.
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = state_dtype(x)
     parts = jax.lax.dot_general(dy.astype(wide), x.astype(wide), (((1,), (1,)), ((0,), (0,))))
     return jnp.sum(parts, axis=0).T.astype(x.dtype)
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
 from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.ops import dispatch
@@ -28,6 +29,9 @@ class CrossEntropy(NamedTuple):
     z_sum: Float[Array, ""]  # z_loss * logsumexp^2
     weight_sum: Float[Array, ""]
     correct_sum: Float[Array, ""]  # positions whose largest logit is the target
+
+
+export.register_namedtuple_serialization(CrossEntropy, serialized_name="xlstm_jax.CrossEntropy")
 
 
 def cross_entropy(
@@ -75,15 +79,17 @@ def cross_entropy(
 def _local_sums(chunk_sums, chunk_size: int, x, kernel, targets, weights) -> CrossEntropy:
     """Sums over the positions of one device."""
     positions = targets.size
-    chunk = min(positions, chunk_size)
+    # `jax.export` may trace with a symbolic number of positions, which cannot be compared.
+    chunk = min(positions, chunk_size) if isinstance(positions, int) else chunk_size
     flat = (x.reshape(positions, -1), targets.reshape(-1), weights.reshape(-1))
     if chunk == positions:
         return chunk_sums(kernel, *flat)
     # Positions are padded to full chunks with weight 0. The backward pass rematerializes logits,
     # so only those of one chunk are in memory.
-    pad = -positions % chunk
+    num_chunks = -(-positions // chunk)
+    pad = num_chunks * chunk - positions
     flat = jax.tree.map(lambda a: jnp.pad(a, ((0, pad),) + ((0, 0),) * (a.ndim - 1)), flat)
-    chunks = jax.tree.map(lambda a: a.reshape((-1, chunk) + a.shape[1:]), flat)
+    chunks = jax.tree.map(lambda a: a.reshape((num_chunks, chunk) + a.shape[1:]), flat)
     body = jax.checkpoint(
         lambda total, xs: (jax.tree.map(jnp.add, total, chunk_sums(kernel, *xs)), None)
     )
@@ -97,7 +103,7 @@ def _chunk_sums(kernel, x, targets, weights, *, soft_cap, z_loss) -> CrossEntrop
     logits = apply_soft_cap(dense(x, kernel, dtype=dtype), soft_cap)
     log_norm = jax.nn.logsumexp(logits, axis=-1)
     # A one-hot select, not a gather: its gradient is elementwise, not a scatter.
-    vocab = jnp.arange(logits.shape[-1])[None]
+    vocab = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None]
     target_logit = jnp.sum(jnp.where(vocab == targets[:, None], logits, 0), axis=-1)
     weights = weights.astype(dtype)
     # Same result as argmax, which is slow on a CPU: of equal logits the first one counts.

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.ops import cpu, dispatch
 from xlstm_jax.typing import Array, Float
 
@@ -32,7 +33,7 @@ def grouped_dense(
     """
     P, d_in, d_out = kernel.shape
     if cpu.is_single_cpu() and max(d_in, d_out) <= cpu.SMALL_GROUP:
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = state_dtype(x)
         groups = x.reshape(-1, P, d_in)
         # The kernel is rounded to the dtype of x first: the result is that of the other branch.
         y = cpu.grouped_matmul(groups.astype(wide), kernel.astype(x.dtype).astype(wide))
@@ -47,7 +48,7 @@ def grouped_dense(
     parts, tiles = x.reshape(*x.shape[:-1], P // per_tile, per_tile * d_in), tiles.astype(x.dtype)
     if dispatch.platform() == "cpu":
         # Its matmul library rejects bfloat16 if the batch axis is not the first (jaxlib 0.10.2).
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = state_dtype(x)
         parts, tiles = parts.astype(wide), tiles.astype(wide)
     y = jnp.einsum("...TI,TIO->...TO", parts, tiles, preferred_element_type=dtype or x.dtype)
     return y.reshape(*x.shape[:-1], P * d_out)

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.errors import ArgumentError, UnsupportedError
+from xlstm_jax.typing import Size
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
     """Static facts of a call, known at trace time; the selection depends on nothing else."""
 
-    B: int
-    T: int
+    B: Size
+    T: Size
     H: int
     K: int
     V: int
@@ -62,12 +63,27 @@ def refusals(table: Mapping[str, Implementation], call: Call) -> dict[str, str |
     return {name: entry.unsupported(call) for name, entry in table.items()}
 
 
+def symbolic_refusal(call: Call, axes: str) -> str | None:
+    """Why an implementation that needs these sizes ("BT") as numbers cannot run the call, or None.
+
+    `jax.export` traces with symbolic sizes.
+    """
+    for axis in axes:
+        if not isinstance(size := getattr(call, axis), int):
+            names = {"B": "batch size", "T": "sequence length"}
+            return f"{axis}={size} is symbolic; export one program per {names[axis]}"
+    return None
+
+
 def kernel_refusal(backend: str, call: Call) -> str | None:
     """Why the kernels of a backend ("tpu" or "triton") do not support the call, or None.
 
-    Platform, dtype and environment are checked, sizes are not.
+    Platform, dtype and environment are checked, sizes are not, unless they are symbolic.
     """
     from pallas_kernels import common, gpu
+
+    if (reason := symbolic_refusal(call, "BT")) is not None:
+        return reason
 
     platform = "tpu" if backend == "tpu" else "gpu"
     # Interpreted kernels run on any platform, but slowly, so "auto" does not select them.

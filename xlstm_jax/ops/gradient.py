@@ -36,18 +36,31 @@ def with_backward(
     def fn(*args):
         return forward(*args)[0]
 
-    @fn.defjvp
     def jvp(*args):
         *static, primals, tangents = args
         output, residuals = forward(*static, *primals)
-        # Integers and booleans have tangents of the dtype float0.
-        tangents = jax.tree.map(lambda t: None if t.dtype == jax.dtypes.float0 else t, tangents)
+        # None for arguments that are not differentiated. Tangents of zeros would be operands of
+        # products, where XLA's CPU backend reads past broadcast constants: see `cpu.materialize`.
+        tangents = jax.tree.map(lambda t: None if _is_zero(t) else t, tangents)
 
         def pushforward(residuals: PyTree, tangents: PyTree) -> PyTree:
-            pullback = functools.partial(backward, *static, residuals)
+            def pullback(cotangent: PyTree) -> PyTree:
+                cotangents = backward(*static, residuals, cotangent)
+                select = lambda t, c: None if t is None else c  # noqa: E731
+                return jax.tree.map(select, tangents, cotangents, is_leaf=lambda t: t is None)
+
             return jax.linear_transpose(pullback, output)(tangents)[0]
 
-        wrap = functools.partial(jax.checkpoint, prevent_cse=False) if rematerialize else lambda f: f
+        wrap = (
+            functools.partial(jax.checkpoint, prevent_cse=False) if rematerialize else lambda f: f
+        )
         return output, wrap(pushforward)(residuals, tangents)
 
+    fn.defjvp(jvp, symbolic_zeros=True)
     return fn
+
+
+def _is_zero(tangent: Any) -> bool:
+    # Integers and booleans have tangents of the dtype float0.
+    is_symbolic = isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+    return is_symbolic or tangent.dtype == jax.dtypes.float0

@@ -76,9 +76,9 @@ _standardize = with_backward(_forward, _backward, num_static=2)
 
 
 def _affine(y: Array, scale: Array | None, bias: Array | None) -> Array:
-    # Explicit axes of size 1: tests forbid implicit rank promotion.
+    # Explicit casts and axes of size 1: users and tests may forbid implicit promotion.
     if scale is not None:
-        y = y * scale.reshape((1,) * (y.ndim - 1) + scale.shape)
+        y = y * scale.astype(y.dtype).reshape((1,) * (y.ndim - 1) + scale.shape)
     if bias is not None:
-        y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+        y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
     return y

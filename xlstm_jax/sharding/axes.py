@@ -13,6 +13,7 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 from xlstm_jax.sharding.rules import rules_in_use
+from xlstm_jax.typing import Size
 
 Axes = tuple[str | None, ...]
 
@@ -109,7 +110,7 @@ def _axes_of_mesh(*axis_types: AxisType) -> dict[str, int]:
 
 
 def partition_spec_for(
-    shape: Sequence[int], axes: Iterable[Sequence[str]], sizes: Mapping[str, int]
+    shape: Sequence[Size], axes: Iterable[Sequence[str]], sizes: Mapping[str, int]
 ) -> PartitionSpec:
     """The partition spec of an array of this shape.
 
@@ -125,7 +126,7 @@ def partition_spec_for(
     return PartitionSpec(*spec)
 
 
-def dividing_axes(length: int, axes: Iterable[str], sizes: Mapping[str, int]) -> tuple[str, ...]:
+def dividing_axes(length: Size, axes: Iterable[str], sizes: Mapping[str, int]) -> tuple[str, ...]:
     """The mesh axes whose product divides `length`, chosen greedily in order.
 
     Axes that the mesh lacks are skipped.

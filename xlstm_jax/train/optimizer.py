@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.sharding.axes import path_name
 from xlstm_jax.train.config import TrainConfig
 from xlstm_jax.typing import Array, ArrayLike, Float, Int, PyTree
@@ -104,6 +105,4 @@ def scale_by_learning_rate(schedule: Schedule) -> optax.GradientTransformationEx
 
 def norm(tree: PyTree) -> Float[Array, ""]:
     """Global norm: the square root of the sum of squares of all leaves, in float32 or wider."""
-    return optax.tree.norm(
-        jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
-    )
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(state_dtype(x)), tree))

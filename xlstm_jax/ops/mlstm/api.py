@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from xlstm_jax.cells.logspace import state_dtype
+from xlstm_jax.cells.logspace import common_dtype, state_dtype
 from xlstm_jax.cells.mlstm import MLSTMState, mlstm_init, mlstm_scan
 from xlstm_jax.errors import ArgumentError
 from xlstm_jax.ops import dispatch
@@ -40,7 +40,7 @@ def _kernels(backend: str) -> Implementation:
         from pallas_kernels.mlstm import api, backends
 
         # Kernels load q, k and v in one dtype.
-        dtype = jnp.result_type(x.q, x.k, x.v)
+        dtype = common_dtype(x.q.dtype, x.k.dtype, x.v.dtype)
         q, k, v = (a.astype(dtype) for a in x[:3])
         kernels, kwargs = getattr(backends, backend)(), flags._asdict() | options._asdict()
         C, n, m = state
@@ -48,6 +48,11 @@ def _kernels(backend: str) -> Implementation:
         return h.astype(x.v.dtype), MLSTMState(*last)
 
     return Implementation(compute, unsupported)
+
+
+def _in_chunks(call: dispatch.Call) -> str | None:
+    """Only a known length can be divided into chunks, or into a matrix of pairs of positions."""
+    return dispatch.symbolic_refusal(call, "T")
 
 
 def _recurrent(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
@@ -61,8 +66,8 @@ def _recurrent(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
 IMPLEMENTATIONS = {
     "pallas_tpu": _kernels("tpu"),
     "triton": _kernels("triton"),
-    "chunkwise": Implementation(mlstm_chunkwise),
-    "parallel": Implementation(mlstm_parallel),
+    "chunkwise": Implementation(mlstm_chunkwise, _in_chunks),
+    "parallel": Implementation(mlstm_parallel, _in_chunks),
     "recurrent": Implementation(_recurrent),
 }
 
@@ -154,5 +159,5 @@ def _check(x: Inputs, state: MLSTMState | None, flags: Flags, options: Options) 
     B, T, H, K, V = (sizes[axis] for axis in "BTHKV")
     # A single float64 argument makes the computation float64, which kernels do not support.
     wide = state_dtype(*x)
-    dtype = jnp.result_type(x.q, x.k, x.v) if wide == jnp.float32 else wide
+    dtype = common_dtype(x.q.dtype, x.k.dtype, x.v.dtype) if wide == jnp.float32 else wide
     return dispatch.Call(B, T, H, K, V, dtype, dispatch.platform(), options.chunk_size)

@@ -29,7 +29,7 @@ from xlstm_jax.ops.flags import Flags
 from xlstm_jax.ops.gradient import with_backward
 from xlstm_jax.ops.mlstm.arguments import Inputs, Options
 from xlstm_jax.ops.mlstm.products import product
-from xlstm_jax.typing import Array, Float
+from xlstm_jax.typing import Array, Float, Size
 
 CHUNK_SIZE = 64
 """Positions per chunk by default."""
@@ -231,7 +231,7 @@ def _chunk(x: Array, L: int, fill: float = 0) -> Array:
     return x.reshape((-1, L) + x.shape[4:])
 
 
-def _join(x: Array, B: int, T: int, H: int) -> Array:
+def _join(x: Array, B: Size, T: int, H: int) -> Array:
     """`Z L ...` to `B T H ...`, without the padding of the last chunk."""
     x = x.reshape((-1, B, H) + x.shape[1:])
     x = jnp.transpose(x, (1, 0, 3, 2, *range(4, x.ndim)))

@@ -23,26 +23,20 @@ def partition_spec(shape: Sequence[int], names: Sequence[str]) -> P:
     return partition_spec_for(shape, [mesh_axes_for(name) for name in names], free_axes())
 
 
-def all_gather(shard: jax.Array, spec: P) -> jax.Array:
-    """The global array of which each device has a shard; call within a `shard_map`."""
-    for dimension, axes in enumerate(spec):
+def all_gather(shard: jax.Array, spec: P, *, reverse: bool = False) -> jax.Array:
+    """The global array of which each device has a shard; call within a `shard_map`.
+
+    The transpose is a reduce-scatter in the dtype of `shard`, in the opposite order of dimensions:
+    `reverse` gathers the last one first. `shard_map` itself sums over axes that `spec` omits.
+    """
+    dimensions = list(enumerate(spec))
+    for dimension, axes in reversed(dimensions) if reverse else dimensions:
         if axes is not None:
             shard = jax.lax.all_gather(shard, axes, axis=dimension, tiled=True)
     return shard
 
 
-def reduce_scatter_grad(grad: jax.Array, spec: P) -> jax.Array:
-    """The device's shard of a gradient summed over the axes of `spec`; call within a `shard_map`.
-
-    Axes of the mesh that `spec` does not name are summed by `shard_map` itself.
-    """
-    for dimension, axes in enumerate(spec):
-        if axes is not None:
-            grad = jax.lax.psum_scatter(grad, axes, scatter_dimension=dimension, tiled=True)
-    return grad
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def all_gather_with(x: jax.Array, shard: jax.Array, spec: P) -> tuple[jax.Array, jax.Array]:
     """x and the global parameter, which is all-gathered in x's dtype and cast back to its own.
 
@@ -52,14 +46,13 @@ def all_gather_with(x: jax.Array, shard: jax.Array, spec: P) -> tuple[jax.Array,
     return x, all_gather(shard.astype(x.dtype), spec).astype(shard.dtype)
 
 
-def _gather_backward(spec, _, cotangents):
-    dx, grad = cotangents
-    # dx waits for the reduce-scatter. Otherwise the compiler may delay it until the backward pass
-    # of all layers is done, with the global gradient in memory in the meantime.
-    return jax.lax.optimization_barrier((dx, reduce_scatter_grad(grad, spec)))
-
-
-all_gather_with.defvjp(lambda *inputs: (all_gather_with(*inputs), None), _gather_backward)
+@all_gather_with.defjvp
+def _gather_tangents(spec, primals, tangents):
+    # Transposed, dx waits for the reduce-scatter. Otherwise the compiler may delay it until the
+    # backward pass of all layers is done, with the global gradient in memory in the meantime.
+    dx, dshard = jax.lax.optimization_barrier(tangents)
+    # Not cast to x's dtype: the transpose of this all-gather is the reduce-scatter.
+    return all_gather_with(*primals, spec), (dx, all_gather(dshard, spec, reverse=True))
 
 
 def sum_over_devices(
@@ -101,15 +94,15 @@ def embed(
     positions = P(*(sharding_axes(a, n) or None for a, n in zip("BT", tokens.shape, strict=True)))
     spec = partition_spec(table.shape, ("vocab", "embed"))
 
-    @jax.custom_vjp
-    def look_up(tokens, shard):
+    @jax.custom_jvp
+    def look_up(shard, tokens):
         return jnp.take(all_gather(shard.astype(dtype), spec), tokens, axis=0)
 
-    def backward(tokens, dx):
-        # Cast before the sum: many tokens, on many devices, add to the same embedding.
-        updates = dx.astype(table.dtype).reshape(-1, dx.shape[-1])
-        grad = jnp.zeros(table.shape, table.dtype).at[tokens.reshape(-1)].add(updates)
-        return None, reduce_scatter_grad(grad, spec)
+    @look_up.defjvp
+    def tangent(primals, tangents):
+        # Cast after the look-up, so that its transpose casts before the sum: many tokens, on many
+        # devices, add to the same embedding.
+        embeddings = jnp.take(all_gather(tangents[0], spec, reverse=True), primals[1], axis=0)
+        return look_up(*primals), embeddings.astype(dtype)
 
-    look_up.defvjp(lambda tokens, shard: (look_up(tokens, shard), tokens), backward)
-    return shard_mapped(look_up, (tokens, table), (positions, spec), P(*positions, None))
+    return shard_mapped(look_up, (table, tokens), (spec, positions), P(*positions, None))

@@ -13,13 +13,14 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from xlstm_jax.sharding.axes import dividing_axes, free_axes, mesh_axes_for
+from xlstm_jax.typing import Size
 
 LETTERS = {"B": "batch", "T": "time", "H": "heads", "F": "inner"}
 """Axis letters that may be sharded -> logical axes."""
 
 
 def map_shards(
-    fn: Callable[..., Any], args: Any, axes: Any, out_axes: Any, sizes: Mapping[str, int]
+    fn: Callable[..., Any], args: Any, axes: Any, out_axes: Any, sizes: Mapping[str, Size]
 ) -> Any:
     """`fn(*args)`, sharded over the active mesh (`jax.set_mesh`) by the rules in use.
 
@@ -74,7 +75,7 @@ def shard_mapped(fn: Callable[..., Any], args: Any, specs: Any, out_specs: Any) 
     return mapped(*args)
 
 
-def sharding_axes(letter: str, length: int) -> tuple[str, ...]:
+def sharding_axes(letter: str, length: Size) -> tuple[str, ...]:
     """The mesh axes with more than one device that shard an array axis of this length."""
     sizes = {name: size for name, size in auto_mesh_axes().items() if size > 1}
     return dividing_axes(length, mesh_axes_for(LETTERS[letter]), sizes)

@@ -1,0 +1,161 @@
+"""Modes of JAX: without jit, with NaN checks, in float64, without implicit promotion; any flags."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import quick
+from tests.modules.models import config
+from tests.transformations.rows import (
+    Row,
+    as_dtype,
+    assert_close,
+    each_row,
+    is_differentiable,
+    is_float,
+    loss,
+    outputs,
+    split_floats,
+)
+from xlstm_jax.data.batch import Batch
+from xlstm_jax.modules import LM
+from xlstm_jax.train.config import TrainConfig
+from xlstm_jax.train.losses import language_model_loss
+
+MODULES = ("Layer", "LM-")
+
+
+REPEATED = ("_scan", "Layer", "-tiles", "rms_norm")
+"""Rows whose code other rows run too."""
+
+
+def is_module(row: Row) -> bool:
+    return any(part in row.name for part in MODULES)
+
+
+def results(row: Row, arguments):
+    """Outputs, and gradients of the differentiable arguments."""
+    floats, rest = split_floats(row, arguments)
+    if not floats:
+        return row.run(arguments), None
+    return row.run(arguments), jax.grad(functools.partial(loss, row))(floats, rest)
+
+
+def float_dtypes(tree) -> set[str]:
+    return {str(leaf.dtype) for leaf in jax.tree.leaves(tree) if is_float(leaf)}
+
+
+EAGER = ("lstm", "causal_conv", "cross_entropy", "grouped", *MODULES, "rms_norm")
+"""Rows that take seconds without jit: every operation is compiled on its own."""
+
+
+@each_row(slow=EAGER, exhaustive=("Layer", "_scan", "slstm-pallas_tpu"))
+def test_function_without_jit_equals_the_compiled_one(row):
+    """No intermediate value is NaN either, forward or backward."""
+    arguments = row.arguments()
+    with jax.disable_jit(), jax.debug_nans(True):
+        actual = results(row, arguments)
+    expected = quick.jit(functools.partial(results, row))(arguments)
+    assert_close(actual, expected, 1e-4 if row.is_kernel else 1e-10)
+
+
+def extreme(row: Row):
+    """Arguments with closed gates, an initial state, and NaN at masked positions."""
+    arguments = {name: np.array(x) if name != "state" else x for name, x in _arrays(row).items()}
+    gates = {"i": arguments.get("i"), "f": arguments.get("f")}
+    if "r" in arguments:
+        i, f, _, o = np.moveaxis(arguments["x"], -3, 0)
+        gates = {"i": i, "f": f, "o": o}
+    for position, gate in enumerate(gate for gate in gates.values() if gate is not None):
+        # Sequence 0, or its first and a later position.
+        gate[0, [0, 3 + position] if not row.is_step else 0] = -np.inf
+    for name in row.timed:
+        if row.has_flags and is_float(arguments[name]):
+            arguments[name][~arguments["mask"]] = np.nan
+    arguments["state"] = jax.tree.map(jnp.zeros_like, arguments["state"])
+    return jax.tree.map(jnp.asarray, arguments)
+
+
+def _arrays(row: Row):
+    return {name: x if name == "state" else np.asarray(x) for name, x in row.arguments().items()}
+
+
+@each_row(lambda row: row.has_state and not is_module(row))
+def test_closed_gates_and_masked_nan_give_no_nan(row):
+    arguments = extreme(row)
+    with jax.debug_nans(True):
+        outputs_and_gradients = quick.jit(functools.partial(results, row))(arguments)
+    for leaf in jax.tree.leaves(outputs_and_gradients):
+        assert np.isfinite(leaf).all()
+
+
+@each_row(lambda row: is_differentiable(row) and (is_module(row) or not row.has_state))
+def test_results_and_gradients_pass_the_nan_check(row):
+    with jax.debug_nans(True):
+        quick.jit(functools.partial(results, row))(row.arguments())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@each_row(lambda row: is_differentiable(row) and not row.is_kernel, slow=REPEATED)
+def test_results_and_gradients_have_the_dtype_of_the_arguments(row, dtype):
+    """With float64 enabled, float32 stays float32; without implicit promotion too."""
+    with jax.numpy_dtype_promotion("strict"):
+        shapes = jax.eval_shape(functools.partial(results, row), row.arguments(dtype=dtype))
+    assert float_dtypes(shapes) == {dtype}
+
+
+@each_row(slow=REPEATED)
+def test_no_dtype_is_promoted_implicitly(row):
+    """bfloat16 with a float32 state, and for kernels float32; values and gradients."""
+    with jax.numpy_dtype_promotion("strict"):
+        for dtype in ("bfloat16", "float32") if row.is_kernel else ("bfloat16",):
+            arguments = row.arguments(dtype=dtype)
+            if row.has_state:
+                arguments["state"] = as_dtype(arguments["state"], "float32")
+            jax.eval_shape(functools.partial(results, row), arguments)
+
+
+@pytest.mark.parametrize("letter", [pytest.param(x, marks=pytest.mark.slow) for x in "ms"] + ["M"])
+def test_loss_of_a_bfloat16_model_promotes_no_dtype_implicitly(letter):
+    """float32 parameters, gradients and sums, bfloat16 activations."""
+    model, cfg = LM(config(letter, dtype="bfloat16")), TrainConfig(steps=1)
+    ids = jnp.ones((2, 6), jnp.int32)
+    batch = Batch(ids, ids, ids, jnp.ones((2, 6)), jnp.zeros(2, jnp.int32))
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    loss_of = functools.partial(language_model_loss, model)
+    with jax.numpy_dtype_promotion("strict"):
+        grads, _ = jax.eval_shape(lambda p: jax.grad(loss_of, has_aux=True)(p, batch, cfg), params)
+    assert grads == params
+
+
+FLAGS = {
+    "int32": lambda flag: flag.astype(np.int32),
+    "uint8": lambda flag: flag.astype(np.uint8),
+    "document numbers": lambda flag: flag * (1 + np.arange(flag.shape[1], dtype=np.int32)[None]),
+    "negative": lambda flag: -flag.astype(np.int32),
+    "float32": lambda flag: 0.5 * flag.astype(np.float32),
+    "bfloat16": lambda flag: np.asarray(jnp.asarray(flag, jnp.bfloat16)),
+}
+
+
+@each_row(lambda row: row.has_flags)
+def test_flags_of_any_dtype_equal_booleans(row):
+    """Resets and masks as integers and floats, of JAX and of NumPy."""
+    arguments = row.arguments()
+    names = [name for name in ("reset", "mask") if name in arguments]
+    flags = {name: np.asarray(arguments.pop(name)) for name in names}
+    expected = outputs(row.name)({**arguments, **flags})
+    cases = [{name: convert(x) for name, x in flags.items()} for convert in FLAGS.values()]
+
+    def run(arguments, cases):
+        return [row.run({**arguments, **case}) for case in cases]
+
+    def run_numpy(arguments):  # constants of the program
+        return run(arguments, [*cases, flags])
+
+    as_jax = jax.tree.map(jnp.asarray, cases)
+    for actual in (*quick.jit(run)(arguments, as_jax), *quick.jit(run_numpy)(arguments)):
+        assert_close(actual, expected, 1e-6 if row.is_kernel else 1e-12)

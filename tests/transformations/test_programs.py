@@ -1,0 +1,149 @@
+"""Programs of `jax.export`: for every platform, with a symbolic batch and length, serialized."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import export
+
+from pallas_kernels import common
+from tests.transformations.rows import (
+    BY_NAME,
+    B,
+    Row,
+    T,
+    assert_close,
+    each_row,
+    outputs,
+)
+from xlstm_jax import ops
+from xlstm_jax.errors import UnsupportedError
+from xlstm_jax.modules import LM, LMConfig
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+NEEDS_LENGTH = ("mlstm-chunkwise", "mlstm-parallel")
+
+
+def on_cpu(row: Row) -> bool:
+    return not row.is_kernel
+
+
+def takes_any_length(row: Row) -> bool:
+    return on_cpu(row) and not row.is_step and row.name not in NEEDS_LENGTH
+
+
+@functools.cache
+def exported(name: str, sizes: str = "b") -> export.Exported:
+    """The program of a row in float32 for all platforms; `sizes` are symbolic, "b" or "b, t"."""
+    row = BY_NAME[name]
+    b, *t = export.symbolic_shape(sizes)
+    arguments = row.arguments(dtype="float32")
+
+    def spec(x, is_timed: bool):
+        shape = list(x.shape)
+        shape[_batch_axis(x)] = b
+        if is_timed and t:
+            shape[1] = t[0]
+        return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+
+    for argument in row.batched:
+        is_timed = not row.is_step and argument != "state"
+        arguments[argument] = jax.tree.map(
+            functools.partial(spec, is_timed=is_timed), arguments[argument]
+        )
+    return export.export(jax.jit(row.run), platforms=PLATFORMS)(arguments)
+
+
+def _batch_axis(x) -> int:
+    """The leaves of a model's state are `layers B ...`, with one layer; other arrays `B ...`."""
+    return 0 if x.shape[0] == B else 1
+
+
+def larger(row: Row, *, longer: bool):
+    """Float32 arguments with twice the batch, or with the batch and twice the length."""
+    first, second = (row.arguments(seed, "float32") for seed in (0, 1))
+    for name in row.batched:
+        if longer and name != "state":
+            first[name] = jnp.concatenate([first[name], second[name]], axis=1)
+        elif not longer:
+            first[name] = jax.tree.map(
+                lambda a, b: jnp.concatenate([a, b], axis=_batch_axis(a)), first[name], second[name]
+            )
+    return first
+
+
+@each_row(on_cpu)
+def test_program_with_a_symbolic_batch_equals_the_function(row):
+    with jax.enable_x64(False):
+        arguments = larger(row, longer=False)
+        actual = exported(row.name).call(arguments)
+        assert_close(actual, outputs(row.name)(arguments), 1e-5)
+
+
+@each_row(takes_any_length, slow=("",))
+def test_program_with_a_symbolic_length_equals_the_function(row):
+    with jax.enable_x64(False):
+        arguments = larger(row, longer=True)
+        actual = exported(row.name, "b, t").call(arguments)
+        assert_close(actual, outputs(row.name)(arguments), 1e-5)
+
+
+@each_row(on_cpu)
+def test_serialized_program_is_the_same(row):
+    pytest.importorskip("flatbuffers")
+    with jax.enable_x64(False):
+        program = exported(row.name)
+        restored = export.deserialize(program.serialize())
+    assert restored.mlir_module() == program.mlir_module()
+    assert str(restored.in_avals) == str(program.in_avals)  # each has its own scope of symbols
+
+
+@each_row(lambda row: row.name in NEEDS_LENGTH, slow=())
+def test_implementation_that_needs_a_length_refuses_a_symbolic_one(row):
+    match = f"{row.implementation}: T=t is symbolic; export one program per sequence length"
+    with pytest.raises(UnsupportedError, match=match):
+        exported(row.name, "b, t")
+
+
+@each_row(lambda row: row.is_kernel, slow=())
+def test_kernel_refuses_a_symbolic_batch(row):
+    match = f"{row.implementation}: B=b is symbolic; export one program per batch size"
+    with pytest.raises(UnsupportedError, match=match):
+        exported(row.name)
+
+
+@each_row(lambda row: row.implementation == "pallas_tpu", slow=())
+def test_kernel_is_exported_for_tpus(row):
+    op = getattr(ops, row.name.split("-")[0])
+    fn = functools.partial(op, implementation=row.implementation)
+    arguments = row.arguments(dtype="float32")
+    with common.compiled_for("v5e"), jax.sharding.use_abstract_mesh(one_chip("TPU v5e")):
+        program = export.export(jax.jit(fn), platforms=["tpu"])(**arguments)
+    assert program.platforms == ("tpu",)
+
+
+def one_chip(kind: str) -> jax.sharding.AbstractMesh:
+    """From jax 0.11 on, kernels are lowered without a chip only if a mesh names it."""
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    return jax.sharding.AbstractMesh((1,), ("chips",), abstract_device=device)
+
+
+def test_auto_is_the_recurrence_for_a_symbolic_length():
+    """A model of any length can be exported, also one that is scanned and rematerialized."""
+    model = LM(LMConfig(vocab_size=5, dim=8, pattern="mmmsmmm", remat="full"))
+    tokens = jax.ShapeDtypeStruct(export.symbolic_shape("b, t"), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, T), jnp.int32))
+    program = export.export(jax.jit(model.apply))(variables, tokens)
+    assert program.out_avals[0].shape[:2] == tokens.shape
+
+
+def test_chunks_of_logits_do_not_depend_on_a_symbolic_batch():
+    """By default, the size of a chunk is chosen by the op."""
+    row, (b,) = BY_NAME["cross_entropy"], export.symbolic_shape("b")
+    arguments = row.arguments(dtype="float32")
+    shapes = jax.eval_shape(lambda: arguments)
+    for name in row.batched:
+        shapes[name] = jax.ShapeDtypeStruct((b, *shapes[name].shape[1:]), shapes[name].dtype)
+    actual = export.export(jax.jit(ops.cross_entropy))(**shapes).call(**arguments)
+    assert_close(actual, jax.jit(ops.cross_entropy)(**arguments), 1e-5)
