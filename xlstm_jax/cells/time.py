@@ -54,6 +54,28 @@ def scan_time(
     return jnp.moveaxis(h, 0, 1), state
 
 
+def vary_like(tree: Any, like: Any) -> Any:
+    """`tree`, varying over all mesh axes over which an array of `tree` or `like` varies.
+
+    Inside a caller's `shard_map` that checks this (check_vma=True), a constant does not vary, but
+    the carry of a scan over local arrays does. Anywhere else `tree` is returned unchanged.
+    """
+    arrays = [leaf for leaf in jax.tree.leaves((tree, like)) if isinstance(leaf, jax.Array)]
+    varying = frozenset().union(*(_varying_axes(leaf) for leaf in arrays))
+    if not varying:
+        return tree
+
+    def vary(leaf: Any) -> Any:
+        axes = tuple(varying - _varying_axes(leaf)) if isinstance(leaf, jax.Array) else ()
+        return jax.lax.pcast(leaf, axes, to="varying") if axes else leaf
+
+    return jax.tree.map(vary, tree)
+
+
+def _varying_axes(x: Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
 def as_bool(flag: Flag) -> Bool[Array, "B T"]:
     """A reset or mask as booleans."""
     return jnp.asarray(flag, bool)

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from xlstm_jax.modules.any_mesh import on_any_mesh
 from xlstm_jax.modules import counts
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.feedforward import GatedFeedForward, LargeFeedForward
@@ -30,6 +31,7 @@ class _Block(nn.Module):
 
     cfg: LMConfig
 
+    @on_any_mesh
     @nn.compact
     def __call__(
         self,

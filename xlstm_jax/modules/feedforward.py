@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from xlstm_jax.modules.any_mesh import on_any_mesh
 from xlstm_jax.modules.initializers import small, wang
 from xlstm_jax.modules.linear import Dense, fused_dense
 from xlstm_jax.modules.options import ACTIVATION_NAMES
@@ -41,6 +42,7 @@ class GatedFeedForward(nn.Module):
     use_bias: bool = False
     dropout: float = 0.0
 
+    @on_any_mesh
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], *, deterministic: bool = True
@@ -60,6 +62,7 @@ class LargeFeedForward(nn.Module):
     num_blocks: int = 1
     use_bias: bool = False
 
+    @on_any_mesh
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], *, deterministic: bool = True

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from xlstm_jax.cells.time import as_bool
 from xlstm_jax.errors import ArgumentError, quote
+from xlstm_jax.modules.any_mesh import on_any_mesh
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.initializers import normal, small
 from xlstm_jax.modules.linear import Dense, Embedding
@@ -44,6 +45,7 @@ class LM(_Model):
     Sources: arXiv:2405.04517 (first-generation blocks), arXiv:2503.13427 (large blocks).
     """
 
+    @on_any_mesh
     @nn.compact
     def __call__(
         self,
@@ -109,6 +111,7 @@ class Backbone(_Model):
     options of embedding and head have no effect.
     """
 
+    @on_any_mesh
     @nn.compact
     def __call__(
         self,

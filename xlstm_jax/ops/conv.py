@@ -6,14 +6,17 @@ Source: arXiv:2405.04517, appendix (window 4 before the mLSTM and sLSTM gates).
 import jax
 import jax.numpy as jnp
 
+from xlstm_jax.cells.time import vary_like
 from xlstm_jax.ops.checks import check_length, check_shapes
 from xlstm_jax.ops.cpu import materialize_cotangent
 from xlstm_jax.ops.flags import FLAG_AXES, Flags
+from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
 from xlstm_jax.ops.sharded.halo import state_from_neighbor, states_from_all_shards
 from xlstm_jax.ops.sharded.shard_map import map_shards, sharding_axes
 from xlstm_jax.typing import Array, Flag, Float
 
 
+@on_any_mesh(("B T F", "B W F"))
 def causal_conv(
     x: Float[Array, "B T F"],
     kernel: Float[Array, "W F"] | Float[Array, "W F F_out"],
@@ -52,7 +55,7 @@ def causal_conv(
     check_length("causal_conv", sizes)
     B, T, F, W = (sizes[axis] for axis in "BTFW")
     if state is None:
-        state = jnp.zeros((B, W - 1, F), x.dtype)
+        state = vary_like(jnp.zeros((B, W - 1, F), x.dtype), x)
     check_shapes("causal_conv", {"state": (state, f"{B} {W - 1} {F}")})
     state = state.astype(x.dtype)
     time_axes = sharding_axes("T", T)

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import state_dtype
+from xlstm_jax.cells.time import vary_like
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.checks import check_chunk_size, check_shapes
 from xlstm_jax.ops.dense import dense
 from xlstm_jax.ops.norm import soft_cap as apply_soft_cap
+from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
 from xlstm_jax.ops.sharded.parameters import sum_over_devices
 from xlstm_jax.typing import Array, Float, Int
 
@@ -30,6 +32,7 @@ class CrossEntropy(NamedTuple):
     correct_sum: Float[Array, ""]  # positions whose largest logit is the target
 
 
+@on_any_mesh(CrossEntropy("", "", "", ""))
 def cross_entropy(
     x: Float[Array, "B T D"],
     kernel: Float[Array, "D vocab"],
@@ -88,7 +91,8 @@ def _local_sums(chunk_sums, chunk_size: int, x, kernel, targets, weights) -> Cro
         lambda total, xs: (jax.tree.map(jnp.add, total, chunk_sums(kernel, *xs)), None)
     )
     zero = jnp.zeros((), state_dtype(x, kernel))
-    total, _ = jax.lax.scan(body, CrossEntropy(zero, zero, zero, zero), chunks)
+    totals = vary_like(CrossEntropy(zero, zero, zero, zero), (kernel, chunks))
+    total, _ = jax.lax.scan(body, totals, chunks)
     return total
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.cells.mlstm import MLSTMState, mlstm_init, mlstm_scan
+from xlstm_jax.cells.time import vary_like
 from xlstm_jax.errors import ArgumentError
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.checks import (
@@ -20,6 +21,7 @@ from xlstm_jax.ops.mlstm.arguments import INPUT_AXES, STATE_AXES, Inputs, Option
 from xlstm_jax.ops.mlstm.chunkwise import mlstm_chunkwise
 from xlstm_jax.ops.mlstm.context_parallel import boundary_states
 from xlstm_jax.ops.mlstm.parallel import mlstm_parallel
+from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
 from xlstm_jax.ops.sharded.shard_map import map_shards, sharding_axes
 from xlstm_jax.typing import Array, Flag, Float
 
@@ -67,6 +69,7 @@ IMPLEMENTATIONS = {
 }
 
 
+@on_any_mesh(("B T H V", STATE_AXES))
 def mlstm(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -115,7 +118,7 @@ def mlstm(
         selected = IMPLEMENTATIONS["recurrent"]  # a chunk of one step only adds work
     dtype = state_dtype(*x)
     if state is None:
-        state = mlstm_init(call.B, call.H, call.K, call.V, dtype)
+        state = vary_like(mlstm_init(call.B, call.H, call.K, call.V, dtype), x)
     # A caller may pass a state in the dtype of the activations.
     state = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
     if reverse:
