@@ -80,7 +80,7 @@ def sharded(op, mesh, exchange):
     program = compiled(op)
 
     def run(*args):
-        with use_rules(get_rules("fsdp_seq")), jax.set_mesh(mesh):
+        with use_rules("fsdp_seq", replicated=("tensor",)), jax.set_mesh(mesh):
             return program(*args)
 
     return run
@@ -272,7 +272,7 @@ COLLECTIVE = re.compile(
 
 def collectives_of(op, mesh, *args):
     """Shape and kind of every collective in the compiled program."""
-    with use_rules(get_rules("fsdp_seq")), jax.set_mesh(mesh):
+    with use_rules("fsdp_seq", replicated=("tensor",)), jax.set_mesh(mesh):
         text = quick.jit(op).lower(*args).compile().as_text()
     return sorted(COLLECTIVE.findall(text))
 

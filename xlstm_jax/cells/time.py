@@ -60,20 +60,19 @@ def vary_like(tree: Any, like: Any) -> Any:
     Inside a caller's `shard_map` that checks this (check_vma=True), a constant does not vary, but
     the carry of a scan over local arrays does. Anywhere else `tree` is returned unchanged.
     """
-    arrays = [leaf for leaf in jax.tree.leaves((tree, like)) if isinstance(leaf, jax.Array)]
-    varying = frozenset().union(*(_varying_axes(leaf) for leaf in arrays))
-    if not varying:
-        return tree
+    axes = set(varying_axes((tree, like)))
 
     def vary(leaf: Any) -> Any:
-        axes = tuple(varying - _varying_axes(leaf)) if isinstance(leaf, jax.Array) else ()
-        return jax.lax.pcast(leaf, axes, to="varying") if axes else leaf
+        missing = axes.difference(varying_axes(leaf)) if isinstance(leaf, jax.Array) else ()
+        return jax.lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
 
-    return jax.tree.map(vary, tree)
+    return jax.tree.map(vary, tree) if axes else tree
 
 
-def _varying_axes(x: Array) -> frozenset[str]:
-    return jax.typeof(x).manual_axis_type.varying
+def varying_axes(tree: Any) -> tuple[str, ...]:
+    """The Manual mesh axes over which an array of the tree varies, where a `shard_map` checks it."""
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    return tuple(set().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays)))
 
 
 def as_bool(flag: Flag) -> Bool[Array, "B T"]:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from xlstm_jax.cells.time import varying_axes
 from xlstm_jax.sharding.axes import dividing_axes, free_axes, mesh_axes_for
 
 LETTERS = {"B": "batch", "T": "time", "H": "heads", "F": "inner"}
@@ -32,8 +33,8 @@ def map_shards(
         sizes: the lengths of the axes to shard; an axis that is left out is replicated. Mesh axes
             that do not divide a length are not used: their devices repeat the computation.
 
-    Within a caller's `shard_map` over all axes, `fn` is called directly; that `shard_map` needs
-    check_vma=False, as kernels do not declare how their results vary over the mesh.
+    Within a caller's `shard_map` over all axes, `fn` is called directly; for kernels, that
+    `shard_map` needs check_vma=False, as they do not declare how their results vary over the mesh.
     """
     auto = auto_mesh_axes()
     if not auto:
@@ -59,19 +60,47 @@ def auto_mesh_axes() -> dict[str, int]:
 
 def shard_mapped(fn: Callable[..., Any], args: Any, specs: Any, out_specs: Any) -> Any:
     """`fn(*args)` on every device's shard, with these partition specs."""
-    mesh = jax.sharding.get_abstract_mesh()
-    mapped = jax.shard_map(
-        fn,
-        mesh=mesh,
-        in_specs=specs,
-        out_specs=out_specs,
-        axis_names=set(auto_mesh_axes()),  # those of a caller's `shard_map` are manual already
-        check_vma=False,  # kernels do not declare how their results vary
-    )
-    if AxisType.Explicit in mesh.axis_types:
-        # With explicit axes `shard_map` does not reshard its arguments.
-        args = jax.tree.map(jax.sharding.reshard, args, specs)
-    return mapped(*args)
+
+    def local(fn: Callable[..., Any], specs: Any, out_specs: Any) -> Callable[..., Any]:
+        return jax.shard_map(
+            fn,
+            mesh=jax.sharding.get_abstract_mesh(),
+            in_specs=specs,
+            out_specs=out_specs,
+            axis_names=set(auto_mesh_axes()),  # those of a caller's `shard_map` are manual already
+            check_vma=False,  # kernels do not declare how their results vary
+        )
+
+    mapped = local(fn, specs, out_specs)
+    axes = varying_axes(args)
+    if not axes:
+        return mapped(*args)
+
+    # Within a caller's `shard_map` with check_vma=True, types say over which of its axes arrays
+    # vary, but types of `mapped` do not. Neither direction of this change of type, nor its
+    # transpose, communicates.
+    def hide(x: Any, spec: P) -> Any:
+        # Not the identity: only results of an operation lose the axes from their type.
+        return local(lambda x: jnp.squeeze(x[None], 0), (spec,), spec)(x)
+
+    def show(x: Any) -> Any:
+        return jax.lax.pcast(x, axes, to="varying")
+
+    def linear(forward: Callable[[Any], Any], transpose: Callable[[Any], Any], x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return forward(x)
+        call = jax.custom_derivatives.linear_call
+        return call(lambda _, x: forward(x), lambda _, x: transpose(x), (), x)
+
+    def map_with_specs(fn: Callable[[Any, P], Any], specs: Any, tree: Any) -> Any:
+        is_spec = lambda node: isinstance(node, P)  # noqa: E731
+        return jax.tree.map(
+            lambda spec, leaves: jax.tree.map(lambda x: fn(x, spec), leaves), specs, tree, is_leaf=is_spec
+        )
+
+    hidden = map_with_specs(lambda x, spec: linear(lambda x: hide(x, spec), show, x), specs, args)
+    results = mapped(*hidden)
+    return map_with_specs(lambda x, spec: linear(show, lambda x: hide(x, spec), x), out_specs, results)
 
 
 def sharding_axes(letter: str, length: int) -> tuple[str, ...]:
