@@ -19,6 +19,7 @@ from xlstm_jax.ops.dense import dense
 from xlstm_jax.ops.documents import document_starts
 from xlstm_jax.ops.embed import embed
 from xlstm_jax.ops.norm import soft_cap
+from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Flag, Float, Int
 
 
@@ -156,6 +157,8 @@ def lm_logits(
     """Logits from hidden states after the final norm, soft-capped, in float32 or wider."""
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     logits = dense(hidden, head_kernel(cfg, params), dtype=dtype)
+    if logits.ndim == 3:  # else each device would compute all of them with a replicated kernel
+        logits = constrain(logits, "batch", "time", "vocab")
     return soft_cap(logits, cfg.logit_soft_cap)
 
 

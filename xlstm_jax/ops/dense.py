@@ -1,5 +1,6 @@
 """Matrix products of features with a kernel, and with one kernel per group of features."""
 
+import functools
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from xlstm_jax.ops import cpu, dispatch
 from xlstm_jax.ops.sharded.any_mesh import on_any_mesh, spec_of, spec_of_product
+from xlstm_jax.ops.sharded.shard_map import auto_mesh_axes, map_shards
 from xlstm_jax.typing import Array, Float
 
 TILE = 256
@@ -47,6 +49,15 @@ def grouped_dense(
     Groups are combined into block-diagonal tiles at most `TILE` wide: groups of 4, as in the
     published models, are far smaller than the tiles of a matrix unit.
     """
+    if x.ndim == 3 and auto_mesh_axes():
+        # Each device has its groups: XLA would exchange features to combine tiles of them.
+        local = functools.partial(_grouped_dense, dtype=dtype)
+        sizes = dict(zip("BTF", (*x.shape[:2], kernel.shape[0]), strict=True))
+        return map_shards(local, (x, kernel), ("B T F", "F I O"), "B T F", sizes)
+    return _grouped_dense(x, kernel, dtype)
+
+
+def _grouped_dense(x: Array, kernel: Array, dtype: jnp.dtype | None) -> Array:
     P, d_in, d_out = kernel.shape
     if cpu.is_single_cpu() and max(d_in, d_out) <= cpu.SMALL_GROUP:
         wide = jnp.promote_types(x.dtype, jnp.float32)
