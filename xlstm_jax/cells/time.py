@@ -70,7 +70,7 @@ def vary_like(tree: Any, like: Any) -> Any:
 
 
 def varying_axes(tree: Any) -> tuple[str, ...]:
-    """The Manual mesh axes over which an array of the tree varies, where a `shard_map` checks it."""
+    """The Manual mesh axes over which arrays of a tree vary, if a `shard_map` checks it."""
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
     return tuple(set().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays)))
 

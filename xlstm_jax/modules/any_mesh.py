@@ -14,7 +14,7 @@ from xlstm_jax.ops.sharded.any_mesh import call_on_auto_axes, shard_explicit
 
 
 def on_any_mesh(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates the `__call__` of a module, which returns an array `B T ...`, alone or with a state.
+    """Decorates the `__call__` of a module, whose result is `B T ...`, alone or with a state.
 
     Code of the module, and of every module in it, sees Auto axes in place of Explicit ones.
     """

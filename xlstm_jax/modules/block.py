@@ -8,8 +8,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from xlstm_jax.modules.any_mesh import on_any_mesh
 from xlstm_jax.modules import counts
+from xlstm_jax.modules.any_mesh import on_any_mesh
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.feedforward import GatedFeedForward, LargeFeedForward
 from xlstm_jax.modules.kinds import BLOCKS, IMPLEMENTATIONS, BlockKind

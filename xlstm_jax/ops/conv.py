@@ -55,9 +55,9 @@ def causal_conv(
     check_length("causal_conv", sizes)
     B, T, F, W = (sizes[axis] for axis in "BTFW")
     if state is None:
-        state = vary_like(jnp.zeros((B, W - 1, F), x.dtype), x)
+        state = jnp.zeros((B, W - 1, F), x.dtype)
     check_shapes("causal_conv", {"state": (state, f"{B} {W - 1} {F}")})
-    state = state.astype(x.dtype)
+    state = vary_like(state.astype(x.dtype), x)
     time_axes = sharding_axes("T", T)
     if not time_axes or W == 1:  # a window of one step needs no inputs of other shards
         return _masked_convolve(x, kernel, bias, state, flags)

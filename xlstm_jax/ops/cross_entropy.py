@@ -32,7 +32,7 @@ class CrossEntropy(NamedTuple):
     correct_sum: Float[Array, ""]  # positions whose largest logit is the target
 
 
-@on_any_mesh(CrossEntropy("", "", "", ""))
+@on_any_mesh(CrossEntropy._make(("", "", "", "")))
 def cross_entropy(
     x: Float[Array, "B T D"],
     kernel: Float[Array, "D vocab"],

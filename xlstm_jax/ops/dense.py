@@ -1,15 +1,11 @@
 """Matrix products of features with a kernel, and with one kernel per group of features."""
 
 import functools
-import math
-from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from xlstm_jax.ops import cpu, dispatch
-from xlstm_jax.ops.sharded.any_mesh import on_any_mesh, spec_of, spec_of_product
+from xlstm_jax.ops.sharded.any_mesh import on_any_mesh, spec_of_groups, spec_of_product
 from xlstm_jax.ops.sharded.shard_map import auto_mesh_axes, map_shards
 from xlstm_jax.typing import Array, Float
 
@@ -31,16 +27,7 @@ def dense(
     return jnp.dot(x, kernel, preferred_element_type=dtype)
 
 
-def _grouped_spec(x: Array, kernel: Array, **_: Any) -> PartitionSpec:
-    """Groups of features stay where they are, if the devices divide the output features as well."""
-    *batch, features = spec_of(x)
-    names = (features,) if isinstance(features, str) else features or ()
-    num_shards = math.prod(jax.typeof(x).sharding.mesh.shape[name] for name in names)
-    is_divisible = kernel.shape[0] * kernel.shape[2] % num_shards == 0
-    return PartitionSpec(*batch, features if is_divisible else None)
-
-
-@on_any_mesh(_grouped_spec)
+@on_any_mesh(spec_of_groups)
 def grouped_dense(
     x: Float[Array, "*batch F_in"], kernel: Float[Array, "P I O"], *, dtype: jnp.dtype | None = None
 ) -> Float[Array, "*batch F_out"]:

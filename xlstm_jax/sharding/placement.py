@@ -49,7 +49,10 @@ def sharding_of(
 
 
 def tree_shardings(
-    tree: PyTree, rules: str | PartialRules, mesh: Mesh | AbstractMesh, min_shard_size: int = MIN_SHARD_SIZE
+    tree: PyTree,
+    rules: str | PartialRules,
+    mesh: Mesh | AbstractMesh,
+    min_shard_size: int = MIN_SHARD_SIZE,
 ) -> PyTree:
     """The sharding of every leaf of a tree whose paths contain those of parameters.
 

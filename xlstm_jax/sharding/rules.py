@@ -10,7 +10,7 @@ from xlstm_jax.errors import ArgumentError, quote
 
 Rules = Mapping[str, tuple[str, ...]]
 PartialRules = Mapping[str, str | Sequence[str]]
-"""Logical axis -> the mesh axis or axes that shard it; a logical axis that is absent is replicated."""
+"""Logical axis -> the mesh axis or axes that shard it. Absent logical axes are replicated."""
 
 LOGICAL_AXES = ("batch", "time", "embed", "inner", "mlp", "heads", "vocab", "layers")
 """embed: the model width, as a dimension of parameters; inner: heads x head size; mlp: feed-forward
@@ -36,7 +36,7 @@ RULES: dict[str, Rules] = {
 DEFAULT_RULES: Rules = {**RULES["fsdp_tensor"], "time": ("seq",)}
 """Rules outside of `use_rules`: they use every axis of `MESH_AXES`."""
 
-# Part of the key of jit's cache, and local to a thread. Values are hashable: the items of the rules,
+# Part of the key of jit's cache, and local to a thread. The value is hashable: items of the rules,
 # and the replicated mesh axes.
 _in_use = jax.make_user_context((tuple(DEFAULT_RULES.items()), ()))
 
@@ -69,9 +69,7 @@ def complete(rules: PartialRules) -> Rules:
 
 
 @contextlib.contextmanager
-def use_rules(
-    rules: str | PartialRules, *, replicated: Sequence[str] = ()
-) -> Iterator[None]:
+def use_rules(rules: str | PartialRules, *, replicated: Sequence[str] = ()) -> Iterator[None]:
     """Within the context, activations are sharded by these rules, on the axes of the active mesh.
 
     They are part of the key of jit's cache: a function called under other rules is traced again.
@@ -109,9 +107,9 @@ def check_mesh_axes(sizes: Mapping[str, int]) -> None:
     ]
     if unknown:
         raise ArgumentError(
-            f"no sharding rule names the mesh axis {quote(unknown[0])} of size {sizes[unknown[0]]}, "
-            f"so its devices would all compute the same; use {_example(rules, sizes, unknown)}, or "
-            "what you mean."
+            f"no sharding rule names the mesh axis {quote(unknown[0])} of size "
+            f"{sizes[unknown[0]]}, so its devices would all compute the same; map it, for example "
+            f"with {_example(rules, sizes, unknown)}."
         )
 
 

@@ -7,6 +7,7 @@ the same ones, so that gradients of replicated arguments are summed once, where 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,16 +18,16 @@ from jax.sharding import PartitionSpec as P
 from xlstm_jax.cells.time import vary_like
 from xlstm_jax.ops.sharded.shard_map import LETTERS
 from xlstm_jax.sharding.axes import mesh_axes_for, partition_spec_for
-from xlstm_jax.typing import Array, PyTree
+from xlstm_jax.typing import Array
 
 
 def on_any_mesh(out_axes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates an op.
 
     Args:
-        out_axes: the axes of its results as letters, of which the rules may shard those of
-            `LETTERS`, in a tree like the result; or a function of the arguments of the op that
-            returns the partition spec of its only result.
+        out_axes: the axes of its results as letters, of which those of `LETTERS` may be sharded, in
+            a tree like the result; or a function of the arguments of the op that returns the
+            partition spec of its only result.
     """
 
     def decorate(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,7 +40,7 @@ def on_any_mesh(out_axes: Any) -> Callable[[Callable[..., Any]], Callable[..., A
             if not mesh.explicit_axes:
                 return result
             if callable(out_axes):
-                return jax.sharding.reshard(result, out_axes(*args))
+                return jax.sharding.reshard(result, out_axes(*args, **kwargs))
             return jax.tree.map(shard_explicit, result, out_axes)
 
         return wrapper
@@ -70,11 +71,11 @@ def shard_explicit(x: Array, letters: str) -> Array:
     """x with the sharding that the rules give on Explicit axes, as a part of its type."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {name: mesh.shape[name] for name in mesh.explicit_axes}
-    axes = (mesh_axes_for(LETTERS.get(letter)) for letter in letters.split())
+    axes = [mesh_axes_for(LETTERS.get(letter)) for letter in letters.split()]
     return jax.sharding.reshard(x, partition_spec_for(x.shape, axes, sizes))
 
 
-def spec_of_product(x: Array, kernel: Array, **_: Any) -> P:
+def spec_of_product(x: Array, kernel: Array, **options: Any) -> P:
     """The spec of x @ kernel: batch dimensions are sharded like those of x, features like those of
     the kernel."""
     *batch, _ = spec_of(x)
@@ -83,7 +84,15 @@ def spec_of_product(x: Array, kernel: Array, **_: Any) -> P:
     return P(*batch, tuple(axis for axis in _names(features) if axis not in used) or None)
 
 
-def spec_of(x: Array, *_: Any, **__: Any) -> P:
+def spec_of_groups(x: Array, kernel: Array, **options: Any) -> P:
+    """The spec of a product within groups: that of x, if its devices divide the output features."""
+    *batch, features = spec_of(x)
+    mesh = jax.sharding.get_abstract_mesh()
+    num_shards = math.prod(mesh.shape[axis] for axis in _names(features))
+    return P(*batch, features if kernel.shape[0] * kernel.shape[2] % num_shards == 0 else None)
+
+
+def spec_of(x: Array, *args: Any, **options: Any) -> P:
     """The partition spec of an array on Explicit axes, with an entry per dimension."""
     spec = tuple(jax.typeof(x).sharding.spec)
     return P(*spec, *(None,) * (x.ndim - len(spec)))

@@ -5,6 +5,7 @@ merge chunks, sequences and heads into one axis, which XLA cannot shard. A recur
 sequences nor heads, so a `shard_map` over these axes needs no communication.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,47 +61,56 @@ def auto_mesh_axes() -> dict[str, int]:
 
 def shard_mapped(fn: Callable[..., Any], args: Any, specs: Any, out_specs: Any) -> Any:
     """`fn(*args)` on every device's shard, with these partition specs."""
-
-    def local(fn: Callable[..., Any], specs: Any, out_specs: Any) -> Callable[..., Any]:
-        return jax.shard_map(
-            fn,
-            mesh=jax.sharding.get_abstract_mesh(),
-            in_specs=specs,
-            out_specs=out_specs,
-            axis_names=set(auto_mesh_axes()),  # those of a caller's `shard_map` are manual already
-            check_vma=False,  # kernels do not declare how their results vary
-        )
-
-    mapped = local(fn, specs, out_specs)
     axes = varying_axes(args)
-    if not axes:
-        return mapped(*args)
+    if axes:
+        args = _map_with_specs(functools.partial(_hide, axes), specs, args)
+    results = _shard_map(fn, specs, out_specs)(*args)
+    return _map_with_specs(functools.partial(_show, axes), out_specs, results) if axes else results
 
-    # Within a caller's `shard_map` with check_vma=True, types say over which of its axes arrays
-    # vary, but types of `mapped` do not. Neither direction of this change of type, nor its
-    # transpose, communicates.
-    def hide(x: Any, spec: P) -> Any:
-        # Not the identity: only results of an operation lose the axes from their type.
-        return local(lambda x: jnp.squeeze(x[None], 0), (spec,), spec)(x)
 
-    def show(x: Any) -> Any:
-        return jax.lax.pcast(x, axes, to="varying")
+def _shard_map(fn: Callable[..., Any], specs: Any, out_specs: Any) -> Callable[..., Any]:
+    return jax.shard_map(
+        fn,
+        mesh=jax.sharding.get_abstract_mesh(),
+        in_specs=specs,
+        out_specs=out_specs,
+        axis_names=set(auto_mesh_axes()),  # those of a caller's `shard_map` are manual already
+        check_vma=False,  # kernels do not declare how their results vary
+    )
 
-    def linear(forward: Callable[[Any], Any], transpose: Callable[[Any], Any], x: Any) -> Any:
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            return forward(x)
-        call = jax.custom_derivatives.linear_call
-        return call(lambda _, x: forward(x), lambda _, x: transpose(x), (), x)
 
-    def map_with_specs(fn: Callable[[Any, P], Any], specs: Any, tree: Any) -> Any:
-        is_spec = lambda node: isinstance(node, P)  # noqa: E731
-        return jax.tree.map(
-            lambda spec, leaves: jax.tree.map(lambda x: fn(x, spec), leaves), specs, tree, is_leaf=is_spec
-        )
+# Within a caller's `shard_map` with check_vma=True, types say over which of its axes an array
+# varies. Ours has check_vma=False and loses that: arguments drop it and results get it back.
+# Neither change of type, nor its transpose, communicates.
+def _hide(axes: tuple[str, ...], spec: P, x: jax.Array) -> jax.Array:
+    return _linear(lambda x: _drop(x, spec), lambda x: _vary(x, axes), x)
 
-    hidden = map_with_specs(lambda x, spec: linear(lambda x: hide(x, spec), show, x), specs, args)
-    results = mapped(*hidden)
-    return map_with_specs(lambda x, spec: linear(show, lambda x: hide(x, spec), x), out_specs, results)
+
+def _show(axes: tuple[str, ...], spec: P, x: jax.Array) -> jax.Array:
+    return _linear(lambda x: _vary(x, axes), lambda x: _drop(x, spec), x)
+
+
+def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.pcast(x, axes, to="varying")
+
+
+def _drop(x: jax.Array, spec: P) -> jax.Array:
+    # Not the identity: only the result of an operation has another type.
+    return _shard_map(lambda x: jnp.squeeze(x[None], 0), (spec,), spec)(x)
+
+
+def _linear(fn: Callable[..., Any], transpose: Callable[..., Any], x: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return fn(x)
+    call = jax.custom_derivatives.linear_call
+    return call(lambda _, x: fn(x), lambda _, x: transpose(x), (), x)
+
+
+def _map_with_specs(fn: Callable[[P, jax.Array], jax.Array], specs: Any, tree: Any) -> Any:
+    def of_subtree(spec: P, subtree: Any) -> Any:
+        return jax.tree.map(functools.partial(fn, spec), subtree)
+
+    return jax.tree.map(of_subtree, specs, tree, is_leaf=lambda node: isinstance(node, P))
 
 
 def sharding_axes(letter: str, length: int) -> tuple[str, ...]:

@@ -5,8 +5,8 @@ from xlstm_jax.ops import dispatch, gated
 from xlstm_jax.ops.checks import check_choice
 from xlstm_jax.ops.dispatch import Implementation
 from xlstm_jax.ops.flags import Flags
-from xlstm_jax.ops.slstm.recurrent import slstm_recurrent
 from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
+from xlstm_jax.ops.slstm.recurrent import slstm_recurrent
 from xlstm_jax.typing import Array, Flag, Float
 
 
