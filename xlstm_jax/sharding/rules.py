@@ -54,6 +54,11 @@ def complete(rules: PartialRules) -> Rules:
     Raises:
         ArgumentError: an axis is not a logical one, or a value is not a name or several.
     """
+    if not isinstance(rules, Mapping):
+        raise ArgumentError(
+            "rules must be a table from logical to mesh axes or the name of one, got "
+            f"{quote(rules)}."
+        )
     table = dict(_REPLICATED)
     for name, axes in rules.items():
         if name not in table:
