@@ -11,7 +11,7 @@ from xlstm_jax.cells.time import vary_like
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.checks import check_length, check_shapes, fields_with_axes
 from xlstm_jax.ops.flags import FLAG_AXES, Flags, flip_time
-from xlstm_jax.ops.sharded.shard_map import map_shards
+from xlstm_jax.ops.sharded.shard_map import is_checked, map_shards
 from xlstm_jax.sharding.axes import constrain
 from xlstm_jax.typing import Array, Float
 
@@ -58,7 +58,7 @@ def run(
     # One float64 argument makes the computation float64, which kernels do not support.
     wide = state_dtype(x, r)
     dtype = jnp.dtype(x.dtype) if wide == jnp.float32 else wide
-    call = dispatch.Call(B, T, H, K, K, dtype, dispatch.platform())
+    call = dispatch.Call(B, T, H, K, K, dtype, dispatch.platform(), check_vma=is_checked(inputs))
     selected = dispatch.choose(op, table, implementation, call)
 
     def local(x, r, b, state, flags):

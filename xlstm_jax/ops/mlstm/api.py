@@ -1,5 +1,7 @@
 """The mLSTM over a sequence: one signature, several implementations."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -22,7 +24,7 @@ from xlstm_jax.ops.mlstm.chunkwise import mlstm_chunkwise
 from xlstm_jax.ops.mlstm.context_parallel import boundary_states
 from xlstm_jax.ops.mlstm.parallel import mlstm_parallel
 from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
-from xlstm_jax.ops.sharded.shard_map import map_shards, sharding_axes
+from xlstm_jax.ops.sharded.shard_map import is_checked, map_shards, sharding_axes
 from xlstm_jax.typing import Array, Flag, Float
 
 
@@ -158,4 +160,5 @@ def _check(x: Inputs, state: MLSTMState | None, flags: Flags, options: Options) 
     # A single float64 argument makes the computation float64, which kernels do not support.
     wide = state_dtype(*x)
     dtype = jnp.result_type(x.q, x.k, x.v) if wide == jnp.float32 else wide
-    return dispatch.Call(B, T, H, K, V, dtype, dispatch.platform(), options.chunk_size)
+    call = dispatch.Call(B, T, H, K, V, dtype, dispatch.platform(), options.chunk_size)
+    return dataclasses.replace(call, check_vma=is_checked(x))

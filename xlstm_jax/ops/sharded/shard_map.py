@@ -34,8 +34,7 @@ def map_shards(
         sizes: the lengths of the axes to shard; an axis that is left out is replicated. Mesh axes
             that do not divide a length are not used: their devices repeat the computation.
 
-    Within a caller's `shard_map` over all axes, `fn` is called directly; for kernels, that
-    `shard_map` needs check_vma=False, as they do not declare how their results vary over the mesh.
+    Within a caller's `shard_map` over all axes, `fn` is called directly.
     """
     auto = auto_mesh_axes()
     if not auto:
@@ -57,6 +56,11 @@ def map_shards(
 def auto_mesh_axes() -> dict[str, int]:
     """Sizes of the mesh axes that are not in a caller's `shard_map`; empty on a single device."""
     return free_axes() if jax.sharding.get_abstract_mesh().size > 1 else {}
+
+
+def is_checked(args: Any) -> bool:
+    """Whether `map_shards` calls its function within a `shard_map` that has check_vma=True."""
+    return bool(varying_axes(args)) and not auto_mesh_axes()
 
 
 def shard_mapped(fn: Callable[..., Any], args: Any, specs: Any, out_specs: Any) -> Any:
