@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import common
 from tests import quick
 from xlstm_jax import ops
 from xlstm_jax.cells import mlstm_scan, slstm_scan
@@ -240,6 +242,41 @@ def test_ops_and_cells_equal_one_device_within_a_checked_shard_map(group, rng):
         mapped = jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=P())
         actual = quick.jit(jax.grad(mapped))(x, ids)
         assert_close(actual, quick.jit(jax.grad(local))(x, ids))
+
+
+def test_a_sequence_over_a_manual_axis_is_continued_by_the_states_of_the_caller(rng):
+    x, _, _ = op_calls(rng)
+
+    def mlstm(x, state=None):
+        return ops.mlstm(x, x, x, x[..., 0], x[..., 1], state)
+
+    expected, _ = quick.jit(mlstm)(x)
+    _, middle = quick.jit(mlstm)(x[:, :3])
+    states = jax.tree.map(lambda leaf: jnp.stack([jnp.zeros_like(leaf), leaf]), middle)
+    mesh = jax.make_mesh((2,), ("seq",), (AUTO,))
+
+    def local(x, states):
+        return mlstm(x, jax.tree.map(lambda leaf: leaf[0], states))[0]
+
+    time = P(None, "seq")
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(time, P("seq")), out_specs=time)
+    with jax.set_mesh(mesh):
+        program = quick.jit(mapped).lower(x, states).compile()
+        assert_close(quick.jit(mapped)(x, states), expected)
+    assert not re.search("all-gather|all-reduce|collective-permute", program.as_text())
+
+
+def test_a_kernel_within_a_checked_shard_map_says_what_to_pass(rng):
+    x, ids, calls = op_calls(rng)
+    mesh = jax.make_mesh((4,), ("rows",), (AUTO,))
+    call = functools.partial(calls["chunkwise"], implementation="pallas_tpu", chunk_size=8)
+    specs = dict(in_specs=(P("rows"), P("rows")), out_specs=P("rows"))
+    mapped = jax.shard_map(lambda x, ids: call(x, ids)[0], mesh=mesh, **specs)
+    with (
+        common.interpreted(lanes=8),
+        pytest.raises(NotImplementedError, match="pass check_vma=False"),
+    ):
+        jax.eval_shape(mapped, x, ids)
 
 
 def test_state_and_dropout_and_initialization_work_on_a_bare_mesh():
