@@ -16,7 +16,7 @@ from tests.ops.subjects import RANGE_F, RANGE_I, RANGE_LOG_F, replace_third
 from tests.ops.tolerances import TABLE, assert_close, assert_gradients_close
 from xlstm_jax import cells, ops
 from xlstm_jax.ops.mlstm import context_parallel
-from xlstm_jax.sharding import get_rules, make_mesh, use_rules
+from xlstm_jax.sharding import make_mesh, use_rules
 from xlstm_jax.sharding.mesh import build_mesh
 
 B, T, H, K, V = 2, 48, 2, 8, 8

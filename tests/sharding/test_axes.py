@@ -299,6 +299,11 @@ def test_state_and_dropout_and_initialization_work_on_a_bare_mesh():
         assert_close(quick.jit(run)(sharded, batch), expected)
 
 
+def test_rules_that_use_a_mesh_axis_for_batch_and_features_equal_one_device():
+    with use_rules({"batch": "data", "inner": "data", "heads": "data"}):
+        assert_equals_single_device("m", jax.make_mesh((2,), ("data",)), "data")
+
+
 def test_a_layer_inside_a_module_of_the_user_works_on_a_bare_mesh():
     import flax.linen as nn
 

@@ -6,7 +6,7 @@ sequences nor heads, so a `shard_map` over these axes needs no communication.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -39,7 +39,11 @@ def map_shards(
     auto = auto_mesh_axes()
     if not auto:
         return fn(*args)
-    used = {letter: sharding_axes(letter, length) for letter, length in sizes.items()}
+    used: dict[str, tuple[str, ...]] = {}
+    # A spec uses a mesh axis once; time first, as callers rely on its `sharding_axes`.
+    for letter in sorted(sizes, key=lambda letter: letter != "T"):
+        taken = {axis for axes in used.values() for axis in axes}
+        used[letter] = sharding_axes(letter, sizes[letter], taken)
     # Gradients are summed over mesh axes that no spec names; naming those of size 1 avoids that.
     used["B"] += tuple(sorted(name for name, size in auto.items() if size == 1))
 
@@ -117,7 +121,11 @@ def _map_with_specs(fn: Callable[[P, jax.Array], jax.Array], specs: Any, tree: A
     return jax.tree.map(of_subtree, specs, tree, is_leaf=lambda node: isinstance(node, P))
 
 
-def sharding_axes(letter: str, length: int) -> tuple[str, ...]:
-    """The mesh axes with more than one device that shard an array axis of this length."""
-    sizes = {name: size for name, size in auto_mesh_axes().items() if size > 1}
+def sharding_axes(letter: str, length: int, taken: Collection[str] = ()) -> tuple[str, ...]:
+    """The mesh axes with more than one device that shard an array axis of this length.
+
+    Those in `taken` shard another axis.
+    """
+    free = auto_mesh_axes().items()
+    sizes = {name: size for name, size in free if size > 1 and name not in taken}
     return dividing_axes(length, mesh_axes_for(LETTERS[letter]), sizes)
