@@ -1,5 +1,6 @@
 """The README is correct: its commands exist, its example runs, its links resolve."""
 
+import functools
 import pathlib
 import re
 
@@ -11,9 +12,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def code_block(language: str) -> str:
+def code_block(language: str, text: str = README) -> str:
     """The first code block of a language."""
-    (block,) = re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[:1]
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[:1]
     return block
 
 
@@ -47,6 +48,15 @@ def test_example_of_activations_prints_a_line_per_layer(capsys):
     exec(compile(example, "activations.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["m0", "m1", "s0"]
+
+
+@pytest.mark.slow
+def test_own_meshes_of_the_docs_run_and_print_the_stated_output(capsys, monkeypatch):
+    make_mesh = functools.partial(jax.make_mesh, devices=jax.devices()[:4])
+    monkeypatch.setattr(jax, "make_mesh", make_mesh)
+    example = code_block("python", (ROOT / "docs/own_mesh.md").read_text())
+    exec(compile(example, "own_mesh.md", "exec"), {})
+    assert capsys.readouterr().out.split() == re.findall(r"print\(.*\)  # (\w+)", example)
 
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")]

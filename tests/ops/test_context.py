@@ -16,7 +16,7 @@ from tests.ops.subjects import RANGE_F, RANGE_I, RANGE_LOG_F, replace_third
 from tests.ops.tolerances import TABLE, assert_close, assert_gradients_close
 from xlstm_jax import cells, ops
 from xlstm_jax.ops.mlstm import context_parallel
-from xlstm_jax.sharding import get_rules, make_mesh, use_rules
+from xlstm_jax.sharding import make_mesh, use_rules
 from xlstm_jax.sharding.mesh import build_mesh
 
 B, T, H, K, V = 2, 48, 2, 8, 8
@@ -80,7 +80,7 @@ def sharded(op, mesh, exchange):
     program = compiled(op)
 
     def run(*args):
-        with use_rules(get_rules("fsdp_seq")), jax.set_mesh(mesh):
+        with use_rules("fsdp_seq", replicated=("tensor",)), jax.set_mesh(mesh):
             return program(*args)
 
     return run
@@ -272,7 +272,7 @@ COLLECTIVE = re.compile(
 
 def collectives_of(op, mesh, *args):
     """Shape and kind of every collective in the compiled program."""
-    with use_rules(get_rules("fsdp_seq")), jax.set_mesh(mesh):
+    with use_rules("fsdp_seq", replicated=("tensor",)), jax.set_mesh(mesh):
         text = quick.jit(op).lower(*args).compile().as_text()
     return sorted(COLLECTIVE.findall(text))
 

@@ -11,7 +11,7 @@ from jax import export
 from jax.typing import DTypeLike
 
 from xlstm_jax.cells.logspace import exact_einsum, state_dtype
-from xlstm_jax.cells.time import scan_time
+from xlstm_jax.cells.time import scan_time, vary_like
 from xlstm_jax.typing import Array, Flag, Float, Size
 
 
@@ -88,7 +88,7 @@ def lstm_scan(
     dtype = state_dtype(x, r)
     state = lstm_init(B, H, K, dtype) if state is None else state
     # `scan` requires a carry of one dtype, also where the caller passes a narrower state.
-    state = jax.tree.map(lambda s: s.astype(dtype), state)
+    state = vary_like(jax.tree.map(lambda s: s.astype(dtype), state), (x, r, b, reset, mask))
 
     def step(state, x):
         return lstm_step(state, x, r, b)

@@ -11,7 +11,7 @@ from jax import export
 from jax.typing import DTypeLike
 
 from xlstm_jax.cells.logspace import NEG, exact_einsum, log_sigmoid, state_dtype
-from xlstm_jax.cells.time import scan_time
+from xlstm_jax.cells.time import scan_time, vary_like
 from xlstm_jax.typing import Array, Flag, Float, Size
 
 READ_FLOOR = -20.0
@@ -143,7 +143,7 @@ def mlstm_scan(
     dtype = state_dtype(q, k, v, i, f)
     state = mlstm_init(B, H, K, v.shape[-1], dtype) if state is None else state
     # `scan` requires a carry of one dtype, also where the caller passes a narrower state.
-    state = jax.tree.map(lambda s: s.astype(dtype), state)
+    state = vary_like(jax.tree.map(lambda s: s.astype(dtype), state), (q, k, v, i, f, reset, mask))
 
     options = {"input_gate": input_gate, "forget_gate": forget_gate}
 

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from xlstm_jax.cells.logspace import NEG, log_sigmoid, state_dtype
 from xlstm_jax.cells.lstm import recurrent_gates
-from xlstm_jax.cells.time import scan_time
+from xlstm_jax.cells.time import scan_time, vary_like
 from xlstm_jax.typing import Array, Flag, Float, Size
 
 
@@ -86,7 +86,7 @@ def slstm_scan(
     dtype = state_dtype(x, r)
     state = slstm_init(B, H, K, dtype) if state is None else state
     # `scan` requires a carry of one dtype, also where the caller passes a narrower state.
-    state = jax.tree.map(lambda s: s.astype(dtype), state)
+    state = vary_like(jax.tree.map(lambda s: s.astype(dtype), state), (x, r, b, reset, mask))
 
     def step(state, x):
         return slstm_step(state, x, r, b, forget_gate=forget_gate)

@@ -54,6 +54,27 @@ def scan_time(
     return jnp.moveaxis(h, 0, 1), state
 
 
+def vary_like(tree: Any, like: Any) -> Any:
+    """`tree`, varying over all mesh axes over which an array of `tree` or `like` varies.
+
+    Inside a caller's `shard_map` that checks this (check_vma=True), a constant does not vary, but
+    the carry of a scan over local arrays does. Anywhere else `tree` is returned unchanged.
+    """
+    axes = set(varying_axes((tree, like)))
+
+    def vary(leaf: Any) -> Any:
+        missing = axes.difference(varying_axes(leaf)) if isinstance(leaf, jax.Array) else ()
+        return jax.lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
+
+    return jax.tree.map(vary, tree) if axes else tree
+
+
+def varying_axes(tree: Any) -> tuple[str, ...]:
+    """The Manual mesh axes over which arrays of a tree vary, if a `shard_map` checks it."""
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    return tuple(set().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays)))
+
+
 def as_bool(flag: Flag) -> Bool[Array, "B T"]:
     """A reset or mask as booleans."""
     return jnp.asarray(flag, bool)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from xlstm_jax.modules import counts
+from xlstm_jax.modules.any_mesh import on_any_mesh
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.feedforward import GatedFeedForward, LargeFeedForward
 from xlstm_jax.modules.kinds import BLOCKS, IMPLEMENTATIONS, BlockKind
@@ -31,6 +32,7 @@ class _Block(nn.Module):
 
     cfg: LMConfig
 
+    @on_any_mesh
     @nn.compact
     def __call__(
         self,

@@ -3,21 +3,37 @@
 Sources: first generation arXiv:2405.04517; large architecture arXiv:2503.13427.
 """
 
-import functools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from xlstm_jax.modules.any_mesh import on_any_mesh
 from xlstm_jax.modules.initializers import small, wang
 from xlstm_jax.modules.linear import Dense, fused_dense
 from xlstm_jax.modules.options import ACTIVATION_NAMES
 from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Float
 
+
+@jax.custom_jvp
+def _normal_cdf(x: Array) -> Array:
+    return 0.5 * jax.lax.erfc(-x * np.sqrt(0.5).astype(x.dtype))
+
+
+# By hand: JAX 0.12.0 cannot differentiate erf within a `shard_map` with check_vma=True.
+_normal_cdf.defjvps(lambda dx, _, x: dx * jnp.exp(-0.5 * x * x) * (2 * np.pi) ** -0.5)
+
+
+def gelu(x: Array) -> Array:
+    """x times the cumulative normal distribution, exact, as PyTorch's default."""
+    return x * _normal_cdf(x)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),  # exact, as PyTorch's default
+    "gelu": gelu,
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "selu": jax.nn.selu,
@@ -41,6 +57,7 @@ class GatedFeedForward(nn.Module):
     use_bias: bool = False
     dropout: float = 0.0
 
+    @on_any_mesh
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], *, deterministic: bool = True
@@ -60,6 +77,7 @@ class LargeFeedForward(nn.Module):
     num_blocks: int = 1
     use_bias: bool = False
 
+    @on_any_mesh
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], *, deterministic: bool = True

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from xlstm_jax import ops
 from xlstm_jax.cells import MLSTMState, mlstm_init
+from xlstm_jax.modules.any_mesh import on_any_mesh
 from xlstm_jax.modules.capture import sow_gates
 from xlstm_jax.modules.checks import check_layer_state
 from xlstm_jax.modules.initializers import constant, linspace, small, wang, zeros
@@ -30,6 +31,7 @@ class LargeMLSTMLayer(nn.Module):
     num_blocks: int = 1  # of the model; scales down the initial output projection
     dropout: float = 0.0
 
+    @on_any_mesh
     @nn.compact
     def __call__(
         self,

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.cells.time import as_bool
 from xlstm_jax.errors import ArgumentError, quote
+from xlstm_jax.modules.any_mesh import on_any_mesh
 from xlstm_jax.modules.checks import check_param_names, difference
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.initializers import normal, small
@@ -23,6 +24,7 @@ from xlstm_jax.ops.dense import dense
 from xlstm_jax.ops.documents import document_starts
 from xlstm_jax.ops.embed import embed
 from xlstm_jax.ops.norm import soft_cap
+from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Flag, Float, Int, Size
 
 
@@ -76,6 +78,7 @@ class LM(_Model):
     Sources: arXiv:2405.04517 (first-generation blocks), arXiv:2503.13427 (large blocks).
     """
 
+    @on_any_mesh
     @nn.compact
     def __call__(
         self,
@@ -155,6 +158,7 @@ class Backbone(_Model):
     options of embedding and head have no effect.
     """
 
+    @on_any_mesh
     @nn.compact
     def __call__(
         self,
@@ -211,6 +215,8 @@ def lm_logits(
     """Logits from hidden states after the final norm, soft-capped, in float32 or wider."""
     dtype = state_dtype(hidden)
     logits = dense(hidden, head_kernel(cfg, params), dtype=dtype)
+    if logits.ndim == 3:  # else each device would compute all of them with a replicated kernel
+        logits = constrain(logits, "batch", "time", "vocab")
     return soft_cap(logits, cfg.logit_soft_cap)
 
 

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from xlstm_jax import ops
 from xlstm_jax.cells import SLSTMState, slstm_init
+from xlstm_jax.modules.any_mesh import on_any_mesh
 from xlstm_jax.modules.capture import sow_gates
 from xlstm_jax.modules.checks import check_layer_state
 from xlstm_jax.modules.conv import CausalConv, conv_state
@@ -48,6 +49,7 @@ class SLSTMLayer(nn.Module):
     dropout: float = 0.0
     block_index: int | Int[Array, ""] = 0  # of this block in the model, from 0
 
+    @on_any_mesh
     @nn.compact
     def __call__(
         self,

@@ -7,14 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import common_dtype
+from xlstm_jax.cells.time import vary_like
 from xlstm_jax.ops.checks import check_length, check_shapes
 from xlstm_jax.ops.cpu import materialize_cotangent
 from xlstm_jax.ops.flags import FLAG_AXES, Flags
+from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
 from xlstm_jax.ops.sharded.halo import state_from_neighbor, states_from_all_shards
 from xlstm_jax.ops.sharded.shard_map import map_shards, sharding_axes
 from xlstm_jax.typing import Array, Flag, Float
 
 
+@on_any_mesh(("B T F", "B W F"))
 def causal_conv(
     x: Float[Array, "B T F"],
     kernel: Float[Array, "W F"] | Float[Array, "W F F_out"],
@@ -55,7 +58,7 @@ def causal_conv(
     if state is None:
         state = jnp.zeros((B, W - 1, F), x.dtype)
     check_shapes("causal_conv", {"state": (state, f"{B} {W - 1} {F}")})
-    state = state.astype(x.dtype)
+    state = vary_like(state.astype(x.dtype), x)
     time_axes = sharding_axes("T", T)
     if not time_axes or W == 1:  # a window of one step needs no inputs of other shards
         return _masked_convolve(x, kernel, bias, state, flags)

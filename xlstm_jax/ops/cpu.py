@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import state_dtype
+from xlstm_jax.cells.time import vary_like
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.gradient import with_backward
 from xlstm_jax.sharding.axes import free_axes
@@ -133,4 +134,4 @@ def _sum_of_outer_products(
         return total + sum(x[n, :, :, None] * dy[n, :, None, :] for n in range(block)), None
 
     zero = jnp.zeros((x.shape[1], x.shape[2], dy.shape[2]), x.dtype)
-    return jax.lax.scan(add, zero, (in_blocks(x), in_blocks(dy)))[0]
+    return jax.lax.scan(add, vary_like(zero, (x, dy)), (in_blocks(x), in_blocks(dy)))[0]

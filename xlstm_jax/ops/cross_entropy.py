@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jax import export
 
 from xlstm_jax.cells.logspace import state_dtype
+from xlstm_jax.cells.time import vary_like
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.checks import check_chunk_size, check_shapes
 from xlstm_jax.ops.dense import dense
 from xlstm_jax.ops.norm import soft_cap as apply_soft_cap
+from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
 from xlstm_jax.ops.sharded.parameters import sum_over_devices
 from xlstm_jax.typing import Array, Float, Int
 
@@ -34,6 +36,7 @@ class CrossEntropy(NamedTuple):
 export.register_namedtuple_serialization(CrossEntropy, serialized_name="xlstm_jax.CrossEntropy")
 
 
+@on_any_mesh(CrossEntropy._make(("", "", "", "")))
 def cross_entropy(
     x: Float[Array, "B T D"],
     kernel: Float[Array, "D vocab"],
@@ -94,7 +97,8 @@ def _local_sums(chunk_sums, chunk_size: int, x, kernel, targets, weights) -> Cro
         lambda total, xs: (jax.tree.map(jnp.add, total, chunk_sums(kernel, *xs)), None)
     )
     zero = jnp.zeros((), state_dtype(x, kernel))
-    total, _ = jax.lax.scan(body, CrossEntropy(zero, zero, zero, zero), chunks)
+    totals = vary_like(CrossEntropy(zero, zero, zero, zero), (kernel, chunks))
+    total, _ = jax.lax.scan(body, totals, chunks)
     return total
 
 

@@ -1,15 +1,20 @@
 """Matrix products of features with a kernel, and with one kernel per group of features."""
 
+import functools
+
 import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.ops import cpu, dispatch
+from xlstm_jax.ops.sharded.any_mesh import on_any_mesh, spec_of_groups, spec_of_product
+from xlstm_jax.ops.sharded.shard_map import auto_mesh_axes, map_shards
 from xlstm_jax.typing import Array, Float
 
 TILE = 256
 """Maximum width of a block-diagonal tile: one product with zeros in it beats many tiny products."""
 
 
+@on_any_mesh(spec_of_product)
 def dense(
     x: Float[Array, "*batch F_in"],
     kernel: Float[Array, "F_in F_out"],
@@ -23,6 +28,7 @@ def dense(
     return jnp.dot(x, kernel, preferred_element_type=dtype)
 
 
+@on_any_mesh(spec_of_groups)
 def grouped_dense(
     x: Float[Array, "*batch F_in"], kernel: Float[Array, "P I O"], *, dtype: jnp.dtype | None = None
 ) -> Float[Array, "*batch F_out"]:
@@ -31,6 +37,15 @@ def grouped_dense(
     Groups are combined into block-diagonal tiles at most `TILE` wide: groups of 4, as in the
     published models, are far smaller than the tiles of a matrix unit.
     """
+    if x.ndim == 3 and auto_mesh_axes():
+        # Each device has its groups: XLA would exchange features to combine tiles of them.
+        local = functools.partial(_grouped_dense, dtype=dtype)
+        sizes = dict(zip("BTF", (*x.shape[:2], kernel.shape[0]), strict=True))
+        return map_shards(local, (x, kernel), ("B T F", "F I O"), "B T F", sizes)
+    return _grouped_dense(x, kernel, dtype)
+
+
+def _grouped_dense(x: Array, kernel: Array, dtype: jnp.dtype | None) -> Array:
     P, d_in, d_out = kernel.shape
     if cpu.is_single_cpu() and max(d_in, d_out) <= cpu.SMALL_GROUP:
         wide = state_dtype(x)

@@ -24,6 +24,7 @@ class Call:
     platform: str  # "cpu", "gpu" or "tpu"
     chunk_size: int | None = None
     named: bool = False  # the caller requested the implementation by name
+    check_vma: bool = False  # within a caller's `shard_map` that checks over which axes arrays vary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,8 @@ def kernel_refusal(backend: str, call: Call) -> str | None:
     is_interpreted = call.named and common.interpreter()
     if call.platform != platform and not is_interpreted:
         return f"it runs on a {platform.upper()}, not on {call.platform!r}"
+    if call.check_vma:
+        return "kernels do not declare how results vary; pass check_vma=False to `jax.shard_map`"
     dtype_refusal = common.dtype_refusal(call.dtype)
     if backend == "tpu":
         return dtype_refusal

@@ -2,11 +2,13 @@
 
 import jax.numpy as jnp
 
+from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
 from xlstm_jax.ops.sharded.halo import previous_tokens
 from xlstm_jax.ops.sharded.shard_map import map_shards, sharding_axes
 from xlstm_jax.typing import Array, Bool, Int
 
 
+@on_any_mesh("B T")
 def document_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
     """The `reset` of a packed sequence: True where the segment id differs from the previous one.
 

@@ -4,11 +4,13 @@ import jax.numpy as jnp
 
 from xlstm_jax.ops.checks import check_shapes
 from xlstm_jax.ops.sharded import parameters
+from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
 from xlstm_jax.ops.sharded.shard_map import auto_mesh_axes
 from xlstm_jax.sharding.axes import constrain
 from xlstm_jax.typing import Array, Float, Int
 
 
+@on_any_mesh("B T D")
 def embed(
     tokens: Int[Array, "B T"], table: Float[Array, "vocab D"], *, dtype: jnp.dtype | None = None
 ) -> Float[Array, "B T D"]:

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import state_dtype
+from xlstm_jax.cells.time import vary_like
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.checks import check_length, check_shapes, fields_with_axes
 from xlstm_jax.ops.flags import FLAG_AXES, Flags, flip_time
-from xlstm_jax.ops.sharded.shard_map import map_shards
+from xlstm_jax.ops.sharded.shard_map import is_checked, map_shards
 from xlstm_jax.sharding.axes import constrain
 from xlstm_jax.typing import Array, Float
 
@@ -23,6 +24,11 @@ class Inputs(NamedTuple):
     b: Float[Array, "H 4 K"] | None
     state: Any  # leaves "B H K"; None only before `run`
     flags: Flags
+
+
+def out_axes(state_type: Any) -> tuple[str, Any]:
+    """The axes of h and of the state, as letters."""
+    return "B T H K", state_type(*("B H K" for _ in state_type._fields))
 
 
 def run(
@@ -52,13 +58,13 @@ def run(
     # One float64 argument makes the computation float64, which kernels do not support.
     wide = state_dtype(x, r)
     dtype = jnp.dtype(x.dtype) if wide == jnp.float32 else wide
-    call = dispatch.Call(B, T, H, K, K, dtype, dispatch.platform())
+    call = dispatch.Call(B, T, H, K, K, dtype, dispatch.platform(), check_vma=is_checked(inputs))
     selected = dispatch.choose(op, table, implementation, call)
 
     def local(x, r, b, state, flags):
         if state is None:  # created here, with the sizes of the device's shard
             zeros = jnp.zeros((x.shape[0], *x.shape[3:]), wide)
-            state = state_type(*(zeros for _ in state_type._fields))
+            state = vary_like(state_type(*(zeros for _ in state_type._fields)), x)
         state = jax.tree.map(lambda leaf: leaf.astype(wide), state)
         # Inputs and outputs are flipped here, so no implementation needs a reverse mode.
         if reverse:
@@ -66,9 +72,9 @@ def run(
         h, state = selected.fn(Inputs(x, r, b, state, flags), **options)
         return flip_time(h) if reverse else h, state
 
-    state_axes = state_type(*("B H K" for _ in state_type._fields))
-    axes = ("B T G H K", "H K G J", "H G K", state_axes, FLAG_AXES)
+    results = out_axes(state_type)
+    axes = ("B T G H K", "H K G J", "H G K", results[1], FLAG_AXES)
     # "T" has no size here: time is replicated.
-    h, state = map_shards(local, tuple(inputs), axes, ("B T H K", state_axes), {"B": B, "H": H})
+    h, state = map_shards(local, tuple(inputs), axes, results, {"B": B, "H": H})
     # h is replicated over the devices that share a sequence; shard it again for the next layer.
     return constrain(h, "batch", "time", "heads", None), state

@@ -4,6 +4,7 @@ from xlstm_jax.cells.lstm import LSTMState, lstm_scan
 from xlstm_jax.ops import gated
 from xlstm_jax.ops.dispatch import Implementation
 from xlstm_jax.ops.flags import Flags
+from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
 from xlstm_jax.typing import Array, Flag, Float
 
 IMPLEMENTATIONS = {
@@ -11,6 +12,7 @@ IMPLEMENTATIONS = {
 }
 
 
+@on_any_mesh(gated.out_axes(LSTMState))
 def lstm(
     x: Float[Array, "B T 4 H K"],
     r: Float[Array, "H K 4 K"],

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.ops.cpu import mean
 from xlstm_jax.ops.gradient import with_backward
+from xlstm_jax.ops.sharded.any_mesh import on_any_mesh, spec_of
 from xlstm_jax.typing import Array, Float
 
 
+@on_any_mesh(spec_of)
 def layer_norm(
     x: Float[Array, "... D"],
     scale: Float[Array, "D"] | None = None,
@@ -24,6 +26,7 @@ def layer_norm(
     return _affine(y, scale, bias).astype(x.dtype)
 
 
+@on_any_mesh(spec_of)
 def rms_norm(
     x: Float[Array, "... D"],
     scale: Float[Array, "D"] | None = None,
@@ -36,6 +39,7 @@ def rms_norm(
     return _affine(y, scale, bias).astype(x.dtype)
 
 
+@on_any_mesh("B T F")
 def multi_head_norm(
     h: Float[Array, "B T H V"],
     scale: Float[Array, "F"] | None = None,

@@ -11,7 +11,7 @@ from xlstm_jax.cells.logspace import log_sigmoid, state_dtype
 from xlstm_jax.cells.lstm import recurrent_gates
 from xlstm_jax.cells.mlstm import MLSTMState, mlstm_init, mlstm_normalizer, mlstm_step
 from xlstm_jax.cells.slstm import SLSTMState, slstm_init, slstm_step
-from xlstm_jax.cells.time import scan_time
+from xlstm_jax.cells.time import scan_time, vary_like
 from xlstm_jax.ops.flags import FLAG_AXES, Flags
 from xlstm_jax.ops.sharded.shard_map import map_shards
 from xlstm_jax.typing import Array, Flag, Float
@@ -59,7 +59,7 @@ def mlstm_trace(
         C, n, m = mlstm_init(B, H, K, 0, dtype)
         if state is not None:
             n, m = (leaf.astype(dtype) for leaf in state)
-        carry = MLSTMState(C, n, m), jnp.zeros_like(m)
+        carry = vary_like((MLSTMState(C, n, m), jnp.zeros_like(m)), (q, k, i, f, flags))
         return scan_time(step, carry, (q, k, i, f), **flags._asdict())[0]
 
     arguments = (q, k, i, f, None if state is None else state[1:], flags)
@@ -101,7 +101,7 @@ def slstm_trace(
         B, _, _, H, K = x.shape  # of the device's shard
         state = slstm_init(B, H, K, dtype) if state is None else state
         state = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
-        carry = state, jnp.zeros_like(state.m)
+        carry = vary_like((state, jnp.zeros_like(state.m)), (x, r, b, flags))
         return scan_time(step, carry, x, **flags._asdict())[0]
 
     state_axes = SLSTMState._make(["B H K"] * 4)

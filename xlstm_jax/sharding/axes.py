@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from xlstm_jax.sharding.rules import rules_in_use
+from xlstm_jax.sharding.rules import check_mesh_axes, rules_in_use
 from xlstm_jax.typing import Size
 
 Axes = tuple[str | None, ...]
@@ -74,16 +74,19 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Constrains x to the sharding that the rules in use give on the active mesh.
 
     Without an active mesh (`jax.set_mesh`), and inside a `shard_map` over all of its axes, x is
-    returned unchanged.
+    returned unchanged. On Explicit axes the sharding becomes a part of the type of x.
 
     `names` are the logical axes of the dimensions, from `LOGICAL_AXES`; None is never sharded.
     """
-    # Only Auto axes can be constrained: Explicit ones are part of the type, Manual ones are local.
-    auto = _axes_of_mesh(AxisType.Auto)
-    if all(size == 1 for size in auto.values()):
+    if not any(size > 1 for size in free_axes().values()):
         return x
-    spec = partition_spec_for(x.shape, map(mesh_axes_for, names), auto)
-    return jax.lax.with_sharding_constraint(x, spec)
+    axes = [mesh_axes_for(name) for name in names]
+    auto, explicit = _axes_of_mesh(AxisType.Auto), _axes_of_mesh(AxisType.Explicit)
+    if explicit:
+        x = jax.sharding.reshard(x, partition_spec_for(x.shape, axes, explicit))
+    if auto:
+        x = jax.lax.with_sharding_constraint(x, partition_spec_for(x.shape, axes, auto))
+    return x
 
 
 def is_sharded(name: str) -> bool:
@@ -98,8 +101,14 @@ def mesh_axes_for(name: str | None) -> tuple[str, ...]:
 
 
 def free_axes() -> dict[str, int]:
-    """Sizes of the axes of the active mesh that no enclosing `shard_map` has made Manual."""
-    return _axes_of_mesh(AxisType.Auto, AxisType.Explicit)
+    """Sizes of the axes of the active mesh that no enclosing `shard_map` has made Manual.
+
+    Raises:
+        ArgumentError: the rules in use do not name an axis with several devices.
+    """
+    sizes = _axes_of_mesh(AxisType.Auto, AxisType.Explicit)
+    check_mesh_axes(sizes)
+    return sizes
 
 
 def _axes_of_mesh(*axis_types: AxisType) -> dict[str, int]:

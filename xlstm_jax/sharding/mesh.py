@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from xlstm_jax.config import ConfigError, check_fields, check_range
 from xlstm_jax.errors import quote
-from xlstm_jax.sharding.rules import RULES
+from xlstm_jax.sharding.rules import RULES, get_rules
 
 # From outer to inner: tensor communicates activations in every layer and needs the fastest links.
 MESH_AXES = ("data", "fsdp", "seq", "tensor")
@@ -82,7 +82,7 @@ class MeshConfig:
         """
         # Without data, which all rules use for the batch.
         needed = {name for name in MESH_AXES[1:] if getattr(self, name) != 1}
-        used = {name: set().union(*table.values()) for name, table in RULES.items()}
+        used = {name: set().union(*get_rules(name).values()) for name in RULES}
         usable = [name for name, axes in used.items() if needed <= axes]
         if not usable:
             axes = " and ".join(sorted(needed))

@@ -10,14 +10,14 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from xlstm_jax.sharding.axes import logical_axes, partition_spec_for, path_name
 from xlstm_jax.sharding.mesh import MIN_SHARD_SIZE
-from xlstm_jax.sharding.rules import Rules
+from xlstm_jax.sharding.rules import PartialRules, complete, get_rules
 from xlstm_jax.typing import PyTree
 
 
 def partition_spec(
     path: str,
     shape: Sequence[int],
-    rules: Rules,
+    rules: str | PartialRules,
     mesh_sizes: Mapping[str, int],
     min_shard_size: int = MIN_SHARD_SIZE,
 ) -> PartitionSpec:
@@ -26,6 +26,7 @@ def partition_spec(
     A mesh axis is left out if the mesh lacks it, if its size does not divide the dimension, or if
     it already shards another dimension. The parameter is then replicated over this axis.
     """
+    rules = get_rules(rules) if isinstance(rules, str) else complete(rules)
     names = logical_axes(path, len(shape))
     # The size of one layer counts: stacking must not change whether a parameter is sharded.
     one_layer = math.prod(n for n, name in zip(shape, names, strict=True) if name != "layers")
@@ -39,7 +40,7 @@ def partition_spec(
 def sharding_of(
     path: str,
     shape: Sequence[int],
-    rules: Rules,
+    rules: str | PartialRules,
     mesh: Mesh | AbstractMesh,
     min_shard_size: int = MIN_SHARD_SIZE,
 ) -> NamedSharding:
@@ -48,7 +49,10 @@ def sharding_of(
 
 
 def tree_shardings(
-    tree: PyTree, rules: Rules, mesh: Mesh | AbstractMesh, min_shard_size: int = MIN_SHARD_SIZE
+    tree: PyTree,
+    rules: str | PartialRules,
+    mesh: Mesh | AbstractMesh,
+    min_shard_size: int = MIN_SHARD_SIZE,
 ) -> PyTree:
     """The sharding of every leaf of a tree whose paths contain those of parameters.
 
@@ -64,7 +68,7 @@ def tree_shardings(
 
 def bytes_per_device(
     params: PyTree,
-    rules: Rules,
+    rules: str | PartialRules,
     mesh_sizes: Mapping[str, int],
     min_shard_size: int = MIN_SHARD_SIZE,
 ) -> int:

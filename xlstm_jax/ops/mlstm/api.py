@@ -1,10 +1,13 @@
 """The mLSTM over a sequence: one signature, several implementations."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import common_dtype, state_dtype
 from xlstm_jax.cells.mlstm import MLSTMState, mlstm_init, mlstm_scan
+from xlstm_jax.cells.time import vary_like
 from xlstm_jax.errors import ArgumentError
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.checks import (
@@ -20,7 +23,8 @@ from xlstm_jax.ops.mlstm.arguments import INPUT_AXES, STATE_AXES, Inputs, Option
 from xlstm_jax.ops.mlstm.chunkwise import mlstm_chunkwise
 from xlstm_jax.ops.mlstm.context_parallel import boundary_states
 from xlstm_jax.ops.mlstm.parallel import mlstm_parallel
-from xlstm_jax.ops.sharded.shard_map import map_shards, sharding_axes
+from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
+from xlstm_jax.ops.sharded.shard_map import is_checked, map_shards, sharding_axes
 from xlstm_jax.typing import Array, Flag, Float
 
 
@@ -72,6 +76,7 @@ IMPLEMENTATIONS = {
 }
 
 
+@on_any_mesh(("B T H V", STATE_AXES))
 def mlstm(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -120,7 +125,7 @@ def mlstm(
         selected = IMPLEMENTATIONS["recurrent"]  # a chunk of one step only adds work
     dtype = state_dtype(*x)
     if state is None:
-        state = mlstm_init(call.B, call.H, call.K, call.V, dtype)
+        state = vary_like(mlstm_init(call.B, call.H, call.K, call.V, dtype), x)
     # A caller may pass a state in the dtype of the activations.
     state = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
     if reverse:
@@ -160,4 +165,5 @@ def _check(x: Inputs, state: MLSTMState | None, flags: Flags, options: Options) 
     # A single float64 argument makes the computation float64, which kernels do not support.
     wide = state_dtype(*x)
     dtype = common_dtype(x.q.dtype, x.k.dtype, x.v.dtype) if wide == jnp.float32 else wide
-    return dispatch.Call(B, T, H, K, V, dtype, dispatch.platform(), options.chunk_size)
+    call = dispatch.Call(B, T, H, K, V, dtype, dispatch.platform(), options.chunk_size)
+    return dataclasses.replace(call, check_vma=is_checked(x))

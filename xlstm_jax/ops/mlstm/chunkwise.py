@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from pallas_kernels.mlstm import gates as pre
 from pallas_kernels.mlstm.gates import READ_FLOOR, Decays, LogGates
 from xlstm_jax.cells.mlstm import MLSTMState
+from xlstm_jax.cells.time import vary_like
 from xlstm_jax.ops.cpu import materialize, materialize_cotangent
 from xlstm_jax.ops.flags import Flags
 from xlstm_jax.ops.gradient import with_backward
@@ -124,7 +125,8 @@ def _forward_stabilizers(gates: LogGates, m_first: Float[Array, "Y"]):
 def _backward_stabilizers(residuals, dm: Float[Array, "Z L"]):
     gates, m_first, m = residuals
     through_f, carried = pre.stabilizer_path(gates, m, _before_chunks(m, m_first))
-    leaving = pre.end_grads(carried, dm, jnp.zeros_like(m_first)).reshape(-1)
+    rho = vary_like(jnp.zeros_like(m_first), dm)
+    leaving = pre.end_grads(carried, dm, rho).reshape(-1)
     di, df, before = pre.stabilizer_grads(through_f, carried, leaving, dm)
     return LogGates(di, df, None), before[: m_first.size]
 

@@ -5,13 +5,15 @@ merge chunks, sequences and heads into one axis, which XLA cannot shard. A recur
 sequences nor heads, so a `shard_map` over these axes needs no communication.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from xlstm_jax.cells.time import varying_axes
 from xlstm_jax.sharding.axes import dividing_axes, free_axes, mesh_axes_for
 from xlstm_jax.typing import Size
 
@@ -33,13 +35,16 @@ def map_shards(
         sizes: the lengths of the axes to shard; an axis that is left out is replicated. Mesh axes
             that do not divide a length are not used: their devices repeat the computation.
 
-    Within a caller's `shard_map` over all axes, `fn` is called directly; that `shard_map` needs
-    check_vma=False, as kernels do not declare how their results vary over the mesh.
+    Within a caller's `shard_map` over all axes, `fn` is called directly.
     """
     auto = auto_mesh_axes()
     if not auto:
         return fn(*args)
-    used = {letter: sharding_axes(letter, length) for letter, length in sizes.items()}
+    used: dict[str, tuple[str, ...]] = {}
+    # A spec uses a mesh axis once; time first, as callers rely on its `sharding_axes`.
+    for letter in sorted(sizes, key=lambda letter: letter != "T"):
+        taken = {axis for axes in used.values() for axis in axes}
+        used[letter] = sharding_axes(letter, sizes[letter], taken)
     # Gradients are summed over mesh axes that no spec names; naming those of size 1 avoids that.
     used["B"] += tuple(sorted(name for name, size in auto.items() if size == 1))
 
@@ -58,24 +63,70 @@ def auto_mesh_axes() -> dict[str, int]:
     return free_axes() if jax.sharding.get_abstract_mesh().size > 1 else {}
 
 
+def is_checked(args: Any) -> bool:
+    """Whether `map_shards` calls its function within a `shard_map` that has check_vma=True."""
+    return bool(varying_axes(args)) and not auto_mesh_axes()
+
+
 def shard_mapped(fn: Callable[..., Any], args: Any, specs: Any, out_specs: Any) -> Any:
     """`fn(*args)` on every device's shard, with these partition specs."""
-    mesh = jax.sharding.get_abstract_mesh()
-    mapped = jax.shard_map(
+    axes = varying_axes(args)
+    if axes:
+        args = _map_with_specs(functools.partial(_hide, axes), specs, args)
+    results = _shard_map(fn, specs, out_specs)(*args)
+    return _map_with_specs(functools.partial(_show, axes), out_specs, results) if axes else results
+
+
+def _shard_map(fn: Callable[..., Any], specs: Any, out_specs: Any) -> Callable[..., Any]:
+    return jax.shard_map(
         fn,
-        mesh=mesh,
+        mesh=jax.sharding.get_abstract_mesh(),
         in_specs=specs,
         out_specs=out_specs,
         axis_names=set(auto_mesh_axes()),  # those of a caller's `shard_map` are manual already
         check_vma=False,  # kernels do not declare how their results vary
     )
-    if AxisType.Explicit in mesh.axis_types:
-        # With explicit axes `shard_map` does not reshard its arguments.
-        args = jax.tree.map(jax.sharding.reshard, args, specs)
-    return mapped(*args)
 
 
-def sharding_axes(letter: str, length: Size) -> tuple[str, ...]:
-    """The mesh axes with more than one device that shard an array axis of this length."""
-    sizes = {name: size for name, size in auto_mesh_axes().items() if size > 1}
+# Within a caller's `shard_map` with check_vma=True, types say over which of its axes an array
+# varies. Ours has check_vma=False and loses that: arguments drop it and results get it back.
+# Neither change of type, nor its transpose, communicates.
+def _hide(axes: tuple[str, ...], spec: P, x: jax.Array) -> jax.Array:
+    return _linear(lambda x: _drop(x, spec), lambda x: _vary(x, axes), x)
+
+
+def _show(axes: tuple[str, ...], spec: P, x: jax.Array) -> jax.Array:
+    return _linear(lambda x: _vary(x, axes), lambda x: _drop(x, spec), x)
+
+
+def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.pcast(x, axes, to="varying")
+
+
+def _drop(x: jax.Array, spec: P) -> jax.Array:
+    # Not the identity: only the result of an operation has another type.
+    return _shard_map(lambda x: jnp.squeeze(x[None], 0), (spec,), spec)(x)
+
+
+def _linear(fn: Callable[..., Any], transpose: Callable[..., Any], x: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return fn(x)
+    call = jax.custom_derivatives.linear_call
+    return call(lambda _, x: fn(x), lambda _, x: transpose(x), (), x)
+
+
+def _map_with_specs(fn: Callable[[P, jax.Array], jax.Array], specs: Any, tree: Any) -> Any:
+    def of_subtree(spec: P, subtree: Any) -> Any:
+        return jax.tree.map(functools.partial(fn, spec), subtree)
+
+    return jax.tree.map(of_subtree, specs, tree, is_leaf=lambda node: isinstance(node, P))
+
+
+def sharding_axes(letter: str, length: Size, taken: Collection[str] = ()) -> tuple[str, ...]:
+    """The mesh axes with more than one device that shard an array axis of this length.
+
+    Those in `taken` shard another axis.
+    """
+    free = auto_mesh_axes().items()
+    sizes = {name: size for name, size in free if size > 1 and name not in taken}
     return dividing_axes(length, mesh_axes_for(LETTERS[letter]), sizes)

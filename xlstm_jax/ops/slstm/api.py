@@ -5,6 +5,7 @@ from xlstm_jax.ops import dispatch, gated
 from xlstm_jax.ops.checks import check_choice
 from xlstm_jax.ops.dispatch import Implementation
 from xlstm_jax.ops.flags import Flags
+from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
 from xlstm_jax.ops.slstm.recurrent import slstm_recurrent
 from xlstm_jax.typing import Array, Flag, Float
 
@@ -39,6 +40,7 @@ IMPLEMENTATIONS = {
 }
 
 
+@on_any_mesh(gated.out_axes(SLSTMState))
 def slstm(
     x: Float[Array, "B T 4 H K"],
     r: Float[Array, "H K 4 K"],
