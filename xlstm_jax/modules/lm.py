@@ -1,6 +1,7 @@
 """Language model: embedding, blocks, final norm, head."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.initializers import normal, small
 from xlstm_jax.modules.linear import Dense, Embedding
 from xlstm_jax.modules.norm import LayerNorm, RMSNorm
-from xlstm_jax.modules.stack import Stack, StackState, init_state
+from xlstm_jax.modules.stack import Stack, StackState, init_state, only_parameters
 from xlstm_jax.ops.dense import dense
 from xlstm_jax.ops.documents import document_starts
 from xlstm_jax.ops.embed import embed
@@ -39,6 +40,18 @@ class _Model(nn.Module):
         Calls of the model then return states of the same dtypes, as a scan over calls requires.
         """
         return init_state(self.cfg, batch_size, dtype)
+
+    @nn.nowrap
+    def init(self, rngs: Any, x: Array, *args: Any, **options: Any) -> Any:
+        """As `nn.Module.init`, but creates the parameters only, in one compiled program.
+
+        `init_with_output` computes the outputs too.
+        """
+        if args or options:
+            with only_parameters():
+                return super().init(rngs, x, *args, **options)
+        # One position of one sequence: parameters do not depend on batch size or length.
+        return _init(self, rngs, x[(slice(1),) * min(2, x.ndim)])
 
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
@@ -70,6 +83,12 @@ class _Model(nn.Module):
             return x, *rest
         norm = LayerNorm if cfg.final_norm == "layer" else RMSNorm
         return norm(cfg.final_norm_eps, cfg.final_norm_bias, name="out_norm")(x), *rest
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(module: nn.Module, rngs: Any, x: Array) -> Any:
+    with only_parameters():
+        return nn.Module.init(module, rngs, x)
 
 
 class LM(_Model):

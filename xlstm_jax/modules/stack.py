@@ -6,9 +6,11 @@ scans, compile time does not grow with depth; it grows with the irregularity of 
 with rematerialization mostly not even with that.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -47,6 +49,20 @@ REMAT_POLICIES = {
 MAX_UNROLLED_BLOCKS = 6
 """Depth up to which a model is unrolled: a scan stores and slices the arrays passed between blocks,
 which takes a tenth to a quarter of a small model's step on a CPU."""
+
+
+# A context variable and not a global: threads may initialize and run models at the same time.
+_skip_blocks = contextvars.ContextVar("skip_blocks", default=False)
+
+
+@contextlib.contextmanager
+def only_parameters() -> Iterator[None]:
+    """Within the context, initialization creates parameters and does not run the blocks."""
+    token = _skip_blocks.set(True)
+    try:
+        yield
+    finally:
+        _skip_blocks.reset(token)
 
 
 class Stack(nn.Module):
@@ -97,6 +113,8 @@ class Stack(nn.Module):
             letter: (self._params(letter, x), None if state is None else state[letter])
             for letter in sorted(set(cfg.pattern))
         }
+        if self.is_initializing() and _skip_blocks.get():
+            return x, state
         # Unrolled blocks are never rematerialized: without a scan and with prevent_cse=False, XLA
         # would merge the recomputation with the forward pass (common subexpressions).
         if cfg.remat == "none" and cfg.num_blocks <= MAX_UNROLLED_BLOCKS:
