@@ -199,7 +199,7 @@ def test_parameters_carry_logical_axes_and_are_sharded_by_the_rules_in_use(cfg):
 
     with jax.set_mesh(mesh):
         assert_sharded_by(DEFAULT_RULES, mesh.shape)
-        with sharding.use_rules(sharding.RULES["fsdp"]):
+        with sharding.use_rules("fsdp", replicated=("tensor",)):
             assert_sharded_by(sharding.RULES["fsdp"], mesh.shape)
     assert_sharded_by(DEFAULT_RULES, dict.fromkeys(sharding.MESH_AXES, 1))
 

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from xlstm_jax.cells.logspace import state_dtype
+from xlstm_jax.cells.logspace import common_dtype, state_dtype
 from xlstm_jax.cells.time import vary_like
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.gradient import with_backward
@@ -67,39 +67,42 @@ def mean(x: Array) -> Array:
 # barrier it is computed once, without a copy: the train step of a four-block model of width 256
 # fell from 912 to 750 ms of CPU time (AMD EPYC, 2026-11-22).
 def _matmul(dtype: jnp.dtype, x: Array, kernel: Array):
-    return jnp.dot(x, kernel, preferred_element_type=dtype), (x, kernel)
+    return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=dtype), (x, kernel)
 
 
 def _matmul_backward(dtype, residuals, dy):
     del dtype
     x, kernel = residuals
     dy = jax.lax.optimization_barrier(dy.astype(x.dtype)).reshape(-1, dy.shape[-1])
-    dx = jax.lax.dot_general(dy, kernel, (((1,), (1,)), ((), ())))
-    return dx.reshape(x.shape), _kernel_grad(x.reshape(-1, x.shape[-1]), dy)
+    dx = jax.lax.dot_general(dy, kernel.astype(x.dtype), (((1,), (1,)), ((), ())))
+    # Summed in the dtype of the kernel, which may be wider than that of activations.
+    dkernel = _kernel_grad(x.reshape(-1, x.shape[-1]), dy, common_dtype(x.dtype, kernel.dtype))
+    return dx.reshape(x.shape), dkernel.astype(kernel.dtype)
 
 
 matmul = with_backward(_matmul, _matmul_backward, num_static=1)
-"""(dtype, x, kernel) -> x @ kernel, accumulated and returned in `dtype`."""
+"""(dtype, x, kernel) -> x @ kernel, accumulated and returned in `dtype`; kernel is cast to x's."""
 
 _NARROW_WIDTH, _PARTIAL_SUMS = 16, 16
 
 
 def _kernel_grad(
-    x: Float[Array, "N F_in"], dy: Float[Array, "N F_out"]
+    x: Float[Array, "N F_in"], dy: Float[Array, "N F_out"], dtype: jnp.dtype
 ) -> Float[Array, "F_in F_out"]:
-    """x' dy; for narrow kernels as a few partial sums over N, transposed.
+    """x' dy in `dtype`; for narrow kernels as a few partial sums over N, transposed.
 
     XLA's CPU backend is slow at one long sum: 0.10 instead of 0.75 ms of CPU time for N = 2048 and
     256 x 8 features (float32, AMD EPYC, 2026-11-23).
     """
     partial_sums = math.gcd(x.shape[0], _PARTIAL_SUMS)
     if dy.shape[1] > _NARROW_WIDTH or partial_sums == 1:
-        return jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
+        axes = (((0,), (0,)), ((), ()))
+        return jax.lax.dot_general(x, dy, axes, preferred_element_type=dtype)
     x, dy = (a.reshape(partial_sums, -1, a.shape[-1]) for a in (x, dy))
     # Partial sums are added in float32 at least: rounding each to bfloat16 would lose digits.
     wide = state_dtype(x)
     parts = jax.lax.dot_general(dy.astype(wide), x.astype(wide), (((1,), (1,)), ((0,), (0,))))
-    return jnp.sum(parts, axis=0).T.astype(x.dtype)
+    return jnp.sum(parts, axis=0).T.astype(dtype)
 
 
 def _grouped_matmul(x: Float[Array, "N P I"], kernel: Float[Array, "P I O"]):

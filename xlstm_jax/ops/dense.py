@@ -22,10 +22,10 @@ def dense(
     dtype: jnp.dtype | None = None,
 ) -> Float[Array, "*batch F_out"]:
     """x @ kernel, accumulated and returned in `dtype` (None: that of x); kernel is cast to x's."""
-    dtype, kernel = jnp.dtype(dtype or x.dtype), kernel.astype(x.dtype)
+    dtype = jnp.dtype(dtype or x.dtype)
     if cpu.is_single_cpu():
         return cpu.matmul(dtype, x, kernel)
-    return jnp.dot(x, kernel, preferred_element_type=dtype)
+    return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=dtype)
 
 
 @on_any_mesh(spec_of_groups)

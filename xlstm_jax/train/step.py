@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from xlstm_jax.cells.logspace import state_dtype
+from xlstm_jax.cells.logspace import common_dtype
 from xlstm_jax.data.batch import Batch
 from xlstm_jax.errors import ArgumentError
 from xlstm_jax.modules.initializers import random_key
@@ -118,7 +118,7 @@ def sum_gradients(
     )
     shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], parts), key)
     # Accumulated in float32 or wider, whatever the dtype of the parameters.
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, state_dtype(s)), shapes)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, common_dtype(jnp.float32, s.dtype)), shapes)
 
     def body(total, index_and_part):
         index, part = index_and_part

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.mlstm import gates as pre
 from pallas_kernels.mlstm.gates import READ_FLOOR, Decays, LogGates
@@ -34,6 +35,8 @@ from xlstm_jax.typing import Array, Float, Size
 
 CHUNK_SIZE = 64
 """Positions per chunk by default."""
+
+_SAVED = "mlstm"  # name of the results that are saved for the backward pass, besides the inputs
 
 
 class Chunks(NamedTuple):
@@ -67,31 +70,39 @@ def mlstm_chunkwise(
     x: Inputs, state: MLSTMState, flags: Flags, options: Options
 ) -> tuple[Float[Array, "B T H V"], MLSTMState]:
     """The op `mlstm`, for any T; memory grows with T, not with T * chunk_size."""
-    (B, T, H, _), dtype = x.q.shape, state.C.dtype
-    # A short sequence is one chunk of its own length, without padding.
-    L = min(options.chunk_size or CHUNK_SIZE, T)
+    dtype = state.C.dtype
+    q, k, v = (flags.zero_masked(a) for a in x[:3])
+    gates = pre.log_gates(x.i, x.f, *flags, **options.gates, dtype=dtype)
     if not options.max_state:
         # The states of this op have m = 0; the caller's may have another m.
         state = MLSTMState(*pre.fold_stabilizer(*state))
+    # Weights and scores, L x L per chunk, are rematerialized in the backward pass.
+    policy = jax.checkpoint_policies.save_only_these_names(_SAVED)
+    core = jax.checkpoint(_chunkwise, policy=policy, prevent_cse=False, static_argnums=0)
+    h, state = core(options, q, k, v, gates, state)
+    # A masked position writes nothing, but its query still reads the state.
+    return flags.zero_masked(h), state
+
+
+def _chunkwise(options: Options, q, k, v, gates: LogGates, state: MLSTMState):
+    B, T, H = q.shape[:3]
+    # A short sequence is one chunk of its own length, without padding.
+    L = min(options.chunk_size or CHUNK_SIZE, T)
     # An operand of products, and possibly a broadcast constant: see `materialize`.
     C, n, m_first = materialize(jax.tree.map(_merge_leading, state))
-    gates = pre.log_gates(x.i, x.f, *flags, **options.gates, dtype=dtype)
     gates = _chunk_gates(gates, L)
     m = _stabilizers(gates, m_first) if options.max_state else jnp.zeros_like(gates.log_i)
+    m = checkpoint_name(m, _SAVED)
     decays = materialize(_decays(options, gates, m, m_first))
-    factors = _gate_factors(gates)
-    chunks = Chunks(*(_chunk(flags.zero_masked(a), L).astype(dtype) for a in x[:3]))
-    initial = Memory(C, n).times(_unit(m_first))
-    starts, last = _boundary_states(chunks, factors, decays, initial, x.v.dtype)
-    # Weights and scores, L x L per chunk, are rematerialized in the backward pass.
-    read = jax.checkpoint(_read, static_argnums=4, prevent_cse=False)
-    u, d = read(chunks, factors, decays, starts, x.v.dtype)
+    chunks = Chunks(*(_chunk(a, L).astype(state.C.dtype) for a in (q, k, v)))
+    factors, initial = _gate_factors(gates), Memory(C, n).times(_unit(m_first))
+    starts, last = _boundary_states(chunks, factors, decays, initial, v.dtype)
+    u, d = _read(chunks, factors, decays, starts, v.dtype)
     h = _normalize(u, d, m, options.eps) if options.normalize else materialize_cotangent(u)
     m_last = m[-m_first.size :, -1]
     last = MLSTMState(*last.times(_unit(-m_last)), m_last)
     last = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), last, state)
-    # A masked position writes nothing, but its query still reads the state.
-    return flags.zero_masked(_join(h.astype(x.v.dtype), B, T, H)), last
+    return _join(h.astype(v.dtype), B, T, H), last
 
 
 def _unit(x: Array) -> Array:
@@ -131,7 +142,7 @@ def _backward_stabilizers(residuals, dm: Float[Array, "Z L"]):
     return LogGates(di, df, None), before[: m_first.size]
 
 
-_stabilizers = with_backward(_forward_stabilizers, _backward_stabilizers, rematerialize=True)
+_stabilizers = with_backward(_forward_stabilizers, _backward_stabilizers)
 """(gates, m before the first chunk `Y`) -> m after every position, `Z L`."""
 
 
@@ -155,13 +166,9 @@ def _boundary_states(
     Products take operands in `dtype` and accumulate in that of the state.
     """
     # Increments are computed for all chunks at once; the scan only scales and adds.
-    @jax.checkpoint
-    def increments(k, v, key, to_end):
-        keys = (jnp.exp(to_end) * key)[..., None] * k
-        return Memory(product("ZLK,ZLV->ZKV", dtype, keys, v), jnp.sum(keys, axis=-2))
-
+    keys = (jnp.exp(decays.to_end) * factors.key * factors.end[:, None])[..., None] * x.k
+    new = Memory(product("ZLK,ZLV->ZKV", dtype, keys, x.v), jnp.sum(keys, axis=-2))
     f_scaled = jnp.exp(decays.across) * factors.end
-    new = increments(x.k, x.v, factors.key * factors.end[:, None], decays.to_end)
 
     def step(state: Memory, chunk):
         f_scaled, new = chunk
@@ -170,7 +177,7 @@ def _boundary_states(
     Y = initial.n.shape[0]
     chunks = jax.tree.map(lambda a: a.reshape((-1, Y) + a.shape[1:]), (f_scaled, new))
     last, starts = jax.lax.scan(step, initial, chunks)
-    return jax.tree.map(_merge_leading, starts), last
+    return checkpoint_name(jax.tree.map(_merge_leading, starts), _SAVED), last
 
 
 def _read(
@@ -184,7 +191,7 @@ def _read(
     q = (scale * across)[..., None] * q
     u = product("ZLS,ZSV->ZLV", dtype, P, x.v) + product("ZLK,ZKV->ZLV", dtype, q, starts.C)
     d = jnp.sum(P, axis=-1) + jnp.sum(q * starts.n[..., None, :], axis=-1)
-    return u, d
+    return u, checkpoint_name(d, _SAVED)
 
 
 def _normalize(u: Array, d: Array, m: Array, eps: float) -> Array:
@@ -201,7 +208,7 @@ def _divide(u: Float[Array, "Z L V"], norm: Float[Array, "Z L"]) -> Float[Array,
 @_divide.defjvp
 def _divide_jvp(primals, tangents):
     (u, norm), (du, dnorm) = primals, tangents
-    h = _divide(u, norm)
+    h = checkpoint_name(_divide(u, norm), _SAVED)
     # In terms of h, so that u is not saved for the backward pass.
     return h, (du - h * dnorm[..., None]) / norm[..., None]
 
