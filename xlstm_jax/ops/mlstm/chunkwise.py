@@ -47,8 +47,8 @@ class Chunks(NamedTuple):
     v: Float[Array, "Z L V"]
 
 
-class Factors(NamedTuple):
-    """Factors that are 1 and carry the gradient of the gates; see `_unit`."""
+class LogFactors(NamedTuple):
+    """Sums of log gates, by which the weights depend on the gates; see `_unit`."""
 
     query: Float[Array, "Z L"]
     key: Float[Array, "Z L"]
@@ -95,7 +95,7 @@ def _chunkwise(options: Options, q, k, v, gates: LogGates, state: MLSTMState):
     m = checkpoint_name(m, _SAVED)
     decays = materialize(_decays(options, gates, m, m_first))
     chunks = Chunks(*(_chunk(a, L).astype(state.C.dtype) for a in (q, k, v)))
-    factors, initial = _gate_factors(gates), Memory(C, n).times(_unit(m_first))
+    factors, initial = _log_factors(gates), Memory(C, n).times(_unit(m_first))
     starts, last = _boundary_states(chunks, factors, decays, initial, v.dtype)
     u, d = _read(chunks, factors, decays, starts, v.dtype)
     h = _normalize(u, d, m, options.eps) if options.normalize else materialize_cotangent(u)
@@ -107,7 +107,22 @@ def _chunkwise(options: Options, q, k, v, gates: LogGates, state: MLSTMState):
 
 def _unit(x: Array) -> Array:
     """exp(x) divided by the constant exp(x): 1, with the gradient of a factor exp(x)."""
-    return jnp.exp(x - jax.lax.stop_gradient(x))
+    return _times_unit(jnp.ones_like(x), x)
+
+
+@jax.custom_jvp
+def _times_unit(a: Array, x: Array) -> Array:
+    """`a * _unit(x)`, with x broadcast: a itself, which is not multiplied."""
+    del x
+    return a
+
+
+@_times_unit.defjvp
+def _times_unit_jvp(primals, tangents):
+    (a, x), (da, dx) = primals, tangents
+    product, unit = _times_unit(a, x), jnp.exp(x - jax.lax.stop_gradient(x))
+    dx, unit = (y.reshape(y.shape + (1,) * (a.ndim - x.ndim)) for y in (dx, unit))
+    return product, da * unit + product * dx
 
 
 def _chunk_gates(gates: LogGates, L: int) -> LogGates:
@@ -119,11 +134,12 @@ def _chunk_gates(gates: LogGates, L: int) -> LogGates:
     return LogGates(log_i, log_f, _chunk(reset, L))
 
 
-def _gate_factors(gates: LogGates) -> Factors:
+def _log_factors(gates: LogGates) -> LogFactors:
+    """Each differs by constants from a logarithm of weights."""
     # Limited, as the difference of infinities would be NaN.
     log_i, log_f = jnp.maximum(gates.log_i, pre.NEG), jnp.maximum(gates.log_f, pre.NEG)
     F = pre.prefix_sum(log_f, gates.reset)
-    return Factors(_unit(F), _unit(log_i - F), _unit(F[:, -1]))
+    return LogFactors(F, log_i - F, F[:, -1])
 
 
 def _forward_stabilizers(gates: LogGates, m_first: Float[Array, "Y"]):
@@ -159,16 +175,17 @@ def _decays(options: Options, gates: LogGates, m: Array, m_first: Array) -> Deca
 
 
 def _boundary_states(
-    x: Chunks, factors: Factors, decays: Decays, initial: Memory, dtype: jnp.dtype
+    x: Chunks, factors: LogFactors, decays: Decays, initial: Memory, dtype: jnp.dtype
 ) -> tuple[Memory, Memory]:
     """The states at chunk starts, leading axis Z, and the last; `initial` has the leading axis Y.
 
     Products take operands in `dtype` and accumulate in that of the state.
     """
     # Increments are computed for all chunks at once; the scan only scales and adds.
-    keys = (jnp.exp(decays.to_end) * factors.key * factors.end[:, None])[..., None] * x.k
+    to_end = _times_unit(jnp.exp(decays.to_end), factors.key + factors.end[:, None])
+    keys = to_end[..., None] * x.k
     new = Memory(product("ZLK,ZLV->ZKV", dtype, keys, x.v), jnp.sum(keys, axis=-2))
-    f_scaled = jnp.exp(decays.across) * factors.end
+    f_scaled = _times_unit(jnp.exp(decays.across), factors.end)
 
     def step(state: Memory, chunk):
         f_scaled, new = chunk
@@ -181,12 +198,12 @@ def _boundary_states(
 
 
 def _read(
-    x: Chunks, factors: Factors, decays: Decays, starts: Memory, dtype: jnp.dtype
+    x: Chunks, factors: LogFactors, decays: Decays, starts: Memory, dtype: jnp.dtype
 ) -> tuple[Float[Array, "Z L V"], Float[Array, "Z L"]]:
     """Unnormalized read-out and normalizer of every position."""
     within, across = _query_weights(decays)
     scale = x.q.shape[-1] ** -0.5
-    q, k = factors.query[..., None] * x.q, factors.key[..., None] * x.k
+    q, k = _times_unit(x.q, factors.query), _times_unit(x.k, factors.key)
     P = product("ZLK,ZSK->ZLS", dtype, q, k) * (scale * within)
     q = (scale * across)[..., None] * q
     u = product("ZLS,ZSV->ZLV", dtype, P, x.v) + product("ZLK,ZKV->ZLV", dtype, q, starts.C)
