@@ -14,6 +14,7 @@ from xlstm_jax.modules.any_mesh import on_any_mesh
 from xlstm_jax.modules.initializers import small, wang
 from xlstm_jax.modules.linear import Dense, fused_dense
 from xlstm_jax.modules.options import ACTIVATION_NAMES
+from xlstm_jax.ops.activations import silu_gate
 from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Float
 
@@ -88,4 +89,4 @@ class LargeFeedForward(nn.Module):
         layers = (Dense(self.inner_dim, small(dim), self.use_bias, name=name) for name in names)
         gate, up = (constrain(y, "batch", "time", "mlp") for y in fused_dense(x, *layers))
         down = Dense(dim, wang(dim, self.num_blocks), self.use_bias, name="proj_down")
-        return down(jax.nn.silu(gate) * up)
+        return down(silu_gate(gate, up))

@@ -6,7 +6,6 @@ Source: Beck et al. 2025, arXiv:2503.13427 (xLSTM 7B), section 3.
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -19,6 +18,7 @@ from xlstm_jax.modules.initializers import constant, linspace, small, wang, zero
 from xlstm_jax.modules.linear import Dense, fused_dense, input_and_forget_gates
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import LargeConfig
+from xlstm_jax.ops.activations import sigmoid_gate
 from xlstm_jax.ops.trace import mlstm_trace
 from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Flag, Float, Size
@@ -61,7 +61,7 @@ class LargeMLSTMLayer(nn.Module):
             cfg.norm_eps, as_offset=False, use_bias=cfg.use_bias, name="multihead_norm"
         )
         out = Dense(dim, wang(dim, self.num_blocks), cfg.use_bias, name="out_proj")
-        y = out(jax.nn.sigmoid(o) * norm(h))
+        y = out(sigmoid_gate(o, norm(h)))
         return nn.Dropout(self.dropout, deterministic=deterministic)(y), state
 
     @nn.nowrap

@@ -7,7 +7,6 @@ import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import export
 from jax.typing import DTypeLike
@@ -22,6 +21,7 @@ from xlstm_jax.modules.initializers import linspace, normal, ones, small, wang
 from xlstm_jax.modules.linear import Dense, HeadwiseDense, input_and_forget_gates
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import MLSTMConfig
+from xlstm_jax.ops.activations import silu, silu_gate
 from xlstm_jax.ops.trace import mlstm_trace
 from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Flag, Float, Size
@@ -68,7 +68,7 @@ class MLSTMLayer(nn.Module):
         a, z = (constrain(y, "batch", "time", "inner") for y in jnp.split(up, 2, axis=-1))
         convolve = CausalConv(cfg.conv_width, cfg.conv_mixing, name="conv")
         u, conv = convolve(a, conv, reset=reset, mask=mask)
-        u = jax.nn.silu(u)
+        u = silu(u)
         project = functools.partial(
             HeadwiseDense, inner_dim, inner_dim // cfg.qkv_block_size, small(dim), cfg.use_bias
         )
@@ -81,7 +81,7 @@ class MLSTMLayer(nn.Module):
         h, cell = ops.mlstm(q, k, v, i, f, cell, **flags, **cfg.cell)
         h = MultiHeadNorm(cfg.norm_eps, as_offset=True, name="out_norm")(h)
         skip = self.param("learnable_skip", ones, (inner_dim,)).astype(x.dtype)
-        y = (h + skip[None, None] * u) * jax.nn.silu(z)
+        y = silu_gate(z, h + skip[None, None] * u)
         y = Dense(dim, wang(dim, self.num_blocks), cfg.use_bias, name="proj_down")(y)
         y = nn.Dropout(self.dropout, deterministic=deterministic)(y)
         return y, MLSTMLayerState(conv, cell)

@@ -7,7 +7,6 @@ import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import export
 from jax.typing import DTypeLike
@@ -22,6 +21,7 @@ from xlstm_jax.modules.initializers import Initializer, linspace, small, uniform
 from xlstm_jax.modules.linear import HeadwiseDense
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import BiasInit, RecurrentInit, SLSTMConfig
+from xlstm_jax.ops.activations import silu
 from xlstm_jax.ops.trace import slstm_trace
 from xlstm_jax.typing import Array, Flag, Float, Int, PRNGKeyArray, Size
 
@@ -67,7 +67,7 @@ class SLSTMLayer(nn.Module):
         convolve = CausalConv(cfg.conv_width, cfg.conv_mixing, name="conv")
         u, conv = convolve(x, conv, reset=reset, mask=mask)
         if cfg.conv_width > 0:
-            u = jax.nn.silu(u)
+            u = silu(u)
         inputs = {"input_gate": u, "forget_gate": u, "cell_input": x, "output_gate": x}
         gates = [
             HeadwiseDense(D, H, small(D), upcast=True, name=name)(y).reshape(B, T, H, K)

@@ -11,6 +11,7 @@ from xlstm_jax.cells.time import vary_like
 from xlstm_jax.ops.checks import check_length, check_shapes
 from xlstm_jax.ops.cpu import materialize_cotangent
 from xlstm_jax.ops.flags import FLAG_AXES, Flags
+from xlstm_jax.ops.gradient import with_backward
 from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
 from xlstm_jax.ops.sharded.halo import state_from_neighbor, states_from_all_shards
 from xlstm_jax.ops.sharded.shard_map import map_shards, sharding_axes
@@ -117,28 +118,59 @@ def _boundary_states(x, state, flags: Flags, axes: tuple[str, ...]):
     return states_from_all_shards(state, shard_last, num_replaced, axes)
 
 
-# The taps cost more to save than to rematerialize.
-@jax.checkpoint
 def _convolve(x, kernel, bias, state, reset):
     W, T = kernel.shape[0], x.shape[1]
     dtype = common_dtype(x.dtype, kernel.dtype)
-    window = jnp.concatenate([state, x], axis=1)
     segment = None if reset is None else _segments(reset, W)
-    # A sum of W shifted products, as W is small.
-    y = jnp.zeros((), dtype)
-    for j in range(W):
-        tap = window[:, j : j + T]
-        if segment is not None and j < W - 1:
-            is_same_segment = segment[:, j : j + T] == segment[:, W - 1 :]
-            tap = jnp.where(is_same_segment[..., None], tap, 0)
-        y = y + (tap * kernel[j][None, None] if kernel.ndim == 2 else tap @ kernel[j])
+    # The taps of a mixing kernel cost more to save than to rematerialize.
+    compute = _depthwise if kernel.ndim == 2 else jax.checkpoint(_sum_of_taps)
+    y = compute(x, kernel, state, segment)
     if bias is not None:
         y = y + bias[None, None]
+    last = jnp.concatenate([state, x[:, max(T - W + 1, 0) :]], axis=1)[:, -(W - 1) or T :]
     if W > 1 and segment is not None:
         # Inputs of an earlier document must not leak into the next call.
-        is_last_segment = segment == segment[:, -1:]
-        window = jnp.where(is_last_segment[..., None], window, 0)
-    return materialize_cotangent(y.astype(dtype)), window[:, T:]
+        is_last_segment = segment[:, T:] == segment[:, -1:]
+        last = jnp.where(is_last_segment[..., None], last, 0)
+    return materialize_cotangent(y.astype(dtype)), last
+
+
+def _sum_of_taps(x, kernel, state, segment):
+    """A sum of W shifted products, as W is small."""
+    W, T = kernel.shape[0], x.shape[1]
+    window = jnp.concatenate([state, x], axis=1)
+    y = jnp.zeros((), common_dtype(x.dtype, kernel.dtype))
+    for j in range(W):
+        tap = _same_segment(window[:, j : j + T], segment, j)
+        y = y + (tap * kernel[j][None, None] if kernel.ndim == 2 else tap @ kernel[j])
+    return y
+
+
+def _same_segment(a, segment, j: int):
+    """a, `B T F`, where input t - (W-1) + j is in the segment of position t, else 0."""
+    T = a.shape[1]
+    if segment is None or segment.shape[1] == j + T:
+        return a
+    return jnp.where((segment[:, j : j + T] == segment[:, -T:])[..., None], a, 0)
+
+
+def _depthwise_backward(residuals, dy):
+    # Shifts dy and not x: of x, shifted copies would be saved from the forward pass.
+    x, kernel, state, segment = residuals
+    W, size = kernel.shape[0], state.shape[1]
+    dwindow, dkernel = jnp.zeros((), dy.dtype), []
+    for j in range(W):
+        shifts = ((0, 0), (j, W - 1 - j), (0, 0))
+        dtap = jnp.pad(_same_segment(dy, segment, j), shifts)
+        dwindow = dwindow + dtap * kernel[j][None, None]
+        by_part = (dtap[:, :size], state), (dtap[:, size:], x)
+        dkernel.append(sum(jnp.sum(d * part, axis=(0, 1)) for d, part in by_part))
+    dkernel = jnp.stack(dkernel).astype(kernel.dtype)
+    return dwindow[:, size:].astype(x.dtype), dkernel, dwindow[:, :size].astype(x.dtype), None
+
+
+_depthwise = with_backward(lambda *args: (_sum_of_taps(*args), args), _depthwise_backward)
+"""(x, kernel, state, segment) -> y, without a bias."""
 
 
 def _segments(reset, W):
