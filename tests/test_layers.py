@@ -24,6 +24,7 @@ LAYER_4 = (
     "xlstm_jax.plan",
     "xlstm_jax.flops",
     "xlstm_jax.cpu",
+    "xlstm_jax.program_cache",
 )
 LAYER_5 = (*LAYER_4, "xlstm_jax.cli", "xlstm_jax.__main__")
 
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     "xlstm_jax": (*LAYER_0, "xlstm_jax.cells", "xlstm_jax.ops"),
     "xlstm_jax.data": LAYER_0,
     "xlstm_jax.modules": LAYER_2,
-    "xlstm_jax.train": LAYER_3,
+    "xlstm_jax.train": (*LAYER_3, "xlstm_jax.program_cache"),
     "xlstm_jax.generate": (*LAYER_3, "xlstm_jax.train.checkpoint"),
     "xlstm_jax.evaluate": (*LAYER_3, "xlstm_jax.train.checkpoint", "xlstm_jax.train.losses"),
     "xlstm_jax.convert": (*LAYER_3, "xlstm_jax.train.checkpoint"),
@@ -53,6 +54,7 @@ MAY_IMPORT = {
     ),
     "xlstm_jax.flops": LAYER_3,
     "xlstm_jax.cpu": (),
+    "xlstm_jax.program_cache": (),
     "xlstm_jax.cli": LAYER_4,
     "xlstm_jax.__main__": LAYER_5,
     "experiments": (*LAYER_5, "tests.workloads"),
@@ -69,6 +71,7 @@ THIRD_PARTY = {
     "xlstm_jax.ops": {"jax", "jaxtyping", "numpy"},
     "xlstm_jax": set(),
     "xlstm_jax.cpu": {"jax"},
+    "xlstm_jax.program_cache": {"jax"},
 }
 
 # Package -> third-party packages that it may not import. Data preparation must not need JAX.

@@ -269,14 +269,22 @@ def test_console_shows_progress_and_records_contain_the_flop_rate(
     assert lines[0].startswith("step 3/6  loss") and "bits per byte" in lines[-1]
 
 
-def test_compiled_programs_are_cached_in_the_run_directory(
-    tiny_lm, experiment, tmp_path, compile_cache
+def test_compiled_programs_are_shared_by_runs(
+    tiny_lm, experiment, tmp_path, compile_cache, monkeypatch
 ):
+    monkeypatch.setenv("XLSTM_CACHE_DIR", str(tmp_path / "cache"))
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
+
+    def programs(seed):
+        jax.clear_caches()
+        fit(experiment(steps=1, eval_every=0, seed=seed), tmp_path / f"run_{seed}")
+        return {file.name for file in (tmp_path / "cache" / "programs").glob("*-cache")}
+
     try:
-        fit(experiment(steps=1, eval_every=0), tmp_path / "run")
-        assert list((tmp_path / "run" / "cache").iterdir())
+        first = programs(0)
+        assert any("train_step" in name for name in first)
+        assert programs(1) == first
         assert jax.config.values["jax_compilation_cache_dir"] is None
     finally:
         jax.config.update("jax_compilation_cache_dir", str(compile_cache))

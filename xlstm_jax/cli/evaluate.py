@@ -10,9 +10,9 @@ from xlstm_jax.data.loader import load, load_all
 from xlstm_jax.errors import quote_path
 from xlstm_jax.evaluate import by_position, perplexity
 from xlstm_jax.modules.lm import LM
+from xlstm_jax.program_cache import compiled_programs
 from xlstm_jax.train.checkpoint import restore_params
 from xlstm_jax.train.config import check_vocabulary
-from xlstm_jax.train.rundir import compiled_programs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def run(argv: list[str]) -> int:
         "max_batches": args.max_batches,
         "document_resets": cfg.train.document_resets,
     }
-    with compiled_programs(args.run):
+    with compiled_programs():
         result = perplexity(*inputs, **settings)
         scope = f"{quote_path(cfg.data.source)}, {split or 'all splits'}"
         fields = {"data": f"{scope}, windows of {cfg.data.seq_len} tokens"}

@@ -10,8 +10,8 @@ from xlstm_jax.generate import Sampler
 from xlstm_jax.generate.text import stream_text
 from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.modules.lm import LM
+from xlstm_jax.program_cache import compiled_programs
 from xlstm_jax.train.checkpoint import restore_params
-from xlstm_jax.train.rundir import compiled_programs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ def run(argv: list[str]) -> int:
         min_p=args.min_p,
     )
     cfg, params = restore_params(args.run, args.step)
-    with compiled_programs(args.run):
+    with compiled_programs():
         continuation = stream_text(
             LM(cfg.model),
             {"params": params},

@@ -27,6 +27,8 @@ def unrolled(
     pattern: str, apply: ApplyBlock, x: Float[Array, "B T D"], blocks: Blocks
 ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
     """Applies all blocks in order, compiling each; returns x and the new states by letter."""
+    # Equal blocks are traced and differentiated once; XLA compiles each where it is called.
+    apply = jax.jit(apply, static_argnums=0)
     remaining = {letter: iter(_unstack(tree)) for letter, tree in blocks.items()}
     new = {letter: [] for letter in blocks}
     for index, letter in enumerate(pattern):

@@ -13,6 +13,7 @@ from xlstm_jax.config import ConfigError
 from xlstm_jax.data import loader
 from xlstm_jax.data.batch import Examples, differences_of_data
 from xlstm_jax.data.windows import Windows
+from xlstm_jax.program_cache import compiled_programs
 from xlstm_jax.sharding.devices import make_devices
 from xlstm_jax.train import checkpoint, lock, plots, rundir
 from xlstm_jax.train.config import ExperimentConfig, check_divisibility, check_vocabulary
@@ -130,7 +131,7 @@ def _fit(
     )
     with (
         process_log(run_dir),
-        rundir.compiled_programs(run_dir),
+        compiled_programs(),
         contextlib.closing(Stop()) as stop,
     ):
         log.info("starts at step %d of %d", progress.step, cfg.train.steps)

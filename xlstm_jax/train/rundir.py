@@ -9,13 +9,11 @@ import os
 import platform
 import shutil
 import subprocess
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 from xlstm_jax.config import (
     IMPORTS,
@@ -36,7 +34,7 @@ from xlstm_jax.train.processes import log
 
 CONFIG, RUN, METRICS = "config.json", "run.json", "metrics.jsonl"
 BAD_METRICS = "metrics.bad.jsonl"  # lines of METRICS that are not records
-CURVE, DIVERGED, CACHE = "loss.png", "diverged.json", "cache"
+CURVE, DIVERGED = "loss.png", "diverged.json"
 
 # What else a run writes, besides its checkpoints, CONFIG and RUN; patterns.
 _FILES = (METRICS, BAD_METRICS, CURVE, DIVERGED, "process_*.log", "special_tokens.json")
@@ -259,24 +257,3 @@ def _git_state() -> dict[str, Any] | None:
         return None
     commit, _, dirty = process.stdout.strip().partition("-")
     return {"commit": commit, "changed": bool(dirty)}
-
-
-@contextlib.contextmanager
-def compiled_programs(run_dir: Path) -> Iterator[None]:
-    """Within the context, JAX's compilation cache is RUN/cache, unless the user has set another.
-
-    A restart of the same program, by any command, then compiles nothing. The setting is global to
-    the process and is restored at the end.
-    """
-    with warnings.catch_warnings():
-        # A cache that cannot be written, as on a full disk, costs time only.
-        warnings.filterwarnings("ignore", "Error .* persistent compilation cache")
-        if jax.config.values["jax_compilation_cache_dir"] is not None:
-            yield
-            return
-        jax.config.update("jax_compilation_cache_dir", str((run_dir / CACHE).resolve()))
-        try:
-            yield
-        finally:
-            jax.config.update("jax_compilation_cache_dir", None)
-            compilation_cache.reset_cache()  # else JAX keeps the folder it has opened
