@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from xlstm_jax import cpu
+
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -48,6 +50,17 @@ def test_example_of_activations_prints_a_line_per_layer(capsys):
     exec(compile(example, "activations.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["m0", "m1", "s0"]
+
+
+@pytest.mark.slow
+def test_own_train_loop_of_the_docs_reduces_the_loss(monkeypatch):
+    monkeypatch.setattr(cpu, "prepare", lambda: True)  # it would change this process
+    example, names = code_block("python", (ROOT / "docs/own_loop.md").read_text()), {}
+    exec(compile(example, "own_loop.md", "exec"), names)
+    first = names["loss_fn"](
+        names["model"].init(jax.random.key(1), names["tokens"]), names["tokens"]
+    )
+    assert names["loss"] < first
 
 
 @pytest.mark.slow

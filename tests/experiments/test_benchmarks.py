@@ -14,7 +14,9 @@ from experiments.benchmarks import (
     measure,
     mesh,
     nnx_step,
+    start_time,
     train_step,
+    user_loop,
 )
 from tests import workloads
 from tests.workloads import ModelWorkload
@@ -81,6 +83,23 @@ def test_steps_with_nnx_compute_what_those_of_linen_do(monkeypatch, tmp_path):
     assert len(others) == 3 and first[0] > first[-1]
     for other in others:
         assert other == pytest.approx(first, rel=1e-5)
+
+
+def test_plain_loop_runs_without_a_peer_and_reduces_the_loss(tiny, tmp_path):
+    out = tmp_path / "user_loop.json"
+    assert user_loop.main(user_loop.Arguments(repeats=2, out=out)) == 0
+    assert json.loads(out.read_text())["train"]["large"]["ours"]["page_faults"] >= 0
+    advance, _ = user_loop.plain_loop(TINY)
+    losses = [float(advance()) for _ in range(100)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_second_start_compiles_less(tmp_path):
+    out = tmp_path / "start_time.json"
+    assert start_time.main(start_time.Arguments(out=out)) == 0
+    result = json.loads(out.read_text())
+    assert result["first"].keys() == result["second"].keys() > {"initialize", "trace", "compile"}
 
 
 def test_timers_alternate():
