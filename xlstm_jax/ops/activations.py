@@ -1,13 +1,16 @@
 """Gated activations whose backward pass saves only their arguments.
 
 Autodiff saves every intermediate result, and memory traffic is what elementwise functions cost. XLA
-would also merge a recomputed sigmoid with that of the forward pass, and so save it anyway;
-therefore the backward pass computes it as a hyperbolic tangent.
+merges equal expressions of the forward and backward pass, and of two gradients, and then stores
+them from the forward pass on. So the backward pass writes each sigmoid in another way.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.cells.time import vary_like
 from xlstm_jax.ops.gradient import with_backward
 from xlstm_jax.typing import Array, Float
@@ -28,28 +31,47 @@ def sigmoid_gate(gate: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Arr
     return _sigmoid_gate(*vary_like((gate, x), None))
 
 
-def _sigmoid(x: Array, sign: float = 1.0) -> Array:
-    return sign * 0.5 * jnp.tanh(sign * 0.5 * x) + 0.5
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _sigmoid(form: str, x: Array) -> Array:
+    # The exponent is never positive, and small results keep their digits.
+    e = jnp.exp(-jnp.abs(x) if form == "abs" else jnp.minimum(x, -x))
+    return jnp.where(x >= 0, 1, e) / (1 + e)
 
 
-def _silu_and_slope(x: Array) -> tuple[Array, Array]:
-    s = _sigmoid(x)
-    return x * s, s + x * s * (1 - s)
+@_sigmoid.defjvp
+def _sigmoid_jvp(form: str, primals, tangents):
+    # Of the second derivative; that of the expression is wrong at 0.
+    s = _sigmoid(form, *primals)
+    return s, tangents[0] * s * (1 - s)
+
+
+def _silu_slope(x: Array) -> Array:
+    s = _sigmoid("abs", x)
+    return s + x * s * (1 - s)
+
+
+def _silu_backward(x: Array, dy: Array):
+    wide = x.astype(state_dtype(x))
+    return ((dy * _silu_slope(wide)).astype(x.dtype),)
 
 
 def _silu_gate_backward(residuals, dy: Array):
     gate, x = residuals
-    return dy * x * _silu_and_slope(gate)[1], dy * gate * _sigmoid(gate, -1)
+    wide, dtype = gate.astype(state_dtype(gate)), x.dtype
+    value = wide * _sigmoid("min", wide)
+    return (dy * x * _silu_slope(wide)).astype(gate.dtype), (dy * value).astype(dtype)
 
 
 def _sigmoid_gate_backward(residuals, dy: Array):
     gate, x = residuals
-    s = _sigmoid(gate)
-    return dy * x * s * (1 - s), dy * _sigmoid(gate, -1)
+    wide, dtype = gate.astype(state_dtype(gate)), x.dtype
+    s, same = _sigmoid("abs", wide), _sigmoid("min", wide)
+    return (dy * x * s * (1 - s)).astype(gate.dtype), (dy * same).astype(dtype)
 
 
-_silu = with_backward(lambda x: (jax.nn.silu(x), x), lambda x, dy: (dy * _silu_and_slope(x)[1],))
-_silu_gate = with_backward(lambda gate, x: (jax.nn.silu(gate) * x, (gate, x)), _silu_gate_backward)
-_sigmoid_gate = with_backward(
+_remat = functools.partial(with_backward, rematerialize=True)
+_silu = _remat(lambda x: (jax.nn.silu(x), x), _silu_backward)
+_silu_gate = _remat(lambda gate, x: (jax.nn.silu(gate) * x, (gate, x)), _silu_gate_backward)
+_sigmoid_gate = _remat(
     lambda gate, x: (jax.nn.sigmoid(gate) * x, (gate, x)), _sigmoid_gate_backward
 )

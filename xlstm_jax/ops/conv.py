@@ -127,7 +127,7 @@ def _convolve(x, kernel, bias, state, reset):
     y = compute(x, kernel, state, segment)
     if bias is not None:
         y = y + bias[None, None]
-    last = jnp.concatenate([state, x[:, max(T - W + 1, 0) :]], axis=1)[:, -(W - 1) or T :]
+    last = jnp.concatenate([state, x], axis=1)[:, T:]
     if W > 1 and segment is not None:
         # Inputs of an earlier document must not leak into the next call.
         is_last_segment = segment[:, T:] == segment[:, -1:]
