@@ -51,7 +51,8 @@ class _Model(nn.Module):
             with only_parameters():
                 return super().init(rngs, x, *args, **options)
         # One position of one sequence: parameters do not depend on batch size or length.
-        return _init(self, rngs, x[(slice(1),) * min(2, x.ndim)])
+        like = x if x.ndim < 2 else jnp.zeros((1, 1, *x.shape[2:]), x.dtype)
+        return _init(self, rngs, like)
 
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, **options: Any) -> Any:

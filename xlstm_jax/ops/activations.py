@@ -51,22 +51,26 @@ def _silu_slope(x: Array) -> Array:
 
 
 def _silu_backward(x: Array, dy: Array):
-    wide = x.astype(state_dtype(x))
+    wide, dy = _widen(x, dy)
     return ((dy * _silu_slope(wide)).astype(x.dtype),)
 
 
 def _silu_gate_backward(residuals, dy: Array):
-    gate, x = residuals
-    wide, dtype = gate.astype(state_dtype(gate)), x.dtype
-    value = wide * _sigmoid("min", wide)
-    return (dy * x * _silu_slope(wide)).astype(gate.dtype), (dy * value).astype(dtype)
+    gate, x, dy = _widen(*residuals, dy)
+    dgate, dx = dy * x * _silu_slope(gate), dy * gate * _sigmoid("min", gate)
+    return dgate.astype(residuals[0].dtype), dx.astype(residuals[1].dtype)
 
 
 def _sigmoid_gate_backward(residuals, dy: Array):
-    gate, x = residuals
-    wide, dtype = gate.astype(state_dtype(gate)), x.dtype
-    s, same = _sigmoid("abs", wide), _sigmoid("min", wide)
-    return (dy * x * s * (1 - s)).astype(gate.dtype), (dy * same).astype(dtype)
+    gate, x, dy = _widen(*residuals, dy)
+    s = _sigmoid("abs", gate)
+    dgate, dx = dy * x * s * (1 - s), dy * _sigmoid("min", gate)
+    return dgate.astype(residuals[0].dtype), dx.astype(residuals[1].dtype)
+
+
+def _widen(*arrays: Array) -> list[Array]:
+    dtype = state_dtype(*arrays)
+    return [a.astype(dtype) for a in arrays]
 
 
 _remat = functools.partial(with_backward, rematerialize=True)
