@@ -42,7 +42,9 @@ def test_capturing_changes_neither_logits_nor_state(pattern, remat):
     jax.tree.map(np.testing.assert_array_equal, (logits, state), expected)
 
 
-@pytest.mark.parametrize("pattern, remat", [("msM", "none"), (SCANNED, "full")])
+@pytest.mark.parametrize(
+    "pattern, remat", [("msM", "none"), pytest.param(SCANNED, "full", marks=slow)]
+)
 def test_capturing_nothing_compiles_the_same_program(pattern, remat):
     model, variables = models.model_and_variables(models.config(pattern, remat=remat))
     tokens = models.tokens(0, 2, 5)

@@ -28,7 +28,7 @@ from xlstm_jax.train.losses import language_model_loss
 MODULES = ("Layer", "LM-")
 
 
-REPEATED = ("_scan", "Layer", "-tiles", "rms_norm")
+REPEATED = ("_scan", "Layer", "-tiles", "rms_norm", "LM-s", "LM-M")
 """Rows whose code other rows run too."""
 
 
