@@ -164,7 +164,12 @@ def new_optimizer(module):
     return nnx.Optimizer(module, TX, wrt=nnx.Param)
 
 
-MESHES = {"one device": None, "mesh": dict(data=2, fsdp=2, tensor=2)}
+MESHES = {
+    "one device": pytest.param(None),
+    "mesh": pytest.param(lambda: sharding.make_mesh(data=2, fsdp=2, tensor=2)),
+    # Its axes are Explicit.
+    "bare": pytest.param(lambda: jax.make_mesh((4, 2), ("data", "tensor")), marks=pytest.mark.slow),
+}
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
@@ -172,7 +177,7 @@ def test_three_steps_of_an_nnx_optimizer_equal_those_of_optax(mesh, params):
     step, moments = jax.jit(optax_step), TX.init(params)
     with contextlib.ExitStack() as stack:
         if mesh:
-            stack.enter_context(jax.set_mesh(sharding.make_mesh(**mesh)))
+            stack.enter_context(jax.set_mesh(mesh()))
         module = to_nnx(CFG, params)
         optimizer = new_optimizer(module)
         trees = module.stack, optimizer.opt_state[0].mu["stack"]
