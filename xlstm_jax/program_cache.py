@@ -13,9 +13,12 @@ CACHE_DIR = "XLSTM_CACHE_DIR"
 """Environment variable: the folder of this library's caches; `~/.cache/xlstm-jax` by default."""
 
 
-def cache_dir() -> Path:
-    """The folder of this library's caches, which need not exist."""
-    return Path(os.environ.get(CACHE_DIR) or "~/.cache/xlstm-jax").expanduser()
+def cache_dir() -> Path | None:
+    """The folder of this library's caches, which need not exist; None without a home directory."""
+    try:
+        return Path(os.environ.get(CACHE_DIR) or "~/.cache/xlstm-jax").expanduser()
+    except RuntimeError:  # as in a container whose user has none
+        return None
 
 
 @contextlib.contextmanager
@@ -29,10 +32,11 @@ def compiled_programs() -> Iterator[None]:
     with warnings.catch_warnings():
         # A cache that cannot be written, as on a full disk, costs time only.
         warnings.filterwarnings("ignore", "Error .* persistent compilation cache")
-        if jax.config.values["jax_compilation_cache_dir"] is not None:
+        folder = cache_dir()
+        if folder is None or jax.config.values["jax_compilation_cache_dir"] is not None:
             yield
             return
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "programs"))
+        jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
         try:
             yield
         finally:

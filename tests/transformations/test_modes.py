@@ -115,7 +115,8 @@ def test_no_dtype_is_promoted_implicitly(row):
             arguments = row.arguments(dtype=dtype)
             if row.has_state:
                 arguments["state"] = as_dtype(arguments["state"], "float32")
-            jax.eval_shape(functools.partial(results, row), arguments)
+            shapes = jax.eval_shape(functools.partial(results, row), arguments)
+            assert float_dtypes(shapes) <= {dtype, "float32"}
 
 
 @pytest.mark.parametrize("letter", [pytest.param(x, marks=pytest.mark.slow) for x in "ms"] + ["M"])
