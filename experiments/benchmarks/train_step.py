@@ -12,8 +12,10 @@ that other load affects both alike; use an otherwise idle machine.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
+
+import jax
 
 from experiments.benchmarks import cases, depth, length, measure, peer
 from tests import workloads
@@ -23,6 +25,8 @@ from xlstm_jax.flops import count_params, train_flops
 
 TARGETS = {"large": 1.2, "v1": 4.0}
 """Minimum ratio of our tokens per second to those of the peer."""
+
+Advance = Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,10 +54,26 @@ def main(args: Arguments) -> int:
 
 
 def train(name: str, repeats: int, peer_python: str | None) -> dict[str, Any]:
-    """Times our step, the peer's if there is one, and a matrix product, alternating."""
+    """The record of `compare` for the trainer's step."""
+    return compare(name, cases.compiled_step, TARGETS[name], repeats, peer_python)
+
+
+def compare(
+    name: str,
+    make_step: Callable[[workloads.ModelWorkload], tuple[Advance, jax.stages.Compiled]],
+    target: float,
+    repeats: int,
+    peer_python: str | None,
+    costs: Callable[[Advance], dict[str, float]] = lambda advance: {},
+) -> dict[str, Any]:
+    """Times our step, the peer's if there is one, and a matrix product, alternating.
+
+    `make_step` returns a function that runs one more step, and its program; `target` is the minimum
+    ratio of our tokens per second to those of the peer; `costs` measures more of our step.
+    """
+    workload = workloads.MODELS[name]
     with peer.start(peer_python, name) as other:
-        workload = workloads.MODELS[name]
-        advance, program = cases.compiled_step(workload)
+        advance, program = make_step(workload)
         measure.seconds(advance, 2)
         product = measure.matrix_product(measure.MATRIX_SIZE)
         timers = {
@@ -70,14 +90,14 @@ def train(name: str, repeats: int, peer_python: str | None) -> dict[str, Any]:
             "flops_per_step": flops,
             "temporary_bytes": measure.temporary_bytes(program),
             "matrix_product_flops_per_second": rate,
-            "ours": rates("ours", times["ours"]),
+            "ours": rates("ours", times["ours"]) | costs(advance),
             "peer": None,
         }
         if other is not None:
             record["peer"] = {**rates("peer", times["peer"]), **other.description}
             ratio = record["ours"]["tokens_per_second"] / record["peer"]["tokens_per_second"]
-            record |= {"ours_over_peer": ratio, "target": TARGETS[name]}
-            print(f"{name}: {ratio:.2f} x, target {TARGETS[name]} x")
+            record |= {"ours_over_peer": ratio, "target": target}
+            print(f"{name}: {ratio:.2f} x, target {target} x")
         return record
 
 

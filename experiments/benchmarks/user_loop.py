@@ -15,17 +15,13 @@ import dataclasses
 import functools
 import resource
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import optax
 
-from experiments.benchmarks import cases, measure, peer
-from experiments.benchmarks.train_step import step_rates
+from experiments.benchmarks import cases, measure, train_step
 from tests import workloads
 from xlstm_jax import cpu
-from xlstm_jax.config import to_dict
-from xlstm_jax.flops import train_flops
 from xlstm_jax.modules import LM
 
 TARGETS = {"large": 1.4, "v1": 3.5}
@@ -46,7 +42,10 @@ def main(args: Arguments) -> int:
         cpu.prepare()
     result = measure.run_info("user_loop") | {"prepare": args.prepare}
     result["train"] = {
-        name: compare(name, args.repeats, args.peer_python) for name in workloads.MODELS
+        name: train_step.compare(
+            name, plain_loop, TARGETS[name], args.repeats, args.peer_python, kernel_costs
+        )
+        for name in workloads.MODELS
     }
     measure.write(args.out, result)
     return 0
@@ -93,33 +92,6 @@ def kernel_costs(advance: Callable[[], jax.Array], steps: int = 5) -> dict[str, 
         "user_seconds": (end.ru_utime - start.ru_utime) / steps,
         "kernel_seconds": (end.ru_stime - start.ru_stime) / steps,
     }
-
-
-def compare(name: str, repeats: int, peer_python: str | None) -> dict[str, Any]:
-    """Times our loop, the peer's if there is one, and a matrix product, alternating."""
-    workload = workloads.MODELS[name]
-    with peer.start(peer_python, name) as other:
-        advance, program = plain_loop(workload)
-        measure.seconds(advance, 2)
-        product = functools.partial(measure.seconds, measure.matrix_product(measure.MATRIX_SIZE))
-        timers = {"product": product, "ours": functools.partial(measure.seconds, advance)}
-        times = measure.interleaved(timers | ({"peer": other.seconds} if other else {}), repeats)
-        rate = measure.product_rate(times["product"])
-        flops = train_flops(workload.model, workload.seq_len) * workload.batch_size
-        rates = functools.partial(step_rates, name, workload.tokens, flops, rate)
-        record: dict[str, Any] = {
-            "config": to_dict(workload),
-            "temporary_bytes": measure.temporary_bytes(program),
-            "matrix_product_flops_per_second": rate,
-            "ours": rates("ours", times["ours"]) | kernel_costs(advance),
-            "peer": None,
-        }
-        if other is not None:
-            record["peer"] = {**rates("peer", times["peer"]), **other.description}
-            ratio = record["ours"]["tokens_per_second"] / record["peer"]["tokens_per_second"]
-            record |= {"ours_over_peer": ratio, "target": TARGETS[name]}
-            print(f"{name}: {ratio:.2f} x, target {TARGETS[name]} x")
-        return record
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from xlstm_jax.modules import LM, LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig
-from xlstm_jax.modules.initializers import random_key
+from xlstm_jax.modules.initializers import jit_once, normal, random_key, uniform
 from xlstm_jax.modules.slstm import cell_bias_init
 
 DIM, NUM_BLOCKS = 128, 3
@@ -142,3 +143,19 @@ def test_every_bit_and_the_sign_of_a_seed_count():
     magnitudes += [5 | 1 << bit for bit in range(3, 72, 6)]
     keys = [random_key(sign * n) for n in magnitudes for sign in (1, -1)]
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
+
+
+def test_programs_that_run_once_equal_those_of_jit(request):
+    # Tests compile at level 0.
+    jax.config.update("jax_disable_most_optimizations", False)
+    request.addfinalizer(lambda: jax.config.update("jax_disable_most_optimizations", True))
+    draw = lambda key: {"a": normal(0.1)(key, (64, 3)), "b": uniform(0.5)(key, (5,))}  # noqa: E731
+    once, key = jit_once(draw), jax.random.key(1)
+    expected = jax.jit(draw)(key)
+    chex.assert_trees_all_equal(once(key), expected)
+    # Within transformations, also where no argument is traced.
+    chex.assert_trees_all_equal(jax.jit(once)(key), expected)
+    chex.assert_trees_all_equal(jax.jit(lambda: once(key))(), expected)
+    chex.assert_trees_all_equal(jax.tree.map(lambda x: x[0], jax.vmap(once)(key[None])), expected)
+    assert jax.vmap(lambda x: x * once(key)["b"])(jnp.ones(2)).shape == (2, 5)
+    assert jax.eval_shape(lambda: once(key))["a"].shape == (64, 3)

@@ -14,6 +14,7 @@ import textwrap
 import threading
 import time
 
+import chex
 import jax
 import numpy as np
 import optax
@@ -278,6 +279,8 @@ def test_compiled_programs_are_shared_by_runs(
 
     def programs(seed):
         jax.clear_caches()
+        # Programs of earlier tests are traced again: chex counts traces over all tests of a file.
+        chex.clear_trace_counter()
         fit(experiment(steps=1, eval_every=0, seed=seed), tmp_path / f"run_{seed}")
         return {file.name for file in (tmp_path / "cache" / "programs").glob("*-cache")}
 

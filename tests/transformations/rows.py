@@ -18,6 +18,7 @@ from tests.modules.models import config
 from tests.ops.subjects import KERNELS, implementations
 from xlstm_jax import cells, ops
 from xlstm_jax.modules import LM, LargeMLSTMLayer, MLSTMLayer, SLSTMLayer
+from xlstm_jax.ops import activations
 
 B, T, H, K, V = 2, 6, 2, 2, 3
 F, W, VOCAB, D = H * K, 3, 5, 16  # D: width of layers and models
@@ -220,8 +221,10 @@ def _rows():
     yield Row("layer_norm", ops.layer_norm, _norm, x)
     yield Row("rms_norm", ops.rms_norm, _norm, x)
     yield Row("multi_head_norm", ops.multi_head_norm, gated(_norm, heads=True), ("h",))
-    make = lambda rng: {"x": rng.standard_normal((B, T, F))}  # noqa: E731
-    yield Row("soft_cap", ops.soft_cap, make, x, kwargs={"cap": 2.0})
+    yield Row("soft_cap", ops.soft_cap, _activation, x, kwargs={"cap": 2.0})
+    yield Row("silu", activations.silu, _activation, x)
+    for gate in (activations.silu_gate, activations.sigmoid_gate):
+        yield Row(gate.__name__, gate, gated(_activation, gate=True), ("gate", "x"))
     for op, kernels in (("dense", {"": (F, V)}), ("grouped_dense", GROUPS)):
         for suffix, shape in kernels.items():
             make = gated(_product, shape=shape)
@@ -240,6 +243,11 @@ def _rows():
 
 GROUPS = {"": (2, 2, 2), "-tiles": (2, 12, 12)}
 """Kernels of small groups, which a CPU multiplies elementwise, and of wide ones."""
+
+
+def _activation(rng, *, gate: bool = False) -> Arguments:
+    names = ("gate", "x") if gate else ("x",)
+    return {name: rng.standard_normal((B, T, F)) for name in names}
 
 
 def _product(rng, shape: tuple[int, ...]) -> Arguments:

@@ -17,7 +17,7 @@ from xlstm_jax.errors import ArgumentError, quote
 from xlstm_jax.modules.any_mesh import on_any_mesh
 from xlstm_jax.modules.checks import check_param_names, difference
 from xlstm_jax.modules.config import LMConfig
-from xlstm_jax.modules.initializers import normal, small
+from xlstm_jax.modules.initializers import jit_once, normal, small
 from xlstm_jax.modules.linear import Dense, Embedding
 from xlstm_jax.modules.norm import LayerNorm, RMSNorm
 from xlstm_jax.modules.stack import Stack, StackState, init_state, only_parameters
@@ -86,7 +86,7 @@ class _Model(nn.Module):
         return norm(cfg.final_norm_eps, cfg.final_norm_bias, name="out_norm")(x), *rest
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit_once, static_argnums=0)
 def _init(module: nn.Module, rngs: Any, x: Array) -> Any:
     with only_parameters():
         return nn.Module.init(module, rngs, x)

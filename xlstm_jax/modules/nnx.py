@@ -20,6 +20,7 @@ from flax.errors import InvalidRngError
 
 from xlstm_jax import modules
 from xlstm_jax.errors import ArgumentError, quote
+from xlstm_jax.modules.initializers import jit_once
 from xlstm_jax.modules.kinds import BLOCKS
 from xlstm_jax.sharding.axes import Axes, free_axes, logical_axes, path_name
 from xlstm_jax.sharding.placement import partition_spec
@@ -124,7 +125,7 @@ def to_nnx(
         specs = nnx.as_pure(nnx.get_partition_spec(abstract))
     if params is None:
         key = jax.random.key(0) if rngs is None else rngs.params()
-        params = jax.jit(init, out_shardings=specs)(key)
+        params = jit_once(init, out_shardings=specs)(key)
     else:
         params = jax.device_put(_checked("params", params, linen, init), specs)
     # Without dropout the module has no random state, which would be in every checkpoint.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from xlstm_jax.modules.initializers import jit_once
 from xlstm_jax.sharding.devices import Devices
 from xlstm_jax.train.guard import Guard
 from xlstm_jax.typing import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
@@ -49,11 +50,11 @@ def init_state(
 
     args = key, tokens, lr_scale
     if devices is None:
-        return jax.jit(build)(*args)
+        return jit_once(build)(*args)
     # Created sharded: the state may not fit on a single device.
     shardings = devices.shardings(jax.eval_shape(build, *args))
     with devices.active():
-        return jax.jit(build, out_shardings=shardings)(*args)
+        return jit_once(build, out_shardings=shardings)(*args)
 
 
 def first_state(
