@@ -11,6 +11,7 @@ from jaxtyping import Int64
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import hashing
 from xlstm_jax.data.batch import Batch, Examples
+from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.errors import quote
 
 _UNITS = 1 << 20  # weights are integers of this sum, so shares stay exact over any number
@@ -52,7 +53,7 @@ class Schedule:
         """Sequences of every source in the first cycles of a phase."""
         size, units = cycles * self._size, self._units[phase]
         counts = units * size // _UNITS
-        # The largest source takes what rounding leaves, which is at most one for each of the others.
+        # The largest source takes what rounding leaves: at most one for each other source.
         largest = int(np.argmax(units))
         counts[largest] += size - counts.sum()
         return counts
@@ -126,6 +127,11 @@ class Mixture:
     def vocab_size(self) -> int:
         """Number of ids of the tokenizer of all sources."""
         return next(iter(self.sources.values())).vocab_size
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of all sources; None for samples of tasks."""
+        return getattr(next(iter(self.sources.values())), "tokenizer", None)
 
     @property
     def description(self) -> dict[str, Any]:
