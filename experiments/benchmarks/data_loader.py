@@ -10,7 +10,7 @@ segment ids. The peer is `grain` alone, reading the same files in equal windows 
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,10 @@ def write(path: Path, tokens: int, seed: int) -> None:
 def peer(path: Path, args: Arguments) -> Iterator[Any]:
     """Batches of grain: windows of a mapped file, shuffled and batched."""
     tokens, length = np.memmap(path, np.uint16, "r"), args.seq_len
-    window: Callable[[int], Any] = lambda i: tokens[i * length : (i + 1) * length + 1].astype("i4")
+
+    def window(i: int) -> Any:
+        return tokens[i * length : (i + 1) * length + 1].astype(np.int32)
+
     windows = grain.MapDataset.range((len(tokens) - 1) // length).map(window)
     shuffled = windows.seed(0).shuffle().repeat().batch(args.batch_size)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
