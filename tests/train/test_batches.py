@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from xlstm_jax import data
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import Batch, batch_at, load
 from xlstm_jax.train import fit
@@ -72,17 +73,15 @@ def test_a_mixture_trains_and_records_the_sequences_of_its_sources(experiment, t
 def test_own_data_equal_to_those_of_the_config_give_the_same_run(experiment, tmp_path, assert_same):
     cfg = experiment()
     examples, expected = load(cfg.data, "train"), fit(cfg, tmp_path / "config").state
-    dataset = grain.MapDataset.range(12).map(lambda step: batch_at(examples, cfg.data, step))
+    dataset = data.dataset(examples, cfg.data)
     assert_same(fit(cfg, tmp_path / "map", data=dataset).state, expected)
-    on_devices = [
-        jax.tree.map(jax.numpy.asarray, batch_at(examples, cfg.data, s)) for s in range(12)
-    ]
+    on_devices = [jax.tree.map(jax.numpy.asarray, dataset[step]) for step in range(12)]
     assert_same(fit(cfg, tmp_path / "list", data=on_devices).state, expected)
     # Resumed in the middle.
-    for kind, data in (("map", dataset), ("list", on_devices)):
+    for kind, given in (("map", dataset), ("list", on_devices)):
         for step in ("10", "12"):
             (tmp_path / kind / "checkpoints" / step).rename(tmp_path / f"{kind}{step}")
-        assert_same(fit(cfg, tmp_path / kind, data=data).state, expected)
+        assert_same(fit(cfg, tmp_path / kind, data=given).state, expected)
 
 
 def with_changes(batch, **changes):

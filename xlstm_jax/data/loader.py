@@ -182,6 +182,16 @@ def batch_at(
     return stream.batch(step, host_index=host_index, host_count=host_count)
 
 
+def dataset(
+    examples: Examples, cfg: DataConfig, *, host_index: int = 0, host_count: int = 1
+) -> Any:
+    """The training batches as a `grain.MapDataset`, to be mapped and given to `train.fit`.
+
+    Element `step` is `batch_at(examples, cfg, step)`, for any step.
+    """
+    return make_stream(examples, cfg).dataset(host_index=host_index, host_count=host_count)
+
+
 def batches(
     examples: Examples,
     cfg: DataConfig,

@@ -1,9 +1,10 @@
-"""Prefetching of batches, in a thread or in several processes."""
+"""Batches by step as a `grain.MapDataset`, prefetched in a thread or in several processes."""
 
 import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -12,31 +13,38 @@ from xlstm_jax.data.batch import Batch
 _AHEAD = 4  # prefetched batches: enough to hide a slow one, at little memory
 
 
+def by_step(make: Callable[[int], Batch]) -> Any:
+    """The `grain.MapDataset` whose element `step` is `make(step)`."""
+    # Imported here because it takes half a second, and only training needs it.
+    import grain
+
+    return grain.MapDataset.range(sys.maxsize).map(make)
+
+
 class BatchIterator(Iterator[Batch]):
-    """Iterates over `make(step)` for consecutive steps; use it in a `with` statement.
+    """Iterates over consecutive elements of a `grain.MapDataset`; use it in a `with` statement.
 
     Worker processes hand over batches in shared memory, in the order of the steps. Without `close`,
     the prefetch thread outlives the loop and the interpreter prints its tracebacks at exit.
 
     Args:
-        make: a function that can be pickled if there are workers.
+        dataset: the batches by step; it can be pickled if there are workers.
         num_workers: processes; 0 is a thread of this one.
     """
 
     def __init__(
         self,
-        make: Callable[[int], Batch],
+        dataset: Any,
         start_step: int,
         num_steps: int | None,
         num_workers: int = 0,
     ):
-        # Imported here because it takes half a second, and only training needs it.
         import grain
 
-        stop = sys.maxsize if num_steps is None else start_step + num_steps
-        steps = grain.MapDataset.range(start_step, stop).map(make)
+        stop = None if num_steps is None else start_step + num_steps
+        steps = dataset[start_step:stop]
         threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
-        dataset = steps.to_iter_dataset(threads)
+        iterable = steps.to_iter_dataset(threads)
         if num_workers:
             from absl import flags
 
@@ -45,8 +53,8 @@ class BatchIterator(Iterator[Batch]):
             processes = grain.MultiprocessingOptions(
                 num_workers=num_workers, per_worker_buffer_size=_AHEAD
             )
-            dataset = dataset.mp_prefetch(processes)
-        self._iterator, self._is_shared = iter(dataset), num_workers > 0
+            iterable = iterable.mp_prefetch(processes)
+        self._iterator, self._is_shared = iter(iterable), num_workers > 0
 
     def __next__(self) -> Batch:
         if self._iterator is None:

@@ -18,7 +18,7 @@ from xlstm_jax.data.batch import Batch, Examples
 from xlstm_jax.data.config import DataConfig
 from xlstm_jax.data.mixture import Mixture, Schedule
 from xlstm_jax.data.order import Order
-from xlstm_jax.data.prefetch import BatchIterator
+from xlstm_jax.data.prefetch import BatchIterator, by_step
 from xlstm_jax.errors import quote
 
 
@@ -132,6 +132,12 @@ class Stream:
             self.index(step, _host_block(self.sizes.at(step), host_index, host_count))
         )
 
+    def dataset(self, *, host_index: int = 0, host_count: int = 1) -> Any:
+        """The batches as a `grain.MapDataset`: element `step` is the batch of that step."""
+        make = functools.partial(self.batch, host_index=host_index, host_count=host_count)
+        make(0)  # invalid arguments raise here, and not in a worker
+        return by_step(make)
+
     def batches(
         self,
         start_step: int = 0,
@@ -141,10 +147,8 @@ class Stream:
         host_count: int = 1,
     ) -> BatchIterator:
         """The batches from a step on, prefetched; see `loader.batches`."""
-        make = functools.partial(self.batch, host_index=host_index, host_count=host_count)
-        # Invalid arguments raise here, in the caller's process, and not at the first batch.
-        make(start_step)
-        return BatchIterator(make, start_step, num_steps, self.cfg.workers)
+        dataset = self.dataset(host_index=host_index, host_count=host_count)
+        return BatchIterator(dataset, start_step, num_steps, self.cfg.workers)
 
     @property
     def description(self) -> dict[str, Any]:

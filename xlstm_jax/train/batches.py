@@ -8,7 +8,7 @@ import numpy as np
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data.batch import Batch
-from xlstm_jax.data.prefetch import BatchIterator
+from xlstm_jax.data.prefetch import BatchIterator, by_step
 from xlstm_jax.errors import quote
 from xlstm_jax.train.config import ExperimentConfig
 
@@ -72,7 +72,8 @@ class GivenBatches:
             return Batch(*(x[host_index * share :][:share] for x in batch))
 
         if self._is_map:
-            return BatchIterator(lambda step: block(self._data[step], step), start_step, num_steps)
+            dataset = by_step(lambda step: block(self._data[step], step))
+            return BatchIterator(dataset, start_step, num_steps)
         return contextlib.nullcontext(self._read(start_step, start_step + num_steps, block))
 
     def _read(self, start: int, stop: int, block: Callable[[Any, int], Batch]) -> Iterator[Batch]:
