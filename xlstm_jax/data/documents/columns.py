@@ -59,8 +59,9 @@ def read_columns(file: File, fields: Fields) -> Iterator[tuple[int, Content]]:
 def _parquet(path: str, file: File, fields: Fields) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
-    # With a buffer, pages are read as needed, and not all of a row group.
-    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as parquet:
+    # Pages of mapped memory are neither read before they are needed nor copied to buffers of the
+    # sizes that their headers claim.
+    with pq.ParquetFile(path, memory_map=True, pre_buffer=False) as parquet:
         _check_schema(parquet.schema_arrow, file, fields)
         for batch in parquet.iter_batches(_ROWS, columns=[fields.name], use_threads=False):
             yield batch.column(fields.name)

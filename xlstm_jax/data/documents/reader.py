@@ -5,8 +5,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 
 from xlstm_jax.config import ConfigError
+from xlstm_jax.data.documents import document
 from xlstm_jax.data.documents.columns import read_columns
-from xlstm_jax.data.documents.document import MAX_PIECE, Content, Document, Fields, File, pieces
+from xlstm_jax.data.documents.document import Content, Document, Fields, File, pieces
 from xlstm_jax.data.documents.files import JSON, ROWS, suffix
 from xlstm_jax.data.documents.json_rows import read_json
 from xlstm_jax.data.documents.records import read_records
@@ -64,7 +65,7 @@ def _read_rows(file: File, fields: Fields) -> Iterator[tuple[Split, Document]]:
         name = f"{file.name}:{number}"
         if not isinstance(content, bytes):
             yield _split_of(file, content), Document(name, b"", messages=content)
-        elif len(content) > MAX_PIECE:
+        elif len(content) > document.MAX_PIECE:
             split = _split_of(file, content)
             for data, is_last in pieces([content]):
                 yield split, Document(name, data, is_last)
