@@ -1,17 +1,18 @@
 """Configuration of the data of a run."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from xlstm_jax.config import ConfigError, check_fields
 from xlstm_jax.data import tokenizers
-from xlstm_jax.data.files import alternatives
+from xlstm_jax.data.documents.files import alternatives
+from xlstm_jax.data.documents.splits import SPLITS, Split
 from xlstm_jax.data.mixture import check_weights
 from xlstm_jax.data.order import Shuffle
 from xlstm_jax.errors import quote
 
-Split = Literal["train", "valid", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
+__all__ = ["SPLITS", "DataConfig", "Split"]
+
 Packing = Literal["windows", "first_fit", "best_fit", "pad", "stream"]
 
 
