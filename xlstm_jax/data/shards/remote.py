@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 DELAYS = (0.5, 1.0, 4.0)
 """Seconds between attempts of a request."""
 
-PART = 1 << 24
+PART = 1 << 22
 """Bytes that are read at once from a whole file."""
 
 _THREADS = 16  # of requests for many small files
