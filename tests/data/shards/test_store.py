@@ -73,9 +73,7 @@ def test_a_range_of_documents_equals_a_store_of_them(data, lengths):
     assert part.num_documents == last - first
     tokens = array.tokens[bounds[first] : bounds[last]]
     np.testing.assert_array_equal(part.read(0, part.num_tokens), tokens)
-    np.testing.assert_array_equal(
-        part.ends(0, part.num_tokens), np.cumsum(lengths[first:last])
-    )
+    np.testing.assert_array_equal(part.ends(0, part.num_tokens), np.cumsum(lengths[first:last]))
     for start, stop in [(0, part.num_tokens + 1), (-1, 1), (1, 1)]:
         with pytest.raises(ConfigError, match="positions must be in"):
             part.read(start, stop)
