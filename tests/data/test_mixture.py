@@ -7,8 +7,9 @@ import pytest
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import DataConfig, batch_at, load
+from xlstm_jax.data.batch_sizes import BatchSizes
 from xlstm_jax.data.mixture import Mixture, Schedule
-from xlstm_jax.data.stream import BatchSizes, Stream
+from xlstm_jax.data.stream import Stream
 
 WEIGHTS = [
     ((0.8, 0.2),),

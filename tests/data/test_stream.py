@@ -7,7 +7,8 @@ import pytest
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import Batch, DataConfig, batches, load
-from xlstm_jax.data.stream import BatchSizes, Stream
+from xlstm_jax.data.batch_sizes import BatchSizes
+from xlstm_jax.data.stream import Stream
 
 CFG = DataConfig(source="grammar", seq_len=32, batch_size=8, shuffle_block=4, shuffle_set=8)
 MIXTURE = dataclasses.replace(

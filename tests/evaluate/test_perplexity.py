@@ -9,16 +9,18 @@ from tests.generate.small import model_and_variables
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import DataConfig, Windows, load
 from xlstm_jax.data.shards.store import ArrayTokens
+from xlstm_jax.data.tokenizers import BaseTokenizer
 from xlstm_jax.errors import ArgumentError
 from xlstm_jax.evaluate import by_position, perplexity, position
 
 SEQ_LEN = 21
 
 
-class Letters:
+class Letters(BaseTokenizer):
     """A tokenizer of ten digits; token 10 ends a document."""
 
-    name, vocab_size, eos_id = "letters", 11, 10
+    name, vocab_size, eos_id, sha256 = "letters", 11, 10, ""
+    token_bytes = np.array([1] * 10 + [0], np.int32)
 
     def encode(self, text):
         return np.array([int(letter) for letter in text], np.uint16)
@@ -26,14 +28,12 @@ class Letters:
     def decode(self, ids):
         return "".join(str(i) for i in ids if i != self.eos_id)
 
-    def num_bytes(self, ids):
-        return int(np.count_nonzero(np.asarray(ids) != self.eos_id))
-
 
 class Digits(Letters):
     """One more id than the model."""
 
     vocab_size = 12
+    token_bytes = np.append(Letters.token_bytes, 1)
 
 
 def make_windows(tokens, seq_len):

@@ -1,13 +1,12 @@
 """Configuration of the data of a run."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from xlstm_jax.config import ConfigError, check_fields
-from xlstm_jax.data import tokenizers
 from xlstm_jax.data.documents.files import alternatives
 from xlstm_jax.data.documents.splits import SPLITS, Split
-from xlstm_jax.data.mixture import check_weights
 from xlstm_jax.data.order import Shuffle
 from xlstm_jax.errors import quote
 
@@ -66,7 +65,6 @@ class DataConfig:
             )
         if self.pattern is not None:
             alternatives(self.pattern)  # raises if it is invalid
-        tokenizers.get(self.tokenizer)  # raises if the name is unknown
         self._check_mixture()
         for name in self.eval_sets:
             if not name.isidentifier() or name in ("train", "valid"):
@@ -83,7 +81,7 @@ class DataConfig:
                     "and paths; data.source has no weight."
                 )
             return
-        check_weights("data.weights", self.weights, self.sources)
+        _check_weights("data.weights", self.weights, self.sources)
         steps = [step for step, _ in self.weight_schedule]
         if steps != sorted(set(steps)) or (steps and steps[0] < 1):
             raise ConfigError(
@@ -91,9 +89,24 @@ class DataConfig:
                 "data.weights hold from step 0 on."
             )
         for step, weights in self.weight_schedule:
-            check_weights(f"data.weight_schedule from step {step} on", weights, self.sources)
+            _check_weights(f"data.weight_schedule from step {step} on", weights, self.sources)
         if self.packing == "stream":
             raise ConfigError(
                 "data.packing='stream' must have one source, got data.sources; "
                 "use data.source, or another packing."
             )
+
+
+def _check_weights(where: str, weights: Mapping[str, float], names: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless there is a usable weight for every source."""
+    if set(weights) != set(names):
+        raise ConfigError(
+            f"{where} must have a weight for each of {', '.join(names)}, got "
+            f"{quote(dict(weights))}; a weight of 0 leaves a source out."
+        )
+    total = sum(weights.values())
+    if not all(weight == 0 or weight >= 1e-5 * total for weight in weights.values()) or not total:
+        raise ConfigError(
+            f"{where} must be 0, or at least 1e-5 of their sum, and not all 0, got "
+            f"{quote(dict(weights))}; leave rare sources out."
+        )

@@ -11,12 +11,13 @@ from jaxtyping import Int64
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import corpora, documents, packing, tokenizers
 from xlstm_jax.data.batch import Batch, Examples, pad_batch
+from xlstm_jax.data.batch_sizes import BatchSizes
 from xlstm_jax.data.config import SPLITS, DataConfig, Split
 from xlstm_jax.data.mixture import Mixture
 from xlstm_jax.data.prefetch import BatchIterator
 from xlstm_jax.data.shards.open import kind_of, open_tokens
 from xlstm_jax.data.shards.store import TokenStore
-from xlstm_jax.data.stream import BatchSizes, Stream
+from xlstm_jax.data.stream import Stream
 from xlstm_jax.data.synthetic import parity
 from xlstm_jax.data.synthetic.samples import Samples
 from xlstm_jax.data.tokenizers import Tokenizer

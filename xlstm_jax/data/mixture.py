@@ -11,8 +11,6 @@ from jaxtyping import Int64
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import hashing
 from xlstm_jax.data.batch import Batch, Examples
-from xlstm_jax.data.tokenizers import Tokenizer
-from xlstm_jax.errors import quote
 
 _UNITS = 1 << 20  # weights are integers of this sum, so shares stay exact over any number
 _MIN_CYCLE = 1024  # sequences; at its end the shares are exact to a sequence of each source
@@ -129,7 +127,7 @@ class Mixture:
         return next(iter(self.sources.values())).vocab_size
 
     @property
-    def tokenizer(self) -> Tokenizer | None:
+    def tokenizer(self) -> Any:
         """The tokenizer of all sources; None for samples of tasks."""
         return getattr(next(iter(self.sources.values())), "tokenizer", None)
 
@@ -159,18 +157,3 @@ class Mixture:
         joined = map(np.concatenate, zip(*(part[:-1] for part in parts), strict=True))
         back = np.argsort(np.concatenate(rows))
         return Batch(*(leaf[back] for leaf in joined), index=index)
-
-
-def check_weights(where: str, weights: Mapping[str, float], names: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless there is a usable weight for every source."""
-    if set(weights) != set(names):
-        raise ConfigError(
-            f"{where} must have a weight for each of {', '.join(names)}, got "
-            f"{quote(dict(weights))}; a weight of 0 leaves a source out."
-        )
-    total = sum(weights.values())
-    if not all(weight == 0 or weight >= 1e-5 * total for weight in weights.values()) or not total:
-        raise ConfigError(
-            f"{where} must be 0, or at least 1e-5 of their sum, and not all 0, got "
-            f"{quote(dict(weights))}; leave rare sources out."
-        )

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -10,6 +10,7 @@ from jaxtyping import Int64
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data.batch import Batch
 from xlstm_jax.data.documents import Document
+from xlstm_jax.data.packing import Layout
 from xlstm_jax.data.shards.manifest import token_dtype
 from xlstm_jax.data.shards.store import ArrayTokens, TokenStore
 from xlstm_jax.data.tokenizers import Tokenizer
@@ -28,20 +29,6 @@ def concatenate(documents: Iterable[Document], tokenizer: Tokenizer) -> ArrayTok
         parts += tokens, end
         ends.append(size := size + len(tokens) + 1)
     return ArrayTokens(np.concatenate(parts), np.array(ends, np.int64))
-
-
-@runtime_checkable  # so that signatures can be checked at run time
-class Layout(Protocol):
-    """Which tokens a window holds, by index."""
-
-    def __len__(self) -> int:
-        """Number of windows."""
-
-    def pieces(self, index: int) -> Sequence[tuple[int, int]]:
-        """(start, stop) of ranges of tokens, in order, of T + 1 tokens at most.
-
-        Each range begins a new segment.
-        """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,7 +54,8 @@ class GivenBatches:
                 "data must be a grain.MapDataset or an iterable of xlstm_jax.data.Batch, got "
                 f"{quote(type(data))}; None reads the data of the config."
             )
-        self._data, self._is_map, self._cfg = data, is_map, cfg
+        self._data: Any = data
+        self._is_map, self._cfg = is_map, cfg
 
     @property
     def description(self) -> dict[str, Any]:

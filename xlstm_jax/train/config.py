@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from xlstm_jax.config import ConfigError, check_fields
 from xlstm_jax.data.batch import Examples
+from xlstm_jax.data.batch_sizes import BatchSizes
 from xlstm_jax.data.config import DataConfig
-from xlstm_jax.data.stream import BatchSizes
 from xlstm_jax.errors import quote
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.kinds import BLOCKS
