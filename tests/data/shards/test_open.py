@@ -103,7 +103,7 @@ def test_other_folders_are_not_tokenized_data(tmp_path):
     (tmp_path / "manifest.json").write_text('{"manifest_version": 3, "name": "an extension"}')
     (tmp_path / "text.txt").write_text("text")
     (tmp_path / "train").mkdir()
-    for path in (tmp_path, tmp_path / "text.txt", tmp_path / "absent"):
+    for path in (tmp_path, tmp_path / "text.txt", tmp_path / "absent", "a\0b", "a" * 5000):
         assert kind_of(str(path)) is None
     with pytest.raises(ConfigError, match="must be a folder of `xlstm-jax data prepare`"):
         open_tokens(tmp_path)
