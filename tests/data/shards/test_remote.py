@@ -345,7 +345,8 @@ class RangeHandler(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("aiohttp") is None, reason="http:// needs aiohttp")
-def test_data_of_a_web_server_equal_local_data(tmp_path, rng):
+def test_data_of_a_web_server_equal_local_data(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(remote, "DELAYS", (0.0,))
     docs = documents(rng, 40)
     write_prepared(tmp_path / "data", {"train": [docs[:15], docs[15:]]})
     write_megatron(tmp_path / "megatron", docs)
@@ -358,6 +359,8 @@ def test_data_of_a_web_server_equal_local_data(tmp_path, rng):
             assert_holds(open_blocks(f"{url}/data", verify="full").store, docs)
             assert_holds(open_blocks(f"{url}/megatron", "all").store, docs)
             assert kind_of(f"{url}/absent") is None
+            with pytest.raises(ConfigError, match="cannot be read.*ClientConnectorError"):
+                kind_of("http://127.0.0.1:1/data")
         finally:
             server.shutdown()
             thread.join(10)

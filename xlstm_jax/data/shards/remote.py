@@ -79,7 +79,11 @@ def _cause(error: Exception) -> BaseException:
     """The error itself, or that of the network which `fsspec` reports as an absent file (HTTP)."""
     cause = error.__cause__
     is_network = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
-    return cause if isinstance(error, FileNotFoundError) and cause and is_network else error
+    if not isinstance(error, FileNotFoundError) or cause is None or not is_network:
+        return error
+    status = getattr(cause, "status", 0)
+    # Servers refuse, too, what does not exist; but 408 and 429 ask to try again.
+    return error if 400 <= status < 500 and status not in (408, 429) else cause
 
 
 def file_size(path: str) -> int | None:
