@@ -4,8 +4,8 @@ import dataclasses
 
 from xlstm_jax.config import ConfigError, check_fields
 from xlstm_jax.data import tokenizers
+from xlstm_jax.data.documents.document import SPLITS, Split
 from xlstm_jax.data.documents.files import alternatives
-from xlstm_jax.data.documents.splits import SPLITS, Split
 
 __all__ = ["SPLITS", "DataConfig", "Split"]
 
