@@ -180,6 +180,15 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path, data):
     assert rows(tmp_path / "a.jsonl") == [(1, b"x"), (3, b"y")]
 
 
+def test_rows_in_utf16_or_in_an_archive_are_errors_that_say_so(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"text": "x"}\n'.encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"a\.jsonl, line 1, must be UTF-8; convert the file"):
+        rows(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(b"PK\3\4")
+    with pytest.raises(ConfigError, match=r"a\.jsonl must be text, but it is a zip archive"):
+        rows(tmp_path / "a.jsonl")
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_a_line_or_an_array_beyond_the_limit_is_an_error(tmp_path, monkeypatch, name):
     monkeypatch.setattr(json_rows, "MAX_JSON", 1 << 20)
