@@ -54,7 +54,7 @@ MAY_IMPORT = {
     ),
     "xlstm_jax.flops": LAYER_3,
     "xlstm_jax.cpu": (),
-    "xlstm_jax.program_cache": (),
+    "xlstm_jax.program_cache": ("xlstm_jax.config",),
     "xlstm_jax.cli": LAYER_4,
     "xlstm_jax.__main__": LAYER_5,
     "experiments": (*LAYER_5, "tests.workloads"),

@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import json
 import operator
+import os
 import pathlib
 import re
 import sys
@@ -323,6 +324,18 @@ def user_path(path: str | pathlib.Path) -> pathlib.Path:
         ) from error
 
 
+CACHE_DIR = "XLSTM_CACHE_DIR"
+"""Environment variable: the folder of this library's caches; `~/.cache/xlstm-jax` by default."""
+
+
+def cache_dir() -> pathlib.Path | None:
+    """The folder of this library's caches, which need not exist; None without a home directory."""
+    try:
+        return pathlib.Path(os.environ.get(CACHE_DIR) or "~/.cache/xlstm-jax").expanduser()
+    except RuntimeError:  # as in a container whose user has none
+        return None
+
+
 def _from_python_file(path: pathlib.Path, size: str | None, cls: type) -> Any:
     before = set(sys.modules)
     try:
@@ -435,8 +448,13 @@ def _searched_first(folder: pathlib.Path) -> Iterator[None]:
 
 def read_json(path: pathlib.Path) -> Any:
     """The contents of a JSON file; raises ConfigError if it is not valid JSON."""
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(data: bytes, path: str | pathlib.Path) -> Any:
+    """The value of JSON in UTF-8, read from `path`; raises ConfigError if it is not valid."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         message = f"{quote_path(path)} is not valid JSON ({reason}); restore it or fetch it again."

@@ -1,24 +1,13 @@
 """Compiled programs on disk, shared by all runs of a user."""
 
 import contextlib
-import os
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-CACHE_DIR = "XLSTM_CACHE_DIR"
-"""Environment variable: the folder of this library's caches; `~/.cache/xlstm-jax` by default."""
-
-
-def cache_dir() -> Path | None:
-    """The folder of this library's caches, which need not exist; None without a home directory."""
-    try:
-        return Path(os.environ.get(CACHE_DIR) or "~/.cache/xlstm-jax").expanduser()
-    except RuntimeError:  # as in a container whose user has none
-        return None
+from xlstm_jax.config import cache_dir
 
 
 @contextlib.contextmanager

@@ -2,18 +2,18 @@
 
 import dataclasses
 import json
-import os
 import posixpath
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from xlstm_jax.config import ConfigError, check_fields, from_dict, read_json, to_dict
-from xlstm_jax.errors import quote, quote_path
+from xlstm_jax.config import ConfigError, check_fields, from_dict, parse_json, to_dict
+from xlstm_jax.data.shards import remote
+from xlstm_jax.errors import quote
 
 NAME, TOKENIZER_FOLDER, VERSION = "manifest.json", "tokenizer", 1
+MAX_BYTES = 1 << 28  # of a manifest.json: about 500,000 shards
 SUFFIXES = (".bin", ".ends", ".loss")
 """Of the files of a shard: tokens, ends of documents, and where the loss counts (chat only)."""
 
@@ -90,12 +90,19 @@ class Manifest:
 
 
 def read_manifest(folder: str) -> Manifest:
-    """Reads `folder/manifest.json`; raises ConfigError, with the path, if it is none."""
-    path = os.path.join(folder, NAME)
+    """Reads the manifest of a folder or URL; raises ConfigError, with the path, if it is none."""
+    path = posixpath.join(folder, NAME)
     try:
-        return from_dict(Manifest, read_json(Path(path)))
+        data = remote.read_bytes(path, MAX_BYTES)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{error}, so the preparation of these data is not finished; run `xlstm-jax data "
+            "prepare` again, which resumes it."
+        ) from error
+    try:
+        return from_dict(Manifest, parse_json(data, NAME))
     except ConfigError as error:
-        raise ConfigError(f"{quote_path(path)}: {error}") from error
+        raise ConfigError(f"{remote.shown(path)}: {error}") from error
 
 
 def to_json(manifest: Manifest) -> str:

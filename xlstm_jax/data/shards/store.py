@@ -41,6 +41,12 @@ class TokenStore(Protocol):
         """Whether each token is a target of the loss; None if all are."""
 
 
+def check_range(num_tokens: int, start: int, stop: int) -> None:
+    """Raises ConfigError unless start..stop is a range of at least one position of a store."""
+    if not 0 <= start < stop <= num_tokens:
+        raise ConfigError(f"positions must be in 0..{num_tokens}, got {start}..{stop}; read less.")
+
+
 class Shard(NamedTuple):
     """The columns of a shard; ends count from its own first token."""
 
@@ -68,7 +74,7 @@ class ShardedTokens:
         """Tokens of all shards."""
         return self._starts[-1]
 
-    @functools.cached_property
+    @property
     def num_documents(self) -> int:
         """Documents of all shards."""
         return sum(
@@ -105,7 +111,8 @@ class ShardedTokens:
             ends = shard.ends.array if isinstance(shard.ends, Column) else shard.ends
             low, high = np.searchsorted(ends, np.array([first, last], ends.dtype), side="right")
             piece = np.asarray(ends[low:high], np.int64)
-            if piece.size and not (first < piece[0] and (np.diff(piece) > 0).all()):
+            inside = piece.size == 0 or first < piece[0] <= piece[-1] <= last
+            if not (inside and (piece[1:] > piece[:-1]).all()):
                 raise ConfigError(
                     f"the ends of documents beside {quote_path(shard.tokens.path)} must increase, "
                     f"but they do not near {piece[0]:,}; prepare the data again."
@@ -113,15 +120,21 @@ class ShardedTokens:
             found.append(piece + offset)
         return np.concatenate(found)
 
+    def document_end(self, number: int) -> int:
+        """The end of a document by its number, which must exist."""
+        for shard, offset in zip(self.shards, self._starts, strict=False):
+            ends = shard.ends.array if isinstance(shard.ends, Column) else shard.ends
+            if number < len(ends):
+                return offset + int(ends[number])
+            number -= len(ends)
+        raise IndexError(number)
+
     def _parts(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int, int]]:
         """(shard, position of its first token, first, last) of each shard with a part of a range.
 
         `first` and `last` count from the first token of the shard.
         """
-        if not 0 <= start < stop <= self.num_tokens:
-            raise ConfigError(
-                f"positions must be in 0..{self.num_tokens}, got {start}..{stop}; read less."
-            )
+        check_range(self.num_tokens, start, stop)
         number = bisect.bisect_right(self._starts, start) - 1
         while number < len(self.shards) and (offset := self._starts[number]) < stop:
             shard = self.shards[number]
@@ -160,3 +173,44 @@ class ArrayTokens:
     def loss_mask(self, start: int, stop: int) -> Bool[np.ndarray, "N"] | None:
         """None: every token is a target of the loss."""
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreRange:
+    """The positions start..stop - 1 of a store, which are whole documents, as a `TokenStore`."""
+
+    store: TokenStore
+    start: int
+    stop: int
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"store": self.store, "start": self.start, "stop": self.stop}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the range."""
+        return self.stop - self.start
+
+    @functools.cached_property
+    def _num_documents(self) -> int:
+        return len(self.ends(0, self.num_tokens))
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the range."""
+        return self._num_documents
+
+    def read(self, start: int, stop: int) -> UInt[np.ndarray, "N"]:
+        """The tokens at positions start..stop - 1 of the range."""
+        check_range(self.num_tokens, start, stop)
+        return self.store.read(self.start + start, self.start + stop)
+
+    def ends(self, start: int, stop: int) -> Int64[np.ndarray, "N"]:
+        """The ends of documents among start + 1..stop, in order."""
+        check_range(self.num_tokens, start, stop)
+        return self.store.ends(self.start + start, self.start + stop) - self.start
+
+    def loss_mask(self, start: int, stop: int) -> Bool[np.ndarray, "N"] | None:
+        """Whether each token is a target of the loss; None if all are."""
+        check_range(self.num_tokens, start, stop)
+        return self.store.loss_mask(self.start + start, self.start + stop)
