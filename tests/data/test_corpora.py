@@ -4,7 +4,7 @@ import pytest
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import SPLITS, DataConfig, corpora, load
-from xlstm_jax.data.readers import Document
+from xlstm_jax.data.documents import Document
 
 AVAILABLE = [name for name in corpora.CORPORA if any(True for _ in corpora.CORPORA[name]())]
 

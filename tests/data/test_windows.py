@@ -5,7 +5,7 @@ import pytest
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import Windows, tokenizers
-from xlstm_jax.data.readers import Document
+from xlstm_jax.data.documents import Document
 from xlstm_jax.data.windows import concatenate
 
 BYTE = tokenizers.get("byte")

@@ -1,14 +1,13 @@
 """Configuration of the data of a run."""
 
 import dataclasses
-from typing import Literal, get_args
 
 from xlstm_jax.config import ConfigError, check_fields
 from xlstm_jax.data import tokenizers
-from xlstm_jax.data.files import alternatives
+from xlstm_jax.data.documents.files import alternatives
+from xlstm_jax.data.documents.splits import SPLITS, Split
 
-Split = Literal["train", "valid", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
+__all__ = ["SPLITS", "DataConfig", "Split"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from xlstm_jax.config import ConfigError
-from xlstm_jax.data import files, grammar
-from xlstm_jax.data.readers import Corpus, Document, split_by_hash
+from xlstm_jax.data import grammar
+from xlstm_jax.data.documents import Corpus, Document, files, split_by_hash
 
 _log = logging.getLogger(__name__)
 # The library alone: no tests, and no installed packages, which differ between machines.

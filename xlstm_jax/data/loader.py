@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from xlstm_jax.config import ConfigError
-from xlstm_jax.data import corpora, hashing, readers, tokenizers
+from xlstm_jax.data import corpora, documents, hashing, tokenizers
 from xlstm_jax.data.batch import Batch, Examples, pad_batch
 from xlstm_jax.data.config import SPLITS, DataConfig, Split
 from xlstm_jax.data.prefetch import BatchIterator
@@ -22,7 +22,7 @@ from xlstm_jax.data.windows import Windows, concatenate
 from xlstm_jax.errors import quote
 
 
-def _windows(corpus: readers.Corpus, cfg: DataConfig, split: str) -> Windows:
+def _windows(corpus: documents.Corpus, cfg: DataConfig, split: str) -> Windows:
     """The windows of one split, with a description of all of its corpus."""
     if not corpus.documents[split]:
         counts = ", ".join(f"{len(docs)} in {name}" for name, docs in corpus.documents.items())
@@ -64,7 +64,7 @@ def load(cfg: DataConfig, split: Split) -> Examples:
         raise ConfigError(f"split={quote(split)} is not known; use one of: {', '.join(SPLITS)}.")
     if _is_named(cfg):
         return DATASETS[cfg.source](cfg, split)
-    return _windows(readers.read_path(cfg.source, cfg.pattern), cfg, split)
+    return _windows(documents.read_path(cfg.source, cfg.pattern), cfg, split)
 
 
 def load_all(cfg: DataConfig) -> Examples:
@@ -74,10 +74,10 @@ def load_all(cfg: DataConfig) -> Examples:
         ConfigError: as `load`.
     """
     if not _is_named(cfg):
-        corpus = readers.read_all(cfg.source, cfg.pattern)
+        corpus = documents.read_all(cfg.source, cfg.pattern)
     elif DATASETS[cfg.source] is _corpus:
         name, splits = corpora.read_corpus(cfg.source)
-        corpus = readers.Corpus(name, {"all": [d for docs in splits.values() for d in docs]})
+        corpus = documents.Corpus(name, {"all": [d for docs in splits.values() for d in docs]})
     else:
         return load(cfg, "valid")
     return _windows(corpus, cfg, "all")
@@ -85,7 +85,7 @@ def load_all(cfg: DataConfig) -> Examples:
 
 def _is_named(cfg: DataConfig) -> bool:
     """Whether the source is a name in `DATASETS` and not a path; raises ConfigError if unclear."""
-    is_path = readers.find(cfg.source) is not None
+    is_path = documents.find(cfg.source) is not None
     if cfg.source in DATASETS and is_path:
         raise ConfigError(
             f"data.source={quote(cfg.source)} must be unambiguous, but it is the name of a data "

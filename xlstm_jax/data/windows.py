@@ -9,7 +9,7 @@ from jaxtyping import Int64, UInt
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data.batch import Batch
-from xlstm_jax.data.readers import Document
+from xlstm_jax.data.documents import Document
 from xlstm_jax.data.tokenizers import Tokenizer
 
 

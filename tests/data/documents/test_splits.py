@@ -7,8 +7,8 @@ import pytest
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import SPLITS, DataConfig, load
-from xlstm_jax.data.readers import read_path
-from xlstm_jax.data.splits import WORDS, divide, split_by_content, splits_of_name
+from xlstm_jax.data.documents import read_path
+from xlstm_jax.data.documents.splits import WORDS, divide, split_by_content, splits_of_name
 
 
 def texts(source, pattern=None):

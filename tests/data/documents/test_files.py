@@ -15,8 +15,8 @@ import zlib
 import pytest
 
 from xlstm_jax.config import ConfigError
-from xlstm_jax.data import DataConfig, files, load, load_all
-from xlstm_jax.data.readers import read_all
+from xlstm_jax.data import DataConfig, load, load_all
+from xlstm_jax.data.documents import corpus, read_all, streams
 
 TEXT = b"".join(b"line %d of words\n" % number for number in range(500))
 
@@ -102,7 +102,7 @@ FRAME = base64.b64decode("KLUv/QRYeQAAenN0YW5kYXJkIHRleHQKXuJsWw==")
 
 def install_zstandard(monkeypatch):
     """A module in place of the package, whose format is zlib's behind the magic bytes."""
-    magic = files._CODECS[".zst"].magic
+    magic = streams._CODECS[".zst"].magic
 
     class Decompressor:
         def decompressobj(self):
@@ -222,7 +222,7 @@ def test_a_single_file_needs_no_suffix(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "two", "bomb.txt.gz"])
 def test_more_text_than_fits_is_refused_before_it_is_read(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(files, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(corpus, "MAX_BYTES", 1 << 20)
     data = b"word " * 100_000
     folder = tmp_path / "two" if name == "two" else tmp_path
     folder.mkdir(exist_ok=True)
@@ -235,12 +235,12 @@ def test_more_text_than_fits_is_refused_before_it_is_read(tmp_path, monkeypatch,
         (folder / name).write_bytes(gzip.compress(data * 3) if name.endswith("gz") else data * 3)
     with pytest.raises(ConfigError, match=r"must be at most 1 MiB, as its tokens .* use fewer or"):
         load(DataConfig(source=str(folder)), "train")
-    monkeypatch.setattr(files, "MAX_BYTES", 1 << 27)
+    monkeypatch.setattr(corpus, "MAX_BYTES", 1 << 27)
     if name != "bomb.txt.gz":
         assert len(load_all(DataConfig(source=str(folder))).tokens) >= 1_500_000
 
 
 def test_decompression_stops_at_the_limit(tmp_path):
     data = gzip.compress(bytes(1 << 26))
-    codec = files._CODECS[".gz"]
+    codec = streams._CODECS[".gz"]
     assert 1000 < len(files._decompress(tmp_path, data, codec, limit=1000)) < 1 << 23

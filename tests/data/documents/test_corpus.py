@@ -8,8 +8,8 @@ import pytest
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import SPLITS, DataConfig, load, load_all
 from xlstm_jax.data.batch import differences_of_data
-from xlstm_jax.data.readers import Document, read_all, read_path, split_by_hash
-from xlstm_jax.data.splits import split_by_content
+from xlstm_jax.data.documents import Document, read_all, read_path, split_by_hash
+from xlstm_jax.data.documents.splits import split_by_content
 
 
 @pytest.fixture

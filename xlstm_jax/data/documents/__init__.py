@@ -1,0 +1,22 @@
+"""Raw text: files of many formats as streams of documents, and their assignment to splits."""
+
+from xlstm_jax.data.documents.corpus import Corpus, read_all, read_path, split_by_hash
+from xlstm_jax.data.documents.document import MAX_PIECE, Document, File
+from xlstm_jax.data.documents.read import read
+from xlstm_jax.data.documents.select import find, find_files
+from xlstm_jax.data.documents.splits import SPLITS, Split
+
+__all__ = [
+    "MAX_PIECE",
+    "SPLITS",
+    "Corpus",
+    "Document",
+    "File",
+    "Split",
+    "find",
+    "find_files",
+    "read",
+    "read_all",
+    "read_path",
+    "split_by_hash",
+]

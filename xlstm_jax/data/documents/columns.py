@@ -1,0 +1,140 @@
+"""Documents of columns: Parquet and Arrow files, of which only the needed column is read."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from xlstm_jax.config import ConfigError
+from xlstm_jax.data.documents.document import Content, Fields, File, check_messages
+from xlstm_jax.data.documents.files import suffix
+from xlstm_jax.data.documents.streams import decompressed
+from xlstm_jax.errors import quote, quote_path, shorten
+
+_ROWS = 64
+"""Rows that are decoded at a time. A small file may hold one long text many times."""
+
+_MAGIC = b"ARROW1"
+
+
+def read_columns(file: File, fields: Fields) -> Iterator[tuple[int, Content]]:
+    """Yields number and content of the rows of a .parquet or .arrow file.
+
+    Raises:
+        ConfigError: the file is damaged, or lacks the column.
+    """
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise ConfigError(
+            f"reading {quote_path(file.path)} needs the package pyarrow, which is not installed; "
+            "`pip install 'xlstm-jax[data]'`."
+        ) from error
+    read = _parquet if suffix(file.name) == ".parquet" else _arrow
+    try:
+        with decompressed(file.path) as path:
+            number = 0
+            for array in read(path, file, fields):
+                # Else offsets could point outside of the file, and null counts could be wrong.
+                array.validate(full=True)
+                contents = _texts(array) if fields.messages is None else array.to_pylist()
+                for content in contents:
+                    number += 1
+                    if content and fields.messages is not None:
+                        check_messages(content, file, "row", number)
+                    if content:
+                        yield number, content
+    except ConfigError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        problem = shorten(str(error), 200)
+        raise ConfigError(
+            f"{quote_path(file.path)} is damaged ({problem}); fetch it again."
+        ) from error
+
+
+def _parquet(path: str, file: File, fields: Fields) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    # With a buffer, pages are read as needed, and not all of a row group.
+    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as parquet:
+        _check_schema(parquet.schema_arrow, file, fields)
+        for batch in parquet.iter_batches(_ROWS, columns=[fields.name], use_threads=False):
+            yield batch.column(fields.name)
+
+
+def _arrow(path: str, file: File, fields: Fields) -> Iterator[Any]:
+    """The columns of all batches of the file or the stream format."""
+    import pyarrow as pa
+
+    start = _start_of_stream(path)
+    # Mapped memory is bounded by the file, whatever sizes its headers claim.
+    with pa.memory_map(path) as source:
+        source.seek(start)
+        schema = pa.ipc.open_stream(source).schema
+        index = _check_schema(schema, file, fields)
+        options = pa.ipc.IpcReadOptions(included_fields=[index], use_threads=False)
+        source.seek(start)
+        with pa.ipc.open_stream(source, options=options) as reader:
+            for batch in reader:
+                column = batch.column(0)
+                for first in range(0, len(column), _ROWS):
+                    yield column.slice(first, _ROWS)
+
+
+def _start_of_stream(path: str) -> int:
+    """The offset of the stream of batches, which the file format encloses in a magic and an index.
+
+    Batches are read as a stream in either case: then no offset of the index must be trusted.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            return 0
+        file.seek(-len(_MAGIC), os.SEEK_END)
+        if file.read() != _MAGIC:
+            raise ValueError("it ends early")
+    return 8  # the magic is padded
+
+
+def _check_schema(schema: Any, file: File, fields: Fields) -> int:
+    """The index of the column; raises ConfigError if it is absent or of another type."""
+    import pyarrow.types as types
+
+    names = schema.names
+    if names.count(fields.name) != 1:
+        raise ConfigError(
+            f"{quote_path(file.path)} must have one column {fields.describe()}, got {quote(names)}."
+        )
+    kind = schema.field(fields.name).type
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    if fields.messages is None and any(is_text(value) for is_text in texts):
+        return names.index(fields.name)
+    is_list = types.is_list(kind) or types.is_large_list(kind)
+    if fields.messages is not None and is_list and types.is_struct(kind.value_type):
+        return names.index(fields.name)
+    needed = "text" if fields.messages is None else "lists of messages"
+    raise ConfigError(
+        f"{quote_path(file.path)} must have {needed} in the column {fields.describe()}, got "
+        f"{quote(str(kind))}."
+    )
+
+
+def _texts(array: Any) -> Iterator[bytes]:
+    """The UTF-8 bytes of the texts of a column; empty for null."""
+    import pyarrow as pa
+
+    if not (pa.types.is_string(array.type) or pa.types.is_large_string(array.type)):
+        array = array.cast(pa.large_string())
+    if array.null_count:
+        array = array.fill_null("")
+    _, offsets, data = array.buffers()
+    if not len(array) or data is None:
+        return iter([b""] * len(array))
+    dtype = np.int32 if pa.types.is_string(array.type) else np.int64
+    bounds = np.frombuffer(offsets, dtype)[array.offset : array.offset + len(array) + 1].tolist()
+    view = memoryview(data)
+    return (bytes(view[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False))

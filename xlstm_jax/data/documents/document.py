@@ -1,0 +1,117 @@
+"""Documents and the files that hold them."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, NoReturn
+
+from xlstm_jax.config import ConfigError
+from xlstm_jax.data.documents.splits import SPLITS, Split, character_start
+from xlstm_jax.errors import quote, quote_path
+
+MAX_PIECE = 4 << 20
+"""Bytes of text at a time; a longer document comes in pieces."""
+
+
+class Document(NamedTuple):
+    """One text, or a piece of it, with a name that does not depend on the location of its folder.
+
+    A text longer than `MAX_PIECE` may come as consecutive pieces, divided at line ends, or at UTF-8
+    characters where a line is longer than that.
+    """
+
+    name: str  # "part/a.jsonl:17": the path relative to the source, and the row, counted from 1
+    data: bytes  # the text, UTF-8 as it is in the file; empty only with `messages`
+    is_last: bool = True  # False for all pieces but the last
+    messages: list[dict[str, Any]] | None = None
+
+
+class File(NamedTuple):
+    """A file with documents, and the rule that assigns them to splits."""
+
+    name: str  # relative to the source
+    path: str
+    size: int  # bytes on disk
+    split: Split | None  # of all documents; None: see `splits`
+    splits: tuple[Split, ...] = SPLITS
+    """Splits of the documents: ("train", "valid") takes 5 % of train as valid."""
+
+    is_divided: bool = False
+    """Whether the text is divided by position, and not assigned by its content."""
+
+    is_selected: bool = False
+    """Whether a pattern asks for this file, so that text may be any bytes."""
+
+
+class Fields(NamedTuple):
+    """Where a row holds its document; `messages` is None, or the field that is read instead."""
+
+    text: str
+    messages: str | None
+
+    @property
+    def name(self) -> str:
+        """The field that is read."""
+        return self.text if self.messages is None else self.messages
+
+    def describe(self) -> str:
+        """The field, and how a user selects another one."""
+        option = "data.text_field, --text-field" if self.messages is None else "--messages-field"
+        return f"{quote(self.name)} ({option})"
+
+
+Content = bytes | list[dict[str, Any]]
+"""A text, or the messages of a chat."""
+
+
+def pieces(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Yields the pieces of a text, of at most `MAX_PIECE` bytes, and whether each is the last."""
+    held = b""
+    for block in blocks:
+        held = held + block if held else block
+        while len(held) > MAX_PIECE:
+            stop = _end_of_piece(held)
+            yield held[:stop], False
+            held = held[stop:]
+    if held:
+        yield held, True
+
+
+def _end_of_piece(data: bytes) -> int:
+    for line_end in (b"\n", b"\r"):
+        if stop := data.rfind(line_end, 0, MAX_PIECE) + 1:
+            return stop
+    return character_start(data, MAX_PIECE)
+
+
+def content_of(row: Any, file: File, fields: Fields, unit: str, number: int) -> Content | None:
+    """The content of a row of JSON; None or empty if it has none.
+
+    Raises:
+        ConfigError: the row is no object, or the field is absent or of another type.
+    """
+    if not isinstance(row, dict):
+        fail(file, unit, number, f"must be a JSON object, got {quote(row)}; correct it")
+    if fields.name not in row:
+        fail(file, unit, number, f"must have the field {fields.describe()}, got {quote(list(row))}")
+    value = row[fields.name]
+    if value is None:
+        return None
+    if fields.messages is not None:
+        return check_messages(value, file, unit, number)
+    if not isinstance(value, str):
+        fail(file, unit, number, f"must have text in {fields.describe()}, got {quote(value)}")
+    try:
+        return value.encode()
+    except UnicodeEncodeError:  # JSON can escape what UTF-8 cannot encode
+        fail(file, unit, number, "has half of a surrogate pair, which is no character; repair it")
+
+
+def check_messages(value: Any, file: File, unit: str, number: int) -> list[dict[str, Any]]:
+    """The messages of a row; raises ConfigError if they are no list of objects."""
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        fail(file, unit, number, f"must have a list of messages, got {quote(value)}; correct it")
+    return value
+
+
+def fail(file: File, unit: str, number: int, problem: str) -> NoReturn:
+    """Raises a ConfigError about a line, row or record of a file."""
+    raise ConfigError(f"{quote_path(file.path)}, {unit} {number:,}, {problem}.")
