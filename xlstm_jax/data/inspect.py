@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Integer
 
 from xlstm_jax.data.config import SPLITS, Split
-from xlstm_jax.data.prepare.parts import Tokenizer, find_files, get, read
+from xlstm_jax.data.documents import find_files, read
+from xlstm_jax.data.prepare.parts import Tokenizer, get
 from xlstm_jax.data.shards.manifest import TokenizerInfo, read_manifest
 from xlstm_jax.data.shards.open import ALL, Opened, kind_of, open_tokens
 from xlstm_jax.data.shards.store import TokenStore

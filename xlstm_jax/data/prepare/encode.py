@@ -15,9 +15,10 @@ from jaxtyping import Bool, Integer
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data.config import SPLITS, Split
+from xlstm_jax.data.documents import Document, read
 from xlstm_jax.data.prepare.config import PrepareConfig
 from xlstm_jax.data.prepare.inputs import InputShard
-from xlstm_jax.data.prepare.parts import ChatTemplate, Document, Tokenizer, load_template, read
+from xlstm_jax.data.prepare.parts import ChatTemplate, Tokenizer, load_template
 from xlstm_jax.data.prepare.progress import Counts
 from xlstm_jax.data.shards.manifest import ShardInfo, token_dtype
 from xlstm_jax.data.shards.writer import ShardWriter

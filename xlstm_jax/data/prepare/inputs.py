@@ -5,7 +5,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from xlstm_jax.data.prepare.parts import File, is_rows
+from xlstm_jax.data.documents import File
+from xlstm_jax.data.documents.files import ROWS, suffix
 
 MAX_GROUP = 64 << 20
 """Bytes of the text files in one input shard: many small files do not make as many shards."""
@@ -32,12 +33,12 @@ def _groups(files: Sequence[File]) -> Iterator[list[File]]:
     group: list[File] = []
     size = 0
     for file in files:
-        if group and (is_rows(file) or size + file.size > MAX_GROUP):
+        if group and (_is_rows(file) or size + file.size > MAX_GROUP):
             yield group
             group, size = [], 0
         group.append(file)
         size += file.size
-        if is_rows(file):
+        if _is_rows(file):
             yield group
             group, size = [], 0
     if group:
@@ -45,8 +46,14 @@ def _groups(files: Sequence[File]) -> Iterator[list[File]]:
 
 
 def listing_sha256(files: Sequence[File]) -> str:
-    """A hash of the names and sizes of files, in order."""
+    """A hash of the names and sizes of files, in order, and of the rules that split them."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.size} {file.split} ".encode() + os.fsencode(file.name) + b"\n")
+        # Without the path, so that a copy elsewhere is the same.
+        rule = f"{file.size} {file.split} {file.splits} {file.is_divided} "
+        digest.update(rule.encode() + os.fsencode(file.name) + b"\n")
     return digest.hexdigest()
+
+
+def _is_rows(file: File) -> bool:
+    return suffix(file.name) in ROWS

@@ -1,66 +1,13 @@
-"""Temporary stand-ins with the interfaces of `data.documents` and `data.tokenizers`."""
+"""Temporary stand-ins with the interfaces of `data.tokenizers` and `data.chat`."""
 
 import hashlib
-import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from xlstm_jax.config import ConfigError
-from xlstm_jax.data import files
 from xlstm_jax.data import tokenizers as old
-from xlstm_jax.data.splits import split_by_content
-from xlstm_jax.errors import quote
-
-
-class Document(NamedTuple):
-    name: str
-    data: bytes
-    is_last: bool = True
-    messages: list[dict[str, Any]] | None = None
-
-
-class File(NamedTuple):
-    name: str
-    path: str
-    size: int
-    split: Any
-
-
-def is_rows(file: File) -> bool:
-    return files.suffix(file.name) in files.ROWS
-
-
-def find_files(source: str, pattern: str | None = None, *, split=None) -> list[File]:
-    folder = Path(source)
-    if not folder.exists():
-        raise ConfigError(f"data.source={quote(source)} must be a regular file or a folder.")
-    names = [folder.name] if folder.is_file() else list(files.walk(folder))
-    folder = folder.parent if folder.is_file() else folder
-    return [File(n, str(folder / n), (folder / n).stat().st_size, split) for n in names]
-
-
-def read(file: File, *, text_field="text", messages_field=None) -> Iterator[tuple[Any, Document]]:
-    if not is_rows(file):
-        data = Path(file.path).read_bytes()
-        for start in range(0, len(data), 1 << 20):
-            piece = data[start : start + (1 << 20)]
-            last = start + (1 << 20) >= len(data)
-            yield file.split or split_by_content(data), Document(file.name, piece, last)
-        return
-    with open(file.path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            row, name = json.loads(line), f"{file.name}:{number}"
-            if messages_field:
-                document = Document(name, b"", True, row[messages_field])
-                yield file.split or split_by_content(line), document
-                continue
-            if text_field not in row:
-                raise ConfigError(f"{name} has no column {text_field!r}; set text_field.")
-            if data := row[text_field].encode():
-                yield file.split or split_by_content(data), Document(name, data)
 
 
 class _Byte:

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 from xlstm_jax.config import ConfigError, import_module, user_path
 from xlstm_jax.data.config import SPLITS
+from xlstm_jax.data.documents import File, find_files
 from xlstm_jax.data.prepare import folder, workers
 from xlstm_jax.data.prepare.config import PrepareConfig, Share
 from xlstm_jax.data.prepare.inputs import InputShard, input_shards, listing_sha256
 from xlstm_jax.data.prepare.ledger import Entry, Ledger, read_entries
-from xlstm_jax.data.prepare.parts import File, Tokenizer, find_files, get, load_template
+from xlstm_jax.data.prepare.parts import Tokenizer, get, load_template
 from xlstm_jax.data.prepare.progress import Counts, Progress, Totals
 from xlstm_jax.data.shards.manifest import NAME, Manifest, ShardInfo, TokenizerInfo, token_dtype
 from xlstm_jax.errors import quote, quote_path
