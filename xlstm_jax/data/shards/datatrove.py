@@ -53,7 +53,7 @@ def _document_ends(ends: Column) -> Column | Int64[np.ndarray, "D"]:
     array = ends.array
     if not (array[1:] >= array[:-1]).all():
         raise ConfigError(
-            f"the ends of documents in {remote.shown(ends.path)} must increase; copy the file again."
+            f"the ends of documents in {remote.shown(ends.path)} must increase; copy it again."
         )
     is_empty = np.diff(array, prepend=np.uint64(0)) == 0
     return array[~is_empty].astype(np.int64) if is_empty.any() else ends

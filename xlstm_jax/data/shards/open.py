@@ -141,7 +141,7 @@ def _open_prepared(path: str, split: str, mode: str) -> Opened:
     verify.verify_files(path, chosen, prepared.dtype, mode)
     infos = [info for part in chosen.values() for info in part]
     shards = [_shard(path, s, info, prepared.dtype) for s, part in chosen.items() for info in part]
-    remote.in_threads(verify.verify_last_end, shards, is_remote=remote.is_url(path))
+    remote.in_threads(verify.verify_ends, shards, is_remote=remote.is_url(path))
     tokenizer, num_bytes = prepared.tokenizer, sum(info.num_bytes for info in infos)
     description = _describe("prepared", split, ShardedTokens(shards), [i.sha256 for i in infos])
     description |= {

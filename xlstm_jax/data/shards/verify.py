@@ -62,13 +62,24 @@ def _verify_checksums(expected: dict[str, tuple[int, str]], total: int) -> None:
             _log.info("verified %.1f of %.1f GB", done / 1e9, total / 1e9)
 
 
-def verify_last_end(shard: Shard) -> None:
-    """Raises ConfigError unless the last document of a shard ends at its last token."""
+def verify_ends(shard: Shard) -> None:
+    """Raises ConfigError unless the documents of a shard follow each other and end with its tokens.
+
+    Of remote ends only the last one is read, in one request.
+    """
     ends = shard.ends
     assert isinstance(ends, Column)
-    end = int(ends.read(ends.length - 1, ends.length)[0])
-    if end != shard.tokens.length:
+    last = int(ends.read(ends.length - 1, ends.length)[0])
+    if last != shard.tokens.length:
         raise ConfigError(
             f"the last document of {remote.shown(ends.path)} must end at token "
-            f"{shard.tokens.length:,}, the last one, but ends at {end:,}; prepare the data again."
+            f"{shard.tokens.length:,}, the last one, but ends at {last:,}; prepare the data again."
+        )
+    if remote.is_url(ends.path):
+        return
+    array = ends.array
+    if not ((array > 0).all() and (array[1:] > array[:-1]).all()):
+        raise ConfigError(
+            f"the ends of documents in {remote.shown(ends.path)} must increase, but they do not; "
+            "copy the data again, or prepare them again."
         )

@@ -1,0 +1,206 @@
+"""The files of a tokenizer: where they are, their contents, and the name of the eos token."""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from xlstm_jax.config import user_path
+from xlstm_jax.errors import ConfigError, quote, quote_path
+
+JSON, MODEL, CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+SPECIAL_TOKENS, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
+HUB = "hf://"
+MAX_BYTES = 256 << 20
+"""Of a file. A vocabulary of 250,000 ids has about 20 MB."""
+
+# End-of-document tokens of well-known vocabularies; looked up if no file names one.
+_EOS_TOKENS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "<|end\u2581of\u2581sentence|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "[EOS]",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer file and the settings beside it."""
+
+    path: Path
+    data: bytes
+    settings: Mapping[str, Any]  # tokenizer_config.json, and special_tokens_map.json behind it
+    template: str | None  # chat_template.jinja
+
+    def eos_token(self, known: Iterable[str]) -> str:
+        """The token that ends a document: as the settings say, else one that is well known.
+
+        Args:
+            known: the tokens of the vocabulary.
+
+        Raises:
+            ConfigError: the settings name no token of the vocabulary, or none is well known.
+        """
+        known = set(known)
+        token = special_token(self.settings, "eos_token", self.path)
+        if token is None:
+            token = next((token for token in _EOS_TOKENS if token in known), None)
+        if token is None or token not in known:
+            said = "no eos token is named" if token is None else f"eos_token={quote(token)}"
+            raise ConfigError(
+                f"{quote_path(self.path)} needs a token of its vocabulary that ends a document, "
+                f'but {said}; write {{"eos_token": "TOKEN"}} to {CONFIG} beside it.'
+            )
+        return token
+
+    def save(self, folder: Path, name: str, eos_token: str) -> None:
+        """Writes the files, under their usual names, to a folder, which may be new."""
+        settings = json.dumps({**self.settings, "eos_token": eos_token}, indent=1) + "\n"
+        write(folder / name, self.data)
+        write(folder / CONFIG, settings.encode())
+        if self.template is not None:
+            write(folder / TEMPLATE, self.template.encode())
+
+
+def special_token(settings: Mapping[str, Any], key: str, path: Path) -> str | None:
+    """A token such as "eos_token" in the settings beside `path`; None if they name none.
+
+    Raises:
+        ConfigError: the value is no token.
+    """
+    value = settings.get(key)
+    token = value.get("content") if isinstance(value, Mapping) else value
+    if value is None or (isinstance(token, str) and token and is_text(token)):
+        return token
+    raise ConfigError(
+        f"{quote_path(path.parent / CONFIG)}: {key} must be a token, got {quote(value)}; correct it."
+    )
+
+
+def is_text(value: str) -> bool:
+    """Whether a string has no surrogates, which JSON can spell but no text has."""
+    return not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def find(name: str) -> Path:
+    """The tokenizer.json or sentencepiece model that a path, a folder or an hf:// name stands for.
+
+    Raises:
+        ConfigError: there is none, or several.
+    """
+    path = _download(name) if name.startswith(HUB) else user_path(name)
+    if os.path.isfile(path):
+        return path
+    if not os.path.isdir(path):
+        raise ConfigError(f"{quote_path(path)} must be a file or a folder; correct the path.")
+    if (path / JSON).is_file():
+        return path / JSON
+    models = sorted(path.glob("*.model"))
+    if len(models) != 1:
+        said = f"has {len(models)} files *.model" if models else f"has neither {JSON} nor *.model"
+        raise ConfigError(
+            f"{quote_path(path)} {said}; give the path of the file of the tokenizer."
+        )
+    return models[0]
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Changes with the contents of a file: its time of modification and its size, or zeros."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
+def read_files(path: Path) -> TokenizerFiles:
+    """Reads a tokenizer file and the settings beside it; raises ConfigError if it cannot."""
+    settings: dict[str, Any] = {}
+    for name in (SPECIAL_TOKENS, CONFIG):  # the latter has precedence
+        beside = path.parent / name
+        if beside.is_file():
+            values = parse_json(read(beside), beside)
+            settings |= {key: value for key, value in values.items() if value is not None}
+    template = path.parent / TEMPLATE
+    text = decode_utf8(read(template), template) if template.is_file() else None
+    return TokenizerFiles(path, read(path), settings, text)
+
+
+def read(path: Path) -> bytes:
+    """The bytes of a file; raises ConfigError if it cannot be read or has over `MAX_BYTES`."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(
+            f"{quote_path(path)} cannot be read ({error.strerror}); correct the path or its "
+            "permissions."
+        ) from error
+    if len(data) > MAX_BYTES:
+        raise ConfigError(
+            f"{quote_path(path)} must have at most {MAX_BYTES:,} bytes to be the file of a "
+            "tokenizer; fetch it again."
+        )
+    return data
+
+
+def decode_utf8(data: bytes, path: Path) -> str:
+    """The text of a file; raises ConfigError if it is not UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{quote_path(path)} must be UTF-8, but byte {error.start:,} is not; fetch it again."
+        ) from error
+
+
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """The table of a JSON file; raises ConfigError if it is none."""
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ConfigError(
+            f"{quote_path(path)} is not valid JSON ({reason}); fetch it again."
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{quote_path(path)} must be a table, got {quote(values)}.")
+    return values
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes a file at once: a draft beside it, which is then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_bytes(data)
+    os.replace(draft, path)
+
+
+@functools.cache  # a name is looked up on the network once
+def _download(name: str) -> Path:
+    """The local folder of the tokenizer files of hf://ORG/NAME."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ConfigError(
+            f"tokenizer={quote(name)} needs the package huggingface_hub; "
+            "`pip install huggingface_hub`, or give the path of a local folder."
+        ) from error
+    wanted = [JSON, "*.model", CONFIG, SPECIAL_TOKENS, TEMPLATE]
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name.removeprefix(HUB), allow_patterns=wanted)
+        )
+    except Exception as error:  # of the network, the hub, or the name: the types are its own
+        raise ConfigError(
+            f"tokenizer={quote(name)} cannot be fetched ({quote(str(error))}); check the name and "
+            "the network, or give the path of a local folder."
+        ) from error

@@ -1,0 +1,160 @@
+"""Tokenizers from a tokenizer.json, by the library `tokenizers`."""
+
+import base64
+import binascii
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, Int64, Integer
+
+from xlstm_jax.data.tokenizers import files
+from xlstm_jax.data.tokenizers.from_file import FileTokenizer, check_vocab_size, library_errors
+from xlstm_jax.errors import ConfigError, quote, quote_path
+
+MAX_TOKEN = 1 << 14
+"""Characters of a token. Longer ones, of no real vocabulary, overflow the stack of the library,
+which frees the tree of tokens by recursion."""
+
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class HuggingFaceTokenizer(FileTokenizer):
+    """The ids that `tokenizers` gives, without truncation, padding and added special tokens."""
+
+    inner: Any  # tokenizers.Tokenizer
+
+    def _encode(self, texts: Sequence[str]) -> Iterator[Sequence[int]]:
+        # "fast" computes no offsets.
+        encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
+        return (encoding.ids for encoding in encodings)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.inner.decode(ids, skip_special_tokens=False)
+
+    def encode_offsets(
+        self, text: str
+    ) -> tuple[Integer[np.ndarray, "T"], Int64[np.ndarray, "T 2"]]:
+        """The ids of a text, and the characters (start, stop) that each encodes."""
+        with library_errors(self.files.path, "cannot encode a text"):
+            encoding = self.inner.encode(text, add_special_tokens=False)
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        return self.to_array(encoding.ids), offsets
+
+    @functools.cached_property
+    def token_bytes(self) -> Int32[np.ndarray, "V"]:
+        """Bytes of text of each id.
+
+        Exact for byte-level BPE and for pieces of sentencepiece. For other kinds, the bytes that
+        the token adds to a decoded text. A space that the tokenizer adds before a text counts.
+        """
+        vocab = self.inner.get_vocab(with_added_tokens=True)
+        decoder = files.parse_json(self.files.data, self.files.path).get("decoder")
+        kinds = {part["type"] for part in _parts(decoder) if "type" in part}
+        with library_errors(self.files.path, "cannot decode its tokens"):
+            if "ByteLevel" in kinds:
+                added = {token.content for token in self.inner.get_added_tokens_decoder().values()}
+                sizes = {i: _byte_level_size(t, t in added) for t, i in vocab.items()}
+            else:
+                sizes = self._decoded_sizes(vocab, byte_tokens="ByteFallback" in kinds)
+        table = np.zeros(self.vocab_size, np.int32)
+        table[list(sizes)] = list(sizes.values())
+        table[self.special] = 0
+        return table
+
+    def _decoded_sizes(self, vocab: Mapping[str, int], byte_tokens: bool) -> dict[int, int]:
+        # Twice, because the first token of a text may lose a space or keep a mark of continuation.
+        ids = list(vocab.values())
+        once = self.inner.decode_batch([[i] for i in ids], skip_special_tokens=False)
+        twice = self.inner.decode_batch([[i, i] for i in ids], skip_special_tokens=False)
+        added = [len(b.encode()) - len(a.encode()) for a, b in zip(once, twice, strict=True)]
+        sizes = dict(zip(ids, added, strict=True))
+        if byte_tokens:  # one byte each, which alone is no text
+            sizes |= {i: 1 for token, i in vocab.items() if _BYTE_TOKEN.fullmatch(token)}
+        return sizes
+
+
+def load(contents: files.TokenizerFiles) -> HuggingFaceTokenizer:
+    """The tokenizer of a tokenizer.json; raises ConfigError if it is damaged."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ConfigError(
+            f"{quote_path(contents.path)} needs the package tokenizers, which is not installed; "
+            "`pip install 'xlstm-jax[data]'`."
+        ) from error
+    _check(files.parse_json(contents.data, contents.path), contents.path)
+    with library_errors(contents.path, "is not a valid tokenizer.json"):
+        inner = tokenizers.Tokenizer.from_buffer(contents.data)
+        inner.no_truncation()
+        inner.no_padding()
+        # It adds special tokens, which are not wanted, and removes spaces from offsets.
+        inner.post_processor = None
+        if getattr(inner.model, "dropout", None) is not None:
+            inner.model.dropout = None  # random merges; data are deterministic
+        vocab = inner.get_vocab(with_added_tokens=True)
+        added = inner.get_added_tokens_decoder()
+    vocab_size = check_vocab_size(1 + max(vocab.values(), default=-1), contents.path)
+    eos_token = contents.eos_token(vocab)
+    special = np.zeros(vocab_size, np.bool_)
+    special[[i for i, token in added.items() if token.special]] = True
+    special[vocab[eos_token]] = True
+    return HuggingFaceTokenizer(
+        name=files.JSON,
+        vocab_size=vocab_size,
+        eos_id=vocab[eos_token],
+        eos_token=eos_token,
+        special=special,
+        files=contents,
+        inner=inner,
+    )
+
+
+def _parts(component: Any) -> Iterator[Mapping[str, Any]]:
+    """A component of a tokenizer.json, such as its decoder, and all components within it."""
+    if isinstance(component, Mapping):
+        yield component
+        for value in component.values():
+            yield from _parts(value)
+    elif isinstance(component, list):
+        for value in component:
+            yield from _parts(value)
+
+
+def _byte_level_size(token: str, is_added: bool) -> int:
+    # An added token is text; any other one has a character per byte.
+    return len(token.encode()) if is_added else len(token)
+
+
+def _check(values: Mapping[str, Any], path: Path) -> None:
+    """Raises ConfigError for contents that end the process when the library reads them."""
+    model = values.get("model")
+    vocab = model.get("vocab") if isinstance(model, Mapping) else None
+    tokens = (item[0] if isinstance(item, list) and item else item for item in vocab or ())
+    longest = max((len(token) for token in tokens if isinstance(token, str)), default=0)
+    if longest > MAX_TOKEN:
+        raise ConfigError(
+            f"{quote_path(path)}: tokens must have at most {MAX_TOKEN:,} characters, got one of "
+            f"{longest:,}; fetch it again."
+        )
+    for part in _parts(values.get("normalizer")):
+        if "precompiled_charsmap" in part:
+            _check_charsmap(part["precompiled_charsmap"], path)
+
+
+def _check_charsmap(value: Any, path: Path) -> None:
+    """Checks the table of a normalizer: its length in bytes, then a trie of this length."""
+    try:
+        data = base64.b64decode(value, validate=True)
+    except (TypeError, ValueError, binascii.Error):
+        data = b""
+    if len(data) < 4 or int.from_bytes(data[:4], "little") > len(data) - 4:
+        raise ConfigError(
+            f"{quote_path(path)}: precompiled_charsmap must be the table of a normalizer, got "
+            f"{quote(value)}; fetch it again."
+        )

@@ -1,0 +1,93 @@
+"""Tokenizers from a model of `sentencepiece`."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from xlstm_jax.data.tokenizers import files
+from xlstm_jax.data.tokenizers.from_file import FileTokenizer, check_vocab_size, library_errors
+from xlstm_jax.errors import ConfigError, quote, quote_path
+
+_SPACE = "\u2581"  # stands for a space in a piece
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class SentencePieceTokenizer(FileTokenizer):
+    """The ids that `sentencepiece` gives."""
+
+    inner: Any  # sentencepiece.SentencePieceProcessor
+
+    def _encode(self, texts: Sequence[str]) -> Iterator[Sequence[int]]:
+        return iter(self.inner.encode(list(texts), out_type=int))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.inner.decode(ids)
+
+    @functools.cached_property
+    def special_ids(self) -> Mapping[str, int]:
+        """Special tokens, which the library does not recognize in a text."""
+        return {self.inner.id_to_piece(i): i for i in np.flatnonzero(self.special).tolist()}
+
+    @functools.cached_property
+    def token_bytes(self) -> Int32[np.ndarray, "V"]:
+        """Bytes of text of each id; unknown for `<unk>`, hence 0."""
+        inner = self.inner
+        pieces = map(inner.id_to_piece, range(self.vocab_size))
+        sizes = [len(piece.replace(_SPACE, " ").encode()) for piece in pieces]
+        table = np.array(sizes, np.int32)
+        table[[inner.is_byte(i) for i in range(self.vocab_size)]] = 1
+        table[[inner.is_unknown(i) for i in range(self.vocab_size)]] = 0
+        table[self.special] = 0
+        return table
+
+
+def load(contents: files.TokenizerFiles) -> SentencePieceTokenizer:
+    """The tokenizer of a sentencepiece model; raises ConfigError if it is damaged."""
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ConfigError(
+            f"{quote_path(contents.path)} needs the package sentencepiece, which is not installed; "
+            "`pip install 'xlstm-jax[data]'`."
+        ) from error
+    with library_errors(contents.path, "is not a valid sentencepiece model"):
+        inner = sentencepiece.SentencePieceProcessor(model_proto=contents.data)
+        size = check_vocab_size(inner.get_piece_size(), contents.path)
+        # Pieces of a damaged model may not be UTF-8; the library decodes them here.
+        pieces = {inner.id_to_piece(i): i for i in range(size)}
+        special = np.array([inner.is_control(i) or inner.is_unused(i) for i in range(size)])
+    _refuse_added_tokens(contents, size)
+    eos_token = _eos_token(contents, inner, pieces)
+    special[pieces[eos_token]] = True
+    return SentencePieceTokenizer(
+        name=files.MODEL,
+        vocab_size=size,
+        eos_id=pieces[eos_token],
+        eos_token=eos_token,
+        special=special,
+        files=contents,
+        inner=inner,
+    )
+
+
+def _eos_token(contents: files.TokenizerFiles, inner: Any, pieces: Mapping[str, int]) -> str:
+    """The token that the settings name, else that of the model, else one that is well known."""
+    if "eos_token" not in contents.settings and 0 <= inner.eos_id() < len(pieces):
+        return inner.id_to_piece(inner.eos_id())
+    return contents.eos_token(pieces)
+
+
+def _refuse_added_tokens(contents: files.TokenizerFiles, size: int) -> None:
+    """Raises ConfigError for tokens beside the model, whose ids the library does not know."""
+    added = contents.settings.get("added_tokens_decoder")
+    names = added if isinstance(added, Mapping) else {}
+    beyond = [name for name in names if not (name.isdecimal() and int(name[:12]) < size)]
+    if beyond:
+        raise ConfigError(
+            f"{quote_path(contents.path.parent / files.CONFIG)} adds the token {quote(beyond[0])}, "
+            f"but the model has {size} pieces; save a tokenizer.json, which holds added tokens."
+        )
