@@ -1,5 +1,6 @@
 """Counts, document lengths and samples of prepared tokens and of raw files, in constant memory."""
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,10 +9,10 @@ from jaxtyping import Integer
 
 from xlstm_jax.data.config import SPLITS, Split
 from xlstm_jax.data.documents import find_files, read
-from xlstm_jax.data.prepare.parts import Tokenizer, get
 from xlstm_jax.data.shards.manifest import TokenizerInfo, read_manifest
 from xlstm_jax.data.shards.open import ALL, Opened, kind_of, open_tokens
 from xlstm_jax.data.shards.store import TokenStore
+from xlstm_jax.data.tokenizers import Tokenizer, get
 
 _CHUNK = 1 << 24  # tokens whose document ends are read at once
 _BITS = 10  # of a length that the histogram distinguishes: errors are below 0.2 %
@@ -122,7 +123,8 @@ def inspect(
 
 def _tokenizer(opened: Opened, name: str | None) -> Tokenizer | None:
     if name is None and opened.tokenizer is not None:
-        name = opened.tokenizer_path or opened.tokenizer.name
+        path = opened.tokenizer_path  # absent for a tokenizer of the table
+        name = path if path is not None and os.path.isdir(path) else opened.tokenizer.name
     return None if name is None else get(name)
 
 

@@ -18,10 +18,11 @@ from xlstm_jax.data.config import SPLITS, Split
 from xlstm_jax.data.documents import Document, read
 from xlstm_jax.data.prepare.config import PrepareConfig
 from xlstm_jax.data.prepare.inputs import InputShard
-from xlstm_jax.data.prepare.parts import ChatTemplate, Tokenizer, load_template
+from xlstm_jax.data.prepare.parts import ChatTemplate, load_template
 from xlstm_jax.data.prepare.progress import Counts
 from xlstm_jax.data.shards.manifest import ShardInfo, token_dtype
 from xlstm_jax.data.shards.writer import ShardWriter
+from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.errors import quote, quote_path, shorten
 
 BATCH_BYTES, BATCH_DOCUMENTS = 2 << 20, 4096
@@ -178,12 +179,12 @@ def _encode_alone(tokenizer: Tokenizer, document: Document) -> None:
 
 
 def _failure(name: str, error: Exception) -> ConfigError:
-    if isinstance(error, ConfigError) and name in str(error):
-        return error
-    reason = error if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, ConfigError):
+        return error if name in str(error) else ConfigError(f"{quote_path(name)}: {error}")
+    reason = shorten(f"{type(error).__name__}: {error}", 300)
     return ConfigError(
-        f"{quote_path(name)} cannot be tokenized: {shorten(str(reason), 300)}; correct or remove "
-        "the document, or use another tokenizer."
+        f"{quote_path(name)} cannot be tokenized ({reason}); correct or remove the document, or "
+        "use another tokenizer."
     )
 
 

@@ -11,7 +11,6 @@ from xlstm_jax.config import ConfigError, user_path
 from xlstm_jax.data.config import SPLITS
 from xlstm_jax.data.prepare import ledger
 from xlstm_jax.data.prepare.config import Share
-from xlstm_jax.data.prepare.parts import Tokenizer
 from xlstm_jax.data.shards.manifest import (
     NAME,
     SUFFIXES,
@@ -22,6 +21,7 @@ from xlstm_jax.data.shards.manifest import (
     to_json,
 )
 from xlstm_jax.data.shards.writer import DRAFT
+from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.errors import quote_path
 
 _FILES = re.compile(

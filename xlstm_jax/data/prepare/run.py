@@ -1,6 +1,8 @@
 """`prepare`: raw files to a folder of token shards, resumable and spread over machines."""
 
 import contextlib
+import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +15,10 @@ from xlstm_jax.data.prepare import folder, workers
 from xlstm_jax.data.prepare.config import PrepareConfig, Share
 from xlstm_jax.data.prepare.inputs import InputShard, input_shards, listing_sha256
 from xlstm_jax.data.prepare.ledger import Entry, Ledger, read_entries
-from xlstm_jax.data.prepare.parts import Tokenizer, get, load_template
+from xlstm_jax.data.prepare.parts import load_template
 from xlstm_jax.data.prepare.progress import Counts, Progress, Totals
 from xlstm_jax.data.shards.manifest import NAME, Manifest, ShardInfo, TokenizerInfo, token_dtype
+from xlstm_jax.data.tokenizers import Tokenizer, get
 from xlstm_jax.errors import quote, quote_path
 
 
@@ -109,11 +112,16 @@ def _settings(cfg: PrepareConfig, tokenizer: Tokenizer, files: Sequence[File]) -
         "pattern": cfg.pattern,
         "split": cfg.split,
         "tokenizer_sha256": tokenizer.sha256,
+        "eos_id": tokenizer.eos_id,
     }
     if not cfg.chat:
         return fields | {"text_field": cfg.text_field}
     template = load_template(cfg.tokenizer)
-    return fields | {"messages_field": cfg.messages_field, "chat_template": template.sha256}
+    identity = json.dumps([template.source, dict(template.variables)], sort_keys=True)
+    return fields | {
+        "messages_field": cfg.messages_field,
+        "template_sha256": hashlib.sha256(identity.encode()).hexdigest(),
+    }
 
 
 def _finished(out: Path, settings: Mapping[str, Any], dtype: str) -> dict[int, Entry]:

@@ -24,7 +24,7 @@ from xlstm_jax.data.prepare.encode import (
     tokenizer_threads,
 )
 from xlstm_jax.data.prepare.inputs import InputShard
-from xlstm_jax.data.prepare.parts import get
+from xlstm_jax.data.tokenizers import get
 
 _STOP = (signal.SIGINT, signal.SIGTERM)
 _SPAWN = multiprocessing.get_context("spawn")  # JAX and other threads of this process forbid a fork
