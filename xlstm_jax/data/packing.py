@@ -65,7 +65,7 @@ class Plan:
 
     starts: Column | Integer[np.ndarray, "P"]  # int64
     lengths: Column | Integer[np.ndarray, "P"]  # uint32
-    firsts: Column | Integer[np.ndarray, "windows+1"]  # int64
+    firsts: Column | Integer[np.ndarray, "bounds"]  # int64
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -171,7 +171,7 @@ def _digest(plan: Plan) -> bytes:
     return digest.digest()
 
 
-def _groups(store: TokenStore, size: int) -> Iterator[Int64[np.ndarray, "D+1"]]:
+def _groups(store: TokenStore, size: int) -> Iterator[Int64[np.ndarray, "bounds"]]:
     """For each range of `size` positions, the start of its first document and the ends of all."""
     start = 0
     for first in range(0, store.num_tokens, size):
@@ -198,7 +198,7 @@ def _make(packing: str, store: TokenStore, seq_len: int) -> Plan:
     return Plan(np.concatenate(starts), np.concatenate(lengths), firsts)
 
 
-def _divide(bounds: Int64[np.ndarray, "D+1"], seq_len: int) -> Pieces:
+def _divide(bounds: Int64[np.ndarray, "bounds"], seq_len: int) -> Pieces:
     """The pieces of documents, in order; documents of one token have no target and are dropped."""
     first, size = bounds[:-1], np.diff(bounds)
     first, size = first[size > 1], size[size > 1]

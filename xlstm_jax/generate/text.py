@@ -33,16 +33,20 @@ def stream_text(
         raise ArgumentError("stop must have no empty string, got ''; leave it out.")
     ids = tokenizer.encode(prompt)
     pieces = decode.stream(model, variables, [ids], piece=PIECE, stop=[tokenizer.eos_id], **options)
-    return _parts(pieces, tokenizer, stop)
+    return _parts(pieces, tokenizer, ids.tolist(), stop)
 
 
-def _parts(pieces, tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
-    tokens: list[int] = []
-    num_emitted = 0  # characters of the text that were yielded
+def _parts(
+    pieces, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]
+) -> Iterator[str]:
+    # Decoded with the prompt: sentencepiece drops the space before the first token of a text.
+    tokens = [*prompt]
+    start = len(tokenizer.decode(tokens).rstrip("\N{REPLACEMENT CHARACTER}"))
+    num_emitted = 0  # characters of the continuation that were yielded
     for piece in pieces:
         tokens += piece.tokens[0]
         # All tokens are decoded again: a character may consist of bytes of several tokens.
-        text = tokenizer.decode(tokens)
+        text = tokenizer.decode(tokens)[start:]
         ends = [end for end in map(text.find, stop) if end >= 0]
         if ends:
             yield text[num_emitted : min(ends)]
@@ -54,4 +58,4 @@ def _parts(pieces, tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
         if num_final > num_emitted:
             yield text[num_emitted:num_final]
             num_emitted = num_final
-    yield tokenizer.decode(tokens)[num_emitted:]
+    yield tokenizer.decode(tokens)[start + num_emitted :]

@@ -186,30 +186,40 @@ def test_binary_data_are_read_only_if_a_pattern_asks_for_them(tmp_path):
     assert read(tmp_path) == [TEXT + b"\0"]
 
 
-@pytest.mark.parametrize(
-    "names", ["a.jsonl", "a.json.gz", "README.md train.parquet", "a.txt b.ndjson"]
-)
+ROW = b'{"text": "words"}\n'
+
+
+@pytest.mark.parametrize("pattern", [None, "*.{jsonl,gz,ndjson}"])
 @pytest.mark.parametrize("as_folder", [True, False])
-def test_rows_of_data_are_refused_unless_a_pattern_asks_for_them(tmp_path, names, as_folder):
-    for name in names.split():
-        text = b'{"text": "words"}\n'
-        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
-    rows = names.split()[-1]
-    source = tmp_path if as_folder else tmp_path / rows
-    message = (
-        rf"must be text \(\.txt and \.md.*\), but {rows} holds rows.*not read yet; set data\.p"
-    )
-    with pytest.raises(ConfigError, match=message):
-        read(source)
-    assert read(source, f"*{rows[1:]}") == [b'{"text": "words"}\n']
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "B.NDJSON"])
+def test_rows_are_documents_also_where_a_pattern_asks_for_them(tmp_path, name, as_folder, pattern):
+    (tmp_path / name).write_bytes(gzip.compress(ROW) if name.endswith("gz") else ROW)
+    if name != "B.NDJSON" or pattern is None or not as_folder:
+        assert read(tmp_path if as_folder else tmp_path / name, pattern) == [b"words"]
 
 
-def test_metadata_smaller_than_the_text_beside_it_are_skipped(tmp_path):
+def test_every_format_of_a_folder_is_read(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a text")
+    (tmp_path / "b.jsonl").write_bytes(ROW)
+    assert read(tmp_path) == [b"a text", b"words"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "license.txt", "notes.md", "readme.md.gz"])
+def test_a_readme_beside_larger_rows_is_skipped_with_a_warning(tmp_path, caplog, name):
+    text = b"describes the rows\n"
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    (tmp_path / "a.jsonl").write_bytes(ROW * 9)
+    assert read(tmp_path) == [b"words"] * 9
+    assert "1 files (1 ." in caplog.text and "describe the data beside them" in caplog.text
+    assert read(tmp_path, "*")[-1] == text or read(tmp_path, "*")[0] == text
+
+
+def test_json_smaller_than_the_data_beside_it_is_skipped(tmp_path):
     (tmp_path / "a.txt").write_bytes(TEXT)
     (tmp_path / "metadata.json").write_bytes(b"{}")
     assert read(tmp_path) == [TEXT]
-    (tmp_path / "train.jsonl").write_bytes(b"{}\n" * len(TEXT))
-    with pytest.raises(ConfigError, match="holds rows of data"):
+    (tmp_path / "metadata.json").write_bytes(b"{}\n" * len(TEXT))
+    with pytest.raises(ConfigError, match=r"metadata\.json, line 1, must have the field 'text'"):
         read(tmp_path)
 
 
@@ -230,7 +240,7 @@ def test_more_text_than_fits_is_refused_before_it_is_read(tmp_path, monkeypatch,
         for copy in range(3):
             (folder / f"{copy}.txt").write_bytes(data)
     elif name == "bomb.txt.gz":
-        (folder / name).write_bytes(gzip.compress(bytes(1 << 26)))
+        (folder / name).write_bytes(gzip.compress(b"word " * (1 << 24)))
     else:
         (folder / name).write_bytes(gzip.compress(data * 3) if name.endswith("gz") else data * 3)
     with pytest.raises(ConfigError, match=r"must be at most 1 MiB, as its tokens .* use fewer or"):
@@ -240,7 +250,9 @@ def test_more_text_than_fits_is_refused_before_it_is_read(tmp_path, monkeypatch,
         assert len(load_all(DataConfig(source=str(folder))).tokens) >= 1_500_000
 
 
-def test_decompression_stops_at_the_limit(tmp_path):
-    data = gzip.compress(bytes(1 << 26))
-    codec = streams._CODECS[".gz"]
-    assert 1000 < len(files._decompress(tmp_path, data, codec, limit=1000)) < 1 << 23
+@pytest.mark.parametrize("stop", [1, 1000, streams.BLOCK + 1])
+def test_decompression_stops_at_the_end_of_the_range(tmp_path, stop):
+    (tmp_path / "a.gz").write_bytes(gzip.compress(bytes(range(256)) * (1 << 16))[:-8])
+    blocks = list(streams.read_blocks(str(tmp_path / "a.gz"), 1, stop + 1))  # its end is damaged
+    data = b"".join(blocks)
+    assert data == (bytes(range(256)) * (1 + stop // 256))[1 : stop + 1]

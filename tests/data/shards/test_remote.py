@@ -152,7 +152,7 @@ def test_requests_are_repeated_after_errors_that_may_pass(counted, tmp_path, rng
     store = open_blocks("counted://data").store
     counted.errors += [ConnectionResetError("reset"), TimeoutError(), RuntimeError("503")]
     assert_holds(store, docs)
-    counted.errors += [RuntimeError("503 for counted://data/train/00000.bin?key=secret")] * 4
+    counted.errors += [RuntimeError("503")] * 4
     fresh = pickle.loads(pickle.dumps(store))
     with pytest.raises(ConfigError, match="counted://data/train/00000.bin cannot be read.*503"):
         fresh.read(0, 3)

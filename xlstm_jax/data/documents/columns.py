@@ -1,6 +1,6 @@
 """Documents of columns: Parquet and Arrow files, of which only the needed column is read."""
 
-import os
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +14,9 @@ from xlstm_jax.errors import quote, quote_path, shorten
 
 _ROWS = 64
 """Rows that are decoded at a time. A small file may hold one long text many times."""
+
+_MAPPED = 16 << 20
+"""Bytes of rows after which mapped memory is released."""
 
 _MAGIC = b"ARROW1"
 
@@ -31,13 +34,10 @@ def read_columns(file: File, fields: Fields) -> Iterator[tuple[int, Content]]:
             f"reading {quote_path(file.path)} needs the package pyarrow, which is not installed; "
             "`pip install 'xlstm-jax[data]'`."
         ) from error
-    read = _parquet if suffix(file.name) == ".parquet" else _arrow
     try:
         with decompressed(file.path) as path:
             number = 0
-            for array in read(path, file, fields):
-                # Else offsets could point outside of the file, and null counts could be wrong.
-                array.validate(full=True)
+            for array in _arrays(path, file, fields):
                 contents = _texts(array) if fields.messages is None else array.to_pylist()
                 for content in contents:
                     number += 1
@@ -56,47 +56,69 @@ def read_columns(file: File, fields: Fields) -> Iterator[tuple[int, Content]]:
         ) from error
 
 
-def _parquet(path: str, file: File, fields: Fields) -> Iterator[Any]:
+def _arrays(path: str, file: File, fields: Fields) -> Iterator[Any]:
+    """A few rows of the column at a time."""
+    # Mapped memory is bounded by the file, whatever sizes its headers claim.
+    with open(path, "rb") as opened:
+        data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    read = _parquet if suffix(file.name) == ".parquet" else _arrow
+    num_bytes = 0
+    for array in read(data, file, fields):
+        yield array
+        num_bytes += array.nbytes
+        if num_bytes > _MAPPED and hasattr(mmap, "MADV_DONTNEED"):
+            # The system may drop these pages, but counts them as memory of this process.
+            data.madvise(mmap.MADV_DONTNEED)
+            num_bytes = 0
+
+
+def _parquet(data: mmap.mmap, file: File, fields: Fields) -> Iterator[Any]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    # With a buffer, pages are read as needed, and not all of a row group.
-    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as parquet:
-        _check_schema(parquet.schema_arrow, file, fields)
-        for batch in parquet.iter_batches(_ROWS, columns=[fields.name], use_threads=False):
-            yield batch.column(fields.name)
+    with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False) as parquet:
+        index = _check_schema(parquet.schema_arrow, file, fields)
+        is_dictionary = pa.types.is_dictionary(parquet.schema_arrow.field(index).type)
+        # Every batch has a copy of the dictionary, and texts are not repeated yet.
+        rows = 1 << 16 if is_dictionary else _ROWS
+        for batch in parquet.iter_batches(rows, columns=[fields.name], use_threads=False):
+            for array in _parts(batch.column(fields.name)):
+                array.validate(full=True)  # UTF-8
+                yield array
 
 
-def _arrow(path: str, file: File, fields: Fields) -> Iterator[Any]:
-    """The columns of all batches of the file or the stream format."""
+def _arrow(data: mmap.mmap, file: File, fields: Fields) -> Iterator[Any]:
+    """Rows of the file or the stream format.
+
+    The file format is a stream between a magic and an index. Both are read as streams: then no
+    offset of the index must be trusted.
+    """
     import pyarrow as pa
 
-    start = _start_of_stream(path)
-    # Mapped memory is bounded by the file, whatever sizes its headers claim.
-    with pa.memory_map(path) as source:
-        source.seek(start)
-        schema = pa.ipc.open_stream(source).schema
-        index = _check_schema(schema, file, fields)
-        options = pa.ipc.IpcReadOptions(included_fields=[index], use_threads=False)
-        source.seek(start)
-        with pa.ipc.open_stream(source, options=options) as reader:
-            for batch in reader:
-                column = batch.column(0)
-                for first in range(0, len(column), _ROWS):
-                    yield column.slice(first, _ROWS)
-
-
-def _start_of_stream(path: str) -> int:
-    """The offset of the stream of batches, which the file format encloses in a magic and an index.
-
-    Batches are read as a stream in either case: then no offset of the index must be trusted.
-    """
-    with open(path, "rb") as file:
-        if file.read(len(_MAGIC)) != _MAGIC:
-            return 0
-        file.seek(-len(_MAGIC), os.SEEK_END)
-        if file.read() != _MAGIC:
+    source, start = pa.BufferReader(data), 0
+    if data[: len(_MAGIC)] == _MAGIC:
+        start = 8  # the magic is padded
+        if data[-len(_MAGIC) :] != _MAGIC:
             raise ValueError("it ends early")
-    return 8  # the magic is padded
+    source.seek(start)
+    index = _check_schema(pa.ipc.open_stream(source).schema, file, fields)
+    options = pa.ipc.IpcReadOptions(included_fields=[index], use_threads=False)
+    source.seek(start)
+    with pa.ipc.open_stream(source, options=options) as reader:
+        for batch in reader:
+            column = batch.column(0)
+            # Else offsets could point outside of the file, and null counts could be wrong.
+            column.validate(full=True)
+            yield from _parts(column)
+
+
+def _parts(column: Any) -> Iterator[Any]:
+    """A few rows of a column at a time, without dictionaries."""
+    import pyarrow as pa
+
+    for first in range(0, len(column), _ROWS):
+        part = column.slice(first, _ROWS)
+        yield part.dictionary_decode() if isinstance(part, pa.DictionaryArray) else part
 
 
 def _check_schema(schema: Any, file: File, fields: Fields) -> int:

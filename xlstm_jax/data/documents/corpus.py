@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data.documents.document import Document, File
 from xlstm_jax.data.documents.files import ROWS, suffix
-from xlstm_jax.data.documents.read import read
+from xlstm_jax.data.documents.reader import read
 from xlstm_jax.data.documents.select import (
     assign,
     check_not_empty,

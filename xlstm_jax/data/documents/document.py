@@ -64,15 +64,19 @@ Content = bytes | list[dict[str, Any]]
 
 def pieces(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
     """Yields the pieces of a text, of at most `MAX_PIECE` bytes, and whether each is the last."""
-    held = b""
+    parts, size = [], 0
     for block in blocks:
-        held = held + block if held else block
-        while len(held) > MAX_PIECE:
-            stop = _end_of_piece(held)
-            yield held[:stop], False
-            held = held[stop:]
-    if held:
-        yield held, True
+        parts.append(block)
+        size += len(block)
+        if size > MAX_PIECE:
+            data = b"".join(parts)
+            while len(data) > MAX_PIECE:
+                stop = _end_of_piece(data)
+                yield data[:stop], False
+                data = data[stop:]
+            parts, size = [data], len(data)
+    if size:
+        yield b"".join(parts), True
 
 
 def _end_of_piece(data: bytes) -> int:

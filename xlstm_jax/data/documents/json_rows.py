@@ -81,8 +81,9 @@ def _array(file: File, blocks: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
         size += len(block)
         if size > MAX_JSON:
             fail(file, "line", 1, _TOO_LONG.format(MAX_JSON >> 20))
+    text = _decode(file, 1, b"".join(parts))
     try:
-        rows = json.loads(_decode(file, 1, b"".join(parts)))
+        rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         number = getattr(error, "lineno", 1)
         fail(file, "line", number, f"must be JSON ({error}); correct it")

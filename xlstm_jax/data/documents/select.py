@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data.documents import files, hf_disk
 from xlstm_jax.data.documents.document import File
-from xlstm_jax.data.documents.read import read
+from xlstm_jax.data.documents.reader import read
 from xlstm_jax.data.documents.splits import Split, splits_by_name, splits_of_name
 from xlstm_jax.data.documents.streams import read_blocks
 from xlstm_jax.errors import printable, quote, quote_path
@@ -41,21 +41,23 @@ def find_files(
     Raises:
         ConfigError: the path has no data, or the splits are ambiguous.
     """
-    selected, named = select(source, pattern)
+    selected, named = select(source, pattern, use_names=split is None)
     if split is not None:
-        return [file._replace(split=split, splits=(split,)) for file in selected]
+        return [_with_split(file, split) for file in selected]
     assigned = assign(selected, named)
     if scope := scope_of_valid(assigned):
         warn_once(f"data.source={quote(source)} names no split 'valid': it is {scope} of 'train'")
     return assigned
 
 
-def select(source: str, pattern: str | None) -> tuple[list[File], dict[str, Split] | None]:
+def select(
+    source: str, pattern: str | None, *, use_names: bool = True
+) -> tuple[list[File], dict[str, Split] | None]:
     """The files of a source that are read, without splits, and the splits if names define them."""
     path, named = find(source), None
     if path is not None and path.is_dir():
         names = _names(source, path, pattern)
-        named = _names_to_splits(source, names)
+        named = _names_to_splits(source, names) if use_names else None
         paths = {name: path / name for name in names}
     elif path is not None and path.is_file():
         paths = {path.name: path}  # the pattern is for folders

@@ -48,7 +48,7 @@ def read_shard(prefix: str) -> Shard:
 
 def _read_header(path: str, size: int) -> tuple[str, int, int]:
     """The dtype and the numbers of sequences and of document boundaries."""
-    header = next(remote.read_parts(path, min(size, _HEADER.size)), b"")[: _HEADER.size]
+    header = b"".join(remote.read_parts(path, min(size, _HEADER.size)))
     if not header.startswith(MAGIC) or len(header) < _HEADER.size:
         raise ConfigError(
             f"{remote.shown(path)} must be an index of Megatron-LM with the header MMIDIDX; "

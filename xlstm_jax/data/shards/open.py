@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ from xlstm_jax.config import ConfigError
 from xlstm_jax.data.config import SPLITS
 from xlstm_jax.data.shards import datatrove, manifest, megatron, remote, verify
 from xlstm_jax.data.shards.blocks import BlockCache, BlockedTokens
+from xlstm_jax.data.shards.columns import Column
 from xlstm_jax.data.shards.manifest import ShardInfo, TokenizerInfo, shard_path
 from xlstm_jax.data.shards.store import Shard, ShardedTokens, StoreRange, TokenStore
 from xlstm_jax.errors import quote
@@ -24,11 +25,12 @@ Kind = Literal["prepared", "megatron", "datatrove"]
 ALL = "all"
 """In place of the name of a split: the documents of all splits."""
 
-# Suffixes of the file that names a shard and of its index, and the function that reads it.
-_FOREIGN: dict[str, tuple[str, str, Callable[[str], Shard]]] = {
-    "megatron": (megatron.SUFFIX, megatron.SUFFIX, megatron.read_shard),
-    "datatrove": (datatrove.SUFFIX, f"{datatrove.SUFFIX}.index", datatrove.read_shard),
+# The suffix of the file that names a shard, and the function that reads it.
+_FOREIGN: dict[str, tuple[str, Callable[[str], Shard]]] = {
+    "megatron": (megatron.SUFFIX, megatron.read_shard),
+    "datatrove": (datatrove.SUFFIX, datatrove.read_shard),
 }
+_SAMPLE = 4096  # tokens of each file that identify the content, beside the ends of documents
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -63,15 +65,15 @@ def _normalize(path: str) -> str:
 
 
 def _is_prepared(path: str) -> bool:
-    """Whether a folder has our manifest, or shards that wait for one."""
+    """Whether a folder has our manifest, or, if it is local, shards that wait for one."""
     try:
         data = remote.read_bytes(f"{path}/{manifest.NAME}", manifest.MAX_BYTES)
         if b'"splits"' in data and b'"tokenizer"' in data:  # also if it is damaged
             return True
     except FileNotFoundError:
         pass
-    names = [name for split in SPLITS for name in remote.list_files(f"{path}/{split}")]
-    return any(name.endswith(".ends") for name in names)
+    folders = [] if remote.is_url(path) else [f"{path}/{split}" for split in SPLITS]
+    return any(name.endswith(".ends") for f in folders for name in remote.list_files(f))
 
 
 def _stems(path: str, suffix: str) -> dict[str, list[str]]:
@@ -140,17 +142,18 @@ def _open_prepared(path: str, split: str, mode: str) -> Opened:
         raise _no_split(path, split, counts, "prepare it with `xlstm-jax data prepare --split`")
     verify.verify_files(path, chosen, prepared.dtype, mode)
     infos = [info for part in chosen.values() for info in part]
-    shards = [_shard(path, s, info, prepared.dtype) for s, part in chosen.items() for info in part]
-    remote.in_threads(verify.verify_ends, shards, is_remote=remote.is_url(path))
+    store = ShardedTokens(
+        [_shard(path, s, info, prepared.dtype) for s, part in chosen.items() for info in part]
+    )
+    remote.in_threads(verify.verify_ends, store.shards, is_remote=remote.is_url(path))
     tokenizer, num_bytes = prepared.tokenizer, sum(info.num_bytes for info in infos)
-    description = _describe("prepared", split, ShardedTokens(shards), [i.sha256 for i in infos])
-    description |= {
+    description = _describe("prepared", split, store, [info.sha256 for info in infos]) | {
         "num_bytes": num_bytes,
         "tokenizer": tokenizer.name,
         "tokenizer_sha256": tokenizer.sha256,
     }
     folder = None if tokenizer.name == "byte" else f"{path}/{manifest.TOKENIZER_FOLDER}"
-    return Opened(ShardedTokens(shards), tokenizer, folder, num_bytes, description)
+    return Opened(store, tokenizer, folder, num_bytes, description)
 
 
 def _shard(path: str, split: str, info: ShardInfo, dtype: str) -> Shard:
@@ -164,7 +167,7 @@ def _shard(path: str, split: str, info: ShardInfo, dtype: str) -> Shard:
 
 
 def _open_foreign(path: str, split: str, kind: Kind) -> Opened:
-    suffix, index_suffix, read_shard = _FOREIGN[kind]
+    suffix, read_shard = _FOREIGN[kind]
     stems = _stems(path, suffix)
     named = {s: stems[s] for s in SPLITS if stems.get(s)}
     if named and split not in (*named, ALL):
@@ -180,11 +183,15 @@ def _open_foreign(path: str, split: str, kind: Kind) -> Opened:
         )
     whole = ShardedTokens(shards)
     store = whole if named or split == ALL else _share(whole, path, split)
-    identity = [
-        (remote.sha256(f"{stem}{index_suffix}"), shard.tokens.length)
-        for stem, shard in zip(files, shards, strict=True)
-    ]
-    return Opened(store, None, None, None, _describe(kind, split, store, identity))
+    return Opened(store, None, None, None, _describe(kind, split, store, map(_identify, shards)))
+
+
+def _identify(shard: Shard) -> str:
+    """A hash of the ends of documents and of the first tokens."""
+    ends = shard.ends.array if isinstance(shard.ends, Column) else shard.ends
+    digest = hashlib.sha256(np.ascontiguousarray(ends, "<i8").data)
+    digest.update(shard.tokens.read(0, min(_SAMPLE, shard.tokens.length)).tobytes())
+    return digest.hexdigest()
 
 
 def _share(store: ShardedTokens, path: str, split: str) -> StoreRange:
@@ -206,10 +213,12 @@ def _no_split(path: str, split: str, counts: dict[str, int], remedy: str) -> Con
     )
 
 
-def _describe(kind: Kind, split: str, store: TokenStore, identity: list[Any]) -> dict[str, Any]:
+def _describe(
+    kind: Kind, split: str, store: TokenStore, identities: Iterable[Any]
+) -> dict[str, Any]:
     return {
         "format": kind,
-        "content_sha256": _hash(identity),
+        "content_sha256": _hash(list(identities)),
         "split": split,
         "num_documents": store.num_documents,
         "num_tokens": store.num_tokens,

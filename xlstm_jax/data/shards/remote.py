@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 DELAYS = (0.5, 1.0, 4.0)
 """Seconds between attempts of a request."""
 
-PART = 1 << 24
+PART = 1 << 22
 """Bytes that are read at once from a whole file."""
 
 _THREADS = 16  # of requests for many small files
@@ -130,13 +130,14 @@ def read_bytes(path: str, limit: int) -> bytes:
 
 
 def read_parts(path: str, size: int) -> Iterator[bytes]:
-    """The content of a file of `size` bytes, in parts."""
+    """The first `size` bytes of a file, in parts."""
     if is_url(path):
         for start in range(0, size, PART):
             yield read_range(path, start, min(start + PART, size))
         return
     with open(path, "rb") as file:
-        while part := file.read(PART):
+        while part := file.read(min(PART, size)):
+            size -= len(part)
             yield part
 
 

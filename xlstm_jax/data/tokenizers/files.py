@@ -81,7 +81,8 @@ def special_token(settings: Mapping[str, Any], key: str, path: Path) -> str | No
     if value is None or (isinstance(token, str) and token and is_text(token)):
         return token
     raise ConfigError(
-        f"{quote_path(path.parent / CONFIG)}: {key} must be a token, got {quote(value)}; correct it."
+        f"{quote_path(path.parent / CONFIG)}: {key} must be a token, got {quote(value)}; correct "
+        "it."
     )
 
 
@@ -106,9 +107,7 @@ def find(name: str) -> Path:
     models = sorted(path.glob("*.model"))
     if len(models) != 1:
         said = f"has {len(models)} files *.model" if models else f"has neither {JSON} nor *.model"
-        raise ConfigError(
-            f"{quote_path(path)} {said}; give the path of the file of the tokenizer."
-        )
+        raise ConfigError(f"{quote_path(path)} {said}; give the path of the file of the tokenizer.")
     return models[0]
 
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Integer
+from jaxtyping import Bool, Int32, Integer
 
 from xlstm_jax.data.tokenizers.files import TokenizerFiles
 from xlstm_jax.data.tokenizers.protocol import BaseTokenizer, to_bytes
 from xlstm_jax.errors import ConfigError, quote, quote_path
 
 MAX_VOCAB = 1 << 24
-"""Ids that fit into a file of at most 256 MiB; a larger one is damaged, and tables have its size."""
+"""Of ids: more do not fit into a file of at most 256 MiB. Tables have this size."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -27,6 +27,7 @@ class FileTokenizer(BaseTokenizer):
     eos_id: int
     eos_token: str
     special: Bool[np.ndarray, "V"]  # whether an id has no text
+    token_bytes: Int32[np.ndarray, "V"]
     files: TokenizerFiles
 
     @property

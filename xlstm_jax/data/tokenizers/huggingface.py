@@ -3,14 +3,13 @@
 import base64
 import binascii
 import dataclasses
-import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Int64, Integer
+from jaxtyping import Int64, Integer
 
 from xlstm_jax.data.tokenizers import files
 from xlstm_jax.data.tokenizers.from_file import FileTokenizer, check_vocab_size, library_errors
@@ -46,38 +45,6 @@ class HuggingFaceTokenizer(FileTokenizer):
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         return self.to_array(encoding.ids), offsets
 
-    @functools.cached_property
-    def token_bytes(self) -> Int32[np.ndarray, "V"]:
-        """Bytes of text of each id.
-
-        Exact for byte-level BPE and for pieces of sentencepiece. For other kinds, the bytes that
-        the token adds to a decoded text. A space that the tokenizer adds before a text counts.
-        """
-        vocab = self.inner.get_vocab(with_added_tokens=True)
-        decoder = files.parse_json(self.files.data, self.files.path).get("decoder")
-        kinds = {part["type"] for part in _parts(decoder) if "type" in part}
-        with library_errors(self.files.path, "cannot decode its tokens"):
-            if "ByteLevel" in kinds:
-                added = {token.content for token in self.inner.get_added_tokens_decoder().values()}
-                sizes = {i: _byte_level_size(t, t in added) for t, i in vocab.items()}
-            else:
-                sizes = self._decoded_sizes(vocab, byte_tokens="ByteFallback" in kinds)
-        table = np.zeros(self.vocab_size, np.int32)
-        table[list(sizes)] = list(sizes.values())
-        table[self.special] = 0
-        return table
-
-    def _decoded_sizes(self, vocab: Mapping[str, int], byte_tokens: bool) -> dict[int, int]:
-        # Twice, because the first token of a text may lose a space or keep a mark of continuation.
-        ids = list(vocab.values())
-        once = self.inner.decode_batch([[i] for i in ids], skip_special_tokens=False)
-        twice = self.inner.decode_batch([[i, i] for i in ids], skip_special_tokens=False)
-        added = [len(b.encode()) - len(a.encode()) for a, b in zip(once, twice, strict=True)]
-        sizes = dict(zip(ids, added, strict=True))
-        if byte_tokens:  # one byte each, which alone is no text
-            sizes |= {i: 1 for token, i in vocab.items() if _BYTE_TOKEN.fullmatch(token)}
-        return sizes
-
 
 def load(contents: files.TokenizerFiles) -> HuggingFaceTokenizer:
     """The tokenizer of a tokenizer.json; raises ConfigError if it is damaged."""
@@ -88,7 +55,8 @@ def load(contents: files.TokenizerFiles) -> HuggingFaceTokenizer:
             f"{quote_path(contents.path)} needs the package tokenizers, which is not installed; "
             "`pip install 'xlstm-jax[data]'`."
         ) from error
-    _check(files.parse_json(contents.data, contents.path), contents.path)
+    values = files.parse_json(contents.data, contents.path)
+    _check(values, contents.path)
     with library_errors(contents.path, "is not a valid tokenizer.json"):
         inner = tokenizers.Tokenizer.from_buffer(contents.data)
         inner.no_truncation()
@@ -99,17 +67,23 @@ def load(contents: files.TokenizerFiles) -> HuggingFaceTokenizer:
             inner.model.dropout = None  # random merges; data are deterministic
         vocab = inner.get_vocab(with_added_tokens=True)
         added = inner.get_added_tokens_decoder()
+        kinds = {part["type"] for part in _parts(values.get("decoder")) if "type" in part}
+        sizes = _byte_level_sizes(inner) if "ByteLevel" in kinds else _sizes(inner, kinds)
     vocab_size = check_vocab_size(1 + max(vocab.values(), default=-1), contents.path)
     eos_token = contents.eos_token(vocab)
     special = np.zeros(vocab_size, np.bool_)
     special[[i for i, token in added.items() if token.special]] = True
     special[vocab[eos_token]] = True
+    token_bytes = np.zeros(vocab_size, np.int32)
+    token_bytes[list(sizes)] = list(sizes.values())
+    token_bytes[special] = 0
     return HuggingFaceTokenizer(
         name=files.JSON,
         vocab_size=vocab_size,
         eos_id=vocab[eos_token],
         eos_token=eos_token,
         special=special,
+        token_bytes=token_bytes,
         files=contents,
         inner=inner,
     )
@@ -126,9 +100,28 @@ def _parts(component: Any) -> Iterator[Mapping[str, Any]]:
             yield from _parts(value)
 
 
-def _byte_level_size(token: str, is_added: bool) -> int:
-    # An added token is text; any other one has a character per byte.
-    return len(token.encode()) if is_added else len(token)
+def _byte_level_sizes(inner: Any) -> dict[int, int]:
+    """Bytes of text of each id: a character per byte, but an added token is text itself."""
+    sizes = {i: len(token) for token, i in inner.get_vocab(with_added_tokens=True).items()}
+    added = inner.get_added_tokens_decoder()
+    return sizes | {i: len(token.content.encode()) for i, token in added.items()}
+
+
+def _sizes(inner: Any, kinds: Container[str]) -> dict[int, int]:
+    """Bytes that each id adds to a decoded text, given the kinds of the decoder's parts.
+
+    Exact for pieces of sentencepiece. A space that the tokenizer adds before a text counts.
+    """
+    vocab = inner.get_vocab(with_added_tokens=True)
+    ids = list(vocab.values())
+    # Twice, because the first token of a text may lose a space or keep a mark of continuation.
+    once = inner.decode_batch([[i] for i in ids], skip_special_tokens=False)
+    twice = inner.decode_batch([[i, i] for i in ids], skip_special_tokens=False)
+    added = [len(b.encode()) - len(a.encode()) for a, b in zip(once, twice, strict=True)]
+    sizes = dict(zip(ids, added, strict=True))
+    if "ByteFallback" in kinds:  # byte tokens, which alone are no text
+        sizes |= {i: 1 for token, i in vocab.items() if _BYTE_TOKEN.fullmatch(token)}
+    return sizes
 
 
 def _check(values: Mapping[str, Any], path: Path) -> None:

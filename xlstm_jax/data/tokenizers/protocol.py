@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +72,7 @@ class BaseTokenizer(abc.ABC):
         """Bytes of text that the ids encode. Raises ConfigError for an unknown id."""
         return int(self.token_bytes[self.known(ids)].sum(dtype=np.int64))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> None:  # noqa: B027
         """Writes nothing: the name is enough."""
 
     def known(self, ids: Integer[np.ndarray, "*T"] | Sequence[int]) -> Integer[np.ndarray, "*T"]:
@@ -116,11 +115,9 @@ class ByteTokenizer(BaseTokenizer):
     vocab_size: int = 257
     eos_id: int = 256
     sha256: str = hashlib.sha256(b"byte: id 256 ends a document").hexdigest()
-
-    @functools.cached_property
-    def token_bytes(self) -> Int32[np.ndarray, "V"]:
-        """One byte for each id but `eos_id`."""
-        return (np.arange(self.vocab_size) != self.eos_id).astype(np.int32)
+    token_bytes: Int32[np.ndarray, "V"] = dataclasses.field(
+        default_factory=lambda: np.array([1] * 256 + [0], np.int32), repr=False, compare=False
+    )
 
     def encode(self, text: str | bytes) -> Integer[np.ndarray, "T"]:
         """The bytes of a text as ids, without `eos_id` at the end; they need not be valid UTF-8."""

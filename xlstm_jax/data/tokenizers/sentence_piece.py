@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
 
 from xlstm_jax.data.tokenizers import files
 from xlstm_jax.data.tokenizers.from_file import FileTokenizer, check_vocab_size, library_errors
@@ -32,18 +31,6 @@ class SentencePieceTokenizer(FileTokenizer):
         """Special tokens, which the library does not recognize in a text."""
         return {self.inner.id_to_piece(i): i for i in np.flatnonzero(self.special).tolist()}
 
-    @functools.cached_property
-    def token_bytes(self) -> Int32[np.ndarray, "V"]:
-        """Bytes of text of each id; unknown for `<unk>`, hence 0."""
-        inner = self.inner
-        pieces = map(inner.id_to_piece, range(self.vocab_size))
-        sizes = [len(piece.replace(_SPACE, " ").encode()) for piece in pieces]
-        table = np.array(sizes, np.int32)
-        table[[inner.is_byte(i) for i in range(self.vocab_size)]] = 1
-        table[[inner.is_unknown(i) for i in range(self.vocab_size)]] = 0
-        table[self.special] = 0
-        return table
-
 
 def load(contents: files.TokenizerFiles) -> SentencePieceTokenizer:
     """The tokenizer of a sentencepiece model; raises ConfigError if it is damaged."""
@@ -63,15 +50,23 @@ def load(contents: files.TokenizerFiles) -> SentencePieceTokenizer:
     _refuse_added_tokens(contents, size)
     eos_token = _eos_token(contents, inner, pieces)
     special[pieces[eos_token]] = True
+    sizes = [0 if inner.is_unknown(i) else _size(inner, i) for i in range(size)]
+    token_bytes = np.where(special, 0, np.array(sizes)).astype(np.int32)
     return SentencePieceTokenizer(
         name=files.MODEL,
         vocab_size=size,
         eos_id=pieces[eos_token],
         eos_token=eos_token,
         special=special,
+        token_bytes=token_bytes,
         files=contents,
         inner=inner,
     )
+
+
+def _size(inner: Any, i: int) -> int:
+    """Bytes of text of a piece. A space that the tokenizer adds before a text counts."""
+    return 1 if inner.is_byte(i) else len(inner.id_to_piece(i).replace(_SPACE, " ").encode())
 
 
 def _eos_token(contents: files.TokenizerFiles, inner: Any, pieces: Mapping[str, int]) -> str:

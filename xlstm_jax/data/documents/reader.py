@@ -1,12 +1,14 @@
 """Reading of a file as documents, in constant memory, and the split of each."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from xlstm_jax.config import ConfigError
+from xlstm_jax.data.documents import document
 from xlstm_jax.data.documents.columns import read_columns
-from xlstm_jax.data.documents.document import MAX_PIECE, Content, Document, Fields, File, pieces
+from xlstm_jax.data.documents.document import Content, Document, Fields, File, pieces
 from xlstm_jax.data.documents.files import JSON, ROWS, suffix
 from xlstm_jax.data.documents.json_rows import read_json
 from xlstm_jax.data.documents.records import read_records
@@ -64,7 +66,7 @@ def _read_rows(file: File, fields: Fields) -> Iterator[tuple[Split, Document]]:
         name = f"{file.name}:{number}"
         if not isinstance(content, bytes):
             yield _split_of(file, content), Document(name, b"", messages=content)
-        elif len(content) > MAX_PIECE:
+        elif len(content) > document.MAX_PIECE:
             split = _split_of(file, content)
             for data, is_last in pieces([content]):
                 yield split, Document(name, data, is_last)
@@ -76,7 +78,8 @@ def _split_of(file: File, content: Content) -> Split:
     if file.split is not None:
         return file.split
     if not isinstance(content, bytes):
-        content = json.dumps(content, sort_keys=True).encode()
+        # Columns hold values that are not JSON, such as dates.
+        content = json.dumps(content, sort_keys=True, default=repr).encode()
     return _among(file, split_by_content(content))
 
 
@@ -88,11 +91,11 @@ def _among(file: File, split: Split) -> Split:
 def _read_text(file: File) -> Iterator[tuple[Split, Document]]:
     blocks = read_text_blocks(file.path, any_bytes=file.is_selected)
     if file.is_divided:
-        next(blocks, b"")  # checks the content
-        for split, (start, stop) in zip(file.splits, _ranges(file), strict=True):
-            if start < stop:
-                for data, is_last in pieces(read_blocks(file.path, start, stop)):
-                    yield split, Document(f"{file.name}:{split}", data, is_last)
+        parts = itertools.groupby(_cut(blocks, _ranges(file)), key=lambda part: part[0])
+        for number, part in parts:
+            split = file.splits[number]
+            for data, is_last in pieces(block for _, block in part):
+                yield split, Document(f"{file.name}:{split}", data, is_last)
         return
     split = file.split
     for data, is_last in pieces(blocks):
@@ -100,6 +103,17 @@ def _read_text(file: File) -> Iterator[tuple[Split, Document]]:
             digest = hashlib.sha256(data).digest() if is_last else _digest(file)
             split = _among(file, split_of_digest(digest))
         yield split, Document(file.name, data, is_last)
+
+
+def _cut(blocks: Iterable[bytes], ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, bytes]]:
+    """What blocks have of each range, with its number; ranges are in order."""
+    position = 0
+    for block in blocks:
+        for number, (start, stop) in enumerate(ranges):
+            part = block[max(start - position, 0) : max(stop - position, 0)]
+            if part:
+                yield number, part
+        position += len(block)
 
 
 def _digest(file: File) -> bytes:

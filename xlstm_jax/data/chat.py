@@ -1,0 +1,254 @@
+"""Chat templates: conversations to tokens, with a mask of the assistant's turns."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Integer
+
+from xlstm_jax.data import sandbox
+from xlstm_jax.data.tokenizers import TOKENIZERS, Tokenizer, files
+from xlstm_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
+from xlstm_jax.errors import ConfigError, quote, quote_path
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_TAG = re.compile(r"\{%[-+]?\s*generation\b")
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class Rendering(NamedTuple):
+    """A formatted conversation, and the characters (start, stop) of the assistant's turns."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    tagged: bool  # whether the template marks the turns, which may leave out the end of a turn
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """A Jinja template as `transformers` uses it; it runs in a sandbox, with limits."""
+
+    path: Path  # of its file, for messages
+    source: str
+    variables: Mapping[str, str]  # special tokens, such as "bos_token"
+
+    def encode(
+        self, tokenizer: Tokenizer, messages: Any, name: str
+    ) -> tuple[Integer[np.ndarray, "T"], Bool[np.ndarray, "T"], int]:
+        """The tokens of a conversation, whether each is a target, and the bytes of text.
+
+        Targets are the assistant's turns, with the special token that ends a turn. The ids are
+        those of the whole formatted conversation, which ends with `tokenizer.eos_id`; it is
+        appended, as a target if it directly follows one, unless the template writes it.
+
+        Args:
+            messages: a list of messages, each with a role of `ROLES` and a content.
+            name: file and row, for messages.
+
+        Raises:
+            ConfigError: a message is invalid, or the template fails on the conversation.
+        """
+        try:
+            _check(messages)
+            rendering = self.render(messages)
+            ids, mask = _tokens(tokenizer, rendering)
+        except ConfigError as error:
+            raise ConfigError(f"{quote_path(name)}: {error}") from error
+        if not len(ids) or ids[-1] != tokenizer.eos_id:
+            ids = np.append(ids, ids.dtype.type(tokenizer.eos_id))
+            mask = np.append(mask, mask[-1:] if len(mask) else False)
+        return ids, mask, tokenizer.num_bytes(ids)
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> Rendering:
+        """Formats a conversation.
+
+        The assistant's turns are marked by the `{% generation %}` tags of the template. Without
+        them, a turn is what the rendering of the conversation up to it adds to the rendering up to
+        the message before, with the prompt for an answer.
+
+        Raises:
+            ConfigError: the template fails, is over a limit, or changes earlier turns.
+        """
+        text, spans = self._render(messages)
+        if _TAG.search(self.source):
+            return Rendering(text, spans, tagged=True)
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before, _ = self._render(messages[:i], add_generation_prompt=True)
+                after, _ = self._render(messages[: i + 1])
+                if not (after.startswith(before) and text.startswith(after)):
+                    raise ConfigError(
+                        f"the chat template {quote_path(self.path)} formats message {i + 1} "
+                        "differently when others follow, or not after its own prompt, so that the "
+                        "answer cannot be located; enclose answers in {% generation %} and "
+                        "{% endgeneration %}."
+                    )
+                spans.append((len(before), len(after)))
+        return Rendering(text, spans, tagged=False)
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        values = {
+            **dict.fromkeys(_SPECIAL_TOKENS, ""),
+            **self.variables,
+            "messages": list(messages),
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return sandbox.render(self.path, self.source, values)
+
+
+def load(name_or_path: str) -> ChatTemplate:
+    """The chat template of a tokenizer, from chat_template.jinja or tokenizer_config.json.
+
+    Args:
+        name_or_path: as for `tokenizers.get`.
+
+    Raises:
+        ConfigError: there is none, or it is invalid.
+    """
+    if name_or_path in TOKENIZERS:
+        raise ConfigError(
+            f"tokenizer={quote(name_or_path)} has no chat template; use the folder of a tokenizer "
+            f"with {files.TEMPLATE}."
+        )
+    contents = files.read_files(files.find(name_or_path))
+    folder = contents.path.parent
+    if contents.template is not None:
+        path, source = folder / files.TEMPLATE, contents.template
+    else:
+        path = folder / files.CONFIG
+        source = _default(contents.settings.get("chat_template"), path)
+    tokens = {
+        key: token
+        for key in _SPECIAL_TOKENS
+        if (token := files.special_token(contents.settings, key, contents.path))
+    }
+    template = ChatTemplate(path, source, tokens)
+    sandbox.check(path, source)
+    return template
+
+
+def _default(value: Any, path: Path) -> str:
+    """The template of a tokenizer_config.json: one, or the default one of a list."""
+    if isinstance(value, list):
+        named = {item.get("name"): item for item in value if isinstance(item, dict)}
+        value = named.get("default", {}).get("template")
+    if not isinstance(value, str):
+        raise ConfigError(
+            f"{quote_path(path)} must have a chat_template, got {quote(value)}; write the template "
+            f"to {files.TEMPLATE} beside it."
+        )
+    return value
+
+
+def _check(messages: Any) -> None:
+    """Raises ConfigError, with the number of the message, for an invalid conversation."""
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
+        raise ConfigError(
+            f"messages must be a list of at least one message, got {quote(messages)}."
+        )
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+            role = message.get("role") if isinstance(message, Mapping) else message
+            raise ConfigError(
+                f"message {number} must have a role of {', '.join(ROLES)}, got {quote(role)}; "
+                "rename it."
+            )
+        content = message.get("content")
+        if not (isinstance(content, (str, list)) or message.get("tool_calls")):
+            raise ConfigError(
+                f"message {number} must have a content, a text, got {quote(content)}; add it, or "
+                "remove the row."
+            )
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ConfigError("messages must have one of the assistant, to learn from; remove the row.")
+    try:
+        json.dumps(messages, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:  # surrogates among others
+        raise ConfigError(
+            f"messages must be JSON, and text UTF-8 ({error}); correct them."
+        ) from error
+
+
+def _tokens(
+    tokenizer: Tokenizer, rendering: Rendering
+) -> tuple[Integer[np.ndarray, "T"], Bool[np.ndarray, "T"]]:
+    """The ids of a text, and whether each is a target."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        ids, offsets = tokenizer.encode_offsets(rendering.text)
+        turns = [_overlapping(offsets, span) for span in rendering.spans]
+    else:
+        ids, turns = _encode_segments(tokenizer, rendering)
+    mask = np.zeros(len(ids), np.bool_)
+    for start, stop in turns:
+        stop = _end_of_turn(tokenizer, ids, start, stop, tagged=rendering.tagged)
+        mask[start:stop] = True
+    return ids, mask
+
+
+def _overlapping(offsets: Integer[np.ndarray, "T 2"], span: tuple[int, int]) -> tuple[int, int]:
+    """The tokens (start, stop) that encode a character of a span."""
+    first, last = np.maximum(offsets[:, 0], span[0]), np.minimum(offsets[:, 1], span[1])
+    tokens = np.flatnonzero(first < last)
+    return (int(tokens[0]), int(tokens[-1]) + 1) if len(tokens) else (0, 0)
+
+
+def _encode_segments(
+    tokenizer: Tokenizer, rendering: Rendering
+) -> tuple[Integer[np.ndarray, "T"], list[tuple[int, int]]]:
+    """Encodes each turn, and each text between turns, by itself: for a tokenizer without offsets.
+
+    Special tokens in the text become their ids.
+    """
+    cuts = sorted({0, len(rendering.text), *(i for span in rendering.spans for i in span)})
+    positions, parts, length = {0: 0}, [tokenizer.encode("")], 0
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        parts.append(_encode_special(tokenizer, rendering.text[start:stop]))
+        length += len(parts[-1])
+        positions[stop] = length
+    return np.concatenate(parts), [(positions[a], positions[b]) for a, b in rendering.spans]
+
+
+def _encode_special(tokenizer: Tokenizer, text: str) -> Integer[np.ndarray, "T"]:
+    special: Mapping[str, int] = getattr(tokenizer, "special_ids", {})
+    if not special:
+        return tokenizer.encode(text)
+    longest_first = sorted(special, key=len, reverse=True)
+    pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+    empty = tokenizer.encode("")
+    ids = [
+        np.array([special[piece]], empty.dtype) if piece in special else tokenizer.encode(piece)
+        for piece in pieces
+        if piece
+    ]
+    return np.concatenate([empty, *ids])
+
+
+def _end_of_turn(
+    tokenizer: Tokenizer,
+    ids: Integer[np.ndarray, "T"],
+    start: int,
+    stop: int,
+    *,
+    tagged: bool,
+) -> int:
+    """Where the targets of a turn end: with its last special token, if one ends it.
+
+    White space after that token is the template's: generation stops before. Tags may enclose the
+    text alone; then the special token that follows is a target, or a model would never stop.
+    """
+    special = tokenizer.token_bytes[ids[start : stop + 1]] == 0
+    ends = np.flatnonzero(special[: stop - start])
+    if len(ends):
+        last = start + int(ends[-1]) + 1
+        return last if not tokenizer.decode(ids[last:stop]).strip() else stop
+    if tagged and stop > start:
+        return stop + int(special[stop - start :].any())
+    return stop
