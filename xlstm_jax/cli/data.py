@@ -25,7 +25,7 @@ from xlstm_jax.data.config import Split
 from xlstm_jax.data.documents import File, find_files, read
 from xlstm_jax.data.inspect import Inspection, Lengths
 from xlstm_jax.data.prepare import PrepareConfig, Result, prepare
-from xlstm_jax.data.prepare.parts import train_bpe
+from xlstm_jax.data.train_tokenizer import train_bpe
 from xlstm_jax.errors import printable, quote, quote_path
 
 Input = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IN")]

@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Bool, Integer
 
 from xlstm_jax.config import ConfigError
+from xlstm_jax.data import chat
 from xlstm_jax.data.config import SPLITS, Split
 from xlstm_jax.data.documents import Document, read
 from xlstm_jax.data.prepare.config import PrepareConfig
 from xlstm_jax.data.prepare.inputs import InputShard
-from xlstm_jax.data.prepare.parts import ChatTemplate, load_template
 from xlstm_jax.data.prepare.progress import Counts
 from xlstm_jax.data.shards.manifest import ShardInfo, token_dtype
 from xlstm_jax.data.shards.writer import ShardWriter
@@ -147,7 +147,7 @@ def make_encoder(cfg: PrepareConfig, tokenizer: Tokenizer) -> Encoder:
     """
     if not cfg.chat:
         return functools.partial(_encode_texts, tokenizer)
-    return functools.partial(_encode_chats, tokenizer, load_template(cfg.tokenizer))
+    return functools.partial(_encode_chats, tokenizer, chat.load(cfg.tokenizer))
 
 
 def _encode_texts(tokenizer: Tokenizer, batch: Batch) -> list[Encoded]:
@@ -188,7 +188,7 @@ def _failure(name: str, error: Exception) -> ConfigError:
     )
 
 
-def _encode_chats(tokenizer: Tokenizer, template: ChatTemplate, batch: Batch) -> list[Encoded]:
+def _encode_chats(tokenizer: Tokenizer, template: chat.ChatTemplate, batch: Batch) -> list[Encoded]:
     encoded = []
     for split, document in batch:
         assert document.messages is not None, "read with messages_field"

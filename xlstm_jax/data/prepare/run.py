@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xlstm_jax.config import ConfigError, import_module, user_path
+from xlstm_jax.data import chat
 from xlstm_jax.data.config import SPLITS
 from xlstm_jax.data.documents import File, find_files
 from xlstm_jax.data.prepare import folder, workers
 from xlstm_jax.data.prepare.config import PrepareConfig, Share
 from xlstm_jax.data.prepare.inputs import InputShard, input_shards, listing_sha256
 from xlstm_jax.data.prepare.ledger import Entry, Ledger, read_entries
-from xlstm_jax.data.prepare.parts import load_template
 from xlstm_jax.data.prepare.progress import Counts, Progress, Totals
 from xlstm_jax.data.shards.manifest import NAME, Manifest, ShardInfo, TokenizerInfo, token_dtype
 from xlstm_jax.data.tokenizers import Tokenizer, get
@@ -116,7 +116,7 @@ def _settings(cfg: PrepareConfig, tokenizer: Tokenizer, files: Sequence[File]) -
     }
     if not cfg.chat:
         return fields | {"text_field": cfg.text_field}
-    template = load_template(cfg.tokenizer)
+    template = chat.load(cfg.tokenizer)
     identity = json.dumps([template.source, dict(template.variables)], sort_keys=True)
     return fields | {
         "messages_field": cfg.messages_field,
