@@ -36,13 +36,15 @@ def test_every_split_holds_its_documents_in_order(source, tmp_path):
 
 
 def test_the_manifest_counts_documents_tokens_and_bytes(source, tmp_path):
-    manifest = run(source, tmp_path / "out").manifest
+    updates = []
+    manifest = run(source, tmp_path / "out", on_progress=updates.append).manifest
     assert manifest == read_manifest(str(tmp_path / "out"))
     infos = [info for shards in manifest.splits.values() for info in shards]
     assert sum(info.documents for info in infos) == 300
     num_bytes = sum(len(doc.data) for file in find_files(str(source)) for _, doc in read(file))
     assert sum(info.num_bytes for info in infos) == num_bytes
     assert sum(info.tokens for info in infos) == num_bytes + 300
+    assert updates[-1].counts == (300, num_bytes + 300, num_bytes)
     assert [info.name for info in manifest.splits["train"]] == [f"{n:05d}" for n in range(5)]
 
 

@@ -7,8 +7,11 @@ from xlstm_jax.config import ConfigError
 from xlstm_jax.data.documents.splits import SPLITS, Split, character_start
 from xlstm_jax.errors import quote, quote_path
 
-MAX_PIECE = 4 << 20
-"""Bytes of text at a time; a longer document comes in pieces."""
+MAX_PIECE = 1 << 19
+"""Bytes of text at a time; a longer document comes in pieces.
+
+Tokenizers need about 125 bytes of memory for each byte of a long text.
+"""
 
 
 class Document(NamedTuple):

@@ -25,8 +25,9 @@ from xlstm_jax.data.shards.writer import ShardWriter
 from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.errors import quote, quote_path, shorten
 
-BATCH_BYTES, BATCH_DOCUMENTS = 2 << 20, 4096
-"""Of text that is tokenized at once: tokenizers need up to 100 bytes of memory for one of text."""
+BATCH_BYTES, BATCH_DOCUMENTS = 1 << 20, 4096
+"""Of a batch, for each thread of the tokenizer. It needs about 35 bytes of memory for each byte of
+a batch of short documents, and 125 for each byte of a long one."""
 
 
 class Encoded(NamedTuple):
@@ -59,6 +60,9 @@ def encode_shard(
 
     Reading and writing overlap with tokenization, which runs in other threads.
 
+    Args:
+        num_threads: of the tokenizer library.
+
     Raises:
         ConfigError: a file is damaged, or a document cannot be tokenized; no shard is written.
     """
@@ -69,11 +73,11 @@ def encode_shard(
         for item in read(file, text_field=cfg.text_field, messages_field=messages_field)
     )
     dtype, writers = token_dtype(tokenizer.vocab_size), dict[Split, ShardWriter]()
-    with (
-        contextlib.ExitStack() as stack,
-        contextlib.closing(_encode_ahead(_batches(documents), encode, num_threads)) as batches,
-    ):
-        for batch in batches:
+    batches = _batches(documents, BATCH_BYTES * num_threads)
+    # With two batches at a time, one is converted while the library tokenizes the other.
+    encoded = _encode_ahead(batches, encode, ahead=min(num_threads, 2))
+    with contextlib.ExitStack() as stack, contextlib.closing(encoded):
+        for batch in encoded:
             for split in SPLITS:
                 if not (parts := [part for part in batch if part.split == split]):
                     continue
@@ -83,7 +87,7 @@ def encode_shard(
                 _write(writers[split], parts, tokenizer)
             yield Counts(
                 sum(part.ends_document for part in batch),
-                sum(len(part.ids) + part.ends_document for part in batch),
+                sum(len(part.ids) for part in batch),
                 sum(part.num_bytes for part in batch),
             )
         infos = {split: writers[split].close() for split in SPLITS if split in writers}
@@ -110,13 +114,13 @@ def _write(writer: ShardWriter, parts: list[Encoded], tokenizer: Tokenizer) -> N
     writer.write_many(ids, sum(part.num_bytes for part in parts), ends, loss_mask=mask)
 
 
-def _batches(documents: Iterable[tuple[Split, Document]]) -> Iterator[Batch]:
+def _batches(documents: Iterable[tuple[Split, Document]], max_bytes: int) -> Iterator[Batch]:
     batch: Batch = []
     size = 0
     for item in documents:
         batch.append(item)
         size += len(item[1].data) or len(repr(item[1].messages))
-        if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
+        if size >= max_bytes or len(batch) >= BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0
     if batch:
@@ -124,14 +128,14 @@ def _batches(documents: Iterable[tuple[Split, Document]]) -> Iterator[Batch]:
 
 
 def _encode_ahead(
-    batches: Iterator[Batch], encode: Encoder, num_threads: int
+    batches: Iterator[Batch], encode: Encoder, *, ahead: int
 ) -> Generator[list[Encoded], None, None]:
     """Encoded batches, in order; the next ones are read and encoded meanwhile."""
-    pool, pending = ThreadPoolExecutor(num_threads), deque[Future[list[Encoded]]]()
+    pool, pending = ThreadPoolExecutor(ahead), deque[Future[list[Encoded]]]()
     try:
         for batch in batches:
             pending.append(pool.submit(encode, batch))
-            if len(pending) > num_threads:
+            if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

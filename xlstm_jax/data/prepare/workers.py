@@ -48,9 +48,9 @@ def run_here(job: Job, shards: Iterable[InputShard]) -> Messages:
     encode = make_encoder(job.cfg, tokenizer)
     with tokenizer_threads(job.num_threads):
         for shard in shards:
-            # With two threads, one converts ids while the other waits for the tokenizer library.
-            threads = min(job.num_threads, 2)
-            messages = encode_shard(shard, job.cfg, job.out, tokenizer, encode, num_threads=threads)
+            messages = encode_shard(
+                shard, job.cfg, job.out, tokenizer, encode, num_threads=job.num_threads
+            )
             with contextlib.closing(messages):
                 for message in messages:
                     yield shard, message
