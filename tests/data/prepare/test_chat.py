@@ -59,7 +59,7 @@ def test_another_template_than_before_is_refused(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "row", [[{"role": "wizard", "content": "x"}], [], [{"role": "user"}], "text", [1]]
+    "row", [[{"role": "wizard", "content": "x"}], [{"role": "user"}], "text", [1]]
 )
 def test_an_invalid_conversation_is_an_error_with_its_row(tmp_path, tokenizer, row):
     write(tmp_path / "a.jsonl", [conversation("q", "a")] * 2 + [row])
