@@ -257,7 +257,7 @@ def test_help_lists_every_field_of_the_config_with_its_default(capsys, command, 
     for name, value in fields.items():
         option = f"--{name.replace('_', '-')}"
         assert f" {option}" in text, option
-        words = value if isinstance(value, list) else [value]
+        words = value if isinstance(value, (list, dict)) else [value]
         default = text[text.index("(default: ", text.index(f" {option}")) :]
         assert default.startswith(f"(default: {shlex.join(map(str, words))})"), option
 

@@ -63,7 +63,10 @@ def test_every_document_of_a_folder_with_splits_is_scored(lines_of, tmp_path):
 def test_the_data_of_the_run_are_scored_on_the_valid_split(lines_of, run):
     windows = load(run[1].data, "valid")
     lines = lines_of()
-    assert "grammar, valid" in lines["data"] and tokens(lines) == windows.num_targets
+    assert (
+        "grammar, valid" in lines["data"]
+        and tokens(lines) == windows.store.num_tokens - windows.store.num_documents
+    )
 
 
 @pytest.mark.parametrize(

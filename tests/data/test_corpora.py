@@ -27,8 +27,8 @@ def test_every_split_of_a_corpus_has_documents_and_a_description(name):
         assert len(description["sha256"]) == 64
         documents = description["num_documents"][split]
         # One token per byte, and one more at the end of every document.
-        assert len(windows.tokens) == description["num_bytes"][split] + documents
-        assert windows.tokens.dtype == "uint16"
+        assert len(windows.store.tokens) == description["num_bytes"][split] + documents
+        assert windows.store.tokens.dtype == "uint16"
     assert len({windows.description["sha256"] for windows in loaded.values()}) == 1
 
 

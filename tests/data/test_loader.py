@@ -20,6 +20,7 @@ from xlstm_jax.data import (
     tokenizers,
 )
 from xlstm_jax.data.loader import eval_index
+from xlstm_jax.data.shards.store import ArrayTokens
 
 BYTE = tokenizers.get("byte")
 CFG = DataConfig(seq_len=8, batch_size=6)
@@ -36,7 +37,8 @@ ORDERS = {
 def make_windows(num_windows, seq_len=CFG.seq_len):
     tokens = np.arange(num_windows * seq_len + 1).astype(np.uint16) % 256
     tokens[-1] = BYTE.eos_id
-    return Windows(tokens, seq_len, BYTE, {})
+    ends = np.flatnonzero(tokens == BYTE.eos_id) + 1
+    return Windows(ArrayTokens(tokens, ends), seq_len, BYTE, {})
 
 
 def assert_equal(left, right):
@@ -83,7 +85,7 @@ def test_sequences_of_a_batch_are_the_windows_of_its_index():
     windows = make_windows(50)
     batch = batch_at(windows, CFG, 3)
     for inputs, targets, index in zip(batch.inputs, batch.targets, batch.index, strict=True):
-        window = windows.tokens[index * CFG.seq_len :][: CFG.seq_len + 1]
+        window = windows.store.tokens[index * CFG.seq_len :][: CFG.seq_len + 1]
         np.testing.assert_array_equal(inputs, window[:-1])
         np.testing.assert_array_equal(targets, window[1:])
 
@@ -121,7 +123,7 @@ def test_an_error_in_the_prefetch_thread_is_raised_in_the_caller():
 
     windows = make_windows(50)
     unreadable = batch_at(windows, CFG, 2).index[0]
-    broken = Broken(windows.tokens, windows.seq_len, windows.tokenizer, {})
+    broken = Broken(windows.store, windows.seq_len, windows.tokenizer, {})
     with batches(broken, CFG) as iterator, pytest.raises(OSError, match="read error"):
         list(itertools.islice(iterator, 5))
 
@@ -144,7 +146,7 @@ def test_evaluation_covers_every_window_once_in_order_and_pads_the_last_batch(nu
     all_batches = list(eval_batches(windows, CFG))
     index = [i for batch in all_batches for i in batch.index]
     assert index == [*range(num_windows)] + [-1] * (-num_windows % CFG.batch_size)
-    assert sum(batch.weights.sum() for batch in all_batches) == windows.num_targets
+    assert sum(batch.weights.sum() for batch in all_batches) == windows.store.num_tokens - 1
     for batch in all_batches:
         assert batch.inputs.shape == (CFG.batch_size, CFG.seq_len)
         assert (batch.weights[batch.index == -1] == 0).all()

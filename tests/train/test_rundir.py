@@ -253,5 +253,5 @@ def test_a_picture_or_writer_that_fails_does_not_fail_a_finished_run(
 def test_titles_are_plain_text_and_losses_that_are_not_finite_are_left_out(tmp_path, title):
     records = [{"step": step, "loss": 5.0 - step, "valid_loss": 4.0} for step in (1, 2, 3)]
     records += [{"step": 4, "valid_loss": value} for value in (float("nan"), float("inf"), "x")]
-    plots.loss_curve(records, tmp_path / "loss.png", title, None)
+    plots.loss_curve(records, tmp_path / "loss.png", title)
     assert (tmp_path / "loss.png").stat().st_size > 1000

@@ -99,7 +99,9 @@ def _default_run_dir(config: Path) -> Path:
 
 def _show_sample(cfg: ExperimentConfig, result: FitResult, windows: Windows) -> None:
     """Prints how the model continues the start of the held-out text."""
-    prompt = windows.tokenizer.decode(windows.tokens[:PROMPT_TOKENS])
+    prompt = windows.tokenizer.decode(
+        windows.store.read(0, min(PROMPT_TOKENS, windows.store.num_tokens))
+    )
     console.write(f"\n{SAMPLE_CHARACTERS} characters sampled after {prompt!r}:\n\n")
     parts = stream_text(
         LM(cfg.model),

@@ -2,7 +2,7 @@
 
 from xlstm_jax.data.batch import Batch, Examples
 from xlstm_jax.data.config import SPLITS, DataConfig
-from xlstm_jax.data.loader import DATASETS, batch_at, batches, eval_batches, load, load_all
+from xlstm_jax.data.loader import DATASETS, batch_at, batches, dataset, eval_batches, load, load_all
 from xlstm_jax.data.windows import Windows
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Windows",
     "batch_at",
     "batches",
+    "dataset",
     "eval_batches",
     "load",
     "load_all",

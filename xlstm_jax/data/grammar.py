@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from xlstm_jax.data import hashing
-from xlstm_jax.data.documents import Document
+from xlstm_jax.data.documents.document import Document
 
 _NUM_DOCUMENTS, _NUM_SENTENCES = 200, 40
 

@@ -1,23 +1,26 @@
-"""Named data sets and their batches.
+"""Named data sets and their batches; see `stream` for the order of a run."""
 
-The batch of a step is a pure function of the step: its sequence b is element step * batch_size + b
-of an endless stream of epochs, each of which is a permutation of the windows. The progress of a run
-in its data is therefore one integer, valid for any number of hosts.
-"""
-
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 
 from xlstm_jax.config import ConfigError
-from xlstm_jax.data import corpora, documents, hashing, tokenizers
+from xlstm_jax.data import corpora, documents, packing, tokenizers
 from xlstm_jax.data.batch import Batch, Examples, pad_batch
+from xlstm_jax.data.batch_sizes import BatchSizes
 from xlstm_jax.data.config import SPLITS, DataConfig, Split
+from xlstm_jax.data.mixture import Mixture
 from xlstm_jax.data.prefetch import BatchIterator
+from xlstm_jax.data.shards.open import kind_of, open_tokens
+from xlstm_jax.data.shards.store import TokenStore
+from xlstm_jax.data.stream import Stream
 from xlstm_jax.data.synthetic import parity
 from xlstm_jax.data.synthetic.samples import Samples
+from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.data.windows import Windows, concatenate
 from xlstm_jax.errors import quote
 
@@ -31,15 +34,49 @@ def _windows(corpus: documents.Corpus, cfg: DataConfig, split: str) -> Windows:
             f"got none ({counts}); add text, or sort it into train/, valid/ and test/."
         )
     tokenizer = tokenizers.get(cfg.tokenizer)
-    tokens = concatenate(corpus.documents[split], tokenizer)
+    store = concatenate(corpus.documents[split], tokenizer)
     description = corpus.describe() | {
         "split": split,
         "tokenizer": tokenizer.name,
-        "num_tokens": len(tokens),
+        "num_tokens": store.num_tokens,
     }
     # The name of a built-in corpus identifies it; the path of a text does not.
     description |= {"source": corpus.name} if corpus.name in corpora.CORPORA else {}
-    return Windows(tokens, cfg.seq_len, tokenizer, description)
+    return _packed(store, cfg, tokenizer, description)
+
+
+def _packed(
+    store: TokenStore, cfg: DataConfig, tokenizer: Tokenizer, description: dict[str, Any]
+) -> Windows:
+    layout = None
+    if cfg.packing not in ("windows", "stream"):
+        layout = packing.make_layout(cfg.packing, store, cfg.seq_len, cfg.cache_dir)
+        description = description | {"packing": cfg.packing, "seq_len": cfg.seq_len}
+    return Windows(store, cfg.seq_len, tokenizer, description, layout)
+
+
+def _prepared(cfg: DataConfig, split: str) -> Windows:
+    """The windows of data that are tokenized on disk, with the tokenizer that is stored there."""
+    opened = open_tokens(
+        cfg.source,
+        split,
+        verify=cfg.verify,
+        cache_dir=cfg.cache_dir,
+        block_len=cfg.shuffle_block * cfg.seq_len,
+        max_blocks=cfg.shuffle_set,
+    )
+    tokenizer = tokenizers.get(cfg.tokenizer)
+    if opened.tokenizer is not None:
+        # The default tokenizer, "byte", stands for that of the data.
+        if cfg.tokenizer == "byte":
+            tokenizer = tokenizers.get(opened.tokenizer_path or opened.tokenizer.name)
+        if tokenizer.sha256 != opened.tokenizer.sha256:
+            raise ConfigError(
+                f"data.tokenizer={quote(cfg.tokenizer)} must be the tokenizer of the data, SHA-256 "
+                f"{opened.tokenizer.sha256[:16]}..., got {tokenizer.sha256[:16]}...; leave it out, "
+                "as prepared data have their tokenizer, or prepare them again."
+            )
+    return _packed(opened.store, cfg, tokenizer, opened.description)
 
 
 def _corpus(cfg: DataConfig, split: Split) -> Windows:
@@ -54,17 +91,21 @@ DATASETS: dict[str, Callable[[DataConfig, Split], Examples]] = {
 
 
 def load(cfg: DataConfig, split: Split) -> Examples:
-    """Loads one split: `Windows` of a text, or `Samples` of a synthetic task.
+    """Loads one split: `Windows` of a text, `Samples` of a synthetic task, or a `Mixture`.
 
     Raises:
-        ConfigError: the source is unknown, ambiguous or does not exist, or it has no data for this
+        ConfigError: a source is unknown, ambiguous or does not exist, or it has no data for this
             split.
     """
     if split not in SPLITS:
         raise ConfigError(f"split={quote(split)} is not known; use one of: {', '.join(SPLITS)}.")
+    if cfg.sources:
+        return Mixture({name: load(one, split) for name, one in _each_source(cfg).items()})
     if _is_named(cfg):
         return DATASETS[cfg.source](cfg, split)
-    return _windows(documents.read_path(cfg.source, cfg.pattern), cfg, split)
+    if kind_of(cfg.source):
+        return _prepared(cfg, split)
+    return _windows(documents.read_path(cfg.source, cfg.pattern, cfg.text_field), cfg, split)
 
 
 def load_all(cfg: DataConfig) -> Examples:
@@ -73,8 +114,12 @@ def load_all(cfg: DataConfig) -> Examples:
     Raises:
         ConfigError: as `load`.
     """
+    if cfg.sources:
+        return Mixture({name: load_all(one) for name, one in _each_source(cfg).items()})
     if not _is_named(cfg):
-        corpus = documents.read_all(cfg.source, cfg.pattern)
+        if kind_of(cfg.source):
+            return _prepared(cfg, "all")
+        corpus = documents.read_all(cfg.source, cfg.pattern, cfg.text_field)
     elif DATASETS[cfg.source] is _corpus:
         name, splits = corpora.read_corpus(cfg.source)
         corpus = documents.Corpus(name, {"all": [d for docs in splits.values() for d in docs]})
@@ -83,9 +128,24 @@ def load_all(cfg: DataConfig) -> Examples:
     return _windows(corpus, cfg, "all")
 
 
+def load_eval_sets(cfg: DataConfig) -> dict[str, Examples]:
+    """The held-out sets of `cfg.eval_sets`, each with all of its documents."""
+    return {name: load_all(_only(cfg, path)) for name, path in cfg.eval_sets.items()}
+
+
+def _each_source(cfg: DataConfig) -> dict[str, DataConfig]:
+    return {name: _only(cfg, path) for name, path in cfg.sources.items()}
+
+
+def _only(cfg: DataConfig, source: str) -> DataConfig:
+    """The config with one source."""
+    changes: dict[str, Any] = dict(sources={}, weights={}, weight_schedule=(), eval_sets={})
+    return dataclasses.replace(cfg, source=source, **changes)
+
+
 def _is_named(cfg: DataConfig) -> bool:
     """Whether the source is a name in `DATASETS` and not a path; raises ConfigError if unclear."""
-    is_path = documents.find(cfg.source) is not None
+    is_path = documents.find(cfg.source) is not None or kind_of(cfg.source) is not None
     if cfg.source in DATASETS and is_path:
         raise ConfigError(
             f"data.source={quote(cfg.source)} must be unambiguous, but it is the name of a data "
@@ -101,6 +161,13 @@ def _is_named(cfg: DataConfig) -> bool:
     return cfg.source in DATASETS
 
 
+def make_stream(
+    examples: Examples, cfg: DataConfig, ramp: tuple[tuple[int, float], ...] = ()
+) -> Stream:
+    """The batches of training by step; raises ConfigError if the data are smaller than a batch."""
+    return Stream(examples, cfg, BatchSizes(cfg.batch_size, ramp))
+
+
 def batch_at(
     examples: Examples, cfg: DataConfig, step: int, *, host_index: int = 0, host_count: int = 1
 ) -> Batch:
@@ -112,39 +179,18 @@ def batch_at(
     Raises:
         ConfigError: the batch is larger than the data, or hosts cannot share it evenly.
     """
-    if step < 0:
-        raise ConfigError(f"step must be at least 0, got {step}; 0 is the first batch of a run.")
-    # A batch may continue into one more epoch, not into several.
-    if cfg.batch_size > len(examples):
-        raise ConfigError(
-            f"data.batch_size={cfg.batch_size} must be at most the {len(examples)} windows of "
-            f"data.source={quote(cfg.source)}; make the batch or data.seq_len smaller, or add text."
-        )
-    block = _host_block(cfg, host_index, host_count)
-    # int64: the stream outgrows 32 bits.
-    stream_index = step * cfg.batch_size + np.arange(block.start, block.stop, dtype=np.int64)
-    epoch, index = np.divmod(stream_index, len(examples))
-    if not examples.shuffle:
-        return examples.batch(index)
-    # One key per sequence, because their epochs may differ.
-    keys = hashing.fold(hashing.key(cfg.seed), epoch.astype(np.uint64))
-    return examples.batch(hashing.permute(index, len(examples), keys))
+    stream = make_stream(examples, cfg)
+    return stream.batch(step, host_index=host_index, host_count=host_count)
 
 
-def _host_block(cfg: DataConfig, host_index: int, host_count: int) -> range:
-    """The block of a global batch that one host loads; all blocks in order are the batch."""
-    if host_count < 1 or cfg.batch_size % host_count:
-        raise ConfigError(
-            f"data.batch_size={cfg.batch_size} must be a multiple of host_count={host_count}, as "
-            "every host loads the same number of sequences; change one of them."
-        )
-    if not 0 <= host_index < host_count:
-        raise ConfigError(
-            f"host_index must be in 0..{host_count - 1} for host_count={host_count}, got "
-            f"{host_index}; pass the id of this process."
-        )
-    share = cfg.batch_size // host_count
-    return range(host_index * share, (host_index + 1) * share)
+def dataset(
+    examples: Examples, cfg: DataConfig, *, host_index: int = 0, host_count: int = 1
+) -> Any:
+    """The training batches as a `grain.MapDataset`, to be mapped and given to `train.fit`.
+
+    Element `step` is `batch_at(examples, cfg, step)`, for any step.
+    """
+    return make_stream(examples, cfg).dataset(host_index=host_index, host_count=host_count)
 
 
 def batches(
@@ -156,15 +202,15 @@ def batches(
     host_index: int = 0,
     host_count: int = 1,
 ) -> BatchIterator:
-    """Batches of start_step, start_step + 1, ..., prefetched in a thread; see `batch_at`.
+    """Batches of start_step, start_step + 1, ..., prefetched; see `batch_at`.
 
-    The result is a context manager; without `num_steps` it is endless. To resume, start at the next
-    step, because the iterator has no other state.
+    A thread prefetches, or `cfg.workers` processes do, with equal batches. The result is a context
+    manager; without `num_steps` it is endless. To resume, start at the next step, because the
+    iterator has no other state.
     """
-    make = functools.partial(batch_at, examples, cfg, host_index=host_index, host_count=host_count)
-    # Invalid arguments raise here, in the caller's thread, and not at the first batch.
-    make(start_step)
-    return BatchIterator(make, start_step, num_steps)
+    return make_stream(examples, cfg).batches(
+        start_step, num_steps, host_index=host_index, host_count=host_count
+    )
 
 
 def eval_batches(

@@ -1,33 +1,68 @@
-"""Prefetching of batches in a thread."""
+"""Batches by step as a `grain.MapDataset`, prefetched in a thread or in several processes."""
 
+import gc
 import sys
+import time
 from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
 
 from xlstm_jax.data.batch import Batch
 
 _AHEAD = 4  # prefetched batches: enough to hide a slow one, at little memory
 
 
-class BatchIterator(Iterator[Batch]):
-    """Iterates over `make(step)` for consecutive steps; use it in a `with` statement.
+def by_step(make: Callable[[int], Batch]) -> Any:
+    """The `grain.MapDataset` whose element `step` is `make(step)`."""
+    # Imported here because it takes half a second, and only training needs it.
+    import grain
 
-    Without `close`, the prefetch thread outlives the loop and the interpreter prints its tracebacks
-    at exit.
+    return grain.MapDataset.range(sys.maxsize).map(make)
+
+
+class BatchIterator(Iterator[Batch]):
+    """Iterates over consecutive elements of a `grain.MapDataset`; use it in a `with` statement.
+
+    Worker processes hand over batches in shared memory, in the order of the steps. Without `close`,
+    the prefetch thread outlives the loop and the interpreter prints its tracebacks at exit.
+
+    Args:
+        dataset: the batches by step; it can be pickled if there are workers.
+        num_workers: processes; 0 is a thread of this one.
     """
 
-    def __init__(self, make: Callable[[int], Batch], start_step: int, num_steps: int | None):
-        # Imported here because it takes half a second, and only training needs it.
+    def __init__(
+        self,
+        dataset: Any,
+        start_step: int,
+        num_steps: int | None,
+        num_workers: int = 0,
+    ):
         import grain
 
-        stop = sys.maxsize if num_steps is None else start_step + num_steps
-        steps = grain.MapDataset.range(start_step, stop).map(make)
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
-        self._iterator = iter(steps.to_iter_dataset(options))
+        stop = None if num_steps is None else start_step + num_steps
+        steps = dataset[start_step:stop]
+        threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
+        iterable = steps.to_iter_dataset(threads)
+        if num_workers:
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():  # grain reads its flags, with their defaults
+                flags.FLAGS.mark_as_parsed()
+            processes = grain.MultiprocessingOptions(
+                num_workers=num_workers, per_worker_buffer_size=_AHEAD
+            )
+            iterable = iterable.mp_prefetch(processes)
+        self._iterator, self._is_shared = iter(iterable), num_workers > 0
 
     def __next__(self) -> Batch:
         if self._iterator is None:
             raise StopIteration
-        return next(self._iterator)
+        batch = next(self._iterator)
+        # Copied out of shared memory, which the interpreter fails to free if it still exists at
+        # its exit.
+        return Batch(*map(np.array, batch)) if self._is_shared else batch
 
     def __enter__(self) -> "BatchIterator":
         return self
@@ -41,3 +76,7 @@ class BatchIterator(Iterator[Batch]):
             self._iterator.close()
             # grain's cleanup at exit fails on an iterator that is still referenced.
             self._iterator = None
+            if self._is_shared:
+                # grain frees shared memory in a thread; at exit Python warns of what is left.
+                gc.collect()
+                time.sleep(0.2)

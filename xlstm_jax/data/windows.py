@@ -1,100 +1,135 @@
-"""Documents concatenated to one array of tokens, and its windows by index."""
+"""Tokens of documents as windows by index."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64, UInt
+from jaxtyping import Int64
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data.batch import Batch
 from xlstm_jax.data.documents import Document
+from xlstm_jax.data.packing import Layout
+from xlstm_jax.data.shards.manifest import token_dtype
+from xlstm_jax.data.shards.store import ArrayTokens, TokenStore
 from xlstm_jax.data.tokenizers import Tokenizer
 
 
-def concatenate(documents: Iterable[Document], tokenizer: Tokenizer) -> UInt[np.ndarray, "N"]:
+def concatenate(documents: Iterable[Document], tokenizer: Tokenizer) -> ArrayTokens:
     """The tokens of all documents, with the end-of-document token after each.
 
     This token belongs to the document that it ends, and is its last target.
     """
-    # Two bytes per token suffice for vocabularies up to 65,536.
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    dtype = token_dtype(tokenizer.vocab_size)
     end = np.array([tokenizer.eos_id], dtype)
-    parts = [np.empty(0, dtype)]
+    parts, ends, size = [np.empty(0, dtype)], [], 0
     for document in documents:
-        parts += tokenizer.encode(document.data).astype(dtype, copy=False), end
-    return np.concatenate(parts)
+        tokens = tokenizer.encode(document.data).astype(dtype, copy=False)
+        parts += tokens, end
+        ends.append(size := size + len(tokens) + 1)
+    return ArrayTokens(np.concatenate(parts), np.array(ends, np.int64))
+
+
+@dataclasses.dataclass(frozen=True)
+class Consecutive:
+    """The layout "windows": T + 1 tokens, of which the last is the first of the next window.
+
+    Every token but the first of all is therefore the target of exactly one window. The last window
+    is padded, and nothing is dropped.
+    """
+
+    num_tokens: int
+    seq_len: int  # T
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return -(-(self.num_tokens - 1) // self.seq_len)
+
+    def pieces(self, index: int) -> Sequence[tuple[int, int]]:
+        """The one range of a window."""
+        start = index * self.seq_len
+        return ((start, min(start + self.seq_len + 1, self.num_tokens)),)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
-    """A text as windows of T + 1 tokens; the last token of one is the first token of the next.
-
-    Every token but the first of the text is therefore the target of exactly one window. The last
-    window is padded, and nothing is dropped.
+    """Tokens as windows of T + 1.
 
     Within a window, documents are numbered from 1 (`segment_ids`). A target has weight 1 if it is
     in the same document as its input. So the end-of-document token has weight 1, and the first
     token of a document has weight 0, because no token of its document precedes it.
     """
 
-    tokens: UInt[np.ndarray, "N"]  # ended documents, see `concatenate`
+    store: TokenStore
     seq_len: int  # T
     tokenizer: Tokenizer
     description: dict[str, Any]
+    layout: Layout | None = None  # None: `Consecutive`
 
     shuffle = True
+
+    def __post_init__(self):
+        if self.layout is None:
+            layout = Consecutive(self.store.num_tokens, self.seq_len)
+            object.__setattr__(self, "layout", layout)
 
     @property
     def vocab_size(self) -> int:
         """Number of ids of the tokenizer."""
         return self.tokenizer.vocab_size
 
-    @property
-    def num_targets(self) -> int:
-        """Targets with weight 1: all tokens but the first of each document."""
-        return len(self.tokens) - len(self._first_tokens())
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes of text per target with weight 1; converts nats per token to bits per byte."""
-        # First tokens are not targets, so their bytes do not count.
-        num_bytes = self.tokenizer.num_bytes
-        return (num_bytes(self.tokens) - num_bytes(self._first_tokens())) / self.num_targets
-
-    def _first_tokens(self) -> UInt[np.ndarray, "num_documents"]:
-        """The first token of every document."""
-        ends = np.flatnonzero(self.tokens == self.tokenizer.eos_id)
-        return self.tokens[np.append(0, ends[:-1] + 1)]
-
     def __len__(self) -> int:
-        """Number of windows in the text."""
-        return -(-(len(self.tokens) - 1) // self.seq_len)
+        """Number of windows."""
+        assert self.layout is not None
+        return len(self.layout)
 
     def batch(self, index: Int64[np.ndarray, "B"]) -> Batch:
-        """The windows with these indices; the last window is padded with its final token.
+        """The windows with these indices, padded with token 0.
 
         Raises:
-            ConfigError: an index is out of range.
+            ConfigError: an index or a token is out of range.
         """
+        self._check(index)
+        shape = len(index), self.seq_len + 1
+        # `marks`: 1 where a document begins; its sum along a row numbers the documents.
+        tokens, marks, is_target = np.zeros((3, *shape), np.int32)
+        is_target += 1
+        lengths = np.empty((len(index), 1), np.int64)
+        assert self.layout is not None
+        for row, number in enumerate(index.tolist()):
+            at = 0
+            for start, stop in self.layout.pieces(number):
+                end = at + stop - start
+                tokens[row, at:end] = self.store.read(start, stop)
+                marks[row, at] = 1
+                borders = self.store.ends(start, stop - 1) - start if stop - start > 1 else ()
+                marks[row, at + np.asarray(borders, np.int64)] = 1
+                if (mask := self.store.loss_mask(start, stop)) is not None:
+                    is_target[row, at:end] = mask
+                at = end
+            lengths[row] = at
+        if tokens.max(initial=0) >= self.vocab_size:
+            raise ConfigError(
+                f"the tokens of data.source must be below {self.vocab_size}, the vocabulary of "
+                f"tokenizer={self.tokenizer.name!r}, got {tokens.max()}; prepare the data again."
+            )
+        inside = np.arange(shape[1]) < lengths
+        segments = np.cumsum(marks, axis=1, dtype=np.int32) * inside
+        is_same = inside[:, 1:] & (segments[:, 1:] == segments[:, :-1])
+        return Batch(
+            # Contiguous: worker processes then hand them over in shared memory.
+            inputs=np.ascontiguousarray(tokens[:, :-1]),
+            targets=np.ascontiguousarray(tokens[:, 1:]),
+            segment_ids=np.ascontiguousarray(segments[:, :-1]),
+            weights=(is_same & (is_target[:, 1:] > 0)).astype(np.float32),
+            index=index,
+        )
+
+    def _check(self, index: Int64[np.ndarray, "B"]) -> None:
         invalid = index[(index < 0) | (index >= len(self))]
         if invalid.size:
             raise ConfigError(
                 f"window indices must be in 0..{len(self) - 1} for this text, got {invalid[0]}; "
                 "pass the text that the run began with."
             )
-        position = index[:, None] * self.seq_len + np.arange(self.seq_len + 1)
-        inside = position < len(self.tokens)
-        tokens = self.tokens[np.minimum(position, len(self.tokens) - 1)].astype(np.int32)
-        ends = tokens == self.tokenizer.eos_id
-        # Exclusive cumulative sum: an end-of-document token is part of the document it ends.
-        segment = (1 + np.cumsum(ends, axis=1) - ends) * inside
-        same_document = inside[:, 1:] & (segment[:, 1:] == segment[:, :-1])
-        return Batch(
-            inputs=tokens[:, :-1],
-            targets=tokens[:, 1:],
-            segment_ids=segment[:, :-1].astype(np.int32),
-            weights=same_document.astype(np.float32),
-            index=index,
-        )

@@ -1,6 +1,7 @@
 """Configuration of training and of a complete run."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from xlstm_jax.config import ConfigError, check_fields
 from xlstm_jax.data.batch import Examples
+from xlstm_jax.data.batch_sizes import BatchSizes
 from xlstm_jax.data.config import DataConfig
 from xlstm_jax.errors import quote
 from xlstm_jax.modules.config import LMConfig
@@ -49,6 +51,8 @@ class TrainConfig:
     decay_pattern: str = r"(^|/)kernel$"  # regex over paths of the parameters that decay
     grad_clip: float | None = 0.5  # bound on the global norm of the gradient
     accumulation: int = 1  # micro-batches per update
+    # (step, share of data.batch_size from this step on), from step 0 on; (): all of it always
+    batch_ramp: tuple[tuple[int, float], ...] = ()
     document_resets: bool = True  # a document starts from the initial state
     z_loss: float = 0.0  # weight of the squared log-normalizer of the softmax; 1e-4 is usual
     loss_chunk: int | None = None  # tokens whose logits are in memory at once; None: the op chooses
@@ -125,11 +129,18 @@ class ExperimentConfig:
 
     def __post_init__(self):
         check_fields(self, "", {})
-        if self.data.batch_size % self.train.accumulation:
-            raise ConfigError(
-                "data.batch_size must be a multiple of train.accumulation, got "
-                f"{self.data.batch_size} and {self.train.accumulation}; change one of them."
-            )
+        for size in self.batch_sizes.distinct:
+            if size % self.train.accumulation:
+                raise ConfigError(
+                    "data.batch_size must be a multiple of train.accumulation, got "
+                    f"{size} and {self.train.accumulation}; change one of them, or "
+                    "train.batch_ramp."
+                )
+
+    @functools.cached_property
+    def batch_sizes(self) -> BatchSizes:
+        """Sequences of every step."""
+        return BatchSizes(self.data.batch_size, self.train.batch_ramp)
 
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +178,7 @@ def check_divisibility(cfg: ExperimentConfig, rules: Rules, sizes: Mapping[str, 
     batch = "data.batch_size" if accumulation == 1 else "data.batch_size / accumulation"
     blocks = {letter: cfg.model.options_of(letter) for letter in cfg.model.pattern}
     lengths = [
-        ("batch", batch, cfg.data.batch_size // accumulation),
+        *(("batch", batch, size // accumulation) for size in sorted(cfg.batch_sizes.distinct)),
         ("time", "data.seq_len", cfg.data.seq_len),
     ]
     lengths += [

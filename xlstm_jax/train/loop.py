@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from xlstm_jax.config import to_dict
-from xlstm_jax.data import loader
 from xlstm_jax.data.batch import Examples
 from xlstm_jax.errors import quote
 from xlstm_jax.train import metrics, rundir
+from xlstm_jax.train.batches import TrainBatches
 from xlstm_jax.train.checkpoint import Checkpointer, CheckpointError, latest_step
 from xlstm_jax.train.clock import Clock
 from xlstm_jax.train.guard import DivergedError
@@ -89,7 +89,7 @@ class Loop:
     logging does not leave the device idle.
 
     The devices of `program` must be active. `state` is donated to the first step, and `progress` is
-    updated in place. Without `valid` no held-out loss is computed.
+    updated in place. `held_out` are sets to evaluate, by the prefix of their metrics.
     """
 
     def __init__(
@@ -97,15 +97,15 @@ class Loop:
         program: TrainProgram,
         state: TrainState,
         progress: Progress,
-        train: Examples,
-        valid: Examples | None,
+        train: TrainBatches,
+        held_out: Mapping[str, Examples],
         outputs: Outputs,
         stop: Stop,
     ):
         self.state, self.progress = state, progress
         progress.totals = program.devices.replicate(progress.totals)
         self._program, self._cfg, self._devices = program, program.cfg, program.devices
-        self._train, self._valid, self._outputs, self._stop = train, valid, outputs, stop
+        self._train, self._held_out, self._outputs, self._stop = train, held_out, outputs, stop
         self._clock = Clock()
         self._pending: tuple[int, metrics.Totals] | None = None  # a complete interval to fetch
         self._saved_at = time.monotonic()
@@ -113,21 +113,16 @@ class Loop:
     def run(self) -> None:
         """Trains until the last step or a stop request, and saves a checkpoint in either case."""
         cfg, progress = self._cfg.train, self.progress
+        sizes = self._cfg.batch_sizes
         share = self._devices.share_of_batch(self._cfg.data.batch_size)
-        with loader.batches(
-            self._train,
-            self._cfg.data,
-            progress.step,
-            cfg.steps - progress.step,
-            host_index=share.index,
-            host_count=share.count,
-        ) as batches:
+        hosts = dict(host_index=share.index, host_count=share.count)
+        with self._train.batches(progress.step, cfg.steps - progress.step, **hosts) as batches:
             # A run that was stopped during an evaluation repeats it when it is resumed.
             self._evaluate_if_due()
             while progress.step < cfg.steps and not self._stop.at(progress.step):
                 with self._clock.measure("wait"):
                     batch = next(batches)
-                batch = self._devices.batch(batch, self._cfg.data.batch_size)
+                batch = self._devices.batch(batch, sizes.at(progress.step))
                 self.state, progress.totals = self._program.step(self.state, progress.totals, batch)
                 progress.step += 1
                 if self._clock.running:
@@ -173,7 +168,7 @@ class Loop:
         if self._pending is None:
             return
         (step, totals), self._pending = self._pending, None
-        record: dict[str, Any] = metrics.summarize(totals)
+        record: dict[str, Any] = metrics.summarize(totals) | self._train.counts(step)
         self.progress.tokens_seen += record["tokens"]
         record |= {"tokens_seen": self.progress.tokens_seen} | self._clock.lap()
         if "step_time" in record:
@@ -182,12 +177,18 @@ class Loop:
             record["tokens_per_second"] = tokens_per_step / record["step_time"]
             if self._outputs.flops_per_step is not None:
                 rate = self._outputs.flops_per_step / record["step_time"]
-                record["model_flops_per_second"] = rate
+                record["model_flops_per_second"] = rate * self._mean_batch(step, totals)
         # Of the first local device; None on backends without statistics.
         stats = jax.local_devices()[0].memory_stats() or {}
         record |= {name: stats[key] for key, name in _MEMORY.items() if key in stats}
         self._write(step, record)
         self._check_skipped(record["skipped_in_a_row"])
+
+    def _mean_batch(self, step: int, totals: metrics.Totals) -> float:
+        """The mean size of the batches of an interval, as a share of the full size."""
+        sizes, num_steps = self._cfg.batch_sizes, int(totals.steps)
+        sequences = sizes.before(step) - sizes.before(step - num_steps)
+        return sequences / (num_steps * sizes.full)
 
     def _write(self, step: int, record: dict[str, Any]) -> None:
         for writer in self._outputs.writers:
@@ -200,17 +201,24 @@ class Loop:
 
     def _evaluate(self) -> None:
         """Evaluates once per step at most; a stop request defers it until the run is resumed."""
-        progress, valid = self.progress, self._valid
-        if valid is None or (progress.evaluation or {}).get("step") == progress.step:
+        progress = self.progress
+        if not self._held_out or (progress.evaluation or {}).get("step") == progress.step:
             return
         self._record()  # first, so that records are in the order of their steps
         with self._clock.measure("pause"):
-            evaluation = self._program.evaluate(
-                self.state.params, valid, lambda: self._stop.requested
-            )
-        if evaluation is not None:
-            self._write(progress.step, evaluation)
-            progress.evaluation = {"step": progress.step} | evaluation
+            results = [
+                self._program.evaluate(
+                    self.state.params, examples, lambda: self._stop.requested, name
+                )
+                for name, examples in self._held_out.items()
+            ]
+        evaluation: dict[str, Any] = {}
+        for result in results:
+            if result is None:  # stopped
+                return
+            evaluation |= result
+        self._write(progress.step, evaluation)
+        progress.evaluation = {"step": progress.step} | evaluation
 
     def _save(self) -> None:
         self._record()
@@ -227,10 +235,7 @@ class Loop:
         if num_skipped < limit:
             return
         first = self.progress.step - int(guard.skipped)
-        index = {
-            str(step): loader.batch_at(self._train, self._cfg.data, step).index.tolist()
-            for step in range(first, first + limit)
-        }
+        index = {str(step): self._train.index_of(step) for step in range(first, first + limit)}
         mean = float(guard.ema_grad_norm)
         dump = {"first_skipped_step": first, "ema_grad_norm": mean, "index_of_step": index}
         rundir.write_json(self._outputs.run_dir / rundir.DIVERGED, dump)

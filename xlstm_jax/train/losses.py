@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.data.batch import Batch, Examples
-from xlstm_jax.data.windows import Windows
 from xlstm_jax.modules.lm import head_kernel
 from xlstm_jax.ops.cross_entropy import CrossEntropy, cross_entropy
 from xlstm_jax.train.config import TrainConfig
@@ -97,9 +96,9 @@ class EvalSums(NamedTuple):
     def plus(self, sums: CrossEntropy, batch: Batch, examples: Examples) -> "EvalSums":
         """The sums including one more batch, drawn from `examples`."""
         sums = jax.device_get(sums)  # one transfer for all leaves
-        num_bytes = 0
-        if isinstance(examples, Windows):
-            num_bytes = examples.tokenizer.num_bytes(batch.targets[batch.weights > 0])
+        num_bytes, tokenizer = 0, getattr(examples, "tokenizer", None)  # samples of tasks have none
+        if tokenizer is not None:
+            num_bytes = tokenizer.num_bytes(batch.targets[batch.weights > 0])
         return EvalSums(
             self.nats + float(sums.ce_sum),
             self.num_tokens + int(sums.weight_sum),

@@ -7,24 +7,24 @@ from typing import Any
 import numpy as np
 
 
-def loss_curve(
-    records: list[dict[str, Any]], path: Path, title: str, bytes_per_token: float | None
-) -> None:
+def loss_curve(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """Plots the records of metrics.jsonl to a PNG.
 
-    `bytes_per_token` converts nats per token to bits per byte; None if the data are not text.
+    In bits per byte if the held-out loss is, at the bytes per token of the held-out text.
     """
     # Imported here because it takes half a second, needed at the end of a run only.
     from matplotlib.figure import Figure
 
-    scale = 1.0 if bytes_per_token is None else 1 / (math.log(2) * bytes_per_token)
+    points, valid = _series(records, "valid_bits_per_byte")
+    _, nats = _series(records, "valid_loss")
+    is_text = len(points) > 0 and len(nats) > 0
+    points, valid = (points, valid) if is_text else _series(records, "valid_loss")
+    scale = valid[-1] / nats[-1] if is_text else 1.0
     steps, losses = _series(records, "loss")
     figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses * scale, color="#9ecae1", linewidth=0.8)
     axes.plot(steps, _smooth(losses) * scale, color="#08519c", linewidth=1.8, label="training")
-    is_text = bytes_per_token is not None
-    points, valid = _series(records, "valid_bits_per_byte" if is_text else "valid_loss")
     if len(points):
         axes.plot(points, valid, "o", color="#d94801", markersize=5, label="held out", zorder=3)
         axes.annotate(

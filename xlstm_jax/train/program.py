@@ -70,8 +70,8 @@ class TrainProgram:
     def step(self) -> jax.stages.Wrapped:
         """The jitted `(state, totals, batch) -> (state, totals)`, with state and totals donated.
 
-        Call it within `devices.active()`. A second trace raises, because it would silently compile
-        the step again.
+        Call it within `devices.active()`. It is traced once for every batch size of the run; one
+        more trace raises, because it would silently compile the step again.
         """
         train_step = make_train_step(self.model, self.tx, self.cfg.train)
 
@@ -83,7 +83,7 @@ class TrainProgram:
 
         # chex counts traces by name, so every program of this process needs its own.
         step.__name__ = f"train_step_{next(_number)}"
-        once = chex.assert_max_traces(step, n=1)
+        once = chex.assert_max_traces(step, n=len(self.cfg.batch_sizes.distinct))
         once.__name__ = "train_step"  # the name in profiles and HLO
         state, totals, batch = jax.tree.map(lambda x: x.sharding, self.arguments)
         return jax.jit(
@@ -105,9 +105,13 @@ class TrainProgram:
         return jax.jit(sums)
 
     def evaluate(
-        self, params: PyTree, examples: Examples, should_stop: Callable[[], bool] = lambda: False
+        self,
+        params: PyTree,
+        examples: Examples,
+        should_stop: Callable[[], bool] = lambda: False,
+        name: str = "valid",
     ) -> dict[str, float] | None:
-        """The metrics of held-out data; None if `should_stop` returned True.
+        """The metrics of held-out data, which `name` prefixes; None if `should_stop` returned True.
 
         The windows are those of `data.eval_batches`, the same for every evaluation.
         """
@@ -119,12 +123,12 @@ class TrainProgram:
             sums = self.eval_sums(params, self.devices.batch(batch))
             total = total.plus(sums, batch, examples)
         evaluation = {
-            "valid_loss": total.nats_per_token,
-            "valid_accuracy": total.num_correct / total.num_tokens,
-            "valid_tokens": total.num_tokens,
+            f"{name}_loss": total.nats_per_token,
+            f"{name}_accuracy": total.num_correct / total.num_tokens,
+            f"{name}_tokens": total.num_tokens,
         }
         bits = total.bits_per_byte
-        return evaluation if bits is None else evaluation | {"valid_bits_per_byte": bits}
+        return evaluation if bits is None else evaluation | {f"{name}_bits_per_byte": bits}
 
     def _first_state(self, devices: Devices | None = None) -> TrainState:
         # Parameters do not depend on the tokens, so the smallest batch initializes them.

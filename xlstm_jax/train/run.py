@@ -12,10 +12,11 @@ import optax
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import loader
 from xlstm_jax.data.batch import Examples, differences_of_data
-from xlstm_jax.data.windows import Windows
+from xlstm_jax.data.stream import Stream
 from xlstm_jax.program_cache import compiled_programs
 from xlstm_jax.sharding.devices import make_devices
 from xlstm_jax.train import checkpoint, lock, plots, rundir
+from xlstm_jax.train.batches import GivenBatches, TrainBatches
 from xlstm_jax.train.config import ExperimentConfig, check_divisibility, check_vocabulary
 from xlstm_jax.train.loop import Loop, Outputs, Progress
 from xlstm_jax.train.processes import Stop, extra, log, process_log, sync_processes
@@ -38,6 +39,7 @@ def fit(
     cfg: ExperimentConfig,
     run_dir: str | Path,
     *,
+    data: Any = None,
     tx: optax.GradientTransformation | None = None,
     fresh: bool = False,
     console: bool = False,
@@ -53,6 +55,9 @@ def fit(
 
     Args:
         run_dir: directory of checkpoints, config.json, run.json, metrics.jsonl and loss.png.
+        data: training batches in place of those of `cfg.data`: a `grain.MapDataset` whose element
+            `step` is the `Batch` of that step, or an iterable of `Batch` from step 0 on. All
+            processes get the whole batch. `cfg.data` describes the held-out data.
         tx: any optax transformation in place of the optimizer of `cfg.train`. It has its own
             learning rate, and a resumed run needs the same `tx` again.
         fresh: discard an existing run in `run_dir`.
@@ -77,6 +82,7 @@ def fit(
         return _fit(
             cfg,
             run_dir,
+            data=data,
             tx=tx,
             fresh=fresh,
             console=console,
@@ -89,6 +95,7 @@ def _fit(
     cfg: ExperimentConfig,
     run_dir: Path,
     *,
+    data: Any,
     tx: optax.GradientTransformation | None,
     fresh: bool,
     console: bool,
@@ -98,17 +105,19 @@ def _fit(
     """`fit` in a directory that is checked and locked."""
     devices = make_devices(cfg.mesh)
     check_divisibility(cfg, devices.rules, devices.mesh.shape)
-    train = loader.load(cfg.data, "train")
-    valid = loader.load(cfg.data, "valid") if cfg.train.eval_every else None
-    check_vocabulary(cfg, train)
-    loader.batch_at(train, cfg.data, 0)  # raises if the data are smaller than a batch
+    train = _stream(cfg) if data is None else GivenBatches(data, cfg)
+    held_out: dict[str, Examples] = {}
+    if cfg.train.eval_every:
+        held_out = {"valid": loader.load(cfg.data, "valid"), **loader.load_eval_sets(cfg.data)}
+    for examples in held_out.values():
+        check_vocabulary(cfg, examples)
     program = TrainProgram(cfg, devices, tx)
     resumed = None if fresh else _resume(program, run_dir, train)
     state, progress = resumed or (program.init(), Progress())
     facts = {
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "data": {"train": train.description}
-        | ({} if valid is None else {"valid": valid.description}),
+        | {name: examples.description for name, examples in held_out.items()},
     }
     # Everything above may raise; from here on the disk changes. The first process prepares the
     # directory while the others wait. They write only a log and their shards of checkpoints.
@@ -136,22 +145,28 @@ def _fit(
     ):
         log.info("starts at step %d of %d", progress.step, cfg.train.steps)
         with outputs, devices.active():
-            loop = Loop(program, state, progress, train, valid, outputs, stop)
+            loop = Loop(program, state, progress, train, held_out, outputs, stop)
             loop.run()
         log.info("ends at step %d of %d", progress.step, cfg.train.steps)
         finished = progress.step == cfg.train.steps
         if finished and is_first:
-            bytes_per_token = train.bytes_per_token if isinstance(train, Windows) else None
             with extra(f"the picture {rundir.CURVE}"):
                 records = rundir.read_metrics(run_dir / rundir.METRICS)
-                plots.loss_curve(records, run_dir / rundir.CURVE, cfg.name, bytes_per_token)
+                plots.loss_curve(records, run_dir / rundir.CURVE, cfg.name)
     return FitResult(
         state=loop.state, step=progress.step, finished=finished, evaluation=progress.evaluation
     )
 
 
+def _stream(cfg: ExperimentConfig) -> Stream:
+    """The training batches that a config describes."""
+    examples = loader.load(cfg.data, "train")
+    check_vocabulary(cfg, examples)
+    return Stream(examples, cfg.data, cfg.batch_sizes)
+
+
 def _resume(
-    program: TrainProgram, run_dir: Path, train: Examples
+    program: TrainProgram, run_dir: Path, train: TrainBatches
 ) -> tuple[TrainState, Progress] | None:
     """The newest state of the run, sharded over its devices, and its progress; None if unsaved."""
     if checkpoint.has_params_only(run_dir):

@@ -43,7 +43,8 @@ _FOLDERS = ("tokenizer", "gates", "tensorboard", "profile")
 
 # Fields that may differ when a run is resumed, because they do not affect its results.
 _INTERVALS = "log_every eval_every eval_batches checkpoint_every checkpoint_minutes keep".split()
-MUTABLE = frozenset({"name", IMPORTS, *(f"train.{field}" for field in _INTERVALS)})
+_LOADING = ("data.verify", "data.workers", "data.cache_dir")
+MUTABLE = frozenset({"name", IMPORTS, *_LOADING, *(f"train.{field}" for field in _INTERVALS)})
 # These affect results by rounding only: a run may be resumed on other devices.
 MUTABLE_PREFIX = "mesh."
 MAX_LISTED = 3  # fields that differ, in an error message

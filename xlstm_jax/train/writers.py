@@ -77,6 +77,9 @@ class ConsoleWriter:
             if "valid_bits_per_byte" in metrics:
                 text += f"  bits per byte {metrics['valid_bits_per_byte']:.3f}"
             text += f"  accuracy {metrics['valid_accuracy']:.3f}"
+            for name in (key.removesuffix("_loss") for key in metrics if key.endswith("_loss")):
+                if name != "valid":  # of `data.eval_sets`
+                    text += f"  {name} {metrics[f'{name}_loss']:.4f}"
         else:
             text = self._describe(step, metrics)
             if self._bar is not None:

@@ -113,7 +113,9 @@ def test_a_name_that_is_also_a_path_is_rejected_with_the_way_to_write_the_path(
     (tmp_path / "grammar" / "my.txt").write_text("my own text\n" * 200)
     with pytest.raises(ConfigError, match=r"'grammar' must be unambiguous.*write '\./grammar'"):
         read(DataConfig(source="grammar"), "train")
-    assert b"my own" in bytes(t for t in load(DataConfig(source="./grammar"), "train").tokens[:20])
+    assert b"my own" in bytes(
+        t for t in load(DataConfig(source="./grammar"), "train").store.tokens[:20]
+    )
 
 
 def test_a_folder_without_matching_files_is_rejected_with_what_it_has(folder):
@@ -228,11 +230,11 @@ def test_a_renamed_copy_of_a_file_is_the_same_data(tmp_path):
 
 def test_the_whole_source_has_the_documents_of_every_split(folder):
     cfg = DataConfig(source=str(folder))
-    total = sum(len(load(cfg, split).tokens) for split in SPLITS)
-    assert len(load_all(cfg).tokens) == total
+    total = sum(load(cfg, split).store.num_tokens for split in SPLITS)
+    assert load_all(cfg).store.num_tokens == total
     grammar = DataConfig(source="grammar")
-    total = sum(len(load(grammar, split).tokens) for split in SPLITS)
-    assert len(load_all(grammar).tokens) == total
+    total = sum(load(grammar, split).store.num_tokens for split in SPLITS)
+    assert load_all(grammar).store.num_tokens == total
     parity = DataConfig(source="parity", seq_len=16)
     assert load_all(parity).description["split"] == "valid"
 
@@ -241,4 +243,4 @@ def test_a_whole_file_is_not_divided(tmp_path):
     data = b"no line end " * 100
     (tmp_path / "held_out.txt").write_bytes(data)
     windows = load_all(DataConfig(source=str(tmp_path / "held_out.txt")))
-    assert bytes(windows.tokens[:-1].astype("uint8")) == data
+    assert bytes(windows.store.tokens[:-1].astype("uint8")) == data

@@ -247,7 +247,7 @@ def test_more_text_than_fits_is_refused_before_it_is_read(tmp_path, monkeypatch,
         load(DataConfig(source=str(folder)), "train")
     monkeypatch.setattr(corpus, "MAX_BYTES", 1 << 27)
     if name != "bomb.txt.gz":
-        assert len(load_all(DataConfig(source=str(folder))).tokens) >= 1_500_000
+        assert len(load_all(DataConfig(source=str(folder))).store.tokens) >= 1_500_000
 
 
 @pytest.mark.parametrize("stop", [1, 1000, streams.BLOCK + 1])

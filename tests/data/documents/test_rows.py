@@ -270,7 +270,7 @@ def test_an_absent_package_is_an_error_that_names_it(tmp_path, monkeypatch, name
 def test_rows_are_loaded_into_windows(tmp_path):
     write_json(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
     windows = load_all(DataConfig(source=str(tmp_path), seq_len=4))
-    assert windows.tokens.tolist() == [*b"one", 256, *b"two", 256]
+    assert windows.store.tokens.tolist() == [*b"one", 256, *b"two", 256]
 
 
 def save_to_disk(folder, rows, name="data-00000-of-00001.arrow"):

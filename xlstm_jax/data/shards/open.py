@@ -52,6 +52,15 @@ class Opened(NamedTuple):
 
 def kind_of(path: str) -> Kind | None:
     """The format of tokenized data at a path or URL; None for raw files, or if there are none."""
+    if not remote.is_url(path):
+        try:
+            os.lstat(os.path.expanduser(path))
+        except FileNotFoundError:  # maybe a prefix
+            pass
+        except (OSError, ValueError):  # a path that cannot exist
+            return None
+        if os.path.expanduser(path).startswith("~"):  # no such user
+            return None
     path = _normalize(path)
     if _is_prepared(path):
         return "prepared"
