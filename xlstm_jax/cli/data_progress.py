@@ -5,11 +5,10 @@ import sys
 import time
 from datetime import timedelta
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
-from xlstm_jax.data import prepare
-from xlstm_jax.data.prepare.progress import Counts
+from xlstm_jax.data.prepare.progress import Counts, Progress
 
 LINE_SECONDS = 20.0
 """Between lines in a pipe."""
@@ -22,12 +21,13 @@ class ProgressDisplay(contextlib.AbstractContextManager):
         console = Console(stderr=True)
         self._bar = None
         if console.is_terminal:
-            self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=console)
+            columns = rich_progress.BarColumn(), rich_progress.TextColumn("{task.description}")
+            self._bar = rich_progress.Progress(*columns, console=console)
             self._task = self._bar.add_task("", total=None)
         self._start = time.monotonic()
         self._next_line = self._start + LINE_SECONDS
-        self._first: prepare.Progress | None = None
-        self.last = prepare.Progress(0, 0, 0, 0, Counts(0, 0, 0))
+        self._first: Progress | None = None
+        self.last = Progress(0, 0, 0, 0, Counts(0, 0, 0))
 
     def __enter__(self) -> "ProgressDisplay":
         if self._bar is not None:
@@ -38,7 +38,7 @@ class ProgressDisplay(contextlib.AbstractContextManager):
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, progress: prepare.Progress) -> None:
+    def update(self, progress: Progress) -> None:
         """Shows the progress, if it is time."""
         self._first, self.last = self._first or progress, progress
         now = time.monotonic()

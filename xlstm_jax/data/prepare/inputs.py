@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from xlstm_jax.data.documents import File
+from xlstm_jax.data.documents.document import File
 from xlstm_jax.data.documents.files import ROWS, suffix
 
 MAX_GROUP = 64 << 20
