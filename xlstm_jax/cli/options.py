@@ -134,10 +134,14 @@ def _with_user_paths(args: T) -> T:
 
 
 def _import_modules(args: Sequence[str]) -> None:
-    """Imports the modules of XLSTM_IMPORT, then those of `--import`."""
-    names = os.environ.get(IMPORT_VARIABLE, "").split(",") + _option_values("--import", args)[1:]
-    for name in filter(None, names):
+    for name in modules_to_import(args):
         import_module(name)
+
+
+def modules_to_import(args: Sequence[str]) -> list[str]:
+    """The modules of XLSTM_IMPORT, then those of `--import`."""
+    names = os.environ.get(IMPORT_VARIABLE, "").split(",") + _option_values("--import", args)[1:]
+    return list(filter(None, names))
 
 
 def _option_values(option: str, args: Sequence[str]) -> list[Any]:

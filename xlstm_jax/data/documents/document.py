@@ -9,8 +9,11 @@ from xlstm_jax.errors import quote, quote_path
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
-MAX_PIECE = 4 << 20
-"""Bytes of text at a time; a longer document comes in pieces."""
+MAX_PIECE = 1 << 19
+"""Bytes of text at a time; a longer document comes in pieces.
+
+Tokenizers need about 125 bytes of memory for each byte of a long text.
+"""
 
 
 class Document(NamedTuple):

@@ -45,13 +45,26 @@ class ShardWriter(contextlib.AbstractContextManager):
             ends_document: whether the document ends here.
             loss_mask: whether each token is a target of the loss; for a writer with `loss_mask`.
         """
+        ends = np.array([len(ids)] if ends_document else [], np.int64)
+        self.write_many(ids, num_bytes, ends, loss_mask=loss_mask)
+
+    def write_many(
+        self,
+        ids: Integer[np.ndarray, "N"],
+        num_bytes: int,
+        ends: Integer[np.ndarray, "D"],
+        *,
+        loss_mask: Bool[np.ndarray, "N"] | None = None,
+    ) -> None:
+        """As `write`, for several documents; `ends` are positions in `ids`, as in a shard."""
         self._append(".bin", ids.astype(self._dtype))
         if loss_mask is not None:
             self._append(".loss", loss_mask.astype(np.uint8))
+        if len(ends):
+            self._append(".ends", (ends + self._tokens).astype("<u8"))
+            self._last_end = self._tokens + int(ends[-1])
         self._tokens, self._num_bytes = self._tokens + len(ids), self._num_bytes + num_bytes
-        if ends_document:
-            self._append(".ends", np.array([self._tokens], "<u8"))
-            self._documents, self._last_end = self._documents + 1, self._tokens
+        self._documents += len(ends)
 
     def _append(self, suffix: str, array: np.ndarray) -> None:
         if suffix not in self._files:
