@@ -152,7 +152,8 @@ def _check(messages: Any) -> None:
     """Raises ConfigError, with the number of the message, for an invalid conversation."""
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise ConfigError(
-            f"messages must be a list of at least one message, got {quote(messages)}."
+            f"messages must be a list of at least one message, got {quote(messages)}; remove the "
+            "row."
         )
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:

@@ -224,7 +224,7 @@ def test_the_eos_token_is_that_of_the_model_or_a_well_known_one(loaded):
         ({"eos_token": "<nothing>"}, "needs a token .* but eos_token='<nothing>'; write"),
         ({"eos_token": 5}, "eos_token must be a token, got 5; correct it"),
         ({"eos_token": ""}, "eos_token must be a token, got ''; correct it"),
-        ({"eos_token": "\ud800"}, r"eos_token must be a token, got '.*ud800'; correct it"),
+        ({"eos_token": "\ud800"}, r"tokenizer_config.json is not valid JSON .*surrogates not all"),
     ],
 )
 def test_a_vocabulary_without_eos_token_is_rejected(tmp_path, settings, message):
@@ -340,6 +340,17 @@ def test_a_token_that_overflows_the_stack_of_the_library_is_rejected(tmp_path):
     }
     with pytest.raises(ConfigError, match="at most 16,384 characters, got one of 1,000,000; fetch"):
         tokenizers.get(make.write_folder(tmp_path, json.dumps(values).encode()))
+
+
+def test_half_of_a_surrogate_pair_of_which_the_library_aborts_is_rejected(tmp_path):
+    values = json.loads(make.byte_level_bpe())
+    values["model"]["merges"][0][0] = "\ud800"
+    with pytest.raises(ConfigError, match="is not valid JSON .*surrogates not allowed"):
+        tokenizers.get(make.write_folder(tmp_path, json.dumps(values).encode()))
+    values["model"]["vocab"] = {"<|endoftext|>": 0, "\U0001f642": 1}  # spelled as a whole pair
+    values["model"]["merges"] = []
+    folder = make.write_folder(tmp_path, json.dumps(values).encode())
+    assert tokenizers.get(folder).vocab_size == 2
 
 
 @pytest.mark.parametrize("table", ["////AAAA", "A", "\u00e9", None, 5, []])

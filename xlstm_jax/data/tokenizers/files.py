@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ SPECIAL_TOKENS, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
 HUB = "hf://"
 MAX_BYTES = 256 << 20
 """Of a file. A vocabulary of 250,000 ids has about 20 MB."""
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 # End-of-document tokens of well-known vocabularies; looked up if no file names one.
 _EOS_TOKENS = (
@@ -78,17 +81,12 @@ def special_token(settings: Mapping[str, Any], key: str, path: Path) -> str | No
     """
     value = settings.get(key)
     token = value.get("content") if isinstance(value, Mapping) else value
-    if value is None or (isinstance(token, str) and token and is_text(token)):
+    if value is None or (isinstance(token, str) and token):
         return token
     raise ConfigError(
         f"{quote_path(path.parent / CONFIG)}: {key} must be a token, got {quote(value)}; correct "
         "it."
     )
-
-
-def is_text(value: str) -> bool:
-    """Whether a string has no surrogates, which JSON can spell but no text has."""
-    return not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def find(name: str) -> Path:
@@ -162,9 +160,13 @@ def decode_utf8(data: bytes, path: Path) -> str:
 
 
 def parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    """The table of a JSON file; raises ConfigError if it is none."""
+    """The table of a JSON file; raises ConfigError if it is none, or if a string is no text."""
+    text = decode_utf8(data, path)
     try:
-        values = json.loads(data)
+        values = json.loads(text)
+        # JSON can spell half of a surrogate pair. No text has it, and it makes `tokenizers` abort.
+        if _SURROGATE.search(text):
+            json.dumps(values, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ConfigError(

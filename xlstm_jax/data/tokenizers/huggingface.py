@@ -127,8 +127,9 @@ def _sizes(inner: Any, kinds: Container[str]) -> dict[int, int]:
 def _check(values: Mapping[str, Any], path: Path) -> None:
     """Raises ConfigError for contents that end the process when the library reads them."""
     model = values.get("model")
-    vocab = model.get("vocab") if isinstance(model, Mapping) else None
-    tokens = (item[0] if isinstance(item, list) and item else item for item in vocab or ())
+    vocab = model.get("vocab") if isinstance(model, Mapping) else ()
+    vocab = vocab if isinstance(vocab, (Mapping, list)) else ()
+    tokens = (item[0] if isinstance(item, list) and item else item for item in vocab)
     longest = max((len(token) for token in tokens if isinstance(token, str)), default=0)
     if longest > MAX_TOKEN:
         raise ConfigError(
