@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Integer
 
 from xlstm_jax.data import sandbox
-from xlstm_jax.data.tokenizers import TOKENIZERS, Tokenizer, files
+from xlstm_jax.data.tokenizers import TOKENIZERS, Tokenizer, files, locate
 from xlstm_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from xlstm_jax.errors import ConfigError, quote, quote_path
 
@@ -118,7 +118,7 @@ def load(name_or_path: str) -> ChatTemplate:
             f"tokenizer={quote(name_or_path)} has no chat template; use the folder of a tokenizer "
             f"with {files.TEMPLATE}."
         )
-    contents = files.read_files(files.find(name_or_path))
+    contents = files.read_files(locate.find(name_or_path))
     folder = contents.path.parent
     if contents.template is not None:
         path, source = folder / files.TEMPLATE, contents.template

@@ -132,7 +132,7 @@ def test_text_is_streamed_with_its_spaces_and_its_characters_of_several_tokens(l
     prompt = tokenizer.encode("two").tolist()
     assert ids[: len(prompt)] == prompt
     pieces = [Generation([[i]], None) for i in ids[len(prompt) :]]
-    parts = list(_parts(pieces, tokenizer, prompt, ()))
+    parts = list(_parts(pieces, tokenizer, (), prompt))
     assert "".join(parts) == " words \u6728\U0001f642 end"
     assert not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
 
@@ -351,6 +351,17 @@ def test_half_of_a_surrogate_pair_of_which_the_library_aborts_is_rejected(tmp_pa
     values["model"]["merges"] = []
     folder = make.write_folder(tmp_path, json.dumps(values).encode())
     assert tokenizers.get(folder).vocab_size == 2
+
+
+@pytest.mark.parametrize("merge", [["a", "\u0120"], "a \u0120"])
+def test_a_merge_without_its_prefix_of_which_the_library_aborts_is_rejected(tmp_path, merge):
+    values = json.loads(make.byte_level_bpe())
+    values["model"] |= {"continuing_subword_prefix": "#", "merges": [merge]}
+    with pytest.raises(ConfigError, match="start with continuing_subword_prefix='#', got .*a"):
+        tokenizers.get(make.write_folder(tmp_path, json.dumps(values).encode()))
+    values["model"] |= {"vocab": {"</s>": 0, "a": 1, "#b": 2, "ab": 3}, "merges": [["a", "#b"]]}
+    values["added_tokens"] = []
+    assert tokenizers.get(make.write_folder(tmp_path, json.dumps(values).encode())).vocab_size == 4
 
 
 @pytest.mark.parametrize("table", ["////AAAA", "A", "\u00e9", None, 5, []])
