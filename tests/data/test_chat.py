@@ -46,6 +46,8 @@ def folder(tmp_path_factory):
         {"id": 600 + i, "content": content, "special": True, **flags}
         for i, content in enumerate(["<|start|>", "<|end|>"])
     ]
+    # As in the file of GPT-2; it would remove spaces from the offsets of tokens.
+    values["post_processor"] = dict(values["pre_tokenizer"], trim_offsets=True)
     path = tmp_path_factory.mktemp("chat")
     make.write_folder(path, json.dumps(values).encode())
     return path

@@ -206,7 +206,10 @@ def test_a_tokenizer_can_be_sent_to_another_process(loaded, kind):
 )
 def test_the_settings_name_the_eos_token(tmp_path, value):
     data = with_added_tokens(make.byte_level_bpe(), (600, "<stop>", False))
-    assert tokenizers.get(make.write_folder(tmp_path, data, eos_token=value)).eos_id == 600
+    tokenizer = tokenizers.get(make.write_folder(tmp_path, data, eos_token=value))
+    assert tokenizer.eos_id == 600
+    # It has no text, although the file does not call it special.
+    assert tokenizer.num_bytes([600]) == 0 and tokenizer.decode([600]) == ""
 
 
 def test_the_eos_token_is_that_of_the_model_or_a_well_known_one(loaded):
