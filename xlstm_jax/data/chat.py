@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Integer
 
 from xlstm_jax.data import sandbox
-from xlstm_jax.data.tokenizers import TOKENIZERS, Tokenizer, files
+from xlstm_jax.data.tokenizers import TOKENIZERS, Tokenizer, files, locate
 from xlstm_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from xlstm_jax.errors import ConfigError, quote, quote_path
 
@@ -118,7 +118,7 @@ def load(name_or_path: str) -> ChatTemplate:
             f"tokenizer={quote(name_or_path)} has no chat template; use the folder of a tokenizer "
             f"with {files.TEMPLATE}."
         )
-    contents = files.read_files(files.find(name_or_path))
+    contents = files.read_files(locate.find(name_or_path))
     folder = contents.path.parent
     if contents.template is not None:
         path, source = folder / files.TEMPLATE, contents.template
@@ -152,7 +152,8 @@ def _check(messages: Any) -> None:
     """Raises ConfigError, with the number of the message, for an invalid conversation."""
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise ConfigError(
-            f"messages must be a list of at least one message, got {quote(messages)}."
+            f"messages must be a list of at least one message, got {quote(messages)}; remove the "
+            "row."
         )
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:

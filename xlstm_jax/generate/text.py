@@ -33,11 +33,11 @@ def stream_text(
         raise ArgumentError("stop must have no empty string, got ''; leave it out.")
     ids = tokenizer.encode(prompt)
     pieces = decode.stream(model, variables, [ids], piece=PIECE, stop=[tokenizer.eos_id], **options)
-    return _parts(pieces, tokenizer, ids.tolist(), stop)
+    return _parts(pieces, tokenizer, stop, prompt=ids.tolist())
 
 
 def _parts(
-    pieces, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]
+    pieces, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int] = ()
 ) -> Iterator[str]:
     # Decoded with the prompt: sentencepiece drops the space before the first token of a text.
     tokens = [*prompt]

@@ -132,7 +132,7 @@ def test_text_is_streamed_with_its_spaces_and_its_characters_of_several_tokens(l
     prompt = tokenizer.encode("two").tolist()
     assert ids[: len(prompt)] == prompt
     pieces = [Generation([[i]], None) for i in ids[len(prompt) :]]
-    parts = list(_parts(pieces, tokenizer, prompt, ()))
+    parts = list(_parts(pieces, tokenizer, (), prompt))
     assert "".join(parts) == " words \u6728\U0001f642 end"
     assert not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
 
@@ -206,7 +206,10 @@ def test_a_tokenizer_can_be_sent_to_another_process(loaded, kind):
 )
 def test_the_settings_name_the_eos_token(tmp_path, value):
     data = with_added_tokens(make.byte_level_bpe(), (600, "<stop>", False))
-    assert tokenizers.get(make.write_folder(tmp_path, data, eos_token=value)).eos_id == 600
+    tokenizer = tokenizers.get(make.write_folder(tmp_path, data, eos_token=value))
+    assert tokenizer.eos_id == 600
+    # It has no text, although the file does not call it special.
+    assert tokenizer.num_bytes([600]) == 0 and tokenizer.decode([600]) == ""
 
 
 def test_the_eos_token_is_that_of_the_model_or_a_well_known_one(loaded):
@@ -224,7 +227,7 @@ def test_the_eos_token_is_that_of_the_model_or_a_well_known_one(loaded):
         ({"eos_token": "<nothing>"}, "needs a token .* but eos_token='<nothing>'; write"),
         ({"eos_token": 5}, "eos_token must be a token, got 5; correct it"),
         ({"eos_token": ""}, "eos_token must be a token, got ''; correct it"),
-        ({"eos_token": "\ud800"}, r"eos_token must be a token, got '.*ud800'; correct it"),
+        ({"eos_token": "\ud800"}, r"tokenizer_config.json is not valid JSON .*surrogates not all"),
     ],
 )
 def test_a_vocabulary_without_eos_token_is_rejected(tmp_path, settings, message):
@@ -340,6 +343,28 @@ def test_a_token_that_overflows_the_stack_of_the_library_is_rejected(tmp_path):
     }
     with pytest.raises(ConfigError, match="at most 16,384 characters, got one of 1,000,000; fetch"):
         tokenizers.get(make.write_folder(tmp_path, json.dumps(values).encode()))
+
+
+def test_half_of_a_surrogate_pair_of_which_the_library_aborts_is_rejected(tmp_path):
+    values = json.loads(make.byte_level_bpe())
+    values["model"]["merges"][0][0] = "\ud800"
+    with pytest.raises(ConfigError, match="is not valid JSON .*surrogates not allowed"):
+        tokenizers.get(make.write_folder(tmp_path, json.dumps(values).encode()))
+    values["model"]["vocab"] = {"<|endoftext|>": 0, "\U0001f642": 1}  # spelled as a whole pair
+    values["model"]["merges"] = []
+    folder = make.write_folder(tmp_path, json.dumps(values).encode())
+    assert tokenizers.get(folder).vocab_size == 2
+
+
+@pytest.mark.parametrize("merge", [["a", "\u0120"], "a \u0120"])
+def test_a_merge_without_its_prefix_of_which_the_library_aborts_is_rejected(tmp_path, merge):
+    values = json.loads(make.byte_level_bpe())
+    values["model"] |= {"continuing_subword_prefix": "#", "merges": [merge]}
+    with pytest.raises(ConfigError, match="start with continuing_subword_prefix='#', got .*a"):
+        tokenizers.get(make.write_folder(tmp_path, json.dumps(values).encode()))
+    values["model"] |= {"vocab": {"</s>": 0, "a": 1, "#b": 2, "ab": 3}, "merges": [["a", "#b"]]}
+    values["added_tokens"] = []
+    assert tokenizers.get(make.write_folder(tmp_path, json.dumps(values).encode())).vocab_size == 4
 
 
 @pytest.mark.parametrize("table", ["////AAAA", "A", "\u00e9", None, 5, []])

@@ -1,5 +1,6 @@
 """A damaged file of a tokenizer loads, or is refused in one line; it never ends the process."""
 
+import base64
 import contextlib
 import json
 import random
@@ -102,10 +103,55 @@ def mutate_model(data: bytes, rng: random.Random) -> bytes:
     return dump(fields)
 
 
+def unigram() -> bytes:
+    """A tokenizer.json in the layout of T5: a table of normalization, and scored pieces."""
+    import sentencepiece
+
+    model = make.sentencepiece_model("unigram", "nmt_nfkc")
+    normalizer = next(value for tag, value in parse(model) if tag >> 3 == 3)
+    assert isinstance(normalizer, bytes)
+    table = next(value for tag, value in parse(normalizer) if tag >> 3 == 2)
+    assert isinstance(table, bytes)
+    inner = sentencepiece.SentencePieceProcessor(model_proto=model)
+    vocab = [[inner.id_to_piece(i), inner.get_score(i)] for i in range(inner.get_piece_size())]
+    normalizers = [
+        {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()},
+        {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+    ]
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always"}
+    values = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": metaspace | {"split": True},
+        "post_processor": None,
+        "decoder": metaspace | {"split": True},
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": False},
+    }
+    return json.dumps(values).encode()
+
+
+JSON_KINDS = {
+    "byte_level_bpe": make.byte_level_bpe,
+    "metaspace_bpe": make.metaspace_bpe,
+    "word_piece": make.word_piece,
+    "unigram": unigram,
+}
+
+
+@pytest.mark.parametrize("kind", JSON_KINDS)
+def test_an_undamaged_tokenizer_json_loads(tmp_path, kind):
+    eos = {"eos_token": "[SEP]"} if kind == "word_piece" else {}
+    tokenizer = tokenizers.get(make.write_folder(tmp_path, JSON_KINDS[kind](), **eos))
+    assert tokenizer.encode(TEXT).size > 5
+
+
 @pytest.mark.parametrize("numbers", NUMBERS)
-@pytest.mark.parametrize("kind", ["byte_level_bpe", "metaspace_bpe", "word_piece"])
+@pytest.mark.parametrize("kind", JSON_KINDS)
 def test_a_damaged_tokenizer_json_is_refused(tmp_path, kind, numbers):
-    values = json.loads(getattr(make, kind)())
+    values = json.loads(JSON_KINDS[kind]())
     vocab = values["model"].pop("vocab")
     merges = values["model"].pop("merges", None)
     for number in numbers:

@@ -1,21 +1,21 @@
-"""The files of a tokenizer: where they are, their contents, and the name of the eos token."""
+"""The files of a tokenizer: their contents, and the name of the eos token."""
 
 import dataclasses
-import functools
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from xlstm_jax.config import user_path
 from xlstm_jax.errors import ConfigError, quote, quote_path
 
 JSON, MODEL, CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 SPECIAL_TOKENS, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
-HUB = "hf://"
 MAX_BYTES = 256 << 20
 """Of a file. A vocabulary of 250,000 ids has about 20 MB."""
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 # End-of-document tokens of well-known vocabularies; looked up if no file names one.
 _EOS_TOKENS = (
@@ -78,37 +78,12 @@ def special_token(settings: Mapping[str, Any], key: str, path: Path) -> str | No
     """
     value = settings.get(key)
     token = value.get("content") if isinstance(value, Mapping) else value
-    if value is None or (isinstance(token, str) and token and is_text(token)):
+    if value is None or (isinstance(token, str) and token):
         return token
     raise ConfigError(
         f"{quote_path(path.parent / CONFIG)}: {key} must be a token, got {quote(value)}; correct "
         "it."
     )
-
-
-def is_text(value: str) -> bool:
-    """Whether a string has no surrogates, which JSON can spell but no text has."""
-    return not any("\ud800" <= char <= "\udfff" for char in value)
-
-
-def find(name: str) -> Path:
-    """The tokenizer.json or sentencepiece model that a path, a folder or an hf:// name stands for.
-
-    Raises:
-        ConfigError: there is none, or several.
-    """
-    path = _download(name) if name.startswith(HUB) else user_path(name)
-    if os.path.isfile(path):
-        return path
-    if not os.path.isdir(path):
-        raise ConfigError(f"{quote_path(path)} must be a file or a folder; correct the path.")
-    if (path / JSON).is_file():
-        return path / JSON
-    models = sorted(path.glob("*.model"))
-    if len(models) != 1:
-        said = f"has {len(models)} files *.model" if models else f"has neither {JSON} nor *.model"
-        raise ConfigError(f"{quote_path(path)} {said}; give the path of the file of the tokenizer.")
-    return models[0]
 
 
 def stamp(path: Path) -> tuple[int, int]:
@@ -162,9 +137,13 @@ def decode_utf8(data: bytes, path: Path) -> str:
 
 
 def parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    """The table of a JSON file; raises ConfigError if it is none."""
+    """The table of a JSON file; raises ConfigError if it is none, or if a string is no text."""
+    text = decode_utf8(data, path)
     try:
-        values = json.loads(data)
+        values = json.loads(text)
+        # JSON can spell half of a surrogate pair. No text has it, and it makes `tokenizers` abort.
+        if _SURROGATE.search(text):
+            json.dumps(values, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ConfigError(
@@ -181,25 +160,3 @@ def write(path: Path, data: bytes) -> None:
     draft = path.with_name(path.name + ".tmp")
     draft.write_bytes(data)
     os.replace(draft, path)
-
-
-@functools.cache  # a name is looked up on the network once
-def _download(name: str) -> Path:
-    """The local folder of the tokenizer files of hf://ORG/NAME."""
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ConfigError(
-            f"tokenizer={quote(name)} needs the package huggingface_hub; "
-            "`pip install huggingface_hub`, or give the path of a local folder."
-        ) from error
-    wanted = [JSON, "*.model", CONFIG, SPECIAL_TOKENS, TEMPLATE]
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(name.removeprefix(HUB), allow_patterns=wanted)
-        )
-    except Exception as error:  # of the network, the hub, or the name: the types are its own
-        raise ConfigError(
-            f"tokenizer={quote(name)} cannot be fetched ({quote(str(error))}); check the name and "
-            "the network, or give the path of a local folder."
-        ) from error

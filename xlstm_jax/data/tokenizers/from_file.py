@@ -95,7 +95,7 @@ def library_errors(path: Path, what: str) -> Iterator[None]:
     """Turns errors of a library of tokenizers into a ConfigError that names the file."""
     try:
         yield
-    except ConfigError:
+    except (ConfigError, OSError):  # of the reader of a text
         raise
     except BaseException as error:
         # Errors of `tokenizers` are plain exceptions, or panics of Rust. The type of the latter

@@ -4,7 +4,7 @@ import base64
 import binascii
 import dataclasses
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,17 +127,39 @@ def _sizes(inner: Any, kinds: Container[str]) -> dict[int, int]:
 def _check(values: Mapping[str, Any], path: Path) -> None:
     """Raises ConfigError for contents that end the process when the library reads them."""
     model = values.get("model")
-    vocab = model.get("vocab") if isinstance(model, Mapping) else None
-    tokens = (item[0] if isinstance(item, list) and item else item for item in vocab or ())
+    model = model if isinstance(model, Mapping) else {}
+    tokens = [
+        item[0] if isinstance(item, list) and item else item for item in _items(model, "vocab")
+    ]
     longest = max((len(token) for token in tokens if isinstance(token, str)), default=0)
     if longest > MAX_TOKEN:
         raise ConfigError(
             f"{quote_path(path)}: tokens must have at most {MAX_TOKEN:,} characters, got one of "
             f"{longest:,}; fetch it again."
         )
+    if isinstance(prefix := model.get("continuing_subword_prefix"), str):
+        _check_merges(_items(model, "merges"), prefix, path)
     for part in _parts(values.get("normalizer")):
         if "precompiled_charsmap" in part:
             _check_charsmap(part["precompiled_charsmap"], path)
+
+
+def _items(model: Mapping[str, Any], name: str) -> Iterable[Any]:
+    """The tokens or merges of a model; none if they are neither a list nor a table."""
+    value = model.get(name)
+    return value if isinstance(value, (Mapping, list)) else ()
+
+
+def _check_merges(merges: Iterable[Any], prefix: str, path: Path) -> None:
+    """Checks the second parts of merges, of which the library removes a prefix unseen."""
+    for merge in merges:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        second = parts[-1] if isinstance(parts, list) and parts else None
+        if isinstance(second, str) and not second.startswith(prefix):
+            raise ConfigError(
+                f"{quote_path(path)}: the second part of a merge must start with "
+                f"continuing_subword_prefix={quote(prefix)}, got {quote(merge)}; fetch it again."
+            )
 
 
 def _check_charsmap(value: Any, path: Path) -> None:

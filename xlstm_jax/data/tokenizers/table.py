@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from xlstm_jax.config import user_path
-from xlstm_jax.data.tokenizers import files, huggingface, sentence_piece
+from xlstm_jax.data.tokenizers import files, huggingface, locate, sentence_piece
 from xlstm_jax.data.tokenizers.protocol import ByteTokenizer, Tokenizer
 from xlstm_jax.errors import ConfigError, quote
 
@@ -24,13 +24,13 @@ def get(name_or_path: str) -> Tokenizer:
     """
     if name_or_path in TOKENIZERS:
         return TOKENIZERS[name_or_path]
-    if not (name_or_path.startswith(files.HUB) or os.path.exists(user_path(name_or_path))):
+    if not (name_or_path.startswith(locate.HUB) or os.path.exists(user_path(name_or_path))):
         known = ", ".join(map(repr, TOKENIZERS))
         raise ConfigError(
             f"tokenizer={quote(name_or_path)} is not known; use one of: {known}, or the path of "
             "a tokenizer.json, of a sentencepiece .model or of a folder with one, or hf://ORG/NAME."
         )
-    path = files.find(name_or_path)
+    path = locate.find(name_or_path)
     names = (path.name, files.CONFIG, files.SPECIAL_TOKENS, files.TEMPLATE)
     return _load(path, tuple(files.stamp(path.with_name(name)) for name in names))
 
