@@ -53,6 +53,10 @@ def test_end_of_document_token_is_not_text():
     assert "".join(stream_parts([[*b"end", 256]])) == "end"
 
 
+def test_ids_that_pad_the_vocabulary_of_the_model_are_not_text():
+    assert "".join(stream_parts([[*b"en", 257, 300, *b"d"]])) == "end"
+
+
 def test_no_piece_is_decoded_after_a_stop_string():
     def pieces():
         yield Generation([list(b"a END")], None)

@@ -44,7 +44,8 @@ def _parts(
     start = len(tokenizer.decode(tokens).rstrip("\N{REPLACEMENT CHARACTER}"))
     num_emitted = 0  # characters of the continuation that were yielded
     for piece in pieces:
-        tokens += piece.tokens[0]
+        # Ids that only pad the vocabulary of the model have no text.
+        tokens += [token for token in piece.tokens[0] if token < tokenizer.vocab_size]
         # All tokens are decoded again: a character may consist of bytes of several tokens.
         text = tokenizer.decode(tokens)[start:]
         ends = [end for end in map(text.find, stop) if end >= 0]
