@@ -1,11 +1,14 @@
 """Compares the two-level shuffle with a full one: requests to a remote file system, and losses.
 
-    python experiments/benchmarks/data_shuffle.py --out RESULT.json
+    python experiments/python_sources.py --out sources --max-bytes 320000000
+    xlstm-jax data prepare sources prepared/byte
+    python experiments/benchmarks/data_shuffle.py --data prepared/byte --out RESULT.json
 
 Requests: one epoch of windows of 2,048 tokens in blocks of 256, from a file system in memory that
-counts range reads; a full shuffle reads every window on its own. Loss: a small model after one
-epoch of the standard library, about 170,000 windows of 64 tokens, in 22 sets of 128 blocks of 64;
-three seeds of each order.
+counts range reads; a full shuffle reads every window on its own. Loss: a small model on windows and
+blocks of the same sizes, in sets of 512 blocks, three seeds of each order. `--small-blocks` trains
+on windows of 64 tokens in 4 KiB blocks instead, which are parts of one file each: what happens if
+neighbors in the data are alike.
 """
 
 import dataclasses
@@ -18,7 +21,7 @@ import numpy as np
 from fsspec.implementations.memory import MemoryFileSystem
 
 from experiments.benchmarks import data_loader, measure
-from xlstm_jax.data import DataConfig, load
+from xlstm_jax.data import DataConfig
 from xlstm_jax.data.order import Order
 from xlstm_jax.data.shards.open import open_tokens
 from xlstm_jax.modules import LMConfig, MLSTMConfig, SLSTMConfig
@@ -32,7 +35,9 @@ class Arguments(measure.Arguments):
     """What to measure."""
 
     tokens: int = 100_000_000  # of the counted epoch
-    steps: int | None = None  # of each run; None: one epoch
+    data: Path  # prepared tokens, of bytes, for the losses
+    steps: int = 400  # of each run
+    small_blocks: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -57,7 +62,7 @@ def main(args: Arguments) -> int:
     for name, counted in result["requests"].items():
         print(f"{name}: {counted['requests']:,} requests, {counted['bytes_over_corpus']:.4f} x")
     result["losses"] = {
-        shuffle: [loss(shuffle, seed, args.steps) for seed in args.seeds]
+        shuffle: [loss(shuffle, seed, args) for seed in args.seeds]
         for shuffle in ("blocks", "full")
     }
     for shuffle, losses in result["losses"].items():
@@ -90,7 +95,7 @@ def count(shuffle: str, tokens: int) -> dict[str, float]:
     }
 
 
-def loss(shuffle: str, seed: int, steps: int | None) -> float:
+def loss(shuffle: str, seed: int, args: Arguments) -> float:
     """The held-out loss of a small model after training in an order."""
     model = LMConfig(
         vocab_size=257,
@@ -99,18 +104,22 @@ def loss(shuffle: str, seed: int, steps: int | None) -> float:
         mlstm=MLSTMConfig(num_heads=4),
         slstm=SLSTMConfig(num_heads=4),
     )
+    shape = dict(seq_len=SEQ_LEN, batch_size=4, shuffle_block=BLOCK, shuffle_set=512)
+    if args.small_blocks:
+        shape = dict(seq_len=64, batch_size=128, shuffle_block=64, shuffle_set=128)
     data = DataConfig(
-        source="stdlib",
-        seq_len=64,
-        batch_size=32,
+        source=str(args.data),
         seed=seed,
         shuffle=shuffle,  # pyright: ignore[reportArgumentType]
-        shuffle_block=64,
-        shuffle_set=128,
+        **shape,
     )
-    steps = steps or len(load(data, "train")) // data.batch_size
     train = TrainConfig(
-        steps=steps, lr=3e-3, seed=seed, eval_every=steps, eval_batches=400, checkpoint_every=0
+        steps=args.steps,
+        lr=3e-3,
+        seed=seed,
+        eval_every=args.steps,
+        eval_batches=None,
+        checkpoint_every=0,
     )
     cfg = ExperimentConfig(name=shuffle, model=model, data=data, train=train)
     with tempfile.TemporaryDirectory() as folder:
