@@ -98,6 +98,8 @@ class _Stopped(BaseException):
 @contextlib.contextmanager
 def _stop_on_signals() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
+        for other in previous:  # a second signal would interrupt the cleanup
+            signal.signal(other, signal.SIG_IGN)
         raise _Stopped(number, frame)
 
     previous = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
