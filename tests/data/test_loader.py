@@ -182,12 +182,18 @@ def test_eval_index_takes_the_middle_of_every_part(total, count):
             0,
             r"data\.num_eval_samples must be at least 1, got 0; the default is",
         ),
-        ("tokenizer", "words", r"tokenizer='words' is not known; use one of: 'byte'"),
     ],
 )
 def test_an_invalid_field_is_rejected_when_the_config_is_built(field, value, message):
     with pytest.raises(ConfigError, match=message):
         DataConfig(**{field: value})
+
+
+def test_an_unknown_tokenizer_is_rejected_when_data_are_loaded():
+    """And not before: a run keeps a copy of its tokenizer, whose original may be gone."""
+    cfg = DataConfig(source="grammar", tokenizer="words")
+    with pytest.raises(ConfigError, match=r"tokenizer='words' is not known; use one of: 'byte'"):
+        load(cfg, "train")
 
 
 def test_a_batch_larger_than_the_data_is_rejected():

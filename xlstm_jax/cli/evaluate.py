@@ -11,6 +11,7 @@ from xlstm_jax.errors import quote_path
 from xlstm_jax.evaluate import by_position, perplexity
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.program_cache import compiled_programs
+from xlstm_jax.train import rundir
 from xlstm_jax.train.checkpoint import restore_params
 from xlstm_jax.train.config import check_vocabulary
 
@@ -39,6 +40,7 @@ def run(argv: list[str]) -> int:
     cfg, params = restore_params(args.run, args.step)
     data_options = {name: getattr(args, name) for name in _DATA}
     overrides = {name: value for name, value in data_options.items() if value is not None}
+    overrides["tokenizer"] = rundir.tokenizer_of(args.run, cfg.data.tokenizer)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **overrides))
     # All of a given text is held-out data, so all of it is evaluated.
     split = args.split or ("valid" if args.source is None else None)

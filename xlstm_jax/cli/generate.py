@@ -11,6 +11,7 @@ from xlstm_jax.generate.text import stream_text
 from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.program_cache import compiled_programs
+from xlstm_jax.train import rundir
 from xlstm_jax.train.checkpoint import restore_params
 
 
@@ -47,7 +48,7 @@ def run(argv: list[str]) -> int:
         continuation = stream_text(
             LM(cfg.model),
             {"params": params},
-            tokenizers.get(cfg.data.tokenizer),
+            tokenizers.get(rundir.tokenizer_of(args.run, cfg.data.tokenizer)),
             args.prompt,
             max_new_tokens=args.max_new_tokens,
             sampler=sampler,

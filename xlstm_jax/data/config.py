@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from xlstm_jax.config import ConfigError, check_fields
+from xlstm_jax.data.documents.document import SPLITS, Split
 from xlstm_jax.data.documents.files import alternatives
-from xlstm_jax.data.documents.splits import SPLITS, Split
 from xlstm_jax.data.order import Shuffle
 from xlstm_jax.errors import quote
 

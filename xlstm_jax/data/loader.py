@@ -57,13 +57,15 @@ def _packed(
 
 def _prepared(cfg: DataConfig, split: str) -> Windows:
     """The windows of data that are tokenized on disk, with the tokenizer that is stored there."""
+    is_aligned = cfg.packing in ("windows", "stream")
     opened = open_tokens(
         cfg.source,
         split,
         verify=cfg.verify,
         cache_dir=cfg.cache_dir,
         block_len=cfg.shuffle_block * cfg.seq_len,
-        max_blocks=cfg.shuffle_set,
+        # Packed windows have other ends than blocks: those of one block lie in two or three.
+        max_blocks=cfg.shuffle_set if is_aligned else 2 * cfg.shuffle_set + 2,
     )
     tokenizer = tokenizers.get(cfg.tokenizer)
     if opened.tokenizer is not None:

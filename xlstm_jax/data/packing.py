@@ -34,7 +34,7 @@ documents of a window from anywhere in a group, which is therefore one block of 
 OPEN_WINDOWS = 64
 """Of first fit."""
 
-MIN_CACHED = 1 << 22
+MIN_CACHED = 1 << 20
 """Documents from which on a plan, which then takes seconds, is kept on disk."""
 
 _VERSION = 1  # of plans; change it with any change of what they contain
@@ -97,7 +97,7 @@ def make_layout(packing: str, store: TokenStore, seq_len: int, cache_dir: str | 
     Raises:
         ConfigError: no document has two tokens, an input and a target.
     """
-    folder = Path(cache_dir) if cache_dir else config.cache_dir()
+    folder = config.user_path(cache_dir) if cache_dir else config.cache_dir()
     if folder is None or store.num_documents < MIN_CACHED:
         return _make(packing, store, seq_len)
     path = folder / "packing" / _key(packing, store, seq_len)

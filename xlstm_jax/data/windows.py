@@ -9,7 +9,7 @@ from jaxtyping import Int64
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data.batch import Batch
-from xlstm_jax.data.documents import Document
+from xlstm_jax.data.documents.document import Document
 from xlstm_jax.data.packing import Layout
 from xlstm_jax.data.shards.manifest import token_dtype
 from xlstm_jax.data.shards.store import ArrayTokens, TokenStore

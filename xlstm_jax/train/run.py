@@ -127,6 +127,10 @@ def _fit(
         if fresh:
             rundir.discard(run_dir)
         rundir.prepare(run_dir, cfg, facts, progress.step)
+        for examples in (getattr(train, "examples", None), *held_out.values()):
+            if (tokenizer := getattr(examples, "tokenizer", None)) is not None:
+                tokenizer.save(run_dir / rundir.TOKENIZER)
+                break
     sync_processes("the run directory is prepared")
     writers: list[Writer] = [JsonlWriter(run_dir / rundir.METRICS)] if is_first else []
     writers += [ConsoleWriter(cfg.train.steps, progress.step)] if is_first and console else []

@@ -39,7 +39,8 @@ CURVE, DIVERGED = "loss.png", "diverged.json"
 # What else a run writes, besides its checkpoints, CONFIG and RUN; patterns.
 _FILES = (METRICS, BAD_METRICS, CURVE, DIVERGED, "process_*.log", "special_tokens.json")
 _FILES += ("WEIGHTS_LICENSE.txt",)
-_FOLDERS = ("tokenizer", "gates", "tensorboard", "profile")
+TOKENIZER = "tokenizer"
+_FOLDERS = (TOKENIZER, "gates", "tensorboard", "profile")
 
 # Fields that may differ when a run is resumed, because they do not affect its results.
 _INTERVALS = "log_every eval_every eval_batches checkpoint_every checkpoint_minutes keep".split()
@@ -60,6 +61,12 @@ def expand(run_dir: str | Path) -> Path:
         raise ConfigError(
             f"run_dir={quote(str(run_dir))} must name a user with a home directory; write the path."
         ) from error
+
+
+def tokenizer_of(run_dir: Path, name: str) -> str:
+    """The name or path of the tokenizer of a run: its own copy if it has one, else `name`."""
+    folder = run_dir / TOKENIZER
+    return str(folder) if folder.is_dir() else name
 
 
 def check_folder(run_dir: Path) -> None:

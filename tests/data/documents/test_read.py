@@ -126,9 +126,10 @@ def test_the_pieces_of_a_document_share_the_split_of_its_whole_content(
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=repr)
 @pytest.mark.parametrize("lines", [1, 50, 99, 100, 101, 300])
+@pytest.mark.parametrize("tail", ["", "tail"])
 @pytest.mark.parametrize("percents", [(90, 95), (95,)])
-def test_the_division_of_a_text_does_not_depend_on_its_blocks(end, lines, percents):
-    data = "".join(f"line {line} ä\n".replace("\n", end) for line in range(lines)).encode()
+def test_the_division_of_a_text_does_not_depend_on_its_blocks(end, lines, tail, percents):
+    data = ("".join(f"line {line} ä{end}" for line in range(lines)) + tail).encode()
     expected = divide(data, percents)
     for size, block in itertools.product((None, len(data)), (1, 2, 64)):
 

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import pathlib
+import resource
 import sys
 
 import pytest
@@ -178,6 +180,15 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path, data):
     assert rows(tmp_path / "a.jsonl") == [(1, b"x"), (3, b"y")]
 
 
+def test_rows_in_utf16_or_in_an_archive_are_errors_that_say_so(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"text": "x"}\n'.encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"a\.jsonl, line 1, must be UTF-8; convert the file"):
+        rows(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(b"PK\3\4")
+    with pytest.raises(ConfigError, match=r"a\.jsonl must be text, but it is a zip archive"):
+        rows(tmp_path / "a.jsonl")
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_a_line_or_an_array_beyond_the_limit_is_an_error(tmp_path, monkeypatch, name):
     monkeypatch.setattr(json_rows, "MAX_JSON", 1 << 20)
@@ -248,6 +259,36 @@ def test_rows_of_a_small_file_that_repeats_a_long_text_are_read_a_few_at_a_time(
     for _ in read(find_files(str(tmp_path / "a.parquet"), split="train")[0]):
         peak = max(peak, pa.total_allocated_bytes() - allocated)
     assert 0 < peak < 30_000_000
+
+
+def resident_mapped_memory():
+    """Bytes of mapped files that count as memory of this process."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssFile:"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_pages_of_a_mapped_file_are_released(tmp_path):
+    path = tmp_path / "large.arrow"
+    write_arrow(path, [{"text": "x" * 60_000 + str(row)} for row in range(1000)])
+    before = resident_mapped_memory()
+    peak = max(resident_mapped_memory() for _ in read(find_files(str(path), split="train")[0]))
+    assert path.stat().st_size > 60_000_000
+    assert peak - before < 30_000_000
+
+
+def test_a_page_that_claims_two_gigabytes_allocates_less(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, [{"text": "x" * 90}] * 9, use_dictionary=False, compression="none")
+    data, start = path.read_bytes(), pq.read_metadata(path).row_group(0).column(0).data_page_offset
+    assert data[start : start + 3] == b"\x15\0\x15"  # its kind, and then its two sizes
+    stop = start + len(b"\x15\0\x15\xd2\x0f\x15\xd2\x0f")
+    claim = b"\x15\xfe\xff\xff\xff\x0f"  # Thrift's encoding of 2**31 - 1
+    path.write_bytes(data[: start + 2] + claim * 2 + data[stop:])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ConfigError, match=r"Page was smaller .* than expected \(2147483647\)"):
+        rows(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
 
 
 @pytest.mark.parametrize(

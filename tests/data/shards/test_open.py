@@ -103,7 +103,7 @@ def test_other_folders_are_not_tokenized_data(tmp_path):
     (tmp_path / "manifest.json").write_text('{"manifest_version": 3, "name": "an extension"}')
     (tmp_path / "text.txt").write_text("text")
     (tmp_path / "train").mkdir()
-    for path in (tmp_path, tmp_path / "text.txt", tmp_path / "absent"):
+    for path in (tmp_path, tmp_path / "text.txt", tmp_path / "absent", "a\0b", "a" * 5000):
         assert kind_of(str(path)) is None
     with pytest.raises(ConfigError, match="must be a folder of `xlstm-jax data prepare`"):
         open_tokens(tmp_path)
@@ -263,3 +263,26 @@ def test_the_index_of_another_file_is_an_error(tmp_path, rng):
     for name, match in {"a": "bytes of tokens", "b.ds": "bytes per token"}.items():
         with pytest.raises(ConfigError, match=match):
             open_tokens(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.idx", "b.ds.index", "b.ds.loss", "b.ds", "a.bin"])
+def test_a_file_with_more_bytes_than_its_index_says_is_an_error(tmp_path, rng, name):
+    docs = documents(rng, 10)
+    write_megatron(tmp_path / "a", docs)
+    write_datatrove(tmp_path / "b.ds", docs, loss_mask=True)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes() + bytes(8))
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/{name[0]}"):
+        open_tokens(tmp_path / ("a" if name[0] == "a" else "b.ds"), "all")
+
+
+def test_sequences_of_negative_length_are_an_error(tmp_path):
+    docs = [np.arange(9), np.arange(5), np.arange(7)]
+    write_megatron(tmp_path / "a", docs)
+    path = tmp_path / "a.idx"
+    data = bytearray(path.read_bytes())
+    lengths, offsets = np.frombuffer(data, "<i4", 3, 34), np.frombuffer(data, "<i8", 3, 46)
+    lengths[:], offsets[:] = [9, -5, 17], [0, 18, 8]  # they follow each other, with the right sum
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="must follow each other"):
+        open_tokens(tmp_path / "a", "all")

@@ -162,6 +162,22 @@ def test_requests_are_repeated_after_errors_that_may_pass(counted, tmp_path, rng
         pickle.loads(pickle.dumps(store)).read(0, 3)
 
 
+def test_an_error_of_the_network_is_not_an_absent_file(counted, tmp_path, rng, monkeypatch):
+    """The HTTP file system of fsspec reports any error as FileNotFoundError."""
+    write_prepared(tmp_path / "data", {"train": [documents(rng, 10)]})
+    info, causes = counted.info, [ConnectionResetError("reset")]
+
+    def fail_first(self, path, **kwargs):
+        if causes:
+            raise FileNotFoundError(path) from causes.pop()
+        return info(self, path, **kwargs)
+
+    monkeypatch.setattr(counted, "info", fail_first)
+    assert kind_of("counted://data") == "prepared"
+    causes += [FileNotFoundError("data")]
+    assert kind_of("counted://data") is None
+
+
 def test_messages_hide_passwords_and_signatures():
     assert remote.shown("https://me:password@host/a/b?signature=1") == "https://host/a/b"
 
@@ -329,7 +345,8 @@ class RangeHandler(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("aiohttp") is None, reason="http:// needs aiohttp")
-def test_data_of_a_web_server_equal_local_data(tmp_path, rng):
+def test_data_of_a_web_server_equal_local_data(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(remote, "DELAYS", (0.0,))
     docs = documents(rng, 40)
     write_prepared(tmp_path / "data", {"train": [docs[:15], docs[15:]]})
     write_megatron(tmp_path / "megatron", docs)
@@ -342,6 +359,8 @@ def test_data_of_a_web_server_equal_local_data(tmp_path, rng):
             assert_holds(open_blocks(f"{url}/data", verify="full").store, docs)
             assert_holds(open_blocks(f"{url}/megatron", "all").store, docs)
             assert kind_of(f"{url}/absent") is None
+            with pytest.raises(ConfigError, match="cannot be read.*ClientConnectorError"):
+                kind_of("http://127.0.0.1:1/data")
         finally:
             server.shutdown()
             thread.join(10)

@@ -1,11 +1,13 @@
 """Documents and the files that hold them."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 from xlstm_jax.config import ConfigError
-from xlstm_jax.data.documents.splits import SPLITS, Split, character_start
 from xlstm_jax.errors import quote, quote_path
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 MAX_PIECE = 1 << 19
 """Bytes of text at a time; a longer document comes in pieces.
@@ -87,6 +89,14 @@ def _end_of_piece(data: bytes) -> int:
         if stop := data.rfind(line_end, 0, MAX_PIECE) + 1:
             return stop
     return character_start(data, MAX_PIECE)
+
+
+def character_start(data: bytes, position: int) -> int:
+    """The start of the UTF-8 character at a position; the position itself if it is not UTF-8."""
+    for start in range(position, max(position - 4, -1), -1):
+        if data[start] & 0xC0 != 0x80:
+            return start
+    return position
 
 
 def content_of(row: Any, file: File, fields: Fields, unit: str, number: int) -> Content | None:

@@ -22,7 +22,7 @@ def read_json(file: File, fields: Fields) -> Iterator[tuple[int, Content]]:
     Raises:
         ConfigError: a row is too long, no JSON object, or has no such field; with its line.
     """
-    blocks = read_text_blocks(file.path)
+    blocks = read_text_blocks(file.path, any_bytes=True)
     first = next(blocks, b"").removeprefix(_BYTE_ORDER_MARK)
     blocks = itertools.chain([first], blocks)
     is_array = suffix(file.name) == ".json" and first.lstrip().startswith(b"[")

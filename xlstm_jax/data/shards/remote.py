@@ -60,18 +60,30 @@ def request(url: str, method: str, *args: Any, **kwargs: Any) -> Any:
     for delay in (*DELAYS, None):
         try:
             return getattr(filesystem, method)(path, *args, **kwargs)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise FileNotFoundError(f"{shown(url)} does not exist") from error
         except Exception as error:  # of any client library
-            if delay is None or isinstance(error, PermissionError):
+            cause = _cause(error)
+            if isinstance(cause, (FileNotFoundError, NotADirectoryError)):
+                raise FileNotFoundError(f"{shown(url)} does not exist") from error
+            if delay is None or isinstance(cause, PermissionError):
                 # Without the URL, which may have a signature.
-                reason = f"{type(error).__name__}: {error}".replace(url, "URL")
+                reason = f"{type(cause).__name__}: {cause}".replace(url, "URL")
                 raise ConfigError(
                     f"{shown(url)} cannot be read ({quote(reason)}); check the address, the "
                     "network and your credentials."
                 ) from error
-            _log.info("%s: %s; trying again", shown(url), type(error).__name__)
+            _log.info("%s: %s; trying again", shown(url), type(cause).__name__)
             time.sleep(delay)
+
+
+def _cause(error: Exception) -> BaseException:
+    """The error itself, or that of the network which `fsspec` reports as an absent file (HTTP)."""
+    cause = error.__cause__
+    is_network = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
+    if not isinstance(error, FileNotFoundError) or cause is None or not is_network:
+        return error
+    status = getattr(cause, "status", 0)
+    # Servers refuse, too, what does not exist; but 408 and 429 ask to try again.
+    return error if 400 <= status < 500 and status not in (408, 429) else cause
 
 
 def file_size(path: str) -> int | None:
@@ -107,8 +119,10 @@ def list_files(folder: str) -> list[str]:
         if is_url(folder):
             entries = request(folder, "ls", detail=True)
             names = [e["name"].rsplit("/", 1)[-1] for e in entries if e["type"] == "file"]
-        else:
+        elif os.path.isdir(folder):  # False, too, for names that cannot exist
             names = [entry.name for entry in os.scandir(folder) if entry.is_file()]
+        else:
+            return []
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(name for name in names if not name.startswith("."))
