@@ -147,7 +147,7 @@ def test_train_tokenizer_names_a_file_that_is_not_utf8(capsys):
     Path("bad").mkdir()
     Path("bad/train.txt").write_bytes(b"bad \xff" + b" text" * 100)
     assert main(["data", "train-tokenizer", "bad", "out", "--vocab-size", "260"]) == 2
-    assert "train.txt must be UTF-8, but byte 4 is not" in capsys.readouterr().err
+    assert "train.txt:train must be UTF-8, but byte 4 is not" in capsys.readouterr().err
 
 
 def start(*options):
