@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from xlstm_jax import config
-from xlstm_jax.cli import data_progress, main
+from xlstm_jax.cli import data, data_progress, main
+from xlstm_jax.data import tokenizers
 from xlstm_jax.data.shards.manifest import read_manifest
 
 
@@ -119,11 +120,42 @@ def test_samples_cannot_control_the_terminal(capsys):
     assert "\x1b" not in out and "\\x1b[2Jgone" in out
 
 
+def test_train_tokenizer_writes_a_tokenizer_of_the_training_split(capsys):
+    assert main(["data", "train-tokenizer", "in", "tokenizer", "--vocab-size", "260"]) == 0
+    assert "260" in capsys.readouterr().out
+    assert tokenizers.get("tokenizer").decode(tokenizers.get("tokenizer").encode("hé")) == "hé"
+    Path("in/a.jsonl").rename("in/test.jsonl")
+    Path("in/b.jsonl").rename("in/train.jsonl")
+    assert main(["data", "train-tokenizer", "in", "other", "--vocab-size", "260"]) == 0
+    Path("in/test.jsonl").write_text(json.dumps({"text": "zzzz " * 1000}) + "\n")
+    assert main(["data", "train-tokenizer", "in", "third", "--vocab-size", "260"]) == 0
+    assert Path("third/tokenizer.json").read_bytes() == Path("other/tokenizer.json").read_bytes()
+
+
+def test_train_tokenizer_reads_a_part_of_every_file(monkeypatch):
+    read = []
+    monkeypatch.setattr(data, "train_bpe", lambda texts, size, out: read.extend(texts))
+    options = ["--vocab-size", "260", "--max-bytes"]
+    assert main(["data", "train-tokenizer", "in", "out", *options, "2000"]) == 0
+    part = sum(map(len, read))
+    assert 1000 <= part <= 2200 and len(set(read)) < len(read)  # both files have the same rows
+    assert main(["data", "train-tokenizer", "in", "out", *options, "1000000"]) == 0
+    assert sum(map(len, read)) > 5 * part
+
+
+def test_train_tokenizer_names_a_file_that_is_not_utf8(capsys):
+    Path("bad").mkdir()
+    Path("bad/train.txt").write_bytes(b"bad \xff" + b" text" * 100)
+    assert main(["data", "train-tokenizer", "bad", "out", "--vocab-size", "260"]) == 2
+    assert "train.txt:train must be UTF-8, but byte 4 is not" in capsys.readouterr().err
+
+
 def start(*options):
     command = [sys.executable, "-m", "xlstm_jax", "data", "prepare", "big", "out", *options]
     root = Path(__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": str(root)}
     return subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": str(root)}, stderr=subprocess.PIPE, text=True
+        command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
@@ -142,7 +174,7 @@ def test_a_signal_ends_prepare_without_drafts_and_the_command_resumes(number):
     Path("big/b.jsonl").write_text(row * 400)
     process = start("--workers", "2")
     wait_for("out/*/00001.bin.tmp")
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # of the workers too, as a terminal and a scheduler do
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert err.count("\n") == 1 and f"interrupted by {signal.Signals(number).name}" in err

@@ -12,7 +12,6 @@ resident (shared pages count several times) and proportional.
 """
 
 import dataclasses
-import glob
 import json
 import os
 import pathlib
@@ -34,7 +33,7 @@ from tokenizers import Tokenizer
 tokenizer = Tokenizer.from_file(sys.argv[1])
 seconds = cpu = tokens = size = 0
 for path in sorted(pathlib.Path(sys.argv[2]).iterdir()):
-    texts = [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     size += sum(len(text.encode()) for text in texts)
     for start in range(0, len(texts), 1000):
         batch = texts[start : start + 1000]
@@ -94,8 +93,9 @@ def main(args: Arguments) -> int:
 def write_text(folder: pathlib.Path, size: int, num_files: int) -> None:
     """Writes JSON lines: documents of passages of the standard library, in a seeded order."""
     folder.mkdir()
-    paths = sorted(glob.glob(f"{sysconfig.get_path('stdlib')}/*.py"))
-    lines = [line for path in paths for line in open(path, encoding="utf-8", errors="ignore")]
+    paths = sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [path.read_text(encoding="utf-8", errors="ignore") for path in paths]
+    lines = "".join(texts).splitlines(keepends=True)
     rng = random.Random(0)
     for number in range(num_files):
         left = size // num_files

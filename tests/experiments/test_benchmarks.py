@@ -9,6 +9,7 @@ import pytest
 from experiments.benchmarks import (
     cases,
     convert_memory,
+    data_prepare,
     depth,
     length,
     measure,
@@ -159,3 +160,15 @@ def test_conversion_memory_is_measured_per_process(monkeypatch, tmp_path):
     assert result["checkpoint_bytes"] > 4 * result["parameters"]
     peaks = result["peak_bytes"]
     assert 0 < peaks["interpreter"] < peaks["imports"] < peaks["hf-to-run"]
+
+
+@pytest.mark.slow
+def test_preparation_is_compared_on_the_same_documents(tmp_path):
+    out = tmp_path / "prepare.json"
+    assert data_prepare.main(data_prepare.Arguments(mib=1, files=2, repeats=1, out=out)) == 0
+    result = json.loads(out.read_text())
+    (library,), (prepared,) = result["library"], result["prepare"]
+    assert library["bytes"] == prepared["bytes"] >= 2**20
+    documents = prepared["tokens"] - library["tokens"]  # each has an end-of-document token
+    assert 100 < documents < 5000
+    assert prepared["rss"] > prepared["pss"] > 0 and prepared["cpu_seconds"] > 0

@@ -22,7 +22,7 @@ from xlstm_jax.cli.exit_codes import BAD_ARGUMENT, DONE
 from xlstm_jax.config import ConfigError, did_you_mean
 from xlstm_jax.data import inspect
 from xlstm_jax.data.config import Split
-from xlstm_jax.data.documents import File, find_files, read
+from xlstm_jax.data.documents import Document, File, find_files, read
 from xlstm_jax.data.inspect import Inspection, Lengths
 from xlstm_jax.data.prepare import PrepareConfig, Result, prepare
 from xlstm_jax.data.train_tokenizer import train_bpe
@@ -98,6 +98,8 @@ class _Stopped(BaseException):
 @contextlib.contextmanager
 def _stop_on_signals() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
+        for other in previous:  # a second signal would interrupt the cleanup
+            signal.signal(other, signal.SIG_IGN)
         raise _Stopped(number, frame)
 
     previous = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -263,8 +265,19 @@ def _training_texts(files: list[File], text_field: str, max_bytes: int | None) -
             if left <= 0:
                 break
             if split == "train":
+                _check_utf8(document)
                 yield document.data
                 left -= len(document.data)
+
+
+def _check_utf8(document: Document) -> None:
+    try:
+        document.data.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{quote_path(document.name)} must be UTF-8, but byte {error.start:,} is not; correct "
+            "it, or exclude it with --pattern."
+        ) from error
 
 
 COMMANDS = {"prepare": _prepare, "inspect": _inspect, "train-tokenizer": _train_tokenizer}

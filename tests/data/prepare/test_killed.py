@@ -23,6 +23,19 @@ def start(folder, out):
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL)
 
 
+def children(pid):
+    tasks = pathlib.Path(f"/proc/{pid}/task")
+    return [child for task in tasks.glob("*/children") for child in task.read_text().split()]
+
+
+def wait_for_end(workers):
+    """Workers end with their parent: none may write beside those of the next command."""
+    end = time.monotonic() + 5
+    while alive := [pid for pid in workers if pathlib.Path("/proc", pid, "exe").exists()]:
+        assert time.monotonic() < end, f"{alive} still run"
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 def test_a_command_killed_at_ten_moments_writes_the_same_files(tmp_path):
     rng = random.Random(0)
@@ -41,9 +54,11 @@ def test_a_command_killed_at_ten_moments_writes_the_same_files(tmp_path):
         try:
             process.wait(rng.uniform(0.2, 0.9) * seconds)
         except subprocess.TimeoutExpired:
+            workers = children(process.pid)
             process.kill()
             process.wait()
             kills += 1
+            wait_for_end(workers)
             entries = (tmp_path / out).glob("ledger/*.jsonl")
             for line in (line for path in entries for line in path.read_text().splitlines(True)):
                 assert not line.endswith("\n") or json.loads(line)

@@ -22,7 +22,8 @@ def texts(out, split):
     ends = store.ends(0, store.num_tokens)
     bounds = zip([0, *ends], ends, strict=False)
     tokens = [store.read(int(start), int(stop)) for start, stop in bounds]
-    assert all(ids[-1] == TOKENIZER.eos_id for ids in tokens)
+    for ids in tokens:  # the end-of-document token is the last one, and no other
+        assert np.flatnonzero(ids == TOKENIZER.eos_id).tolist() == [len(ids) - 1]
     return [TOKENIZER.decode(ids) for ids in tokens]
 
 

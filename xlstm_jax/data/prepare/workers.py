@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import NamedTuple
@@ -68,9 +68,10 @@ def run_in_processes(job: Job, shards: Iterable[InputShard], num_workers: int) -
     todo = iter(shards)
     workers: list[_Worker] = []
     try:
-        for shard in itertools.islice(todo, num_workers):
-            workers.append(_Worker(job))
-            workers[-1].start(shard)
+        with _blocked_signals():
+            for shard in itertools.islice(todo, num_workers):
+                workers.append(_Worker(job))
+                workers[-1].start(shard)
         while busy := [worker for worker in workers if worker.shard is not None]:
             ready = connection.wait([worker.pipe for worker in busy])
             for worker in (worker for worker in busy if worker.pipe in ready):
@@ -84,6 +85,20 @@ def run_in_processes(job: Job, shards: Iterable[InputShard], num_workers: int) -
             worker.kill()
 
 
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Delays SIGINT and SIGTERM; processes that are started meanwhile never get them.
+
+    The terminal sends Ctrl-C, and a scheduler SIGTERM, to workers as well: their parent kills them.
+    """
+    resource_tracker.ensure_running()  # when it starts, it unblocks both
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 class _Worker:
     """A process, and the shard that it tokenizes."""
 
@@ -92,14 +107,7 @@ class _Worker:
         self.shard: InputShard | None = None
         self.pipe, far_end = _SPAWN.Pipe()
         self._process = _SPAWN.Process(target=_main, args=(far_end, job), daemon=True)
-        # The terminal sends Ctrl-C, and a scheduler SIGTERM, to workers as well. They block both:
-        # this process kills them. The tracker, started first, would unblock them.
-        resource_tracker.ensure_running()
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        self._process.start()
         far_end.close()  # so that the end of the worker is the end of the pipe
 
     def start(self, shard: InputShard | None) -> None:
