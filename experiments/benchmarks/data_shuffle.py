@@ -4,11 +4,11 @@
     xlstm-jax data prepare sources prepared/byte
     python experiments/benchmarks/data_shuffle.py --data prepared/byte --out RESULT.json
 
-Requests: one epoch of windows of 2,048 tokens in blocks of 256, from a file system in memory that
-counts range reads; a full shuffle reads every window on its own. Loss: a small model on windows and
+Requests: one epoch of windows of 2,048 tokens in blocks of 256, from a file system that counts
+reads of ranges; a full shuffle reads every window on its own. Loss: a small model on windows and
 blocks of the same sizes, in sets of 512 blocks, three seeds of each order. `--small-blocks` trains
-on windows of 64 tokens in 4 KiB blocks instead, which are parts of one file each: what happens if
-neighbors in the data are alike.
+on windows of 64 tokens in blocks of 4 KiB instead, which are parts of one file each: what happens
+if neighbors in the data are alike.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from fsspec.implementations.memory import MemoryFileSystem
 
 from experiments.benchmarks import data_loader, measure
 from xlstm_jax.data import DataConfig
 from xlstm_jax.data.order import Order
 from xlstm_jax.data.shards.open import open_tokens
+from xlstm_jax.data.shards.store import TokenStore
 from xlstm_jax.modules import LMConfig, MLSTMConfig, SLSTMConfig
 from xlstm_jax.train import ExperimentConfig, TrainConfig, fit
 
@@ -41,15 +41,29 @@ class Arguments(measure.Arguments):
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
-class Counting(MemoryFileSystem):
-    """A file system in memory that counts reads of ranges."""
+class Counting(fsspec.AbstractFileSystem):
+    """Local files as counting://PATH, with the number and the bytes of reads of ranges."""
 
     protocol = "counting"
     requests = num_bytes = 0
 
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        """Name, size and type of a file or folder."""
+        local = Path("/", str(self._strip_protocol(path)))
+        kind = "directory" if local.is_dir() else "file"
+        return {"name": path, "size": local.stat().st_size, "type": kind}
+
+    def ls(self, path: str, detail: Any = True, **kwargs: Any) -> list[Any]:
+        """The files of a folder."""
+        return [
+            self.info(str(file)) for file in Path("/", str(self._strip_protocol(path))).iterdir()
+        ]
+
     def cat_file(self, path: str, start: Any = None, end: Any = None, **kwargs: Any) -> bytes:
         """The bytes of a range."""
-        data = super().cat_file(path, start=start, end=end, **kwargs)
+        with open(Path("/", str(self._strip_protocol(path))), "rb") as file:
+            file.seek(start or 0)
+            data = file.read() if end is None else file.read(end - (start or 0))
         Counting.requests += 1
         Counting.num_bytes += len(data)
         return data
@@ -74,14 +88,16 @@ def main(args: Arguments) -> int:
 def count(shuffle: str, tokens: int) -> dict[str, float]:
     """Requests and bytes of one epoch."""
     fsspec.register_implementation("counting", Counting, clobber=True)
+    block = BLOCK if shuffle == "blocks" else 1
     with tempfile.TemporaryDirectory() as folder:
         data_loader.write(Path(folder), tokens, seed=0)
-        fsspec.filesystem("counting").put(folder, f"/{shuffle}", recursive=True)
-    block = BLOCK if shuffle == "blocks" else 1
-    url = f"counting://{shuffle}"
-    store = open_tokens(
-        url, "train", verify="size", block_len=block * SEQ_LEN, max_blocks=SET
-    ).store
+        url, length = f"counting:/{folder}", block * SEQ_LEN
+        opened = open_tokens(url, "train", verify="size", block_len=length, max_blocks=SET)
+        return read_epoch(opened.store, shuffle)
+
+
+def read_epoch(store: TokenStore, shuffle: str) -> dict[str, float]:
+    """Reads every window of an epoch once."""
     size = -(-(store.num_tokens - 1) // SEQ_LEN)
     order = Order(size, (0,), shuffle, BLOCK, SET)  # pyright: ignore[reportArgumentType]
     Counting.requests = Counting.num_bytes = 0
@@ -104,14 +120,15 @@ def loss(shuffle: str, seed: int, args: Arguments) -> float:
         mlstm=MLSTMConfig(num_heads=4),
         slstm=SLSTMConfig(num_heads=4),
     )
-    shape = dict(seq_len=SEQ_LEN, batch_size=4, shuffle_block=BLOCK, shuffle_set=512)
-    if args.small_blocks:
-        shape = dict(seq_len=64, batch_size=128, shuffle_block=64, shuffle_set=128)
+    small = args.small_blocks
     data = DataConfig(
         source=str(args.data),
+        seq_len=64 if small else SEQ_LEN,
+        batch_size=128 if small else 4,
         seed=seed,
         shuffle=shuffle,  # pyright: ignore[reportArgumentType]
-        **shape,
+        shuffle_block=64 if small else BLOCK,
+        shuffle_set=128 if small else 512,
     )
     train = TrainConfig(
         steps=args.steps,
