@@ -7,6 +7,7 @@ import pytest
 
 from tests.data.prepare.runs import run
 from xlstm_jax.config import ConfigError
+from xlstm_jax.data import sandbox
 from xlstm_jax.data.shards.open import open_tokens
 from xlstm_jax.data.tokenizers import get
 from xlstm_jax.data.train_tokenizer import train_bpe
@@ -79,3 +80,14 @@ def test_a_tokenizer_without_a_template_is_refused_before_anything_is_written(tm
     with pytest.raises(ConfigError, match="no chat template"):
         run(tmp_path / "a.jsonl", tmp_path / "out", chat=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_template_that_loops_forever_is_stopped(tmp_path, tokenizer, monkeypatch, num_workers):
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.5)  # of this process only
+    loops = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    (tmp_path / "tokenizer/chat_template.jinja").write_text(loops)
+    write(tmp_path / "a.jsonl", [conversation("q", "a")])
+    with pytest.raises(ConfigError, match=r"a\.jsonl:1.*takes over"):
+        options = {"tokenizer": tokenizer, "chat": True, "num_workers": num_workers}
+        run(tmp_path / "a.jsonl", tmp_path / "out", **options)

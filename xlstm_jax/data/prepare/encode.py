@@ -74,8 +74,9 @@ def encode_shard(
     )
     dtype, writers = token_dtype(tokenizer.vocab_size), dict[Split, ShardWriter]()
     batches = _batches(documents, BATCH_BYTES * num_threads)
-    # With two batches at a time, one is converted while the library tokenizes the other.
-    encoded = _encode_ahead(batches, encode, ahead=min(num_threads, 2))
+    # With two batches at a time, one is converted while the library tokenizes the other. Templates
+    # of conversations are rendered in the main thread, where their time can be limited.
+    encoded = _encode_ahead(batches, encode, ahead=0 if cfg.chat else min(num_threads, 2))
     with contextlib.ExitStack() as stack, contextlib.closing(encoded):
         for batch in encoded:
             for split in SPLITS:
@@ -131,6 +132,9 @@ def _encode_ahead(
     batches: Iterator[Batch], encode: Encoder, *, ahead: int
 ) -> Generator[list[Encoded], None, None]:
     """Encoded batches, in order; the next ones are read and encoded meanwhile."""
+    if not ahead:
+        yield from map(encode, batches)
+        return
     pool, pending = ThreadPoolExecutor(ahead), deque[Future[list[Encoded]]]()
     try:
         for batch in batches:
