@@ -36,8 +36,8 @@ def random_key(seed: int) -> PRNGKeyArray:
 def jit_once(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`jax.jit` of a program that runs once, as initialization does.
 
-    On a CPU, LLVM optimizes it at level 1: random numbers then compile in half of the time, to
-    equal values.
+    On a CPU, LLVM optimizes it at level 1: random numbers then compile in half of the time.
+    Values may differ from those of `jax.jit` in the last bit.
     """
     plain = jax.jit(function, **options)
     quick = jax.jit(function, **options, compiler_options={"xla_backend_optimization_level": 1})
