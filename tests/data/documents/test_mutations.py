@@ -90,8 +90,17 @@ def test_a_damaged_file_is_an_error_of_one_line_or_its_rows_are_read(tmp_path, n
     assert read_mutations(tmp_path, name, 60, seed=0) >= 15
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
+# Of every format; other layouts of them are exhaustive.
+SLOW = ("jsonl.jsonl", "text.txt.gz", "default.parquet", "stream.arrow", "records.arrayrecord")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else pytest.mark.exhaustive)
+        for name in FILES
+    ],
+)
 def test_a_thousand_damaged_files_are_errors_of_one_line_or_read(tmp_path, name):
     assert read_mutations(tmp_path, name, 1000, seed=1) >= 250
 

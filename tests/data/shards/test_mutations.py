@@ -86,8 +86,16 @@ def test_damaged_files_are_used_or_refused_in_one_line(folder, name):
     assert use_damaged(folder, name, 60) > 60 * SHARE.get(name, 0.5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
+SLOW = ("manifest.json", "train/00000.bin", "train/00000.ends", "megatron.idx", "a.ds.index")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else pytest.mark.exhaustive)
+        for name in FILES
+    ],
+)
 def test_many_damaged_files_are_used_or_refused_in_one_line(folder, name):
     assert use_damaged(folder, name, 1000) > 1000 * SHARE.get(name, 0.5)
 
