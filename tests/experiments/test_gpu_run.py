@@ -21,6 +21,7 @@ with common.interpreted():
     TRITON = ops.implementations("mlstm")["triton"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section,part", SECTIONS)
 def test_every_record_of_a_section_is_complete(section, part, tmp_path):
     if section == "tiles" and TRITON is not None:

@@ -42,6 +42,7 @@ def test_capturing_changes_neither_logits_nor_state(pattern, remat):
     jax.tree.map(np.testing.assert_array_equal, (logits, state), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pattern, remat", [("msM", "none"), pytest.param(SCANNED, "full", marks=slow)]
 )
@@ -82,6 +83,7 @@ class _Recorder:
         return op(*args, **options)
 
 
+@pytest.mark.slow
 def test_recurrence_from_captured_gates_gives_the_captured_stabilizers_and_states(monkeypatch):
     """The plain recurrence of the cells, one step at a time, in every layer of a model."""
     model, variables = models.model_and_variables(models.config("smMm"))
@@ -165,6 +167,7 @@ def _values_and_gradients(pattern, remat):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pattern, remat",
     [
@@ -181,6 +184,7 @@ def test_captured_values_and_gradients_do_not_depend_on_the_loop_over_blocks(pat
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * largest)
 
 
+@pytest.mark.slow
 def test_decoding_steps_capture_what_one_pass_does():
     model, variables, tokens, _ = captured("msM")
     run = jax.jit(functools.partial(model.apply, capture=NAMES))
@@ -197,6 +201,7 @@ def test_decoding_steps_capture_what_one_pass_does():
         _assert_close(parts, expected[names], 1e-4)
 
 
+@pytest.mark.slow
 def test_capture_is_mapped_over_by_vmap():
     model, variables, tokens, _ = captured("msM")
     one = lambda t: model.apply(variables, t[None], capture=("gates", "hidden"))[2]  # noqa: E731
@@ -207,6 +212,7 @@ def test_capture_is_mapped_over_by_vmap():
     _assert_close(jax.tree.map(lambda leaf: jnp.moveaxis(leaf[:, :, 0], 0, 1), mapped), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [dict(data=2, seq=2), pytest.param(dict(tensor=2), marks=slow)])
 def test_captured_values_do_not_depend_on_the_mesh(axes, one_device):
     model, variables = models.model_and_variables(models.config("ms"))

@@ -45,6 +45,7 @@ def test_final_norm_option_selects_the_norm(norm, parameters, key):
     assert set(shapes.get("out_norm", {})) == parameters
 
 
+@pytest.mark.slow
 def test_bfloat16_activations_keep_recurrent_state_and_logits_in_float32():
     cfg = models.config(dtype="bfloat16")
     model, variables = models.model_and_variables(cfg)

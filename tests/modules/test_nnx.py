@@ -172,6 +172,7 @@ MESHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_three_steps_of_an_nnx_optimizer_equal_those_of_optax(mesh, params):
     step, moments = jax.jit(optax_step), TX.init(params)

@@ -53,6 +53,7 @@ def _value_and_grads(run, params, x, state):
 slow = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_state", [True, pytest.param(False, marks=slow)], ids=["state", ""])
 @pytest.mark.parametrize(
     "pattern, remat, num_bodies",
@@ -139,6 +140,7 @@ def test_gradients_do_not_depend_on_rematerialization(remat):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
 
 
+@pytest.mark.slow
 def test_rematerialization_reduces_temporary_memory():
     """With four blocks, few enough to be unrolled without rematerialization."""
 

@@ -91,6 +91,7 @@ def test_bias_none_equals_a_zero_bias(subject):
     runs.assert_results_close(actual, expected._replace(gradients=gradients), TABLE["float32"])
 
 
+@pytest.mark.slow
 @subjects(quick=PRIMARY)
 def test_vmap_over_a_leading_axis_equals_a_loop(subject):
     """Values and gradients, mapped over inputs, flags and states; weights are shared."""

@@ -114,6 +114,7 @@ def _leaves(a, b):
     return zip(a._fields, jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant,exchange",
     [
@@ -277,6 +278,7 @@ def collectives_of(op, mesh, *args):
     return sorted(COLLECTIVE.findall(text))
 
 
+@pytest.mark.slow
 def test_communication_does_not_grow_with_sequence_length(rng):
     """The only collective of the forward pass is one all-gather of summaries."""
     mesh, collectives = SEQ_8, {}

@@ -88,6 +88,7 @@ def test_masked_steps_at_the_end_leave_the_state_bit_identical(subject):
         jax.tree.map(np.testing.assert_array_equal, result.state, masked.state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["int32", "float32", "numpy"])
 @pytest.mark.parametrize("op", ["mlstm", "slstm", "lstm"])
 def test_nonzero_numbers_are_true(op, dtype):

@@ -78,6 +78,7 @@ def test_values_and_gradients_stay_finite_at_extreme_gates(subject, gate_i):
             assert_finite(runs.run(subject, start, cotangents))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", ["do not grow", "grow"])
 @subjects("mlstm_exp", quick=("mlstm_exp",))
 def test_forget_gates_above_one_over_4096_steps_equal_the_recurrence(subject, inputs):

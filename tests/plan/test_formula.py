@@ -32,6 +32,7 @@ def compare(mesh: MeshConfig, count: int, **changes):
     return plan(cfg, devices), estimate(cfg, devices, cfg.mesh.sizes(count))
 
 
+@pytest.mark.slow
 def test_sharded_state_and_its_collectives_match_the_compiled_step():
     mesh = MeshConfig(fsdp=4, min_shard_size=1024)
     compiled, formula = compare(mesh, 4, remat="full")

@@ -33,6 +33,7 @@ def test_limit_is_the_resource_with_the_largest_bound():
     assert not dataclasses.replace(result, memory_bytes=1).fits
 
 
+@pytest.mark.slow
 def test_search_shards_and_recomputes_nothing_when_memory_suffices():
     best, result = search(config(), target(hbm_bytes=2**40))
     assert result.mesh == sizes(data=8) and best.cfg.model.remat == "none" and result.fits
@@ -79,6 +80,7 @@ def compiler(monkeypatch):
     return fake
 
 
+@pytest.mark.slow
 def test_candidates_that_cannot_fit_are_not_compiled(compiler):
     compiler.extra_bytes, hardware, plans = 60 * MIB, target(hbm_bytes=200 * MIB), []
     best, result = search(config(), hardware, on_plan=lambda _, plan: plans.append(plan))
@@ -88,6 +90,7 @@ def test_candidates_that_cannot_fit_are_not_compiled(compiler):
     assert order.index(best.cfg) > len(plans)  # most candidates that do not fit were not compiled
 
 
+@pytest.mark.slow
 def test_search_error_gives_the_smallest_peak_when_nothing_fits(compiler, monkeypatch):
     compiler.extra_bytes = 3 * 2**30
     monkeypatch.setattr(sys.modules["xlstm_jax.plan.search"], "MAX_COMPILED", 2)

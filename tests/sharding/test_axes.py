@@ -85,6 +85,7 @@ def test_parameters_sharded_by_the_rules_equal_one_device(pattern):
     assert_equals_single_device(pattern, mesh, ("data", "fsdp"), shardings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["M", slow("m"), slow("s")])
 @pytest.mark.parametrize("types", [(EXPLICIT,) * 2, slow((EXPLICIT, AUTO)), slow((AUTO, EXPLICIT))])
 def test_sequence_sharded_over_a_bare_mesh_equals_one_device(types, pattern):
@@ -121,6 +122,7 @@ def test_data_parallelism_of_the_user_equals_one_device(check, pattern):
     assert_close(actual, single_device(pattern)[2], 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "kind", "check"),
     [
@@ -226,6 +228,7 @@ def test_results_of_ops_carry_the_sharding_of_the_rules(rng):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", range(3))
 def test_ops_and_cells_equal_one_device_within_a_checked_shard_map(group, rng):
     x, ids, calls = op_calls(rng)
@@ -304,6 +307,7 @@ def test_rules_that_use_a_mesh_axis_for_batch_and_features_equal_one_device():
         assert_equals_single_device("m", jax.make_mesh((2,), ("data",)), "data")
 
 
+@pytest.mark.slow
 def test_a_layer_inside_a_module_of_the_user_works_on_a_bare_mesh():
     import flax.linen as nn
 

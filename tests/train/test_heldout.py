@@ -58,6 +58,7 @@ def test_the_evaluate_command_gives_the_final_held_out_loss_of_the_run(run, monk
     assert results[0].num_tokens == result.evaluation["valid_tokens"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document_resets", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_losses_by_position_sum_to_the_held_out_loss(run, document_resets):
     metrics, args = evaluate_run(run, document_resets=document_resets)

@@ -35,6 +35,7 @@ def test_old_field_names_are_upgraded(old):
     rundir.check(old, cfg)
 
 
+@pytest.mark.slow
 def test_an_old_run_is_evaluated_and_resumed_with_the_same_records(old, capsys, monkeypatch):
     monkeypatch.setattr(cpu, "prepare", lambda: None)
     expected = rundir.read_metrics(old / rundir.METRICS)
