@@ -1,5 +1,7 @@
 """The data that `xlstm-jax evaluate` scores."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -82,3 +84,17 @@ def test_the_data_of_the_run_are_scored_on_the_valid_split(lines_of, run):
 )
 def test_invalid_values_are_one_line_errors(lines_of, arguments, message):
     assert message in lines_of(*arguments.split())
+
+
+def test_a_source_replaces_the_mixture_of_the_run(lines_of, run, tmp_path, monkeypatch):
+    path, cfg, params = run
+    mixed = dataclasses.replace(
+        cfg.data,
+        sources={"a": "grammar", "b": "topics"},
+        weights={"a": 1, "b": 1},
+        weight_schedule=((5, {"a": 0, "b": 1}),),
+    )
+    cfg = dataclasses.replace(cfg, data=mixed)
+    monkeypatch.setattr(evaluate, "restore_params", lambda *_: (cfg, params))
+    (tmp_path / "held_out.txt").write_text("a line of held out text here\n" * 200)
+    assert tokens(lines_of("--source", tmp_path / "held_out.txt")) == 200 * 29

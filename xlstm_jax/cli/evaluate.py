@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
@@ -39,7 +40,11 @@ def run(argv: list[str]) -> int:
     args = options.parse("evaluate", Evaluate, argv)
     cfg, params = restore_params(args.run, args.step)
     data_options = {name: getattr(args, name) for name in _DATA}
-    overrides = {name: value for name, value in data_options.items() if value is not None}
+    overrides: dict[str, Any] = {
+        name: value for name, value in data_options.items() if value is not None
+    }
+    if args.source is not None:  # in place of a mixture, too
+        overrides |= {"sources": {}, "weights": {}, "weight_schedule": ()}
     overrides["tokenizer"] = rundir.tokenizer_of(args.run, cfg.data.tokenizer)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **overrides))
     # All of a given text is held-out data, so all of it is evaluated.
@@ -54,7 +59,8 @@ def run(argv: list[str]) -> int:
     }
     with compiled_programs():
         result = perplexity(*inputs, **settings)
-        scope = f"{quote_path(cfg.data.source)}, {split or 'all splits'}"
+        names = cfg.data.sources or (cfg.data.source,)
+        scope = f"{', '.join(map(quote_path, names))}, {split or 'all splits'}"
         fields = {"data": f"{scope}, windows of {cfg.data.seq_len} tokens"}
         if result.bits_per_byte is not None:
             fields["bits per byte"] = f"{result.bits_per_byte:.4f}"

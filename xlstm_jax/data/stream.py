@@ -39,7 +39,7 @@ class Stream:
         if self.cfg.batch_size > len(self.examples):
             raise ConfigError(
                 f"data.batch_size={self.cfg.batch_size} must be at most the {len(self.examples)} "
-                f"windows of data.source={quote(self.cfg.source)}; make the batch or data.seq_len "
+                f"windows of data.source={quote(self.cfg.sources or self.cfg.source)}; make the batch or data.seq_len "
                 "smaller, or add text."
             )
         if self.cfg.packing == "stream" and self.sizes.ramp:

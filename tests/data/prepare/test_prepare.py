@@ -384,3 +384,9 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(source, tmp_path, monkeypatc
     manifest = run(source, tmp_path / "out", tokenizer="wide", split="train").manifest
     tokens = np.fromfile(tmp_path / "out/train/00000.bin", "<u4")
     assert manifest.dtype == "uint32" and set(tokens) == {65_536, 69_999}
+
+
+def test_tokens_are_no_input(source, tmp_path):
+    run(source, tmp_path / "out")
+    with pytest.raises(ConfigError, match="IN must be raw text, but .* has tokens already"):
+        run(tmp_path / "out", tmp_path / "again")

@@ -18,6 +18,7 @@ from xlstm_jax.data.prepare.inputs import InputShard, input_shards, listing_sha2
 from xlstm_jax.data.prepare.ledger import Entry, Ledger, read_entries
 from xlstm_jax.data.prepare.progress import Counts, Progress, Totals
 from xlstm_jax.data.shards.manifest import NAME, Manifest, ShardInfo, TokenizerInfo, token_dtype
+from xlstm_jax.data.shards.open import kind_of
 from xlstm_jax.data.tokenizers import Tokenizer, get
 from xlstm_jax.errors import quote, quote_path
 
@@ -60,6 +61,11 @@ def prepare(
         raise ConfigError(
             "--fresh must not be combined with --shard, as it would delete the shards of others; "
             "delete the folder, then start all of them."
+        )
+    if kind := kind_of(cfg.source):
+        raise ConfigError(
+            f"IN must be raw text, but {quote_path(cfg.source)} has tokens already ({kind}); train "
+            "on them with --data.source."
         )
     folder.check(cfg.source, out)
     for name in cfg.imports:
