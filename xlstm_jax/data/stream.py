@@ -37,10 +37,11 @@ class Stream:
     def __post_init__(self):
         # A batch may continue into one more epoch, not into several.
         if self.cfg.batch_size > len(self.examples):
+            source = quote(self.cfg.sources or self.cfg.source)
             raise ConfigError(
                 f"data.batch_size={self.cfg.batch_size} must be at most the {len(self.examples)} "
-                f"windows of data.source={quote(self.cfg.sources or self.cfg.source)}; make the batch or data.seq_len "
-                "smaller, or add text."
+                f"windows of data.source={source}; make the batch or data.seq_len smaller, or add "
+                "text."
             )
         if self.cfg.packing == "stream" and self.sizes.ramp:
             raise ConfigError(
