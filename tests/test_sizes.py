@@ -33,6 +33,7 @@ def _assert_close(actual, expected, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(jnp.abs(b).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("implementation", ["chunkwise", "parallel"])
 def test_mlstm_from_the_initial_state_equals_the_recurrence(implementation, size, rng):

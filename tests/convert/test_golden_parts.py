@@ -72,6 +72,7 @@ class Part:
         return self.module.apply({"params": params}, x, state)
 
 
+@pytest.mark.slow
 @every_part
 @both_dtypes
 def test_values_and_gradients_match(name, dtype, x64):

@@ -145,6 +145,7 @@ def test_zero_query_reads_zero_and_has_finite_gradients(subject, eps):
     assert_finite(result._replace(gradients=result.gradients if eps else {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [-100.0, 50.0])
 @subjects("mlstm", "mlstm_exp", "mlstm_sigmoid", "mlstm_unnormalized", "slstm", "slstm_exp")
 def test_results_do_not_depend_on_the_log_scale_of_the_initial_state(subject, shift):

@@ -50,6 +50,7 @@ def test_candidates_are_sorted_by_speed_and_fit_by_formula():
     assert {c.estimate.mesh["tensor"] for c in by_speed} > {1, 2}
 
 
+@pytest.mark.slow
 def test_candidates_change_only_mesh_remat_policy_and_batch_size():
     cfg = config(MeshConfig(slstm_seq="refuse"))
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, accumulation=2))

@@ -41,6 +41,7 @@ def evaluate_run(run, **train):
     return metrics, (LM(cfg.model), {"params": params}, windows)
 
 
+@pytest.mark.slow
 def test_the_evaluate_command_gives_the_final_held_out_loss_of_the_run(run, monkeypatch, capsys):
     _, run_dir, result = run
     results = []

@@ -110,6 +110,7 @@ def on_one_device(pattern: str, remat: str):
     return params, batch, quick.jit(functools.partial(loss_and_gradients, model))(params, batch)
 
 
+@pytest.mark.slow
 @every_mesh
 @pytest.mark.parametrize(
     "pattern,remat",
