@@ -8,6 +8,7 @@ import pytest
 from xlstm_jax.cli import main
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import load, tokenizers
+from xlstm_jax.data.loader import load_eval_sets
 from xlstm_jax.data.prepare import PrepareConfig, prepare
 from xlstm_jax.data.train_tokenizer import train_bpe
 from xlstm_jax.train import fit
@@ -90,3 +91,13 @@ def test_sources_of_a_mixture_must_have_one_tokenizer(experiment, folder):
     cfg = experiment(data=data | {"weights": {"a": 1, "b": 1}})
     with pytest.raises(ConfigError, match="data.sources must have one tokenizer"):
         load(cfg.data, "train")
+
+
+def test_a_held_out_set_of_another_tokenizer_is_rejected(experiment, folder, tmp_path):
+    sets = {"raw": str(folder / "raw")}
+    cfg = config(experiment, folder, eval_sets=sets)
+    with pytest.raises(ConfigError, match="data.eval_sets must have one tokenizer, got several"):
+        fit(cfg, tmp_path)
+    same = config(experiment, folder, eval_sets=sets, tokenizer=str(folder / "tokenizer"))
+    held_out = load_eval_sets(same.data)["raw"]
+    assert held_out.tokenizer.sha256 == load(same.data, "train").tokenizer.sha256

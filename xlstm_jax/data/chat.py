@@ -208,9 +208,9 @@ def _encode_segments(
 
     Special tokens in the text become their ids.
     """
-    cuts = sorted({0, len(rendering.text), *(i for span in rendering.spans for i in span)})
+    bounds = sorted({0, len(rendering.text), *(i for span in rendering.spans for i in span)})
     positions, parts, length = {0: 0}, [tokenizer.encode("")], 0
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in zip(bounds, bounds[1:], strict=False):
         parts.append(_encode_special(tokenizer, rendering.text[start:stop]))
         length += len(parts[-1])
         positions[stop] = length

@@ -115,11 +115,7 @@ class Mixture:
     shuffle = True
 
     def __post_init__(self):
-        if len(sizes := {examples.vocab_size for examples in self.sources.values()}) > 1:
-            raise ConfigError(
-                f"data.sources must have one tokenizer, got vocabularies of {sorted(sizes)} ids; "
-                "prepare them with the same tokenizer."
-            )
+        check_tokenizers("data.sources", self.sources)
 
     @property
     def vocab_size(self) -> int:
@@ -157,3 +153,17 @@ class Mixture:
         joined = map(np.concatenate, zip(*(part[:-1] for part in parts), strict=True))
         back = np.argsort(np.concatenate(rows))
         return Batch(*(leaf[back] for leaf in joined), index=index)
+
+
+def check_tokenizers(where: str, sources: Mapping[str, Examples]) -> None:
+    """Raises ConfigError unless all data sets have one tokenizer; samples of tasks have none."""
+    kinds = {
+        name: (examples.vocab_size, getattr(getattr(examples, "tokenizer", None), "sha256", None))
+        for name, examples in sources.items()
+    }
+    if len(set(kinds.values())) > 1:
+        listed = ", ".join(f"{size} ids in {name}" for name, (size, _) in kinds.items())
+        raise ConfigError(
+            f"{where} must have one tokenizer, got several ({listed}); prepare them with the same "
+            "one, or pass that of the prepared data as data.tokenizer."
+        )

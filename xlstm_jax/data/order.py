@@ -45,15 +45,17 @@ class Order:
         self, index: Int64[np.ndarray, "N"], keys: UInt64[np.ndarray, "N"]
     ) -> Int64[np.ndarray, "N"]:
         full, rest = divmod(self.size, self.block)  # blocks, and windows of a partial one
-        # The partial block takes a random place among the full ones, beyond them if there is none.
-        place = hashing.below(hashing.fold(keys, _PARTIAL), full + 1) if rest else full + 0 * index
+        # Position of the partial block, at random among the full ones; after them without one.
+        partial = np.full_like(index, full)
+        if rest:
+            partial = hashing.below(hashing.fold(keys, _PARTIAL), full + 1)
         missing = self.block - rest if rest else 0
-        number = self._padded(index, place, missing) // (self.block * self.set_size)
+        number = self._padded(index, partial, missing) // (self.block * self.set_size)
         first = number * self.set_size  # block of the set
-        in_set = place - first  # place of the partial block, maybe outside of the set
-        before = self._without(first, place, missing)  # windows of the sets before it
+        in_set = partial - first  # negative or beyond the set if it is in another one
+        before = self._without(first, partial, missing)  # windows of the sets before it
         last = np.minimum(first + self.set_size, full + (rest > 0))
-        num_windows = self._without(last, place, missing) - before
+        num_windows = self._without(last, partial, missing) - before
         within = np.empty_like(index)
         set_keys = hashing.fold(hashing.fold(keys, _SETS), number.astype(np.uint64))
         for count in np.unique(num_windows):  # at most four: full, last, and with a partial block
@@ -61,18 +63,18 @@ class Order:
             within[rows] = hashing.permute((index - before)[rows], int(count), set_keys[rows])
         block, offset = np.divmod(self._padded(within, in_set, missing), self.block)
         block += first
-        shifted = block - (block > place)
-        is_full = block != place if rest else np.ones(len(block), np.bool_)
+        shifted = block - (block > partial)
+        is_full = block != partial if rest else np.ones(len(block), np.bool_)
         permuted = np.full_like(block, full)
         block_keys = hashing.fold(keys, _BLOCKS)[is_full]
         permuted[is_full] = hashing.permute(shifted[is_full], full, block_keys)
         return permuted * self.block + offset
 
-    def _padded(self, index, place, missing: int) -> Int64[np.ndarray, "N"]:
-        """Indices as if the partial block, the one at `place`, were full."""
-        after = index >= place * self.block + (self.block - missing)
-        return index + missing * (after & (place >= 0))
+    def _padded(self, index, partial, missing: int) -> Int64[np.ndarray, "N"]:
+        """Indices as if the partial block, at position `partial`, were full."""
+        after = index >= partial * self.block + (self.block - missing)
+        return index + missing * (after & (partial >= 0))
 
-    def _without(self, block, place, missing: int) -> Int64[np.ndarray, "N"]:
-        """Windows of the first `block` blocks, of which the one at `place` is partial."""
-        return block * self.block - missing * (place < block)
+    def _without(self, block, partial, missing: int) -> Int64[np.ndarray, "N"]:
+        """Windows of the first `block` blocks, of which that at position `partial` is partial."""
+        return block * self.block - missing * (partial < block)

@@ -12,6 +12,7 @@ import optax
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import loader
 from xlstm_jax.data.batch import Examples, differences_of_data
+from xlstm_jax.data.mixture import check_tokenizers
 from xlstm_jax.data.stream import Stream
 from xlstm_jax.program_cache import compiled_programs
 from xlstm_jax.sharding.devices import make_devices
@@ -111,6 +112,7 @@ def _fit(
         held_out = {"valid": loader.load(cfg.data, "valid"), **loader.load_eval_sets(cfg.data)}
     for examples in held_out.values():
         check_vocabulary(cfg, examples)
+    check_tokenizers("data.eval_sets", held_out)
     program = TrainProgram(cfg, devices, tx)
     resumed = None if fresh else _resume(program, run_dir, train)
     state, progress = resumed or (program.init(), Progress())
