@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from xlstm_jax.config import ConfigError, check_fields
+from xlstm_jax.config import ConfigError, check_fields, check_range
 from xlstm_jax.data.batch import Examples
 from xlstm_jax.data.batch_sizes import BatchSizes
 from xlstm_jax.data.config import DataConfig
@@ -18,6 +18,21 @@ from xlstm_jax.sharding.mesh import MeshConfig
 from xlstm_jax.sharding.rules import Rules
 
 Schedule = Literal["constant", "linear", "cosine", "exponential", "wsd"]
+OptimizerName = Literal[
+    "adamw",
+    "adam",
+    "nadamw",
+    "lion",
+    "adafactor",
+    "lamb",
+    "sgd",
+    "ademamix",
+    "adopt",
+    "schedule_free_adamw",
+    "muon",
+]
+Watch = Literal["none", "gates", "params", "all"]
+WriterName = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Parts(NamedTuple):
@@ -44,21 +59,28 @@ class TrainConfig:
     end_factor: float = 0.1  # the main part ends at end_factor * lr; unused by "constant"
     cooldown_steps: int | float = 0  # linear, from the end of the main part to cooldown_lr
     cooldown_lr: float = 0.0
+    optimizer: OptimizerName = "adamw"
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+    momentum: float = 0.9  # "sgd" and "muon" only
     weight_decay: float = 0.1
     decay_pattern: str = r"(^|/)kernel$"  # regex over paths of the parameters that decay
+    lr_factors: tuple[tuple[str, float], ...] = ()  # (regex over paths, factor on lr)
+    freeze: str | None = None  # regex over paths of the parameters that are not trained
+    ema_decay: float = 0.0  # of an average of the parameters, saved beside them; 0: none
     grad_clip: float | None = 0.5  # bound on the global norm of the gradient
     accumulation: int = 1  # micro-batches per update
     # (step, share of data.batch_size from this step on), from step 0 on; (): all of it always
     batch_ramp: tuple[tuple[int, float], ...] = ()
     document_resets: bool = True  # a document starts from the initial state
+    carry_state: bool = False  # truncated backpropagation through time; needs packing="stream"
     z_loss: float = 0.0  # weight of the squared log-normalizer of the softmax; 1e-4 is usual
     loss_chunk: int | None = None  # tokens whose logits are in memory at once; None: the op chooses
     guard_factor: float = 10.0  # skip an update if its gradient norm exceeds this times the average
     guard_floor: float = 10.0  # ... and exceeds this
     max_consecutive_skips: int = 8  # consecutive skipped updates after which the run ends
+    spike_rewinds: int = 0  # times a run returns to a checkpoint and skips the data of a spike
     seed: int = 0  # any integer; of parameters and dropout; data.seed orders the data
     log_every: int = 10  # steps
     eval_every: int = 200  # steps; 0: never, not even at the end
@@ -66,6 +88,11 @@ class TrainConfig:
     checkpoint_every: int = 200  # steps; 0: only by checkpoint_minutes and at the end
     checkpoint_minutes: float = 10.0  # 0: only by checkpoint_every
     keep: int = 3  # number of newest checkpoints to retain
+    export_every: int = 0  # checkpoints between exports in the layout of transformers; 0: none
+    watch: Watch = "gates"  # statistics of gates, of parameters and gradients, or of both
+    watch_every: int = 100  # steps
+    writers: tuple[WriterName, ...] = ()  # of records, besides metrics.jsonl
+    profile: str | None = None  # steps to trace, such as "10:15"
 
     def __post_init__(self):
         check_fields(self, "train.", _DEMANDS)
@@ -83,14 +110,11 @@ class TrainConfig:
                 f"train.steps must cover all parts of its schedule, got {self.steps} for {words}; "
                 "make it larger or a part shorter."
             )
-        try:
-            re.compile(self.decay_pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ConfigError(
-                "train.decay_pattern must be a regular expression, got "
-                f"{quote(self.decay_pattern)} ({error}); use '/kernel$' for weight matrices or "
-                "'$^' for none."
-            ) from error
+        check_regex("train.decay_pattern", self.decay_pattern)
+        check_regex("train.freeze", self.freeze)
+        for pattern, factor in self.lr_factors:
+            check_regex("train.lr_factors", pattern)
+            check_range("train.lr_factors", factor, "at least 0")
 
     @property
     def parts(self) -> Parts:
@@ -106,15 +130,43 @@ class TrainConfig:
         return Parts(warmup, main - decay, decay, cooldown)
 
 
+def check_regex(name: str, pattern: str | None) -> None:
+    """Raises ConfigError unless a pattern, if any, is a regular expression."""
+    try:
+        re.compile(pattern or "")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"{name} must be a regular expression, got {quote(pattern)} ({error}); use "
+            "'/kernel$' for weight matrices or '$^' for none."
+        ) from error
+
+
 _DEMANDS = {
-    "at least 1": "steps accumulation loss_chunk max_consecutive_skips log_every eval_batches keep",
+    "at least 1": "steps accumulation loss_chunk max_consecutive_skips log_every eval_batches keep "
+    "watch_every",
     "at least 0": "warmup_steps decay_steps cooldown_steps cooldown_lr weight_decay z_loss "
-    "guard_floor eval_every checkpoint_every checkpoint_minutes",
+    "guard_floor eval_every checkpoint_every checkpoint_minutes spike_rewinds export_every",
     "above 0": "lr eps grad_clip",
     "above 1": "guard_factor",
     "above 0 and at most 1": "end_factor",
-    "at least 0 and below 1": "b1 b2",
+    "at least 0 and below 1": "b1 b2 momentum ema_decay",
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters: kernel + alpha / rank * A B, with trainable A and B.
+
+    Source: Hu et al. 2021, arXiv:2106.09685.
+    """
+
+    rank: int = 0  # 0: none, all parameters are trained
+    alpha: float = 16.0
+    target: str = r"kernel$"  # regex over paths of the parameters that get adapters
+
+    def __post_init__(self):
+        check_fields(self, "lora.", {"at least 0": "rank", "above 0": "alpha"})
+        check_regex("lora.target", self.target)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +178,8 @@ class ExperimentConfig:
     data: DataConfig
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
+    init_from: str | None = None  # a run, a folder of transformers or hf://: initial parameters
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
         check_fields(self, "", {})

@@ -25,6 +25,7 @@ class TrainState(struct.PyTreeNode):
     opt_state: PyTree
     guard: Any  # Guard
     lr_scale: Any  # scalar: factor on the schedule, for grids of learning rates
+    ema: PyTree = None  # average of the parameters; None: not computed
 
 
 def init_state(
