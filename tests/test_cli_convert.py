@@ -91,7 +91,7 @@ def test_training_starts_from_converted_parameters(workdir):  # noqa: F811
 
 
 ERRORS = {
-    "convert hf-to-rnu a b": "unknown conversion 'hf-to-rnu'; did you mean hf-to-run?",
+    "convert hf-to-rnu a b": "unknown command 'convert hf-to-rnu'; did you mean hf-to-run?",
     "convert hf-to-run nothing run": "nothing must be a folder with a config.json",
     "convert hf-to-run HF taken": "RUN must be a new or an empty folder, got 'taken'",
     "convert hf-to-run HF run --dtype float16": "dtype",

@@ -61,7 +61,7 @@ def test_prepare_of_a_part_tells_what_is_missing(capsys):
 
 # Command line -> part of its error.
 ERRORS = {
-    "data prpare": "unknown command data 'prpare'; did you mean prepare?",
+    "data prpare": "unknown command 'data prpare'; did you mean prepare?",
     "data prepare": "`xlstm-jax data prepare` needs IN",
     "data prepare in": "`xlstm-jax data prepare` needs OUT",
     "data prepare missing out": "data.source='missing' must be",

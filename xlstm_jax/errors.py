@@ -4,8 +4,10 @@ Commands recognize these errors by type and print them as one line; any other ex
 this library and keeps its traceback.
 """
 
+import importlib
 import reprlib
 from os import PathLike
+from typing import Any
 
 MAX_QUOTED = 80
 """Characters of a value that a message quotes; a file may hold a value of any size."""
@@ -27,6 +29,25 @@ class UnsupportedError(NotImplementedError):
 
     def __init__(self, message: str):
         super().__init__(printable(message))
+
+
+def import_optional(module: str, purpose: str, *, install: str, package: str = "") -> Any:
+    """Imports a module of an optional package, which `package` names if the module does not.
+
+    Args:
+        purpose: what needs it, the subject of the message.
+        install: what `pip install` installs, such as "xlstm-jax[data]".
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"{purpose} needs the package {package or module.split('.')[0]}, which is not "
+            f"installed; `pip install '{install}'`."
+        ) from error
 
 
 def printable(text: str) -> str:

@@ -46,6 +46,11 @@ def test_samples_start_at_documents(monkeypatch):
         assert lengths.count == 50 and lengths.total == store.num_tokens
 
 
+def test_fewer_documents_than_samples_are_shown_once():
+    store = ArrayTokens(np.frombuffer(b"ab\0cd\0", np.uint8).astype(np.uint16), np.array([3, 6]))
+    assert len(inspect._samples(store, 5, get("byte"))) == 2
+
+
 def test_a_long_document_is_shown_in_part():
     store = ArrayTokens(np.full(10_000, 97, np.uint16), np.array([10_000]))
     assert inspect._samples(store, 1, get("byte")) == ["a" * inspect.SAMPLE_TOKENS]

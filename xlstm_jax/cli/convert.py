@@ -13,12 +13,12 @@ import jax
 import tyro
 
 from xlstm_jax import convert
-from xlstm_jax.cli import console, options
-from xlstm_jax.cli.exit_codes import BAD_ARGUMENT, DONE, WRONG_RESULT
-from xlstm_jax.config import ConfigError, did_you_mean, read_json, to_dict
+from xlstm_jax.cli import console, options, subcommands
+from xlstm_jax.cli.exit_codes import DONE, WRONG_RESULT
+from xlstm_jax.config import ConfigError, read_json, to_dict
 from xlstm_jax.convert import compare, hf, license, tensors
 from xlstm_jax.data.config import DataConfig
-from xlstm_jax.errors import quote, quote_path
+from xlstm_jax.errors import quote_path
 from xlstm_jax.train import checkpoint, rundir
 from xlstm_jax.train.checkpoint import restore_params
 from xlstm_jax.train.config import ExperimentConfig, TrainConfig
@@ -62,15 +62,8 @@ def run(argv: list[str]) -> int:
     Raises:
         ConfigError: an option, the run or the weights are invalid; nothing has been written.
     """
-    if not argv or argv[0] in ("-h", "--help"):
-        lines = [f"  xlstm-jax convert {name} --help" for name in CONVERSIONS]
-        console.write("\n".join(["Show the options of a conversion:", "", *lines, ""]))
-        return DONE if argv else BAD_ARGUMENT
-    if argv[0] not in CONVERSIONS:
-        hint = did_you_mean(argv[0], CONVERSIONS)
-        raise ConfigError(f"unknown conversion {quote(argv[0])}; {hint}")
     with _short_warnings():
-        return CONVERSIONS[argv[0]](argv[1:])
+        return subcommands.run("convert", CONVERSIONS, argv)
 
 
 @contextlib.contextmanager

@@ -16,17 +16,17 @@ from rich.console import Console
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from xlstm_jax.cli import console, options
+from xlstm_jax.cli import console, options, subcommands
 from xlstm_jax.cli.data_progress import ProgressDisplay
-from xlstm_jax.cli.exit_codes import BAD_ARGUMENT, DONE
-from xlstm_jax.config import ConfigError, did_you_mean
+from xlstm_jax.cli.exit_codes import DONE
+from xlstm_jax.config import ConfigError
 from xlstm_jax.data import inspect
 from xlstm_jax.data.config import Split
 from xlstm_jax.data.documents import Document, File, find_files, read
 from xlstm_jax.data.inspect import Inspection, Lengths
 from xlstm_jax.data.prepare import PrepareConfig, Result, prepare
 from xlstm_jax.data.train_tokenizer import train_bpe
-from xlstm_jax.errors import printable, quote, quote_path
+from xlstm_jax.errors import printable, quote_path
 
 Input = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IN")]
 Output = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
@@ -78,14 +78,7 @@ class TrainTokenizer:
 
 def run(argv: list[str]) -> int:
     """Runs a command on data; raises ConfigError if an option or the data are invalid."""
-    if not argv or argv[0] in ("-h", "--help"):
-        lines = [f"  xlstm-jax data {name} --help" for name in COMMANDS]
-        console.write("\n".join(["Show the options of a command:", "", *lines, ""]))
-        return DONE if argv else BAD_ARGUMENT
-    if argv[0] not in COMMANDS:
-        hint = did_you_mean(argv[0], COMMANDS)
-        raise ConfigError(f"unknown command data {quote(argv[0])}; {hint}")
-    return COMMANDS[argv[0]](argv[1:])
+    return subcommands.run("data", COMMANDS, argv)
 
 
 class _Stopped(BaseException):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 
 from xlstm_jax.config import ConfigError, read_json
 from xlstm_jax.convert.fields import check_size, first_of
-from xlstm_jax.errors import printable, quote, quote_path
+from xlstm_jax.errors import import_optional, printable, quote, quote_path
 
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 10**7  # that of 100,000 tensors
@@ -170,15 +171,9 @@ def _open(file: Path) -> Any:
 
 def import_safetensors() -> Any:
     """Imports the optional package safetensors; raises ConfigError if it is not installed."""
-    try:
-        import safetensors
-        import safetensors.numpy
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "reading and writing weights of other implementations needs the package safetensors; "
-            "install it with `pip install 'xlstm-jax[hf]'`."
-        ) from error
-    return safetensors
+    purpose = "reading and writing weights of other implementations"
+    import_optional("safetensors.numpy", purpose, install="xlstm-jax[hf]")
+    return sys.modules["safetensors"]
 
 
 def is_finite(array: np.ndarray) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from xlstm_jax.config import ConfigError
 from xlstm_jax.convert.fields import check_size
-from xlstm_jax.errors import printable, quote, quote_path
+from xlstm_jax.errors import import_optional, printable, quote, quote_path
 
 MAX_BYTES = 10**5
 """PyYAML parses about 10^5 bytes in a second; published configs have less than 10^3."""
@@ -37,13 +37,8 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: PyYAML is not installed, or the file is too long or not such a mapping.
     """
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"reading {quote_path(path)} needs the package PyYAML; install it with `pip install "
-            "'xlstm-jax[hf]'`."
-        ) from error
+    purpose = f"reading {quote_path(path)}"
+    yaml = import_optional("yaml", purpose, install="xlstm-jax[hf]", package="PyYAML")
     check_size(path, MAX_BYTES)
     try:
         parser = yaml.SafeLoader(path.read_bytes().decode("utf-8-sig"))

@@ -139,8 +139,8 @@ def _lengths(store: TokenStore) -> Lengths:
 
 
 def _samples(store: TokenStore, count: int, tokenizer: Tokenizer | None) -> list[str]:
-    """The beginnings of documents at evenly spaced positions."""
-    samples = []
+    """The beginnings of documents at evenly spaced positions, each once."""
+    samples = {}
     for number in range(count):
         position = store.num_tokens * (2 * number + 1) // (2 * count)
         low = max(0, position - _CHUNK)
@@ -149,8 +149,8 @@ def _samples(store: TokenStore, count: int, tokenizer: Tokenizer | None) -> list
         stop = min(start + SAMPLE_TOKENS, store.num_tokens)
         stop = int(min([stop, *store.ends(start, stop)[:1]]))
         ids = store.read(start, stop)
-        samples.append(str(ids.tolist()) if tokenizer is None else tokenizer.decode(ids))
-    return samples
+        samples[start] = str(ids.tolist()) if tokenizer is None else tokenizer.decode(ids)
+    return list(samples.values())
 
 
 def _inspect_raw(

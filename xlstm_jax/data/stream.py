@@ -49,14 +49,14 @@ class Stream:
                 "continue from step to step; use another packing."
             )
 
-    def index(self, step: int, rows: range) -> Int64[np.ndarray, "B"]:
-        """The windows of some sequences of a step."""
+    def index(self, step: int, block: range) -> Int64[np.ndarray, "B"]:
+        """The windows of a block of the sequences of a step."""
         # int64: the stream outgrows 32 bits.
-        row = np.arange(rows.start, rows.stop, dtype=np.int64)
+        within = np.arange(block.start, block.stop, dtype=np.int64)
         if self.cfg.packing == "stream":
-            per_row = len(self.examples) // self.cfg.batch_size
-            return row * per_row + step % per_row
-        sequence = self.sizes.before(step) + row
+            length = len(self.examples) // self.cfg.batch_size  # windows of one long sequence
+            return within * length + step % length
+        sequence = self.sizes.before(step) + within
         if not isinstance(self.examples, Mixture):
             return self._order(self.examples, self.cfg.seed).window(sequence)
         source, rank = self._schedule.draw(sequence)

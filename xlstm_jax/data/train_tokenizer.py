@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xlstm_jax.data.tokenizers import files
 from xlstm_jax.data.tokenizers.from_file import library_errors
-from xlstm_jax.errors import ConfigError
+from xlstm_jax.errors import ConfigError, import_optional
 
 EOS_TOKEN = "<|endoftext|>"
 MIN_VOCAB = 258  # all bytes, the token that ends a document, and one merge
@@ -31,13 +31,9 @@ def train_bpe(documents: Iterable[bytes], vocab_size: int, out: Path) -> None:
             f"vocab_size must be in {MIN_VOCAB}..{(1 << 31) - 1}, got {vocab_size}; 256 ids are "
             "bytes, and one ends a document."
         )
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ImportError as error:
-        raise ConfigError(
-            "training a tokenizer needs the package tokenizers, which is not installed; "
-            "`pip install 'xlstm-jax[data]'`."
-        ) from error
+    import_optional("tokenizers", "training a tokenizer", install="xlstm-jax[data]")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -92,23 +92,23 @@ class Windows:
         """
         self._check(index)
         shape = len(index), self.seq_len + 1
-        # `marks`: 1 where a document begins; its sum along a row numbers the documents.
+        # `marks`: 1 where a document begins; its sum along a sequence numbers the documents.
         tokens, marks, is_target = np.zeros((3, *shape), np.int32)
         is_target += 1
         lengths = np.empty((len(index), 1), np.int64)
         assert self.layout is not None
-        for row, number in enumerate(index.tolist()):
+        for i, number in enumerate(index.tolist()):
             at = 0
             for start, stop in self.layout.pieces(number):
                 end = at + stop - start
-                tokens[row, at:end] = self.store.read(start, stop)
-                marks[row, at] = 1
+                tokens[i, at:end] = self.store.read(start, stop)
+                marks[i, at] = 1
                 borders = self.store.ends(start, stop - 1) - start if stop - start > 1 else ()
-                marks[row, at + np.asarray(borders, np.int64)] = 1
+                marks[i, at + np.asarray(borders, np.int64)] = 1
                 if (mask := self.store.loss_mask(start, stop)) is not None:
-                    is_target[row, at:end] = mask
+                    is_target[i, at:end] = mask
                 at = end
-            lengths[row] = at
+            lengths[i] = at
         if tokens.max(initial=0) >= self.vocab_size:
             raise ConfigError(
                 f"the tokens of data.source must be below {self.vocab_size}, the vocabulary of "

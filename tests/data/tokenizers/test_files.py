@@ -291,7 +291,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package, data):
 
 def test_the_hub_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ConfigError, match="needs the package huggingface_hub; `pip install"):
+    with pytest.raises(ConfigError, match="needs the package huggingface_hub, .*`pip install"):
         tokenizers.get("hf://no/package")
 
 

@@ -10,7 +10,7 @@ from xlstm_jax.config import ConfigError
 from xlstm_jax.data.documents.document import Content, Fields, File, check_messages
 from xlstm_jax.data.documents.files import suffix
 from xlstm_jax.data.documents.streams import decompressed
-from xlstm_jax.errors import quote, quote_path, shorten
+from xlstm_jax.errors import import_optional, quote, quote_path, shorten
 
 _ROWS = 64
 """Rows that are decoded at a time. A small file may hold one long text many times."""
@@ -27,13 +27,8 @@ def read_columns(file: File, fields: Fields) -> Iterator[tuple[int, Content]]:
     Raises:
         ConfigError: the file is damaged, or lacks the column.
     """
-    try:
-        import pyarrow as pa
-    except ImportError as error:
-        raise ConfigError(
-            f"reading {quote_path(file.path)} needs the package pyarrow, which is not installed; "
-            "`pip install 'xlstm-jax[data]'`."
-        ) from error
+    purpose = f"reading {quote_path(file.path)}"
+    pa = import_optional("pyarrow", purpose, install="xlstm-jax[data]")
     try:
         with decompressed(file.path) as path:
             number = 0

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data.documents.document import Content, Fields, File, content_of, fail
 from xlstm_jax.data.documents.streams import decompressed
-from xlstm_jax.errors import quote_path, shorten
+from xlstm_jax.errors import import_optional, quote_path, shorten
 
 # Records are read in order, without a buffer and a thread for each part of the file.
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
@@ -49,13 +49,8 @@ def _is_object(text: str) -> bool:
 
 
 def _records(file: File) -> Iterator[tuple[int, bytes]]:
-    try:
-        from array_record.python.array_record_module import ArrayRecordReader
-    except ImportError as error:
-        raise ConfigError(
-            f"reading {quote_path(file.path)} needs the package array_record, which is not "
-            "installed; `pip install array_record`."
-        ) from error
+    module, purpose = "array_record.python.array_record_module", f"reading {quote_path(file.path)}"
+    ArrayRecordReader = import_optional(module, purpose, install="array_record").ArrayRecordReader
     with decompressed(file.path) as path:
         problem = "it has no valid footer"
         try:

@@ -13,7 +13,7 @@ from jaxtyping import Int64, Integer
 
 from xlstm_jax.data.tokenizers import files
 from xlstm_jax.data.tokenizers.from_file import FileTokenizer, check_vocab_size, library_errors
-from xlstm_jax.errors import ConfigError, quote, quote_path
+from xlstm_jax.errors import ConfigError, import_optional, quote, quote_path
 
 MAX_TOKEN = 1 << 14
 """Characters of a token. Longer ones, of no real vocabulary, overflow the stack of the library,
@@ -48,13 +48,8 @@ class HuggingFaceTokenizer(FileTokenizer):
 
 def load(contents: files.TokenizerFiles) -> HuggingFaceTokenizer:
     """The tokenizer of a tokenizer.json; raises ConfigError if it is damaged."""
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ConfigError(
-            f"{quote_path(contents.path)} needs the package tokenizers, which is not installed; "
-            "`pip install 'xlstm-jax[data]'`."
-        ) from error
+    path = quote_path(contents.path)
+    tokenizers = import_optional("tokenizers", path, install="xlstm-jax[data]")
     values = files.parse_json(contents.data, contents.path)
     _check(values, contents.path)
     with library_errors(contents.path, "is not a valid tokenizer.json"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from xlstm_jax.config import user_path
 from xlstm_jax.data.tokenizers import files
-from xlstm_jax.errors import ConfigError, quote, quote_path
+from xlstm_jax.errors import ConfigError, import_optional, quote, quote_path
 
 HUB = "hf://"
 
@@ -38,13 +38,8 @@ def find(name: str) -> Path:
 @functools.cache  # a name is looked up on the network once
 def _download(name: str) -> Path:
     """The local folder of the tokenizer files of hf://ORG/NAME."""
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ConfigError(
-            f"tokenizer={quote(name)} needs the package huggingface_hub; "
-            "`pip install huggingface_hub`, or give the path of a local folder."
-        ) from error
+    purpose = f"tokenizer={quote(name)}, unlike the path of a local folder,"
+    huggingface_hub = import_optional("huggingface_hub", purpose, install="huggingface_hub")
     wanted = [files.JSON, "*.model", files.CONFIG, files.SPECIAL_TOKENS, files.TEMPLATE]
     try:
         return Path(

@@ -9,7 +9,7 @@ import numpy as np
 
 from xlstm_jax.data.tokenizers import files
 from xlstm_jax.data.tokenizers.from_file import FileTokenizer, check_vocab_size, library_errors
-from xlstm_jax.errors import ConfigError, quote, quote_path
+from xlstm_jax.errors import ConfigError, import_optional, quote, quote_path
 
 _SPACE = "\u2581"  # stands for a space in a piece
 
@@ -34,13 +34,8 @@ class SentencePieceTokenizer(FileTokenizer):
 
 def load(contents: files.TokenizerFiles) -> SentencePieceTokenizer:
     """The tokenizer of a sentencepiece model; raises ConfigError if it is damaged."""
-    try:
-        import sentencepiece
-    except ImportError as error:
-        raise ConfigError(
-            f"{quote_path(contents.path)} needs the package sentencepiece, which is not installed; "
-            "`pip install 'xlstm-jax[data]'`."
-        ) from error
+    path = quote_path(contents.path)
+    sentencepiece = import_optional("sentencepiece", path, install="xlstm-jax[data]")
     with library_errors(contents.path, "is not a valid sentencepiece model"):
         inner = sentencepiece.SentencePieceProcessor(model_proto=contents.data)
         size = check_vocab_size(inner.get_piece_size(), contents.path)
