@@ -18,6 +18,7 @@ import pytest
 from experiments.char_lm import SMOKE
 from xlstm_jax import config, cpu, data
 from xlstm_jax.cli import console, main, train
+from xlstm_jax.config import user_code
 from xlstm_jax.errors import UnsupportedError
 from xlstm_jax.plan import topology
 from xlstm_jax.train import DivergedError, FitResult, TrainState
@@ -37,7 +38,7 @@ def workdir(tmp_path, monkeypatch, one_device):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cpu, "prepare", lambda: None)
     # Else configs of later tests record the modules that a test imports.
-    monkeypatch.setattr(config, "_imported", {})
+    monkeypatch.setattr(user_code, "imported", {})
     return tmp_path
 
 

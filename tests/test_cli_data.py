@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from xlstm_jax import config
 from xlstm_jax.cli import data, data_progress, main
+from xlstm_jax.config import user_code
 from xlstm_jax.data import tokenizers
 from xlstm_jax.data.shards.manifest import read_manifest
 
@@ -19,7 +19,7 @@ from xlstm_jax.data.shards.manifest import read_manifest
 @pytest.fixture(autouse=True)
 def workdir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(config, "_imported", {})
+    monkeypatch.setattr(user_code, "imported", {})
     rows = [json.dumps({"text": f"text {i} " * (1 + i % 7)}) for i in range(200)]
     Path("in").mkdir()
     for name in ("a", "b"):

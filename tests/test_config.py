@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from xlstm_jax import config
-from xlstm_jax.config import ConfigError
+from xlstm_jax.config import ConfigError, user_code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ def config(size="cpu"):
 def write(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1]))
     # Else configs of later tests record the modules that a test imports.
-    monkeypatch.setattr(config, "_imported", {})
+    monkeypatch.setattr(user_code, "imported", {})
 
     def _write(text, name="c.py"):
         (tmp_path / name).write_text(text.replace("tests.test_config", __name__))

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from xlstm_jax import config, cpu, flops, sharding
 from xlstm_jax.cli import main
-from xlstm_jax.config import ConfigError, from_dict, to_dict
+from xlstm_jax.config import ConfigError, from_dict, to_dict, user_code
 from xlstm_jax.modules import BLOCKS, LM, Backbone, LMConfig, MLSTMConfig, param_shapes
 from xlstm_jax.modules.capture import sow_gates
 from xlstm_jax.plan import formula
@@ -28,7 +28,7 @@ MODULE = pathlib.Path(__file__).with_name("toy_kind.py")
 def registry(monkeypatch):
     """Restores block kinds and imported modules after a test."""
     before = dict(BLOCKS)
-    monkeypatch.setattr(config, "_imported", {})
+    monkeypatch.setattr(user_code, "imported", {})
     monkeypatch.setattr(cpu, "prepare", lambda: None)
     yield BLOCKS
     BLOCKS.clear()
@@ -180,7 +180,7 @@ def test_commands_import_the_module_given_by_import_option(tmp_path, monkeypatch
 
     generate = ["generate", "run", "--prompt", "a", "--max-new-tokens", "2"]
     del BLOCKS["x"]
-    config._imported.clear()
+    user_code.imported.clear()
     assert main(generate) == 2
     error = capsys.readouterr().err
     assert (

@@ -4,7 +4,7 @@ import bisect
 import dataclasses
 import functools
 
-from xlstm_jax.config import ConfigError
+from xlstm_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

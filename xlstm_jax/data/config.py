@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from xlstm_jax.config import ConfigError, check_fields
+from xlstm_jax.config.fields import check_fields
 from xlstm_jax.data.documents.document import SPLITS, Split
 from xlstm_jax.data.documents.files import alternatives
 from xlstm_jax.data.order import Shuffle
-from xlstm_jax.errors import quote
+from xlstm_jax.errors import ConfigError, quote
 
 __all__ = ["SPLITS", "DataConfig", "Split"]
 

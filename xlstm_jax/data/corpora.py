@@ -14,9 +14,9 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data import grammar
 from xlstm_jax.data.documents import Corpus, Document, files, split_by_hash
+from xlstm_jax.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 # The library alone: no tests, and no installed packages, which differ between machines.

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data import corpora, documents, packing, tokenizers
 from xlstm_jax.data.batch import Batch, Examples, pad_batch
 from xlstm_jax.data.batch_sizes import BatchSizes
@@ -22,7 +21,7 @@ from xlstm_jax.data.synthetic import parity
 from xlstm_jax.data.synthetic.samples import Samples
 from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.data.windows import Windows, concatenate
-from xlstm_jax.errors import quote
+from xlstm_jax.errors import ConfigError, quote
 
 
 def _windows(corpus: documents.Corpus, cfg: DataConfig, split: str) -> Windows:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data import hashing
 from xlstm_jax.data.batch import Batch, Examples
+from xlstm_jax.errors import ConfigError
 
 _UNITS = 1 << 20  # weights are integers of this sum, so shares stay exact over any number
 _MIN_CYCLE = 1024  # sequences; at its end the shares are exact to a sequence of each source

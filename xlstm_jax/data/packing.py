@@ -20,10 +20,9 @@ import numpy as np
 from jaxtyping import Int64, Integer
 
 from xlstm_jax import config
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data.shards.columns import Column
 from xlstm_jax.data.shards.store import TokenStore
-from xlstm_jax.errors import printable, quote_path
+from xlstm_jax.errors import ConfigError, printable, quote_path
 
 _log = logging.getLogger(__name__)
 

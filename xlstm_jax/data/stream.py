@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data.batch import Batch, Examples
 from xlstm_jax.data.batch_sizes import BatchSizes
 from xlstm_jax.data.config import DataConfig
 from xlstm_jax.data.mixture import Mixture, Schedule
 from xlstm_jax.data.order import Order
 from xlstm_jax.data.prefetch import BatchIterator, by_step
-from xlstm_jax.errors import quote
+from xlstm_jax.errors import ConfigError, quote
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

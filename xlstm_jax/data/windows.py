@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data.batch import Batch
 from xlstm_jax.data.documents.document import Document
 from xlstm_jax.data.packing import Layout
 from xlstm_jax.data.shards.manifest import token_dtype
 from xlstm_jax.data.shards.store import ArrayTokens, TokenStore
 from xlstm_jax.data.tokenizers import Tokenizer
+from xlstm_jax.errors import ConfigError
 
 
 def concatenate(documents: Iterable[Document], tokenizer: Tokenizer) -> ArrayTokens:

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from xlstm_jax.config import ConfigError, check_fields, from_dict, to_dict
-from xlstm_jax.errors import quote, quote_path
+from xlstm_jax.config.fields import check_fields, from_dict, to_dict
+from xlstm_jax.errors import ConfigError, quote, quote_path
 from xlstm_jax.modules.kinds import BLOCKS
 from xlstm_jax.modules.options import LargeConfig, MLSTMConfig, SLSTMConfig
 

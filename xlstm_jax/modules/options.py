@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
-from xlstm_jax.config import ConfigError, check_fields, check_range
-from xlstm_jax.errors import quote
+from xlstm_jax.config.fields import check_fields, check_range
+from xlstm_jax.errors import ConfigError, quote
 from xlstm_jax.modules.kinds import IMPLEMENTATIONS
 
 RecurrentInit = Literal["zeros", "standard"]

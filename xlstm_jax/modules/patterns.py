@@ -6,8 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from xlstm_jax.config import ConfigError
-from xlstm_jax.errors import quote
+from xlstm_jax.errors import ConfigError, quote
 
 MAX_EXACT = 128
 """Letters up to which `split_runs` searches all splits; its time grows with the third power."""

@@ -6,8 +6,8 @@ arXiv:2510.02228 (scaling study).
 
 from collections.abc import Callable
 
-from xlstm_jax.config import ConfigError, did_you_mean
-from xlstm_jax.errors import quote
+from xlstm_jax.config.fields import did_you_mean
+from xlstm_jax.errors import ConfigError, quote
 from xlstm_jax.modules import options
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.patterns import at, ratio_pattern

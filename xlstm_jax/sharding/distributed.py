@@ -24,8 +24,8 @@ from typing import Any
 
 import jax
 
-from xlstm_jax.config import ConfigError, check_fields
-from xlstm_jax.errors import quote
+from xlstm_jax.config.fields import check_fields
+from xlstm_jax.errors import ConfigError, quote
 
 TIMEOUT_EXIT_CODE = 4
 """Exit code if a process did not connect in time; the same command may succeed later."""

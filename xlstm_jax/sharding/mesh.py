@@ -10,8 +10,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from xlstm_jax.config import ConfigError, check_fields, check_range
-from xlstm_jax.errors import quote
+from xlstm_jax.config.fields import check_fields, check_range
+from xlstm_jax.errors import ConfigError, quote
 from xlstm_jax.sharding.rules import RULES, get_rules
 
 # From outer to inner: tensor communicates activations in every layer and needs the fastest links.

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 
-from xlstm_jax.config import ConfigError
-from xlstm_jax.errors import ArgumentError, quote
+from xlstm_jax.errors import ArgumentError, ConfigError, quote
 
 Rules = Mapping[str, tuple[str, ...]]
 PartialRules = Mapping[str, str | Sequence[str]]

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data.documents.document import Content, Fields, File, check_messages
 from xlstm_jax.data.documents.files import suffix
 from xlstm_jax.data.documents.streams import decompressed
-from xlstm_jax.errors import import_optional, quote, quote_path, shorten
+from xlstm_jax.errors import ConfigError, import_optional, quote, quote_path, shorten
 
 _ROWS = 64
 """Rows that are decoded at a time. A small file may hold one long text many times."""

@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data.documents.document import SPLITS, Document, File, Split
 from xlstm_jax.data.documents.files import ROWS, suffix
 from xlstm_jax.data.documents.reader import read
@@ -17,7 +16,7 @@ from xlstm_jax.data.documents.select import (
     warn_once,
 )
 from xlstm_jax.data.documents.splits import split_by_content
-from xlstm_jax.errors import quote, quote_path
+from xlstm_jax.errors import ConfigError, quote, quote_path
 
 MAX_BYTES = 1 << 30
 """Bytes of text in a source, decompressed, because tokens are stored in memory."""

@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
-from xlstm_jax.config import ConfigError
-from xlstm_jax.errors import quote, quote_path
+from xlstm_jax.errors import ConfigError, quote, quote_path
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)

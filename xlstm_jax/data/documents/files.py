@@ -9,8 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 
-from xlstm_jax.config import ConfigError
-from xlstm_jax.errors import quote, quote_path
+from xlstm_jax.errors import ConfigError, quote, quote_path
 
 COMPRESSED = (".gz", ".zst")
 TEXT = (".txt", ".md")

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xlstm_jax.config import ConfigError
-from xlstm_jax.errors import quote, quote_path
+from xlstm_jax.errors import ConfigError, quote, quote_path
 
 _MAX_BYTES = 16 << 20  # of a JSON file
 

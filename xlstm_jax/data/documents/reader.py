@@ -5,7 +5,6 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data.documents import document
 from xlstm_jax.data.documents.columns import read_columns
 from xlstm_jax.data.documents.document import Content, Document, Fields, File, Split, pieces
@@ -18,7 +17,7 @@ from xlstm_jax.data.documents.splits import (
     split_of_digest,
 )
 from xlstm_jax.data.documents.streams import is_compressed, read_blocks, read_text_blocks
-from xlstm_jax.errors import quote_path
+from xlstm_jax.errors import ConfigError, quote_path
 
 HASHED = 1 << 30
 """Bytes of a document that its split depends on: all of a text that fits in memory."""

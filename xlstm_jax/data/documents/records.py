@@ -3,10 +3,9 @@
 import json
 from collections.abc import Iterator
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data.documents.document import Content, Fields, File, content_of, fail
 from xlstm_jax.data.documents.streams import decompressed
-from xlstm_jax.errors import import_optional, quote_path, shorten
+from xlstm_jax.errors import ConfigError, import_optional, quote_path, shorten
 
 # Records are read in order, without a buffer and a thread for each part of the file.
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"

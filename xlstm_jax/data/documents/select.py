@@ -7,13 +7,12 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data.documents import files, hf_disk
 from xlstm_jax.data.documents.document import File, Split
 from xlstm_jax.data.documents.reader import read
 from xlstm_jax.data.documents.splits import splits_by_name, splits_of_name
 from xlstm_jax.data.documents.streams import read_blocks
-from xlstm_jax.errors import printable, quote, quote_path
+from xlstm_jax.errors import ConfigError, printable, quote, quote_path
 
 _log = logging.getLogger(__name__)
 

@@ -5,10 +5,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data.documents.document import Split, character_start
 from xlstm_jax.data.documents.files import suffix
-from xlstm_jax.errors import quote_path
+from xlstm_jax.errors import ConfigError, quote_path
 
 # The words of Hugging Face's data sets.
 WORDS: dict[str, Split] = {

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePath
 from typing import Any, BinaryIO, NamedTuple
 
-from xlstm_jax.config import ConfigError
-from xlstm_jax.errors import quote, quote_path
+from xlstm_jax.errors import ConfigError, quote, quote_path
 
 BLOCK = 1 << 18
 """Bytes that are read at a time. They fit in a cache: larger blocks halve the speed of JSON."""

@@ -3,9 +3,9 @@
 import dataclasses
 import re
 
-from xlstm_jax.config import ConfigError, check_fields
+from xlstm_jax.config.fields import check_fields
 from xlstm_jax.data.config import Split
-from xlstm_jax.errors import quote
+from xlstm_jax.errors import ConfigError, quote
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ from unittest import mock
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data import chat
 from xlstm_jax.data.config import SPLITS, Split
 from xlstm_jax.data.documents import Document, read
@@ -23,7 +22,7 @@ from xlstm_jax.data.prepare.progress import Counts
 from xlstm_jax.data.shards.manifest import ShardInfo, token_dtype
 from xlstm_jax.data.shards.writer import ShardWriter
 from xlstm_jax.data.tokenizers import Tokenizer
-from xlstm_jax.errors import quote, quote_path, shorten
+from xlstm_jax.errors import ConfigError, quote, quote_path, shorten
 
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 20, 4096
 """Of a batch, for each thread of the tokenizer. It needs about 35 bytes of memory for each byte of

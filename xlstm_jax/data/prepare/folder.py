@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from xlstm_jax.config import ConfigError, user_path
+from xlstm_jax.config import user_path
 from xlstm_jax.data.config import SPLITS
 from xlstm_jax.data.prepare import ledger
 from xlstm_jax.data.prepare.config import Share
@@ -22,7 +22,7 @@ from xlstm_jax.data.shards.manifest import (
 )
 from xlstm_jax.data.shards.writer import DRAFT
 from xlstm_jax.data.tokenizers import Tokenizer
-from xlstm_jax.errors import quote_path
+from xlstm_jax.errors import ConfigError, quote_path
 
 _FILES = re.compile(
     rf"({'|'.join(SPLITS)})/[0-9]{{5,}}\.(bin|ends|loss)(\.tmp)?|{ledger.FOLDER}/\d+-of-\d+\.jsonl|"

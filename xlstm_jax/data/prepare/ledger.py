@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from xlstm_jax.config import ConfigError, from_dict, to_dict
+from xlstm_jax.config.fields import from_dict, to_dict
 from xlstm_jax.data.prepare.config import Share
 from xlstm_jax.data.shards.manifest import ShardInfo
-from xlstm_jax.errors import quote_path
+from xlstm_jax.errors import ConfigError, quote_path
 
 try:
     import fcntl

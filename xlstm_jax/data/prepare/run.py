@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xlstm_jax.config import ConfigError, import_module, user_path
+from xlstm_jax.config import import_module, user_path
 from xlstm_jax.data import chat
 from xlstm_jax.data.config import SPLITS
 from xlstm_jax.data.documents import File, find_files
@@ -20,7 +20,7 @@ from xlstm_jax.data.prepare.progress import Counts, Progress, Totals
 from xlstm_jax.data.shards.manifest import NAME, Manifest, ShardInfo, TokenizerInfo, token_dtype
 from xlstm_jax.data.shards.open import kind_of
 from xlstm_jax.data.tokenizers import Tokenizer, get
-from xlstm_jax.errors import quote, quote_path
+from xlstm_jax.errors import ConfigError, quote, quote_path
 
 
 class Result(NamedTuple):

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from xlstm_jax.config import ConfigError
-from xlstm_jax.errors import quote_path
+from xlstm_jax.errors import ConfigError, quote_path
 
 
 @dataclasses.dataclass(frozen=True)

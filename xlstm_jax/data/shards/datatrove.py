@@ -8,10 +8,10 @@ bytes without "|") on its first line, and the number of tokens on its second.
 import numpy as np
 from jaxtyping import Int64
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data.shards import remote
 from xlstm_jax.data.shards.columns import Column
 from xlstm_jax.data.shards.store import Shard
+from xlstm_jax.errors import ConfigError
 
 SUFFIX = ".ds"
 _MAX_METADATA = 1 << 16

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_jax.config import ConfigError, check_fields, from_dict, parse_json, to_dict
+from xlstm_jax.config import parse_json
+from xlstm_jax.config.fields import check_fields, from_dict, to_dict
 from xlstm_jax.data.shards import remote
-from xlstm_jax.errors import quote
+from xlstm_jax.errors import ConfigError, quote
 
 NAME, TOKENIZER_FOLDER, VERSION = "manifest.json", "tokenizer", 1
 MAX_BYTES = 1 << 28  # of a manifest.json: about 500,000 shards

@@ -10,9 +10,9 @@ import struct
 import numpy as np
 from jaxtyping import Int64
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data.shards import remote
 from xlstm_jax.data.shards.store import Shard
+from xlstm_jax.errors import ConfigError
 
 SUFFIX = ".idx"
 MAGIC = b"MMIDIDX\0\0"

@@ -11,14 +11,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from xlstm_jax import config
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data.config import SPLITS
 from xlstm_jax.data.shards import datatrove, manifest, megatron, remote, verify
 from xlstm_jax.data.shards.blocks import BlockCache, BlockedTokens
 from xlstm_jax.data.shards.columns import Column
 from xlstm_jax.data.shards.manifest import ShardInfo, TokenizerInfo, shard_path
 from xlstm_jax.data.shards.store import Shard, ShardedTokens, StoreRange, TokenStore
-from xlstm_jax.errors import quote
+from xlstm_jax.errors import ConfigError, quote
 
 Kind = Literal["prepared", "megatron", "datatrove"]
 

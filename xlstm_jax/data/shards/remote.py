@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data.shards.columns import Column
-from xlstm_jax.errors import quote, quote_path
+from xlstm_jax.errors import ConfigError, quote, quote_path
 
 _log = logging.getLogger(__name__)
 

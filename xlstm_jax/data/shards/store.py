@@ -10,9 +10,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int64, Integer, UInt
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data.shards.columns import Column
-from xlstm_jax.errors import quote_path
+from xlstm_jax.errors import ConfigError, quote_path
 
 
 @runtime_checkable  # so that signatures can be checked at run time

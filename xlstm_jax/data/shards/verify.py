@@ -4,11 +4,11 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data.shards import remote
 from xlstm_jax.data.shards.columns import Column
 from xlstm_jax.data.shards.manifest import ShardInfo, file_sizes, shard_path
 from xlstm_jax.data.shards.store import Shard
+from xlstm_jax.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 

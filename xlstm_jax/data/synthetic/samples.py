@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, Int64, UInt64
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data import hashing
 from xlstm_jax.data.batch import Batch
 from xlstm_jax.data.config import SPLITS, DataConfig, Split
+from xlstm_jax.errors import ConfigError
 
 PAD = 0
 IGNORED = -1  # the target at positions without an answer
