@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.data.batch import Batch
-from xlstm_jax.typing import Array, Int, PyTree
+from xlstm_jax.typing import PyTree
 
 
 class Carry(NamedTuple):
@@ -32,7 +32,7 @@ def state_before(carry: Carry, batch: Batch, *, document_resets: bool) -> PyTree
     A sequence starts from the initial state if its window does not follow that of the last step, as
     at the end of an epoch or after a skipped update, or if a document begins with it.
     """
-    is_start: Int[Array, "B"] | Array = batch.index != carry.index + 1
+    is_start = jnp.asarray(batch.index) != carry.index + 1
     if document_resets:
         # The first id of a window that continues a document is 1.
         is_start |= batch.segment_ids[:, 0] != 1

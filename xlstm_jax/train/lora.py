@@ -125,6 +125,11 @@ def attach(params: PyTree, cfg: LoraConfig, key: PRNGKeyArray) -> PyTree:
     return {**params, ADAPTERS: init(params, cfg, key)} if cfg.rank else params
 
 
+def attached_shapes(shapes: PyTree, cfg: LoraConfig) -> PyTree:
+    """The shapes of `attach`, without computing anything."""
+    return jax.eval_shape(lambda params: attach(params, cfg, jax.random.key(0)), shapes)
+
+
 def merged(params: PyTree, cfg: LoraConfig) -> PyTree:
     """The parameters of the model, from those of a train state."""
     if ADAPTERS not in params:

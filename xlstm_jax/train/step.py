@@ -28,6 +28,7 @@ LossFn = Callable[[PyTree, Batch, PRNGKeyArray | None], tuple[Float[Array, ""], 
 StatefulLossFn = Callable[..., tuple[Float[Array, ""], tuple[CrossEntropy, PyTree]]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
+NO_ADAPTERS = LoraConfig()
 _DROPOUT = 1  # folded into the key of the seed, which itself initializes the parameters
 
 
@@ -37,7 +38,7 @@ def make_train_step(
     cfg: TrainConfig,
     loss_fn: LossFn | None = None,
     *,
-    lora_cfg: LoraConfig = LoraConfig(),
+    lora_cfg: LoraConfig = NO_ADAPTERS,
 ) -> TrainStep:
     """Makes the train step `(state, batch) -> (state, metrics)`.
 

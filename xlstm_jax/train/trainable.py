@@ -4,8 +4,10 @@ Gradients, optimizer state, weight decay, norms and the guard concern the traine
 """
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 
@@ -47,12 +49,14 @@ def partition(params: PyTree, freeze: str | None = None) -> tuple[PyTree, PyTree
                 f"{len(paths)} paths; {nearest(freeze, paths)}"
             )
 
-    def select(is_trained: bool) -> PyTree:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: x if (path_name(path) in trained) == is_trained else None, params
-        )
+    def select(path: Any, leaf: Any, *, of_trained: bool) -> Any:
+        return leaf if (path_name(path) in trained) == of_trained else None
 
-    return select(True), select(False)
+    tree_map = jax.tree_util.tree_map_with_path
+    chosen, rest = (
+        tree_map(functools.partial(select, of_trained=flag), params) for flag in (True, False)
+    )
+    return chosen, rest
 
 
 def combine(trained: PyTree, frozen: PyTree) -> PyTree:
