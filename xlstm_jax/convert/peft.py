@@ -140,7 +140,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 "adapters with peft and load the model."
             )
     rank, alpha = values.get("r"), values.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or alpha <= 0:
+    is_valid = type(rank) is int and isinstance(alpha, int | float) and rank > 0 and alpha > 0
+    if not is_valid:
         raise ConfigError(
             f"r and lora_alpha of {quote_path(path)} must be numbers above 0, got {quote(rank)} "
             f"and {quote(alpha)}; save the adapters again."

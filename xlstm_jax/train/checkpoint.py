@@ -268,9 +268,9 @@ def restore_adapters(
     run_dir: str | Path, step: int | None = None
 ) -> tuple[ExperimentConfig, PyTree]:
     """Restores the config and the LoRA adapters of a run alone; as `restore_params`."""
+    if not load_config(run_dir, ExperimentConfig).lora.rank:
+        raise ConfigError(f"{run_dir} has no adapters; train one with lora.rank of at least 1.")
     cfg, params = _restore_params(run_dir, step, names=(ADAPTERS,))
-    if not params:
-        raise ConfigError(f"{run_dir} has no adapters; train it with lora.rank of at least 1.")
     return cfg, params[ADAPTERS]
 
 

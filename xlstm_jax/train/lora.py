@@ -105,19 +105,19 @@ def merge(params: PyTree, adapters: PyTree, cfg: LoraConfig) -> PyTree:
                 f"{shape}; use the adapters of this model."
             )
 
-    def merged(path, w: Array) -> Array:
+    def merged(path: Any, w: Any) -> Any:
         pair = pairs.get(path_name(path))
         return w if pair is None else _merge(w, pair, cfg.alpha / cfg.rank)
 
     return jax.tree_util.tree_map_with_path(merged, params)
 
 
-def _merge(w: Float[Array, "*batch K F"], pair: dict[str, Array], scale: float) -> Array:
+def _merge(w: Any, pair: dict[str, Any], scale: float) -> Float[Array, "*batch K F"]:
     dtype = common_dtype(jnp.float32, w.dtype)
-    a, b = (pair[name].astype(dtype) for name in (A, B))
+    a, b = (jnp.asarray(pair[name], dtype) for name in (A, B))
     # By default, accelerators round the factors to fewer bits than W has.
     product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-    return (w.astype(dtype) + scale * product).astype(w.dtype)
+    return (jnp.asarray(w, dtype) + scale * product).astype(w.dtype)
 
 
 def attach(params: PyTree, cfg: LoraConfig, key: PRNGKeyArray) -> PyTree:
