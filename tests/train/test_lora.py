@@ -291,6 +291,16 @@ def test_a_folder_without_adapters_is_rejected(tmp_path):
         lora.load(tmp_path)
 
 
+def test_a_copy_of_the_head_in_a_folder_is_ignored(saved, assert_same):
+    from safetensors.numpy import load_file, save_file
+
+    _, adapters, folder = saved
+    path = folder / "adapter_model.safetensors"
+    head = {"base_model.model.lm_head.base_layer.weight": np.zeros((50, 16), np.float32)}
+    save_file(load_file(path) | head, path)
+    assert_same(lora.load(folder)[1], adapters)
+
+
 REASON = "the logits of peft need the packages torch, transformers and peft"
 
 

@@ -93,6 +93,8 @@ def load(folder: str | Path) -> tuple[int, float, Pairs]:
     rules, pairs = _rules(), Pairs()
     found: dict[tuple[str, str], dict[int, str]] = {}
     for name in source.shapes:
+        if ".base_layer." in name:  # peft adds a copy of a head that has an adapter
+            continue
         path, factor, index = _parse(name, rules)
         found.setdefault((path, factor), {})[index] = name
     for (path, factor), layers in sorted(found.items()):
