@@ -212,14 +212,14 @@ def answers(model: LMConfig, params: Any, base: pathlib.Path) -> float:
 
     tokenizer, template = tokenizers.get(str(base)), chat.load(str(base))
     rows = [row["messages"] for row in conversations()["valid"]]
-    prompts = [
-        tokenizer.encode(template._render(row[:-1], add_generation_prompt=True)[0].encode())
-        for row in rows
-    ]
+    prompts = []
+    for row in rows:
+        ids, is_target, _ = template.encode(tokenizer, row, "held-out questions")
+        prompts.append(ids[: is_target.argmax()].tolist())
     generated = generate(
         LM(model),
         {"params": params},
-        [prompt.tolist() for prompt in prompts],
+        prompts,
         max_new_tokens=MAX_ANSWER,
         stop=(tokenizer.eos_id,),
     ).tokens

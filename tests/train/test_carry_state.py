@@ -165,7 +165,9 @@ def test_the_state_is_reset_where_a_window_starts_a_document_or_does_not_follow(
     second = windows[1]
     ids = second.segment_ids.at[1].add(1)  # a document begins with the window
     index = second.index.at[2].add(1)  # a window is left out
-    after = step(state, second._replace(segment_ids=ids, index=index))[0].carry.state
+    new, metrics = step(state, second._replace(segment_ids=ids, index=index))
+    assert metrics["documents"] == B
+    after = new.carry.state
     continued = step(state, second)[0].carry.state
     fresh = sums(start.params, second, None)[1]
     for row, expected in enumerate((continued, fresh, fresh, continued)):

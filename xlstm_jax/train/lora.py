@@ -17,7 +17,7 @@ from xlstm_jax.config import ConfigError
 from xlstm_jax.errors import ArgumentError, quote
 from xlstm_jax.sharding.axes import path_name
 from xlstm_jax.train.config import LoraConfig
-from xlstm_jax.train.trainable import ADAPTERS, nearest
+from xlstm_jax.train.trainable import ADAPTERS, has_adapters, nearest
 from xlstm_jax.typing import Array, Float, PRNGKeyArray, PyTree
 
 A, B = "lora_a", "lora_b"  # keys of an adapter, in place of the kernel in the tree
@@ -132,7 +132,7 @@ def attached_shapes(shapes: PyTree, cfg: LoraConfig) -> PyTree:
 
 def merged(params: PyTree, cfg: LoraConfig) -> PyTree:
     """The parameters of the model, from those of a train state."""
-    if ADAPTERS not in params:
+    if not has_adapters(params):
         return params
     base = {name: tree for name, tree in params.items() if name != ADAPTERS}
     return merge(base, params[ADAPTERS], cfg)

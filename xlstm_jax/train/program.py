@@ -168,7 +168,8 @@ class TrainProgram:
     def init_from(self, params: PyTree) -> TrainState:
         """The initial state for parameters of the model, which are donated: they are not copied."""
         shardings = self.shardings
-        placed = jax.device_put(params, {name: shardings.params[name] for name in params})
+        placements = {name: shardings.params[name] for name in params}
+        placed = jax.device_put(params, placements, donate=True)
         make = jax.jit(self._first_state, out_shardings=shardings, donate_argnums=1)
         with self.devices.active():
             return make(random_key(self.cfg.train.seed), placed)

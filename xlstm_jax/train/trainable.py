@@ -6,7 +6,7 @@ Gradients, optimizer state, weight decay, norms and the guard concern the traine
 import difflib
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -30,10 +30,10 @@ def partition(params: PyTree, freeze: str | None = None) -> tuple[PyTree, PyTree
     Raises:
         ConfigError: `freeze` matches no parameter, or all of them.
     """
-    if ADAPTERS not in params and freeze is None:
+    if not has_adapters(params) and freeze is None:
         return params, jax.tree.map(lambda _: None, params)
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    if ADAPTERS in params:
+    if has_adapters(params):
         trained = {path for path in paths if path.startswith(f"{ADAPTERS}/")}
     else:
         assert freeze is not None
@@ -57,6 +57,11 @@ def partition(params: PyTree, freeze: str | None = None) -> tuple[PyTree, PyTree
         tree_map(functools.partial(select, of_trained=flag), params) for flag in (True, False)
     )
     return chosen, rest
+
+
+def has_adapters(params: PyTree) -> bool:
+    """Whether the parameters of a train state include adapters."""
+    return isinstance(params, Mapping) and ADAPTERS in params
 
 
 def combine(trained: PyTree, frozen: PyTree) -> PyTree:
