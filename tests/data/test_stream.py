@@ -8,6 +8,7 @@ import pytest
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import Batch, DataConfig, batches, load
 from xlstm_jax.data.batch_sizes import BatchSizes
+from xlstm_jax.data.loader import load_all
 from xlstm_jax.data.stream import Stream
 
 CFG = DataConfig(source="grammar", seq_len=32, batch_size=8, shuffle_block=4, shuffle_set=8)
@@ -62,6 +63,19 @@ def test_sequences_of_a_stream_continue_from_step_to_step(grammar):
         np.testing.assert_array_equal(now.index + 1, after.index)
     with pytest.raises(ConfigError, match="batch_ramp must be empty"):
         stream(grammar, cfg, ((0, 0.5),))
+
+
+def test_ids_of_a_stream_start_at_2_where_a_document_begins_with_the_window(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        "".join(f'{{"text": "{t}"}}\n' for t in ("abc", "abcdefg", "ab"))
+    )
+    cfg = DataConfig(source=str(tmp_path), seq_len=4, batch_size=1, packing="stream")
+    windows = load_all(cfg)
+    ids = windows.batch(np.arange(len(windows))).segment_ids
+    # Documents of 4, 8 and 3 tokens, each with its end: three windows begin with one.
+    assert ids[:, 0].tolist() == [2, 2, 1, 2]
+    plain = load_all(dataclasses.replace(cfg, packing="windows"))
+    assert plain.batch(np.arange(len(plain))).segment_ids[:, 0].tolist() == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("cfg", [CFG, MIXTURE], ids=["one", "mixture"])

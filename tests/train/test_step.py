@@ -223,7 +223,7 @@ def test_gradients_of_packed_documents_equal_those_of_separate_ones(key, tokens,
         weights, index = (segment > 0).astype(np.float32), np.arange(len(segment))
         batch = Batch(inputs, targets, segment, weights, index)
         loss_fn = make_loss(model)
-        return jax.jit(lambda p, b: sum_gradients(loss_fn, p, b, None))(params, batch)
+        return jax.jit(lambda p, b: sum_gradients(loss_fn, p, b, None)[:2])(params, batch)
 
     packed, packed_sums = grads(inputs, targets, segment)
     single, single_sums = grads(*separate.values())
@@ -234,18 +234,18 @@ def test_gradients_of_packed_documents_equal_those_of_separate_ones(key, tokens,
 
 
 def make_loss(model):
-    from xlstm_jax.train.losses import language_model_loss
+    from xlstm_jax.train.losses import stateful_loss
 
-    return lambda params, batch, key: language_model_loss(model, params, batch, PLAIN, key)
+    return lambda params, batch, *rest: stateful_loss(model, params, batch, PLAIN, *rest)
 
 
 def test_every_micro_batch_has_its_own_dropout_key():
     """Two equal micro-batches draw different random numbers."""
     draws = []
 
-    def loss_fn(params, batch, key):
+    def loss_fn(params, batch, key, state):
         jax.debug.callback(lambda x: draws.append(float(x)), jax.random.uniform(key))
-        return params, CrossEntropy(*jnp.ones(4))
+        return params, (CrossEntropy(*jnp.ones(4)), state)
 
     ones = jnp.ones((4, 3), jnp.int32)
     batch = Batch(ones, ones, ones, jnp.ones((4, 3)), jnp.arange(4))

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import logging
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,14 @@ def load_hf(folder: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, 
         ConfigError: a field of the config is invalid or not supported.
         WeightsError: a file is corrupt, or tensors do not match the config.
     """
+    cfg, read = open_folder(folder, dtype=dtype)
+    return cfg, read()
+
+
+def open_folder(
+    folder: str | Path, *, dtype: str | None = None
+) -> tuple[LMConfig, Callable[[], PyTree]]:
+    """The config of a checkpoint folder, and a function that reads its parameters; as `load_hf`."""
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise ConfigError(
@@ -96,7 +104,7 @@ def load_hf(folder: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, 
     fields.warn_unknown()
     # The final norm of transformers has no bias, whatever use_bias says.
     cfg = dataclasses.replace(cfg, tie_embeddings=tied, final_norm_bias=False)
-    return cfg, mapping.load(cfg, names.HF, source)
+    return cfg, lambda: mapping.load(cfg, names.HF, source)
 
 
 def _either(fields: Fields, name: str, other: str, path: str) -> int:

@@ -67,21 +67,30 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Source:
     return Source(shapes, lambda name: np.asarray(arrays[name]))
 
 
+def from_file(file: Path) -> Source:
+    """A source of one safetensors file; raises WeightsError if it is missing or corrupt."""
+    return _from_files([file])
+
+
 def from_folder(folder: Path) -> Source:
     """A source of the safetensors files in a folder.
 
     Raises:
         WeightsError: a file is missing or corrupt, or a tensor is in two files.
     """
+    return _from_files(_files(folder))
+
+
+def _from_files(files: Sequence[Path]) -> Source:
     file_of: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in _files(folder):
+    for file in files:
         for name, shape in _header(file).items():
             if name in file_of:
                 raise WeightsError(
-                    f"tensor {quote(name)} must be in one file of {quote_path(folder)}, but is in "
-                    f"{quote_path(file_of[name].name)} and {quote_path(file.name)}; delete one of "
-                    "them."
+                    f"tensor {quote(name)} must be in one file of {quote_path(file.parent)}, but "
+                    f"is in {quote_path(file_of[name].name)} and {quote_path(file.name)}; delete "
+                    "one of them."
                 )
             file_of[name], shapes[name] = file, shape
 

@@ -51,7 +51,8 @@ def _packed(
     if cfg.packing not in ("windows", "stream"):
         layout = packing.make_layout(cfg.packing, store, cfg.seq_len, cfg.cache_dir)
         description = description | {"packing": cfg.packing, "seq_len": cfg.seq_len}
-    return Windows(store, cfg.seq_len, tokenizer, description, layout)
+    continued = cfg.packing == "stream"
+    return Windows(store, cfg.seq_len, tokenizer, description, layout, continued)
 
 
 def _prepared(cfg: DataConfig, split: str) -> Windows:

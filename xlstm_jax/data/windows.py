@@ -59,6 +59,9 @@ class Windows:
     Within a window, documents are numbered from 1 (`segment_ids`). A target has weight 1 if it is
     in the same document as its input. So the end-of-document token has weight 1, and the first
     token of a document has weight 0, because no token of its document precedes it.
+
+    With `continued`, ids start at 2 where a document begins with the window, so that 1 is always
+    the document that the window before ends with. State carried from there then knows when to stop.
     """
 
     store: TokenStore
@@ -66,6 +69,7 @@ class Windows:
     tokenizer: Tokenizer
     description: dict[str, Any]
     layout: Layout | None = None  # None: `Consecutive`
+    continued: bool = False
 
     shuffle = True
 
@@ -115,6 +119,8 @@ class Windows:
                 f"tokenizer={self.tokenizer.name!r}, got {tokens.max()}; prepare the data again."
             )
         inside = np.arange(shape[1]) < lengths
+        if self.continued:
+            marks[:, 0] += self._starts_document(index)
         segments = np.cumsum(marks, axis=1, dtype=np.int32) * inside
         is_same = inside[:, 1:] & (segments[:, 1:] == segments[:, :-1])
         return Batch(
@@ -125,6 +131,11 @@ class Windows:
             weights=(is_same & (is_target[:, 1:] > 0)).astype(np.float32),
             index=index,
         )
+
+    def _starts_document(self, index: Int64[np.ndarray, "B"]) -> list[bool]:
+        """Whether each window, of the layout `Consecutive`, begins with a document."""
+        starts = (index * self.seq_len).tolist()
+        return [start == 0 or len(self.store.ends(start - 1, start)) > 0 for start in starts]
 
     def _check(self, index: Int64[np.ndarray, "B"]) -> None:
         invalid = index[(index < 0) | (index >= len(self))]

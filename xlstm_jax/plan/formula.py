@@ -28,8 +28,10 @@ from xlstm_jax.sharding.axes import logical_axes, path_name
 from xlstm_jax.sharding.mesh import MESH_AXES
 from xlstm_jax.sharding.placement import bytes_per_device
 from xlstm_jax.sharding.rules import get_rules
-from xlstm_jax.train.config import ExperimentConfig, TrainConfig
+from xlstm_jax.train import lora
+from xlstm_jax.train.config import ExperimentConfig, LoraConfig, TrainConfig
 from xlstm_jax.train.optimizer import make_optimizer
+from xlstm_jax.train.trainable import partition
 
 Sizes = dict[str, int]  # mesh axis -> devices along it
 
@@ -51,17 +53,18 @@ def estimate(cfg: ExperimentConfig, target: Target, sizes: Sizes) -> Estimate:
         bytes_sent[kind] = bytes_sent.get(kind, 0.0) + num_bytes
         seconds += num_bytes / _bandwidth(target, sizes, axes)
     # The remat policy changes no shape: without it, most candidates of a search share one entry.
-    state = _state_shapes(dataclasses.replace(cfg.model, remat="none"), cfg.train)
+    state = _state_shapes(dataclasses.replace(cfg.model, remat="none"), cfg.train, cfg.lora)
     rules, min_shard_size = get_rules(cfg.mesh.rules_name()), cfg.mesh.min_shard_size
     params, moments = (bytes_per_device(tree, rules, sizes, min_shard_size) for tree in state)
     return Estimate(params, moments, bytes_sent, seconds)
 
 
 @functools.lru_cache(maxsize=8)
-def _state_shapes(model: LMConfig, train: TrainConfig) -> tuple[Any, Any]:
+def _state_shapes(model: LMConfig, train: TrainConfig, adapters: LoraConfig) -> tuple[Any, Any]:
     """Shapes of the parameters and of the optimizer state."""
-    params = param_shapes(model)
-    return params, jax.eval_shape(make_optimizer(train).init, params)
+    params = lora.attached_shapes(param_shapes(model), adapters)
+    trained, _ = partition(params, train.freeze)
+    return params, jax.eval_shape(make_optimizer(train).init, trained)
 
 
 def _collectives(

@@ -32,6 +32,9 @@ _AXES: tuple[tuple[str, Axes], ...] = (
 )
 """(path suffix, logical axes); the first match wins. An extra leading axis is `layers`."""
 
+_ADAPTERS = {"lora_a": -1, "lora_b": -2}
+"""Last part of the path of a low-rank adapter of a kernel -> its axis that is the rank."""
+
 # Registered by `modules`, which this package must not import.
 _block_axes: Callable[[str], Mapping[str, Axes]] = lambda letter: {}  # noqa: E731
 
@@ -58,6 +61,11 @@ def logical_axes(path: str, ndim: int) -> Axes:
     """
     if ndim == 0:  # a scalar of the optimizer, such as its step count
         return ()
+    kernel, _, name = path.rpartition("/")
+    if name in _ADAPTERS:  # those of the kernel, and its rank, which is not sharded
+        axes = list(logical_axes(kernel, ndim))
+        axes[_ADAPTERS[name]] = None
+        return tuple(axes)
     block = re.search(r"(?:^|/)stack/([^/]+)/", path)
     block_axes = _block_axes(block[1]).items() if block else ()
     for pattern, axes in (*block_axes, *_AXES):

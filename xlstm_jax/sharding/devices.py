@@ -47,9 +47,13 @@ class Devices:
 
     def batch_sharding(self, ndim: int = 2) -> NamedSharding:
         """The sharding of a leaf of a batch, `B` or `B T`."""
+        return self.sharding(*("batch", "time")[:ndim])
+
+    def sharding(self, *names: str | None) -> NamedSharding:
+        """The sharding of an array whose first dimensions have these logical axes."""
         # The rules write () for a replicated axis, a partition spec writes None.
-        axes = (self.rules["batch"] or None, self.rules["time"] or None)
-        return NamedSharding(self.mesh, PartitionSpec(*axes[:ndim]))
+        axes = ((self.rules[name] if name else ()) or None for name in names)
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
 
     @property
     def replicated(self) -> NamedSharding:

@@ -1,7 +1,13 @@
 """Training: a pure train step, and a loop with checkpoints, evaluation and exact resume."""
 
-from xlstm_jax.train.checkpoint import Checkpointer, CheckpointError, restore_params
-from xlstm_jax.train.config import ExperimentConfig, TrainConfig
+from xlstm_jax.train import lora
+from xlstm_jax.train.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    restore_adapters,
+    restore_params,
+)
+from xlstm_jax.train.config import ExperimentConfig, LoraConfig, TrainConfig
 from xlstm_jax.train.guard import DivergedError
 from xlstm_jax.train.optimizer import decay_mask, make_optimizer, make_schedule
 from xlstm_jax.train.run import FitResult, fit
@@ -14,14 +20,17 @@ __all__ = [
     "DivergedError",
     "ExperimentConfig",
     "FitResult",
+    "LoraConfig",
     "TrainConfig",
     "TrainState",
     "decay_mask",
     "first_state",
     "fit",
     "init_state",
+    "lora",
     "make_optimizer",
     "make_schedule",
     "make_train_step",
+    "restore_adapters",
     "restore_params",
 ]

@@ -18,7 +18,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ import orbax.checkpoint.experimental.v1 as ocp
 from xlstm_jax.config import ConfigError, load_config
 from xlstm_jax.errors import quote_path
 from xlstm_jax.modules.lm import param_shapes
-from xlstm_jax.train import manifest
+from xlstm_jax.train import lora, manifest
 from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.guard import Guard
 from xlstm_jax.train.processes import log
 from xlstm_jax.train.state import TrainState
+from xlstm_jax.train.trainable import ADAPTERS
 from xlstm_jax.typing import PyTree
 
 FOLDER = "checkpoints"
@@ -248,7 +249,7 @@ def restore_latest(run_dir: str | Path, like: PyTree) -> tuple[TrainState, Any] 
 def restore_params(
     run_dir: str | Path, step: int | None = None, place: Callable[[PyTree], PyTree] | None = None
 ) -> tuple[ExperimentConfig, PyTree]:
-    """Restores the config and the parameters of a run.
+    """Restores the config and the parameters of a run, with its adapters merged if it has any.
 
     Args:
         step: one of `steps`; None restores the newest.
@@ -259,6 +260,27 @@ def restore_params(
         ConfigError: the directory contains no run.
         CheckpointError: the run has no checkpoint of this step, or it is corrupt.
     """
+    cfg, params = _restore_params(run_dir, step, place)
+    return cfg, lora.merged(params, cfg.lora)
+
+
+def restore_adapters(
+    run_dir: str | Path, step: int | None = None
+) -> tuple[ExperimentConfig, PyTree]:
+    """Restores the config and the LoRA adapters of a run alone; as `restore_params`."""
+    if not load_config(run_dir, ExperimentConfig).lora.rank:
+        raise ConfigError(f"{run_dir} has no adapters; train one with lora.rank of at least 1.")
+    cfg, params = _restore_params(run_dir, step, names=(ADAPTERS,))
+    return cfg, params[ADAPTERS]
+
+
+def _restore_params(
+    run_dir: str | Path,
+    step: int | None,
+    place: Callable[[PyTree], PyTree] | None = None,
+    names: Collection[str] | None = None,
+) -> tuple[ExperimentConfig, PyTree]:
+    """The parameters of a train state, or those with some `names`; no optimizer state is read."""
     cfg = load_config(run_dir, ExperimentConfig)
     saved = steps(run_dir)
     if not saved:
@@ -266,10 +288,11 @@ def restore_params(
     if step is not None and step not in saved:
         words = ", ".join(map(str, saved))
         raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; use one of: {words}.")
-    shapes = param_shapes(cfg.model)
+    shapes = lora.attached_shapes(param_shapes(cfg.model), cfg.lora)
+    if names is not None:
+        shapes = {name: tree for name, tree in shapes.items() if name in names}
     like = {"params": _abstract(shapes, None if place is None else place(shapes))}
     step = saved[-1] if step is None else step
-    # Partial: the optimizer state is not read.
     return cfg, _restore(Path(run_dir), step, {"state": like}, partial=True)["state"]["params"]
 
 

@@ -190,6 +190,22 @@ class ExperimentConfig:
                     f"{size} and {self.train.accumulation}; change one of them, or "
                     "train.batch_ramp."
                 )
+        if self.train.carry_state and self.data.packing != "stream":
+            raise ConfigError(
+                "train.carry_state must be False unless data.packing='stream', where sequences "
+                f"continue from step to step, got data.packing={quote(self.data.packing)}; use "
+                "that packing."
+            )
+        if self.train.carry_state and self.train.batch_ramp:
+            raise ConfigError(
+                "train.batch_ramp must be empty with train.carry_state, which needs the same "
+                f"sequences in every step, got {quote(self.train.batch_ramp)}; leave it out."
+            )
+        if self.train.freeze is not None and self.lora.rank:
+            raise ConfigError(
+                f"train.freeze={quote(self.train.freeze)} must be None with lora.rank="
+                f"{self.lora.rank}, which trains adapters only; choose them by lora.target."
+            )
 
     @functools.cached_property
     def batch_sizes(self) -> BatchSizes:

@@ -24,16 +24,30 @@ def language_model_loss(
 
     The train step divides by the number of tokens, after summing micro-batches and devices.
     """
-    sums, _ = token_sums(
+    loss, (sums, _) = stateful_loss(model, params, batch, cfg, dropout_key)
+    return loss, sums
+
+
+def stateful_loss(
+    model: Any,
+    params: PyTree,
+    batch: Batch,
+    cfg: TrainConfig,
+    dropout_key: PRNGKeyArray | None = None,
+    state: Any = None,
+) -> tuple[Float[Array, ""], tuple[CrossEntropy, Any]]:
+    """`language_model_loss` from a state of the model, with the state after the batch."""
+    sums, state = token_sums(
         model,
         params,
         batch,
         document_resets=cfg.document_resets,
+        state=state,
         dropout_key=dropout_key,
         z_loss=cfg.z_loss,
         chunk_size=cfg.loss_chunk,
     )
-    return sums.ce_sum + sums.z_sum, sums
+    return sums.ce_sum + sums.z_sum, (sums, state)
 
 
 def token_sums(

@@ -18,17 +18,20 @@ import optax
 
 from xlstm_jax.data import loader
 from xlstm_jax.data.batch import Batch, Examples
-from xlstm_jax.modules.initializers import random_key
+from xlstm_jax.modules.initializers import jit_once, random_key
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.ops.cross_entropy import CrossEntropy
 from xlstm_jax.sharding.devices import Devices
 from xlstm_jax.sharding.rules import use_rules
-from xlstm_jax.train import losses, metrics
+from xlstm_jax.train import lora, losses, metrics
+from xlstm_jax.train.carry import Carry
 from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.optimizer import make_optimizer
-from xlstm_jax.train.state import TrainState, first_state, init_state
+from xlstm_jax.train.state import TrainState, first_state
 from xlstm_jax.train.step import make_train_step
-from xlstm_jax.typing import PyTree
+from xlstm_jax.typing import PRNGKeyArray, PyTree
+
+_LORA = 2  # folded into the key of the seed, which itself initializes the parameters; 1: dropout
 
 _number = itertools.count()  # makes the names of the steps of a process unique
 
@@ -48,7 +51,7 @@ class TrainProgram:
         self.cfg, self.devices = cfg, devices
         self.model = LM(cfg.model)
         self.tx = make_optimizer(cfg.train) if tx is None else tx
-        state = jax.eval_shape(self._first_state)
+        state = jax.eval_shape(self._first_state, random_key(0))
         totals = jax.eval_shape(metrics.empty)
         ids = jax.ShapeDtypeStruct((cfg.data.batch_size, cfg.data.seq_len), jnp.int32)
         weights = jax.ShapeDtypeStruct(ids.shape, jnp.float32)
@@ -60,7 +63,7 @@ class TrainProgram:
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             (state, totals, batch),
             (
-                devices.shardings(state),
+                self._shardings(state),
                 jax.tree.map(lambda _: devices.replicated, totals),
                 jax.tree.map(lambda x: devices.batch_sharding(x.ndim), batch),
             ),
@@ -73,7 +76,7 @@ class TrainProgram:
         Call it within `devices.active()`. It is traced once for every batch size of the run; one
         more trace raises, because it would silently compile the step again.
         """
-        train_step = make_train_step(self.model, self.tx, self.cfg.train)
+        train_step = make_train_step(self.model, self.tx, self.cfg.train, lora_cfg=self.cfg.lora)
 
         def step(state: TrainState, totals: metrics.Totals, batch: Batch):
             # Inside the jitted function: the rules are read while it is traced.
@@ -100,6 +103,7 @@ class TrainProgram:
 
         def sums(params: PyTree, batch: Batch) -> CrossEntropy:
             with use_rules(self.devices.rules):
+                params = lora.merged(params, self.cfg.lora)
                 return losses.token_sums(self.model, params, batch, document_resets=resets)[0]
 
         return jax.jit(sums)
@@ -130,20 +134,45 @@ class TrainProgram:
         bits = total.bits_per_byte
         return evaluation if bits is None else evaluation | {f"{name}_bits_per_byte": bits}
 
-    def _first_state(self, devices: Devices | None = None) -> TrainState:
-        # Parameters do not depend on the tokens, so the smallest batch initializes them.
-        key, tokens = random_key(self.cfg.train.seed), jnp.zeros((1, 1), jnp.int32)
-        return init_state(self.model, self.tx, key, tokens, devices=devices)
+    def _first_state(self, key: PRNGKeyArray, params: PyTree = None) -> TrainState:
+        """The initial state, for given parameters of the model or for random ones."""
+        cfg = self.cfg
+        if params is None:
+            # Parameters do not depend on the tokens, so the smallest batch initializes them.
+            params = self.model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        params = lora.attach(params, cfg.lora, jax.random.fold_in(key, _LORA))
+        state = first_state(params, self.tx, freeze=cfg.train.freeze)
+        if cfg.train.carry_state:
+            state = state.replace(carry=Carry.start(self.model, cfg.data.batch_size))
+        return state
+
+    def _shardings(self, state: TrainState) -> TrainState:
+        """The sharding of every leaf of a state; sequences of its carry are as those of a batch."""
+        carry, batch = state.carry, self.devices.batch_sharding(1)
+        if carry is not None:
+            recurrent = jax.tree.map(lambda _: self.devices.sharding(None, "batch"), carry.state)
+            carry = Carry(recurrent, batch)
+        return self.devices.shardings(state.replace(carry=None)).replace(carry=carry)
+
+    @property
+    def shardings(self) -> TrainState:
+        """The sharding of every leaf of the state."""
+        return jax.tree.map(lambda x: x.sharding, self.arguments[0])
 
     def init(self) -> TrainState:
         """The initial state, each leaf created sharded on its devices."""
-        return self._first_state(self.devices)
+        with self.devices.active():
+            make = jit_once(self._first_state, out_shardings=self.shardings)
+            return make(random_key(self.cfg.train.seed))
 
     def init_from(self, params: PyTree) -> TrainState:
-        """The initial state for these parameters."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.arguments[0])
-        make = jax.jit(lambda params: first_state(params, self.tx), out_shardings=shardings)
-        return make(params)
+        """The initial state for parameters of the model, which are donated: they are not copied."""
+        shardings = self.shardings
+        placements = {name: shardings.params[name] for name in params}
+        placed = jax.device_put(params, placements, donate=True)
+        make = jax.jit(self._first_state, out_shardings=shardings, donate_argnums=1)
+        with self.devices.active():
+            return make(random_key(self.cfg.train.seed), placed)
 
     def compile(self) -> jax.stages.Compiled:
         """Compiles `step` from shapes alone, without computing anything."""

@@ -14,15 +14,18 @@ from xlstm_jax.data import loader
 from xlstm_jax.data.batch import Examples, differences_of_data
 from xlstm_jax.data.mixture import check_tokenizers
 from xlstm_jax.data.stream import Stream
+from xlstm_jax.data.windows import Windows
+from xlstm_jax.errors import quote
 from xlstm_jax.program_cache import compiled_programs
 from xlstm_jax.sharding.devices import make_devices
-from xlstm_jax.train import checkpoint, lock, plots, rundir
+from xlstm_jax.train import checkpoint, initial, lock, lora, plots, rundir
 from xlstm_jax.train.batches import GivenBatches, TrainBatches
 from xlstm_jax.train.config import ExperimentConfig, check_divisibility, check_vocabulary
 from xlstm_jax.train.loop import Loop, Outputs, Progress
 from xlstm_jax.train.processes import Stop, extra, log, process_log, sync_processes
 from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.train.state import TrainState
+from xlstm_jax.train.trainable import ADAPTERS, num_bytes, partition
 from xlstm_jax.train.writers import CallbackWriter, ConsoleWriter, JsonlWriter, Writer
 
 
@@ -115,9 +118,9 @@ def _fit(
     check_tokenizers("data.eval_sets", held_out)
     program = TrainProgram(cfg, devices, tx)
     resumed = None if fresh else _resume(program, run_dir, train)
-    state, progress = resumed or (program.init(), Progress())
+    state, progress = resumed or (_start(program), Progress())
     facts = {
-        "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        **_sizes(state, cfg),
         "data": {"train": train.description}
         | {name: examples.description for name, examples in held_out.items()},
     }
@@ -129,6 +132,8 @@ def _fit(
         if fresh:
             rundir.discard(run_dir)
         rundir.prepare(run_dir, cfg, facts, progress.step)
+        if resumed is None and cfg.init_from is not None:
+            initial.copy_notes(cfg, run_dir)
         for examples in (getattr(train, "examples", None), *held_out.values()):
             if (tokenizer := getattr(examples, "tokenizer", None)) is not None:
                 tokenizer.save(run_dir / rundir.TOKENIZER)
@@ -168,7 +173,38 @@ def _stream(cfg: ExperimentConfig) -> Stream:
     """The training batches that a config describes."""
     examples = loader.load(cfg.data, "train")
     check_vocabulary(cfg, examples)
+    if cfg.train.carry_state and not isinstance(examples, Windows):
+        raise ConfigError(
+            f"train.carry_state must be False with data.source={quote(cfg.data.source)}, whose "
+            "samples are independent; use text."
+        )
     return Stream(examples, cfg.data, cfg.batch_sizes)
+
+
+def _start(program: TrainProgram) -> TrainState:
+    """The state of a new run."""
+    if program.cfg.init_from is None:
+        return program.init()
+    return program.init_from(initial.load_params(program))
+
+
+def _sizes(state: TrainState, cfg: ExperimentConfig) -> dict[str, Any]:
+    """The number of parameters, and bytes of the state over all devices."""
+    trained, _ = partition(state.params, cfg.train.freeze)
+    sizes = {
+        "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "num_trained_params": sum(leaf.size for leaf in jax.tree.leaves(trained)),
+        "params_bytes": num_bytes(state.params),
+        "trained_params_bytes": num_bytes(trained),
+        "optimizer_bytes": num_bytes(state.opt_state),
+    }
+    log.info("state: %s", ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
+    if not cfg.lora.rank:
+        return sizes
+    base = {name: tree for name, tree in state.params.items() if name != ADAPTERS}
+    found = lora.targets(base, cfg.lora)
+    log.info("adapters: %s; without: %s", ", ".join(found.matrices), ", ".join(found.skipped))
+    return sizes | {"lora": found._asdict()}
 
 
 def _resume(

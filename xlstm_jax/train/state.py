@@ -10,6 +10,7 @@ from flax import struct
 from xlstm_jax.modules.initializers import jit_once
 from xlstm_jax.sharding.devices import Devices
 from xlstm_jax.train.guard import Guard
+from xlstm_jax.train.trainable import partition
 from xlstm_jax.typing import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
 
@@ -21,11 +22,12 @@ class TrainState(struct.PyTreeNode):
     """
 
     step: Any  # scalar: batches seen, including skipped ones; determines the next batch
-    params: PyTree
-    opt_state: PyTree
+    params: PyTree  # of the model, and adapters under the key "lora" if there are any
+    opt_state: PyTree  # of the trained parameters
     guard: Any  # Guard
     lr_scale: Any  # scalar: factor on the schedule, for grids of learning rates
     ema: PyTree = None  # average of the parameters; None: not computed
+    carry: Any = None  # Carry: recurrent state between steps; None: not carried
 
 
 def init_state(
@@ -36,6 +38,7 @@ def init_state(
     *,
     lr_scale: Float[ArrayLike, ""] = 1.0,
     devices: Devices | None = None,
+    freeze: str | None = None,
 ) -> TrainState:
     """The initial state, computed in one compiled program.
 
@@ -44,10 +47,11 @@ def init_state(
         key: initializes the parameters; `jax.vmap` over keys gives the state of many runs.
         tokens: any tokens: their values do not matter, and 1 x 1 zeros suffice.
         devices: the mesh on which the state is created, sharded; None creates it on one device.
+        freeze: `TrainConfig.freeze`: the frozen parameters have no optimizer state.
     """
 
     def build(key, tokens, lr_scale):
-        return first_state(model.init(key, tokens)["params"], tx, lr_scale)
+        return first_state(model.init(key, tokens)["params"], tx, lr_scale, freeze=freeze)
 
     args = key, tokens, lr_scale
     if devices is None:
@@ -59,13 +63,17 @@ def init_state(
 
 
 def first_state(
-    params: PyTree, tx: optax.GradientTransformation, lr_scale: Float[ArrayLike, ""] = 1.0
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    lr_scale: Float[ArrayLike, ""] = 1.0,
+    *,
+    freeze: str | None = None,
 ) -> TrainState:
-    """The initial state for given parameters."""
+    """The initial state for given parameters, with optimizer state for the trained ones only."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=tx.init(params),
+        opt_state=tx.init(partition(params, freeze)[0]),
         guard=Guard.start(),
         lr_scale=jnp.asarray(lr_scale, jnp.float32),
     )

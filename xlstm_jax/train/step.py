@@ -8,25 +8,37 @@ import jax.numpy as jnp
 import optax
 
 from xlstm_jax.cells.logspace import common_dtype
+from xlstm_jax.config import ConfigError
 from xlstm_jax.data.batch import Batch
 from xlstm_jax.errors import ArgumentError
 from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.ops.cross_entropy import CrossEntropy
-from xlstm_jax.train import guard, losses
-from xlstm_jax.train.config import TrainConfig
+from xlstm_jax.train import guard, lora, losses
+from xlstm_jax.train.carry import Carry, state_before
+from xlstm_jax.train.config import LoraConfig, TrainConfig
 from xlstm_jax.train.metrics import Metrics
 from xlstm_jax.train.optimizer import ScheduledOptimizer, norm
 from xlstm_jax.train.state import TrainState
-from xlstm_jax.typing import Array, Float, PRNGKeyArray, PyTree
+from xlstm_jax.train.trainable import combine, partition
+from xlstm_jax.typing import Array, Float, Int, PRNGKeyArray, PyTree
 
 LossFn = Callable[[PyTree, Batch, PRNGKeyArray | None], tuple[Float[Array, ""], CrossEntropy]]
+# As `LossFn`, with the recurrent state before the batch as a further argument and after it as a
+# further result: (params, batch, key, state) -> (sum, (CrossEntropy, state)).
+StatefulLossFn = Callable[..., tuple[Float[Array, ""], tuple[CrossEntropy, PyTree]]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
+NO_ADAPTERS = LoraConfig()
 _DROPOUT = 1  # folded into the key of the seed, which itself initializes the parameters
 
 
 def make_train_step(
-    model: Any, tx: optax.GradientTransformation, cfg: TrainConfig, loss_fn: LossFn | None = None
+    model: Any,
+    tx: optax.GradientTransformation,
+    cfg: TrainConfig,
+    loss_fn: LossFn | None = None,
+    *,
+    lora_cfg: LoraConfig = NO_ADAPTERS,
 ) -> TrainStep:
     """Makes the train step `(state, batch) -> (state, metrics)`.
 
@@ -39,15 +51,31 @@ def make_train_step(
     `skipped_in_a_row` counts consecutive skipped updates; `lr` is absent unless `tx` is a result of
     `make_optimizer`.
 
+    Gradients are computed for the trained parameters only: those that `cfg.freeze` does not match,
+    or the adapters under the key "lora" of the parameters. All norms, weight decay and the guard
+    concern these parameters.
+
     Args:
         model: an `LM`, or a module with the same call signature.
         tx: the result of `make_optimizer`, or any other optax transformation.
-        cfg: gradient accumulation, guard and z-loss.
+        cfg: gradient accumulation, guard, z-loss, frozen parameters and carried state.
         loss_fn: the sums of a batch; None uses `losses.language_model_loss`.
-    """
+        lora_cfg: scale of the adapters, which are merged before the loss is computed.
 
-    def model_loss(params, batch, key):
-        return losses.language_model_loss(model, params, batch, cfg, key)
+    Raises:
+        ConfigError: `loss_fn` cannot carry the recurrent state that `cfg.carry_state` asks for.
+    """
+    if cfg.carry_state and loss_fn is not None:
+        raise ConfigError(
+            "train.carry_state must be False with a loss_fn of your own, which takes no recurrent "
+            "state; leave one of them out."
+        )
+
+    def loss_of_params(params, batch, key, state):
+        if loss_fn is None:
+            return losses.stateful_loss(model, params, batch, cfg, key, state)
+        loss, sums = loss_fn(params, batch, key)
+        return loss, (sums, None)
 
     tx = optax.with_extra_args_support(tx)  # ignores step and lr_scale unless tx takes them
 
@@ -56,22 +84,38 @@ def make_train_step(
         if model.cfg.has_dropout:  # a function of seed and step, so no key is stored
             key = jax.random.fold_in(random_key(cfg.seed), _DROPOUT)
             key = jax.random.fold_in(key, state.step)
-        loss_of = loss_fn or model_loss
-        grads, sums = sum_gradients(loss_of, state.params, batch, key, cfg.accumulation)
+        trained, frozen = partition(state.params, cfg.freeze)
+        recurrent = None
+        if cfg.carry_state:
+            recurrent = state_before(state.carry, batch, document_resets=cfg.document_resets)
+
+        def loss_of(trained, batch, key, recurrent):
+            params = lora.merged(combine(trained, frozen), lora_cfg)
+            return loss_of_params(params, batch, key, recurrent)
+
+        grads, sums, recurrent = sum_gradients(
+            loss_of, trained, batch, key, cfg.accumulation, recurrent
+        )
         # A batch without targets gives 0/0, which the guard skips.
         grads = jax.tree.map(lambda g: g / sums.weight_sum.astype(g.dtype), grads)
         loss = sums.ce_sum / sums.weight_sum
         grad_norm = norm(grads)
         ok, new_guard = guard.check_update(state.guard, loss, grad_norm, cfg)
         updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, step=state.step, lr_scale=state.lr_scale
+            grads, state.opt_state, trained, step=state.step, lr_scale=state.lr_scale
         )
-        params = guard.select(ok, optax.apply_updates(state.params, updates), state.params)
+        trained = guard.select(ok, optax.apply_updates(trained, updates), trained)
+        carry = state.carry
+        if cfg.carry_state:
+            # A skipped step may have computed NaN. Its sequences then start anew, because the
+            # next windows do not follow those of the old carry.
+            carry = guard.select(ok, Carry(recurrent, batch.index), carry)
         new = state.replace(
             step=state.step + 1,  # also if skipped, so that the next batch is another one
-            params=params,
+            params=combine(trained, frozen),
             opt_state=guard.select(ok, opt_state, state.opt_state),
             guard=new_guard,
+            carry=carry,
         )
         metrics = {
             "loss": loss,
@@ -80,10 +124,9 @@ def make_train_step(
             "accuracy": sums.correct_sum / sums.weight_sum,
             "grad_norm": grad_norm,
             "update_norm": jnp.where(ok, norm(updates), 0.0),
-            "param_norm": norm(params),
+            "param_norm": norm(trained),
             "tokens": sums.weight_sum,
-            # Documents are numbered from 1 in each sequence, so the largest id is their number.
-            "documents": jnp.sum(jnp.max(batch.segment_ids, axis=-1)),
+            "documents": _count_documents(batch.segment_ids),
             "padding_fraction": jnp.mean(batch.segment_ids == 0),
             "skipped": 1 - ok.astype(jnp.int32),
             "skipped_in_a_row": new_guard.skipped,
@@ -95,17 +138,33 @@ def make_train_step(
     return train_step
 
 
+def _count_documents(segment_ids: Int[Array, "B T"]) -> Int[Array, ""]:
+    # Ids are consecutive in each sequence. The first is 1, or 2 in a stream, or 0 in padding.
+    first = jnp.maximum(segment_ids[:, 0], 1)
+    return jnp.sum(jnp.maximum(jnp.max(segment_ids, axis=-1) - first + 1, 0))
+
+
 def sum_gradients(
-    loss_fn: LossFn, params: PyTree, batch: Batch, key: PRNGKeyArray | None, num_parts: int = 1
-) -> tuple[PyTree, CrossEntropy]:
+    loss_fn: StatefulLossFn,
+    params: PyTree,
+    batch: Batch,
+    key: PRNGKeyArray | None,
+    num_parts: int = 1,
+    state: PyTree = None,
+) -> tuple[PyTree, CrossEntropy, PyTree]:
     """Gradients of the summed loss, and the sums, accumulated over `num_parts` micro-batches.
 
     Sums of micro-batches with different numbers of tokens add up to the sum of the batch; means do
-    not.
+    not. The last result is the recurrent state after the batch, from `state` before it.
     """
-    grad_fn = jax.grad(loss_fn, has_aux=True)
+
+    def grad_fn(*args):
+        grads, (sums, after) = jax.grad(loss_fn, has_aux=True)(*args)
+        return (grads, sums), after
+
     if num_parts == 1:
-        return grad_fn(params, batch, key)
+        (grads, sums), state = grad_fn(params, batch, key, state)
+        return grads, sums, state
     num_sequences = len(batch.inputs)
     if num_sequences % num_parts:
         raise ArgumentError(
@@ -113,17 +172,31 @@ def sum_gradients(
             f"change data.batch_size or train.accumulation={num_parts}."
         )
     # Strided, so that every micro-batch has sequences on every device.
-    parts = jax.tree.map(
-        lambda x: jnp.swapaxes(x.reshape((-1, num_parts) + x.shape[1:]), 0, 1), batch
-    )
-    shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], parts), key)
+    parts = jax.tree.map(lambda x: _divide(x, num_parts, axis=0), batch)
+    states = jax.tree.map(lambda x: _divide(x, num_parts, axis=1), state)
+    first = jax.tree.map(lambda x: x[0], (parts, states))
+    shapes, _ = jax.eval_shape(grad_fn, params, first[0], key, first[1])
     # Accumulated in float32 or wider, whatever the dtype of the parameters.
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, common_dtype(jnp.float32, s.dtype)), shapes)
 
-    def body(total, index_and_part):
-        index, part = index_and_part
+    def body(total, inputs):
+        index, part, before = inputs
         part_key = None if key is None else jax.random.fold_in(key, index)
-        grads_and_sums = grad_fn(params, part, part_key)
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, grads_and_sums), None
+        grads_and_sums, after = grad_fn(params, part, part_key, before)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, grads_and_sums), after
 
-    return jax.lax.scan(body, zeros, (jnp.arange(num_parts), parts))[0]
+    inputs = (jnp.arange(num_parts), parts, states)
+    (grads, sums), states = jax.lax.scan(body, zeros, inputs)
+    return grads, sums, jax.tree.map(lambda x: _rejoin(x, axis=1), states)
+
+
+def _divide(x: Array, num_parts: int, axis: int) -> Array:
+    """Every `num_parts`-th index along an axis; the parts are a new leading axis."""
+    shape = (*x.shape[:axis], -1, num_parts, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
+
+
+def _rejoin(x: Array, axis: int) -> Array:
+    """The inverse of `_divide`."""
+    x = jnp.moveaxis(x, 0, axis + 1)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
