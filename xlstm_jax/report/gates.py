@@ -33,7 +33,7 @@ def collect(records: Sequence[dict[str, Any]], train: Table, max_bytes: float) -
     index = thin(np.stack(extremes), min(max_records, MAX_POINTS))
     table = with_axes({"step": np.array(sorted(gates), float)[index]}, train)
     shown = {
-        name: [
+        label(name): [
             {"block": label(block), "head": head, "values": to_json(values[index])}
             for (block, head), values in curves.items()
         ]
@@ -49,7 +49,7 @@ def _curves(gates: Sequence[dict[str, Any]]) -> dict[str, Curves]:
     for n, blocks in enumerate(gates):
         for block, values_by_name in blocks.items():
             for name, values in values_by_name.items() if isinstance(values_by_name, dict) else ():
-                curves = statistics.setdefault(label(name), {})
+                curves = statistics.setdefault(name, {})
                 for head, value in enumerate(values if isinstance(values, list) else [values]):
                     if (block, head) not in curves:
                         curves[block, head] = np.full(len(gates), np.nan)

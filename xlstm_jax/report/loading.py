@@ -91,10 +91,11 @@ _FILES = (rundir.CONFIG, rundir.RUN, rundir.METRICS)
 def _names(folders: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that differ from each other."""
     parts = [folder.resolve().parts for folder in folders]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = [gates.label("/".join(p[-depth:])) for p in parts]
+    names = [gates.label(path[-1]) for path in parts]
+    for depth in range(2, max(map(len, parts)) + 2):
         if len(set(names)) == len(names):
             return names
+        names = [gates.label("/".join(path[-depth:])) for path in parts]
     return [f"{name} ({n})" for n, name in enumerate(names, 1)]  # equal where truncated
 
 

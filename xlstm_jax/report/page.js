@@ -5,11 +5,14 @@ const report = JSON.parse(document.getElementById("data").textContent);
 const root = document.documentElement;
 const NUM_COLORS = 6; // --run-0 ... of page.css
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
-const PRINTED_WIDTH = 680; // pixels between the margins of a page
+const PRINTED = {width: 680, height: 230}; // pixels; the width fits between the margins of a page
 const MAX_MARKED = 60; // longer curves are drawn without markers
 const MAX_NAMED_BLOCKS = 12;
 const TIMES = [["days", 86400], ["hours", 3600], ["minutes", 60], ["seconds", 1]];
-const CONFIG = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"]};
+const CONFIG = {
+  responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"],
+  showSendToCloud: false, plotlyServerURL: "", // the page sends nothing
+};
 
 const hidden = new Set(); // indices of runs
 const controls = document.getElementById("controls");
@@ -17,8 +20,9 @@ const gateControls = document.getElementById("gate-controls");
 // On a touch screen a drag scrolls the page.
 const dragmode = matchMedia("(pointer: coarse)").matches ? false : "zoom";
 
+const isPrinting = () => root.classList.contains("printing");
 const color = (name) => getComputedStyle(root).getPropertyValue(name).trim();
-const line = (i) => ({color: color(`--run-${i % NUM_COLORS}`), dash: DASHES[Math.floor(i / NUM_COLORS) % DASHES.length], width: 1.8});
+const line = (i) => ({color: color(`--run-${i % NUM_COLORS}`), dash: DASHES[Math.floor(i / NUM_COLORS) % DASHES.length], width: report.runs.length > 8 ? 1.2 : 1.8});
 // Plotly reads a part of HTML in names.
 const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 
@@ -54,13 +58,13 @@ function layout(x, y, revision) {
     xaxis: {title: {text: x.title}, tickformat: x.name === "seconds" ? "" : "~s"},
     yaxis: y,
     uirevision: revision, // the same one keeps the zoom
-    ...(root.classList.contains("printing") ? {width: PRINTED_WIDTH} : {autosize: true}),
+    ...(isPrinting() ? PRINTED : {autosize: true}),
   };
 }
 
 function show(id, traces, options) {
   const plot = document.querySelector(`#chart-${id} .plot`);
-  if (options.width === undefined) plot.style.width = "";
+  plot.style.height = options.height ? `${options.height}px` : ""; // else that of page.css
   Plotly.react(plot, traces, options, CONFIG);
 }
 
@@ -80,7 +84,8 @@ function drawChart(chart) {
     const table = run[chart.table];
     const values = x.values(table);
     if (hidden.has(i) || !values || !table[metric]) return [];
-    return [curve(values, table[metric], table.step, run.name, chart.format, line(i))];
+    const style = {...line(i), shape: metric === "skipped" ? "hv" : "linear"};
+    return [curve(values, table[metric], table.step, run.name, chart.format, style)];
   });
   const isLog = chart.log && controls.elements.log.checked;
   const title = chart.unit || metric.replace(/_/g, " ");
@@ -108,6 +113,7 @@ function drawGateCurves(gates, curves, blocks, statistic) {
   const traces = curves.map((c) => ({
     ...curve(x.values(gates) || [], c.values, gates.step, `${c.block}, head ${c.head}`, ",.4~r", line(blocks.indexOf(c.block))),
     name: escaped(c.block), legendgroup: c.block, showlegend: c.head === 0,
+    ...(curves.length > MAX_NAMED_BLOCKS ? {mode: gates.step.length > 1 ? "lines" : "markers"} : {}),
   }));
   const y = {title: {text: statistic.replace(/_/g, " ") + (isLog ? ", tokens" : "")}, type: isLog ? "log" : "linear", tickformat: "~g"};
   const options = layout(x, y, `${x.name} ${statistic}`);
@@ -124,17 +130,20 @@ function drawHeatmap(curves, blocks, statistic) {
   const last = (block, head) => curves.find((c) => c.block === block && c.head === head)?.values.findLast((v) => v !== null) ?? null;
   const values = blocks.map((block) => Array.from({length: numHeads}, (_, head) => last(block, head)));
   const scale = (v) => (v === null || (isLog && v <= 0) ? null : isLog ? Math.log10(v) : v);
+  const ends = values.flat().filter((v) => v > 0).map(Math.log10);
+  const powers = Array.from({length: 20}, (_, n) => n - 3).filter((n) => n >= Math.min(...ends) && n <= Math.max(...ends));
   const trace = {
     type: "heatmap", z: values.map((row) => row.map(scale)), customdata: values,
+    text: values.map((row) => row.map((v) => (v === null ? "" : String(Number(v.toPrecision(3)))))),
     x: Array.from({length: numHeads}, (_, head) => head), y: blocks.map(escaped),
-    colorscale: "Cividis", xgap: 1, ygap: 1, colorbar: {thickness: 12, outlinewidth: 0, tickprefix: isLog ? "10^" : ""},
+    colorscale: "Cividis", xgap: 1, ygap: 1, 
+    colorbar: {thickness: 12, outlinewidth: 0, ...(isLog ? {tickvals: powers, ticktext: powers.map((n) => String(10 ** n))} : {})},
     hovertemplate: "block %{y}, head %{x}<br>%{customdata:,.4~r}<extra></extra>",
-    texttemplate: blocks.length * numHeads <= 64 ? "%{customdata:,.3~r}" : "",
+    texttemplate: blocks.length * numHeads <= 64 ? "%{text}" : "",
   };
   const options = layout({name: "head", title: "head"}, {title: {text: "block"}, type: "category", autorange: "reversed"}, statistic);
   options.xaxis = {title: {text: "head"}, dtick: Math.ceil(numHeads / 16), showgrid: false};
   options.height = Math.max(200, 26 * Math.min(blocks.length, 48) + 90);
-  document.querySelector("#chart-gates-last .plot").style.height = `${options.height}px`;
   show("gates-last", [trace], options);
 }
 
@@ -157,9 +166,9 @@ function writeKeys() {
   }
 }
 
-function print(isPrinting) {
-  if (root.classList.contains("printing") === isPrinting) return;
-  root.classList.toggle("printing", isPrinting); // the light colors
+function setPrinting(isPrinted) {
+  if (isPrinted === isPrinting()) return;
+  root.classList.toggle("printing", isPrinted); // page.css has light colors for it
   writeKeys();
   drawAll();
 }
@@ -185,7 +194,7 @@ document.getElementById("none").addEventListener("click", () => setRuns(false));
 document.querySelectorAll("figure select").forEach((select) => select.addEventListener("change", drawAll));
 gateControls?.addEventListener("change", drawGates);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
-matchMedia("print").addEventListener("change", (event) => print(event.matches));
-addEventListener("beforeprint", () => print(true));
-addEventListener("afterprint", () => print(false));
+matchMedia("print").addEventListener("change", (event) => setPrinting(event.matches));
+addEventListener("beforeprint", () => setPrinting(true));
+addEventListener("afterprint", () => setPrinting(false));
 drawAll();

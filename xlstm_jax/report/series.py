@@ -71,12 +71,12 @@ def thin(columns: Float[np.ndarray, "columns records"], limit: int) -> Int[np.nd
     # The first and the last record are always kept.
     num_buckets = (limit - 2) // (2 * num_columns + 1)
     kept = [0, num_records - 1]
-    if num_buckets == 0:
-        return np.unique(np.linspace(0, num_records - 1, limit).astype(int))
     low, high = np.nan_to_num(columns, nan=np.inf), np.nan_to_num(columns, nan=-np.inf)
-    for bucket in np.array_split(np.arange(num_records), num_buckets):
+    for bucket in np.array_split(np.arange(num_records), num_buckets) if num_buckets else ():
         kept += [*bucket[low[:-1, bucket].argmin(1)], *bucket[high[:, bucket].argmax(1)]]
-    return np.unique(kept)
+    # Columns often share their extremes; evenly spaced records use the rest of the limit.
+    even = np.linspace(0, num_records - 1, limit - len(set(kept)) + 2)  # with both ends
+    return np.unique([*kept, *even.astype(int)])
 
 
 def thin_table(table: Table, limit: int) -> Table:

@@ -67,7 +67,7 @@ def summary(summaries: Sequence[Summary]) -> str:
         "tokens": [_count(s.tokens_seen) for s in summaries],
         "time in steps": [_time(s.seconds) for s in summaries],
         "parameters": [_count(s.num_params) for s in summaries],
-        "tokens/s": [_count(s.tokens_per_second and round(s.tokens_per_second)) for s in summaries],
+        "tokens/s": [_count(s.tokens_per_second) for s in summaries],
         "MFU": [_percent(s.mfu) for s in summaries],
         "goodput": [_percent(s.goodput) for s in summaries],
         "skipped steps": [_count(s.skipped) for s in summaries],
@@ -99,8 +99,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
 
 
-def _count(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}" if value < 10**15 else f"{value:.4g}"
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if abs(value) < 1e15 else f"{value:.4g}"
 
 
 def _percent(value: float | None) -> str:
@@ -157,4 +157,6 @@ def _text(value: Any) -> str:
     """A field as text; 1.0 like 1, which a float field may hold as well."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
