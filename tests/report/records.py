@@ -1,6 +1,13 @@
 """Records and descriptions of runs in the documented format, without training."""
 
+import json
 import math
+import pathlib
+
+from xlstm_jax.config import to_dict
+from xlstm_jax.data import DataConfig
+from xlstm_jax.modules import LMConfig
+from xlstm_jax.train import ExperimentConfig, TrainConfig
 
 ABOUT = {
     "name": "tiny",
@@ -32,3 +39,22 @@ def gate_record(step: int, blocks=("0:m", "1:s"), heads: int = 2) -> dict:
     values = dict(effective_length=[10.0 ** (head + 1) for head in range(heads)])
     values |= dict(forget_mean=[1 - 0.1 ** (head + 1) for head in range(heads)])
     return {"step": step, "gates": {block: values for block in blocks}}
+
+
+def write_run(folder: pathlib.Path, records=None, about=ABOUT, **train) -> pathlib.Path:
+    """Writes a run of 100 steps, or of these records; keywords are fields of TrainConfig."""
+    folder.mkdir(parents=True)
+    cfg = ExperimentConfig(
+        name="tiny",
+        model=LMConfig(vocab_size=257, dim=8, pattern="ms"),
+        data=DataConfig(source="grammar"),
+        train=TrainConfig(**dict(steps=100) | train),
+    )
+    if records is None:
+        records = [train_record(step) for step in range(10, 101, 10)]
+        records += [eval_record(step, 2 - step / 100) for step in (50, 100)]
+        records += [gate_record(step) for step in (50, 100)]
+    (folder / "config.json").write_text(json.dumps(to_dict(cfg)))
+    (folder / "run.json").write_text(json.dumps(about))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from xlstm_jax.report.loading import Run
+from xlstm_jax.report.runs import Run
 from xlstm_jax.report.series import AXES, to_json
 from xlstm_jax.report.tables import escape, metric_title
 

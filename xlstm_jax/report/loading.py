@@ -1,16 +1,16 @@
-"""Run directories read for comparison: a summary, tables of metrics, and the fields of files."""
+"""Reads run directories, in whatever state they are, for a report."""
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from xlstm_jax.config import ConfigError, flatten, read_json, user_path
 from xlstm_jax.errors import quote, quote_path
 from xlstm_jax.report import gates
+from xlstm_jax.report.runs import Run, Status, Summary
 from xlstm_jax.report.series import (
     MAX_POINTS,
     Table,
@@ -30,40 +30,6 @@ HELD_OUT = re.compile(r"(.+)_(loss|bits_per_byte|accuracy)")
 NOT_HELD_OUT = ("z_loss",)
 
 BYTES_PER_VALUE = 9  # of the page; about
-
-Status = Literal["finished", "diverged", "training", "stopped", "no records"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Summary:
-    """The final values of a run; None where it has none."""
-
-    name: str  # unique among the compared runs
-    path: str
-    status: Status
-    step: int
-    steps: int | None  # of the complete run
-    tokens_seen: int | None
-    seconds: float | None  # in train steps: without compilation, evaluation and checkpoints
-    num_params: int | None
-    loss: float | None
-    evaluation: dict[str, float]  # the last held-out value by metric
-    tokens_per_second: float | None  # median
-    mfu: float | None  # median
-    goodput: float | None
-    skipped: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """One run of a report; its tables and gate statistics are thinned."""
-
-    summary: Summary
-    config: dict[str, Any]  # of config.json
-    about: dict[str, Any]  # of run.json
-    train: Table
-    held_out: Table
-    gates: dict[str, Any]  # see `gates.collect`
 
 
 def find(paths: Sequence[str | Path]) -> dict[str, Path]:
@@ -112,6 +78,7 @@ def load(name: str, folder: Path, series_bytes: float, gate_bytes: float) -> Run
     if "skipped" in train:
         train["skipped"] = np.cumsum(np.nan_to_num(train["skipped"]))
     held_out = with_axes(make_table(records, _held_out_names(records)), train)
+    held_out = {gates.label(name): values for name, values in held_out.items()}
     summary = _summarize(name, folder, config, about, train, held_out)
     if {"data_wait", "step_time"} <= train.keys():
         with np.errstate(all="ignore"):

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_jax import __version__
-from xlstm_jax.config import ConfigError, flatten
+from xlstm_jax.config import ConfigError, flatten, user_path
 from xlstm_jax.report import charts, loading, tables
-from xlstm_jax.report.loading import Run, Summary
+from xlstm_jax.report.runs import Run, Summary
 from xlstm_jax.report.tables import escape
 from xlstm_jax.train import rundir
 
@@ -57,7 +57,7 @@ def write(runs: Sequence[str | Path], path: str | Path) -> Report:
             f"would have {len(page):,}; compare fewer runs."
         )
     # A link is followed, not replaced.
-    rundir.write(Path(path).resolve(), page)
+    rundir.write(user_path(path).resolve(), page)
     return Report(path=str(path), runs=[run.summary for run in loaded])
 
 

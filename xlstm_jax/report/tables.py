@@ -7,7 +7,7 @@ from typing import Any
 
 from xlstm_jax.errors import printable, shorten
 from xlstm_jax.report.gates import label
-from xlstm_jax.report.loading import Summary
+from xlstm_jax.report.runs import Summary
 
 MAX_VALUE = 200  # characters of a field that are shown
 NUM_COLORS = 6  # --run-0 ... of page.css
