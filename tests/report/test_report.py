@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import os
 import re
 import sys
 
@@ -204,10 +205,13 @@ def test_any_file_of_a_run_may_be_missing(make_run, make_page, name):
     assert summary.status == expected.get(name, "finished")
 
 
-@pytest.mark.parametrize(
-    "records", [[], [{"step": 5}], [{"step": 0, "loss": 1.0}], [gate_record(1)]]
-)
-def test_runs_with_few_records_are_shown(make_run, make_page, records):
+HUGE = dict(loss=1e308, step_time=1e308, skipped=10**300, tokens_seen=10**300)
+RECORDS = [[], [{"step": 5}], [{"step": 0, "loss": 1.0}], [gate_record(1)]]
+RECORDS += [[train_record(2**62, **HUGE), train_record(10, **HUGE)]]
+
+
+@pytest.mark.parametrize("records", RECORDS)
+def test_runs_with_few_records_or_huge_numbers_are_shown(make_run, make_page, records):
     Parser(make_page(make_run("a", records)))
 
 
@@ -228,7 +232,7 @@ def test_status_of_an_unfinished_run_says_whether_it_goes_on(make_run, tmp_path)
 
 def test_page_is_small_for_any_number_and_length_of_runs(make_run, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "SERIES_BYTES", 15_000)
-    monkeypatch.setattr(page, "GATE_BYTES", 5_000)
+    monkeypatch.setattr(page, "GATE_BYTES", 3_000)
     records = [train_record(step, loss=step / 7) for step in range(1, 300)]
     records += [gate_record(step) for step in range(1, 300, 5)]
     runs = [make_run(f"r{n}", records, seed=n) for n in range(3)]
@@ -236,6 +240,8 @@ def test_page_is_small_for_any_number_and_length_of_runs(make_run, tmp_path, mon
         report.write(runs[:count], tmp_path / "r.html")
         text = re.search(r'id="data">(.*?)</script>', (tmp_path / "r.html").read_text())[1]
         assert 8_000 < len(text) < 23_000
+        gates = [run["gates"]["step"] for run in json.loads(text)["runs"]]
+        assert all(0 < len(steps) < 60 for steps in gates)
 
 
 def test_page_beyond_the_limit_is_refused(make_run, tmp_path, monkeypatch):
@@ -294,7 +300,7 @@ ERRORS = {
     "report a a/run.json": "but a/run.json is no directory; pass another.",
     "report a --out nowhere/r": "--out must be a file in an existing folder, got nowhere/r;",
     "report a --out empty": "--out must be a file in an existing folder, got empty",
-    "report a --out /dev/null": "--out must be a file in an existing folder, got /dev/null",
+    "report a --out pipe": "--out must be a file in an existing folder, got pipe",
     "report a list": "list/run.json must be a table of fields, got []; restore it.",
     "report a torn": "torn/config.json is not valid JSON",
     "report a deep": "deep/run.json is nested too deeply; restore it.",
@@ -307,6 +313,7 @@ def test_bad_arguments_give_a_one_line_error(make_run, tmp_path, monkeypatch, ca
     for name in ("a", "list", "torn", "deep"):
         make_run(name)
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "list" / "run.json").write_text("[]")
     (tmp_path / "torn" / "config.json").write_text('{"name": ')
     (tmp_path / "deep" / "run.json").write_text('{"a": ' * 900 + "1" + "}" * 900)

@@ -65,6 +65,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [f"{name} ({n})" for n, name in enumerate(names, 1)]  # equal where truncated
 
 
+@np.errstate(all="ignore")  # any number may be in a file; what overflows is not shown
 def load(name: str, folder: Path, series_bytes: float, gate_bytes: float) -> Run:
     """Reads a run; its series take about these bytes of the page.
 
@@ -81,8 +82,7 @@ def load(name: str, folder: Path, series_bytes: float, gate_bytes: float) -> Run
     held_out = {gates.label(name): values for name, values in held_out.items()}
     summary = _summarize(name, folder, config, about, train, held_out)
     if {"data_wait", "step_time"} <= train.keys():
-        with np.errstate(all="ignore"):
-            train["data_wait"] = train["data_wait"] / train["step_time"]
+        train["data_wait"] = train["data_wait"] / train["step_time"]
     shown = {x: v for x, v in train.items() if x not in ("step_time", "skipped_in_a_row")}
     limit = int(series_bytes / (BYTES_PER_VALUE * (len(shown) + len(held_out))))
     # Enough for the extremes of every metric.
@@ -172,7 +172,7 @@ def _last(table: Table, name: str) -> float | None:
 def _median(table: Table, name: str) -> float | None:
     values = table.get(name, np.array([]))
     values = values[np.isfinite(values)]
-    return float(np.median(values)) if len(values) else None
+    return float(np.percentile(values, 50, method="lower")) if len(values) else None
 
 
 def _integer(value: Any) -> int | None:
