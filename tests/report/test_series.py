@@ -34,8 +34,10 @@ def test_few_records_are_not_thinned():
 
 
 def test_limit_below_the_number_of_extremes_keeps_evenly_spaced_records():
-    index = thin(np.zeros((50, 1000)), 11)
-    np.testing.assert_array_equal(index, np.linspace(0, 999, 11).astype(int))
+    for limit in (2, 3, 11):
+        index = thin(np.zeros((50, 1000)), limit)
+        np.testing.assert_array_equal(index, np.linspace(0, 999, limit).astype(int))
+    assert thin(np.zeros((50, 1000)), 1) == 999
 
 
 def test_last_record_of_a_repeated_step_counts_and_steps_are_in_order():

@@ -91,7 +91,10 @@ def gates_to_html(runs: Sequence[Run]) -> str:
     """The frames of the gate statistics of one run, which the reader selects."""
     with_gates = {str(n): run.summary.name for n, run in enumerate(runs) if run.gates}
     if not with_gates:
-        return '<p class="note">No run has gate statistics; <code>train.watch</code> adds them.</p>'
+        return (
+            '<p class="note">No run has gate statistics, which <code>train.watch</code> adds, or '
+            "they are too large for a page of so many runs.</p>"
+        )
     names = dict.fromkeys(name for run in runs for name in run.gates.get("curves", ()))
     ordered = sorted(names, key=lambda name: name != "effective_length")
     selects = _select("run", with_gates) + _select(

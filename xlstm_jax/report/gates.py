@@ -8,14 +8,16 @@ import numpy as np
 from xlstm_jax.errors import printable, shorten
 from xlstm_jax.report.series import AXES, MAX_POINTS, Table, number, thin, to_json, with_axes
 
-BYTES_PER_VALUE = 8  # of the page; about
+BYTES_PER_VALUE, BYTES_PER_CURVE = 8, 40  # of the page; about
 
 Curves = dict[tuple[str, int], np.ndarray]
 """Block, such as "0:m", and head -> a value per record."""
 
 
 def collect(records: Sequence[dict[str, Any]], train: Table, max_bytes: float) -> dict[str, Any]:
-    """The gate statistics of a run as JSON values of about `max_bytes`; empty if it has none.
+    """The gate statistics of a run as JSON values of about `max_bytes`.
+
+    Empty if the run has none, or if those of one record are larger.
 
     Returns:
         `curves` maps a statistic to its curves, each with `block`, `head` and `values`, one per
@@ -24,9 +26,9 @@ def collect(records: Sequence[dict[str, Any]], train: Table, max_bytes: float) -
     gates = {r["step"]: r["gates"] for r in records if isinstance(r.get("gates"), dict)}
     statistics = _curves([gates[step] for step in sorted(gates)])
     num_curves = sum(map(len, statistics.values()))
-    max_records = int(max_bytes / (BYTES_PER_VALUE * max(1, num_curves)))
-    if num_curves == 0 or max_records == 0:
+    if num_curves * (BYTES_PER_CURVE + BYTES_PER_VALUE) > max_bytes or num_curves == 0:
         return {}
+    max_records = int((max_bytes / num_curves - BYTES_PER_CURVE) / BYTES_PER_VALUE)
     # The extremes over all heads: a head has too few points to keep its own.
     stacks = [np.stack([*curves.values()]) for curves in statistics.values()]
     extremes = [fn.reduce(stack) for stack in stacks for fn in (np.fmin, np.fmax)]

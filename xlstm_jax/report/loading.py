@@ -66,7 +66,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 @np.errstate(all="ignore")  # any number may be in a file; what overflows is not shown
-def load(name: str, folder: Path, series_bytes: float, gate_bytes: float) -> Run:
+def load(name: str, folder: Path, *, series_bytes: float, gate_bytes: float) -> Run:
     """Reads a run; its series take about these bytes of the page.
 
     Raises:

@@ -20,6 +20,8 @@ from xlstm_jax.train import rundir
 MAX_BYTES = 8_000_000  # of the page, of which plotly.js has 4.8 million
 SERIES_BYTES, GATE_BYTES, CONFIG_BYTES = 1_500_000, 700_000, 300_000  # of all runs together
 
+MAX_GATE_RUNS = 30  # the first ones; a smaller share would not hold a record
+
 # Of run.json; what else it has is the environment.
 NOT_ENVIRONMENT = ("name", "fingerprint", "started", "from_step", "num_params", "data", "config")
 
@@ -47,8 +49,13 @@ def write(runs: Sequence[str | Path], path: str | Path) -> Report:
     folders = loading.find(runs)
     count = len(folders)
     loaded = [
-        loading.load(name, folder, SERIES_BYTES / count, GATE_BYTES / count)
-        for name, folder in folders.items()
+        loading.load(
+            name,
+            folder,
+            series_bytes=SERIES_BYTES / count,
+            gate_bytes=GATE_BYTES / min(count, MAX_GATE_RUNS) if n < MAX_GATE_RUNS else 0,
+        )
+        for n, (name, folder) in enumerate(folders.items())
     ]
     page = _render(loaded, plotly).encode("utf-8", "replace")
     if len(page) > MAX_BYTES:

@@ -66,6 +66,8 @@ def thin(columns: Float[np.ndarray, "columns records"], limit: int) -> Int[np.nd
     num_columns, num_records = columns.shape
     if num_records <= limit:
         return np.arange(num_records)
+    if limit == 1:
+        return np.array([num_records - 1])
     missing = np.isnan(columns)
     columns = np.concatenate([columns, missing.sum(0, keepdims=True, dtype=float)])
     # The first and the last record are always kept.
