@@ -26,13 +26,14 @@ COMMANDS = {
     "generate": "generate RUN --prompt TEXT: continue a text",
     "convert": "convert hf-to-run FOLDER RUN, run-to-hf RUN FOLDER: import and export weights",
     "data": "data prepare IN OUT, data train-tokenizer IN OUT, data inspect OUT: tokens of text",
+    "report": "report RUN...: compare runs on one HTML page",
     "plan": "plan CONFIG.py --topology v5e:4x4: compile a run for a target that is not attached",
     "describe": "describe CONFIG.py: list shapes, parameters, FLOPs and memory, without training",
 }
 
 # Commands that compute almost nothing: `cpu.prepare` would not speed them up, and the freed memory
 # that it keeps in the process would raise their peak.
-WITHOUT_CPU_SETTINGS = ("convert", "data")
+WITHOUT_CPU_SETTINGS = ("convert", "data", "report")
 
 # Errors of the machine; all other errors of the operating system concern a path of the user.
 _MACHINE_ERRORS = {

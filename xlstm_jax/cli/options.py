@@ -133,6 +133,16 @@ def _with_user_paths(args: T) -> T:
     return dataclasses.replace(command, **changes)
 
 
+def check_out(path: Path) -> None:
+    """Raises ConfigError unless `--out` can be written: a new or regular file in a folder."""
+    is_other = path.exists() and not path.is_file()  # such as a folder or a device
+    if not path.parent.is_dir() or is_other or not os.access(path.parent, os.W_OK):
+        raise ConfigError(
+            f"--out must be a file in an existing folder, got {quote_path(path)}; create "
+            f"{quote_path(path.parent)}, make it writable or choose another."
+        )
+
+
 def _import_modules(args: Sequence[str]) -> None:
     for name in modules_to_import(args):
         import_module(name)

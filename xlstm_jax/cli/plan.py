@@ -3,15 +3,12 @@
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 
 import jax
 
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
-from xlstm_jax.config import ConfigError
-from xlstm_jax.errors import quote_path
 from xlstm_jax.plan.report import Plan, plan
 from xlstm_jax.plan.search import Candidate, search
 from xlstm_jax.plan.topology import find_target
@@ -44,12 +41,7 @@ def run(argv: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")
     args = options.parse_with_config("plan", PlanRun, argv, allow_presets=True)
     if args.out is not None:  # before minutes of compilation
-        folder = args.out.parent
-        if not folder.is_dir() or args.out.is_dir() or not os.access(folder, os.W_OK):
-            raise ConfigError(
-                f"--out must be a file in an existing folder, got {quote_path(args.out)}; create "
-                f"{quote_path(folder)}, make it writable or choose another."
-            )
+        options.check_out(args.out)
     target = find_target(args.topology, args.slices)
     if args.search:
         best, result = search(

@@ -66,6 +66,19 @@ def hold(run_dir: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def may_be_held(run_dir: Path) -> bool:
+    """Whether the process that the lock records may be alive; does not take the lock."""
+    try:
+        descriptor = os.open(run_dir / NAME, os.O_RDONLY)
+    except OSError:  # no process holds it
+        return False
+    try:
+        owner = _read(descriptor)
+    finally:
+        os.close(descriptor)
+    return bool(owner) and _may_run(owner)
+
+
 def _acquire(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -95,7 +95,7 @@ def check(run_dir: Path, cfg: ExperimentConfig) -> None:
                 "none; use another directory, or fresh=True (--fresh) to discard this run."
             )
         return
-    new, stored = to_dict(cfg), _stored_config(run_dir / CONFIG)
+    new, stored = to_dict(cfg), stored_config(run_dir / CONFIG)
     train, mutable = cfg.train, MUTABLE
     if train.schedule == "constant" and not train.cooldown_steps and not 0 < train.warmup_steps < 1:
         # The learning rates of past steps do not depend on the number of steps.
@@ -120,7 +120,7 @@ def check(run_dir: Path, cfg: ExperimentConfig) -> None:
         )
 
 
-def _stored_config(path: Path) -> dict[str, Any]:
+def stored_config(path: Path) -> dict[str, Any]:
     """The values of a config.json, with the defaults of fields that are newer than it."""
     values = read_json(path)
     if not isinstance(values, dict):
@@ -197,7 +197,7 @@ def prepare(run_dir: Path, cfg: ExperimentConfig, facts: dict[str, Any], step: i
         _set_aside(run_dir, bad)
     # Records that a killed run wrote after its last checkpoint will be written again.
     records = [line for line, record in lines if record is not None and record["step"] <= step]
-    _write(run_dir / METRICS, b"".join(line + b"\n" for line in records))
+    write(run_dir / METRICS, b"".join(line + b"\n" for line in records))
 
 
 def _set_aside(run_dir: Path, lines: dict[int, bytes]) -> None:
@@ -213,11 +213,12 @@ def _set_aside(run_dir: Path, lines: dict[int, bytes]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically."""
-    _write(path, json.dumps(value, indent=2).encode() + b"\n")
+    write(path, json.dumps(value, indent=2).encode() + b"\n")
 
 
-def _write(path: Path, data: bytes) -> None:
-    draft = path.with_suffix(".tmp")  # in the same folder, so that the rename is atomic
+def write(path: Path, data: bytes) -> None:
+    """Writes a file atomically: a draft beside it, which is then renamed."""
+    draft = path.with_name(path.name + ".tmp")
     try:
         draft.write_bytes(data)
         os.replace(draft, path)
