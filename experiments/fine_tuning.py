@@ -286,7 +286,8 @@ def main(args: Arguments) -> int:
     before = perplexity(LM(model), {"params": params}, load(data, "valid"))
     result: dict[str, Any] = measure.run_info("fine_tuning", PACKAGES) | {
         "size": args.size,
-        "command": f"python experiments/fine_tuning.py --size {args.size}",
+        "command": f"python experiments/fine_tuning.py --size {args.size}"
+        + (" --peer PYTHON" if args.peer else ""),
         "before": {
             "valid_loss": before.nats_per_token,
             "exact_answers": answers(model, params, base),
