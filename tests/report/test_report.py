@@ -223,8 +223,11 @@ def test_status_of_an_unfinished_run_says_whether_it_goes_on(make_run, tmp_path)
     assert status(run) == "stopped"
     (run / "diverged.json").write_text('{"first_skipped_step": 2}')
     assert status(run) == "diverged"
-    with lock.hold(run):
-        assert status(run) == "training"
+    started = make_run("b", [])
+    assert status(started) == "no records"
+    for folder in (run, started):
+        with lock.hold(folder):
+            assert status(folder) == "training"
     resumed = "\n".join(json.dumps(train_record(step)) for step in (10, 20, 30))
     (run / "metrics.jsonl").write_text(resumed)
     assert status(run) == "stopped"
@@ -295,8 +298,8 @@ def test_command_writes_the_page_and_prints_the_final_values(
 
 ERRORS = {
     "report": "a report needs at least one run, got none",
-    "report nowhere": "RUN must be the directory of a run, with config.json, run.json,",
-    "report a empty": "metrics.jsonl, but empty has none of these; pass another.",
+    "report nowhere": "RUN must be the directory of a run, with config.json, run.json or metrics.jsonl,",
+    "report a empty": "but empty has none of these; pass another.",
     "report a a/run.json": "but a/run.json is no directory; pass another.",
     "report a --out nowhere/r": "--out must be a file in an existing folder, got nowhere/r;",
     "report a --out empty": "--out must be a file in an existing folder, got empty",
