@@ -45,8 +45,8 @@ def find(paths: Sequence[str | Path]) -> dict[str, Path]:
         if not any((folder / name).is_file() for name in _FILES):
             problem = "has none of these" if folder.is_dir() else "is no directory"
             raise ConfigError(
-                f"RUN must be the directory of a run, with {_FILES[0]}, {_FILES[1]} or {_FILES[2]}, "
-                f"but {quote_path(folder)} {problem}; pass another."
+                f"RUN must be the directory of a run, with {' or '.join(_FILES)}, but "
+                f"{quote_path(folder)} {problem}; pass another."
             )
     return dict(zip(_names(folders), folders, strict=True))
 
