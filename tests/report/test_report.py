@@ -3,13 +3,14 @@
 import html.parser
 import json
 import os
+import pathlib
 import re
 import sys
 
 import pytest
 
 from tests.report.records import ABOUT, eval_record, gate_record, train_record
-from xlstm_jax import report
+from xlstm_jax import cpu, report
 from xlstm_jax.cli import main
 from xlstm_jax.config import ConfigError
 from xlstm_jax.report import page
@@ -223,8 +224,11 @@ def test_status_of_an_unfinished_run_says_whether_it_goes_on(make_run, tmp_path)
     assert status(run) == "stopped"
     (run / "diverged.json").write_text('{"first_skipped_step": 2}')
     assert status(run) == "diverged"
-    with lock.hold(run):
-        assert status(run) == "training"
+    started = make_run("b", [])
+    assert status(started) == "no records"
+    for folder in (run, started):
+        with lock.hold(folder):
+            assert status(folder) == "training"
     resumed = "\n".join(json.dumps(train_record(step)) for step in (10, 20, 30))
     (run / "metrics.jsonl").write_text(resumed)
     assert status(run) == "stopped"
@@ -295,8 +299,8 @@ def test_command_writes_the_page_and_prints_the_final_values(
 
 ERRORS = {
     "report": "a report needs at least one run, got none",
-    "report nowhere": "RUN must be the directory of a run, with config.json, run.json,",
-    "report a empty": "metrics.jsonl, but empty has none of these; pass another.",
+    "report nowhere": "RUN must be the directory of a run, with config.json or run.json",
+    "report a empty": "but empty has none of these; pass another.",
     "report a a/run.json": "but a/run.json is no directory; pass another.",
     "report a --out nowhere/r": "--out must be a file in an existing folder, got nowhere/r;",
     "report a --out empty": "--out must be a file in an existing folder, got empty",
@@ -322,6 +326,26 @@ def test_bad_arguments_give_a_one_line_error(make_run, tmp_path, monkeypatch, ca
     assert out == "" and err.startswith("xlstm-jax: ") and err.count("\n") == 1
     assert ERRORS[line] in err
     assert not list(tmp_path.glob("*.html"))
+
+
+@pytest.mark.slow
+def test_report_of_a_real_run_has_its_metrics(tmp_path, monkeypatch, one_device):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cpu, "prepare", lambda: None)
+    config = pathlib.Path(__file__).parents[2] / "experiments" / "char_lm.py"
+    assert main(["train", str(config), "--size", "smoke"]) == 0
+    assert main(["report", "runs/char_lm"]) == 0
+    text = (tmp_path / "report.html").read_text("utf-8")
+    (summary,) = report.write(["runs/char_lm"], "again.html").runs
+    assert summary.status == "finished" and summary.step == summary.steps == 20
+    assert summary.evaluation.keys() == {
+        f"valid_{x}" for x in ("loss", "accuracy", "bits_per_byte")
+    }
+    assert None not in (summary.loss, summary.tokens_seen, summary.seconds, summary.num_params)
+    charts = {chart["id"] for chart in data_of(text)["charts"]}
+    assert charts >= {"loss", "held-out", "tokens", "wait", "grad", "lr"}
+    header, *rows = rows_of(text, "environment")
+    assert header == ["field", "char_lm"] and "versions.jax" in [row[0] for row in rows]
 
 
 def test_file_has_no_source_that_a_browser_would_fetch(make_run, make_page, monkeypatch):

@@ -45,7 +45,7 @@ def find(paths: Sequence[str | Path]) -> dict[str, Path]:
         if not any((folder / name).is_file() for name in _FILES):
             problem = "has none of these" if folder.is_dir() else "is no directory"
             raise ConfigError(
-                f"RUN must be the directory of a run, with {', '.join(_FILES)}, but "
+                f"RUN must be the directory of a run, with {' or '.join(_FILES)}, but "
                 f"{quote_path(folder)} {problem}; pass another."
             )
     return dict(zip(_names(folders), folders, strict=True))
@@ -132,7 +132,7 @@ def _summarize(
     return Summary(
         name=name,
         path=str(folder),
-        status=_status(folder, config, train, step, steps) if last_steps else "no records",
+        status=_status(folder, config, train, step, steps),
         step=step,
         steps=steps,
         tokens_seen=_integer(_last(train, "tokens_seen")),
@@ -154,6 +154,8 @@ def _status(
         return "finished"
     if lock.may_be_held(folder):
         return "training"
+    if step == 0:
+        return "no records"
     dump = _read_table(folder / rundir.DIVERGED)
     limit = number(flatten(config).get("train.max_consecutive_skips"))
     # The dump remains when a resumed run passes these steps.
