@@ -11,7 +11,7 @@ from rich.console import Console
 
 from xlstm_jax.train import metrics, plots
 from xlstm_jax.train.clock import Clock
-from xlstm_jax.train.loop import Progress
+from xlstm_jax.train.progress import Progress
 from xlstm_jax.train.writers import ConsoleWriter, JsonlWriter
 
 
@@ -129,7 +129,7 @@ def test_the_clock_excludes_pauses_and_counts_waiting(monkeypatch):
     clock.step()
     now[0] += 5.0
     clock.step()
-    with clock.measure("pause"):
+    with clock.measure("evaluate"):
         now[0] += 100.0
     assert clock.lap() == {"step_time": 3.0, "data_wait": 0.5}
     assert clock.lap() == {}
