@@ -14,7 +14,7 @@ from xlstm_jax.train import metrics, rundir
 from xlstm_jax.train.batches import TrainBatches
 from xlstm_jax.train.checkpoint import latest_step
 from xlstm_jax.train.clock import Clock, Part
-from xlstm_jax.train.evaluators import Evaluation
+from xlstm_jax.train.evaluation import Evaluation
 from xlstm_jax.train.guard import DivergedError
 from xlstm_jax.train.outputs import Outputs
 from xlstm_jax.train.processes import Stop

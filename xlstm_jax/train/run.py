@@ -21,7 +21,8 @@ from xlstm_jax.train import checkpoint, lock, plots, rundir
 from xlstm_jax.train.batches import GivenBatches, TrainBatches
 from xlstm_jax.train.clock import Clock
 from xlstm_jax.train.config import ExperimentConfig, check_divisibility, check_vocabulary
-from xlstm_jax.train.evaluators import Evaluation, Evaluator, check_evaluators
+from xlstm_jax.train.evaluation import Evaluation
+from xlstm_jax.train.evaluators import Evaluator, check_evaluators
 from xlstm_jax.train.loop import Loop
 from xlstm_jax.train.outputs import Exporter, Outputs
 from xlstm_jax.train.processes import Stop, extra, log, process_log, sync_processes

@@ -76,7 +76,10 @@ class Watch:
                     result["params"] = self._norms(params, sample)
                 return result
 
-        return jax.jit(statistics, out_shardings=devices.replicated)
+        # On a CPU, compiling takes longer than all executions, so with few optimizations.
+        is_cpu = devices.mesh.devices.flat[0].platform == "cpu"
+        options = {"xla_backend_optimization_level": 0} if is_cpu else None
+        return jax.jit(statistics, out_shardings=devices.replicated, compiler_options=options)
 
     def _sample(self, batch: Batch) -> Batch:
         """A few sequences, equally many from every device, and their first positions."""
