@@ -27,7 +27,7 @@ class Evaluator:
     every: int | None = None
 
     def __post_init__(self):
-        if not re.fullmatch(r"[\w.-]+", str(self.name)):
+        if not isinstance(self.name, str) or not re.fullmatch(r"[\w.-]+", self.name):
             raise ConfigError(
                 "the name of an Evaluator must be letters, digits and any of '_.-', got "
                 f"{quote(self.name)}; rename it."

@@ -31,6 +31,7 @@ class Outputs(contextlib.AbstractContextManager):
     profiler: Profiler
     exporter: Exporter | None = None
     _gates: tuple[int, dict[str, Any]] | None = None  # statistics without a picture
+    _exported: int | None = None  # last step
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         """Passes a record to all writers."""
@@ -54,8 +55,9 @@ class Outputs(contextlib.AbstractContextManager):
 
     def export(self, step: int, params: PyTree) -> None:
         """Exports parameters to RUN/export/STEP; a failure is logged."""
-        if self.exporter is None:
+        if self.exporter is None or step == self._exported:
             return
+        self._exported = step
         if jax.process_count() > 1:  # no process has all parameters, and the first one writes
             params = multihost_utils.process_allgather(params, tiled=True)
         folder = self.run_dir / rundir.EXPORT / str(step)

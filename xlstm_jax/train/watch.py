@@ -140,8 +140,8 @@ class Watch:
         return blocks
 
 
-def _to_json(values: np.ndarray) -> Any:
+def _to_json(values: np.ndarray | np.floating) -> Any:
     """Nested lists of numbers with five digits, enough for statistics of a few sequences."""
-    if np.ndim(values):
+    if values.ndim:
         return [_to_json(value) for value in values]
     return float(f"{values:.5g}")
