@@ -201,7 +201,7 @@ def test_a_run_records_gates_and_draws_one_picture_per_checkpoint(
     assert caplog.messages[0].startswith("the picture gates/2.png failed (ValueError: no fonts)")
 
 
-@pytest.mark.parametrize("kind", ["large", "odd"])
+@pytest.mark.parametrize("kind", [pytest.param("large", marks=pytest.mark.slow), "odd"])
 def test_the_picture_of_gates_is_a_small_png(tmp_path, kind):
     rng = np.random.default_rng(0)
     num_blocks, num_heads = 64, 16
