@@ -134,11 +134,13 @@ def test_statistics_of_a_letter_are_given_to_its_blocks_in_order():
 
 @pytest.mark.slow
 def test_parameter_and_gradient_norms_are_per_layer():
-    sample = Batch(*(leaf[::2] for leaf in batch()))
-    loss = quick.jit(
-        jax.grad(lambda p: language_model_loss(LM(MODEL), p, sample, TrainConfig())[0])
-    )
-    grads = jax.tree.map(lambda g: g / sample.weights.sum(), loss(params()))
+    sample = Batch(*(jnp.asarray(leaf[::2]) for leaf in batch()))
+
+    def loss(params, sample):
+        return language_model_loss(LM(MODEL), params, sample, TrainConfig())[0]
+
+    grads = quick.jit(jax.grad(loss))(params(), sample)
+    grads = jax.tree.map(lambda g: g / sample.weights.sum(), grads)
     record = watch(config(watch="params"))
     assert list(record) == ["params"]
     norms = record["params"]

@@ -3,6 +3,7 @@
 import struct
 import sys
 import types
+from typing import Any
 
 import pytest
 
@@ -55,18 +56,19 @@ def tiny(tiny_lm, experiment):
 
 def events(folder):
     """The events of TensorBoard files: their length, its checksum, the data, their checksum."""
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto import event_pb2
 
+    event: Any = event_pb2
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()
         while data:
             (length,) = struct.unpack("<Q", data[:8])
-            yield Event.FromString(data[12 : 12 + length])
+            yield event.Event.FromString(data[12 : 12 + length])
             data = data[16 + length :]
 
 
 def test_tensorboard_gets_scalars_histograms_and_text(tmp_path):
-    options = dict(run_name="tiny", run_id="1", config={})
+    options: dict[str, Any] = dict(run_name="tiny", run_id="1", config={})
     for step in (0, 7):
         writer = open_service("tensorboard", tmp_path, **options, step=step)
         writer.write(step + 1, RECORD)
@@ -167,5 +169,6 @@ def test_an_interrupt_in_a_writer_ends_the_run(tmp_path, tiny):
 
 
 def test_an_object_that_is_no_writer_is_rejected(tmp_path, tiny, unchecked_types):
+    nothing: Any = print
     with pytest.raises(ConfigError, match=r"writers must have the methods write\(step, metrics\)"):
-        fit(tiny, tmp_path / "run", writers=[print])
+        fit(tiny, tmp_path / "run", writers=[nothing])

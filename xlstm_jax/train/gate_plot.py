@@ -36,7 +36,7 @@ def draw(gates: dict[str, Any], path: Path, title: str) -> None:
         image = axes.imshow(values, cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
         figure.colorbar(image, ax=axes).ax.tick_params(labelsize=10)
         blocks, heads = list(gates), len(values)
-        every = max(1, len(blocks) // 12)  # labels that fit beside each other
+        every = -(-len(blocks) // 8)  # labels that fit beside each other
         axes.set_xticks(range(0, len(blocks), every), blocks[::every], fontsize=10)
         axes.set_yticks(range(0, heads, max(1, heads // 8)))
         axes.tick_params(axis="y", labelsize=10)

@@ -94,8 +94,7 @@ class Loop:
                 if self._is_checkpoint_due():
                     self._save()
         self._record()
-        is_finished = progress.step == cfg.steps
-        if is_finished:
+        if progress.step == cfg.steps:
             if float(progress.totals.steps) > 0:  # the last interval may be shorter
                 self._close_interval()
             self._evaluate(is_last=True)

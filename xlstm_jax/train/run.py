@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,12 +152,11 @@ def _fit(
     resumed = None if fresh else _resume(program, run_dir, train)
     state, progress = resumed or (program.init(), Progress())
     facts = {
+        "tracker_id": rundir.tracker_id(run_dir, fresh=fresh),
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "data": {"train": train.description}
         | {name: examples.description for name, examples in held_out.items()},
     }
-    if cfg.train.writers:
-        facts["tracker_id"] = rundir.tracker_id(run_dir, fresh=fresh)
     # Everything above may raise; from here on the disk changes. The first process prepares the
     # directory while the others wait. They write only a log and their shards of checkpoints.
     is_first = jax.process_index() == 0
@@ -175,9 +174,8 @@ def _fit(
     if is_first:
         all_writers.append(JsonlWriter(run_dir / rundir.METRICS))
         all_writers += [ConsoleWriter(cfg.train.steps, progress.step)] if console else []
-        all_writers += map(
-            OptionalWriter, [*_services(cfg, run_dir, progress.step, facts), *writers]
-        )
+        services = _services(cfg, run_dir, progress.step, facts["tracker_id"])
+        all_writers += map(OptionalWriter, [*services, *writers])
     if on_metrics is not None:
         all_writers.append(CallbackWriter(on_metrics))
     outputs = Outputs(
@@ -201,7 +199,7 @@ def _fit(
         log.info("ends at step %d of %d", progress.step, cfg.train.steps)
         finished = progress.step == cfg.train.steps
         if is_first:
-            with extra(f"adding seconds to {rundir.RUN}"):
+            with extra(f"adding the seconds of the run to {rundir.RUN}"):
                 rundir.add_facts(run_dir, {"seconds": clock.parts | {"total": clock.total()}})
         if finished and is_first:
             with extra(f"the picture {rundir.CURVE}"):
@@ -230,9 +228,7 @@ def _check_outputs(
         )
 
 
-def _services(
-    cfg: ExperimentConfig, run_dir: Path, step: int, facts: Mapping[str, Any]
-) -> Iterator[Writer]:
+def _services(cfg: ExperimentConfig, run_dir: Path, step: int, run_id: str) -> Iterator[Writer]:
     """The writers of `train.writers`; one that cannot be opened is logged and left out."""
     for name in cfg.train.writers:
         with extra(f"opening the writer {name!r}"):
@@ -240,7 +236,7 @@ def _services(
                 name,
                 run_dir,
                 run_name=cfg.name,
-                run_id=facts["tracker_id"],
+                run_id=run_id,
                 step=step,
                 config=to_dict(cfg),
             )

@@ -76,10 +76,7 @@ class Watch:
                     result["params"] = self._norms(params, sample)
                 return result
 
-        # On a CPU, compiling takes longer than all executions, so with few optimizations.
-        is_cpu = devices.mesh.devices.flat[0].platform == "cpu"
-        options = {"xla_backend_optimization_level": 0} if is_cpu else None
-        return jax.jit(statistics, out_shardings=devices.replicated, compiler_options=options)
+        return jax.jit(statistics, out_shardings=devices.replicated)
 
     def _sample(self, batch: Batch) -> Batch:
         """A few sequences, equally many from every device, and their first positions."""
@@ -140,7 +137,7 @@ class Watch:
         return blocks
 
 
-def _to_json(values: np.ndarray | np.floating) -> Any:
+def _to_json(values: Any) -> Any:
     """Nested lists of numbers with five digits, enough for statistics of a few sequences."""
     if values.ndim:
         return [_to_json(value) for value in values]
