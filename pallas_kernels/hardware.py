@@ -129,3 +129,11 @@ def gpu_by_device_kind(device_kind: str) -> Gpu | None:
         return None
     names = (name for name in GPUS if re.search(rf"\b{name}\b", device_kind))
     return GPUS.get(next(names, ""))
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bfloat16 FLOP/s of one JAX device of this `device_kind`; None: not in the tables."""
+    if device_kind in TPU_DEVICE_KINDS:
+        return per_device(TPUS[TPU_DEVICE_KINDS[device_kind]]).flops
+    gpu = gpu_by_device_kind(device_kind)
+    return None if gpu is None else gpu.flops

@@ -206,6 +206,32 @@ def test_training_says_that_a_model_of_large_blocks_cannot_be_exported(
     assert ("cannot be exported to transformers: final_norm" in caplog.text) == is_said
 
 
+def test_a_model_that_cannot_be_exported_is_refused_before_training(monkeypatch, capsys):
+    monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("trains"))
+    assert main(["train", CONFIG, "--size", "smoke", "--train.export-every", "2"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "train.export_every=2 needs a model that transformers supports, got pattern='ms'" in error
+    )
+
+
+def test_exports_have_the_layout_of_transformers(monkeypatch, workdir):
+    options, saved = {}, []
+
+    def fit(cfg, run_dir, **given):
+        options.update(given)
+        return STOPPED
+
+    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(train.convert.convert, "save_hf", lambda *args, **_: saved.append(args))
+    large = ["--model.pattern=M", "--model.final-norm=rms", "--model.final-norm-eps=1e-6"]
+    large += ["--model.no-final-norm-bias", "--train.export-every=2"]
+    assert main(["train", CONFIG, "--size", "smoke", *large]) == 0
+    options["exporter"](workdir / "out", {"a": 1})
+    ((folder, cfg, params),) = saved
+    assert (folder, cfg.pattern, params) == (workdir / "out", "M", {"a": 1})
+
+
 @pytest.mark.parametrize(
     "error, code, text",
     [

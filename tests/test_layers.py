@@ -42,8 +42,13 @@ MAY_IMPORT = {
     "xlstm_jax.data": LAYER_0,
     "xlstm_jax.modules": LAYER_2,
     "xlstm_jax.train": (*LAYER_3, "xlstm_jax.convert", "xlstm_jax.program_cache"),
-    "xlstm_jax.generate": (*LAYER_3, "xlstm_jax.train.checkpoint"),
-    "xlstm_jax.evaluate": (*LAYER_3, "xlstm_jax.train.checkpoint", "xlstm_jax.train.losses"),
+    "xlstm_jax.generate": (*LAYER_3, "xlstm_jax.train.checkpoint", "xlstm_jax.train.evaluators"),
+    "xlstm_jax.evaluate": (
+        *LAYER_3,
+        "xlstm_jax.train.checkpoint",
+        "xlstm_jax.train.evaluators",
+        "xlstm_jax.train.losses",
+    ),
     "xlstm_jax.convert": LAYER_3,
     "xlstm_jax.plan": (
         *LAYER_3,

@@ -10,6 +10,7 @@ from pallas_kernels.hardware import (
     TPU_DEVICE_KINDS,
     TPUS,
     gpu_by_device_kind,
+    peak_flops,
     per_device,
 )
 
@@ -105,3 +106,10 @@ def test_gpus_are_identified_by_device_kind():
     assert gpu_by_device_kind("NVIDIA H100 80GB HBM3") == GPUS["H100"]
     assert gpu_by_device_kind("NVIDIA GeForce RTX 5090") == GPUS["RTX 5090"]
     assert gpu_by_device_kind("NVIDIA H100 PCIe") is None
+
+
+def test_peak_of_a_device_is_that_of_its_share_of_a_chip():
+    assert peak_flops("TPU v5p") == TPUS["v5p"].flops
+    assert peak_flops("TPU7x") == TPUS["v7x"].flops / 2
+    assert peak_flops("NVIDIA H100 80GB HBM3") == GPUS["H100"].flops
+    assert peak_flops("cpu") is None and peak_flops("NVIDIA H100 PCIe") is None

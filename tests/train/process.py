@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 
 
 def main(options: dict) -> None:
@@ -46,7 +47,13 @@ def main(options: dict) -> None:
 
     manifest.write = die_while_saving
     cfg = from_dict(ExperimentConfig, options["config"])
-    result = fit(cfg, options["run_dir"], on_metrics=send_signal)
+
+    def export(folder, params):
+        folder.mkdir()
+        size = sum(np.asarray(leaf).size for leaf in jax.tree.leaves(params))
+        (folder / "size").write_text(str(size))
+
+    result = fit(cfg, options["run_dir"], on_metrics=send_signal, exporter=export)
     print(json.dumps(dataclasses.asdict(Result(result.step, result.finished))), flush=True)
 
 

@@ -25,7 +25,7 @@ from xlstm_jax.config import ConfigError, to_dict
 from xlstm_jax.train import CheckpointError, DivergedError, checkpoint, fit, restore_params
 from xlstm_jax.train.processes import Stop
 
-SPEED = ("step_time", "data_wait", "tokens_per_second", "model_flops_per_second")
+SPEED = ("step_time", "data_wait", "tokens_per_second", "tokens_per_second_per_device", "goodput")
 
 
 def records(run_dir):

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from xlstm_jax.train import metrics, plots
 from xlstm_jax.train.clock import Clock
-from xlstm_jax.train.loop import Progress
+from xlstm_jax.train.progress import Progress
 from xlstm_jax.train.writers import ConsoleWriter, JsonlWriter
 
 
@@ -85,10 +85,12 @@ def test_non_finite_values_become_null(tmp_path):
     writer = JsonlWriter(tmp_path / "m.jsonl")
     writer.write(1, {"loss": float("nan"), "lr": 0.1})
     writer.write(2, {"loss": 1.0, "none": None})
+    writer.write(3, {"gates": {"0m": {"m_max": [float("inf"), 1.0]}}})
     writer.close()
     lines = (tmp_path / "m.jsonl").read_text().splitlines()
     assert json.loads(lines[0]) == {"step": 1, "loss": None, "lr": 0.1}
     assert json.loads(lines[1]) == {"step": 2, "loss": 1.0, "none": None}
+    assert json.loads(lines[2]) == {"step": 3, "gates": {"0m": {"m_max": [None, 1.0]}}}
 
 
 RECORD = {"loss": 1.5, "skipped": 2, "step_time": 0.5, "tokens_per_second": 12345.6}
@@ -111,6 +113,14 @@ def test_piped_output_has_one_line_per_record():
     assert second == "step 80/200  held-out loss 1.2500  bits per byte 1.803  accuracy 0.500"
 
 
+def test_results_of_evaluators_are_printed_and_statistics_are_not():
+    file = io.StringIO()
+    writer = ConsoleWriter(200, 40, Console(file=file, width=100))
+    writer.write(80, {"gates": {"0m": {"m_max": [1.0]}}})
+    writer.write(80, {"mine_loss": 1.23456, "mine_text": "a b"})
+    assert file.getvalue() == "step 80/200  mine_loss 1.235  mine_text a b\n"
+
+
 def test_a_terminal_shows_a_bar_with_the_time_left():
     text = show(is_terminal=True)
     assert "80/200" in text and "1:00 left" in text and "━" in text
@@ -129,10 +139,25 @@ def test_the_clock_excludes_pauses_and_counts_waiting(monkeypatch):
     clock.step()
     now[0] += 5.0
     clock.step()
-    with clock.measure("pause"):
+    with clock.measure("evaluate"):
         now[0] += 100.0
     assert clock.lap() == {"step_time": 3.0, "data_wait": 0.5}
     assert clock.lap() == {}
+
+
+def test_goodput_is_the_share_of_time_in_steps(monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr("xlstm_jax.train.clock.time.perf_counter", lambda: now[0])
+    clock = Clock()
+    now[0] += 5.0
+    clock.ready()
+    for part in ("compile", "wait", "evaluate", "save"):
+        with clock.measure(part):
+            now[0] += 10.0
+    now[0] += 15.0  # steps
+    expected = {"restore": 5.0, "compile": 10.0, "wait": 10.0, "save": 10.0, "evaluate": 10.0}
+    assert clock.parts == expected and clock.total() == 60.0
+    assert clock.goodput() == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("count", [0, 1, 500])

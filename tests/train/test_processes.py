@@ -34,6 +34,7 @@ def config(experiment):
     """A run of eight steps on a mesh of four devices."""
     model = dict(pattern="mM", dim=16)
     train = dict(steps=STEPS, log_every=1, eval_every=4, checkpoint_every=3)
+    train |= dict(watch="all", watch_every=4, export_every=2)
     cfg = experiment(data=dict(batch_size=8), model=model, **train)
     return dataclasses.replace(cfg, mesh=MeshConfig(fsdp=2, min_shard_size=2))
 
@@ -141,6 +142,20 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(stopped, uninterrupt
         log = (run.run_dir / f"process_{number}.log").read_text()
         assert f"process {number} of 2" in log and f"ends at step {first['step']} of 8" in log
     assert run.indices("first") == run.expected_indices(0, first["step"])
+
+
+def test_two_processes_record_statistics_and_export_all_parameters(uninterrupted):
+    run_dir = uninterrupted.run_dir
+    records = rundir.read_metrics(run_dir / rundir.METRICS)
+    gates = {record["step"]: record["gates"] for record in records if "gates" in record}
+    assert [*gates] == [4, 8] and [*gates[8]] == ["0m", "1M"]
+    assert all(
+        record["params"]["lm_head/kernel"]["norm"] > 0 for record in records if "gates" in record
+    )
+    assert sorted(path.name for path in (run_dir / "gates").iterdir()) == ["6.png", "8.png"]
+    exports = {path.parent.name: path.read_text() for path in run_dir.glob("export/*/size")}
+    num_params = str(json.loads((run_dir / rundir.RUN).read_text())["num_params"])
+    assert exports == {"6": num_params, "8": num_params}
 
 
 def test_one_process_resumes_a_run_of_two(resumable, uninterrupted):

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from xlstm_jax.cells.logspace import NEG, exact_einsum, log_sigmoid, state_dtype
 from xlstm_jax.cells.time import scan_time, vary_like
-from xlstm_jax.typing import Array, Flag, Float, Size
+from xlstm_jax.typing import Array, Bool, Flag, Float, Size
 
 READ_FLOOR = -20.0
 """Lowest log-scale for the read-out. Below -88, exp(-m) is inf in float32 and its gradient NaN;
@@ -115,8 +115,20 @@ def _scale_query(state: MLSTMState, q: Float[Array, "B H K"]):
 
 def _divisor(n: Float[Array, "B H K"], q, m: Float[Array, "B H"], eps: float):
     d = jnp.sum(q * n, axis=-1)
+    return jnp.maximum(jnp.abs(d), _floor(m)) + eps
+
+
+def _floor(m: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
     # exp(-m) is 1 in units of the unscaled state: small |q n| must not amplify the read-out.
-    return jnp.maximum(jnp.maximum(jnp.abs(d), jnp.exp(-m)), TINY) + eps
+    return jnp.maximum(jnp.exp(-m), TINY)
+
+
+def floor_acts(
+    normalizer: Float[Array, "*batch H"], m: Float[Array, "*batch H"], *, eps: float
+) -> Bool[Array, "*batch H"]:
+    """Whether a divisor of `mlstm_normalizer` is its lower bound, whatever the query is."""
+    floor = _floor(jnp.maximum(m, READ_FLOOR)) + eps
+    return normalizer <= floor * (1 + 1e-6)  # equal up to the rounding of another program
 
 
 def mlstm_scan(

@@ -19,9 +19,11 @@ from xlstm_jax.config import ConfigError, read_json, to_dict
 from xlstm_jax.convert import compare, hf, license, tensors
 from xlstm_jax.data.config import DataConfig
 from xlstm_jax.errors import quote_path
+from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.train import checkpoint, rundir
 from xlstm_jax.train.checkpoint import restore_params
 from xlstm_jax.train.config import ExperimentConfig, TrainConfig
+from xlstm_jax.typing import PyTree
 
 SPECIAL_TOKENS = "special_tokens.json"
 """File in a converted run: the special token ids of the source config, written back on export."""
@@ -115,24 +117,32 @@ def _run_to_hf(argv: list[str]) -> int:
     args = options.parse("convert run-to-hf", RunToHf, argv)
     tensors.check_writable(args.folder)
     cfg, params = restore_params(args.run, args.step)
-    tokens_file, tokens = args.run / SPECIAL_TOKENS, hf.SPECIAL_TOKENS
-    if tokens_file.exists():
-        where = quote_path(tokens_file)
-        tokens = hf.check_special_tokens(read_json(tokens_file), cfg.model.vocab_size, where)
-    convert.save_hf(
+    license_name = save(
+        args.run,
         args.folder,
         cfg.model,
         params,
         dtype=args.dtype,
         max_shard_bytes=args.max_shard_bytes,
-        special_tokens=tokens,
     )
-    license_name = "none: the weights were trained in this run; choose one"
-    if license.copied_file(args.run):
-        license_name = license.copy(args.run, args.folder)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     fields = {"written": str(args.folder), "parameters": f"{num_params:,}", LICENSE: license_name}
     return _report(fields, args.folder if args.compare else None)
+
+
+def save(run: Path, folder: Path, cfg: LMConfig, params: PyTree, **options: Any) -> str:
+    """Writes parameters of a run in the layout of transformers, and returns their license.
+
+    `options` are those of `convert.save_hf`.
+    """
+    tokens_file, tokens = run / SPECIAL_TOKENS, hf.SPECIAL_TOKENS
+    if tokens_file.exists():
+        where = quote_path(tokens_file)
+        tokens = hf.check_special_tokens(read_json(tokens_file), cfg.vocab_size, where)
+    convert.save_hf(folder, cfg, params, special_tokens=tokens, **options)
+    if license.copied_file(run):
+        return license.copy(run, folder)
+    return "none: the weights were trained in this run; choose one"
 
 
 def _report(fields: dict[str, str], compared: Path | None) -> int:

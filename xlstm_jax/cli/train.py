@@ -8,8 +8,10 @@ from pathlib import Path
 import jax
 
 from xlstm_jax import data
-from xlstm_jax.cli import console, options
+from xlstm_jax.cli import console, convert, options
 from xlstm_jax.cli.exit_codes import DIVERGED, DONE
+from xlstm_jax.config import ConfigError
+from xlstm_jax.convert import tensors
 from xlstm_jax.convert.hf import why_not_exportable
 from xlstm_jax.data.loader import eval_index
 from xlstm_jax.data.windows import Windows
@@ -22,8 +24,10 @@ from xlstm_jax.sharding.distributed import Processes, init_distributed
 from xlstm_jax.train import checkpoint, lora, rundir
 from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.guard import DivergedError
+from xlstm_jax.train.outputs import Exporter
 from xlstm_jax.train.processes import exit_on_signal, extra, log
 from xlstm_jax.train.run import FitResult, fit
+from xlstm_jax.typing import PyTree
 
 # Of the sample after training; a character may take several tokens.
 PROMPT_TOKENS, SAMPLE_CHARACTERS, MAX_SAMPLE_TOKENS = 32, 300, 1200
@@ -45,12 +49,16 @@ def run(argv: list[str]) -> int:
     cfg = args.experiment
     run_dir = rundir.expand(_default_run_dir(args.config) if args.run_dir is None else args.run_dir)
     flops = cfg.data.batch_size * train_flops(cfg.model, cfg.data.seq_len)
-    # Of a model whose blocks transformers has: the others are not expected to be exportable.
-    if set(cfg.model.pattern) == {"M"} and (reason := why_not_exportable(cfg.model)):
-        log.warning("the trained model cannot be exported to transformers: %s.", reason)
     try:
         with exit_on_signal():
-            result = fit(cfg, run_dir, fresh=args.fresh, console=True, flops_per_step=flops)
+            result = fit(
+                cfg,
+                run_dir,
+                fresh=args.fresh,
+                console=True,
+                flops_per_step=flops,
+                exporter=_exporter(cfg, run_dir),
+            )
     except DivergedError as error:
         print(f"xlstm-jax: {error}", file=sys.stderr)
         return DIVERGED
@@ -89,6 +97,28 @@ def run(argv: list[str]) -> int:
         with extra("the sample"):
             _show_sample(cfg, result, valid)
     return DONE
+
+
+def _exporter(cfg: ExperimentConfig, run_dir: Path) -> Exporter | None:
+    """Writes parameters as `convert run-to-hf` does; None if no export is asked for."""
+    reason = why_not_exportable(cfg.model)
+    if not cfg.train.export_every:
+        # Models with other blocks are not expected to be exportable.
+        if set(cfg.model.pattern) == {"M"} and reason:
+            log.warning("the trained model cannot be exported to transformers: %s.", reason)
+        return None
+    if reason:
+        raise ConfigError(
+            f"train.export_every={cfg.train.export_every} needs a model that transformers "
+            f"supports, got {reason}; change these options, or set it to 0."
+        )
+
+    tensors.import_safetensors()  # raises ConfigError if it is missing
+
+    def export(folder: Path, params: PyTree) -> None:
+        convert.save(run_dir, folder, cfg.model, params)
+
+    return export
 
 
 def _default_run_dir(config: Path) -> Path:

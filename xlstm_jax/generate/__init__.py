@@ -1,6 +1,7 @@
 """Text generation: prefill, then token-by-token decoding from a fixed-size state."""
 
 from xlstm_jax.generate.decode import Generation, generate, stream
+from xlstm_jax.generate.evaluators import sample_evaluator
 from xlstm_jax.generate.sampling import Sampler, greedy
 
-__all__ = ["Generation", "Sampler", "generate", "greedy", "stream"]
+__all__ = ["Generation", "Sampler", "generate", "greedy", "sample_evaluator", "stream"]

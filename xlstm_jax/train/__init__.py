@@ -8,6 +8,7 @@ from xlstm_jax.train.checkpoint import (
     restore_params,
 )
 from xlstm_jax.train.config import ExperimentConfig, LoraConfig, TrainConfig
+from xlstm_jax.train.evaluators import Evaluator
 from xlstm_jax.train.guard import DivergedError
 from xlstm_jax.train.optimizer import decay_mask, make_optimizer, make_schedule
 from xlstm_jax.train.run import FitResult, fit
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointError",
     "Checkpointer",
     "DivergedError",
+    "Evaluator",
     "ExperimentConfig",
     "FitResult",
     "LoraConfig",

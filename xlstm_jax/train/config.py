@@ -92,7 +92,7 @@ class TrainConfig:
     watch: Watch = "gates"  # statistics of gates, of parameters and gradients, or of both
     watch_every: int = 100  # steps
     writers: tuple[WriterName, ...] = ()  # of records, besides metrics.jsonl
-    profile: str | None = None  # steps to trace, such as "10:15"
+    profile: str | None = None  # steps to trace, such as "10:15": those after 10 steps, up to 15
 
     def __post_init__(self):
         check_fields(self, "train.", _DEMANDS)
@@ -110,6 +110,7 @@ class TrainConfig:
                 f"train.steps must cover all parts of its schedule, got {self.steps} for {words}; "
                 "make it larger or a part shorter."
             )
+        _ = self.profile_steps  # checks it
         check_regex("train.decay_pattern", self.decay_pattern)
         check_regex("train.freeze", self.freeze)
         for pattern, factor in self.lr_factors:
@@ -128,6 +129,21 @@ class TrainConfig:
         # Negative if the parts exceed `steps`, which shows as a negative constant part.
         decay = count(self.decay_steps) if self.schedule == "wsd" else max(main, 0)
         return Parts(warmup, main - decay, decay, cooldown)
+
+    @property
+    def profile_steps(self) -> range | None:
+        """Numbers of steps done before each step that is traced; None: no step is."""
+        if self.profile is None:
+            return None
+        bounds = re.fullmatch(r"(\d{1,18}):(\d{1,18})", self.profile, re.ASCII)
+        steps = range(*map(int, bounds.groups())) if bounds else range(0)
+        if not steps or steps.stop > self.steps:
+            raise ConfigError(
+                "train.profile must be two increasing numbers of steps up to train.steps="
+                f"{self.steps}, got {quote(self.profile)}; write for example '10:15', to trace "
+                "from step 10 to step 15."
+            )
+        return steps
 
 
 def check_regex(name: str, pattern: str | None) -> None:

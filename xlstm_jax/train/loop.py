@@ -1,85 +1,32 @@
 """The training loop: steps, metrics, evaluations and checkpoints."""
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from xlstm_jax.config import to_dict
-from xlstm_jax.data.batch import Examples
-from xlstm_jax.errors import quote
+from xlstm_jax.data.batch import Batch
 from xlstm_jax.train import metrics, rundir
 from xlstm_jax.train.batches import TrainBatches
-from xlstm_jax.train.checkpoint import Checkpointer, CheckpointError, latest_step
-from xlstm_jax.train.clock import Clock
+from xlstm_jax.train.checkpoint import latest_step
+from xlstm_jax.train.clock import Clock, Part
+from xlstm_jax.train.evaluation import Evaluation
 from xlstm_jax.train.guard import DivergedError
-from xlstm_jax.train.processes import Stop, extra
+from xlstm_jax.train.outputs import Outputs
+from xlstm_jax.train.processes import Stop
 from xlstm_jax.train.program import TrainProgram
+from xlstm_jax.train.progress import Progress
+from xlstm_jax.train.rates import Rates
 from xlstm_jax.train.state import TrainState
-from xlstm_jax.train.writers import Writer
+from xlstm_jax.train.watch import Watch
+from xlstm_jax.typing import PyTree
 
 # Key of JAX -> key of a record.
 _MEMORY = {"bytes_in_use": "memory_in_use", "peak_bytes_in_use": "memory_peak"}
-
-
-@dataclasses.dataclass(kw_only=True)
-class Progress:
-    """Host state of a run, saved with every checkpoint, so that resuming is exact."""
-
-    step: int = 0  # batches consumed; determines the next batch
-    tokens_seen: int = 0  # until the last record
-    # Since the last record.
-    totals: metrics.Totals = dataclasses.field(default_factory=metrics.empty)
-    evaluation: dict[str, Any] | None = None  # the last result, with its step
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON values of a checkpoint; float32 round-trips through JSON exactly."""
-        totals = jax.tree.map(float, jax.device_get(self.totals))
-        return vars(self) | {"totals": totals._asdict()}
-
-    @classmethod
-    def from_json(cls, values: Any) -> tuple["Progress", dict[str, Any]]:
-        """The progress and the description of the data that `Loop` saved with it.
-
-        Raises:
-            CheckpointError: the values are not of a progress.
-        """
-        try:
-            data, totals = values["data"], metrics.Totals(**values["totals"])
-            # JSON has no float32, so the dtypes come from fresh totals.
-            totals: Any = jax.tree.map(lambda x, y: np.asarray(y, x.dtype), metrics.empty(), totals)
-            values = {name: value for name, value in values.items() if name != "data"}
-            return cls(**values | {"totals": totals}), dict(data)
-        except (TypeError, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"the item `data` of the checkpoint must be the progress of a run, but it is "
-                f"damaged ({quote(values)}); delete that checkpoint to resume from the one before."
-            ) from error
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Outputs(contextlib.AbstractContextManager):
-    """Destinations of records and checkpoints; at the end of the context all are on disk."""
-
-    run_dir: Path
-    writers: Sequence[Writer]  # each receives every record
-    checkpoints: Checkpointer
-    flops_per_step: float | None = None  # of the model; None omits the FLOP rate from records
-
-    def __exit__(self, *error: object) -> None:
-        # Writers are closed even if a save has failed.
-        try:
-            self.checkpoints.close()
-        finally:
-            for writer in self.writers:
-                with extra(f"closing {type(writer).__name__}"):
-                    writer.close()
 
 
 class Loop:
@@ -89,7 +36,7 @@ class Loop:
     logging does not leave the device idle.
 
     The devices of `program` must be active. `state` is donated to the first step, and `progress` is
-    updated in place. `held_out` are sets to evaluate, by the prefix of their metrics.
+    updated in place. `clock` was made when the run began.
     """
 
     def __init__(
@@ -98,17 +45,21 @@ class Loop:
         state: TrainState,
         progress: Progress,
         train: TrainBatches,
-        held_out: Mapping[str, Examples],
+        evaluation: Evaluation,
         outputs: Outputs,
         stop: Stop,
+        rates: Rates,
+        clock: Clock,
     ):
         self.state, self.progress = state, progress
         progress.totals = program.devices.replicate(progress.totals)
         self._program, self._cfg, self._devices = program, program.cfg, program.devices
-        self._train, self._held_out, self._outputs, self._stop = train, held_out, outputs, stop
-        self._clock = Clock()
+        self._train, self._evaluation, self._outputs, self._stop = train, evaluation, outputs, stop
+        self._rates, self._clock, self._watch = rates, clock, Watch(program)
+        self._sizes: set[int] = set()  # of batches; each compiles the step
         self._pending: tuple[int, metrics.Totals] | None = None  # a complete interval to fetch
-        self._saved_at = time.monotonic()
+        self._watched: tuple[int, PyTree] | None = None  # statistics to fetch
+        self._saved_at, self._saved_step = time.monotonic(), progress.step
 
     def run(self) -> None:
         """Trains until the last step or a stop request, and saves a checkpoint in either case."""
@@ -117,35 +68,68 @@ class Loop:
         share = self._devices.share_of_batch(self._cfg.data.batch_size)
         hosts = dict(host_index=share.index, host_count=share.count)
         with self._train.batches(progress.step, cfg.steps - progress.step, **hosts) as batches:
+            self._clock.ready()
             # A run that was stopped during an evaluation repeats it when it is resumed.
-            self._evaluate_if_due()
+            self._evaluate()
             while progress.step < cfg.steps and not self._stop.at(progress.step):
                 with self._clock.measure("wait"):
                     batch = next(batches)
                 batch = self._devices.batch(batch, sizes.at(progress.step))
-                self.state, progress.totals = self._program.step(self.state, progress.totals, batch)
+                with self._outputs.profiler.step(progress.step), self._compiling(batch):
+                    self.state, progress.totals = self._program.step(
+                        self.state, progress.totals, batch
+                    )
                 progress.step += 1
-                if self._clock.running:
-                    self._clock.step()
-                else:
-                    # The first step includes compilation, so the clock starts after it.
-                    jax.block_until_ready(progress.totals)
-                    self._clock.start()
-                    self._stop.listen()  # from now on there is something to save
                 # After the dispatch: the device computes this step while the host waits for the
                 # totals of the interval before it.
                 self._record()
                 if progress.step % cfg.log_every == 0:
                     self._close_interval()
-                self._evaluate_if_due()
+                if self._watch.is_due(progress.step):
+                    self._dispatch_statistics(batch)
+                if self._outputs.profiler.is_due(progress.step):
+                    with self._pause("save"):
+                        self._outputs.profiler.stop()
+                self._evaluate()
                 if self._is_checkpoint_due():
                     self._save()
         self._record()
         if progress.step == cfg.steps:
             if float(progress.totals.steps) > 0:  # the last interval may be shorter
                 self._close_interval()
-            self._evaluate()
-        self._save()
+            self._evaluate(is_last=True)
+        self._save(is_last=True)
+
+    @contextlib.contextmanager
+    def _compiling(self, batch: Batch) -> Iterator[None]:
+        """Times the dispatch of a step as compilation if it is the first of its batch size."""
+        size = len(batch.inputs)
+        if size in self._sizes:
+            yield
+            self._clock.step()
+            return
+        self._sizes.add(size)
+        with self._pause("compile"):
+            yield
+            jax.block_until_ready(self.state.step)
+        if not self._clock.running:
+            self._clock.start()
+            self._stop.listen()  # from now on there is something to save
+
+    @contextlib.contextmanager
+    def _pause(self, part: Part) -> Iterator[None]:
+        """Times its body as a part of the run other than steps."""
+        jax.block_until_ready(self.state.step)  # the step in progress is not part of it
+        with self._clock.measure(part):
+            yield
+
+    def _dispatch_statistics(self, batch: Batch) -> None:
+        if self._watch.is_compiled(batch):
+            self._watched = self.progress.step, self._watch.dispatch(self.state.params, batch)
+            return
+        with self._pause("compile"):
+            statistics = self._watch.dispatch(self.state.params, batch)
+            self._watched = self.progress.step, jax.block_until_ready(statistics)
 
     def _is_checkpoint_due(self) -> bool:
         cfg, step = self._cfg.train, self.progress.step
@@ -164,24 +148,30 @@ class Loop:
         self.progress.totals = self._devices.replicate(metrics.empty())
 
     def _record(self) -> None:
-        """Fetches and writes the record of the pending interval, if any."""
-        if self._pending is None:
-            return
-        (step, totals), self._pending = self._pending, None
+        """Fetches and writes the record of the pending interval, and pending statistics, if any."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._record_interval(*pending)
+        watched, self._watched = self._watched, None
+        if watched is not None:
+            step, statistics = watched
+            if record := self._watch.record(statistics):
+                self._outputs.write(step, record)
+
+    def _record_interval(self, step: int, totals: metrics.Totals) -> None:
         record: dict[str, Any] = metrics.summarize(totals) | self._train.counts(step)
         self.progress.tokens_seen += record["tokens"]
         record |= {"tokens_seen": self.progress.tokens_seen} | self._clock.lap()
         if "step_time" in record:
             # The clock may cover other steps than the interval: the first step is not timed.
             tokens_per_step = record["tokens"] / float(totals.steps)
-            record["tokens_per_second"] = tokens_per_step / record["step_time"]
-            if self._outputs.flops_per_step is not None:
-                rate = self._outputs.flops_per_step / record["step_time"]
-                record["model_flops_per_second"] = rate * self._mean_batch(step, totals)
+            share = self._mean_batch(step, totals)
+            record |= self._rates.at(record["step_time"], tokens_per_step, share)
+        record["goodput"] = self._clock.goodput()
         # Of the first local device; None on backends without statistics.
         stats = jax.local_devices()[0].memory_stats() or {}
         record |= {name: stats[key] for key, name in _MEMORY.items() if key in stats}
-        self._write(step, record)
+        self._outputs.write(step, record)
         self._check_skipped(record["skipped_in_a_row"])
 
     def _mean_batch(self, step: int, totals: metrics.Totals) -> float:
@@ -190,44 +180,31 @@ class Loop:
         sequences = sizes.before(step) - sizes.before(step - num_steps)
         return sequences / (num_steps * sizes.full)
 
-    def _write(self, step: int, record: dict[str, Any]) -> None:
-        for writer in self._outputs.writers:
-            writer.write(step, record)
-
-    def _evaluate_if_due(self) -> None:
-        every, step = self._cfg.train.eval_every, self.progress.step
-        if every and step and step % every == 0:
-            self._evaluate()
-
-    def _evaluate(self) -> None:
-        """Evaluates once per step at most; a stop request defers it until the run is resumed."""
-        progress = self.progress
-        if not self._held_out or (progress.evaluation or {}).get("step") == progress.step:
+    def _evaluate(self, *, is_last: bool = False) -> None:
+        if not self._evaluation.is_due(is_last=is_last):
             return
         self._record()  # first, so that records are in the order of their steps
-        with self._clock.measure("pause"):
-            results = [
-                self._program.evaluate(
-                    self.state.params, examples, lambda: self._stop.requested, name
-                )
-                for name, examples in self._held_out.items()
-            ]
-        evaluation: dict[str, Any] = {}
-        for result in results:
-            if result is None:  # stopped
-                return
-            evaluation |= result
-        self._write(progress.step, evaluation)
-        progress.evaluation = {"step": progress.step} | evaluation
+        with self._pause("evaluate"):
+            for record in self._evaluation.run(self.state.params, is_last=is_last):
+                self._outputs.write(self.progress.step, record)
 
-    def _save(self) -> None:
+    def _save(self, *, is_last: bool = False) -> None:
+        """Saves a checkpoint, and what is written beside it; `is_last`: the run ends or stops."""
         self._record()
         # A diverged state must not replace the good checkpoints.
         self._check_skipped(int(self.state.guard.skipped))
-        data = self.progress.to_json() | {"data": self._train.description}
-        with self._clock.measure("pause"):
-            self._outputs.checkpoints.save(self.progress.step, self.state, data, to_dict(self._cfg))
-        self._saved_at = time.monotonic()
+        progress, cfg = self.progress, self._cfg.train
+        progress.checkpoints += progress.step != self._saved_step
+        data = progress.to_json() | {"data": self._train.description}
+        with self._pause("save"):
+            self._outputs.checkpoints.save(progress.step, self.state, data, to_dict(self._cfg))
+            self._outputs.picture(progress.step)
+            is_finished = is_last and progress.step == cfg.steps
+            # Not when the run is stopped, which must be quick.
+            is_due = not is_last and progress.checkpoints % max(1, cfg.export_every) == 0
+            if is_finished or is_due:
+                self._outputs.export(progress.step, self.state.params)
+        self._saved_at, self._saved_step = time.monotonic(), progress.step
 
     def _check_skipped(self, num_skipped: int) -> None:
         """Raises DivergedError after too many skips, and writes the windows of skipped steps."""

@@ -60,8 +60,12 @@ def extra(what: str) -> Iterator[None]:
     except BrokenPipeError:  # the reader of the output is gone, which ends a command
         raise
     except Exception as error:
-        reason = printable(f"{type(error).__name__}: {error}")[:200]
-        log.warning("%s failed (%s); the run itself is not affected.", what, reason)
+        log.warning("%s failed (%s); the run itself is not affected.", what, describe(error))
+
+
+def describe(error: Exception) -> str:
+    """Type and message of an error, for one line of the log."""
+    return printable(f"{type(error).__name__}: {error}")[:200]
 
 
 class Stop:

@@ -2,14 +2,14 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import optax
 
-from xlstm_jax.config import ConfigError
+from xlstm_jax.config import ConfigError, to_dict
 from xlstm_jax.data import loader
 from xlstm_jax.data.batch import Examples, differences_of_data
 from xlstm_jax.data.mixture import check_tokenizers
@@ -20,13 +20,28 @@ from xlstm_jax.program_cache import compiled_programs
 from xlstm_jax.sharding.devices import make_devices
 from xlstm_jax.train import checkpoint, initial, lock, lora, plots, rundir
 from xlstm_jax.train.batches import GivenBatches, TrainBatches
+from xlstm_jax.train.clock import Clock
 from xlstm_jax.train.config import ExperimentConfig, check_divisibility, check_vocabulary
-from xlstm_jax.train.loop import Loop, Outputs, Progress
+from xlstm_jax.train.evaluation import Evaluation
+from xlstm_jax.train.evaluators import Evaluator, check_evaluators
+from xlstm_jax.train.loop import Loop
+from xlstm_jax.train.outputs import Exporter, Outputs
 from xlstm_jax.train.processes import Stop, extra, log, process_log, sync_processes
+from xlstm_jax.train.profiler import Profiler
 from xlstm_jax.train.program import TrainProgram
+from xlstm_jax.train.progress import Progress
+from xlstm_jax.train.rates import Rates
 from xlstm_jax.train.state import TrainState
 from xlstm_jax.train.trainable import ADAPTERS, num_bytes, partition
-from xlstm_jax.train.writers import CallbackWriter, ConsoleWriter, JsonlWriter, Writer
+from xlstm_jax.train.writers import (
+    CallbackWriter,
+    ConsoleWriter,
+    JsonlWriter,
+    OptionalWriter,
+    Writer,
+    check_services,
+    open_service,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,10 +60,13 @@ def fit(
     *,
     data: Any = None,
     tx: optax.GradientTransformation | None = None,
+    evaluators: Sequence[Evaluator] = (),
+    writers: Sequence[Writer] = (),
     fresh: bool = False,
     console: bool = False,
     flops_per_step: float | None = None,
     on_metrics: Callable[[int, dict[str, Any]], None] | None = None,
+    exporter: Exporter | None = None,
 ) -> FitResult:
     """Trains until step `cfg.train.steps`, resuming the run in `run_dir` if one exists.
 
@@ -64,10 +82,15 @@ def fit(
             processes get the whole batch. `cfg.data` describes the held-out data.
         tx: any optax transformation in place of the optimizer of `cfg.train`. It has its own
             learning rate, and a resumed run needs the same `tx` again.
+        evaluators: called during training, beside the evaluation of held-out data.
+        writers: receive every record in the first process, beside those of `train.writers`. One
+            that fails is closed, and the run continues without it.
         fresh: discard an existing run in `run_dir`.
         console: show progress on standard output.
         flops_per_step: of the model, forward and backward; adds the FLOP rate to the records.
-        on_metrics: called with each record after it is written.
+        on_metrics: called with each record after it is written, in every process; an error in it
+            ends the run.
+        exporter: for `train.export_every`: writes parameters to a new folder.
 
     Raises:
         ConfigError: the config is invalid, `run_dir` belongs to another config, or another process
@@ -76,8 +99,10 @@ def fit(
         DivergedError: `max_consecutive_skips` consecutive updates were skipped.
         OSError: the disk is full or failed; the last complete checkpoint is intact.
     """
+    clock = Clock()
     run_dir = rundir.expand(run_dir)
     rundir.check_folder(run_dir)
+    _check_outputs(cfg, writers, exporter)
     with lock.hold(run_dir):
         if fresh:
             rundir.check_fresh(run_dir)
@@ -88,10 +113,14 @@ def fit(
             run_dir,
             data=data,
             tx=tx,
+            evaluators=evaluators,
+            writers=writers,
             fresh=fresh,
             console=console,
             flops_per_step=flops_per_step,
             on_metrics=on_metrics,
+            exporter=exporter,
+            clock=clock,
         )
 
 
@@ -101,10 +130,14 @@ def _fit(
     *,
     data: Any,
     tx: optax.GradientTransformation | None,
+    evaluators: Sequence[Evaluator],
+    writers: Sequence[Writer],
     fresh: bool,
     console: bool,
     flops_per_step: float | None,
     on_metrics: Callable[[int, dict[str, Any]], None] | None,
+    exporter: Exporter | None,
+    clock: Clock,
 ) -> FitResult:
     """`fit` in a directory that is checked and locked."""
     devices = make_devices(cfg.mesh)
@@ -116,11 +149,13 @@ def _fit(
     for examples in held_out.values():
         check_vocabulary(cfg, examples)
     check_tokenizers("data.eval_sets", held_out)
+    check_evaluators(evaluators, list(held_out))
     program = TrainProgram(cfg, devices, tx)
     resumed = None if fresh else _resume(program, run_dir, train)
     state, progress = resumed or (_start(program), Progress())
     facts = {
         **_sizes(state, cfg),
+        "tracker_id": rundir.tracker_id(run_dir, fresh=fresh),
         "data": {"train": train.description}
         | {name: examples.description for name, examples in held_out.items()},
     }
@@ -139,15 +174,20 @@ def _fit(
                 tokenizer.save(run_dir / rundir.TOKENIZER)
                 break
     sync_processes("the run directory is prepared")
-    writers: list[Writer] = [JsonlWriter(run_dir / rundir.METRICS)] if is_first else []
-    writers += [ConsoleWriter(cfg.train.steps, progress.step)] if is_first and console else []
+    all_writers: list[Writer] = []
+    if is_first:
+        all_writers.append(JsonlWriter(run_dir / rundir.METRICS))
+        all_writers += [ConsoleWriter(cfg.train.steps, progress.step)] if console else []
+        services = _services(cfg, run_dir, progress.step, facts["tracker_id"])
+        all_writers += map(OptionalWriter, [*services, *writers])
     if on_metrics is not None:
-        writers.append(CallbackWriter(on_metrics))
+        all_writers.append(CallbackWriter(on_metrics))
     outputs = Outputs(
         run_dir=run_dir,
-        writers=writers,
+        writers=all_writers,
         checkpoints=checkpoint.Checkpointer(run_dir, cfg.train.keep),
-        flops_per_step=flops_per_step,
+        profiler=Profiler(cfg.train.profile_steps if is_first else None, run_dir / rundir.PROFILE),
+        exporter=exporter if cfg.train.export_every else None,
     )
     with (
         process_log(run_dir),
@@ -156,10 +196,15 @@ def _fit(
     ):
         log.info("starts at step %d of %d", progress.step, cfg.train.steps)
         with outputs, devices.active():
-            loop = Loop(program, state, progress, train, held_out, outputs, stop)
+            evaluation = Evaluation(program, progress, held_out, evaluators, stop)
+            rates = Rates.on(devices, flops_per_step)
+            loop = Loop(program, state, progress, train, evaluation, outputs, stop, rates, clock)
             loop.run()
         log.info("ends at step %d of %d", progress.step, cfg.train.steps)
         finished = progress.step == cfg.train.steps
+        if is_first:
+            with extra(f"adding the seconds of the run to {rundir.RUN}"):
+                rundir.add_facts(run_dir, {"seconds": clock.parts | {"total": clock.total()}})
         if finished and is_first:
             with extra(f"the picture {rundir.CURVE}"):
                 records = rundir.read_metrics(run_dir / rundir.METRICS)
@@ -167,6 +212,38 @@ def _fit(
     return FitResult(
         state=loop.state, step=progress.step, finished=finished, evaluation=progress.evaluation
     )
+
+
+def _check_outputs(
+    cfg: ExperimentConfig, writers: Sequence[Writer], exporter: Exporter | None
+) -> None:
+    """Raises ConfigError if a writer or an export cannot work."""
+    check_services(cfg.train.writers)
+    for writer in writers:
+        if not isinstance(writer, Writer):
+            raise ConfigError(
+                "writers must have the methods write(step, metrics) and close(), got "
+                f"{quote(writer)}; add them."
+            )
+    if cfg.train.export_every and exporter is None:
+        raise ConfigError(
+            f"train.export_every={cfg.train.export_every} needs the argument exporter of fit, got "
+            "None; pass it, train with the command `xlstm-jax train`, or set it to 0."
+        )
+
+
+def _services(cfg: ExperimentConfig, run_dir: Path, step: int, run_id: str) -> Iterator[Writer]:
+    """The writers of `train.writers`; one that cannot be opened is logged and left out."""
+    for name in cfg.train.writers:
+        with extra(f"opening the writer {name!r}"):
+            yield open_service(
+                name,
+                run_dir,
+                run_name=cfg.name,
+                run_id=run_id,
+                step=step,
+                config=to_dict(cfg),
+            )
 
 
 def _stream(cfg: ExperimentConfig) -> Stream:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -39,11 +40,12 @@ CURVE, DIVERGED = "loss.png", "diverged.json"
 # What else a run writes, besides its checkpoints, CONFIG and RUN; patterns.
 _FILES = (METRICS, BAD_METRICS, CURVE, DIVERGED, "process_*.log", "special_tokens.json")
 _FILES += ("WEIGHTS_LICENSE.txt",)
-TOKENIZER = "tokenizer"
-_FOLDERS = (TOKENIZER, "gates", "tensorboard", "profile")
+TOKENIZER, GATES, PROFILE, EXPORT = "tokenizer", "gates", "profile", "export"
+_FOLDERS = (TOKENIZER, GATES, "tensorboard", PROFILE, EXPORT)
 
 # Fields that may differ when a run is resumed, because they do not affect its results.
 _INTERVALS = "log_every eval_every eval_batches checkpoint_every checkpoint_minutes keep".split()
+_INTERVALS += "export_every watch watch_every writers profile".split()
 _LOADING = ("data.verify", "data.workers", "data.cache_dir")
 MUTABLE = frozenset({"name", IMPORTS, *_LOADING, *(f"train.{field}" for field in _INTERVALS)})
 # These affect results by rounding only: a run may be resumed on other devices.
@@ -169,6 +171,17 @@ def discard(run_dir: Path) -> None:
         shutil.rmtree(run_dir / name, ignore_errors=True)
     # `prepare` replaces RUN: an interrupted deletion can be repeated.
     (run_dir / CONFIG).unlink(missing_ok=True)
+
+
+def tracker_id(run_dir: Path, *, fresh: bool) -> str:
+    """What identifies the run to services of `train.writers`: the stored id, or a new one."""
+    stored = {} if fresh or not _is_run(run_dir) else read_json(run_dir / RUN)
+    return str(stored.get("tracker_id") or secrets.token_hex(4))
+
+
+def add_facts(run_dir: Path, facts: dict[str, Any]) -> None:
+    """Adds values to run.json."""
+    write_json(run_dir / RUN, read_json(run_dir / RUN) | facts)
 
 
 def prepare(run_dir: Path, cfg: ExperimentConfig, facts: dict[str, Any], step: int) -> None:
