@@ -20,6 +20,7 @@ from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.sharding.distributed import Processes, init_distributed
 from xlstm_jax.train import checkpoint, rundir
+from xlstm_jax.train.averages import eval_params
 from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.guard import DivergedError
 from xlstm_jax.train.processes import exit_on_signal, extra, log
@@ -105,7 +106,7 @@ def _show_sample(cfg: ExperimentConfig, result: FitResult, windows: Windows) -> 
     console.write(f"\n{SAMPLE_CHARACTERS} characters sampled after {prompt!r}:\n\n")
     parts = stream_text(
         LM(cfg.model),
-        {"params": result.state.params},
+        {"params": eval_params(result.state.params, result.state.opt_state)},
         windows.tokenizer,
         prompt,
         max_new_tokens=MAX_SAMPLE_TOKENS,

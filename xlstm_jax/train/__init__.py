@@ -1,10 +1,12 @@
 """Training: a pure train step, and a loop with checkpoints, evaluation and exact resume."""
 
+from xlstm_jax.train.averages import eval_params
 from xlstm_jax.train.checkpoint import Checkpointer, CheckpointError, restore_params
 from xlstm_jax.train.config import ExperimentConfig, TrainConfig
 from xlstm_jax.train.guard import DivergedError
-from xlstm_jax.train.optimizer import decay_mask, make_optimizer, make_schedule
+from xlstm_jax.train.optimizer import decay_mask, make_optimizer
 from xlstm_jax.train.run import FitResult, fit
+from xlstm_jax.train.schedules import make_schedule
 from xlstm_jax.train.state import TrainState, first_state, init_state
 from xlstm_jax.train.step import make_train_step
 
@@ -17,6 +19,7 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "decay_mask",
+    "eval_params",
     "first_state",
     "fit",
     "init_state",

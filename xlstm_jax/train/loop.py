@@ -15,6 +15,7 @@ from xlstm_jax.config import to_dict
 from xlstm_jax.data.batch import Examples
 from xlstm_jax.errors import quote
 from xlstm_jax.train import metrics, rundir
+from xlstm_jax.train.averages import eval_params
 from xlstm_jax.train.batches import TrainBatches
 from xlstm_jax.train.checkpoint import Checkpointer, CheckpointError, latest_step
 from xlstm_jax.train.clock import Clock
@@ -206,10 +207,9 @@ class Loop:
             return
         self._record()  # first, so that records are in the order of their steps
         with self._clock.measure("pause"):
+            params = eval_params(self.state.params, self.state.opt_state)
             results = [
-                self._program.evaluate(
-                    self.state.params, examples, lambda: self._stop.requested, name
-                )
+                self._program.evaluate(params, examples, lambda: self._stop.requested, name)
                 for name, examples in self._held_out.items()
             ]
         evaluation: dict[str, Any] = {}

@@ -27,7 +27,7 @@ from xlstm_jax.train import losses, metrics
 from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.optimizer import make_optimizer
 from xlstm_jax.train.state import TrainState, first_state, init_state
-from xlstm_jax.train.step import make_train_step
+from xlstm_jax.train.step import LossFn, make_train_step
 from xlstm_jax.typing import PyTree
 
 _number = itertools.count()  # makes the names of the steps of a process unique
@@ -36,7 +36,8 @@ _number = itertools.count()  # makes the names of the steps of a process unique
 class TrainProgram:
     """The train step of a run with its metric totals, for attached devices or an AOT target.
 
-    `tx` may be any optax transformation; None makes the optimizer of `cfg.train`.
+    `tx` may be any optax transformation; None makes the optimizer of `cfg.train`. `loss_fn` is the
+    one of `make_train_step`; held-out data are evaluated by the language model loss.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class TrainProgram:
         cfg: ExperimentConfig,
         devices: Devices,
         tx: optax.GradientTransformation | None = None,
+        loss_fn: LossFn | None = None,
     ):
-        self.cfg, self.devices = cfg, devices
+        self.cfg, self.devices, self.loss_fn = cfg, devices, loss_fn
         self.model = LM(cfg.model)
         self.tx = make_optimizer(cfg.train) if tx is None else tx
         state = jax.eval_shape(self._first_state)
@@ -73,7 +75,7 @@ class TrainProgram:
         Call it within `devices.active()`. It is traced once for every batch size of the run; one
         more trace raises, because it would silently compile the step again.
         """
-        train_step = make_train_step(self.model, self.tx, self.cfg.train)
+        train_step = make_train_step(self.model, self.tx, self.cfg.train, self.loss_fn)
 
         def step(state: TrainState, totals: metrics.Totals, batch: Batch):
             # Inside the jitted function: the rules are read while it is traced.
@@ -133,7 +135,9 @@ class TrainProgram:
     def _first_state(self, devices: Devices | None = None) -> TrainState:
         # Parameters do not depend on the tokens, so the smallest batch initializes them.
         key, tokens = random_key(self.cfg.train.seed), jnp.zeros((1, 1), jnp.int32)
-        return init_state(self.model, self.tx, key, tokens, devices=devices)
+        return init_state(
+            self.model, self.tx, key, tokens, devices=devices, ema=self.cfg.train.ema_decay > 0
+        )
 
     def init(self) -> TrainState:
         """The initial state, each leaf created sharded on its devices."""
@@ -142,7 +146,8 @@ class TrainProgram:
     def init_from(self, params: PyTree) -> TrainState:
         """The initial state for these parameters."""
         shardings = jax.tree.map(lambda x: x.sharding, self.arguments[0])
-        make = jax.jit(lambda params: first_state(params, self.tx), out_shardings=shardings)
+        ema = self.cfg.train.ema_decay > 0
+        make = jax.jit(lambda p: first_state(p, self.tx, ema=ema), out_shardings=shardings)
         return make(params)
 
     def compile(self) -> jax.stages.Compiled:

@@ -23,6 +23,7 @@ from xlstm_jax.train.loop import Loop, Outputs, Progress
 from xlstm_jax.train.processes import Stop, extra, log, process_log, sync_processes
 from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.train.state import TrainState
+from xlstm_jax.train.step import LossFn
 from xlstm_jax.train.writers import CallbackWriter, ConsoleWriter, JsonlWriter, Writer
 
 
@@ -42,6 +43,7 @@ def fit(
     *,
     data: Any = None,
     tx: optax.GradientTransformation | None = None,
+    loss_fn: LossFn | None = None,
     fresh: bool = False,
     console: bool = False,
     flops_per_step: float | None = None,
@@ -61,6 +63,9 @@ def fit(
             processes get the whole batch. `cfg.data` describes the held-out data.
         tx: any optax transformation in place of the optimizer of `cfg.train`. It has its own
             learning rate, and a resumed run needs the same `tx` again.
+        loss_fn: (params, batch, dropout key or None) -> (the sum to differentiate, the sums of
+            `CrossEntropy`), in place of the language model loss. Held-out data are still evaluated
+            by that one, and a resumed run needs the same `loss_fn` again.
         fresh: discard an existing run in `run_dir`.
         console: show progress on standard output.
         flops_per_step: of the model, forward and backward; adds the FLOP rate to the records.
@@ -85,6 +90,7 @@ def fit(
             run_dir,
             data=data,
             tx=tx,
+            loss_fn=loss_fn,
             fresh=fresh,
             console=console,
             flops_per_step=flops_per_step,
@@ -98,6 +104,7 @@ def _fit(
     *,
     data: Any,
     tx: optax.GradientTransformation | None,
+    loss_fn: LossFn | None,
     fresh: bool,
     console: bool,
     flops_per_step: float | None,
@@ -113,7 +120,7 @@ def _fit(
     for examples in held_out.values():
         check_vocabulary(cfg, examples)
     check_tokenizers("data.eval_sets", held_out)
-    program = TrainProgram(cfg, devices, tx)
+    program = TrainProgram(cfg, devices, tx, loss_fn)
     resumed = None if fresh else _resume(program, run_dir, train)
     state, progress = resumed or (program.init(), Progress())
     facts = {

@@ -9,6 +9,7 @@ from flax import struct
 
 from xlstm_jax.modules.initializers import jit_once
 from xlstm_jax.sharding.devices import Devices
+from xlstm_jax.train.averages import start_ema
 from xlstm_jax.train.guard import Guard
 from xlstm_jax.typing import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
@@ -21,11 +22,11 @@ class TrainState(struct.PyTreeNode):
     """
 
     step: Any  # scalar: batches seen, including skipped ones; determines the next batch
-    params: PyTree
+    params: PyTree  # of gradients; `averages.eval_params` gives those to evaluate
     opt_state: PyTree
     guard: Any  # Guard
     lr_scale: Any  # scalar: factor on the schedule, for grids of learning rates
-    ema: PyTree = None  # average of the parameters; None: not computed
+    ema: PyTree = None  # moving average of the parameters, float32 or wider; None: none
 
 
 def init_state(
@@ -36,6 +37,7 @@ def init_state(
     *,
     lr_scale: Float[ArrayLike, ""] = 1.0,
     devices: Devices | None = None,
+    ema: bool = False,
 ) -> TrainState:
     """The initial state, computed in one compiled program.
 
@@ -44,10 +46,11 @@ def init_state(
         key: initializes the parameters; `jax.vmap` over keys gives the state of many runs.
         tokens: any tokens: their values do not matter, and 1 x 1 zeros suffice.
         devices: the mesh on which the state is created, sharded; None creates it on one device.
+        ema: whether to average the parameters, which `TrainConfig.ema_decay` needs.
     """
 
     def build(key, tokens, lr_scale):
-        return first_state(model.init(key, tokens)["params"], tx, lr_scale)
+        return first_state(model.init(key, tokens)["params"], tx, lr_scale, ema=ema)
 
     args = key, tokens, lr_scale
     if devices is None:
@@ -59,7 +62,11 @@ def init_state(
 
 
 def first_state(
-    params: PyTree, tx: optax.GradientTransformation, lr_scale: Float[ArrayLike, ""] = 1.0
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    lr_scale: Float[ArrayLike, ""] = 1.0,
+    *,
+    ema: bool = False,
 ) -> TrainState:
     """The initial state for given parameters."""
     return TrainState(
@@ -68,4 +75,5 @@ def first_state(
         opt_state=tx.init(params),
         guard=Guard.start(),
         lr_scale=jnp.asarray(lr_scale, jnp.float32),
+        ema=start_ema(params) if ema else None,
     )

@@ -13,6 +13,7 @@ from xlstm_jax.errors import ArgumentError
 from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.ops.cross_entropy import CrossEntropy
 from xlstm_jax.train import guard, losses
+from xlstm_jax.train.averages import update_ema
 from xlstm_jax.train.config import TrainConfig
 from xlstm_jax.train.metrics import Metrics
 from xlstm_jax.train.optimizer import ScheduledOptimizer, norm
@@ -42,7 +43,7 @@ def make_train_step(
     Args:
         model: an `LM`, or a module with the same call signature.
         tx: the result of `make_optimizer`, or any other optax transformation.
-        cfg: gradient accumulation, guard and z-loss.
+        cfg: gradient accumulation, guard, z-loss and moving average.
         loss_fn: the sums of a batch; None uses `losses.language_model_loss`.
     """
 
@@ -73,6 +74,8 @@ def make_train_step(
             opt_state=guard.select(ok, opt_state, state.opt_state),
             guard=new_guard,
         )
+        if cfg.ema_decay:
+            new = new.replace(ema=guard.select(ok, _ema(state.ema, params, cfg), state.ema))
         metrics = {
             "loss": loss,
             "z_loss": sums.z_sum / sums.weight_sum,
@@ -93,6 +96,15 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def _ema(ema: PyTree, params: PyTree, cfg: TrainConfig) -> PyTree:
+    if ema is None:
+        raise ArgumentError(
+            f"state.ema must be a tree with train.ema_decay={cfg.ema_decay}, got None; create the "
+            "state with ema=True."
+        )
+    return update_ema(ema, params, cfg.ema_decay)
 
 
 def sum_gradients(
