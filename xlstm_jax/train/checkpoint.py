@@ -300,7 +300,8 @@ def _like_average(stored: PyTree, params: PyTree, place: Callable[[PyTree], PyTr
         numbers = {name: stored[name] for name in ("b1", "weight_sum", "step_count", "max_lr")}
         numbers = {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in numbers.items()}
         numbers = _abstract(numbers, None if place is None else place(numbers))
-        return ScheduleFreeState(z=params, base_optimizer_state=None, **numbers)
+        unread = jax.tree.map(lambda _: None, stored["base_optimizer_state"])
+        return ScheduleFreeState(z=params, base_optimizer_state=unread, **numbers)
     if isinstance(stored, list):
         parts = [_like_average(part, params, place) for part in stored]
         return None if all(part is None for part in parts) else parts
