@@ -59,9 +59,10 @@ def estimate(cfg: ExperimentConfig, target: Target, sizes: Sizes) -> Estimate:
 
 @functools.lru_cache(maxsize=8)
 def _state_shapes(model: LMConfig, train: TrainConfig) -> tuple[Any, Any]:
-    """Shapes of the parameters and of the optimizer state."""
+    """Shapes of the parameters, and of the optimizer state with the moving average."""
     params = param_shapes(model)
-    return params, jax.eval_shape(make_optimizer(train).init, params)
+    moments = jax.eval_shape(make_optimizer(train).init, params)
+    return params, (moments, params if train.ema_decay else None)
 
 
 def _collectives(

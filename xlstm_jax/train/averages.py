@@ -1,6 +1,5 @@
 """Averages of the parameters: schedule-free optimizers, and exponential moving averages."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -41,12 +40,12 @@ def eval_params(params: PyTree, opt_state: PyTree) -> PyTree:
     parameters and the optimizer state determine. Within `jax.vmap` it is the one of each run.
     """
     average = schedule_free_state(opt_state)
-    return params if average is None else _average(average.b1, average.z, params)
+    return params if average is None else _average(average, params)
 
 
 @jax.jit  # one program, as the arrays may be sharded over several processes
-def _average(b1: Any, z: PyTree, params: PyTree) -> PyTree:
-    return optax.contrib.schedule_free_eval_params(SimpleNamespace(b1=b1, z=z), params)
+def _average(state: Any, params: PyTree) -> PyTree:
+    return optax.contrib.schedule_free_eval_params(state, params)
 
 
 def schedule_free_state(opt_state: PyTree) -> Any:

@@ -70,7 +70,7 @@ def _ademamix(cfg: TrainConfig) -> optax.GradientTransformation:
     b3 = 0.9999
 
     def slow_decay(step):
-        log_b1, log_b3 = math.log(max(cfg.b1, 0.1)), math.log(b3)
+        log_b1, log_b3 = math.log(max(cfg.b1, 0.1)), math.log(b3)  # b1 may be 0
         done = jnp.minimum(step / cfg.steps, 1.0)
         return jnp.exp(log_b1 * log_b3 / ((1 - done) * log_b3 + done * log_b1))
 
