@@ -1,5 +1,6 @@
 """The experiment on optimizers: its configs and outcome, and a run at the smallest size."""
 
+import dataclasses
 import json
 
 import pytest
@@ -42,6 +43,8 @@ def test_runs_differ_from_char_lm_only_in_training_and_the_order_of_data():
 def test_the_smallest_size_writes_a_result_and_does_not_repeat_finished_runs(
     tmp_path, monkeypatch, capsys, one_device
 ):
+    small = dataclasses.replace(char_lm.SMOKE.model, pattern="m")  # less to compile
+    monkeypatch.setitem(char_lm.SIZES, "smoke", dataclasses.replace(char_lm.SMOKE, model=small))
     options = dict(size="smoke", seeds=(1,), runs=tmp_path / "runs", out=tmp_path / "o.json")
     assert optimizers.main(optimizers.Options(optimizers=("muon",), **options)) == 0
     trained = []

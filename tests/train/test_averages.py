@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from xlstm_jax.cli import evaluate, generate, main
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import load
 from xlstm_jax.sharding import MeshConfig, make_devices
@@ -187,3 +188,16 @@ def test_fit_differentiates_another_loss_and_evaluates_the_language_model_loss(
     assert other[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-6)
     assert other[0]["accuracy"] == -1 and plain[0]["accuracy"] >= 0
     assert results[1].evaluation["valid_accuracy"] >= 0
+
+
+@pytest.mark.parametrize("module", [evaluate, generate], ids=["evaluate", "generate"])
+def test_commands_restore_the_moving_average_if_asked(module, monkeypatch, tmp_path, capsys):
+    def restore(run_dir, step, *, ema):
+        raise ConfigError(f"restored with ema={ema}")
+
+    monkeypatch.setattr(module, "restore_params", restore)
+    name = module.__name__.rsplit(".", 1)[1]
+    options = [name, str(tmp_path), *(["--prompt", "a"] if name == "generate" else [])]
+    for extra, expected in (([], False), (["--ema"], True)):
+        assert main([*options, *extra]) == 2
+        assert f"restored with ema={expected}" in capsys.readouterr().err
