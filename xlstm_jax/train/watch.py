@@ -16,10 +16,12 @@ import numpy as np
 from xlstm_jax.data.batch import Batch
 from xlstm_jax.sharding import path_name
 from xlstm_jax.sharding.rules import use_rules
-from xlstm_jax.train import losses
+from xlstm_jax.train import lora, losses
 from xlstm_jax.train.gates import gate_statistics
 from xlstm_jax.train.program import TrainProgram
+from xlstm_jax.train.state import TrainState, eval_params
 from xlstm_jax.train.step import sum_gradients
+from xlstm_jax.train.trainable import combine, partition
 from xlstm_jax.typing import Array, PyTree
 
 MAX_SEQUENCES = 4
@@ -46,10 +48,10 @@ class Watch:
         """Whether `dispatch` of a batch of this size compiles nothing."""
         return len(batch.inputs) in self._sizes
 
-    def dispatch(self, params: PyTree, batch: Batch) -> PyTree:
-        """Starts the computation for parameters and a batch on the devices."""
+    def dispatch(self, state: TrainState, batch: Batch) -> PyTree:
+        """Starts the computation for a state and a batch on the devices."""
         self._sizes.add(len(batch.inputs))
-        return self._statistics(params, batch)
+        return self._statistics(state.params, state.opt_state, batch)
 
     def record(self, statistics: PyTree) -> dict[str, Any]:
         """Fetches what `dispatch` returned, as the JSON values of a record."""
@@ -65,13 +67,14 @@ class Watch:
     def _statistics(self) -> jax.stages.Wrapped:
         watch, devices = self._cfg.train.watch, self._program.devices
 
-        def statistics(params: PyTree, batch: Batch) -> dict[str, PyTree]:
+        def statistics(params: PyTree, opt_state: PyTree, batch: Batch) -> dict[str, PyTree]:
             # Inside the jitted function: the rules are read while it is traced.
             with use_rules(devices.rules):
                 sample = self._sample(batch)
                 result = {}
                 if watch in ("gates", "all"):
-                    result["gates"] = self._gates(params, sample)
+                    params_of_model = eval_params(self._cfg, params, opt_state)
+                    result["gates"] = self._gates(params_of_model, sample)
                 if watch in ("params", "all"):
                     result["params"] = self._norms(params, sample)
                 return result
@@ -109,10 +112,18 @@ class Watch:
         return gate_statistics(self._cfg.model, captured["gates"], state, batch.segment_ids != 0)
 
     def _norms(self, params: PyTree, batch: Batch) -> dict[str, dict[str, Array]]:
-        def loss_fn(params, batch, key):
-            return losses.language_model_loss(self._program.model, params, batch, self._cfg.train)
+        cfg, model = self._cfg, self._program.model
+        trained, frozen = partition(params, cfg.train.freeze)
 
-        grads, sums = sum_gradients(loss_fn, params, batch, None)
+        def loss_fn(trained, batch, key, state):
+            params = lora.merged(combine(trained, frozen), cfg.lora)
+            if self._program.loss_fn is not None:
+                loss, sums = self._program.loss_fn(params, batch, key)
+            else:
+                loss, sums = losses.language_model_loss(model, params, batch, cfg.train)
+            return loss, (sums, state)
+
+        grads, sums, _ = sum_gradients(loss_fn, trained, batch, None)
 
         def norms(path: tuple[Any, ...], param: Array, grad: Array) -> dict[str, Array]:
             first = 1 if path_name(path).startswith(_STACK) else 0
@@ -121,7 +132,7 @@ class Watch:
             norm, grad_norm = map(jnp.sqrt, squares)
             return {"norm": norm, "grad_norm": grad_norm / sums.weight_sum}
 
-        leaves = jax.tree_util.tree_leaves_with_path(params)
+        leaves = jax.tree_util.tree_leaves_with_path(trained)
         pairs = zip(leaves, jax.tree.leaves(grads), strict=True)
         return {path_name(path): norms(path, param, grad) for (path, param), grad in pairs}
 
