@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from xlstm_jax.config import to_dict
 from xlstm_jax.data.batch import Examples
 from xlstm_jax.errors import quote
-from xlstm_jax.train import metrics, rundir
+from xlstm_jax.train import dump, metrics, rewind, rundir
 from xlstm_jax.train.batches import TrainBatches
 from xlstm_jax.train.checkpoint import Checkpointer, CheckpointError, latest_step
 from xlstm_jax.train.clock import Clock
@@ -37,6 +37,7 @@ class Progress:
     # Since the last record.
     totals: metrics.Totals = dataclasses.field(default_factory=metrics.empty)
     evaluation: dict[str, Any] | None = None  # the last result, with its step
+    skips: rewind.Skips = dataclasses.field(default_factory=list)  # one per rewind
 
     def to_json(self) -> dict[str, Any]:
         """The JSON values of a checkpoint; float32 round-trips through JSON exactly."""
@@ -55,7 +56,8 @@ class Progress:
             # JSON has no float32, so the dtypes come from fresh totals.
             totals: Any = jax.tree.map(lambda x, y: np.asarray(y, x.dtype), metrics.empty(), totals)
             values = {name: value for name, value in values.items() if name != "data"}
-            return cls(**values | {"totals": totals}), dict(data)
+            skips = [(int(step), int(end)) for step, end in values.get("skips", ())]
+            return cls(**values | {"totals": totals, "skips": skips}), dict(data)
         except (TypeError, KeyError, ValueError) as error:
             raise CheckpointError(
                 f"the item `data` of the checkpoint must be the progress of a run, but it is "
@@ -89,7 +91,8 @@ class Loop:
     logging does not leave the device idle.
 
     The devices of `program` must be active. `state` is donated to the first step, and `progress` is
-    updated in place. `held_out` are sets to evaluate, by the prefix of their metrics.
+    updated in place. `held_out` are sets to evaluate, by the prefix of their metrics. `resume`
+    restores the newest checkpoint.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Loop:
         held_out: Mapping[str, Examples],
         outputs: Outputs,
         stop: Stop,
+        resume: Callable[[], tuple[TrainState, Progress] | None],
     ):
         self.state, self.progress = state, progress
         progress.totals = program.devices.replicate(progress.totals)
@@ -109,9 +113,36 @@ class Loop:
         self._clock = Clock()
         self._pending: tuple[int, metrics.Totals] | None = None  # a complete interval to fetch
         self._saved_at = time.monotonic()
+        self._resume = resume
+        self._dumped = -1  # the step of the last dump
 
     def run(self) -> None:
         """Trains until the last step or a stop request, and saves a checkpoint in either case."""
+        if self._cfg.train.spike_rewinds and self.progress.step == 0:
+            self._save()  # to return to
+        while True:
+            try:
+                return self._run()
+            except DivergedError as error:
+                self._rewind(error)
+
+    def _rewind(self, error: DivergedError) -> None:
+        """Returns to a checkpoint before the spike; raises the error if no rewinds are left."""
+        skips, run_dir = self.progress.skips, self._outputs.run_dir
+        first = int(self.state.guard.first.step)
+        skip = rewind.next_skip(run_dir, self._cfg.train, first, skips)
+        if skip is None:
+            raise error
+        rewind.discard_after(run_dir, self._outputs.checkpoints, skip)
+        self.state, self._pending = None, None  # there may be no memory for two states
+        resumed = self._resume()
+        assert resumed is not None
+        self.state, progress = resumed
+        totals = self._devices.replicate(progress.totals)
+        vars(self.progress).update(vars(progress), totals=totals, skips=[*skips, skip])
+        self._train = self._train.skip(self.progress.skips)
+
+    def _run(self) -> None:
         cfg, progress = self._cfg.train, self.progress
         sizes = self._cfg.batch_sizes
         share = self._devices.share_of_batch(self._cfg.data.batch_size)
@@ -230,19 +261,25 @@ class Loop:
         self._saved_at = time.monotonic()
 
     def _check_skipped(self, num_skipped: int) -> None:
-        """Raises DivergedError after too many skips, and writes the windows of skipped steps."""
+        """Dumps a new series of skipped updates; raises DivergedError if it is too long."""
+        if num_skipped == 0:
+            return
         limit, guard = self._cfg.train.max_consecutive_skips, self.state.guard
+        first, run_dir = int(guard.first.step), self._outputs.run_dir
+        if num_skipped >= limit or first != self._dumped:
+            progress = self.progress.to_json() | {"data": self._train.description}
+            arguments = run_dir, self._cfg, self.state, progress, self._train, self._program.given
+            with extra("the dump of a skipped step"):
+                dump.write(*arguments)
+            self._dumped = first
         if num_skipped < limit:
             return
-        first = self.progress.step - int(guard.skipped)
-        index = {str(step): self._train.index_of(step) for step in range(first, first + limit)}
-        mean = float(guard.ema_grad_norm)
-        dump = {"first_skipped_step": first, "ema_grad_norm": mean, "index_of_step": index}
-        rundir.write_json(self._outputs.run_dir / rundir.DIVERGED, dump)
-        saved = latest_step(self._outputs.run_dir)
+        saved = latest_step(run_dir)
         raise DivergedError(
             f"{limit} consecutive updates were skipped from step {first} on, because the loss or "
             "gradient was not finite or the gradient norm was far above its average of "
-            f"{mean:.3g}; lower train.lr in a new run, or resume this one to repeat the same "
-            f"batches from {'the beginning' if saved is None else f'step {saved}'}."
+            f"{float(guard.ema_grad_norm):.3g}; lower train.lr in a new run, or resume this one to "
+            "repeat the same batches from "
+            f"{'the beginning' if saved is None else f'step {saved}'}; "
+            f"`xlstm-jax replay {run_dir / rundir.DIVERGED}` recomputes step {first}."
         )

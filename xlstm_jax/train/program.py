@@ -48,6 +48,7 @@ class TrainProgram:
         self.cfg, self.devices = cfg, devices
         self.model = LM(cfg.model)
         self.tx = make_optimizer(cfg.train) if tx is None else tx
+        self.given = () if tx is None else ("tx",)  # what the config does not describe
         state = jax.eval_shape(self._first_state)
         totals = jax.eval_shape(metrics.empty)
         ids = jax.ShapeDtypeStruct((cfg.data.batch_size, cfg.data.seq_len), jnp.int32)

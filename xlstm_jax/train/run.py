@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ def _fit(
     program = TrainProgram(cfg, devices, tx)
     resumed = None if fresh else _resume(program, run_dir, train)
     state, progress = resumed or (program.init(), Progress())
+    train = train.skip(progress.skips)
     facts = {
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "data": {"train": train.description}
@@ -151,7 +153,8 @@ def _fit(
     ):
         log.info("starts at step %d of %d", progress.step, cfg.train.steps)
         with outputs, devices.active():
-            loop = Loop(program, state, progress, train, held_out, outputs, stop)
+            resume = functools.partial(_resume, program, run_dir, train)
+            loop = Loop(program, state, progress, train, held_out, outputs, stop, resume)
             loop.run()
         log.info("ends at step %d of %d", progress.step, cfg.train.steps)
         finished = progress.step == cfg.train.steps

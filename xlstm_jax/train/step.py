@@ -17,7 +17,7 @@ from xlstm_jax.train.config import TrainConfig
 from xlstm_jax.train.metrics import Metrics
 from xlstm_jax.train.optimizer import ScheduledOptimizer, norm
 from xlstm_jax.train.state import TrainState
-from xlstm_jax.typing import Array, Float, PRNGKeyArray, PyTree
+from xlstm_jax.typing import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
 LossFn = Callable[[PyTree, Batch, PRNGKeyArray | None], tuple[Float[Array, ""], CrossEntropy]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -52,17 +52,14 @@ def make_train_step(
     tx = optax.with_extra_args_support(tx)  # ignores step and lr_scale unless tx takes them
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = None
-        if model.cfg.has_dropout:  # a function of seed and step, so no key is stored
-            key = jax.random.fold_in(random_key(cfg.seed), _DROPOUT)
-            key = jax.random.fold_in(key, state.step)
+        key = dropout_key(model, cfg, state.step)
         loss_of = loss_fn or model_loss
         grads, sums = sum_gradients(loss_of, state.params, batch, key, cfg.accumulation)
         # A batch without targets gives 0/0, which the guard skips.
         grads = jax.tree.map(lambda g: g / sums.weight_sum.astype(g.dtype), grads)
         loss = sums.ce_sum / sums.weight_sum
         grad_norm = norm(grads)
-        ok, new_guard = guard.check_update(state.guard, loss, grad_norm, cfg)
+        ok, new_guard = guard.check_update(state.guard, state.step, loss, grad_norm, cfg)
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, step=state.step, lr_scale=state.lr_scale
         )
@@ -93,6 +90,13 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def dropout_key(model: Any, cfg: TrainConfig, step: Int[ArrayLike, ""]) -> PRNGKeyArray | None:
+    """The key of a step, a function of the seed and the step; None without dropout."""
+    if not model.cfg.has_dropout:
+        return None
+    return jax.random.fold_in(jax.random.fold_in(random_key(cfg.seed), _DROPOUT), step)
 
 
 def sum_gradients(
