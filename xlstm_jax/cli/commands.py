@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": "generate RUN --prompt TEXT: continue a text",
     "convert": "convert hf-to-run FOLDER RUN, run-to-hf RUN FOLDER: import and export weights",
     "data": "data prepare IN OUT, data train-tokenizer IN OUT, data inspect OUT: tokens of text",
+    "replay": "replay RUN/diverged.json: recompute a skipped step",
     "plan": "plan CONFIG.py --topology v5e:4x4: compile a run for a target that is not attached",
     "describe": "describe CONFIG.py: list shapes, parameters, FLOPs and memory, without training",
 }

@@ -128,8 +128,8 @@ def read_batch(path: Path, cfg: ExperimentConfig, step: int) -> Batch | None:
         return None
     shape = cfg.batch_sizes.at(step), cfg.data.seq_len
     try:
-        with np.load(path) as arrays:
-            batch = Batch(**arrays)
+        with path.open("rb") as file:  # NumPy does not close a damaged one
+            batch = Batch(**np.load(file))
     # zip and NumPy raise many types of exception for a damaged file.
     except Exception as error:
         raise ConfigError(f"{quote_path(path)} cannot be read ({error}); restore it.") from error

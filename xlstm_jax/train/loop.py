@@ -134,7 +134,8 @@ class Loop:
         if skip is None:
             raise error
         rewind.discard_after(run_dir, self._outputs.checkpoints, skip)
-        self.state, self._pending = None, None  # there may be no memory for two states
+        del self.state  # there may be no memory for two states
+        self._pending = None
         resumed = self._resume()
         assert resumed is not None
         self.state, progress = resumed
