@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from xlstm_jax.config import to_dict
 from xlstm_jax.data.batch import Examples
 from xlstm_jax.errors import quote
+from xlstm_jax.sharding.distributed import is_peer_failure
 from xlstm_jax.train import dump, metrics, rewind, rundir
 from xlstm_jax.train.batches import TrainBatches
 from xlstm_jax.train.checkpoint import Checkpointer, CheckpointError, latest_step
@@ -74,10 +75,11 @@ class Outputs(contextlib.AbstractContextManager):
     checkpoints: Checkpointer
     flops_per_step: float | None = None  # of the model; None omits the FLOP rate from records
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         # Writers are closed even if a save has failed.
         try:
-            self.checkpoints.close()
+            if not is_peer_failure(error):  # a save would wait for the process that has died
+                self.checkpoints.close()
         finally:
             for writer in self.writers:
                 with extra(f"closing {type(writer).__name__}"):

@@ -1,0 +1,108 @@
+"""Data that change, vanish or are not numbers, and a worker process that dies."""
+
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from tests.faults.conftest import Try
+from xlstm_jax.data.prepare import PrepareConfig, prepare
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(scope="module")
+def tokens(text, tmp_path_factory):
+    """The text as prepared tokens in several shards."""
+    folder = tmp_path_factory.mktemp("tokens") / "tokens"
+    prepare(PrepareConfig(source=str(text), shard_tokens=4096), folder, num_workers=1)
+    assert len(list(folder.rglob("*.bin"))) > 3
+    return folder
+
+
+def shard(folder):
+    return sorted(folder.rglob("*.bin"))[1]
+
+
+def remove(folder):
+    shard(folder).unlink()
+
+
+def truncate(folder):
+    os.truncate(shard(folder), shard(folder).stat().st_size // 2)
+
+
+def alter(folder):
+    tokens = np.fromfile(shard(folder), np.uint16)
+    tokens[100] ^= 1
+    tokens.tofile(shard(folder))
+
+
+@pytest.mark.parametrize("damage", [remove, truncate, alter], ids=lambda damage: damage.__name__)
+def test_a_damaged_shard_is_one_line_and_its_return_resumes(
+    make_run, tokens, tmp_path, tries, damage
+):
+    folder = shutil.copytree(tokens, tmp_path / "tokens")
+    run = make_run(dict(source=str(folder), verify="full"), steps=30)
+    child = run.start()
+    child.wait_for("step", 20)
+    child.kill()
+    child.finish()
+    lost = child.steps - run.saved
+    damage(folder)
+    line = run.fails(2)
+    shutil.rmtree(folder)
+    shutil.copytree(tokens, folder)
+    run.to_end()
+    tries.append(Try("shard of data", damage.__name__, "exit 2, one line; resumed", lost))
+    assert shard(folder).name in line
+
+
+def test_one_batch_of_nan_is_skipped_and_eight_end_the_run_with_a_dump_that_replays(
+    make_run, unbroken, tries
+):
+    run = make_run()
+    run.to_end(nan_steps=[12])
+    skipped = [record["skipped"] for record in run.records() if "skipped" in record]
+    assert sum(skipped) == 1
+    tries.append(Try("NaN batch", "one", "skipped"))
+    run = make_run()
+    line = run.fails(3, "replay", nan_steps=[*range(20, 28)])
+    assert "from step 20 on" in line
+    assert run.command("replay", str(run.run_dir / "diverged.json"), nan_steps=[20])[0] == 0
+    tries.append(Try("NaN batch", "eight in a row", "exit 3, one line; replayed"))
+    run.to_end()  # the same batches without NaN
+    assert run.records() == unbroken.records()
+
+
+def children_of(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
+def is_worker(pid):
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        return b"resource_tracker" not in file.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_worker_of_the_data_is_one_line_and_the_run_resumes(
+    make_run, unbroken, tries, number
+):
+    run = make_run(dict(workers=1))
+    child = run.start()
+    child.wait_for("step", 15)
+    (worker,) = filter(is_worker, children_of(child.process.pid))
+    os.kill(worker, number)
+    start = time.monotonic()
+    code, errors = child.finish(120)
+    assert code == 4 and len(errors) == 1, (code, errors)
+    lost = child.steps - run.saved
+    run.to_end()
+    assert run.records() == unbroken.records()
+    outcome = f"exit 4, one line after {time.monotonic() - start:.0f} s; resumed, equal"
+    tries.append(Try("data worker killed", number.name, "exit 4, one line; resumed, equal", lost))
+    assert outcome
