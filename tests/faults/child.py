@@ -1,8 +1,8 @@
 """One process of a run under test: python -m tests.faults.child OPTIONS (a JSON object).
 
-It runs `xlstm-jax ARGUMENTS` as a user would, with hooks that a test asks for. It prints the phases of
-the run, so that a test can kill it in one of them, and sleeps in each, so that the kill arrives in
-time: {"step": 3}, {"save": 5}, {"publish": 5}, {"delete": 1}, {"evaluate": 4}.
+It runs `xlstm-jax ARGUMENTS` as a user would, with hooks that a test asks for. It prints the phases
+of the run, so that a test can kill it in one of them, and sleeps in each, so that the kill arrives
+in time: {"step": 3}, {"save": 5}, {"publish": 5}, {"delete": 1}, {"evaluate": 4}.
 """
 
 import json

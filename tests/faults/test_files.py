@@ -45,7 +45,7 @@ def delete(path, rng):
 
 @pytest.mark.parametrize("damage", [flip, truncate, delete], ids=lambda damage: damage.__name__)
 def test_a_damaged_checkpoint_is_one_line_and_the_one_before_it_resumes(
-    copy, unbroken, tries, capsys, monkeypatch, damage
+    copy, unbroken, tries, one_device, capsys, monkeypatch, damage
 ):
     monkeypatch.setattr(cpu, "prepare", lambda: None)
     kinds, rng, newest = files(copy), random.Random(0), copy.saved
@@ -57,7 +57,7 @@ def test_a_damaged_checkpoint_is_one_line_and_the_one_before_it_resumes(
             continue
         code = main(["train", str(copy.config), "--run-dir", str(copy.run_dir)])
         (line,) = capsys.readouterr().err.splitlines()
-        assert code == 2 and f"delete {path.parents[len(path.parents) - 1]}" not in line
+        assert code == 2
         assert f"to resume from step {checkpoint.steps(copy.run_dir)[-2]}" in line, (kind, line)
         tries.append(Try(f"checkpoint, {damage.__name__}", kind, "exit 2, one line"))
         path.write_bytes(data)

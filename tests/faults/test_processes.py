@@ -87,19 +87,18 @@ def test_the_survivor_of_two_processes_ends_in_time_and_both_resume(
     survivor, start = children[1 - victim], time.monotonic()
     code, errors = survivor.finish(180)
     seconds = time.monotonic() - start
-    print(code, seconds, errors)
-    # JAX aborts a process whose coordinator has died, unless the collective operation fails first.
+    ours = [line for line in errors if line.startswith("xlstm-jax: another process of the run")]
+    # JAX prints more if the coordinator died, and aborts the process if it is slower to end.
     is_aborted = victim == 0 and code == -signal.SIGABRT
-    if not is_aborted:
-        assert code == 4, (code, errors)
-        line = errors[0] if victim == 0 else "".join(errors)  # the only one
-        assert line.startswith("xlstm-jax: another process of the run has ended"), errors
+    assert is_aborted or (code == 4 and len(ours) == 1), (code, errors)
+    assert errors == ours or victim == 0, errors
     lost = survivor.steps - run.saved
     for child in start_two(run):
         code, errors = child.finish()
         assert code == 0, errors
     assert run.records() == unbroken_pair.records()
-    ending = "abort of JAX" if is_aborted else "exit 4, one line"
+    lines = "one line" if errors == ours else "lines of JAX"
+    ending = "abort by JAX" if is_aborted else f"exit 4, {lines}"
     where = f"{names[victim]}, {phase}"
     outcome = f"{ending}, after {seconds:.0f} s; resumed, equal"
     tries.append(Try("one of two processes killed", where, outcome, lost))
