@@ -57,15 +57,16 @@ def report_phases() -> None:
     before(program.TrainProgram, "evaluate", lambda *_: report("evaluate", step[0]))
 
 
-def poison(steps: list[int]) -> None:
-    """Weights of NaN in the batches of some steps."""
+def poison(numbers: list[int]) -> None:
+    """Weights of NaN in some batches, which stay with their windows after a rewind."""
     from xlstm_jax.data.stream import Stream
 
     make = Stream.batch
 
     def batch(self, step, **hosts):
         made = make(self, step, **hosts)
-        return made._replace(weights=made.weights * np.float32(np.nan)) if step in steps else made
+        is_bad = self._start(step) // self.cfg.batch_size in numbers
+        return made._replace(weights=made.weights * np.float32(np.nan)) if is_bad else made
 
     Stream.batch = batch
 
@@ -101,8 +102,8 @@ def install(options: dict) -> None:
     """The hooks that the options ask for."""
     SECONDS.update(options.get("seconds", {}))
     report_phases()
-    if "nan_steps" in options:
-        poison(options["nan_steps"])
+    if "nan_batches" in options:
+        poison(options["nan_batches"])
     if "clock" in options:
         jump_clock(**options["clock"])
 

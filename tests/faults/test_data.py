@@ -1,6 +1,7 @@
 """Data that change, vanish or are not numbers, and a worker process that dies."""
 
 import os
+import random
 import shutil
 import signal
 from pathlib import Path
@@ -64,17 +65,34 @@ def test_one_batch_of_nan_is_skipped_and_eight_end_the_run_with_a_dump_that_repl
     make_run, unbroken, tries
 ):
     run = make_run()
-    run.to_end(nan_steps=[12])
+    run.to_end(nan_batches=[12])
     skipped = [record["skipped"] for record in run.records() if "skipped" in record]
     assert sum(skipped) == 1
     tries.append(Try("NaN batch", "one", "skipped"))
     run = make_run()
-    line = run.fails(3, "replay", nan_steps=[*range(20, 28)])
+    line = run.fails(3, "replay", nan_batches=[*range(20, 28)])
     assert "from step 20 on" in line
-    assert run.command("replay", str(run.run_dir / "diverged.json"), nan_steps=[20])[0] == 0
+    assert run.command("replay", str(run.run_dir / "diverged.json"), nan_batches=[20])[0] == 0
     tries.append(Try("NaN batch", "eight in a row", "exit 3, one line; replayed"))
     run.to_end()  # the same batches without NaN
     assert run.records() == unbroken.records()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_that_is_killed_around_a_rewind_repeats_it(make_run, tries, seed):
+    options, nan_batches = dict(spike_rewinds=1), [*range(17, 25)]
+    whole, run, rng = make_run(**options), make_run(**options), random.Random(seed)
+    assert "the run returns to step 14" in whole.to_end(nan_batches=nan_batches)[0]
+    rewound = 17 + 8  # steps until the rewind, at least
+    child = run.start(nan_batches=nan_batches)
+    child.wait_for("step", rewound + rng.randrange(-2, 12))
+    child.kill()
+    child.finish()
+    lost = max(child.phases[-1][1] - run.saved, 0)
+    run.to_end(nan_batches=nan_batches)
+    assert run.records() == whole.records()
+    tries.append(Try("SIGKILL around a rewind", "step", "resumed, equal", lost, seed))
 
 
 def children_of(pid):

@@ -4,6 +4,7 @@ import signal
 import socket
 import time
 
+import numpy as np
 import pytest
 
 from tests.faults.conftest import Try
@@ -11,6 +12,7 @@ from tests.faults.conftest import Try
 pytestmark = pytest.mark.faults
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [-86400 * 365, 86400 * 365], ids=["back", "ahead"])
 def test_a_jump_of_the_wall_clock_changes_nothing(make_run, unbroken, tries, seconds):
     run = make_run(checkpoint_minutes=5.0)
@@ -56,12 +58,12 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start_two(run):
+def start_two(run, **options):
     address, processes = f"127.0.0.1:{free_port()}", []
     for process_id in range(2):
         argv = ["--processes.coordinator", address, "--processes.num-processes", "2"]
         argv += ["--processes.process-id", str(process_id)]
-        processes.append(run.start(*argv))
+        processes.append(run.start(*argv, **options))
     return processes
 
 
@@ -73,6 +75,7 @@ def unbroken_pair(make_run):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["step", "publish"])
 @pytest.mark.parametrize("victim", [1, 0], ids=["worker", "coordinator"])
 def test_the_survivor_of_two_processes_ends_in_time_and_both_resume(
@@ -103,3 +106,16 @@ def test_the_survivor_of_two_processes_ends_in_time_and_both_resume(
     outcome = f"{ending}, after {seconds:.0f} s; resumed, equal"
     tries.append(Try("one of two processes killed", where, outcome, lost))
     assert seconds < 120
+
+
+@pytest.mark.slow
+def test_two_processes_rewind_to_the_same_step(make_run, tries):
+    runs = make_run(spike_rewinds=1), make_run(spike_rewinds=1)
+    nan_batches = [*range(17, 25)]
+    runs[0].to_end(nan_batches=nan_batches)
+    for child in start_two(runs[1], nan_batches=nan_batches):
+        code, errors = child.finish()
+        assert code == 0 and "the run returns to step 14" in errors[0], errors
+    one, two = ([r["loss"] for r in run.records() if "loss" in r] for run in runs)
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    tries.append(Try("NaN batch", "eight in a row, rewind, two processes", "as in one process"))
