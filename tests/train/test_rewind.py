@@ -45,7 +45,7 @@ def test_a_run_returns_to_the_checkpoint_before_a_spike_and_leaves_out_its_data(
     assert checkpoint.steps(run_dir) == [0, 5, 10, 15, 16]
 
 
-@pytest.mark.parametrize("callback", [crash_at(6), crash_at(9), crash_at(12), interrupt_at(9)])
+@pytest.mark.parametrize("callback", [crash_at(6), crash_at(12), interrupt_at(6), interrupt_at(9)])
 def test_a_rewound_run_that_is_interrupted_resumes_bit_exactly(
     spiky, rewound, tmp_path, assert_same, callback
 ):
