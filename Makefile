@@ -11,7 +11,7 @@ INSTALLED = $(VENV)/.installed
 # Two workers: tests mostly compile small programs on one core. Tests of a file share compiled programs.
 PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help install install-compile train test test-slow test-compile test-all lint
+.PHONY: help install install-compile train test test-slow test-compile test-faults test-all lint
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -24,13 +24,16 @@ train: $(INSTALLED) ## train the default run: a small xLSTM on the text of this 
 	$(VENV)/bin/xlstm-jax train experiments/char_lm.py $(ARGS)
 
 test: $(INSTALLED) ## run every test that is neither slow nor exhaustive
-	$(PYTEST) -m "not slow and not exhaustive" $(ARGS)
+	$(PYTEST) -m "not slow and not exhaustive and not faults" $(ARGS)
 
 test-slow: $(INSTALLED) ## run the slow tests
-	$(PYTEST) -m "slow and not exhaustive" $(ARGS)
+	$(PYTEST) -m "slow and not exhaustive and not faults" $(ARGS)
 
 test-compile: $(COMPILE_VENV)/.installed ## compile kernels and train steps for TPUs and GPUs; no TPU or GPU needed
 	TRITON_INTERPRET=0 $(COMPILE_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/compile -m "not slow" $(ARGS)
+
+test-faults: $(INSTALLED) ## kill, starve and damage runs; ARGS='-m "faults and not slow"' runs a part
+	$(VENV)/bin/python -m pytest tests/faults -m faults $(ARGS)
 
 test-all: $(INSTALLED) ## run every test; before a release
 	$(PYTEST) $(ARGS)

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -19,7 +20,7 @@ from experiments.char_lm import SMOKE
 from xlstm_jax import config, cpu, data
 from xlstm_jax.cli import console, main, train
 from xlstm_jax.config import user_code
-from xlstm_jax.errors import UnsupportedError
+from xlstm_jax.errors import ConfigError, UnsupportedError
 from xlstm_jax.plan import topology
 from xlstm_jax.train import DivergedError, FitResult, TrainState
 from xlstm_jax.train.guard import Guard
@@ -253,6 +254,43 @@ def test_errors_have_an_exit_code_and_one_line(monkeypatch, capsys, error, code,
     assert main(["train", CONFIG, "--size", "smoke"]) == code
     message = capsys.readouterr().err
     assert message.startswith(f"xlstm-jax: {text}") and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error, code, text",
+    [
+        (ValueError("UNKNOWN: Gloo AllReduce failed: reset by peer"), 4, "another process of"),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), 4, "a/b: no space left"),
+        (ConfigError("steps must be 3."), 2, "steps must be 3."),
+        (ValueError("a bug"), 1, None),
+    ],
+)
+def test_a_process_that_fails_ends_without_waiting_for_the_others(
+    monkeypatch, capsys, error, code, text
+):
+    """The others may wait for it in a collective operation, and JAX's exit waits for them."""
+
+    class EndOfProcess(BaseException):
+        pass
+
+    def end(actual):
+        assert actual == code
+        raise EndOfProcess
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(train, "fit", fail)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(train, "init_distributed", lambda processes: None)
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(EndOfProcess):
+        main(["train", CONFIG, "--size", "smoke"])
+    message = capsys.readouterr().err
+    if text is None:
+        assert message.startswith("Traceback") and "ValueError: a bug" in message
+    else:
+        assert message.startswith(f"xlstm-jax: {text}") and message.count("\n") == 1
 
 
 def test_output_that_stdout_cannot_encode_is_replaced(monkeypatch):

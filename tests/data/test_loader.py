@@ -20,6 +20,7 @@ from xlstm_jax.data import (
     tokenizers,
 )
 from xlstm_jax.data.loader import eval_index
+from xlstm_jax.data.prefetch import BatchIterator, by_step
 from xlstm_jax.data.shards.store import ArrayTokens
 
 BYTE = tokenizers.get("byte")
@@ -102,6 +103,18 @@ def test_the_iterator_yields_the_batches_of_its_steps_from_any_start(source, sta
     with batches(examples, CFG, start) as iterator:
         for step in range(start, start + 12):
             assert_equal(next(iterator), batch_at(examples, CFG, step))
+
+
+def test_a_worker_that_was_killed_is_an_error_of_the_machine():
+    def end():
+        raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
+        yield
+
+    with BatchIterator(by_step(lambda step: step), 0, 3) as batches:
+        batches._iterator.close()
+        batches._iterator = end()
+        with pytest.raises(ChildProcessError, match="a worker process of the data ended"):
+            next(batches)
 
 
 def test_the_iterator_ends_after_num_steps_and_can_be_closed_twice():

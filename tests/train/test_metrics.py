@@ -62,6 +62,12 @@ def test_a_skipped_step_is_counted_but_enters_no_mean():
     assert (summary["skipped"], summary["skipped_in_a_row"], summary["tokens"]) == (1, 1, 70)
 
 
+def test_the_tokens_of_a_batch_with_weights_of_nan_are_not_counted():
+    nan = float("nan")
+    summary = metrics.summarize(total(step(2.0, 30.0), step(nan, nan, skipped=1, documents=2)))
+    assert (summary["tokens"], summary["documents"], summary["loss"]) == (30, 2, 2.0)
+
+
 def test_an_interval_of_skipped_steps_has_no_loss():
     summary = metrics.summarize(total(step(float("nan"), 5.0, skipped=1)))
     assert summary["loss"] is summary["perplexity"] is summary["grad_norm"] is None

@@ -54,6 +54,7 @@ def test_fresh_deletes_what_a_run_writes_and_nothing_else(trained):
     mine = ["notes.txt", "checkpoints/model.pt", "checkpoints/best/weights", "process.log"]
     written = ["process_0.log", "diverged.json", "gates/2.png", "checkpoints/3.tmp/state/a"]
     written += ["tensorboard/events", "profile/plugins/a", "export/2/a", "export/4.tmp/a"]
+    written += ["diverged/config.json", "diverged/checkpoints/3/state/a"]
     for name in mine + written:
         (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (run_dir / name).write_text("x")

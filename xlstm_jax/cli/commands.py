@@ -5,7 +5,10 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+
+import jax
 
 from xlstm_jax import __version__, cpu
 from xlstm_jax.cli.exit_codes import BAD_ARGUMENT, DONE, INTERRUPTED, MACHINE_FAILED
@@ -18,6 +21,7 @@ from xlstm_jax.errors import (
     quote,
     quote_path,
 )
+from xlstm_jax.sharding.distributed import exit_without_others, is_peer_failure
 
 # Each is a module of this package with `run(argv) -> exit code`, imported only when it runs.
 COMMANDS = {
@@ -27,6 +31,7 @@ COMMANDS = {
     "convert": "convert hf-to-run FOLDER RUN, run-to-hf RUN FOLDER: import and export weights",
     "data": "data prepare IN OUT, data train-tokenizer IN OUT, data inspect OUT: tokens of text",
     "report": "report RUN...: compare runs on one HTML page",
+    "replay": "replay RUN/diverged.json: recompute a skipped step",
     "plan": "plan CONFIG.py --topology v5e:4x4: compile a run for a target that is not attached",
     "describe": "describe CONFIG.py: list shapes, parameters, FLOPs and memory, without training",
 }
@@ -59,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cpu.prepare()  # has to precede the first computation
     # Orbax and absl would configure the root logger otherwise, with a prefix of their own.
     logging.basicConfig(format="xlstm-jax: %(message)s")
+    logging.getLogger().handlers[0].setLevel(logging.WARNING)  # the rest is for process_I.log
     try:
         return _dispatch(args)
     except KeyboardInterrupt:
@@ -70,8 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         code, message = explain(error)
         if code is None:
+            if jax.distributed.is_initialized():
+                traceback.print_exc()
+                exit_without_others(1)
             raise
         print(f"xlstm-jax: {message}", file=sys.stderr)
+        exit_without_others(code)
         return code
 
 
@@ -97,6 +107,12 @@ def explain(error: Exception) -> tuple[int | None, str]:
         return BAD_ARGUMENT, str(error)
     if isinstance(error, OSError):
         return _explain_os_error(error)
+    if is_peer_failure(error):
+        reason = printable(str(error))[:200]
+        return MACHINE_FAILED, (
+            f"another process of the run has ended, or the network failed ({reason}); the same "
+            "command in all processes resumes."
+        )
     # XLA reports exhausted memory, also of the host, by the text of its errors only.
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]:
         reason = printable(str(error))[:200] or "MemoryError"

@@ -1,5 +1,6 @@
 """Batches by step as a `grain.MapDataset`, prefetched in a thread or in several processes."""
 
+import errno
 import gc
 import sys
 import time
@@ -30,6 +31,9 @@ class BatchIterator(Iterator[Batch]):
     Args:
         dataset: the batches by step; it can be pickled if there are workers.
         num_workers: processes; 0 is a thread of this one.
+
+    Raises:
+        OSError: on `next`, if a worker process was killed; its number is ECHILD.
     """
 
     def __init__(
@@ -59,7 +63,14 @@ class BatchIterator(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._iterator is None:
             raise StopIteration
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:
+            if "was terminated unexpectedly" not in str(error):
+                raise
+            # ECHILD: an error of the machine, which often has run out of memory.
+            reason = "a worker process of the data ended; it may have run out of memory"
+            raise OSError(errno.ECHILD, reason) from error
         # Copied out of shared memory, which the interpreter fails to free if it still exists at
         # its exit.
         return Batch(*map(np.array, batch)) if self._is_shared else batch

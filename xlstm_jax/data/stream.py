@@ -7,6 +7,7 @@ data is therefore one integer, valid for any number of hosts and of worker proce
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ class Stream:
     examples: Examples
     cfg: DataConfig
     sizes: BatchSizes
+    # (step, end): from `step` on, the sequences of the steps from there to `end` are left out.
+    skips: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
         # A batch may continue into one more epoch, not into several.
@@ -54,8 +57,8 @@ class Stream:
         within = np.arange(block.start, block.stop, dtype=np.int64)
         if self.cfg.packing == "stream":
             length = len(self.examples) // self.cfg.batch_size  # windows of one long sequence
-            return within * length + step % length
-        sequence = self.sizes.before(step) + within
+            return within * length + self._start(step) // self.cfg.batch_size % length
+        sequence = self._start(step) + within
         if not isinstance(self.examples, Mixture):
             return self._order(self.examples, self.cfg.seed).window(sequence)
         source, rank = self._schedule.draw(sequence)
@@ -107,6 +110,16 @@ class Stream:
         """The windows of a step."""
         return self.index(step, range(self.sizes.at(step))).tolist()
 
+    def skip(self, skips: Iterable[tuple[int, int]]) -> "Stream":
+        """The same batches with other `skips`."""
+        return dataclasses.replace(self, skips=tuple(skips))
+
+    def _start(self, step: int) -> int:
+        """The first sequence of a step."""
+        before = self.sizes.before
+        skipped = sum(before(end) - before(start) for start, end in self.skips if start <= step)
+        return before(step) + skipped
+
     def _order(self, examples: Examples, *seeds: int) -> Order:
         cfg, shuffle = self.cfg, self.cfg.shuffle if examples.shuffle else "none"
         return Order(len(examples), seeds, shuffle, cfg.shuffle_block, cfg.shuffle_set)
@@ -120,10 +133,10 @@ class Stream:
         return Schedule(weights, starts, cfg.seed)
 
     def counts(self, step: int) -> dict[str, int]:
-        """`sequences_NAME` of every source of a mixture, in all steps before one; else {}."""
+        """`sequences_NAME` of every source of a mixture, up to a step, with `skips`; else {}."""
         if not isinstance(self.examples, Mixture):
             return {}
-        counts = self._schedule.counts(self.sizes.before(step))
+        counts = self._schedule.counts(self._start(step))
         names = [f"sequences_{name}" for name in self.examples.sources]
         return dict(zip(names, counts, strict=True))
 

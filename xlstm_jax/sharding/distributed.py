@@ -11,6 +11,9 @@ Failures that a user sees, observed with jax 0.10.2:
 - `num_processes` differs between processes: the value of process 0 is used. JAX aborts a process
   whose id is too large with a failed check, "Unexpected task registered".
 - The port is in use: process 0 exits with one line and code 2.
+- A process ends during a run: the collective operations of the others fail within a second
+  (`is_peer_failure`), and they exit with one line and code 4. If it was process 0, whose
+  coordination service all use, JAX may abort them first, with a failed check.
 """
 
 import contextlib
@@ -120,6 +123,29 @@ def init_distributed(processes: Processes | None = None) -> None:
                 f"jax.distributed cannot be initialized ({reason}); set coordinator, num_processes "
                 "and process_id, with a free port on the host of process 0."
             ) from error
+
+
+_PEER_FAILURE = re.compile(r"Gloo |NCCL |[cC]oordination ?[sS]ervice|heartbeat|[bB]arrier ")
+
+
+def is_peer_failure(error: BaseException | None) -> bool:
+    """Whether an error says that another process has ended, or that the network failed.
+
+    XLA reports both by the text of the error of a collective operation only.
+    """
+    return jax.distributed.is_initialized() and bool(_PEER_FAILURE.search(str(error)[:2000]))
+
+
+def exit_without_others(code: int) -> None:
+    """Ends the process at once if it is one of several; call it after an error.
+
+    At a regular exit JAX waits for the others, which may wait for this one in a collective
+    operation.
+    """
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _integer(environ: Mapping[str, str], name: str) -> int:

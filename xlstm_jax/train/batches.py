@@ -1,6 +1,7 @@
 """Where the batches of a run come from: its config, or the caller of `fit`."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,6 +30,12 @@ class TrainBatches(Protocol):
     def index_of(self, step: int) -> list[int] | None:
         """The windows of a step; None if unknown."""
 
+    def batch(self, step: int) -> Batch | None:
+        """The global batch of a step; None if it can be read only once."""
+
+    def skip(self, skips: Iterable[tuple[int, int]]) -> "TrainBatches":
+        """Without the data of the steps from `step` to `end`, from `step` on; see `Stream`."""
+
     def counts(self, step: int) -> dict[str, int]:
         """More values for the record of a step."""
 
@@ -40,19 +47,26 @@ class GivenBatches:
     drops, the batches of the steps before.
     """
 
-    def __init__(self, data: Any, cfg: ExperimentConfig):
+    def __init__(self, data: Any, cfg: ExperimentConfig, skips: Iterable[tuple[int, int]] = ()):
         import grain  # takes half a second
 
-        is_map = isinstance(data, grain.MapDataset)
-        if is_map and len(data) < cfg.train.steps:
+        is_map, self._skips = isinstance(data, grain.MapDataset), tuple(skips)
+        stop = self._position(cfg.train.steps)
+        if is_map and len(data) < stop:
+            skipped = f" and {stop - cfg.train.steps} skipped ones" if self._skips else ""
             raise ConfigError(
-                f"data must have a batch for each of train.steps={cfg.train.steps}, got "
+                f"data must have a batch for each of train.steps={cfg.train.steps}{skipped}, got "
                 f"{len(data)}; repeat it, or lower train.steps."
             )
         if not is_map and not isinstance(data, Iterable):
             raise ConfigError(
                 "data must be a grain.MapDataset or an iterable of xlstm_jax.data.Batch, got "
                 f"{quote(type(data))}; None reads the data of the config."
+            )
+        if cfg.train.spike_rewinds and isinstance(data, Iterator):
+            raise ConfigError(
+                f"train.spike_rewinds={cfg.train.spike_rewinds} must be 0 with data that can be "
+                f"read only once, got {quote(type(data))}; pass a grain.MapDataset or a list."
             )
         self._data: Any = data
         self._is_map, self._cfg = is_map, cfg
@@ -73,20 +87,25 @@ class GivenBatches:
             return Batch(*(x[host_index * share :][:share] for x in batch))
 
         if self._is_map:
-            dataset = by_step(lambda step: block(self._data[step], step))
+            dataset = by_step(lambda step: block(self._data[self._position(step)], step))
             return BatchIterator(dataset, start_step, num_steps)
         return contextlib.nullcontext(self._read(start_step, start_step + num_steps, block))
 
+    def _position(self, step: int) -> int:
+        """The number in `data` of the batch of a step."""
+        return step + sum(end - start for start, end in self._skips if start <= step)
+
     def _read(self, start: int, stop: int, block: Callable[[Any, int], Batch]) -> Iterator[Batch]:
         """The batches of an iterable."""
-        step = -1
-        for step, batch in zip(range(stop), self._data, strict=False):
-            if step >= start:
-                yield block(batch, step)
-        if step + 1 < stop:
+        # All skips are before `start`: a run rewinds to the step of its last skip.
+        first, last, number = self._position(start), self._position(stop), -1
+        for number, batch in zip(range(last), self._data, strict=False):
+            if number >= first:
+                yield block(batch, number - first + start)
+        if number + 1 < last:
             raise ConfigError(
-                f"data must have a batch for each of train.steps={stop}, but it ends after "
-                f"{step + 1}; repeat it, or lower train.steps."
+                f"data must have a batch for each of train.steps={last}, but it ends after "
+                f"{number + 1}; repeat it, or lower train.steps."
             )
 
     def _checked(self, batch: Any, step: int) -> Batch:
@@ -117,7 +136,20 @@ class GivenBatches:
         return Batch(*arrays)
 
     def index_of(self, step: int) -> None:
-        """None: batches may be read once only."""
+        """None: only the caller of `fit` knows what they consist of."""
+
+    def batch(self, step: int) -> Batch | None:
+        """The batch of a step; None if the data can be read only once."""
+        if isinstance(self._data, Iterator):
+            return None
+        position = self._position(step)
+        if self._is_map:
+            return self._checked(self._data[position], step)
+        return self._checked(next(itertools.islice(self._data, position, None)), step)
+
+    def skip(self, skips: Iterable[tuple[int, int]]) -> "GivenBatches":
+        """The same batches without the skipped ones."""
+        return GivenBatches(self._data, self._cfg, skips)
 
     def counts(self, step: int) -> dict[str, int]:
         """None beside the usual ones."""

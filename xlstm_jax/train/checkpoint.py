@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
+from optax.contrib import ScheduleFreeState
 
 from xlstm_jax.config import ConfigError, load_config
 from xlstm_jax.errors import quote_path
@@ -43,8 +45,10 @@ class CheckpointError(ConfigError):
     """A checkpoint is missing or unreadable. The message is one line that includes a remedy."""
 
 
-# `Guard` in checkpoints that were written before its field `usual_norm` was renamed.
-_OldGuard = collections.namedtuple("_OldGuard", ("usual_norm", "skipped"))
+# `Guard` in older checkpoints, before it had the field `first`, and before a field was renamed.
+_GUARDS = [
+    collections.namedtuple("_Guard", (name, "skipped")) for name in ("ema_grad_norm", "usual_norm")
+]
 
 
 class Checkpointer(contextlib.AbstractContextManager):
@@ -97,6 +101,15 @@ class Checkpointer(contextlib.AbstractContextManager):
         if saving is not None:
             with _disk_errors(self._folder):
                 saving.result()
+
+    def rewind(self, step: int) -> None:
+        """Deletes the checkpoints after a step, from which the run then continues."""
+        self.wait()
+        if jax.process_index() == 0:
+            later = [saved for saved in steps(self._folder.parent) if saved > step]
+            # The newest first: if this is interrupted, the run resumes before the deleted ones.
+            _delete(*(self._folder / str(saved) for saved in reversed(later)))
+        self._step = step
 
     def close(self) -> None:
         """Waits until all checkpoints are on disk."""
@@ -190,9 +203,10 @@ def steps(run_dir: str | Path) -> list[int]:
     return sorted(int(path.name) for path in folders if path.name.isdecimal() and path.is_dir())
 
 
-def latest_step(run_dir: str | Path) -> int | None:
-    """The newest step with a complete checkpoint; None without any."""
-    return max(steps(run_dir), default=None)
+def latest_step(run_dir: str | Path, at_most: int | None = None) -> int | None:
+    """The newest step with a complete checkpoint, at most `at_most`; None without any."""
+    saved = steps(run_dir)
+    return max((step for step in saved if at_most is None or step <= at_most), default=None)
 
 
 _PARAMS_ONLY = {"params_alone": True}  # stored in place of the progress
@@ -215,14 +229,16 @@ def save_params(run_dir: str | Path, params: PyTree, config: dict[str, Any]) -> 
     _publish(folder)
 
 
-def has_params_only(run_dir: str | Path) -> bool:
+def has_params_only(run_dir: str | Path, at_most: int | None = None) -> bool:
     """Whether the newest checkpoint is of `save_params`; raises CheckpointError if corrupt."""
-    if latest_step(run_dir) != 0:
+    if latest_step(run_dir, at_most) != 0:
         return False
     return _restore(Path(run_dir), 0, {"data": None})["data"] == _PARAMS_ONLY
 
 
-def restore_latest(run_dir: str | Path, like: PyTree) -> tuple[TrainState, Any] | None:
+def restore_latest(
+    run_dir: str | Path, like: PyTree, at_most: int | None = None
+) -> tuple[TrainState, Any] | None:
     """Restores the newest state and progress of a run; None without a checkpoint.
 
     Nothing on disk changes, also if an error is raised.
@@ -231,19 +247,41 @@ def restore_latest(run_dir: str | Path, like: PyTree) -> tuple[TrainState, Any] 
         like: a state of the same structure, or its shapes, with the dtypes and shardings to restore
             to. They may differ from those of the saving run; a leaf without a sharding is restored
             to one device.
+        at_most: ignores checkpoints after this step.
 
     Raises:
         CheckpointError: the checkpoint is corrupt or has another structure.
     """
-    step = latest_step(run_dir)
+    step = latest_step(run_dir, at_most)
     if step is None:
         return None
-    metadata = Path(run_dir, FOLDER, str(step), "state", "_METADATA")
-    if metadata.is_file() and "usual_norm" in metadata.read_text(errors="replace"):
-        like = like.replace(guard=_OldGuard(*like.guard))
-    restored = _restore(Path(run_dir), step, {"state": _abstract(like), "data": None})
+    like = _abstract(like)
+    stored = like.replace(guard=_as_stored(like.guard, Path(run_dir, FOLDER, str(step))))
+    restored = _restore(Path(run_dir), step, {"state": stored, "data": None})
     state = restored["state"]
-    return state.replace(guard=Guard(*state.guard)), restored["data"]
+    return state.replace(guard=_as_new(state.guard, like.guard)), restored["data"]
+
+
+def _as_stored(guard: Any, folder: Path) -> Any:
+    """The guard with the fields that it has in a checkpoint."""
+    metadata = folder / "state" / "_METADATA"
+    text = metadata.read_text(errors="replace") if metadata.is_file() else ""
+    if "usual_norm" not in text and "('guard', 'first', " in text:
+        return guard
+    return _GUARDS["usual_norm" in text](guard.ema_grad_norm, guard.skipped)
+
+
+def _as_new(guard: Any, like: Guard) -> Guard:
+    """A restored guard with all fields of this version."""
+    if len(guard) == len(like):
+        return Guard(*guard)
+
+    def put(value: jax.Array, like: Any) -> jax.Array:
+        return jax.make_array_from_callback(
+            like.shape, like.sharding, np.broadcast_to(value, like.shape).__getitem__
+        )
+
+    return Guard(*guard, first=jax.tree.map(put, Guard.start().first, like.first))
 
 
 def restore_params(

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,14 +10,14 @@ from jax.experimental import multihost_utils
 
 from xlstm_jax.config import to_dict
 from xlstm_jax.data.batch import Batch
-from xlstm_jax.train import metrics, rundir
+from xlstm_jax.train import dump, metrics, rewind, rundir
 from xlstm_jax.train.batches import TrainBatches
 from xlstm_jax.train.checkpoint import latest_step
 from xlstm_jax.train.clock import Clock, Part
 from xlstm_jax.train.evaluation import Evaluation
 from xlstm_jax.train.guard import DivergedError
 from xlstm_jax.train.outputs import Outputs
-from xlstm_jax.train.processes import Stop
+from xlstm_jax.train.processes import Stop, extra
 from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.train.progress import Progress
 from xlstm_jax.train.rates import Rates
@@ -36,7 +36,7 @@ class Loop:
     logging does not leave the device idle.
 
     The devices of `program` must be active. `state` is donated to the first step, and `progress` is
-    updated in place. `clock` was made when the run began.
+    updated in place. `clock` was made when the run began. `resume` restores the newest checkpoint.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Loop:
         stop: Stop,
         rates: Rates,
         clock: Clock,
+        resume: Callable[[], tuple[TrainState, Progress] | None],
     ):
         self.state, self.progress = state, progress
         progress.totals = program.devices.replicate(progress.totals)
@@ -60,9 +61,39 @@ class Loop:
         self._pending: tuple[int, metrics.Totals] | None = None  # a complete interval to fetch
         self._watched: tuple[int, PyTree] | None = None  # statistics to fetch
         self._saved_at, self._saved_step = time.monotonic(), progress.step
+        self._resume = resume
+        self._dumped = -1  # the step of the last dump
 
     def run(self) -> None:
         """Trains until the last step or a stop request, and saves a checkpoint in either case."""
+        if self._cfg.train.spike_rewinds and self.progress.step == 0:
+            self._save()  # to return to
+        while True:
+            try:
+                return self._run()
+            except DivergedError as error:
+                with self._clock.measure("restore"):
+                    self._rewind(error)
+
+    def _rewind(self, error: DivergedError) -> None:
+        """Returns to a checkpoint before the spike; raises the error if no rewinds are left."""
+        skips, run_dir = self.progress.skips, self._outputs.run_dir
+        first = int(self.state.guard.first.step)
+        skip = rewind.next_skip(run_dir, self._cfg.train, first, skips)
+        if skip is None:
+            raise error
+        rewind.discard_after(run_dir, self._outputs.checkpoints, skip)
+        del self.state  # there may be no memory for two states
+        self._pending = self._watched = None
+        resumed = self._resume()
+        assert resumed is not None
+        self.state, progress = resumed
+        totals = self._devices.replicate(progress.totals)
+        vars(self.progress).update(vars(progress), totals=totals, skips=[*skips, skip])
+        self._saved_step = progress.step
+        self._train = self._train.skip(self.progress.skips)
+
+    def _run(self) -> None:
         cfg, progress = self._cfg.train, self.progress
         sizes = self._cfg.batch_sizes
         share = self._devices.share_of_batch(self._cfg.data.batch_size)
@@ -210,19 +241,25 @@ class Loop:
         self._saved_at, self._saved_step = time.monotonic(), progress.step
 
     def _check_skipped(self, num_skipped: int) -> None:
-        """Raises DivergedError after too many skips, and writes the windows of skipped steps."""
+        """Dumps a new series of skipped updates; raises DivergedError if it is too long."""
+        if num_skipped == 0:
+            return
         limit, guard = self._cfg.train.max_consecutive_skips, self.state.guard
+        first, run_dir = int(guard.first.step), self._outputs.run_dir
+        if num_skipped >= limit or first != self._dumped:
+            progress = self.progress.to_json() | {"data": self._train.description}
+            arguments = run_dir, self._cfg, self.state, progress, self._train, self._program.given
+            with extra("the dump of a skipped step"):
+                dump.write(*arguments)
+            self._dumped = first
         if num_skipped < limit:
             return
-        first = self.progress.step - int(guard.skipped)
-        index = {str(step): self._train.index_of(step) for step in range(first, first + limit)}
-        mean = float(guard.ema_grad_norm)
-        dump = {"first_skipped_step": first, "ema_grad_norm": mean, "index_of_step": index}
-        rundir.write_json(self._outputs.run_dir / rundir.DIVERGED, dump)
-        saved = latest_step(self._outputs.run_dir)
+        saved = latest_step(run_dir)
         raise DivergedError(
             f"{limit} consecutive updates were skipped from step {first} on, because the loss or "
             "gradient was not finite or the gradient norm was far above its average of "
-            f"{mean:.3g}; lower train.lr in a new run, or resume this one to repeat the same "
-            f"batches from {'the beginning' if saved is None else f'step {saved}'}."
+            f"{float(guard.ema_grad_norm):.3g}; lower train.lr in a new run, or resume this one to "
+            "repeat the same batches from "
+            f"{'the beginning' if saved is None else f'step {saved}'}; "
+            f"`xlstm-jax replay {run_dir / rundir.DIVERGED}` recomputes step {first}."
         )

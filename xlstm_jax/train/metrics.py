@@ -56,7 +56,8 @@ def add(totals: Totals, metrics: Metrics) -> Totals:
             # `where`, because a product with 0 would keep the NaN of a skipped step.
             values[name] = value + jnp.where(taken, weighted, 0.0)
         elif name in SUMMED:
-            values[name] = value + metric
+            # The tokens of a batch with weights of NaN are not counted.
+            values[name] = value + jnp.where(jnp.isfinite(metric), metric, 0.0)
         else:
             values[name] = metric if name in LAST else jnp.maximum(value, metric)
     return Totals(values, totals.tokens + tokens, totals.taken + count, totals.steps + 1)

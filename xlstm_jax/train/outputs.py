@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from xlstm_jax.sharding.distributed import is_peer_failure
 from xlstm_jax.train import gate_plot, rundir
 from xlstm_jax.train.checkpoint import Checkpointer
 from xlstm_jax.train.processes import extra
@@ -74,10 +75,11 @@ class Outputs(contextlib.AbstractContextManager):
                 shutil.rmtree(draft, ignore_errors=True)
                 raise
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         # Writers are closed even if a save has failed.
         try:
-            self.checkpoints.close()
+            if not is_peer_failure(error):  # a save would wait for the process that has died
+                self.checkpoints.close()
         finally:
             self.profiler.stop()
             for writer in self.writers:

@@ -44,7 +44,7 @@ def process_log(run_dir: Path) -> Iterator[None]:
         log.info("process %d of %d on %s: %s", jax.process_index(), count, platform.node(), devices)
         yield
     except BaseException:  # KeyboardInterrupt too: the log must show why a process ended
-        log.exception("the run ends with an error")
+        log.info("the run ends with an error", exc_info=True)
         raise
     finally:
         root.removeHandler(handler)

@@ -53,6 +53,10 @@ class TrainProgram:
         self.cfg, self.devices, self.loss_fn = cfg, devices, loss_fn
         self.model = LM(cfg.model)
         self.tx = make_optimizer(cfg.train) if tx is None else tx
+        # What the config does not describe.
+        self.given = tuple(
+            name for name, value in (("tx", tx), ("loss_fn", loss_fn)) if value is not None
+        )
         state = jax.eval_shape(self._first_state, random_key(0))
         totals = jax.eval_shape(metrics.empty)
         ids = jax.ShapeDtypeStruct((cfg.data.batch_size, cfg.data.seq_len), jnp.int32)

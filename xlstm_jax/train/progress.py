@@ -9,6 +9,7 @@ import numpy as np
 from xlstm_jax.errors import quote
 from xlstm_jax.train import metrics
 from xlstm_jax.train.checkpoint import CheckpointError
+from xlstm_jax.train.rewind import Skips
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -22,6 +23,7 @@ class Progress:
     evaluation: dict[str, Any] | None = None  # the last result, with its step
     evaluators: dict[str, int] = dataclasses.field(default_factory=dict)  # name -> last step
     checkpoints: int = 0  # number saved so far
+    skips: Skips = dataclasses.field(default_factory=list)  # of data, one per rewind
 
     def to_json(self) -> dict[str, Any]:
         """The JSON values of a checkpoint; float32 round-trips through JSON exactly."""
@@ -40,7 +42,8 @@ class Progress:
             # JSON has no float32, so the dtypes come from fresh totals.
             totals: Any = jax.tree.map(lambda x, y: np.asarray(y, x.dtype), metrics.empty(), totals)
             values = {name: value for name, value in values.items() if name != "data"}
-            return cls(**values | {"totals": totals}), dict(data)
+            skips = [(int(step), int(end)) for step, end in values.get("skips", ())]
+            return cls(**values | {"totals": totals, "skips": skips}), dict(data)
         except (TypeError, KeyError, ValueError) as error:
             raise CheckpointError(
                 f"the item `data` of the checkpoint must be the progress of a run, but it is "

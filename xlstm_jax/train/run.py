@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,7 @@ def _fit(
     program = TrainProgram(cfg, devices, tx, loss_fn)
     resumed = None if fresh else _resume(program, run_dir, train)
     state, progress = resumed or (_start(program), Progress())
+    train = train.skip(progress.skips)
     facts = {
         **_sizes(state, cfg),
         "tracker_id": rundir.tracker_id(run_dir, fresh=fresh),
@@ -205,7 +207,10 @@ def _fit(
         with outputs, devices.active():
             evaluation = Evaluation(program, progress, held_out, evaluators, stop)
             rates = Rates.on(devices, flops_per_step)
-            loop = Loop(program, state, progress, train, evaluation, outputs, stop, rates, clock)
+            resume = functools.partial(_resume, program, run_dir, train)
+            loop = Loop(
+                program, state, progress, train, evaluation, outputs, stop, rates, clock, resume
+            )
             loop.run()
         log.info("ends at step %d of %d", progress.step, cfg.train.steps)
         finished = progress.step == cfg.train.steps

@@ -41,7 +41,7 @@ CURVE, DIVERGED = "loss.png", "diverged.json"
 _FILES = (METRICS, BAD_METRICS, CURVE, DIVERGED, "process_*.log", "special_tokens.json")
 _FILES += ("WEIGHTS_LICENSE.txt",)
 TOKENIZER, GATES, PROFILE, EXPORT = "tokenizer", "gates", "profile", "export"
-_FOLDERS = (TOKENIZER, GATES, "tensorboard", PROFILE, EXPORT)
+_FOLDERS = (TOKENIZER, GATES, "tensorboard", PROFILE, EXPORT, "diverged")
 
 # Fields that may differ when a run is resumed, because they do not affect its results.
 _INTERVALS = "log_every eval_every eval_batches checkpoint_every checkpoint_minutes keep".split()
@@ -187,16 +187,12 @@ def add_facts(run_dir: Path, facts: dict[str, Any]) -> None:
 def prepare(run_dir: Path, cfg: ExperimentConfig, facts: dict[str, Any], step: int) -> None:
     """Writes config.json and run.json, and drops metrics after `step`."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     about = {
         "name": cfg.name,
         "fingerprint": fingerprint(cfg),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "from_step": step,
-        "versions": versions,
+        "versions": versions(),
         "platform": platform.platform(),
         "devices": [str(device) for device in jax.devices()],
         "git": _git_state(),
@@ -211,6 +207,27 @@ def prepare(run_dir: Path, cfg: ExperimentConfig, facts: dict[str, Any], step: i
     # Records that a killed run wrote after its last checkpoint will be written again.
     records = [line for line, record in lines if record is not None and record["step"] <= step]
     write(run_dir / METRICS, b"".join(line + b"\n" for line in records))
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that affect results."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def drop_metrics(run_dir: Path, step: int) -> None:
+    """Drops records after a step, in place: a writer may append to the file meanwhile."""
+    path, end = run_dir / METRICS, 0
+    with path.open("rb+") as file:
+        for line in file:
+            record = _parse_record(line)
+            if record is not None and record["step"] > step:
+                break
+            end += len(line)
+        file.truncate(end)
 
 
 def _set_aside(run_dir: Path, lines: dict[int, bytes]) -> None:

@@ -21,7 +21,7 @@ from xlstm_jax.train.metrics import Metrics
 from xlstm_jax.train.optimizer import ScheduledOptimizer, norm
 from xlstm_jax.train.state import TrainState
 from xlstm_jax.train.trainable import combine, partition
-from xlstm_jax.typing import Array, Float, Int, PRNGKeyArray, PyTree
+from xlstm_jax.typing import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
 LossFn = Callable[[PyTree, Batch, PRNGKeyArray | None], tuple[Float[Array, ""], CrossEntropy]]
 # As `LossFn`, with the recurrent state before the batch as a further argument and after it as a
@@ -72,28 +72,15 @@ def make_train_step(
             "state; leave one of them out."
         )
 
-    def loss_of_params(params, batch, key, state):
-        if loss_fn is None:
-            return losses.stateful_loss(model, params, batch, cfg, key, state)
-        loss, sums = loss_fn(params, batch, key)
-        return loss, (sums, None)
-
     tx = optax.with_extra_args_support(tx)  # ignores step and lr_scale unless tx takes them
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = None
-        if model.cfg.has_dropout:  # a function of seed and step, so no key is stored
-            key = jax.random.fold_in(random_key(cfg.seed), _DROPOUT)
-            key = jax.random.fold_in(key, state.step)
+        key = dropout_key(model, cfg, state.step)
         trained, frozen = partition(state.params, cfg.freeze)
         recurrent = None
         if cfg.carry_state:
             recurrent = state_before(state.carry, batch, document_resets=cfg.document_resets)
-
-        def loss_of(trained, batch, key, recurrent):
-            params = lora.merged(combine(trained, frozen), lora_cfg)
-            return loss_of_params(params, batch, key, recurrent)
-
+        loss_of = loss_of_trained(model, cfg, frozen, loss_fn, lora_cfg)
         grads, sums, recurrent = sum_gradients(
             loss_of, trained, batch, key, cfg.accumulation, recurrent
         )
@@ -101,7 +88,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / sums.weight_sum.astype(g.dtype), grads)
         loss = sums.ce_sum / sums.weight_sum
         grad_norm = norm(grads)
-        ok, new_guard = guard.check_update(state.guard, loss, grad_norm, cfg)
+        ok, new_guard = guard.check_update(state.guard, state.step, loss, grad_norm, cfg)
         updates, opt_state = tx.update(
             grads, state.opt_state, trained, step=state.step, lr_scale=state.lr_scale
         )
@@ -141,6 +128,25 @@ def make_train_step(
     return train_step
 
 
+def loss_of_trained(
+    model: Any,
+    cfg: TrainConfig,
+    frozen: PyTree,
+    loss_fn: LossFn | None = None,
+    lora_cfg: LoraConfig = NO_ADAPTERS,
+) -> StatefulLossFn:
+    """The loss of a train step as a function of the trained parameters."""
+
+    def loss_of(trained, batch, key, state):
+        params = lora.merged(combine(trained, frozen), lora_cfg)
+        if loss_fn is None:
+            return losses.stateful_loss(model, params, batch, cfg, key, state)
+        loss, sums = loss_fn(params, batch, key)
+        return loss, (sums, None)
+
+    return loss_of
+
+
 def _count_documents(segment_ids: Int[Array, "B T"]) -> Int[Array, ""]:
     # Ids are consecutive in each sequence. The first is 1, or 2 in a stream, or 0 in padding.
     first = jnp.maximum(segment_ids[:, 0], 1)
@@ -154,6 +160,13 @@ def _ema(ema: PyTree, params: PyTree, cfg: TrainConfig) -> PyTree:
             "state with ema=True."
         )
     return update_ema(ema, params, cfg.ema_decay)
+
+
+def dropout_key(model: Any, cfg: TrainConfig, step: Int[ArrayLike, ""]) -> PRNGKeyArray | None:
+    """The key of a step, a function of the seed and the step; None without dropout."""
+    if not model.cfg.has_dropout:
+        return None
+    return jax.random.fold_in(jax.random.fold_in(random_key(cfg.seed), _DROPOUT), step)
 
 
 def sum_gradients(

@@ -16,12 +16,11 @@ import numpy as np
 from xlstm_jax.data.batch import Batch
 from xlstm_jax.sharding import path_name
 from xlstm_jax.sharding.rules import use_rules
-from xlstm_jax.train import lora, losses
 from xlstm_jax.train.gates import gate_statistics
 from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.train.state import TrainState, eval_params
-from xlstm_jax.train.step import sum_gradients
-from xlstm_jax.train.trainable import combine, partition
+from xlstm_jax.train.step import loss_of_trained, sum_gradients
+from xlstm_jax.train.trainable import partition
 from xlstm_jax.typing import Array, PyTree
 
 MAX_SEQUENCES = 4
@@ -115,15 +114,8 @@ class Watch:
         cfg, model = self._cfg, self._program.model
         trained, frozen = partition(params, cfg.train.freeze)
 
-        def loss_fn(trained, batch, key, state):
-            params = lora.merged(combine(trained, frozen), cfg.lora)
-            if self._program.loss_fn is not None:
-                loss, sums = self._program.loss_fn(params, batch, key)
-            else:
-                loss, sums = losses.language_model_loss(model, params, batch, cfg.train)
-            return loss, (sums, state)
-
-        grads, sums, _ = sum_gradients(loss_fn, trained, batch, None)
+        loss_of = loss_of_trained(model, cfg.train, frozen, self._program.loss_fn, cfg.lora)
+        grads, sums, _ = sum_gradients(loss_of, trained, batch, None)
 
         def norms(path: tuple[Any, ...], param: Array, grad: Array) -> dict[str, Array]:
             first = 1 if path_name(path).startswith(_STACK) else 0
