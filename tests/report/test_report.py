@@ -1,20 +1,22 @@
 """`xlstm-jax report`: what the page says about runs, in whatever state they are."""
 
+import dataclasses
 import html.parser
 import json
 import os
-import pathlib
 import re
 import sys
 
 import pytest
 
+from experiments.char_lm import SMOKE
+from tests import quick
 from tests.report.records import ABOUT, eval_record, gate_record, train_record
-from xlstm_jax import cpu, report
+from xlstm_jax import report
 from xlstm_jax.cli import main
 from xlstm_jax.config import ConfigError
 from xlstm_jax.report import page
-from xlstm_jax.train import lock
+from xlstm_jax.train import fit, lock
 
 
 @pytest.fixture(autouse=True)
@@ -329,14 +331,12 @@ def test_bad_arguments_give_a_one_line_error(make_run, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.slow
-def test_report_of_a_real_run_has_its_metrics(tmp_path, monkeypatch, one_device):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cpu, "prepare", lambda: None)
-    config = pathlib.Path(__file__).parents[2] / "experiments" / "char_lm.py"
-    assert main(["train", str(config), "--size", "smoke"]) == 0
-    assert main(["report", "runs/char_lm"]) == 0
+def test_report_of_a_real_run_has_its_metrics(tmp_path, one_device):
+    model = dataclasses.replace(SMOKE.model, dim=8, pattern="m")
+    with quick.compilation(tmp_path / "cache"):
+        fit(dataclasses.replace(SMOKE, model=model), tmp_path / "char_lm")
+    (summary,) = report.write([tmp_path / "char_lm"], tmp_path / "report.html").runs
     text = (tmp_path / "report.html").read_text("utf-8")
-    (summary,) = report.write(["runs/char_lm"], "again.html").runs
     assert summary.status == "finished" and summary.step == summary.steps == 20
     assert summary.evaluation.keys() == {
         f"valid_{x}" for x in ("loss", "accuracy", "bits_per_byte")
