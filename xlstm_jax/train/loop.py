@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 from xlstm_jax.config import to_dict
 from xlstm_jax.data.batch import Batch
-from xlstm_jax.train import metrics, rundir
+from xlstm_jax.train import lora, metrics, rundir
 from xlstm_jax.train.batches import TrainBatches
 from xlstm_jax.train.checkpoint import latest_step
 from xlstm_jax.train.clock import Clock, Part
@@ -202,8 +202,9 @@ class Loop:
             is_finished = is_last and progress.step == cfg.steps
             # Not when the run is stopped, which must be quick.
             is_due = not is_last and progress.checkpoints % max(1, cfg.export_every) == 0
-            if is_finished or is_due:
-                self._outputs.export(progress.step, self.state.params)
+            if (is_finished or is_due) and self._outputs.exporter is not None:
+                params = lora.merged(self.state.params, self._cfg.lora)
+                self._outputs.export(progress.step, params)
         self._saved_at, self._saved_step = time.monotonic(), progress.step
 
     def _check_skipped(self, num_skipped: int) -> None:

@@ -16,10 +16,11 @@ import numpy as np
 from xlstm_jax.data.batch import Batch
 from xlstm_jax.sharding import path_name
 from xlstm_jax.sharding.rules import use_rules
-from xlstm_jax.train import losses
+from xlstm_jax.train import lora, losses
 from xlstm_jax.train.gates import gate_statistics
 from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.train.step import sum_gradients
+from xlstm_jax.train.trainable import combine, partition
 from xlstm_jax.typing import Array, PyTree
 
 MAX_SEQUENCES = 4
@@ -28,7 +29,7 @@ MAX_SEQUENCES = 4
 MAX_POSITIONS = 1024
 """Positions of a sequence that are used: gates are recomputed one position after another."""
 
-_STACK = "stack/"  # beginning of the paths of parameters with a leading axis `layers`
+_STACK = "stack/"  # part of the paths of parameters with a leading axis `layers`
 
 
 class Watch:
@@ -96,6 +97,7 @@ class Watch:
         return jax.tree.map(pick, batch)
 
     def _gates(self, params: PyTree, batch: Batch) -> dict[str, dict[str, Array]]:
+        params = lora.merged(params, self._cfg.lora)
         # As in `losses.token_sums`: padding is a document of its own.
         documents = jnp.where(batch.segment_ids == 0, -1, batch.segment_ids)
         _, state, captured = self._program.model.apply(
@@ -109,19 +111,24 @@ class Watch:
         return gate_statistics(self._cfg.model, captured["gates"], state, batch.segment_ids != 0)
 
     def _norms(self, params: PyTree, batch: Batch) -> dict[str, dict[str, Array]]:
-        def loss_fn(params, batch, key):
-            return losses.language_model_loss(self._program.model, params, batch, self._cfg.train)
+        """The norms of the trained parameters and of their gradients."""
+        cfg, model = self._cfg, self._program.model
+        trained, frozen = partition(params, cfg.train.freeze)
 
-        grads, sums = sum_gradients(loss_fn, params, batch, None)
+        def loss_fn(trained, batch, key, state):
+            params = lora.merged(combine(trained, frozen), cfg.lora)
+            return losses.stateful_loss(model, params, batch, cfg.train, key, state)
+
+        grads, sums, _ = sum_gradients(loss_fn, trained, batch, None)
 
         def norms(path: tuple[Any, ...], param: Array, grad: Array) -> dict[str, Array]:
-            first = 1 if path_name(path).startswith(_STACK) else 0
+            first = 1 if _STACK in path_name(path) else 0
             axes = tuple(range(first, param.ndim))
             squares = (jnp.sum(x.astype(jnp.float32) ** 2, axes) for x in (param, grad))
             norm, grad_norm = map(jnp.sqrt, squares)
             return {"norm": norm, "grad_norm": grad_norm / sums.weight_sum}
 
-        leaves = jax.tree_util.tree_leaves_with_path(params)
+        leaves = jax.tree_util.tree_leaves_with_path(trained)
         pairs = zip(leaves, jax.tree.leaves(grads), strict=True)
         return {path_name(path): norms(path, param, grad) for (path, param), grad in pairs}
 
