@@ -23,11 +23,14 @@ from xlstm_jax.train import (
     fit,
     lora,
     metrics,
+    program,
     restore_adapters,
     restore_params,
 )
+from xlstm_jax.train.evaluators import Evaluator
 from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.train.trainable import num_bytes
+from xlstm_jax.train.watch import Watch
 
 RANK2 = LoraConfig(rank=2, alpha=8.0)
 
@@ -138,8 +141,8 @@ def test_a_run_restores_merged_parameters_and_adapters_alone(tuned, assert_same)
     assert_same(adapters, result.state.params["lora"])
     merged = restore_params(run_dir)[1]
     assert_same(merged, lora.merged(result.state.params, cfg.lora))
-    program = TrainProgram(dataclasses.replace(cfg, lora=LoraConfig()), make_devices(cfg.mesh))
-    evaluation = program.evaluate(merged, load(cfg.data, "valid"))
+    plain = TrainProgram(dataclasses.replace(cfg, lora=LoraConfig()), make_devices(cfg.mesh))
+    evaluation = plain.evaluate(merged, load(cfg.data, "valid"))
     assert evaluation["valid_loss"] == pytest.approx(result.evaluation["valid_loss"], rel=1e-6)
 
 
@@ -153,6 +156,44 @@ def test_a_resumed_run_of_adapters_is_bit_exact(tuned, tmp_path, assert_same):
     with pytest.raises(RuntimeError):
         fit(cfg, tmp_path / "run", on_metrics=crash)
     assert_same(fit(cfg, tmp_path / "run").state, expected.state)
+
+
+def test_evaluators_and_exports_get_merged_parameters_and_statistics_the_trained_ones(
+    base, experiment, tmp_path, assert_same
+):
+    seen, train = {}, dict(steps=2, watch="params", watch_every=2, log_every=1, export_every=1)
+    cfg = dataclasses.replace(experiment(**train, eval_every=2), init_from=str(base[1]), lora=RANK2)
+
+    def export(folder, params):
+        folder.mkdir()
+        seen["export"] = params
+
+    def evaluate(params, step):
+        seen["evaluator"] = jax.device_get(params)
+        return {}
+
+    result = fit(cfg, tmp_path / "run", evaluators=[Evaluator("e", evaluate)], exporter=export)
+    merged = lora.merged(result.state.params, RANK2)
+    assert_same(seen["export"], merged)
+    assert_same(seen["evaluator"], jax.device_get(merged))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    (record,) = (record for line in lines if "params" in (record := json.loads(line)))
+    assert set(record["params"]) == {
+        f"lora/{path}/{name}"
+        for path in ("ffn/proj_down/kernel", "lm_head/kernel")
+        for name in ("lora_a", "lora_b")
+    }
+
+
+def test_statistics_of_gates_are_those_of_the_merged_model(experiment, monkeypatch):
+    monkeypatch.setattr(program, "LM", LM)
+    cfg = dataclasses.replace(experiment(model={"pattern": "M"}, watch="all"), lora=RANK2)
+    watched = TrainProgram(cfg, make_devices(MeshConfig(data=1)))
+    state, _, batch = watched.arguments
+    statistics = jax.eval_shape(Watch(watched)._statistics, state.params, batch)
+    assert statistics["gates"]["M"]["forget_mean"].shape == (1, 4)
+    norms = statistics["params"]
+    assert norms["lora/stack/M/mlstm/q/kernel/lora_b"]["grad_norm"].shape == (1,)
 
 
 def test_a_run_without_adapters_says_so(base):
@@ -183,13 +224,13 @@ def test_a_step_on_a_mesh_equals_that_of_one_device(tiny_lm, experiment, accumul
         states = []
         for one in (mesh, MeshConfig(data=1)):
             devices = jax.devices()[: 8 if one is mesh else 1]
-            program = TrainProgram(
+            target = TrainProgram(
                 dataclasses.replace(cfg, mesh=one), make_devices(one, devices), optax.adam(0.1)
             )
-            batch = program.devices.batch(batch_at(load(cfg.data, "train"), cfg.data, 0))
-            totals = program.devices.replicate(metrics.empty())
-            with program.devices.active():
-                states.append(program.step(program.init(), totals, batch)[0])
+            batch = target.devices.batch(batch_at(load(cfg.data, "train"), cfg.data, 0))
+            totals = target.devices.replicate(metrics.empty())
+            with target.devices.active():
+                states.append(target.step(target.init(), totals, batch)[0])
         adapter = states[0].params["lora"]["ffn"]["proj_down"]["kernel"]
         assert {name: x.sharding.spec for name, x in adapter.items()} == {
             "lora_a": jax.P("tensor", None), "lora_b": jax.P(None, "fsdp"),

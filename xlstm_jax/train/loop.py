@@ -236,7 +236,7 @@ class Loop:
             is_finished = is_last and progress.step == cfg.steps
             # Not when the run is stopped, which must be quick.
             is_due = not is_last and progress.checkpoints % max(1, cfg.export_every) == 0
-            if is_finished or is_due:
+            if (is_finished or is_due) and self._outputs.exporter is not None:
                 self._outputs.export(progress.step, self._eval_params())
         self._saved_at, self._saved_step = time.monotonic(), progress.step
 
