@@ -11,8 +11,9 @@ because a step covers about four times the text.
     python experiments/byte_or_bpe.py --data prepared --minutes 20 --out result.json
 
 `--kinds` and `--seeds` choose runs; two processes can train one kind each, pinned to cores. Both
-models have 3.1M parameters and see 256 tokens: 256 bytes, or about 800. The split valid is evaluated to its last token, so both are
-measured on the same bytes. The first token of a file is predicted by neither.
+models have 3.1M parameters and see 256 tokens: 256 bytes, or about 800. The split valid is
+evaluated to its last token, so both are measured on the same bytes. The first token of a file is
+predicted by neither.
 """
 
 import dataclasses

@@ -36,7 +36,7 @@ from xlstm_jax.data import DataConfig, chat, corpora, load, tokenizers
 from xlstm_jax.data.prepare import PrepareConfig, prepare
 from xlstm_jax.data.train_tokenizer import train_bpe
 from xlstm_jax.modules import LM, LargeConfig, LMConfig
-from xlstm_jax.train import ExperimentConfig, LoraConfig, TrainConfig, fit
+from xlstm_jax.train import ExperimentConfig, LoraConfig, TrainConfig, eval_params, fit
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 PEER = pathlib.Path(__file__).with_name("fine_tuning_peer.py")
@@ -177,7 +177,6 @@ def fine_tune(
     runs: pathlib.Path,
 ) -> tuple[dict[str, Any], Any, Any]:
     """Trains "full" or "lora"; returns its record, the parameters of the model and the state's."""
-    from xlstm_jax.train import lora
 
     adapters = LORA if kind == "lora" else LoraConfig()
     every = cfg.train.log_every
@@ -195,7 +194,7 @@ def fine_tune(
         on_metrics=lambda step, record: records.append({"step": step} | record),
     )
     sizes = json.loads((runs / kind / "run.json").read_text())
-    params = lora.merged(result.state.params, cfg.lora)
+    params = eval_params(cfg, result.state.params, result.state.opt_state)
     record = {
         "config": to_dict(cfg),
         "seconds": round(time.perf_counter() - start, 1),

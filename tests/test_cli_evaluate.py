@@ -29,7 +29,7 @@ def run(tmp_path_factory):
 def lines_of(run, monkeypatch, capsys):
     """Makes calls of `evaluate` with arguments: the label and the value of each printed line."""
     path, cfg, params = run
-    monkeypatch.setattr(evaluate, "restore_params", lambda *_: (cfg, params))
+    monkeypatch.setattr(evaluate, "restore_params", lambda *_, **__: (cfg, params))
 
     def call(*arguments):
         code = main(["evaluate", str(path), *map(str, arguments)])
@@ -95,6 +95,6 @@ def test_a_source_replaces_the_mixture_of_the_run(lines_of, run, tmp_path, monke
         weight_schedule=((5, {"a": 0, "b": 1}),),
     )
     cfg = dataclasses.replace(cfg, data=mixed)
-    monkeypatch.setattr(evaluate, "restore_params", lambda *_: (cfg, params))
+    monkeypatch.setattr(evaluate, "restore_params", lambda *_, **__: (cfg, params))
     (tmp_path / "held_out.txt").write_text("a line of held out text here\n" * 200)
     assert tokens(lines_of("--source", tmp_path / "held_out.txt")) == 200 * 29

@@ -55,10 +55,10 @@ def shared_programs():
     """Runs of one config share their programs, because tracing dominates the time of small runs."""
     programs = {}
 
-    def shared(cfg, devices, tx=None):
-        key = cfg, str(devices), tx
+    def shared(cfg, devices, *options):
+        key = cfg, str(devices), *options
         if key not in programs:
-            programs[key] = program.TrainProgram(cfg, devices, tx)
+            programs[key] = program.TrainProgram(cfg, devices, *options)
         return programs[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -34,6 +34,7 @@ from xlstm_jax.train import (
     init_state,
     make_optimizer,
     make_train_step,
+    restore_params,
     rundir,
 )
 from xlstm_jax.train.losses import language_model_loss
@@ -297,6 +298,25 @@ def test_a_run_resumed_on_the_same_mesh_is_bit_exact(run_config, tmp_path, asser
     result = fit(cfg, tmp_path / "resumed")
     assert losses(tmp_path / "resumed") == losses(tmp_path / "uninterrupted")
     assert_same(result.state, expected.state)
+
+
+@slow
+@pytest.mark.parametrize("name", ["muon", "schedule_free_adamw", "adafactor", "lamb"])
+def test_a_run_with_another_optimizer_equals_that_of_one_device(
+    name, run_config, with_train, tmp_path
+):
+    """Also its averages, which are saved sharded and restored to one device."""
+    cfg = with_train(run_config, optimizer=name, ema_decay=0.5, lr=1e-3)
+    expected = fit_on_one_device(cfg, tmp_path / "one")
+    result = fit(on(cfg, fsdp=2, tensor=2), tmp_path / "mesh")
+    np.testing.assert_allclose(losses(tmp_path / "mesh"), losses(tmp_path / "one"), rtol=1e-4)
+    assert result.evaluation["valid_loss"] == pytest.approx(
+        expected.evaluation["valid_loss"], rel=1e-4
+    )
+    for ema in (False, True):
+        params = [restore_params(tmp_path / run, ema=ema)[1] for run in ("mesh", "one")]
+        for a, b in zip(*map(jax.tree.leaves, params), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-3)
 
 
 @slow

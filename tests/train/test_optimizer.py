@@ -7,8 +7,10 @@ import optax
 import pytest
 
 from xlstm_jax.modules import LM, LMConfig
+from xlstm_jax.sharding.axes import path_name
 from xlstm_jax.train import TrainConfig, decay_mask, make_optimizer, make_schedule
-from xlstm_jax.train.optimizer import continued_end_factor, norm, path_name
+from xlstm_jax.train.optimizer import norm
+from xlstm_jax.train.schedules import continued_end_factor
 
 # Of 100 steps with lr 1: warm-up 10, cool-down 20 to 0.01, main part 10..80 down to 0.1.
 PARTS = dict(steps=100, lr=1.0, warmup_steps=10, cooldown_steps=20, cooldown_lr=0.01)

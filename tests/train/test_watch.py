@@ -17,6 +17,7 @@ from xlstm_jax.sharding import MeshConfig, make_devices
 from xlstm_jax.train import ExperimentConfig, TrainConfig, fit, gate_plot
 from xlstm_jax.train.losses import language_model_loss
 from xlstm_jax.train.program import TrainProgram
+from xlstm_jax.train.state import first_state
 from xlstm_jax.train.watch import Watch
 
 B, T, VOCAB = 8, 12, 16
@@ -59,10 +60,12 @@ def params(model=MODEL):
 def watch(cfg, mesh=None):
     """The record of the statistics of `cfg`, on one device or on a mesh."""
     devices = make_devices(mesh or MeshConfig(), None if mesh else jax.devices()[:1])
-    watcher = Watch(TrainProgram(cfg, devices))
+    program = TrainProgram(cfg, devices)
+    watcher = Watch(program)
     with devices.active():
         placed = jax.device_put(params(cfg.model), devices.shardings(params(cfg.model)))
-        return watcher.record(watcher.dispatch(placed, devices.batch(batch())))
+        state = first_state(placed, program.tx)
+        return watcher.record(watcher.dispatch(state, devices.batch(batch())))
 
 
 @functools.cache

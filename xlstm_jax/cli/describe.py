@@ -1,5 +1,6 @@
 """`xlstm-jax describe CONFIG.py`: the sizes and costs of a run, from shapes alone."""
 
+import collections
 import dataclasses
 from typing import Any
 
@@ -15,7 +16,7 @@ from xlstm_jax.sharding.mesh import MESH_AXES
 from xlstm_jax.sharding.placement import bytes_per_device
 from xlstm_jax.sharding.rules import get_rules
 from xlstm_jax.train.config import ExperimentConfig, check_divisibility
-from xlstm_jax.train.optimizer import decay_mask, make_optimizer
+from xlstm_jax.train.optimizer import decay_mask, lr_factor_of, make_optimizer, weight_decay_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,11 @@ def run(argv: list[str]) -> int:
     args = options.parse_with_config("describe", Describe, argv, allow_presets=True)
     cfg = args.experiment
     params = param_shapes(cfg.model)
-    decays = jax.tree.leaves(decay_mask(params, cfg.train.decay_pattern))
+    weight_decay = weight_decay_of(cfg.train)
+    decays = [
+        flag and weight_decay > 0
+        for flag in jax.tree.leaves(decay_mask(params, cfg.train.decay_pattern))
+    ]
     rows, num_decayed = [], 0
     for (path, leaf), is_decayed in zip(jax.tree.leaves_with_path(params), decays, strict=True):
         shape = " x ".join(map(str, leaf.shape))
@@ -44,17 +49,28 @@ def run(argv: list[str]) -> int:
     fields = {
         "blocks": f"{cfg.model.num_blocks}: {cfg.model.pattern}",
         "parameters": f"{num_params:,}",
-        "decayed": f"{num_decayed:,} ({share}) by {cfg.train.weight_decay}",
+        "decayed": f"{num_decayed:,} ({share}) by {weight_decay}",
         "FLOPs per token": f"{flops:.4g} (forward and backward)",
         "tokens per step": f"{tokens:,} = {cfg.data.batch_size} x {cfg.data.seq_len}",
         "total tokens": f"{tokens * steps:,} in {steps:,} steps",
         "total FLOPs": f"{flops * tokens * steps:.4g}",
         "memory, without temporaries": _memory(cfg, params),
     }
+    if cfg.train.lr_factors:
+        fields["learning rates"] = _learning_rates(cfg, params)
     console.print_table(["parameter", "shape", "count", "decayed"], rows)
     console.write("\n")
     console.print_fields(fields)
     return DONE
+
+
+def _learning_rates(cfg: ExperimentConfig, params: Any) -> str:
+    """Number of parameters by factor on the learning rate."""
+    counts = collections.Counter[float]()
+    factors = jax.tree.leaves(lr_factor_of(params, cfg.train))
+    for factor, leaf in zip(factors, jax.tree.leaves(params), strict=True):
+        counts[factor] += leaf.size
+    return ", ".join(f"{count:,} x {factor}" for factor, count in sorted(counts.items()))
 
 
 def _memory(cfg: ExperimentConfig, params: Any) -> str:
@@ -68,9 +84,10 @@ def _memory(cfg: ExperimentConfig, params: Any) -> str:
         "parameters": params_bytes,
         "gradients": params_bytes,
         "optimizer": bytes_per_device(moments, rules, sizes, cfg.mesh.min_shard_size),
+        "moving average": params_bytes if cfg.train.ema_decay else 0,
         "activations": residuals_per_device(cfg, sizes, jax.default_backend())[0],
     }
-    breakdown = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items())
+    breakdown = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items() if size)
     mesh = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
     scope = f"each device of {mesh} under {cfg.mesh.rules_name()}" if mesh else "one device"
     return f"{_mib(sum(parts.values()))} on {scope} ({breakdown})"

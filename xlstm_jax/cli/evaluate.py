@@ -30,6 +30,7 @@ class Evaluate(options.ModelCommand):
     max_batches: int | None = None  # evaluate this many batches, evenly spaced; None: all
     by_position: bool = False  # also print the loss at each range of positions in the window
     step: int | None = None  # step of the checkpoint; None: the newest
+    ema: bool = False  # use the moving average of the parameters, of train.ema_decay
 
 
 _DATA = ("source", "pattern", "seq_len", "batch_size")  # options that replace those of `DataConfig`
@@ -38,7 +39,7 @@ _DATA = ("source", "pattern", "seq_len", "batch_size")  # options that replace t
 def run(argv: list[str]) -> int:
     """Runs `evaluate`; raises ConfigError if an option, the run or the data is invalid."""
     args = options.parse("evaluate", Evaluate, argv)
-    cfg, params = restore_params(args.run, args.step)
+    cfg, params = restore_params(args.run, args.step, ema=args.ema)
     data_options = {name: getattr(args, name) for name in _DATA}
     overrides: dict[str, Any] = {
         name: value for name, value in data_options.items() if value is not None

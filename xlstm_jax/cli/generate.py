@@ -30,6 +30,7 @@ class Generate(options.ModelCommand):
     stop: tuple[str, ...] = ()  # strings that end the continuation
     seed: int = 0  # any integer; of the sampler
     step: int | None = None  # checkpoint to load; None: the newest
+    ema: bool = False  # use the moving average of the parameters, of train.ema_decay
 
 
 def run(argv: list[str]) -> int:
@@ -43,7 +44,7 @@ def run(argv: list[str]) -> int:
         top_p=args.top_p,
         min_p=args.min_p,
     )
-    cfg, params = restore_params(args.run, args.step)
+    cfg, params = restore_params(args.run, args.step, ema=args.ema)
     with compiled_programs():
         continuation = stream_text(
             LM(cfg.model),

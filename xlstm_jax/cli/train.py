@@ -21,12 +21,13 @@ from xlstm_jax.generate.text import stream_text
 from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.sharding.distributed import Processes, init_distributed
-from xlstm_jax.train import checkpoint, lora, rundir
+from xlstm_jax.train import checkpoint, rundir
 from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.guard import DivergedError
 from xlstm_jax.train.outputs import Exporter
 from xlstm_jax.train.processes import exit_on_signal, extra, log
 from xlstm_jax.train.run import FitResult, fit
+from xlstm_jax.train.state import eval_params
 from xlstm_jax.typing import PyTree
 
 # Of the sample after training; a character may take several tokens.
@@ -135,7 +136,7 @@ def _show_sample(cfg: ExperimentConfig, result: FitResult, windows: Windows) -> 
     console.write(f"\n{SAMPLE_CHARACTERS} characters sampled after {prompt!r}:\n\n")
     parts = stream_text(
         LM(cfg.model),
-        {"params": lora.merged(result.state.params, cfg.lora)},
+        {"params": eval_params(cfg, result.state.params, result.state.opt_state)},
         windows.tokenizer,
         prompt,
         max_new_tokens=MAX_SAMPLE_TOKENS,

@@ -13,7 +13,7 @@ from xlstm_jax.modules import counts
 from xlstm_jax.modules.any_mesh import on_any_mesh
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.feedforward import GatedFeedForward, LargeFeedForward
-from xlstm_jax.modules.kinds import BLOCKS, IMPLEMENTATIONS, BlockKind
+from xlstm_jax.modules.kinds import BLOCKS, IMPLEMENTATIONS, BlockKind, Matrices
 from xlstm_jax.modules.large import LargeMLSTMLayer
 from xlstm_jax.modules.mlstm import MLSTMLayer
 from xlstm_jax.modules.norm import LayerNorm, RMSNorm
@@ -133,6 +133,12 @@ BLOCKS["m"] = BlockKind(
     },
     count_params=counts.mlstm_params,
     forward_flops=counts.mlstm_flops,
+    matrices={
+        r"mlstm/proj_up/kernel": Matrices(parts=2),  # a and z
+        r"mlstm/proj_down/kernel": Matrices(),
+        r"mlstm/[qkv]_proj/kernel": Matrices("bio"),
+        r"mlstm/((input|forget)_gate/kernel|learnable_skip)": None,
+    },
 )
 BLOCKS["s"] = BlockKind(
     name="slstm",
@@ -145,6 +151,11 @@ BLOCKS["s"] = BlockKind(
     },
     count_params=counts.slstm_params,
     forward_flops=counts.slstm_flops,
+    matrices={
+        r"slstm/(input_gate|forget_gate|cell_input|output_gate)/kernel": Matrices("bio"),
+        r"slstm/recurrent_kernel": Matrices("bibo"),  # one per head and gate
+        r"ffn/proj_up/kernel": Matrices(parts=2),  # gate and up
+    },
 )
 BLOCKS["M"] = BlockKind(
     name="large",
@@ -159,6 +170,11 @@ BLOCKS["M"] = BlockKind(
     },
     count_params=counts.large_params,
     forward_flops=counts.large_flops,
+    matrices={
+        r"mlstm/(q|k|v|output_gate|out_proj)/kernel": Matrices(),
+        r"mlstm/(input|forget)_gate/kernel": None,
+        r"ffn/(proj_up|proj_up_gate)/kernel": Matrices(),
+    },
 )
 
 # A callback, so that `sharding` sees kinds registered later and does not import `modules`.

@@ -5,8 +5,17 @@ nor ops, so that configs can look up letters; `modules.block` registers the buil
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Matrices(NamedTuple):
+    """The matrices that a parameter consists of, each from its own inputs to its own outputs."""
+
+    # One letter per axis, without `layers`: input, output, or batch, an axis of separate matrices.
+    axes: str = "io"
+    parts: int = 1  # matrices of equal size that are concatenated along the output axis, the last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +37,9 @@ class BlockKind:
         count_params: LMConfig -> number of parameters of one block.
         forward_flops: (LMConfig, a key of `counts.CELL_FLOPS`) -> forward FLOPs of one block
             per token.
+        matrices: regex for the end of a parameter path -> the matrices of the parameter, or None
+            if Muon must not treat it as such. The first match wins; these precede `MATRICES`. Muon
+            needs an entry for every parameter.
     """
 
     name: str
@@ -36,6 +48,7 @@ class BlockKind:
     axes: Mapping[str, tuple[str | None, ...]]
     count_params: Callable[[Any], int]
     forward_flops: Callable[[Any, str], float]
+    matrices: Mapping[str, Matrices | None] = dataclasses.field(default_factory=dict)
 
 
 BLOCKS: dict[str, BlockKind] = {}
@@ -43,3 +56,25 @@ BLOCKS: dict[str, BlockKind] = {}
 
 IMPLEMENTATIONS: dict[str, Collection[str]] = {}
 """Op -> names of its implementations, filled by `modules.block`, to validate options."""
+
+MATRICES: dict[str, Matrices | None] = {
+    r"(token_embedding/embedding|lm_head/kernel)": None,
+    r"conv/kernel": None,
+    r"(bias|scale|scale_offset)": None,
+    r"ffn/proj_down/kernel": Matrices(),
+}
+"""Entries like those of `BlockKind.matrices` for the parameters that all kinds share."""
+
+
+def matrices_of(path: str) -> Matrices | None:
+    """The matrices of the parameter at a path such as "stack/m/mlstm/proj_up/kernel".
+
+    Raises:
+        KeyError: neither its block kind nor `MATRICES` has an entry.
+    """
+    block = re.search(r"(?:^|/)stack/([^/]+)/", path)
+    own = BLOCKS[block[1]].matrices if block and block[1] in BLOCKS else {}
+    for pattern, matrices in (*own.items(), *MATRICES.items()):
+        if re.search(rf"(^|/){pattern}$", path):
+            return matrices
+    raise KeyError(path)

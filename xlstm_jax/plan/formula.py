@@ -61,10 +61,11 @@ def estimate(cfg: ExperimentConfig, target: Target, sizes: Sizes) -> Estimate:
 
 @functools.lru_cache(maxsize=8)
 def _state_shapes(model: LMConfig, train: TrainConfig, adapters: LoraConfig) -> tuple[Any, Any]:
-    """Shapes of the parameters and of the optimizer state."""
+    """Shapes of the parameters, and of the optimizer state with the moving average."""
     params = lora.attached_shapes(param_shapes(model), adapters)
     trained, _ = partition(params, train.freeze)
-    return params, jax.eval_shape(make_optimizer(train).init, trained)
+    moments = jax.eval_shape(make_optimizer(train).init, trained)
+    return params, (moments, trained if train.ema_decay else None)
 
 
 def _collectives(

@@ -90,7 +90,7 @@ def plan(cfg: ExperimentConfig, target: Target) -> Plan:
     return Plan(
         **_facts(cfg, target, sizes),
         params_bytes=_shard_bytes(state.params),
-        optimizer_bytes=_shard_bytes(state.opt_state),
+        optimizer_bytes=_shard_bytes((state.opt_state, state.ema)),
         activations_bytes=activations,
         temporary_bytes=temporary - activations,
         peak_bytes=memory.argument_size_in_bytes + temporary + new_outputs,

@@ -29,6 +29,7 @@ _AXES: tuple[tuple[str, Axes], ...] = (
     (r"ffn/(proj_up|proj_up_gate)/kernel", ("embed", "mlp")),
     (r"ffn/(proj_up|proj_up_gate)/bias", ("mlp",)),
     (r"ffn/proj_down/kernel", ("mlp", "embed")),
+    (r"ns_coeffs", (None,)),  # of Muon: coefficients of its iteration
 )
 """(path suffix, logical axes); the first match wins. An extra leading axis is `layers`."""
 
@@ -69,8 +70,11 @@ def logical_axes(path: str, ndim: int) -> Axes:
     block = re.search(r"(?:^|/)stack/([^/]+)/", path)
     block_axes = _block_axes(block[1]).items() if block else ()
     for pattern, axes in (*block_axes, *_AXES):
-        if re.search(rf"(^|/){pattern}$", path) and ndim - len(axes) in (0, 1):
-            return ("layers",) * (ndim - len(axes)) + axes
+        if re.search(rf"(^|/){pattern}$", path):
+            if ndim - len(axes) in (0, 1):
+                return ("layers",) * (ndim - len(axes)) + axes
+            if ndim < len(axes):  # of the optimizer: sums over some axes, as in Adafactor
+                return (None,) * ndim
     # Raise instead of replicating, which would silently use memory on every device.
     raise KeyError(
         f"{path} with {ndim} axes has no entry in the table of logical axes; add one to the `axes` "

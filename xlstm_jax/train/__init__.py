@@ -10,9 +10,10 @@ from xlstm_jax.train.checkpoint import (
 from xlstm_jax.train.config import ExperimentConfig, LoraConfig, TrainConfig
 from xlstm_jax.train.evaluators import Evaluator
 from xlstm_jax.train.guard import DivergedError
-from xlstm_jax.train.optimizer import decay_mask, make_optimizer, make_schedule
+from xlstm_jax.train.optimizer import decay_mask, make_optimizer
 from xlstm_jax.train.run import FitResult, fit
-from xlstm_jax.train.state import TrainState, first_state, init_state
+from xlstm_jax.train.schedules import make_schedule
+from xlstm_jax.train.state import TrainState, eval_params, first_state, init_state
 from xlstm_jax.train.step import make_train_step
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "decay_mask",
+    "eval_params",
     "first_state",
     "fit",
     "init_state",

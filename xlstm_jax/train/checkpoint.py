@@ -18,12 +18,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
+from optax.contrib import ScheduleFreeState
 
 from xlstm_jax.config import ConfigError, load_config
 from xlstm_jax.errors import quote_path
@@ -32,8 +33,8 @@ from xlstm_jax.train import lora, manifest
 from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.guard import Guard
 from xlstm_jax.train.processes import log
-from xlstm_jax.train.state import TrainState
-from xlstm_jax.train.trainable import ADAPTERS
+from xlstm_jax.train.state import TrainState, eval_params
+from xlstm_jax.train.trainable import ADAPTERS, combine, partition
 from xlstm_jax.typing import PyTree
 
 FOLDER = "checkpoints"
@@ -247,40 +248,62 @@ def restore_latest(run_dir: str | Path, like: PyTree) -> tuple[TrainState, Any] 
 
 
 def restore_params(
-    run_dir: str | Path, step: int | None = None, place: Callable[[PyTree], PyTree] | None = None
+    run_dir: str | Path,
+    step: int | None = None,
+    place: Callable[[PyTree], PyTree] | None = None,
+    *,
+    ema: bool = False,
 ) -> tuple[ExperimentConfig, PyTree]:
-    """Restores the config and the parameters of a run, with its adapters merged if it has any.
+    """Restores the config of a run and its parameters, those to evaluate (`eval_params`).
 
     Args:
         step: one of `steps`; None restores the newest.
         place: maps a tree to the shardings of its leaves, which may differ from those of the saving
             run; None restores to one device.
+        ema: restore the moving average of the parameters instead.
 
     Raises:
-        ConfigError: the directory contains no run.
+        ConfigError: the directory contains no run, or no moving average with `ema`.
         CheckpointError: the run has no checkpoint of this step, or it is corrupt.
     """
-    cfg, params = _restore_params(run_dir, step, place)
-    return cfg, lora.merged(params, cfg.lora)
+    cfg, step = _config_and_step(run_dir, step)
+    if ema and not cfg.train.ema_decay:
+        raise ConfigError(
+            f"{run_dir} must have been trained with train.ema_decay above 0, got 0.0; leave ema "
+            "(--ema) out."
+        )
+    shapes = lora.attached_shapes(param_shapes(cfg.model), cfg.lora)
+    params = _abstract(shapes, None if place is None else place(shapes))
+    trained, _ = partition(params, cfg.train.freeze)
+
+    def like(stored: PyTree) -> PyTree:  # partial: the rest of the optimizer state is not read
+        if ema:
+            return {"params": params, "ema": trained}
+        average = _like_average(stored.get("opt_state"), trained, place)
+        return {"params": params} | ({} if average is None else {"opt_state": average})
+
+    state = _restore(Path(run_dir), step, {"state": like}, partial=True)["state"]
+    if ema:
+        _, frozen = partition(state["params"], cfg.train.freeze)
+        return cfg, lora.merged(combine(state["ema"], frozen), cfg.lora)
+    return cfg, eval_params(cfg, state["params"], state.get("opt_state"))
 
 
 def restore_adapters(
     run_dir: str | Path, step: int | None = None
 ) -> tuple[ExperimentConfig, PyTree]:
     """Restores the config and the LoRA adapters of a run alone; as `restore_params`."""
-    if not load_config(run_dir, ExperimentConfig).lora.rank:
+    cfg, step = _config_and_step(run_dir, step)
+    if not cfg.lora.rank:
         raise ConfigError(f"{run_dir} has no adapters; train one with lora.rank of at least 1.")
-    cfg, params = _restore_params(run_dir, step, names=(ADAPTERS,))
-    return cfg, params[ADAPTERS]
+    shapes = lora.attached_shapes(param_shapes(cfg.model), cfg.lora)
+    like = {"params": _abstract({ADAPTERS: shapes[ADAPTERS]})}
+    state = _restore(Path(run_dir), step, {"state": like}, partial=True)["state"]
+    return cfg, state["params"][ADAPTERS]
 
 
-def _restore_params(
-    run_dir: str | Path,
-    step: int | None,
-    place: Callable[[PyTree], PyTree] | None = None,
-    names: Collection[str] | None = None,
-) -> tuple[ExperimentConfig, PyTree]:
-    """The parameters of a train state, or those with some `names`; no optimizer state is read."""
+def _config_and_step(run_dir: str | Path, step: int | None) -> tuple[ExperimentConfig, int]:
+    """The config of a run, and a step with a checkpoint: the newest if None."""
     cfg = load_config(run_dir, ExperimentConfig)
     saved = steps(run_dir)
     if not saved:
@@ -288,12 +311,24 @@ def _restore_params(
     if step is not None and step not in saved:
         words = ", ".join(map(str, saved))
         raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; use one of: {words}.")
-    shapes = lora.attached_shapes(param_shapes(cfg.model), cfg.lora)
-    if names is not None:
-        shapes = {name: tree for name, tree in shapes.items() if name in names}
-    like = {"params": _abstract(shapes, None if place is None else place(shapes))}
-    step = saved[-1] if step is None else step
-    return cfg, _restore(Path(run_dir), step, {"state": like}, partial=True)["state"]["params"]
+    return cfg, saved[-1] if step is None else step
+
+
+def _like_average(stored: PyTree, params: PyTree, place: Callable[[PyTree], PyTree] | None) -> Any:
+    """The structure of a stored optimizer state, reduced to what `eval_params` needs; or None."""
+    if isinstance(stored, dict) and set(ScheduleFreeState._fields) <= stored.keys():
+        numbers = {name: stored[name] for name in ("b1", "weight_sum", "step_count", "max_lr")}
+        numbers = {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in numbers.items()}
+        numbers = _abstract(numbers, None if place is None else place(numbers))
+        unread = jax.tree.map(lambda _: None, stored["base_optimizer_state"])
+        return ScheduleFreeState(z=params, base_optimizer_state=unread, **numbers)
+    if isinstance(stored, list):
+        parts = [_like_average(part, params, place) for part in stored]
+        return None if all(part is None for part in parts) else parts
+    if isinstance(stored, dict):
+        named = {name: _like_average(part, params, place) for name, part in stored.items()}
+        return {name: part for name, part in named.items() if part is not None} or None
+    return None
 
 
 def _abstract(tree: PyTree, shardings: PyTree = None) -> PyTree:
@@ -312,7 +347,10 @@ def _abstract(tree: PyTree, shardings: PyTree = None) -> PyTree:
 def _restore(
     run_dir: Path, step: int, items: dict[str, Any], *, partial: bool = False
 ) -> dict[str, Any]:
-    """Restores items of a checkpoint; `partial` reads only the given leaves of a state."""
+    """Restores items of a checkpoint.
+
+    `partial` reads only the given leaves of a state, which may be a function of the stored one.
+    """
     folder = run_dir.resolve() / FOLDER / str(step)
     if (version := manifest.read_format(folder)) > manifest.FORMAT:
         raise CheckpointError(
@@ -330,9 +368,12 @@ def _restore(
     context.pytree.loading.partial_load = partial
     try:
         with context:
-            difference = (
-                _mismatch(folder, items["state"], partial=partial) if "state" in items else None
-            )
+            difference = None
+            if "state" in items:
+                stored = ocp.metadata(str(folder), checkpointable_name="state").metadata
+                if callable(items["state"]):
+                    items = items | {"state": items["state"](stored)}
+                difference = _mismatch(stored, items["state"], partial=partial)
             if difference is None:
                 return ocp.load_checkpointables(str(folder), items)
     # The array store raises many types of exception, including a bare Exception.
@@ -356,15 +397,14 @@ def _innermost(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
-def _mismatch(folder: Path, like: PyTree, *, partial: bool) -> str | None:
+def _mismatch(stored_tree: PyTree, like: PyTree, *, partial: bool) -> str | None:
     """Describes the first leaf that a stored state lacks, has in excess or in another shape."""
 
     def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves}
 
-    wanted = shapes(like)
-    stored = shapes(ocp.metadata(str(folder), checkpointable_name="state").metadata)
+    wanted, stored = shapes(like), shapes(stored_tree)
     for name in wanted if partial else {**wanted, **stored}:
         ours, other = wanted.get(name, "absent"), stored.get(name, "absent")
         if ours != other:

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from xlstm_jax.data.batch import Examples
-from xlstm_jax.train import lora
 from xlstm_jax.train.evaluators import Evaluator
 from xlstm_jax.train.guard import DivergedError
 from xlstm_jax.train.processes import Stop, describe, log
@@ -57,8 +56,7 @@ class Evaluation:
             if self._stop.requested:
                 return
             progress.evaluators[evaluator.name] = progress.step
-            merged = lora.merged(params, self._program.cfg.lora)
-            if record := _call(evaluator, merged, progress.step):
+            if record := _call(evaluator, params, progress.step):
                 yield record
 
     def _is_held_out_due(self, *, is_last: bool) -> bool:

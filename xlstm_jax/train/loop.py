@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 from xlstm_jax.config import to_dict
 from xlstm_jax.data.batch import Batch
-from xlstm_jax.train import lora, metrics, rundir
+from xlstm_jax.train import metrics, rundir
 from xlstm_jax.train.batches import TrainBatches
 from xlstm_jax.train.checkpoint import latest_step
 from xlstm_jax.train.clock import Clock, Part
@@ -21,7 +21,7 @@ from xlstm_jax.train.processes import Stop
 from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.train.progress import Progress
 from xlstm_jax.train.rates import Rates
-from xlstm_jax.train.state import TrainState
+from xlstm_jax.train.state import TrainState, eval_params
 from xlstm_jax.train.watch import Watch
 from xlstm_jax.typing import PyTree
 
@@ -125,10 +125,10 @@ class Loop:
 
     def _dispatch_statistics(self, batch: Batch) -> None:
         if self._watch.is_compiled(batch):
-            self._watched = self.progress.step, self._watch.dispatch(self.state.params, batch)
+            self._watched = self.progress.step, self._watch.dispatch(self.state, batch)
             return
         with self._pause("compile"):
-            statistics = self._watch.dispatch(self.state.params, batch)
+            statistics = self._watch.dispatch(self.state, batch)
             self._watched = self.progress.step, jax.block_until_ready(statistics)
 
     def _is_checkpoint_due(self) -> bool:
@@ -185,8 +185,11 @@ class Loop:
             return
         self._record()  # first, so that records are in the order of their steps
         with self._pause("evaluate"):
-            for record in self._evaluation.run(self.state.params, is_last=is_last):
+            for record in self._evaluation.run(self._eval_params(), is_last=is_last):
                 self._outputs.write(self.progress.step, record)
+
+    def _eval_params(self) -> PyTree:
+        return eval_params(self._cfg, self.state.params, self.state.opt_state)
 
     def _save(self, *, is_last: bool = False) -> None:
         """Saves a checkpoint, and what is written beside it; `is_last`: the run ends or stops."""
@@ -202,9 +205,8 @@ class Loop:
             is_finished = is_last and progress.step == cfg.steps
             # Not when the run is stopped, which must be quick.
             is_due = not is_last and progress.checkpoints % max(1, cfg.export_every) == 0
-            if (is_finished or is_due) and self._outputs.exporter is not None:
-                params = lora.merged(self.state.params, self._cfg.lora)
-                self._outputs.export(progress.step, params)
+            if is_finished or is_due:
+                self._outputs.export(progress.step, self._eval_params())
         self._saved_at, self._saved_step = time.monotonic(), progress.step
 
     def _check_skipped(self, num_skipped: int) -> None:

@@ -28,7 +28,7 @@ from xlstm_jax.train.carry import Carry
 from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.optimizer import make_optimizer
 from xlstm_jax.train.state import TrainState, first_state
-from xlstm_jax.train.step import make_train_step
+from xlstm_jax.train.step import LossFn, make_train_step
 from xlstm_jax.typing import PRNGKeyArray, PyTree
 
 _LORA = 2  # folded into the key of the seed, which itself initializes the parameters; 1: dropout
@@ -39,7 +39,8 @@ _number = itertools.count()  # makes the names of the steps of a process unique
 class TrainProgram:
     """The train step of a run with its metric totals, for attached devices or an AOT target.
 
-    `tx` may be any optax transformation; None makes the optimizer of `cfg.train`.
+    `tx` may be any optax transformation; None makes the optimizer of `cfg.train`. `loss_fn` is the
+    one of `make_train_step`; held-out data are evaluated by the language model loss.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class TrainProgram:
         cfg: ExperimentConfig,
         devices: Devices,
         tx: optax.GradientTransformation | None = None,
+        loss_fn: LossFn | None = None,
     ):
-        self.cfg, self.devices = cfg, devices
+        self.cfg, self.devices, self.loss_fn = cfg, devices, loss_fn
         self.model = LM(cfg.model)
         self.tx = make_optimizer(cfg.train) if tx is None else tx
         state = jax.eval_shape(self._first_state, random_key(0))
@@ -76,7 +78,10 @@ class TrainProgram:
         Call it within `devices.active()`. It is traced once for every batch size of the run; one
         more trace raises, because it would silently compile the step again.
         """
-        train_step = make_train_step(self.model, self.tx, self.cfg.train, lora_cfg=self.cfg.lora)
+        cfg = self.cfg
+        train_step = make_train_step(
+            self.model, self.tx, cfg.train, self.loss_fn, lora_cfg=cfg.lora
+        )
 
         def step(state: TrainState, totals: metrics.Totals, batch: Batch):
             # Inside the jitted function: the rules are read while it is traced.
@@ -103,7 +108,6 @@ class TrainProgram:
 
         def sums(params: PyTree, batch: Batch) -> CrossEntropy:
             with use_rules(self.devices.rules):
-                params = lora.merged(params, self.cfg.lora)
                 return losses.token_sums(self.model, params, batch, document_resets=resets)[0]
 
         return jax.jit(sums)
@@ -141,7 +145,8 @@ class TrainProgram:
             # Parameters do not depend on the tokens, so the smallest batch initializes them.
             params = self.model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
         params = lora.attach(params, cfg.lora, jax.random.fold_in(key, _LORA))
-        state = first_state(params, self.tx, freeze=cfg.train.freeze)
+        ema = cfg.train.ema_decay > 0
+        state = first_state(params, self.tx, freeze=cfg.train.freeze, ema=ema)
         if cfg.train.carry_state:
             state = state.replace(carry=Carry.start(self.model, cfg.data.batch_size))
         return state

@@ -32,6 +32,7 @@ from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.train.progress import Progress
 from xlstm_jax.train.rates import Rates
 from xlstm_jax.train.state import TrainState
+from xlstm_jax.train.step import LossFn
 from xlstm_jax.train.trainable import ADAPTERS, num_bytes, partition
 from xlstm_jax.train.writers import (
     CallbackWriter,
@@ -60,6 +61,7 @@ def fit(
     *,
     data: Any = None,
     tx: optax.GradientTransformation | None = None,
+    loss_fn: LossFn | None = None,
     evaluators: Sequence[Evaluator] = (),
     writers: Sequence[Writer] = (),
     fresh: bool = False,
@@ -82,6 +84,9 @@ def fit(
             processes get the whole batch. `cfg.data` describes the held-out data.
         tx: any optax transformation in place of the optimizer of `cfg.train`. It has its own
             learning rate, and a resumed run needs the same `tx` again.
+        loss_fn: (params, batch, dropout key or None) -> (the sum to differentiate, the sums of
+            `CrossEntropy`), in place of the language model loss. Held-out data are still evaluated
+            by that one, and a resumed run needs the same `loss_fn` again.
         evaluators: called during training, beside the evaluation of held-out data.
         writers: receive every record in the first process, beside those of `train.writers`. One
             that fails is closed, and the run continues without it.
@@ -113,6 +118,7 @@ def fit(
             run_dir,
             data=data,
             tx=tx,
+            loss_fn=loss_fn,
             evaluators=evaluators,
             writers=writers,
             fresh=fresh,
@@ -130,6 +136,7 @@ def _fit(
     *,
     data: Any,
     tx: optax.GradientTransformation | None,
+    loss_fn: LossFn | None,
     evaluators: Sequence[Evaluator],
     writers: Sequence[Writer],
     fresh: bool,
@@ -150,7 +157,7 @@ def _fit(
         check_vocabulary(cfg, examples)
     check_tokenizers("data.eval_sets", held_out)
     check_evaluators(evaluators, list(held_out))
-    program = TrainProgram(cfg, devices, tx)
+    program = TrainProgram(cfg, devices, tx, loss_fn)
     resumed = None if fresh else _resume(program, run_dir, train)
     state, progress = resumed or (_start(program), Progress())
     facts = {

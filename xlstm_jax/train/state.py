@@ -9,8 +9,11 @@ from flax import struct
 
 from xlstm_jax.modules.initializers import jit_once
 from xlstm_jax.sharding.devices import Devices
+from xlstm_jax.train import lora
+from xlstm_jax.train.averages import average_of, start_ema
+from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.guard import Guard
-from xlstm_jax.train.trainable import partition
+from xlstm_jax.train.trainable import combine, partition
 from xlstm_jax.typing import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
 
@@ -22,11 +25,11 @@ class TrainState(struct.PyTreeNode):
     """
 
     step: Any  # scalar: batches seen, including skipped ones; determines the next batch
-    params: PyTree  # of the model, and adapters under the key "lora" if there are any
+    params: PyTree  # of gradients (`eval_params` gives those to evaluate); adapters under "lora"
     opt_state: PyTree  # of the trained parameters
     guard: Any  # Guard
     lr_scale: Any  # scalar: factor on the schedule, for grids of learning rates
-    ema: PyTree = None  # average of the parameters; None: not computed
+    ema: PyTree = None  # moving average of the trained ones, float32 or wider; None: none
     carry: Any = None  # Carry: recurrent state between steps; None: not carried
 
 
@@ -39,6 +42,7 @@ def init_state(
     lr_scale: Float[ArrayLike, ""] = 1.0,
     devices: Devices | None = None,
     freeze: str | None = None,
+    ema: bool = False,
 ) -> TrainState:
     """The initial state, computed in one compiled program.
 
@@ -48,10 +52,12 @@ def init_state(
         tokens: any tokens: their values do not matter, and 1 x 1 zeros suffice.
         devices: the mesh on which the state is created, sharded; None creates it on one device.
         freeze: `TrainConfig.freeze`: the frozen parameters have no optimizer state.
+        ema: whether to average the parameters, which `TrainConfig.ema_decay` needs.
     """
 
     def build(key, tokens, lr_scale):
-        return first_state(model.init(key, tokens)["params"], tx, lr_scale, freeze=freeze)
+        params = model.init(key, tokens)["params"]
+        return first_state(params, tx, lr_scale, freeze=freeze, ema=ema)
 
     args = key, tokens, lr_scale
     if devices is None:
@@ -68,12 +74,25 @@ def first_state(
     lr_scale: Float[ArrayLike, ""] = 1.0,
     *,
     freeze: str | None = None,
+    ema: bool = False,
 ) -> TrainState:
     """The initial state for given parameters, with optimizer state for the trained ones only."""
+    trained, _ = partition(params, freeze)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=tx.init(partition(params, freeze)[0]),
+        opt_state=tx.init(trained),
         guard=Guard.start(),
         lr_scale=jnp.asarray(lr_scale, jnp.float32),
+        ema=start_ema(trained) if ema else None,
     )
+
+
+def eval_params(cfg: ExperimentConfig, params: PyTree, opt_state: PyTree) -> PyTree:
+    """The parameters to evaluate, generate with and export, from those of a train state.
+
+    Adapters are merged. Those of a schedule-free optimizer are its average, which the parameters
+    and the optimizer state determine; within `jax.vmap`, that of each run.
+    """
+    trained, frozen = partition(params, cfg.train.freeze)
+    return lora.merged(combine(average_of(trained, opt_state), frozen), cfg.lora)

@@ -14,6 +14,7 @@ from xlstm_jax.errors import ArgumentError
 from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.ops.cross_entropy import CrossEntropy
 from xlstm_jax.train import guard, lora, losses
+from xlstm_jax.train.averages import update_ema
 from xlstm_jax.train.carry import Carry, state_before
 from xlstm_jax.train.config import LoraConfig, TrainConfig
 from xlstm_jax.train.metrics import Metrics
@@ -58,7 +59,7 @@ def make_train_step(
     Args:
         model: an `LM`, or a module with the same call signature.
         tx: the result of `make_optimizer`, or any other optax transformation.
-        cfg: gradient accumulation, guard, z-loss, frozen parameters and carried state.
+        cfg: gradient accumulation, guard, z-loss, frozen parameters, carried state, moving average.
         loss_fn: the sums of a batch; None uses `losses.language_model_loss`.
         lora_cfg: scale of the adapters, which are merged before the loss is computed.
 
@@ -117,6 +118,8 @@ def make_train_step(
             guard=new_guard,
             carry=carry,
         )
+        if cfg.ema_decay:
+            new = new.replace(ema=guard.select(ok, _ema(state.ema, trained, cfg), state.ema))
         metrics = {
             "loss": loss,
             "z_loss": sums.z_sum / sums.weight_sum,
@@ -142,6 +145,15 @@ def _count_documents(segment_ids: Int[Array, "B T"]) -> Int[Array, ""]:
     # Ids are consecutive in each sequence. The first is 1, or 2 in a stream, or 0 in padding.
     first = jnp.maximum(segment_ids[:, 0], 1)
     return jnp.sum(jnp.maximum(jnp.max(segment_ids, axis=-1) - first + 1, 0))
+
+
+def _ema(ema: PyTree, params: PyTree, cfg: TrainConfig) -> PyTree:
+    if ema is None:
+        raise ArgumentError(
+            f"state.ema must be a tree with train.ema_decay={cfg.ema_decay}, got None; create the "
+            "state with ema=True."
+        )
+    return update_ema(ema, params, cfg.ema_decay)
 
 
 def sum_gradients(

@@ -19,6 +19,7 @@ from xlstm_jax.sharding.rules import use_rules
 from xlstm_jax.train import lora, losses
 from xlstm_jax.train.gates import gate_statistics
 from xlstm_jax.train.program import TrainProgram
+from xlstm_jax.train.state import TrainState, eval_params
 from xlstm_jax.train.step import sum_gradients
 from xlstm_jax.train.trainable import combine, partition
 from xlstm_jax.typing import Array, PyTree
@@ -29,7 +30,7 @@ MAX_SEQUENCES = 4
 MAX_POSITIONS = 1024
 """Positions of a sequence that are used: gates are recomputed one position after another."""
 
-_STACK = "stack/"  # part of the paths of parameters with a leading axis `layers`
+_STACK = "stack/"  # beginning of the paths of parameters with a leading axis `layers`
 
 
 class Watch:
@@ -47,10 +48,10 @@ class Watch:
         """Whether `dispatch` of a batch of this size compiles nothing."""
         return len(batch.inputs) in self._sizes
 
-    def dispatch(self, params: PyTree, batch: Batch) -> PyTree:
-        """Starts the computation for parameters and a batch on the devices."""
+    def dispatch(self, state: TrainState, batch: Batch) -> PyTree:
+        """Starts the computation for a state and a batch on the devices."""
         self._sizes.add(len(batch.inputs))
-        return self._statistics(params, batch)
+        return self._statistics(state.params, state.opt_state, batch)
 
     def record(self, statistics: PyTree) -> dict[str, Any]:
         """Fetches what `dispatch` returned, as the JSON values of a record."""
@@ -66,13 +67,14 @@ class Watch:
     def _statistics(self) -> jax.stages.Wrapped:
         watch, devices = self._cfg.train.watch, self._program.devices
 
-        def statistics(params: PyTree, batch: Batch) -> dict[str, PyTree]:
+        def statistics(params: PyTree, opt_state: PyTree, batch: Batch) -> dict[str, PyTree]:
             # Inside the jitted function: the rules are read while it is traced.
             with use_rules(devices.rules):
                 sample = self._sample(batch)
                 result = {}
                 if watch in ("gates", "all"):
-                    result["gates"] = self._gates(params, sample)
+                    params_of_model = eval_params(self._cfg, params, opt_state)
+                    result["gates"] = self._gates(params_of_model, sample)
                 if watch in ("params", "all"):
                     result["params"] = self._norms(params, sample)
                 return result
@@ -97,7 +99,6 @@ class Watch:
         return jax.tree.map(pick, batch)
 
     def _gates(self, params: PyTree, batch: Batch) -> dict[str, dict[str, Array]]:
-        params = lora.merged(params, self._cfg.lora)
         # As in `losses.token_sums`: padding is a document of its own.
         documents = jnp.where(batch.segment_ids == 0, -1, batch.segment_ids)
         _, state, captured = self._program.model.apply(
@@ -111,18 +112,21 @@ class Watch:
         return gate_statistics(self._cfg.model, captured["gates"], state, batch.segment_ids != 0)
 
     def _norms(self, params: PyTree, batch: Batch) -> dict[str, dict[str, Array]]:
-        """The norms of the trained parameters and of their gradients."""
         cfg, model = self._cfg, self._program.model
         trained, frozen = partition(params, cfg.train.freeze)
 
         def loss_fn(trained, batch, key, state):
             params = lora.merged(combine(trained, frozen), cfg.lora)
-            return losses.stateful_loss(model, params, batch, cfg.train, key, state)
+            if self._program.loss_fn is not None:
+                loss, sums = self._program.loss_fn(params, batch, key)
+            else:
+                loss, sums = losses.language_model_loss(model, params, batch, cfg.train)
+            return loss, (sums, state)
 
         grads, sums, _ = sum_gradients(loss_fn, trained, batch, None)
 
         def norms(path: tuple[Any, ...], param: Array, grad: Array) -> dict[str, Array]:
-            first = 1 if _STACK in path_name(path) else 0
+            first = 1 if path_name(path).startswith(_STACK) else 0
             axes = tuple(range(first, param.ndim))
             squares = (jnp.sum(x.astype(jnp.float32) ** 2, axes) for x in (param, grad))
             norm, grad_norm = map(jnp.sqrt, squares)
