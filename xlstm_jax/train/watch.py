@@ -30,7 +30,7 @@ MAX_SEQUENCES = 4
 MAX_POSITIONS = 1024
 """Positions of a sequence that are used: gates are recomputed one position after another."""
 
-_STACK = "stack/"  # beginning of the paths of parameters with a leading axis `layers`
+_STACK = "stack/"  # part of the paths of parameters with a leading axis `layers`
 
 
 class Watch:
@@ -126,7 +126,7 @@ class Watch:
         grads, sums, _ = sum_gradients(loss_fn, trained, batch, None)
 
         def norms(path: tuple[Any, ...], param: Array, grad: Array) -> dict[str, Array]:
-            first = 1 if path_name(path).startswith(_STACK) else 0
+            first = 1 if _STACK in path_name(path) else 0
             axes = tuple(range(first, param.ndim))
             squares = (jnp.sum(x.astype(jnp.float32) ** 2, axes) for x in (param, grad))
             norm, grad_norm = map(jnp.sqrt, squares)
