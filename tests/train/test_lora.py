@@ -190,7 +190,7 @@ def test_statistics_of_gates_are_those_of_the_merged_model(experiment, monkeypat
     cfg = dataclasses.replace(experiment(model={"pattern": "M"}, watch="all"), lora=RANK2)
     watched = TrainProgram(cfg, make_devices(MeshConfig(data=1)))
     state, _, batch = watched.arguments
-    statistics = jax.eval_shape(Watch(watched)._statistics, state.params, batch)
+    statistics = jax.eval_shape(Watch(watched)._statistics, state.params, state.opt_state, batch)
     assert statistics["gates"]["M"]["forget_mean"].shape == (1, 4)
     norms = statistics["params"]
     assert norms["lora/stack/M/mlstm/q/kernel/lora_b"]["grad_norm"].shape == (1,)
