@@ -65,6 +65,7 @@ def test_a_state_without_an_average_is_rejected(tiny, tokens, batches):
         jax.eval_shape(make_train_step(tiny, tx, EMA), state, batches())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(ema_decay=0.9), dict(optimizer="schedule_free_adamw")])
 def test_averages_of_vmapped_runs_equal_those_of_separate_runs(options, tiny, tokens, batches):
     cfg = dataclasses.replace(TrainConfig(steps=20, warmup_steps=0), **options)
