@@ -28,6 +28,7 @@ from xlstm_jax.train import (
     restore_params,
 )
 from xlstm_jax.train.evaluators import Evaluator
+from xlstm_jax.train.lora.adapters import flatten
 from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.train.trainable import num_bytes
 from xlstm_jax.train.watch import Watch
@@ -67,7 +68,7 @@ def test_fresh_adapters_change_nothing_when_merged(params, assert_same, key):
 def test_every_matrix_gets_its_own_product(params, path, key):
     cfg = dataclasses.replace(RANK2, target=f"^{path}$")
     adapters = random_tree(jax.eval_shape(lambda: lora.init(params, cfg, key)), 1)
-    (target,), pairs = lora.targets(params, cfg).matrices, lora.flatten(adapters)
+    (target,), pairs = lora.targets(params, cfg).matrices, flatten(adapters)
     assert target == path and list(pairs) == [path]
     before, after = lora_leaf(params, path), lora_leaf(lora.merge(params, adapters, cfg), path)
     for index in np.ndindex(before.shape[:-2]):
@@ -264,7 +265,7 @@ def test_saved_adapters_are_loaded_bit_exactly(saved, assert_same):
     cfg, loaded = lora.load(folder)
     assert (cfg.rank, cfg.alpha) == (2, 8.0)
     assert_same(loaded, adapters)
-    assert set(lora.targets(params, cfg).matrices) == set(lora.flatten(adapters))
+    assert set(lora.targets(params, cfg).matrices) == set(flatten(adapters))
     with pytest.raises(ConfigError, match="must be new or have no weights"):
         lora.save(folder, adapters, RANK2)
 

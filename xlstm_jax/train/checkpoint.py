@@ -30,9 +30,10 @@ from optax.contrib import ScheduleFreeState
 from xlstm_jax.config import ConfigError, load_config
 from xlstm_jax.errors import quote_path
 from xlstm_jax.modules.lm import param_shapes
-from xlstm_jax.train import lora, manifest
+from xlstm_jax.train import manifest
 from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.guard import Guard
+from xlstm_jax.train.lora import adapters
 from xlstm_jax.train.processes import log
 from xlstm_jax.train.state import TrainState, eval_params
 from xlstm_jax.train.trainable import ADAPTERS, combine, partition
@@ -309,7 +310,7 @@ def restore_params(
             f"{run_dir} must have been trained with train.ema_decay above 0, got 0.0; leave ema "
             "(--ema) out."
         )
-    shapes = lora.attached_shapes(param_shapes(cfg.model), cfg.lora)
+    shapes = adapters.attached_shapes(param_shapes(cfg.model), cfg.lora)
     params = _abstract(shapes, None if place is None else place(shapes))
     trained, _ = partition(params, cfg.train.freeze)
 
@@ -322,7 +323,7 @@ def restore_params(
     state = _restore(Path(run_dir), step, {"state": like}, partial=True)["state"]
     if ema:
         _, frozen = partition(state["params"], cfg.train.freeze)
-        return cfg, lora.merged(combine(state["ema"], frozen), cfg.lora)
+        return cfg, adapters.merged(combine(state["ema"], frozen), cfg.lora)
     return cfg, eval_params(cfg, state["params"], state.get("opt_state"))
 
 
@@ -333,7 +334,7 @@ def restore_adapters(
     cfg, step = _config_and_step(run_dir, step)
     if not cfg.lora.rank:
         raise ConfigError(f"{run_dir} has no adapters; train one with lora.rank of at least 1.")
-    shapes = lora.attached_shapes(param_shapes(cfg.model), cfg.lora)
+    shapes = adapters.attached_shapes(param_shapes(cfg.model), cfg.lora)
     like = {"params": _abstract({ADAPTERS: shapes[ADAPTERS]})}
     state = _restore(Path(run_dir), step, {"state": like}, partial=True)["state"]
     return cfg, state["params"][ADAPTERS]

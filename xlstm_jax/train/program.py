@@ -23,9 +23,10 @@ from xlstm_jax.modules.lm import LM
 from xlstm_jax.ops.cross_entropy import CrossEntropy
 from xlstm_jax.sharding.devices import Devices
 from xlstm_jax.sharding.rules import use_rules
-from xlstm_jax.train import lora, losses, metrics
+from xlstm_jax.train import losses, metrics
 from xlstm_jax.train.carry import Carry
 from xlstm_jax.train.config import ExperimentConfig
+from xlstm_jax.train.lora import adapters
 from xlstm_jax.train.optimizer import make_optimizer
 from xlstm_jax.train.state import TrainState, first_state
 from xlstm_jax.train.step import LossFn, make_train_step
@@ -148,7 +149,7 @@ class TrainProgram:
         if params is None:
             # Parameters do not depend on the tokens, so the smallest batch initializes them.
             params = self.model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-        params = lora.attach(params, cfg.lora, jax.random.fold_in(key, _LORA))
+        params = adapters.attach(params, cfg.lora, jax.random.fold_in(key, _LORA))
         ema = cfg.train.ema_decay > 0
         state = first_state(params, self.tx, freeze=cfg.train.freeze, ema=ema)
         if cfg.train.carry_state:

@@ -9,7 +9,9 @@ import numpy as np
 from xlstm_jax.errors import quote
 from xlstm_jax.train import metrics
 from xlstm_jax.train.checkpoint import CheckpointError
-from xlstm_jax.train.rewind import Skips
+
+Skips = list[tuple[int, int]]
+"""(step, end): from `step` on, the data of the steps from `step` to `end` are left out."""
 
 
 @dataclasses.dataclass(kw_only=True)

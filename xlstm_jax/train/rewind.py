@@ -18,9 +18,7 @@ from xlstm_jax.train import checkpoint, rundir
 from xlstm_jax.train.checkpoint import Checkpointer
 from xlstm_jax.train.config import TrainConfig
 from xlstm_jax.train.processes import log, sync_processes
-
-Skips = list[tuple[int, int]]
-"""(step, end): from `step` on, the data of the steps from `step` to `end` are left out."""
+from xlstm_jax.train.progress import Skips
 
 
 def next_skip(run_dir: Path, cfg: TrainConfig, first: int, skips: Skips) -> tuple[int, int] | None:

@@ -9,10 +9,10 @@ from flax import struct
 
 from xlstm_jax.modules.initializers import jit_once
 from xlstm_jax.sharding.devices import Devices
-from xlstm_jax.train import lora
 from xlstm_jax.train.averages import average_of, start_ema
 from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.guard import Guard
+from xlstm_jax.train.lora import adapters
 from xlstm_jax.train.trainable import combine, partition
 from xlstm_jax.typing import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
@@ -95,4 +95,4 @@ def eval_params(cfg: ExperimentConfig, params: PyTree, opt_state: PyTree) -> PyT
     and the optimizer state determine; within `jax.vmap`, that of each run.
     """
     trained, frozen = partition(params, cfg.train.freeze)
-    return lora.merged(combine(average_of(trained, opt_state), frozen), cfg.lora)
+    return adapters.merged(combine(average_of(trained, opt_state), frozen), cfg.lora)

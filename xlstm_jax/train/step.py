@@ -13,10 +13,11 @@ from xlstm_jax.data.batch import Batch
 from xlstm_jax.errors import ArgumentError
 from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.ops.cross_entropy import CrossEntropy
-from xlstm_jax.train import guard, lora, losses
+from xlstm_jax.train import guard, losses
 from xlstm_jax.train.averages import update_ema
 from xlstm_jax.train.carry import Carry, state_before
 from xlstm_jax.train.config import LoraConfig, TrainConfig
+from xlstm_jax.train.lora import adapters
 from xlstm_jax.train.metrics import Metrics
 from xlstm_jax.train.optimizer import ScheduledOptimizer, norm
 from xlstm_jax.train.state import TrainState
@@ -138,7 +139,7 @@ def loss_of_trained(
     """The loss of a train step as a function of the trained parameters."""
 
     def loss_of(trained, batch, key, state):
-        params = lora.merged(combine(trained, frozen), lora_cfg)
+        params = adapters.merged(combine(trained, frozen), lora_cfg)
         if loss_fn is None:
             return losses.stateful_loss(model, params, batch, cfg, key, state)
         loss, sums = loss_fn(params, batch, key)

@@ -6,7 +6,6 @@ respect to them, so every model and every loss works with them unchanged.
 
 import functools
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -136,31 +135,6 @@ def merged(params: PyTree, cfg: LoraConfig) -> PyTree:
         return params
     base = {name: tree for name, tree in params.items() if name != ADAPTERS}
     return merge(base, params[ADAPTERS], cfg)
-
-
-def save(folder: str | Path, adapters: PyTree, cfg: LoraConfig) -> None:
-    """Writes adapters of a model of large blocks as a folder that `peft` reads.
-
-    Raises:
-        ConfigError: the folder has adapters already, or `peft` cannot represent these.
-    """
-    from xlstm_jax.convert import peft  # needs safetensors, which is optional
-
-    peft.save(folder, flatten(adapters), rank=cfg.rank, alpha=cfg.alpha)
-
-
-def load(folder: str | Path) -> tuple[LoraConfig, PyTree]:
-    """Reads a folder of `save`, or of `peft` for a model of large blocks.
-
-    Raises:
-        ConfigError: the folder has no adapters, or of another kind.
-        WeightsError: a file is corrupt.
-    """
-    from xlstm_jax.convert import peft
-
-    rank, alpha, pairs = peft.load(folder)
-    target = f"^({'|'.join(map(re.escape, pairs))})$"
-    return LoraConfig(rank=rank, alpha=alpha, target=target), nest(pairs)
 
 
 def flatten(adapters: PyTree) -> dict[str, dict[str, Any]]:
