@@ -95,12 +95,12 @@ def test_the_survivor_of_two_processes_ends_in_time_and_both_resume(
     is_aborted = victim == 0 and code == -signal.SIGABRT
     assert is_aborted or (code == 4 and len(ours) == 1), (code, errors)
     assert errors == ours or victim == 0, errors
+    lines = "one line" if errors == ours else "lines of JAX"
     lost = survivor.steps - run.saved
     for child in start_two(run):
         code, errors = child.finish()
         assert code == 0, errors
     assert run.records() == unbroken_pair.records()
-    lines = "one line" if errors == ours else "lines of JAX"
     ending = "abort by JAX" if is_aborted else f"exit 4, {lines}"
     where = f"{names[victim]}, {phase}"
     outcome = f"{ending}, after {seconds:.0f} s; resumed, equal"

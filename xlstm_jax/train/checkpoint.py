@@ -257,19 +257,24 @@ def restore_latest(
     if step is None:
         return None
     like = _abstract(like)
-    stored = like.replace(guard=_as_stored(like.guard, Path(run_dir, FOLDER, str(step))))
+    stored = _as_stored(like, Path(run_dir, FOLDER, str(step)))
     restored = _restore(Path(run_dir), step, {"state": stored, "data": None})
-    state = restored["state"]
-    return state.replace(guard=_as_new(state.guard, like.guard)), restored["data"]
+    fields = restored["state"] if isinstance(stored, dict) else vars(restored["state"])
+    state = like.replace(**fields | {"guard": _as_new(fields["guard"], like.guard)})
+    return state, restored["data"]
 
 
-def _as_stored(guard: Any, folder: Path) -> Any:
-    """The guard with the fields that it has in a checkpoint."""
+def _as_stored(like: TrainState, folder: Path) -> Any:
+    """The state with the fields that it has in a checkpoint, which may be older."""
     metadata = folder / "state" / "_METADATA"
     text = metadata.read_text(errors="replace") if metadata.is_file() else ""
-    if "usual_norm" not in text and "('guard', 'first', " in text:
-        return guard
-    return _GUARDS["usual_norm" in text](guard.ema_grad_norm, guard.skipped)
+    guard = like.guard
+    if "usual_norm" in text or "('guard', 'first', " not in text:
+        guard = _GUARDS["usual_norm" in text](guard.ema_grad_norm, guard.skipped)
+    like = like.replace(guard=guard)
+    if "('ema'," in text or like.ema is not None:
+        return like
+    return {name: value for name, value in vars(like).items() if name != "ema"}
 
 
 def _as_new(guard: Any, like: Guard) -> Guard:
