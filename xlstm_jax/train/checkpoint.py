@@ -272,9 +272,10 @@ def _as_stored(like: TrainState, folder: Path) -> Any:
     if "usual_norm" in text or "('guard', 'first', " not in text:
         guard = _GUARDS["usual_norm" in text](guard.ema_grad_norm, guard.skipped)
     like = like.replace(guard=guard)
-    if "('ema'," in text or like.ema is not None:
+    absent = [x for x in ("ema", "carry") if f"('{x}'," not in text and getattr(like, x) is None]
+    if not absent:
         return like
-    return {name: value for name, value in vars(like).items() if name != "ema"}
+    return {name: value for name, value in vars(like).items() if name not in absent}
 
 
 def _as_new(guard: Any, like: Guard) -> Guard:
