@@ -297,5 +297,5 @@ def test_jinja_is_named_where_it_is_missing(encode, monkeypatch):
     sandbox._environment.cache_clear()
     sandbox._compiled.cache_clear()
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ConfigError, match="need the package jinja2, .* `pip install 'xlstm-jax"):
+    with pytest.raises(ConfigError, match="needs the package jinja2, .* `pip install 'xlstm-jax"):
         encode(PREFIX)

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from xlstm_jax.errors import ConfigError, quote, quote_path
+from xlstm_jax.errors import ConfigError, import_optional, quote, quote_path
 
 MAX_SOURCE = 1 << 20  # characters of a template
 MAX_OUTPUT = 1 << 26  # characters of a formatted conversation
@@ -150,15 +150,10 @@ def _without_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
 @functools.cache
 def _environment() -> Any:
     """The environment of `transformers`: its options, filters and functions, without a clock."""
-    try:
-        import jinja2.ext
-        import jinja2.nodes
-        import jinja2.sandbox
-    except ImportError as error:
-        raise ConfigError(
-            "chat templates need the package jinja2, which is not installed; "
-            "`pip install 'xlstm-jax[data]'`."
-        ) from error
+    import_optional("jinja2", "a chat template", install="xlstm-jax[data]")
+    import jinja2.ext
+    import jinja2.nodes
+    import jinja2.sandbox
 
     class Undefined(jinja2.Undefined):
         """A value that may be tested, but not written: a misspelled name is no empty text."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from xlstm_jax import __version__
 from xlstm_jax.config import ConfigError, flatten, user_path
+from xlstm_jax.errors import import_optional
 from xlstm_jax.report import charts, loading, tables
 from xlstm_jax.report.runs import Run, Summary
 from xlstm_jax.report.tables import escape
@@ -69,14 +70,8 @@ def write(runs: Sequence[str | Path], path: str | Path) -> Report:
 
 
 def _plotly_js() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise ConfigError(
-            "a report needs the package plotly, which is not installed; "
-            "`pip install 'xlstm-jax[report]'`."
-        ) from error
-    return get_plotlyjs()
+    plotly = import_optional("plotly.offline", "a report", install="xlstm-jax[report]")
+    return plotly.get_plotlyjs()
 
 
 def _render(runs: Sequence[Run], plotly: str) -> str:

@@ -54,6 +54,9 @@ class TrainProgram:
         self.cfg, self.devices, self.loss_fn = cfg, devices, loss_fn
         self.model = LM(cfg.model)
         self.tx = make_optimizer(cfg.train) if tx is None else tx
+        self._train_step = make_train_step(
+            self.model, self.tx, cfg.train, loss_fn, lora_cfg=cfg.lora
+        )
         # What the config does not describe.
         self.given = tuple(
             name for name, value in (("tx", tx), ("loss_fn", loss_fn)) if value is not None
@@ -83,15 +86,11 @@ class TrainProgram:
         Call it within `devices.active()`. It is traced once for every batch size of the run; one
         more trace raises, because it would silently compile the step again.
         """
-        cfg = self.cfg
-        train_step = make_train_step(
-            self.model, self.tx, cfg.train, self.loss_fn, lora_cfg=cfg.lora
-        )
 
         def step(state: TrainState, totals: metrics.Totals, batch: Batch):
             # Inside the jitted function: the rules are read while it is traced.
             with use_rules(self.devices.rules):
-                state, step_metrics = train_step(state, batch)
+                state, step_metrics = self._train_step(state, batch)
             return state, metrics.add(totals, step_metrics)
 
         # chex counts traces by name, so every program of this process needs its own.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePath
 from typing import Any, BinaryIO, NamedTuple
 
-from xlstm_jax.errors import ConfigError, quote, quote_path
+from xlstm_jax.errors import ConfigError, import_optional, quote, quote_path
 
 BLOCK = 1 << 18
 """Bytes that are read at a time. They fit in a cache: larger blocks halve the speed of JSON."""
@@ -36,13 +36,8 @@ def _zstd() -> tuple[Callable[[], Any], type[Exception]]:
         return module.ZstdDecompressor, module.ZstdError
     except ImportError:
         pass
-    try:
-        module = importlib.import_module("zstandard")
-    except ImportError as error:
-        raise ConfigError(
-            "reading .zst needs Python 3.14 or the package zstandard, which is not installed; "
-            "`pip install 'xlstm-jax[data]'`, or decompress the file."
-        ) from error
+    purpose = "reading .zst before Python 3.14"
+    module = import_optional("zstandard", purpose, install="xlstm-jax[data]")
     return lambda: module.ZstdDecompressor().decompressobj(), module.ZstdError
 
 

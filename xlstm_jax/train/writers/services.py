@@ -1,6 +1,5 @@
 """The writers of `train.writers`: TensorBoard, Weights & Biases, Trackio; packages of their own."""
 
-import importlib
 import netrc
 import os
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 
-from xlstm_jax.config import ConfigError
+from xlstm_jax.errors import ConfigError, import_optional
 from xlstm_jax.train.config import WriterName
 from xlstm_jax.train.writers.base import Writer, flatten
 
@@ -99,13 +98,8 @@ def _finite_values(value: Any) -> np.ndarray:
 
 
 def _import(name: WriterName) -> ModuleType:
-    try:
-        return importlib.import_module(PACKAGES[name])
-    except ImportError as error:
-        raise ConfigError(
-            f"train.writers has {name!r}, which needs the package {PACKAGES[name]}; run "
-            f"`pip install 'xlstm-jax[{name}]'`, or leave it out."
-        ) from error
+    purpose = f"the writer {name!r} of train.writers"
+    return import_optional(PACKAGES[name], purpose, install=f"xlstm-jax[{name}]")
 
 
 def _has_wandb_key() -> bool:
