@@ -2,7 +2,7 @@
 
 It runs `xlstm-jax ARGUMENTS` as a user would, with hooks that a test asks for. It prints the phases
 of the run, so that a test can kill it in one of them, and sleeps in each, so that the kill arrives
-in time: {"step": 3}, {"save": 5}, {"publish": 5}, {"delete": 1}, {"evaluate": 4}.
+in time: {"step": 3}, {"save": 5}, {"publish": 5}, {"delete": 1}, {"evaluate": 4}, {"export": 4}.
 """
 
 import json
@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 # Seconds that a phase lasts at least.
-SECONDS = {"step": 0.01, "save": 0.02, "publish": 0.05, "delete": 0.05, "evaluate": 0.05}
+SECONDS = {"step": 0.01, "save": 0.02, "publish": 0.05, "delete": 0.05}
+SECONDS |= {"evaluate": 0.05, "export": 0.05}
 
 
 def report(phase: str, step: int) -> None:
@@ -36,6 +37,7 @@ def before(owner: Any, name: str, hook: Callable[..., None]) -> None:
 
 
 def report_phases() -> None:
+    from xlstm_jax import convert
     from xlstm_jax.sharding import Devices
     from xlstm_jax.train import checkpoint, loop, manifest, program
 
@@ -55,6 +57,7 @@ def report_phases() -> None:
     before(manifest, "write", lambda folder: report("publish", int(folder.name.split(".")[0])))
     before(checkpoint, "_delete", lambda *folders: report("delete", len(folders)))
     before(program.TrainProgram, "evaluate", lambda *_: report("evaluate", step[0]))
+    before(convert, "save_hf", lambda *_, **options: report("export", step[0]))
 
 
 def poison(numbers: list[int]) -> None:

@@ -19,12 +19,12 @@ import pytest
 
 from xlstm_jax.config import to_dict
 from xlstm_jax.data import DataConfig
-from xlstm_jax.modules import LMConfig
+from xlstm_jax.modules import LargeConfig, LMConfig
 from xlstm_jax.train import ExperimentConfig, TrainConfig, checkpoint, rundir
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 240  # of a process, on a machine that also does other work
-SPEED = ("step_time", "data_wait", "tokens_per_second", "model_flops_per_second", "goodput")
+SPEED = ("step_time", "data_wait", "goodput")
 
 
 def pytest_addoption(parser):
@@ -181,7 +181,15 @@ class Run:
     def records(self):
         """The records, without metrics of speed."""
         records = rundir.read_metrics(self.run_dir / rundir.METRICS)
-        return [{k: v for k, v in record.items() if k not in SPEED} for record in records]
+        return [
+            {k: v for k, v in record.items() if k not in SPEED and "per_second" not in k}
+            for record in records
+        ]
+
+    def exports(self):
+        """The files of all exports, complete or not, and their contents."""
+        files = (self.run_dir / rundir.EXPORT).rglob("*")
+        return {str(x.relative_to(self.run_dir)): x.read_bytes() for x in files if x.is_file()}
 
 
 @pytest.fixture(scope="session")
@@ -225,9 +233,10 @@ def cfg(text):
 def make_run(tmp_path_factory, cfg, environment):
     """Makes runs; keywords replace fields of `TrainConfig`, `data` those of `DataConfig`."""
 
-    def make(data=(), **train):
+    def make(data=(), model=None, **train):
         changed = dataclasses.replace(
             cfg,
+            model=model or cfg.model,
             train=dataclasses.replace(cfg.train, **train),
             data=dataclasses.replace(cfg.data, **dict(data)),
         )
@@ -242,6 +251,16 @@ def unbroken(make_run):
     run = make_run()
     run.to_end()
     return run
+
+
+@pytest.fixture(scope="session")
+def make_exporting_run(make_run):
+    """Makes runs of a model that transformers has; each checkpoint is exported."""
+    large = LargeConfig(num_heads=1, ffn_dim=8)
+    model = LMConfig(
+        vocab_size=257, dim=8, pattern="M", large=large, final_norm="rms", final_norm_eps=1e-6
+    )
+    return lambda: make_run(model=model, export_every=1)
 
 
 @pytest.fixture
