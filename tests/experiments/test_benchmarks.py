@@ -99,6 +99,7 @@ def test_steps_with_nnx_compute_what_those_of_linen_do(monkeypatch, tmp_path):
         assert other == pytest.approx(first, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_plain_loop_runs_without_a_peer_and_reduces_the_loss(tiny, tmp_path):
     out = tmp_path / "user_loop.json"
     assert user_loop.main(user_loop.Arguments(repeats=2, out=out)) == 0

@@ -158,6 +158,7 @@ def test_the_average_of_a_users_schedule_free_optimizer_is_restored(
     assert_same(restore_params(tmp_path / "run")[1], average_of(state.params, state.opt_state))
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_parameters_alone_may_be_averaged(
     schedule_free_run, tmp_path, assert_same
 ):

@@ -46,6 +46,7 @@ def test_ramps_that_do_not_divide_are_rejected(experiment, train, message):
         experiment(**train)
 
 
+@pytest.mark.slow
 def test_every_held_out_set_is_evaluated_to_its_last_token(experiment, text, tmp_path):
     sets = {"names": str(text / "valid"), "own": str(text / "test")}
     cfg = experiment(data={"eval_sets": sets}, steps=4, eval_batches=None)

@@ -205,6 +205,7 @@ def make(experiment, **train):
     return experiment(data={"packing": "stream"}, carry_state=True, eval_every=0, **train)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_exact(recurrent_lm, experiment, tmp_path, assert_same):
     cfg = make(experiment, steps=6)
 

@@ -106,6 +106,7 @@ def poisoned(cfg, steps):
     return batches
 
 
+@pytest.mark.slow
 def test_batches_of_the_caller_are_part_of_the_dump_but_an_optimizer_is_not(
     tiny_lm, experiment, tmp_path
 ):
@@ -173,6 +174,7 @@ def test_a_damaged_state_or_a_missing_dump_is_a_one_line_error(run_dir, tmp_path
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_other_data_are_rejected_if_a_replay_needs_them(tiny_lm, experiment, text, tmp_path):
     folder = shutil.copytree(text, tmp_path / "text")
     cfg = experiment(dict(source=str(folder)), steps=12, checkpoint_every=3, eval_every=0, **STRICT)

@@ -58,6 +58,7 @@ def test_a_run_starts_from_the_parameters_of_another(base, experiment, tmp_path,
     assert_same(restore_params(tmp_path / "run")[1], params)
 
 
+@pytest.mark.slow
 def test_the_source_is_read_only_when_the_run_starts(base, experiment, tmp_path, assert_same):
     source = shutil.copytree(base[1], tmp_path / "source")
     cfg = from_(experiment(eval_every=0), source, steps=6)

@@ -163,6 +163,7 @@ def test_steps_of_a_decaying_schedule_cannot_be_extended(finished, with_train):
         fit(with_train(cfg, steps=20), run_dir)
 
 
+@pytest.mark.slow
 def test_steps_of_a_constant_schedule_can_be_extended(
     tiny_lm, experiment, with_train, tmp_path, assert_same
 ):

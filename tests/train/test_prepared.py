@@ -53,6 +53,7 @@ def test_every_packing_has_every_target_once(experiment, folder, packing):
     assert examples.tokenizer.num_bytes(targets) <= len(text)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_tokenizer(experiment, folder, tmp_path, capsys):
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)

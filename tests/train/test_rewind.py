@@ -45,7 +45,15 @@ def test_a_run_returns_to_the_checkpoint_before_a_spike_and_leaves_out_its_data(
     assert checkpoint.steps(run_dir) == [0, 5, 10, 15, 16]
 
 
-@pytest.mark.parametrize("callback", [crash_at(6), crash_at(12), interrupt_at(6), interrupt_at(9)])
+@pytest.mark.parametrize(
+    "callback",
+    [
+        crash_at(12),
+        interrupt_at(9),
+        pytest.param(crash_at(6), marks=pytest.mark.slow),
+        pytest.param(interrupt_at(6), marks=pytest.mark.slow),
+    ],
+)
 def test_a_rewound_run_that_is_interrupted_resumes_bit_exactly(
     spiky, rewound, tmp_path, assert_same, callback
 ):
@@ -67,6 +75,7 @@ def test_the_spike_stays_in_the_dump(rewound):
     assert result.reproduced and result.dump.first_skipped_step == 8
 
 
+@pytest.mark.slow
 def test_a_second_spike_is_left_out_as_well_and_a_third_one_ends_the_run(spiky, tmp_path, caplog):
     cfg, data = spiky
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, spike_rewinds=2))
@@ -81,6 +90,7 @@ def test_a_second_spike_is_left_out_as_well_and_a_third_one_ends_the_run(spiky, 
         fit(cfg, tmp_path / "three", data=poisoned(cfg, [*spikes, *range(19, 22)]))
 
 
+@pytest.mark.slow
 def test_a_spike_in_the_first_steps_returns_to_step_0(spiky, tmp_path, assert_same):
     cfg, data = spiky
     result = fit(cfg, tmp_path / "a", data=poisoned(cfg, range(LIMIT)))
@@ -88,6 +98,7 @@ def test_a_spike_in_the_first_steps_returns_to_step_0(spiky, tmp_path, assert_sa
     assert_same(result.state.params, other.state.params)
 
 
+@pytest.mark.slow
 def test_the_data_of_a_config_are_left_out_in_a_rewound_run(
     tiny_lm, experiment, tmp_path, monkeypatch
 ):
