@@ -57,7 +57,10 @@ _NON_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers
 def read(path: Path) -> Dump:
     """Reads a dump; raises ConfigError, with the path, unless the file is one."""
     if not path.is_file():
-        raise ConfigError(f"{quote_path(path)} must be the {rundir.DIVERGED} of a run; pass one.")
+        raise ConfigError(
+            f"{quote_path(path)} must be the {rundir.DIVERGED} of a run, but does not exist; a run "
+            "that has skipped no step has none."
+        )
     values = read_json(path)
     try:
         return from_dict(Dump, values)

@@ -61,7 +61,11 @@ def select(
     elif path is not None and path.is_file():
         paths = {path.name: path}  # the pattern is for folders
     else:
-        raise ConfigError(f"data.source={quote(source)} must be a regular file or a folder.")
+        reason = "does not exist" if path is None or not path.exists() else "is neither"
+        raise ConfigError(
+            f"data.source={quote(source)} must be a regular file or a folder, but {reason}; check "
+            "the path."
+        )
     selected = [
         File(
             name,
