@@ -55,7 +55,7 @@ def report_phases() -> None:
     before(Devices, "batch", next_step)
     before(checkpoint.Checkpointer, "save", lambda self, step, *_: report("save", step))
     before(manifest, "write", lambda folder: report("publish", int(folder.name.split(".")[0])))
-    before(checkpoint, "_delete", lambda *folders: report("delete", len(folders)))
+    before(checkpoint.save, "delete", lambda *folders: report("delete", len(folders)))
     before(program.TrainProgram, "evaluate", lambda *_: report("evaluate", step[0]))
     before(convert, "save_hf", lambda *_, **options: report("export", step[0]))
 

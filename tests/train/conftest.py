@@ -71,7 +71,7 @@ def tiny_lm():
     """Replaces the model of all runs with `TinyLM`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "LM", TinyLM)
-        patch.setattr(checkpoint, "param_shapes", lambda cfg: shapes(TinyLM(cfg)))
+        patch.setattr(checkpoint.restore, "param_shapes", lambda cfg: shapes(TinyLM(cfg)))
         yield TinyLM
 
 

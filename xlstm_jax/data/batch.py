@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from xlstm_jax.config import differences
+from xlstm_jax.config.compare import differences
 
 
 class Batch(NamedTuple):
