@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from xlstm_jax.config import ConfigError, check_fields, check_range
+from xlstm_jax.config.fields import check_fields, check_range
 from xlstm_jax.data.batch import Examples
 from xlstm_jax.data.batch_sizes import BatchSizes
 from xlstm_jax.data.config import DataConfig
-from xlstm_jax.errors import quote
+from xlstm_jax.errors import ConfigError, quote
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.kinds import BLOCKS
 from xlstm_jax.sharding.mesh import MeshConfig

@@ -14,6 +14,7 @@ from xlstm_jax.config import ConfigError
 from xlstm_jax.train import manifest
 
 FOLDER = "checkpoints"
+PARAMS_ONLY = {"params_alone": True}  # stored in place of the progress
 _DRAFT = r"\d+(\.tmp)?(\.orbax-checkpoint-tmp.*)?$"
 
 

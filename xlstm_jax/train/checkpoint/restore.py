@@ -11,9 +11,14 @@ from optax.contrib import ScheduleFreeState
 
 from xlstm_jax.config import ConfigError, load_config
 from xlstm_jax.modules.lm import param_shapes
-from xlstm_jax.train.checkpoint.files import FOLDER, CheckpointError, latest_step, steps
+from xlstm_jax.train.checkpoint.files import (
+    FOLDER,
+    PARAMS_ONLY,
+    CheckpointError,
+    latest_step,
+    steps,
+)
 from xlstm_jax.train.checkpoint.load import abstract, load_items
-from xlstm_jax.train.checkpoint.save import PARAMS_ONLY
 from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.guard import Guard
 from xlstm_jax.train.lora import adapters

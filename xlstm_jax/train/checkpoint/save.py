@@ -11,6 +11,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from xlstm_jax.train.checkpoint.files import (
     FOLDER,
+    PARAMS_ONLY,
     delete,
     disk_errors,
     draft_of,
@@ -94,9 +95,6 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-PARAMS_ONLY = {"params_alone": True}  # stored in place of the progress
 
 
 def save_params(run_dir: str | Path, params: PyTree, config: dict[str, Any]) -> None:
