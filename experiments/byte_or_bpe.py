@@ -2,7 +2,7 @@
 
 Published: byte-level models need several times the computation of tokenized ones at equal size (Xue
 et al. 2022, "ByT5", arXiv:2105.13626). Expected: at equal parameters and time, the BPE is ahead,
-because a step covers about four times the text.
+because a step covers about three times the text.
 
     python experiments/python_sources.py --out sources --max-bytes 320000000
     xlstm-jax data train-tokenizer sources bpe --vocab-size 8192 --max-bytes 100000000
