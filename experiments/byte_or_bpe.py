@@ -5,7 +5,7 @@ et al. 2022, "ByT5", arXiv:2105.13626). Expected: at equal parameters and time, 
 because a step covers about three times the text.
 
     python experiments/python_sources.py --out sources --max-bytes 320000000
-    xlstm-jax data train-tokenizer sources bpe --vocab-size 8192 --max-bytes 100000000
+    xlstm-jax data train-tokenizer sources bpe --vocab-size 8192 --max-bytes 60000000
     xlstm-jax data prepare sources prepared/byte
     xlstm-jax data prepare sources prepared/bpe --tokenizer bpe
     python experiments/byte_or_bpe.py --data prepared --minutes 20 --out result.json
