@@ -315,7 +315,7 @@ def test_a_run_with_another_optimizer_equals_that_of_one_device(
         expected.evaluation["valid_loss"], rel=1e-4
     )
     state = result.state
-    average = eval_params(state.params, state.opt_state)
+    average = eval_params(cfg, state.params, state.opt_state)
     for ema, tree in ((False, average), (True, state.ema)):
         _, restored = restore_params(tmp_path / "mesh", ema=ema)
         for a, b in zip(*map(jax.tree.leaves, (restored, tree)), strict=True):
