@@ -236,6 +236,7 @@ def test_charts_follow_a_change_of_the_color_scheme(page):
     features = [dict(name="prefers-color-scheme", value="dark")]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=features))
     until(browser, f"{color} !== '{light}'")
+    assert browser.execute_script(color) != light
 
 
 def test_printed_charts_fit_a_page_and_have_legends(page):

@@ -215,7 +215,9 @@ RECORDS += [[train_record(2**62, **HUGE), train_record(10, **HUGE)]]
 
 @pytest.mark.parametrize("records", RECORDS)
 def test_runs_with_few_records_or_huge_numbers_are_shown(make_run, make_page, records):
-    Parser(make_page(make_run("a", records)))
+    text = make_page(make_run("a", records))
+    Parser(text)  # raises an error unless the page is well-formed
+    assert len(rows_of(text, "summary")) == 2  # with the header
 
 
 def test_status_of_an_unfinished_run_says_whether_it_goes_on(make_run, tmp_path):

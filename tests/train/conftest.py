@@ -158,3 +158,19 @@ def with_train():
 def tokens():
     """The smallest input that initializes parameters."""
     return jnp.zeros((1, 1), jnp.int32)
+
+
+@pytest.fixture(scope="session")
+def crash_and_resume():
+    """Runs `fit` until the record of step 6, then again to the end; returns its result."""
+
+    def crash(step, metrics):
+        if step == 6:
+            raise RuntimeError
+
+    def twice(cfg, run_dir):
+        with pytest.raises(RuntimeError):
+            run.fit(cfg, run_dir, on_metrics=crash)
+        return run.fit(cfg, run_dir)
+
+    return twice

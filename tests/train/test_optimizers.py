@@ -22,7 +22,7 @@ from xlstm_jax.train import (
     make_schedule,
 )
 from xlstm_jax.train.config import OptimizerName
-from xlstm_jax.train.optimizer import OPTIMIZERS, OPTIONS, lr_factor_of
+from xlstm_jax.train.optimizer import OPTIMIZERS, OPTIONS, lr_factor_of, weight_decay_of
 
 CONSTANT = dict(steps=10, lr=1e-2, schedule="constant", warmup_steps=0)
 KERNEL = "stack/M/mlstm/q/kernel"
@@ -135,7 +135,8 @@ def test_an_option_that_the_optimizer_does_not_read_is_rejected(options, message
 
 def test_no_weight_decay_is_accepted_by_every_optimizer():
     for name in OPTIMIZERS:
-        make_optimizer(TrainConfig(optimizer=name, weight_decay=0.0))
+        cfg = TrainConfig(optimizer=name, weight_decay=0.0)
+        assert callable(make_optimizer(cfg).update) and weight_decay_of(cfg) == 0
 
 
 @pytest.mark.parametrize("name", ["lamb", "adafactor", "muon"])

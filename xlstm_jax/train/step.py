@@ -108,17 +108,10 @@ def make_train_step(
         )
         if cfg.ema_decay:
             new = new.replace(ema=guard.select(ok, _ema(state.ema, trained, cfg), state.ema))
-        metrics = {
-            "loss": loss,
-            "z_loss": sums.z_sum / sums.weight_sum,
-            "perplexity": jnp.exp(loss),
-            "accuracy": sums.correct_sum / sums.weight_sum,
+        metrics = _of_batch(sums, batch) | {
             "grad_norm": grad_norm,
             "update_norm": jnp.where(ok, norm(updates), 0.0),
             "param_norm": norm(trained),
-            "tokens": sums.weight_sum,
-            "documents": _count_documents(batch.segment_ids),
-            "padding_fraction": jnp.mean(batch.segment_ids == 0),
             "skipped": 1 - ok.astype(jnp.int32),
             "skipped_in_a_row": new_guard.skipped,
         }
@@ -146,6 +139,20 @@ def loss_of_trained(
         return loss, (sums, None)
 
     return loss_of
+
+
+def _of_batch(sums: CrossEntropy, batch: Batch) -> Metrics:
+    """The metrics of a batch that depend on its tokens only."""
+    loss = sums.ce_sum / sums.weight_sum
+    return {
+        "loss": loss,
+        "z_loss": sums.z_sum / sums.weight_sum,
+        "perplexity": jnp.exp(loss),
+        "accuracy": sums.correct_sum / sums.weight_sum,
+        "tokens": sums.weight_sum,
+        "documents": _count_documents(batch.segment_ids),
+        "padding_fraction": jnp.mean(batch.segment_ids == 0),
+    }
 
 
 def _count_documents(segment_ids: Int[Array, "B T"]) -> Int[Array, ""]:
