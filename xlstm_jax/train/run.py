@@ -21,9 +21,8 @@ from xlstm_jax.train.config import ExperimentConfig, check_divisibility
 from xlstm_jax.train.evaluation import Evaluation
 from xlstm_jax.train.evaluators import Evaluator, check_evaluators
 from xlstm_jax.train.loop import Loop
-from xlstm_jax.train.outputs import Exporter, Outputs
+from xlstm_jax.train.outputs import Exporter
 from xlstm_jax.train.processes import Stop, extra, log, process_log
-from xlstm_jax.train.profiler import Profiler
 from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.train.progress import Progress
 from xlstm_jax.train.rates import Rates
@@ -119,22 +118,9 @@ def fit(
         )
         if console and is_first:
             setup.show_trained(facts)
-        traced = cfg.train.profile_steps if is_first else None
-        outputs = Outputs(
-            run_dir=run_dir,
-            writers=setup.open_writers(
-                cfg,
-                run_dir,
-                writers,
-                on_metrics,
-                step=progress.step,
-                run_id=run_id,
-                console=console,
-            ),
-            checkpoints=checkpoint.Checkpointer(run_dir, cfg.train.keep),
-            profiler=Profiler(traced, run_dir / rundir.PROFILE),
-            exporter=exporter if cfg.train.export_every else None,
-        )
+        options: dict[str, Any] = dict(step=progress.step, run_id=run_id, console=console)
+        opened = setup.open_writers(cfg, run_dir, writers, on_metrics, **options)
+        outputs = setup.open_outputs(cfg, run_dir, opened, exporter)
         resume = functools.partial(_resume, program, run_dir, train)
         with process_log(run_dir), compiled_programs(), contextlib.closing(Stop()) as stop:
             log.info("starts at step %d of %d", progress.step, cfg.train.steps)

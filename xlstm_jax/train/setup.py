@@ -16,9 +16,11 @@ from xlstm_jax.data.windows import Windows
 from xlstm_jax.errors import quote
 from xlstm_jax.train import initial, lora, rundir
 from xlstm_jax.train.batches import GivenBatches, TrainBatches
+from xlstm_jax.train.checkpoint import Checkpointer
 from xlstm_jax.train.config import ExperimentConfig, check_vocabulary
-from xlstm_jax.train.outputs import Exporter
+from xlstm_jax.train.outputs import Exporter, Outputs
 from xlstm_jax.train.processes import extra, log, sync_processes
+from xlstm_jax.train.profiler import Profiler
 from xlstm_jax.train.state import TrainState
 from xlstm_jax.train.trainable import ADAPTERS, num_bytes, partition
 from xlstm_jax.train.writers import (
@@ -154,6 +156,20 @@ def open_writers(
     if on_metrics is not None:
         opened.append(CallbackWriter(on_metrics))
     return opened
+
+
+def open_outputs(
+    cfg: ExperimentConfig, run_dir: Path, writers: Sequence[Writer], exporter: Exporter | None
+) -> Outputs:
+    """The destinations of everything that the run writes."""
+    traced = cfg.train.profile_steps if jax.process_index() == 0 else None
+    return Outputs(
+        run_dir=run_dir,
+        writers=writers,
+        checkpoints=Checkpointer(run_dir, cfg.train.keep),
+        profiler=Profiler(traced, run_dir / rundir.PROFILE),
+        exporter=exporter if cfg.train.export_every else None,
+    )
 
 
 def _services(cfg: ExperimentConfig, run_dir: Path, step: int, run_id: str) -> Iterator[Writer]:
