@@ -43,7 +43,7 @@ def find(paths: Sequence[str | Path]) -> dict[str, Path]:
         raise ConfigError("a report needs at least one run, got none; pass run directories.")
     for folder in folders:
         if not any((folder / name).is_file() for name in _FILES):
-            problem = "has none of these" if folder.is_dir() else "is no directory"
+            problem = "has none of these" if folder.is_dir() else "is not a directory"
             raise ConfigError(
                 f"RUN must be the directory of a run, with {' or '.join(_FILES)}, but "
                 f"{quote_path(folder)} {problem}; pass another."

@@ -7,7 +7,7 @@ from typing import Literal
 
 Part = Literal["restore", "compile", "wait", "save", "evaluate"]
 PARTS: tuple[Part, ...] = ("restore", "compile", "wait", "save", "evaluate")
-"""What a run does besides steps. Steps that wait for data include the wait, but it is no goodput.
+"""What a run does besides steps. Steps that wait for data include the wait, but it is not goodput.
 
 restore: from the call of `fit` to its first step, such as loading data and a checkpoint.
 compile: programs, each with its first execution.

@@ -44,7 +44,7 @@ def loss_curve(records: list[dict[str, Any]], path: Path, title: str) -> None:
         margin = 0.08 * (high - low) + 1e-3
         axes.set_ylim(max(0.0, low - margin), high + 2 * margin)
         axes.legend(frameon=False)
-    axes.set_title(title, loc="left", parse_math=False)  # a "$" in a name is no formula
+    axes.set_title(title, loc="left", parse_math=False)  # a "$" in a name is not a formula
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte" if is_text else "nats per token")
     figure.savefig(path)
