@@ -305,7 +305,7 @@ ERRORS = {
     "report": "a report needs at least one run, got none",
     "report nowhere": "RUN must be the directory of a run, with config.json or run.json",
     "report a empty": "but empty has none of these; pass another.",
-    "report a a/run.json": "but a/run.json is no directory; pass another.",
+    "report a a/run.json": "but a/run.json is not a directory; pass another.",
     "report a --out nowhere/r": "--out must be a file in an existing folder, got nowhere/r;",
     "report a --out empty": "--out must be a file in an existing folder, got empty",
     "report a --out pipe": "--out must be a file in an existing folder, got pipe",
