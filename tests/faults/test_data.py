@@ -1,5 +1,6 @@
 """Data that change, vanish or are not numbers, and a worker process that dies."""
 
+import functools
 import os
 import random
 import shutil
@@ -41,7 +42,12 @@ def alter(folder):
     tokens.tofile(shard(folder))
 
 
-@pytest.mark.parametrize("damage", [remove, truncate, alter], ids=lambda damage: damage.__name__)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "damage", [slow(remove), slow(truncate), alter], ids=["removed", "short", "altered"]
+)
 def test_a_damaged_shard_is_one_line_and_its_return_resumes(
     make_run, tokens, tmp_path, tries, damage
 ):
@@ -106,7 +112,7 @@ def is_worker(pid):
     return b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGKILL, slow(signal.SIGTERM)])
 def test_a_killed_worker_of_the_data_is_one_line_and_the_run_resumes(
     make_run, unbroken, tries, number
 ):
