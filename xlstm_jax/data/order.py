@@ -6,6 +6,7 @@ every set of blocks. A reader that keeps the blocks of one set reads each block 
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,9 @@ from jaxtyping import Int64, UInt64
 from xlstm_jax.data import hashing
 
 Shuffle = Literal["auto", "full", "blocks", "none"]
+
+PAGE = 1024
+"""Positions of a page, whose windows are computed together: NumPy takes as long for one batch."""
 
 # Folded into the key of an epoch.
 _BLOCKS, _PARTIAL, _SETS = (np.full(1, number, np.uint64) for number in (1, 2, 3))
@@ -31,6 +35,14 @@ class Order:
 
     def window(self, position: Int64[np.ndarray, "N"]) -> Int64[np.ndarray, "N"]:
         """The windows at positions; every epoch has each window once."""
+        page, offset = np.divmod(position, PAGE)
+        window = np.empty_like(position)
+        for number in np.unique(page):  # those of a batch are consecutive
+            mine = page == number
+            window[mine] = _page(self, int(number))[offset[mine]]
+        return window
+
+    def _window(self, position: Int64[np.ndarray, "N"]) -> Int64[np.ndarray, "N"]:
         epoch, index = np.divmod(position, self.size)
         if self.shuffle == "none":
             return index
@@ -78,3 +90,10 @@ class Order:
     def _without(self, block, partial, missing: int) -> Int64[np.ndarray, "N"]:
         """Windows of the first `block` blocks, of which that at position `partial` is partial."""
         return block * self.block - missing * (partial < block)
+
+
+@functools.lru_cache(maxsize=64)
+def _page(order: Order, number: int) -> Int64[np.ndarray, "page"]:
+    """The windows at the positions of a page."""
+    positions = np.arange(number * PAGE, (number + 1) * PAGE, dtype=np.int64)
+    return order._window(positions)
