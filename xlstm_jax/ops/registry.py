@@ -3,12 +3,22 @@
 import jax.numpy as jnp
 
 from xlstm_jax.errors import ArgumentError
-from xlstm_jax.ops import dispatch
+from xlstm_jax.ops import dispatch, gated_delta, selective_scan, ssd, wkv
+from xlstm_jax.ops.attention.api import IMPLEMENTATIONS as ATTENTION
 from xlstm_jax.ops.lstm import IMPLEMENTATIONS as LSTM
 from xlstm_jax.ops.mlstm.api import IMPLEMENTATIONS as MLSTM
 from xlstm_jax.ops.slstm.api import IMPLEMENTATIONS as SLSTM
 
-TABLES = {"lstm": LSTM, "mlstm": MLSTM, "slstm": SLSTM}
+TABLES = {
+    "attention": ATTENTION,
+    "gated_delta_rule": gated_delta.IMPLEMENTATIONS,
+    "lstm": LSTM,
+    "mlstm": MLSTM,
+    "selective_scan": selective_scan.IMPLEMENTATIONS,
+    "slstm": SLSTM,
+    "ssd": ssd.IMPLEMENTATIONS,
+    "wkv": wkv.IMPLEMENTATIONS,
+}
 
 
 def implementations(op: str) -> dict[str, str | None]:
