@@ -9,10 +9,12 @@ Evaluation, checkpoints and compilation are not part of a step, and are left out
 repeats the smallest train step of the same model, loss and optimizer: it returns the loss, without
 guard and metrics, and its batch is on the device. Blocks of both alternate in one process, so that
 other load affects both alike; each block of the full loop is compared with the mean of the bare
-blocks before and after it. Use an otherwise idle machine.
+blocks before and after it. As many blocks as have one computation of the gate statistics make a
+period; the result is the median over periods. Use an otherwise idle machine.
 """
 
 import dataclasses
+import itertools
 import pathlib
 import tempfile
 import time
@@ -34,15 +36,15 @@ from xlstm_jax.train.losses import language_model_loss
 TARGET = 0.02
 """Largest share of a bare step that the full loop may add."""
 
-BLOCK = 100
-"""Steps of a block: `train.watch_every`, so that every block computes the gate statistics once."""
+BLOCK = 20
+"""Steps of a block; short, as the speed of a virtual machine changes within seconds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments(measure.TimedArguments):
-    """`repeats`: blocks of each loop."""
+    """`repeats`: periods of `train.watch_every` steps of each loop."""
 
-    repeats: int = 6
+    repeats: int = 8
 
 
 def main(args: Arguments) -> int:
@@ -50,13 +52,18 @@ def main(args: Arguments) -> int:
     cpu.prepare()
     cfg = char_lm.config("cpu")
     train = dataclasses.replace(
-        cfg.train, steps=BLOCK * (args.repeats + 1), eval_every=0, checkpoint_every=0
+        cfg.train,
+        steps=cfg.train.watch_every * args.repeats + BLOCK,
+        eval_every=0,
+        checkpoint_every=0,
     )
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(train, checkpoint_minutes=0))
     with tempfile.TemporaryDirectory() as folder:
         full, bare, waits = run(cfg, pathlib.Path(folder, "run"))
-    pairs = zip(full, bare, bare[1:], strict=False)
-    shares = [2 * block / (before + after) - 1 for block, before, after in pairs]
+    beside = [(before + after) / 2 for before, after in itertools.pairwise(bare)]
+    size = cfg.train.watch_every // BLOCK
+    periods = [slice(n, n + size) for n in range(0, len(full), size)]
+    shares = [sum(full[period]) / sum(beside[period]) - 1 for period in periods]
     result = measure.run_info("train_overhead") | {
         "config": to_dict(cfg),
         "block_steps": BLOCK,
