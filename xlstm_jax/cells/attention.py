@@ -21,8 +21,8 @@ from xlstm_jax.typing import Array, Bool, Flag, Float, Int, Size
 class AttentionState(NamedTuple):
     """Cache of one attention layer: S = num_sinks + window slots; the initial state is zeros.
 
-    Sinks have the first slots; other positions overwrite the slot of the oldest in the window. Slots
-    of positions that do not exist yet are 0. Keys and values have the dtype of activations.
+    Sinks have the first slots; other positions overwrite the slot of the oldest in the window.
+    Slots of positions that do not exist yet are 0. Keys and values have the dtype of activations.
     """
 
     k: Float[Array, "B S groups K"]  # rotated
@@ -53,7 +53,12 @@ class Rotary(NamedTuple):
         sin, cos = jnp.sin(angle), jnp.cos(angle)
         # Pairs are the two halves of the rotated features, as in the published checkpoints.
         a, b, rest = jnp.split(x.astype(wide), (dim // 2, dim), axis=-1)
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(
+            x.dtype
+        )
+
+
+ROTARY = Rotary()
 
 
 def attention_init(
@@ -102,7 +107,7 @@ def attention_step(
     *,
     window: int,
     num_sinks: int = 0,
-    rotary: Rotary = Rotary(),
+    rotary: Rotary = ROTARY,
 ) -> tuple[AttentionState, Float[Array, "B H V"]]:
     """One time step, in the argument order of `jax.lax.scan`.
 
@@ -156,7 +161,7 @@ def attention_scan(
     mask: Flag | None = None,
     window: int,
     num_sinks: int = 0,
-    rotary: Rotary = Rotary(),
+    rotary: Rotary = ROTARY,
 ) -> tuple[Float[Array, "B T H V"], AttentionState]:
     """The recurrence over a sequence; `reset` and `mask` as in `scan_time`.
 

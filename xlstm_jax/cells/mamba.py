@@ -77,7 +77,8 @@ def mamba_scan(
     Returns y in the dtype of x, and the state after the last step.
     """
     dtype = state_dtype(x, dt, A)
-    state = mamba_init(x.shape[0], *A.shape, dtype) if state is None else state
+    if state is None:
+        state = mamba_init(x.shape[0], A.shape[0], A.shape[1], dtype)
     arrays = (x, dt, A, B, C, D, reset, mask)
     state = vary_like(jax.tree.map(lambda s: s.astype(dtype), state), arrays)
 

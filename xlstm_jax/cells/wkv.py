@@ -1,4 +1,4 @@
-"""RWKV-4: an exponentially weighted mean of values per channel, with an extra weight for the newest.
+"""RWKV-4: per channel a weighted mean of values, with an extra weight for the newest.
 
 Source: Peng et al. 2023, arXiv:2305.13048, section 3 (WKV operator).
 """
@@ -84,7 +84,8 @@ def wkv_scan(
     state = vary_like(jax.tree.map(lambda s: s.astype(dtype), state), arrays)
 
     def step(state, inputs):
-        return wkv_step(state, *inputs, log_decay, bonus)
+        k, v = inputs
+        return wkv_step(state, k, v, log_decay, bonus)
 
     h, state = scan_time(step, state, (k, v), reset=reset, mask=mask)
     return h.astype(v.dtype), state

@@ -6,7 +6,6 @@ Sources: arXiv:2405.04517, figures 10 and 11; arXiv:2503.13427, section 3.
 import flax.linen as nn
 
 from xlstm_jax.modules import counts
-from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.feedforward import GatedFeedForward, LargeFeedForward
 from xlstm_jax.modules.kinds import BLOCKS, IMPLEMENTATIONS, BlockKind, Matrices
 from xlstm_jax.modules.large import LargeMLSTMLayer

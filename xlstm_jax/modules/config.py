@@ -59,6 +59,7 @@ _DEMANDS = {
     "at least 0 and below 1": "dropout",
 }
 
+
 def _field(name: str, options: Any) -> Any:
     """A field that config.json has if the pattern has blocks of this kind, or if it is set."""
 

@@ -84,8 +84,8 @@ class _Model(nn.Module):
             return x, *rest
         norm = LayerNorm if cfg.final_norm.startswith("layer") else RMSNorm
         as_offset = cfg.final_norm in ("layer", "rms_offset")
-        options = cfg.final_norm_eps, cfg.final_norm_bias, as_offset
-        return norm(*options, name="out_norm")(x), *rest
+        norm = norm(cfg.final_norm_eps, cfg.final_norm_bias, as_offset, name="out_norm")
+        return norm(x), *rest
 
 
 @functools.partial(jit_once, static_argnums=0)

@@ -20,7 +20,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        scale = _scale(self, self.as_offset, x.shape[-1])
+        scale = _scale(self, x.shape[-1], as_offset=self.as_offset)
         bias = self.param("bias", zeros, x.shape[-1:]) if self.use_bias else None
         return layer_norm(x, scale, bias, eps=self.eps)
 
@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        scale = _scale(self, self.as_offset, x.shape[-1])
+        scale = _scale(self, x.shape[-1], as_offset=self.as_offset)
         bias = self.param("bias", zeros, x.shape[-1:]) if self.use_bias else None
         return rms_norm(x, scale, bias, eps=self.eps)
 
@@ -52,7 +52,7 @@ class MultiHeadNorm(nn.Module):
         width = (h.shape[-2] * h.shape[-1],)
         scale = bias = None
         if self.use_scale:
-            scale = _scale(self, self.as_offset, width[0])
+            scale = _scale(self, width[0], as_offset=self.as_offset)
         if self.use_bias:
             bias = self.param("bias", zeros, width)
         return multi_head_norm(h, scale, bias, eps=self.eps)
@@ -66,12 +66,12 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:
-        scale = _scale(self, False, x.shape[-1])
+        scale = _scale(self, x.shape[-1], as_offset=False)
         y = rms_norm(x.reshape(*x.shape[:-1], self.groups, -1), eps=self.eps).reshape(x.shape)
         return y * scale.astype(y.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
 
 
-def _scale(norm: nn.Module, as_offset: bool, width: int) -> Float[Array, "D"]:
+def _scale(norm: nn.Module, width: int, *, as_offset: bool) -> Float[Array, "D"]:
     """The scale of a norm, from its parameter."""
     if as_offset:
         return 1 + norm.param("scale_offset", zeros, (width,))

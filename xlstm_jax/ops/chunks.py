@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mlstm import gates as pre
-from xlstm_jax.typing import Array, Bool, Float
+from xlstm_jax.typing import Array, Bool, Float, Shaped
 
 
 class ChunkDecays(NamedTuple):
@@ -25,7 +25,7 @@ class ChunkDecays(NamedTuple):
     prefix: Float[Array, "N B H L"]  # sum of log decays since the last reset in the chunk
 
 
-def split(x: Float[Array, "B T ..."], L: int) -> Float[Array, "N B L ..."]:
+def split(x: Shaped[Array, "B T ..."], L: int) -> Shaped[Array, "N B L ..."]:
     """In chunks of L positions, the chunk index first; the last chunk is padded with zeros."""
     pad = -x.shape[1] % L
     if pad:

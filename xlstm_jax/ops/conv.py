@@ -86,7 +86,6 @@ def shift(
     return causal_conv(x, before, None, state, reset=reset, mask=mask)
 
 
-
 def _masked_convolve(x, kernel, bias, state, flags: Flags):
     """The convolution of the full sequence, or of one device's shard of it."""
     reset, mask = flags

@@ -1,8 +1,9 @@
 """The gated delta rule over a sequence.
 
-Within a chunk, the changes u that all positions make to the memory solve a triangular system (the WY
-form); products with them replace the recurrence. Source: Yang et al. 2024, arXiv:2412.06464, section
-3.3, and arXiv:2406.06484.
+Within a chunk, the changes u that all positions make to the memory solve a triangular system (the
+WY form); products with them replace the recurrence.
+
+Source: Yang et al. 2024, arXiv:2412.06464, section 3.3, and arXiv:2406.06484.
 """
 
 import functools
@@ -38,8 +39,8 @@ class Inputs(NamedTuple):
 
 SIGNATURE = over_time.Signature(
     "gated_delta_rule",
-    Inputs("B T groups K", "B T groups K", "B T H V", "B T H", "B T H"),
-    GatedDeltaState("B H K V"),
+    Inputs._make(("B T groups K", "B T groups K", "B T H V", "B T H", "B T H")),
+    GatedDeltaState._make(("B H K V",)),
     "B T H V",
 )
 
@@ -125,8 +126,8 @@ def gated_delta_rule(
     S_t = a S_{t-1} + beta k (v - a S_{t-1}' k)' with a = exp(log_decay),  h_t = S_t' q / sqrt(K).
 
     Args:
-        q, k: queries and keys, each shared by the consecutive heads of a group. Keys have norm 1, or
-            the memory may grow without bound.
+        q, k: queries and keys, each shared by the consecutive heads of a group. Keys have norm 1,
+            or the memory may grow without bound.
         v: values.
         log_decay: log of the factor of the old memory, at most 0.
         beta: share of the stored value that is replaced, from 0 to 1.

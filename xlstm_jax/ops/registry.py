@@ -3,21 +3,25 @@
 import jax.numpy as jnp
 
 from xlstm_jax.errors import ArgumentError
-from xlstm_jax.ops import dispatch, gated_delta, selective_scan, ssd, wkv
+from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.attention.api import IMPLEMENTATIONS as ATTENTION
+from xlstm_jax.ops.gated_delta import IMPLEMENTATIONS as GATED_DELTA
 from xlstm_jax.ops.lstm import IMPLEMENTATIONS as LSTM
 from xlstm_jax.ops.mlstm.api import IMPLEMENTATIONS as MLSTM
+from xlstm_jax.ops.selective_scan import IMPLEMENTATIONS as SELECTIVE_SCAN
 from xlstm_jax.ops.slstm.api import IMPLEMENTATIONS as SLSTM
+from xlstm_jax.ops.ssd import IMPLEMENTATIONS as SSD
+from xlstm_jax.ops.wkv import IMPLEMENTATIONS as WKV
 
 TABLES = {
     "attention": ATTENTION,
-    "gated_delta_rule": gated_delta.IMPLEMENTATIONS,
+    "gated_delta_rule": GATED_DELTA,
     "lstm": LSTM,
     "mlstm": MLSTM,
-    "selective_scan": selective_scan.IMPLEMENTATIONS,
+    "selective_scan": SELECTIVE_SCAN,
     "slstm": SLSTM,
-    "ssd": ssd.IMPLEMENTATIONS,
-    "wkv": wkv.IMPLEMENTATIONS,
+    "ssd": SSD,
+    "wkv": WKV,
 }
 
 

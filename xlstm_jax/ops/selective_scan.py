@@ -4,10 +4,12 @@ Source: Gu & Dao 2023, arXiv:2312.00752, section 3.3: the state is recomputed in
 from its values at chunk boundaries, and never stored for all positions.
 """
 
+import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from xlstm_jax.cells.logspace import exact_einsum
 from xlstm_jax.cells.mamba import MambaState, mamba_init, mamba_scan
@@ -35,8 +37,8 @@ class Inputs(NamedTuple):
 
 SIGNATURE = over_time.Signature(
     "selective_scan",
-    Inputs("B T F", "B T F", "F K", "B T K", "B T K", "F"),
-    MambaState("B F K"),
+    Inputs._make(("B T F", "B T F", "F K", "B T K", "B T K", "F")),
+    MambaState._make(("B F K",)),
     "B T F",
 )
 
@@ -54,16 +56,17 @@ def _recurrent(inputs: Inputs, state: MambaState, flags: Flags, chunk_size: int 
     T, L = x.shape[1], chunk_size or CHUNK_SIZE
     xs = (x.astype(wide), dt, B, C), flags
     whole = T - T % L
-    head, rest = (jax.tree.map(lambda a: a[:, part], xs) for part in (slice(whole), slice(whole, T)))
-    step, parts = jax.checkpoint(step, prevent_cse=False), []
+    parts = np.s_[:, :whole], np.s_[:, whole:]
+    head, rest = (jax.tree.map(operator.itemgetter(part), xs) for part in parts)
+    step, outputs = jax.checkpoint(step, prevent_cse=False), []
     if whole:
         chunked = jax.tree.map(lambda a: chunks.split(a, L), head)
         state, y = jax.lax.scan(step, state, chunked)
-        parts.append(chunks.join(y, whole))
+        outputs.append(chunks.join(y, whole))
     if T % L:
         state, y = step(state, rest)
-        parts.append(y)
-    return jnp.concatenate(parts, axis=1).astype(x.dtype), state
+        outputs.append(y)
+    return jnp.concatenate(outputs, axis=1).astype(x.dtype), state
 
 
 def _chunkwise(inputs: Inputs, state: MambaState, flags: Flags, chunk_size: int | None):
@@ -162,4 +165,5 @@ def selective_scan(
 
 
 def _init(inputs: Inputs, dtype: jnp.dtype) -> MambaState:
-    return mamba_init(inputs.x.shape[0], *inputs.A.shape, dtype)
+    F, K = inputs.A.shape
+    return mamba_init(inputs.x.shape[0], F, K, dtype)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cells.ssd import SSDState, ssd_init, ssd_scan
-from xlstm_jax.errors import ArgumentError
 from xlstm_jax.ops import chunks, dispatch, over_time
 from xlstm_jax.ops.checks import check_chunk_size
 from xlstm_jax.ops.cpu import materialize
@@ -39,8 +38,8 @@ class Inputs(NamedTuple):
 
 SIGNATURE = over_time.Signature(
     "ssd",
-    Inputs("B T H V", "B T H", "H", "B T groups K", "B T groups K", "H"),
-    SSDState("B H K V"),
+    Inputs._make(("B T H V", "B T H", "H", "B T groups K", "B T groups K", "H")),
+    SSDState._make(("B H K V",)),
     "B T H V",
 )
 

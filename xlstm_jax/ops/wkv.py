@@ -27,7 +27,10 @@ class Inputs(NamedTuple):
 
 
 SIGNATURE = over_time.Signature(
-    "wkv", Inputs("B T F", "B T F", "F", "F"), WKVState("B F", "B F", "B F"), "B T F"
+    "wkv",
+    Inputs._make(("B T F", "B T F", "F", "F")),
+    WKVState._make(("B F", "B F", "B F")),
+    "B T F",
 )
 
 
@@ -49,7 +52,10 @@ def _compose(first: _Steps, second: _Steps) -> _Steps:
     m = jnp.maximum(carried, second.m)
     old, new = jnp.exp(carried - m), jnp.exp(second.m - m)
     return _Steps(
-        first.decay + second.decay, old * first.c + new * second.c, old * first.n + new * second.n, m
+        first.decay + second.decay,
+        old * first.c + new * second.c,
+        old * first.n + new * second.n,
+        m,
     )
 
 
@@ -66,9 +72,7 @@ def _parallel(inputs: Inputs, state: WKVState, flags: Flags):
         m = jnp.where(is_valid, k, NEG)
     if (reset := flags.valid_reset) is not None:
         decay = jnp.where(reset[..., None], NEG, decay)  # exp(NEG) is 0
-    first = _Steps(
-        jnp.zeros_like(state.c), state.c, state.n, jnp.where(state.n == 0, NEG, state.m)
-    )
+    first = _Steps(jnp.zeros_like(state.c), state.c, state.n, jnp.where(state.n == 0, NEG, state.m))
     steps = _Steps(decay, n * v, n, m)
     steps = jax.tree.map(lambda a, b: jnp.concatenate([a[:, None], b], axis=1), first, steps)
     after = jax.lax.associative_scan(_compose, steps, axis=1)

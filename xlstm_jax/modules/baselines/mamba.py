@@ -107,8 +107,8 @@ def inverse_softplus_of_steps(smallest: float, largest: float) -> Initializer:
     """Biases whose softplus, the step size, is log-uniform between two values."""
 
     def init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        bounds = dict(minval=math.log(smallest), maxval=math.log(largest))
-        dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, **bounds))
+        low, high = math.log(smallest), math.log(largest)
+        dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, low, high))
         return dt + jnp.log(-jnp.expm1(-dt))
 
     return init

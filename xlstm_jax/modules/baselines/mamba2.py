@@ -113,5 +113,4 @@ class Mamba2Layer(nn.Module):
 
 def log_uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Logarithms of numbers that are uniform from 1 to 16."""
-    low, high = 1.0, 16.0
-    return jnp.log(jax.random.uniform(key, shape, jnp.float32, minval=low, maxval=high))
+    return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1.0, 16.0))

@@ -55,9 +55,7 @@ BLOCKS["a"] = BlockKind(
     axes=_ATTENTION_AXES,
     count_params=lambda cfg: counts.attention_params(cfg, cfg.attention),
     forward_flops=lambda cfg, count: counts.attention_flops(cfg, cfg.attention),
-    context_flops=lambda cfg, seq_len, how: counts.context_flops(
-        cfg, cfg.attention, seq_len, how
-    ),
+    context_flops=lambda cfg, seq_len, how: counts.context_flops(cfg, cfg.attention, seq_len, how),
     matrices=_ATTENTION_MATRICES,
 )
 BLOCKS["w"] = BlockKind(

@@ -68,11 +68,11 @@ def _bonus_init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "F"]:
 class _Mixed(nn.Module):
     """mu * x + (1 - mu) * (x of the step before), with a share mu per channel."""
 
-    init: Initializer
+    share_init: Initializer
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], before: Float[Array, "B T D"]):
-        mu = self.param("share", self.init, x.shape[-1:]).astype(x.dtype)[None, None]
+        mu = self.param("share", self.share_init, x.shape[-1:]).astype(x.dtype)[None, None]
         return mu * x + (1 - mu) * before
 
 
@@ -113,9 +113,7 @@ class TimeMix(nn.Module):
         )
         log_decay = -jnp.exp(self.param("decay", _decay_init(depth), (F,)))
         bonus = self.param("bonus", _bonus_init, (F,))
-        h, cell = ops.wkv(
-            k, v, log_decay, bonus, cell, **flags, implementation=cfg.implementation
-        )
+        h, cell = ops.wkv(k, v, log_decay, bonus, cell, **flags, implementation=cfg.implementation)
         y = Dense(dim, wang(dim, self.num_blocks), name="out_proj")(sigmoid_gate(r, h))
         return y, TimeMixState(shift, cell)
 

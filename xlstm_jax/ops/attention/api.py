@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from xlstm_jax.cells.attention import (
+    ROTARY,
     AttentionState,
     Rotary,
     attention_init,
@@ -19,8 +20,8 @@ from xlstm_jax.typing import Array, Flag, Float
 
 SIGNATURE = over_time.Signature(
     "attention",
-    Inputs("B T H K", "B T groups K", "B T groups V"),
-    AttentionState("B S groups K", "B S groups V", "B"),
+    Inputs._make(("B T H K", "B T groups K", "B T groups V")),
+    AttentionState._make(("B S groups K", "B S groups V", "B")),
     "B T H V",
 )
 
@@ -48,7 +49,7 @@ IMPLEMENTATIONS = {
 }
 
 
-@on_any_mesh((SIGNATURE.y, AttentionState("B _ H _", "B _ H _", "B")))
+@on_any_mesh((SIGNATURE.y, AttentionState._make(("B _ H _", "B _ H _", "B"))))
 def attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T groups K"],
@@ -59,7 +60,7 @@ def attention(
     mask: Flag | None = None,
     window: int,
     num_sinks: int = 0,
-    rotary: Rotary = Rotary(),
+    rotary: Rotary = ROTARY,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B T H V"], AttentionState]:
     """Causal softmax attention over the newest positions of a document, and its first ones.

@@ -46,7 +46,9 @@ def attend(
     sequence: Sequence, queries: slice, flags: Flags, options: Options, dtype: jnp.dtype
 ) -> Float[Array, "B Tq H V"]:
     """The result of a range of queries, float32 or wider; operands of products have `dtype`."""
-    keys = slice(_first_key(sequence, queries, flags, options), _num_cached(sequence) + queries.stop)
+    keys = slice(
+        _first_key(sequence, queries, flags, options), _num_cached(sequence) + queries.stop
+    )
     visible = sequence.positions.visible(queries, keys, options)
     is_far = None
     if options.num_sinks:

@@ -7,7 +7,8 @@ recurrence.
 
 Gradients come from autodiff, in every mode. The log weight of a query and a key is a sum of one
 term each, so the weights are constants to autodiff, and queries and keys are multiplied by factors
-that are 1 and carry the gradient of the gates (`gradient.unit`): nothing is summed over pairs of positions.
+that are 1 and carry the gradient of the gates (`gradient.unit`): nothing is summed over pairs of
+positions.
 
 m is a gauge: moving a factor between exp(m) and (C, n) changes nothing. It is a constant too,
 except where a result depends on it: in eps, which is added in the scaled domain, and in the
