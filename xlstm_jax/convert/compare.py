@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from xlstm_jax.convert import hf
+from xlstm_jax.convert import families, hf
 from xlstm_jax.errors import printable
 from xlstm_jax.modules.lm import LM
 
@@ -56,8 +56,11 @@ def with_transformers(folder: str | Path) -> Comparison:
 
 
 def _reference_logits(torch: Any, transformers: Any, folder: str | Path, tokens: np.ndarray) -> Any:
-    # Published configs name kernels that need a GPU.
-    config = transformers.xLSTMConfig(**hf.read_config(folder) | hf.KERNELS)
+    values = hf.read_config(folder)
+    family = families.of_type(values.get("model_type", "xlstm"), hf.CONFIG)
+    config = transformers.AutoConfig.for_model(
+        **{"model_type": family.model_type} | values | family.overrides
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=torch.float32
     )

@@ -19,6 +19,8 @@ MAX_BYTES = 10**6
 MAX_COUNT = 2**31 - 1
 """The largest count; JAX indexes with 32 bits."""
 
+DTYPES = ("float32", "bfloat16")
+
 _LARGEST = 3.4e38  # of float32, in which models compute
 _MISSING = object()
 
@@ -29,6 +31,15 @@ def check_size(path: Path, limit: int = MAX_BYTES) -> None:
     if size > limit:
         raise ConfigError(
             f"{quote_path(path)} must have at most {limit:,} bytes, got {size:,}; fetch it again."
+        )
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ConfigError unless activations can have this dtype."""
+    if dtype not in DTYPES:
+        raise ConfigError(
+            f"dtype={quote(dtype)} must be one of {', '.join(DTYPES)}, as float16 overflows; "
+            "load it with dtype='bfloat16' or dtype='float32'."
         )
 
 
@@ -52,7 +63,7 @@ class Fields:
                 raise ConfigError(
                     f"{where} must have strings as keys, got {quote(name)}; quote it."
                 )
-        self._values, self._where, self._largest = values, where, largest
+        self._values, self.where, self._largest = values, where, largest
         self._seen: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
@@ -68,7 +79,7 @@ class Fields:
         self._seen.add(name)
         value = self._values.get(name, default)
         if value is _MISSING:
-            raise ConfigError(f"{self._where} must have the field {name!r}; add it.")
+            raise ConfigError(f"{self.where} must have the field {name!r}; add it.")
         return value
 
     def number(self, name: str, default: Any = _MISSING, *, minimum: float | None = None) -> Any:
@@ -116,7 +127,7 @@ class Fields:
     def nested(self, name: str) -> "Fields | None":
         """The fields of a nested mapping; None if it is absent or null."""
         value = self.get(name, None)
-        return None if value is None else Fields(value, f"{name} of {self._where}", self._largest)
+        return None if value is None else Fields(value, f"{name} of {self.where}", self._largest)
 
     def require_equal(self, name: str, expected: Any, way_out: str) -> None:
         """Rejects any value but `expected`, which is also the default."""
@@ -128,7 +139,7 @@ class Fields:
     ) -> None:
         """Raises ConfigError unless `fits`; the message has the demand `what` and the `way_out`."""
         if not fits:
-            where = f"{name} of {self._where}"
+            where = f"{name} of {self.where}"
             raise ConfigError(f"{where} must be {what}, got {quote(value)}; {way_out}.")
 
     def ignore(self, *names: str) -> None:
@@ -140,7 +151,7 @@ class Fields:
         unknown = sorted(set(self._values) - self._seen)
         if unknown:
             logging.getLogger(__name__).warning(
-                "unknown fields of %s are ignored: %s", self._where, first_of(unknown, 8)
+                "unknown fields of %s are ignored: %s", self.where, first_of(unknown, 8)
             )
 
 

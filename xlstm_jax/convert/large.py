@@ -3,18 +3,16 @@
 Source of the layout: the public class xLSTMLarge of the package `xlstm`, 2.0.
 """
 
-import itertools
 import math
 from pathlib import Path
 
-import numpy as np
-
 from xlstm_jax.config import ConfigError
 from xlstm_jax.convert import mapping, names, yaml_file
-from xlstm_jax.convert.fields import Fields
+from xlstm_jax.convert.fields import Fields, check_dtype
+from xlstm_jax.convert.joined import Joined, separate, stored_tensors
 from xlstm_jax.convert.prefixes import unwrap
 from xlstm_jax.convert.tensors import Source, from_folder
-from xlstm_jax.errors import quote, quote_path
+from xlstm_jax.errors import quote_path
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.options import LargeConfig, large_width
 from xlstm_jax.typing import PyTree
@@ -24,8 +22,6 @@ FFN_FACTOR = 2.6667  # default of its config; `transformers` has another
 
 NO_CAP = 1e10
 """A soft cap for configs that require one: in float32 it has no effect."""
-
-DTYPES = ("float32", "bfloat16")
 
 MAX_UNKNOWN_BLOCKS = 100
 """Blocks of a config whose weights have other names."""
@@ -73,11 +69,7 @@ def lm_config(fields: Fields, *, dim: int, num_blocks: int, factor: float, dtype
     Raises:
         ConfigError: a field is invalid or has no equivalent.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(
-            f"dtype={quote(dtype)} must be one of {', '.join(DTYPES)}, as float16 overflows in "
-            "exponential gates; load it with dtype='bfloat16' or dtype='float32'."
-        )
+    check_dtype(dtype)
     # These select kernels and their precision; here gates, state and accumulators are always
     # float32 or wider.
     fields.ignore("chunkwise_kernel", "sequence_kernel", "step_kernel", "mode")
@@ -119,16 +111,16 @@ def _width(fields: Fields, name: str, dim: int, default: float, multiple: int = 
     return width
 
 
-def check_num_blocks(fields: Fields, num_blocks: int, source: Source) -> None:
+def check_num_blocks(
+    fields: Fields, num_blocks: int, source: Source, name: str = "num_blocks"
+) -> None:
     """Raises ConfigError if the config has more blocks than the weights, before building any.
 
     Weights without a single block have other names, which the error about these shows.
     """
     stored = source.num_blocks
     what = f"at most {stored}, the number of blocks in the weights"
-    fields.require(
-        "num_blocks", num_blocks, what, fits=num_blocks <= (stored or MAX_UNKNOWN_BLOCKS)
-    )
+    fields.require(name, num_blocks, what, fits=num_blocks <= (stored or MAX_UNKNOWN_BLOCKS))
 
 
 def _cap(fields: Fields, name: str, default: float) -> float | None:
@@ -151,27 +143,11 @@ def unfused(source: Source, cfg: LMConfig) -> Source:
     A fused tensor is left as it is if its number of rows is wrong or separate tensors exist too;
     `mapping.load` then lists it as unexpected.
     """
-    shapes, slices = dict(source.shapes), {}
+    block = names.LARGE_BLOCK
+    modules = [
+        Joined(block + name, tuple(block + part for part in parts))
+        for name, parts in names.FUSED.items()
+    ]
     targets = mapping.targets(cfg, names.LARGE, mapping.parameters(cfg))
-    fused = itertools.product(range(cfg.num_blocks), names.FUSED.items(), (".weight", ".bias"))
-    for index, (fused_name, members), kind in fused:
-        block = names.LARGE_BLOCK.format(index)
-        name = block + fused_name + kind
-        # Without biases in the model, only the gates have one: parts that do not exist are skipped.
-        parts = [part for member in members if (part := block + member + kind) in targets]
-        sizes = [targets[part].torch_shape[0] for part in parts]
-        shape = shapes.get(name, ())
-        if not parts or shape[:1] != (sum(sizes),) or not shapes.keys().isdisjoint(parts):
-            continue
-        del shapes[name]
-        for part, size, stop in zip(parts, sizes, itertools.accumulate(sizes), strict=True):
-            slices[part] = name, slice(stop - size, stop)
-            shapes[part] = (size, *shape[1:])
-
-    def read(name: str) -> np.ndarray:
-        if name not in slices:
-            return source.read(name)
-        fused_name, part = slices[name]
-        return source.read(fused_name)[part]
-
-    return Source(shapes, read)
+    shapes = {name: target.torch_shape for name, target in targets.items()}
+    return separate(source, stored_tensors(shapes, modules, cfg.num_blocks))

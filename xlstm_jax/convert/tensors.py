@@ -24,6 +24,9 @@ READABLE_DTYPES = ("F64", "F32", "F16", "BF16")  # in the notation of safetensor
 STORAGE_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
+_BLOCK = re.compile(r"(?<![^.])(?:blocks|layers)\.([0-9]+)\.")  # in the name of a tensor
+
+
 class WeightsError(ConfigError):
     """Weights are corrupt or do not match the config; the message names the first problems."""
 
@@ -41,13 +44,18 @@ class Source(NamedTuple):
     @property
     def num_blocks(self) -> int:
         """Blocks that have a tensor."""
-        matches = (re.search(r"(?<![^.])blocks\.([0-9]+)\.", name) for name in self.shapes)
+        matches = (_BLOCK.search(name) for name in self.shapes)
         return len({match[1] for match in matches if match})
 
     @property
     def longest_axis(self) -> int:
         """The longest axis of a tensor, which no size of the model exceeds."""
         return max((axis for shape in self.shapes.values() for axis in shape), default=0)
+
+
+def is_in_block(name: str) -> bool:
+    """Whether a tensor of this name belongs to a block."""
+    return _BLOCK.search(name) is not None
 
 
 def from_arrays(arrays: Mapping[str, np.ndarray]) -> Source:
