@@ -59,7 +59,7 @@ def _reference_logits(torch: Any, transformers: Any, folder: str | Path, tokens:
     values = hf.read_config(folder)
     family = families.of_type(values.get("model_type", "xlstm"), hf.CONFIG)
     config = transformers.AutoConfig.for_model(
-        **{"model_type": family.model_type} | values | family.overrides
+        **{"model_type": family.model_type} | values | dict(family.overrides)
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=torch.float32
