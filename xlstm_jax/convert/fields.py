@@ -82,6 +82,11 @@ class Fields:
             raise ConfigError(f"{self.where} must have the field {name!r}; add it.")
         return value
 
+    def value(self, name: str, default: Any) -> Any:
+        """The value of a field, or `default` if it is absent or null."""
+        value = self.get(name, None)
+        return default if value is None else value
+
     def number(self, name: str, default: Any = _MISSING, *, minimum: float | None = None) -> Any:
         """A finite number, at least `minimum`."""
         value = self.get(name, default)
@@ -112,6 +117,10 @@ class Fields:
         value = self.count(name, default, minimum=minimum)
         self.require_size(name, value)
         return value
+
+    def size_or(self, name: str, default: int) -> int:
+        """A size, or `default` if it is absent or null."""
+        return default if self.get(name, None) is None else self.size(name)
 
     def require_size(self, name: str, size: float) -> None:
         """Raises ConfigError if an array of the weights cannot have this size."""

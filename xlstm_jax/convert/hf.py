@@ -21,6 +21,8 @@ from xlstm_jax.typing import PyTree
 
 CONFIG = "config.json"
 
+BUFFER = "rotary_emb.inv_freq"
+
 SPECIAL_TOKENS: Mapping[str, int] = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 TOKEN_NAMES = (*SPECIAL_TOKENS, *(f"{token}_token_id" for token in ("unk", "sep", "cls", "mask")))
 
@@ -59,7 +61,7 @@ def open_folder(
     path = quote_path(folder / CONFIG)
     values = read_config(folder)
     family = families.of_type(values.get("model_type", "xlstm"), path)
-    source = unwrap(tensors.from_folder(folder), family.rules, family.base)
+    source = unwrap(_without_buffers(tensors.from_folder(folder)), family.rules, family.base)
     fields = Fields(values, path, source.longest_axis)
     stored = fields.get("dtype", None) or fields.get("torch_dtype", None) or "float32"
     fields.require("dtype", stored, "the name of a dtype", fits=isinstance(stored, str))
@@ -79,6 +81,12 @@ def open_folder(
     fields.warn_unknown()
     cfg = dataclasses.replace(cfg, tie_embeddings=tied)
     return cfg, lambda: mapping.load(cfg, family.rules, source, joined=family.joined(cfg))
+
+
+def _without_buffers(source: tensors.Source) -> tensors.Source:
+    """Drops the frequencies of rotary positions, which older versions saved."""
+    shapes = {n: shape for n, shape in source.shapes.items() if not n.endswith(BUFFER)}
+    return tensors.Source(shapes, source.read)
 
 
 def save_hf(

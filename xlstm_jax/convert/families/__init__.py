@@ -34,12 +34,9 @@ def of_model(cfg: LMConfig) -> tuple[Family | None, str | None]:
         known = [family.letters for family in FAMILIES.values()]
         others = f"{', '.join(known[:-1])} or {known[-1]}"
         return None, f"pattern={quote(cfg.pattern)} with letters other than {others}"
-    reasons = []
-    for family in nearest:
-        reason = ", ".join(r for r, fits in family.demands(cfg).items() if not fits)
-        if not reason:
-            return family, None
-        reasons.append(reason)
-    # The family with the fewest reasons is the one that was meant.
-    shortest = min(range(len(nearest)), key=lambda n: reasons[n].count(", "))
-    return nearest[shortest], reasons[shortest]
+    unmet = {
+        family.model_type: [demand for demand, fits in family.demands(cfg).items() if not fits]
+        for family in nearest
+    }
+    family = min(nearest, key=lambda family: len(unmet[family.model_type]))
+    return family, ", ".join(unmet[family.model_type]) or None

@@ -6,6 +6,7 @@ Source of the layout: the public model class and config of the package `transfor
 from typing import Any
 
 from xlstm_jax.convert.families.record import (
+    PLAIN,
     Family,
     eps_of,
     instead_of,
@@ -18,7 +19,6 @@ from xlstm_jax.convert.families.record import (
 from xlstm_jax.convert.fields import Fields
 from xlstm_jax.convert.names import module_rules
 from xlstm_jax.convert.tensors import Source
-from xlstm_jax.errors import quote
 from xlstm_jax.modules.baselines.options import AttentionConfig
 from xlstm_jax.modules.config import LMConfig
 
@@ -51,16 +51,20 @@ def rotary_fields(fields: Fields, fraction: float) -> tuple[float, float]:
     rope = fields.nested(name) or Fields({}, f"{name} of the config")
     for key in ("rope_type", "type"):
         rope.require_equal(key, "default", "rotary positions are not scaled here")
-    base = rope.positive("rope_theta", fields.get("rope_theta", 10_000.0))
+    base = rope.positive("rope_theta", fields.value("rope_theta", 10_000.0))
     key = "partial_rotary_factor"
-    share = rope.number(key, fields.get(key, fraction), minimum=0)
+    share = rope.number(key, fields.value(key, fraction), minimum=0)
     rope.require(key, share, "at most 1", fits=share <= 1)
     rope.warn_unknown()
     return base, float(share)
 
 
-def attention(fields: Fields, *, heads: int, head_dim: int, kv_heads: int, **options: Any):
-    """The options of attention blocks, from the fields that both families have."""
+def attention(
+    fields: Fields, *, heads: int, head_dim: int, kv_heads: int, **options: Any
+) -> AttentionConfig:
+    """The options of attention blocks, with defaults of head_dim and num_key_value_heads."""
+    head_dim = fields.size_or("head_dim", head_dim)
+    kv_heads = fields.size_or("num_key_value_heads", kv_heads)
     what = f"a divisor of num_attention_heads={heads}"
     fields.require("num_key_value_heads", kv_heads, what, fits=heads % kv_heads == 0)
     warn_of_training(fields, "attention_dropout")
@@ -83,16 +87,14 @@ def _read(fields: Fields, source: Source, dtype: str) -> LMConfig:
     fields.require("partial_rotary_factor", share, "1", fits=share == 1)
     eps = eps_of(fields, "rms_norm_eps", NORM_EPS)
     fields.ignore("initializer_range", "pretraining_tp")
-    head_dim = fields.get("head_dim", None)
-    kv_heads = fields.get("num_key_value_heads", None)
-    what = f"a divisor of hidden_size={model['dim']}, or head_dim given"
-    fits = head_dim is not None or model["dim"] % heads == 0
+    # transformers requires it even if head_dim is given.
+    what, fits = f"a divisor of hidden_size={model['dim']}", model["dim"] % heads == 0
     fields.require("num_attention_heads", heads, what, fits=fits)
     options = attention(
         fields,
         heads=heads,
-        head_dim=model["dim"] // heads if head_dim is None else fields.size("head_dim"),
-        kv_heads=heads if kv_heads is None else fields.size("num_key_value_heads"),
+        head_dim=model["dim"] // heads,
+        kv_heads=heads,
         ffn_dim=fields.size("intermediate_size", 11008),
         cache_size=fields.count("max_position_embeddings", 2048),
         rotary_base=base,
@@ -131,18 +133,17 @@ def _write(cfg: LMConfig) -> dict[str, Any]:
 
 def attention_demands(cfg: LMConfig, **expected: Any) -> dict[str, bool]:
     """Demands on attention blocks: no window, and the `expected` options."""
-    sees_all = {"num_sinks": 0, "span": cfg.attention.cache_size}
+    sees_all = {"window": None, "num_sinks": 0}
     return instead_of(sees_all | expected, cfg.attention, "attention.")
 
 
 def _demands(cfg: LMConfig) -> dict[str, bool]:
-    plain = {"embedding_norm": "none", "logit_soft_cap": None, "final_norm_bias": False}
     own = {"rotary_fraction": 1.0, "qk_norm": False, "output_gate": False, "norm_offset": False}
     divides = cfg.dim % cfg.attention.num_heads == 0
     return {
         **attention_demands(cfg, **own),
-        f"attention.num_heads={quote(cfg.attention.num_heads)} that does not divide dim": divides,
-        **instead_of({"final_norm": "rms"} | plain, cfg),
+        f"attention.num_heads={cfg.attention.num_heads} that does not divide dim": divides,
+        **instead_of({"final_norm": "rms"} | PLAIN, cfg),
         **same_eps(cfg, "attention"),
     }
 

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from xlstm_jax.convert.families.record import (
+    PLAIN,
     Family,
     eps_of,
     instead_of,
@@ -65,10 +66,9 @@ def common_fields(cfg: LMConfig, options: Any) -> dict[str, Any]:
 def common_demands(cfg: LMConfig, kind: str) -> dict[str, bool]:
     """Demands of Mamba and Mamba-2; their config has the width as an integer multiple."""
     width = getattr(cfg, kind).width(cfg.dim)
-    plain = {"embedding_norm": "none", "logit_soft_cap": None, "final_norm_bias": False}
     return {
         f"{kind}.inner_dim={width} that is not a multiple of dim={cfg.dim}": width % cfg.dim == 0,
-        **instead_of({"final_norm": "rms"} | plain, cfg),
+        **instead_of({"final_norm": "rms"} | PLAIN, cfg),
         **same_eps(cfg, kind),
     }
 

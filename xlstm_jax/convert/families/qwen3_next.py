@@ -8,6 +8,7 @@ from typing import Any
 
 from xlstm_jax.convert.families import llama
 from xlstm_jax.convert.families.record import (
+    PLAIN,
     Family,
     eps_of,
     instead_of,
@@ -42,26 +43,16 @@ def _pattern(fields: Fields, num_blocks: int) -> str:
 
 def _read(fields: Fields, source: Source, dtype: str) -> LMConfig:
     model, num_blocks = sizes(fields, dtype), num_layers(fields, source)
-    way_out = "mixtures of experts are not supported, only dense models are"
-    fields.require(
-        "num_experts",
-        fields.get("num_experts", 512),
-        "0",
-        way_out,
-        fits=fields.get("num_experts", 512) == 0,
-    )
+    experts, way_out = fields.get("num_experts", 512), "only dense models are supported"
+    fields.require("num_experts", experts, "0", way_out, fits=experts == 0)
     fields.ignore("initializer_range", "mlp_only_layers", *_EXPERTS.split())  # those of experts
     require_silu(fields)
     base, share = llama.rotary_fields(fields, 0.25)
-    eps, ffn_dim = (
-        eps_of(fields, "rms_norm_eps", llama.NORM_EPS),
-        fields.size("intermediate_size", 5632),
-    )
+    eps = eps_of(fields, "rms_norm_eps", llama.NORM_EPS)
+    ffn_dim = fields.size("intermediate_size", 5632)
     common: dict[str, Any] = dict(norm_eps=eps, norm_offset=True, ffn_dim=ffn_dim)
-    heads, qk_heads = (
-        fields.size("linear_num_value_heads", 32),
-        fields.size("linear_num_key_heads", 16),
-    )
+    heads = fields.size("linear_num_value_heads", 32)
+    qk_heads = fields.size("linear_num_key_heads", 16)
     what = f"a divisor of linear_num_value_heads={heads}"
     fields.require("linear_num_key_heads", qk_heads, what, fits=heads % qk_heads == 0)
     return LMConfig(
@@ -78,8 +69,8 @@ def _read(fields: Fields, source: Source, dtype: str) -> LMConfig:
         attention=llama.attention(
             fields,
             heads=fields.size("num_attention_heads", 16),
-            head_dim=fields.size("head_dim", 256),
-            kv_heads=fields.size("num_key_value_heads", 2),
+            head_dim=256,
+            kv_heads=2,
             cache_size=fields.count("max_position_embeddings", 32768),
             rotary_base=base,
             rotary_fraction=share,
@@ -114,8 +105,7 @@ def _write(cfg: LMConfig) -> dict[str, Any]:
 
 
 def _demands(cfg: LMConfig) -> dict[str, bool]:
-    plain = {"embedding_norm": "none", "logit_soft_cap": None, "final_norm_bias": False}
-    demands = instead_of({"final_norm": "rms_offset"} | plain, cfg)
+    demands = instead_of({"final_norm": "rms_offset"} | PLAIN, cfg)
     if "a" in cfg.pattern:
         own = {"qk_norm": True, "output_gate": True, "norm_offset": True}
         demands |= llama.attention_demands(cfg, **own) | same_eps(cfg, "attention")

@@ -12,6 +12,9 @@ from xlstm_jax.convert.names import Rule
 from xlstm_jax.convert.tensors import Source
 from xlstm_jax.modules.config import LMConfig
 
+PLAIN = {"embedding_norm": "none", "logit_soft_cap": None, "final_norm_bias": False}
+"""Options of models without what most families lack."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
@@ -63,7 +66,7 @@ def eps_of(fields: Fields, name: str, default: float) -> float:
 
 def warn_of_training(fields: Fields, name: str, off: float = 0.0) -> None:
     """Logs a field that only affects training, unless it is off."""
-    value = fields.number(name, off)
+    value = fields.value(name, off)
     if value != off:
         logging.getLogger(__name__).warning(
             "%s=%s only affects training, and is ignored: no option here is like it", name, value

@@ -36,9 +36,8 @@ def _read(fields: Fields, source: Source, dtype: str) -> LMConfig:
     fields.require("layer_norm_epsilon", eps, what, way_out, fits=eps == NORM_EPS)
     # The first bounds a GPU kernel; the second keeps float16 in range and does not affect results.
     fields.ignore("context_length", "max_position_embeddings", "rescale_every")
-    widths = {"attention_hidden_size": model["dim"], "intermediate_size": 4 * model["dim"]}
-    inner, ffn = (fields.size(n) if n in fields else width for n, width in widths.items())
-    fields.ignore(*widths)
+    inner = fields.size_or("attention_hidden_size", model["dim"])
+    ffn = fields.size_or("intermediate_size", 4 * model["dim"])
     return LMConfig(
         **model,
         pattern="r" * num_blocks,
