@@ -111,8 +111,9 @@ def load(
         {n: f" (our {', '.join(table[p].path for p in t.parts)})" for n, t in stored.items()},
     )
     source = separate(source, stored)
+    owner = {part: name for name, tensor in stored.items() for part in tensor.parts}
     tree: dict[str, Any] = {}
-    not_finite = []
+    not_finite: dict[str, None] = {}  # an ordered set
     # `targets` lists the layers of a leaf one after another, so that groupby collects them.
     for path, tensors in itertools.groupby(table.items(), lambda item: item[1].path):
         host = _empty(leaves[path].shape, leaves[path].dtype)
@@ -122,12 +123,12 @@ def load(
             with np.errstate(over="ignore"):
                 part[...] = target.layout.from_torch(source.read(name), target.shape)
             if not is_finite(part):
-                not_finite.append(name)
+                not_finite[owner[name]] = None
         *folders, last = path.split("/")
         functools.reduce(lambda node, key: node.setdefault(key, {}), folders, tree)[last] = _put(
             path, host
         )
-    warn_not_finite(not_finite)
+    warn_not_finite(list(not_finite))
     return tree
 
 

@@ -64,12 +64,13 @@ def eps_of(fields: Fields, name: str, default: float) -> float:
     return fields.positive(name, default)
 
 
-def warn_of_training(fields: Fields, name: str, off: float = 0.0) -> None:
-    """Logs a field that only affects training, unless it is off."""
-    value = fields.value(name, off)
-    if value != off:
+def warn_of_training(fields: Fields, name: str) -> None:
+    """Logs a rate that only affects training, unless it is 0."""
+    if fields.get(name, None) is not None and fields.number(name) != 0:
         logging.getLogger(__name__).warning(
-            "%s=%s only affects training, and is ignored: no option here is like it", name, value
+            "%s of %s is ignored: it only affects training, and there is no such option here",
+            name,
+            fields.where,
         )
 
 
