@@ -9,6 +9,7 @@ import pytest
 
 from tests import golden_files
 from tests.convert import published
+from tests.convert.baselines import GOLDEN
 from tests.golden_files import FOLDER, assert_all_match, assert_matches
 from xlstm_jax import convert
 from xlstm_jax.convert import families, mapping
@@ -18,10 +19,9 @@ from xlstm_jax.modules import LM
 VALUES, GRADIENTS = 1e-5, 5e-5
 """Largest allowed error in float32, relative to the largest value of an array."""
 
-NAMES = ["llama_tiny", "mamba_tiny", "rwkv4_tiny", "mamba2_tiny", "qwen3_next_tiny"]
 PROMPT, PREFIX = 7, 11  # tokens
 
-every_baseline = pytest.mark.parametrize("name", NAMES)
+every_baseline = pytest.mark.parametrize("name", GOLDEN.values())
 
 
 @functools.cache
@@ -43,7 +43,8 @@ def test_logits_loss_and_gradients_match(name):
     (loss, logits), grads = jax.jit(loss_and_grads)(params)
     assert_matches(logits, golden.arrays["output/logits"], VALUES, "logits")
     assert_matches(np.asarray(loss), golden.arrays["output/loss_shifted"], VALUES, "loss")
-    family, _ = families.of_model(cfg)
+    family, unmet = families.of_model(cfg)
+    assert family is not None and unmet is None
     actual = dict(mapping.export(cfg, family.rules, grads, family.joined(cfg)))
     expected = golden.under("grad/")
     assert actual.keys() == expected.keys()
@@ -101,8 +102,8 @@ STATES = {"a": _attention, "b": _mamba, "B": _mamba2, "d": _gated_delta, "r": _r
 
 @every_baseline
 def test_states_after_a_prefix_match(name):
-    golden, (cfg, params) = golden_files.load(f"{name}_state"), _model(name)
     ids = jnp.asarray(golden_files.load(f"{name}_io").arrays["input/ids"][:, :PREFIX])
+    golden, (cfg, params) = golden_files.load(f"{name}_state"), _model(name)
     _, state = jax.jit(LM(cfg).apply)({"params": params}, ids, LM(cfg).init_state(2))
     for index, letter in enumerate(cfg.pattern):
         layer = cfg.pattern[:index].count(letter)

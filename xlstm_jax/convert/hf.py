@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_jax.config import ConfigError, read_json
+from xlstm_jax.config.files import read_json
 from xlstm_jax.convert import families, mapping, tensors
 from xlstm_jax.convert.fields import Fields, check_dtype, check_size
 from xlstm_jax.convert.prefixes import unwrap
-from xlstm_jax.errors import quote, quote_path
+from xlstm_jax.errors import ConfigError, quote, quote_path
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.typing import PyTree
 

@@ -14,15 +14,17 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from xlstm_jax.config import ConfigError, read_json
-from xlstm_jax.convert.fields import check_size, first_of
-from xlstm_jax.errors import import_optional, printable, quote, quote_path
+from xlstm_jax.config.files import read_json
+from xlstm_jax.convert.fields import Fields, check_size, first_of
+from xlstm_jax.errors import ConfigError, import_optional, printable, quote, quote_path
 
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 10**7  # that of 100,000 tensors
 READABLE_DTYPES = ("F64", "F32", "F16", "BF16")  # in the notation of safetensors
 STORAGE_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
+MAX_UNKNOWN_BLOCKS = 100
+"""Blocks of a config whose weights have other names."""
 
 _BLOCK = re.compile(r"(?<![^.])(?:blocks|layers)\.([0-9]+)\.")  # in the name of a tensor
 
@@ -56,6 +58,18 @@ class Source(NamedTuple):
 def is_in_block(name: str) -> bool:
     """Whether a tensor of this name belongs to a block."""
     return _BLOCK.search(name) is not None
+
+
+def check_num_blocks(
+    fields: Fields, num_blocks: int, source: Source, name: str = "num_blocks"
+) -> None:
+    """Raises ConfigError if the config has more blocks than the weights, before building any.
+
+    Weights without a single block have other names, which the error about these shows.
+    """
+    stored = source.num_blocks
+    what = f"at most {stored}, the number of blocks in the weights"
+    fields.require(name, num_blocks, what, fits=num_blocks <= (stored or MAX_UNKNOWN_BLOCKS))
 
 
 def from_arrays(arrays: Mapping[str, np.ndarray]) -> Source:

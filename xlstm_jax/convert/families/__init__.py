@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from xlstm_jax.config import ConfigError
 from xlstm_jax.convert.families import llama, mamba, mamba2, qwen3_next, rwkv, xlstm
 from xlstm_jax.convert.families.record import Family
-from xlstm_jax.errors import quote
+from xlstm_jax.errors import ConfigError, quote
 from xlstm_jax.modules.config import LMConfig
 
 FAMILIES = {

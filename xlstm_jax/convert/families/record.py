@@ -7,9 +7,8 @@ from typing import Any
 
 from xlstm_jax.convert.fields import Fields
 from xlstm_jax.convert.joined import Joined
-from xlstm_jax.convert.large import check_num_blocks
 from xlstm_jax.convert.names import Rule
-from xlstm_jax.convert.tensors import Source
+from xlstm_jax.convert.tensors import Source, check_num_blocks
 from xlstm_jax.modules.config import LMConfig
 
 PLAIN = {"embedding_norm": "none", "logit_soft_cap": None, "final_norm_bias": False}

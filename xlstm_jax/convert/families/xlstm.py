@@ -6,11 +6,11 @@ Source of the layout: the public model class and config of the package `transfor
 import dataclasses
 from typing import Any
 
-from xlstm_jax.config import ConfigError
-from xlstm_jax.convert import large, names
+from xlstm_jax.convert import large_fields, names
 from xlstm_jax.convert.families.record import Family, instead_of, same_eps
 from xlstm_jax.convert.fields import Fields
-from xlstm_jax.convert.tensors import Source
+from xlstm_jax.convert.tensors import Source, check_num_blocks
+from xlstm_jax.errors import ConfigError
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.options import large_width
 
@@ -35,8 +35,8 @@ def _read(fields: Fields, source: Source, dtype: str) -> LMConfig:
     what = f"true if the weights have {OUT_NORM!r}"
     fields.require("add_out_norm", has_norm, what, way_out, fits=fits)
     num_blocks = _either(fields, "num_hidden_layers", "num_blocks")
-    large.check_num_blocks(fields, num_blocks, source)
-    cfg = large.lm_config(
+    check_num_blocks(fields, num_blocks, source)
+    cfg = large_fields.lm_config(
         fields,
         dim=_either(fields, "hidden_size", "embedding_dim"),
         num_blocks=num_blocks,
@@ -66,7 +66,7 @@ def _write(cfg: LMConfig) -> dict[str, Any]:
     published = (factor for factor in (2.667, 2.6667) if large_width(dim, factor) == ffn_dim)
     factor, multiple = next(published, None), 64
     if factor is None:
-        factor, multiple = large.factor_of(ffn_dim, dim), 1
+        factor, multiple = large_fields.factor_of(ffn_dim, dim), 1
     return {
         "embedding_dim": dim,
         "num_blocks": cfg.num_blocks,
@@ -75,8 +75,8 @@ def _write(cfg: LMConfig) -> dict[str, Any]:
         "norm_reduction_force_float32": True,
         "add_out_norm": True,
         "norm_eps": float(options.norm_eps),
-        "qk_dim_factor": large.factor_of(qk_dim, dim),
-        "v_dim_factor": large.factor_of(v_dim, dim),
+        "qk_dim_factor": large_fields.factor_of(qk_dim, dim),
+        "v_dim_factor": large_fields.factor_of(v_dim, dim),
         **KERNELS,
         "mode": "inference",
         # 64 is the default of the config; the chunk size does not affect results.
@@ -87,8 +87,8 @@ def _write(cfg: LMConfig) -> dict[str, Any]:
         "inference_state_dtype": "float32",
         "ffn_proj_factor": factor,
         "ffn_round_up_to_multiple_of": multiple,
-        "gate_soft_cap": float(options.gate_soft_cap or large.NO_CAP),
-        "output_logit_soft_cap": float(cfg.logit_soft_cap or large.NO_CAP),
+        "gate_soft_cap": float(options.gate_soft_cap or large_fields.NO_CAP),
+        "output_logit_soft_cap": float(cfg.logit_soft_cap or large_fields.NO_CAP),
         "weight_mode": "single",
         # Its cache rounds the widths up to a multiple of 64, and fails for others.
         "use_cache": qk_dim % 64 == v_dim % 64 == 0,
