@@ -106,6 +106,11 @@ class AttentionConfig:
         """Positions that a query sees, its own included, besides the sinks."""
         return self.cache_size - self.num_sinks if self.window is None else self.window
 
+    @property
+    def max_length(self) -> int | None:
+        """The longest document of which a query sees every position; None if it need not."""
+        return self.span if self.window is None else None
+
     def head_width(self, dim: int) -> int:
         """K in a model of width `dim`."""
         return dim // self.num_heads if self.head_dim is None else self.head_dim
