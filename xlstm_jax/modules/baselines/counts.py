@@ -115,7 +115,7 @@ def mamba_flops(cfg: LMConfig, count: str) -> float:
 def mamba2_params(cfg: LMConfig) -> int:
     """Parameters of one Mamba-2 block."""
     D, options = cfg.dim, cfg.mamba2
-    F, H, shared = options.width(D), options.num_heads(D), options.groups * options.state_dim
+    F, H, shared = options.width(D), options.heads(D), options.groups * options.state_dim
     outputs = 2 * F + 2 * shared + H
     conv = (F + 2 * shared) * (options.conv_width + options.conv_bias)
     biases = outputs + D if options.use_bias else 0
@@ -126,7 +126,7 @@ def mamba2_flops(cfg: LMConfig, count: str) -> float:
     """Forward FLOPs of one Mamba-2 block per token."""
     del count
     D, options = cfg.dim, cfg.mamba2
-    F, H, shared = options.width(D), options.num_heads(D), options.groups * options.state_dim
+    F, H, shared = options.width(D), options.heads(D), options.groups * options.state_dim
     linear = 2 * D * (2 * F + 2 * shared + H) + 2 * F * D
     conv = (F + 2 * shared) * (2 * options.conv_width + 1)
     L, K = options.chunk_size or CHUNK_SIZE, options.state_dim

@@ -254,14 +254,14 @@ class Mamba2Config:
         """F in a model of width `dim`."""
         return 2 * dim if self.inner_dim is None else self.inner_dim
 
-    def num_heads(self, dim: int) -> int:
+    def heads(self, dim: int) -> int:
         """H in a model of width `dim`."""
         return self.width(dim) // self.head_dim
 
     def check(self, dim: int) -> None:
         """Raises ConfigError unless heads divide the inner width and groups divide the heads."""
         check_divides("mamba2.head_dim", self.head_dim, "the inner width", self.width(dim))
-        check_divides("mamba2.groups", self.groups, "the number of heads", self.num_heads(dim))
+        check_divides("mamba2.groups", self.groups, "the number of heads", self.heads(dim))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
