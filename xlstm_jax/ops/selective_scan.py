@@ -4,23 +4,23 @@ Source: Gu & Dao 2023, arXiv:2312.00752, section 3.3: the state is recomputed in
 from its values at chunk boundaries, and never stored for all positions.
 """
 
-import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from xlstm_jax.cells.logspace import exact_einsum
 from xlstm_jax.cells.mamba import MambaState, mamba_init, mamba_scan
+from xlstm_jax.cells.time import vary_like
 from xlstm_jax.ops import chunks, dispatch, over_time
 from xlstm_jax.ops.checks import check_chunk_size
 from xlstm_jax.ops.dispatch import Implementation
 from xlstm_jax.ops.flags import Flags
+from xlstm_jax.ops.selective_steps import Steps, scan_steps
 from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
 from xlstm_jax.typing import Array, Flag, Float
 
-CHUNK_SIZE = 32
+CHUNK_SIZE = 16
 """Positions per chunk by default."""
 
 
@@ -44,29 +44,29 @@ SIGNATURE = over_time.Signature(
 
 
 def _recurrent(inputs: Inputs, state: MambaState, flags: Flags, chunk_size: int | None):
-    """Scans over time in chunks, of which the backward pass saves the first states only."""
+    del chunk_size
+    return mamba_scan(*inputs, state, **flags._asdict())
+
+
+def _sequential(inputs: Inputs, state: MambaState, flags: Flags, chunk_size: int | None):
+    """A scan over time in chunks, of which the backward pass saves the first states only."""
     x, dt, A, B, C, D = inputs
-    wide = state.h.dtype
+    wide, T = state.h.dtype, x.shape[1]
+    arrays = Steps(*(flags.zero_masked(a).astype(wide) for a in (x, dt, B, C)))
+    reset = flags.valid_reset
+    is_reset = jnp.zeros(x.shape[:2], bool) if reset is None else reset
+    L = min(chunk_size or CHUNK_SIZE, T)
 
-    def step(state: MambaState, chunk):
-        (x, dt, B, C), (reset, mask) = chunk
-        y, state = mamba_scan(x, dt, A, B, C, D, state, reset=reset, mask=mask)
-        return state, y
+    def by_step(a):  # B T ... to N L B ...; padding is zeros, and a step of size 0 changes nothing
+        return jnp.moveaxis(chunks.split(a, L), 2, 1)
 
-    T, L = x.shape[1], chunk_size or CHUNK_SIZE
-    xs = (x.astype(wide), dt, B, C), flags
-    whole = T - T % L
-    parts = np.s_[:, :whole], np.s_[:, whole:]
-    head, rest = (jax.tree.map(operator.itemgetter(part), xs) for part in parts)
-    step, outputs = jax.checkpoint(step, prevent_cse=False), []
-    if whole:
-        chunked = jax.tree.map(lambda a: chunks.split(a, L), head)
-        state, y = jax.lax.scan(step, state, chunked)
-        outputs.append(chunks.join(y, whole))
-    if T % L:
-        state, y = step(state, rest)
-        outputs.append(y)
-    return jnp.concatenate(outputs, axis=1).astype(x.dtype), state
+    h = vary_like(jnp.swapaxes(state.h, 1, 2), (inputs, flags))
+    steps = jax.tree.map(by_step, arrays)
+    y, h = scan_steps(reset is not None, A.astype(wide).T, h, steps, by_step(is_reset))
+    y = chunks.join(jnp.moveaxis(y, 1, 2), T)
+    if D is not None:
+        y = y + D.astype(wide)[None, None] * arrays.x
+    return flags.zero_masked(y).astype(x.dtype), MambaState(jnp.swapaxes(h, 1, 2))
 
 
 def _chunkwise(inputs: Inputs, state: MambaState, flags: Flags, chunk_size: int | None):
@@ -101,7 +101,7 @@ def _compose(first, second):
     return decay_1 * decay_2, decay_2 * new_1 + new_2
 
 
-def _sequential(call: dispatch.Call) -> str | None:
+def _not_on_cpu(call: dispatch.Call) -> str | None:
     if call.platform == "cpu" and not call.named:
         return "a CPU is faster at the scan over time"
     return dispatch.symbolic_refusal(call, "T")
@@ -109,7 +109,8 @@ def _sequential(call: dispatch.Call) -> str | None:
 
 # Ordered by preference: "auto" selects the first that supports the call.
 IMPLEMENTATIONS = {
-    "chunkwise": Implementation(_chunkwise, _sequential),
+    "chunkwise": Implementation(_chunkwise, _not_on_cpu),
+    "sequential": Implementation(_sequential, lambda call: dispatch.symbolic_refusal(call, "T")),
     "recurrent": Implementation(_recurrent),
 }
 
@@ -152,6 +153,8 @@ def selective_scan(
         NotImplementedError: the implementation does not support this call; gives the reason.
     """
     check_chunk_size("selective_scan", chunk_size)
+    if implementation == "auto" and x.ndim > 1 and x.shape[1] == 1:
+        implementation = "recurrent"
     return over_time.run(
         SIGNATURE,
         IMPLEMENTATIONS,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import NEG
 from xlstm_jax.cells.wkv import WKVState, wkv_init, wkv_scan
-from xlstm_jax.ops import over_time
+from xlstm_jax.ops import dispatch, over_time
 from xlstm_jax.ops.dispatch import Implementation
 from xlstm_jax.ops.flags import Flags
 from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
@@ -87,9 +87,15 @@ def _parallel(inputs: Inputs, state: WKVState, flags: Flags):
     return flags.zero_masked(h).astype(inputs.v.dtype), last
 
 
+def _not_on_cpu(call: dispatch.Call) -> str | None:
+    if call.platform == "cpu" and not call.named:
+        return "a CPU is faster at the scan over time"
+    return dispatch.symbolic_refusal(call, "T")
+
+
 # Ordered by preference: "auto" selects the first that supports the call.
 IMPLEMENTATIONS = {
-    "parallel": Implementation(_parallel),
+    "parallel": Implementation(_parallel, _not_on_cpu),
     "recurrent": Implementation(_recurrent),
 }
 
