@@ -66,7 +66,7 @@ def _read(fields: Fields, source: Source, dtype: str) -> LMConfig:
 def _write(cfg: LMConfig) -> dict[str, Any]:
     options = cfg.mamba2
     return common_fields(cfg, options) | {
-        "num_heads": options.num_heads(cfg.dim),
+        "num_heads": options.heads(cfg.dim),
         "head_dim": options.head_dim,
         "n_groups": options.groups,
         "chunk_size": options.chunk_size or 256,  # the default; it does not affect results

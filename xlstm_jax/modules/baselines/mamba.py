@@ -3,7 +3,6 @@
 Source: Gu & Dao 2023, arXiv:2312.00752, section 3.4.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,7 +17,13 @@ from xlstm_jax.modules.any_mesh import on_any_mesh
 from xlstm_jax.modules.baselines.options import MambaConfig
 from xlstm_jax.modules.checks import check_layer_state
 from xlstm_jax.modules.conv import CausalConv, conv_state
-from xlstm_jax.modules.initializers import Initializer, ones, small, uniform, wang
+from xlstm_jax.modules.initializers import (
+    inverse_softplus_of_steps,
+    ones,
+    small,
+    uniform,
+    wang,
+)
 from xlstm_jax.modules.linear import Dense, fused_dense
 from xlstm_jax.ops.activations import silu, silu_gate
 from xlstm_jax.sharding import constrain
@@ -101,17 +106,6 @@ class MambaLayer(nn.Module):
             conv_state(batch_size, self.cfg.conv_width, F, dtype),
             mamba_init(batch_size, F, self.cfg.state_dim, cell_dtype),
         )
-
-
-def inverse_softplus_of_steps(smallest: float, largest: float) -> Initializer:
-    """Biases whose softplus, the step size, is log-uniform between two values."""
-
-    def init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        low, high = math.log(smallest), math.log(largest)
-        dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, low, high))
-        return dt + jnp.log(-jnp.expm1(-dt))
-
-    return init
 
 
 def log_of_indices(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
