@@ -1,6 +1,7 @@
 """Presets have exactly the published parameter counts."""
 
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,18 @@ def test_model_has_the_published_parameter_count(name):
 def test_formula_counts_the_parameters_of_every_preset(name):
     cfg = presets.get(name)
     assert _count(cfg) == flops.count_params(cfg)
+
+
+def test_the_table_in_the_documentation_has_these_counts():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "baselines.md").read_text()
+    families = ("llama", "mamba", "rwkv4", "mamba2", "gated_delta")
+    for size in ("125m", "350m", "760m", "1.3b", "2.7b"):
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{size}`"))
+        counts = [flops.count_params(presets.get(f"{family}_{size}")) for family in families]
+        numbers = [cell.strip() for cell in row.strip("|").split("|")[1:]]
+        assert numbers[0::2][:3] + numbers[6:] == [f"{count:,}" for count in counts]
+        published = [f"{count / 1e6:,.1f} M" for count in counts[:3]]
+        assert numbers[1:6:2] == published
 
 
 def test_presets_of_equal_shape_are_equal():

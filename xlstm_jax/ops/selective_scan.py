@@ -62,7 +62,8 @@ def _sequential(inputs: Inputs, state: MambaState, flags: Flags, chunk_size: int
 
     h = vary_like(jnp.swapaxes(state.h, 1, 2), (inputs, flags))
     steps = jax.tree.map(by_step, arrays)
-    y, h = scan_steps(reset is not None, A.astype(wide).T, h, steps, by_step(is_reset))
+    A, has_reset = A.astype(wide).T, reset is not None
+    y, h = scan_steps(A, h, steps, by_step(is_reset), has_reset=has_reset)
     y = chunks.join(jnp.moveaxis(y, 1, 2), T)
     if D is not None:
         y = y + D.astype(wide)[None, None] * arrays.x

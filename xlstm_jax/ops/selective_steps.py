@@ -5,7 +5,6 @@ Value and gradients of 4 x 512 steps with F = 512 and K = 16 take 56 ms instead 
 autodiff of `cells.mamba_scan` in checkpointed chunks (two cores of an AMD EPYC, 2026-11-30).
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -80,18 +79,20 @@ def _backward(has_reset, residuals, cotangents):
     return dA, dh, dsteps, np.zeros(reset.shape, jax.dtypes.float0)
 
 
-# Not `gradient.with_backward`, which transposes the backward pass twice: JAX then saves the decays
-# of all steps, which takes as long as autodiff. So forward mode is not supported.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scan_steps(
-    has_reset: bool,  # noqa: FBT001
     A: Float[Array, "K F"],
     h: Float[Array, "B K F"],
     steps: Steps,
     reset: Bool[Array, "N L B"],
+    *,
+    has_reset: bool,
 ) -> tuple[Float[Array, "N L B F"], Float[Array, "B K F"]]:
     """y of all steps, and the state after the last one; the state before the first is `h`."""
-    return _forward(has_reset, A, h, steps, reset)[0]
+    y, last = _scan(has_reset, A, h, steps, reset)
+    return y, last
 
 
-scan_steps.defvjp(_forward, _backward)
+# Not `gradient.with_backward`, which transposes the backward pass twice: JAX then saves the decays
+# of all steps, which takes as long as autodiff. So forward mode is not supported.
+_scan = jax.custom_vjp(lambda *args: _forward(*args)[0], nondiff_argnums=(0,))
+_scan.defvjp(_forward, _backward)
