@@ -20,8 +20,7 @@ from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.typing import PyTree
 
 CONFIG = "config.json"
-
-BUFFER = "rotary_emb.inv_freq"
+BUFFER = "rotary_emb.inv_freq"  # ending of tensors that follow from the config
 
 SPECIAL_TOKENS: Mapping[str, int] = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 TOKEN_NAMES = (*SPECIAL_TOKENS, *(f"{token}_token_id" for token in ("unk", "sep", "cls", "mask")))
@@ -33,8 +32,8 @@ def load_hf(folder: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, 
     Parameters are float32. They are read leaf by leaf, so that peak host memory is little more than
     the parameters, and sharded over the active mesh (`jax.set_mesh`) if there is one. As in
     `transformers`, a head in the files is used whatever `tie_word_embeddings` says. Tensor names
-    may have the prefixes of a compiled or wrapped model, or lack `backbone.`. Warns if a value is
-    NaN or infinite.
+    may have the prefixes of a compiled or wrapped model, or lack `backbone.` or its like. Warns if
+    a value is NaN or infinite.
 
     Args:
         folder: has `config.json`, and `model.safetensors` or shards with their index.

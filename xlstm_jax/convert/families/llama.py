@@ -8,7 +8,6 @@ from typing import Any
 from xlstm_jax.convert.families.record import (
     PLAIN,
     Family,
-    eps_of,
     instead_of,
     num_layers,
     require_silu,
@@ -85,7 +84,7 @@ def _read(fields: Fields, source: Source, dtype: str) -> LMConfig:
     base, share = rotary_fields(fields, 1.0)
     # transformers ignores a fraction here.
     fields.require("partial_rotary_factor", share, "1", fits=share == 1)
-    eps = eps_of(fields, "rms_norm_eps", NORM_EPS)
+    eps = fields.positive("rms_norm_eps", NORM_EPS)
     fields.ignore("initializer_range", "pretraining_tp")
     # transformers requires it even if head_dim is given.
     what, fits = f"a divisor of hidden_size={model['dim']}", model["dim"] % heads == 0

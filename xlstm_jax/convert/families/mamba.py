@@ -9,7 +9,6 @@ from typing import Any
 from xlstm_jax.convert.families.record import (
     PLAIN,
     Family,
-    eps_of,
     instead_of,
     num_layers,
     require_silu,
@@ -44,7 +43,7 @@ def common_options(fields: Fields) -> dict[str, Any]:
         "use_bias": fields.flag("use_bias", default=False),
         "dt_min": fields.positive("time_step_min", 1e-3),
         "dt_max": fields.positive("time_step_max", 0.1),
-        "norm_eps": eps_of(fields, "layer_norm_epsilon", 1e-5),
+        "norm_eps": fields.positive("layer_norm_epsilon", 1e-5),
     }
 
 

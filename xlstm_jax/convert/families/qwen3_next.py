@@ -10,7 +10,6 @@ from xlstm_jax.convert.families import llama
 from xlstm_jax.convert.families.record import (
     PLAIN,
     Family,
-    eps_of,
     instead_of,
     num_layers,
     require_silu,
@@ -48,7 +47,7 @@ def _read(fields: Fields, source: Source, dtype: str) -> LMConfig:
     fields.ignore("initializer_range", "mlp_only_layers", *_EXPERTS.split())  # those of experts
     require_silu(fields)
     base, share = llama.rotary_fields(fields, 0.25)
-    eps = eps_of(fields, "rms_norm_eps", llama.NORM_EPS)
+    eps = fields.positive("rms_norm_eps", llama.NORM_EPS)
     ffn_dim = fields.size("intermediate_size", 5632)
     common: dict[str, Any] = dict(norm_eps=eps, norm_offset=True, ffn_dim=ffn_dim)
     heads = fields.size("linear_num_value_heads", 32)

@@ -58,11 +58,6 @@ def require_silu(fields: Fields) -> None:
     fields.require_equal("hidden_act", "silu", "our block has no other activation")
 
 
-def eps_of(fields: Fields, name: str, default: float) -> float:
-    """The epsilon of the norms."""
-    return fields.positive(name, default)
-
-
 def warn_of_training(fields: Fields, name: str) -> None:
     """Logs a rate that only affects training, unless it is 0."""
     if fields.get(name, None) is not None and fields.number(name) != 0:

@@ -7,7 +7,6 @@ from typing import Any
 
 from xlstm_jax.convert.families.record import (
     Family,
-    eps_of,
     instead_of,
     num_layers,
     same_eps,
@@ -31,7 +30,7 @@ _SHARES = {
 
 def _read(fields: Fields, source: Source, dtype: str) -> LMConfig:
     model, num_blocks = sizes(fields, dtype), num_layers(fields, source)
-    eps, way_out = eps_of(fields, "layer_norm_epsilon", NORM_EPS), "transformers applies that one"
+    eps, way_out = fields.positive("layer_norm_epsilon", NORM_EPS), "transformers applies that one"
     what = f"{NORM_EPS}, that of the final norm"
     fields.require("layer_norm_epsilon", eps, what, way_out, fits=eps == NORM_EPS)
     # The first bounds a GPU kernel; the second keeps float16 in range and does not affect results.
