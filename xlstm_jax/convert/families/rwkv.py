@@ -33,8 +33,8 @@ def _read(fields: Fields, source: Source, dtype: str) -> LMConfig:
     eps, way_out = fields.positive("layer_norm_epsilon", NORM_EPS), "transformers applies that one"
     what = f"{NORM_EPS}, that of the final norm"
     fields.require("layer_norm_epsilon", eps, what, way_out, fits=eps == NORM_EPS)
-    # The first two bound a GPU kernel. The last one halves the residual stream at inference, to keep
-    # float16 in range; norms undo it, except for their epsilon.
+    # The first two bound a GPU kernel. The last one halves the residual stream at inference, to
+    # keep float16 in range; norms undo it, except for their epsilon.
     fields.ignore("context_length", "max_position_embeddings", "rescale_every")
     inner = fields.size_or("attention_hidden_size", model["dim"])
     ffn = fields.size_or("intermediate_size", 4 * model["dim"])
