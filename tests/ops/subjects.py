@@ -131,6 +131,12 @@ def subjects(
 
 
 def _speed(variant: str, name: str, quick: tuple[str, ...], quick_kernels: bool) -> list:
+    if op_of(variant) in BASELINES:
+        # Their recurrence is the reference itself.
+        repeats = name == "recurrent" or (op_of(variant), name) == ("attention", "parallel")
+        if variant in quick:
+            return [pytest.mark.slow] if repeats else []
+        return [pytest.mark.exhaustive if repeats else pytest.mark.slow]
     if name not in KERNELS:
         return [] if variant in quick else [pytest.mark.slow]
     is_primary = variant in PRIMARY
