@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cells.gated_delta import GatedDeltaState, gated_delta_init, gated_delta_scan
+from xlstm_jax.cells.logspace import exact_einsum
 from xlstm_jax.ops import chunks, dispatch, over_time
 from xlstm_jax.ops.checks import check_chunk_size
 from xlstm_jax.ops.cpu import materialize
@@ -21,6 +22,7 @@ from xlstm_jax.ops.flags import Flags
 from xlstm_jax.ops.gradient import times_unit
 from xlstm_jax.ops.mlstm.products import product
 from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
+from xlstm_jax.ops.triangular import unit_lower_inverse
 from xlstm_jax.typing import Array, Flag, Float
 
 CHUNK_SIZE = 64
@@ -75,12 +77,9 @@ def _core(dtype: jnp.dtype, L: int, q, k, v, log_decay, beta, S, reset):
     q, written = times_unit(q, prefix), times_unit(k, -prefix)
     erased = beta[..., None] * times_unit(k, prefix)
     # (I + M) u = beta v - (beta start k) S: a change also corrects those before it.
-    M = jnp.tril(within, -1) * product("ZLK,ZSK->ZLS", dtype, erased, written)
+    inverse = unit_lower_inverse(within * product("ZLK,ZSK->ZLS", dtype, erased, written))
     known = jnp.concatenate([beta[..., None] * v, start[..., None] * erased], axis=-1)
-    solved = jax.lax.linalg.triangular_solve(
-        M, materialize(known), left_side=True, lower=True, unit_diagonal=True
-    )
-    u, w = solved[..., :V], solved[..., V:]
+    u, w = jnp.split(exact_einsum("ZLS,ZSV->ZLV", inverse, known), (V,), axis=-1)
     keys = times_unit(end[..., None] * written, prefix[..., -1])
     across = times_unit(across, prefix[..., -1])
 
