@@ -14,12 +14,15 @@ from jax.typing import DTypeLike
 from xlstm_jax import ops
 from xlstm_jax.cells.gated_delta import GatedDeltaState, gated_delta_init
 from xlstm_jax.modules.any_mesh import on_any_mesh
-from xlstm_jax.modules.baselines.mamba import inverse_softplus_of_steps
-from xlstm_jax.modules.baselines.mamba2 import log_uniform
 from xlstm_jax.modules.baselines.options import GatedDeltaConfig
 from xlstm_jax.modules.checks import check_layer_state
 from xlstm_jax.modules.conv import CausalConv, conv_state
-from xlstm_jax.modules.initializers import small, wang
+from xlstm_jax.modules.initializers import (
+    inverse_softplus_of_steps,
+    log_uniform,
+    small,
+    wang,
+)
 from xlstm_jax.modules.linear import Dense, fused_dense
 from xlstm_jax.modules.norm import RMSNorm
 from xlstm_jax.ops.activations import silu, silu_gate

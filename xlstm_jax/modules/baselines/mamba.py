@@ -3,7 +3,6 @@
 Source: Gu & Dao 2023, arXiv:2312.00752, section 3.4.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,11 +17,18 @@ from xlstm_jax.modules.any_mesh import on_any_mesh
 from xlstm_jax.modules.baselines.options import MambaConfig
 from xlstm_jax.modules.checks import check_layer_state
 from xlstm_jax.modules.conv import CausalConv, conv_state
-from xlstm_jax.modules.initializers import Initializer, ones, small, uniform, wang
+from xlstm_jax.modules.initializers import (
+    inverse_softplus_of_steps,
+    log_of_indices,
+    ones,
+    small,
+    uniform,
+    wang,
+)
 from xlstm_jax.modules.linear import Dense, fused_dense
 from xlstm_jax.ops.activations import silu, silu_gate
 from xlstm_jax.sharding import constrain
-from xlstm_jax.typing import Array, Flag, Float, PRNGKeyArray, Size
+from xlstm_jax.typing import Array, Flag, Float, Size
 
 
 class MambaLayerState(NamedTuple):
@@ -101,20 +107,3 @@ class MambaLayer(nn.Module):
             conv_state(batch_size, self.cfg.conv_width, F, dtype),
             mamba_init(batch_size, F, self.cfg.state_dim, cell_dtype),
         )
-
-
-def inverse_softplus_of_steps(smallest: float, largest: float) -> Initializer:
-    """Biases whose softplus, the step size, is log-uniform between two values."""
-
-    def init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        low, high = math.log(smallest), math.log(largest)
-        dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, low, high))
-        return dt + jnp.log(-jnp.expm1(-dt))
-
-    return init
-
-
-def log_of_indices(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """log 1, log 2, ... along the last axis."""
-    del key
-    return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=jnp.float32)), shape)

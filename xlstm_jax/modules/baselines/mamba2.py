@@ -14,15 +14,20 @@ from jax.typing import DTypeLike
 from xlstm_jax import ops
 from xlstm_jax.cells.ssd import SSDState, ssd_init
 from xlstm_jax.modules.any_mesh import on_any_mesh
-from xlstm_jax.modules.baselines.mamba import inverse_softplus_of_steps
 from xlstm_jax.modules.baselines.options import Mamba2Config
 from xlstm_jax.modules.checks import check_layer_state
 from xlstm_jax.modules.conv import CausalConv, conv_state
-from xlstm_jax.modules.initializers import ones, small, wang
+from xlstm_jax.modules.initializers import (
+    inverse_softplus_of_steps,
+    log_uniform,
+    ones,
+    small,
+    wang,
+)
 from xlstm_jax.modules.linear import Dense, fused_dense
 from xlstm_jax.modules.norm import GroupNorm
 from xlstm_jax.ops.activations import silu, silu_gate
-from xlstm_jax.typing import Array, Flag, Float, PRNGKeyArray, Size
+from xlstm_jax.typing import Array, Flag, Float, Size
 
 
 class Mamba2LayerState(NamedTuple):
@@ -109,8 +114,3 @@ class Mamba2Layer(nn.Module):
             tuple(conv_state(batch_size, cfg.conv_width, width, dtype) for width in widths),
             ssd_init(batch_size, cfg.num_heads(dim), cfg.state_dim, cfg.head_dim, cell_dtype),
         )
-
-
-def log_uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Logarithms of numbers that are uniform from 1 to 16."""
-    return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1.0, 16.0))
