@@ -16,13 +16,27 @@ from tests import quick
 from xlstm_jax import ops
 from xlstm_jax.cells import mlstm_scan, slstm_scan
 from xlstm_jax.modules import LM, LMConfig, MLSTMConfig, MLSTMLayer, SLSTMConfig
+from xlstm_jax.modules.baselines import options
 from xlstm_jax.sharding import constrain, tree_shardings, use_rules
 from xlstm_jax.sharding.rules import DEFAULT_RULES, complete
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 BATCH, VOCAB = 8, 16
 SIZES = dict(
-    vocab_size=VOCAB, dim=8, mlstm=MLSTMConfig(num_heads=2), slstm=SLSTMConfig(num_heads=2)
+    vocab_size=VOCAB,
+    dim=8,
+    mlstm=MLSTMConfig(num_heads=2),
+    slstm=SLSTMConfig(num_heads=2),
+    lstm=options.LSTMConfig(num_heads=2, ffn_dim=16),
+    attention=options.AttentionConfig(num_heads=4, num_kv_heads=2, cache_size=6, ffn_dim=16),
+    window=options.WindowConfig(num_heads=2, window=2, num_sinks=1, ffn_dim=16),
+    hybrid=options.HybridConfig(num_heads=2, window=2, num_sinks=1, ffn_dim=16),
+    mamba=options.MambaConfig(state_dim=3, chunk_size=4),
+    mamba2=options.Mamba2Config(head_dim=4, state_dim=3, groups=2, chunk_size=4),
+    gated_delta=options.GatedDeltaConfig(
+        num_heads=4, num_qk_heads=2, qk_dim=3, v_dim=4, ffn_dim=16, chunk_size=4
+    ),
+    rwkv4=options.RWKV4Config(ffn_dim=16),
 )
 FEATURES = dict.fromkeys(("inner", "heads", "mlp", "vocab"), "tp")
 
