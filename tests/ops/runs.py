@@ -18,6 +18,7 @@ from tests.ops.tolerances import Tolerances
 from xlstm_jax import cells, ops
 from xlstm_jax.cells.attention import attention_scan
 from xlstm_jax.cells.gated_delta import gated_delta_scan
+from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.cells.mamba import mamba_scan
 from xlstm_jax.cells.ssd import ssd_scan
 from xlstm_jax.cells.wkv import wkv_scan
@@ -96,7 +97,9 @@ def _with_float_length(op):
             state = state._replace(length=state.length.astype(jnp.int32))
         h, last = op(**arguments, state=state)
         if hasattr(last, "length"):
-            last = last._replace(length=last.length.astype(last.k.dtype))
+            # A cache has the dtype of activations; its cotangents are those of a wide state.
+            wide = state_dtype(h)
+            last = jax.tree.map(lambda leaf: leaf.astype(wide), last)
         return h, last
 
     return call

@@ -76,7 +76,9 @@ def test_state_none_equals_the_initial_state(subject):
     args = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), case)
     expected = call(args.inputs, args.weights, args.state)
     actual = call(args.inputs, args.weights, None)
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    # Without a cache, fewer terms of a softmax, which are 0, are summed.
+    rtol = 1e-5 if subject.op == "attention" else 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, rtol), actual, expected)
 
 
 @subjects("slstm", "lstm")

@@ -64,48 +64,50 @@ def _chunkwise(inputs: Inputs, state: SSDState, flags: Flags, chunk_size: int | 
     return flags.zero_masked(y).astype(inputs.x.dtype), SSDState(h)
 
 
-def _core(dtype, L, q, k, v, log_decay, h, reset):
+def _core(dtype: jnp.dtype, L: int, q, k, v, log_decay, h, reset):
     """The memory that q reads and into which k writes v, with products of operands in `dtype`.
 
-    Z = N * B * groups, and R heads in a group share q and k.
+    Z is N * B * groups. The R heads of a group share q and k, so their values, and their memories,
+    are the columns of one matrix wherever a product does not depend on the decay.
     """
-    (batch, T, H, V), (groups, K), wide = v.shape, q.shape[2:], h.dtype
-    R = H // groups
-    weights = chunks.decays(log_decay, reset, L)
+    (B, T, H, V), (groups, K), wide = v.shape, q.shape[2:], h.dtype
+    R, weights = H // groups, chunks.decays(log_decay, reset, L)
     N = weights.across.shape[0]
-    within, start, end, across, prefix = (
-        w.reshape(N * batch * groups, R, *w.shape[3:]) for w in weights
+    within, read, write, across, prefix = (
+        w.reshape(N * B * groups, R, *w.shape[3:]) for w in weights
     )
+    read, write, by_position = (jnp.moveaxis(a, 1, 2) for a in (read, write, prefix))
 
     def in_chunks(a):  # B T groups ... to Z L ...
-        a = jnp.moveaxis(chunks.split(a.reshape(batch, T, groups, *a.shape[3:]), L), 3, 2)
-        return a.reshape(-1, *a.shape[3:])
+        return jnp.moveaxis(chunks.split(a, L), 3, 2).reshape(-1, L, *a.shape[3:])
 
     q, k = (in_chunks(a).astype(wide) for a in (q, k))
-    v = in_chunks(v.reshape(batch, T, groups, R, V))
-    read, write = (jnp.moveaxis(a, 1, 2) for a in (start, end))  # Z L R
-    v = times_unit(v, -jnp.moveaxis(prefix, 1, 2))
+    v = times_unit(in_chunks(v.reshape(B, T, groups, R, V)), -by_position)
     scores = product("ZLK,ZSK->ZLS", dtype, q, k)[:, None] * within
-    y = product("ZRLS,ZSRV->ZLRV", dtype, scores, v)
-    new = product("ZLK,ZLRV->ZKRV", dtype, k, write[..., None] * v)
-    h = jnp.swapaxes(h.reshape(batch * groups, R, K, V), 1, 2)  # Z K R V
-    last_prefix = prefix[..., -1]
+    of_heads = jnp.moveaxis(v, 2, 1).reshape(-1, L, V)
+    y = product("ZLS,ZSV->ZLV", dtype, scores.reshape(-1, L, L), of_heads)
+    y = jnp.moveaxis(y.reshape(-1, R, L, V), 1, 2)
+    written = (write[..., None] * v).reshape(-1, L, R * V)
+    new = product("ZLK,ZLV->ZKV", dtype, k, written).reshape(-1, K, R, V)
+    end = prefix[..., -1]
+    new = jnp.moveaxis(times_unit(jnp.moveaxis(new, 2, 1), end), 1, 2)
+    by_chunk = jax.tree.map(
+        lambda a: a.reshape(N, B * groups, *a.shape[1:]), (times_unit(across, end), new)
+    )
 
     def step(h, chunk):
         across, new = chunk
         return across[:, None, :, None] * h + new, h
 
-    by_chunk = jax.tree.map(
-        lambda a: a.reshape(N, batch * groups, *a.shape[1:]),
-        (times_unit(across, last_prefix), times_unit(jnp.moveaxis(new, 2, 1), last_prefix)),
+    h = jnp.swapaxes(h.reshape(B * groups, R, K, V), 1, 2)
+    h, starts = jax.lax.scan(step, materialize(h), by_chunk)
+    inter = product("ZLK,ZKV->ZLV", dtype, q, starts.reshape(-1, K, R * V))
+    y = times_unit(y + read[..., None] * inter.reshape(y.shape), by_position)
+    y = jnp.moveaxis(y.reshape(N, B, groups, L, R, V), 2, 3)
+    return (
+        chunks.join(y, T).reshape(B, T, H, V),
+        jnp.swapaxes(h, 1, 2).reshape(B, H, K, V),
     )
-    across, new = by_chunk[0], jnp.moveaxis(by_chunk[1], 2, 3)
-    h, starts = jax.lax.scan(step, materialize(h), (across, new))
-    y = y + read[..., None] * product("ZLK,ZKRV->ZLRV", dtype, q, starts.reshape(-1, K, R, V))
-    y = times_unit(y, jnp.moveaxis(prefix, 1, 2))
-    y = jnp.moveaxis(y.reshape(N, batch, groups, L, R, V), 2, 3)
-    y = chunks.join(y, T).reshape(batch, T, H, V)
-    return y, jnp.swapaxes(h, 1, 2).reshape(batch, H, K, V)
 
 
 # Ordered by preference: "auto" selects the first that supports the call.

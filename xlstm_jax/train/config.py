@@ -206,6 +206,14 @@ class ExperimentConfig:
                     f"{size} and {self.train.accumulation}; change one of them, or "
                     "train.batch_ramp."
                 )
+        for letter in dict.fromkeys(self.model.pattern):
+            limit = getattr(self.model.options_of(letter), "max_length", None)
+            if limit is not None and limit < self.data.seq_len:
+                name = f"model.{BLOCKS[letter].name}"
+                raise ConfigError(
+                    f"{name}.cache_size must be at least data.seq_len={self.data.seq_len}, so that "
+                    f"a query sees the whole sequence, got {limit}; set it, or {name}.window."
+                )
         if self.train.carry_state and self.data.packing != "stream":
             raise ConfigError(
                 "train.carry_state must be False unless data.packing='stream', where sequences "

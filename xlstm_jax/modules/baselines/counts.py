@@ -51,18 +51,17 @@ def attention_flops(cfg: LMConfig, options: AttentionConfig) -> float:
 
 
 def pair_flops(num_heads: int, K: int, span: int, num_sinks: int, seq_len: int, how: str) -> float:
-    """Forward FLOPs per token of scores, softmax and values.
+    """Forward FLOPs per token of scores, softmax and values, as in the scaling study.
 
     `how` counts the keys that each query sees ("causal"), or all positions ("full").
     """
-    keys = float(seq_len)
-    if how == "causal":
-        window = min(span, seq_len)
-        # Queries before the window is full see fewer keys; after it, they also see the sinks.
-        keys = window - window * (window - 1) / (2 * seq_len)
-        beyond = max(0, seq_len - span)
-        keys += min(num_sinks, beyond) * beyond / seq_len if beyond else 0
-    return num_heads * keys * (4 * K + 3)
+    if how == "full":
+        return num_heads * seq_len * (4 * K + 3)
+    window = min(span, seq_len)
+    # Queries before the window is full see half of it; those after it also see the sinks.
+    keys = window - window**2 / (2 * seq_len) + num_sinks * max(0, 1 - span / seq_len)
+    # 5 per key: the study counts 2.5 per pair of positions, seen or not.
+    return num_heads * keys * (4 * K + 5)
 
 
 def context_flops(cfg: LMConfig, options: AttentionConfig, seq_len: int, how: str) -> float:
@@ -116,7 +115,7 @@ def mamba_flops(cfg: LMConfig, count: str) -> float:
 def mamba2_params(cfg: LMConfig) -> int:
     """Parameters of one Mamba-2 block."""
     D, options = cfg.dim, cfg.mamba2
-    F, H, shared = options.width(D), options.num_heads(D), options.groups * options.state_dim
+    F, H, shared = options.width(D), options.heads(D), options.groups * options.state_dim
     outputs = 2 * F + 2 * shared + H
     conv = (F + 2 * shared) * (options.conv_width + options.conv_bias)
     biases = outputs + D if options.use_bias else 0
@@ -127,7 +126,7 @@ def mamba2_flops(cfg: LMConfig, count: str) -> float:
     """Forward FLOPs of one Mamba-2 block per token."""
     del count
     D, options = cfg.dim, cfg.mamba2
-    F, H, shared = options.width(D), options.num_heads(D), options.groups * options.state_dim
+    F, H, shared = options.width(D), options.heads(D), options.groups * options.state_dim
     linear = 2 * D * (2 * F + 2 * shared + H) + 2 * F * D
     conv = (F + 2 * shared) * (2 * options.conv_width + 1)
     L, K = options.chunk_size or CHUNK_SIZE, options.state_dim

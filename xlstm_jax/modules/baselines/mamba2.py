@@ -65,7 +65,7 @@ class Mamba2Layer(nn.Module):
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], Mamba2LayerState]:
         cfg, (batch, T, dim) = self.cfg, x.shape
-        F, H, shared = cfg.width(dim), cfg.num_heads(dim), cfg.groups * cfg.state_dim
+        F, H, shared = cfg.width(dim), cfg.heads(dim), cfg.groups * cfg.state_dim
         check_layer_state(self, state, x)
         conv, cell = (None, None) if state is None else state
         flags: dict[str, Any] = dict(reset=reset, mask=mask)
@@ -112,5 +112,5 @@ class Mamba2Layer(nn.Module):
         widths = cfg.width(dim), shared, shared
         return Mamba2LayerState(
             tuple(conv_state(batch_size, cfg.conv_width, width, dtype) for width in widths),
-            ssd_init(batch_size, cfg.num_heads(dim), cfg.state_dim, cfg.head_dim, cell_dtype),
+            ssd_init(batch_size, cfg.heads(dim), cfg.state_dim, cfg.head_dim, cell_dtype),
         )

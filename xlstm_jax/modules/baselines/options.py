@@ -106,6 +106,11 @@ class AttentionConfig:
         """Positions that a query sees, its own included, besides the sinks."""
         return self.cache_size - self.num_sinks if self.window is None else self.window
 
+    @property
+    def max_length(self) -> int | None:
+        """The longest document of which a query sees every position; None if it need not."""
+        return self.span if self.window is None else None
+
     def head_width(self, dim: int) -> int:
         """K in a model of width `dim`."""
         return dim // self.num_heads if self.head_dim is None else self.head_dim
@@ -249,14 +254,14 @@ class Mamba2Config:
         """F in a model of width `dim`."""
         return 2 * dim if self.inner_dim is None else self.inner_dim
 
-    def num_heads(self, dim: int) -> int:
+    def heads(self, dim: int) -> int:
         """H in a model of width `dim`."""
         return self.width(dim) // self.head_dim
 
     def check(self, dim: int) -> None:
         """Raises ConfigError unless heads divide the inner width and groups divide the heads."""
         check_divides("mamba2.head_dim", self.head_dim, "the inner width", self.width(dim))
-        check_divides("mamba2.groups", self.groups, "the number of heads", self.num_heads(dim))
+        check_divides("mamba2.groups", self.groups, "the number of heads", self.heads(dim))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
