@@ -80,9 +80,7 @@ def run(
         lambda words: words.replace("groups", "H") if groups > 1 else words,
         (signature.inputs, signature.state, FLAG_AXES),
     )
-    y, state = map_shards(
-        local, (inputs, state, flags), words, (signature.y, signature.state), lengths
-    )
+    y, state = map_shards(local, (inputs, state, flags), words, (signature.y, words[1]), lengths)
     # y is replicated over the devices that share a sequence; shard it again for the next layer.
     return constrain(y, *(LETTERS.get(word) for word in signature.y.split())), state
 
