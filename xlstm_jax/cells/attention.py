@@ -86,7 +86,8 @@ def slot_of(position: Int[Array, "..."], window: int, num_sinks: int) -> Int[Arr
 
 def slot_positions(length: Int[Array, "B"], window: int, num_sinks: int) -> Int[Array, "B S"]:
     """The position in every slot of a cache after `length` positions; -1 if it is empty."""
-    slot, newest = jnp.arange(num_sinks + window)[None], length[:, None] - 1
+    slot = jnp.arange(num_sinks + window, dtype=length.dtype)[None]
+    newest = length[:, None] - 1
     # The newest position that maps to the slot; sinks have one position only.
     rounds = jnp.where(slot < num_sinks, 0, (newest - slot) // window)
     return jnp.where(newest >= slot, slot + rounds * window, -1)
