@@ -59,3 +59,31 @@ def test_heads_that_share_keys_are_on_one_device(groups, tensor):
         actual = compute(q, k, v)
     for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_program_calls_a_library_that_waits_for_threads(variant):
+    """Such as BLAS, by JAX's triangular solve: devices of a CPU that wait for each other in a
+    collective may have all threads, so that a step on a mesh never ends."""
+    case = with_flags(make_case(variant, T), num_masked=3)
+    call = runs.program(Subject(variant, "auto"))
+
+    def loss(inputs):
+        h, _ = call(inputs, case.weights, jax.tree.map(jnp.asarray, case.state))
+        return jnp.sum(jnp.sin(h))
+
+    case = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), case._replace(reset=None, mask=None))
+    text = jax.jit(jax.grad(loss)).lower(case.inputs).as_text()
+    assert "triangular" not in text and "custom_call" not in text
+
+
+def test_chunks_of_equal_keys_equal_the_recurrence():
+    """The system of a chunk is then the least well conditioned: each write replaces the last."""
+    rng, (H, length) = np.random.default_rng(0), (2, 128)
+    q, k = (jnp.asarray(rng.standard_normal((1, n, H, 8)), jnp.float32) for n in (length, 1))
+    k = jnp.broadcast_to(ops.unit_norm(k), q.shape)
+    gates = jnp.zeros((1, length, H)), jnp.ones((1, length, H))
+    run = functools.partial(ops.gated_delta_rule, q, k, q, *gates)
+    call = quick.jit(lambda: (run(chunk_size=64)[0], run(implementation="recurrent")[0]))
+    h, expected = call()
+    np.testing.assert_allclose(h, expected, rtol=1e-5, atol=1e-5)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cells.gated_delta import GatedDeltaState, gated_delta_init, gated_delta_scan
+from xlstm_jax.cells.logspace import exact_einsum
 from xlstm_jax.ops import chunks, dispatch, over_time
 from xlstm_jax.ops.checks import check_chunk_size
 from xlstm_jax.ops.cpu import materialize
@@ -77,9 +78,7 @@ def _core(dtype: jnp.dtype, L: int, q, k, v, log_decay, beta, S, reset):
     # (I + M) u = beta v - (beta start k) S: a change also corrects those before it.
     M = jnp.tril(within, -1) * product("ZLK,ZSK->ZLS", dtype, erased, written)
     known = jnp.concatenate([beta[..., None] * v, start[..., None] * erased], axis=-1)
-    solved = jax.lax.linalg.triangular_solve(
-        M, materialize(known), left_side=True, lower=True, unit_diagonal=True
-    )
+    solved = exact_einsum("ZLS,ZSX->ZLX", _unit_lower_inverse(M), materialize(known))
     u, w = solved[..., :V], solved[..., V:]
     keys = times_unit(end[..., None] * written, prefix[..., -1])
     across = times_unit(across, prefix[..., -1])
@@ -98,6 +97,29 @@ def _core(dtype: jnp.dtype, L: int, q, k, v, log_decay, beta, S, reset):
     h = h + product("ZLK,ZKV->ZLV", dtype, start[..., None] * q, starts)
     h = chunks.join(jnp.moveaxis(h.reshape(N, B, H, L, V), 2, 3), T)
     return h, S.reshape(B, H, K, V)
+
+
+def _unit_lower_inverse(M: Float[Array, "Z L L"]) -> Float[Array, "Z L L"]:
+    """(I + M)^-1, for M that is zero on and above the diagonal.
+
+    Inverses of diagonal blocks are joined in pairs: [[A, 0], [C, D]]^-1 = [[A', 0], [-D'CA', D']].
+    Products only: the triangular solve of JAX waits for the threads of a CPU, of which devices that
+    wait for each other may have all.
+    """
+    Z, L, _ = M.shape
+    N = 1 << (L - 1).bit_length()
+    M = jnp.pad(M, ((0, 0), (0, N - L), (0, N - L)))
+    inverse, size = jnp.ones((Z, N, 1, 1), M.dtype), 1
+    while size < N:
+        count = N // (2 * size)
+        pairs = jnp.einsum("ZNLNS->ZNLS", M.reshape(Z, count, 2 * size, count, 2 * size))
+        A, D = inverse[:, ::2], inverse[:, 1::2]
+        below = exact_einsum("ZNLS,ZNSX->ZNLX", D, -pairs[:, :, size:, :size])
+        below = exact_einsum("ZNLS,ZNSX->ZNLX", below, A)
+        above = jnp.concatenate([A, jnp.zeros_like(A)], axis=-1)
+        inverse = jnp.concatenate([above, jnp.concatenate([below, D], axis=-1)], axis=-2)
+        size *= 2
+    return inverse[:, 0, :L, :L]
 
 
 # Ordered by preference: "auto" selects the first that supports the call.
