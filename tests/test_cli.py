@@ -89,7 +89,7 @@ ERRORS = {
     "train CONFIG --model.window.window 0": "window.window must be at least 1, got 0; the default",
     "train CONFIG --model.window.window 4000": "set window.cache_size to at least 4004",
     "train CONFIG --model.pattern a --model.attention.num-kv-heads 3": "must divide num_heads=4",
-    "train CONFIG --model.pattern a --model.attention.head-dim 7": "an even number of the 7 features",
+    "train CONFIG --model.pattern a --model.attention.head-dim 7": "even number of the 7 features",
     "train CONFIG --model.attention.implementation fast": "use one of: auto, decode, cudnn, splash",
     "train CONFIG --size smoke --data.source nowhere": "data.source='nowhere' is neither",
     "train CONFIG --size smoke --data.batch-size 100000": "data.batch_size=100000 must be at most",

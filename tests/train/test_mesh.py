@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests import quick
-from tests.modules.models import BASELINES, MIXED_BASELINES
+from tests.modules.models import BASELINES
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import Batch, DataConfig
 from xlstm_jax.modules import (
@@ -131,7 +131,7 @@ def on_one_device(pattern: str, remat: str):
         ("M", "none"),
         pytest.param("msM", "none", marks=slow),
         pytest.param("mMsmMs", "full", marks=slow),
-        pytest.param(MIXED_BASELINES, "full", marks=slow),
+        pytest.param("aBd", "full", marks=slow),
     ],
 )
 def test_loss_and_gradients_equal_those_of_one_device(pattern, remat, mesh, capfd):
