@@ -61,9 +61,10 @@ every_mesh = pytest.mark.parametrize(
     ],
 )
 T, VOCAB = 48, 64
+TWO_KEYS = options.AttentionConfig(num_heads=4, num_kv_heads=2, cache_size=T)
 BASELINE_OPTIONS = dict(
     lstm=options.LSTMConfig(num_heads=4),
-    attention=options.AttentionConfig(num_heads=4, num_kv_heads=2, cache_size=T),
+    attention=TWO_KEYS,
     window=options.WindowConfig(num_heads=4, window=7, cache_size=T),
     hybrid=options.HybridConfig(num_heads=4, window=7, cache_size=T),
     mamba2=options.Mamba2Config(head_dim=16, state_dim=24, groups=2),
@@ -373,6 +374,14 @@ def test_another_model_is_rejected_on_resume_but_another_mesh_is_not(run_config,
         (dict(mesh=dict(fsdp=2, rules="data")), "must use the mesh axis fsdp.*use one of: fsdp, "),
         (dict(mesh=dict(data=-1, fsdp=-1)), "only one mesh axis may be -1, got data and fsdp"),
         (dict(mesh=dict(seq=2, slstm_seq="refuse"), model=dict(pattern="ms")), "cannot shard"),
+        (
+            dict(mesh=dict(seq=2, slstm_seq="refuse"), model=dict(pattern="ma")),
+            "cannot .* blocks a ",
+        ),
+        (
+            dict(mesh=dict(tensor=4), model=dict(pattern="a", attention=TWO_KEYS)),
+            "model.attention.num_kv_heads must be a multiple of 4, .*, got 2",
+        ),
     ],
 )
 def test_sizes_that_the_mesh_does_not_divide_are_rejected(change, message, experiment, tmp_path):
