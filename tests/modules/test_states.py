@@ -99,7 +99,10 @@ def test_dtype_of_a_state_selects_that_of_convolutions_and_float64_that_of_all_l
         model.init_state(1, "int32")
 
 
-@pytest.mark.parametrize("pattern", ["m", "s", "M", "mmsM", models.MIXED_BASELINES])
+@pytest.mark.parametrize(
+    "pattern",
+    ["m", "s", "M", "mmsM", pytest.param(models.MIXED_BASELINES, marks=pytest.mark.slow)],
+)
 @pytest.mark.filterwarnings("error")
 def test_initial_state_can_be_donated(pattern):
     model = LM(models.config(pattern))

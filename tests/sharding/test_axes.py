@@ -297,6 +297,7 @@ STATE_SPECS = {
 }
 
 
+@pytest.mark.slow
 def test_states_of_a_model_carry_the_sharding_of_the_rules():
     model = LM(LMConfig(pattern="".join(STATE_SPECS), **SIZES))
     mesh = jax.make_mesh((2, 2), ("data", "tensor"))
