@@ -86,7 +86,8 @@ def slot_of(position: Int[Array, "..."], window: int, num_sinks: int) -> Int[Arr
 
 def slot_positions(length: Int[Array, "B"], window: int, num_sinks: int) -> Int[Array, "B S"]:
     """The position in every slot of a cache after `length` positions; -1 if it is empty."""
-    slot, newest = jnp.arange(num_sinks + window)[None], length[:, None] - 1
+    slot = jnp.arange(num_sinks + window, dtype=length.dtype)[None]
+    newest = length[:, None] - 1
     # The newest position that maps to the slot; sinks have one position only.
     rounds = jnp.where(slot < num_sinks, 0, (newest - slot) // window)
     return jnp.where(newest >= slot, slot + rounds * window, -1)
@@ -108,6 +109,7 @@ def attention_step(
     window: int,
     num_sinks: int = 0,
     rotary: Rotary = ROTARY,
+    mask: Bool[Array, "B"] | None = None,
 ) -> tuple[AttentionState, Float[Array, "B H V"]]:
     """One time step, in the argument order of `jax.lax.scan`.
 
@@ -119,14 +121,20 @@ def attention_step(
         num_sinks: first positions of a document that all of its queries see.
         rotary: rotation of queries and keys. To a sink, a query is never farther than the cache is
             long.
+        mask: where False, nothing is written, the length stays, and y is arbitrary.
 
     Returns the state after step t, and y_t in float32 or wider.
     """
     position, batch = state.length, jnp.arange(q.shape[0])
-    slot = slot_of(position, window, num_sinks)
-    keys = state.k.at[batch, slot].set(rotary(k, position).astype(state.k.dtype))
-    values = state.v.at[batch, slot].set(v.astype(state.v.dtype))
-    state = AttentionState(keys, values, position + 1)
+    slot, count = slot_of(position, window, num_sinks), 1
+    if mask is not None:
+        slot = jnp.where(mask, slot, state.k.shape[1])  # out of bounds: dropped
+        count = mask.astype(position.dtype)
+    keys, values = (
+        old.at[batch, slot].set(new.astype(old.dtype), mode="drop")
+        for old, new in ((state.k, rotary(k, position)), (state.v, v))
+    )
+    state = AttentionState(keys, values, position + count)
     key_position = slot_positions(state.length, window, num_sinks)
     scores = _scores(q, keys, position, key_position, window, num_sinks, rotary)
     visible = is_visible(position[:, None], key_position, window, num_sinks)

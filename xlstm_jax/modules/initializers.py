@@ -104,6 +104,12 @@ def inverse_softplus_of_steps(smallest: float, largest: float) -> Initializer:
     return init
 
 
+def log_of_indices(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """log 1, log 2, ... along the last axis."""
+    del key
+    return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=jnp.float32)), shape)
+
+
 def log_uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Logarithms of numbers that are uniform from 1 to 16."""
     return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1.0, 16.0))

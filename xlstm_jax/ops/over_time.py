@@ -1,5 +1,6 @@
 """Code shared by ops over time: checks of arguments, dispatch, and shards of batch and heads."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ def run(
     flags: Flags,
     *,
     init: Callable[[Any, jnp.dtype], Any],
+    facts: Mapping[str, Any] = {},
     **options: Any,
 ) -> tuple[Float[Array, "B T ..."], Any]:
     """Checks shapes, selects an implementation and calls `fn(inputs, state, flags, **options)`.
@@ -56,12 +58,12 @@ def run(
     Args:
         init: (inputs, dtype) -> the initial state, whose leaves have the dtypes of any state;
             `dtype` is that of gates and sums.
+        facts: fields of `dispatch.Call` that are known to the op alone.
     """
     sizes = signature.check(inputs, state, flags)
     wide = state_dtype(*jax.tree.leaves(inputs))
-    selected = dispatch.choose(
-        signature.name, table, implementation, _call(sizes, inputs, wide, options)
-    )
+    call = dataclasses.replace(_call(sizes, inputs, wide, options), **facts)
+    selected = dispatch.choose(signature.name, table, implementation, call)
 
     def local(inputs, state, flags):
         first = jax.eval_shape(lambda x: init(x, wide), inputs)
@@ -78,9 +80,7 @@ def run(
         lambda words: words.replace("groups", "H") if groups > 1 else words,
         (signature.inputs, signature.state, FLAG_AXES),
     )
-    y, state = map_shards(
-        local, (inputs, state, flags), words, (signature.y, signature.state), lengths
-    )
+    y, state = map_shards(local, (inputs, state, flags), words, (signature.y, words[1]), lengths)
     # y is replicated over the devices that share a sequence; shard it again for the next layer.
     return constrain(y, *(LETTERS.get(word) for word in signature.y.split())), state
 

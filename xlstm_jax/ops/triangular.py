@@ -1,7 +1,8 @@
 """Inverses of unit lower triangular matrices, by products of blocks.
 
-XLA's `triangular_solve` calls LAPACK on a CPU: one thread per call, and a program with several of
-them came to a halt on two cores (jaxlib 0.10.2). On accelerators it is a loop over rows.
+The `triangular_solve` of JAX waits for threads of the CPU, of which devices, or products, that wait
+for each other may have all: a gradient of one device, and a step on eight, never ended (jaxlib
+0.10.2). On accelerators it is a loop over rows.
 """
 
 import jax

@@ -276,9 +276,11 @@ def check_divisibility(cfg: ExperimentConfig, rules: Rules, sizes: Mapping[str, 
         ("time", "data.seq_len", cfg.data.seq_len),
     ]
     lengths += [
-        ("heads", f"model.{BLOCKS[letter].name}.num_heads", options.num_heads)
+        ("heads", f"model.{BLOCKS[letter].name}.{field}", length)
         for letter, options in blocks.items()
-        if hasattr(options, "num_heads")
+        for field in ("num_heads", "num_kv_heads", "num_qk_heads", "groups")
+        # A single head that others share is replicated.
+        if (length := getattr(options, field, None)) and (length > 1 or field == "num_heads")
     ]
     for name, field, length in lengths:
         num_shards = math.prod(sizes[axis] for axis in rules[name])
@@ -295,6 +297,6 @@ def check_divisibility(cfg: ExperimentConfig, rules: Rules, sizes: Mapping[str, 
     if shards_time and unsharded and cfg.mesh.slstm_seq == "refuse":
         raise ConfigError(
             f"mesh.seq={sizes['seq']} cannot shard the sequence in blocks {', '.join(unsharded)} "
-            f"of model.pattern={quote(cfg.model.pattern)}, where a step needs the previous one; "
-            "use mesh.slstm_seq='gather' to compute them on every device, or seq=1."
+            f"of model.pattern={quote(cfg.model.pattern)}; use mesh.slstm_seq='gather' to compute "
+            "them on every device, or seq=1."
         )

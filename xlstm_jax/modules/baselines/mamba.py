@@ -19,6 +19,7 @@ from xlstm_jax.modules.checks import check_layer_state
 from xlstm_jax.modules.conv import CausalConv, conv_state
 from xlstm_jax.modules.initializers import (
     inverse_softplus_of_steps,
+    log_of_indices,
     ones,
     small,
     uniform,
@@ -27,7 +28,7 @@ from xlstm_jax.modules.initializers import (
 from xlstm_jax.modules.linear import Dense, fused_dense
 from xlstm_jax.ops.activations import silu, silu_gate
 from xlstm_jax.sharding import constrain
-from xlstm_jax.typing import Array, Flag, Float, PRNGKeyArray, Size
+from xlstm_jax.typing import Array, Flag, Float, Size
 
 
 class MambaLayerState(NamedTuple):
@@ -106,9 +107,3 @@ class MambaLayer(nn.Module):
             conv_state(batch_size, self.cfg.conv_width, F, dtype),
             mamba_init(batch_size, F, self.cfg.state_dim, cell_dtype),
         )
-
-
-def log_of_indices(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """log 1, log 2, ... along the last axis."""
-    del key
-    return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=jnp.float32)), shape)

@@ -185,6 +185,15 @@ class HybridConfig(CellConfig):
             )
 
 
+def check_steps(field: str, dt_min: float, dt_max: float) -> None:
+    """Raises ConfigError unless the bounds of the initial step sizes are in order."""
+    if dt_min > dt_max:
+        raise ConfigError(
+            f"{field}.dt_max must be at least {field}.dt_min={dt_min}, got {dt_max}; raise it, or "
+            f"lower {field}.dt_min."
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MambaConfig:
     """Sizes of a Mamba block (letter b)."""
@@ -209,6 +218,7 @@ class MambaConfig:
             "above 0": "dt_min dt_max norm_eps",
         }
         check_fields(self, "mamba.", demands)
+        check_steps("mamba", self.dt_min, self.dt_max)
         check_implementation("mamba", "selective_scan", self.implementation)
 
     def width(self, dim: int) -> int:
@@ -248,6 +258,7 @@ class Mamba2Config:
             "above 0": "dt_min dt_max norm_eps",
         }
         check_fields(self, "mamba2.", demands)
+        check_steps("mamba2", self.dt_min, self.dt_max)
         check_implementation("mamba2", "ssd", self.implementation)
 
     def width(self, dim: int) -> int:

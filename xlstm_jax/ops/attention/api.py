@@ -1,5 +1,7 @@
 """Causal softmax attention over a sequence: one signature, several implementations."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from xlstm_jax.cells.attention import (
@@ -9,10 +11,18 @@ from xlstm_jax.cells.attention import (
     attention_init,
     attention_scan,
 )
+from xlstm_jax.cells.logspace import common_dtype
 from xlstm_jax.errors import ArgumentError
 from xlstm_jax.ops import dispatch, over_time
 from xlstm_jax.ops.attention.arguments import Inputs, Options
 from xlstm_jax.ops.attention.blockwise import attention_blockwise, attention_parallel
+from xlstm_jax.ops.attention.decode import attention_decode, decode_refusal
+from xlstm_jax.ops.attention.kernels import (
+    attention_cudnn,
+    attention_splash,
+    cudnn_refusal,
+    splash_refusal,
+)
 from xlstm_jax.ops.dispatch import Implementation
 from xlstm_jax.ops.flags import Flags
 from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
@@ -43,6 +53,9 @@ def _in_blocks(call: dispatch.Call) -> str | None:
 
 # Ordered by preference: "auto" selects the first that supports the call.
 IMPLEMENTATIONS = {
+    "decode": Implementation(attention_decode, decode_refusal),
+    "cudnn": Implementation(attention_cudnn, cudnn_refusal),
+    "splash": Implementation(attention_splash, splash_refusal),
     "blockwise": Implementation(attention_blockwise, _in_blocks),
     "parallel": Implementation(attention_parallel, _in_blocks),
     "recurrent": Implementation(_recurrent),
@@ -87,8 +100,6 @@ def attention(
         if value < least:
             raise ArgumentError(f"attention: `{name}` must be at least {least}, got {value}.")
     over_time.check_groups("attention", "k", k, "q", q)
-    if implementation == "auto" and q.ndim > 1 and q.shape[1] == 1:
-        implementation = "recurrent"
     options = Options(window, num_sinks, rotary, is_initial=state is None)
 
     def init(inputs: Inputs, dtype: jnp.dtype) -> AttentionState:
@@ -100,5 +111,25 @@ def attention(
 
     inputs, flags = Inputs(q, k, v), Flags.of(reset, mask)
     return over_time.run(
-        SIGNATURE, IMPLEMENTATIONS, implementation, inputs, state, flags, init=init, options=options
+        SIGNATURE,
+        IMPLEMENTATIONS,
+        implementation,
+        inputs,
+        state,
+        flags,
+        init=init,
+        facts=_facts(inputs, state, flags, options),
+        options=options,
     )
+
+
+def _facts(
+    inputs: Inputs, state: AttentionState | None, flags: Flags, options: Options
+) -> dict[str, Any]:
+    """Facts of a call besides its sizes."""
+    T = inputs.q.shape[1] if inputs.q.ndim > 1 else 0
+    uses = {name for name, flag in flags._asdict().items() if flag is not None}
+    uses |= {"state"} if state is not None else set()
+    if not (isinstance(T, int) and T <= options.window):  # otherwise every query sees all before
+        uses |= {"window", "num_sinks"} if options.num_sinks else {"window"}
+    return dict(uses=frozenset(uses), dtype=common_dtype(*(x.dtype for x in inputs)))

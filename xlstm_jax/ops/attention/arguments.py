@@ -117,7 +117,7 @@ def cache_after(sequence: Sequence, state: AttentionState, options: Options) -> 
     written &= is_visible(length[:, None] - 1, key, options.window, options.num_sinks)
     slot = slot_of(key, options.window, options.num_sinks)
     slot = jnp.where(written, slot, state.k.shape[1])  # out of bounds: dropped
-    batch = jnp.arange(len(slot))[:, None]
+    batch = jnp.arange(slot.shape[0])[:, None]
     k, v = (
         old.at[batch, slot].set(new[:, -T:].astype(old.dtype), mode="drop")
         for old, new in ((old_k, sequence.k), (old_v, sequence.v))
