@@ -135,7 +135,7 @@ PLANS_7B = (
 
 def _baseline(pattern: str, **fields: Any) -> ModelWorkload:
     """A quarter of the width and a third of the depth of the models of 160 million parameters."""
-    model = LMConfig(vocab_size=4096, dim=256, pattern=pattern, final_norm="rms", **fields)
+    model = LMConfig(**dict(vocab_size=4096, dim=256, pattern=pattern, final_norm="rms") | fields)
     return ModelWorkload(model=model, batch_size=4, seq_len=512)
 
 
@@ -144,12 +144,14 @@ BASELINES = {
     "xLSTM[7:1]": _baseline("mmmsmmmm"),
     "xLSTM (large)": _baseline("M" * 4),
     "hybrid": _baseline("h" * 4, hybrid=HybridConfig(window=128)),
-    "Llama": _baseline("a" * 4),
+    "Llama": _baseline("a" * 4, final_norm_eps=1e-6),
     "sliding window": _baseline("w" * 4, window=WindowConfig(window=128)),
     "Mamba": _baseline("b" * 8),
     "Mamba-2": _baseline("B" * 8),
     "gated delta net": _baseline("d" * 4),
-    "RWKV-4": _baseline("r" * 4, embedding_norm="layer_scale"),
+    "RWKV-4": _baseline(
+        "r" * 4, embedding_norm="layer_scale", final_norm="layer_scale", final_norm_bias=True
+    ),
     "LSTM (block)": _baseline("L" * 4),
 }
 """xLSTM and the models that it is compared with, at about equal sizes."""

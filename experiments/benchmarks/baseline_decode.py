@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import measure
-from xlstm_jax.modules import BLOCKS, LM, LayerNorm, LMConfig, RMSNorm, lm_logits
+from xlstm_jax.modules import BLOCKS, LM, LayerNorm, LMConfig, lm_logits
+from xlstm_jax.modules.lm import final_norm
 from xlstm_jax.ops.embed import embed
 
 CONTEXTS = tuple(4**n for n in range(3, 9))  # 64 to 65,536
@@ -70,8 +71,8 @@ def decoder(cfg: LMConfig, params: Any, states: list[Any]) -> Callable[[], jax.A
         for module, block, state in zip(modules, blocks, states, strict=True):
             x, state = module.apply({"params": block}, x, state)
             new.append(state)
-        x = RMSNorm(cfg.final_norm_eps, parent=None).apply({"params": shared["out_norm"]}, x)
-        logits = lm_logits(cfg, shared, x)[:, 0]
+        hidden: Any = final_norm(cfg, parent=None).apply({"params": shared["out_norm"]}, x)
+        logits = lm_logits(cfg, shared, hidden)[:, 0]
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), new
 
     # One program for all tokens, so that dispatch takes no time; the loop updates states in place.

@@ -82,9 +82,7 @@ class _Model(nn.Module):
         x, *rest = stack(x, state, reset, mask, **options)
         if cfg.final_norm == "none":
             return x, *rest
-        norm = LayerNorm if cfg.final_norm.startswith("layer") else RMSNorm
-        as_offset = cfg.final_norm in ("layer", "rms_offset")
-        norm = norm(cfg.final_norm_eps, cfg.final_norm_bias, as_offset, name="out_norm")
+        norm = final_norm(cfg, name="out_norm")
         return norm(x), *rest
 
 
@@ -208,6 +206,13 @@ class Backbone(_Model):
     def _own_params(self, *trees: Any) -> tuple[Any, ...]:
         names = ("stack", "out_norm")  # those of an `LM` are accepted too
         return tuple({name: tree[name] for name in names if name in tree} for tree in trees)
+
+
+def final_norm(cfg: LMConfig, **options: Any) -> LayerNorm | RMSNorm:
+    """The norm of the last hidden states, unless `cfg.final_norm` is "none"."""
+    norm = LayerNorm if cfg.final_norm.startswith("layer") else RMSNorm
+    as_offset = cfg.final_norm in ("layer", "rms_offset")
+    return norm(cfg.final_norm_eps, cfg.final_norm_bias, as_offset, **options)
 
 
 def param_shapes(cfg: LMConfig) -> Any:
