@@ -33,10 +33,10 @@ from xlstm_jax.train import ExperimentConfig, fit, rundir
 from xlstm_jax.train.config import OptimizerName
 
 RATES: dict[OptimizerName, tuple[float, ...]] = {
-    "muon": (1e-3, 3e-3, 1e-2),
+    "muon": (3e-3, 1e-2, 3e-2),
     "adamw": (1e-3, 3e-3, 1e-2),
-    "lion": (1e-4, 3e-4, 1e-3),
-    "schedule_free_adamw": (3e-3, 1e-2, 3e-2),
+    "lion": (3e-4, 1e-3, 3e-3),
+    "schedule_free_adamw": (1e-3, 3e-3, 1e-2),
 }
 """Optimizer -> candidates for its peak learning rate; the size smoke has only the second."""
 

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -456,6 +457,14 @@ def test_describe_prints_shapes_costs_and_weight_decay_and_writes_nothing(workdi
     counts = [int(row[-2].replace(",", "")) for row in rows.values() if row[-1] in ("yes", "no")]
     assert rows["parameters"] == [f"{sum(counts):,}"]
     assert "256 = 4 x 64" in text and "FLOPs per token" in text and "on one device" in text
+    assert "trained" not in rows
+
+
+def test_describe_counts_the_parameters_that_are_trained(workdir, capsys):
+    assert main(["describe", CONFIG, "--size", "smoke", "--train.freeze", "^(?!lm_head)"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"trained +8,224 \(", text)
+    assert main(["describe", CONFIG, "--size", "smoke", "--train.freeze", "nothing"]) == 2
 
 
 def test_cpu_settings_are_applied_before_the_command_runs(monkeypatch):

@@ -17,6 +17,7 @@ from xlstm_jax.sharding.placement import bytes_per_device
 from xlstm_jax.sharding.rules import get_rules
 from xlstm_jax.train.config import ExperimentConfig, check_divisibility
 from xlstm_jax.train.optimizer import decay_mask, lr_factor_of, make_optimizer, weight_decay_of
+from xlstm_jax.train.trainable import partition
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,10 @@ def run(argv: list[str]) -> int:
         "total FLOPs": f"{flops * tokens * steps:.4g}",
         "memory, without temporaries": _memory(cfg, params),
     }
+    if cfg.train.freeze is not None:
+        trained, _ = partition(params, cfg.train.freeze)
+        num_trained = sum(leaf.size for leaf in jax.tree.leaves(trained))
+        fields["trained"] = f"{num_trained:,} ({num_trained / num_params:.1%})"
     if cfg.train.lr_factors:
         fields["learning rates"] = _learning_rates(cfg, params)
     console.print_table(["parameter", "shape", "count", "decayed"], rows)
