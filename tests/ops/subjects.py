@@ -235,7 +235,7 @@ def _baseline_case(variant: str, length: int, normal: Any, gate_scale: float) ->
         inputs = {"q": normal(B, length, 2 * H, K), "k": k, "v": normal(B, length, H, V)}
         # A float: an integer has no gradient. `runs` converts it.
         filled = np.array([3.0, 11.0])
-        state = AttentionState(normal(B, S, H, K), normal(B, S, H, V), filled)
+        state = AttentionState(normal(B, H, S, K), normal(B, H, S, V), filled)
         return Case(inputs, {}, state)
     v = normal(B, length, 2 * H, V)
     if variant == "ssd":

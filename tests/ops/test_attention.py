@@ -215,7 +215,7 @@ def step_arguments(window: int, num_sinks: int, dtype):
     normal = lambda *sizes: jnp.asarray(rng.standard_normal((4, *sizes)), dtype)  # noqa: E731
     S = window + num_sinks
     length = jnp.asarray([0, S + 2, 3, S], jnp.int32)
-    state = AttentionState(normal(S, GROUPS, K), normal(S, GROUPS, K), length)
+    state = AttentionState(normal(GROUPS, S, K), normal(GROUPS, S, K), length)
     return (normal(1, H, K), normal(1, GROUPS, K), normal(1, GROUPS, K)), state
 
 
@@ -254,7 +254,7 @@ def test_decoding_updates_a_donated_cache_in_place(name, is_copied):
 
     # Without the options of tests, which disable the pass that removes copies.
     compiled = jax.jit(step, donate_argnums=3).lower(q, k, v, state, mask).compile()
-    sizes = f"4,{S},{GROUPS},{width}"
+    sizes = f"4,{GROUPS},{S},{width}"
     copies = re.findall(rf"= f32\[{sizes}\]\S* (?:copy|select)\(", compiled.as_text())
     assert bool(copies) == is_copied
     cache = state.k.nbytes + state.v.nbytes

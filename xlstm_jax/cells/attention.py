@@ -25,8 +25,8 @@ class AttentionState(NamedTuple):
     Slots of positions that do not exist yet are 0. Keys and values have the dtype of activations.
     """
 
-    k: Float[Array, "B S groups K"]  # rotated
-    v: Float[Array, "B S groups V"]
+    k: Float[Array, "B groups S K"]  # rotated
+    v: Float[Array, "B groups S V"]
     length: Int[Array, "B"]  # positions of the document so far
 
 
@@ -71,8 +71,8 @@ def attention_init(
 ) -> AttentionState:
     """The initial state: zeros."""
     return AttentionState(
-        jnp.zeros((batch_size, num_slots, groups, qk_dim), dtype),
-        jnp.zeros((batch_size, num_slots, groups, v_dim), dtype),
+        jnp.zeros((batch_size, groups, num_slots, qk_dim), dtype),
+        jnp.zeros((batch_size, groups, num_slots, v_dim), dtype),
         jnp.zeros(batch_size, jnp.int32),
     )
 
@@ -128,10 +128,10 @@ def attention_step(
     position, batch = state.length, jnp.arange(q.shape[0])
     slot, count = slot_of(position, window, num_sinks), 1
     if mask is not None:
-        slot = jnp.where(mask, slot, state.k.shape[1])  # out of bounds: dropped
+        slot = jnp.where(mask, slot, state.k.shape[2])  # out of bounds: dropped
         count = mask.astype(position.dtype)
     keys, values = (
-        old.at[batch, slot].set(new.astype(old.dtype), mode="drop")
+        old.at[batch, :, slot].set(new.astype(old.dtype), mode="drop")
         for old, new in ((state.k, rotary(k, position)), (state.v, v))
     )
     state = AttentionState(keys, values, position + count)
@@ -139,17 +139,17 @@ def attention_step(
     scores = _scores(q, keys, position, key_position, window, num_sinks, rotary)
     visible = is_visible(position[:, None], key_position, window, num_sinks)
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, NEG), axis=-1)
-    y = exact_einsum("BGRS,BSGV->BGRV", weights, values.astype(weights.dtype))
+    y = exact_einsum("BGRS,BGSV->BGRV", weights, values.astype(weights.dtype))
     return state, y.reshape(*q.shape[:2], v.shape[-1])
 
 
 def _scores(q, keys, position, key_position, window: int, num_sinks: int, rotary: Rotary):
     """Scaled products of each query with all slots, "B groups R S"; R heads share a group."""
-    (B, H, K), groups, wide = q.shape, keys.shape[2], state_dtype(q, keys)
+    (B, H, K), groups, wide = q.shape, keys.shape[1], state_dtype(q, keys)
 
     def with_keys(position):
         rotated = rotary(q, position).astype(wide).reshape(B, groups, H // groups, K)
-        return exact_einsum("BGRK,BSGK->BGRS", rotated * K**-0.5, keys.astype(wide))
+        return exact_einsum("BGRK,BGSK->BGRS", rotated * K**-0.5, keys.astype(wide))
 
     scores = with_keys(position)
     if not num_sinks:

@@ -53,7 +53,7 @@ def on_any_mesh(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _STATE_AXES = {
-    AttentionState: "B _ H",  # a cache of S slots
+    AttentionState: "B H",
     GatedDeltaState: "B H",
     LSTMState: "B H",
     MLSTMState: "B H",

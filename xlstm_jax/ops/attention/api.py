@@ -31,7 +31,7 @@ from xlstm_jax.typing import Array, Flag, Float
 SIGNATURE = over_time.Signature(
     "attention",
     Inputs._make(("B T H K", "B T groups K", "B T groups V")),
-    AttentionState._make(("B S groups K", "B S groups V", "B")),
+    AttentionState._make(("B groups S K", "B groups S V", "B")),
     "B T H V",
 )
 
@@ -62,7 +62,7 @@ IMPLEMENTATIONS = {
 }
 
 
-@on_any_mesh((SIGNATURE.y, AttentionState._make(("B _ H _", "B _ H _", "B"))))
+@on_any_mesh((SIGNATURE.y, AttentionState._make(("B H _ _", "B H _ _", "B"))))
 def attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T groups K"],

@@ -64,8 +64,8 @@ class Sequence(NamedTuple):
 
     q: Float[Array, "B T H K"]
     q_near: Float[Array, "B T H K"] | None  # rotated for sinks outside of the window
-    k: Float[Array, "B S groups K"]
-    v: Float[Array, "B S groups V"]
+    k: Float[Array, "B groups S K"]
+    v: Float[Array, "B groups S V"]
     positions: Positions
 
 
@@ -74,10 +74,11 @@ def with_cache(inputs: Inputs, state: AttentionState, flags: Flags, options: Opt
     q, k, v = (flags.zero_masked(a) for a in inputs)
     query, document = _count(state.length, flags, q.shape[1])
     key = query if flags.mask is None else jnp.where(flags.mask, query, -1)
-    k, key_document = options.rotary(k, query), document
+    k, v = (jnp.moveaxis(a, 2, 1) for a in (options.rotary(k, query), v))
+    key_document = document
     if not options.is_initial:
         slots = slot_positions(state.length, options.window, options.num_sinks)
-        k, v = (jnp.concatenate(a, axis=1) for a in ((state.k, k), (state.v, v)))
+        k, v = (jnp.concatenate(a, axis=2) for a in ((state.k, k), (state.v, v)))
         key = jnp.concatenate([slots, key], axis=1)
         if document is not None:
             key_document = jnp.concatenate([jnp.zeros_like(slots), document], axis=1)
@@ -116,10 +117,12 @@ def cache_after(sequence: Sequence, state: AttentionState, options: Options) -> 
     length = jnp.maximum(jnp.max(jnp.where(written, key, -1), axis=1) + 1, last)
     written &= is_visible(length[:, None] - 1, key, options.window, options.num_sinks)
     slot = slot_of(key, options.window, options.num_sinks)
-    slot = jnp.where(written, slot, state.k.shape[1])  # out of bounds: dropped
+    slot = jnp.where(written, slot, state.k.shape[2])  # out of bounds: dropped
     batch = jnp.arange(slot.shape[0])[:, None]
     k, v = (
-        old.at[batch, slot].set(new[:, -T:].astype(old.dtype), mode="drop")
+        old.at[batch, :, slot].set(
+            jnp.moveaxis(new[:, :, -T:], 1, 2).astype(old.dtype), mode="drop"
+        )
         for old, new in ((old_k, sequence.k), (old_v, sequence.v))
     )
     return AttentionState(k, v, length)

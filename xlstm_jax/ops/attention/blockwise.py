@@ -56,12 +56,17 @@ def attend(
     near = None if sequence.q_near is None else sequence.q_near[:, queries]
     core = jax.checkpoint(functools.partial(_attend, dtype), prevent_cse=False)
     return core(
-        sequence.q[:, queries], near, sequence.k[:, keys], sequence.v[:, keys], visible, is_far
+        sequence.q[:, queries],
+        near,
+        sequence.k[:, :, keys],
+        sequence.v[:, :, keys],
+        visible,
+        is_far,
     )
 
 
 def _num_cached(sequence: Sequence) -> int:
-    return sequence.k.shape[1] - sequence.q.shape[1]
+    return sequence.k.shape[2] - sequence.q.shape[1]
 
 
 def _first_key(sequence: Sequence, queries: slice, flags: Flags, options: Options) -> int:
@@ -74,8 +79,8 @@ def _first_key(sequence: Sequence, queries: slice, flags: Flags, options: Option
 
 
 def _attend(dtype: jnp.dtype, q, near, k, v, visible, is_far) -> Float[Array, "B Tq H V"]:
-    wide, (B, T, H, K), groups = state_dtype(q, k, v), q.shape, k.shape[2]
-    k, v = (jnp.moveaxis(a, 2, 1).astype(wide) for a in (k, v))
+    wide, (B, T, H, K), groups = state_dtype(q, k, v), q.shape, k.shape[1]
+    k, v = k.astype(wide), v.astype(wide)
 
     def scores_of(q: Array) -> Array:
         q = q.astype(wide).reshape(B, T, groups, H // groups, K) * K**-0.5

@@ -90,8 +90,11 @@ def attention_cudnn(
     elif options.window < inputs.q.shape[1]:
         window = (options.window - 1, 0)  # positions before and after the query
     attend: Any = jax.nn.dot_product_attention
+    q, k, v = _operands(sequence)
     y = attend(
-        *_operands(sequence),
+        q,
+        jnp.moveaxis(k, 1, 2),
+        jnp.moveaxis(v, 1, 2),
         mask=mask,
         is_causal=True,
         local_window_size=window,
@@ -112,7 +115,7 @@ def attention_splash(
     q = (q.astype(state_dtype(q)) * K**-0.5).astype(q.dtype)
     # Padded keys are later than all queries.
     length = common.round_up(T, common.LANES)
-    q, k, v = (common.pad(jnp.moveaxis(a, 2, 1), 2, length) for a in (q, k, v))
+    q, k, v = (common.pad(a, 2, length) for a in (jnp.moveaxis(q, 2, 1), k, v))
     block = next(size for size in BLOCK_SIZES if length % size == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     blocks: dict[str, Any] = {f"block_{name}": block for name in names}
