@@ -196,7 +196,7 @@ def test_cache_of_another_size_is_rejected():
     cfg = models.config("a")
     longer = dataclasses.replace(cfg.attention, cache_size=9)
     model, x = _model_and_input(LM, "a", attention=longer)
-    message = r"leaf 'a/k' must be .* \(1, 2, 9, 2, 8\), got .* \(1, 2, 7, 2, 8\); use init_state"
+    message = r"leaf 'a/k' must be .* \(1, 2, 2, 9, 8\), got .* \(1, 2, 2, 7, 8\); use init_state"
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(model.apply, variables, x, LM(cfg).init_state(2))
