@@ -95,8 +95,13 @@ def test_model_has_the_published_parameter_count(name):
     assert _count(cfg) == PUBLISHED.get(name, flops.count_params(cfg))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", presets.names())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive if "_d" in name else pytest.mark.slow)
+        for name in presets.names()
+    ],
+)
 def test_formula_counts_the_parameters_of_every_preset(name):
     cfg = presets.get(name)
     assert _count(cfg) == flops.count_params(cfg)

@@ -287,7 +287,7 @@ def test_results_of_ops_carry_the_sharding_of_the_rules(rng):
 
 STATE_SPECS = {
     "L": [(None, "data", "tensor", None)] * 2,
-    "a": [(None, "data", None, "tensor", None)] * 2 + [(None, "data")],
+    "a": [(None, "data", "tensor", None, None)] * 2 + [(None, "data")],
     "b": [(None, "data", None, None), (None, "data", "tensor", None)],
     "B": [(None, "data", None, None)] * 3 + [(None, "data", "tensor", None, None)],
     "d": [(None, "data", None, None)] * 3 + [(None, "data", "tensor", None, None)],

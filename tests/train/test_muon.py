@@ -124,16 +124,26 @@ def test_embeddings_gates_norms_biases_and_convolutions_are_updated_by_adam(mode
     assert min(counts.values()) > 10
 
 
+# Gates per head, step sizes and convolutions.
+BASELINE_ADAM = (*ADAM, "mamba2/dt/", "gated_delta/beta", "gated_delta/decay", "hybrid/input_gate")
+BASELINE_ADAM += ("hybrid/forget_gate",)
+
+
+def speed(preset: str) -> pytest.MarkDecorator:
+    """The smallest of a family is slow, the others are left to the run of every test."""
+    return pytest.mark.slow if "_125m" in preset else pytest.mark.exhaustive
+
+
 @pytest.mark.parametrize(
     "name",
     # Those of one generation have the same parameters at other sizes.
-    [None, "xlstm_7b", *(pytest.param(n, marks=pytest.mark.slow) for n in presets.PRESETS)],
+    [None, "xlstm_7b", *(pytest.param(n, marks=speed(n)) for n in presets.PRESETS)],
 )
 def test_every_parameter_of_every_preset_has_an_entry_that_fits_its_axes(name):
     for path, leaf in named(param_shapes(MODEL if name is None else presets.get(name))).items():
         matrices = matrices_of(path)
         is_kernel = path.endswith("kernel") and "conv" not in path
-        is_adam = any(part in path for part in ADAM)
+        is_adam = any(part in path for part in BASELINE_ADAM)
         assert (matrices is not None) == (is_kernel and not is_adam), path
         if matrices is not None:
             axes = matrices.axes.rjust(leaf.ndim, "b") if "stack/" in path else matrices.axes
@@ -148,9 +158,6 @@ WITH_BIASES = dict(
     mamba=options.MambaConfig(use_bias=True),
     mamba2=options.Mamba2Config(use_bias=True, head_dim=16),
 )
-# Gates per head, step sizes and convolutions.
-BASELINE_ADAM = (*ADAM, "mamba2/dt/", "gated_delta/beta", "gated_delta/decay", "hybrid/input_gate")
-BASELINE_ADAM += ("hybrid/forget_gate",)
 
 
 @pytest.mark.parametrize("letter", BASELINES)
