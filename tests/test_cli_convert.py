@@ -57,6 +57,17 @@ def test_run_to_hf_inverts_hf_to_run(workdir, capsys):  # noqa: F811
     assert_same_trees(a[1], b[1])
 
 
+def test_a_baseline_becomes_a_run_and_the_same_folder_again(workdir):  # noqa: F811
+    source = FOLDER / "mamba_tiny"
+    assert main(["convert", "hf-to-run", str(source), "run"]) == 0
+    assert main(["convert", "run-to-hf", "run", "out"]) == 0
+    a, b = (
+        safetensors.numpy.load_file(folder / "model.safetensors")
+        for folder in (source, workdir / "out")
+    )
+    assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
 def test_license_file_is_used_if_the_model_card_names_none(tmp_path):
     assert license.find(tmp_path) == license.UNKNOWN
     (tmp_path / "LICENSE").write_text("\n  Some Community License\n\nterms\n")

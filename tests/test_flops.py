@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from typing import Any
 
 import jax
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from xlstm_jax import flops
 from xlstm_jax.config import ConfigError
 from xlstm_jax.modules import LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig, counts, presets
+from xlstm_jax.modules.baselines import options
 from xlstm_jax.modules.lm import param_shapes
 
 
@@ -18,7 +20,7 @@ def _random_config(rng: random.Random) -> LMConfig:
     return LMConfig(
         vocab_size=rng.randint(3, 40),
         dim=dim,
-        pattern="".join(rng.choices("msM", k=rng.randint(1, 2))),
+        pattern="".join(rng.choices("msMlLawhbBdr", k=rng.randint(1, 2))),
         mlstm=MLSTMConfig(
             num_heads=heads,
             inner_dim=rng.choice([None, heads * 8]),
@@ -42,15 +44,44 @@ def _random_config(rng: random.Random) -> LMConfig:
             ffn_dim=rng.choice([None, 9]),
             use_bias=rng.random() < 0.5,
         ),
-        final_norm=rng.choice(["layer", "rms", "none"]),
+        **_baselines(rng, heads),
+        embedding_norm=rng.choice(["none", "layer_scale"]),
+        final_norm=rng.choice(["layer", "rms", "none", "layer_scale", "rms_offset"]),
         final_norm_bias=rng.random() < 0.5,
         tie_embeddings=rng.random() < 0.5,
     )
 
 
+def _baselines(rng: random.Random, heads: int) -> dict[str, Any]:
+    flag = lambda: rng.random() < 0.5  # noqa: E731
+    attention = dict(
+        num_heads=2 * heads,
+        num_kv_heads=rng.choice([None, heads]),
+        head_dim=rng.choice([6, 10]),
+        qk_norm=flag(),
+        output_gate=flag(),
+        use_bias=flag(),
+        norm_offset=flag(),
+        ffn_dim=rng.choice([None, 9]),
+    )
+    delta = dict(num_heads=2 * heads, num_qk_heads=rng.choice([None, heads]))
+    delta |= dict(qk_dim=rng.choice([3, 5]), v_dim=rng.choice([None, 7]))
+    mamba = dict(conv_width=rng.randint(1, 4), conv_bias=flag(), use_bias=flag())
+    return dict(
+        lstm=options.LSTMConfig(num_heads=heads, ffn_dim=rng.choice([None, 9])),
+        attention=options.AttentionConfig(**attention),
+        window=options.WindowConfig(**attention),
+        hybrid=options.HybridConfig(num_heads=heads, ffn_dim=rng.choice([None, 9])),
+        mamba=options.MambaConfig(state_dim=5, dt_rank=rng.choice([None, 3]), **mamba),
+        mamba2=options.Mamba2Config(inner_dim=24, head_dim=6, groups=2, state_dim=5, **mamba),
+        gated_delta=options.GatedDeltaConfig(**delta),
+        rwkv4=options.RWKV4Config(inner_dim=rng.choice([None, 10]), ffn_dim=rng.choice([None, 9])),
+    )
+
+
 def test_parameter_formula_equals_the_size_of_the_parameters():
     rng = random.Random(1)
-    for _ in range(9):
+    for _ in range(24):
         cfg = _random_config(rng)
         num_params = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(cfg)))
         assert flops.count_params(cfg) == num_params, cfg
@@ -77,6 +108,35 @@ def test_flops_of_a_training_run_equal_the_published_figure(count, published):
     assert 128 * 3500 * flops.train_flops(cfg, 8192, count=count) == pytest.approx(published, 1e-12)
 
 
+@pytest.mark.parametrize(
+    "seq_len, attention, published",
+    [
+        (2048, "causal", 2.83810406e9),
+        (8192, "causal", 3.44798208e9),
+        (16384, "causal", 4.26115277e9),
+        (2048, "full", 2.83810406e9 - 2.03292672e8 + 4.05012480e8),
+    ],
+)
+def test_flops_per_token_of_a_transformer_equal_the_published_figure(seq_len, attention, published):
+    cfg = presets.get("scaling_llama_d2048_l24_h16")
+    total = flops.forward_flops(cfg, seq_len, attention=attention)
+    assert total / seq_len == pytest.approx(published, rel=1e-8)
+
+
+def test_flops_of_a_training_run_of_a_transformer_equal_the_published_figure():
+    cfg = presets.get("scaling_llama_d768_l12_h12")
+    assert 128 * 3500 * flops.train_flops(cfg, 8192) == pytest.approx(4.416454740934656e18, 1e-12)
+
+
+def test_a_window_bounds_the_flops_per_token():
+    cfg = LMConfig(vocab_size=8, dim=32, pattern="w")
+    costs = [flops.forward_flops(cfg, T) / T for T in (64, 256, 10**5, 10**6)]
+    assert costs == sorted(costs) and costs[3] / costs[2] < 1.001
+    beyond = (256 + 4) * 4 * (4 * 8 + 5)  # window and sinks of four heads of width 8
+    without = flops.forward_flops(cfg, 1) - 4 * (4 * 8 + 5) / 2
+    assert costs[3] == pytest.approx(without + beyond, rel=1e-3)
+
+
 def test_cells_add_at_most_35_percent_to_six_flops_per_parameter():
     """6 N, without the embedding, is the cost of the products with parameters."""
     for name in ("xlstm_1.3b_1:0", "xlstm_1.3b_7:1", "xlstm_7b"):
@@ -100,6 +160,10 @@ def test_flops_of_blocks_of_different_kinds_add_up():
     "arguments, message",
     [
         (dict(seq_len=0), "seq_len must be at least 1, got 0"),
+        (
+            dict(seq_len=8, attention="all"),
+            "attention='all' is not known; use one of: causal, full",
+        ),
         (dict(seq_len=8, count="all"), "count='all' is not known; use one of: first, tfla"),
     ],
 )

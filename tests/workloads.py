@@ -4,8 +4,10 @@ A workload is a frozen description; its users create the arrays.
 """
 
 import dataclasses
+from typing import Any
 
 from xlstm_jax.modules import LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig, at
+from xlstm_jax.modules.baselines.options import HybridConfig, WindowConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,3 +131,27 @@ PLANS_7B = (
     # The batch size of arXiv:2503.13427.
     PlanWorkload(preset="xlstm_7b", topology="h100:32x8", fsdp=8, batch_size=512),
 )
+
+
+def _baseline(pattern: str, **fields: Any) -> ModelWorkload:
+    """A quarter of the width and a third of the depth of the models of 160 million parameters."""
+    model = LMConfig(**dict(vocab_size=4096, dim=256, pattern=pattern, final_norm="rms") | fields)
+    return ModelWorkload(model=model, batch_size=4, seq_len=512)
+
+
+BASELINES = {
+    "xLSTM[1:0]": _baseline("m" * 8),
+    "xLSTM[7:1]": _baseline("mmmsmmmm"),
+    "xLSTM (large)": _baseline("M" * 4),
+    "hybrid": _baseline("h" * 4, hybrid=HybridConfig(window=128)),
+    "Llama": _baseline("a" * 4, final_norm_eps=1e-6),
+    "sliding window": _baseline("w" * 4, window=WindowConfig(window=128)),
+    "Mamba": _baseline("b" * 8),
+    "Mamba-2": _baseline("B" * 8),
+    "gated delta net": _baseline("d" * 4),
+    "RWKV-4": _baseline(
+        "r" * 4, embedding_norm="layer_scale", final_norm="layer_scale", final_norm_bias=True
+    ),
+    "LSTM (block)": _baseline("L" * 4),
+}
+"""xLSTM and the models that it is compared with, at about equal sizes."""

@@ -22,27 +22,38 @@ def count_params(cfg: LMConfig) -> int:
     blocks = sum(n * BLOCKS[letter].count_params(cfg) for letter, n in letters.items())
     embeddings = cfg.vocab_size * cfg.dim * (1 if cfg.tie_embeddings else 2)
     norm = 0 if cfg.final_norm == "none" else cfg.dim * (1 + cfg.final_norm_bias)
-    return blocks + embeddings + norm
+    embedding_norm = 0 if cfg.embedding_norm == "none" else 2 * cfg.dim
+    return blocks + embeddings + embedding_norm + norm
 
 
-def train_flops(cfg: LMConfig, seq_len: int, *, count: str = "first") -> float:
+def train_flops(
+    cfg: LMConfig, seq_len: int, *, count: str = "first", attention: str = "causal"
+) -> float:
     """FLOPs of one training sequence, forward and backward.
 
     Args:
         seq_len: tokens per sequence.
         count: how the mLSTM cell is counted: "first", by which the study labels its budgets, or
             "tfla", its later count, which skips masked tiles.
+        attention: which pairs of a query and a key are counted: "causal", those that are seen, or
+            "full", all.
 
     Raises:
-        ConfigError: `seq_len` is below 1 or `count` is unknown.
+        ConfigError: `seq_len` is below 1, or `count` or `attention` is unknown.
     """
-    return 3 * forward_flops(cfg, seq_len, count=count)
+    return 3 * forward_flops(cfg, seq_len, count=count, attention=attention)
 
 
-def forward_flops(cfg: LMConfig, seq_len: int, *, count: str = "first") -> float:
+def forward_flops(
+    cfg: LMConfig, seq_len: int, *, count: str = "first", attention: str = "causal"
+) -> float:
     """FLOPs of the forward pass of one sequence; arguments and errors as in `train_flops`."""
     check_range("seq_len", seq_len, "at least 1")
     check_choice("count", count, CELL_FLOPS)
-    letters = collections.Counter(cfg.pattern)
-    per_token = sum(n * BLOCKS[letter].forward_flops(cfg, count) for letter, n in letters.items())
+    check_choice("attention", attention, ("causal", "full"))
+    per_token = 0.0
+    for letter, n in collections.Counter(cfg.pattern).items():
+        kind = BLOCKS[letter]
+        context = kind.context_flops(cfg, seq_len, attention)
+        per_token += n * (kind.forward_flops(cfg, count) + context)
     return seq_len * (per_token + 2 * cfg.vocab_size * cfg.dim)

@@ -21,4 +21,15 @@ Flag = Shaped[Array | np.ndarray, "B T"]
 Size = Any
 """The size of an axis: an integer, or a symbolic size where `jax.export` traces."""
 
-__all__ = ["Array", "ArrayLike", "Bool", "Flag", "Float", "Int", "PRNGKeyArray", "PyTree", "Size"]
+__all__ = [
+    "Array",
+    "ArrayLike",
+    "Bool",
+    "Flag",
+    "Float",
+    "Int",
+    "PRNGKeyArray",
+    "PyTree",
+    "Shaped",
+    "Size",
+]

@@ -1,4 +1,4 @@
-"""Times train steps of the official PyTorch package in a separate process."""
+"""Times train steps of PyTorch packages in a separate process."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ SCRIPT = pathlib.Path(__file__).parent / "peer_torch.py"
 
 
 class Peer:
-    """A running `peer_torch.py`; `description` has its variant, parameters and versions."""
+    """A running script such as `peer_torch.py`; `description` has its parameters and versions."""
 
     def __init__(self, python: str, process: subprocess.Popen[str]):
         self._python, self._process = python, process
@@ -31,15 +31,17 @@ class Peer:
         line = self._process.stdout.readline()
         if not line:
             raise ConfigError(
-                f"peer-python must name an interpreter with torch, xlstm and mlstm_kernels, got "
-                f"{self._python!r}, which exited; its error is above."
+                f"peer-python must name an interpreter with torch and the package to compare with, "
+                f"got {self._python!r}, which exited; its error is above."
             )
         return json.loads(line)
 
 
 @contextlib.contextmanager
-def start(python: str | None, case: str) -> Iterator[Peer | None]:
-    """Starts the peer with a model of `workloads.MODELS`; yields None if `python` is None.
+def start(
+    python: str | None, *arguments: str, script: pathlib.Path = SCRIPT
+) -> Iterator[Peer | None]:
+    """Starts the peer with its arguments, those of the script; yields None if `python` is None.
 
     Raises:
         ConfigError: the interpreter does not exist or lacks a package.
@@ -49,7 +51,10 @@ def start(python: str | None, case: str) -> Iterator[Peer | None]:
         return
     try:
         process = subprocess.Popen(
-            [python, str(SCRIPT), case], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [python, str(script), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
     except OSError as error:
         raise ConfigError(

@@ -68,6 +68,17 @@ def slstm(
     return call, args
 
 
+def attention(T: int, K: int, dtype=jnp.bfloat16, *, flags: bool = False, **options):
+    """A call of `ops.attention` with four heads per key, and the shapes of its arguments."""
+    q, kv = shape(B, T, H, K, dtype=dtype), shape(B, T, H // 4, K, dtype=dtype)
+    args = (q, kv, kv, shape(B, T, dtype=bool)) if flags else (q, kv, kv)
+
+    def call(q, k, v, reset=None):
+        return ops.attention(q, k, v, reset=reset, **options)[0]
+
+    return call, args
+
+
 def gradient(call):
     """The gradient of a loss on all results of `call`, for all its floating-point arguments."""
 

@@ -98,3 +98,14 @@ def test_vmap_of_the_gradient_compiles(name):
     mapped = jax.tree.map(lambda x: calls.shape(2, *x.shape, dtype=x.dtype), args)
     compiled = compiler.compile_for("v5e", jax.vmap(calls.gradient(call)), *mapped)
     assert compiler.kernels(compiled) == {f"{name}_forward", f"{name}_backward"}
+
+
+@pytest.mark.parametrize("T,K,flags", [(1000, 64, False), (1024, 128, True)])
+def test_splash_attention_compiles_by_default(T, K, flags):
+    """Forward and backward pass, for a length that is not a multiple of the blocks."""
+    call, args = calls.attention(T, K, flags=flags, window=256)
+    compiled = compiler.compile_for("v5e", calls.gradient(call), *args)
+    segmented = "segmented_" * flags
+    names = ("fwd_{}residuals", "dq_{}no_residuals", "dkv_{}no_residuals")
+    expected = {"splash_mha_" + name.format(segmented) for name in names}
+    assert set(re.findall(r"splash_mha_\w+", str(compiled.as_text()))) == expected

@@ -118,7 +118,10 @@ def test_folder_without_weights_or_config_is_rejected(tmp_path, folder):
 
 # Field of config.json -> an unsupported value, and a part of the message.
 HF_FIELDS = {
-    "model_type": ("llama", "must be 'xlstm', got 'llama'"),
+    "model_type": (
+        "gpt2",
+        "must be one of 'xlstm', 'llama', 'mamba', 'mamba2', 'rwkv', 'qwen3_next'",
+    ),
     "weight_mode": ("fused", "must be 'single', got 'fused'; transformers only loads separate"),
     "add_out_norm": (False, "transformers applies that norm anyway"),
     "dtype": ("float16", "load it with dtype='bfloat16' or dtype='float32'"),

@@ -243,7 +243,7 @@ def test_config_with_more_blocks_than_the_weights_is_rejected_at_once(folder, pl
 
 def test_config_with_many_blocks_and_unknown_names_is_rejected_at_once(folder):
     edit(folder, num_blocks=10**9, num_hidden_layers=10**9)
-    rename(folder, lambda name: name.replace("blocks", "layers"))
+    rename(folder, lambda name: name.replace("blocks", "stages"))
     assert "at most 0, the number of blocks in the weights" in message(convert.load_hf, folder)
 
 

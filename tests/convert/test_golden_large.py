@@ -11,7 +11,7 @@ from tests import golden_files
 from tests.convert import published
 from tests.golden_files import FOLDER, assert_all_match, assert_matches
 from xlstm_jax import convert
-from xlstm_jax.convert import large, mapping, names
+from xlstm_jax.convert import large, large_fields, mapping, names
 from xlstm_jax.convert.fields import Fields
 from xlstm_jax.convert.tensors import from_arrays
 from xlstm_jax.generate import generate
@@ -27,7 +27,7 @@ every_model = pytest.mark.parametrize("name", LARGE + HF)
 def _load_large(name):
     golden = golden_files.load(name)
     fields = Fields(golden.config, "the config")
-    cfg = large.lm_config(
+    cfg = large_fields.lm_config(
         fields,
         dim=fields.count("embedding_dim"),
         num_blocks=fields.count("num_blocks"),

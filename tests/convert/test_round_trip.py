@@ -13,7 +13,8 @@ import safetensors.numpy
 from tests.golden_files import FOLDER
 from xlstm_jax import convert, sharding
 from xlstm_jax.config import ConfigError
-from xlstm_jax.convert import hf, large, mapping, names, tensors
+from xlstm_jax.convert import hf, large_fields, mapping, names, tensors
+from xlstm_jax.convert.families import FAMILIES
 from xlstm_jax.convert.layouts import LAYOUTS
 from xlstm_jax.modules import LargeConfig, LMConfig, head_kernel, param_shapes, presets
 
@@ -115,7 +116,7 @@ def test_head_tensor_overrides_tie_word_embeddings(tmp_path, params, has_head):
     edit(tmp_path / "out", tie_word_embeddings=True)
     if not has_head:
         arrays = contents(tmp_path / "out")
-        del arrays[hf.HEAD]
+        del arrays["lm_head.weight"]
         safetensors.numpy.save_file(arrays, tmp_path / "out" / "model.safetensors")
     cfg, _ = convert.load_hf(tmp_path / "out")
     assert cfg.tie_embeddings == (not has_head)
@@ -171,7 +172,7 @@ def test_parameters_are_sharded_over_the_active_mesh():
 @pytest.mark.parametrize("width", [1, 3, 7, 64, 100, 352, 2048, 2112, 10944])
 @pytest.mark.parametrize("dim", [3, 48, 100, 768, 4096])
 def test_factor_of_gives_the_exact_width(width, dim):
-    assert int(dim * large.factor_of(width, dim)) == width
+    assert int(dim * large_fields.factor_of(width, dim)) == width
 
 
 def test_7b_model_has_a_name_for_every_parameter_and_the_published_config():
@@ -196,7 +197,10 @@ def test_7b_model_has_a_name_for_every_parameter_and_the_published_config():
     assert {name: config[name] for name in published} == published
 
 
-@pytest.mark.parametrize("rules", [names.V1, names.LARGE, names.HF])
+RULES = [names.V1, names.LARGE, *(family.rules for family in FAMILIES.values())]
+
+
+@pytest.mark.parametrize("rules", RULES)
 def test_names_and_paths_are_unique(rules):
     # Two kinds of blocks may use the same name, as no block is of both kinds.
     assert len({(rule.torch_name, rule.path.split("/")[1]) for rule in rules}) == len(rules)
@@ -207,6 +211,7 @@ def test_from_torch_inverts_to_torch_for_every_layout(rng):
     shapes = {
         "same": [(3,), (3, 4)],
         "transposed": [(3, 4)],
+        "row": [(3,)],
         "headwise": [(2, 3, 4)],
         "convolution": [(4, 6), (4, 6, 6)],
         "recurrent": [(2, 3, 4, 3)],
@@ -226,7 +231,7 @@ def test_missing_cap_is_saved_as_a_cap_without_effect(tmp_path, key):
     params = init(cfg, key)
     convert.save_hf(tmp_path / "out", cfg, params)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["output_logit_soft_cap"] == config["gate_soft_cap"] == large.NO_CAP
+    assert config["output_logit_soft_cap"] == config["gate_soft_cap"] == large_fields.NO_CAP
     loaded = convert.load_hf(tmp_path / "out")[0]
     assert loaded.logit_soft_cap is None and loaded.large.gate_soft_cap is None
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.convert.baselines import GOLDEN, OTHERS, random_params
 from tests.golden_files import FOLDER
 from xlstm_jax import convert
 from xlstm_jax.convert import compare
@@ -26,10 +27,17 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", ["hf_tiny", "hf_tiny_sharded"])
+@pytest.mark.parametrize("name", ["hf_tiny", "hf_tiny_sharded", *GOLDEN.values()])
 def test_logits_of_a_loaded_folder_are_those_of_transformers(name):
     comparison = compare.with_transformers(FOLDER / name)
     assert comparison.error < 2e-5
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_saved_baseline_has_the_same_logits_in_transformers(family, tmp_path):
+    convert.save_hf(tmp_path / "out", OTHERS[family], random_params(OTHERS[family]))
+    comparison = compare.with_transformers(tmp_path / "out")
+    assert comparison.error < 1e-5
 
 
 def test_gpu_kernels_in_the_config_are_replaced(tmp_path):

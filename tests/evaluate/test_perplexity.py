@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.generate.small import model_and_variables
+from tests.modules import models
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import DataConfig, Windows, load
 from xlstm_jax.data.shards.store import ArrayTokens
@@ -51,9 +52,15 @@ def windows():
     return make_windows(tokens, SEQ_LEN)
 
 
-@pytest.fixture(scope="module")
-def small():
-    return model_and_variables("m")
+@pytest.fixture(
+    scope="module",
+    params=["m", pytest.param(models.MIXED_BASELINES, marks=pytest.mark.slow)],
+    ids=["m", "baselines"],
+)
+def small(request):
+    if request.param == "m":
+        return model_and_variables("m")
+    return models.model_and_variables(models.config(request.param))
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.numpy
 
 from experiments.char_lm import SMOKE
+from tests.convert.baselines import OTHERS
 from tests.fuzz import mutate
 from xlstm_jax import convert, data
 from xlstm_jax.cli import main
@@ -272,12 +273,12 @@ def read_checkpoint(folder: Path) -> bool:
 # Weights
 
 
-def hf_folder(name: str) -> Callable[[Path], bytes]:
+def hf_folder(name: str, cfg: LMConfig = LARGE) -> Callable[[Path], bytes]:
     """A checkpoint of `transformers` in shards, of which one file is mutated."""
 
     def write(folder: Path) -> bytes:
         shutil.rmtree(folder)
-        convert.save_hf(folder, LARGE, zeros(LARGE), max_shard_bytes=2500)
+        convert.save_hf(folder, cfg, zeros(cfg), max_shard_bytes=2500)
         return installed(name, (folder / name).read_bytes(), folder)
 
     return write
@@ -513,6 +514,12 @@ READERS: dict[str, Reader] = {
     "config.json of transformers": Reader(
         250, file_reader(hf_folder("config.json"), as_json, loaded(convert.load_hf))
     ),
+    **{
+        f"config.json of {name}": Reader(
+            60, file_reader(hf_folder("config.json", cfg), as_json, loaded(convert.load_hf))
+        )
+        for name, cfg in OTHERS.items()
+    },
     "index of shards": Reader(
         150, file_reader(hf_folder(tensors.INDEX), change_index, loaded(convert.load_hf))
     ),

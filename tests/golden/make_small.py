@@ -18,8 +18,9 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 CELLS = ["slstm_cell_*", "mlstm_cell_*", "v1_components", "init_constants"]
-MODELS = ["[ms]lstm_layer*", "[ms]lstm_block", "xlstm_*", "hf_*_io"]
+MODELS = ["[ms]lstm_layer*", "[ms]lstm_block", "xlstm_*", "hf_*_io", "[lmr]*_tiny_io"]
 FOLDERS = ["hf_tiny", "hf_tiny_sharded", "xlstm_large_plain_checkpoint"]
+FOLDERS += ["llama_tiny", "mamba_tiny", "rwkv4_tiny"]
 
 INPUTS = re.compile(r"input/|param/|param_ext/|fused/")
 FLOAT64 = re.compile(r"(output|state|grad)64(_h_only)?/|grad64_h_only/")
@@ -48,7 +49,7 @@ def keys_of_model(keys: list[str]) -> list[str]:
 def about(description: dict) -> str:
     """Metadata of a file as JSON."""
     fields = ("config", "notes", "seed", "versions")
-    return json.dumps({field: description[field] for field in fields}, sort_keys=True)
+    return json.dumps({f: description[f] for f in fields if f in description}, sort_keys=True)
 
 
 def main(reference: pathlib.Path) -> None:

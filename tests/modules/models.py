@@ -7,9 +7,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlstm_jax.modules import LM, LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig
+from xlstm_jax.modules.baselines import options
 
 LETTERS = ("m", "s", "M")
 MIXED = "msM"
+BASELINES = ("l", "L", "a", "w", "h", "b", "B", "d", "r")
+MIXED_BASELINES = "awhbBdrL"
+
+_BASELINES = dict(
+    lstm=options.LSTMConfig(num_heads=2, ffn_dim=20),
+    # Fewer heads of keys than of queries, half of the features rotated, a cache of 7 positions.
+    attention=options.AttentionConfig(
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        cache_size=7,
+        rotary_fraction=0.5,
+        qk_norm=True,
+        output_gate=True,
+        ffn_dim=28,
+    ),
+    window=options.WindowConfig(num_heads=2, window=3, num_sinks=2, ffn_dim=28),
+    hybrid=options.HybridConfig(num_heads=2, window=3, num_sinks=1, ffn_dim=28),
+    mamba=options.MambaConfig(inner_dim=24, state_dim=5, dt_rank=3, chunk_size=3),
+    mamba2=options.Mamba2Config(inner_dim=24, head_dim=6, state_dim=5, groups=2, chunk_size=3),
+    gated_delta=options.GatedDeltaConfig(
+        num_heads=4, num_qk_heads=2, qk_dim=5, v_dim=6, ffn_dim=28, chunk_size=3
+    ),
+    rwkv4=options.RWKV4Config(inner_dim=20, ffn_dim=28),
+)
 
 
 def config(pattern: str = MIXED, **changes) -> LMConfig:
@@ -22,6 +48,7 @@ def config(pattern: str = MIXED, **changes) -> LMConfig:
         slstm=SLSTMConfig(num_heads=2, ffn_dim=20, conv_width=3),
         large=LargeConfig(num_heads=2, qk_dim=12, v_dim=20, ffn_dim=28),
         logit_soft_cap=30.0,
+        **_BASELINES,
     )
     return dataclasses.replace(cfg, **changes)
 

@@ -34,7 +34,12 @@ def _assert_close(actual, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize(
-    "pattern, remat", [("msM", "none"), pytest.param(SCANNED, "full", marks=slow)]
+    "pattern, remat",
+    [
+        ("msM", "none"),
+        pytest.param(SCANNED, "full", marks=slow),
+        pytest.param(models.MIXED_BASELINES, "none", marks=slow),
+    ],
 )
 def test_capturing_changes_neither_logits_nor_state(pattern, remat):
     model, variables, tokens, (logits, state, _) = captured(pattern, remat)
@@ -132,8 +137,9 @@ def _mlstm_steps(gates, args):
     return steps
 
 
-def test_state_of_a_position_is_the_state_to_continue_from():
-    model, variables, tokens, (_, state, got) = captured("msM")
+@pytest.mark.parametrize("pattern", ["msM", pytest.param(models.MIXED_BASELINES, marks=slow)])
+def test_state_of_a_position_is_the_state_to_continue_from(pattern):
+    model, variables, tokens, (_, state, got) = captured(pattern)
     run = jax.jit(model.apply)
     for t in (1, 3):
         _, expected = run(variables, tokens[:, : t + 1], segment_ids=SEGMENTS[:, : t + 1])

@@ -1,5 +1,6 @@
 """Validation of model configs, and their JSON round trip."""
 
+import dataclasses
 import math
 import re
 import time
@@ -21,6 +22,54 @@ from xlstm_jax.modules import (
     param_shapes,
     presets,
 )
+from xlstm_jax.modules.baselines import options
+
+FITS = "must fit in {0}.cache_size=2048 beside {0}.num_sinks=4, got 2045; set {0}.cache_size to "
+OF_BASELINES = [
+    (lambda: options.WindowConfig(window=2045), "window.window " + FITS.format("window")),
+    (lambda: options.HybridConfig(window=2045), "hybrid.window " + FITS.format("hybrid")),
+    (lambda: options.AttentionConfig(num_sinks=2048), "set attention.cache_size to at least 2049"),
+    (lambda: options.AttentionConfig(num_kv_heads=3), "num_kv_heads must divide num_heads=4, got"),
+    (lambda: options.AttentionConfig(rotary_fraction=2.0), "must be from 0 to 1, got 2.0"),
+    (lambda: options.GatedDeltaConfig(num_qk_heads=3), "num_qk_heads must divide num_heads=4, got"),
+    (
+        lambda: options.MambaConfig(dt_min=0.2),
+        "mamba.dt_max must be at least mamba.dt_min=0.2, got",
+    ),
+    (lambda: options.Mamba2Config(dt_max=1e-4), "mamba2.dt_max must be at least mamba2.dt_min="),
+    *(
+        (
+            lambda kind=kind: kind(implementation="fast"),
+            f"{name}.implementation='fast' is not known",
+        )
+        for name, kind in {
+            "attention": options.AttentionConfig,
+            "gated_delta": options.GatedDeltaConfig,
+            "hybrid": options.HybridConfig,
+            "lstm": options.LSTMConfig,
+            "mamba": options.MambaConfig,
+            "mamba2": options.Mamba2Config,
+            "rwkv4": options.RWKV4Config,
+            "window": options.WindowConfig,
+        }.items()
+    ),
+]
+"""A function that makes options, and its error."""
+
+FOR_THE_WIDTH = [
+    ("l", options.LSTMConfig(num_heads=3), "lstm.num_heads must divide dim=16, got 3; use for"),
+    ("a", options.AttentionConfig(num_heads=3), "attention.num_heads must divide dim=16, got 3;"),
+    (
+        "a",
+        options.AttentionConfig(head_dim=7),
+        "attention.rotary_fraction must rotate an even number of the 7 features of a head, got 1.0",
+    ),
+    ("h", options.HybridConfig(num_heads=16), "into heads of an even width, got 1;"),
+    ("B", options.Mamba2Config(head_dim=24), "mamba2.head_dim must divide the inner width=32, got"),
+    ("B", options.Mamba2Config(head_dim=8, groups=3), "mamba2.groups must divide the number of"),
+    ("d", options.GatedDeltaConfig(num_heads=32), "gated_delta.qk_dim must be at least 1, got 0;"),
+]
+"""A letter, its options, and the error in a model of width 16."""
 
 
 @pytest.mark.usefixtures("unchecked_types")
@@ -38,7 +87,7 @@ from xlstm_jax.modules import (
         ),
         (
             dict(final_norm="batch"),
-            "final_norm must be one of 'layer', 'rms', 'none', got",
+            "final_norm must be one of 'layer', 'rms', 'none', 'layer_scale', 'rms_offset', got",
         ),
         (
             dict(dropout=1.0),
@@ -57,6 +106,10 @@ from xlstm_jax.modules import (
         (
             dict(large=LargeConfig(num_heads=8, v_dim=12)),
             "large.num_heads must divide v_dim=12, got 8;",
+        ),
+        *(
+            (dict(pattern=letter, **{BLOCKS[letter].name: options}), message)
+            for letter, options, message in FOR_THE_WIDTH
         ),
     ],
 )
@@ -91,6 +144,7 @@ def test_invalid_value_is_rejected_with_a_message(changes, message):
         (lambda: SLSTMConfig(ffn_dim=-1), "slstm.ffn_dim must be at least 0, got -1;"),
         (lambda: SLSTMConfig(ffn_activation="tanh"), "slstm.ffn_activation='tanh' is not known;"),
         (lambda: SLSTMConfig(ffn_dropout=-0.1), "slstm.ffn_dropout must be at least 0"),
+        *OF_BASELINES,
     ],
 )
 def test_layer_config_rejects_invalid_options(make, message):
@@ -123,10 +177,11 @@ def test_default_forget_gate_is_absent_from_json(options):
 
 def test_every_builtin_kind_has_a_field_of_options():
     for letter, kind in BLOCKS.items():
-        changed = models.config(letter, **{kind.name: kind.options(num_heads=1)})
-        assert (
-            changed.options_of(letter) == getattr(changed, kind.name) == kind.options(num_heads=1)
-        )
+        fields = {field.name for field in dataclasses.fields(kind.options)}
+        name = next(name for name in ("num_heads", "groups", "inner_dim") if name in fields)
+        options = kind.options(**{name: 1}, **({"head_dim": 16} if letter == "B" else {}))
+        changed = models.config(letter, **{kind.name: options})
+        assert changed.options_of(letter) == getattr(changed, kind.name) == options
 
 
 def test_has_dropout_is_true_if_any_used_block_has_dropout():

@@ -136,7 +136,7 @@ def _run(letter, cfg, x):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("letter", BLOCKS)
+@pytest.mark.parametrize("letter", EQUATIONS)
 def test_block_equals_its_equations(letter, rng):
     x = rng.standard_normal((B, T, D))
     y, params = _run(letter, CONFIG, jnp.asarray(x))

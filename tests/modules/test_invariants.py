@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from tests.modules import models
-from tests.modules.models import LETTERS, MIXED
+from tests.modules.models import BASELINES, LETTERS, MIXED, MIXED_BASELINES
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-# One model has all kinds of blocks; the others tell which kind fails.
+# Two models have all kinds of blocks; the others tell which kind fails.
+ALL = (*LETTERS, *BASELINES)
 each_pattern = pytest.mark.parametrize(
-    "pattern", [MIXED, *(pytest.param(letter, marks=pytest.mark.slow) for letter in LETTERS)]
+    "pattern",
+    [MIXED, MIXED_BASELINES, *(pytest.param(letter, marks=pytest.mark.slow) for letter in ALL)],
 )
 
 TOLERANCE = 1e-10  # relative to the largest element, in float64
@@ -54,7 +56,7 @@ def test_prefill_and_single_steps_equal_one_pass(pattern):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", [MIXED, *LETTERS])
+@pytest.mark.parametrize("pattern", [MIXED, MIXED_BASELINES, *ALL])
 def test_packed_sequence_equals_separate_documents_in_logits_and_gradients(pattern):
     model, variables = _model(pattern)
     documents = models.tokens(0, 3, 3)

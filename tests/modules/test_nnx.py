@@ -37,6 +37,7 @@ LAYERS = {  # a module and the shape of its input, if it has one
     "mLSTM block": (modules.MLSTMBlock(CFG), (2, 5, 16)),
     "sLSTM block": (modules.SLSTMBlock(CFG), (2, 5, 16)),
     "large block": (modules.LargeBlock(CFG), (2, 5, 16)),
+    "baselines": (modules.Backbone(models.config(models.MIXED_BASELINES)), (2, 5, 16)),
     "backbone": (modules.Backbone(models.config()), (2, 5, 16)),
     "feed-forward": (modules.GatedFeedForward(20, use_bias=True), (2, 5, 16)),
     "large feed-forward": (modules.LargeFeedForward(20), (2, 5, 16)),
@@ -105,7 +106,10 @@ def test_outputs_states_and_gradients_are_those_of_linen():
     assert_equal(nnx.to_pure_dict(module_grads), grads)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=pytest.mark.slow if x == "baselines" else []) for x in LAYERS],
+)
 def test_layers_have_the_parameters_and_the_program_of_linen(name):
     """Traced only: equal programs give equal results."""
     linen, shape = LAYERS[name]

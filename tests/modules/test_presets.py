@@ -1,6 +1,7 @@
 """Presets have exactly the published parameter counts."""
 
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,22 @@ PUBLISHED = {
     "scaling_d3328_l32_h13": 4_597_755_968,
     "scaling_d3584_l36_h14": 5_930_162_672,
     "scaling_d4096_l30_h16": 6_464_058_304,
+    "llama_125m": 162_220_800,
+    "llama_350m": 406_635_520,
+    "llama_760m": 834_086_400,
+    "llama_1.3b": 1_420_396_544,
+    "llama_2.7b": 2_779_548_160,
+    "mamba_125m": 167_787_264,
+    "mamba_350m": 423_052_288,
+    "mamba_760m": 870_508_032,
+    "mamba_1.3b": 1_475_250_176,
+    "mamba_2.7b": 2_897_185_280,
+    "rwkv4_125m": 169_383_936,
+    "rwkv4_350m": 430_452_736,
+    "rwkv4_760m": 891_045_888,
+    "rwkv4_1.3b": 1_515_216_896,
+    "rwkv4_2.7b": 2_984_765_440,
+    "scaling_llama_d4096_l32_h32": 6_863_196_160,
 }
 
 
@@ -59,24 +76,53 @@ def test_formula_gives_the_published_parameter_count(name):
     assert flops.count_params(presets.get(name)) == PUBLISHED[name]
 
 
+def test_plain_lstms_have_the_parameters_of_the_ablation_but_one_bias():
+    """arXiv:2405.04517, table 2: 607.8, 506.1 and 505.9 million, with PyTorch's two biases."""
+    width, blocks = presets.VOCAB_SIZE, {"l": (1536, 24, 607.8), "L": (1024, 24, 505.9)}
+    for letter, (dim, count, millions) in blocks.items():
+        norm = "none" if letter == "l" else "rms"
+        cfg = LMConfig(vocab_size=width, dim=dim, pattern=letter * count, final_norm=norm)
+        assert round((flops.count_params(cfg) + 4 * dim * count) / 1e6, 1) == millions
+
+
 @pytest.mark.parametrize(
-    "name", ["xlstm_7b", "xlstm_125m_1:0", "xlstm_125m_7:1", "xlstm_2.7b_7:1", "scaling_160m"]
+    "name",
+    ["xlstm_7b", "xlstm_125m_1:0", "xlstm_125m_7:1", "xlstm_2.7b_7:1", "scaling_160m"]
+    + ["llama_125m", "mamba_125m", "rwkv4_125m", "mamba2_125m", "gated_delta_125m"],
 )
 def test_model_has_the_published_parameter_count(name):
-    assert _count(presets.get(name)) == PUBLISHED[name]
+    cfg = presets.get(name)
+    assert _count(cfg) == PUBLISHED.get(name, flops.count_params(cfg))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", presets.names())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive if "_d" in name else pytest.mark.slow)
+        for name in presets.names()
+    ],
+)
 def test_formula_counts_the_parameters_of_every_preset(name):
     cfg = presets.get(name)
     assert _count(cfg) == flops.count_params(cfg)
 
 
+def test_the_table_in_the_documentation_has_these_counts():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "baselines.md").read_text()
+    families = ("llama", "mamba", "rwkv4", "mamba2", "gated_delta")
+    for size in ("125m", "350m", "760m", "1.3b", "2.7b"):
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{size}`"))
+        counts = [flops.count_params(presets.get(f"{family}_{size}")) for family in families]
+        numbers = [cell.strip() for cell in row.strip("|").split("|")[1:]]
+        assert numbers[0::2][:3] + numbers[6:] == [f"{count:,}" for count in counts]
+        published = [f"{count / 1e6:,.1f} M" for count in counts[:3]]
+        assert numbers[1:6:2] == published
+
+
 def test_presets_of_equal_shape_are_equal():
     assert presets.get("scaling_160m") == presets.get("scaling_d768_l12_h6")
     assert presets.get("scaling_7b") == presets.get("xlstm_7b")
-    assert len(presets.names()) == len(set(presets.names())) == 82
+    assert len(presets.names()) == len(set(presets.names())) == 154
 
 
 def test_unknown_preset_is_rejected():

@@ -1,5 +1,6 @@
 """States of models, blocks and layers: dtypes, buffers, and messages for foreign ones."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -47,6 +48,21 @@ def test_scan_over_calls_of_a_model_keeps_the_dtypes_of_its_initial_state(dtype)
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("letter", models.BASELINES)
+def test_blocks_of_baselines_return_states_of_the_dtypes_of_their_initial_state(letter, dtype, key):
+    """A cache of attention and last inputs have the dtype of activations."""
+    cfg, params_dtype, argument = _setup(dtype)
+    block = BLOCKS[letter].block(dataclasses.replace(cfg, pattern=letter))
+    x = jnp.zeros((2, 3, cfg.dim), dtype)
+    state = block.init_state(2, argument)
+    shapes = jax.eval_shape(block.init, key, x)
+    variables = jax.tree.map(lambda a: jnp.zeros(a.shape, params_dtype), shapes)
+    _, new = jax.eval_shape(block.apply, variables, x, state)
+    assert _dtypes(new) == _dtypes(state)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("letter", models.LETTERS)
 def test_blocks_and_layers_return_states_of_the_dtypes_of_their_initial_state(letter, dtype, key):
     cfg = models.config(letter)
@@ -83,7 +99,10 @@ def test_dtype_of_a_state_selects_that_of_convolutions_and_float64_that_of_all_l
         model.init_state(1, "int32")
 
 
-@pytest.mark.parametrize("pattern", ["m", "s", "M", "mmsM"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["m", "s", "M", "mmsM", pytest.param(models.MIXED_BASELINES, marks=pytest.mark.slow)],
+)
 @pytest.mark.filterwarnings("error")
 def test_initial_state_can_be_donated(pattern):
     model = LM(models.config(pattern))
@@ -171,6 +190,16 @@ def test_layers_and_blocks_reject_a_foreign_state(letter, key):
         variables = jax.eval_shape(module.init, key, x)
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(module.apply, variables, x, state)
+
+
+def test_cache_of_another_size_is_rejected():
+    cfg = models.config("a")
+    longer = dataclasses.replace(cfg.attention, cache_size=9)
+    model, x = _model_and_input(LM, "a", attention=longer)
+    message = r"leaf 'a/k' must be .* \(1, 2, 2, 9, 8\), got .* \(1, 2, 2, 7, 8\); use init_state"
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(model.apply, variables, x, LM(cfg).init_state(2))
 
 
 CHANGES = {

@@ -13,12 +13,38 @@ import pytest
 
 from tests import quick
 from tests.ops import tolerances
-from tests.ops.subjects import LENGTHS, Case, L, Subject, pad, pad_time
+from tests.ops.subjects import LENGTHS, Case, L, Subject, op_of, pad, pad_time
 from tests.ops.tolerances import Tolerances
 from xlstm_jax import cells, ops
+from xlstm_jax.cells.attention import attention_scan
+from xlstm_jax.cells.gated_delta import gated_delta_scan
+from xlstm_jax.cells.logspace import state_dtype
+from xlstm_jax.cells.mamba import mamba_scan
+from xlstm_jax.cells.ssd import ssd_scan
+from xlstm_jax.cells.wkv import wkv_scan
 
-OPS = {"mlstm": ops.mlstm, "slstm": ops.slstm, "lstm": ops.lstm}
-REFERENCES = {"mlstm": cells.mlstm_scan, "slstm": cells.slstm_scan, "lstm": cells.lstm_scan}
+OPS = {
+    "mlstm": ops.mlstm,
+    "slstm": ops.slstm,
+    "lstm": ops.lstm,
+    "attention": ops.attention,
+    "selective_scan": ops.selective_scan,
+    "ssd": ops.ssd,
+    "gated_delta_rule": ops.gated_delta_rule,
+    "wkv": ops.wkv,
+}
+REFERENCES = {
+    "mlstm": cells.mlstm_scan,
+    "slstm": cells.slstm_scan,
+    "lstm": cells.lstm_scan,
+    "attention": attention_scan,
+    "selective_scan": mamba_scan,
+    "ssd": ssd_scan,
+    "gated_delta_rule": gated_delta_scan,
+    "wkv": wkv_scan,
+}
+IN_CHUNKS = ("mlstm", "selective_scan", "ssd", "gated_delta_rule")
+"""Ops with an argument `chunk_size`."""
 
 
 class Cotangents(NamedTuple):
@@ -43,21 +69,38 @@ class Result(NamedTuple):
 def program(subject: Subject, reverse: bool = False, **options):
     """A function of (inputs, weights, state, reset, mask) that calls the op."""
     options = {**subject.options, **options}
-    if subject.op == "mlstm":
+    if subject.op in IN_CHUNKS:
         options = {"chunk_size": L, **options}
+    if reverse:
+        options["reverse"] = True
 
     def call(inputs, weights, state, reset=None, mask=None):
         with subject.tracing_context():
-            return OPS[subject.op](
+            return _with_float_length(OPS[subject.op])(
                 **inputs,
                 **weights,
                 state=state,
                 reset=reset,
                 mask=mask,
-                reverse=reverse,
                 implementation=subject.implementation,
                 **options,
             )
+
+    return call
+
+
+def _with_float_length(op):
+    """The op, with the integer leaf of a cache as a float, which has a gradient (zero)."""
+
+    def call(*, state, **arguments):
+        if hasattr(state, "length"):
+            state = state._replace(length=state.length.astype(jnp.int32))
+        h, last = op(**arguments, state=state)
+        if hasattr(last, "length"):
+            # A cache has the dtype of activations; its cotangents are those of a wide state.
+            wide = state_dtype(h)
+            last = jax.tree.map(lambda leaf: leaf.astype(wide), last)
+        return h, last
 
     return call
 
@@ -66,7 +109,7 @@ def reference_program(subject: Subject, **options):
     """The same function, by the scan of the cell."""
 
     def call(inputs, weights, state, reset=None, mask=None):
-        return REFERENCES[subject.op](
+        return _with_float_length(REFERENCES[subject.op])(
             **inputs,
             **weights,
             state=state,
@@ -131,7 +174,7 @@ def random_cotangents(variant: str, case: Case, *, stored=False, seed=1, **optio
     rng = np.random.default_rng(seed)
     random = lambda x: rng.standard_normal(x.shape).astype(np.float32).astype(np.float64)  # noqa: E731
     probe = run_reference(variant, case, zero_cotangents(variant, case), **options)
-    m_ref = getattr(probe.state, "m", None)
+    m_ref = _log_scale(probe.state)
     state = jax.tree.map(random, probe.state)
     zeros = jax.tree.map(np.zeros_like, state)
     return Cotangents(random(probe.h), *((zeros, state) if stored else (state, zeros)), m_ref)
@@ -139,10 +182,21 @@ def random_cotangents(variant: str, case: Case, *, stored=False, seed=1, **optio
 
 def zero_cotangents(variant: str, case: Case) -> Cotangents:
     """Cotangents of zero; `m_ref` is that of the state before the first step."""
-    inputs = case.inputs
-    h = np.zeros(inputs["v"].shape if variant.startswith("mlstm") else inputs["x"][:, :, 0].shape)
     zeros = jax.tree.map(np.zeros_like, case.state)
-    return Cotangents(h, zeros, zeros, getattr(case.state, "m", None))
+    return Cotangents(np.zeros(_shape_of_h(variant, case)), zeros, zeros, _log_scale(case.state))
+
+
+def _shape_of_h(variant: str, case: Case) -> tuple[int, ...]:
+    inputs, op = case.inputs, op_of(variant)
+    if op in ("slstm", "lstm"):
+        return inputs["x"][:, :, 0].shape
+    if op == "attention":
+        return (*inputs["q"].shape[:3], inputs["v"].shape[-1])
+    return inputs["v" if "v" in inputs else "x"].shape
+
+
+def _log_scale(state) -> np.ndarray | None:
+    return getattr(state, "m", None)
 
 
 @functools.cache

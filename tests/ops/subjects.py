@@ -8,6 +8,12 @@ import pytest
 
 from pallas_kernels import common
 from xlstm_jax import cells, ops
+from xlstm_jax.cells.attention import AttentionState, Rotary
+from xlstm_jax.cells.gated_delta import GatedDeltaState
+from xlstm_jax.cells.mamba import MambaState
+from xlstm_jax.cells.ssd import SSDState
+from xlstm_jax.cells.wkv import WKVState
+from xlstm_jax.ops.attention import blockwise
 
 B, H, K, V = 2, 2, 8, 12
 L = 8  # chunk size of all calls
@@ -15,7 +21,11 @@ KERNELS = ("pallas_tpu", "triton")  # interpreted in tests, so that they run on 
 LENGTHS = (1, L - 1, L, L + 1, 3 * L + 5)
 T = LENGTHS[-1]
 """Length of most calls, so that many tests share one compiled program."""
-CHUNKED = ("chunkwise", *KERNELS)  # implementations that work in chunks
+CHUNKED = ("chunkwise", "blockwise", *KERNELS)  # implementations that work in chunks
+OPS = ("mlstm", "slstm", "lstm")
+PARTIAL = ("decode", "cudnn", "splash")
+"""Implementations that support a part of the calls only; see `test_attention.py`."""
+BASELINES = ("attention", "selective_scan", "ssd", "gated_delta_rule", "wkv")
 
 
 class Subject(NamedTuple):
@@ -26,7 +36,7 @@ class Subject(NamedTuple):
 
     @property
     def op(self) -> str:
-        return self.variant.split("_")[0]
+        return op_of(self.variant)
 
     @property
     def is_kernel(self) -> bool:
@@ -35,9 +45,9 @@ class Subject(NamedTuple):
 
     def tracing_context(self) -> contextlib.AbstractContextManager:
         """The context in which its calls are traced."""
-        if not self.is_kernel:
-            return contextlib.nullcontext()
-        return common.interpreted(lanes=L)
+        if self.op == "attention":
+            return _blocks_of(L)
+        return common.interpreted(lanes=L) if self.is_kernel else contextlib.nullcontext()
 
     @property
     def widest_dtype(self) -> str:
@@ -53,6 +63,19 @@ class Subject(NamedTuple):
         return OPTIONS[self.variant]
 
 
+def op_of(variant: str) -> str:
+    """The op of a variant, with which its name begins."""
+    return next(op for op in (*OPS, *BASELINES) if f"{variant}_".startswith(f"{op}_"))
+
+
+@contextlib.contextmanager
+def _blocks_of(size: int):
+    """Blocks of queries of this size, for which the op has no argument."""
+    before, blockwise.BLOCK_SIZE = blockwise.BLOCK_SIZE, size
+    yield
+    blockwise.BLOCK_SIZE = before
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "mlstm": {},
     "mlstm_exp": {"forget_gate": "exp"},
@@ -61,11 +84,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "slstm": {},
     "slstm_exp": {"forget_gate": "exp"},
     "lstm": {},
+    "attention": {"window": 64, "rotary": Rotary(100.0, 6)},
+    "attention_sinks": {"window": 6, "num_sinks": 2, "rotary": Rotary(100.0)},
+    "selective_scan": {},
+    "ssd": {},
+    "gated_delta_rule": {},
+    "wkv": {},
 }
 
 
 PRIMARY = ("mlstm", "slstm", "lstm")
-QUICK = tuple(variant for variant in OPTIONS if variant != "mlstm_exp")
+XLSTM = tuple(variant for variant in OPTIONS if op_of(variant) in OPS)
+QUICK = tuple(variant for variant in XLSTM if variant != "mlstm_exp")
 
 
 def implementations(op: str) -> dict[str, str | None]:
@@ -93,8 +123,8 @@ def subjects(
     """
     cases = []
     for variant in variants or OPTIONS:
-        for name, refusal in implementations(variant.split("_")[0]).items():
-            if only is not None and name not in only:
+        for name, refusal in implementations(op_of(variant)).items():
+            if name in PARTIAL or (only is not None and name not in only):
                 continue
             marks = [] if refusal is None else [pytest.mark.skip(reason=refusal)]
             marks += _speed(variant, name, quick, quick_kernels)
@@ -103,6 +133,12 @@ def subjects(
 
 
 def _speed(variant: str, name: str, quick: tuple[str, ...], quick_kernels: bool) -> list:
+    if op_of(variant) in BASELINES:
+        # Their recurrence is the reference itself.
+        repeats = name == "recurrent" or (op_of(variant), name) == ("attention", "parallel")
+        if variant in quick:
+            return [pytest.mark.slow] if repeats else []
+        return [pytest.mark.exhaustive if repeats else pytest.mark.slow]
     if name not in KERNELS:
         return [] if variant in quick else [pytest.mark.slow]
     is_primary = variant in PRIMARY
@@ -165,12 +201,52 @@ def make_case(variant: str, length: int, *, gate_scale: float = 1.0, seed: int =
         }
         state = cells.MLSTMState(normal(B, H, K, V), normal(B, H, K), normal(B, H))
         return Case(inputs, {}, state)
+    if op_of(variant) in BASELINES:
+        return _baseline_case(variant, length, normal, gate_scale)
     x = normal(B, length, 4, H, K, scale=gate_scale)
     weights = {"r": normal(H, K, 4, K, scale=0.5 * K**-0.5), "b": normal(H, 4, K, scale=0.5)}
     c, h, m = normal(B, H, K, scale=0.5), normal(B, H, K, scale=0.3), normal(B, H, K)
     n = _rounded(1.0 + np.abs(normal(B, H, K)))
     state = cells.LSTMState(c, h) if variant == "lstm" else cells.SLSTMState(c, n, h, m)
     return Case({"x": x}, weights, state)
+
+
+def _baseline_case(variant: str, length: int, normal: Any, gate_scale: float) -> Case:
+    """Heads of values are twice the groups of keys; the inner width F is H * V."""
+    positive = lambda *shape: _rounded(np.logaddexp(0, gate_scale * normal(*shape)))  # noqa: E731
+    F = H * V
+    if variant == "selective_scan":
+        x, dt, B_, C = (
+            normal(B, length, F),
+            positive(B, length, F),
+            *(normal(B, length, K) for _ in range(2)),
+        )
+        weights = {"A": -positive(F, K), "D": normal(F)}
+        return Case({"x": x, "dt": dt, "B": B_, "C": C}, weights, MambaState(normal(B, F, K)))
+    if variant == "wkv":
+        weights = {"log_decay": -positive(F), "bonus": normal(F)}
+        inputs = {"k": normal(B, length, F, scale=gate_scale), "v": normal(B, length, F)}
+        n = _rounded(1.0 + np.abs(normal(B, F)))
+        return Case(inputs, weights, WKVState(normal(B, F), n, normal(B, F)))
+    q, k = (normal(B, length, H, K) for _ in range(2))
+    if op_of(variant) == "attention":
+        options = OPTIONS[variant]
+        S = options["window"] + options.get("num_sinks", 0)
+        inputs = {"q": normal(B, length, 2 * H, K), "k": k, "v": normal(B, length, H, V)}
+        # A float: an integer has no gradient. `runs` converts it.
+        filled = np.array([3.0, 11.0])
+        state = AttentionState(normal(B, H, S, K), normal(B, H, S, V), filled)
+        return Case(inputs, {}, state)
+    v = normal(B, length, 2 * H, V)
+    if variant == "ssd":
+        inputs = {"x": v, "dt": positive(B, length, 2 * H), "B": k, "C": q}
+        weights = {"A": -positive(2 * H), "D": normal(2 * H)}
+        return Case(inputs, weights, SSDState(normal(B, 2 * H, K, V)))
+    k = _rounded(k / np.linalg.norm(k, axis=-1, keepdims=True))
+    beta = _rounded(1 / (1 + np.exp(normal(B, length, 2 * H))))
+    decay = {"log_decay": -positive(B, length, 2 * H), "beta": beta}
+    inputs = {"q": q, "k": k, "v": v, **decay}
+    return Case(inputs, {}, GatedDeltaState(normal(B, 2 * H, K, V)))
 
 
 def from_initial_state(case: Case) -> Case:

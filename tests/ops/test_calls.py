@@ -76,7 +76,9 @@ def test_state_none_equals_the_initial_state(subject):
     args = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), case)
     expected = call(args.inputs, args.weights, args.state)
     actual = call(args.inputs, args.weights, None)
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    # Without a cache, fewer terms of a softmax, which are 0, are summed.
+    rtol = 1e-5 if subject.op == "attention" else 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, rtol), actual, expected)
 
 
 @subjects("slstm", "lstm")
@@ -178,8 +180,8 @@ def test_auto_raises_all_reasons_if_no_implementation_supports_the_call():
 
 
 def test_implementations_of_an_unknown_op_raises_an_error_with_the_known_names():
-    with pytest.raises(ValueError, match=r"(?s)attention.*lstm"):
-        ops.implementations("attention")
+    with pytest.raises(ValueError, match=r"(?s)convolution.*lstm"):
+        ops.implementations("convolution")
 
 
 WRONG_SHAPES = [

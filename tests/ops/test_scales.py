@@ -5,10 +5,10 @@ import pytest
 
 from tests.ops import runs, tolerances
 from tests.ops.subjects import (
-    OPTIONS,
     RANGE_F,
     RANGE_I,
     RANGE_LOG_F,
+    XLSTM,
     L,
     Subject,
     T,
@@ -32,7 +32,7 @@ def assert_finite(result):
 
 
 @pytest.mark.parametrize("scale", [0.1, 30.0])
-@subjects(quick=tuple(OPTIONS))
+@subjects(quick=XLSTM)
 def test_gates_of_any_scale_equal_the_recurrence(subject, scale):
     tol = TABLE["float32"] if scale < 1 else TABLE["float32, large gates"]
     case = with_flags(make_case(subject.variant, T, gate_scale=scale), num_masked=13)
@@ -41,7 +41,7 @@ def test_gates_of_any_scale_equal_the_recurrence(subject, scale):
 
 @pytest.mark.parametrize("closed_start", [False, True], ids=["", "closed start"])
 @pytest.mark.parametrize("flags", [False, True], ids=["", "flags"])
-@subjects(quick=("mlstm", "mlstm_exp", "slstm"))
+@subjects(*XLSTM, quick=("mlstm", "mlstm_exp", "slstm"))
 def test_gates_from_minus_infinity_to_1e30_equal_the_recurrence(subject, flags, closed_start):
     """A third of the gates is extreme; with `closed_start` no input gate opens for a chunk."""
     case = make_case(subject.variant, T)
@@ -64,7 +64,7 @@ def test_gates_from_minus_infinity_to_1e30_equal_the_recurrence(subject, flags, 
 
 
 @pytest.mark.parametrize("gate_i", [*EXTREMES, 0])
-@subjects()
+@subjects(*XLSTM)
 def test_values_and_gradients_stay_finite_at_extreme_gates(subject, gate_i):
     """Constant pre-activations of +-200; `gate_i` of 0 stands for +-200 with random signs."""
     rng = np.random.default_rng(0)

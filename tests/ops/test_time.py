@@ -8,6 +8,7 @@ from tests.ops import runs, tolerances
 from tests.ops.subjects import (
     CHUNKED,
     PRIMARY,
+    XLSTM,
     T,
     both_dtypes,
     from_initial_state,
@@ -143,7 +144,7 @@ def test_packed_sequence_equals_its_separate_documents(subject, dtype):
         tolerances.assert_close(packed.gradients[name], expected, tol.d_gates, f"d{name}")
 
 
-@subjects(quick=PRIMARY)
+@subjects(*XLSTM, quick=PRIMARY)
 def test_reverse_flips_time_in_every_argument_and_in_h(subject):
     dtype = subject.widest_dtype
     tol, options = TABLE[dtype], subject.exact(dtype)

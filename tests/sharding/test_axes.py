@@ -13,16 +13,31 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import common
 from tests import quick
+from tests.modules.models import BASELINES
 from xlstm_jax import ops
 from xlstm_jax.cells import mlstm_scan, slstm_scan
 from xlstm_jax.modules import LM, LMConfig, MLSTMConfig, MLSTMLayer, SLSTMConfig
+from xlstm_jax.modules.baselines import options
 from xlstm_jax.sharding import constrain, tree_shardings, use_rules
 from xlstm_jax.sharding.rules import DEFAULT_RULES, complete
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 BATCH, VOCAB = 8, 16
 SIZES = dict(
-    vocab_size=VOCAB, dim=8, mlstm=MLSTMConfig(num_heads=2), slstm=SLSTMConfig(num_heads=2)
+    vocab_size=VOCAB,
+    dim=8,
+    mlstm=MLSTMConfig(num_heads=2),
+    slstm=SLSTMConfig(num_heads=2),
+    lstm=options.LSTMConfig(num_heads=2, ffn_dim=16),
+    attention=options.AttentionConfig(num_heads=4, num_kv_heads=2, cache_size=6, ffn_dim=16),
+    window=options.WindowConfig(num_heads=2, window=2, num_sinks=1, ffn_dim=16),
+    hybrid=options.HybridConfig(num_heads=2, window=2, num_sinks=1, ffn_dim=16),
+    mamba=options.MambaConfig(state_dim=3, chunk_size=4),
+    mamba2=options.Mamba2Config(head_dim=4, state_dim=3, groups=2, chunk_size=4),
+    gated_delta=options.GatedDeltaConfig(
+        num_heads=4, num_qk_heads=2, qk_dim=3, v_dim=4, ffn_dim=16, chunk_size=4
+    ),
+    rwkv4=options.RWKV4Config(ffn_dim=16),
 )
 FEATURES = dict.fromkeys(("inner", "heads", "mlp", "vocab"), "tp")
 
@@ -63,6 +78,7 @@ def assert_equals_single_device(pattern, mesh, batch_axes, shardings=None):
 
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+SLOW_BASELINES = [slow(letter) for letter in BASELINES]
 FOUR, EIGHT = ((2, 2), ("data", "tensor")), ((2, 2, 2), ("data", "fsdp", "tensor"))
 
 
@@ -78,7 +94,7 @@ def test_model_on_a_bare_mesh_equals_one_device(pattern, mesh):
     assert_equals_single_device(pattern, jax.make_mesh(*mesh), batch_axes)
 
 
-@pytest.mark.parametrize("pattern", ["m", slow("s"), slow("M"), slow("msM")])
+@pytest.mark.parametrize("pattern", ["m", slow("s"), slow("M"), slow("msM"), *SLOW_BASELINES])
 def test_parameters_sharded_by_the_rules_equal_one_device(pattern):
     mesh = jax.make_mesh(*EIGHT)
     shardings = tree_shardings(single_device(pattern)[1], DEFAULT_RULES, mesh, min_shard_size=0)
@@ -90,6 +106,23 @@ def test_parameters_sharded_by_the_rules_equal_one_device(pattern):
 @pytest.mark.parametrize("types", [(EXPLICIT,) * 2, slow((EXPLICIT, AUTO)), slow((AUTO, EXPLICIT))])
 def test_sequence_sharded_over_a_bare_mesh_equals_one_device(types, pattern):
     assert_equals_single_device(pattern, jax.make_mesh((2, 2), ("data", "seq"), types), "data")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", BASELINES)
+@pytest.mark.parametrize("kind", [EXPLICIT, AUTO])
+def test_sequence_sharded_over_a_mesh_is_gathered_by_baselines(kind, pattern):
+    assert_equals_single_device(
+        pattern, jax.make_mesh((2, 2), ("data", "seq"), (kind,) * 2), "data"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", BASELINES)
+def test_baselines_on_auto_axes_equal_one_device(pattern):
+    mesh = jax.make_mesh(*EIGHT, (AUTO,) * 3)
+    shardings = tree_shardings(single_device(pattern)[1], DEFAULT_RULES, mesh, min_shard_size=0)
+    assert_equals_single_device(pattern, mesh, ("data", "fsdp"), shardings)
 
 
 @pytest.mark.parametrize("pattern", ["s", slow("m"), slow("M")])
@@ -115,7 +148,9 @@ def grads_within_shard_map(pattern, mesh, check, **options):
         return quick.jit(jax.shard_map(step, **specs, **options))(*args)
 
 
-@pytest.mark.parametrize("pattern", ["m", "s", slow("M"), slow("msM"), slow("msmsmsms")])
+@pytest.mark.parametrize(
+    "pattern", ["m", "s", slow("M"), slow("msM"), slow("msmsmsms"), *SLOW_BASELINES]
+)
 @pytest.mark.parametrize("check", [True, slow(False)])
 def test_data_parallelism_of_the_user_equals_one_device(check, pattern):
     actual = grads_within_shard_map(pattern, jax.make_mesh((4,), ("rows",)), check)
@@ -132,6 +167,7 @@ def test_data_parallelism_of_the_user_equals_one_device(check, pattern):
         slow("M", AUTO, True),
         slow("s", AUTO, False),
         slow("m", EXPLICIT, False),
+        *(slow(letter, EXPLICIT, True) for letter in BASELINES),
     ],
 )
 @pytest.mark.parametrize("other", ["tensor", slow("seq")])
@@ -187,6 +223,22 @@ def op_calls(rng):
         "documents": lambda x, ids: ops.document_starts(ids),
         "mlstm scan": lambda x, ids: mlstm(x, ids, mlstm_scan),
         "slstm scan": lambda x, ids: slstm_scan(four(x), r),
+        "attention": lambda x, ids: ops.attention(x, x, x, window=3, num_sinks=1, mask=ids),
+        "selective scan": lambda x, ids: ops.selective_scan(
+            flat(x),
+            jax.nn.softplus(flat(x)),
+            -kernel,
+            flat(x)[..., :6],
+            flat(x)[..., 2:],
+            reset=ids,
+        ),
+        "ssd": lambda x, ids: ops.ssd(
+            x, jax.nn.softplus(x[..., 0]), -r[:, 0, 0, 0], x, x, mask=ids
+        ),
+        "delta rule": lambda x, ids: ops.gated_delta_rule(
+            x, x / 8, x, -jax.nn.softplus(x[..., 0]), jax.nn.sigmoid(x[..., 1]), reset=ids
+        ),
+        "wkv": lambda x, ids: ops.wkv(flat(x), flat(x), -kernel[:, 0], kernel[:, 1], mask=ids),
     }
     for name in ("chunkwise", "parallel", "recurrent"):
         calls[name] = functools.partial(mlstm, implementation=name, chunk_size=4)
@@ -225,7 +277,36 @@ def test_results_of_ops_carry_the_sharding_of_the_rules(rng):
         "grouped dense": ("data", None, None),
         "embed": ("data", None, None),
         "documents": ("data", None),
+        "attention": by_head,
+        "selective scan": ("data", None, "tensor"),
+        "ssd": by_head,
+        "delta rule": by_head,
+        "wkv": ("data", None, "tensor"),
     }
+
+
+STATE_SPECS = {
+    "L": [(None, "data", "tensor", None)] * 2,
+    "a": [(None, "data", "tensor", None, None)] * 2 + [(None, "data")],
+    "b": [(None, "data", None, None), (None, "data", "tensor", None)],
+    "B": [(None, "data", None, None)] * 3 + [(None, "data", "tensor", None, None)],
+    "d": [(None, "data", None, None)] * 3 + [(None, "data", "tensor", None, None)],
+    "r": [(None, "data", None, None)]
+    + [(None, "data", "tensor")] * 3
+    + [(None, "data", None, None)],
+}
+
+
+@pytest.mark.slow
+def test_states_of_a_model_carry_the_sharding_of_the_rules():
+    model = LM(LMConfig(pattern="".join(STATE_SPECS), **SIZES))
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"))
+    with jax.set_mesh(mesh):
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens())
+        _, states = jax.eval_shape(model.apply, params, tokens())
+    leaves = {letter: jax.tree.leaves(state) for letter, state in states.items()}
+    specs = {name: [tuple(x.sharding.spec) for x in group] for name, group in leaves.items()}
+    assert specs == STATE_SPECS
 
 
 @pytest.mark.slow

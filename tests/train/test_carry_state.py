@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from tests import quick
+from tests.modules import models
 from tests.train.conftest import Hidden
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import Batch, DataConfig
@@ -64,6 +65,7 @@ XLSTM = LM(
         large=LargeConfig(num_heads=2),
     )
 )
+BASELINES = LM(models.config(models.MIXED_BASELINES))
 CFG = TrainConfig(warmup_steps=0, schedule="constant", grad_clip=None, carry_state=True)
 SGD = optax.sgd(1.0)
 
@@ -121,7 +123,11 @@ def assert_close(a, b, atol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
 
-@pytest.mark.parametrize("model", [MODEL, pytest.param(XLSTM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "model",
+    [MODEL, *(pytest.param(model, marks=pytest.mark.slow) for model in (XLSTM, BASELINES))],
+    ids=["recurrent", "xlstm", "baselines"],
+)
 def test_losses_of_consecutive_windows_are_those_of_the_whole_document(document, model):
     whole, windows = document
     start = first_state(model)
@@ -219,6 +225,25 @@ def test_a_resumed_run_is_bit_exact(recurrent_lm, experiment, tmp_path, assert_s
     result, expected = fit(cfg, tmp_path / "a").state, fit(cfg, tmp_path / "b").state
     assert_same(result, expected)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(result.carry))
+
+
+@pytest.mark.slow
+def test_a_resumed_run_restores_caches_of_attention(experiment, tmp_path, assert_same):
+    """A checkpoint has their lengths, integers, too."""
+    cache = models.config().window
+    cfg = make(experiment, steps=4, checkpoint_every=2, model=dict(pattern="wr", window=cache))
+
+    def crash(step, metrics):
+        if step == 3:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fit(dataclasses.replace(cfg), tmp_path / "a", on_metrics=crash)
+    assert checkpoint.latest_step(tmp_path / "a") == 2
+    result, expected = fit(cfg, tmp_path / "a").state, fit(cfg, tmp_path / "b").state
+    assert_same(result, expected)
+    length = result.carry.state["w"].length
+    assert length.dtype == jnp.int32 and bool((length > 0).all())
 
 
 @pytest.mark.parametrize(

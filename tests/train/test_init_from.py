@@ -8,11 +8,13 @@ import jax
 import numpy as np
 import pytest
 
+from tests.convert.baselines import random_params
 from xlstm_jax import convert
 from xlstm_jax.cli import options
 from xlstm_jax.cli.train import Train
 from xlstm_jax.config import ConfigError
 from xlstm_jax.modules import LM, LargeConfig
+from xlstm_jax.modules.baselines.options import AttentionConfig
 from xlstm_jax.modules.lm import param_shapes
 from xlstm_jax.sharding import MeshConfig, make_devices
 from xlstm_jax.train import checkpoint, fit, initial, program, restore_params
@@ -86,6 +88,17 @@ def test_a_program_starts_from_a_folder_of_transformers(folder, assert_same, mon
         assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
 
 
+def test_a_run_of_a_baseline_starts_from_a_folder_of_transformers(experiment, tmp_path):
+    model = dict(dim=16, pattern="a", final_norm="rms", final_norm_eps=1e-6)
+    model |= dict(attention=AttentionConfig(num_heads=2, num_kv_heads=1, ffn_dim=16))
+    cfg = experiment(model=model, eval_every=0)
+    params = random_params(cfg.model)
+    convert.save_hf(tmp_path / "hf", cfg.model, params)
+    target = TrainProgram(from_(cfg, tmp_path / "hf"), make_devices(cfg.mesh))
+    loaded = jax.device_get(initial.load_params(target))
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params))
+
+
 def test_the_license_of_the_weights_is_copied_to_the_run_and_further(folder, tmp_path):
     cfg, _, path = folder
     for name in ("first", "second"):
@@ -132,6 +145,17 @@ def test_other_options_of_the_model_are_named_in_a_warning(folder, experiment, c
         assert not caplog.messages
         initial._check_model(from_(other, path), cfg.model)
     assert "logit_soft_cap: 30.0, stored None" in caplog.messages[0]
+
+
+def test_other_heads_and_positions_are_named_in_a_warning(experiment, caplog):
+    """With half as many heads of twice the width, parameters have the same shapes."""
+    few, many = AttentionConfig(num_heads=2), AttentionConfig(num_heads=4, rotary_base=5e5)
+    model = dict(dim=16, pattern="a", final_norm="rms")
+    cfg, other = (experiment(model=model | {"attention": options}) for options in (few, many))
+    with caplog.at_level(logging.WARNING, "xlstm_jax"):
+        initial._check_model(from_(cfg, "other"), other.model)
+    assert "attention.num_heads: 2, stored 4" in caplog.messages[0]
+    assert "attention.rotary_base: 10000.0, stored 500000.0" in caplog.messages[0]
 
 
 @pytest.mark.parametrize(

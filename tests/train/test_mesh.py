@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests import quick
+from tests.modules.models import BASELINES
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import Batch, DataConfig
 from xlstm_jax.modules import (
@@ -24,6 +25,7 @@ from xlstm_jax.modules import (
     param_shapes,
     presets,
 )
+from xlstm_jax.modules.baselines import options
 from xlstm_jax.plan.collectives import collectives
 from xlstm_jax.plan.hlo import Program
 from xlstm_jax.sharding import MeshConfig, get_rules, make_devices, partition_spec, path_name
@@ -59,6 +61,15 @@ every_mesh = pytest.mark.parametrize(
     ],
 )
 T, VOCAB = 48, 64
+TWO_KEYS = options.AttentionConfig(num_heads=4, num_kv_heads=2, cache_size=T)
+BASELINE_OPTIONS = dict(
+    lstm=options.LSTMConfig(num_heads=4),
+    attention=TWO_KEYS,
+    window=options.WindowConfig(num_heads=4, window=7, cache_size=T),
+    hybrid=options.HybridConfig(num_heads=4, window=7, cache_size=T),
+    mamba2=options.Mamba2Config(head_dim=16, state_dim=24, groups=2),
+    gated_delta=options.GatedDeltaConfig(num_heads=4, num_qk_heads=2),
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -76,6 +87,7 @@ def config(pattern: str, remat: str = "none") -> LMConfig:
         mlstm=MLSTMConfig(num_heads=4),
         slstm=SLSTMConfig(num_heads=4, recurrent_init="standard"),
         large=LargeConfig(num_heads=4),
+        **BASELINE_OPTIONS,
         remat=remat,
     )
 
@@ -120,6 +132,7 @@ def on_one_device(pattern: str, remat: str):
         ("M", "none"),
         pytest.param("msM", "none", marks=slow),
         pytest.param("mMsmMs", "full", marks=slow),
+        pytest.param("aBd", "full", marks=slow),
     ],
 )
 def test_loss_and_gradients_equal_those_of_one_device(pattern, remat, mesh, capfd):
@@ -171,13 +184,22 @@ def test_no_collective_of_a_step_grows_with_the_sequence_length():
     assert short == collectives_of_step(512)
 
 
+BASELINES_ON_ONE_MESH = [
+    (letter, MeshConfig(data=1, fsdp=2, tensor=2, min_shard_size=2)) for letter in BASELINES
+]
+
+
 @slow
-@every_mesh
-def test_a_train_step_equals_that_of_one_device(mesh, rng):
+@pytest.mark.parametrize(
+    "pattern,mesh",
+    [*(("mM", mesh) for mesh in MESHES.values()), *BASELINES_ON_ONE_MESH],
+    ids=[*MESHES, *BASELINES],
+)
+def test_a_train_step_equals_that_of_one_device(pattern, mesh, rng):
     """Accumulates two micro-batches; both have sequences on every device."""
     # With a small eps, Adam moves a parameter by the sign of its gradient, which may be rounding.
     cfg = TrainConfig(accumulation=2, lr=1e-2, warmup_steps=0, loss_chunk=16, eps=1e-3)
-    model, tx = LM(config("mM")), make_optimizer(cfg)
+    model, tx = LM(config(pattern)), make_optimizer(cfg)
     key, tokens, batch = jax.random.key(0), jnp.zeros((1, 1), jnp.int32), packed_batch(rng, 16)
 
     def train(devices):
@@ -188,7 +210,8 @@ def test_a_train_step_equals_that_of_one_device(mesh, rng):
         with devices.active():
             return step(state, devices.batch(batch))
 
-    expected, actual = train(None), train(make_devices(mesh))
+    some = jax.devices()[:4] if mesh.data == 1 else None
+    expected, actual = train(None), train(make_devices(mesh, some))
     for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     for name in ("loss", "grad_norm", "tokens"):
@@ -351,6 +374,14 @@ def test_another_model_is_rejected_on_resume_but_another_mesh_is_not(run_config,
         (dict(mesh=dict(fsdp=2, rules="data")), "must use the mesh axis fsdp.*use one of: fsdp, "),
         (dict(mesh=dict(data=-1, fsdp=-1)), "only one mesh axis may be -1, got data and fsdp"),
         (dict(mesh=dict(seq=2, slstm_seq="refuse"), model=dict(pattern="ms")), "cannot shard"),
+        (
+            dict(mesh=dict(seq=2, slstm_seq="refuse"), model=dict(pattern="ma")),
+            "cannot .* blocks a ",
+        ),
+        (
+            dict(mesh=dict(tensor=4), model=dict(pattern="a", attention=TWO_KEYS)),
+            "model.attention.num_kv_heads must be a multiple of 4, .*, got 2",
+        ),
     ],
 )
 def test_sizes_that_the_mesh_does_not_divide_are_rejected(change, message, experiment, tmp_path):

@@ -9,10 +9,13 @@ import optax
 import pytest
 
 from tests import quick
+from tests.modules.models import BASELINES
 from xlstm_jax.config import ConfigError
 from xlstm_jax.modules import LargeConfig, LMConfig, MLSTMConfig, SLSTMConfig, param_shapes, presets
+from xlstm_jax.modules.baselines import options
 from xlstm_jax.modules.kinds import BLOCKS, Matrices, matrices_of
 from xlstm_jax.sharding import MeshConfig, make_devices, path_name
+from xlstm_jax.sharding.axes import logical_axes
 from xlstm_jax.train import TrainConfig, make_optimizer
 
 CFG = TrainConfig(
@@ -121,22 +124,52 @@ def test_embeddings_gates_norms_biases_and_convolutions_are_updated_by_adam(mode
     assert min(counts.values()) > 10
 
 
+# Gates per head, step sizes and convolutions.
+BASELINE_ADAM = (*ADAM, "mamba2/dt/", "gated_delta/beta", "gated_delta/decay", "hybrid/input_gate")
+BASELINE_ADAM += ("hybrid/forget_gate",)
+
+
+def speed(preset: str) -> pytest.MarkDecorator:
+    """The smallest of a family is slow, the others are left to the run of every test."""
+    return pytest.mark.slow if "_125m" in preset else pytest.mark.exhaustive
+
+
 @pytest.mark.parametrize(
     "name",
     # Those of one generation have the same parameters at other sizes.
-    [None, "xlstm_7b", *(pytest.param(n, marks=pytest.mark.slow) for n in presets.PRESETS)],
+    [None, "xlstm_7b", *(pytest.param(n, marks=speed(n)) for n in presets.PRESETS)],
 )
 def test_every_parameter_of_every_preset_has_an_entry_that_fits_its_axes(name):
     for path, leaf in named(param_shapes(MODEL if name is None else presets.get(name))).items():
         matrices = matrices_of(path)
         is_kernel = path.endswith("kernel") and "conv" not in path
-        is_adam = any(part in path for part in ADAM)
+        is_adam = any(part in path for part in BASELINE_ADAM)
         assert (matrices is not None) == (is_kernel and not is_adam), path
         if matrices is not None:
             axes = matrices.axes.rjust(leaf.ndim, "b") if "stack/" in path else matrices.axes
             assert len(axes) == leaf.ndim and axes[-1] == "o", path
             assert sorted(axes.replace("b", "")) == ["i", "o"]
             assert leaf.shape[-1] % matrices.parts == 0
+
+
+WITH_BIASES = dict(
+    attention=options.AttentionConfig(use_bias=True, qk_norm=True, output_gate=True),
+    window=options.WindowConfig(use_bias=True, norm_offset=True),
+    mamba=options.MambaConfig(use_bias=True),
+    mamba2=options.Mamba2Config(use_bias=True, head_dim=16),
+)
+
+
+@pytest.mark.parametrize("letter", BASELINES)
+def test_every_parameter_of_a_baseline_has_an_entry_in_both_tables(letter):
+    cfg = LMConfig(vocab_size=11, dim=32, pattern=letter, **WITH_BIASES)
+    for path, leaf in named(param_shapes(cfg)).items():
+        assert len(logical_axes(path, leaf.ndim)) == leaf.ndim
+        matrices = matrices_of(path)
+        is_adam = any(part in path for part in BASELINE_ADAM)
+        assert (matrices is not None) == (path.endswith("kernel") and not is_adam), path
+        if matrices is not None:
+            assert len(matrices.axes) == leaf.ndim - 1 and leaf.shape[-1] % matrices.parts == 0
 
 
 def test_a_parameter_that_the_table_lacks_is_an_error(monkeypatch):

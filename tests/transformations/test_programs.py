@@ -8,6 +8,7 @@ import pytest
 from jax import export
 
 from pallas_kernels import common
+from tests.modules import models
 from tests.transformations.rows import (
     BY_NAME,
     B,
@@ -136,6 +137,22 @@ def test_auto_is_the_recurrence_for_a_symbolic_length():
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, T), jnp.int32))
     program = export.export(jax.jit(model.apply))(variables, tokens)
     assert program.out_avals[0].shape[:2] == tokens.shape
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_model_with_caches_is_exported_with_its_state(length):
+    """The program is serialized with the types of states; lengths of caches are integers."""
+    model, variables = models.model_and_variables(models.config(models.MIXED_BASELINES))
+    arguments = variables, models.tokens(0, 3, length), model.init_state(3)
+    (b,) = export.symbolic_shape("b")
+    tokens = jax.ShapeDtypeStruct((b, length), jnp.int32)
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((len(x), b, *x.shape[2:]), x.dtype), arguments[2]
+    )
+    program = export.export(jax.jit(model.apply))(variables, tokens, state)
+    actual = export.deserialize(program.serialize()).call(*arguments)
+    assert_close(actual, jax.jit(model.apply)(*arguments), 1e-5)
 
 
 def test_chunks_of_logits_do_not_depend_on_a_symbolic_batch():

@@ -48,7 +48,7 @@ class HfToRun(options.ModelCommand):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunToHf(options.ModelCommand):
-    """Converts a run of large blocks to a checkpoint folder that `transformers` loads."""
+    """Converts a run to a checkpoint folder that `transformers` loads."""
 
     run: options.RunPath  # directory of a run
     folder: Folder  # output; must be new or have no weights
@@ -108,9 +108,7 @@ def _hf_to_run(argv: list[str]) -> int:
         raise
     fields = {"written": str(args.run), "parameters": f"{num_params:,}", LICENSE: license_name}
     fields["tokenizer"] = f"{cfg.data.tokenizer!r} of the run; that of the folder is not imported"
-    if args.compare and model.tie_embeddings:
-        fields["logits"] = "not compared: transformers gives tied models a random head"
-    return _report(fields, args.folder if args.compare and not model.tie_embeddings else None)
+    return _report(fields, args.folder if args.compare else None)
 
 
 def _run_to_hf(argv: list[str]) -> int:

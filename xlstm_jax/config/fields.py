@@ -1,7 +1,8 @@
 """Checks of frozen config dataclasses, and their conversion to JSON values and back.
 
 A field may override its conversion in its metadata: `to_json` maps a value to a JSON value, which
-is omitted when empty, and `from_json` maps (JSON value, field name) back to the value.
+is omitted when empty, `from_json` maps (JSON value, field name) back to the value, and
+`is_recorded` tells for the whole dataclass whether the field is a JSON value at all.
 """
 
 import contextlib
@@ -27,6 +28,8 @@ def to_dict(cfg: Any) -> dict[str, Any]:
     """The fields of a dataclass as JSON values: dataclasses become dicts, tuples become lists."""
     values = {}
     for field in dataclasses.fields(cfg):
+        if not field.metadata.get("is_recorded", lambda cfg: True)(cfg):
+            continue
         value = field.metadata.get("to_json", _to_json)(getattr(cfg, field.name))
         # Omitted when empty, so that a new field of this kind does not change old fingerprints.
         if value or "to_json" not in field.metadata:
@@ -113,6 +116,7 @@ DEMANDS: dict[str, Callable[[Any], bool]] = {
     "at least 0": lambda x: x >= 0,
     "above 0": lambda x: x > 0,
     "above 1": lambda x: x > 1,
+    "from 0 to 1": lambda x: 0 <= x <= 1,
     "above 0 and at most 1": lambda x: 0 < x <= 1,
     # The largest number that float32 does not round to 1.
     "at least 0 and below 1": lambda x: 0 <= x < 1 - 2**-25,

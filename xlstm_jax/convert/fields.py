@@ -10,14 +10,15 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from xlstm_jax.config import ConfigError
-from xlstm_jax.errors import quote, quote_path
+from xlstm_jax.errors import ConfigError, quote, quote_path
 
 MAX_BYTES = 10**6
 """Size of a config file; published ones have a few thousand bytes."""
 
 MAX_COUNT = 2**31 - 1
 """The largest count; JAX indexes with 32 bits."""
+
+DTYPES = ("float32", "bfloat16")
 
 _LARGEST = 3.4e38  # of float32, in which models compute
 _MISSING = object()
@@ -29,6 +30,15 @@ def check_size(path: Path, limit: int = MAX_BYTES) -> None:
     if size > limit:
         raise ConfigError(
             f"{quote_path(path)} must have at most {limit:,} bytes, got {size:,}; fetch it again."
+        )
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ConfigError unless activations can have this dtype."""
+    if dtype not in DTYPES:
+        raise ConfigError(
+            f"dtype={quote(dtype)} must be one of {', '.join(DTYPES)}, as float16 overflows; "
+            "load it with dtype='bfloat16' or dtype='float32'."
         )
 
 
@@ -52,7 +62,7 @@ class Fields:
                 raise ConfigError(
                     f"{where} must have strings as keys, got {quote(name)}; quote it."
                 )
-        self._values, self._where, self._largest = values, where, largest
+        self._values, self.where, self._largest = values, where, largest
         self._seen: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
@@ -68,8 +78,13 @@ class Fields:
         self._seen.add(name)
         value = self._values.get(name, default)
         if value is _MISSING:
-            raise ConfigError(f"{self._where} must have the field {name!r}; add it.")
+            raise ConfigError(f"{self.where} must have the field {name!r}; add it.")
         return value
+
+    def value(self, name: str, default: Any) -> Any:
+        """The value of a field, or `default` if it is absent or null."""
+        value = self.get(name, None)
+        return default if value is None else value
 
     def number(self, name: str, default: Any = _MISSING, *, minimum: float | None = None) -> Any:
         """A finite number, at least `minimum`."""
@@ -102,6 +117,10 @@ class Fields:
         self.require_size(name, value)
         return value
 
+    def size_or(self, name: str, default: int) -> int:
+        """A size, or `default` if it is absent or null."""
+        return default if self.get(name, None) is None else self.size(name)
+
     def require_size(self, name: str, size: float) -> None:
         """Raises ConfigError if an array of the weights cannot have this size."""
         what = f"at most {self._largest}, the largest size in the weights"
@@ -116,7 +135,7 @@ class Fields:
     def nested(self, name: str) -> "Fields | None":
         """The fields of a nested mapping; None if it is absent or null."""
         value = self.get(name, None)
-        return None if value is None else Fields(value, f"{name} of {self._where}", self._largest)
+        return None if value is None else Fields(value, f"{name} of {self.where}", self._largest)
 
     def require_equal(self, name: str, expected: Any, way_out: str) -> None:
         """Rejects any value but `expected`, which is also the default."""
@@ -128,7 +147,7 @@ class Fields:
     ) -> None:
         """Raises ConfigError unless `fits`; the message has the demand `what` and the `way_out`."""
         if not fits:
-            where = f"{name} of {self._where}"
+            where = f"{name} of {self.where}"
             raise ConfigError(f"{where} must be {what}, got {quote(value)}; {way_out}.")
 
     def ignore(self, *names: str) -> None:
@@ -140,7 +159,7 @@ class Fields:
         unknown = sorted(set(self._values) - self._seen)
         if unknown:
             logging.getLogger(__name__).warning(
-                "unknown fields of %s are ignored: %s", self._where, first_of(unknown, 8)
+                "unknown fields of %s are ignored: %s", self.where, first_of(unknown, 8)
             )
 
 

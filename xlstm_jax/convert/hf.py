@@ -1,9 +1,7 @@
-"""Checkpoint folders of `transformers`: xLSTMForCausalLM in safetensors files.
-
-Source of the layout: the public model class and config of the package `transformers`, 5.23.
-"""
+"""Checkpoint folders of `transformers` in safetensors files, of the families in `families`."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import numbers
@@ -13,26 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_jax.config import ConfigError, read_json
-from xlstm_jax.convert import large, mapping, names, tensors
-from xlstm_jax.convert.fields import Fields, check_size
+from xlstm_jax.config.files import read_json
+from xlstm_jax.convert import families, mapping, tensors
+from xlstm_jax.convert.fields import Fields, check_dtype, check_size
 from xlstm_jax.convert.prefixes import unwrap
-from xlstm_jax.errors import quote, quote_path
+from xlstm_jax.errors import ConfigError, quote, quote_path
 from xlstm_jax.modules.config import LMConfig
-from xlstm_jax.modules.options import large_width
 from xlstm_jax.typing import PyTree
 
 CONFIG = "config.json"
-FFN_FACTOR = 2.667  # default of its config; the package xlstm has another
-HEAD = "lm_head.weight"
-OUT_NORM = "backbone.out_norm.weight"
+BUFFER = "rotary_emb.inv_freq"  # ending of tensors that follow from the config
 
-# Published configs name kernels that only run on a GPU; these PyTorch kernels are equivalent.
-KERNELS = {
-    "chunkwise_kernel": "chunkwise--native_autograd",
-    "sequence_kernel": "native_sequence__native",
-    "step_kernel": "native",
-}
 SPECIAL_TOKENS: Mapping[str, int] = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 TOKEN_NAMES = (*SPECIAL_TOKENS, *(f"{token}_token_id" for token in ("unk", "sep", "cls", "mask")))
 
@@ -43,8 +32,8 @@ def load_hf(folder: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, 
     Parameters are float32. They are read leaf by leaf, so that peak host memory is little more than
     the parameters, and sharded over the active mesh (`jax.set_mesh`) if there is one. As in
     `transformers`, a head in the files is used whatever `tie_word_embeddings` says. Tensor names
-    may have the prefixes of a compiled or wrapped model, or lack `backbone.`. Warns if a value is
-    NaN or infinite.
+    may have the prefixes of a compiled or wrapped model, or lack `backbone.` or its like. Warns if
+    a value is NaN or infinite.
 
     Args:
         folder: has `config.json`, and `model.safetensors` or shards with their index.
@@ -68,54 +57,35 @@ def open_folder(
             f"{quote_path(folder)} must be a folder with a {CONFIG}, but has none; pass a folder "
             "written by save_pretrained."
         )
-    source = unwrap(tensors.from_folder(folder), names.HF, names.BACKBONE)
     path = quote_path(folder / CONFIG)
-    fields = Fields(read_config(folder), path, source.longest_axis)
-    fields.require_equal("model_type", "xlstm", "only xLSTMForCausalLM can be loaded from a folder")
-    way_out = "transformers only loads separate weights; convert fused ones first"
-    fields.require_equal("weight_mode", "single", way_out)
-    has_norm = fields.flag("add_out_norm", default=True)
-    # transformers applies the norm whatever the field says.
-    way_out = "transformers applies that norm anyway: set it to true, or remove the tensor"
-    fits = has_norm or OUT_NORM not in source.shapes
-    what = f"true if the weights have {OUT_NORM!r}"
-    fields.require("add_out_norm", has_norm, what, way_out, fits=fits)
+    values = read_config(folder)
+    family = families.of_type(values.get("model_type", "xlstm"), path)
+    source = unwrap(_without_buffers(tensors.from_folder(folder)), family.rules, family.base)
+    fields = Fields(values, path, source.longest_axis)
     stored = fields.get("dtype", None) or fields.get("torch_dtype", None) or "float32"
     fields.require("dtype", stored, "the name of a dtype", fits=isinstance(stored, str))
-    num_blocks = _either(fields, "num_hidden_layers", "num_blocks", path)
-    large.check_num_blocks(fields, num_blocks, source)
-    cfg = large.lm_config(
-        fields,
-        dim=_either(fields, "hidden_size", "embedding_dim", path),
-        num_blocks=num_blocks,
-        factor=FFN_FACTOR,
-        dtype=dtype or stored.removeprefix("torch."),
-    )
-    wants_tie = fields.flag("tie_word_embeddings", default=False)
-    tied = wants_tie and HEAD not in source.shapes
+    activations: str = dtype or stored.removeprefix("torch.")
+    check_dtype(activations)
+    cfg = family.read(fields, source, activations)
+    wants_tie = fields.flag("tie_word_embeddings", default=family.tied_by_default)
+    tied = wants_tie and family.head not in source.shapes
     if wants_tie and not tied:
         logging.getLogger(__name__).warning(
             "tie_word_embeddings of %s is ignored, as the weights have an embedding and a head",
             path,
         )
     # Written by transformers into every folder, or about execution; they do not affect results.
-    fields.ignore("architectures", "transformers_version", "use_cache", "max_inference_chunksize")
-    fields.ignore(*TOKEN_NAMES)
+    fields.ignore("model_type", "architectures", "transformers_version", "use_cache")
+    fields.ignore("torch_dtype", *TOKEN_NAMES)
     fields.warn_unknown()
-    # The final norm of transformers has no bias, whatever use_bias says.
-    cfg = dataclasses.replace(cfg, tie_embeddings=tied, final_norm_bias=False)
-    return cfg, lambda: mapping.load(cfg, names.HF, source)
+    cfg = dataclasses.replace(cfg, tie_embeddings=tied)
+    return cfg, lambda: mapping.load(cfg, family.rules, source, joined=family.joined(cfg))
 
 
-def _either(fields: Fields, name: str, other: str, path: str) -> int:
-    """A size that has two names in the config, of which either suffices."""
-    if name in fields and other in fields and fields.count(name) != fields.count(other):
-        raise ConfigError(
-            f"{name} and {other} of {path} must be equal, got {fields.count(name)} and "
-            f"{fields.count(other)}; remove the wrong one."
-        )
-    fields.ignore(name, other)
-    return fields.count(other if name not in fields and other in fields else name)
+def _without_buffers(source: tensors.Source) -> tensors.Source:
+    """Drops the frequencies of rotary positions, which older versions saved."""
+    shapes = {n: shape for n, shape in source.shapes.items() if not n.endswith(BUFFER)}
+    return tensors.Source(shapes, source.read)
 
 
 def save_hf(
@@ -129,11 +99,12 @@ def save_hf(
 ) -> None:
     """Writes a model as a checkpoint folder that `transformers` loads.
 
-    A tied head is written as a separate tensor, as `transformers` does not tie this model.
+    A tied head of a model of large blocks is written as a separate tensor, as `transformers` does
+    not tie that one.
 
     Args:
         folder: a new folder, or one without weights.
-        cfg: config of a model of large blocks.
+        cfg: config of a model that one of the families can represent.
         params: `variables["params"]` of `LM(cfg)`.
         dtype: of the stored tensors, "float32" or "bfloat16".
         max_shard_bytes: largest size of a file; a larger tensor gets a file of its own.
@@ -146,14 +117,14 @@ def save_hf(
         WeightsError: the parameters do not match the config; names the first differences.
     """
     folder = Path(folder)
-    config = config_of(cfg, dtype)
+    config, family = config_of(cfg, dtype), _family_of(cfg)
     if special_tokens is not SPECIAL_TOKENS:  # a small vocabulary may lack the default ones
         config |= check_special_tokens(special_tokens, cfg.vocab_size, "special_tokens")
     mapping.check_params(cfg, params)
-    arrays = mapping.export(cfg, names.HF, params)
-    if cfg.tie_embeddings:
+    arrays = mapping.export(cfg, family.rules, params, family.joined(cfg))
+    if cfg.tie_embeddings and not family.ties:
         head = np.asarray(params["token_embedding"]["embedding"])
-        arrays = [*arrays, (HEAD, head)]
+        arrays = itertools.chain(arrays, [(family.head, head)])
     tensors.write(
         folder,
         arrays,
@@ -206,74 +177,31 @@ def _is_token(value: Any, vocab_size: int) -> bool:
 
 
 def why_not_exportable(cfg: LMConfig) -> str | None:
-    """Why `save_hf` rejects models with this config, for an error message; None if it does not.
-
-    `transformers` normalizes the output of the last block as the blocks do: by RMS, without a bias
-    and with the same epsilon.
-    """
-    options, norm = cfg.large, cfg.final_norm
-    is_supported = {
-        f"pattern={quote(cfg.pattern)} with letters other than M": set(cfg.pattern) == {"M"},
-        f"large.input_gate={options.input_gate!r} instead of 'exp'": options.input_gate == "exp",
-        f"large.forget_gate={options.forget_gate!r} instead of 'sigmoid'": (
-            options.forget_gate == "sigmoid"
-        ),
-        f"final_norm={norm!r} instead of 'rms'": norm == "rms",
-        "final_norm_bias=True": not cfg.final_norm_bias,
-        f"final_norm_eps={cfg.final_norm_eps} different from large.norm_eps={options.norm_eps}": (
-            cfg.final_norm_eps == options.norm_eps
-        ),
-    }
-    return ", ".join(reason for reason, fits in is_supported.items() if not fits) or None
+    """Why `save_hf` rejects models with this config, for an error message; None if it does not."""
+    return families.of_model(cfg)[1]
 
 
-def config_of(cfg: LMConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The config.json of a model; raises ConfigError, with all reasons, if it is unsupported."""
-    reasons = why_not_exportable(cfg)
-    if reasons is not None:
+def _family_of(cfg: LMConfig) -> families.Family:
+    family, reasons = families.of_model(cfg)
+    if family is None or reasons is not None:
         raise ConfigError(
             f"the model must be one that transformers supports, got {reasons}; change these "
             "options and train it again, or use it as a run."
         )
-    options, dim = cfg.large, cfg.dim
-    qk_dim, v_dim, ffn_dim = options.widths(dim)
-    # A published factor if it gives this width; otherwise an exact one, without rounding up.
-    published = (factor for factor in (2.667, 2.6667) if large_width(dim, factor) == ffn_dim)
-    factor, multiple = next(published, None), 64
-    if factor is None:
-        factor, multiple = large.factor_of(ffn_dim, dim), 1
+    return family
+
+
+def config_of(cfg: LMConfig, dtype: str = "float32") -> dict[str, Any]:
+    """The config.json of a model; raises ConfigError, with all reasons, if it is unsupported."""
+    family = _family_of(cfg)
     return {
-        "architectures": ["xLSTMForCausalLM"],
-        "model_type": "xlstm",
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "dtype": dtype,
         "vocab_size": cfg.vocab_size,
-        "hidden_size": dim,
-        "embedding_dim": dim,
+        "hidden_size": cfg.dim,
         "num_hidden_layers": cfg.num_blocks,
-        "num_blocks": cfg.num_blocks,
-        "num_heads": options.num_heads,
-        "use_bias": options.use_bias,
-        "norm_reduction_force_float32": True,
-        "tie_word_embeddings": False,
-        "add_out_norm": True,
-        "norm_eps": float(options.norm_eps),
-        "qk_dim_factor": large.factor_of(qk_dim, dim),
-        "v_dim_factor": large.factor_of(v_dim, dim),
-        **KERNELS,
-        "mode": "inference",
-        # 64 is the default of the config; the chunk size does not affect results.
-        "chunk_size": options.chunk_size or 64,
-        "return_last_states": True,
-        "autocast_kernel_dtype": "bfloat16",
-        "eps": float(options.eps),
-        "inference_state_dtype": "float32",
-        "ffn_proj_factor": factor,
-        "ffn_round_up_to_multiple_of": multiple,
-        "gate_soft_cap": float(options.gate_soft_cap or large.NO_CAP),
-        "output_logit_soft_cap": float(cfg.logit_soft_cap or large.NO_CAP),
-        "weight_mode": "single",
-        # Its cache rounds the widths up to a multiple of 64, and fails for others.
-        "use_cache": qk_dim % 64 == v_dim % 64 == 0,
-        "max_inference_chunksize": 16384,
+        "tie_word_embeddings": family.ties and cfg.tie_embeddings,
+        **family.write(cfg),
         **{n: token for n, token in SPECIAL_TOKENS.items() if _is_token(token, cfg.vocab_size)},
     }

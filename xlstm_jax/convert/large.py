@@ -1,34 +1,22 @@
-"""The large architecture: fields common to its configs, and folders with a config.yaml.
+"""The large architecture: folders with a config.yaml.
 
 Source of the layout: the public class xLSTMLarge of the package `xlstm`, 2.0.
 """
 
-import itertools
-import math
 from pathlib import Path
 
-import numpy as np
-
-from xlstm_jax.config import ConfigError
 from xlstm_jax.convert import mapping, names, yaml_file
 from xlstm_jax.convert.fields import Fields
+from xlstm_jax.convert.joined import Joined, separate, stored_tensors
+from xlstm_jax.convert.large_fields import lm_config
 from xlstm_jax.convert.prefixes import unwrap
-from xlstm_jax.convert.tensors import Source, from_folder
-from xlstm_jax.errors import quote, quote_path
+from xlstm_jax.convert.tensors import Source, check_num_blocks, from_folder
+from xlstm_jax.errors import ConfigError, quote_path
 from xlstm_jax.modules.config import LMConfig
-from xlstm_jax.modules.options import LargeConfig, large_width
 from xlstm_jax.typing import PyTree
 
 CONFIG = "config.yaml"
 FFN_FACTOR = 2.6667  # default of its config; `transformers` has another
-
-NO_CAP = 1e10
-"""A soft cap for configs that require one: in float32 it has no effect."""
-
-DTYPES = ("float32", "bfloat16")
-
-MAX_UNKNOWN_BLOCKS = 100
-"""Blocks of a config whose weights have other names."""
 
 
 def load_large(folder: str | Path, *, dtype: str = "float32") -> tuple[LMConfig, PyTree]:
@@ -61,117 +49,17 @@ def load_large(folder: str | Path, *, dtype: str = "float32") -> tuple[LMConfig,
     return cfg, mapping.load(cfg, names.LARGE, unfused(source, cfg) if mode == "fused" else source)
 
 
-def lm_config(fields: Fields, *, dim: int, num_blocks: int, factor: float, dtype: str) -> LMConfig:
-    """The `LMConfig` equivalent to a config of the large architecture.
-
-    Args:
-        fields: of the config.
-        dim, num_blocks: passed separately, as their names differ between configs.
-        factor: default of `ffn_proj_factor`.
-        dtype: of activations.
-
-    Raises:
-        ConfigError: a field is invalid or has no equivalent.
-    """
-    if dtype not in DTYPES:
-        raise ConfigError(
-            f"dtype={quote(dtype)} must be one of {', '.join(DTYPES)}, as float16 overflows in "
-            "exponential gates; load it with dtype='bfloat16' or dtype='float32'."
-        )
-    # These select kernels and their precision; here gates, state and accumulators are always
-    # float32 or wider.
-    fields.ignore("chunkwise_kernel", "sequence_kernel", "step_kernel", "mode")
-    fields.ignore("return_last_states", "norm_reduction_force_float32")
-    fields.ignore("autocast_kernel_dtype", "inference_state_dtype")
-    multiple = fields.count("ffn_round_up_to_multiple_of", 64)
-    norm_eps = float(fields.number("norm_eps", 1e-6, minimum=0))
-    use_bias = fields.flag("use_bias", default=False)
-    has_norm = fields.flag("add_out_norm", default=True)
-    fields.require_size("the width", dim)
-    return LMConfig(
-        vocab_size=fields.size("vocab_size"),
-        dim=dim,
-        pattern="M" * num_blocks,
-        large=LargeConfig(
-            num_heads=fields.size("num_heads"),
-            qk_dim=_width(fields, "qk_dim_factor", dim, 0.5),
-            v_dim=_width(fields, "v_dim_factor", dim, 1.0),
-            ffn_dim=_width(fields, "ffn_proj_factor", dim, factor, multiple),
-            use_bias=use_bias,
-            gate_soft_cap=_cap(fields, "gate_soft_cap", 15.0),
-            norm_eps=norm_eps,
-            eps=float(fields.number("eps", 1e-6, minimum=0)),
-            chunk_size=fields.count("chunk_size", 64),
-        ),
-        final_norm="rms" if has_norm else "none",
-        final_norm_eps=norm_eps,
-        final_norm_bias=use_bias and has_norm,
-        logit_soft_cap=_cap(fields, "output_logit_soft_cap", 30.0),
-        dtype=dtype,  # pyright: ignore[reportArgumentType]
-    )
-
-
-def _width(fields: Fields, name: str, dim: int, default: float, multiple: int = 1) -> int:
-    factor = fields.positive(name, default)
-    fields.require_size(f"{name} times the width", dim * factor)
-    width = large_width(dim, factor, multiple)  # truncated, as in the original, for multiple=1
-    fields.require_size(f"the width by {name}", width)
-    return width
-
-
-def check_num_blocks(fields: Fields, num_blocks: int, source: Source) -> None:
-    """Raises ConfigError if the config has more blocks than the weights, before building any.
-
-    Weights without a single block have other names, which the error about these shows.
-    """
-    stored = source.num_blocks
-    what = f"at most {stored}, the number of blocks in the weights"
-    fields.require(
-        "num_blocks", num_blocks, what, fits=num_blocks <= (stored or MAX_UNKNOWN_BLOCKS)
-    )
-
-
-def _cap(fields: Fields, name: str, default: float) -> float | None:
-    cap = None if fields.get(name, default) is None else fields.positive(name, default)
-    # The inverse of what `hf.config_of` writes for a model without a cap.
-    return None if cap == NO_CAP else cap
-
-
-def factor_of(width: int, dim: int) -> float:
-    """A factor for which int(factor * dim) == width."""
-    factor = width / dim  # rounding may leave the product just below the width
-    while int(dim * factor) < width:
-        factor = math.nextafter(factor, math.inf)
-    return factor
-
-
 def unfused(source: Source, cfg: LMConfig) -> Source:
     """Presents fused weights under the names of the separate ones, as slices of their rows.
 
     A fused tensor is left as it is if its number of rows is wrong or separate tensors exist too;
     `mapping.load` then lists it as unexpected.
     """
-    shapes, slices = dict(source.shapes), {}
+    block = names.LARGE_BLOCK
+    modules = [
+        Joined(block + name, tuple(block + part for part in parts))
+        for name, parts in names.FUSED.items()
+    ]
     targets = mapping.targets(cfg, names.LARGE, mapping.parameters(cfg))
-    fused = itertools.product(range(cfg.num_blocks), names.FUSED.items(), (".weight", ".bias"))
-    for index, (fused_name, members), kind in fused:
-        block = names.LARGE_BLOCK.format(index)
-        name = block + fused_name + kind
-        # Without biases in the model, only the gates have one: parts that do not exist are skipped.
-        parts = [part for member in members if (part := block + member + kind) in targets]
-        sizes = [targets[part].torch_shape[0] for part in parts]
-        shape = shapes.get(name, ())
-        if not parts or shape[:1] != (sum(sizes),) or not shapes.keys().isdisjoint(parts):
-            continue
-        del shapes[name]
-        for part, size, stop in zip(parts, sizes, itertools.accumulate(sizes), strict=True):
-            slices[part] = name, slice(stop - size, stop)
-            shapes[part] = (size, *shape[1:])
-
-    def read(name: str) -> np.ndarray:
-        if name not in slices:
-            return source.read(name)
-        fused_name, part = slices[name]
-        return source.read(fused_name)[part]
-
-    return Source(shapes, read)
+    shapes = {name: target.torch_shape for name, target in targets.items()}
+    return separate(source, stored_tensors(shapes, modules, cfg.num_blocks))

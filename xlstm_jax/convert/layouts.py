@@ -40,6 +40,7 @@ class Layout(NamedTuple):
 LAYOUTS = {
     "same": Layout(lambda axes: axes),
     "transposed": Layout(lambda axes: axes[::-1]),
+    "row": Layout(lambda axes: axes, lambda shape: (1, 1, *shape)),  # PyTorch (1, 1, D); ours (D,)
     "headwise": Layout(lambda _: (0, 2, 1)),  # PyTorch (groups, out, in); ours (groups, in, out)
     # Depthwise: PyTorch (F, 1, W), ours (W, F). Mixing: PyTorch (F_out, F_in, W), ours reversed.
     "convolution": Layout(

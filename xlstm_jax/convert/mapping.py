@@ -11,9 +11,16 @@ import numpy as np
 
 from xlstm_jax import sharding
 from xlstm_jax.convert.fields import first_of
+from xlstm_jax.convert.joined import Joined, separate, stored_tensors
 from xlstm_jax.convert.layouts import LAYOUTS, Layout, Shape
 from xlstm_jax.convert.names import Rule
-from xlstm_jax.convert.tensors import Source, WeightsError, is_finite, warn_not_finite
+from xlstm_jax.convert.tensors import (
+    Source,
+    WeightsError,
+    is_finite,
+    is_in_block,
+    warn_not_finite,
+)
 from xlstm_jax.errors import quote
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.lm import param_shapes
@@ -76,27 +83,37 @@ def targets(
 
 
 def load(
-    cfg: LMConfig, rules: Sequence[Rule], source: Source, without: Sequence[str] = ()
+    cfg: LMConfig,
+    rules: Sequence[Rule],
+    source: Source,
+    without: Sequence[str] = (),
+    joined: Sequence[Joined] = (),
 ) -> PyTree:
     """Loads the parameters of a model from a source, sharded over the active mesh if there is one.
 
     Leaves are assembled one at a time, and tensors read one at a time, to bound host memory.
-    Parameters whose path is in `without` are skipped. Warns if a value is NaN or infinite.
+    Parameters whose path is in `without` are skipped, and those of modules that are `joined` in the
+    source are taken apart. Warns if a value is NaN or infinite.
 
     Raises:
         WeightsError: tensors are missing, unexpected or misshapen; names the first of them.
     """
     leaves = {path: leaf for path, leaf in parameters(cfg).items() if path not in without}
     table = targets(cfg, rules, leaves)
+    stored = stored_tensors(
+        {name: target.torch_shape for name, target in table.items()}, joined, cfg.num_blocks
+    )
     _check_shapes(
         "tensors",
-        {name: target.torch_shape for name, target in table.items()},
+        {name: tensor.shape for name, tensor in stored.items()},
         source.shapes,
         "check that the config belongs to the weights",
-        {name: f" (our {target.path})" for name, target in table.items()},
+        {n: f" (our {', '.join(table[p].path for p in t.parts)})" for n, t in stored.items()},
     )
+    source = separate(source, stored)
+    owner = {part: name for name, tensor in stored.items() for part in tensor.parts}
     tree: dict[str, Any] = {}
-    not_finite = []
+    not_finite: dict[str, None] = {}  # an ordered set
     # `targets` lists the layers of a leaf one after another, so that groupby collects them.
     for path, tensors in itertools.groupby(table.items(), lambda item: item[1].path):
         host = _empty(leaves[path].shape, leaves[path].dtype)
@@ -106,30 +123,35 @@ def load(
             with np.errstate(over="ignore"):
                 part[...] = target.layout.from_torch(source.read(name), target.shape)
             if not is_finite(part):
-                not_finite.append(name)
+                not_finite[owner[name]] = None
         *folders, last = path.split("/")
         functools.reduce(lambda node, key: node.setdefault(key, {}), folders, tree)[last] = _put(
             path, host
         )
-    warn_not_finite(not_finite)
+    warn_not_finite(list(not_finite))
     return tree
 
 
 def export(
-    cfg: LMConfig, rules: Sequence[Rule], params: PyTree
+    cfg: LMConfig, rules: Sequence[Rule], params: PyTree, joined: Sequence[Joined] = ()
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the PyTorch name and array of every tensor, one at a time to bound host memory.
 
     Warns after the last one if a value is NaN or infinite.
     """
     leaves, not_finite = by_path(params), []
-    for name, target in targets(cfg, rules, leaves).items():
-        leaf = leaves[target.path]
-        part = leaf if target.layer is None else leaf[target.layer]
-        array = np.asarray(part)
+    table = targets(cfg, rules, leaves)
+
+    def array_of(name: str) -> np.ndarray:
+        path, layer, _, layout = table[name]
+        return layout.to_torch(np.asarray(leaves[path] if layer is None else leaves[path][layer]))
+
+    shapes = {name: target.torch_shape for name, target in table.items()}
+    for name, tensor in stored_tensors(shapes, joined, cfg.num_blocks).items():
+        array = tensor.join([array_of(part) for part in tensor.parts])
         if not is_finite(array):
             not_finite.append(name)
-        yield name, np.ascontiguousarray(target.layout.to_torch(array))
+        yield name, np.ascontiguousarray(array)
     warn_not_finite(not_finite)
 
 
@@ -153,7 +175,7 @@ def _check_shapes(
 ) -> None:
     """Raises WeightsError if arrays are missing, unexpected or misshapen; names the first ones."""
     # Arrays outside of the blocks first: they are few, and tell models apart.
-    missing = sorted((n for n in expected if n not in actual), key=lambda n: "blocks." in n)
+    missing = sorted((n for n in expected if n not in actual), key=is_in_block)
     unexpected = [name for name in actual if name not in expected]
     misshapen = [n for n, shape in expected.items() if actual.get(n, shape) != shape]
     # With many problems, the remarks would make the message too long to read.

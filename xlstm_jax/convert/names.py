@@ -26,7 +26,7 @@ _KINDS = {
 """Kind of a module -> our name and the layout of its weight. Biases have the layout "same"."""
 
 
-def _rules(prefixes: tuple[str, str], *modules: tuple[str, str, str]) -> tuple[Rule, ...]:
+def module_rules(prefixes: tuple[str, str], *modules: tuple[str, str, str]) -> tuple[Rule, ...]:
     """Rules for weight and bias of each (PyTorch module, our module, kind)."""
     torch_prefix, prefix = prefixes
     rules = []
@@ -42,13 +42,13 @@ V1_STACK = "xlstm_block_stack."  # names of a bare xLSTMBlockStack lack this pre
 _V1_BLOCK = V1_STACK + "blocks.{}."
 
 V1 = (
-    *_rules(
+    *module_rules(
         ("", ""),
         ("token_embedding", "token_embedding", "embedding"),
         ("lm_head", "lm_head", "dense"),
         (V1_STACK + "post_blocks_norm", "out_norm", "offset"),
     ),
-    *_rules(
+    *module_rules(
         (_V1_BLOCK, "stack/m/"),
         ("xlstm_norm", "xlstm_norm", "offset"),
         ("xlstm.proj_up", "mlstm/proj_up", "dense"),
@@ -62,7 +62,7 @@ V1 = (
         ("xlstm.proj_down", "mlstm/proj_down", "dense"),
     ),
     Rule(_V1_BLOCK + "xlstm.learnable_skip", "stack/m/mlstm/learnable_skip", "same"),
-    *_rules(
+    *module_rules(
         (_V1_BLOCK, "stack/s/"),
         ("xlstm_norm", "xlstm_norm", "offset"),
         ("xlstm.conv1d.conv", "slstm/conv", "convolution"),
@@ -92,13 +92,13 @@ LARGE_BLOCK = BACKBONE + "blocks.{}."
 
 
 def _large(embedding: str) -> tuple[Rule, ...]:
-    top = _rules(
+    top = module_rules(
         ("", ""),
         (embedding, "token_embedding", "embedding"),
         ("backbone.out_norm", "out_norm", "scale"),
         ("lm_head", "lm_head", "dense"),
     )
-    blocks = _rules(
+    blocks = module_rules(
         (LARGE_BLOCK, "stack/M/"),
         ("norm_mlstm", "norm_mlstm", "scale"),
         ("mlstm_layer.q", "mlstm/q", "dense"),

@@ -26,7 +26,7 @@ def unwrapped(names: Collection[str], rules: Sequence[Rule], base: str) -> dict[
         base: the name of the part that has the blocks, such as "backbone."; may be missing.
     """
     plain = {name: _WRAPPERS.sub("", name) for name in names}
-    block = re.compile(rf"(?<![^.])({re.escape(base)})?blocks\.[0-9]+\.")
+    block = re.compile(rf"(?<![^.])({re.escape(base)})?(blocks|layers)\.[0-9]+\.")
     prefixes = {name[: match.start()] for name in plain.values() if (match := block.search(name))}
     # Several prefixes are several models, such as a teacher and a student.
     prefix = prefixes.pop() if len(prefixes) == 1 else ""

@@ -14,14 +14,19 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from xlstm_jax.config import ConfigError, read_json
-from xlstm_jax.convert.fields import check_size, first_of
-from xlstm_jax.errors import import_optional, printable, quote, quote_path
+from xlstm_jax.config.files import read_json
+from xlstm_jax.convert.fields import Fields, check_size, first_of
+from xlstm_jax.errors import ConfigError, import_optional, printable, quote, quote_path
 
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 10**7  # that of 100,000 tensors
 READABLE_DTYPES = ("F64", "F32", "F16", "BF16")  # in the notation of safetensors
 STORAGE_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+MAX_UNKNOWN_BLOCKS = 100
+"""Blocks of a config whose weights have other names."""
+
+_BLOCK = re.compile(r"(?<![^.])(?:blocks|layers)\.([0-9]+)\.")  # in the name of a tensor
 
 
 class WeightsError(ConfigError):
@@ -41,13 +46,30 @@ class Source(NamedTuple):
     @property
     def num_blocks(self) -> int:
         """Blocks that have a tensor."""
-        matches = (re.search(r"(?<![^.])blocks\.([0-9]+)\.", name) for name in self.shapes)
+        matches = (_BLOCK.search(name) for name in self.shapes)
         return len({match[1] for match in matches if match})
 
     @property
     def longest_axis(self) -> int:
         """The longest axis of a tensor, which no size of the model exceeds."""
         return max((axis for shape in self.shapes.values() for axis in shape), default=0)
+
+
+def is_in_block(name: str) -> bool:
+    """Whether a tensor of this name belongs to a block."""
+    return _BLOCK.search(name) is not None
+
+
+def check_num_blocks(
+    fields: Fields, num_blocks: int, source: Source, name: str = "num_blocks"
+) -> None:
+    """Raises ConfigError if the config has more blocks than the weights, before building any.
+
+    Weights without a single block have other names, which the error about these shows.
+    """
+    stored = source.num_blocks
+    what = f"at most {stored}, the number of blocks in the weights"
+    fields.require(name, num_blocks, what, fits=num_blocks <= (stored or MAX_UNKNOWN_BLOCKS))
 
 
 def from_arrays(arrays: Mapping[str, np.ndarray]) -> Source:

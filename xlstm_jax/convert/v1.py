@@ -11,9 +11,8 @@ import numpy as np
 
 from xlstm_jax.convert import mapping, names
 from xlstm_jax.convert.fields import MAX_COUNT, Fields
-from xlstm_jax.convert.large import check_num_blocks
 from xlstm_jax.convert.prefixes import unwrapped
-from xlstm_jax.convert.tensors import Source, from_arrays
+from xlstm_jax.convert.tensors import Source, check_num_blocks, from_arrays
 from xlstm_jax.errors import quote
 from xlstm_jax.modules import options
 from xlstm_jax.modules.config import LMConfig

@@ -10,7 +10,13 @@ from flax.core import lift
 from jax.sharding import PartitionSpec as P
 
 from xlstm_jax.cells import LSTMState, MLSTMState, SLSTMState
+from xlstm_jax.cells.attention import AttentionState
+from xlstm_jax.cells.gated_delta import GatedDeltaState
+from xlstm_jax.cells.mamba import MambaState
+from xlstm_jax.cells.ssd import SSDState
+from xlstm_jax.cells.wkv import WKVState
 from xlstm_jax.ops.sharded.any_mesh import call_on_auto_axes, shard_explicit
+from xlstm_jax.typing import Array
 
 
 def on_any_mesh(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,7 +52,17 @@ def on_any_mesh(call: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-_CELL_STATES = LSTMState, MLSTMState, SLSTMState
+_STATE_AXES = {
+    AttentionState: "B H",
+    GatedDeltaState: "B H",
+    LSTMState: "B H",
+    MLSTMState: "B H",
+    MambaState: "B F",
+    SLSTMState: "B H",
+    SSDState: "B H",
+    WKVState: "B F",
+}
+"""First axes of the leaves of a cell's state; other states are sharded over B only."""
 
 
 def _explicit(result: Any) -> Any:
@@ -58,13 +74,17 @@ def _explicit(result: Any) -> Any:
 
 
 def _explicit_state(state: Any) -> Any:
-    """Leaves of a state on Explicit axes: `B ...`, `B H ...` for cells; stacked, `layers B ...`."""
+    """Leaves of a state on Explicit axes: those of `_STATE_AXES`, after `layers` if stacked."""
     # The state of a model is a dict by letter, those of its layers are stacked.
-    layers = "_ " if isinstance(state, dict) else ""
+    layers = ["_"] if isinstance(state, dict) else []
 
     def of_node(node: Any) -> Any:
-        axes = layers + ("B H" if isinstance(node, _CELL_STATES) else "B")
-        rest = lambda leaf: " _" * (leaf.ndim - len(axes.split()))  # noqa: E731
-        return jax.tree.map(lambda leaf: shard_explicit(leaf, axes + rest(leaf)), node)
+        axes = [*layers, *_STATE_AXES.get(type(node), "B").split()]
 
-    return jax.tree.map(of_node, state, is_leaf=lambda node: isinstance(node, _CELL_STATES))
+        def of_leaf(leaf: Array) -> Array:
+            rest = ["_"] * (leaf.ndim - len(axes))
+            return shard_explicit(leaf, " ".join((axes + rest)[: leaf.ndim]))
+
+        return jax.tree.map(of_leaf, node)
+
+    return jax.tree.map(of_node, state, is_leaf=lambda node: type(node) in _STATE_AXES)

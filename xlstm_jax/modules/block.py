@@ -3,72 +3,26 @@
 Sources: arXiv:2405.04517, figures 10 and 11; arXiv:2503.13427, section 3.
 """
 
-from typing import Any
-
 import flax.linen as nn
-import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from xlstm_jax.modules import counts
-from xlstm_jax.modules.any_mesh import on_any_mesh
-from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.feedforward import GatedFeedForward, LargeFeedForward
 from xlstm_jax.modules.kinds import BLOCKS, IMPLEMENTATIONS, BlockKind, Matrices
 from xlstm_jax.modules.large import LargeMLSTMLayer
 from xlstm_jax.modules.mlstm import MLSTMLayer
 from xlstm_jax.modules.norm import LayerNorm, RMSNorm
 from xlstm_jax.modules.options import LargeConfig, MLSTMConfig, SLSTMConfig
+from xlstm_jax.modules.residual import ResidualBlock
 from xlstm_jax.modules.slstm import SLSTMLayer
 from xlstm_jax.ops.registry import TABLES
 from xlstm_jax.sharding.axes import set_block_axes
-from xlstm_jax.typing import Array, Flag, Float, Int, Size
+from xlstm_jax.typing import Array, Int
 
 # `options` checks names against this table without importing `ops`.
 IMPLEMENTATIONS.update(TABLES)
 
 
-class _Block(nn.Module):
-    """x + layer(norm(x)), then x + ffn(norm(x)) where there is a feed-forward layer."""
-
-    cfg: LMConfig
-
-    @on_any_mesh
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        state: Any = None,
-        *,
-        reset: Flag | None = None,
-        mask: Flag | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """Returns the output of the block and the new state; arguments are those of the layer."""
-        # Built here, inside the compact method, so that Flax registers them as submodules.
-        norm, layer, *ffn = self._parts()
-        y, state = layer(norm(x), state, reset=reset, mask=mask, deterministic=deterministic)
-        x = x + y
-        if ffn:
-            norm, layer = ffn
-            x = x + layer(norm(x), deterministic=deterministic)
-        return x, state
-
-    @nn.nowrap
-    def init_state(self, batch_size: Size, dtype: DTypeLike | None = None) -> Any:
-        """The initial state, zeros, for activations of `dtype`; None: `cfg.dtype`."""
-        dtype = jnp.dtype(self.cfg.dtype if dtype is None else dtype)
-        # parent=None, as an unbound module cannot create submodules.
-        return self._layer(parent=None).init_state(batch_size, self.cfg.dim, dtype)
-
-    def _parts(self) -> tuple[nn.Module, ...]:
-        """The norm and the layer, then the feed-forward norm and layer if the block has them."""
-        raise NotImplementedError
-
-    def _layer(self, **options: Any) -> Any:
-        raise NotImplementedError
-
-
-class MLSTMBlock(_Block):
+class MLSTMBlock(ResidualBlock):
     """First generation: the up-projection is inside the layer; no feed-forward layer."""
 
     def _parts(self):
@@ -79,7 +33,7 @@ class MLSTMBlock(_Block):
         return MLSTMLayer(self.cfg.mlstm, self.cfg.num_blocks, self.cfg.dropout, **options)
 
 
-class SLSTMBlock(_Block):
+class SLSTMBlock(ResidualBlock):
     """First generation, with a feed-forward layer unless its width is 0."""
 
     block_index: int | Int[Array, ""] = 0  # in the model; traced, as blocks are initialized by vmap
@@ -99,7 +53,7 @@ class SLSTMBlock(_Block):
         return SLSTMLayer(cfg.slstm, cfg.num_blocks, cfg.dropout, self.block_index, **options)
 
 
-class LargeBlock(_Block):
+class LargeBlock(ResidualBlock):
     """Large architecture, with a feed-forward layer; no dropout."""
 
     def _parts(self):
@@ -176,6 +130,9 @@ BLOCKS["M"] = BlockKind(
         r"ffn/(proj_up|proj_up_gate)/kernel": Matrices(),
     },
 )
+
+# The records of the baselines, in a module of their own.
+import xlstm_jax.modules.baselines.records  # noqa: E402, F401
 
 # A callback, so that `sharding` sees kinds registered later and does not import `modules`.
 set_block_axes(lambda letter: BLOCKS[letter].axes if letter in BLOCKS else {})

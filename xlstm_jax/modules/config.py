@@ -8,12 +8,25 @@ import tyro
 
 from xlstm_jax.config.fields import check_fields, from_dict, to_dict
 from xlstm_jax.errors import ConfigError, quote, quote_path
+from xlstm_jax.modules.baselines.options import (
+    AttentionConfig,
+    GatedDeltaConfig,
+    HybridConfig,
+    LSTMConfig,
+    Mamba2Config,
+    MambaConfig,
+    RWKV4Config,
+    WindowConfig,
+)
 from xlstm_jax.modules.kinds import BLOCKS
 from xlstm_jax.modules.options import LargeConfig, MLSTMConfig, SLSTMConfig
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "full", "dots", "names", "offload"]
-FinalNorm = Literal["layer", "rms", "none"]
+# Layer norm and RMS norm. A scale is stored as such, or as its offset from one: "layer" and
+# "rms_offset" store offsets.
+FinalNorm = Literal["layer", "rms", "none", "layer_scale", "rms_offset"]
+EmbeddingNorm = Literal["none", "layer_scale"]
 
 
 def _options_to_json(options: tuple[Any, ...]) -> dict[str, Any]:
@@ -46,6 +59,17 @@ _DEMANDS = {
     "at least 0 and below 1": "dropout",
 }
 
+
+def _field(name: str, options: Any) -> Any:
+    """A field that config.json has if the pattern has blocks of this kind, or if it is set."""
+
+    def is_recorded(cfg: "LMConfig") -> bool:
+        is_used = any(BLOCKS[letter].name == name for letter in cfg.pattern)
+        return is_used or getattr(cfg, name) != options
+
+    return dataclasses.field(default=options, metadata={"is_recorded": is_recorded})
+
+
 # Hidden from the command line: the classes of its entries are only known at run time.
 Options = Annotated[tuple[Any, ...], tyro.conf.Suppress]
 _OPTIONS = {"to_json": _options_to_json, "from_json": _options_from_json}
@@ -65,9 +89,20 @@ class LMConfig:
     mlstm: MLSTMConfig = MLSTMConfig()
     slstm: SLSTMConfig = SLSTMConfig()
     large: LargeConfig = LargeConfig()
+    lstm: LSTMConfig = _field("lstm", LSTMConfig())
+    attention: AttentionConfig = _field("attention", AttentionConfig())
+    window: WindowConfig = _field("window", WindowConfig())
+    hybrid: HybridConfig = _field("hybrid", HybridConfig())
+    mamba: MambaConfig = _field("mamba", MambaConfig())
+    mamba2: Mamba2Config = _field("mamba2", Mamba2Config())
+    gated_delta: GatedDeltaConfig = _field("gated_delta", GatedDeltaConfig())
+    rwkv4: RWKV4Config = _field("rwkv4", RWKV4Config())
     options: Options = dataclasses.field(default=(), metadata=_OPTIONS)  # of kinds without a field
+    embedding_norm: EmbeddingNorm = dataclasses.field(
+        default="none", metadata={"to_json": lambda norm: "" if norm == "none" else norm}
+    )
     final_norm: FinalNorm = "layer"
-    final_norm_eps: float = 1e-5
+    final_norm_eps: float = 1e-5  # also of the norm of the embedding
     final_norm_bias: bool = False
     tie_embeddings: bool = False  # the head reuses the embedding matrix
     logit_soft_cap: float | None = None
@@ -105,7 +140,7 @@ class LMConfig:
                 )
             options = self.options_of(letter)
             options.check(self.dim)
-            if options not in (self.mlstm, self.slstm, self.large, *self.options):
+            if options not in (getattr(self, BLOCKS[letter].name, None), *self.options):
                 # Record defaults too, so that config.json has every option of the model.
                 object.__setattr__(self, "options", (*self.options, options))
 

@@ -20,6 +20,7 @@ class CausalConv(nn.Module):
 
     width: int  # W
     mixing: bool = False
+    use_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -38,7 +39,7 @@ class CausalConv(nn.Module):
         # The bias has the bound of the kernel, as in PyTorch's Conv1d.
         init = uniform(1 / math.sqrt(math.prod(window[:-1])))
         kernel = self.param("kernel", init, window).astype(x.dtype)
-        bias = self.param("bias", init, (features,)).astype(x.dtype)
+        bias = self.param("bias", init, (features,)).astype(x.dtype) if self.use_bias else None
         return causal_conv(x, kernel, bias, state, reset=reset, mask=mask)
 
 

@@ -83,10 +83,29 @@ class LargeFeedForward(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], *, deterministic: bool = True
     ) -> Float[Array, "B T D"]:
-        del deterministic  # accepted as `_Block` passes it; this layer has no dropout
+        del deterministic  # accepted as `ResidualBlock` passes it; this layer has no dropout
         dim = x.shape[-1]
         names = "proj_up_gate", "proj_up"
         layers = (Dense(self.inner_dim, small(dim), self.use_bias, name=name) for name in names)
         gate, up = (constrain(y, "batch", "time", "mlp") for y in fused_dense(x, *layers))
         down = Dense(dim, wang(dim, self.num_blocks), self.use_bias, name="proj_down")
         return down(silu_gate(gate, up))
+
+
+class FeedForward(nn.Module):
+    """down(activation(up)), without a gate: the feed-forward layer of early Transformers."""
+
+    inner_dim: int  # U
+    num_blocks: int = 1
+    activation: str = "gelu"
+
+    @on_any_mesh
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], *, deterministic: bool = True
+    ) -> Float[Array, "B T D"]:
+        del deterministic
+        dim = x.shape[-1]
+        up = Dense(self.inner_dim, small(dim), name="proj_up")(x)
+        up = ACTIVATIONS[self.activation](constrain(up, "batch", "time", "mlp"))
+        return Dense(dim, wang(dim, self.num_blocks), name="proj_down")(up)

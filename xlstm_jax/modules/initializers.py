@@ -91,3 +91,25 @@ def linspace(first: float, last: float) -> Initializer:
         return jnp.broadcast_to(jnp.linspace(first, last, shape[-1], dtype=jnp.float32), shape)
 
     return init
+
+
+def inverse_softplus_of_steps(smallest: float, largest: float) -> Initializer:
+    """Biases whose softplus, the step size, is log-uniform between two values."""
+
+    def init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        low, high = math.log(smallest), math.log(largest)
+        dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, low, high))
+        return dt + jnp.log(-jnp.expm1(-dt))
+
+    return init
+
+
+def log_of_indices(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """log 1, log 2, ... along the last axis."""
+    del key
+    return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=jnp.float32)), shape)
+
+
+def log_uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Logarithms of numbers that are uniform from 1 to 16."""
+    return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1.0, 16.0))

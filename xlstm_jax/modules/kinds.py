@@ -36,7 +36,9 @@ class BlockKind:
             match wins; these precede the entries in `sharding.axes` that all kinds share.
         count_params: LMConfig -> number of parameters of one block.
         forward_flops: (LMConfig, a key of `counts.CELL_FLOPS`) -> forward FLOPs of one block
-            per token.
+            per token, without those of `context_flops`.
+        context_flops: (LMConfig, length of the sequence, "causal" or "full") -> forward FLOPs of
+            one block per token that depend on the length; "full" counts masked pairs too.
         matrices: regex for the end of a parameter path -> the matrices of the parameter, or None
             if Muon must not treat it as such. The first match wins; these precede `MATRICES`. Muon
             needs an entry for every parameter.
@@ -49,6 +51,7 @@ class BlockKind:
     count_params: Callable[[Any], int]
     forward_flops: Callable[[Any, str], float]
     matrices: Mapping[str, Matrices | None] = dataclasses.field(default_factory=dict)
+    context_flops: Callable[[Any, int, str], float] = lambda cfg, seq_len, attention: 0.0
 
 
 BLOCKS: dict[str, BlockKind] = {}

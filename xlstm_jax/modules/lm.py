@@ -82,8 +82,8 @@ class _Model(nn.Module):
         x, *rest = stack(x, state, reset, mask, **options)
         if cfg.final_norm == "none":
             return x, *rest
-        norm = LayerNorm if cfg.final_norm == "layer" else RMSNorm
-        return norm(cfg.final_norm_eps, cfg.final_norm_bias, name="out_norm")(x), *rest
+        norm = final_norm(cfg, name="out_norm")
+        return norm(x), *rest
 
 
 @functools.partial(jit_once, static_argnums=0)
@@ -144,6 +144,7 @@ class LM(_Model):
         _check(tokens, segment_ids, mask)
         head_names = [] if cfg.tie_embeddings else ["lm_head"]
         norm_names = [] if cfg.final_norm == "none" else ["out_norm"]
+        norm_names += [] if cfg.embedding_norm == "none" else ["embedding_norm"]
         check_param_names(self, ["token_embedding", "stack", *norm_names, *head_names])
         reset = None
         if segment_ids is not None:
@@ -156,6 +157,8 @@ class LM(_Model):
         # Float64 parameters override `cfg.dtype`: the model computes in float64 throughout.
         dtype = table.dtype if table.dtype == jnp.float64 else jnp.dtype(cfg.dtype)
         x = embed(tokens, table, dtype=dtype)
+        if cfg.embedding_norm == "layer_scale":
+            x = LayerNorm(cfg.final_norm_eps, True, as_offset=False, name="embedding_norm")(x)
         rate = cfg.dropout if cfg.embedding_dropout else 0.0
         x = nn.Dropout(rate, deterministic=deterministic)(x)
         options = dict(deterministic=deterministic, capture=capture)
@@ -203,6 +206,13 @@ class Backbone(_Model):
     def _own_params(self, *trees: Any) -> tuple[Any, ...]:
         names = ("stack", "out_norm")  # those of an `LM` are accepted too
         return tuple({name: tree[name] for name in names if name in tree} for tree in trees)
+
+
+def final_norm(cfg: LMConfig, **options: Any) -> LayerNorm | RMSNorm:
+    """The norm of the last hidden states, unless `cfg.final_norm` is "none"."""
+    norm = LayerNorm if cfg.final_norm.startswith("layer") else RMSNorm
+    as_offset = cfg.final_norm in ("layer", "rms_offset")
+    return norm(cfg.final_norm_eps, cfg.final_norm_bias, as_offset, **options)
 
 
 def param_shapes(cfg: LMConfig) -> Any:

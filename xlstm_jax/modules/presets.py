@@ -1,7 +1,7 @@
 """Model sizes of the papers by name, with the published parameter counts, and one of 70B.
 
 Sources: arXiv:2405.04517 (table of sizes; sLSTM positions in the appendix), arXiv:2503.13427 (7B),
-arXiv:2510.02228 (scaling study).
+arXiv:2510.02228 (scaling study). Those of other models are in `baselines.presets`.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from xlstm_jax.config.fields import did_you_mean
 from xlstm_jax.errors import ConfigError, quote
 from xlstm_jax.modules import options
+from xlstm_jax.modules.baselines import presets as baselines
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.patterns import at, ratio_pattern
 
@@ -124,7 +125,7 @@ def _presets() -> dict[str, Callable[[], LMConfig]]:
         for blocks in depths:
             shape = (dim, blocks, heads)
             table[f"scaling_d{dim}_l{blocks}_h{heads}"] = lambda s=shape: scaling(*s)
-    return table
+    return table | baselines.presets(VOCAB_SIZE)
 
 
 PRESETS = _presets()

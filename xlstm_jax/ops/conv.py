@@ -74,6 +74,18 @@ def causal_conv(
     return map_shards(local, (x, kernel, bias, state, flags), axes, ("B T F", "B W F"), lengths)
 
 
+def shift(
+    x: Float[Array, "B T F"],
+    state: Float[Array, "B 1 F"] | None = None,
+    *,
+    reset: Flag | None = None,
+    mask: Flag | None = None,
+) -> tuple[Float[Array, "B T F"], Float[Array, "B 1 F"]]:
+    """The input of the step before, 0 at the start of a document; arguments as of `causal_conv`."""
+    before = jnp.concatenate([jnp.ones((1, x.shape[-1]), x.dtype), jnp.zeros_like(x[0, :1])])
+    return causal_conv(x, before, None, state, reset=reset, mask=mask)
+
+
 def _masked_convolve(x, kernel, bias, state, flags: Flags):
     """The convolution of the full sequence, or of one device's shard of it."""
     reset, mask = flags

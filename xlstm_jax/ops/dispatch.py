@@ -25,6 +25,7 @@ class Call:
     chunk_size: int | None = None
     named: bool = False  # the caller requested the implementation by name
     check_vma: bool = False  # within a caller's `shard_map` that checks over which axes arrays vary
+    uses: frozenset[str] = frozenset()  # optional arguments that affect the result, of some ops
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,13 @@ class Flags(NamedTuple):
         """The arguments of an op as booleans."""
         return cls(*(None if flag is None else as_bool(flag) for flag in (reset, mask)))
 
+    @property
+    def valid_reset(self) -> Bool[Array, "B T"] | None:
+        """The resets that count: those of masked positions are ignored."""
+        if self.reset is None or self.mask is None:
+            return self.reset
+        return self.reset & self.mask
+
     def zero_masked(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         """x with zeros at masked positions, whatever their values (also NaN)."""
         if self.mask is None:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from xlstm_jax.typing import PyTree
+from xlstm_jax.typing import Array, PyTree
 
 Forward = Callable[..., tuple[Any, Any]]
 Backward = Callable[..., Any]
@@ -64,3 +65,23 @@ def _is_zero(tangent: Any) -> bool:
     # Integers and booleans have tangents of the dtype float0.
     is_symbolic = isinstance(tangent, jax.custom_derivatives.SymbolicZero)
     return is_symbolic or tangent.dtype == jax.dtypes.float0
+
+
+def unit(x: Array) -> Array:
+    """exp(x) divided by the constant exp(x): 1, with the gradient of a factor exp(x)."""
+    return times_unit(jnp.ones_like(x), x)
+
+
+@jax.custom_jvp
+def times_unit(a: Array, x: Array) -> Array:
+    """`a * unit(x)`, with x broadcast over trailing axes: a itself, which is not multiplied."""
+    del x
+    return a
+
+
+@times_unit.defjvp
+def _times_unit_jvp(primals, tangents):
+    (a, x), (da, dx) = primals, tangents
+    product, one = times_unit(a, x), jnp.exp(x - jax.lax.stop_gradient(x))
+    dx, one = (y.reshape(y.shape + (1,) * (a.ndim - x.ndim)) for y in (dx, one))
+    return product, da * one + product * dx

@@ -54,6 +54,12 @@ def multi_head_norm(
     return _affine(y, scale, bias).astype(h.dtype)
 
 
+def unit_norm(x: Float[Array, "... D"], *, eps: float = 1e-6) -> Float[Array, "... D"]:
+    """x / sqrt(|x|^2 + eps): a vector of length 1 unless x is tiny."""
+    D = x.shape[-1]
+    return rms_norm(x, eps=eps / D) * D**-0.5
+
+
 def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
     """cap * tanh(x / cap): the identity near 0, bounded by +-cap. `None` returns x unchanged."""
     return x if cap is None else cap * jnp.tanh(x / cap)

@@ -4,11 +4,25 @@ import jax.numpy as jnp
 
 from xlstm_jax.errors import ArgumentError
 from xlstm_jax.ops import dispatch
+from xlstm_jax.ops.attention.api import IMPLEMENTATIONS as ATTENTION
+from xlstm_jax.ops.gated_delta import IMPLEMENTATIONS as GATED_DELTA
 from xlstm_jax.ops.lstm import IMPLEMENTATIONS as LSTM
 from xlstm_jax.ops.mlstm.api import IMPLEMENTATIONS as MLSTM
+from xlstm_jax.ops.selective_scan import IMPLEMENTATIONS as SELECTIVE_SCAN
 from xlstm_jax.ops.slstm.api import IMPLEMENTATIONS as SLSTM
+from xlstm_jax.ops.ssd import IMPLEMENTATIONS as SSD
+from xlstm_jax.ops.wkv import IMPLEMENTATIONS as WKV
 
-TABLES = {"lstm": LSTM, "mlstm": MLSTM, "slstm": SLSTM}
+TABLES = {
+    "attention": ATTENTION,
+    "gated_delta_rule": GATED_DELTA,
+    "lstm": LSTM,
+    "mlstm": MLSTM,
+    "selective_scan": SELECTIVE_SCAN,
+    "slstm": SLSTM,
+    "ssd": SSD,
+    "wkv": WKV,
+}
 
 
 def implementations(op: str) -> dict[str, str | None]:

@@ -35,7 +35,7 @@ class MeshConfig:
     tensor: int = 1  # shards heads and features
     rules: str = "auto"  # a name in `rules.RULES`; "auto": the first table that uses these axes
     min_shard_size: int = MIN_SHARD_SIZE  # elements; smaller parameters are replicated under fsdp
-    slstm_seq: Literal["gather", "refuse"] = "gather"  # sLSTM under seq: gather time, or refuse
+    slstm_seq: Literal["gather", "refuse"] = "gather"  # blocks that cannot shard time
 
     def __post_init__(self):
         check_fields(self, "mesh.", {})

@@ -206,6 +206,14 @@ class ExperimentConfig:
                     f"{size} and {self.train.accumulation}; change one of them, or "
                     "train.batch_ramp."
                 )
+        for letter in dict.fromkeys(self.model.pattern):
+            limit = getattr(self.model.options_of(letter), "max_length", None)
+            if limit is not None and limit < self.data.seq_len:
+                name = f"model.{BLOCKS[letter].name}"
+                raise ConfigError(
+                    f"{name}.cache_size must be at least data.seq_len={self.data.seq_len}, so that "
+                    f"a query sees the whole sequence, got {limit}; set it, or {name}.window."
+                )
         if self.train.carry_state and self.data.packing != "stream":
             raise ConfigError(
                 "train.carry_state must be False unless data.packing='stream', where sequences "
@@ -268,9 +276,11 @@ def check_divisibility(cfg: ExperimentConfig, rules: Rules, sizes: Mapping[str, 
         ("time", "data.seq_len", cfg.data.seq_len),
     ]
     lengths += [
-        ("heads", f"model.{BLOCKS[letter].name}.num_heads", options.num_heads)
+        ("heads", f"model.{BLOCKS[letter].name}.{field}", length)
         for letter, options in blocks.items()
-        if hasattr(options, "num_heads")
+        for field in ("num_heads", "num_kv_heads", "num_qk_heads", "groups")
+        # A single head that others share is replicated.
+        if (length := getattr(options, field, None)) and (length > 1 or field == "num_heads")
     ]
     for name, field, length in lengths:
         num_shards = math.prod(sizes[axis] for axis in rules[name])
@@ -287,6 +297,6 @@ def check_divisibility(cfg: ExperimentConfig, rules: Rules, sizes: Mapping[str, 
     if shards_time and unsharded and cfg.mesh.slstm_seq == "refuse":
         raise ConfigError(
             f"mesh.seq={sizes['seq']} cannot shard the sequence in blocks {', '.join(unsharded)} "
-            f"of model.pattern={quote(cfg.model.pattern)}, where a step needs the previous one; "
-            "use mesh.slstm_seq='gather' to compute them on every device, or seq=1."
+            f"of model.pattern={quote(cfg.model.pattern)}; use mesh.slstm_seq='gather' to compute "
+            "them on every device, or seq=1."
         )

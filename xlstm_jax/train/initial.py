@@ -24,7 +24,10 @@ from xlstm_jax.train.program import TrainProgram
 from xlstm_jax.typing import PyTree
 
 # Options of a model that change its results, but not the shapes of its parameters.
-_FORMULA = r"(^|\.)(\w*eps|\w*soft_cap|input_gate|forget_gate|normalize|\w*activation)$"
+_FORMULA = (
+    r"(^|\.)(\w*eps|\w*soft_cap|input_gate|forget_gate|normalize|\w*activation|final_norm"
+    r"|num_\w*heads|num_sinks|window|rotary_\w+)$"
+)
 _NOTES = ("WEIGHTS_LICENSE.txt", "special_tokens.json")  # of converted weights, in a run
 
 

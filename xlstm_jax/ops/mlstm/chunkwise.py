@@ -7,7 +7,8 @@ recurrence.
 
 Gradients come from autodiff, in every mode. The log weight of a query and a key is a sum of one
 term each, so the weights are constants to autodiff, and queries and keys are multiplied by factors
-that are 1 and carry the gradient of the gates (`_unit`): nothing is summed over pairs of positions.
+that are 1 and carry the gradient of the gates (`gradient.unit`): nothing is summed over pairs of
+positions.
 
 m is a gauge: moving a factor between exp(m) and (C, n) changes nothing. It is a constant too,
 except where a result depends on it: in eps, which is added in the scaled domain, and in the
@@ -28,7 +29,7 @@ from xlstm_jax.cells.mlstm import MLSTMState
 from xlstm_jax.cells.time import vary_like
 from xlstm_jax.ops.cpu import materialize, materialize_cotangent
 from xlstm_jax.ops.flags import Flags
-from xlstm_jax.ops.gradient import with_backward
+from xlstm_jax.ops.gradient import times_unit, unit, with_backward
 from xlstm_jax.ops.mlstm.arguments import Inputs, Options
 from xlstm_jax.ops.mlstm.products import product
 from xlstm_jax.typing import Array, Float, Size
@@ -48,7 +49,7 @@ class Chunks(NamedTuple):
 
 
 class LogFactors(NamedTuple):
-    """Sums of log gates, by which the weights depend on the gates; see `_unit`."""
+    """Sums of log gates, by which the weights depend on the gates; see `gradient.unit`."""
 
     query: Float[Array, "Z L"]
     key: Float[Array, "Z L"]
@@ -95,34 +96,14 @@ def _chunkwise(options: Options, q, k, v, gates: LogGates, state: MLSTMState):
     m = checkpoint_name(m, _SAVED)
     decays = materialize(_decays(options, gates, m, m_first))
     chunks = Chunks(*(_chunk(a, L).astype(state.C.dtype) for a in (q, k, v)))
-    factors, initial = _log_factors(gates), Memory(C, n).times(_unit(m_first))
+    factors, initial = _log_factors(gates), Memory(C, n).times(unit(m_first))
     starts, last = _boundary_states(chunks, factors, decays, initial, v.dtype)
     u, d = _read(chunks, factors, decays, starts, v.dtype)
     h = _normalize(u, d, m, options.eps) if options.normalize else materialize_cotangent(u)
     m_last = m[-m_first.size :, -1]
-    last = MLSTMState(*last.times(_unit(-m_last)), m_last)
+    last = MLSTMState(*last.times(unit(-m_last)), m_last)
     last = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), last, state)
     return _join(h.astype(v.dtype), B, T, H), last
-
-
-def _unit(x: Array) -> Array:
-    """exp(x) divided by the constant exp(x): 1, with the gradient of a factor exp(x)."""
-    return _times_unit(jnp.ones_like(x), x)
-
-
-@jax.custom_jvp
-def _times_unit(a: Array, x: Array) -> Array:
-    """`a * _unit(x)`, with x broadcast: a itself, which is not multiplied."""
-    del x
-    return a
-
-
-@_times_unit.defjvp
-def _times_unit_jvp(primals, tangents):
-    (a, x), (da, dx) = primals, tangents
-    product, unit = _times_unit(a, x), jnp.exp(x - jax.lax.stop_gradient(x))
-    dx, unit = (y.reshape(y.shape + (1,) * (a.ndim - x.ndim)) for y in (dx, unit))
-    return product, da * unit + product * dx
 
 
 def _chunk_gates(gates: LogGates, L: int) -> LogGates:
@@ -182,10 +163,10 @@ def _boundary_states(
     Products take operands in `dtype` and accumulate in that of the state.
     """
     # Increments are computed for all chunks at once; the scan only scales and adds.
-    to_end = _times_unit(jnp.exp(decays.to_end), factors.key + factors.end[:, None])
+    to_end = times_unit(jnp.exp(decays.to_end), factors.key + factors.end[:, None])
     keys = to_end[..., None] * x.k
     new = Memory(product("ZLK,ZLV->ZKV", dtype, keys, x.v), jnp.sum(keys, axis=-2))
-    f_scaled = _times_unit(jnp.exp(decays.across), factors.end)
+    f_scaled = times_unit(jnp.exp(decays.across), factors.end)
 
     def step(state: Memory, chunk):
         f_scaled, new = chunk
@@ -203,7 +184,7 @@ def _read(
     """Unnormalized read-out and normalizer of every position."""
     within, across = _query_weights(decays)
     scale = x.q.shape[-1] ** -0.5
-    q, k = _times_unit(x.q, factors.query), _times_unit(x.k, factors.key)
+    q, k = times_unit(x.q, factors.query), times_unit(x.k, factors.key)
     P = product("ZLK,ZSK->ZLS", dtype, q, k) * (scale * within)
     q = (scale * across)[..., None] * q
     u = product("ZLS,ZSV->ZLV", dtype, P, x.v) + product("ZLK,ZKV->ZLV", dtype, q, starts.C)
@@ -214,7 +195,7 @@ def _read(
 def _normalize(u: Array, d: Array, m: Array, eps: float) -> Array:
     """u / (max(|d|, exp(-m)) + eps), where eps counts in units of exp(m)."""
     bound = pre.lower_bound(jax.lax.stop_gradient(m))
-    return _divide(u, jnp.maximum(jnp.abs(d), bound) + eps * _unit(jnp.maximum(m, READ_FLOOR)))
+    return _divide(u, jnp.maximum(jnp.abs(d), bound) + eps * unit(jnp.maximum(m, READ_FLOOR)))
 
 
 @jax.custom_jvp

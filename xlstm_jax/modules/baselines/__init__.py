@@ -1,0 +1,1 @@
+"""Block kinds that xLSTM is compared with: their options, layers, blocks and costs."""

@@ -1,0 +1,1 @@
+"""Softmax attention: its op and implementations."""
