@@ -74,12 +74,14 @@ def test_steps_with_and_without_a_mesh_are_compared(tiny, tmp_path):
 @pytest.mark.slow
 def test_overhead_of_the_loop_is_measured_in_turns(tiny, one_device, monkeypatch, tmp_path):
     smoke = train_overhead.char_lm.config("smoke")
+    train = dataclasses.replace(smoke.train, watch_every=10)
+    smoke = dataclasses.replace(smoke, train=train)
     monkeypatch.setattr(train_overhead.char_lm, "config", lambda size: smoke)
     monkeypatch.setattr(train_overhead, "BLOCK", 5)
     out = tmp_path / "overhead.json"
     assert train_overhead.main(train_overhead.Arguments(repeats=2, out=out)) == 0
     record = json.loads(out.read_text())
-    assert (record["full"]["repeats"], record["bare"]["repeats"]) == (2, 3)
+    assert (record["full"]["repeats"], record["bare"]["repeats"]) == (4, 5)
     assert record["overhead"] == np.median(record["overheads"]) and len(record["overheads"]) == 2
 
 
