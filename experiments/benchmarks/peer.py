@@ -49,9 +49,10 @@ def start(
     if python is None:
         yield None
         return
+    # -P: the packages of the peer must not import scripts beside this one, such as kernels.py.
     try:
         process = subprocess.Popen(
-            [python, str(script), *arguments],
+            [python, "-P", str(script), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
