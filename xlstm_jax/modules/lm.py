@@ -152,15 +152,7 @@ class LM(_Model):
             if has_padding:
                 is_token = segment_ids != 0
                 mask = is_token if mask is None else as_bool(mask) & is_token
-        init = small(cfg.dim) if cfg.embedding_std is None else normal(cfg.embedding_std)
-        table = Embedding(cfg.vocab_size, cfg.dim, init, name="token_embedding")()
-        # Float64 parameters override `cfg.dtype`: the model computes in float64 throughout.
-        dtype = table.dtype if table.dtype == jnp.float64 else jnp.dtype(cfg.dtype)
-        x = embed(tokens, table, dtype=dtype)
-        if cfg.embedding_norm == "layer_scale":
-            x = LayerNorm(cfg.final_norm_eps, True, as_offset=False, name="embedding_norm")(x)
-        rate = cfg.dropout if cfg.embedding_dropout else 0.0
-        x = nn.Dropout(rate, deterministic=deterministic)(x)
+        x, table = self._embed(tokens, deterministic=deterministic)
         options = dict(deterministic=deterministic, capture=capture)
         x, *rest = self._blocks_and_norm(x, state, reset, mask, **options)
         if not head:
@@ -172,6 +164,19 @@ class LM(_Model):
             layer = Dense(cfg.vocab_size, init, name="lm_head")
             params["lm_head"] = {"kernel": layer.weights(cfg.dim)[0]}
         return lm_logits(cfg, params, x), *rest
+
+    def _embed(self, tokens: Array, *, deterministic: bool) -> tuple[Array, Array]:
+        """Returns the input of the first block and the table of embeddings."""
+        cfg = self.cfg
+        init = small(cfg.dim) if cfg.embedding_std is None else normal(cfg.embedding_std)
+        table = Embedding(cfg.vocab_size, cfg.dim, init, name="token_embedding")()
+        # Float64 parameters override `cfg.dtype`: the model computes in float64 throughout.
+        dtype = table.dtype if table.dtype == jnp.float64 else jnp.dtype(cfg.dtype)
+        x = embed(tokens, table, dtype=dtype)
+        if cfg.embedding_norm == "layer_scale":
+            x = LayerNorm(cfg.final_norm_eps, True, as_offset=False, name="embedding_norm")(x)
+        rate = cfg.dropout if cfg.embedding_dropout else 0.0
+        return nn.Dropout(rate, deterministic=deterministic)(x), table
 
 
 class Backbone(_Model):
