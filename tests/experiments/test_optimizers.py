@@ -55,10 +55,14 @@ def test_the_smallest_size_writes_a_result_and_does_not_repeat_finished_runs(
 
     monkeypatch.setattr(optimizers, "fit", counted)
     assert optimizers.main(optimizers.Options(optimizers=("muon", "adamw"), **options)) == 0
-    assert trained == ["smoke_search_adamw_0.003_0", "smoke_run_adamw_0.003_1"]
+    rate = {name: f"{optimizers.RATES[name][1]:g}" for name in ("muon", "adamw")}
+    assert trained == [
+        f"smoke_search_adamw_{rate['adamw']}_0",
+        f"smoke_run_adamw_{rate['adamw']}_1",
+    ]
     result = json.loads((tmp_path / "o.json").read_text())
     assert [one["optimizer"] for one in result["records"]] == ["muon", "adamw"]
     for one in result["records"]:
         assert 0 < one["mean"] < 9 and list(one["curves"]["1"]) == [str(s) for s in range(2, 21, 2)]
-    assert "| Muon | 0.003 |" in capsys.readouterr().out
+    assert f"| Muon | {rate['muon']} |" in capsys.readouterr().out
     assert 0 < (tmp_path / "o.png").stat().st_size < 300 * 1024

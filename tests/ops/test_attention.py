@@ -241,21 +241,27 @@ def test_decoding_equals_the_scan_bit_for_bit(flags, num_sinks, dtype):
     assert_close(np.asarray(y), np.asarray(expected_y), TABLE["float32"].h, "y")
 
 
-@pytest.mark.parametrize("name,is_copied", [("auto", False), ("recurrent", True)])
-def test_decoding_updates_a_donated_cache_in_place(name, is_copied):
-    """With a mask, which generation always passes; the scan copies the cache."""
-    S, width = 40, 8
-    args, _ = step_arguments(6, 0, jnp.float32)
-    q, k, v = (x[..., :width] for x in args)
-    state, mask = attention_init(4, S, GROUPS, width, width), jnp.ones((4, 1), bool)
+@pytest.mark.parametrize("B,groups", [(4, 2), (1, 4), (1, 1)])
+def test_decoding_updates_a_donated_cache_in_place(B, groups):
+    assert cache_copies("auto", B, groups, 65_536) == 0
+
+
+def test_the_scan_copies_its_cache():
+    assert cache_copies("recurrent", 4, 2, 40) > 0  # what the test above counts
+
+
+def cache_copies(implementation, B, groups, S):
+    """Copies of a donated cache in one compiled step, with a mask, which generation passes."""
+    K = 64
 
     def step(q, k, v, state, mask):
-        return ops.attention(q, k, v, state, mask=mask, window=S, implementation=name)
+        return ops.attention(q, k, v, state, mask=mask, window=S, implementation=implementation)
 
+    k, state = jnp.zeros((B, 1, groups, K)), attention_init(B, S, groups, K, K)
+    args = k.repeat(2, axis=2), k, k, state, jnp.ones((B, 1), bool)
     # Without the options of tests, which disable the pass that removes copies.
-    compiled = jax.jit(step, donate_argnums=3).lower(q, k, v, state, mask).compile()
-    sizes = f"4,{GROUPS},{S},{width}"
-    copies = re.findall(rf"= f32\[{sizes}\]\S* (?:copy|select)\(", compiled.as_text())
-    assert bool(copies) == is_copied
+    compiled = jax.jit(step, donate_argnums=3).lower(*args).compile()
     cache = state.k.nbytes + state.v.nbytes
     assert compiled.memory_analysis().alias_size_in_bytes >= cache
+    copied = rf"= f32\[{B},{groups},{S},{K}\]\S* (?:copy|select)\("
+    return len(re.findall(copied, compiled.as_text()))

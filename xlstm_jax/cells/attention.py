@@ -125,15 +125,13 @@ def attention_step(
 
     Returns the state after step t, and y_t in float32 or wider.
     """
-    position, batch = state.length, jnp.arange(q.shape[0])
+    position = state.length
     slot, count = slot_of(position, window, num_sinks), 1
     if mask is not None:
         slot = jnp.where(mask, slot, state.k.shape[2])  # out of bounds: dropped
         count = mask.astype(position.dtype)
-    keys, values = (
-        old.at[batch, :, slot].set(new.astype(old.dtype), mode="drop")
-        for old, new in ((state.k, rotary(k, position)), (state.v, v))
-    )
+    keys = _write(state.k, rotary(k, position), slot)
+    values = _write(state.v, v, slot)
     state = AttentionState(keys, values, position + count)
     key_position = slot_positions(state.length, window, num_sinks)
     scores = _scores(q, keys, position, key_position, window, num_sinks, rotary)
@@ -141,6 +139,20 @@ def attention_step(
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, NEG), axis=-1)
     y = exact_einsum("BGRS,BGSV->BGRV", weights, values.astype(weights.dtype))
     return state, y.reshape(*q.shape[:2], v.shape[-1])
+
+
+def _write(
+    cache: Float[Array, "B groups S K"], new: Float[Array, "B groups K"], slot: Int[Array, "B"]
+) -> Float[Array, "B groups S K"]:
+    """The cache with one slot replaced; a slot out of bounds is dropped."""
+    # On CPUs, XLA turns a scatter of one index into an update that it fuses into all readers of the
+    # cache, each of which then copies the cache. Hence one index for every group, and at least two.
+    copies = 2 if new.shape[:2] == (1, 1) else 1
+    slots = jnp.broadcast_to(slot[:, None, None], (*new.shape[:2], copies))
+    new = jnp.repeat(new[:, :, None].astype(cache.dtype), copies, axis=2)
+    # Mapped over batch and groups, it needs no communication where these are sharded.
+    write = jax.vmap(jax.vmap(lambda cache, new, slots: cache.at[slots].set(new, mode="drop")))
+    return write(cache, new, slots)
 
 
 def _scores(q, keys, position, key_position, window: int, num_sinks: int, rotary: Rotary):
