@@ -3,6 +3,7 @@
 Signatures are checked at run time by jaxtyping and beartype: `pyproject.toml` names the packages.
 """
 
+import collections
 import gc
 import importlib.metadata
 import os
@@ -44,6 +45,25 @@ gc.set_threshold(200_000, 50, 100)
 # Before the first computation, which fixes the number of devices.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+MAX_SLOW_CASES = 2
+"""Cases of a parametrized slow test that `make test-slow` runs; `make test-all` runs all."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before cases are selected by their marks
+def pytest_collection_modifyitems(items):
+    """Marks most cases of slow tests as exhaustive, all but a few that are spread evenly."""
+    cases = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("exhaustive"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for same in cases.values():
+        steps = MAX_SLOW_CASES - 1
+        kept = {same[step * (len(same) - 1) // steps].nodeid for step in range(MAX_SLOW_CASES)}
+        for item in same:
+            if len(same) > MAX_SLOW_CASES and item.nodeid not in kept:
+                item.add_marker(pytest.mark.exhaustive)
 
 
 MAX_MEMORY_MAPS = 30_000
