@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.modules.models import BASELINES, MIXED_BASELINES, config
-from xlstm_jax.generate import decode, generate
+from xlstm_jax.generate import generate, prefill
 from xlstm_jax.modules import LM
 
 PROMPTS = [[5, 4, 3, 2, 1, 0, 7], [9]]
@@ -26,7 +26,7 @@ each_pattern = pytest.mark.parametrize(
 @pytest.fixture(scope="module", autouse=True)
 def single_prefill_width():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "PREFILL_WIDTHS", (32,))
+        patch.setattr(prefill, "WIDTHS", (32,))
         yield
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.generate.small import model_and_variables
 from xlstm_jax.config import ConfigError
 from xlstm_jax.errors import ArgumentError
-from xlstm_jax.generate import Sampler, decode, generate, greedy, stream
+from xlstm_jax.generate import Sampler, generate, greedy, prefill, stream
 
 PROMPTS = [[1], [5, 4, 3, 2, 1, 0, 7], list(range(11)) * 3, [9, 9]]
 RANDOM = Sampler(temperature=2.0, repetition_penalty=1.3)
@@ -19,7 +19,7 @@ RANDOM = Sampler(temperature=2.0, repetition_penalty=1.3)
 def single_prefill_width():
     """One prefill width suffices for most tests, and every width costs a compilation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "PREFILL_WIDTHS", (64,))
+        patch.setattr(prefill, "WIDTHS", (64,))
         yield
 
 
@@ -86,7 +86,7 @@ def test_state_matches_a_pass_over_prompt_and_generated_tokens(small, generated)
 
 
 def test_result_does_not_depend_on_prefill_chunks(small, generated, monkeypatch):
-    monkeypatch.setattr(decode, "PREFILL_WIDTHS", (8,))
+    monkeypatch.setattr(prefill, "WIDTHS", (8,))
     assert generate(*small, PROMPTS, max_new_tokens=8).tokens == generated.tokens
 
 
@@ -105,14 +105,14 @@ def test_prompts_of_equal_length_may_be_an_array(small):
 def test_prompts_of_any_length_share_few_prefill_programs(small, monkeypatch, length, widths):
     """The state equals that of an unpadded pass."""
     model, variables = small
-    calls, prefill_chunk = [], decode._prefill_chunk
+    calls, run_pass = [], prefill._pass
 
     def recorded(*args):
         calls.append(args[2].shape[1])
-        return prefill_chunk(*args)
+        return run_pass(*args)
 
-    monkeypatch.setattr(decode, "PREFILL_WIDTHS", (16, 4))
-    monkeypatch.setattr(decode, "_prefill_chunk", recorded)
+    monkeypatch.setattr(prefill, "WIDTHS", (16, 4))
+    monkeypatch.setattr(prefill, "_pass", recorded)
     prompt = [n % 11 for n in range(length)]
     result = generate(model, variables, [prompt], max_new_tokens=0)
     assert calls == widths

@@ -11,7 +11,7 @@ BYTES = tokenizers.get("byte")
 
 
 def stream_parts(pieces, stop=()):
-    return list(_parts((Generation([list(p)], None) for p in pieces), BYTES, stop))
+    return list(_parts((Generation([list(p)], None, []) for p in pieces), BYTES, stop))
 
 
 def test_every_piece_is_yielded_immediately():
@@ -59,7 +59,7 @@ def test_ids_that_pad_the_vocabulary_of_the_model_are_not_text():
 
 def test_no_piece_is_decoded_after_a_stop_string():
     def pieces():
-        yield Generation([list(b"a END")], None)
+        yield Generation([list(b"a END")], None, [])
         raise AssertionError("the text had ended")
 
     assert list(_parts(pieces(), BYTES, ["END"])) == ["a "]

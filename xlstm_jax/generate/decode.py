@@ -1,4 +1,4 @@
-"""Batched generation: a chunked prefill, then a jitted loop that decodes one token per iteration.
+"""Batched generation: prefill, then a jitted loop that decodes one token per iteration.
 
 The recurrent state has a fixed size, so each token costs the same at any context length, and the
 state after a prompt can be stored and resumed.
@@ -11,27 +11,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Integer, Key
+from jaxtyping import Key
 
 from xlstm_jax.config import MAX_INT, ConfigError, as_type, check_range
-from xlstm_jax.errors import ArgumentError, quote
+from xlstm_jax.generate import prefill
+from xlstm_jax.generate.arguments import AnyKey, Prompts, prompt_ids, sequence_keys, token_ids
+from xlstm_jax.generate.prepare import is_prepared, prepare_params
 from xlstm_jax.generate.sampling import greedy
-from xlstm_jax.modules.lm import LM, lm_logits
-from xlstm_jax.modules.stack import check_stack_state
-from xlstm_jax.typing import Array, Bool, Float, Int, PRNGKeyArray
-
-PREFILL_WIDTHS = (512, 128, 16)
-"""Positions in one prefill pass, each a compiled program: few, because compiling takes seconds. The
-largest bounds memory."""
+from xlstm_jax.modules.lm import LM
+from xlstm_jax.modules.stack import check_stack_state, stack_layers, unstack_layers
+from xlstm_jax.typing import Array, Bool, Float, Int
 
 # (logits, key, seen) -> token, without a batch axis. It is a static argument of jit: it must be
 # hashable, and equal samplers share a compiled program.
 SamplerFn = Callable[..., Int[Array, ""]]
 State = Any  # of the model
-Prompts = (
-    Sequence[Sequence[int] | Integer[Array | np.ndarray, "T"]] | Integer[Array | np.ndarray, "B T"]
-)
-AnyKey = PRNGKeyArray | Key[Array, "keys"]
 
 
 class Generation(NamedTuple):
@@ -39,16 +33,25 @@ class Generation(NamedTuple):
 
     tokens: list[list[int]]  # per prompt; a stop token is included
     state: State  # after prompt and generated tokens; pass it with the next prompts
+    logprobs: list[list[float]]  # of each token, before the sampler changes the distribution
 
 
-class _DecodeState(NamedTuple):
-    """Carry of the decoding loop."""
+class _Carry(NamedTuple):
+    """Carry of the decoding loop; layers of the state are in lists."""
 
     state: State  # after all tokens so far
     logits: Float[Array, "B vocab"]  # of the next token
     seen: Bool[Array, "B vocab"]  # tokens in the prompt or generated so far
     length: Int[Array, "B"]  # number of generated tokens
-    done: Bool[Array, "B"]  # a stop token was generated
+    done: Bool[Array, "B"]  # a stop token was generated, or there is no prompt
+
+
+class _Loop(NamedTuple):
+    """What all pieces of a decoding loop share."""
+
+    model: LM
+    sampler: SamplerFn
+    capacity: int  # tokens per call; static, as it is a shape
 
 
 def generate(
@@ -61,24 +64,31 @@ def generate(
     key: AnyKey | None = None,
     state: State | None = None,
     stop: Sequence[int] = (),
+    slots: int | None = None,
 ) -> Generation:
     """Continues prompts of any lengths, in one batch.
 
-    A result does not depend on the other prompts: padding is masked and leaves the state unchanged,
-    and each sequence is sampled with its own key.
+    Padding is masked and leaves the state unchanged, each sequence is sampled with its own key, and
+    the passes of prefill depend on its own prompt only. With a given number of `slots`, a result
+    does not depend on the other prompts, bit for bit; else the products of another batch size may
+    differ in the last bits.
 
     Args:
+        variables: of the model, or what `prepare_params` returned, which saves the preparation and
+            a second copy of the weights.
         prompts: token ids, at least one per prompt: lists of any lengths, or an array.
         max_new_tokens: limit per sequence, a stop token included; 0 only prefills.
         sampler: `greedy`, a `Sampler`, or a hashable (logits, key, seen) -> token, without batch.
         key: sequence i uses `fold_in(key, i)`; or B keys, one per prompt. Not used by `greedy`.
         state: to start from, returned by `generate` or `model.apply`; None: the initial state.
         stop: token ids that end a sequence.
+        slots: sequences that are decoded together, which fixes all compiled shapes; more prompts
+            are decoded in groups, and fewer are filled up. None: as many as prompts.
 
     Raises:
         ArgumentError: an argument is invalid.
     """
-    options: dict[str, Any] = dict(sampler=sampler, key=key, state=state, stop=stop)
+    options: dict[str, Any] = dict(sampler=sampler, key=key, state=state, stop=stop, slots=slots)
     return next(stream(model, variables, prompts, max_new_tokens=max_new_tokens, **options))
 
 
@@ -93,6 +103,7 @@ def stream(
     key: AnyKey | None = None,
     state: State | None = None,
     stop: Sequence[int] = (),
+    slots: int | None = None,
 ) -> Iterator[Generation]:
     """As `generate`, but yields `piece` tokens at a time (None: all) with the state after them.
 
@@ -107,36 +118,68 @@ def stream(
             "key must be a PRNG key unless the sampler is greedy, got None; "
             "pass jax.random.key(seed), or sampler=greedy."
         )
-    ids = _prompt_ids(prompts, model.cfg.vocab_size)
+    ids = prompt_ids(prompts, model.cfg.vocab_size)
+    num_slots = len(ids) if slots is None else as_type(int, slots, "slots")
+    check_range("slots", num_slots, "at least 1", "leave it out to use as many as prompts")
     # A stop token outside of the vocabulary, such as that of a larger tokenizer, never occurs.
-    stop_ids = _token_ids(list(stop), "stop", MAX_INT) if len(stop) else np.zeros(0, np.int32)
-    keys = _sequence_keys(jax.random.key(0) if key is None else key, len(ids))
-    carry = prefill(model, variables, ids, state)
-    decode = functools.partial(
-        _decode,
-        model,
-        variables,
-        keys=keys,
-        stop=jnp.asarray(stop_ids),
-        sampler=sampler,
-        # A static shape: powers of two bound the number of compiled programs.
-        capacity=_power_of_two(num_at_once),
-    )
+    stop_ids = token_ids(list(stop), "stop", MAX_INT) if len(stop) else np.zeros(0, np.int32)
+    keys = sequence_keys(jax.random.key(0) if key is None else key, len(ids))
+    check_stack_state(model.cfg, state, len(ids))
+    if not is_prepared(variables):
+        variables = prepare_params(model, variables)
+    # A static shape: powers of two bound the number of compiled programs.
+    loop = _Loop(model, sampler, _power_of_two(num_at_once))
+    groups = [
+        _Group(loop, variables, ids, keys, state, jnp.asarray(stop_ids), slice(i, i + num_slots))
+        for i in range(0, len(ids), num_slots)
+    ]
+    return _pieces(groups, num_at_once, max_new_tokens)
 
-    def pieces(carry: _DecodeState) -> Iterator[Generation]:
-        num_tokens = 0
-        while True:
-            before = carry.length
-            carry, tokens = decode(carry, limit=min(num_at_once, max_new_tokens - num_tokens))
-            # A sequence that stopped earlier has fewer valid tokens in the buffer.
-            lengths = np.asarray(carry.length - before)
-            sequences = zip(np.asarray(tokens).tolist(), lengths, strict=True)
-            yield Generation([ids[:length] for ids, length in sequences], carry.state)
-            num_tokens += num_at_once
-            if num_tokens >= max_new_tokens or bool(carry.done.all()):
-                return
 
-    return pieces(carry)
+def _pieces(groups, num_at_once: int, max_new_tokens: int) -> Iterator[Generation]:
+    for start in range(0, max(max_new_tokens, 1), num_at_once):
+        limit = min(num_at_once, max_new_tokens - start)
+        parts = [group.decode(limit) for group in groups]
+        tokens, logprobs = (sum(column, []) for column in zip(*parts, strict=True))
+        states = [group.state() for group in groups]
+        yield Generation(tokens, _join_batches(states), logprobs)
+        if all(group.is_done() for group in groups):
+            return
+
+
+class _Group:
+    """Sequences that are decoded together, in a fixed number of slots."""
+
+    def __init__(self, loop, variables, ids, keys, state, stop, rows: slice):
+        self.loop, self.variables, self.stop = loop, variables, stop
+        self.count = len(ids[rows])
+        num_slots = rows.stop - rows.start
+        # Empty slots repeat a sequence without a prompt: it is done from the start.
+        index = np.minimum(np.arange(rows.start, rows.stop), len(ids) - 1)
+        prompts = [*ids[rows], *[np.zeros(0, np.int32)] * (num_slots - self.count)]
+        self.keys = keys[index]
+        self.carry = _first_carry(loop.model, variables, prompts, state, jnp.asarray(index))
+
+    def decode(self, limit: int) -> tuple[list[list[int]], list[list[float]]]:
+        """Up to `limit` more tokens of each sequence, and their log-probabilities."""
+        before = np.asarray(self.carry.length)
+        arguments = dict(keys=self.keys, stop=self.stop, limit=limit)
+        self.carry, *buffers = _decode(self.loop, self.variables, self.carry, **arguments)
+        # A sequence that stopped earlier has fewer valid tokens in the buffers.
+        lengths = (np.asarray(self.carry.length) - before)[: self.count]
+        tokens, logprobs = (
+            [row[:n] for row, n in zip(np.asarray(buffer).tolist(), lengths, strict=False)]
+            for buffer in buffers
+        )
+        return tokens, logprobs
+
+    def state(self) -> State:
+        """The state after the last token of each sequence: a copy, as the loop donates its own."""
+        return _stack_state(self.carry.state, self.count)
+
+    def is_done(self) -> bool:
+        """Whether all sequences have stopped."""
+        return bool(self.carry.done.all())
 
 
 def _power_of_two(size: int) -> int:
@@ -144,148 +187,94 @@ def _power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def prefill(
-    model: LM, variables: Any, prompts: Sequence[np.ndarray], state: State | None
-) -> _DecodeState:
-    """Runs the model over the prompts in passes of `PREFILL_WIDTHS` positions.
-
-    Prompts are padded on the right, so that the chunk boundaries of a prompt do not depend on the
-    other prompts of the batch.
-    """
+def _first_carry(
+    model: LM,
+    variables: Any,
+    prompts: Sequence[np.ndarray],
+    state: State | None,
+    index: Int[Array, "B"],
+) -> _Carry:
+    """The carry after prefill; sequence i starts from the state at `index[i]`."""
     batch_size, vocab_size = len(prompts), model.cfg.vocab_size
-    check_stack_state(model.cfg, state, batch_size)
-    if state is None:
-        state = model.init_state(batch_size)
-    lengths = np.array([len(prompt) for prompt in prompts])
-    start, total = 0, int(lengths.max())
-    # Room for the last pass, which may be wider than what is left of the prompts.
-    tokens = np.zeros((batch_size, total + max(PREFILL_WIDTHS)), np.int32)
     seen = np.zeros((batch_size, vocab_size), bool)
-    for i, prompt in enumerate(prompts):
-        tokens[i, : len(prompt)] = prompt
-        seen[i, prompt] = True
-    mask = np.arange(tokens.shape[1]) < lengths[:, None]
-    logits = jnp.zeros((batch_size, vocab_size), jnp.float32)
-    while start < total:
-        # The widest pass that is more than half full, else the narrowest.
-        wide = [width for width in PREFILL_WIDTHS if width < 2 * (total - start)]
-        width = max(wide, default=min(PREFILL_WIDTHS))
-        chunk = np.s_[:, start : start + width]
-        logits, state = _prefill_chunk(model, variables, tokens[chunk], mask[chunk], state, logits)
-        start += width
-    return _DecodeState(
-        state=state,
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[prompt] = True
+    first = model.init_state(batch_size) if state is None else _select(state, index)
+    layers = _unstack_state(model.cfg.pattern, first)
+    logits, layers = prefill.run(model, variables, prompts, layers)
+    return _Carry(
+        state=layers,
         logits=logits,
         seen=jnp.asarray(seen),
         length=jnp.zeros(batch_size, jnp.int32),
-        done=jnp.zeros(batch_size, bool),
+        done=jnp.asarray([len(prompt) == 0 for prompt in prompts]),
     )
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _prefill_chunk(
-    model: LM,
-    variables: Any,
-    tokens: Int[Array, "B T"],
-    mask: Bool[Array, "B T"],
-    state: State,
-    logits: Float[Array, "B vocab"],
-) -> tuple[Float[Array, "B vocab"], State]:
-    """The logits after the last token of each sequence, and the state.
-
-    A sequence without tokens in this chunk keeps its previous `logits`. The head is applied to one
-    position per sequence: the logits of all positions may need more memory than the model.
-    """
-    hidden, state = model.apply(variables, tokens, state=state, mask=mask, head=False)
-    last = jnp.maximum(mask.sum(axis=1) - 1, 0)
-    x = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    new_logits = lm_logits(model.cfg, variables["params"], x)
-    return jnp.where(mask.any(axis=1)[:, None], new_logits, logits), state
+@jax.jit
+def _select(state: State, index: Int[Array, "B"]) -> State:
+    """Sequences of a stacked state; a copy, as prefill donates its state."""
+    return jax.tree.map(lambda leaf: leaf[:, index], state)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampler", "capacity"))
+@functools.partial(jax.jit, static_argnums=0)
+def _unstack_state(pattern: str, state: State) -> State:
+    return unstack_layers(pattern, state)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _stack_state(layers: State, count: int) -> State:
+    return jax.tree.map(lambda leaf: leaf[:, :count], stack_layers(layers))
+
+
+def _join_batches(states: list[State]) -> State:
+    if len(states) == 1:
+        return states[0]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *states)
+
+
+@functools.partial(jax.jit, static_argnames="loop", donate_argnames="carry")
 def _decode(
-    model: LM,
+    loop: _Loop,
     variables: Any,
-    carry: _DecodeState,
+    carry: _Carry,
     *,
     keys: Key[Array, "B"],
     stop: Int[Array, "stop"],
     limit: Int[Array, ""] | int,
-    sampler: SamplerFn,
-    capacity: int,
-) -> tuple[_DecodeState, Int[Array, "B capacity"]]:
+) -> tuple[_Carry, Int[Array, "B capacity"], Float[Array, "B capacity"]]:
     """Generates up to `limit` tokens per sequence, fewer if all sequences are done.
 
-    `limit` is dynamic and `capacity`, the width of the token buffer, static.
+    `limit` is dynamic; the width of the token buffer is static.
     """
 
-    def unfinished(loop):
-        step, carry, _ = loop
+    def unfinished(values):
+        step, carry, *_ = values
         return (step < limit) & ~carry.done.all()
 
-    def body(loop):
-        step, carry, tokens = loop
+    def body(values):
+        step, carry, tokens, logprobs = values
         active = ~carry.done
         # Folding in the length makes samples independent of when other sequences stop.
         step_keys = jax.vmap(jax.random.fold_in)(keys, carry.length)
-        token = jax.vmap(sampler)(carry.logits, step_keys, carry.seen).astype(jnp.int32)
+        token = jax.vmap(loop.sampler)(carry.logits, step_keys, carry.seen).astype(jnp.int32)
+        logprob = jnp.take_along_axis(jax.nn.log_softmax(carry.logits), token[:, None], axis=1)
         # The mask freezes the state of finished sequences; their tokens are dropped by `length`.
-        logits, state = model.apply(
+        logits, state = loop.model.apply(
             variables, token[:, None], state=carry.state, mask=active[:, None]
         )
         logits = logits[:, 0]
-        ends = (token[:, None] == stop[None, :]).any(axis=1)
-        carry = _DecodeState(
+        carry = _Carry(
             state=state,
             logits=logits,
             seen=carry.seen | jax.nn.one_hot(token, logits.shape[-1], dtype=bool),
             length=carry.length + active,
-            done=carry.done | ends,
+            done=carry.done | (token[:, None] == stop[None, :]).any(axis=1),
         )
-        return step + 1, carry, tokens.at[:, step].set(token)
+        tokens = tokens.at[:, step].set(token)
+        return step + 1, carry, tokens, logprobs.at[:, step].set(logprob[:, 0])
 
-    tokens = jnp.zeros((keys.shape[0], capacity), jnp.int32)
-    _, carry, tokens = jax.lax.while_loop(unfinished, body, (0, carry, tokens))
-    return carry, tokens
-
-
-def _sequence_keys(key: AnyKey, batch_size: int) -> Key[Array, "B"]:
-    key = jnp.asarray(key)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)  # a legacy uint32 key
-    if key.ndim == 0:
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size))
-    if key.shape != (batch_size,):
-        raise ConfigError(
-            f"key must be a single key or have the shape ({batch_size},), got {key.shape}; "
-            "pass a single key to derive one per prompt."
-        )
-    return key
-
-
-def _prompt_ids(prompts: Prompts, vocab_size: int) -> list[np.ndarray]:
-    """The token ids of each prompt, checked."""
-    if len(prompts) == 0:
-        raise ArgumentError("prompts must have at least one list of token ids, got none; add one.")
-    return [_token_ids(ids, f"prompts[{i}]", vocab_size) for i, ids in enumerate(prompts)]
-
-
-def _token_ids(ids: Any, name: str, vocab_size: int) -> np.ndarray:
-    """Token ids as an int32 array; `name` names them in errors."""
-    try:
-        array = np.asarray(ids)
-    except ValueError:  # nested lists of different lengths
-        array = np.zeros(())
-    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
-        raise ArgumentError(
-            f"{name} must be a list of at least one token id, integers, got {quote(ids)}; encode "
-            "the text with the tokenizer of the model."
-        )
-    invalid = np.flatnonzero((array < 0) | (array >= vocab_size))
-    if invalid.size:
-        raise ArgumentError(
-            f"{name} must have token ids from 0 to {vocab_size - 1}, got {array[invalid[0]]} at "
-            f"position {invalid[0]}; encode it with the tokenizer of the model."
-        )
-    return array.astype(np.int32)
+    shape = keys.shape[0], loop.capacity
+    buffers = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, carry.logits.dtype)
+    _, carry, *buffers = jax.lax.while_loop(unfinished, body, (0, carry, *buffers))
+    return carry, *buffers

@@ -75,8 +75,9 @@ def _explicit(result: Any) -> Any:
 
 def _explicit_state(state: Any) -> Any:
     """Leaves of a state on Explicit axes: those of `_STATE_AXES`, after `layers` if stacked."""
-    # The state of a model is a dict by letter, those of its layers are stacked.
-    layers = ["_"] if isinstance(state, dict) else []
+    # The state of a model is a dict by letter, those of its layers are stacked or in a list.
+    is_stacked = isinstance(state, dict) and not any(isinstance(s, list) for s in state.values())
+    layers = ["_"] if is_stacked else []
 
     def of_node(node: Any) -> Any:
         axes = [*layers, *_STATE_AXES.get(type(node), "B").split()]

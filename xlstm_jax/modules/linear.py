@@ -1,14 +1,18 @@
 """Linear layers: dense, block-diagonal (head-wise), and the token embedding.
 
-They compute in the dtype of their input; parameters are float32 and cast at use.
+They compute in the dtype of their input; parameters are float32 and cast at use. For decoding, the
+kernels of layers with the same input may be stored joined: see `joined_name`.
 """
 
+import contextlib
+import contextvars
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from xlstm_jax.cells.logspace import common_dtype, state_dtype
 from xlstm_jax.modules.initializers import Initializer, zeros
@@ -43,18 +47,48 @@ class Dense(nn.Module):
         return fused_dense(x, self)[0]
 
 
+_joins: contextvars.ContextVar[list[tuple[str, ...]] | None] = contextvars.ContextVar(
+    "joins", default=None
+)
+
+
+@contextlib.contextmanager
+def recorded_joins() -> Iterator[list[tuple[str, ...]]]:
+    """Within the context, the list gets the paths of layers that share a product, once per call."""
+    token = _joins.set(joins := [])
+    try:
+        yield joins
+    finally:
+        _joins.reset(token)
+
+
+def joined_name(names: Sequence[str]) -> str:
+    """Name of a layer that stands for several with the same input, their outputs concatenated."""
+    return "+".join(names)
+
+
 def fused_dense(
     x: Float[Array, "*batch F_in"] | Sequence[Float[Array, "*batch F"]], *layers: Dense
 ) -> list[Array]:
     """Outputs of several layers for the same x, by one product with the concatenated kernels.
 
-    One product is faster than several, forward and backward; each layer owns its parameters. If
-    output features are sharded, each layer has its own product. All layers must have the same
-    `upcast`. A sequence of arrays x stands for their concatenation along features.
+    One product is faster than several, forward and backward; each layer owns its parameters, or one
+    named by `joined_name` has those of all. If output features are sharded, each layer has its own
+    product. All layers must have the same `upcast`. A sequence of arrays x stands for their
+    concatenation along features.
     """
-    if len(layers) > 1 and is_sharded("inner"):
-        # A shard of the concatenated kernel would not consist of shards of the kernels.
-        return [y for layer in layers for y in fused_dense(x, layer)]
+    if len(layers) > 1:
+        owner, widths = layers[0].parent, [layer.features for layer in layers]
+        name = joined_name([str(layer.name) for layer in layers])
+        if owner.has_variable("params", name):
+            use_bias = any(layer.use_bias for layer in layers)
+            joined = Dense(sum(widths), zeros, use_bias, upcast=layers[0].upcast, name=name)
+            return jnp.split(fused_dense(x, joined)[0], np.cumsum(widths)[:-1], axis=-1)
+        if is_sharded("inner"):
+            # A shard of the concatenated kernel would not consist of shards of the kernels.
+            return [y for layer in layers for y in fused_dense(x, layer)]
+        if (joins := _joins.get()) is not None:
+            joins.append(tuple("/".join(layer.path) for layer in layers))
     parts = x if isinstance(x, Sequence) else (x,)
     dtype = parts[0].dtype
     upcast = any(layer.upcast for layer in layers)

@@ -1,7 +1,8 @@
 """Loops over the blocks of a model: unrolled, or as scans that compile a block once.
 
 Trees of parameters and states are stacked per letter along a leading axis `layers`, in the order of
-the pattern.
+the pattern. For decoding they are lists of the trees of the layers instead: a slice of a stacked
+array would be a copy of every weight for every token.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,21 +21,31 @@ ApplyBlock = Callable[
 """(letter, x, (params, state) of one block, its index in the model) -> (x, state)."""
 
 Blocks = Mapping[str, Any]
-"""Letter -> stacked (params, state) of its blocks."""
+"""Letter -> stacked (params, state) of its blocks; for `unrolled`, either may be a list."""
 
 
 def unrolled(
     pattern: str, apply: ApplyBlock, x: Float[Array, "B T D"], blocks: Blocks
-) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-    """Applies all blocks in order, compiling each; returns x and the new states by letter."""
+) -> tuple[Float[Array, "B T D"], dict[str, list[Any]]]:
+    """Applies all blocks in order, compiling each; returns x and lists of the new states."""
     # Equal blocks are traced and differentiated once; XLA compiles each where it is called.
     apply = jax.jit(apply, static_argnums=0)
-    remaining = {letter: iter(_unstack(tree)) for letter, tree in blocks.items()}
+    remaining = {
+        letter: zip(*(as_list(tree, pattern.count(letter)) for tree in trees), strict=True)
+        for letter, trees in blocks.items()
+    }
     new = {letter: [] for letter in blocks}
     for index, letter in enumerate(pattern):
         x, state = apply(letter, x, next(remaining[letter]), jnp.asarray(index))
         new[letter].append(state)
-    return x, {letter: _stack(states) for letter, states in new.items()}
+    return x, new
+
+
+def as_list(tree: PyTree, num_layers: int) -> list[PyTree]:
+    """The trees of the layers, of a list of them, a stacked tree or None."""
+    if tree is None:
+        return [None] * num_layers
+    return tree if isinstance(tree, list) else _unstack(tree)
 
 
 def scanned(
@@ -92,7 +103,7 @@ def _scan_run(run: Run, first: int, apply: ApplyBlock, x, blocks: Blocks, checkp
     new = {}
     for letter in blocks:
         in_unit = [j for j, other in enumerate(run.unit) if other == letter]
-        new[letter] = _reshape(_stack([states[j] for j in in_unit], axis=1), (-1,), 2)
+        new[letter] = _reshape(stack([states[j] for j in in_unit], axis=1), (-1,), 2)
         if letter not in per_step:
             # Drop the zeros that steps without the block returned.
             steps = np.flatnonzero(present[in_unit])
@@ -126,7 +137,8 @@ def _unstack(tree: PyTree, axis: int = 0) -> list[PyTree]:
     return [jax.tree.map(lambda leaf: jnp.squeeze(leaf, axis), part) for part in parts]
 
 
-def _stack(trees: list[PyTree], axis: int = 0) -> PyTree:
+def stack(trees: list[PyTree], axis: int = 0) -> PyTree:
+    """One tree whose leaves have a new axis for the trees."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *trees)
 
 

@@ -3,14 +3,15 @@
 Parameters and states are grouped by letter: those of all "m" blocks are in `m`, stacked along a
 leading axis `layers`. The kind of loop over the blocks is chosen per call and affects neither. With
 scans, compile time does not grow with depth; it grows with the irregularity of the pattern, and
-with rematerialization mostly not even with that.
+with rematerialization mostly not even with that. For decoding, both may be lists of the layers of a
+letter (`unstack_layers`), and the loop is then unrolled.
 """
 
 import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -29,7 +30,7 @@ from xlstm_jax.modules.patterns import Run, find_period, split_runs
 from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Flag, Float, PyTree, Size
 
-# Letter -> stacked state of its blocks; every leaf is "layers B ...".
+# Letter -> stacked state of its blocks, whose leaves are "layers B ...", or the list of their states.
 StackState = dict[str, Any]
 
 REMAT_POLICIES = {
@@ -117,8 +118,12 @@ class Stack(nn.Module):
             return x, state
         # Unrolled blocks are never rematerialized: without a scan and with prevent_cse=False, XLA
         # would merge the recomputation with the forward pass (common subexpressions).
-        if cfg.remat == "none" and cfg.num_blocks <= MAX_UNROLLED_BLOCKS:
-            x, results = loops.unrolled(cfg.pattern, apply, x, blocks)
+        is_list = [isinstance(tree, list) for trees in blocks.values() for tree in trees]
+        if any(is_list) or (cfg.remat == "none" and cfg.num_blocks <= MAX_UNROLLED_BLOCKS):
+            x, layers = loops.unrolled(cfg.pattern, apply, x, blocks)
+            if not capture and isinstance(next(iter((state or {}).values()), None), list):
+                return x, {letter: [new for new, _ in pairs] for letter, pairs in layers.items()}
+            results = stack_layers(layers)
         else:
             policy = REMAT_POLICIES.get(cfg.remat)
             checkpoint = functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
@@ -135,7 +140,9 @@ class Stack(nn.Module):
         cfg = self.cfg
         if not self.is_initializing():
             params, count = self.get_variable("params", letter), cfg.pattern.count(letter)
-            counts = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
+            is_list = isinstance(params, list)
+            leaves = jax.tree.leaves(params)
+            counts = {(len(params),)} if is_list else {leaf.shape[:1] for leaf in leaves}
             if counts != {(count,)}:
                 raise ArgumentError(
                     f"params of blocks {letter!r} must have {count} layers for "
@@ -178,7 +185,23 @@ def check_stack_state(cfg: LMConfig, state: StackState | None, batch_size: Size)
     """Raises ValueError unless the state is None or belongs to this model and batch size."""
     owner = f"pattern={quote(cfg.pattern)} and {batch_size} sequences"
     remedy = f"init_state({batch_size}) of the same model"
-    check_state(state, lambda: init_state(cfg, batch_size), owner, remedy)
+    has_lists = isinstance(state, dict) and any(isinstance(s, list) for s in state.values())
+
+    def init():
+        first = init_state(cfg, batch_size)
+        return unstack_layers(cfg.pattern, first) if has_lists else first
+
+    check_state(state, init, owner, remedy)
+
+
+def unstack_layers(pattern: str, trees: Mapping[str, PyTree]) -> dict[str, list[PyTree]]:
+    """Letter -> trees of its layers, of parameters or states that are stacked."""
+    return {letter: loops.as_list(tree, pattern.count(letter)) for letter, tree in trees.items()}
+
+
+def stack_layers(layers: Mapping[str, list[PyTree]]) -> dict[str, PyTree]:
+    """The inverse of `unstack_layers`."""
+    return {letter: loops.stack(trees) for letter, trees in layers.items()}
 
 
 def init_state(cfg: LMConfig, batch_size: Size, dtype: DTypeLike | None = None) -> StackState:

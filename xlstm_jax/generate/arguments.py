@@ -1,0 +1,60 @@
+"""Arguments of generation: prompts, token ids and keys, checked before anything is compiled."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Integer, Key
+
+from xlstm_jax.config import ConfigError
+from xlstm_jax.errors import ArgumentError, quote
+from xlstm_jax.typing import Array, PRNGKeyArray
+
+Prompts = (
+    Sequence[Sequence[int] | Integer[Array | np.ndarray, "T"]] | Integer[Array | np.ndarray, "B T"]
+)
+AnyKey = PRNGKeyArray | Key[Array, "keys"]
+
+
+def sequence_keys(key: AnyKey, batch_size: int) -> Key[Array, "B"]:
+    """A key for every sequence, from a single key or one per prompt."""
+    key = jnp.asarray(key)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # a legacy uint32 key
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size))
+    if key.shape != (batch_size,):
+        raise ConfigError(
+            f"key must be a single key or have the shape ({batch_size},), got {key.shape}; "
+            "pass a single key to derive one per prompt."
+        )
+    return key
+
+
+def prompt_ids(prompts: Prompts, vocab_size: int) -> list[np.ndarray]:
+    """The token ids of each prompt, checked."""
+    if len(prompts) == 0:
+        raise ArgumentError("prompts must have at least one list of token ids, got none; add one.")
+    return [token_ids(ids, f"prompts[{i}]", vocab_size) for i, ids in enumerate(prompts)]
+
+
+def token_ids(ids: Any, name: str, vocab_size: int) -> np.ndarray:
+    """Token ids as an int32 array; `name` names them in errors."""
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # nested lists of different lengths
+        array = np.zeros(())
+    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
+        raise ArgumentError(
+            f"{name} must be a list of at least one token id, integers, got {quote(ids)}; encode "
+            "the text with the tokenizer of the model."
+        )
+    invalid = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if invalid.size:
+        raise ArgumentError(
+            f"{name} must have token ids from 0 to {vocab_size - 1}, got {array[invalid[0]]} at "
+            f"position {invalid[0]}; encode it with the tokenizer of the model."
+        )
+    return array.astype(np.int32)
