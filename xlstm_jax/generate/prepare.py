@@ -5,7 +5,6 @@ the same input as separate arrays in float32. Decoding one token reads every wei
 slicing, concatenating or casting them for each token would take longer than the products.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from xlstm_jax.modules.kinds import BLOCKS
 from xlstm_jax.modules.config import LMConfig
+from xlstm_jax.modules.kinds import BLOCKS
 from xlstm_jax.modules.linear import joined_name, recorded_joins
-from xlstm_jax.modules.lm import LM, param_shapes
+from xlstm_jax.modules.lm import LM
 from xlstm_jax.typing import Array, Int, PyTree
 
 Joins = tuple[tuple[str, ...], ...]

@@ -30,7 +30,7 @@ from xlstm_jax.modules.patterns import Run, find_period, split_runs
 from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Flag, Float, PyTree, Size
 
-# Letter -> stacked state of its blocks, whose leaves are "layers B ...", or the list of their states.
+# Letter -> stacked state of its blocks, with leaves "layers B ...", or the list of their states.
 StackState = dict[str, Any]
 
 REMAT_POLICIES = {
