@@ -70,8 +70,8 @@ def generate(
 
     Padding is masked and leaves the state unchanged, each sequence is sampled with its own key, and
     the passes of prefill depend on its own prompt only. With a given number of `slots`, a result
-    does not depend on the other prompts, bit for bit; else the products of another batch size may
-    differ in the last bits.
+    does not depend on the other prompts, bit for bit; products of another batch size may differ in
+    the last bits.
 
     Args:
         variables: of the model, or what `prepare_params` returned, which saves the preparation and
@@ -82,8 +82,9 @@ def generate(
         key: sequence i uses `fold_in(key, i)`; or B keys, one per prompt. Not used by `greedy`.
         state: to start from, returned by `generate` or `model.apply`; None: the initial state.
         stop: token ids that end a sequence.
-        slots: sequences that are decoded together, which fixes all compiled shapes; more prompts
-            are decoded in groups, and fewer are filled up. None: as many as prompts.
+        slots: sequences that are decoded together, which fixes all compiled shapes: rounded up to
+            a power of two or a multiple of 16. More prompts are decoded in groups. None: as many as
+            prompts.
 
     Raises:
         ArgumentError: an argument is invalid.
@@ -121,6 +122,7 @@ def stream(
     ids = prompt_ids(prompts, model.cfg.vocab_size)
     num_slots = len(ids) if slots is None else as_type(int, slots, "slots")
     check_range("slots", num_slots, "at least 1", "leave it out to use as many as prompts")
+    num_slots = _round_up(num_slots)
     # A stop token outside of the vocabulary, such as that of a larger tokenizer, never occurs.
     stop_ids = token_ids(list(stop), "stop", MAX_INT) if len(stop) else np.zeros(0, np.int32)
     keys = sequence_keys(jax.random.key(0) if key is None else key, len(ids))
@@ -180,6 +182,15 @@ class _Group:
     def is_done(self) -> bool:
         """Whether all sequences have stopped."""
         return bool(self.carry.done.all())
+
+
+def _round_up(slots: int) -> int:
+    """A number of slots for which the results of a slot do not depend on its position.
+
+    With others, XLA computes some elements of an array in vectors and the rest one by one, with
+    another rounding of functions such as exp.
+    """
+    return -(-slots // 16) * 16 if slots > 16 else _power_of_two(slots)
 
 
 def _power_of_two(size: int) -> int:
