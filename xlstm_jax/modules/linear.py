@@ -9,6 +9,7 @@ import contextvars
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 from xlstm_jax.cells.logspace import common_dtype, state_dtype
 from xlstm_jax.modules.initializers import Initializer, zeros
 from xlstm_jax.ops.dense import dense, grouped_dense
+from xlstm_jax.ops.int8 import Int8Kernel
 from xlstm_jax.sharding import is_sharded
 from xlstm_jax.typing import Array, Float
 
@@ -37,9 +39,11 @@ class Dense(nn.Module):
     @nn.compact
     def weights(
         self, in_dim: int
-    ) -> tuple[Float[Array, "F_in F_out"], Float[Array, "F_out"] | None]:
+    ) -> tuple[Float[Array, "F_in F_out"] | Int8Kernel, Float[Array, "F_out"] | None]:
         """The parameters: kernel, and bias or None."""
-        kernel = self.param("kernel", self.kernel_init, (in_dim, self.features))
+        kernel = self.get_variable("params", "kernel")
+        if not isinstance(kernel, Int8Kernel):
+            kernel = self.param("kernel", self.kernel_init, (in_dim, self.features))
         bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
         return kernel, bias
 
@@ -95,10 +99,10 @@ def fused_dense(
     dtype = state_dtype(parts[0]) if upcast else dtype
     in_dim = sum(part.shape[-1] for part in parts)
     kernels, biases = zip(*(layer.weights(in_dim) for layer in layers), strict=True)
-    kernel = kernels[0] if len(kernels) == 1 else jnp.concatenate(kernels, axis=1)
+    kernel: Any = kernels[0] if len(kernels) == 1 else jnp.concatenate(kernels, axis=1)
     # Products of the parts are summed: the input is not concatenated, which would copy it.
     in_stops = list(itertools.accumulate(part.shape[-1] for part in parts))
-    blocks = jnp.split(kernel, in_stops[:-1])
+    blocks = [kernel] if len(parts) == 1 else jnp.split(kernel, in_stops[:-1])
     y = sum(dense(part, block, dtype=dtype) for part, block in zip(parts, blocks, strict=True))
     out_stops = list(itertools.accumulate(k.shape[1] for k in kernels))
     outputs = jnp.split(y, out_stops[:-1], axis=-1)

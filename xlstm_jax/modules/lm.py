@@ -24,6 +24,7 @@ from xlstm_jax.modules.stack import Stack, StackState, init_state, only_paramete
 from xlstm_jax.ops.dense import dense
 from xlstm_jax.ops.documents import document_starts
 from xlstm_jax.ops.embed import embed
+from xlstm_jax.ops.int8 import Int8Kernel
 from xlstm_jax.ops.norm import soft_cap
 from xlstm_jax.sharding import constrain
 from xlstm_jax.typing import Array, Flag, Float, Int, Size
@@ -142,7 +143,8 @@ class LM(_Model):
         """
         cfg = self.cfg
         _check(tokens, segment_ids, mask)
-        head_names = [] if cfg.tie_embeddings else ["lm_head"]
+        has_head = not cfg.tie_embeddings or self._has_int8_head()
+        head_names = ["lm_head"] if has_head else []
         norm_names = [] if cfg.final_norm == "none" else ["out_norm"]
         norm_names += [] if cfg.embedding_norm == "none" else ["embedding_norm"]
         check_param_names(self, ["token_embedding", "stack", *norm_names, *head_names])
@@ -159,11 +161,16 @@ class LM(_Model):
             return x, *rest
         # Rebuilt from the bound variables, so that `lm_logits` is the only code of the head.
         params: dict[str, Any] = {"token_embedding": {"embedding": table}}
-        if not cfg.tie_embeddings:
+        if has_head:
             init = small(cfg.dim) if cfg.head_std is None else normal(cfg.head_std)
             layer = Dense(cfg.vocab_size, init, name="lm_head")
             params["lm_head"] = {"kernel": layer.weights(cfg.dim)[0]}
         return lm_logits(cfg, params, x), *rest
+
+    def _has_int8_head(self) -> bool:
+        """Whether a tied head has a kernel of its own, as that of the embedding is not rounded."""
+        head = self.variables.get("params", {}).get("lm_head", {})
+        return isinstance(head.get("kernel"), Int8Kernel)
 
     def _embed(self, tokens: Array, *, deterministic: bool) -> tuple[Array, Array]:
         """Returns the input of the first block and the table of embeddings."""
@@ -239,7 +246,7 @@ def param_shapes(cfg: LMConfig) -> Any:
 
 def head_kernel(cfg: LMConfig, params: Any) -> Float[Array, "D vocab"]:
     """The kernel of the head, tied or not; `params` is `variables["params"]`."""
-    if cfg.tie_embeddings:
+    if cfg.tie_embeddings and "lm_head" not in params:
         return params["token_embedding"]["embedding"].T
     return params["lm_head"]["kernel"]
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from xlstm_jax.cells.logspace import state_dtype
 from xlstm_jax.ops import cpu, dispatch
+from xlstm_jax.ops.int8 import Int8Kernel, int8_dense
 from xlstm_jax.ops.sharded.any_mesh import on_any_mesh, spec_of_groups, spec_of_product
 from xlstm_jax.ops.sharded.shard_map import auto_mesh_axes, map_shards
 from xlstm_jax.typing import Array, Float
@@ -17,12 +18,14 @@ TILE = 256
 @on_any_mesh(spec_of_product)
 def dense(
     x: Float[Array, "*batch F_in"],
-    kernel: Float[Array, "F_in F_out"],
+    kernel: Float[Array, "F_in F_out"] | Int8Kernel,
     *,
     dtype: jnp.dtype | None = None,
 ) -> Float[Array, "*batch F_out"]:
     """x @ kernel, accumulated and returned in `dtype` (None: that of x); kernel is cast to x's."""
     dtype = jnp.dtype(dtype or x.dtype)
+    if isinstance(kernel, Int8Kernel):
+        return int8_dense(x, kernel, dtype)
     if cpu.is_single_cpu():
         return cpu.matmul(dtype, x, kernel)
     return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=dtype)

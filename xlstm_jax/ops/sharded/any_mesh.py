@@ -75,11 +75,11 @@ def shard_explicit(x: Array, letters: str) -> Array:
     return jax.sharding.reshard(x, partition_spec_for(x.shape, axes, sizes))
 
 
-def spec_of_product(x: Array, kernel: Array, **options: Any) -> P:
+def spec_of_product(x: Array, kernel: Any, **options: Any) -> P:
     """The spec of x @ kernel: batch dimensions are sharded like those of x, features like those of
     the kernel."""
     *batch, _ = spec_of(x)
-    *_, features = spec_of(kernel)
+    *_, features = spec_of(jax.tree.leaves(kernel)[0])  # the values of an `Int8Kernel`
     used = {axis for axes in batch for axis in _names(axes)}
     return P(*batch, tuple(axis for axis in _names(features) if axis not in used) or None)
 
