@@ -105,10 +105,12 @@ def stream(
     state: State | None = None,
     stop: Sequence[int] = (),
     slots: int | None = None,
+    with_state: bool = True,
 ) -> Iterator[Generation]:
     """As `generate`, but yields `piece` tokens at a time (None: all) with the state after them.
 
-    Arguments are checked and prompts prefilled before the first `next`.
+    Arguments are checked and prompts prefilled before the first `next`. Each state is a copy;
+    `with_state=False` yields None instead, which is faster where the state is large.
     """
     max_new_tokens = as_type(int, max_new_tokens, "max_new_tokens")
     check_range("max_new_tokens", max_new_tokens, "at least 0", "0 only computes the state")
@@ -135,16 +137,18 @@ def stream(
         _Group(loop, variables, ids, keys, state, jnp.asarray(stop_ids), slice(i, i + num_slots))
         for i in range(0, len(ids), num_slots)
     ]
-    return _pieces(groups, num_at_once, max_new_tokens)
+    return _pieces(groups, num_at_once, max_new_tokens, with_state=with_state)
 
 
-def _pieces(groups, num_at_once: int, max_new_tokens: int) -> Iterator[Generation]:
+def _pieces(
+    groups: Sequence["_Group"], num_at_once: int, max_new_tokens: int, *, with_state: bool
+) -> Iterator[Generation]:
     for start in range(0, max(max_new_tokens, 1), num_at_once):
         limit = min(num_at_once, max_new_tokens - start)
         parts = [group.decode(limit) for group in groups]
         tokens, logprobs = (sum(column, []) for column in zip(*parts, strict=True))
-        states = [group.state() for group in groups]
-        yield Generation(tokens, _join_batches(states), logprobs)
+        state = _join_batches([group.state() for group in groups]) if with_state else None
+        yield Generation(tokens, state, logprobs)
         if all(group.is_done() for group in groups):
             return
 

@@ -24,7 +24,7 @@ def stream_text(
 
     Args:
         stop: strings that end the text; they are not part of it.
-        options: those of `decode.stream` except `stop` and `piece`.
+        options: those of `decode.stream` except `stop`, `piece` and `with_state`.
 
     Raises:
         ArgumentError: a stop string is empty, or as `decode.stream`; before the first `next`.
@@ -32,7 +32,8 @@ def stream_text(
     if "" in stop:
         raise ArgumentError("stop must have no empty string, got ''; leave it out.")
     ids = tokenizer.encode(prompt)
-    pieces = decode.stream(model, variables, [ids], piece=PIECE, stop=[tokenizer.eos_id], **options)
+    options |= dict(piece=PIECE, stop=[tokenizer.eos_id], with_state=False)
+    pieces = decode.stream(model, variables, [ids], **options)
     return _parts(pieces, tokenizer, stop, prompt=ids.tolist())
 
 

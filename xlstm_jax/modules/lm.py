@@ -244,7 +244,7 @@ def param_shapes(cfg: LMConfig) -> Any:
     return params
 
 
-def head_kernel(cfg: LMConfig, params: Any) -> Float[Array, "D vocab"]:
+def head_kernel(cfg: LMConfig, params: Any) -> Float[Array, "D vocab"] | Int8Kernel:
     """The kernel of the head, tied or not; `params` is `variables["params"]`."""
     if cfg.tie_embeddings and "lm_head" not in params:
         return params["token_embedding"]["embedding"].T

@@ -24,7 +24,7 @@ def quantize(kernel: Float[Array, "F_in F_out"]) -> Int8Kernel:
     """Rounds each weight to a multiple of 1/127 of the largest weight of its output feature."""
     largest = jnp.max(jnp.abs(kernel), axis=0)
     scale = jnp.where(largest > 0, largest / 127, 1)
-    return Int8Kernel(jnp.round(kernel / scale).astype(jnp.int8), scale)
+    return Int8Kernel(jnp.round(kernel / scale[None]).astype(jnp.int8), scale)
 
 
 def int8_dense(
@@ -36,5 +36,10 @@ def int8_dense(
     applied to its result.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    y = jnp.dot(x, kernel.values.astype(x.dtype), preferred_element_type=wide)
-    return (y * kernel.scale.astype(wide)).astype(dtype)
+    if x.size == x.shape[-1]:
+        # XLA for GPUs casts an operand of a product in a pass of its own, but not that of a sum.
+        terms = x.reshape(-1, 1).astype(wide) * kernel.values.astype(wide)
+        y = jnp.sum(terms, axis=0).reshape(*x.shape[:-1], -1)
+    else:
+        y = jnp.dot(x, kernel.values.astype(x.dtype), preferred_element_type=wide)
+    return (y * jnp.broadcast_to(kernel.scale.astype(wide), y.shape)).astype(dtype)
