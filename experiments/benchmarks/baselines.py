@@ -29,7 +29,7 @@ from xlstm_jax.flops import count_params, train_flops
 from xlstm_jax.modules import LM
 from xlstm_jax.train.losses import language_model_loss
 
-PEERS = {"Llama": 20, "Mamba": 2, "RWKV-4": 5}
+PEERS = {"Llama": 20, "Mamba": 1, "RWKV-4": 5}
 """Models that are compared with `transformers` -> at most as many of its steps, as its loops over
 time are slow."""
 

@@ -126,7 +126,7 @@ def compare(batch_size: int, variables: Any, args: Arguments) -> dict[str, Any]:
     steps = batch_size * NEW_TOKENS
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables["params"]))
     weights -= variables["params"]["token_embedding"]["embedding"].nbytes  # one row is read
-    read_rate = READ_BYTES / min(times["read"])
+    read_rate = READ_BYTES / float(np.median(times["read"]))
     flops = batch_size * forward_flops(MODEL, 1)
     bound = max(weights / read_rate, flops / measure.product_rate(times["product"]))
     record = {

@@ -17,7 +17,7 @@ from xlstm_jax.config import MAX_INT, ConfigError, as_type, check_range
 from xlstm_jax.generate import prefill
 from xlstm_jax.generate.arguments import AnyKey, Prompts, prompt_ids, sequence_keys, token_ids
 from xlstm_jax.generate.prepare import is_prepared, prepare_params
-from xlstm_jax.generate.sampling import greedy
+from xlstm_jax.generate.sampling import greedy, log_probability
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.modules.stack import check_stack_state, stack_layers, unstack_layers
 from xlstm_jax.typing import Array, Bool, Float, Int
@@ -273,7 +273,7 @@ def _decode(
         # Folding in the length makes samples independent of when other sequences stop.
         step_keys = jax.vmap(jax.random.fold_in)(keys, carry.length)
         token = jax.vmap(loop.sampler)(carry.logits, step_keys, carry.seen).astype(jnp.int32)
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(carry.logits), token[:, None], axis=1)
+        logprob = log_probability(carry.logits, token)
         # The mask freezes the state of finished sequences; their tokens are dropped by `length`.
         logits, state = loop.model.apply(
             variables, token[:, None], state=carry.state, mask=active[:, None]
@@ -282,12 +282,12 @@ def _decode(
         carry = _Carry(
             state=state,
             logits=logits,
-            seen=carry.seen | jax.nn.one_hot(token, logits.shape[-1], dtype=bool),
+            seen=carry.seen.at[jnp.arange(token.size), token].set(True),
             length=carry.length + active,
             done=carry.done | (token[:, None] == stop[None, :]).any(axis=1),
         )
         tokens = tokens.at[:, step].set(token)
-        return step + 1, carry, tokens, logprobs.at[:, step].set(logprob[:, 0])
+        return step + 1, carry, tokens, logprobs.at[:, step].set(logprob)
 
     shape = keys.shape[0], loop.capacity
     buffers = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, carry.logits.dtype)

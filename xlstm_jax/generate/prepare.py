@@ -6,7 +6,7 @@ slicing, concatenating or casting them for each token would take longer than the
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,15 +18,18 @@ from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.kinds import BLOCKS, matrices_of
 from xlstm_jax.modules.linear import joined_name, recorded_joins
 from xlstm_jax.modules.lm import LM, head_kernel
+from xlstm_jax.modules.loops import as_list
 from xlstm_jax.ops.int8 import Int8Kernel, quantize
 from xlstm_jax.sharding.axes import path_name
-from xlstm_jax.typing import Array, Int, PyTree
+from xlstm_jax.typing import Array, PyTree
 
 Joins = tuple[tuple[str, ...], ...]
 """Paths within a block of layers whose kernels are joined."""
 
 
-def prepare_params(model: LM, variables: Any, *, dtype: DTypeLike | None = None) -> dict[str, Any]:
+def prepare_params(
+    model: LM, variables: Any, *, dtype: DTypeLike | None = None, consume: bool = False
+) -> dict[str, Any]:
     """Parameters to be used in place of `variables`, in `generate` or `model.apply`.
 
     Results are those of `variables`, as kernels and embeddings are rounded to the dtype of
@@ -36,6 +39,8 @@ def prepare_params(model: LM, variables: Any, *, dtype: DTypeLike | None = None)
         dtype: of kernels and embeddings; None: that of activations, `cfg.dtype`, or float64 where
             parameters are. "int8": matrices and the head are rounded to 8 bits, with a scale for
             every output feature; the rest has the dtype of activations.
+        consume: delete the arrays of `variables` on the way, so that there is never a second copy
+            of all weights. They cannot be used afterwards.
 
     Raises:
         ArgumentError: the dtype is unknown.
@@ -44,48 +49,96 @@ def prepare_params(model: LM, variables: Any, *, dtype: DTypeLike | None = None)
     if is_int8 := dtype in ("int8", jnp.int8):
         dtype = None
     dtype = _dtype_of(cfg, params) if dtype is None else _check_dtype(dtype)
-    prepare_layer = jax.jit(_prepare_layer, static_argnames=("letter", "joins", "dtype", "is_int8"))
     stack = {}
     for letter, tree in params["stack"].items():
-        options = dict(letter=letter, joins=joins_of(cfg, letter, tree), dtype=dtype)
-        stack[letter] = [
-            prepare_layer(tree, jnp.asarray(layer), **options, is_int8=is_int8)
-            for layer in range(cfg.pattern.count(letter))
-        ]
+        joins = joins_of(cfg, letter, tree)
+        convert = functools.partial(
+            _convert, letter, cfg.pattern.count(letter), dtype, is_int8=is_int8, consume=consume
+        )
+        layers = _unstack(tree, cfg.pattern.count(letter), convert)
+        for number, layer in enumerate(layers):  # one at a time: its parts are freed
+            layers[number] = joined = _join_all(layer, joins)
+            if consume:
+                _delete(layer, joined)
+        stack[letter] = layers
     rest = {name: tree for name, tree in params.items() if name != "stack"}
     if is_int8:
-        rest["lm_head"] = {"kernel": jax.jit(quantize)(head_kernel(cfg, params))}
+        rest["lm_head"] = {"kernel": _quantize(head_kernel(cfg, params))}
     return {"params": {**_cast(rest, dtype), "stack": stack}}
 
 
-def joins_of(cfg: LMConfig, letter: str, stacked: PyTree) -> Joins:
+def joins_of(cfg: LMConfig, letter: str, params: PyTree) -> Joins:
     """The layers of a block that share a product, found by tracing the block for one token."""
     block = BLOCKS[letter].block(cfg, parent=None)
-    layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stacked)
+    if isinstance(params, list):
+        layer = params[0]
+    else:
+        layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
     x = jax.ShapeDtypeStruct((1, 1, cfg.dim), jnp.float32)
     with recorded_joins() as joins:
         jax.eval_shape(lambda params, x: block.apply({"params": params}, x), layer, x)
     return tuple(dict.fromkeys(joins))
 
 
-def _prepare_layer(
-    stacked: PyTree, layer: Int[Array, ""], *, letter: str, joins: Joins, dtype, is_int8: bool
-) -> PyTree:
-    tree = jax.tree.map(
-        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stacked
-    )
+def _unstack(
+    tree: PyTree, num_layers: int, convert: Callable[[Any, list[Array] | Array], list[Any]]
+) -> list[PyTree]:
+    """The trees of the layers, of a stacked tree or a list of them, converted leaf by leaf."""
+    if isinstance(tree, list):
+        leaves = list(zip(*map(jax.tree_util.tree_leaves_with_path, tree), strict=True))
+        by_path = [(layers[0][0], [leaf for _, leaf in layers]) for layers in leaves]
+        structure = jax.tree.structure(tree[0])
+    else:
+        by_path = jax.tree_util.tree_leaves_with_path(tree)
+        structure = jax.tree.structure(tree)
+    converted = [convert(path, leaf) for path, leaf in by_path]
+    return [structure.unflatten(leaf[n] for leaf in converted) for n in range(num_layers)]
+
+
+def _convert(
+    letter: str,
+    num_layers: int,
+    dtype: jnp.dtype,
+    path: Any,
+    leaf: Array | list[Array],
+    *,
+    is_int8: bool,
+    consume: bool,
+) -> list[Any]:
+    """The layers of a parameter, cast or quantized."""
+    name = f"stack/{letter}/{path_name(path)}"
+    is_kernel = name.endswith("/kernel")
+    matrices = matrices_of(name) if is_int8 and is_kernel else None
+    is_matrix = matrices is not None and matrices.axes == "io"
+    layers = _layers(leaf, num_layers, dtype if is_kernel else None, is_int8=is_matrix)
+    if consume:
+        _delete(leaf, layers)
+    return layers
+
+
+@functools.partial(jax.jit, static_argnames=("num_layers", "dtype", "is_int8"))
+def _layers(
+    leaf: Array | list[Array], num_layers: int, dtype: jnp.dtype | None, *, is_int8: bool
+) -> list[Any]:
+    layers = as_list(leaf, num_layers)
     if is_int8:
-        tree = jax.tree_util.tree_map_with_path(functools.partial(_quantize, letter), tree)
+        return [quantize(layer) for layer in layers]
+    return layers if dtype is None else [layer.astype(dtype) for layer in layers]
+
+
+def _delete(old: PyTree, new: PyTree) -> None:
+    """Deletes the arrays of `old` that are not in `new`: a jitted function passes on some."""
+    kept = {id(leaf) for leaf in jax.tree.leaves(new)}
+    for leaf in jax.tree.leaves(old):
+        if id(leaf) not in kept:
+            leaf.delete()
+
+
+@functools.partial(jax.jit, static_argnames="joins")
+def _join_all(tree: PyTree, joins: Joins) -> PyTree:
     for paths in joins:
         tree = _join(tree, paths)
-    return _cast(tree, dtype)
-
-
-def _quantize(letter: str, path: Any, leaf: Array) -> Array | Int8Kernel:
-    """The kernel in 8 bits, if it is one matrix; Muon's table tells."""
-    name = f"stack/{letter}/{path_name(path)}"
-    matrices = matrices_of(name) if name.endswith("/kernel") else None
-    return quantize(leaf) if matrices is not None and matrices.axes == "io" else leaf
+    return tree
 
 
 def _join(tree: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
@@ -127,6 +180,9 @@ def _check_dtype(dtype: DTypeLike) -> jnp.dtype:
 def _dtype_of(cfg: LMConfig, params: Any) -> jnp.dtype:
     table = params["token_embedding"]["embedding"]
     return table.dtype if table.dtype == jnp.float64 else jnp.dtype(cfg.dtype)
+
+
+_quantize = jax.jit(quantize)
 
 
 def is_prepared(variables: Any) -> bool:

