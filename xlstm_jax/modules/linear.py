@@ -82,7 +82,8 @@ def fused_dense(
     concatenation along features.
     """
     if len(layers) > 1:
-        owner, widths = layers[0].parent, [layer.features for layer in layers]
+        owner: Any = layers[0].parent
+        widths = [layer.features for layer in layers]
         name = joined_name([str(layer.name) for layer in layers])
         if owner.has_variable("params", name):
             use_bias = any(layer.use_bias for layer in layers)
