@@ -278,7 +278,7 @@ def _decode(
         logits, state = loop.model.apply(
             variables, token[:, None], state=carry.state, mask=active[:, None]
         )
-        logits = logits[:, 0]
+        logits = prefill.replicate_explicit(logits[:, 0])
         carry = _Carry(
             state=state,
             logits=logits,

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from xlstm_jax.modules.lm import LM, lm_logits
 from xlstm_jax.typing import Array, Bool, Float, Int
@@ -60,12 +61,15 @@ def run(
 ) -> tuple[Float[Array, "B vocab"], State]:
     """The logits after the last token of each prompt, and the state; `state` is donated."""
     logits = jnp.zeros((len(prompts), model.cfg.vocab_size), jnp.float32)
+    # On a mesh, the first pass shards the state, and cannot use the memory of the initial one.
+    has_mesh = not jax.sharding.get_abstract_mesh().empty
+    run_pass = _pass if has_mesh else _pass_in_place
     for tokens, mask in batches(prompts):
-        logits, state = _pass(model, variables, tokens, mask, state, logits)
+        logits, state = run_pass(model, variables, tokens, mask, state, logits)
     return logits, state
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames=("state", "logits"))
+@functools.partial(jax.jit, static_argnames="model")
 def _pass(
     model: LM,
     variables: Any,
@@ -81,6 +85,18 @@ def _pass(
     """
     hidden, state = model.apply(variables, tokens, state=state, mask=mask, head=False)
     last = jnp.maximum(mask.sum(axis=1) - 1, 0)
-    x = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    x = jnp.take_along_axis(replicate_explicit(hidden), last[:, None, None], axis=1)[:, 0]
     new_logits = lm_logits(model.cfg, variables["params"], x)
-    return jnp.where(mask.any(axis=1)[:, None], new_logits, logits), state
+    logits = jnp.where(mask.any(axis=1)[:, None], replicate_explicit(new_logits), logits)
+    return logits, state
+
+
+_pass_in_place = jax.jit(
+    _pass.__wrapped__, static_argnames="model", donate_argnames=("state", "logits")
+)
+
+
+def replicate_explicit(x: Array) -> Array:
+    """x, replicated over Explicit mesh axes, so that its type does not depend on the rules."""
+    has_explicit_axes = bool(jax.sharding.get_abstract_mesh().explicit_axes)
+    return jax.sharding.reshard(x, PartitionSpec()) if has_explicit_axes else x
