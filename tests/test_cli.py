@@ -107,7 +107,7 @@ ERRORS = {
     "plan CONFIG --topology v9:2x2": "topology='v9:2x2' must be a chip and a shape",
     "plan CONFIG --out nowhere/plan.json": "--out must be a file in an existing folder, got",
     "plan CONFIG --topology h100:2x8 --slices 2": "slices must be 1 for GPUs, got 2",
-    "evaluate": "`xlstm-jax evaluate` needs RUN",
+    "evaluate": "`xlstm-jax evaluate` needs MODEL",
     "evaluate nowhere": "nowhere does not exist",
     "evaluate other": "other has no checkpoint yet; train it first",
     "evaluate other --split all": "invalid choice 'all' for argument '--split'",

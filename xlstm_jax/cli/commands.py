@@ -16,6 +16,7 @@ from xlstm_jax.config import did_you_mean
 from xlstm_jax.errors import (
     ArgumentError,
     ConfigError,
+    NetworkError,
     UnsupportedError,
     printable,
     quote,
@@ -26,8 +27,8 @@ from xlstm_jax.sharding.distributed import exit_without_others, is_peer_failure
 # Each is a module of this package with `run(argv) -> exit code`, imported only when it runs.
 COMMANDS = {
     "train": "train CONFIG.py: train a model, or resume a run",
-    "evaluate": "evaluate RUN: measure perplexity and bits per byte on held-out data",
-    "generate": "generate RUN --prompt TEXT: continue a text",
+    "evaluate": "evaluate MODEL: measure perplexity and bits per byte on held-out data",
+    "generate": "generate MODEL --prompt TEXT: continue a text",
     "convert": "convert hf-to-run FOLDER RUN, run-to-hf RUN FOLDER: import and export weights",
     "data": "data prepare IN OUT, data train-tokenizer IN OUT, data inspect OUT: tokens of text",
     "report": "report RUN...: compare runs on one HTML page",
@@ -105,6 +106,8 @@ def explain(error: Exception) -> tuple[int | None, str]:
     """Exit code and one-line message of an exception; the code of a bug is None."""
     if isinstance(error, (ArgumentError, UnsupportedError)):
         return BAD_ARGUMENT, str(error)
+    if isinstance(error, NetworkError):
+        return MACHINE_FAILED, str(error)
     if isinstance(error, OSError):
         return _explain_os_error(error)
     if is_peer_failure(error):

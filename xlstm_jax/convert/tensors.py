@@ -136,7 +136,7 @@ def _files(folder: Path) -> list[Path]:
                 "weights in the safetensors format."
             )
         return files
-    names = _names_in(index)
+    names = names_in(index)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise WeightsError(
@@ -146,8 +146,8 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _names_in(index: Path) -> list[str]:
-    """The names of the files in an index."""
+def names_in(index: Path) -> list[str]:
+    """The names of the files in an index; raises WeightsError if it is not valid."""
     try:
         check_size(index, MAX_INDEX_BYTES)
         values = read_json(index)

@@ -65,6 +65,11 @@ def expand(run_dir: str | Path) -> Path:
         ) from error
 
 
+def has_run(path: Path) -> bool:
+    """Whether a path is a run, complete or not, rather than a folder of other weights."""
+    return (path / checkpoint.FOLDER).is_dir() or (path / RUN).is_file()
+
+
 def tokenizer_of(run_dir: Path, name: str) -> str:
     """The name or path of the tokenizer of a run: its own copy if it has one, else `name`."""
     folder = run_dir / TOKENIZER
