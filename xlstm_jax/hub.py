@@ -7,7 +7,7 @@ that is downloaded is executed or unpickled.
 import contextlib
 import errno
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +74,50 @@ def list_files(address: Address) -> list[str]:
         return client.HfApi().list_repo_files(address.repository, revision=address.revision)
 
 
+class Pushed(NamedTuple):
+    """What a push made."""
+
+    address: str  # hf://ORG/NAME@COMMIT
+    private: bool
+
+
+def check_login(address: Address) -> None:
+    """Raises ConfigError unless the client has a valid token, or NetworkError."""
+    client = _client(address)
+    with _client_errors(client, address):
+        client.HfApi().whoami()
+
+
+def push(
+    address: Address,
+    files: Mapping[str, Path | bytes],
+    *,
+    replaces: Callable[[str], bool],
+    private: bool,
+) -> Pushed:
+    """Commits files to the default branch of a repository, which is created if it does not exist.
+
+    Args:
+        files: name in the repository -> a local file, or its contents.
+        replaces: names of existing files that are deleted if `files` lacks them.
+        private: of a repository that is created.
+
+    Raises:
+        ConfigError: the client has no token, or none with write access.
+        NetworkError: the hub cannot be reached.
+    """
+    client = _client(address)
+    with _client_errors(client, address):
+        api, repository = client.HfApi(), address.repository
+        api.create_repo(repository, private=private, exist_ok=True)
+        info = api.model_info(repository)
+        stale = {file.rfilename for file in info.siblings or ()} - files.keys()
+        operations = [client.CommitOperationAdd(name, content) for name, content in files.items()]
+        operations += [client.CommitOperationDelete(name) for name in stale if replaces(name)]
+        commit = api.create_commit(repository, operations, commit_message="Upload model")
+    return Pushed(str(address._replace(revision=commit.oid)), bool(info.private))
+
+
 def _client(address: Address) -> Any:
     import_optional("huggingface_hub.errors", str(address), install="xlstm-jax[hub]")
     return import_optional("huggingface_hub", str(address), install="xlstm-jax[hub]")
@@ -98,6 +142,10 @@ def _client_errors(client: Any, address: Address) -> Iterator[None]:
             f"{address} may be read only by those who accepted its terms; accept them on its "
             "page, and set HF_TOKEN to a token of that account."
         ) from error
+    except client.errors.LocalTokenNotFoundError as error:
+        raise ConfigError(
+            f"{address} can be written to with a token only; set HF_TOKEN to one with write access."
+        ) from error
     except Exception as error:  # whatever its transport raises: the library varies by version
         _raise_by_status(client, address, error)
 
@@ -106,28 +154,36 @@ def _raise_by_status(client: Any, address: Address, error: Exception) -> None:
     """Raises ConfigError for a request that the hub rejects, else NetworkError."""
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         raise error  # names its path
-    cause = error.__cause__ if isinstance(error, client.errors.LocalEntryNotFoundError) else error
-    cause = cause or error
-    if isinstance(cause, client.errors.OfflineModeIsEnabled):
+    causes = list(_causes(error))
+    if any(isinstance(cause, client.errors.OfflineModeIsEnabled) for cause in causes):
         raise NetworkError(
-            f"{address} is not in the cache, and HF_HUB_OFFLINE forbids to download it; unset "
-            "HF_HUB_OFFLINE, or set HF_HOME to the cache that has it."
+            f"{address} needs the hub, which HF_HUB_OFFLINE forbids to reach; unset it, or set "
+            "HF_HOME to a cache that has the model."
         ) from error
-    status = getattr(getattr(cause, "response", None), "status_code", None)
-    if status in (401, 403, 404) or isinstance(cause, client.errors.RepositoryNotFoundError):
+    # Errors of downloads and uploads are wrapped in others without the response of the hub.
+    failed = next((cause for cause in causes if hasattr(cause, "response")), error)
+    status = getattr(getattr(failed, "response", None), "status_code", None)
+    if status in (401, 403, 404):
         raise ConfigError(
             f"{address} does not exist, or access is denied (status {status}); check the name, "
-            "and set HF_TOKEN to a token with access if it is private."
+            "and set HF_TOKEN to a token with access to it."
         ) from error
-    if status is not None and 400 <= status < 500 and status not in _BUSY:
+    is_rejected = status is not None and 400 <= status < 500 and status not in _BUSY
+    if is_rejected or (status is None and isinstance(error, ValueError)):
         raise ConfigError(
-            f"{address}: the hub rejects the request (status {status}: {_reason(cause)}); correct "
-            "the name."
+            f"{address}: the hub or its client rejects the request ({_reason(failed)}); correct it."
         ) from error
     raise NetworkError(
-        f"{address} cannot be reached, or the transfer was cut off ({_reason(cause)}); check the "
+        f"{address} cannot be reached, or the transfer was cut off ({_reason(failed)}); check the "
         "network and repeat the command: complete files are kept."
     ) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _reason(error: BaseException) -> str:

@@ -122,7 +122,7 @@ def test_the_table_in_the_documentation_has_these_counts():
 def test_presets_of_equal_shape_are_equal():
     assert presets.get("scaling_160m") == presets.get("scaling_d768_l12_h6")
     assert presets.get("scaling_7b") == presets.get("xlstm_7b")
-    assert len(presets.names()) == len(set(presets.names())) == 154
+    assert len(presets.names()) == len(set(presets.names())) == 156
 
 
 def test_unknown_preset_is_rejected():

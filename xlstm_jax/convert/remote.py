@@ -10,15 +10,14 @@ from pathlib import Path
 
 from xlstm_jax import hub
 from xlstm_jax.config import user_path
-from xlstm_jax.convert import families, hf, tensors
-from xlstm_jax.convert.fields import first_of
+from xlstm_jax.convert import families, tensors
+from xlstm_jax.convert.fields import CONFIG, read_config
 from xlstm_jax.data.tokenizers import locate
 from xlstm_jax.errors import ConfigError, NetworkError
 
-SMALL_FILES = (hf.CONFIG, tensors.INDEX, *locate.FILES, "LICEN[CS]E*", "README.md")
-"""Patterns of names that are downloaded besides the weights."""
-
-OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
+SMALL_FILES = (CONFIG, tensors.INDEX, *locate.FILES, "README.md")
+SMALL_FILES += ("WEIGHTS_LICEN[CS]E.txt", "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*")
+"""Patterns of the names of files that belong to a model, besides those of its weights."""
 
 
 def find(source: str | Path) -> Path:
@@ -44,13 +43,13 @@ def fetch(address: str) -> Path:
     """
     source = hub.parse(address)
     folder = hub.download(source, SMALL_FILES)
-    if not (folder / hf.CONFIG).is_file():
+    if not (folder / CONFIG).is_file():
         raise ConfigError(
-            f"{source} must have a {hf.CONFIG}, but has none; name a repository with a model that "
+            f"{source} must have a {CONFIG}, but has none; name a repository with a model that "
             "save_pretrained of transformers wrote."
         )
-    model_type = hf.read_config(folder).get("model_type", "xlstm")
-    families.of_type(model_type, f"{hf.CONFIG} of {source}")
+    model_type = read_config(folder).get("model_type", "xlstm")
+    families.of_type(model_type, f"{CONFIG} of {source}")
     at_commit = source._replace(revision=folder.name)
     return hub.download(at_commit, _weights(source, folder, _names(at_commit, folder)))
 
@@ -68,17 +67,11 @@ def _names(source: hub.Address, folder: Path) -> list[str]:
 
 def _weights(source: hub.Address, folder: Path, names: Sequence[str]) -> list[str]:
     """The names of the files with the weights, chosen as `tensors.from_folder` does."""
-    if "model.safetensors" in names:
-        return ["model.safetensors"]
+    if tensors.SINGLE in names:
+        return [tensors.SINGLE]
     if tensors.INDEX in names:
         return tensors.names_in(folder / tensors.INDEX)
-    # Those in folders are of other formats, or of variants of the model.
-    found = [n for n in names if n.startswith("model") and n.endswith(".safetensors")]
-    if found := [name for name in found if "/" not in name]:
-        return found
-    others = [name for name in names if name.endswith(OTHER_WEIGHTS)]
-    has = f"only {first_of(others, 3)}" if others else "none"
-    raise ConfigError(
-        f"{source} must have weights in safetensors files (model*.safetensors), but has {has}; "
-        "other formats are not read, as they may run code: convert them with save_pretrained."
-    )
+    # Those in subfolders are of other formats, or of variants of the model.
+    if weights := [name for name in names if tensors.is_weights(name)]:
+        return weights
+    raise tensors.no_weights(str(source), names)

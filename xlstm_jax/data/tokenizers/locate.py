@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 from pathlib import Path
 
 from xlstm_jax import hub
@@ -47,3 +48,11 @@ def _download(name: str) -> Path:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has the file of a tokenizer."""
     return (folder / files.JSON).is_file() or any(folder.glob("*.model"))
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copies the files of a tokenizer between folders, of which the second may be new."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in FILES:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
