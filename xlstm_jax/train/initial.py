@@ -41,7 +41,7 @@ def load_params(program: TrainProgram) -> PyTree:
         NetworkError: the hub cannot be reached.
     """
     source, cfg = _path(program.cfg.init_from), program.cfg
-    if rundir.has_run(source):
+    if rundir.is_run(source):
         _check_model(cfg, load_config(source, ExperimentConfig).model)
         return checkpoint.restore_params(source, place=program.devices.shardings)[1]
     from xlstm_jax.convert import hf  # needs safetensors, which is optional
@@ -55,7 +55,7 @@ def load_params(program: TrainProgram) -> PyTree:
 def copy_notes(cfg: ExperimentConfig, run_dir: Path) -> None:
     """Copies the license and the special tokens of the initial weights to the run."""
     source = _path(cfg.init_from)
-    if rundir.has_run(source):
+    if rundir.is_run(source):
         for name in _NOTES:
             if (source / name).is_file() and not (run_dir / name).exists():
                 shutil.copyfile(source / name, run_dir / name)

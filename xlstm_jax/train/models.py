@@ -1,7 +1,5 @@
 """Where a trained model is: a run, a folder of `transformers`, or hf://ORG/NAME[@REVISION]."""
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +41,7 @@ def load(
         NetworkError: the hub cannot be reached.
     """
     path = remote.find(source)
-    if rundir.has_run(path) or not _has_config(path):
+    if rundir.is_run(path):
         cfg, params = restore_params(path, step, ema=ema)
         return Model(cfg, params, rundir.tokenizer_of(path, cfg.data.tokenizer), is_run=True)
     for name, value in (("step", step), ("ema", ema or None)):
@@ -52,13 +50,15 @@ def load(
                 f"{name}={value} applies to a run only, got {quote_path(source)}, a folder of "
                 f"transformers; leave --{name} out."
             )
-    cfg, read = _open_folder(path)
-    tokenizer = _tokenizer_of(path, cfg.model.vocab_size)
+    lm, read = hf.open_folder(path)
+    tokenizer = _tokenizer_of(path, lm.vocab_size)
     if tokenizer is None and needs_tokenizer:
         raise ConfigError(
             f"{quote_path(source)} must have a tokenizer.json or a *.model of sentencepiece, but "
             "has neither; copy the file of its tokenizer to the folder."
         )
+    name, data = path.resolve().name, DataConfig()
+    cfg = ExperimentConfig(name=name, model=lm, data=data, train=TrainConfig())
     return Model(cfg, read(), tokenizer, is_run=False)
 
 
@@ -69,16 +69,6 @@ def require_data(model: Model, source: str, data: str | None) -> None:
             f"{quote_path(source)} is a folder of transformers, which names no data; give them "
             "with --source."
         )
-
-
-def _open_folder(path: Path) -> tuple[ExperimentConfig, Callable[[], PyTree]]:
-    model, read = hf.open_folder(path)
-    name = path.resolve().name
-    return ExperimentConfig(name=name, model=model, data=DataConfig(), train=TrainConfig()), read
-
-
-def _has_config(path: Path) -> bool:
-    return os.path.isfile(path / rundir.CONFIG)  # False for a path that is too long
 
 
 def _tokenizer_of(folder: Path, vocab_size: int) -> str | None:

@@ -65,9 +65,13 @@ def expand(run_dir: str | Path) -> Path:
         ) from error
 
 
-def has_run(path: Path) -> bool:
-    """Whether a path is a run, complete or not, rather than a folder of other weights."""
-    return (path / checkpoint.FOLDER).is_dir() or (path / RUN).is_file()
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run, complete or not, rather than one of other weights."""
+    if (path / checkpoint.FOLDER).is_dir() or (path / RUN).is_file():
+        return True
+    # Both have this file. It is not valid if it is no table: a run names the error.
+    values = read_json(path / CONFIG) if os.path.isfile(path / CONFIG) else None
+    return not isinstance(values, dict) or "model" in values
 
 
 def tokenizer_of(run_dir: Path, name: str) -> str:
