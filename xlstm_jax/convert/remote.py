@@ -70,7 +70,10 @@ def _weights(source: hub.Address, folder: Path, names: Sequence[str]) -> list[st
     if tensors.SINGLE in names:
         return [tensors.SINGLE]
     if tensors.INDEX in names:
-        return tensors.names_in(folder / tensors.INDEX)
+        shards = tensors.names_in(folder / tensors.INDEX)
+        if missing := [name for name in shards if name not in names]:
+            raise tensors.lacks(str(source), missing, len(shards))
+        return shards
     # Those in subfolders are of other formats, or of variants of the model.
     if weights := [name for name in names if tensors.is_weights(name)]:
         return weights

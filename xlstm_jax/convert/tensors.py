@@ -139,10 +139,7 @@ def files_of(folder: Path) -> list[Path]:
     names = names_in(index)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise WeightsError(
-            f"{quote_path(folder)} lacks {first_of(missing, 3)} of the {len(names)} files in "
-            f"{INDEX}; download them again."
-        )
+        raise lacks(quote_path(folder), missing, len(names))
     return [folder / name for name in names]
 
 
@@ -153,6 +150,14 @@ def no_weights(where: str, names: Sequence[str]) -> WeightsError:
     return WeightsError(
         f"{where} must have weights in safetensors files, {SINGLE} or shards with {INDEX}, but "
         f"has {has}; convert them with save_pretrained of transformers."
+    )
+
+
+def lacks(where: str, missing: Sequence[str], count: int) -> WeightsError:
+    """The error for a folder, called `where`, without some of the `count` files in its index."""
+    return WeightsError(
+        f"{where} lacks {first_of(missing, 3)} of the {count} files in {INDEX}; download them "
+        "again, or ask for them where the weights are from."
     )
 
 
