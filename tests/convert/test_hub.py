@@ -15,7 +15,6 @@ from xlstm_jax import hub as hub_client
 from xlstm_jax.cli import main
 from xlstm_jax.convert import license, remote
 from xlstm_jax.errors import ConfigError, NetworkError
-from xlstm_jax.modules import presets
 from xlstm_jax.train import restore_params
 
 ADDRESS = "hf://org/model"
@@ -332,9 +331,3 @@ def test_errors_of_commands_are_one_line(
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
     assert not (tmp_path / "run").exists()
-
-
-def test_published_checkpoints_are_those_of_presets():
-    for name, (address, count) in presets.CHECKPOINTS.items():
-        hub_client.parse(address)
-        assert presets.get(name).vocab_size and count > 10**9

@@ -1,13 +1,16 @@
 """Presets have exactly the published parameter counts."""
 
+import csv
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from xlstm_jax import flops
+from tests import golden_files
+from xlstm_jax import flops, hub
 from xlstm_jax.config import ConfigError
 from xlstm_jax.modules import LM, LMConfig, presets
 
@@ -74,6 +77,35 @@ def _count(cfg: LMConfig) -> int:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_formula_gives_the_published_parameter_count(name):
     assert flops.count_params(presets.get(name)) == PUBLISHED[name]
+
+
+def test_every_run_of_the_scaling_study_is_a_preset_with_the_logged_count():
+    with golden_files.reference("runs.csv").open(newline="") as file:
+        runs = [row for row in csv.DictReader(file) if row["num_params"]]
+    families = {"mlstm": "scaling", "llama": "scaling_llama"}
+    shapes = {
+        (
+            f"{families[run['model']]}_d{run['embedding_dim']}_l{run['num_blocks']}"
+            f"_h{run['num_heads']}",
+            int(run["num_params"]),
+        )
+        for run in runs
+    }
+    assert len(shapes) > 100
+    assert {(name, flops.count_params(presets.get(name))) for name, _ in shapes} == shapes
+
+
+def test_the_documentation_lists_published_counts_beside_ours():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "weights.md").read_text()
+    for name in ("xlstm_7b", *(f"scaling_{size}" for size in presets.LADDER)):
+        ours, published = flops.count_params(presets.get(name)), PUBLISHED[name]
+        assert re.search(rf"\| `{name}` \|.*\| {ours:,} \| {published:,} \|", text), name
+
+
+def test_published_checkpoints_have_the_count_of_their_preset():
+    for name, (address, count) in presets.CHECKPOINTS.items():
+        assert hub.parse(address).revision is None
+        assert flops.count_params(presets.get(name)) == count == PUBLISHED[name]
 
 
 def test_plain_lstms_have_the_parameters_of_the_ablation_but_one_bias():
