@@ -62,14 +62,14 @@ def peak(folder, **axes) -> float:
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"fsdp": 1}])
 def test_peak_memory_is_little_more_than_the_parameters(axes, tmp_path):
-    cfg = wide(720, 8)
+    cfg = wide(768, 8)
     convert.save_hf(tmp_path / "hf", cfg, random_params(cfg), dtype="bfloat16")
     assert peak(tmp_path / "hf", **axes) < 1.15
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 8}])
 def test_every_device_has_its_shard(axes, tmp_path):
-    cfg = wide(96, 16)
+    cfg = wide(384, 2)  # sharded from 2**18 elements per layer on
     params = random_params(cfg)
     convert.save_hf(tmp_path / "hf", cfg, params)
     with jax.set_mesh(sharding.make_mesh(**{"data": 1} | axes)):

@@ -15,6 +15,7 @@ import numpy as np
 
 from xlstm_jax import sharding
 from xlstm_jax.convert.layouts import Shape
+from xlstm_jax.sharding.rules import rules_in_use
 
 _ALIGNMENT = 64  # bytes; what JAX on a CPU needs to use a NumPy buffer without a copy
 
@@ -58,15 +59,14 @@ class HostParameter(NamedTuple):
 
 
 def allocate(path: str, leaf: jax.ShapeDtypeStruct) -> HostParameter:
-    """Memory for the parameter at a path, sharded like it on the active mesh if there is one."""
+    """Memory for the parameter at a path, sharded on the active mesh if there is one."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         whole = tuple(slice(0, size) for size in leaf.shape)
         return HostParameter(
             leaf.shape, None, (Shard(whole, _empty(leaf.shape, leaf.dtype), (None,)),)
         )
-    rules = sharding.get_rules("fsdp_tensor")  # a mesh axis of size 1 has no effect
-    placement = sharding.sharding_of(path, leaf.shape, rules, mesh)
+    placement = sharding.sharding_of(path, leaf.shape, rules_in_use(), mesh)
     devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in placement.addressable_devices_indices_map(leaf.shape).items():
         assert index is not None
