@@ -161,7 +161,7 @@ def _raise_by_status(client: Any, address: Address, error: Exception) -> None:
             "HF_HOME to a cache that has the model."
         ) from error
     # Errors of downloads and uploads are wrapped in others without the response of the hub.
-    failed = next((cause for cause in causes if hasattr(cause, "response")), error)
+    failed = next((cause for cause in causes if hasattr(cause, "response")), causes[-1])
     status = getattr(getattr(failed, "response", None), "status_code", None)
     if status in (401, 403, 404):
         raise ConfigError(
@@ -187,6 +187,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _reason(error: BaseException) -> str:
-    """The beginning of the message of an error, on one line."""
+    """The type and the beginning of the message of an error, on one line."""
     text = " ".join(str(error).split())
-    return quote_path(text[:200]) or type(error).__name__
+    return f"{type(error).__name__}: {quote_path(text[:200])}"

@@ -65,9 +65,9 @@ class Hub:
 class Rejected(Exception):
     """A response with an error."""
 
-    def __init__(self, status: int, code: str = "", message: str = ""):
+    def __init__(self, status: int, code: str = "", message: str = "", **fields: str):
         super().__init__(status)
-        self.status, self.code, self.message = status, code, message
+        self.status, self.code, self.message, self.fields = status, code, message, fields
 
 
 @contextlib.contextmanager
@@ -105,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urllib.parse.urlsplit(self.path)
         path = urllib.parse.unquote(parts.path)
         self.hub.requests.append(f"{self.command} {path}")
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.body = self._read_body()
         try:
             if self.hub.status is not None:
                 raise Rejected(self.hub.status)
@@ -115,8 +115,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, json.dumps(self._json(path)).encode())
         except Rejected as error:
             headers = {"X-Error-Code": error.code, "X-Error-Message": error.message}
-            body = json.dumps({"error": error.message}).encode()
+            body = json.dumps({"error": error.message, **error.fields}).encode()
             self._send(error.status, body, {n: v for n, v in headers.items() if v})
+
+    def _read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None):
         self.send_response(status)
@@ -236,7 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self._token != TOKEN:
             raise Rejected(403, message="You don't have the rights to create a model")
         if name in self.hub.repositories:
-            raise Rejected(409, message="You already created this model repo")
+            raise Rejected(409, message="You already created it", url=f"{self.hub.url}/{name}")
         private = fields.get("visibility") == "private" or fields.get("private") is True
         self.hub.repositories[name] = Repository({".gitattributes": b""}, private=private)
         return {"url": f"{self.hub.url}/{name}"}

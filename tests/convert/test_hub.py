@@ -6,7 +6,7 @@ import sys
 import huggingface_hub
 import jax
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 
 from tests.convert import hub_server
 from tests.convert.test_round_trip import assert_same_trees, init, model
@@ -16,6 +16,9 @@ from xlstm_jax.cli import main
 from xlstm_jax.convert import license, remote
 from xlstm_jax.errors import ConfigError, NetworkError
 from xlstm_jax.train import restore_params
+
+# How the client sends files without its package `hf_xet`, whose protocol the server does not have.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 ADDRESS = "hf://org/model"
 FORBIDDEN = {"pytorch_model.bin": b"\x80\x04.", "modeling.py": b"1 / 0", "x/model.safetensors": b""}
@@ -33,8 +36,11 @@ def server(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
         monkeypatch.delenv("HF_TOKEN", raising=False)
+        # Commands set this in their environment before the client is imported.
+        utils.disable_progress_bars()
         remote.fetch.cache_clear()
         yield hub
+        utils.enable_progress_bars()
         huggingface_hub.close_session()
         remote.fetch.cache_clear()
 
@@ -60,10 +66,10 @@ def publish(server, folder, **options):
 
 
 def test_a_sharded_model_is_downloaded_once_and_without_other_files(server, folder, monkeypatch):
-    path, cfg, params = folder
+    path, _, params = folder
     publish(server, path)
     loaded_cfg, loaded = convert.load_hf(ADDRESS)
-    assert loaded_cfg == cfg
+    assert loaded_cfg == convert.load_hf(path)[0]
     assert_same_trees(loaded, params)
     assert server.downloaded() == files_of(path).keys()
     assert len(server.downloaded()) > 4
@@ -79,7 +85,7 @@ def test_a_sharded_model_is_downloaded_once_and_without_other_files(server, fold
 
 
 def test_a_revision_is_a_branch_or_a_commit(server, folder, key):
-    path, cfg, params = folder
+    path, _, params = folder
     repository = publish(server, path)
     first = repository.head
     repository.commit(repository.files | {"config.json": b"{}"})
@@ -123,12 +129,12 @@ REPOSITORIES = {
     ),
     "other formats only": (
         lambda files: _without(files, ".safetensors", ".index.json"),
-        "hf://org/model@.* must have weights in safetensors files, .* but has only "
+        "hf://org/model must have weights in safetensors files, .* but has only "
         "pytorch_model.bin, which may run code when read",
     ),
     "no weights": (
         lambda files: {"config.json": files["config.json"]},
-        "hf://org/model@.* must have weights in safetensors files, .* but has none",
+        "hf://org/model must have weights in safetensors files, .* but has none",
     ),
     "another architecture": (
         lambda files: files | {"config.json": b'{"model_type": "gpt2"}'},
@@ -140,7 +146,7 @@ REPOSITORIES = {
     ),
     "a shard is missing": (
         lambda files: {name: x for name, x in files.items() if "-00002-of" not in name},
-        "hf://org/model@.* lacks model-00002-of-",
+        "hf://org/model lacks model-00002-of-",
     ),
 }
 
@@ -241,12 +247,16 @@ def test_a_pushed_folder_is_loaded_again(server, folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("token", "message"),
-    [(None, "set HF_TOKEN to"), ("hf_wrong", "status 40"), (hub_server.READ_TOKEN, "status 403")],
+    [
+        (None, "set HF_TOKEN to"),
+        ("hf_wrong", ".*status 401"),
+        (hub_server.READ_TOKEN, ".*status 403"),
+    ],
 )
 def test_a_push_needs_write_access(server, folder, monkeypatch, token, message):
     if token is not None:
         monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(ConfigError, match=f"hf://org/model.* {message}"):
+    with pytest.raises(ConfigError, match=f"^hf://org/model .*{message}"):
         hub_client.check_login(hub_client.parse(ADDRESS))
         convert.push_hf(ADDRESS, folder[0])
     assert server.repositories == {}
@@ -286,7 +296,7 @@ def test_the_header_of_a_card_has_licenses_that_the_hub_knows(line, fields):
 
 
 def test_commands_take_and_write_addresses(server, folder, tmp_path, monkeypatch, capsys):
-    path, cfg, params = folder
+    path, _, params = folder
     monkeypatch.chdir(tmp_path)
     repository = publish(server, path)
     repository.commit(repository.files | {"README.md": b"---\nlicense: mit\n---\n"})

@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] not in WITHOUT_CPU_SETTINGS:
         cpu.prepare()  # has to precede the first computation
+    if not sys.stderr.isatty():  # read by the client of the Hugging Face hub when it is imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Orbax and absl would configure the root logger otherwise, with a prefix of their own.
     logging.basicConfig(format="xlstm-jax: %(message)s")
     logging.getLogger().handlers[0].setLevel(logging.WARNING)  # the rest is for process_I.log
