@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from xlstm_jax.errors import ConfigError, NetworkError, import_optional, quote, quote_path
 
 PREFIX = "hf://"
+_URL = re.compile(r"hf:|https?:", re.IGNORECASE)
 _ADDRESS = re.compile(r"hf://([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w.+/-]{1,255}))?", re.ASCII)
 
 # Of the local disk; other errors of the operating system are those of a connection.
@@ -33,8 +34,11 @@ class Address(NamedTuple):
 
 
 def is_address(source: str | Path) -> bool:
-    """Whether a source is an address of the hub rather than a path; it need not be valid."""
-    return str(source).startswith(PREFIX)
+    """Whether a source is an address of the hub rather than a path; it need not be valid.
+
+    Misspelled addresses and other URLs are, so that `parse` rejects them: no path begins like them.
+    """
+    return _URL.match(str(source)) is not None
 
 
 def parse(address: str) -> Address:
@@ -43,7 +47,7 @@ def parse(address: str) -> Address:
     if match is None or ".." in address or "--" in match[1]:
         raise ConfigError(
             f"{quote(address)} must be hf://ORG/NAME or hf://ORG/NAME@REVISION, with letters, "
-            "digits, '-', '_' and '.' in names; correct it."
+            "digits, '-', '_' and '.' in names; correct it, or write ./ before a path."
         )
     return Address(match[1], match[2])
 
@@ -71,7 +75,9 @@ def list_files(address: Address) -> list[str]:
     """The names of all files of a repository; raises as `download`."""
     client = _client(address)
     with _client_errors(client, address):
-        return client.HfApi().list_repo_files(address.repository, revision=address.revision)
+        # Not `list_repo_files`, which tries for half a minute if there is no network.
+        info = client.HfApi().model_info(address.repository, revision=address.revision)
+    return [file.rfilename for file in info.siblings or ()]
 
 
 class Pushed(NamedTuple):

@@ -205,8 +205,9 @@ def test_a_hub_that_is_down_is_a_network_error(server, folder, monkeypatch):
     + ["org/../x", "org/model@../x", "org/mo del", "org/modèl", "@main", "org/model@a@b"],
 )
 def test_malformed_addresses_are_rejected_without_a_request(server, name):
-    with pytest.raises(ConfigError, match="must be hf://ORG/NAME or hf://ORG/NAME@REVISION"):
-        convert.load_hf(f"hf://{name}")
+    for address in (f"hf://{name}", f"HF:/{name}", f"https://huggingface.co/{name}"):
+        with pytest.raises(ConfigError, match="must be hf://ORG/NAME or hf://ORG/NAME@REVISION"):
+            convert.load_hf(address)
     assert server.requests == []
 
 

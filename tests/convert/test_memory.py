@@ -38,10 +38,10 @@ print(json.dumps({"peak": (status("VmHWM") - before) / size, "bytes": size}))
 """
 
 
-def wide(dim: int, num_blocks: int):
-    """A model whose largest parameter is over a fifth of it."""
+def sized(dim: int, num_blocks: int, vocab_size: int):
+    """A model of large blocks with the proportions of the published ones."""
     large = LargeConfig(num_heads=2, ffn_dim=8 * dim // 3)
-    return model(dim=dim, pattern="M" * num_blocks, large=large)
+    return model(dim=dim, pattern="M" * num_blocks, large=large, vocab_size=vocab_size)
 
 
 def peak(folder, **axes) -> float:
@@ -60,16 +60,17 @@ def peak(folder, **axes) -> float:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
-@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"fsdp": 1}])
+@pytest.mark.parametrize("axes", [{"fsdp": 4, "tensor": 2}, {"data": 8}])
 def test_peak_memory_is_little_more_than_the_parameters(axes, tmp_path):
-    cfg = wide(768, 8)
+    """Even if a single tensor, the embedding, is a quarter of them."""
+    cfg = sized(768, 6, vocab_size=30_000)
     convert.save_hf(tmp_path / "hf", cfg, random_params(cfg), dtype="bfloat16")
     assert peak(tmp_path / "hf", **axes) < 1.15
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 8}])
 def test_every_device_has_its_shard(axes, tmp_path):
-    cfg = wide(384, 2)  # sharded from 2**18 elements per layer on
+    cfg = sized(384, 2, vocab_size=64)  # sharded from 2**18 elements per layer on
     params = random_params(cfg)
     convert.save_hf(tmp_path / "hf", cfg, params)
     with jax.set_mesh(sharding.make_mesh(**{"data": 1} | axes)):

@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Orbax and absl would configure the root logger otherwise, with a prefix of their own.
     logging.basicConfig(format="xlstm-jax: %(message)s")
     logging.getLogger().handlers[0].setLevel(logging.WARNING)  # the rest is for process_I.log
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     try:
         return _dispatch(args)
     except KeyboardInterrupt:

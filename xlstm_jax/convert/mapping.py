@@ -1,7 +1,7 @@
 """Conversion of parameters from and to named tensors, by the rules of `names`."""
 
 import functools
-import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -113,9 +113,12 @@ def load(
     owner = {part: name for name, tensor in stored.items() for part in tensor.parts}
     tree: dict[str, Any] = {}
     not_finite: dict[str, None] = {}  # an ordered set
-    # `targets` lists the layers of a leaf one after another, so that groupby collects them.
-    for path, tensors in itertools.groupby(table.items(), lambda item: item[1].path):
-        leaf, invalid = _load_leaf(path, leaves[path], dict(tensors), source)
+    layers: dict[str, dict[str, WeightTarget]] = {}
+    for name, target in table.items():
+        layers.setdefault(target.path, {})[name] = target
+    # The largest first: what reading takes is needed while little of the model is in memory.
+    for path in sorted(leaves, key=lambda path: -math.prod(leaves[path].shape)):
+        leaf, invalid = _load_leaf(path, leaves[path], layers[path], source)
         not_finite |= dict.fromkeys(owner[name] for name in invalid)
         *folders, last = path.split("/")
         functools.reduce(lambda node, key: node.setdefault(key, {}), folders, tree)[last] = leaf

@@ -7,7 +7,7 @@ is freed before the next parameter is read.
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,13 @@ from xlstm_jax.sharding.rules import rules_in_use
 
 _ALIGNMENT = 64  # bytes; what JAX on a CPU needs to use a NumPy buffer without a copy
 
-Index = tuple[slice, ...]
+Index: TypeAlias = tuple[slice, ...]
 
 
 class Shard(NamedTuple):
     """A part of a parameter, and the devices of this process that have it."""
 
-    index: Index
+    where: Index
     host: np.ndarray
     devices: tuple[jax.Device | None, ...]  # None: the default device
 
@@ -43,11 +43,11 @@ class HostParameter(NamedTuple):
         Args:
             layer: index on the leading axis; None: the parameter has no such axis.
         """
-        for index, host, _ in self.shards:
+        for where, host, _ in self.shards:
             if layer is None:
-                yield index, host
-            elif index[0].start <= layer < index[0].stop:
-                yield index[1:], host[layer - index[0].start, ...]
+                yield where, host
+            elif where[0].start <= layer < where[0].stop:
+                yield where[1:], host[layer - where[0].start, ...]
 
     def to_devices(self) -> jax.Array:
         """The parameter on its devices."""

@@ -1,5 +1,6 @@
 """Where a trained model is: a run, a folder of `transformers`, or hf://ORG/NAME[@REVISION]."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,12 @@ def load(
         NetworkError: the hub cannot be reached.
     """
     path = remote.find(source)
+    if not os.path.isdir(path):
+        is_other = "is a file" if os.path.exists(path) else "does not exist"
+        raise ConfigError(
+            f"{quote_path(path)} {is_other}; pass the folder of a run or of a model of "
+            "transformers, or hf://ORG/NAME."
+        )
     if rundir.is_run(path):
         cfg, params = restore_params(path, step, ema=ema)
         return Model(cfg, params, rundir.tokenizer_of(path, cfg.data.tokenizer), is_run=True)

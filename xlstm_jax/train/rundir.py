@@ -67,7 +67,8 @@ def expand(run_dir: str | Path) -> Path:
 
 def is_run(path: Path) -> bool:
     """Whether a folder is a run, complete or not, rather than one of other weights."""
-    if (path / checkpoint.FOLDER).is_dir() or (path / RUN).is_file():
+    # Functions of `os.path`, which are False for a path that is too long.
+    if any(os.path.exists(path / name) for name in (checkpoint.FOLDER, RUN)):
         return True
     # Both have this file. It is not valid if it is no table: a run names the error.
     values = read_json(path / CONFIG) if os.path.isfile(path / CONFIG) else None
