@@ -1,6 +1,8 @@
 """Models of hf://, with the real client and a server that imitates the hub."""
 
 import json
+import os
+import subprocess
 import sys
 
 import huggingface_hub
@@ -9,6 +11,7 @@ import pytest
 from huggingface_hub import constants, utils
 
 from tests.convert import hub_server
+from tests.convert.baselines import random_params
 from tests.convert.test_round_trip import assert_same_trees, init, model
 from xlstm_jax import convert
 from xlstm_jax import hub as hub_client
@@ -342,3 +345,32 @@ def test_errors_of_commands_are_one_line(
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_environment_of_the_client_is_honored(tmp_path):
+    """In a process of its own: the client reads most variables when it is imported."""
+    cfg = model(vocab_size=257)  # of bytes: it needs no tokenizer
+    convert.save_hf(tmp_path / "hf", cfg, random_params(cfg))
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    environment = {n: v for n, v in environment.items() if n not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
+
+    def generate(**variables):
+        command = ["-m", "xlstm_jax", "generate", ADDRESS, "--prompt", "a", "--max-new-tokens", "1"]
+        return subprocess.run(
+            [sys.executable, *command],
+            env=environment | variables,
+            capture_output=True,
+            timeout=200,
+        )
+
+    with hub_server.serve() as server:
+        publish(server, tmp_path / "hf", private=True)
+        online = {"HF_ENDPOINT": server.url}
+        denied = generate(**online)
+        assert denied.returncode == 2 and b"status 401" in denied.stderr
+        granted = generate(**online, HF_TOKEN=hub_server.READ_TOKEN)
+        assert (granted.returncode, granted.stderr) == (0, b"")
+    assert list((tmp_path / "home").rglob("model.safetensors"))
+    offline = generate(HF_HUB_OFFLINE="1")
+    assert (offline.returncode, offline.stdout) == (0, granted.stdout)

@@ -27,7 +27,7 @@ class Shard(NamedTuple):
 
     where: Index
     host: np.ndarray
-    devices: tuple[jax.Device | None, ...]  # None: the default device
+    devices: tuple[Any, ...]  # of JAX; None: the default one
 
 
 class HostParameter(NamedTuple):
@@ -67,7 +67,7 @@ def allocate(path: str, leaf: jax.ShapeDtypeStruct) -> HostParameter:
             leaf.shape, None, (Shard(whole, _empty(leaf.shape, leaf.dtype), (None,)),)
         )
     placement = sharding.sharding_of(path, leaf.shape, rules_in_use(), mesh)
-    devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, index in placement.addressable_devices_indices_map(leaf.shape).items():
         assert index is not None
         bounds = (part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
