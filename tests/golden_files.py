@@ -1,8 +1,8 @@
 """Loading of golden vectors: results of other implementations, stored in `tests/golden`.
 
-Files that are not in the repository are read from the folder XLSTM_REFERENCE_DATA; if that is not
-set, the test is skipped. If XLSTM_GOLDEN_ERRORS is the path of a file, every comparison appends its
-error to it, for `golden/errors.py`.
+Files that are not in the repository are read from the folders XLSTM_REFERENCE_DATA, separated as in
+PATH; if none has them, the test is skipped. If XLSTM_GOLDEN_ERRORS is the path of a file, every
+comparison appends its error to it, for `golden/errors.py`.
 """
 
 import json
@@ -37,13 +37,19 @@ def load(name: str) -> Golden:
         with np.load(path) as file:
             arrays = dict(file)
         return Golden(arrays, json.loads(str(arrays.pop("about")))["config"])
-    reference = os.environ.get("XLSTM_REFERENCE_DATA")
-    if reference is None:
-        pytest.skip(f"{name} is not in the repository; set XLSTM_REFERENCE_DATA to its folder")
-    path = pathlib.Path(reference) / f"{name}.npz"
+    path = reference(f"{name}.npz")
     with np.load(path) as file:
         arrays = dict(file)
     return Golden(arrays, json.loads(path.with_suffix(".json").read_text())["config"])
+
+
+def reference(file: str) -> pathlib.Path:
+    """The path of a file that is not in the repository; skips the test if it is not available."""
+    folders = filter(None, os.environ.get("XLSTM_REFERENCE_DATA", "").split(os.pathsep))
+    paths = [path for folder in folders if (path := pathlib.Path(folder) / file).is_file()]
+    if not paths:
+        pytest.skip(f"{file} is not in the repository; set XLSTM_REFERENCE_DATA to its folder")
+    return paths[0]
 
 
 def names(pattern: str) -> list[str]:

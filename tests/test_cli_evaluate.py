@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from xlstm_jax.cli import evaluate, main
+from xlstm_jax.cli import main
 from xlstm_jax.data import DataConfig, load
 from xlstm_jax.modules import LMConfig, param_shapes
-from xlstm_jax.train import ExperimentConfig, TrainConfig
+from xlstm_jax.train import ExperimentConfig, TrainConfig, models
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,8 @@ def run(tmp_path_factory):
 def lines_of(run, monkeypatch, capsys):
     """Makes calls of `evaluate` with arguments: the label and the value of each printed line."""
     path, cfg, params = run
-    monkeypatch.setattr(evaluate, "restore_params", lambda *_, **__: (cfg, params))
+    model = models.Model(cfg, params, cfg.data.tokenizer, is_run=True)
+    monkeypatch.setattr(models, "load", lambda *_, **__: model)
 
     def call(*arguments):
         code = main(["evaluate", str(path), *map(str, arguments)])
@@ -95,6 +96,7 @@ def test_a_source_replaces_the_mixture_of_the_run(lines_of, run, tmp_path, monke
         weight_schedule=((5, {"a": 0, "b": 1}),),
     )
     cfg = dataclasses.replace(cfg, data=mixed)
-    monkeypatch.setattr(evaluate, "restore_params", lambda *_, **__: (cfg, params))
+    model = models.Model(cfg, params, cfg.data.tokenizer, is_run=True)
+    monkeypatch.setattr(models, "load", lambda *_, **__: model)
     (tmp_path / "held_out.txt").write_text("a line of held out text here\n" * 200)
     assert tokens(lines_of("--source", tmp_path / "held_out.txt")) == 200 * 29

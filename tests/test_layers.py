@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 LAYER_0 = ("xlstm_jax.typing", "xlstm_jax.errors", "xlstm_jax.config")
 LAYER_2 = (*LAYER_0, "xlstm_jax.cells", "pallas_kernels", "xlstm_jax.ops", "xlstm_jax.sharding")
-LAYER_3 = (*LAYER_2, "xlstm_jax.modules", "xlstm_jax.data", "xlstm_jax")
+LAYER_3 = (*LAYER_2, "xlstm_jax.modules", "xlstm_jax.data", "xlstm_jax.hub", "xlstm_jax")
 LAYER_4 = (
     *LAYER_3,
     "xlstm_jax.train",
@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "pallas_kernels": (),
     "xlstm_jax.ops": (*LAYER_0, "xlstm_jax.cells", "pallas_kernels", "xlstm_jax.sharding"),
     "xlstm_jax": (*LAYER_0, "xlstm_jax.cells", "xlstm_jax.ops"),
-    "xlstm_jax.data": LAYER_0,
+    "xlstm_jax.hub": LAYER_0,
+    "xlstm_jax.data": (*LAYER_0, "xlstm_jax.hub"),
     "xlstm_jax.modules": LAYER_2,
     "xlstm_jax.train": (*LAYER_3, "xlstm_jax.convert", "xlstm_jax.program_cache"),
     "xlstm_jax.generate": (*LAYER_3, "xlstm_jax.train.checkpoint", "xlstm_jax.train.evaluators"),

@@ -31,6 +31,13 @@ class UnsupportedError(NotImplementedError):
         super().__init__(printable(message))
 
 
+class NetworkError(ConnectionError):
+    """A server cannot be reached, or fails. The message is one line that includes a remedy."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
 def import_optional(module: str, purpose: str, *, install: str, package: str = "") -> Any:
     """Imports a module of an optional package, which `package` names if the module does not.
 

@@ -113,7 +113,10 @@ def test_integer_tensor_is_rejected(folder):
 def test_folder_without_weights_or_config_is_rejected(tmp_path, folder):
     assert "config.json" in message(convert.load_hf, tmp_path / "nothing")
     (folder / "model.safetensors").unlink()
-    assert "has no model.safetensors" in message(convert.load_hf, folder, error=WeightsError)
+    assert "but has none; convert" in message(convert.load_hf, folder, error=WeightsError)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    expected = "but has only pytorch_model.bin, which may run code when read"
+    assert expected in message(convert.load_hf, folder, error=WeightsError)
 
 
 # Field of config.json -> an unsupported value, and a part of the message.

@@ -1,13 +1,16 @@
 """Presets have exactly the published parameter counts."""
 
+import csv
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from xlstm_jax import flops
+from tests import golden_files
+from xlstm_jax import flops, hub
 from xlstm_jax.config import ConfigError
 from xlstm_jax.modules import LM, LMConfig, presets
 
@@ -76,6 +79,34 @@ def test_formula_gives_the_published_parameter_count(name):
     assert flops.count_params(presets.get(name)) == PUBLISHED[name]
 
 
+def test_every_run_of_the_scaling_study_is_a_preset_with_the_logged_count():
+    sizes = ("embedding_dim", "num_blocks", "num_heads", "num_params")
+    with golden_files.reference("runs.csv").open(newline="") as file:
+        runs = [row for row in csv.DictReader(file) if row["num_params"]]
+    logged = {(run["model"], *(int(run[size]) for size in sizes)) for run in runs}
+    ours = set()
+    for name in presets.names():
+        if name.startswith("scaling_"):
+            cfg = presets.get(name)
+            model = "mlstm" if set(cfg.pattern) == {"M"} else "llama"
+            heads = (cfg.large if model == "mlstm" else cfg.attention).num_heads
+            ours.add((model, cfg.dim, cfg.num_blocks, heads, flops.count_params(cfg)))
+    assert len(logged) > 100 and logged <= ours
+
+
+def test_the_documentation_lists_published_counts_beside_ours():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "weights.md").read_text()
+    for name in ("xlstm_7b", *(f"scaling_{size}" for size in presets.LADDER)):
+        ours, published = flops.count_params(presets.get(name)), PUBLISHED[name]
+        assert re.search(rf"\| `{name}` \|.*\| {ours:,} \| {published:,} \|", text), name
+
+
+def test_published_checkpoints_have_the_count_of_their_preset():
+    for name, (address, count) in presets.CHECKPOINTS.items():
+        assert hub.parse(address).revision is None
+        assert flops.count_params(presets.get(name)) == count == PUBLISHED[name]
+
+
 def test_plain_lstms_have_the_parameters_of_the_ablation_but_one_bias():
     """arXiv:2405.04517, table 2: 607.8, 506.1 and 505.9 million, with PyTorch's two biases."""
     width, blocks = presets.VOCAB_SIZE, {"l": (1536, 24, 607.8), "L": (1024, 24, 505.9)}
@@ -122,7 +153,7 @@ def test_the_table_in_the_documentation_has_these_counts():
 def test_presets_of_equal_shape_are_equal():
     assert presets.get("scaling_160m") == presets.get("scaling_d768_l12_h6")
     assert presets.get("scaling_7b") == presets.get("xlstm_7b")
-    assert len(presets.names()) == len(set(presets.names())) == 154
+    assert len(presets.names()) == len(set(presets.names())) == 156
 
 
 def test_unknown_preset_is_rejected():

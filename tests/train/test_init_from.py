@@ -161,7 +161,7 @@ def test_other_heads_and_positions_are_named_in_a_warning(experiment, caplog):
 @pytest.mark.parametrize(
     "source, message",
     [
-        ("hf://org/name", "on this machine; download config.json"),
+        ("hf://name", "'hf://name' must be hf://ORG/NAME or hf://ORG/NAME@REVISION"),
         ("missing", "must be a run or a folder of transformers, but has no config.json"),
     ],
 )

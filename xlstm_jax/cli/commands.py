@@ -16,6 +16,7 @@ from xlstm_jax.config import did_you_mean
 from xlstm_jax.errors import (
     ArgumentError,
     ConfigError,
+    NetworkError,
     UnsupportedError,
     printable,
     quote,
@@ -26,9 +27,9 @@ from xlstm_jax.sharding.distributed import exit_without_others, is_peer_failure
 # Each is a module of this package with `run(argv) -> exit code`, imported only when it runs.
 COMMANDS = {
     "train": "train CONFIG.py: train a model, or resume a run",
-    "evaluate": "evaluate RUN: measure perplexity and bits per byte on held-out data",
-    "generate": "generate RUN --prompt TEXT: continue a text",
-    "convert": "convert hf-to-run FOLDER RUN, run-to-hf RUN FOLDER: import and export weights",
+    "evaluate": "evaluate MODEL: measure perplexity and bits per byte on held-out data",
+    "generate": "generate MODEL --prompt TEXT: continue a text",
+    "convert": "convert hf-to-run FOLDER RUN, run-to-hf RUN FOLDER: weights in and out, or hf://",
     "data": "data prepare IN OUT, data train-tokenizer IN OUT, data inspect OUT: tokens of text",
     "report": "report RUN...: compare runs on one HTML page",
     "replay": "replay RUN/diverged.json: recompute a skipped step",
@@ -62,9 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] not in WITHOUT_CPU_SETTINGS:
         cpu.prepare()  # has to precede the first computation
+    if not sys.stderr.isatty():  # read by the client of the Hugging Face hub when it is imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Orbax and absl would configure the root logger otherwise, with a prefix of their own.
     logging.basicConfig(format="xlstm-jax: %(message)s")
     logging.getLogger().handlers[0].setLevel(logging.WARNING)  # the rest is for process_I.log
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     try:
         return _dispatch(args)
     except KeyboardInterrupt:
@@ -105,6 +109,8 @@ def explain(error: Exception) -> tuple[int | None, str]:
     """Exit code and one-line message of an exception; the code of a bug is None."""
     if isinstance(error, (ArgumentError, UnsupportedError)):
         return BAD_ARGUMENT, str(error)
+    if isinstance(error, NetworkError):
+        return MACHINE_FAILED, str(error)
     if isinstance(error, OSError):
         return _explain_os_error(error)
     if is_peer_failure(error):

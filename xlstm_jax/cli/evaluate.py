@@ -1,4 +1,4 @@
-"""`xlstm-jax evaluate RUN`: perplexity and bits per byte of a trained model."""
+"""`xlstm-jax evaluate MODEL`: perplexity and bits per byte of a trained model."""
 
 import dataclasses
 import math
@@ -12,8 +12,7 @@ from xlstm_jax.errors import quote_path
 from xlstm_jax.evaluate import by_position, perplexity
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.program_cache import compiled_programs
-from xlstm_jax.train import rundir
-from xlstm_jax.train.checkpoint import restore_params
+from xlstm_jax.train import models
 from xlstm_jax.train.config import check_vocabulary
 
 
@@ -21,7 +20,7 @@ from xlstm_jax.train.config import check_vocabulary
 class Evaluate(options.ModelCommand):
     """Measures perplexity and bits per byte on a split of the data."""
 
-    run: options.RunPath  # directory of a training run
+    model: options.ModelSource  # a run, a folder of transformers, or hf://ORG/NAME[@REVISION]
     split: Split | None = None  # split to evaluate; None: "valid", or all of --source
     source: str | None = None  # built-in corpus, text file or folder; None: as in training
     pattern: str | None = None  # files of a folder to read; None: as in training
@@ -37,22 +36,24 @@ _DATA = ("source", "pattern", "seq_len", "batch_size")  # options that replace t
 
 
 def run(argv: list[str]) -> int:
-    """Runs `evaluate`; raises ConfigError if an option, the run or the data is invalid."""
+    """Runs `evaluate`; raises ConfigError if an option, the model or the data is invalid."""
     args = options.parse("evaluate", Evaluate, argv)
-    cfg, params = restore_params(args.run, args.step, ema=args.ema)
+    model = models.load(args.model, args.step, ema=args.ema)
+    models.require_data(model, args.model, args.source)
+    cfg = model.cfg
     data_options = {name: getattr(args, name) for name in _DATA}
     overrides: dict[str, Any] = {
         name: value for name, value in data_options.items() if value is not None
     }
     if args.source is not None:  # in place of a mixture, too
         overrides |= {"sources": {}, "weights": {}, "weight_schedule": ()}
-    overrides["tokenizer"] = rundir.tokenizer_of(args.run, cfg.data.tokenizer)
+    overrides["tokenizer"] = model.tokenizer
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **overrides))
     # All of a given text is held-out data, so all of it is evaluated.
     split = args.split or ("valid" if args.source is None else None)
     examples = load(cfg.data, split) if split else load_all(cfg.data)
     check_vocabulary(cfg, examples)
-    inputs = LM(cfg.model), {"params": params}, examples
+    inputs = LM(cfg.model), {"params": model.params}, examples
     settings = {
         "batch_size": cfg.data.batch_size,
         "max_batches": args.max_batches,

@@ -1,4 +1,4 @@
-"""`xlstm-jax generate RUN --prompt TEXT`: streams a continuation of a text."""
+"""`xlstm-jax generate MODEL --prompt TEXT`: streams a continuation of a text."""
 
 import dataclasses
 import itertools
@@ -11,15 +11,14 @@ from xlstm_jax.generate.text import stream_text
 from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.program_cache import compiled_programs
-from xlstm_jax.train import rundir
-from xlstm_jax.train.checkpoint import restore_params
+from xlstm_jax.train import models
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(options.ModelCommand):
     """Continues a text with a trained model until the end of the document."""
 
-    run: options.RunPath  # directory of a run
+    model: options.ModelSource  # a run, a folder of transformers, or hf://ORG/NAME[@REVISION]
     prompt: str  # the text to continue
     max_new_tokens: int = 256  # limit of the continuation
     temperature: float = 0.8  # 0: greedy decoding
@@ -29,12 +28,12 @@ class Generate(options.ModelCommand):
     repetition_penalty: float | None = None  # above 1: makes repeated tokens less likely
     stop: tuple[str, ...] = ()  # strings that end the continuation
     seed: int = 0  # any integer; of the sampler
-    step: int | None = None  # checkpoint to load; None: the newest
-    ema: bool = False  # use the moving average of the parameters, of train.ema_decay
+    step: int | None = None  # checkpoint of a run to load; None: the newest
+    ema: bool = False  # of a run: use the moving average of the parameters, of train.ema_decay
 
 
 def run(argv: list[str]) -> int:
-    """Runs `generate`; raises ConfigError if an option or the run is invalid."""
+    """Runs `generate`; raises ConfigError if an option or the model is invalid."""
     args = options.parse("generate", Generate, argv)
     is_greedy = args.temperature == 0
     sampler = Sampler(
@@ -44,12 +43,13 @@ def run(argv: list[str]) -> int:
         top_p=args.top_p,
         min_p=args.min_p,
     )
-    cfg, params = restore_params(args.run, args.step, ema=args.ema)
+    model = models.load(args.model, args.step, ema=args.ema)
+    assert model.tokenizer is not None  # as it needs one
     with compiled_programs():
         continuation = stream_text(
-            LM(cfg.model),
-            {"params": params},
-            tokenizers.get(rundir.tokenizer_of(args.run, cfg.data.tokenizer)),
+            LM(model.cfg.model),
+            {"params": model.params},
+            tokenizers.get(model.tokenizer),
             args.prompt,
             max_new_tokens=args.max_new_tokens,
             sampler=sampler,

@@ -22,6 +22,8 @@ from xlstm_jax.train.config import ExperimentConfig, TrainConfig
 T = TypeVar("T")
 ConfigPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG.py")]
 RunPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+# A run, a folder of transformers, or hf://; a Path would drop one of the slashes.
+ModelSource = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
 
 # The experiment's fields are options of the command itself: --train.lr, not --experiment.train.lr.
 Experiment = Annotated[ExperimentConfig, tyro.conf.arg(name="")]

@@ -10,7 +10,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from xlstm_jax.config.files import read_json
 from xlstm_jax.errors import ConfigError, quote, quote_path
+
+CONFIG = "config.json"
 
 MAX_BYTES = 10**6
 """Size of a config file; published ones have a few thousand bytes."""
@@ -31,6 +34,18 @@ def check_size(path: Path, limit: int = MAX_BYTES) -> None:
         raise ConfigError(
             f"{quote_path(path)} must have at most {limit:,} bytes, got {size:,}; fetch it again."
         )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads the config.json of a folder; raises ConfigError if it is not a JSON object."""
+    path = folder / CONFIG
+    check_size(path)
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{quote_path(path)} must be a JSON object, got {quote(values)}; download it again."
+        )
+    return values
 
 
 def check_dtype(dtype: str) -> None:

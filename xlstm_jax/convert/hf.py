@@ -11,23 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_jax.config.files import read_json
-from xlstm_jax.convert import families, mapping, tensors
-from xlstm_jax.convert.fields import Fields, check_dtype, check_size
+from xlstm_jax.convert import families, mapping, remote, tensors
+from xlstm_jax.convert.fields import CONFIG, Fields, check_dtype, read_config
 from xlstm_jax.convert.prefixes import unwrap
 from xlstm_jax.errors import ConfigError, quote, quote_path
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.typing import PyTree
 
-CONFIG = "config.json"
 BUFFER = "rotary_emb.inv_freq"  # ending of tensors that follow from the config
 
 SPECIAL_TOKENS: Mapping[str, int] = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 TOKEN_NAMES = (*SPECIAL_TOKENS, *(f"{token}_token_id" for token in ("unk", "sep", "cls", "mask")))
 
 
-def load_hf(folder: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, PyTree]:
-    """Loads a checkpoint folder written by `save_pretrained` of `transformers`, sharded or not.
+def load_hf(source: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, PyTree]:
+    """Loads a checkpoint written by `save_pretrained` of `transformers`, sharded or not.
 
     Parameters are float32. They are read leaf by leaf, so that peak host memory is little more than
     the parameters, and sharded over the active mesh (`jax.set_mesh`) if there is one. As in
@@ -36,22 +34,24 @@ def load_hf(folder: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, 
     a value is NaN or infinite.
 
     Args:
-        folder: has `config.json`, and `model.safetensors` or shards with their index.
+        source: a folder with `config.json`, and `model.safetensors` or shards with their index; or
+            hf://ORG/NAME[@REVISION], of which just these are downloaded, to the client's cache.
         dtype: of activations, "float32" or "bfloat16"; None: that of the config.
 
     Raises:
-        ConfigError: a field of the config is invalid or not supported.
+        ConfigError: a field of the config is invalid or not supported, or there is no such model.
         WeightsError: a file is corrupt, or tensors do not match the config.
+        NetworkError: the hub cannot be reached.
     """
-    cfg, read = open_folder(folder, dtype=dtype)
+    cfg, read = open_folder(source, dtype=dtype)
     return cfg, read()
 
 
 def open_folder(
-    folder: str | Path, *, dtype: str | None = None
+    source: str | Path, *, dtype: str | None = None
 ) -> tuple[LMConfig, Callable[[], PyTree]]:
-    """The config of a checkpoint folder, and a function that reads its parameters; as `load_hf`."""
-    folder = Path(folder)
+    """The config of a checkpoint, and a function that reads its parameters; as `load_hf`."""
+    folder = remote.find(source)
     if not (folder / CONFIG).is_file():
         raise ConfigError(
             f"{quote_path(folder)} must be a folder with a {CONFIG}, but has none; pass a folder "
@@ -60,15 +60,15 @@ def open_folder(
     path = quote_path(folder / CONFIG)
     values = read_config(folder)
     family = families.of_type(values.get("model_type", "xlstm"), path)
-    source = unwrap(_without_buffers(tensors.from_folder(folder)), family.rules, family.base)
-    fields = Fields(values, path, source.longest_axis)
-    stored = fields.get("dtype", None) or fields.get("torch_dtype", None) or "float32"
-    fields.require("dtype", stored, "the name of a dtype", fits=isinstance(stored, str))
-    activations: str = dtype or stored.removeprefix("torch.")
+    stored = unwrap(_without_buffers(tensors.from_folder(folder)), family.rules, family.base)
+    fields = Fields(values, path, stored.longest_axis)
+    named = fields.get("dtype", None) or fields.get("torch_dtype", None) or "float32"
+    fields.require("dtype", named, "the name of a dtype", fits=isinstance(named, str))
+    activations: str = dtype or named.removeprefix("torch.")
     check_dtype(activations)
-    cfg = family.read(fields, source, activations)
+    cfg = family.read(fields, stored, activations)
     wants_tie = fields.flag("tie_word_embeddings", default=family.tied_by_default)
-    tied = wants_tie and family.head not in source.shapes
+    tied = wants_tie and family.head not in stored.shapes
     if wants_tie and not tied:
         logging.getLogger(__name__).warning(
             "tie_word_embeddings of %s is ignored, as the weights have an embedding and a head",
@@ -79,7 +79,7 @@ def open_folder(
     fields.ignore("torch_dtype", *TOKEN_NAMES)
     fields.warn_unknown()
     cfg = dataclasses.replace(cfg, tie_embeddings=tied)
-    return cfg, lambda: mapping.load(cfg, family.rules, source, joined=family.joined(cfg))
+    return cfg, lambda: mapping.load(cfg, family.rules, stored, joined=family.joined(cfg))
 
 
 def _without_buffers(source: tensors.Source) -> tensors.Source:
@@ -134,21 +134,9 @@ def save_hf(
     )
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """Reads the config.json of a folder; raises ConfigError if it is not a JSON object."""
-    path = Path(folder) / CONFIG
-    check_size(path)
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"{quote_path(path)} must be a JSON object, got {quote(values)}; download it again."
-        )
-    return values
-
-
 def special_tokens_of(folder: str | Path, vocab_size: int) -> dict[str, int]:
     """The special token ids in the config of a folder."""
-    values = read_config(folder)
+    values = read_config(Path(folder))
     # A field may be null, a list of ids, or -1 for none, which are skipped.
     return {name: values[name] for name in TOKEN_NAMES if _is_token(values.get(name), vocab_size)}
 

@@ -61,7 +61,7 @@ def lm_config(fields: Fields, *, dim: int, num_blocks: int, factor: float, dtype
 
 def _width(fields: Fields, name: str, dim: int, default: float, multiple: int = 1) -> int:
     factor = fields.positive(name, default)
-    fields.require_size(f"{name} times the width", dim * factor)
+    fields.require_size(f"{name} times the width", int(dim * factor))
     width = large_width(dim, factor, multiple)  # truncated, as in the original, for multiple=1
     fields.require_size(f"the width by {name}", width)
     return width

@@ -12,6 +12,8 @@ FILE, OLD_FILE = "WEIGHTS_LICENSE.txt", "WEIGHTS_LICENCE.txt"
 """File next to converted weights: the line that `find` returns for their source, then its license
 text. `OLD_FILE` is the name in earlier versions, still read."""
 
+CARD = "README.md"
+
 UNKNOWN = "none is stated with the weights; ask the publisher before you use them"
 
 
@@ -22,7 +24,7 @@ def find(folder: str | Path) -> str:
         return _lines(copied)[0]
     first = f"{_lines(file)[0]} ({file.name})" if file else UNKNOWN
     # A model card takes precedence over a license file.
-    return _from_card(Path(folder) / "README.md") or first
+    return _from_card(Path(folder) / CARD) or first
 
 
 def copied_file(folder: str | Path) -> Path | None:
@@ -40,6 +42,23 @@ def copy(source: str | Path, folder: str | Path) -> str:
     text = text if copied else f"{line}\n\n{text}"
     (Path(folder) / FILE).write_text(text.rstrip() + "\n")
     return line
+
+
+def header_fields(line: str) -> dict[str, str]:
+    """The license fields of the YAML header of a model card, for a line that `find` returned.
+
+    The hub knows licenses by identifiers; others have the identifier "other", a name and a link.
+    """
+    match = re.fullmatch(r"(.*) \(([^()]*)\)", line)
+    if match is None:  # `UNKNOWN`, or a sentence
+        return {}
+    identifier, *others = match[1].split(", ") if match[2] == CARD else ["other"]
+    if not re.fullmatch(r"[a-z0-9.-]+", identifier):
+        identifier, others = "other", []
+    if identifier != "other":
+        return {"license": identifier}
+    named = re.sub(r"[^a-z0-9.-]+", "-", others[0].lower()) if others else "see-link"
+    return {"license": identifier, "license_name": named, "license_link": FILE}
 
 
 def _from_card(card: Path) -> str | None:

@@ -1,15 +1,15 @@
 """Conversion of parameters from and to named tensors, by the rules of `names`."""
 
 import functools
-import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from xlstm_jax import sharding
+from xlstm_jax.convert import shards
 from xlstm_jax.convert.fields import first_of
 from xlstm_jax.convert.joined import Joined, separate, stored_tensors
 from xlstm_jax.convert.layouts import LAYOUTS, Layout, Shape
@@ -25,8 +25,6 @@ from xlstm_jax.errors import quote
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.lm import param_shapes
 from xlstm_jax.typing import PyTree
-
-_ALIGNMENT = 64  # bytes; what JAX on a CPU needs to use a NumPy buffer without a copy
 
 
 class WeightTarget(NamedTuple):
@@ -91,7 +89,8 @@ def load(
 ) -> PyTree:
     """Loads the parameters of a model from a source, sharded over the active mesh if there is one.
 
-    Leaves are assembled one at a time, and tensors read one at a time, to bound host memory.
+    Leaves are assembled one at a time, and tensors read one at a time: host memory is that of the
+    shards of one leaf and of one tensor, besides the parameters of a CPU.
     Parameters whose path is in `without` are skipped, and those of modules that are `joined` in the
     source are taken apart. Warns if a value is NaN or infinite.
 
@@ -114,22 +113,38 @@ def load(
     owner = {part: name for name, tensor in stored.items() for part in tensor.parts}
     tree: dict[str, Any] = {}
     not_finite: dict[str, None] = {}  # an ordered set
-    # `targets` lists the layers of a leaf one after another, so that groupby collects them.
-    for path, tensors in itertools.groupby(table.items(), lambda item: item[1].path):
-        host = _empty(leaves[path].shape, leaves[path].dtype)
-        for name, target in tensors:
-            part = host if target.layer is None else host[target.layer]
-            # Assignment casts to the dtype of the parameter, float32; float64 may overflow.
-            with np.errstate(over="ignore"):
-                part[...] = target.layout.from_torch(source.read(name), target.shape)
-            if not is_finite(part):
-                not_finite[owner[name]] = None
+    layers: dict[str, dict[str, WeightTarget]] = {}
+    for name, target in table.items():
+        layers.setdefault(target.path, {})[name] = target
+    # The largest first: what reading takes is needed while little of the model is in memory.
+    for path in sorted(leaves, key=lambda path: -math.prod(leaves[path].shape)):
+        leaf, invalid = _load_leaf(path, leaves[path], layers[path], source)
+        not_finite |= dict.fromkeys(owner[name] for name in invalid)
         *folders, last = path.split("/")
-        functools.reduce(lambda node, key: node.setdefault(key, {}), folders, tree)[last] = _put(
-            path, host
-        )
+        functools.reduce(lambda node, key: node.setdefault(key, {}), folders, tree)[last] = leaf
     warn_not_finite(list(not_finite))
     return tree
+
+
+def _load_leaf(
+    path: str, leaf: jax.ShapeDtypeStruct, layers: Mapping[str, WeightTarget], source: Source
+) -> tuple[jax.Array, list[str]]:
+    """A parameter, from the tensors of its layers, and the names of those that are not finite."""
+    # In a function of its own, so that this memory is free before that of the next parameter.
+    parameter, not_finite = shards.allocate(path, leaf), []
+    for name, target in layers.items():
+        parts = list(parameter.parts(target.layer))
+        if not parts:  # other processes have this layer
+            continue
+        value = target.layout.from_torch(source.read(name), target.shape)
+        for index, part in parts:
+            # Assignment casts to the dtype of the parameter, float32; float64 may overflow.
+            with np.errstate(over="ignore"):
+                part[...] = value[index]
+        del value  # before the next tensor is read
+        if not all(is_finite(part) for _, part in parts):
+            not_finite.append(name)
+    return parameter.to_devices(), not_finite
 
 
 def export(
@@ -204,19 +219,3 @@ def _first(names: Sequence[str], count: int, describe: Callable[[str], str]) -> 
     lines = [describe(name) for name in names[:count]]
     more = [f"{lines[-1]} and {len(names) - count} more"] if len(names) > count else lines[-1:]
     return [*lines[:-1], *more]
-
-
-def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An aligned array, which JAX on a CPU uses without a copy."""
-    size = np.dtype(dtype).itemsize * int(np.prod(shape))
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def _put(path: str, host: np.ndarray) -> jax.Array:
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        return jnp.asarray(host)
-    rules = sharding.get_rules("fsdp_tensor")  # a mesh axis of size 1 has no effect
-    return jax.device_put(host, sharding.sharding_of(path, host.shape, rules, mesh))

@@ -1,5 +1,6 @@
 """Named tensors: reads arrays or a folder of safetensors files, and writes such a folder."""
 
+import fnmatch
 import json
 import os
 import re
@@ -18,8 +19,9 @@ from xlstm_jax.config.files import read_json
 from xlstm_jax.convert.fields import Fields, check_size, first_of
 from xlstm_jax.errors import ConfigError, import_optional, printable, quote, quote_path
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX_BYTES = 10**7  # that of 100,000 tensors
+OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
 READABLE_DTYPES = ("F64", "F32", "F16", "BF16")  # in the notation of safetensors
 STORAGE_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -100,7 +102,7 @@ def from_folder(folder: Path) -> Source:
     Raises:
         WeightsError: a file is missing or corrupt, or a tensor is in two files.
     """
-    return _from_files(_files(folder))
+    return _from_files(files_of(folder))
 
 
 def _from_files(files: Sequence[Path]) -> Source:
@@ -124,30 +126,48 @@ def _from_files(files: Sequence[Path]) -> Source:
     return Source(shapes, read)
 
 
-def _files(folder: Path) -> list[Path]:
-    index, single = folder / INDEX, folder / "model.safetensors"
+def files_of(folder: Path) -> list[Path]:
+    """The files of a folder that have its weights; raises WeightsError if one is missing."""
+    index, single = folder / INDEX, folder / SINGLE
     if single.is_file():  # as in transformers, an index is then ignored
         return [single]
     if not index.exists():
         files = sorted(folder.glob("model*.safetensors"))
         if not files:
-            raise WeightsError(
-                f"{quote_path(folder)} has no model.safetensors and no {INDEX}; pass a folder with "
-                "weights in the safetensors format."
-            )
+            raise no_weights(quote_path(folder), [path.name for path in folder.iterdir()])
         return files
-    names = _names_in(index)
+    names = names_in(index)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise WeightsError(
-            f"{quote_path(folder)} lacks {first_of(missing, 3)} of the {len(names)} files in "
-            f"{INDEX}; download them again."
-        )
+        raise lacks(quote_path(folder), missing, len(names))
     return [folder / name for name in names]
 
 
-def _names_in(index: Path) -> list[str]:
-    """The names of the files in an index."""
+def no_weights(where: str, names: Sequence[str]) -> WeightsError:
+    """The error for a folder, called `where`, whose files `names` include no safetensors."""
+    others = [name for name in names if name.endswith(OTHER_FORMATS)]
+    has = f"only {first_of(others, 3)}, which may run code when read" if others else "none"
+    return WeightsError(
+        f"{where} must have weights in safetensors files, {SINGLE} or shards with {INDEX}, but "
+        f"has {has}; convert them with save_pretrained of transformers."
+    )
+
+
+def lacks(where: str, missing: Sequence[str], count: int) -> WeightsError:
+    """The error for a folder, called `where`, without some of the `count` files in its index."""
+    return WeightsError(
+        f"{where} lacks {first_of(missing, 3)} of the {count} files in {INDEX}; download them "
+        "again, or ask for them where the weights are from."
+    )
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name has weights, or is their index."""
+    return name == INDEX or fnmatch.fnmatch(name, "model*.safetensors") and "/" not in name
+
+
+def names_in(index: Path) -> list[str]:
+    """The names of the files in an index; raises WeightsError if it is not valid."""
     try:
         check_size(index, MAX_INDEX_BYTES)
         values = read_json(index)
@@ -299,7 +319,7 @@ def _write_shards(
         total += array.nbytes
     write_shard()
     if len(shards) == 1:
-        os.replace(draft / "0.part", draft / "model.safetensors")
+        os.replace(draft / "0.part", draft / SINGLE)
         return
     weight_map = {}
     for number, names in enumerate(shards):

@@ -4,7 +4,7 @@ Sources: arXiv:2405.04517 (table of sizes; sLSTM positions in the appendix), arX
 arXiv:2510.02228 (scaling study). Those of other models are in `baselines.presets`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from xlstm_jax.config.fields import did_you_mean
 from xlstm_jax.errors import ConfigError, quote
@@ -55,6 +55,13 @@ GRID = {
     4096: (16, (30, 32)),
 }
 """Width -> heads, and numbers of blocks, of the runs with a fixed compute budget."""
+
+
+CHECKPOINTS: Mapping[str, tuple[str, int]] = {
+    # The address is in the abstract of arXiv:2503.13427.
+    "xlstm_7b": ("hf://NX-AI/xLSTM-7b", 6_865_424_896),
+}
+"""Preset -> address of its published weights, and their parameter count."""
 
 
 def get(name: str) -> LMConfig:

@@ -1,7 +1,7 @@
 """`ExperimentConfig.init_from`: the parameters with which a run starts.
 
-The source is a run directory or a checkpoint folder of `transformers`. Its architecture is compared
-before any parameter is read.
+The source is a run, a checkpoint folder of `transformers` or hf://ORG/NAME[@REVISION]. Its
+architecture is compared before any parameter is read.
 """
 
 import re
@@ -38,9 +38,10 @@ def load_params(program: TrainProgram) -> PyTree:
         ConfigError: the source does not exist or has another architecture.
         CheckpointError: a checkpoint is corrupt.
         WeightsError: a file of weights is corrupt, or does not match its config.
+        NetworkError: the hub cannot be reached.
     """
     source, cfg = _path(program.cfg.init_from), program.cfg
-    if _is_run(source):
+    if rundir.is_run(source):
         _check_model(cfg, load_config(source, ExperimentConfig).model)
         return checkpoint.restore_params(source, place=program.devices.shardings)[1]
     from xlstm_jax.convert import hf  # needs safetensors, which is optional
@@ -54,7 +55,7 @@ def load_params(program: TrainProgram) -> PyTree:
 def copy_notes(cfg: ExperimentConfig, run_dir: Path) -> None:
     """Copies the license and the special tokens of the initial weights to the run."""
     source = _path(cfg.init_from)
-    if _is_run(source):
+    if rundir.is_run(source):
         for name in _NOTES:
             if (source / name).is_file() and not (run_dir / name).exists():
                 shutil.copyfile(source / name, run_dir / name)
@@ -68,22 +69,15 @@ def copy_notes(cfg: ExperimentConfig, run_dir: Path) -> None:
 
 def _path(source: str | None) -> Path:
     assert source is not None
-    if source.startswith("hf://"):
-        raise ConfigError(
-            f"init_from={quote(source)} must be a run or a folder of transformers on this machine; "
-            "download config.json and the safetensors files to a folder and give its path."
-        )
-    path = rundir.expand(source)
+    from xlstm_jax.convert import remote
+
+    path = remote.find(source)
     if not (path / rundir.CONFIG).is_file():
         raise ConfigError(
             f"init_from={quote_path(path)!r} must be a run or a folder of transformers, but has no "
             f"{rundir.CONFIG}; check the path."
         )
     return path
-
-
-def _is_run(path: Path) -> bool:
-    return (path / checkpoint.FOLDER).is_dir() or (path / rundir.RUN).is_file()
 
 
 def _check_model(cfg: ExperimentConfig, other: LMConfig) -> None:

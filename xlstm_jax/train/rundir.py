@@ -65,6 +65,16 @@ def expand(run_dir: str | Path) -> Path:
         ) from error
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run, complete or not, rather than one of other weights."""
+    # Functions of `os.path`, which are False for a path that is too long.
+    if any(os.path.exists(path / name) for name in (checkpoint.FOLDER, RUN)):
+        return True
+    # Both have this file. It is not valid if it is no table: a run names the error.
+    values = read_json(path / CONFIG) if os.path.isfile(path / CONFIG) else None
+    return not isinstance(values, dict) or "model" in values
+
+
 def tokenizer_of(run_dir: Path, name: str) -> str:
     """The name or path of the tokenizer of a run: its own copy if it has one, else `name`."""
     folder = run_dir / TOKENIZER

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.data import tokenizer_files as make
 from xlstm_jax.data import tokenizers
 from xlstm_jax.data.tokenizers import files, from_file
-from xlstm_jax.errors import ConfigError
+from xlstm_jax.errors import ConfigError, NetworkError
 from xlstm_jax.generate import Generation
 from xlstm_jax.generate.text import _parts
 
@@ -257,24 +257,24 @@ def test_a_name_of_the_hub_is_downloaded_once(tmp_path, monkeypatch):
 
     folder, calls = make.write_folder(tmp_path, make.byte_level_bpe()), []
 
-    def download(name, *, allow_patterns):
-        calls.append((name, "tokenizer.json" in allow_patterns))
+    def download(name, *, revision, allow_patterns):
+        calls.append((name, revision, "tokenizer.json" in allow_patterns))
         return folder
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     for _ in range(2):
-        assert tokenizers.get("hf://some/model").name == "tokenizer.json"
-    assert calls == [("some/model", True)]
+        assert tokenizers.get("hf://some/model@v1").name == "tokenizer.json"
+    assert calls == [("some/model", "v1", True)]
 
 
 def test_a_failed_download_is_one_line(monkeypatch):
     import huggingface_hub
 
-    def download(name, *, allow_patterns):
-        raise RuntimeError("401\nUnauthorized")
+    def download(name, *, revision, allow_patterns):
+        raise RuntimeError("broken\npipe")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(ConfigError, match="'hf://no/model' cannot be fetched .*401.* check the na"):
+    with pytest.raises(NetworkError, match="hf://no/model cannot be .*RuntimeError: broken p"):
         tokenizers.get("hf://no/model")
 
 

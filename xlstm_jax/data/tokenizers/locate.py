@@ -2,13 +2,16 @@
 
 import functools
 import os
+import shutil
 from pathlib import Path
 
+from xlstm_jax import hub
 from xlstm_jax.config import user_path
 from xlstm_jax.data.tokenizers import files
-from xlstm_jax.errors import ConfigError, import_optional, quote, quote_path
+from xlstm_jax.errors import ConfigError, quote_path
 
-HUB = "hf://"
+FILES = (files.JSON, "*.model", files.CONFIG, files.SPECIAL_TOKENS, files.TEMPLATE)
+"""Patterns of the names of the files of a tokenizer."""
 
 
 def find(name: str) -> Path:
@@ -16,8 +19,9 @@ def find(name: str) -> Path:
 
     Raises:
         ConfigError: there is none, or several.
+        NetworkError: the hub cannot be reached.
     """
-    path = _download(name) if name.startswith(HUB) else user_path(name)
+    path = _download(name) if hub.is_address(name) else user_path(name)
     if os.path.isfile(path):
         return path
     if not os.path.isdir(path):
@@ -37,16 +41,18 @@ def find(name: str) -> Path:
 
 @functools.cache  # a name is looked up on the network once
 def _download(name: str) -> Path:
-    """The local folder of the tokenizer files of hf://ORG/NAME."""
-    purpose = f"tokenizer={quote(name)}, unlike the path of a local folder,"
-    huggingface_hub = import_optional("huggingface_hub", purpose, install="huggingface_hub")
-    wanted = [files.JSON, "*.model", files.CONFIG, files.SPECIAL_TOKENS, files.TEMPLATE]
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(name.removeprefix(HUB), allow_patterns=wanted)
-        )
-    except Exception as error:  # of the network, the hub, or the name: the types are its own
-        raise ConfigError(
-            f"tokenizer={quote(name)} cannot be fetched ({quote(str(error))}); check the name and "
-            "the network, or give the path of a local folder."
-        ) from error
+    """The local folder of the tokenizer files of hf://ORG/NAME or hf://ORG/NAME@REVISION."""
+    return hub.download(hub.parse(name), FILES)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the file of a tokenizer."""
+    return (folder / files.JSON).is_file() or any(folder.glob("*.model"))
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copies the files of a tokenizer between folders, of which the second may be new."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in FILES:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)

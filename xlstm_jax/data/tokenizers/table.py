@@ -4,6 +4,7 @@ import functools
 import os
 from pathlib import Path
 
+from xlstm_jax import hub
 from xlstm_jax.config import user_path
 from xlstm_jax.data.tokenizers import files, huggingface, locate, sentence_piece
 from xlstm_jax.data.tokenizers.protocol import ByteTokenizer, Tokenizer
@@ -17,14 +18,14 @@ def get(name_or_path: str) -> Tokenizer:
 
     Args:
         name_or_path: a key of `TOKENIZERS`, the path of a tokenizer.json or of a sentencepiece
-            model, a folder with one of them, or hf://ORG/NAME.
+            model, a folder with one of them, or hf://ORG/NAME[@REVISION].
 
     Raises:
         ConfigError: there is none, or its file is damaged.
     """
     if name_or_path in TOKENIZERS:
         return TOKENIZERS[name_or_path]
-    if not (name_or_path.startswith(locate.HUB) or os.path.exists(user_path(name_or_path))):
+    if not (hub.is_address(name_or_path) or os.path.exists(user_path(name_or_path))):
         known = ", ".join(map(repr, TOKENIZERS))
         raise ConfigError(
             f"tokenizer={quote(name_or_path)} is not known; use one of: {known}, or the path of "

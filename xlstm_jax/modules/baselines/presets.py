@@ -6,7 +6,7 @@ widths of these tables, and the proportions of arXiv:2405.21060 and arXiv:2412.0
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from xlstm_jax.modules.baselines import options
@@ -46,6 +46,8 @@ SCALING = {
 }
 """Width -> numbers of blocks of the Transformers of the scaling study."""
 
+SCALING_LADDER = ((1536, 24, 16), (2560, 32, 32))
+"""Width, blocks, heads of its runs whose heads have other sizes than those of `SCALING`."""
 
 MAX_LENGTH = 16_384
 """Longest sequences of the scaling study."""
@@ -86,10 +88,15 @@ def presets(vocab_size: int) -> dict[str, Callable[[], LMConfig]]:
     for size, (dim, blocks) in MAMBA.items():
         table[f"mamba_{size}"] = functools.partial(model, vocab_size, dim, "b" * blocks)
         table[f"mamba2_{size}"] = functools.partial(model, vocab_size, dim, "B" * blocks)
-    for dim, depths in SCALING.items():
-        heads = dim // (64 if dim <= 1024 else 128)
-        for blocks in depths:
-            name = f"scaling_llama_d{dim}_l{blocks}_h{heads}"
-            shape = (vocab_size, dim, blocks, heads)
-            table[name] = functools.partial(llama, *shape, rotary_base=5e5, cache_size=MAX_LENGTH)
+    for dim, blocks, heads in (*_scaling_shapes(), *SCALING_LADDER):
+        name = f"scaling_llama_d{dim}_l{blocks}_h{heads}"
+        shape = (vocab_size, dim, blocks, heads)
+        table[name] = functools.partial(llama, *shape, rotary_base=5e5, cache_size=MAX_LENGTH)
     return table
+
+
+def _scaling_shapes() -> Iterator[tuple[int, int, int]]:
+    """Width, blocks and heads of `SCALING`."""
+    for dim, depths in SCALING.items():
+        for blocks in depths:
+            yield dim, blocks, dim // (64 if dim <= 1024 else 128)
