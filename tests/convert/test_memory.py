@@ -67,6 +67,48 @@ def test_peak_memory_is_little_more_than_the_parameters(tmp_path):
     assert peak(tmp_path / "hf", fsdp=4, tensor=2) < 1.15
 
 
+# Prints peak memory of loading the second folder and joining its weights, beyond that after the
+# first, a small one, relative to the weights.
+PREPARE = """
+import json, pathlib, sys
+import jax
+from xlstm_jax.convert import hf
+from xlstm_jax.generate import prepare_params
+from xlstm_jax.modules import LM
+
+def status(name):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+for folder in sys.argv[1:]:
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    cfg, read = hf.open_folder(folder)
+    params = prepare_params(LM(cfg), {"params": read(unstacked=True)}, consume=True)
+size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+print(json.dumps({"peak": (status("VmHWM") - before) / size}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
+def test_joining_the_weights_for_decoding_needs_no_second_copy(tmp_path):
+    folders = [str(tmp_path / name) for name in ("small", "large")]
+    for folder, (dim, num_blocks) in zip(folders, ((128, 1), (768, 12)), strict=True):
+        cfg = sized(dim, num_blocks, vocab_size=8_000)
+        convert.save_hf(folder, cfg, random_params(cfg))
+    process = subprocess.run(
+        [sys.executable, "-c", PREPARE, *folders],
+        # As the arrays of a real model do, these return their memory to the system.
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "MALLOC_MMAP_THRESHOLD_": "1000000"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert json.loads(process.stdout)["peak"] < 1.15
+
+
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 8}])
 def test_every_device_has_its_shard(axes, tmp_path):
     cfg = sized(384, 2, vocab_size=64)  # sharded from 2**18 elements per layer on

@@ -1,6 +1,7 @@
 """Checkpoint folders of `transformers` in safetensors files, of the families in `families`."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -49,8 +50,11 @@ def load_hf(source: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, 
 
 def open_folder(
     source: str | Path, *, dtype: str | None = None
-) -> tuple[LMConfig, Callable[[], PyTree]]:
-    """The config of a checkpoint, and a function that reads its parameters; as `load_hf`."""
+) -> tuple[LMConfig, Callable[..., PyTree]]:
+    """The config of a checkpoint, and a function that reads its parameters; as `load_hf`.
+
+    The function has the option `unstacked` of `mapping.load`.
+    """
     folder = remote.find(source)
     if not (folder / CONFIG).is_file():
         raise ConfigError(
@@ -79,7 +83,8 @@ def open_folder(
     fields.ignore("torch_dtype", *TOKEN_NAMES)
     fields.warn_unknown()
     cfg = dataclasses.replace(cfg, tie_embeddings=tied)
-    return cfg, lambda: mapping.load(cfg, family.rules, stored, joined=family.joined(cfg))
+    joined = family.joined(cfg)
+    return cfg, functools.partial(mapping.load, cfg, family.rules, stored, joined=joined)
 
 
 def _without_buffers(source: tensors.Source) -> tensors.Source:

@@ -86,13 +86,17 @@ def load(
     source: Source,
     without: Sequence[str] = (),
     joined: Sequence[Joined] = (),
+    *,
+    unstacked: bool = False,
 ) -> PyTree:
     """Loads the parameters of a model from a source, sharded over the active mesh if there is one.
 
     Leaves are assembled one at a time, and tensors read one at a time: host memory is that of the
     shards of one leaf and of one tensor, besides the parameters of a CPU.
     Parameters whose path is in `without` are skipped, and those of modules that are `joined` in the
-    source are taken apart. Warns if a value is NaN or infinite.
+    source are taken apart. `unstacked` returns a list of the layers of each letter, as
+    `generate.prepare_params` needs them; on a mesh it has no effect. Warns if a value is NaN or
+    infinite.
 
     Raises:
         WeightsError: tensors are missing, unexpected or misshapen; names the first of them.
@@ -117,13 +121,37 @@ def load(
     for name, target in table.items():
         layers.setdefault(target.path, {})[name] = target
     # The largest first: what reading takes is needed while little of the model is in memory.
+    unstacked = unstacked and jax.sharding.get_mesh().empty
     for path in sorted(leaves, key=lambda path: -math.prod(leaves[path].shape)):
-        leaf, invalid = _load_leaf(path, leaves[path], layers[path], source)
-        not_finite |= dict.fromkeys(owner[name] for name in invalid)
-        *folders, last = path.split("/")
-        functools.reduce(lambda node, key: node.setdefault(key, {}), folders, tree)[last] = leaf
+        for where, leaf, tensors in _parts(path, leaves[path], layers[path], unstacked=unstacked):
+            array, invalid = _load_leaf(path, leaf, tensors, source)
+            not_finite |= dict.fromkeys(owner[name] for name in invalid)
+            *folders, last = where
+            node = functools.reduce(lambda node, key: node.setdefault(key, {}), folders, tree)
+            node[last] = array
     warn_not_finite(list(not_finite))
+    if unstacked:
+        stack = tree.get("stack", {})
+        tree |= {"stack": {letter: [by[n] for n in sorted(by)] for letter, by in stack.items()}}
     return tree
+
+
+def _parts(
+    path: str,
+    leaf: jax.ShapeDtypeStruct,
+    layers: Mapping[str, WeightTarget],
+    *,
+    unstacked: bool,
+) -> Iterator[tuple[list[Any], jax.ShapeDtypeStruct, Mapping[str, WeightTarget]]]:
+    """Where in the tree a parameter or each of its layers is, its shape, and its tensors."""
+    names: list[Any] = path.split("/")
+    if not unstacked or names[0] != "stack":
+        yield names, leaf, layers
+        return
+    for name, target in layers.items():
+        where = [*names[:2], target.layer, *names[2:]]
+        one = {name: target._replace(layer=None)}
+        yield where, leaf.update(shape=leaf.shape[1:]), one
 
 
 def _load_leaf(

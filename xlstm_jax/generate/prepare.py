@@ -57,9 +57,9 @@ def prepare_params(
         )
         layers = _unstack(tree, cfg.pattern.count(letter), convert)
         for number, layer in enumerate(layers):  # one at a time: its parts are freed
-            layers[number] = joined = _join_all(layer, joins)
-            if consume:
-                _delete(layer, joined)
+            for paths in joins:
+                layer = _join(layer, paths, consume=consume)
+            layers[number] = layer
         stack[letter] = layers
     rest = {name: tree for name, tree in params.items() if name != "stack"}
     if is_int8:
@@ -110,9 +110,12 @@ def _convert(
     is_kernel = name.endswith("/kernel")
     matrices = matrices_of(name) if is_int8 and is_kernel else None
     is_matrix = matrices is not None and matrices.axes == "io"
+    is_cast = is_kernel and jax.tree.leaves(leaf)[0].dtype != dtype
+    if isinstance(leaf, list) and not is_matrix and not is_cast:
+        return leaf  # a compiled function would copy it
     layers = _layers(leaf, num_layers, dtype if is_kernel else None, is_int8=is_matrix)
     if consume:
-        _delete(leaf, layers)
+        _delete(leaf)
     return layers
 
 
@@ -126,28 +129,27 @@ def _layers(
     return layers if dtype is None else [layer.astype(dtype) for layer in layers]
 
 
-def _delete(old: PyTree, new: PyTree) -> None:
-    """Deletes the arrays of `old` that are not in `new`: a jitted function passes on some."""
-    kept = {id(leaf) for leaf in jax.tree.leaves(new)}
-    for leaf in jax.tree.leaves(old):
-        if id(leaf) not in kept:
-            leaf.delete()
+def _delete(tree: PyTree) -> None:
+    for leaf in jax.tree.leaves(tree):
+        leaf.delete()
 
 
-@functools.partial(jax.jit, static_argnames="joins")
-def _join_all(tree: PyTree, joins: Joins) -> PyTree:
-    for paths in joins:
-        tree = _join(tree, paths)
-    return tree
-
-
-def _join(tree: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+def _join(tree: Mapping[str, Any], paths: Sequence[str], *, consume: bool) -> dict[str, Any]:
     """The tree with the layers at these paths, which have the same parent, as one layer."""
     first, *rest = paths[0].split("/", 1)
     if rest:
         inner = [path.split("/", 1)[1] for path in paths]
-        return {**tree, first: _join(tree[first], inner)}
+        return {**tree, first: _join(tree[first], inner, consume=consume)}
     layers = [tree[name] for name in paths]
+    joined = _concatenate(layers)
+    if consume:
+        _delete(layers)
+    others = {name: value for name, value in tree.items() if name not in paths}
+    return {**others, joined_name(paths): joined}
+
+
+@jax.jit
+def _concatenate(layers: list[dict[str, Any]]) -> dict[str, Any]:
     kernels = [layer["kernel"] for layer in layers]
     # The last axis is that of output features, for the scales of 8-bit kernels too.
     joined = {"kernel": jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *kernels)}
@@ -155,8 +157,7 @@ def _join(tree: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
         zeros = [jnp.zeros(kernel.shape[1:], jnp.float32) for kernel in kernels]
         biases = [layer.get("bias", zero) for layer, zero in zip(layers, zeros, strict=True)]
         joined["bias"] = jnp.concatenate(biases)
-    others = {name: value for name, value in tree.items() if name not in paths}
-    return {**others, joined_name(paths): joined}
+    return joined
 
 
 def _cast(tree: PyTree, dtype) -> PyTree:

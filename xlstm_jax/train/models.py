@@ -25,7 +25,12 @@ class Model(NamedTuple):
 
 
 def load(
-    source: str | Path, step: int | None = None, *, ema: bool = False, needs_tokenizer: bool = True
+    source: str | Path,
+    step: int | None = None,
+    *,
+    ema: bool = False,
+    needs_tokenizer: bool = True,
+    unstacked: bool = False,
 ) -> Model:
     """Loads a model, onto the active mesh if it is not a run and there is one.
 
@@ -34,6 +39,8 @@ def load(
         step: the checkpoint of a run; None: the newest.
         ema: use the moving average of the parameters of a run.
         needs_tokenizer: raise ConfigError if there is no tokenizer, before parameters are read.
+        unstacked: read the weights of a folder as `generate.prepare_params` needs them, layer by
+            layer, so that it never has a second copy of them.
 
     Raises:
         ConfigError: the source is none of these, or has no tokenizer and needs one.
@@ -66,7 +73,7 @@ def load(
         )
     name, data = path.resolve().name, DataConfig()
     cfg = ExperimentConfig(name=name, model=lm, data=data, train=TrainConfig())
-    return Model(cfg, read(), tokenizer, is_run=False)
+    return Model(cfg, read(unstacked=unstacked), tokenizer, is_run=False)
 
 
 def require_data(model: Model, source: str, data: str | None) -> None:
