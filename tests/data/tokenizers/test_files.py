@@ -131,7 +131,7 @@ def test_text_is_streamed_with_its_spaces_and_its_characters_of_several_tokens(l
     ids = tokenizer.encode(text).tolist()
     prompt = tokenizer.encode("two").tolist()
     assert ids[: len(prompt)] == prompt
-    pieces = [Generation([[i]], None) for i in ids[len(prompt) :]]
+    pieces = [Generation([[i]], None, []) for i in ids[len(prompt) :]]
     parts = list(_parts(pieces, tokenizer, (), prompt))
     assert "".join(parts) == " words \u6728\U0001f642 end"
     assert not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
