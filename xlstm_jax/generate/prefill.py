@@ -4,7 +4,6 @@ The passes of a prompt depend on its own length only, so that its results do not
 prompts, bit for bit.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -69,8 +68,7 @@ def run(
     return logits, state
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _pass(
+def _run_pass(
     model: LM,
     variables: Any,
     tokens: Int[Array, "B T"],
@@ -91,9 +89,8 @@ def _pass(
     return logits, state
 
 
-_pass_in_place = jax.jit(
-    _pass.__wrapped__, static_argnames="model", donate_argnames=("state", "logits")
-)
+_pass = jax.jit(_run_pass, static_argnames="model")
+_pass_in_place = jax.jit(_run_pass, static_argnames="model", donate_argnames=("state", "logits"))
 
 
 def replicate_explicit(x: Array) -> Array:
