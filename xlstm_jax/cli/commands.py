@@ -29,6 +29,7 @@ COMMANDS = {
     "train": "train CONFIG.py: train a model, or resume a run",
     "evaluate": "evaluate MODEL: measure perplexity and bits per byte on held-out data",
     "generate": "generate MODEL --prompt TEXT: continue a text",
+    "export": "export MODEL FILE: prefill and decode as one file that needs JAX alone",
     "convert": "convert hf-to-run FOLDER RUN, run-to-hf RUN FOLDER: weights in and out, or hf://",
     "data": "data prepare IN OUT, data train-tokenizer IN OUT, data inspect OUT: tokens of text",
     "report": "report RUN...: compare runs on one HTML page",

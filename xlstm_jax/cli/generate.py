@@ -2,8 +2,10 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
+from typing import Any
 
-from xlstm_jax.cli import console, options
+from xlstm_jax.cli import console, options, sessions
 from xlstm_jax.cli.exit_codes import DONE
 from xlstm_jax.data import tokenizers
 from xlstm_jax.generate import Sampler
@@ -19,7 +21,9 @@ class Generate(options.ModelCommand):
     """Continues a text with a trained model until the end of the document."""
 
     model: options.ModelSource  # a run, a folder of transformers, or hf://ORG/NAME[@REVISION]
-    prompt: str  # the text to continue
+    prompt: str | None = None  # the text to continue; with --chat, the first message
+    session: Path | None = None  # continue what this file stores, if it exists, and store it again
+    chat: bool = False  # answer messages, lines of the input, by the chat template of the tokenizer
     max_new_tokens: int = 256  # limit of the continuation
     temperature: float = 0.8  # 0: greedy decoding
     top_k: int | None = None  # sample from the k most likely tokens only
@@ -35,6 +39,7 @@ class Generate(options.ModelCommand):
 def run(argv: list[str]) -> int:
     """Runs `generate`; raises ConfigError if an option or the model is invalid."""
     args = options.parse("generate", Generate, argv)
+    sessions.check(args.session, args.prompt, is_chat=args.chat)
     is_greedy = args.temperature == 0
     sampler = Sampler(
         repetition_penalty=args.repetition_penalty,
@@ -45,17 +50,21 @@ def run(argv: list[str]) -> int:
     )
     model = models.load(args.model, args.step, ema=args.ema)
     assert model.tokenizer is not None  # as it needs one
+    inputs = LM(model.cfg.model), {"params": model.params}, tokenizers.get(model.tokenizer)
+    settings: dict[str, Any] = dict(max_new_tokens=args.max_new_tokens, sampler=sampler)
+    key = random_key(args.seed)
     with compiled_programs():
-        continuation = stream_text(
-            LM(model.cfg.model),
-            {"params": model.params},
-            tokenizers.get(model.tokenizer),
-            args.prompt,
-            max_new_tokens=args.max_new_tokens,
-            sampler=sampler,
-            key=random_key(args.seed),
-            stop=args.stop,
-        )
-        for part in itertools.chain([args.prompt], continuation, ["\n"]):
-            console.write(part)
+        if args.chat:
+            session = sessions.load_or_start(args.session, *inputs)
+            place = args.session, model.tokenizer
+            sessions.talk(session, *place, args.prompt, key, stop=args.stop, **settings)
+        elif args.session is not None:
+            session = sessions.load_or_start(args.session, *inputs)
+            place = args.session, args.prompt
+            sessions.continue_text(session, *place, key, stop=args.stop, **settings)
+        else:
+            assert args.prompt is not None  # `sessions.check`
+            parts = stream_text(*inputs, args.prompt, key=key, stop=args.stop, **settings)
+            for part in itertools.chain([args.prompt], parts, ["\n"]):
+                console.write(part)
     return DONE

@@ -90,6 +90,16 @@ class ChatTemplate:
                 spans.append((len(before), len(after)))
         return Rendering(text, spans, tagged=False)
 
+    def text(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
+    ) -> str:
+        """A formatted conversation; raises ConfigError if the template fails or is over a limit.
+
+        Args:
+            add_generation_prompt: end it with the prompt for an answer.
+        """
+        return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
+
     def _render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
@@ -211,13 +221,14 @@ def _encode_segments(
     bounds = sorted({0, len(rendering.text), *(i for span in rendering.spans for i in span)})
     positions, parts, length = {0: 0}, [tokenizer.encode("")], 0
     for start, stop in zip(bounds, bounds[1:], strict=False):
-        parts.append(_encode_special(tokenizer, rendering.text[start:stop]))
+        parts.append(encode_special(tokenizer, rendering.text[start:stop]))
         length += len(parts[-1])
         positions[stop] = length
     return np.concatenate(parts), [(positions[a], positions[b]) for a, b in rendering.spans]
 
 
-def _encode_special(tokenizer: Tokenizer, text: str) -> Integer[np.ndarray, "T"]:
+def encode_special(tokenizer: Tokenizer, text: str) -> Integer[np.ndarray, "T"]:
+    """The ids of a formatted text, in which special tokens become their ids."""
     special: Mapping[str, int] = getattr(tokenizer, "special_ids", {})
     if not special:
         return tokenizer.encode(text)

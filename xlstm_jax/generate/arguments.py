@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Integer, Key
 
 from xlstm_jax.config import ConfigError
+from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.errors import ArgumentError, quote
 from xlstm_jax.typing import Array, PRNGKeyArray
 
@@ -31,6 +32,20 @@ def sequence_keys(key: AnyKey, batch_size: int) -> Key[Array, "B"]:
             "pass a single key to derive one per prompt."
         )
     return key
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Raises ArgumentError unless it is a tokenizer with at most as many ids as a model."""
+    if not isinstance(tokenizer, Tokenizer):
+        raise ArgumentError(
+            f"tokenizer must be a tokenizer, got {quote(tokenizer)}; load it with "
+            "`xlstm_jax.data.tokenizers.get`."
+        )
+    if tokenizer.vocab_size > vocab_size:
+        raise ArgumentError(
+            f"tokenizer must have at most {vocab_size} ids, the vocabulary of the model, got "
+            f"{tokenizer.vocab_size}; use the tokenizer of the model."
+        )
 
 
 def prompt_ids(prompts: Prompts, vocab_size: int) -> list[np.ndarray]:
