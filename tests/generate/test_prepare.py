@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.generate.small import VOCAB_SIZE
+from xlstm_jax.errors import ArgumentError
 from xlstm_jax.generate import generate, prepare_params
 from xlstm_jax.modules import BLOCKS, LM, LMConfig
 from xlstm_jax.modules.stack import unstack_layers
@@ -82,3 +83,12 @@ def test_log_probabilities_are_those_of_the_tokens():
     logits, _ = model.apply(variables, tokens)
     expected = jax.nn.log_softmax(logits[0, 2:-1])[jnp.arange(4), tokens[0, 3:]]
     assert jnp.allclose(jnp.array(result.logprobs[0]), expected, atol=1e-4)
+
+
+def test_parameters_of_another_config_are_rejected():
+    model, variables = random_model("M")
+    other = LM(LMConfig(vocab_size=VOCAB_SIZE, dim=128, pattern="M"))
+    with pytest.raises(ArgumentError, match="those of this config: leaf 'M/ffn/proj_down/kernel'"):
+        prepare_params(other, variables)
+    with pytest.raises(ArgumentError, match="dtype must be one of .*got 'float8'"):
+        prepare_params(model, variables, dtype="float8")

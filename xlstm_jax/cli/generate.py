@@ -3,12 +3,12 @@
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from xlstm_jax.cli import console, options, sessions
 from xlstm_jax.cli.exit_codes import DONE
 from xlstm_jax.data import tokenizers
-from xlstm_jax.generate import Sampler
+from xlstm_jax.generate import Sampler, prepare_params
 from xlstm_jax.generate.text import stream_text
 from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.modules.lm import LM
@@ -31,6 +31,7 @@ class Generate(options.ModelCommand):
     min_p: float | None = None  # sample from tokens with this share of the top probability
     repetition_penalty: float | None = None  # above 1: makes repeated tokens less likely
     stop: tuple[str, ...] = ()  # strings that end the continuation
+    weights: Literal["float32", "bfloat16", "int8"] | None = None  # None: the dtype of activations
     seed: int = 0  # any integer; of the sampler
     step: int | None = None  # checkpoint of a run to load; None: the newest
     ema: bool = False  # of a run: use the moving average of the parameters, of train.ema_decay
@@ -48,9 +49,12 @@ def run(argv: list[str]) -> int:
         top_p=args.top_p,
         min_p=args.min_p,
     )
-    model = models.load(args.model, args.step, ema=args.ema)
+    model = models.load(args.model, args.step, ema=args.ema, unstacked=True)
     assert model.tokenizer is not None  # as it needs one
-    inputs = LM(model.cfg.model), {"params": model.params}, tokenizers.get(model.tokenizer)
+    lm = LM(model.cfg.model)
+    # The parameters are not needed any more, and there may be no memory for a second copy.
+    variables = prepare_params(lm, {"params": model.params}, dtype=args.weights, consume=True)
+    inputs = lm, variables, tokenizers.get(model.tokenizer)
     settings: dict[str, Any] = dict(max_new_tokens=args.max_new_tokens, sampler=sampler)
     key = random_key(args.seed)
     with compiled_programs():

@@ -127,6 +127,10 @@ def stream(
     num_slots = _round_up(num_slots)
     # A stop token outside of the vocabulary, such as that of a larger tokenizer, never occurs.
     stop_ids = token_ids(list(stop), "stop", MAX_INT) if len(stop) else np.zeros(0, np.int32)
+    # Filled up with an id that never occurs, for few different shapes.
+    stop_ids = np.pad(
+        stop_ids, (0, _power_of_two(len(stop_ids)) - len(stop_ids)), constant_values=-1
+    )
     keys = sequence_keys(jax.random.key(0) if key is None else key, len(ids))
     check_stack_state(model.cfg, state, len(ids))
     if not is_prepared(variables):
@@ -181,7 +185,7 @@ class _Group:
 
     def state(self) -> State:
         """The state after the last token of each sequence: a copy, as the loop donates its own."""
-        return _stack_state(self.carry.state, self.count)
+        return stack_state(self.carry.state, self.count)
 
     def is_done(self) -> bool:
         """Whether all sequences have stopped."""
@@ -215,7 +219,7 @@ def _first_carry(
     for row, prompt in zip(seen, prompts, strict=True):
         row[prompt] = True
     first = model.init_state(batch_size) if state is None else _select(state, index)
-    layers = _unstack_state(model.cfg.pattern, first)
+    layers = unstack_state(model.cfg.pattern, first)
     logits, layers = prefill.run(model, variables, prompts, layers)
     return _Carry(
         state=layers,
@@ -233,12 +237,14 @@ def _select(state: State, index: Int[Array, "B"]) -> State:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _unstack_state(pattern: str, state: State) -> State:
+def unstack_state(pattern: str, state: State) -> State:
+    """The state with layers in lists; a copy."""
     return unstack_layers(pattern, state)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _stack_state(layers: State, count: int) -> State:
+def stack_state(layers: State, count: int) -> State:
+    """The stacked state of the first `count` sequences; a copy."""
     return jax.tree.map(lambda leaf: leaf[:, :count], stack_layers(layers))
 
 

@@ -114,7 +114,7 @@ def _programs(
 
     def read(weights: Arrays, state: Arrays, logits: Array, tokens: Array, mask: Array):
         variables, layers = unpacked(weights, state)
-        logits, layers = prefill._pass(model, variables, tokens, mask, layers, logits)
+        logits, layers = prefill.run_pass(model, variables, tokens, mask, layers, logits)
         return logits, _named(layers)
 
     def decode(weights: Arrays, state: Arrays, tokens: Array):

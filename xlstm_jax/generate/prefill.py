@@ -62,13 +62,13 @@ def run(
     logits = jnp.zeros((len(prompts), model.cfg.vocab_size), jnp.float32)
     # On a mesh, the first pass shards the state, and cannot use the memory of the initial one.
     has_mesh = not jax.sharding.get_abstract_mesh().empty
-    run_pass = _pass if has_mesh else _pass_in_place
+    compiled = _pass if has_mesh else _pass_in_place
     for tokens, mask in batches(prompts):
-        logits, state = run_pass(model, variables, tokens, mask, state, logits)
+        logits, state = compiled(model, variables, tokens, mask, state, logits)
     return logits, state
 
 
-def _run_pass(
+def run_pass(
     model: LM,
     variables: Any,
     tokens: Int[Array, "B T"],
@@ -89,8 +89,8 @@ def _run_pass(
     return logits, state
 
 
-_pass = jax.jit(_run_pass, static_argnames="model")
-_pass_in_place = jax.jit(_run_pass, static_argnames="model", donate_argnames=("state", "logits"))
+_pass = jax.jit(run_pass, static_argnames="model")
+_pass_in_place = jax.jit(run_pass, static_argnames="model", donate_argnames=("state", "logits"))
 
 
 def replicate_explicit(x: Array) -> Array:

@@ -116,11 +116,11 @@ def state_bytes(state: Any) -> int:
 
 def state_after(model: LM, variables: Any, ids: Integer[np.ndarray, "T"], state: Any) -> Any:
     """The state after more tokens, from the initial one if it is None; for prepared variables."""
-    layers = decode._unstack_state(
+    layers = decode.unstack_state(
         model.cfg.pattern, model.init_state(1) if state is None else state
     )
     _, layers = prefill.run(model, variables, [ids], layers)
-    return decode._stack_state(layers, 1)
+    return decode.stack_state(layers, 1)
 
 
 def _keys(ids: Integer[np.ndarray, "T"], ends: Sequence[int]) -> Iterator[bytes]:

@@ -17,7 +17,7 @@ from xlstm_jax.errors import ArgumentError, quote
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.kinds import BLOCKS, matrices_of
 from xlstm_jax.modules.linear import joined_name, recorded_joins
-from xlstm_jax.modules.lm import LM, head_kernel
+from xlstm_jax.modules.lm import LM, check_params, head_kernel, param_shapes
 from xlstm_jax.modules.loops import as_list
 from xlstm_jax.ops.int8 import Int8Kernel, quantize
 from xlstm_jax.sharding.axes import path_name
@@ -43,7 +43,7 @@ def prepare_params(
             of all weights. They cannot be used afterwards.
 
     Raises:
-        ArgumentError: the dtype is unknown.
+        ArgumentError: the dtype is unknown, or `variables` are not those of the model.
     """
     cfg, params = model.cfg, variables["params"]
     if is_int8 := dtype in ("int8", jnp.int8):
@@ -75,8 +75,13 @@ def joins_of(cfg: LMConfig, letter: str, params: PyTree) -> Joins:
     else:
         layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
     x = jax.ShapeDtypeStruct((1, 1, cfg.dim), jnp.float32)
-    with recorded_joins() as joins:
-        jax.eval_shape(lambda params, x: block.apply({"params": params}, x), layer, x)
+    try:
+        with recorded_joins() as joins:
+            jax.eval_shape(lambda params, x: block.apply({"params": params}, x), layer, x)
+    except Exception:  # of Flax; `check_params` tells what differs
+        if not isinstance(params, list):
+            check_params({letter: params}, {letter: param_shapes(cfg)["stack"][letter]})
+        raise
     return tuple(dict.fromkeys(joins))
 
 

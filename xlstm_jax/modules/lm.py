@@ -66,11 +66,7 @@ class _Model(nn.Module):
                     "variables must be a dict with the key 'params', as `init` returns, got the "
                     f"keys {quote(sorted(variables))}; write {{'params': params}}."
                 ) from None
-            if found := difference(*self._own_params(variables["params"], param_shapes(self.cfg))):
-                raise ArgumentError(
-                    f"params must be those of this config: {found}; "
-                    "use parameters from `init` of the same config."
-                ) from None
+            check_params(*self._own_params(variables["params"], param_shapes(self.cfg)))
             raise
 
     @nn.nowrap
@@ -225,6 +221,15 @@ def final_norm(cfg: LMConfig, **options: Any) -> LayerNorm | RMSNorm:
     norm = LayerNorm if cfg.final_norm.startswith("layer") else RMSNorm
     as_offset = cfg.final_norm in ("layer", "rms_offset")
     return norm(cfg.final_norm_eps, cfg.final_norm_bias, as_offset, **options)
+
+
+def check_params(params: Any, expected: Any) -> None:
+    """Raises ArgumentError, naming the first difference, unless the trees have the same leaves."""
+    if found := difference(params, expected):
+        raise ArgumentError(
+            f"params must be those of this config: {found}; "
+            "use parameters from `init` of the same config."
+        ) from None
 
 
 def param_shapes(cfg: LMConfig) -> Any:
