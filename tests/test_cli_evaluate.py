@@ -119,7 +119,7 @@ def test_a_model_named_twice_is_an_error(lines_of, run):
 
 def test_no_model_is_an_error(capsys):
     assert main(["evaluate", "--json"]) == 2
-    assert capsys.readouterr().err.startswith("xlstm-jax: `xlstm-jax evaluate` needs a MODEL")
+    assert capsys.readouterr().err.startswith("xlstm-jax: `xlstm-jax evaluate` needs MODEL")
 
 
 @pytest.fixture

@@ -105,7 +105,9 @@ def _check(args: Evaluate) -> Any:
         check_range(f"data.{name}", getattr(args, name), "at least 1", "leave it out")
     check_edges(args.edges)
     if not args.models:
-        raise ConfigError("`xlstm-jax evaluate` needs a MODEL; name a run, a folder or hf://.")
+        raise ConfigError(
+            "`xlstm-jax evaluate` needs MODEL, a run, a folder of transformers or hf://; name one."
+        )
     if not args.tasks and (args.task_path, args.num_fewshot, args.limit) != (None, None, None):
         raise ConfigError(
             "--task-path, --num-fewshot and --limit need --tasks with the names of tasks; add it."
