@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "xlstm_jax.generate": (*LAYER_3, "xlstm_jax.train.checkpoint", "xlstm_jax.train.evaluators"),
     "xlstm_jax.evaluate": (
         *LAYER_3,
+        "xlstm_jax.generate",
         "xlstm_jax.train.checkpoint",
         "xlstm_jax.train.evaluators",
         "xlstm_jax.train.losses",

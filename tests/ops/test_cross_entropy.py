@@ -13,6 +13,7 @@ import pytest
 from tests import quick
 from xlstm_jax import ops
 from xlstm_jax.ops import dispatch
+from xlstm_jax.ops.cross_entropy import token_losses
 
 B, T, D, VOCAB = 2, 7, 5, 11
 
@@ -192,3 +193,15 @@ def test_chunks_on_accelerators_have_a_thousand_positions(platform, chunks, monk
     args = shape(2, 2048, 8), shape(8, 50304), shape(2, 2048, dtype=jnp.int32), shape(2, 2048)
     program = str(jax.make_jaxpr(lambda *args: ops.cross_entropy(*args))(*args))
     assert f"length={chunks}\n" in program
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_losses_of_positions_sum_to_the_cross_entropy(chunk_size, soft_cap, rng, x64):
+    x, kernel, targets, weights = make(rng)
+    call = quick.jit(token_losses, static_argnames=("soft_cap", "chunk_size"))
+    losses = call(x, kernel, targets, soft_cap=soft_cap, chunk_size=chunk_size)
+    sums = naive(x, kernel, targets, weights, soft_cap)
+    np.testing.assert_allclose((losses.nats * weights).sum(), sums.ce_sum, rtol=1e-12)
+    np.testing.assert_allclose((losses.correct * weights).sum(), sums.correct_sum, rtol=1e-12)
+    assert losses.nats.shape == losses.correct.shape == (B, T)

@@ -27,7 +27,7 @@ from xlstm_jax.sharding.distributed import exit_without_others, is_peer_failure
 # Each is a module of this package with `run(argv) -> exit code`, imported only when it runs.
 COMMANDS = {
     "train": "train CONFIG.py: train a model, or resume a run",
-    "evaluate": "evaluate MODEL: measure perplexity and bits per byte on held-out data",
+    "evaluate": "evaluate MODEL...: measure perplexity and tasks, and compare models",
     "generate": "generate MODEL --prompt TEXT: continue a text",
     "export": "export MODEL FILE: prefill and decode as one file that needs JAX alone",
     "convert": "convert hf-to-run FOLDER RUN, run-to-hf RUN FOLDER: weights in and out, or hf://",

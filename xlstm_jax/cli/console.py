@@ -1,8 +1,14 @@
 """Output of commands: colored on a terminal, plain text in a pipe."""
 
+import contextlib
+import dataclasses
+import json
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -39,3 +45,33 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def _line(text: Text) -> None:
     # soft_wrap: rich must not break long lines, which would also break lines in a pipe.
     Console().print(text, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Prints one JSON object: dataclasses and named tuples by field, NaN and infinity as null."""
+    write(json.dumps(_to_json(value), indent=1, allow_nan=False) + "\n")
+
+
+def _to_json(value: Any) -> Any:
+    names: Any = getattr(value, "_fields", None)  # of a named tuple
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+    if names is not None:
+        return {name: _to_json(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {str(name): _to_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    is_json = isinstance(value, (str, int, bool)) or value is None
+    return value if is_json else str(value)  # such as paths
+
+
+@contextlib.contextmanager
+def output_to_stderr() -> Iterator[None]:
+    """Within the context, what is written to stdout goes to stderr: results come alone there."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield

@@ -35,6 +35,7 @@ LICENSE = "license of the weights"
 # A Path would drop one of the slashes of hf://.
 Folder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
 Dtype = Literal["float32", "bfloat16"]
+Fields = dict[str, Any]  # what to print, by name: texts, counts, and a `compare.Comparison`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class HfToRun(options.ModelCommand):
     run: options.RunPath  # directory of the run; must be new or empty
     dtype: Dtype | None = None  # of activations; None: the dtype in the folder's config
     compare: bool = False  # compare the logits with those of transformers, in float32
+    json: bool = False  # print the results as JSON
     data: DataConfig = DataConfig()  # data of the run
     train: TrainConfig = TrainConfig()
 
@@ -59,6 +61,7 @@ class RunToHf(options.ModelCommand):
     dtype: Dtype = "float32"  # of the stored tensors
     max_shard_bytes: int = 10**9  # largest size of one file
     compare: bool = False  # compare the logits with those of transformers, in float32
+    json: bool = False  # print the results as JSON
     private: bool = True  # of a new repository hf://; an existing one stays as it is
 
 
@@ -120,14 +123,14 @@ def _hf_to_run(argv: list[str]) -> int:
     except BaseException:
         shutil.rmtree(args.run, ignore_errors=True)  # never leave an incomplete run behind
         raise
-    fields = {"written": str(args.run), "parameters": f"{num_params:,}", LICENSE: license_name}
+    fields: Fields = {"written": str(args.run), "parameters": num_params, LICENSE: license_name}
     fields["tokenizer"] = (
         f"copied to {args.run / rundir.TOKENIZER}"
         if imports_tokenizer
         else f"{cfg.data.tokenizer!r} of the run"
     )
     agrees = not args.compare or _compare(fields, folder)
-    console.print_fields(fields)
+    _show(fields, as_json=args.json)
     return DONE if agrees else WRONG_RESULT
 
 
@@ -144,9 +147,9 @@ def _run_to_hf(argv: list[str]) -> int:
         return _push(args)
     folder = user_path(args.folder)
     tensors.check_writable(folder)
-    fields = {"written": str(folder)} | _write(args, folder)
+    fields: Fields = {"written": str(folder)} | _write(args, folder)
     agrees = not args.compare or _compare(fields, folder)
-    console.print_fields(fields)
+    _show(fields, as_json=args.json)
     return DONE if agrees else WRONG_RESULT
 
 
@@ -171,17 +174,17 @@ def _push(args: RunToHf) -> int:
             pushed = convert.push_hf(args.folder, folder, private=args.private)
             fields = {"uploaded": pushed.address} | fields
             fields["visibility"] = "private" if pushed.private else "public"
-    console.print_fields(fields)
+    _show(fields, as_json=args.json)
     return DONE if agrees else WRONG_RESULT
 
 
-def _write(args: RunToHf, folder: Path) -> dict[str, str]:
+def _write(args: RunToHf, folder: Path) -> Fields:
     """Writes the folder of a run, and returns what to print about it."""
     cfg, params = restore_params(args.run, args.step)
     sizes = {"dtype": args.dtype, "max_shard_bytes": args.max_shard_bytes}
     license_name = save(args.run, folder, cfg.model, params, **sizes)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return {"parameters": f"{num_params:,}", LICENSE: license_name}
+    return {"parameters": num_params, LICENSE: license_name}
 
 
 def _held_out(run: Path, step: int | None) -> dict[str, float]:
@@ -210,15 +213,28 @@ def save(run: Path, folder: Path, cfg: LMConfig, params: PyTree, **options: Any)
     return "none: the weights were trained in this run; choose one"
 
 
-def _compare(fields: dict[str, str], folder: Path) -> bool:
-    """Whether the logits of a folder are those of transformers; adds what to print about them."""
+def _compare(fields: Fields, folder: Path) -> bool:
+    """Whether the logits of a folder are those of transformers; adds the comparison."""
     try:
-        difference, agrees, versions = compare.with_transformers(folder)
-        fields["logits"] = f"differ from those of {versions} by {difference:.1e} of the largest"
+        fields["logits"] = result = compare.with_transformers(folder)
     except compare.TransformersError as error:
         fields["logits"] = f"not compared: {error}"
         return True
-    return agrees
+    return result.agrees
+
+
+def _show(fields: Fields, *, as_json: bool) -> None:
+    if as_json:
+        license_name = fields.pop(LICENSE)
+        console.print_json(fields | {"license": license_name})
+        return
+    texts = {}
+    for name, value in fields.items():
+        if isinstance(value, compare.Comparison):
+            difference, _, versions = value
+            value = f"differ from those of {versions} by {difference:.1e} of the largest"
+        texts[name] = f"{value:,}" if isinstance(value, int) else value
+    console.print_fields(texts)
 
 
 CONVERSIONS = {"hf-to-run": _hf_to_run, "run-to-hf": _run_to_hf}

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -62,6 +62,7 @@ class Inspect(options.ModelCommand):
     tokenizer: str | None = None  # for samples; None: that of the data
     pattern: str | None = None  # files of raw text to read
     text_field: str = "text"  # column of rows with the text
+    json: bool = False  # print the figures as JSON
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,6 +193,9 @@ def _inspect(argv: list[str]) -> int:
         pattern=args.pattern,
         text_field=args.text_field,
     )
+    if args.json:
+        console.print_json(_to_json(found))
+        return DONE
     fields = {"data": f"{quote_path(args.source)}, {found.kind}"}
     if found.tokenizer is not None:
         info = found.tokenizer
@@ -203,18 +207,38 @@ def _inspect(argv: list[str]) -> int:
     return DONE
 
 
-def _print_split(found: Inspection, name: str) -> None:
-    """Prints the lengths of the documents of a split, and samples."""
-    summary = found.splits[name]
-    lengths, unit = summary.lengths, "bytes" if summary.tokens is None else "tokens"
-    figures = {
+def _to_json(found: Inspection) -> dict[str, Any]:
+    """The figures that are printed otherwise; lengths in tokens, of raw files in bytes."""
+    splits = {
+        name: {
+            "documents": summary.lengths.count,
+            "tokens": summary.tokens,
+            "bytes": summary.num_bytes,
+            "lengths": _figures(summary.lengths),
+            "histogram": summary.lengths.octaves(),  # shortest, longest, documents
+            "samples": summary.samples,
+        }
+        for name, summary in found.splits.items()
+    }
+    return {"kind": found.kind, "tokenizer": found.tokenizer, "splits": splits}
+
+
+def _figures(lengths: Lengths) -> dict[str, int]:
+    """Statistics of the lengths of documents."""
+    return {
         "median": lengths.percentile(50),
         "mean": round(lengths.total / lengths.count),
         "90 %": lengths.percentile(90),
         "99 %": lengths.percentile(99),
         "longest": lengths.max,
     }
-    text = ", ".join(f"{label} {value:,}" for label, value in figures.items())
+
+
+def _print_split(found: Inspection, name: str) -> None:
+    """Prints the lengths of the documents of a split, and samples."""
+    summary = found.splits[name]
+    lengths, unit = summary.lengths, "bytes" if summary.tokens is None else "tokens"
+    text = ", ".join(f"{label} {value:,}" for label, value in _figures(lengths).items())
     console.write(f"\n{name}: {unit} of a document: {text}\n\n")
     _print_histogram(lengths)
     for number, sample in enumerate(summary.samples, 1):

@@ -24,6 +24,9 @@ ConfigPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG
 RunPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 # A run, a folder of transformers, or hf://; a Path would drop one of the slashes.
 ModelSource = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+ModelSources = Annotated[
+    tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]")
+]
 
 # The experiment's fields are options of the command itself: --train.lr, not --experiment.train.lr.
 Experiment = Annotated[ExperimentConfig, tyro.conf.arg(name="")]
@@ -135,12 +138,12 @@ def _with_user_paths(args: T) -> T:
     return dataclasses.replace(command, **changes)
 
 
-def check_out(path: Path) -> None:
-    """Raises ConfigError unless `--out` can be written: a new or regular file in a folder."""
+def check_out(path: Path, option: str = "--out") -> None:
+    """Raises ConfigError unless the file can be written: a new or regular one in a folder."""
     is_other = path.exists() and not path.is_file()  # such as a folder or a device
     if not path.parent.is_dir() or is_other or not os.access(path.parent, os.W_OK):
         raise ConfigError(
-            f"--out must be a file in an existing folder, got {quote_path(path)}; create "
+            f"{option} must be a file in an existing folder, got {quote_path(path)}; create "
             f"{quote_path(path.parent)}, make it writable or choose another."
         )
 

@@ -1,5 +1,6 @@
 """`xlstm-jax plan CONFIG.py --topology v5e:16x16`: compiles a train step ahead of time."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -28,6 +29,7 @@ class PlanRun(options.ConfigCommand):
     slices: int = 1  # TPU slices of this topology, joined by the data-center network
     search: bool = False  # find the fastest mesh, remat policy and batch size that fit
     out: Path | None = None  # JSON file to write the plan to
+    json: bool = False  # print the plan as JSON
 
 
 def run(argv: list[str]) -> int:
@@ -43,18 +45,23 @@ def run(argv: list[str]) -> int:
     if args.out is not None:  # before minutes of compilation
         options.check_out(args.out)
     target = find_target(args.topology, args.slices)
-    if args.search:
-        best, result = search(
-            args.experiment,
-            target,
-            on_plan=lambda c, compiled: console.write(f"{_flags(c)}: {_peak(compiled)}\n"),
-        )
-        console.print_fields(summary(result) | {"flags": _flags(best)})
+    flags: dict[str, str] = {}
+    with console.output_to_stderr() if args.json else contextlib.nullcontext():
+        if args.search:
+            best, result = search(
+                args.experiment,
+                target,
+                on_plan=lambda c, compiled: console.write(f"{_flags(c)}: {_peak(compiled)}\n"),
+            )
+            flags = {"flags": _flags(best)}
+        else:
+            result = plan(args.experiment, target)
+    fields = dataclasses.asdict(result) | {"fits": result.fits, "limit": result.limit}
+    if args.json:
+        console.print_json(fields | flags)
     else:
-        result = plan(args.experiment, target)
-        console.print_fields(summary(result))
+        console.print_fields(summary(result) | flags)
     if args.out is not None:
-        fields = dataclasses.asdict(result) | {"fits": result.fits, "limit": result.limit}
         args.out.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     return DONE
 

@@ -23,6 +23,7 @@ class Replay(options.ModelCommand):
     """
 
     dump: DumpPath  # the file that a run writes when it skips updates
+    json: bool = False  # print the results as JSON
 
 
 def run(argv: list[str]) -> int:
@@ -30,11 +31,15 @@ def run(argv: list[str]) -> int:
     args = options.parse("replay", Replay, argv)
     path = args.dump / rundir.DIVERGED if args.dump.is_dir() else args.dump
     result = replay(path)
+    code = DONE if result.reproduced else WRONG_RESULT
+    if args.json:
+        console.print_json(result)
+        return code
     rows = [[name, f"{value:.4g}"] for name, value in result.gradient_norms.items()]
     console.print_table(["parameter", "gradient norm"], rows)
     console.write("\n")
     console.print_fields(_fields(result))
-    return DONE if result.reproduced else WRONG_RESULT
+    return code
 
 
 def _fields(result: Result) -> dict[str, str]:

@@ -15,7 +15,7 @@ from xlstm_jax.ops.dense import dense
 from xlstm_jax.ops.norm import soft_cap as apply_soft_cap
 from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
 from xlstm_jax.ops.sharded.parameters import sum_over_devices
-from xlstm_jax.typing import Array, Float, Int
+from xlstm_jax.typing import Array, Bool, Float, Int
 
 CHUNK_LOGITS = {"cpu": 2**20, "tpu": 2**26, "gpu": 2**26}
 """Logits per chunk when `chunk_size` is None. On a CPU, 4 MiB in float32, to fit the cache.
@@ -79,20 +79,42 @@ def cross_entropy(
     return sum_over_devices(local_sums, x, kernel, targets, weights)
 
 
+class TokenLosses(NamedTuple):
+    """The parts of a cross entropy by position."""
+
+    nats: Float[Array, "B T"]  # -log p(target)
+    correct: Bool[Array, "B T"]  # the largest logit is that of the target
+
+
+@on_any_mesh(TokenLosses._make(("B T", "B T")))
+def token_losses(
+    x: Float[Array, "B T D"],
+    kernel: Float[Array, "D vocab"],
+    targets: Int[Array, "B T"],
+    *,
+    soft_cap: float | None = None,
+    chunk_size: int | None = None,
+) -> TokenLosses:
+    """As `cross_entropy`, but for each position; without a z-loss."""
+    sizes = check_shapes(
+        "token_losses",
+        {"x": (x, "B T D"), "kernel": (kernel, "D vocab"), "targets": (targets, "B T")},
+    )
+    check_chunk_size("token_losses", chunk_size)
+    chunk_size = chunk_size or max(1, CHUNK_LOGITS[dispatch.platform()] // sizes["vocab"])
+    chunks = _in_chunks(chunk_size, x, targets)
+    losses = jax.lax.map(lambda xs: _of_positions(kernel, xs[0], xs[1], soft_cap), chunks)
+    flat = (losses[n].reshape(-1)[: targets.size] for n in (0, 2))
+    return TokenLosses(*(a.reshape(targets.shape) for a in flat))
+
+
 def _local_sums(chunk_sums, chunk_size: int, x, kernel, targets, weights) -> CrossEntropy:
     """Sums over the positions of one device."""
-    positions = targets.size
-    # `jax.export` may trace with a symbolic number of positions, which cannot be compared.
-    chunk = min(positions, chunk_size) if isinstance(positions, int) else chunk_size
-    flat = (x.reshape(positions, -1), targets.reshape(-1), weights.reshape(-1))
-    if chunk == positions:
-        return chunk_sums(kernel, *flat)
     # Positions are padded to full chunks with weight 0. The backward pass rematerializes logits,
     # so only those of one chunk are in memory.
-    num_chunks = -(-positions // chunk)
-    pad = num_chunks * chunk - positions
-    flat = jax.tree.map(lambda a: jnp.pad(a, ((0, pad),) + ((0, 0),) * (a.ndim - 1)), flat)
-    chunks = jax.tree.map(lambda a: a.reshape((num_chunks, chunk) + a.shape[1:]), flat)
+    chunks = _in_chunks(chunk_size, x, targets, weights)
+    if chunks[1].shape[0] == 1:
+        return chunk_sums(kernel, *(a[0] for a in chunks))
     body = jax.checkpoint(
         lambda total, xs: (jax.tree.map(jnp.add, total, chunk_sums(kernel, *xs)), None)
     )
@@ -102,21 +124,38 @@ def _local_sums(chunk_sums, chunk_size: int, x, kernel, targets, weights) -> Cro
     return total
 
 
+def _in_chunks(chunk_size: int, x, *by_position) -> tuple[Array, ...]:
+    """Positions `B T` as `N L`, padded with zeros to full chunks of at most `chunk_size`."""
+    positions = by_position[0].size
+    # `jax.export` may trace with a symbolic number of positions, which cannot be compared.
+    chunk = min(positions, chunk_size) if isinstance(positions, int) else chunk_size
+    flat = x.reshape(positions, -1), *(a.reshape(-1) for a in by_position)
+    num_chunks = -(-positions // chunk)
+    pad = num_chunks * chunk - positions
+    padded = (jnp.pad(a, ((0, pad),) + ((0, 0),) * (a.ndim - 1)) for a in flat)
+    return tuple(a.reshape((num_chunks, chunk) + a.shape[1:]) for a in padded)
+
+
 def _chunk_sums(kernel, x, targets, weights, *, soft_cap, z_loss) -> CrossEntropy:
-    dtype = state_dtype(x, kernel)
-    logits = apply_soft_cap(dense(x, kernel, dtype=dtype), soft_cap)
+    nats, log_norm, correct = _of_positions(kernel, x, targets, soft_cap)
+    weights = weights.astype(nats.dtype)
+    return CrossEntropy(
+        jnp.sum(weights * nats),
+        jnp.sum(weights * z_loss * jnp.square(log_norm)),
+        jnp.sum(weights),
+        jnp.sum(weights * correct.astype(nats.dtype)),
+    )
+
+
+def _of_positions(kernel, x, targets, cap: float | None) -> tuple[Array, Array, Array]:
+    """Cross entropy, log-normalizer, and whether the target has the largest logit."""
+    logits = apply_soft_cap(dense(x, kernel, dtype=state_dtype(x, kernel)), cap)
     log_norm = jax.nn.logsumexp(logits, axis=-1)
     # A one-hot select, not a gather: its gradient is elementwise, not a scatter.
     vocab = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None]
     target_logit = jnp.sum(jnp.where(vocab == targets[:, None], logits, 0), axis=-1)
-    weights = weights.astype(dtype)
     # Same result as argmax, which is slow on a CPU: of equal logits the first one counts.
     ties = (logits == target_logit[:, None]) & (vocab >= targets[:, None])
     not_larger = (logits < target_logit[:, None]) | ties
-    correct = (jnp.sum(not_larger, axis=-1) == logits.shape[-1]).astype(dtype)
-    return CrossEntropy(
-        jnp.sum(weights * (log_norm - target_logit)),
-        jnp.sum(weights * z_loss * jnp.square(log_norm)),
-        jnp.sum(weights),
-        jnp.sum(weights * correct),
-    )
+    correct = jnp.sum(not_larger, axis=-1) == logits.shape[-1]
+    return log_norm - target_logit, log_norm, correct
