@@ -22,6 +22,7 @@ from xlstm_jax.evaluate.frequency import EDGES, check_edges, count_tokens
 from xlstm_jax.evaluate.lengths import check_length, with_cache_size
 from xlstm_jax.evaluate.plots import check_format, plot
 from xlstm_jax.evaluate.results import Evaluation
+from xlstm_jax.generate import prepare_params
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.program_cache import compiled_programs
 from xlstm_jax.train import checkpoint, models, rundir
@@ -60,6 +61,7 @@ class Evaluate(options.ModelCommand):
     json: bool = False  # print the results as JSON
     step: int | None = None  # step of the checkpoint of runs; None: the newest
     ema: bool = False  # use the moving average of the parameters of runs, of train.ema_decay
+    weights: options.Weights | None = None  # as in `generate`; None: float32
 
     def measures_loss(self) -> bool:
         """Whether perplexity is measured, on the data of a run or on --source."""
@@ -156,6 +158,8 @@ def _evaluate(args: Evaluate, source: str, data: DataConfig | None, tasks: Any) 
     if args.seq_len is not None:
         check_length(cfg, "--seq-len", args.seq_len)
     lm, variables = LM(cfg), {"params": model.params}
+    if args.weights is not None:
+        variables = prepare_params(lm, variables, dtype=args.weights)
     results: dict[str, Any] = {}
     if args.measures_loss():
         if data is None:

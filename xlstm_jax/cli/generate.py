@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from xlstm_jax.cli import console, options, sessions
 from xlstm_jax.cli.exit_codes import DONE
@@ -31,7 +31,7 @@ class Generate(options.ModelCommand):
     min_p: float | None = None  # sample from tokens with this share of the top probability
     repetition_penalty: float | None = None  # above 1: makes repeated tokens less likely
     stop: tuple[str, ...] = ()  # strings that end the continuation
-    weights: Literal["float32", "bfloat16", "int8"] | None = None  # None: the dtype of activations
+    weights: options.Weights | None = None  # their precision; None: that of activations
     seed: int = 0  # any integer; of the sampler
     step: int | None = None  # checkpoint of a run to load; None: the newest
     ema: bool = False  # of a run: use the moving average of the parameters, of train.ema_decay

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 from unittest import mock
 
 import tyro
@@ -28,6 +28,8 @@ ModelSources = Annotated[
     tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]")
 ]
 
+# Precision of the weights, for `generate.prepare_params`.
+Weights = Literal["float32", "bfloat16", "int8"]
 # The experiment's fields are options of the command itself: --train.lr, not --experiment.train.lr.
 Experiment = Annotated[ExperimentConfig, tyro.conf.arg(name="")]
 Imports = Annotated[

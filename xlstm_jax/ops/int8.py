@@ -19,6 +19,10 @@ class Int8Kernel(NamedTuple):
         """That of the kernel."""
         return self.values.shape
 
+    def dequantize(self) -> Float[Array, "F_in F_out"]:
+        """The kernel, as an array."""
+        return self.values.astype(self.scale.dtype) * self.scale[None]
+
 
 def quantize(kernel: Float[Array, "F_in F_out"]) -> Int8Kernel:
     """Rounds each weight to a multiple of 1/127 of the largest weight of its output feature."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from xlstm_jax.data.batch import Batch, Examples
 from xlstm_jax.modules.lm import head_kernel
 from xlstm_jax.ops.cross_entropy import CrossEntropy, cross_entropy
+from xlstm_jax.ops.int8 import Int8Kernel
 from xlstm_jax.train.config import TrainConfig
 from xlstm_jax.typing import Array, Float, PRNGKeyArray, PyTree
 
@@ -84,9 +85,10 @@ def token_sums(
         deterministic=dropout_key is None,
         rngs={} if dropout_key is None else {"dropout": dropout_key},
     )
+    head = head_kernel(model.cfg, params)
     sums = cross_entropy(
         hidden,
-        head_kernel(model.cfg, params),
+        head.dequantize() if isinstance(head, Int8Kernel) else head,
         batch.targets,
         batch.weights,
         soft_cap=model.cfg.logit_soft_cap,
