@@ -14,7 +14,9 @@ from experiments.benchmarks.gpu.speed import statistics
 from experiments.benchmarks.kernel_cases import Work
 from tests.workloads import ModelWorkload
 from xlstm_jax.flops import count_params, train_flops
+from xlstm_jax.generate import prepare_params
 from xlstm_jax.modules import LM, LMConfig, param_shapes
+from xlstm_jax.modules.stack import unstack_layers
 from xlstm_jax.train import metrics
 from xlstm_jax.train.metrics import Totals
 
@@ -61,18 +63,19 @@ def train_steps(
 
 
 def decode(report: Report, settings: Settings) -> None:
-    """Times decoding with bfloat16 weights; records the share of the memory bandwidth.
+    """Times decoding with prepared bfloat16 weights; records the share of the memory bandwidth.
 
-    States of all layers are stacked, so XLA's dynamic-slice fusion matters: with it and without.
+    The step kernel reads slices of a joined projection, so XLA's dynamic-slice fusion matters: with
+    it, the state is copied; with it and without.
     """
     cfg, steps = settings.decode_model, settings.decode_steps
-    model, shapes, calls = LM(cfg), bfloat16_shapes(cfg), []
+    model, shapes, calls = LM(cfg), prepared_shapes(cfg), []
     variants = {"default": {}}
     if not settings.smoke:
         variants["no dynamic-slice fusion"] = {"xla_gpu_enable_dynamic_slice_fusion": False}
     generate = jax.jit(functools.partial(decode_tokens, model, steps), donate_argnums=2)
     for B in (1,) if settings.smoke else (1, 32):
-        state = jax.eval_shape(lambda B=B: model.init_state(B))
+        state = jax.eval_shape(functools.partial(initial_state, model, B))
         lowered = generate.lower(shapes, jax.ShapeDtypeStruct((B, 1), jnp.int32), state)
         for name, flags in variants.items():
             try:
@@ -104,7 +107,7 @@ def decode_steps(model: LM, params, program, B: int, steps: int) -> Record:
 
     The minimum traffic counts: all parameters are read once, the state is read and written once.
     """
-    state, token, seconds = model.init_state(B), jnp.zeros((B, 1), jnp.int32), []
+    state, token, seconds = initial_state(model, B), jnp.zeros((B, 1), jnp.int32), []
     for _ in range(6):
         start = time.perf_counter()
         token, state = jax.block_until_ready(program(params, token, state))
@@ -121,14 +124,15 @@ def decode_steps(model: LM, params, program, B: int, steps: int) -> Record:
     }
 
 
-def bfloat16_shapes(cfg: LMConfig):
-    """Shapes of the parameters, with matrices in bfloat16."""
+def initial_state(model: LM, B: int):
+    """The initial state, with layers in lists."""
+    return unstack_layers(model.cfg.pattern, model.init_state(B))
 
-    def narrow(shape):
-        dtype = jnp.bfloat16 if shape.ndim > 1 else shape.dtype
-        return jax.ShapeDtypeStruct(shape.shape, dtype)
 
-    return jax.tree.map(narrow, param_shapes(cfg))
+def prepared_shapes(cfg: LMConfig):
+    """Shapes of the parameters that are prepared for decoding."""
+    variables = {"params": param_shapes(cfg)}
+    return jax.eval_shape(functools.partial(prepare_params, LM(cfg)), variables)["params"]
 
 
 def random_params(shapes):
