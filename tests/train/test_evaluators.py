@@ -7,12 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlstm_jax import data
 from xlstm_jax.config import ConfigError
-from xlstm_jax.evaluate import loss_evaluator, position_evaluator
-from xlstm_jax.generate import sample_evaluator
-from xlstm_jax.modules import LM
-from xlstm_jax.train import DivergedError, Evaluator, evaluators, fit
+from xlstm_jax.train import DivergedError, Evaluator, fit
 
 
 def records(run_dir, prefix):
@@ -107,21 +103,3 @@ def test_names_must_be_new_and_printable(cfg, tmp_path, unchecked_types):
     with pytest.raises(ConfigError, match=r"write Evaluator\(name, fn\)"):
         fit(cfg, tmp_path / "run", evaluators=[dict])
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_built_in_evaluators_measure_losses_and_sample_text(experiment, tmp_path):
-    cfg = experiment(steps=2, eval_every=2)
-    model, valid = LM(cfg.model), data.load(cfg.data, "valid")
-    built_in = [
-        loss_evaluator("again", model, valid, batch_size=4, max_batches=2),
-        position_evaluator("at", model, valid, batch_size=4, max_batches=2),
-        sample_evaluator("sample", model, valid.tokenizer, "gate ", characters=5),
-    ]
-    result = fit(cfg, tmp_path / "run", evaluators=built_in)
-    (again,), (at,), (sample,) = (records(tmp_path / "run", e.name) for e in built_in)
-    assert again["again_loss"] == pytest.approx(result.evaluation["valid_loss"], rel=1e-5)
-    assert again["again_bits_per_byte"] > 0 and again["again_tokens"] > 0
-    assert {"at_loss_0", "at_loss_8"} < at.keys()
-    assert sample["sample_text"].startswith("gate ")
-    assert evaluators.Evaluator is Evaluator
