@@ -92,3 +92,16 @@ def test_parameters_of_another_config_are_rejected():
         prepare_params(other, variables)
     with pytest.raises(ArgumentError, match="dtype must be one of .*got 'float8'"):
         prepare_params(model, variables, dtype="float8")
+
+
+@pytest.mark.parametrize("pattern,window", [("MMM", 0), ("mm", 3)])
+def test_the_state_has_the_size_of_the_formula_whatever_the_length(pattern, window):
+    model, variables = random_model(pattern)
+    for length in (1, 40):
+        state = generate(model, variables, [[1] * length], max_new_tokens=1).state
+        (leaves,) = (jax.tree.leaves(state[letter]) for letter in set(pattern))
+        cell = state[pattern[0]] if not window else state[pattern[0]].cell
+        _, _, H, K, V = cell.C.shape
+        inner_dim = H * V  # of the convolution, whose state is its last inputs
+        expected = len(pattern) * (H * (K * V + K + 1) + window * inner_dim)
+        assert sum(leaf.size for leaf in leaves) == expected

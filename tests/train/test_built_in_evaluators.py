@@ -1,4 +1,4 @@
-"""The evaluators of the library, with a real model: `test_evaluators.py` replaces it in all runs."""
+"""The built-in evaluators with a real model; `test_evaluators.py` replaces that of all runs."""
 
 import pytest
 
