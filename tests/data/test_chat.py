@@ -225,6 +225,8 @@ FAULTY = {
 }  # fmt: skip
 # These fail when they are loaded, so that no row is at fault.
 WHEN_LOADED = {"random", "syntax", "deep", "long", "number", "nameless"}
+# Jinja computes constants when it loads a template, if there is memory for them.
+MAY_BE_CONSTANT = {"huge_string", "huge_format"}
 
 
 @pytest.mark.parametrize("case", FAULTY)
@@ -234,7 +236,8 @@ def test_a_template_that_misbehaves_is_refused_in_one_line(encode, monkeypatch, 
     template, message = FAULTY[case]
     with pytest.raises(ConfigError, match=message) as info:
         encode(template)
-    assert str(info.value).startswith(NAME) != (case in WHEN_LOADED)
+    if case not in MAY_BE_CONSTANT:
+        assert str(info.value).startswith(NAME) != (case in WHEN_LOADED)
     assert "tokenizer_config.json" in str(info.value) and "\n" not in str(info.value)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from xlstm_jax.cli import evaluate, generate, main
+from xlstm_jax.cli import main
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import load
 from xlstm_jax.sharding import MeshConfig, make_devices
@@ -21,6 +21,7 @@ from xlstm_jax.train import (
     init_state,
     make_optimizer,
     make_train_step,
+    models,
     restore_params,
     rundir,
 )
@@ -192,13 +193,12 @@ def test_fit_differentiates_another_loss_and_evaluates_the_language_model_loss(
     assert results[1].evaluation["valid_accuracy"] >= 0
 
 
-@pytest.mark.parametrize("module", [evaluate, generate], ids=["evaluate", "generate"])
-def test_commands_restore_the_moving_average_if_asked(module, monkeypatch, tmp_path, capsys):
-    def restore(run_dir, step, *, ema):
+@pytest.mark.parametrize("name", ["evaluate", "generate"])
+def test_commands_restore_the_moving_average_if_asked(name, monkeypatch, tmp_path, capsys):
+    def load(source, step, *, ema, **options):
         raise ConfigError(f"restored with ema={ema}")
 
-    monkeypatch.setattr(module, "restore_params", restore)
-    name = module.__name__.rsplit(".", 1)[1]
+    monkeypatch.setattr(models, "load", load)
     options = [name, str(tmp_path), *(["--prompt", "a"] if name == "generate" else [])]
     for extra, expected in (([], False), (["--ema"], True)):
         assert main([*options, *extra]) == 2
