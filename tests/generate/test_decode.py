@@ -90,6 +90,7 @@ def test_result_does_not_depend_on_prefill_chunks(small, generated, monkeypatch)
     assert generate(*small, PROMPTS, max_new_tokens=8).tokens == generated.tokens
 
 
+@pytest.mark.slow
 def test_prompts_of_equal_length_may_be_an_array(small):
     expected = generate(*small, [[1, 2, 3], [4, 5, 6]], max_new_tokens=2).tokens
     for prompts in (
@@ -101,7 +102,10 @@ def test_prompts_of_equal_length_may_be_an_array(small):
         assert generate(*small, prompts, max_new_tokens=2).tokens == expected
 
 
-@pytest.mark.parametrize("length, widths", [(1, [4]), (9, [16]), (24, [16, 4, 4])])
+@pytest.mark.parametrize(
+    "length, widths",
+    [(24, [16, 4, 4]), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1, [4]), (9, [16])))],
+)
 def test_prompts_of_any_length_share_few_prefill_programs(small, monkeypatch, length, widths):
     """The state equals that of an unpadded pass."""
     model, variables = small
