@@ -43,12 +43,16 @@ def main():
     if record["tokenizer"] == "byte":
         ids = list(args.prompt.encode())
         text = lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace")  # noqa: E731
+    elif "tokenizer/tokenizer.json" not in arrays:
+        parser.error(f"{args.file} has no tokenizer.json, which this program needs")
     else:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_str(arrays["tokenizer/tokenizer.json"].tobytes().decode())
         ids, text = tokenizer.encode(args.prompt, add_special_tokens=False).ids, tokenizer.decode
 
+    if not ids:
+        parser.error("--prompt must not be empty")
     state = {name: jnp.zeros(x["shape"], x["dtype"]) for name, x in record["state"].items()}
     logits, width = jnp.zeros((1, record["vocab_size"])), record["prefill_width"]
     for start in range(0, len(ids), width):

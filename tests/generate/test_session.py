@@ -5,6 +5,7 @@ import json
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -355,3 +356,14 @@ def test_a_session_that_changes_while_it_answers_is_an_error():
     session.append("b")
     with pytest.raises(ArgumentError, match="the session must not change while an answer"):
         next(parts)
+
+
+def test_a_stop_string_may_begin_in_a_character_of_the_context():
+    """No token of the answer is kept; the search for the last one to keep must end."""
+    *start, end = "\N{EURO SIGN}".encode()
+    session = new()
+    session.append([*b"a", *start])
+    sampler = lambda logits, key, seen: jnp.int32(end)  # noqa: E731
+    options = dict(sampler=sampler, key=jax.random.key(0), stop=["\N{EURO SIGN}"])
+    assert session.generate(4, **options) == ""
+    assert session.tokens == [*b"a", *start]

@@ -5,13 +5,13 @@ import pytest
 from xlstm_jax.data import tokenizers
 from xlstm_jax.errors import ArgumentError
 from xlstm_jax.generate import Generation
-from xlstm_jax.generate.text import _parts, stream_text
+from xlstm_jax.generate.text import stream_text, text_parts
 
 BYTES = tokenizers.get("byte")
 
 
 def stream_parts(pieces, stop=()):
-    return list(_parts((Generation([list(p)], None, []) for p in pieces), BYTES, stop))
+    return list(text_parts((Generation([list(p)], None, []) for p in pieces), BYTES, stop))
 
 
 def test_every_piece_is_yielded_immediately():
@@ -62,7 +62,7 @@ def test_no_piece_is_decoded_after_a_stop_string():
         yield Generation([list(b"a END")], None, [])
         raise AssertionError("the text had ended")
 
-    assert list(_parts(pieces(), BYTES, ["END"])) == ["a "]
+    assert list(text_parts(pieces(), BYTES, ["END"])) == ["a "]
 
 
 @pytest.mark.usefixtures("unchecked_types")

@@ -16,7 +16,7 @@ import tyro
 from xlstm_jax import convert, hub
 from xlstm_jax.cli import console, options, subcommands
 from xlstm_jax.cli.exit_codes import DONE, WRONG_RESULT
-from xlstm_jax.config import ConfigError, read_json, to_dict, user_path
+from xlstm_jax.config import ConfigError, load_config, read_json, to_dict, user_path
 from xlstm_jax.convert import card, compare, hf, license, push, remote, tensors
 from xlstm_jax.data.config import DataConfig
 from xlstm_jax.data.tokenizers import locate
@@ -180,6 +180,8 @@ def _push(args: RunToHf) -> int:
 
 def _write(args: RunToHf, folder: Path) -> Fields:
     """Writes the folder of a run, and returns what to print about it."""
+    # Before the weights are read; `save` checks again.
+    hf.config_of(load_config(args.run, ExperimentConfig).model, args.dtype)
     cfg, params = restore_params(args.run, args.step)
     sizes = {"dtype": args.dtype, "max_shard_bytes": args.max_shard_bytes}
     license_name = save(args.run, folder, cfg.model, params, **sizes)

@@ -1,6 +1,5 @@
 """Tables of `xlstm-jax evaluate`: one column per model, or fields for a single one."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,7 +51,7 @@ def _fields(evaluation: Evaluation) -> dict[str, str]:
         fields["bits per byte"] = f"{result.bits_per_byte:.4f}"
     fields["nats per token"] = f"{result.nats_per_token:.4f}"
     # Beyond 700 nats the exponential overflows.
-    fields["perplexity"] = f"{math.exp(min(result.nats_per_token, 700.0)):.4f}"
+    fields["perplexity"] = f"{result.perplexity:.4f}"
     fields["tokens"] = f"{result.num_tokens:,}"
     return fields
 

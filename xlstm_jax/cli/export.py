@@ -12,7 +12,7 @@ from xlstm_jax.cli.exit_codes import DONE
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import tokenizers
 from xlstm_jax.errors import quote_path
-from xlstm_jax.generate import export_model
+from xlstm_jax.generate import export_model, prepare_params
 from xlstm_jax.generate.export import check_platforms
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.train import models
@@ -27,6 +27,7 @@ class Export(options.ModelCommand):
     model: options.ModelSource  # a run, a folder of transformers, or hf://ORG/NAME[@REVISION]
     file: FilePath  # to write
     platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")  # that can run it: cpu, cuda, rocm, tpu
+    weights: options.Weights | None = None  # their precision; None: that of activations
     step: int | None = None  # checkpoint of a run to load; None: the newest
     ema: bool = False  # of a run: use the moving average of the parameters, of train.ema_decay
 
@@ -40,11 +41,12 @@ def run(argv: list[str]) -> int:
             f"FILE must be a file in an existing folder, got {quote_path(args.file)}; create the "
             "folder or choose another."
         )
-    model = models.load(args.model, args.step, ema=args.ema, needs_tokenizer=False)
+    model = models.load(args.model, args.step, ema=args.ema, needs_tokenizer=False, unstacked=True)
     tokenizer = None if model.tokenizer is None else tokenizers.get(model.tokenizer)
-    inputs = LM(model.cfg.model), {"params": model.params}
-    export_model(args.file, *inputs, tokenizer=tokenizer, platforms=args.platforms)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    lm = LM(model.cfg.model)
+    variables = prepare_params(lm, {"params": model.params}, dtype=args.weights, consume=True)
+    export_model(args.file, lm, variables, tokenizer=tokenizer, platforms=args.platforms)
     console.print_fields(
         {
             "written": str(args.file),

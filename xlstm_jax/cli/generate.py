@@ -7,9 +7,10 @@ from typing import Any
 
 from xlstm_jax.cli import console, options, sessions
 from xlstm_jax.cli.exit_codes import DONE
+from xlstm_jax.config import check_range
 from xlstm_jax.data import tokenizers
 from xlstm_jax.generate import Sampler, prepare_params
-from xlstm_jax.generate.text import stream_text
+from xlstm_jax.generate.text import check_stop, stream_text
 from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.modules.lm import LM
 from xlstm_jax.program_cache import compiled_programs
@@ -41,6 +42,8 @@ def run(argv: list[str]) -> int:
     """Runs `generate`; raises ConfigError if an option or the model is invalid."""
     args = options.parse("generate", Generate, argv)
     sessions.check(args.session, args.prompt, is_chat=args.chat)
+    check_range("--max-new-tokens", args.max_new_tokens, "at least 1", "256 is the default")
+    check_stop(args.stop)
     is_greedy = args.temperature == 0
     sampler = Sampler(
         repetition_penalty=args.repetition_penalty,

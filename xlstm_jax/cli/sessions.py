@@ -84,10 +84,12 @@ def _print_and_save(parts: Iterator[str], session: Session, path: Path | None) -
     try:
         for part in parts:
             console.write(part)
-        console.write("\n")
-    finally:  # Ctrl-C ends an answer; the session has what was generated
-        if path is not None:
-            session.save(path)
+    except KeyboardInterrupt:  # ends the answer; the session has what was generated
+        if path is None:
+            raise
+    console.write("\n")
+    if path is not None:
+        session.save(path)
 
 
 def _key(seed: jax.Array, session: Session) -> jax.Array:

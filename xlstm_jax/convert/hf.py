@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from xlstm_jax.config import user_path
 from xlstm_jax.convert import families, mapping, remote, tensors
 from xlstm_jax.convert.fields import CONFIG, Fields, check_dtype, read_config
 from xlstm_jax.convert.prefixes import unwrap
@@ -121,7 +122,7 @@ def save_hf(
             folder has weights.
         WeightsError: the parameters do not match the config; names the first differences.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     config, family = config_of(cfg, dtype), _family_of(cfg)
     if special_tokens is not SPECIAL_TOKENS:  # a small vocabulary may lack the default ones
         config |= check_special_tokens(special_tokens, cfg.vocab_size, "special_tokens")

@@ -4,6 +4,7 @@ import fnmatch
 from pathlib import Path
 
 from xlstm_jax import hub
+from xlstm_jax.config import user_path
 from xlstm_jax.convert import card, hf, license, remote, tensors
 from xlstm_jax.errors import ConfigError
 
@@ -27,7 +28,7 @@ def push_hf(address: str, folder: str | Path, *, private: bool = True) -> hub.Pu
         WeightsError: a file of the weights is missing or corrupt.
         NetworkError: the hub cannot be reached.
     """
-    target, folder = destination(address), Path(folder)
+    target, folder = destination(address), user_path(folder)
     cfg, _ = hf.open_folder(folder)
     weights = tensors.files_of(folder)
     small = [

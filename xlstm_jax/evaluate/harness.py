@@ -4,11 +4,14 @@ Tokens, truncation and the windows of rolling log-likelihoods are those of the h
 for `transformers`, so that the results of a checkpoint agree.
 """
 
+import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from xlstm_jax.config import check_range
@@ -16,7 +19,7 @@ from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.errors import ArgumentError, ConfigError, import_optional, quote
 from xlstm_jax.evaluate.lengths import check_length, max_length
 from xlstm_jax.evaluate.spans import Span, score_spans, windows_of_document
-from xlstm_jax.generate import Sampler, greedy, stream
+from xlstm_jax.generate import Sampler, greedy, prepare_params, stream
 from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.modules.lm import LM
 
@@ -144,41 +147,59 @@ class XLSTM(TemplateLM):
         prompts = [
             self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests
         ]
+        # Of all tasks before the first answer, so that an invalid one costs no time.
+        options_of = {
+            name: self._checked(generation_options(requests[indices[0]].args[1]))
+            for name, indices in groups.items()
+        }
         results: dict[int, str] = {}
-        for indices in groups.values():
-            options = generation_options(requests[indices[0]].args[1])
+        for name, indices in groups.items():
+            options = options_of[name]
             indices.sort(key=lambda i: -len(prompts[i]))
             for first in range(0, len(indices), self.batch_size):
                 batch = indices[first : first + self.batch_size]
-                texts = self._generate([prompts[i] for i in batch], **options)
+                texts = self._generate([prompts[i] for i in batch], batch, **options)
                 results |= zip(batch, texts, strict=True)
         for i, request in enumerate(requests):
             self.cache_hook.add_partial("generate_until", request.args, results[i])
         return [results[i] for i in range(len(requests))]
 
+    def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a task, if there is room for its new tokens."""
+        new = options["max_new_tokens"]
+        if self.max_length is not None and new >= self.max_length:
+            raise ConfigError(
+                f"the {new} new tokens of a task must be fewer than the {self.max_length} that the "
+                "attention of the model sees; lower max_gen_toks in generation_kwargs of the task."
+            )
+        return options
+
     def _generate(
-        self, prompts: list[list[int]], max_new_tokens: int, until: list[str], sampler: Any
+        self,
+        prompts: list[list[int]],
+        indices: list[int],
+        max_new_tokens: int,
+        until: list[str],
+        sampler: Any,
     ) -> Iterator[str]:
         if self.max_length is not None:
-            room = self.max_length - max_new_tokens
-            if room < 1:
-                raise ConfigError(
-                    f"the {max_new_tokens} new tokens of a task must be fewer than the "
-                    f"{self.max_length} that the attention of the model sees; lower max_gen_toks "
-                    "in generation_kwargs of the task."
-                )
-            prompts = [ids[-room:] for ids in prompts]
+            prompts = [ids[-(self.max_length - max_new_tokens) :] for ids in prompts]
         tokens: list[list[int]] = [[] for _ in prompts]
+        padding = self.batch_size - len(prompts)
         pieces = stream(
             self._model,
-            self._variables,
-            # Short batches are filled up, so that all have one compiled program.
-            [*prompts, *([self.prefix_token_id] for _ in range(self.batch_size - len(prompts)))],
+            self._prepared,
+            # Short batches are padded, so that all have one compiled program.
+            [*prompts, *([self.prefix_token_id] for _ in range(padding))],
             max_new_tokens=max_new_tokens,
             piece=_PIECE,
             sampler=sampler,
-            key=random_key(self._seed),
+            # A key of its own for each request: a task may repeat one to draw several answers.
+            key=jax.vmap(jax.random.fold_in, (None, 0))(
+                random_key(self._seed), jnp.array([*indices, *[0] * padding])
+            ),
             stop=[self.eot_token_id],
+            with_state=False,
         )
         for piece in pieces:
             for ids, new in zip(tokens, piece.tokens, strict=False):
@@ -194,6 +215,10 @@ class XLSTM(TemplateLM):
             for stop in until:
                 text = text.split(stop)[0]
             yield text
+
+    @functools.cached_property
+    def _prepared(self) -> Any:
+        return prepare_params(self._model, self._variables)
 
     def _text(self, ids: list[int]) -> str:
         # Ids that only pad the vocabulary of the model have no text.
@@ -221,7 +246,12 @@ def generation_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     temperature = float(kwargs.get("temperature") or 0.0)
     samples = kwargs.get("do_sample", temperature > 0)
     sampler: Any = greedy
-    if samples and temperature != 0:
+    if samples and temperature <= 0:
+        raise ConfigError(
+            f"generation_kwargs.temperature must be above 0 with do_sample, got {temperature}; set "
+            "it, or do_sample to false."
+        )
+    if samples:
         top_k, top_p = kwargs.get("top_k"), kwargs.get("top_p")
         sampler = Sampler(temperature=temperature, top_k=top_k or None, top_p=top_p)
     return {

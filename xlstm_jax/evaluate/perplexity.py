@@ -1,6 +1,7 @@
 """Perplexity on held-out data: nats per token and bits per byte."""
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,11 +21,16 @@ from xlstm_jax.train.losses import EvalSums, token_sums
 
 
 class Perplexity(NamedTuple):
-    """Means over all targets of nonzero weight; `exp(nats_per_token)` is the perplexity."""
+    """Means over all targets of nonzero weight."""
 
     nats_per_token: float
     bits_per_byte: float | None  # None if the targets are not text
     num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """At most exp(700): beyond it, float64 overflows."""
+        return math.exp(min(self.nats_per_token, 700.0))
 
 
 def perplexity(

@@ -84,7 +84,7 @@ def _perplexity(axes: Any, evaluations: Sequence[Evaluation], names: list[str]) 
     values = [
         math.nan if e.perplexity is None
         else e.perplexity.bits_per_byte if is_text
-        else math.exp(e.perplexity.nats_per_token)
+        else e.perplexity.perplexity
         for e in evaluations
     ]  # fmt: skip
     colors = [_style(n)["color"] for n in range(len(names))]

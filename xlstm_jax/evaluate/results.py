@@ -1,7 +1,6 @@
 """What was measured of a model, for tables, plots and JSON."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ class Evaluation:
         values: dict[str, Any] = {"model": self.model, "num_params": self.num_params}
         if self.perplexity is not None:
             values |= {"data": self.data} | self.perplexity._asdict()
-            values["perplexity"] = math.exp(self.perplexity.nats_per_token)
+            values["perplexity"] = self.perplexity.perplexity
         for name in ("by_position", "by_frequency"):
             if buckets := getattr(self, name):
                 values[name] = [bucket._asdict() for bucket in buckets]

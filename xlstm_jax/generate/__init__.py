@@ -8,6 +8,7 @@ from xlstm_jax.generate.prefix_cache import PrefixCache
 from xlstm_jax.generate.prepare import prepare_params
 from xlstm_jax.generate.sampling import Sampler, greedy
 from xlstm_jax.generate.session import Session
+from xlstm_jax.generate.text import stream_text
 
 __all__ = [
     "ExportedModel",
@@ -22,4 +23,5 @@ __all__ = [
     "prepare_params",
     "sample_evaluator",
     "stream",
+    "stream_text",
 ]

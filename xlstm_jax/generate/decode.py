@@ -127,7 +127,7 @@ def stream(
     num_slots = _round_up(num_slots)
     # A stop token outside of the vocabulary, such as that of a larger tokenizer, never occurs.
     stop_ids = token_ids(list(stop), "stop", MAX_INT) if len(stop) else np.zeros(0, np.int32)
-    # Filled up with an id that never occurs, for few different shapes.
+    # Padded with an id that never occurs, for few different shapes.
     stop_ids = np.pad(
         stop_ids, (0, _power_of_two(len(stop_ids)) - len(stop_ids)), constant_values=-1
     )

@@ -45,6 +45,11 @@ def prepare_params(
     Raises:
         ArgumentError: the dtype is unknown, or `variables` are not those of the model.
     """
+    if "params" not in variables:
+        raise ArgumentError(
+            "variables must be a dict with the key 'params', as `init` returns, got the keys "
+            f"{quote(sorted(variables))}; write {{'params': params}}."
+        )
     cfg, params = model.cfg, variables["params"]
     if is_int8 := dtype in ("int8", jnp.int8):
         dtype = None

@@ -13,19 +13,15 @@ import numpy as np
 
 from xlstm_jax.config import MAX_INT, as_type, check_range, user_path
 from xlstm_jax.data.tokenizers import Tokenizer
-from xlstm_jax.errors import ArgumentError, quote
+from xlstm_jax.errors import ArgumentError
 from xlstm_jax.generate import decode, session_file
 from xlstm_jax.generate.arguments import AnyKey, check_tokenizer, token_ids
 from xlstm_jax.generate.prefix_cache import PrefixCache, state_after, state_bytes
 from xlstm_jax.generate.prepare import is_prepared, prepare_params
 from xlstm_jax.generate.sampling import greedy
 from xlstm_jax.generate.session_file import Point
-from xlstm_jax.generate.text import PIECE, _parts
+from xlstm_jax.generate.text import CONTEXT, PIECE, check_stop, text_parts
 from xlstm_jax.modules.lm import LM
-
-CONTEXT = 32
-"""Tokens before a continuation that are decoded with it: some tokenizers write a space depending on
-the token before."""
 
 
 class Session:
@@ -151,11 +147,8 @@ class Session:
         if not self._tokens or self.ended:
             reason = "ended with a stop token" if self._tokens else "is empty"
             raise ArgumentError(f"the session {reason} and cannot be continued; append text first.")
-        if isinstance(stop, str):
-            raise ArgumentError(f"stop must be a list, got {quote(stop)}; write [{quote(stop)}].")
         strings = [item for item in stop if isinstance(item, str)]
-        if "" in strings:
-            raise ArgumentError("stop must have no empty string, got ''; leave it out.")
+        check_stop(stop if isinstance(stop, str) else strings)
         ids = [self.tokenizer.eos_id, *(item for item in stop if not isinstance(item, str))]
         stop_ids = token_ids(ids, "stop", MAX_INT).tolist()
         return _Answer(self, stop_ids, strings).stream(max_new_tokens, sampler, key)
@@ -256,7 +249,7 @@ class _Answer:
         longest = max((len(string.encode()) for string in self.strings), default=0)
         self.recent = collections.deque([first], maxlen=3 + longest // piece)
         recorded = self._recorded(pieces)
-        return self._text(_parts(recorded, session.tokenizer, self.strings, self.context))
+        return self._text(text_parts(recorded, session.tokenizer, self.strings, self.context))
 
     def _recorded(self, pieces: Iterator[decode.Generation]) -> Iterator[decode.Generation]:
         session, point = self.session, self.first
@@ -297,10 +290,11 @@ class _Answer:
         count = len(generated)
         if text(count) == answer:
             return
-        while not answer.startswith(text(count)):
+        while count and not answer.startswith(text(count)):
             count -= 1
-        # A token may have the end of the answer and the beginning of the stop string.
-        rest = answer[len(text(count)) :]
+        # A token may have the end of the answer and the beginning of the stop string. Without
+        # any token, the text is only what the context leaves incomplete.
+        rest = answer[len(text(count)) :] if count else answer
         length = first.length + count
         session._tokens[length:] = session.tokenizer.encode(rest).tolist() if rest else []
         point = next((p for p in reversed(self.recent) if p.num_read < length), first)

@@ -1,14 +1,17 @@
 """Streaming of generated text: `decode.stream` with a tokenizer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from xlstm_jax.data.tokenizers import Tokenizer
-from xlstm_jax.errors import ArgumentError
+from xlstm_jax.errors import ArgumentError, quote
 from xlstm_jax.generate import decode
 from xlstm_jax.modules.lm import LM
 
 PIECE = 8  # tokens between two updates: few for low latency, many for throughput
+CONTEXT = 32
+"""Tokens before a continuation that are decoded with it: some tokenizers write a space depending on
+the token before."""
 
 
 def stream_text(
@@ -29,19 +32,30 @@ def stream_text(
     Raises:
         ArgumentError: a stop string is empty, or as `decode.stream`; before the first `next`.
     """
-    if "" in stop:
-        raise ArgumentError("stop must have no empty string, got ''; leave it out.")
+    check_stop(stop)
     ids = tokenizer.encode(prompt)
     options |= dict(piece=PIECE, stop=[tokenizer.eos_id], with_state=False)
     pieces = decode.stream(model, variables, [ids], **options)
-    return _parts(pieces, tokenizer, stop, prompt=ids.tolist())
+    return text_parts(pieces, tokenizer, stop, context=ids[-CONTEXT:].tolist())
 
 
-def _parts(
-    pieces, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int] = ()
+def check_stop(stop: Sequence[str]) -> None:
+    """Raises ArgumentError unless `stop` is a list of strings that are not empty."""
+    if isinstance(stop, str):
+        raise ArgumentError(f"stop must be a list, got {quote(stop)}; write [{quote(stop)}].")
+    if "" in stop:
+        raise ArgumentError("stop must have no empty string, got ''; leave it out.")
+
+
+def text_parts(
+    pieces: Iterable[decode.Generation],
+    tokenizer: Tokenizer,
+    stop: Sequence[str],
+    context: Sequence[int] = (),
 ) -> Iterator[str]:
-    # Decoded with the prompt: sentencepiece drops the space before the first token of a text.
-    tokens = [*prompt]
+    """The text of tokens that arrive in pieces, up to a stop string; `context` came before."""
+    # Decoded with it: sentencepiece drops the space before the first token of a text.
+    tokens = [*context]
     start = len(tokenizer.decode(tokens).rstrip("\N{REPLACEMENT CHARACTER}"))
     num_emitted = 0  # characters of the continuation that were yielded
     for piece in pieces:

@@ -26,6 +26,7 @@ class Int8Kernel(NamedTuple):
 
 def quantize(kernel: Float[Array, "F_in F_out"]) -> Int8Kernel:
     """Rounds each weight to a multiple of 1/127 of the largest weight of its output feature."""
+    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     largest = jnp.max(jnp.abs(kernel), axis=0)
     scale = jnp.where(largest > 0, largest / 127, 1)
     return Int8Kernel(jnp.round(kernel / scale[None]).astype(jnp.int8), scale)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from xlstm_jax import hub
 from xlstm_jax.convert import hf, remote
 from xlstm_jax.data.config import DataConfig
 from xlstm_jax.data.tokenizers import ByteTokenizer
@@ -48,6 +49,8 @@ def load(
         WeightsError: a file of weights is corrupt, or does not match its config.
         NetworkError: the hub cannot be reached.
     """
+    if hub.is_address(source):
+        _check_applies(source, step, ema=ema)  # before a download
     path = remote.find(source)
     if not os.path.isdir(path):
         is_other = "is a file" if os.path.exists(path) else "does not exist"
@@ -58,12 +61,7 @@ def load(
     if rundir.is_run(path):
         cfg, params = restore_params(path, step, ema=ema)
         return Model(cfg, params, rundir.tokenizer_of(path, cfg.data.tokenizer), is_run=True)
-    for name, value in (("step", step), ("ema", ema or None)):
-        if value is not None:
-            raise ConfigError(
-                f"{name}={value} applies to a run only, got {quote_path(source)}, a folder of "
-                f"transformers; leave --{name} out."
-            )
+    _check_applies(source, step, ema=ema)
     lm, read = hf.open_folder(path)
     tokenizer = _tokenizer_of(path, lm.vocab_size)
     if tokenizer is None and needs_tokenizer:
@@ -74,6 +72,16 @@ def load(
     name, data = path.resolve().name, DataConfig()
     cfg = ExperimentConfig(name=name, model=lm, data=data, train=TrainConfig())
     return Model(cfg, read(unstacked=unstacked), tokenizer, is_run=False)
+
+
+def _check_applies(source: str | Path, step: int | None, *, ema: bool) -> None:
+    """Raises ConfigError if an option for runs is set for a source that is none."""
+    for name, value in (("step", step), ("ema", ema or None)):
+        if value is not None:
+            raise ConfigError(
+                f"{name}={value} applies to a run only, got {quote_path(source)}, a folder of "
+                f"transformers; leave --{name} out."
+            )
 
 
 def require_data(model: Model, source: str, data: str | None) -> None:

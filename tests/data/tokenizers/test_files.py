@@ -15,7 +15,7 @@ from xlstm_jax.data import tokenizers
 from xlstm_jax.data.tokenizers import files, from_file
 from xlstm_jax.errors import ConfigError, NetworkError
 from xlstm_jax.generate import Generation
-from xlstm_jax.generate.text import _parts
+from xlstm_jax.generate.text import text_parts
 
 KINDS = {
     "byte_level": make.byte_level_bpe,
@@ -132,7 +132,7 @@ def test_text_is_streamed_with_its_spaces_and_its_characters_of_several_tokens(l
     prompt = tokenizer.encode("two").tolist()
     assert ids[: len(prompt)] == prompt
     pieces = [Generation([[i]], None, []) for i in ids[len(prompt) :]]
-    parts = list(_parts(pieces, tokenizer, (), prompt))
+    parts = list(text_parts(pieces, tokenizer, (), prompt))
     assert "".join(parts) == " words \u6728\U0001f642 end"
     assert not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
 
