@@ -1,6 +1,7 @@
 """`xlstm-jax evaluate MODEL...`: perplexity, bits per byte and tasks of trained models."""
 
 import dataclasses
+import os
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,7 +136,8 @@ def _check(args: Evaluate) -> Any:
 def _check_exists(source: str, args: Evaluate) -> None:
     """Raises the error of `models.load`, before minutes of evaluation of another model."""
     path = remote.find(source)
-    if rundir.is_run(path) and not checkpoint.steps(path):
+    # A function of `os.path`, which is False for a path that is too long.
+    if not os.path.isdir(path) or (rundir.is_run(path) and not checkpoint.steps(path)):
         models.load(source, args.step, ema=args.ema)
 
 
