@@ -1,8 +1,8 @@
 """`xlstm-jax evaluate MODEL...`: perplexity, bits per byte and tasks of trained models."""
 
 import dataclasses
-import os
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
