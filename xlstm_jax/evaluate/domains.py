@@ -14,6 +14,7 @@ from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.errors import ArgumentError, ConfigError, quote, quote_path
 from xlstm_jax.evaluate.lengths import check_length
 from xlstm_jax.evaluate.spans import Span, score_spans, windows_of_document
+from xlstm_jax.generate.arguments import check_tokenizer
 from xlstm_jax.modules.lm import LM
 
 GROUP = 256
@@ -68,11 +69,7 @@ def by_domain(
     check_range("seq_len", seq_len, "at least 1", "the default is 2048")
     check_range("batch_size", batch_size, "at least 1")
     check_length(model.cfg, "seq_len", seq_len)
-    if tokenizer.vocab_size > model.cfg.vocab_size:
-        raise ArgumentError(
-            f"tokenizer must have at most {model.cfg.vocab_size} ids, the vocabulary of the model, "
-            f"got {tokenizer.vocab_size}; use the tokenizer of the model."
-        )
+    check_tokenizer(tokenizer, model.cfg.vocab_size)
     domains = find_domains(folder)
     return {
         name: _domain(model, variables, tokenizer, name, files, seq_len, batch_size)

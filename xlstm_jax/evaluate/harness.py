@@ -20,6 +20,7 @@ from xlstm_jax.errors import ArgumentError, ConfigError, import_optional, quote
 from xlstm_jax.evaluate.lengths import check_length, max_length
 from xlstm_jax.evaluate.spans import Span, score_spans, windows_of_document
 from xlstm_jax.generate import Sampler, greedy, prepare_params, stream
+from xlstm_jax.generate.arguments import check_tokenizer
 from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.modules.lm import LM
 
@@ -69,11 +70,7 @@ class XLSTM(TemplateLM):
         check_range("max_length", max_length, "at least 1", "leave it out")
         if max_length is not None:
             check_length(model.cfg, "max_length", max_length)
-        if tokenizer.vocab_size > model.cfg.vocab_size:
-            raise ArgumentError(
-                f"tokenizer must have at most {model.cfg.vocab_size} ids, the vocabulary of the "
-                f"model, got {tokenizer.vocab_size}; use the tokenizer of the model."
-            )
+        check_tokenizer(tokenizer, model.cfg.vocab_size)
         self._model, self._variables, self._tokenizer = model, variables, tokenizer
         self._max_length, self._prefix, self._seed = max_length, prefix_token_id, seed
         self.batch_size = batch_size
