@@ -1,6 +1,7 @@
 """Sessions continue as if copies, rewinds and files had never been; altered files are refused."""
 
 import dataclasses
+import errno
 import json
 
 import chex
@@ -17,7 +18,7 @@ from xlstm_jax.errors import ArgumentError
 from xlstm_jax.generate import Sampler, Session, container, generate, prefill
 from xlstm_jax.modules import LM
 
-pytest.importorskip("safetensors")
+safetensors = pytest.importorskip("safetensors")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -367,3 +368,13 @@ def test_a_stop_string_may_begin_in_a_character_of_the_context():
     options = dict(sampler=sampler, key=jax.random.key(0), stop=["\N{EURO SIGN}"])
     assert session.generate(4, **options) == ""
     assert session.tokens == [*b"a", *start]
+
+
+def test_a_full_disk_is_an_error_of_the_system(monkeypatch, tmp_path):
+    def save_file(*args, **kwargs):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", save_file)
+    with pytest.raises(OSError) as info:
+        new().save(tmp_path / "a.safetensors")
+    assert info.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())

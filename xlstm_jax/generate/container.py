@@ -6,6 +6,7 @@ Nothing in a file is executed by reading it.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -52,10 +53,10 @@ def write(
         _set_digest(draft)
         os.replace(draft, path)
     except safetensors.SafetensorError as error:
-        raise ConfigError(
-            f"{quote_path(path)} cannot be written ({printable(str(error))[:200]}); free the disk "
-            "or use another path."
-        ) from error
+        # Its error for a full disk or a failed write, which has no number of its own.
+        reason = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(reason[1]) if reason else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
     except OSError as error:
         error.filename = str(path)
         raise
