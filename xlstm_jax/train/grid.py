@@ -1,0 +1,151 @@
+"""Runs that differ in seed and learning rate, trained and evaluated by one compiled program each.
+
+The runs of a grid, its members, have equal shapes and see the same batches, so that all of them
+are one program under `jax.vmap`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlstm_jax.data.batch import Batch
+from xlstm_jax.errors import ArgumentError, quote
+from xlstm_jax.modules.initializers import random_key
+from xlstm_jax.ops.cross_entropy import CrossEntropy
+from xlstm_jax.train import losses
+from xlstm_jax.train.config import TrainConfig
+from xlstm_jax.train.optimizer import make_optimizer
+from xlstm_jax.train.schedules import make_schedule
+from xlstm_jax.train.state import TrainState, init_state
+from xlstm_jax.train.step import LossFn, make_train_step
+from xlstm_jax.typing import Float, PyTree
+
+Report = Callable[[int, Float[np.ndarray, "M"]], None]
+
+
+class Grid(NamedTuple):
+    """A trained grid of M members: `seeds[0]` with every learning rate, then `seeds[1]`, ..."""
+
+    params: PyTree  # with a leading axis M
+    losses: Float[np.ndarray, "steps M"]  # of training, in nats per token
+    seeds: tuple[int, ...]  # of each member
+    lrs: tuple[float, ...]  # of each member
+
+    def member(self, index: int) -> PyTree:
+        """The parameters of one member."""
+        return jax.tree.map(lambda leaf: leaf[index], self.params)
+
+
+def train_grid(
+    model: Any,
+    cfg: TrainConfig,
+    batches: Callable[[int, int], Batch],
+    *,
+    seeds: Sequence[int],
+    lrs: Sequence[float],
+    end_lr: float | None = None,
+    loss_fn: LossFn | None = None,
+    report: Report | None = None,
+) -> Grid:
+    """Trains every seed with every learning rate.
+
+    Each member follows the schedule of `cfg` with its own peak. The members draw the same dropout
+    masks; only their initial parameters depend on the seed.
+
+    Args:
+        model: an `LM`, or a module that is called with the inputs of a batch.
+        cfg: its `lr` and `seed` are not used; the others hold for all members.
+        batches: (first step, number of steps) -> the batches of these steps with a leading axis.
+            Steps are computed `cfg.log_every` at a time.
+        end_lr: the learning rate at the end of the schedule; None: `cfg.end_factor` of the peak.
+        loss_fn: as that of `make_train_step`.
+        report: called with the number of finished steps and the mean loss of each member since
+            the last call.
+
+    Raises:
+        ArgumentError: there is no seed or no learning rate, or one is given twice.
+    """
+    for name, values in (("seeds", seeds), ("lrs", lrs)):
+        if not values or len(set(values)) < len(values):
+            raise ArgumentError(
+                f"{name} must have at least one value and none twice, got {quote(tuple(values))}; "
+                "each combination of a seed and a learning rate is one run."
+            )
+    members = [(seed, lr) for seed in seeds for lr in lrs]
+    rates = jnp.asarray(np.stack([_rates(cfg, lr, end_lr) for _, lr in members], axis=1))
+    run, states = _program(model, cfg, loss_fn, [seed for seed, _ in members], batches(0, 1))
+    history = []
+    for first in range(0, cfg.steps, cfg.log_every):
+        count = min(cfg.log_every, cfg.steps - first)
+        states, loss = run(states, batches(first, count), rates[first : first + count])
+        history.append(np.asarray(loss))
+        if report is not None:
+            report(first + count, history[-1].mean(axis=0))
+    member_seeds, member_lrs = zip(*members, strict=True)
+    return Grid(states.params, np.concatenate(history), member_seeds, member_lrs)
+
+
+def _program(model: Any, cfg: TrainConfig, loss_fn: LossFn | None, seeds: list[int], example):
+    """The compiled steps of a grid, and its initial states."""
+    # With a constant schedule of 1, lr_scale is the learning rate itself, which may then differ
+    # between members in more than a factor.
+    cfg = dataclasses.replace(cfg, schedule="constant", lr=1.0, warmup_steps=0, cooldown_steps=0)
+    tx = make_optimizer(cfg)
+    keys = jnp.stack([random_key(seed) for seed in seeds])
+    inputs = jax.tree.map(lambda x: jnp.asarray(x[0, :1]), example.inputs)
+    states = jax.vmap(lambda key: init_state(model, tx, key, inputs, freeze=cfg.freeze))(keys)
+    update = jax.vmap(make_train_step(model, tx, cfg, loss_fn), in_axes=(0, None))
+
+    def body(states: TrainState, inputs):
+        batch, rates = inputs
+        states, metrics = update(states.replace(lr_scale=rates), batch)
+        return states, metrics["loss"]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(states, batches, rates):
+        return jax.lax.scan(body, states, (batches, rates))
+
+    return run, states
+
+
+def _rates(cfg: TrainConfig, lr: float, end_lr: float | None) -> Float[np.ndarray, "steps"]:
+    """The learning rate of each step."""
+    end_factor = cfg.end_factor if end_lr is None else end_lr / lr
+    schedule = make_schedule(dataclasses.replace(cfg, lr=lr, end_factor=end_factor))
+    return np.asarray(jax.vmap(schedule)(jnp.arange(cfg.steps)), np.float32)
+
+
+def evaluate_grid(
+    model: Any,
+    params: PyTree,
+    batches: Iterable[Batch],
+    cfg: TrainConfig,
+    loss_fn: LossFn | None = None,
+) -> CrossEntropy:
+    """The sums of every member over batches, each of shape [M]; without dropout.
+
+    Args:
+        params: with a leading axis M.
+        cfg: that of training.
+        loss_fn: as that of `make_train_step`; it is called without a dropout key.
+    """
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, None))
+    def sums_of(params: PyTree, batch: Batch) -> CrossEntropy:
+        if loss_fn is None:
+            return losses.language_model_loss(model, params, batch, cfg)[1]
+        return loss_fn(params, batch, None)[1]
+
+    total: Any = None
+    for batch in batches:
+        sums = jax.device_get(sums_of(params, batch))
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    if total is None:
+        raise ArgumentError("batches must have at least one batch, got none; pass some.")
+    return total
