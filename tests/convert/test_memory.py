@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -12,8 +13,11 @@ import pytest
 from tests.convert.baselines import random_params
 from tests.convert.test_round_trip import assert_same_trees, model
 from xlstm_jax import convert, sharding
+from xlstm_jax.config import to_dict
 from xlstm_jax.convert import shards
+from xlstm_jax.data import DataConfig
 from xlstm_jax.modules import LargeConfig
+from xlstm_jax.train import ExperimentConfig, TrainConfig, checkpoint, rundir
 
 # Prints peak memory while a folder is loaded onto eight devices, beyond that before, relative to
 # the parameters. `clear_refs` resets the peak.
@@ -67,14 +71,14 @@ def test_peak_memory_is_little_more_than_the_parameters(tmp_path):
     assert peak(tmp_path / "hf", fsdp=4, tensor=2) < 1.15
 
 
-# Prints peak memory of loading the second folder and joining its weights, beyond that after the
+# Prints peak memory of loading the second model and joining its weights, beyond that after the
 # first, a small one, relative to the weights.
 PREPARE = """
 import json, pathlib, sys
 import jax
-from xlstm_jax.convert import hf
 from xlstm_jax.generate import prepare_params
 from xlstm_jax.modules import LM
+from xlstm_jax.train import models
 
 def status(name):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
@@ -83,20 +87,27 @@ def status(name):
 for folder in sys.argv[1:]:
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    cfg, read = hf.open_folder(folder)
-    params = prepare_params(LM(cfg), {"params": read(unstacked=True)}, consume=True)
+    cfg, params, *_ = models.load(folder, needs_tokenizer=False, unstacked=True)
+    params = prepare_params(LM(cfg.model), {"params": params}, consume=True)
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 print(json.dumps({"peak": (status("VmHWM") - before) / size}))
 """
 
 
+def save_run(folder, model, params):
+    cfg = ExperimentConfig(name="run", model=model, data=DataConfig(), train=TrainConfig())
+    rundir.prepare(pathlib.Path(folder), cfg, {}, step=0)
+    checkpoint.save_params(folder, params, to_dict(cfg))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
-def test_joining_the_weights_for_decoding_needs_no_second_copy(tmp_path):
+@pytest.mark.parametrize("save", [convert.save_hf, save_run])
+def test_joining_the_weights_for_decoding_needs_no_second_copy(save, tmp_path):
     folders = [str(tmp_path / name) for name in ("small", "large")]
     for folder, (dim, num_blocks) in zip(folders, ((128, 1), (768, 12)), strict=True):
         cfg = sized(dim, num_blocks, vocab_size=8_000)
-        convert.save_hf(folder, cfg, random_params(cfg))
+        save(folder, cfg, random_params(cfg))
     process = subprocess.run(
         [sys.executable, "-c", PREPARE, *folders],
         # As the arrays of a real model do, these return their memory to the system.

@@ -27,6 +27,7 @@ from xlstm_jax.train import (
     restore_adapters,
     restore_params,
 )
+from xlstm_jax.train.checkpoint import restore_unstacked
 from xlstm_jax.train.evaluators import Evaluator
 from xlstm_jax.train.lora.adapters import flatten
 from xlstm_jax.train.program import TrainProgram
@@ -141,6 +142,7 @@ def test_a_run_restores_merged_parameters_and_adapters_alone(tuned, assert_same)
     adapters = restore_adapters(run_dir)[1]
     assert_same(adapters, result.state.params["lora"])
     merged = restore_params(run_dir)[1]
+    assert_same(restore_unstacked(run_dir)[1], merged)  # computed, so it stays stacked
     assert_same(merged, lora.merged(result.state.params, cfg.lora))
     plain = TrainProgram(dataclasses.replace(cfg, lora=LoraConfig()), make_devices(cfg.mesh))
     evaluation = plain.evaluate(merged, load(cfg.data, "valid"))

@@ -11,7 +11,7 @@ from xlstm_jax.data.tokenizers import ByteTokenizer
 from xlstm_jax.data.tokenizers.locate import has_tokenizer
 from xlstm_jax.errors import ConfigError, quote_path
 from xlstm_jax.train import rundir
-from xlstm_jax.train.checkpoint import restore_params
+from xlstm_jax.train.checkpoint import restore_params, restore_unstacked
 from xlstm_jax.train.config import ExperimentConfig, TrainConfig
 from xlstm_jax.typing import PyTree
 
@@ -40,8 +40,8 @@ def load(
         step: the checkpoint of a run; None: the newest.
         ema: use the moving average of the parameters of a run.
         needs_tokenizer: raise ConfigError if there is no tokenizer, before parameters are read.
-        unstacked: read the weights of a folder as `generate.prepare_params` needs them, layer by
-            layer, so that it never has a second copy of them.
+        unstacked: read the weights as `generate.prepare_params` needs them, layer by layer, so that
+            there is never a second copy of them.
 
     Raises:
         ConfigError: the source is none of these, or has no tokenizer and needs one.
@@ -59,7 +59,8 @@ def load(
             "transformers, or hf://ORG/NAME."
         )
     if rundir.is_run(path):
-        cfg, params = restore_params(path, step, ema=ema)
+        restore = restore_unstacked if unstacked else restore_params
+        cfg, params = restore(path, step, ema=ema)
         return Model(cfg, params, rundir.tokenizer_of(path, cfg.data.tokenizer), is_run=True)
     _check_applies(source, step, ema=ema)
     lm, read = hf.open_folder(path)

@@ -24,6 +24,7 @@ from xlstm_jax.train.checkpoint.restore import (
     restore_params,
 )
 from xlstm_jax.train.checkpoint.save import Checkpointer, save_params
+from xlstm_jax.train.checkpoint.unstacked import restore_unstacked
 
 __all__ = [
     "FOLDER",
@@ -35,6 +36,7 @@ __all__ = [
     "restore_adapters",
     "restore_latest",
     "restore_params",
+    "restore_unstacked",
     "save_params",
     "steps",
 ]

@@ -112,7 +112,7 @@ def restore_params(
         ConfigError: the directory contains no run, or no moving average with `ema`.
         CheckpointError: the run has no checkpoint of this step, or it is corrupt.
     """
-    cfg, step = _config_and_step(run_dir, step)
+    cfg, step = config_and_step(run_dir, step)
     if ema and not cfg.train.ema_decay:
         raise ConfigError(
             f"{run_dir} must have been trained with train.ema_decay above 0, got 0.0; leave ema "
@@ -125,7 +125,7 @@ def restore_params(
     def like(stored: PyTree) -> PyTree:  # partial: the rest of the optimizer state is not read
         if ema:
             return {"params": params, "ema": trained}
-        average = _like_average(stored.get("opt_state"), trained, place)
+        average = like_average(stored.get("opt_state"), trained, place)
         return {"params": params} | ({} if average is None else {"opt_state": average})
 
     state = load_items(Path(run_dir), step, {"state": like}, partial=True)["state"]
@@ -139,7 +139,7 @@ def restore_adapters(
     run_dir: str | Path, step: int | None = None
 ) -> tuple[ExperimentConfig, PyTree]:
     """Restores the config and the LoRA adapters of a run alone; as `restore_params`."""
-    cfg, step = _config_and_step(run_dir, step)
+    cfg, step = config_and_step(run_dir, step)
     if not cfg.lora.rank:
         raise ConfigError(f"{run_dir} has no adapters; train one with lora.rank of at least 1.")
     shapes = adapters.attached_shapes(param_shapes(cfg.model), cfg.lora)
@@ -148,7 +148,7 @@ def restore_adapters(
     return cfg, state["params"][ADAPTERS]
 
 
-def _config_and_step(run_dir: str | Path, step: int | None) -> tuple[ExperimentConfig, int]:
+def config_and_step(run_dir: str | Path, step: int | None) -> tuple[ExperimentConfig, int]:
     """The config of a run, and a step with a checkpoint: the newest if None."""
     cfg = load_config(run_dir, ExperimentConfig)
     saved = steps(run_dir)
@@ -160,7 +160,7 @@ def _config_and_step(run_dir: str | Path, step: int | None) -> tuple[ExperimentC
     return cfg, saved[-1] if step is None else step
 
 
-def _like_average(stored: PyTree, params: PyTree, place: Callable[[PyTree], PyTree] | None) -> Any:
+def like_average(stored: PyTree, params: PyTree, place: Callable[[PyTree], PyTree] | None) -> Any:
     """The structure of a stored optimizer state, reduced to what `eval_params` needs; or None."""
     if isinstance(stored, dict) and set(ScheduleFreeState._fields) <= stored.keys():
         numbers = {name: stored[name] for name in ("b1", "weight_sum", "step_count", "max_lr")}
@@ -169,9 +169,9 @@ def _like_average(stored: PyTree, params: PyTree, place: Callable[[PyTree], PyTr
         unread = jax.tree.map(lambda _: None, stored["base_optimizer_state"])
         return ScheduleFreeState(z=params, base_optimizer_state=unread, **numbers)
     if isinstance(stored, list):
-        parts = [_like_average(part, params, place) for part in stored]
+        parts = [like_average(part, params, place) for part in stored]
         return None if all(part is None for part in parts) else parts
     if isinstance(stored, dict):
-        named = {name: _like_average(part, params, place) for name, part in stored.items()}
+        named = {name: like_average(part, params, place) for name, part in stored.items()}
         return {name: part for name, part in named.items() if part is not None} or None
     return None
