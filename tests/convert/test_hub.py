@@ -283,7 +283,10 @@ def test_only_complete_folders_are_pushed_to_a_branch(server, folder, tmp_path):
     ("line", "fields"),
     [
         ("apache-2.0 (README.md)", {"license": "apache-2.0"}),
-        ("other, Some Terms, https://x (README.md)", {"license": "other", "name": "some-terms"}),
+        (
+            "other, Some Terms, https://x (README.md)",
+            {"license": "other", "name": "some-terms", "link": "https://x"},
+        ),
         ("Some License (LICENSE)", {"license": "other", "name": "see-link"}),
         (license.UNKNOWN, {}),
         ("none: the weights were trained in this run; choose one", {}),
@@ -294,7 +297,7 @@ def test_the_header_of_a_card_has_licenses_that_the_hub_knows(line, fields):
         fields = {
             "license": fields["license"],
             "license_name": fields["name"],
-            "license_link": license.FILE,
+            "license_link": fields.get("link", license.FILE),
         }
     assert license.header_fields(line) == fields
 

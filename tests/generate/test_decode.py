@@ -201,6 +201,9 @@ INVALID = {
     "text as stop": (dict(stop=["a"]), "stop must be a list of at least one token id"),
     "huge stop": (dict(stop=[10**10]), "stop must have token ids from 0 to 2147483646, got"),
     "no key": (dict(sampler=Sampler()), "key must be a PRNG key"),
+    "sampler": (dict(sampler=3, key=1), "sampler must be a hashable function .*, got 3; use"),
+    "unhashable": (dict(sampler=[], key=1), r"sampler must be a hashable .*, got \[\]; use"),
+    "never": (dict(sampler=Sampler(never=(11,)), key=1), "never must have token ids below 11"),
     "too many keys": (dict(key=3), r"single key or have the shape \(1,\), got"),
     "state of two": (dict(state=2), "must be that of pattern='ms' and 1 sequences: leaf 'm/conv'"),
 }

@@ -27,7 +27,7 @@ from xlstm_jax.train import (
     restore_adapters,
     restore_params,
 )
-from xlstm_jax.train.checkpoint import restore_unstacked
+from xlstm_jax.train.checkpoint.unstacked import restore_unstacked
 from xlstm_jax.train.evaluators import Evaluator
 from xlstm_jax.train.lora.adapters import flatten
 from xlstm_jax.train.program import TrainProgram

@@ -9,12 +9,8 @@ from xlstm_jax.data import DataConfig
 from xlstm_jax.modules import LM, LMConfig
 from xlstm_jax.modules.stack import stack_layers
 from xlstm_jax.train import ExperimentConfig, TrainConfig, rundir
-from xlstm_jax.train.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    restore_params,
-    restore_unstacked,
-)
+from xlstm_jax.train.checkpoint import Checkpointer, CheckpointError, restore_params
+from xlstm_jax.train.checkpoint.unstacked import restore_unstacked
 from xlstm_jax.train.optimizer import make_optimizer
 from xlstm_jax.train.state import init_state
 

@@ -120,17 +120,18 @@ def _check(args: Evaluate) -> Any:
         options.check_out(args.plot, "--plot")
     if args.domains is not None:
         find_domains(args.domains)
+    tasks = None
+    if args.tasks:
+        from xlstm_jax.evaluate.tasks import Tasks  # imports lm-eval, which takes seconds
+
+        tasks = Tasks(args.tasks, args.task_path, num_fewshot=args.num_fewshot, limit=args.limit)
     places: list[Path] = []
-    for source in args.models:
+    for source in args.models:  # models of the hub are downloaded here
         _check_exists(source, args)
         places.append(remote.find(source).resolve())
         if places[-1] in places[:-1]:
             raise ConfigError(f"models must differ, got {quote(source)} twice; name it once.")
-    if not args.tasks:
-        return None
-    from xlstm_jax.evaluate.tasks import Tasks  # imports lm-eval, which takes seconds
-
-    return Tasks(args.tasks, args.task_path, num_fewshot=args.num_fewshot, limit=args.limit)
+    return tasks
 
 
 def _check_exists(source: str, args: Evaluate) -> None:

@@ -1,7 +1,6 @@
 """`xlstm-jax report RUN...`: one HTML page that compares runs."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +29,7 @@ def run(argv: list[str]) -> int:
     options.check_out(args.out)
     result = report.write(args.runs, args.out)
     if args.json:
-        console.write(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+        console.print_json(result)
         return DONE
     rows = [
         [s.name, s.status, f"{s.step:,}", _loss(s.loss), _loss(s.evaluation.get("valid_loss"))]

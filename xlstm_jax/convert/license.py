@@ -58,7 +58,9 @@ def header_fields(line: str) -> dict[str, str]:
     if identifier != "other":
         return {"license": identifier}
     named = re.sub(r"[^a-z0-9.-]+", "-", others[0].lower()) if others else "see-link"
-    return {"license": identifier, "license_name": named, "license_link": FILE}
+    is_url = len(others) > 1 and re.fullmatch(r"https?://\S+", others[1])
+    link = others[1] if is_url else FILE  # a file of the source is not pushed
+    return {"license": identifier, "license_name": named, "license_link": link}
 
 
 def _from_card(card: Path) -> str | None:

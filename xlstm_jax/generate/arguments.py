@@ -1,6 +1,6 @@
 """Arguments of generation: prompts, token ids and keys, checked before anything is compiled."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jaxtyping import Integer, Key
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.errors import ArgumentError, quote
+from xlstm_jax.generate.sampling import Sampler, check_never
 from xlstm_jax.typing import Array, PRNGKeyArray
 
 Prompts = (
@@ -46,6 +47,17 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
             f"tokenizer must have at most {vocab_size} ids, the vocabulary of the model, got "
             f"{tokenizer.vocab_size}; use the tokenizer of the model."
         )
+
+
+def check_sampler(sampler: Any, vocab_size: int) -> None:
+    """Raises ArgumentError unless a sampler can be compiled for this vocabulary."""
+    if not callable(sampler) or not isinstance(sampler, Hashable):
+        raise ArgumentError(
+            "sampler must be a hashable function (logits, key, seen) -> token, got "
+            f"{quote(sampler)}; use `greedy`, a `Sampler`, or a frozen dataclass."
+        )
+    if isinstance(sampler, Sampler):
+        check_never(sampler.never, vocab_size)
 
 
 def prompt_ids(prompts: Prompts, vocab_size: int) -> list[np.ndarray]:

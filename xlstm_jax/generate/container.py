@@ -44,7 +44,7 @@ def write(
     checksums = {name: _sha256(array) for name, array in arrays.items()}
     record = {**record, "format": FORMAT, "kind": kind, _ARRAYS: checksums}
     metadata = {_RECORD: json.dumps(record), "header_sha256": _UNSET.decode()}
-    draft = path.with_name(path.name + ".tmp")
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process alone
     try:
         draft.touch()  # an invalid path raises an OSError here; safetensors has an error of its own
         mode = draft.stat().st_mode

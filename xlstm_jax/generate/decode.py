@@ -15,7 +15,14 @@ from jaxtyping import Key
 
 from xlstm_jax.config import MAX_INT, ConfigError, as_type, check_range
 from xlstm_jax.generate import prefill
-from xlstm_jax.generate.arguments import AnyKey, Prompts, prompt_ids, sequence_keys, token_ids
+from xlstm_jax.generate.arguments import (
+    AnyKey,
+    Prompts,
+    check_sampler,
+    prompt_ids,
+    sequence_keys,
+    token_ids,
+)
 from xlstm_jax.generate.prepare import is_prepared, prepare_params
 from xlstm_jax.generate.sampling import greedy, log_probability
 from xlstm_jax.modules.lm import LM
@@ -121,6 +128,7 @@ def stream(
             "key must be a PRNG key unless the sampler is greedy, got None; "
             "pass jax.random.key(seed), or sampler=greedy."
         )
+    check_sampler(sampler, model.cfg.vocab_size)
     ids = prompt_ids(prompts, model.cfg.vocab_size)
     num_slots = len(ids) if slots is None else as_type(int, slots, "slots")
     check_range("slots", num_slots, "at least 1", "leave it out to use as many as prompts")

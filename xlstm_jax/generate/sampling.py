@@ -92,6 +92,15 @@ def greedy(
     return first_largest(logits)
 
 
+def check_never(never: tuple[int, ...], vocab_size: int) -> None:
+    """Raises ArgumentError unless excluded tokens are in the vocabulary."""
+    if never and max(never) >= vocab_size:
+        raise ArgumentError(
+            f"never must have token ids below {vocab_size}, the size of the vocabulary, got "
+            f"{max(never)}; drop it."
+        )
+
+
 MAX_FACTOR = 1e6
 """Largest factor on logits, up or down: beyond it, logits may overflow float32."""
 
@@ -129,11 +138,7 @@ class Sampler:
         if self.repetition_penalty is not None:
             logits = repetition_penalty(logits, seen, self.repetition_penalty)
         if self.never:
-            if max(self.never) >= logits.shape[-1]:
-                raise ArgumentError(
-                    f"never must have token ids below {logits.shape[-1]}, the size of the "
-                    f"vocabulary, got {max(self.never)}; drop it."
-                )
+            check_never(self.never, logits.shape[-1])
             logits = logits.at[..., jnp.array(self.never)].set(-jnp.inf)
         logits = temperature(logits, self.temperature)
         filters: Any = (top_k, self.top_k), (top_p, self.top_p), (min_p, self.min_p)

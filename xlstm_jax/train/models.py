@@ -11,7 +11,8 @@ from xlstm_jax.data.tokenizers import ByteTokenizer
 from xlstm_jax.data.tokenizers.locate import has_tokenizer
 from xlstm_jax.errors import ConfigError, quote_path
 from xlstm_jax.train import rundir
-from xlstm_jax.train.checkpoint import restore_params, restore_unstacked
+from xlstm_jax.train.checkpoint import restore_params
+from xlstm_jax.train.checkpoint.unstacked import restore_unstacked
 from xlstm_jax.train.config import ExperimentConfig, TrainConfig
 from xlstm_jax.typing import PyTree
 

@@ -24,7 +24,6 @@ from xlstm_jax.train.checkpoint.restore import (
     restore_params,
 )
 from xlstm_jax.train.checkpoint.save import Checkpointer, save_params
-from xlstm_jax.train.checkpoint.unstacked import restore_unstacked
 
 __all__ = [
     "FOLDER",
@@ -36,7 +35,6 @@ __all__ = [
     "restore_adapters",
     "restore_latest",
     "restore_params",
-    "restore_unstacked",
     "save_params",
     "steps",
 ]
