@@ -1,6 +1,6 @@
 """The parity task: published examples, shifted targets, and samples by index."""
 
-import functools
+import dataclasses
 
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ def samples(seed, split, start, count, *lengths, vocab_size=parity.VOCAB_SIZE):
     """Samples start .. start + count - 1; `lengths` are min_len, max_len and L."""
     low, high, padded_len = lengths
     cfg = DataConfig(seq_len=padded_len - 1, seed=seed, min_len=low, max_len=high)
-    task = functools.partial(parity.task, vocab_size=vocab_size)
-    return Samples(task, vocab_size, cfg, split).batch(np.arange(start, start + count))
+    cfg = dataclasses.replace(cfg, task={"vocab_size": vocab_size})
+    return Samples(parity.TASK, cfg, split).batch(np.arange(start, start + count))
 
 
 @pytest.mark.parametrize(

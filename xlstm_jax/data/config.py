@@ -50,6 +50,12 @@ class DataConfig:
     min_len: int = 3  # synthetic tasks: tokens of the shortest sample, with the answer
     max_len: int | None = None  # synthetic tasks: of the longest; None: seq_len + 1
     num_eval_samples: int = 8192  # synthetic tasks: samples of a held-out split
+    # Synthetic tasks: options by name, such as vocab_size; see `data.synthetic.registry`.
+    task: dict[str, bool | int | float] = dataclasses.field(
+        default_factory=dict,
+        hash=False,
+        metadata={"to_json": dict},  # config.json of earlier versions has no such field
+    )
 
     def __post_init__(self):
         demands = {

@@ -46,10 +46,14 @@ def fold(
     return mix(mix(keys) + data)
 
 
-def below(keys: UInt64[np.ndarray, "*N"], bound: int) -> Int64[np.ndarray, "*N"]:
+def below(
+    keys: UInt64[np.ndarray, "*N"], bound: int | Int64[np.ndarray, "*N"]
+) -> Int64[np.ndarray, "*N"]:
     """Integers uniform in [0, bound), one per key; needs bound < 2^31."""
     # Multiply and shift: uses the high bits and needs no division, unlike a remainder.
-    return ((keys >> np.uint64(32)) * np.uint64(bound) >> np.uint64(32)).astype(np.int64)
+    return ((keys >> np.uint64(32)) * np.asarray(bound, np.uint64) >> np.uint64(32)).astype(
+        np.int64
+    )
 
 
 def permute(

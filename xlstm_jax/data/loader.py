@@ -17,7 +17,7 @@ from xlstm_jax.data.prefetch import BatchIterator
 from xlstm_jax.data.shards.open import kind_of, open_tokens
 from xlstm_jax.data.shards.store import TokenStore
 from xlstm_jax.data.stream import Stream
-from xlstm_jax.data.synthetic import parity
+from xlstm_jax.data.synthetic import registry
 from xlstm_jax.data.synthetic.samples import Samples
 from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.data.windows import Windows, concatenate
@@ -88,7 +88,7 @@ def _corpus(cfg: DataConfig, split: Split) -> Windows:
 # Named sources; any other source is a path.
 DATASETS: dict[str, Callable[[DataConfig, Split], Examples]] = {
     **dict.fromkeys(corpora.CORPORA, _corpus),
-    "parity": functools.partial(Samples, parity.task, parity.VOCAB_SIZE),
+    **{name: functools.partial(Samples, task) for name, task in registry.TASKS.items()},
 }
 
 
@@ -103,7 +103,13 @@ def load(cfg: DataConfig, split: Split) -> Examples:
         raise ConfigError(f"split={quote(split)} is not known; use one of: {', '.join(SPLITS)}.")
     if cfg.sources:
         return Mixture({name: load(one, split) for name, one in _each_source(cfg).items()})
-    if _is_named(cfg):
+    is_named = _is_named(cfg)
+    if cfg.task and cfg.source not in registry.TASKS:
+        raise ConfigError(
+            f"data.task={quote(cfg.task)} has no effect with data.source={quote(cfg.source)}; "
+            f"leave it out, or use a task: {', '.join(registry.TASKS)}."
+        )
+    if is_named:
         return DATASETS[cfg.source](cfg, split)
     if kind_of(cfg.source):
         return _prepared(cfg, split)

@@ -6,10 +6,10 @@ modulo vocab_size - 1, and the answer is their sum.
 """
 
 import numpy as np
-from jaxtyping import Bool, Int, Int64, UInt64
+from jaxtyping import Int, Int64, UInt64
 
-from xlstm_jax.data import hashing
-from xlstm_jax.data.synthetic.samples import PAD
+from xlstm_jax.data.synthetic.draws import one_answer, symbols_before_last
+from xlstm_jax.data.synthetic.tasks import Option, Options, Sequences, SyntheticTask
 
 VOCAB_SIZE = 3
 
@@ -21,18 +21,19 @@ def answer(question: Int[np.ndarray, "N T"], vocab_size: int = VOCAB_SIZE) -> In
     return 1 + residues.sum(axis=-1) % (vocab_size - 1)
 
 
-def task(
-    keys: UInt64[np.ndarray, "N"],
-    lengths: Int64[np.ndarray, "N"],
-    padded_len: int,
-    vocab_size: int = VOCAB_SIZE,
-) -> tuple[Int[np.ndarray, "N L"], Bool[np.ndarray, "N L"]]:
-    """Random symbols followed by their answer; a `Task`."""
-    position = np.arange(padded_len)
-    # Keys by position: a longer padding does not change the symbols.
-    symbol_keys = hashing.fold(keys[:, None], position.astype(np.uint64)[None])
-    symbols = 1 + hashing.below(symbol_keys, vocab_size - 1)
-    last = lengths[:, None] - 1
-    tokens = np.where(position < last, symbols, PAD)
-    is_answer = position == last
-    return np.where(is_answer, answer(tokens, vocab_size)[:, None], tokens), is_answer
+def generate(
+    keys: UInt64[np.ndarray, "N"], lengths: Int64[np.ndarray, "N"], padded_len: int, opts: Options
+) -> Sequences:
+    """Random symbols followed by their answer."""
+    vocab_size = opts["vocab_size"]
+    question = symbols_before_last(keys, lengths, padded_len, vocab_size - 1)
+    return one_answer(question, lengths, answer(question, vocab_size))
+
+
+TASK = SyntheticTask(
+    name="parity",
+    category="regular",
+    options={"vocab_size": Option(VOCAB_SIZE, 3)},
+    generate=generate,
+    chance=lambda opts: 1 / (opts["vocab_size"] - 1),
+)

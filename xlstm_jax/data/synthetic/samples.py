@@ -6,7 +6,7 @@ replaced by `PAD` in the inputs, so the model never reads it.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import numpy as np
@@ -15,17 +15,11 @@ from jaxtyping import Bool, Int, Int64, UInt64
 from xlstm_jax.data import hashing
 from xlstm_jax.data.batch import Batch
 from xlstm_jax.data.config import SPLITS, DataConfig, Split
+from xlstm_jax.data.synthetic.tasks import PAD, SyntheticTask
 from xlstm_jax.errors import ConfigError
 
-PAD = 0
 IGNORED = -1  # the target at positions without an answer
 _ENDLESS = 1 << 40  # samples in an epoch: training never repeats one
-
-Task = Callable[
-    [UInt64[np.ndarray, "N"], Int64[np.ndarray, "N"], int],
-    tuple[Int[np.ndarray, "N L"], Bool[np.ndarray, "N L"]],
-]
-"""(one key per sample, lengths with the answer, L) -> tokens, and whether each is an answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +27,11 @@ class Samples:
     """Samples 0, 1, 2, ... of a task: endless for training, `num_eval_samples` of a held-out split.
 
     Raises:
-        ConfigError: the range of lengths is empty or exceeds `seq_len` + 1 tokens.
+        ConfigError: an option of the task is invalid; the range of lengths is empty, exceeds
+            `seq_len` + 1 tokens or has lengths that cannot hold the task.
     """
 
-    task: Task
-    vocab_size: int
+    task: SyntheticTask
     cfg: DataConfig
     split: Split
 
@@ -56,6 +50,22 @@ class Samples:
                 f"max_len must be at most {padded_len} tokens (data.seq_len + 1), "
                 f"got {most}; raise data.seq_len or lower max_len."
             )
+        self.task.check_min_len(least, self.options)
+
+    @functools.cached_property
+    def options(self) -> dict[str, Any]:
+        """The options of the task, with defaults."""
+        return self.task.complete(self.cfg.task)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, padding included."""
+        return self.task.vocab_size(self.options)
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing: the zero of the scaled accuracy."""
+        return self.task.chance(self.options)
 
     @property
     def _max_len(self) -> int:
@@ -72,6 +82,7 @@ class Samples:
             "min_len": self.cfg.min_len,
             "max_len": self._max_len,
             "row_len": self.cfg.seq_len + 1,
+            **({"task": self.options} if self.cfg.task else {}),
         }
 
     def __len__(self) -> int:
@@ -83,8 +94,23 @@ class Samples:
         # Splits have different keys, so held-out samples are not those of training.
         key = hashing.key(self.cfg.seed, SPLITS.index(self.split))
         keys = hashing.fold(key, index.astype(np.uint64))
-        lengths = self.cfg.min_len + hashing.below(keys, self._max_len - self.cfg.min_len + 1)
-        return shift_targets(*self.task(keys, lengths, self.cfg.seq_len + 1), lengths, index)
+        tokens, answers, lengths = self.task.generate(
+            keys, self._draw_lengths(keys), self.cfg.seq_len + 1, self.options
+        )
+        return shift_targets(tokens, answers, lengths, index)
+
+    def _draw_lengths(self, keys: UInt64[np.ndarray, "B"]) -> Int64[np.ndarray, "B"]:
+        """The most tokens of each sample, uniform between the two bounds."""
+        least, most, step = self.cfg.min_len, self._max_len, 1
+        if self.task.odd_lengths:
+            # An even bound is lowered by one, so both ranges of [3, 40] and [40, 256] have a 39.
+            least, most, step = (least + 1) // 2 * 2 - 1, (most + 1) // 2 * 2 - 1, 2
+        return least + step * hashing.below(keys, (most - least) // step + 1)
+
+
+def scaled_accuracy(accuracy: float, chance: float) -> float:
+    """0 for guessing and 1 for perfect answers; negative below chance."""
+    return (accuracy - chance) / (1 - chance)
 
 
 def shift_targets(
