@@ -63,11 +63,6 @@ class Samples:
         return self.task.vocab_size(self.options)
 
     @property
-    def chance(self) -> float:
-        """Accuracy of guessing: the zero of the scaled accuracy."""
-        return self.task.chance(self.options)
-
-    @property
     def _max_len(self) -> int:
         return self.cfg.seq_len + 1 if self.cfg.max_len is None else self.cfg.max_len
 
@@ -108,7 +103,7 @@ class Samples:
         return least + step * hashing.below(keys, (most - least) // step + 1)
 
 
-def scaled_accuracy(accuracy: float, chance: float) -> float:
+def scaled_accuracy(accuracy: Any, chance: float) -> Any:
     """0 for guessing and 1 for perfect answers; negative below chance."""
     return (accuracy - chance) / (1 - chance)
 
