@@ -101,8 +101,7 @@ def _check_bound(name: str, value: Any, option: Option, options: Options) -> Non
         others = ", ".join(f"{key}={options[key]}" for key in options if not name.endswith(key))
         other = f" with {others}" if callable(option.at_least) and others else ""
         raise ConfigError(
-            f"{name} must be at least {least}{other}, got {quote(value)}; the default is "
-            f"{option.default}."
+            f"{name} must be at least {least}{other}, got {quote(value)}; set {name}={least}."
         )
     if isinstance(value, int) and value > MAX_INT:
         raise ConfigError(f"{name} must be at most {MAX_INT}, got {quote(value)}; lower it.")
