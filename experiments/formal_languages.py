@@ -207,6 +207,7 @@ def cell(
         return None
     print(f"{task}, {MODELS[model].label}", flush=True)
     result = {"task": task, "model": model, "fingerprint": key, **run_cell(cfg, sweep)}
+    jax.clear_caches()  # no other cell runs these programs
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")  # so that a killed run leaves no half of a cell
     draft.write_text(json.dumps(result) + "\n")

@@ -2,9 +2,10 @@
 
 Expected: xLSTM[0:1] and xLSTM[1:1], which have sLSTM blocks, reach a scaled accuracy above 0.95 at
 every length up to 256 with at least one of three seeds, trained on sequences of up to 40 tokens;
-xLSTM[1:0], whose mLSTM blocks have no memory mixing, stays below 0.3 at lengths 128 to 256.
+xLSTM[1:0], whose mLSTM blocks have no memory mixing, and a Transformer with rotary positions stay
+below 0.3 at lengths 128 to 256 with every seed.
 
-    python experiments/parity.py --size cpu                  # all three models, JSON and plot
+    python experiments/parity.py --size cpu                  # all four models, JSON and plot
     xlstm-jax train experiments/parity.py                    # only xLSTM[1:1], as an ordinary run
 
 Scaled accuracy is (accuracy - 1/2) / (1 - 1/2): 0 is chance, 1 is perfect. The three seeds of a
@@ -15,31 +16,30 @@ convolution there). Sizes: smoke (seconds), cpu (minutes), paper (published numb
 """
 
 import dataclasses
-import datetime
-import functools
-import json
 import pathlib
-import platform
 import sys
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
 
+from experiments import record
+from experiments.record import RESULTS, Size
 from xlstm_jax import cpu
-from xlstm_jax.config import ConfigError
 from xlstm_jax.data import Batch, DataConfig, load
 from xlstm_jax.data.synthetic import parity
+from xlstm_jax.data.synthetic.samples import scaled_accuracy
 from xlstm_jax.modules import LM, LMConfig, MLSTMConfig, SLSTMConfig
+from xlstm_jax.modules.baselines.options import AttentionConfig
 from xlstm_jax.train import ExperimentConfig, TrainConfig
+from xlstm_jax.train.grid import Grid, evaluate_grid, train_grid
 
 CHANCE = 0.5
 BUCKETS = ((3, 40), (40, 64), (64, 128), (128, 256))
 """Minimum and maximum length of the samples of each evaluation, answer included."""
 
-PATTERNS = {"xLSTM[0:1]": "ss", "xLSTM[1:1]": "ms", "xLSTM[1:0]": "mm"}
-RESULTS = pathlib.Path(__file__).parent / "results"
+PATTERNS = {"xLSTM[0:1]": "ss", "xLSTM[1:1]": "ms", "xLSTM[1:0]": "mm", "Llama": "aa"}
 
 CPU = ExperimentConfig(
     name="parity",
@@ -51,6 +51,7 @@ CPU = ExperimentConfig(
         slstm=SLSTMConfig(
             num_heads=1, conv_width=0, recurrent_init="standard", bias_init="small_init"
         ),
+        attention=AttentionConfig(num_heads=2),
     ),
     data=DataConfig(source="parity", seq_len=39, batch_size=128, max_len=40, seed=1),
     train=TrainConfig(
@@ -83,49 +84,24 @@ def config(size: str = "cpu") -> ExperimentConfig:
     Raises:
         ConfigError: `size` is unknown.
     """
-    if size not in SIZES:
-        raise ConfigError(f"size={size!r} is unknown; use one of: {', '.join(SIZES)}.")
+    record.check_size(size, SIZES)
     return SIZES[size]
 
 
-def train_seeds(cfg: ExperimentConfig, num_seeds: int):
-    """Trains all seeds; returns parameters with a leading seed axis, and losses [steps, seeds]."""
-    import jax
-    import jax.numpy as jnp
+def train_seeds(cfg: ExperimentConfig, num_seeds: int) -> Grid:
+    """Trains seeds 0, 1, ... on the same batches."""
 
-    from xlstm_jax.train import optimizer, state, step
+    def batches(first: int, count: int) -> Batch:
+        B = cfg.data.batch_size
+        flat = samples(cfg.data, "train", first * B, count * B, cfg.data.min_len, 40)
+        return Batch(*(leaf.reshape(count, B, *leaf.shape[1:]) for leaf in flat))
 
-    model = LM(cfg.model)
-    tx = optimizer.make_optimizer(cfg.train)
-    keys = jax.random.split(jax.random.key(cfg.train.seed), num_seeds)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    states = jax.vmap(lambda key: state.init_state(model, tx, key, tokens))(keys)
-    update = jax.vmap(step.make_train_step(model, tx, cfg.train), in_axes=(0, None))
+    def report(step: int, losses: np.ndarray) -> None:
+        of_seeds = ", ".join(f"{loss:.4f}" for loss in losses)
+        print(f"  step {step:5d}  loss of each seed {of_seeds}", flush=True)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def run(states, batches):
-        return jax.lax.scan(lambda s, b: _drop_metrics(update(s, b)), states, batches)
-
-    losses = []
-    for first in range(0, cfg.train.steps, cfg.train.log_every):
-        states, loss = run(states, _steps(cfg, first))
-        losses.append(np.asarray(loss))
-        mean = ", ".join(f"{value:.4f}" for value in losses[-1].mean(axis=0))
-        print(f"  step {first + len(loss):5d}  loss of each seed {mean}", flush=True)
-    return states.params, np.concatenate(losses)
-
-
-def _drop_metrics(updated):
-    state, metrics = updated
-    return state, metrics["loss"]
-
-
-def _steps(cfg: ExperimentConfig, first: int) -> Batch:
-    """The batches of the next `log_every` steps, stacked."""
-    count = min(cfg.train.log_every, cfg.train.steps - first)
-    B = cfg.data.batch_size
-    flat = samples(cfg.data, "train", first * B, count * B, cfg.data.min_len, 40)
-    return Batch(*(a.reshape(count, B, *a.shape[1:]) for a in flat))
+    model, lrs = LM(cfg.model), (cfg.train.lr,)
+    return train_grid(model, cfg.train, batches, seeds=range(num_seeds), lrs=lrs, report=report)
 
 
 def samples(
@@ -136,78 +112,64 @@ def samples(
     return load(data, split).batch(np.arange(start, start + count))
 
 
-def scaled_accuracies(cfg: ExperimentConfig, params) -> dict[str, list[float]]:
+def scaled_accuracies(cfg: ExperimentConfig, params: Any) -> dict[str, list[float]]:
     """Scaled accuracy of every seed on held-out samples, by length bucket."""
-    import jax
-
-    from xlstm_jax.train import losses
-
-    model = LM(cfg.model)
-
-    @jax.jit
-    @functools.partial(jax.vmap, in_axes=(0, None))
-    def accuracy(params, batch):
-        _, sums = losses.language_model_loss(model, params, batch, cfg.train)
-        return sums.correct_sum / sums.weight_sum
-
-    scores, count = {}, cfg.data.num_eval_samples
+    model, scores, count = LM(cfg.model), {}, cfg.data.num_eval_samples
+    size = min(512, count)
     for low, high in BUCKETS:
-        parts = [
-            accuracy(params, samples(cfg.data, "test", start, min(1024, count), low, high))
-            for start in range(0, count, 1024)
-        ]
-        pooled = np.mean([np.asarray(part) for part in parts], axis=0)
-        scores[f"{low}-{high}"] = [float((a - CHANCE) / (1 - CHANCE)) for a in pooled]
+        parts = (samples(cfg.data, "test", i, size, low, high) for i in range(0, count, size))
+        sums = evaluate_grid(model, params, parts, cfg.train)
+        accuracy = np.asarray(sums.correct_sum) / np.asarray(sums.weight_sum)
+        scores[f"{low}-{high}"] = [float(a) for a in scaled_accuracy(accuracy, CHANCE)]
     return scores
 
 
-def run_model(cfg: ExperimentConfig, name: str, num_seeds: int) -> dict:
+def run_model(cfg: ExperimentConfig, name: str, num_seeds: int) -> dict[str, Any]:
     """Trains and evaluates one model; returns its record."""
     import jax
 
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, pattern=PATTERNS[name]))
     print(f"{name}: {num_seeds} seeds, {cfg.train.steps} steps", flush=True)
     start = time.perf_counter()
-    params, losses = train_seeds(cfg, num_seeds)
-    scores = scaled_accuracies(cfg, params)
+    grid = train_seeds(cfg, num_seeds)
+    scores = scaled_accuracies(cfg, grid.params)
     seconds = time.perf_counter() - start
     for bucket, values in scores.items():
         print(f"  lengths {bucket:8s} " + "  ".join(f"{v:6.3f}" for v in values), flush=True)
     return {
         "pattern": PATTERNS[name],
-        "parameters": sum(leaf[0].size for leaf in jax.tree.leaves(params)),
-        "final_loss": [float(v) for v in losses[-min(100, len(losses)) :].mean(axis=0)],
+        "parameters": sum(leaf[0].size for leaf in jax.tree.leaves(grid.params)),
+        "final_loss": [float(v) for v in grid.losses[-100:].mean(axis=0)],
         "scaled_accuracy": scores,
         "seconds": round(seconds, 1),
     }
 
 
-def outcome(models: dict[str, dict]) -> dict[str, bool]:
+def outcome(models: dict[str, dict[str, Any]]) -> dict[str, bool]:
     """Whether each expectation holds."""
 
-    def solved(name):
+    def solved(name: str) -> bool:
         by_seed = np.array(list(models[name]["scaled_accuracy"].values()))
         return bool((by_seed > 0.95).all(axis=0).any())
 
-    longest = models["xLSTM[1:0]"]["scaled_accuracy"]["128-256"]
+    def fails(name: str) -> bool:
+        return bool(max(models[name]["scaled_accuracy"]["128-256"]) < 0.3)
+
     return {
         "xLSTM[0:1] above 0.95 at every length with some seed": solved("xLSTM[0:1]"),
         "xLSTM[1:1] above 0.95 at every length with some seed": solved("xLSTM[1:1]"),
-        "xLSTM[1:0] below 0.3 at 128-256 with every seed": bool(max(longest) < 0.3),
+        "xLSTM[1:0] below 0.3 at 128-256 with every seed": fails("xLSTM[1:0]"),
+        "Llama below 0.3 at 128-256 with every seed": fails("Llama"),
     }
 
 
-def plot(result: dict, path: pathlib.Path) -> None:
+def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     """Plots scaled accuracy over length: a point per seed, a line for the best one."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # needs no display
-    import matplotlib.pyplot as plt
-
+    plt = record.pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     labels = [f"{low}–{high}" for low, high in BUCKETS]
     # Shift the models sideways: those that solve the task would overlap.
-    styles = zip(("C0", "C2", "C3"), (-0.06, 0, 0.06), strict=True)
+    styles = zip(("C0", "C2", "C3", "C1"), (-0.09, -0.03, 0.03, 0.09), strict=True)
     for (name, model), (color, shift) in zip(result["models"].items(), styles, strict=True):
         by_seed = np.array(list(model["scaled_accuracy"].values()))
         x = np.arange(len(labels)) + shift
@@ -227,9 +189,9 @@ def plot(result: dict, path: pathlib.Path) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Trains all three models and writes one JSON file and one plot."""
+    """Trains all four models and writes one JSON file and one plot."""
 
-    size: Literal["smoke", "cpu", "paper"] = "cpu"
+    size: Size = "cpu"
     num_seeds: int = 3  # trained together under `jax.vmap`
     out: pathlib.Path = RESULTS / "parity.json"  # the plot is written next to it
 
@@ -237,28 +199,11 @@ class Options:
 def main(options: Options) -> int:
     """Runs the experiment; returns 0 if all expectations hold (smoke: always), else 1."""
     cpu.prepare()
-    import jax
-
-    cfg = config(options.size)
+    cfg, result = config(options.size), record.start("parity", options.size)
     models = {name: run_model(cfg, name, options.num_seeds) for name in PATTERNS}
-    result = {
-        "experiment": "parity",
-        "size": options.size,
-        "date": datetime.date.today().isoformat(),
-        "command": f"python experiments/parity.py --size {options.size}",
-        "hardware": f"{jax.devices()[0].device_kind}, {platform.machine()}",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "seconds": round(sum(model["seconds"] for model in models.values()), 1),
-        "models": models,
-        "outcome": outcome(models),
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
-    plot(result, options.out.with_suffix(".png"))
-    for expectation, holds in result["outcome"].items():
-        print(f"{'yes' if holds else 'NO '}  {expectation}")
-    print(f"{result['seconds']} s; {options.out} and {options.out.with_suffix('.png').name}")
-    return 0 if options.size == "smoke" or all(result["outcome"].values()) else 1
+    seconds = round(sum(model["seconds"] for model in models.values()), 1)
+    result |= {"seconds": seconds, "models": models, "outcome": outcome(models)}
+    return record.save(result, options.out, plot)
 
 
 if __name__ == "__main__":
