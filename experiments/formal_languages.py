@@ -71,6 +71,30 @@ MODELS = {
 UNSOLVED = ("odds_first", "reverse_string", "stack_manipulation", "repetition", "set")
 """Tasks of figure 12, with a scaled accuracy below 0.3 for every published model."""
 
+_FIGURE_12 = {
+    "lstm_block": (0.08, 0.17, 0.25, 0.15, 0.18),
+    "xlstm_0_1": (0.09, 0.14, 0.13, 0.09, 0.17),
+    "xlstm_1_1": (0.08, 0.20, 0.17, 0.09, 0.15),
+    "xlstm_1_0": (0.15, 0.22, 0.25, 0.28, 0.17),
+    "llama": (0.07, 0.06, 0.11, 0.08, 0.04),
+    "mamba": (0.08, 0.13, 0.21, 0.15, 0.12),
+    "rwkv4": (0.08, 0.12, 0.20, 0.10, 0.10),
+}
+PUBLISHED = {
+    # Of figure 4, those that arXiv:2411.12537 quotes in a table.
+    ("parity", "xlstm_0_1"): 1.00,
+    ("parity", "xlstm_1_0"): 0.04,
+    ("modular_arithmetic", "xlstm_0_1"): 1.00,
+    ("modular_arithmetic", "xlstm_1_0"): 0.04,
+    ("modular_arithmetic_brackets", "xlstm_0_1"): 0.57,
+    ("modular_arithmetic_brackets", "xlstm_1_0"): 0.03,
+} | {
+    (task, model): value
+    for model, values in _FIGURE_12.items()
+    for task, value in zip(UNSOLVED, values, strict=True)
+}
+"""(task, model) -> published scaled accuracy at lengths 40 to 256, where it is printed."""
+
 
 class Sweep(NamedTuple):
     """The settings of a size: the members of each grid, and the settings that they share."""
@@ -271,6 +295,26 @@ def outcome(cells: list[dict[str, Any]]) -> dict[str, bool]:
     return expected
 
 
+def table(cells: list[dict[str, Any]]) -> list[str]:
+    """The rows of README.md, in Markdown: a row per task, a column per model.
+
+    A figure is the mean over seeds of the best learning rate, with the published one in brackets.
+    """
+    best = {(cell["task"], cell["model"]): best_of(cell).mean for cell in cells}
+    labels = [model.label for model in MODELS.values()]
+    rows = [["task", "test of the generator", "command", *labels], ["---"] * (3 + len(labels))]
+    for task in TASKS:
+        test = f"`pytest tests/data/test_formal_languages.py -k {task}`"
+        command = f"`python experiments/formal_languages.py --task {task}`"
+        figures = [
+            (f"{best[task, model]:.2f}" if (task, model) in best else "not measured")
+            + (f" ({PUBLISHED[task, model]:.2f})" if (task, model) in PUBLISHED else "")
+            for model in MODELS
+        ]
+        rows.append([task, test, command, *figures])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     """Draws the map: a row per task, a column per model, grouped by the class of the language."""
     plt = record.pyplot()
@@ -326,6 +370,7 @@ def main(options: Options) -> int:
     cells = [one for one in finished if one is not None]
     result |= {"seconds": round(sum(one["seconds"] for one in cells), 1), "cells": cells}
     result["outcome"] = outcome(cells)
+    print(*table(cells), sep="\n")
     return record.save(result, options.out, plot)
 
 

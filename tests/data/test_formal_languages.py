@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import pathlib
 
 import numpy as np
 import pytest
@@ -380,6 +381,14 @@ def test_invalid_options_and_lengths_are_refused(name, lengths, options, message
 def test_options_of_a_task_need_a_task():
     with pytest.raises(ConfigError, match="data.task=.* has no effect with data.source='grammar'"):
         load(DataConfig(source="grammar", task={"vocab_size": 5}), "train")
+
+
+def test_the_docs_have_the_vocabulary_of_every_task():
+    text = (pathlib.Path(__file__).parents[2] / "docs/tasks.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    sizes = {row[0].strip("`"): int(row[3]) for row in rows}
+    expected = {t.name: t.vocab_size(t.complete({})) for t in FORMAL_LANGUAGES}
+    assert expected.items() <= sizes.items()
 
 
 def test_options_are_recorded_only_where_they_are_set():
