@@ -129,11 +129,11 @@ def config(
         if value not in known:
             raise ConfigError(f"{name}={quote(value)} is unknown; use one of: {', '.join(known)}.")
     sweep = SIZES[size]
-    shortest = TASKS[task].min_len(TASKS[task].complete({}))
+    options = TASKS[task].complete({})
     data = DataConfig(
         source=task,
         seq_len=TRAIN_LEN - 1,
-        min_len=max(3, shortest),
+        min_len=max(3, TASKS[task].min_len(options)),
         max_len=TRAIN_LEN,
         batch_size=sweep.batch_size,
         num_eval_samples=sweep.num_eval_samples,
@@ -142,7 +142,7 @@ def config(
     return ExperimentConfig(
         name=f"{task}-{model}",
         model=LMConfig(
-            vocab_size=load(data, "train").vocab_size,
+            vocab_size=TASKS[task].vocab_size(options),
             dim=sweep.dim,
             pattern=MODELS[model].pattern,
             mlstm=MLSTMConfig(num_heads=1),
@@ -238,7 +238,9 @@ def cell(
     os.replace(draft, path)
     best = best_of(result)
     print(
-        f"  {best.mean:6.3f} +- {best.spread:.3f} at {best.lr:g}, {result['seconds']} s", flush=True
+        f"  {best.mean:6.3f} +- {best.spread:.3f} at {best.lr:g}, {best.at_train_lengths:.3f} at "
+        f"lengths of training, {result['seconds']} s",
+        flush=True,
     )
     return result
 
@@ -257,7 +259,7 @@ def best_of(result: dict[str, Any]) -> Best:
     at_train, longer = (np.array(values) for values in result["scaled_accuracy"].values())
     lrs = np.array(result["lrs"])
     candidates = [
-        Best(float(lr), scores.mean(), np.ptp(scores) / 2, at_train[lrs == lr].mean())
+        Best(lr, *_rounded([scores.mean(), np.ptp(scores) / 2, at_train[lrs == lr].mean()]))
         for lr in dict.fromkeys(result["lrs"])
         for scores in [longer[lrs == lr]]
     ]
@@ -367,7 +369,9 @@ def main(options: Options) -> int:
         for model in MODELS if options.model == "all" else [options.model]:
             cell(options, task, model)
     finished = [cell(options, task, name, compute=False) for task in TASKS for name in MODELS]
-    cells = [one for one in finished if one is not None]
+    cells: list[dict[str, Any]] = [
+        one | {"best": best_of(one)._asdict()} for one in finished if one is not None
+    ]
     result |= {"seconds": round(sum(one["seconds"] for one in cells), 1), "cells": cells}
     result["outcome"] = outcome(cells)
     print(*table(cells), sep="\n")
