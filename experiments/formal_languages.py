@@ -161,6 +161,9 @@ def config(
             end_factor=sweep.end_lr / sweep.lrs[0],
             b2=0.99,
             grad_clip=1.0,
+            # Large gradients are clipped and usual here. The guard would skip them, and after eight
+            # in a row the rest of the member's steps.
+            guard_floor=1e9,
             seed=sweep.seeds[0],
             log_every=min(100, sweep.steps // 2),
         ),
