@@ -117,7 +117,7 @@ SIZES: dict[str, Sweep] = {
 
 
 def config(
-    size: str = "cpu", task: str = "parity", model: str = "xlstm_1_1", *, on_cpu: bool = True
+    size: str = "cpu", task: str = "parity", model: str = "xlstm_1_1", *, on_cpu: bool = False
 ) -> ExperimentConfig:
     """The config of one cell, at its first seed and learning rate.
 
@@ -150,7 +150,7 @@ def config(
                 num_heads=1, conv_width=0, recurrent_init="standard", bias_init="small_init"
             ),
             attention=AttentionConfig(num_heads=2),
-            # The others recompute the states in the backward pass, for which there is no need.
+            # The others recompute the states in the backward pass, which few states do not need.
             mamba=MambaConfig(implementation="recurrent" if on_cpu else "auto"),
         ),
         data=data,
