@@ -11,6 +11,7 @@ from xlstm_jax.data.batch import Batch
 from xlstm_jax.errors import ArgumentError
 from xlstm_jax.modules import LM, LMConfig
 from xlstm_jax.modules.initializers import random_key
+from xlstm_jax.train import losses
 from xlstm_jax.train.config import TrainConfig
 from xlstm_jax.train.grid import evaluate_grid, train_grid
 from xlstm_jax.train.optimizer import make_optimizer
@@ -59,6 +60,21 @@ def test_every_member_is_the_run_of_its_seed_and_learning_rate():
             np.testing.assert_allclose(a, b, atol=2e-4)
     assert [step for step, _ in reports] == [2, 4, 5]
     np.testing.assert_allclose(reports[-1][1], grid.losses[4], rtol=1e-6)
+
+
+def test_a_large_gradient_is_clipped_and_one_that_is_not_finite_ends_a_member():
+    """Eight updates that the guard of a run would skip would end the training of a member."""
+    cfg = dataclasses.replace(CFG, steps=12, guard_floor=1e-9, guard_factor=1.001)
+
+    def loss_fn(params, batch, key):
+        loss, sums = losses.language_model_loss(MODEL, params, batch, cfg)
+        factor = jnp.where(params["lm_head"]["kernel"][0, 0] > 0, 1, jnp.nan)
+        return factor * loss, sums
+
+    grid = train_grid(MODEL, cfg, batches, seeds=tuple(range(6)), lrs=(1e-3,), loss_fn=loss_fn)
+    is_nan = np.asarray(grid.params["lm_head"]["kernel"])[:, 0, 0] <= 0
+    assert 0 < is_nan.sum() < 6
+    np.testing.assert_array_equal(grid.diverged, is_nan)
 
 
 def test_evaluation_sums_the_batches_of_each_member():

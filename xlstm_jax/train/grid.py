@@ -23,7 +23,7 @@ from xlstm_jax.train.optimizer import make_optimizer
 from xlstm_jax.train.schedules import make_schedule
 from xlstm_jax.train.state import TrainState, init_state
 from xlstm_jax.train.step import LossFn, make_train_step
-from xlstm_jax.typing import Float, PyTree
+from xlstm_jax.typing import Bool, Float, PyTree
 
 Report = Callable[[int, Float[np.ndarray, "M"]], None]
 
@@ -35,6 +35,7 @@ class Grid(NamedTuple):
     losses: Float[np.ndarray, "steps M"]  # of training, in nats per token
     seeds: tuple[int, ...]  # of each member
     lrs: tuple[float, ...]  # of each member
+    diverged: Bool[np.ndarray, "M"]  # whether its last updates were skipped, as not finite
 
     def member(self, index: int) -> PyTree:
         """The parameters of one member."""
@@ -55,11 +56,13 @@ def train_grid(
     """Trains every seed with every learning rate.
 
     Each member follows the schedule of `cfg` with its own peak. The members draw the same dropout
-    masks; only their initial parameters depend on the seed.
+    masks; only their initial parameters depend on the seed. An update that is not finite is
+    skipped; one with a large gradient is only clipped, as a run of its own would be stopped by
+    whoever watches it, and a high learning rate of a grid may recover.
 
     Args:
         model: an `LM`, or a module that is called with the inputs of a batch.
-        cfg: its `lr` and `seed` are not used; the others hold for all members.
+        cfg: its `lr`, `seed` and `guard_floor` are not used; the others hold for all members.
         batches: (first step, number of steps) -> the batches of these steps with a leading axis.
             Steps are computed `cfg.log_every` at a time.
         end_lr: the learning rate at the end of the schedule; None: `cfg.end_factor` of the peak.
@@ -87,14 +90,16 @@ def train_grid(
         if report is not None:
             report(first + count, history[-1].mean(axis=0))
     member_seeds, member_lrs = zip(*members, strict=True)
-    return Grid(states.params, np.concatenate(history), member_seeds, member_lrs)
+    diverged = np.asarray(states.guard.skipped) >= cfg.max_consecutive_skips
+    return Grid(states.params, np.concatenate(history), member_seeds, member_lrs, diverged)
 
 
 def _program(model: Any, cfg: TrainConfig, loss_fn: LossFn | None, seeds: list[int], example):
     """The compiled steps of a grid, and its initial states."""
     # With a constant schedule of 1, lr_scale is the learning rate itself, which may then differ
     # between members in more than a factor.
-    cfg = dataclasses.replace(cfg, schedule="constant", lr=1.0, warmup_steps=0, cooldown_steps=0)
+    constant: dict[str, Any] = dict(schedule="constant", lr=1.0, warmup_steps=0, cooldown_steps=0)
+    cfg = dataclasses.replace(cfg, **constant, guard_floor=float(np.finfo(np.float32).max))
     tx = make_optimizer(cfg)
     keys = jnp.stack([random_key(seed) for seed in seeds])
     inputs = jax.tree.map(lambda x: jnp.asarray(x[0, :1]), example.inputs)
