@@ -12,8 +12,9 @@ from xlstm_jax.config.compare import differences
 class Batch(NamedTuple):
     """The sequences of one step: NumPy arrays on the host, `jax.Array`s on devices."""
 
-    inputs: Int32[Any, "B T"]
-    targets: Int32[Any, "B T"]  # -1 where a synthetic task has no target
+    inputs: Int32[Any, "B T"] | Float32[Any, "B T C"]  # tokens, or vectors for `modules.heads`
+    # Tokens, classes or numbers; -1 where a synthetic task has no target.
+    targets: Int32[Any, "B T"] | Float32[Any, "B T"]
     segment_ids: Int32[Any, "B T"]  # 0 is padding; documents count from 1 within a sequence
     weights: Float32[Any, "B T"]  # 1 for a target of the loss, 0 elsewhere
     index: Int64[Any, "B"]  # window number in the data set; -1 pads a short batch
@@ -59,5 +60,5 @@ def pad_batch(batch: Batch, batch_size: int) -> Batch:
     """`batch` padded to `batch_size` with sequences of segment 0, weight 0 and index -1."""
     missing = batch_size - len(batch.index)
     # Inputs and targets are padded with token 0, a valid id in every vocabulary.
-    leaves = [np.pad(leaf, ((0, missing), (0, 0))) for leaf in batch[:-1]]
+    leaves = [np.pad(leaf, ((0, missing), *((0, 0),) * (leaf.ndim - 1))) for leaf in batch[:-1]]
     return Batch(*leaves, index=np.pad(batch.index, (0, missing), constant_values=-1))

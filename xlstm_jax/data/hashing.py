@@ -8,7 +8,7 @@ new generator per sample, and the streams may change between NumPy versions.
 import hashlib
 
 import numpy as np
-from jaxtyping import Int64, UInt64
+from jaxtyping import Float64, Int64, UInt64
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, the increment of SplitMix64
 _ROUNDS = 5  # of a Feistel network, two half-rounds each; three already look random
@@ -54,6 +54,11 @@ def below(
     return ((keys >> np.uint64(32)) * np.asarray(bound, np.uint64) >> np.uint64(32)).astype(
         np.int64
     )
+
+
+def uniform(keys: UInt64[np.ndarray, "*N"]) -> Float64[np.ndarray, "*N"]:
+    """Numbers uniform in (0, 1), one per key, of which 2^52 are possible; neither bound is."""
+    return ((keys >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def permute(

@@ -150,7 +150,7 @@ class LM(_Model):
             if has_padding:
                 is_token = segment_ids != 0
                 mask = is_token if mask is None else as_bool(mask) & is_token
-        x, table = self._embed(tokens, deterministic=deterministic)
+        x, table = embed_tokens(cfg, tokens, deterministic=deterministic)
         options = dict(deterministic=deterministic, capture=capture)
         x, *rest = self._blocks_and_norm(x, state, reset, mask, **options)
         if not head:
@@ -167,19 +167,6 @@ class LM(_Model):
         """Whether a tied head has a kernel of its own, as that of the embedding is not rounded."""
         head = self.variables.get("params", {}).get("lm_head", {})
         return isinstance(head.get("kernel"), Int8Kernel)
-
-    def _embed(self, tokens: Array, *, deterministic: bool) -> tuple[Array, Array]:
-        """Returns the input of the first block and the table of embeddings."""
-        cfg = self.cfg
-        init = small(cfg.dim) if cfg.embedding_std is None else normal(cfg.embedding_std)
-        table = Embedding(cfg.vocab_size, cfg.dim, init, name="token_embedding")()
-        # Float64 parameters override `cfg.dtype`: the model computes in float64 throughout.
-        dtype = table.dtype if table.dtype == jnp.float64 else jnp.dtype(cfg.dtype)
-        x = embed(tokens, table, dtype=dtype)
-        if cfg.embedding_norm == "layer_scale":
-            x = LayerNorm(cfg.final_norm_eps, True, as_offset=False, name="embedding_norm")(x)
-        rate = cfg.dropout if cfg.embedding_dropout else 0.0
-        return nn.Dropout(rate, deterministic=deterministic)(x), table
 
 
 class Backbone(_Model):
@@ -214,6 +201,19 @@ class Backbone(_Model):
     def _own_params(self, *trees: Any) -> tuple[Any, ...]:
         names = ("stack", "out_norm")  # those of an `LM` are accepted too
         return tuple({name: tree[name] for name in names if name in tree} for tree in trees)
+
+
+def embed_tokens(cfg: LMConfig, tokens: Array, *, deterministic: bool) -> tuple[Array, Array]:
+    """The input of the first block and the table of embeddings, within a compact method."""
+    init = small(cfg.dim) if cfg.embedding_std is None else normal(cfg.embedding_std)
+    table = Embedding(cfg.vocab_size, cfg.dim, init, name="token_embedding")()
+    # Float64 parameters override `cfg.dtype`: the model computes in float64 throughout.
+    dtype = table.dtype if table.dtype == jnp.float64 else jnp.dtype(cfg.dtype)
+    x = embed(tokens, table, dtype=dtype)
+    if cfg.embedding_norm == "layer_scale":
+        x = LayerNorm(cfg.final_norm_eps, True, as_offset=False, name="embedding_norm")(x)
+    rate = cfg.dropout if cfg.embedding_dropout else 0.0
+    return nn.Dropout(rate, deterministic=deterministic)(x), table
 
 
 def final_norm(cfg: LMConfig, **options: Any) -> LayerNorm | RMSNorm:

@@ -37,7 +37,7 @@ def init_state(
     model: Any,
     tx: optax.GradientTransformation,
     key: PRNGKeyArray,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Array, "B T"] | Float[Array, "B T C"],
     *,
     lr_scale: Float[ArrayLike, ""] = 1.0,
     devices: Devices | None = None,
@@ -47,9 +47,9 @@ def init_state(
     """The initial state, computed in one compiled program.
 
     Args:
-        model: a Flax module called with tokens.
+        model: a Flax module called with tokens, or with vectors.
         key: initializes the parameters; `jax.vmap` over keys gives the state of many runs.
-        tokens: any tokens: their values do not matter, and 1 x 1 zeros suffice.
+        tokens: any inputs: their values do not matter, and zeros of one position suffice.
         devices: the mesh on which the state is created, sharded; None creates it on one device.
         freeze: `TrainConfig.freeze`: the frozen parameters have no optimizer state.
         ema: whether to average the parameters, which `TrainConfig.ema_decay` needs.

@@ -1,6 +1,15 @@
 """The synthetic tasks by name: each entry is a data set of that name."""
 
-from xlstm_jax.data.synthetic import automata, counting, expressions, parity, stack, strings
+from xlstm_jax.data.synthetic import (
+    automata,
+    counting,
+    expressions,
+    listops,
+    mqar,
+    parity,
+    stack,
+    strings,
+)
 from xlstm_jax.data.synthetic.tasks import SyntheticTask
 
 FORMAL_LANGUAGES: tuple[SyntheticTask, ...] = (
@@ -22,5 +31,8 @@ FORMAL_LANGUAGES: tuple[SyntheticTask, ...] = (
 )
 """The fifteen tasks of arXiv:2405.04517, appendix B.1.1, in the order of its classes."""
 
-TASKS: dict[str, SyntheticTask] = {task.name: task for task in FORMAL_LANGUAGES}
+OTHERS: tuple[SyntheticTask, ...] = (mqar.TASK, listops.TASK)
+"""Associative recall and ListOps; `nearest_neighbor` has vectors instead of tokens."""
+
+TASKS: dict[str, SyntheticTask] = {task.name: task for task in (*FORMAL_LANGUAGES, *OTHERS)}
 """All tasks with a data set. A further task needs its own entry here and nothing else."""

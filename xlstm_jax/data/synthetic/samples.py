@@ -86,9 +86,7 @@ class Samples:
 
     def batch(self, index: Int64[np.ndarray, "B"]) -> Batch:
         """The samples with these indices."""
-        # Splits have different keys, so held-out samples are not those of training.
-        key = hashing.key(self.cfg.seed, SPLITS.index(self.split))
-        keys = hashing.fold(key, index.astype(np.uint64))
+        keys = sample_keys(self.cfg.seed, self.split, index)
         tokens, answers, lengths = self.task.generate(
             keys, self._draw_lengths(keys), self.cfg.seq_len + 1, self.options
         )
@@ -101,6 +99,12 @@ class Samples:
             # An even bound is lowered by one, so both ranges of [3, 40] and [40, 256] have a 39.
             least, most, step = (least + 1) // 2 * 2 - 1, (most + 1) // 2 * 2 - 1, 2
         return least + step * hashing.below(keys, (most - least) // step + 1)
+
+
+def sample_keys(seed: int, split: Split, index: Int64[np.ndarray, "N"]) -> UInt64[np.ndarray, "N"]:
+    """The keys of the samples with these indices."""
+    # Splits have different keys, so held-out samples are not those of training.
+    return hashing.fold(hashing.key(seed, SPLITS.index(split)), index.astype(np.uint64))
 
 
 def scaled_accuracy(accuracy: Any, chance: float) -> Any:
