@@ -26,7 +26,7 @@ class Examples(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids that a model needs for these data."""
+        """Number of token ids that a model needs for these data; 0 if they are vectors."""
 
     @property
     def description(self) -> dict[str, Any]:

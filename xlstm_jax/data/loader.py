@@ -18,6 +18,7 @@ from xlstm_jax.data.shards.open import kind_of, open_tokens
 from xlstm_jax.data.shards.store import TokenStore
 from xlstm_jax.data.stream import Stream
 from xlstm_jax.data.synthetic import registry
+from xlstm_jax.data.synthetic.nearest_neighbor import NearestNeighbor
 from xlstm_jax.data.synthetic.samples import Samples
 from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.data.windows import Windows, concatenate
@@ -89,6 +90,7 @@ def _corpus(cfg: DataConfig, split: Split) -> Windows:
 DATASETS: dict[str, Callable[[DataConfig, Split], Examples]] = {
     **dict.fromkeys(corpora.CORPORA, _corpus),
     **{name: functools.partial(Samples, task) for name, task in registry.TASKS.items()},
+    "nearest_neighbor": NearestNeighbor,
 }
 
 

@@ -258,6 +258,12 @@ _OLD_MESH = {"smallest_cut": "min_shard_size", "slstm_time": "slstm_seq"}
 
 def check_vocabulary(cfg: ExperimentConfig, examples: Examples) -> None:
     """Raises ConfigError unless the vocabulary of the model covers the token ids of the data."""
+    if examples.vocab_size == 0:
+        raise ConfigError(
+            f"data.source={quote(cfg.data.source)} has vectors instead of tokens, which a language "
+            "model cannot read; use a model of modules.heads with the train step, as its "
+            "experiment does."
+        )
     if cfg.model.vocab_size < examples.vocab_size:
         raise ConfigError(
             f"model.vocab_size must be at least {examples.vocab_size}, which the token ids of "

@@ -1,0 +1,1 @@
+"""Sets of the Long Range Arena, read from local files."""
