@@ -106,7 +106,7 @@ LONG_LISTS: dict[str, Any] = dict(min_len=500, task={"max_depth": 10, "max_args"
 
 def make_config(setting: Setting, data: dict[str, Any], **train: Any) -> ExperimentConfig:
     """Blocks, data and training of a setting; `data` has the fields of generated expressions."""
-    shared: dict[str, Any] = dict(warmup_steps=0.1, end_factor=0.01, grad_clip=1.0)
+    shared: dict[str, Any] = dict(lr=LRS["paper"][0], warmup_steps=0.1, end_factor=0.01)
     return ExperimentConfig(
         name="long_range_arena",
         model=LMConfig(
@@ -117,7 +117,7 @@ def make_config(setting: Setting, data: dict[str, Any], **train: Any) -> Experim
             slstm=SLSTMConfig(num_heads=4),
         ),
         data=DataConfig(seq_len=setting.seq_len, batch_size=setting.batch_size, seed=1, **data),
-        train=TrainConfig(steps=setting.steps, lr=LRS["paper"][0], **shared | train),
+        train=TrainConfig(steps=setting.steps, grad_clip=1.0, **shared | train),
     )
 
 
@@ -248,7 +248,7 @@ def run(cfg: ExperimentConfig, setting: Setting, options: "Options") -> dict[str
         seeds=range(NUM_SEEDS[options.size]),
         lrs=LRS[options.size],
         loss_fn=loss_fn,
-        report=lambda step, loss: print(f"  step {step:6d}  loss {np.round(loss, 4)}", flush=True),
+        report=record.print_loss,
     )
     accuracy = {}
     for split in ("valid", "test"):

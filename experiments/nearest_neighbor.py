@@ -120,7 +120,7 @@ def run_model(cfg: ExperimentConfig, name: str, size: str) -> dict[str, Any]:
         lrs=LRS[size],
         end_lr=END_LR,
         loss_fn=loss_fn,
-        report=lambda step, loss: print(f"  step {step:6d}  MSE {np.round(loss, 4)}", flush=True),
+        report=record.print_loss,
     )
     held_out = eval_batches(load(cfg.data, "valid"), cfg.data)
     sums = evaluate_grid(model, grid.params, held_out, cfg.train, loss_fn)

@@ -50,6 +50,11 @@ def save(
     return 0 if record["size"] == "smoke" or all(record["outcome"].values()) else 1
 
 
+def print_loss(step: int, loss: Any) -> None:
+    """Prints the mean loss of each member of a grid: a `report` of `train_grid`."""
+    print(f"  step {step:6d}  loss {' '.join(f'{value:.4f}' for value in loss)}", flush=True)
+
+
 def pyplot() -> Any:
     """`matplotlib.pyplot`, which needs no display."""
     import matplotlib
