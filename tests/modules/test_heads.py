@@ -61,6 +61,7 @@ def test_reversal_is_its_own_inverse_and_leaves_padding_at_the_end():
 # Directions.
 
 
+@pytest.mark.slow
 def test_the_two_directions_exchange_roles_when_the_sequence_is_reversed(x):
     module = BidirectionalBackbone(CFG)
     params = variables(module, x)["params"]
@@ -76,6 +77,7 @@ def test_the_two_directions_exchange_roles_when_the_sequence_is_reversed(x):
     np.testing.assert_allclose(mirrored, y[:, ::-1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_both_directions_see_the_whole_document_and_nothing_else(x):
     module = BidirectionalBackbone(CFG)
     params = variables(module, x)
@@ -89,6 +91,7 @@ def test_both_directions_see_the_whole_document_and_nothing_else(x):
     np.testing.assert_allclose(alone[0], y[0, 3:], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scan_orders_alternate_from_block_to_block(x):
     module = ScanBackbone(config("ll"), ORDERS)
     params = variables(module, x)
@@ -116,6 +119,7 @@ def test_orders_that_are_no_permutation_are_rejected(x):
 # Heads.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_a_classifier_ignores_padding(vectors, bidirectional):
     module = Classifier(CFG, 5, in_dim=C, bidirectional=bidirectional)
@@ -127,6 +131,7 @@ def test_a_classifier_ignores_padding(vectors, bidirectional):
     np.testing.assert_allclose(alone[0], logits[1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_classifier_of_two_documents_encodes_each_by_itself(vectors):
     module = Classifier(CFG, 2, in_dim=C, num_documents=2)
     ids = jnp.asarray([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 2, 2]])
@@ -192,12 +197,12 @@ def test_squared_errors_are_weighted_and_counted(rng):
     targets = rng.standard_normal((2, 3)).astype(np.float32)
     weights = np.array([[0, 1, 1], [0, 1, 0]], np.float32)
     batch = batch_of(targets, weights)
-    loss, sums = head_losses.squared_error_loss(Fixed(outputs), {}, batch)
+    loss, sums = head_losses.squared_error_loss(Fixed(jnp.asarray(outputs)), {}, batch)
     expected = ((outputs[..., 0] - targets) ** 2 * weights).sum()
     assert float(loss) == float(sums.ce_sum) == pytest.approx(expected, rel=1e-6)
     assert float(sums.weight_sum) == 3
     with pytest.raises(ArgumentError, match="num_outputs must be 1 for squared errors, got 2"):
-        head_losses.squared_error_loss(Fixed(np.zeros((2, 3, 2), np.float32)), {}, batch)
+        head_losses.squared_error_loss(Fixed(jnp.zeros((2, 3, 2))), {}, batch)
 
 
 def test_the_class_of_a_sequence_is_its_only_target_and_padding_does_not_count():

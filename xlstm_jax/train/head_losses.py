@@ -36,7 +36,7 @@ def position_classification_loss(
 ) -> Loss:
     """Cross entropy of a class at each position, weighted, for a `PositionHead`."""
     logits = _apply(model, params, batch, dropout_key)
-    return _cross_entropy(logits, jnp.maximum(batch.targets, 0), batch.weights)
+    return _cross_entropy(logits, jnp.maximum(batch.targets, 0), jnp.asarray(batch.weights))
 
 
 def squared_error_loss(

@@ -5,14 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Int, Int32, Int64
 
 from xlstm_jax.data.batch import Batch
 from xlstm_jax.data.synthetic.samples import IGNORED
 from xlstm_jax.errors import ConfigError, quote_path
 
-Inputs = Int32[np.ndarray, "B T"] | Float32[np.ndarray, "B T C"]
-Rows = tuple[Any, Int32[np.ndarray, "B T"]]
+Rows = tuple[Int32[np.ndarray, "B T"] | Float32[np.ndarray, "B T C"], Int32[np.ndarray, "B T"]]
 """Inputs, `B T` tokens or `B T C` vectors, and segment ids: 0 is padding, documents from 1."""
 
 
@@ -74,7 +73,7 @@ def labeled_batch(
     )
 
 
-def padded(sequences: list[Int32[np.ndarray, "L"]], seq_len: int) -> Rows:
+def padded(sequences: list[Int[np.ndarray, "L"]], seq_len: int) -> Rows:
     """Sequences of different lengths, truncated or padded with 0 to `seq_len`."""
     tokens = np.zeros((len(sequences), seq_len), np.int32)
     segment_ids = np.zeros((len(sequences), seq_len), np.int32)

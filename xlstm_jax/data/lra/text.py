@@ -7,7 +7,6 @@ the lines that it consists of.
 import csv
 import functools
 import pathlib
-from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Int64
@@ -40,7 +39,7 @@ def read_listops(folder: pathlib.Path, split: Split, seq_len: int = LISTOPS_LEN)
     lines = _Lines(path, skip=1)
 
     def read(index: Int64[np.ndarray, "B"]) -> Rows:
-        return padded([listops.encode(lines.fields(i, 2)[0]) for i in index], seq_len)
+        return padded([listops.encode(lines.fields(i, 2)[0]) for i in index.tolist()], seq_len)
 
     return Labeled(read, lines.labels(-1, 10), listops.VOCAB_SIZE, str(path))
 
@@ -60,7 +59,7 @@ def read_retrieval(folder: pathlib.Path, split: Split, document_len: int = DOCUM
     def read(index: Int64[np.ndarray, "B"]) -> Rows:
         shape = len(index), 2 * document_len
         tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        for n, i in enumerate(index):
+        for n, i in enumerate(index.tolist()):
             first = 0
             for document, text in enumerate(lines.fields(i, 5)[3:], start=1):
                 data = np.frombuffer(text.encode()[:document_len], np.uint8)
@@ -133,6 +132,3 @@ class _Lines:
 
 def _split(line: str) -> list[str]:
     return next(csv.reader([line.rstrip("\r\n")], delimiter="\t"), [])
-
-
-Reader = Callable[[pathlib.Path, Split], Labeled]
