@@ -27,7 +27,7 @@ NUM_CLASSES, SEGMENT = 4, (3, 8)  # classes, and the shortest and longest segmen
 FRAME_DIM = NUM_CLASSES + 1  # one number per class, and the mark
 MIN_LEN, MAX_LEN, NOISE = 16, 32, 0.1
 BATCH_SIZE, NUM_HELD_OUT = 64, 512
-STEPS = {"smoke": 10, "cpu": 400}
+STEPS = {"smoke": 10, "cpu": 250}
 
 
 def signals(seed: int, count: int) -> Batch:

@@ -29,7 +29,7 @@ NUM_PATCHES = (WIDTH // PATCH) ** 2
 NUM_CLASSES = 4
 PATCH_DIM = PATCH**2 + 2  # pixels and the position of the patch
 BATCH_SIZE, NUM_HELD_OUT = 64, 1024
-STEPS = {"smoke": 10, "cpu": 600}
+STEPS = {"smoke": 10, "cpu": 400}
 FORWARD = tuple(range(NUM_PATCHES))
 ORDERS = {"alternating": (FORWARD, FORWARD[::-1]), "forward": (FORWARD,)}
 

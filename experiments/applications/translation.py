@@ -26,7 +26,7 @@ NUM_SYMBOLS, MIN_LEN, MAX_LEN = 16, 3, 8
 PAD, SEPARATOR, END, FIRST = 0, 1, 2, 3  # symbols of the source start at FIRST
 VOCAB_SIZE = FIRST + 2 * NUM_SYMBOLS
 BATCH_SIZE, NUM_HELD_OUT = 64, 256
-STEPS = {"smoke": 10, "cpu": 600}
+STEPS = {"smoke": 10, "cpu": 400}
 WORDS = np.random.default_rng(0).permutation(NUM_SYMBOLS)  # of the symbols, in the other alphabet
 
 Task = Literal["translate", "copy"]
