@@ -158,6 +158,14 @@ class Generated:
     cfg: DataConfig
     split: Split
 
+    shuffle = False
+    vocab_size = listops.VOCAB_SIZE
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What determines the expressions."""
+        return {"source": "listops", "seed": self.cfg.seed, "split": self.split}
+
     def __len__(self) -> int:
         """Expressions of a held-out split; training has new ones in every step."""
         return self.cfg.num_eval_samples
@@ -165,7 +173,8 @@ class Generated:
     def batch(self, index: np.ndarray) -> Batch:
         """The expressions with these indices."""
         keys = sample_keys(self.cfg.seed, self.split, index)
-        drawn = listops.expressions(keys, self.cfg.min_len, self.cfg.seq_len, **self.cfg.task)
+        options: dict[str, Any] = self.cfg.task
+        drawn = listops.expressions(keys, self.cfg.min_len, self.cfg.seq_len, **options)
         segment_ids = (np.arange(self.cfg.seq_len) < drawn.lengths[:, None]).astype(np.int32)
         return labeled_batch(drawn.tokens.astype(np.int32), segment_ids, drawn.values, index)
 

@@ -27,6 +27,7 @@ NUM_CLASSES, SEGMENT = 4, (3, 8)  # classes, and the shortest and longest segmen
 FRAME_DIM = NUM_CLASSES + 1  # one number per class, and the mark
 MIN_LEN, MAX_LEN, NOISE = 16, 32, 0.1
 BATCH_SIZE, NUM_HELD_OUT = 64, 512
+BLOCKS = LMConfig(vocab_size=1, dim=32, pattern="m", mlstm=MLSTMConfig(num_heads=2))
 STEPS = {"smoke": 10, "cpu": 250}
 
 
@@ -64,8 +65,7 @@ def accuracy(size: str, *, bidirectional: bool) -> float:
         parts = [signals(1 + step, BATCH_SIZE) for step in range(first, first + count)]
         return Batch(*map(np.stack, zip(*parts, strict=True)))
 
-    blocks = LMConfig(vocab_size=1, dim=32, pattern="m", mlstm=MLSTMConfig(num_heads=2))
-    model = PositionHead(blocks, NUM_CLASSES, in_dim=FRAME_DIM, bidirectional=bidirectional)
+    model = PositionHead(BLOCKS, NUM_CLASSES, in_dim=FRAME_DIM, bidirectional=bidirectional)
     steps = STEPS[size]
     cfg = TrainConfig(steps=steps, warmup_steps=0.1, grad_clip=1.0, log_every=min(steps, 100))
     loss_fn = functools.partial(position_classification_loss, model)

@@ -29,6 +29,7 @@ NUM_PATCHES = (WIDTH // PATCH) ** 2
 NUM_CLASSES = 4
 PATCH_DIM = PATCH**2 + 2  # pixels and the position of the patch
 BATCH_SIZE, NUM_HELD_OUT = 64, 1024
+BLOCKS = LMConfig(vocab_size=1, dim=32, pattern="mm", mlstm=MLSTMConfig(num_heads=2))
 STEPS = {"smoke": 10, "cpu": 400}
 FORWARD = tuple(range(NUM_PATCHES))
 ORDERS = {"alternating": (FORWARD, FORWARD[::-1]), "forward": (FORWARD,)}
@@ -81,8 +82,7 @@ def accuracy(size: str, orders: tuple[tuple[int, ...], ...]) -> float:
         parts = [make_batch(1 + step, BATCH_SIZE) for step in range(first, first + count)]
         return Batch(*map(np.stack, zip(*parts, strict=True)))
 
-    blocks = LMConfig(vocab_size=1, dim=32, pattern="mm", mlstm=MLSTMConfig(num_heads=2))
-    model = Classifier(blocks, NUM_CLASSES, in_dim=PATCH_DIM, orders=orders)
+    model = Classifier(BLOCKS, NUM_CLASSES, in_dim=PATCH_DIM, orders=orders)
     steps = STEPS[size]
     cfg = TrainConfig(steps=steps, warmup_steps=0.1, grad_clip=1.0, log_every=min(steps, 100))
     loss_fn = functools.partial(classification_loss, model)

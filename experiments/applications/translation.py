@@ -26,6 +26,7 @@ NUM_SYMBOLS, MIN_LEN, MAX_LEN = 16, 3, 8
 PAD, SEPARATOR, END, FIRST = 0, 1, 2, 3  # symbols of the source start at FIRST
 VOCAB_SIZE = FIRST + 2 * NUM_SYMBOLS
 BATCH_SIZE, NUM_HELD_OUT = 64, 256
+BLOCKS = LMConfig(vocab_size=VOCAB_SIZE, dim=32, pattern="mm", mlstm=MLSTMConfig(num_heads=2))
 STEPS = {"smoke": 10, "cpu": 400}
 WORDS = np.random.default_rng(0).permutation(NUM_SYMBOLS)  # of the symbols, in the other alphabet
 
@@ -94,9 +95,7 @@ def main(options: Options) -> int:
         ]
         return Batch(*map(np.stack, zip(*parts, strict=True)))
 
-    model = LM(
-        LMConfig(vocab_size=VOCAB_SIZE, dim=32, pattern="mm", mlstm=MLSTMConfig(num_heads=2))
-    )
+    model = LM(BLOCKS)
     steps = STEPS[options.size]
     cfg = TrainConfig(steps=steps, warmup_steps=0.1, grad_clip=1.0, log_every=min(steps, 100))
     result = record.start("applications/translation", options.size)

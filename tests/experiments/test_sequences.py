@@ -1,5 +1,6 @@
 """Recall, nearest neighbors, the Long Range Arena and the applications: configs and outcomes."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from experiments.applications import frame_classifier, image_scans, translation
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import load
 from xlstm_jax.data.synthetic import listops
+from xlstm_jax.train.config import check_vocabulary
 
 EXPERIMENTS = (mqar, nearest_neighbor, long_range_arena)
 APPLICATIONS = (translation, frame_classifier, image_scans)
@@ -70,6 +72,12 @@ def test_confidence_intervals_are_those_of_students_distribution():
     half = 4.604 * np.std(values, ddof=1) / np.sqrt(5)
     assert nearest_neighbor.confidence(values) == pytest.approx(half)
     assert nearest_neighbor.confidence([1.0]) == 0
+
+
+def test_a_language_model_is_not_trained_on_vectors():
+    cfg = nearest_neighbor.CPU
+    with pytest.raises(ConfigError, match="has vectors instead of tokens, which a language model"):
+        check_vocabulary(cfg, load(cfg.data, "train"))
 
 
 # Long Range Arena.
@@ -166,20 +174,35 @@ def test_an_unknown_size_is_rejected_with_the_known_ones(module):
 
 
 @pytest.fixture
-def few_models(monkeypatch):
-    """Leaves the process as it is, and trains models that compile fast."""
+def lstm_only(monkeypatch):
+    """Leaves the process as it is, and trains LSTMs, which compile fast."""
     monkeypatch.setattr(mqar.cpu, "prepare", lambda: None)
-    recall_models = {"xLSTM[1:0]": "l", "xLSTM[0:1]": "l", "Llama": "l"}
-    monkeypatch.setattr(mqar, "PATTERNS", recall_models)
+    names = ("xLSTM[1:0]", "xLSTM[0:1]", "Llama")
+    monkeypatch.setattr(mqar, "PATTERNS", dict.fromkeys(names, "l"))
     monkeypatch.setattr(nearest_neighbor, "PATTERNS", {"LSTM": "l", "xLSTM[0:1]": "l"})
+    smoke = long_range_arena.config("smoke")
+    smoke = dataclasses.replace(smoke, model=dataclasses.replace(smoke.model, pattern="l"))
+    monkeypatch.setitem(long_range_arena.SIZES, "smoke", smoke)
+    for module in APPLICATIONS:
+        monkeypatch.setattr(module, "BLOCKS", dataclasses.replace(module.BLOCKS, pattern="l"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("module", (*EXPERIMENTS, *APPLICATIONS), **NAMES)
-def test_the_smallest_size_writes_a_result(module, few_models, one_device, tmp_path):
-    out = tmp_path / "result.json"
+def smoke_result(module, out):
     assert module.main(module.Options(size="smoke", out=out)) == 0
     result = json.loads(out.read_text())
     assert result["size"] == "smoke" and set(result["outcome"].values()) <= {True, False}
-    if module in EXPERIMENTS:
-        assert out.with_suffix(".png").stat().st_size < 300 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", EXPERIMENTS, **NAMES)
+def test_the_smallest_size_writes_a_result_and_a_plot(module, lstm_only, one_device, tmp_path):
+    smoke_result(module, tmp_path / "result.json")
+    assert (tmp_path / "result.png").stat().st_size < 300 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", APPLICATIONS, **NAMES)
+def test_the_smallest_size_of_an_application_writes_a_result(
+    module, lstm_only, one_device, tmp_path
+):
+    smoke_result(module, tmp_path / "result.json")

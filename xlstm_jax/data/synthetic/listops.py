@@ -126,13 +126,13 @@ class _Open(NamedTuple):
 
     operator: Int64[np.ndarray, "N depth"]
     wanted: Int64[np.ndarray, "N depth"]  # elements
-    count: Int64[np.ndarray, "N depth"]  # elements so far
+    filled: Int64[np.ndarray, "N depth"]  # elements so far
     args: Int64[np.ndarray, "N depth A"]  # their values
 
     def push(self, rows, depth, values) -> None:
         """Appends an element to the innermost open list of some samples."""
-        self.args[rows, depth, self.count[rows, depth]] = values
-        self.count[rows, depth] += 1
+        self.args[rows, depth, self.filled[rows, depth]] = values
+        self.filled[rows, depth] += 1
 
 
 def _draw(
@@ -142,13 +142,14 @@ def _draw(
     N = len(keys)
     out = Expressions(np.full((N, max_len), PAD), *np.zeros((2, N), np.int64))
     shape = (N, max_depth)
-    lists = _Open(*np.zeros((3, *shape), np.int64), np.zeros((*shape, max_args), np.int64))
+    operator, wanted, filled = np.zeros((3, *shape), np.int64)
+    lists = _Open(operator, wanted, filled, np.zeros((*shape, max_args), np.int64))
     depth = np.zeros(N, np.int64)  # number of open lists
     rows = np.arange(N)  # samples that are not complete
     for t in range(max_len):
         draws = hashing.fold(keys[rows, None], np.arange(4 * t, 4 * t + 4, dtype=np.uint64)[None])
         top = depth[rows] - 1
-        closes = (top >= 0) & (lists.count[rows, top] == lists.wanted[rows, top])
+        closes = (top >= 0) & (lists.filled[rows, top] == lists.wanted[rows, top])
         may_open = hashing.uniform(draws[:, _OPEN]) < list_share
         opens = ~closes & (may_open | (top < 0)) & (depth[rows] < max_depth)
         is_digit = ~closes & ~opens
@@ -156,7 +157,7 @@ def _draw(
         r, d, draw = rows[opens], depth[rows[opens]], draws[opens]
         lists.operator[r, d] = hashing.below(draw[:, _WHICH], 4)
         lists.wanted[r, d] = MIN_ARGS + hashing.below(draw[:, _COUNT], max_args - MIN_ARGS + 1)
-        lists.count[r, d] = 0
+        lists.filled[r, d] = 0
         out.tokens[r, t] = OPERATOR + lists.operator[r, d]
         depth[r] += 1
 
@@ -166,7 +167,7 @@ def _draw(
 
         r, d = rows[closes], depth[rows[closes]] - 1
         out.tokens[r, t] = CLOSE
-        values = _evaluate(lists.operator[r, d], lists.args[r, d], lists.count[r, d])
+        values = _evaluate(lists.operator[r, d], lists.args[r, d], lists.filled[r, d])
         depth[r] -= 1
         is_inner = d > 0
         lists.push(r[is_inner], d[is_inner] - 1, values[is_inner])
