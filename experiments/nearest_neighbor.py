@@ -55,7 +55,7 @@ CPU = ExperimentConfig(
         num_eval_samples=4096,
         seed=1,
     ),
-    train=TrainConfig(steps=2000, warmup_steps=0.1, grad_clip=1.0, log_every=100),
+    train=TrainConfig(steps=1500, warmup_steps=0.1, grad_clip=1.0, log_every=100),
 )
 SMOKE = dataclasses.replace(
     CPU,
@@ -72,7 +72,7 @@ PAPER = dataclasses.replace(
 SIZES = {"smoke": SMOKE, "cpu": CPU, "paper": PAPER}
 LRS = {
     "smoke": (1e-3, 1e-2),
-    "cpu": (1e-3, 3e-3, 1e-2),
+    "cpu": (1e-3, 1e-2, 3e-2),
     "paper": (1e-4, 1e-3, 1e-2, 1e-1),
 }
 NUM_SEEDS = {"smoke": 1, "cpu": 2, "paper": 5}
