@@ -4,7 +4,7 @@
     python experiments/long_range_arena.py --size paper --task retrieval --data FOLDER
 
 The size cpu generates ListOps expressions of at most 64 tokens and lists within at most 3 lists.
-Expected: xLSTM[1:0] answers more than 0.4 of the held-out expressions, four times the chance of 0.1,
+Expected: xLSTM[1:0] answers more than 0.4 of the held-out expressions, four times chance, 0.1,
 and at least 0.1 more than those whose value is the most frequent one of their outermost operator.
 
 The size paper reads the published files from the folder `--data`, which this script never
