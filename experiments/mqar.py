@@ -32,6 +32,7 @@ from experiments import record
 from xlstm_jax import cpu
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import Batch, DataConfig, load
+from xlstm_jax.data.synthetic.mqar import TASK
 from xlstm_jax.modules import LM, LMConfig, MLSTMConfig, SLSTMConfig
 from xlstm_jax.modules.baselines.options import AttentionConfig
 from xlstm_jax.train import ExperimentConfig, TrainConfig
@@ -224,14 +225,13 @@ def main(options: Options) -> int:
     names = PATTERNS if options.size == "paper" else CPU_MODELS
     result = record.start("mqar", options.size)
     models = {name: run_model(cfg, name, options) for name in names}
-    samples = load(cfg.data, "valid")
     result |= {
         "length": cfg.data.seq_len,
         "num_pairs": cfg.data.task["num_pairs"],
         "vocab_size": cfg.model.vocab_size,
         "dim": cfg.model.dim,
         "steps": cfg.train.steps,
-        "chance": getattr(samples, "chance", None),
+        "chance": TASK.chance(TASK.complete(cfg.data.task)),
         "seconds": round(sum(model["seconds"] for model in models.values()), 1),
         "models": models,
         "outcome": outcome(models, cfg.data.seq_len),

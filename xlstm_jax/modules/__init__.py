@@ -4,7 +4,9 @@ from xlstm_jax.modules import presets
 from xlstm_jax.modules.block import LargeBlock, MLSTMBlock, SLSTMBlock
 from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.modules.conv import CausalConv
+from xlstm_jax.modules.directions import BidirectionalBackbone, ScanBackbone
 from xlstm_jax.modules.feedforward import GatedFeedForward, LargeFeedForward
+from xlstm_jax.modules.heads import Classifier, PositionHead
 from xlstm_jax.modules.kinds import BLOCKS, BlockKind
 from xlstm_jax.modules.large import LargeMLSTMLayer
 from xlstm_jax.modules.linear import Dense, Embedding, HeadwiseDense
@@ -18,8 +20,10 @@ from xlstm_jax.modules.slstm import SLSTMLayer, SLSTMLayerState
 __all__ = [
     "BLOCKS",
     "Backbone",
+    "BidirectionalBackbone",
     "BlockKind",
     "CausalConv",
+    "Classifier",
     "Dense",
     "Embedding",
     "GatedFeedForward",
@@ -36,11 +40,13 @@ __all__ = [
     "MLSTMLayer",
     "MLSTMLayerState",
     "MultiHeadNorm",
+    "PositionHead",
     "RMSNorm",
     "SLSTMBlock",
     "SLSTMConfig",
     "SLSTMLayer",
     "SLSTMLayerState",
+    "ScanBackbone",
     "at",
     "head_kernel",
     "lm_logits",
