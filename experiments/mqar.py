@@ -180,24 +180,25 @@ def outcome(models: dict[str, dict[str, Any]], length: int) -> dict[str, bool]:
 
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
-    """Training loss of each member, and the held-out accuracy at every length."""
+    """Training loss, and held-out accuracy by model and length: a line or a point per member."""
     plt = record.pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for n, (name, model) in enumerate(result["models"].items()):
+    models = result["models"]
+    for n, (name, model) in enumerate(models.items()):
         curve = np.array(model["loss_curve"])
-        steps = np.linspace(0, result["steps"], len(curve))
-        left.plot(steps, curve, color=f"C{n}", lw=1, alpha=0.7)
-        left.plot([], [], color=f"C{n}", label=name)
-        for length, values in model["accuracy"].items():
-            x = np.full(len(values), int(length)) * (1 + 0.02 * (n - 1))
-            right.plot(x, values, "o", color=f"C{n}", alpha=0.6)
-    left.set(xlabel="step", ylabel="loss in nats", title="training, a line per seed")
+        left.plot(np.linspace(0, result["steps"], len(curve)), curve, f"C{n}", lw=1, alpha=0.7)
+        left.plot([], [], f"C{n}", label=name)
+        for shift, (length, values) in enumerate(model["accuracy"].items()):
+            x = np.full(len(values), n + 0.2 * shift)
+            right.plot(x, values, "osD^v"[shift % 5], color=f"C{n}", alpha=0.6)
+            if n == 0:
+                right.plot([], [], "osD^v"[shift % 5], color="0.4", label=f"length {length}")
+    left.set(xlabel="step", ylabel="loss in nats", title="training, a line per run")
     left.legend(frameon=False)
     right.axhline(result["chance"], color="0.5", lw=0.8, ls=":")
-    right.set(xlabel="length", ylabel="accuracy", ylim=(0, 1.03), title="held-out queries")
-    lengths = [int(length) for length in next(iter(result["models"].values()))["accuracy"]]
-    right.set_xlim(0, 1.2 * max(lengths))
-    right.set_xticks(lengths)
+    right.set(ylabel="accuracy", xlim=(-0.5, len(models)), ylim=(0, 1.03), title="held-out queries")
+    right.set_xticks(range(len(models)), list(models))
+    right.legend(frameon=False, loc="center right")
     figure.suptitle(f"Associative recall of {result['num_pairs']} pairs (dotted: chance)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
