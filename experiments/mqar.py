@@ -198,7 +198,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     right.axhline(result["chance"], color="0.5", lw=0.8, ls=":")
     right.set(ylabel="accuracy", xlim=(-0.5, len(models)), ylim=(0, 1.03), title="held-out queries")
     right.set_xticks(range(len(models)), list(models))
-    right.legend(frameon=False, loc="center right")
+    right.legend(frameon=False, loc="upper right")
     figure.suptitle(f"Associative recall of {result['num_pairs']} pairs (dotted: chance)")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -206,3 +206,20 @@ def test_the_smallest_size_of_an_application_writes_a_result(
     module, lstm_only, one_device, tmp_path
 ):
     smoke_result(module, tmp_path / "result.json")
+
+
+@pytest.mark.slow
+def test_published_files_are_trained_on(one_device, tmp_path, monkeypatch):
+    for split in ("train", "eval", "test"):
+        rows = [f'"{n % 2}.0"\t"a"\t"b"\t"text {n}"\t"other {n % 2}"\n' for n in range(12)]
+        (tmp_path / f"new_aan_pairs.{split}.tsv").write_text("".join(rows))
+    small = long_range_arena.PAPER["retrieval"]._replace(
+        pattern="l", dim=8, batch_size=4, steps=2, seq_len=24
+    )
+    monkeypatch.setitem(long_range_arena.PAPER, "retrieval", small)
+    monkeypatch.setitem(long_range_arena.LRS, "paper", (1e-3,))
+    monkeypatch.setattr(long_range_arena.cpu, "prepare", lambda: None)
+    options = dict(size="paper", task="retrieval", data=tmp_path, out=tmp_path / "result.json")
+    long_range_arena.main(long_range_arena.Options(**options))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["published"]["xLSTM"] == 0.906 and 0 <= result["test_accuracy"] <= 1

@@ -25,8 +25,8 @@ IDS = jnp.asarray([[1] * T, [1, 1, 1, 1, 0, 0]])
 ORDERS = ((0, 1, 2, 3, 4, 5), (5, 4, 3, 2, 1, 0))
 
 
-def variables(module, x, *args):
-    return {"params": perturbed(module.init(jax.random.key(0), x, *args)["params"])}
+def variables(module, x):
+    return {"params": perturbed(module.init(jax.random.key(0), x)["params"])}
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_a_classifier_ignores_padding(vectors, bidirectional):
 def test_a_classifier_of_two_documents_encodes_each_by_itself(vectors):
     module = Classifier(CFG, 2, in_dim=C, num_documents=2)
     ids = jnp.asarray([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 2, 2]])
-    params = variables(module, vectors, ids)
+    params = variables(module, vectors)  # as a train state, without ids
     assert params["params"]["head"]["kernel"].shape == (4 * D, 2)
     logits = module.apply(params, vectors, ids)
     # The same documents with more padding between them.

@@ -105,7 +105,9 @@ class Classifier(_Head):
             ArgumentError: the inputs have other axes, or two documents have no `segment_ids`.
         """
         self._check(x)
-        if self.num_documents not in (1, 2) or (self.num_documents == 2 and segment_ids is None):
+        # Parameters do not depend on the ids, which initialization from inputs alone leaves out.
+        has_ids = segment_ids is not None or self.is_initializing()
+        if self.num_documents not in (1, 2) or (self.num_documents == 2 and not has_ids):
             raise ArgumentError(
                 f"num_documents must be 1, or 2 with segment_ids, got {self.num_documents}; "
                 "segment_ids tell the documents apart."
