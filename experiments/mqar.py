@@ -156,6 +156,7 @@ def run_model(cfg: ExperimentConfig, name: str, options: "Options") -> dict[str,
         "learning_rates": grid.lrs,
         "final_loss": [float(v) for v in grid.losses[-100:].mean(axis=0)],
         "accuracy": scores,
+        "diverged": grid.diverged.tolist(),
         "loss_curve": grid.losses[:: max(1, len(grid.losses) // 100)].round(4).tolist(),
         "seconds": round(time.perf_counter() - start, 1),
     }

@@ -131,6 +131,7 @@ def run_model(cfg: ExperimentConfig, name: str, size: str) -> dict[str, Any]:
         "parameters": sum(leaf[0].size for leaf in jax.tree.leaves(grid.params)),
         "learning_rates": LRS[size],
         "mse": errors.tolist(),  # [seeds, learning rates]
+        "diverged": grid.diverged.tolist(),
         "best_lr": LRS[size][best],
         "best_mse": errors[:, best].tolist(),
         "mean_mse": float(errors[:, best].mean()),
