@@ -59,6 +59,7 @@ def mlstm_step(
     forget_gate: str = "sigmoid",
     normalize: bool = True,
     eps: float = 1e-6,
+    stabilize: bool = True,
 ) -> tuple[MLSTMState, Float[Array, "B H V"]]:
     """One time step, in the argument order of `jax.lax.scan`.
 
@@ -70,6 +71,7 @@ def mlstm_step(
             state is bounded and m is 0 after every step.
         normalize: divide by max(|q n|, exp(-m)) + eps.
         eps: added after that maximum.
+        stabilize: False: m is 0 with exponential gates too, whose exponentials may overflow.
 
     Returns the state after step t, and h_t in the dtype of the state.
     """
@@ -79,8 +81,9 @@ def mlstm_step(
     # With m = 0 the first step multiplies the scale of a given state back into C and n. If both
     # gates are 0, m is NEG: it is never -inf, as -inf - -inf is NaN.
     max_gate = jnp.maximum(jnp.maximum(log_carry, log_i), NEG)
-    m = max_gate if "exp" in (input_gate, forget_gate) else jnp.zeros_like(log_carry)
-    # With an exponential gate both exponents are <= 0: nothing overflows.
+    has_max = stabilize and "exp" in (input_gate, forget_gate)
+    m = max_gate if has_max else jnp.zeros_like(log_carry)
+    # With an exponential gate and its m both exponents are <= 0: nothing overflows.
     f_scaled = jnp.exp(log_carry - m)
     i_scaled = jnp.exp(log_i - m)
     # Gate and key are multiplied first: K numbers, not the K x V of their outer product with v.
@@ -145,6 +148,7 @@ def mlstm_scan(
     forget_gate: str = "sigmoid",
     normalize: bool = True,
     eps: float = 1e-6,
+    stabilize: bool = True,
     reverse: bool = False,
 ) -> tuple[Float[Array, "B T H V"], MLSTMState]:
     """The recurrence over a sequence; `reset`, `mask` and `reverse` as in `scan_time`.
@@ -157,10 +161,10 @@ def mlstm_scan(
     # `scan` requires a carry of one dtype, also where the caller passes a narrower state.
     state = vary_like(jax.tree.map(lambda s: s.astype(dtype), state), (q, k, v, i, f, reset, mask))
 
-    options = {"input_gate": input_gate, "forget_gate": forget_gate}
+    gates = {"input_gate": input_gate, "forget_gate": forget_gate, "stabilize": stabilize}
 
     def step(state, x):
-        return mlstm_step(state, *x, normalize=normalize, eps=eps, **options)
+        return mlstm_step(state, *x, normalize=normalize, eps=eps, **gates)
 
     h, state = scan_time(step, state, (q, k, v, i, f), reset=reset, mask=mask, reverse=reverse)
     return h.astype(v.dtype), state

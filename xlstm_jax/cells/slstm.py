@@ -43,12 +43,14 @@ def slstm_step(
     b: Float[Array, "H 4 K"] | None = None,
     *,
     forget_gate: str = "sigmoid",
+    stabilize: bool = True,
 ) -> tuple[SLSTMState, Float[Array, "B H K"]]:
     """One time step, in the argument order of `jax.lax.scan`.
 
     Args:
         state, x, r, b: as in `lstm_step`.
         forget_gate: activation of the forget gate, `"sigmoid"` or `"exp"`.
+        stabilize: False: m is 0, and exponentials of the gates may overflow.
 
     Returns the state after step t, and h_t in the dtype of the state.
     """
@@ -58,7 +60,8 @@ def slstm_step(
     # those of m = i. Per element, so that a reset of some sequences does not affect the others.
     log_carry = jnp.where(state.n == 0, -jnp.inf, log_f + state.m)
     m = jnp.maximum(jnp.maximum(log_carry, i), NEG)  # never -inf, as -inf - -inf is NaN
-    # Both exponents are <= 0: nothing overflows, and n is 0 or >= 1.
+    m = m if stabilize else jnp.zeros_like(m)
+    # With this m both exponents are <= 0: nothing overflows, and n is 0 or >= 1.
     f_scaled = jnp.exp(log_carry - m)
     i_scaled = jnp.exp(i - m)
     c = f_scaled * state.c + i_scaled * jnp.tanh(z)
@@ -76,6 +79,7 @@ def slstm_scan(
     reset: Flag | None = None,
     mask: Flag | None = None,
     forget_gate: str = "sigmoid",
+    stabilize: bool = True,
     reverse: bool = False,
 ) -> tuple[Float[Array, "B T H K"], SLSTMState]:
     """The recurrence over a sequence; `reset`, `mask` and `reverse` as in `scan_time`.
@@ -89,7 +93,7 @@ def slstm_scan(
     state = vary_like(jax.tree.map(lambda s: s.astype(dtype), state), (x, r, b, reset, mask))
 
     def step(state, x):
-        return slstm_step(state, x, r, b, forget_gate=forget_gate)
+        return slstm_step(state, x, r, b, forget_gate=forget_gate, stabilize=stabilize)
 
     h, state = scan_time(step, state, x, reset=reset, mask=mask, reverse=reverse)
     return h.astype(x.dtype), state

@@ -3,10 +3,12 @@
 Sources: arXiv:2405.04517, figures 10 and 11; arXiv:2503.13427, section 3.
 """
 
+from typing import Any
+
 import flax.linen as nn
 
 from xlstm_jax.modules import counts
-from xlstm_jax.modules.feedforward import GatedFeedForward, LargeFeedForward
+from xlstm_jax.modules.feedforward import FeedForward, GatedFeedForward, LargeFeedForward
 from xlstm_jax.modules.kinds import BLOCKS, IMPLEMENTATIONS, BlockKind, Matrices
 from xlstm_jax.modules.large import LargeMLSTMLayer
 from xlstm_jax.modules.mlstm import MLSTMLayer
@@ -58,11 +60,16 @@ class LargeBlock(ResidualBlock):
 
     def _parts(self):
         cfg, (_, _, ffn_dim) = self.cfg.large, self.cfg.large.widths(self.cfg.dim)
+        sizes: dict[str, Any] = dict(num_blocks=self.cfg.num_blocks, use_bias=cfg.use_bias)
+        if cfg.ffn_activation is None:
+            ffn = LargeFeedForward(ffn_dim, **sizes, name="ffn")
+        else:
+            ffn = FeedForward(ffn_dim, activation=cfg.ffn_activation, **sizes, name="ffn")
         return (
             RMSNorm(cfg.norm_eps, cfg.use_bias, name="norm_mlstm"),
             self._layer(name="mlstm"),
             RMSNorm(cfg.norm_eps, cfg.use_bias, name="norm_ffn"),
-            LargeFeedForward(ffn_dim, self.cfg.num_blocks, cfg.use_bias, name="ffn"),
+            ffn,
         )
 
     @nn.nowrap

@@ -12,7 +12,8 @@ def mlstm_params(cfg: LMConfig) -> int:
     D, F, H = cfg.dim, cfg.mlstm.width(cfg.dim), cfg.mlstm.num_heads
     conv = _conv(F, cfg.mlstm, 1)
     qkv = 3 * F * cfg.mlstm.qkv_block_size
-    gates = 2 * (3 * F * H + H)  # i and f read q, k and v; their biases are not optional
+    # i and f read q, k and v; their biases are not optional.
+    gates = 2 * H + 3 * F * H * (cfg.mlstm.input_gate_kernel + cfg.mlstm.forget_gate_kernel)
     biases = 2 * F + 3 * F + D if cfg.mlstm.use_bias else 0
     norm_and_skip = D + F + F  # block norm; norm after the cell; learnable skip
     # 3 D F: an up-projection to 2 F and a down-projection from F.
@@ -23,7 +24,8 @@ def slstm_params(cfg: LMConfig) -> int:
     """Parameters of one first-generation sLSTM block, feed-forward layer included."""
     D, options = cfg.dim, cfg.slstm
     conv = _conv(D, options, 1)
-    gates = 2 * 4 * D * (D // options.num_heads) + 4 * D  # input and recurrent weights, bias
+    # Input and recurrent weights, bias.
+    gates = (1 + options.memory_mixing) * 4 * D * (D // options.num_heads) + 4 * D
     norms = D + D * options.group_norm_weight
     U = options.ffn_width(D)
     # A norm, gate and up-projection in one matrix, and a down-projection.
@@ -35,10 +37,11 @@ def large_params(cfg: LMConfig) -> int:
     """Parameters of one large-architecture block, feed-forward layer included."""
     D, H = cfg.dim, cfg.large.num_heads
     QK, V, U = cfg.large.widths(D)
-    linear = D * (2 * QK + V) + 2 * D * V + 3 * D * U
+    ups = 2 if cfg.large.ffn_activation is None else 1  # with the gate of the feed-forward layer
+    linear = D * (2 * QK + V) + 2 * D * V + (ups + 1) * D * U
     gates = 2 * D * H + 2 * H  # i and f, whose biases are not optional
     norms = 2 * D + V  # two block norms, and the norm of the heads
-    biases = (2 * QK + 2 * V + D) + (2 * U + D) + norms if cfg.large.use_bias else 0
+    biases = (2 * QK + 2 * V + D) + (ups * U + D) + norms if cfg.large.use_bias else 0
     return linear + gates + norms + biases
 
 
@@ -76,11 +79,13 @@ def mlstm_flops(cfg: LMConfig, count: str) -> float:
     """Forward FLOPs of one first-generation mLSTM block per token."""
     D, F, H = cfg.dim, cfg.mlstm.width(cfg.dim), cfg.mlstm.num_heads
     linear = 2 * D * 2 * F + 2 * F * D + 3 * 2 * F * cfg.mlstm.qkv_block_size
-    gates = 2 * (2 * 3 * F * H + H)
+    gates = 2 * H + 6 * F * H * (cfg.mlstm.input_gate_kernel + cfg.mlstm.forget_gate_kernel)
     conv = _conv(F, cfg.mlstm, 2)
     elementwise = 5 * F  # two silu, product and sum of the skip, gating product
     chunk = cfg.mlstm.chunk_size or CHUNK_SIZE
     cell = H / chunk * CELL_FLOPS[count](chunk, F // H, F // H)  # per token, as all others
+    if not cfg.mlstm.covariance_update:
+        cell = 11 * F  # i k; C, n: 3 each; read-out: 2 products, a maximum and a division
     return linear + gates + conv + elementwise + cell
 
 
@@ -89,7 +94,8 @@ def slstm_flops(cfg: LMConfig, count: str) -> float:
     del count  # conventions only differ for the mLSTM cell
     D, options = cfg.dim, cfg.slstm
     conv = _conv(D, options, 2) + (D if options.conv_width else 0)  # the latter for silu
-    products = 2 * 2 * 4 * D * (D // options.num_heads)  # input and recurrent weights
+    # Input and recurrent weights.
+    products = (1 + options.memory_mixing) * 2 * 4 * D * (D // options.num_heads)
     # Two sums per gate; log sigmoid and its sum with m, the maximum, two exponents and their exp;
     # tanh and c (3), n (2), sigmoid and h (2).
     pointwise = (2 * 4 + 3 + 4 + 1 + 3 + 2 + 1 + 2) * D
@@ -101,8 +107,9 @@ def large_flops(cfg: LMConfig, count: str) -> float:
     """Forward FLOPs of one large-architecture block per token."""
     D, H = cfg.dim, cfg.large.num_heads
     QK, V, U = cfg.large.widths(D)
+    ups = 2 if cfg.large.ffn_activation is None else 1  # with the gate of the feed-forward layer
     # 4 D V: output gate and output projection; V: the gating. The study does not count soft caps.
-    linear = 2 * D * (2 * QK + V + 2 * H) + 4 * D * V + V + 6 * D * U
+    linear = 2 * D * (2 * QK + V + 2 * H) + 4 * D * V + V + 2 * (ups + 1) * D * U
     chunk = cfg.large.chunk_size or CHUNK_SIZE
     cell = H / chunk * CELL_FLOPS[count](chunk, QK // H, V // H)
-    return linear + 2 * U + cell
+    return linear + ups * U + cell

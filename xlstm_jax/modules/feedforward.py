@@ -98,6 +98,7 @@ class FeedForward(nn.Module):
     inner_dim: int  # U
     num_blocks: int = 1
     activation: str = "gelu"
+    use_bias: bool = False
 
     @on_any_mesh
     @nn.compact
@@ -106,6 +107,6 @@ class FeedForward(nn.Module):
     ) -> Float[Array, "B T D"]:
         del deterministic
         dim = x.shape[-1]
-        up = Dense(self.inner_dim, small(dim), name="proj_up")(x)
+        up = Dense(self.inner_dim, small(dim), self.use_bias, name="proj_up")(x)
         up = ACTIVATIONS[self.activation](constrain(up, "batch", "time", "mlp"))
-        return Dense(dim, wang(dim, self.num_blocks), name="proj_down")(up)
+        return Dense(dim, wang(dim, self.num_blocks), self.use_bias, name="proj_down")(up)

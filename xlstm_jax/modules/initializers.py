@@ -55,9 +55,11 @@ def jit_once(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     return call
 
 
-def normal(std: float) -> Initializer:
-    """Normal with mean 0 and standard deviation `std`."""
-    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
+def normal(std: float, mean: float = 0.0) -> Initializer:
+    """Normal with the given mean and standard deviation."""
+    if not std:
+        return constant(mean)
+    return lambda key, shape: mean + std * jax.random.normal(key, shape, jnp.float32)
 
 
 def uniform(bound: float) -> Initializer:

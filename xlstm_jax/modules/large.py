@@ -14,7 +14,7 @@ from xlstm_jax.cells import MLSTMState, mlstm_init
 from xlstm_jax.modules.any_mesh import on_any_mesh
 from xlstm_jax.modules.capture import sow_gates
 from xlstm_jax.modules.checks import check_layer_state
-from xlstm_jax.modules.initializers import constant, linspace, small, wang, zeros
+from xlstm_jax.modules.initializers import linspace, normal, small, wang, zeros
 from xlstm_jax.modules.linear import Dense, fused_dense, input_and_forget_gates
 from xlstm_jax.modules.norm import MultiHeadNorm
 from xlstm_jax.modules.options import LargeConfig
@@ -50,7 +50,7 @@ class LargeMLSTMLayer(nn.Module):
         # Zeros: the output gate starts at sigmoid(0) = 0.5 for every input.
         layers.append(Dense(v_dim, zeros, cfg.use_bias, name="output_gate"))
         q, k, v, o = (constrain(y, "batch", "time", "inner") for y in fused_dense(x, *layers))
-        biases = constant(cfg.input_bias), linspace(*cfg.forget_bias)
+        biases = normal(cfg.input_bias_std, cfg.input_bias), linspace(*cfg.forget_bias)
         gates = input_and_forget_gates(x, cfg.num_heads, biases)
         i, f = (ops.soft_cap(gate, cfg.gate_soft_cap) for gate in gates)
         q, k, v = (y.reshape(*y.shape[:2], cfg.num_heads, -1) for y in (q, k, v))

@@ -141,19 +141,38 @@ class HeadwiseDense(nn.Module):
         return y.astype(dtype)
 
 
+class Bias(nn.Module):
+    """y = bias at every position, like a `Dense` with `upcast` whose kernel is zero."""
+
+    features: int
+    bias_init: Initializer
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch F_in"]) -> Float[Array, "*batch F_out"]:
+        bias = self.param("bias", self.bias_init, (self.features,))
+        return _add_bias(jnp.zeros((*x.shape[:-1], self.features), state_dtype(x)), bias)
+
+
 def input_and_forget_gates(
     x: Float[Array, "B T F"] | Sequence[Float[Array, "B T F"]],
     num_heads: int,
     biases: tuple[Initializer, Initializer],
+    has_kernel: tuple[bool, bool] = (True, True),
 ) -> list[Float[Array, "B T H"]]:
-    """Gate pre-activations i and f of an mLSTM cell.
+    """Gate pre-activations i and f of an mLSTM cell; one without a kernel is only a bias.
 
     Kernels are initialized to zeros: before training the gates depend only on their biases.
     """
     gate = functools.partial(Dense, num_heads, zeros, use_bias=True, upcast=True)
-    names = "input_gate", "forget_gate"
-    layers = (gate(bias_init=b, name=name) for b, name in zip(biases, names, strict=True))
-    return fused_dense(x, *layers)
+    gates = list(zip(("input_gate", "forget_gate"), biases, has_kernel, strict=True))
+    layers = [gate(bias_init=bias, name=name) for name, bias, has in gates if has]
+    results = fused_dense(x, *layers) if layers else []
+    outputs = dict(zip((layer.name for layer in layers), results, strict=True))
+    like = x[0] if isinstance(x, Sequence) else x
+    for name, bias, has in gates:
+        if not has:
+            outputs[name] = Bias(num_heads, bias, name=name)(like)
+    return [outputs[name] for name, _, _ in gates]
 
 
 class Embedding(nn.Module):

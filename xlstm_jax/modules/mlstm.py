@@ -74,11 +74,18 @@ class MLSTMLayer(nn.Module):
         )
         q, k, v = (project(name=f"{name}_proj")(y) for name, y in (("q", u), ("k", u), ("v", a)))
         biases = normal(cfg.input_bias_std), linspace(*cfg.forget_bias)
-        i, f = input_and_forget_gates((q, k, v), cfg.num_heads, biases)
-        q, k, v = (y.reshape(*y.shape[:2], cfg.num_heads, -1) for y in (q, k, v))
+        has_kernel = cfg.input_gate_kernel, cfg.forget_gate_kernel
+        i, f = input_and_forget_gates((q, k, v), cfg.num_heads, biases, has_kernel)
+        H, K = cfg.memory_shape(dim)
+        if not cfg.covariance_update:
+            # Every feature is a head of size 1, with the gates of its head and 1/sqrt(K) of it.
+            size = inner_dim // cfg.num_heads
+            i, f, q = jnp.repeat(i, size, -1), jnp.repeat(f, size, -1), q * size**-0.5
+        q, k, v = (y.reshape(*y.shape[:2], H, K) for y in (q, k, v))
         flags: dict[str, Any] = dict(reset=reset, mask=mask)
         sow_gates(self, mlstm_trace, q, k, i, f, z, cell, **flags, **cfg.numerics)
         h, cell = ops.mlstm(q, k, v, i, f, cell, **flags, **cfg.cell)
+        h = h.reshape(*h.shape[:2], cfg.num_heads, -1)
         h = MultiHeadNorm(cfg.norm_eps, as_offset=True, name="out_norm")(h)
         skip = self.param("learnable_skip", ones, (inner_dim,)).astype(x.dtype)
         y = silu_gate(z, h + skip[None, None] * u)
@@ -91,7 +98,6 @@ class MLSTMLayer(nn.Module):
         self, batch_size: Size, dim: int, dtype: DTypeLike = jnp.float32
     ) -> MLSTMLayerState:
         """The initial state: zeros, in the dtype of activations; `cell` is float32 or wider."""
-        inner_dim, H = self.cfg.width(dim), self.cfg.num_heads
-        conv = conv_state(batch_size, self.cfg.conv_width, inner_dim, dtype)
-        K, cell_dtype = inner_dim // H, jnp.promote_types(dtype, jnp.float32)
+        conv = conv_state(batch_size, self.cfg.conv_width, self.cfg.width(dim), dtype)
+        (H, K), cell_dtype = self.cfg.memory_shape(dim), jnp.promote_types(dtype, jnp.float32)
         return MLSTMLayerState(conv, mlstm_init(batch_size, H, K, K, cell_dtype))

@@ -56,6 +56,12 @@ def scaling_width(dim: int) -> int:
     return 64 * math.ceil(math.ceil(2.667 * dim) / 64)
 
 
+def rarely(name: str, default: Any) -> Any:
+    """A field that config.json has only if it is set: those of earlier versions do not have it."""
+    is_set = {"is_recorded": lambda cfg: getattr(cfg, name) != default}
+    return dataclasses.field(default=default, metadata=is_set)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CellConfig:
     """Heads and numerics of an mLSTM cell, under the argument names of `ops.mlstm`."""
@@ -74,6 +80,7 @@ class CellConfig:
     # positive bias multiplies the memory in every step.
     forget_bias: tuple[float, float] = (3.0, 6.0)
     eps: float = 1e-6  # added to the normalizer
+    stabilize: bool = rarely("stabilize", True)  # False: no running maximum; gates may overflow
     chunk_size: int | None = None  # L; affects only speed; None: the op chooses
     implementation: str = "auto"
 
@@ -98,7 +105,7 @@ class CellConfig:
     @property
     def numerics(self) -> dict[str, Any]:
         """Those of `cell` that change the result."""
-        names = "input_gate", "forget_gate", "normalize", "eps"
+        names = "input_gate", "forget_gate", "normalize", "eps", "stabilize"
         return {name: getattr(self, name) for name in names}
 
 
@@ -114,6 +121,12 @@ class MLSTMConfig(CellConfig):
     conv_mixing: bool = False  # the convolution mixes channels; otherwise it is depthwise
     use_bias: bool = False  # in projections; gates and convolution always have one
     input_bias_std: float = 0.1  # std of the initial input-gate bias, of mean 0
+    # What a gate depends on besides its bias: q, k and v, or with False nothing.
+    input_gate_kernel: bool = rarely("input_gate_kernel", True)
+    forget_gate_kernel: bool = rarely("forget_gate_kernel", True)
+    # v k^T is added to the memory, a K x V matrix per head; with False only its diagonal, so that
+    # the memory is a vector like that of an LSTM.
+    covariance_update: bool = rarely("covariance_update", True)
     norm_eps: float = 1e-5
 
     def __post_init__(self):
@@ -124,6 +137,11 @@ class MLSTMConfig(CellConfig):
             "above 0": "norm_eps",
         }
         check_fields(self, "mlstm.", demands)
+
+    def memory_shape(self, dim: int) -> tuple[int, int]:
+        """H and K = V of the cell in a model of width `dim`."""
+        F = self.width(dim)
+        return (self.num_heads, F // self.num_heads) if self.covariance_update else (F, 1)
 
     def width(self, dim: int) -> int:
         """F, the inner width of a block in a model of width `dim`."""
@@ -147,6 +165,8 @@ class SLSTMConfig:
     conv_width: int = 4  # W; 0: no convolution and no activation after it
     conv_mixing: bool = False  # the convolution mixes channels; otherwise it is depthwise
     forget_gate: Literal["sigmoid", "exp"] = "sigmoid"
+    stabilize: bool = rarely("stabilize", True)  # False: no running maximum; gates may overflow
+    memory_mixing: bool = rarely("memory_mixing", True)  # False: no recurrent weights
     recurrent_init: RecurrentInit = "zeros"
     bias_init: BiasInit = "powerlaw_blockdependent"
     group_norm_weight: bool = True  # whether the norm after the cell has a scale
@@ -195,12 +215,21 @@ class LargeConfig(CellConfig):
     use_bias: bool = False  # in projections and norms; gates always have one
     gate_soft_cap: float | None = 15.0  # bounds both gates; None: no cap
     input_bias: float = -10.0  # of the input gates, which start almost closed
+    input_bias_std: float = rarely("input_bias_std", 0.0)  # of a normal distribution around it
+    # Of a feed-forward layer without a gate, in `ACTIVATION_NAMES`; None: a gate with SiLU.
+    ffn_activation: str | None = rarely("ffn_activation", None)
     norm_eps: float = 1e-6
 
     def __post_init__(self):
         super().__post_init__()
-        demands = {"at least 1": "qk_dim v_dim ffn_dim", "above 0": "gate_soft_cap norm_eps"}
+        demands = {
+            "at least 1": "qk_dim v_dim ffn_dim",
+            "at least 0": "input_bias_std",
+            "above 0": "gate_soft_cap norm_eps",
+        }
         check_fields(self, "large.", demands)
+        if self.ffn_activation is not None:
+            check_choice("large.ffn_activation", self.ffn_activation, ACTIVATION_NAMES)
 
     def widths(self, dim: int) -> tuple[int, int, int]:
         """H * K, H * V and the feed-forward width in a model of width `dim`."""

@@ -74,13 +74,19 @@ class SLSTMLayer(nn.Module):
             for name, y in inputs.items()
         ]
         bias_init = cell_bias_init(cfg.bias_init, self.block_index, self.num_blocks)
+        if cfg.memory_mixing:
+            init = recurrent_init(cfg.recurrent_init)
+            recurrent_kernel = self.param("recurrent_kernel", init, (H, K, 4, K))
+        else:
+            recurrent_kernel = jnp.zeros((H, K, 4, K), jnp.float32)
         arguments = (
             jnp.stack(gates, axis=2),
-            self.param("recurrent_kernel", recurrent_init(cfg.recurrent_init), (H, K, 4, K)),
+            recurrent_kernel,
             self.param("bias", bias_init, (H, 4, K)),
             cell,
         )
         options: dict[str, Any] = dict(reset=reset, mask=mask, forget_gate=cfg.forget_gate)
+        options["stabilize"] = cfg.stabilize
         sow_gates(self, slstm_trace, *arguments, **options)
         h, cell = ops.slstm(*arguments, **options, implementation=cfg.implementation)
         # Dropout comes before the norm, as in the reference implementation.

@@ -39,13 +39,15 @@ def run(
     state_type: Any,
     *,
     reverse: bool,
-    **options: str,
+    uses: frozenset[str] = frozenset(),
+    **options: Any,
 ) -> tuple[Float[Array, "B T H K"], Any]:
     """Checks shapes, selects an implementation and calls it: `fn(inputs, **options)`.
 
     Each device computes its shard of batch and heads. The hidden state is fed back at every step,
     so shards of the sequence cannot be computed in parallel: a sequence sharded over devices is
-    all-gathered, and these devices repeat the computation. `state_type` is the class of the state.
+    all-gathered, and these devices repeat the computation. `state_type` is the class of the state,
+    and `uses` a field of `dispatch.Call`.
     """
     x, r, b, state, flags = inputs
     arrays = {"x": (x, "B T 4 H K"), "r": (r, "H K 4 K"), "b": (b, "H 4 K")}
@@ -58,7 +60,8 @@ def run(
     # One float64 argument makes the computation float64, which kernels do not support.
     wide = state_dtype(x, r)
     dtype = jnp.dtype(x.dtype) if wide == jnp.float32 else wide
-    call = dispatch.Call(B, T, H, K, K, dtype, dispatch.platform(), check_vma=is_checked(inputs))
+    facts: dict[str, Any] = dict(check_vma=is_checked(inputs), uses=uses)
+    call = dispatch.Call(B, T, H, K, K, dtype, dispatch.platform(), **facts)
     selected = dispatch.choose(op, table, implementation, call)
 
     def local(x, r, b, state, flags):

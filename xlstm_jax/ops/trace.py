@@ -31,6 +31,7 @@ def mlstm_trace(
     forget_gate: str = "sigmoid",
     normalize: bool = True,
     eps: float = 1e-6,
+    stabilize: bool = True,
 ) -> dict[str, Float[Array, "B T H ..."]]:
     """What an mLSTM computes from its gates; arguments as in `ops.mlstm`.
 
@@ -42,14 +43,13 @@ def mlstm_trace(
             normalizer state; 1 without normalization.
     """
     flags, dtype = Flags.of(reset, mask), state_dtype(q, k, i, f)
+    options = {"input_gate": input_gate, "forget_gate": forget_gate, "stabilize": stabilize}
 
     def step(carry, inputs):
         state, log_f_sum = carry
         q, k, i, f = (a.astype(dtype) for a in inputs)
         # Values of width 0: C, which m and n do not depend on, has no elements.
-        state, _ = mlstm_step(
-            state, q, k, k[..., :0], i, f, input_gate=input_gate, forget_gate=forget_gate
-        )
+        state, _ = mlstm_step(state, q, k, k[..., :0], i, f, **options)
         log_f_sum = log_f_sum + _log_forget(f, forget_gate)
         norm = mlstm_normalizer(state, q, eps=eps) if normalize else jnp.ones_like(state.m)
         return (state, log_f_sum), jnp.stack([log_f_sum, state.m, norm], axis=1)
@@ -80,6 +80,7 @@ def slstm_trace(
     reset: Flag | None = None,
     mask: Flag | None = None,
     forget_gate: str = "sigmoid",
+    stabilize: bool = True,
 ) -> dict[str, Float[Array, "B T H K"]]:
     """What an sLSTM computes from its gates; arguments as in `ops.slstm`.
 
@@ -94,7 +95,7 @@ def slstm_trace(
         def step(carry, x):
             state, log_f_sum = carry
             gates = recurrent_gates(state.h, x, r, b)
-            state, _ = slstm_step(state, x, r, b, forget_gate=forget_gate)
+            state, _ = slstm_step(state, x, r, b, forget_gate=forget_gate, stabilize=stabilize)
             log_f_sum = log_f_sum + _log_forget(gates[1], forget_gate)
             return (state, log_f_sum), jnp.stack([*gates, log_f_sum, state.m, state.n], axis=1)
 

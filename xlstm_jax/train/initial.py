@@ -25,8 +25,8 @@ from xlstm_jax.typing import PyTree
 
 # Options of a model that change its results, but not the shapes of its parameters.
 _FORMULA = (
-    r"(^|\.)(\w*eps|\w*soft_cap|input_gate|forget_gate|normalize|\w*activation|final_norm"
-    r"|num_\w*heads|num_sinks|window|rotary_\w+)$"
+    r"(^|\.)(\w*eps|\w*soft_cap|input_gate|forget_gate|normalize|stabilize|\w*activation|final_norm"
+    r"|covariance_update|num_\w*heads|num_sinks|window|rotary_\w+)$"
 )
 _NOTES = ("WEIGHTS_LICENSE.txt", "special_tokens.json")  # of converted weights, in a run
 

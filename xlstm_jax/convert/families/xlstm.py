@@ -101,9 +101,9 @@ def _demands(cfg: LMConfig) -> dict[str, bool]:
 
     By RMS, without a bias and with the same epsilon.
     """
-    gates = {"input_gate": "exp", "forget_gate": "sigmoid"}
+    cell = {"input_gate": "exp", "forget_gate": "sigmoid", "stabilize": True}
     return {
-        **instead_of(gates, cfg.large, "large."),
+        **instead_of(cell | {"ffn_activation": None}, cfg.large, "large."),
         **instead_of({"embedding_norm": "none", "final_norm": "rms"}, cfg),
         "final_norm_bias=True": not cfg.final_norm_bias,
         **same_eps(cfg, "large"),

@@ -47,16 +47,18 @@ class LSTMStackBlock(ResidualBlock):
 
 
 class LSTMBlock(ResidualBlock):
-    """A Transformer block with an LSTM in place of attention."""
+    """A Transformer block with an LSTM in place of attention, or only its residual LSTM."""
 
     def _parts(self):
         cfg, width = self.cfg.lstm, self.cfg.lstm.ffn_width(self.cfg.dim)
-        return (
+        parts = (
             LayerNorm(cfg.norm_eps, as_offset=False, name="norm_lstm"),
             self._layer(name="lstm"),
-            LayerNorm(cfg.norm_eps, as_offset=False, name="norm_ffn"),
-            FeedForward(width, self.cfg.num_blocks, cfg.ffn_activation, name="ffn"),
         )
+        if width == 0:
+            return parts
+        ffn = FeedForward(width, self.cfg.num_blocks, cfg.ffn_activation, name="ffn")
+        return *parts, LayerNorm(cfg.norm_eps, as_offset=False, name="norm_ffn"), ffn
 
     @nn.nowrap
     def _layer(self, **options):

@@ -24,7 +24,8 @@ def lstm_flops(cfg: LMConfig, count: str) -> float:
 
 def lstm_block_params(cfg: LMConfig) -> int:
     """Parameters of one Transformer block with an LSTM in place of attention."""
-    return lstm_params(cfg) + 2 * cfg.dim * (1 + cfg.lstm.ffn_width(cfg.dim))
+    D, F = cfg.dim, cfg.lstm.ffn_width(cfg.dim)
+    return lstm_params(cfg) + D + (D + 2 * D * F if F else 0)
 
 
 def lstm_block_flops(cfg: LMConfig, count: str) -> float:

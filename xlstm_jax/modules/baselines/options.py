@@ -29,19 +29,19 @@ class LSTMConfig:
     sharded_over_time: ClassVar[bool] = False
 
     num_heads: int = 1  # H; recurrent weights mix cells within a head
-    ffn_dim: int | None = None  # of letter L; None: 4 * dim
+    ffn_dim: int | None = None  # of letter L; None: 4 * dim; 0: no layer
     ffn_activation: str = "gelu"  # of letter L
     norm_eps: float = 1e-5  # of letter L
     implementation: str = "auto"  # of ops.lstm
 
     def __post_init__(self):
-        demands = {"at least 1": "num_heads ffn_dim", "above 0": "norm_eps"}
+        demands = {"at least 1": "num_heads", "at least 0": "ffn_dim", "above 0": "norm_eps"}
         check_fields(self, "lstm.", demands)
         check_implementation("lstm", "lstm", self.implementation)
         check_choice("lstm.ffn_activation", self.ffn_activation, ACTIVATION_NAMES)
 
     def ffn_width(self, dim: int) -> int:
-        """Width of the feed-forward layer in a model of width `dim`."""
+        """Width of the feed-forward layer in a model of width `dim`; 0: no layer."""
         return 4 * dim if self.ffn_dim is None else self.ffn_dim
 
     def check(self, dim: int) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from xlstm_jax.cells.logspace import common_dtype, state_dtype
 from xlstm_jax.cells.mlstm import MLSTMState, mlstm_init, mlstm_scan
 from xlstm_jax.cells.time import vary_like
-from xlstm_jax.errors import ArgumentError
+from xlstm_jax.errors import ArgumentError, UnsupportedError
 from xlstm_jax.ops import dispatch
 from xlstm_jax.ops.checks import (
     check_choice,
@@ -27,6 +27,9 @@ from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
 from xlstm_jax.ops.sharded.shard_map import is_checked, map_shards, sharding_axes
 from xlstm_jax.typing import Array, Flag, Float
 
+NO_STABILIZER, EXP_FORGET = "stabilize=False", "forget_gate='exp'"
+"""Names in `dispatch.Call.uses`."""
+
 
 def _kernels(backend: str) -> Implementation:
     """The kernels of the backend "tpu" or "triton", as an implementation."""
@@ -35,6 +38,8 @@ def _kernels(backend: str) -> Implementation:
         reason = dispatch.kernel_refusal(backend, call)
         if reason is not None:
             return reason
+        if NO_STABILIZER in call.uses:
+            return f"it has no {NO_STABILIZER}"
         from pallas_kernels.mlstm import backends
 
         kernels = getattr(backends, backend)()
@@ -47,6 +52,7 @@ def _kernels(backend: str) -> Implementation:
         dtype = common_dtype(x.q.dtype, x.k.dtype, x.v.dtype)
         q, k, v = (a.astype(dtype) for a in x[:3])
         kernels, kwargs = getattr(backends, backend)(), flags._asdict() | options._asdict()
+        del kwargs["stabilize"]
         C, n, m = state
         h, last = api.mlstm(kernels, q, k, v, x.i, x.f, (C, n, m), **kwargs)
         return h.astype(x.v.dtype), MLSTMState(*last)
@@ -56,6 +62,8 @@ def _kernels(backend: str) -> Implementation:
 
 def _in_chunks(call: dispatch.Call) -> str | None:
     """Only a known length can be divided into chunks, or into a matrix of pairs of positions."""
+    if call.uses >= {NO_STABILIZER, EXP_FORGET}:
+        return f"it has no {NO_STABILIZER} with {EXP_FORGET}"  # it sums log f <= 0
     return dispatch.symbolic_refusal(call, "T")
 
 
@@ -104,6 +112,7 @@ def mlstm(
     forget_gate: str = "sigmoid",
     normalize: bool = True,
     eps: float = 1e-6,
+    stabilize: bool = True,
     chunk_size: int | None = None,
     reverse: bool = False,
     implementation: str = "auto",
@@ -120,6 +129,7 @@ def mlstm(
         forget_gate: activation, "sigmoid" or "exp". If both are "sigmoid", states have m = 0.
         normalize: divide h by max(|q n|, exp(-m)) + eps; False needs both to be "sigmoid".
         eps: added to the normalizer.
+        stabilize: False, for ablations: m is 0, and the exponential of a gate above 88 is inf.
         chunk_size: positions per chunk of chunkwise implementations; changes speed only.
         reverse: run from the last position to the first.
         implementation: a name of `ops.implementations("mlstm")`, or "auto".
@@ -131,7 +141,7 @@ def mlstm(
         NotImplementedError: the implementation does not support this call; gives the reason.
     """
     x, flags = Inputs(q, k, v, i, f), Flags.of(reset, mask)
-    options = Options(input_gate, forget_gate, normalize, eps, chunk_size)
+    options = Options(input_gate, forget_gate, normalize, eps, chunk_size, stabilize)
     call = _check(x, state, flags, options)
     selected = dispatch.choose("mlstm", IMPLEMENTATIONS, implementation, call)
     if implementation == "auto" and call.T == 1 and selected is IMPLEMENTATIONS["chunkwise"]:
@@ -144,6 +154,11 @@ def mlstm(
     if reverse:
         x, flags = flip_time((x, flags))
     time_axes = sharding_axes("T", call.T)
+    if time_axes and not stabilize:
+        raise UnsupportedError(
+            f"mlstm: {NO_STABILIZER} does not support a sequence sharded over {time_axes}; shard "
+            "the batch instead."
+        )
 
     def local(x, state, flags):
         if not time_axes:
@@ -179,4 +194,6 @@ def _check(x: Inputs, state: MLSTMState | None, flags: Flags, options: Options) 
     wide = state_dtype(*x)
     dtype = common_dtype(x.q.dtype, x.k.dtype, x.v.dtype) if wide == jnp.float32 else wide
     call = dispatch.Call(B, T, H, K, V, dtype, dispatch.platform(), options.chunk_size)
-    return dataclasses.replace(call, check_vma=is_checked(x))
+    uses = {NO_STABILIZER} if not options.stabilize else set()
+    uses |= {EXP_FORGET} if options.forget_gate == "exp" else set()
+    return dataclasses.replace(call, check_vma=is_checked(x), uses=frozenset(uses))

@@ -28,6 +28,7 @@ class Options(NamedTuple):
     normalize: bool = True
     eps: float = 1e-6
     chunk_size: int | None = None
+    stabilize: bool = True
 
     @property
     def gates(self) -> dict[str, str]:
@@ -37,4 +38,4 @@ class Options(NamedTuple):
     @property
     def max_state(self) -> bool:
         """Whether m is the running maximum of the gates; if both are a sigmoid, it is 0."""
-        return "exp" in (self.input_gate, self.forget_gate)
+        return self.stabilize and "exp" in (self.input_gate, self.forget_gate)

@@ -1,6 +1,8 @@
 """The sLSTM over a sequence."""
 
-from xlstm_jax.cells.slstm import SLSTMState
+from typing import Any
+
+from xlstm_jax.cells.slstm import SLSTMState, slstm_scan
 from xlstm_jax.ops import dispatch, gated
 from xlstm_jax.ops.checks import check_choice
 from xlstm_jax.ops.dispatch import Implementation
@@ -8,6 +10,9 @@ from xlstm_jax.ops.flags import Flags
 from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
 from xlstm_jax.ops.slstm.recurrent import slstm_recurrent
 from xlstm_jax.typing import Array, Flag, Float
+
+NO_STABILIZER = "stabilize=False"
+"""A name in `dispatch.Call.uses`."""
 
 
 def _kernels(backend: str) -> Implementation:
@@ -17,11 +22,14 @@ def _kernels(backend: str) -> Implementation:
         reason = dispatch.kernel_refusal(backend, call)
         if reason is not None:
             return reason
+        if NO_STABILIZER in call.uses:
+            return f"it has no {NO_STABILIZER}"
         from pallas_kernels.slstm import backends
 
         return getattr(backends, backend)().refusal(call.K, call.dtype)
 
-    def compute(inputs: gated.Inputs, forget_gate: str):
+    def compute(inputs: gated.Inputs, forget_gate: str, *, stabilize: bool):
+        assert stabilize
         from pallas_kernels.slstm import api, backends
 
         x, r, b, state, flags = inputs
@@ -32,11 +40,20 @@ def _kernels(backend: str) -> Implementation:
     return Implementation(compute, unsupported)
 
 
+def _recurrent(inputs: gated.Inputs, forget_gate: str, *, stabilize: bool):
+    if stabilize:
+        return slstm_recurrent(inputs, forget_gate)
+    # The gradient by hand relies on the stabilizer; this one is from autodiff.
+    x, r, b, state, flags = inputs
+    gates = {"forget_gate": forget_gate, "stabilize": False}
+    return slstm_scan(x, r, b, state, **flags._asdict(), **gates)
+
+
 # Ordered by preference: "auto" selects the first that supports the call.
 IMPLEMENTATIONS = {
     "pallas_tpu": _kernels("tpu"),
     "triton": _kernels("triton"),
-    "recurrent": Implementation(slstm_recurrent),
+    "recurrent": Implementation(_recurrent),
 }
 
 
@@ -50,6 +67,7 @@ def slstm(
     reset: Flag | None = None,
     mask: Flag | None = None,
     forget_gate: str = "sigmoid",
+    stabilize: bool = True,
     reverse: bool = False,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B T H K"], SLSTMState]:
@@ -64,6 +82,7 @@ def slstm(
         reset: where True, the state before this position is replaced by the initial one.
         mask: where False, the state stays bit-identical and h is 0; a reset there is ignored.
         forget_gate: activation of the forget gate, "sigmoid" or "exp".
+        stabilize: False, for ablations: m is 0, and the exponential of a gate above 88 is inf.
         reverse: run from the last position to the first.
         implementation: a name of `ops.implementations("slstm")`, or "auto".
 
@@ -76,4 +95,6 @@ def slstm(
     check_choice("slstm", "forget_gate", forget_gate, ("sigmoid", "exp"))
     inputs = gated.Inputs(x, r, b, state, Flags.of(reset, mask))
     op = ("slstm", IMPLEMENTATIONS, implementation)
-    return gated.run(*op, inputs, SLSTMState, reverse=reverse, forget_gate=forget_gate)
+    gates: dict[str, Any] = dict(forget_gate=forget_gate, stabilize=stabilize)
+    uses = frozenset() if stabilize else frozenset({NO_STABILIZER})
+    return gated.run(*op, inputs, SLSTMState, reverse=reverse, uses=uses, **gates)
