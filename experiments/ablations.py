@@ -25,11 +25,8 @@ paper (350M parameters, 15B tokens). `--size paper:ROW` of `xlstm-jax train` sel
 
 import dataclasses
 import pathlib
-import sys
 import time
 from typing import Any, Literal, NamedTuple
-
-import tyro
 
 from experiments import language_models, record
 from xlstm_jax import cpu
@@ -238,4 +235,4 @@ def paper_outcome(table: Table, measured: dict[str, float | None]) -> dict[str, 
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    language_models.run(main, Options, __doc__)

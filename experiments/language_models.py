@@ -8,10 +8,12 @@ the settings of the studies with 15B and 300B tokens of SlimPajama (tokenizer of
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import tyro
 
 from experiments import record
 from xlstm_jax.config import ConfigError
@@ -135,7 +137,10 @@ def small_model(family: str, dim: int, blocks: int = 8) -> LMConfig:
     """
     shared: dict[str, Any] = dict(vocab_size=tokenizers.get("byte").vocab_size, dim=dim)
     if family.startswith("xlstm"):
-        cells: dict[str, Any] = dict(mlstm=MLSTMConfig(num_heads=4), slstm=SLSTMConfig(num_heads=4))
+        # Not rounded to multiples of 64, which are large steps at these widths.
+        cells: dict[str, Any] = dict(
+            mlstm=MLSTMConfig(num_heads=4, inner_dim=2 * dim), slstm=SLSTMConfig(num_heads=4)
+        )
         pattern = "m" * blocks if family == "xlstm[1:0]" else ratio_pattern("7:1", blocks)
         return LMConfig(pattern=pattern, **shared, **cells)
     if family == "llama":
@@ -211,9 +216,16 @@ def train_small(
 
 
 def train_published(
-    configs: Mapping[str, ExperimentConfig], data: pathlib.Path, runs: pathlib.Path, step: int
+    configs: Mapping[str, ExperimentConfig],
+    data: pathlib.Path,
+    runs: pathlib.Path,
+    step: int | None = None,
 ) -> dict[str, float | None]:
-    """Trains or resumes every run; the held-out perplexity of each at a step, None without one."""
+    """Trains or resumes every run; the held-out perplexity of each, None without one.
+
+    Args:
+        step: of the evaluation; None: the last one.
+    """
     from xlstm_jax.train import fit, rundir
 
     check_data(data)
@@ -223,9 +235,19 @@ def train_published(
         cfg = dataclasses.replace(cfg, data=source)
         fit(cfg, runs / cfg.name, console=True)
         records = rundir.read_metrics(runs / cfg.name / rundir.METRICS)
-        losses = [r["valid_loss"] for r in records if r["step"] == step and r.get("valid_loss")]
+        at = cfg.train.steps if step is None else step
+        losses = [r["valid_loss"] for r in records if r["step"] == at and r.get("valid_loss")]
         perplexities[name] = math.exp(losses[-1]) if losses else None
     return perplexities
+
+
+def run(main: Callable[[Any], int], options: type, description: str | None) -> None:
+    """Runs an experiment with command-line options; exits with code 2 if one is invalid."""
+    try:
+        sys.exit(main(tyro.cli(options, description=description)))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def published_preset(family: str, size: str) -> LMConfig:
