@@ -233,6 +233,14 @@ def test_a_run_directory_that_cannot_exist_is_an_error_that_names_it(trained, tm
     assert not (tmp_path / "below").exists()
 
 
+def test_a_run_directory_with_a_character_of_patterns_is_refused(trained, tmp_path):
+    """Orbax saves checkpoints there, and does not find their files again."""
+    run_dir = tmp_path / "xlstm[1:0]" / "run"
+    with pytest.raises(ConfigError, match=r"must be a path without \[, as checkpoints below it"):
+        fit(trained[0], run_dir)
+    assert not run_dir.exists()
+
+
 @pytest.mark.parametrize("what", ["loss_curve", "close"])
 def test_a_picture_or_writer_that_fails_does_not_fail_a_finished_run(
     trained, monkeypatch, caplog, what

@@ -83,6 +83,13 @@ def tokenizer_of(run_dir: Path, name: str) -> str:
 
 def check_folder(run_dir: Path) -> None:
     """Raises ConfigError unless `run_dir` is, or can become, a folder to write to."""
+    # Orbax looks for the files of a checkpoint by a pattern that starts with this path: it would
+    # not find them, and save checkpoints that cannot be read.
+    if special := [character for character in "*?[" if character in str(run_dir.absolute())]:
+        raise ConfigError(
+            f"run_dir={quote_path(run_dir)!r} must be a path without {special[0]}, as checkpoints "
+            "below it could not be read back; use another."
+        )
     # The nearest ancestor that exists, as the directory itself may be new.
     existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
