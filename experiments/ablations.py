@@ -69,8 +69,8 @@ ROWS = {
     "lstm": Row("lstm_to_xlstm", "LSTM", 607.8, 2417.86, "lstm"),
     "residual": Row("lstm_to_xlstm", "+ residual, pre-norm", 506.1, 35.46, "residual"),
     "up_projection": Row("lstm_to_xlstm", "+ up-projection", 505.9, 26.01, "up_projection"),
-    "xlstm[0:1]": Row("lstm_to_xlstm", "xLSTM[0:1]", 427.3, 17.70, "slstm"),
-    "xlstm[7:1]": Row("lstm_to_xlstm", "xLSTM[7:1]", 408.4, 13.48, "mixed"),
+    "xlstm_0:1": Row("lstm_to_xlstm", "xLSTM[0:1]", 427.3, 17.70, "slstm"),
+    "xlstm_7:1": Row("lstm_to_xlstm", "xLSTM[7:1]", 408.4, 13.48, "mixed"),
     "forget_1": Row("gates", "none, forget gate 1", None, float("nan"), "mlstm", _OPEN, _BIASES),
     "fixed": Row("gates", "none", None, 13.95, "mlstm", _FIXED, _BIASES),
     "forget": Row("gates", "forget gate", None, 13.58, "mlstm", _READS_F, _INPUT),
@@ -125,7 +125,7 @@ def model(row: Row, size: str) -> LMConfig:
     return LMConfig(pattern=pattern, mlstm=MLSTMConfig(**row.options), **shared)
 
 
-def config(size: str = "cpu", row: str = "xlstm[7:1]") -> ExperimentConfig:
+def config(size: str = "cpu", row: str = "xlstm_7:1") -> ExperimentConfig:
     """The run of a row; `size` may be SIZE:ROW.
 
     Raises:
@@ -162,7 +162,7 @@ def outcome(table: Table, rows: dict[str, dict[str, Any]]) -> dict[str, bool]:
     """Whether each expectation holds."""
     if table != "lstm_to_xlstm":
         return {}
-    order = ("lstm", "xlstm[0:1]", "xlstm[7:1]")
+    order = ("lstm", "xlstm_0:1", "xlstm_7:1")
     losses = {name: rows[name]["bits_per_token"] for name in order}
     pairs = zip(order, order[1:], strict=False)
     return {

@@ -10,7 +10,7 @@ slopes above. Which small family is ahead is reported, not expected.
 
     python experiments/ladder.py --size cpu
     python experiments/ladder.py --size paper --tokens 15b --data PREPARED
-    xlstm-jax train experiments/ladder.py --size "paper:xlstm[1:0]_1.3b_300b" --data.source PREPARED
+    xlstm-jax train experiments/ladder.py --size "paper:xlstm_1:0_1.3b_300b" --data.source PREPARED
 
 A name of a run is FAMILY_SIZE_TOKENS. Batches have 256 sequences of 2048 tokens; with 300B tokens,
 512 from 1.3b on.
@@ -35,15 +35,15 @@ PERPLEXITY = {
     "rwkv4": (16.66, 12.62, 10.55, 9.83),
     "llama": (15.89, 12.19, 10.60, 9.44),
     "mamba": (15.08, 11.64, 10.24, 9.14),
-    "xlstm[1:0]": (14.63, 11.31, 9.86, 8.89),
-    "xlstm[7:1]": (14.60, 11.37, 9.91, 9.00),
+    "xlstm_1:0": (14.63, 11.31, 9.86, 8.89),
+    "xlstm_7:1": (14.60, 11.37, 9.91, 9.00),
 }
 """Family -> published validation perplexity after 300B tokens, from 125m to 1.3b."""
 
-SLOPES = {"llama": 0.2376, "xlstm[1:0]": 0.2289}
+SLOPES = {"llama": 0.2376, "xlstm_1:0": 0.2289}
 """Family -> s of a fit to these values with the exact numbers of parameters."""
 
-SMALL_FAMILIES = ("llama", "xlstm[1:0]")
+SMALL_FAMILIES = ("llama", "xlstm_1:0")
 WIDTHS = {"smoke": (16, 32), "cpu": (32, 48, 64, 96)}
 SEEDS, RATES = (0, 1), (3e-3, 1e-2)
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -91,18 +91,19 @@ def config(size: str = "cpu", run: str = "") -> ExperimentConfig:
     """
     kind = size.partition(":")[0]
     names = [*runs_of("15b"), *runs_of("300b")]
-    default = "xlstm[1:0]_125m_15b"
+    default = "xlstm_1:0_125m_15b"
     if kind in WIDTHS:
         names = [f"{family}_{width}" for family in SMALL_FAMILIES for width in WIDTHS[kind]]
-        default = f"xlstm[1:0]_{WIDTHS[kind][0]}"
+        default = f"xlstm_1:0_{WIDTHS[kind][0]}"
     kind, run = language_models.parse_size(size, (*WIDTHS, "paper"), names, run or default)
-    family, model_size, *tokens = run.split("_")
     if kind == "paper":
-        study: Tokens = "15b" if tokens == ["15b"] else "300b"
+        family, model_size, tokens = run.rsplit("_", 2)
+        study: Tokens = "15b" if tokens == "15b" else "300b"
         lr = language_models.RATES[family][study][language_models.SIZES.index(model_size)]
         model = language_models.published_preset(family, model_size)
         return language_models.published(f"ladder_{run}", model, lr, study)
-    model = language_models.small_model(family, int(model_size), blocks=8 if kind == "cpu" else 2)
+    family, width = run.rsplit("_", 1)
+    model = language_models.small_model(family, int(width), blocks=8 if kind == "cpu" else 2)
     train = dataclasses.replace(language_models.SMALL_TRAIN, lr=RATES[0])
     data = language_models.SMALL_DATA
     if kind == "smoke":

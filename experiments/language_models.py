@@ -30,8 +30,8 @@ FAMILIES = {
     "rwkv4": "rwkv4_{}",
     "llama": "llama_{}",
     "mamba": "mamba_{}",
-    "xlstm[1:0]": "xlstm_{}_1:0",
-    "xlstm[7:1]": "xlstm_{}_7:1",
+    "xlstm_1:0": "xlstm_{}_1:0",
+    "xlstm_7:1": "xlstm_{}_7:1",
 }
 """Family -> its presets."""
 
@@ -39,8 +39,8 @@ LABELS = {
     "rwkv4": "RWKV-4",
     "llama": "Llama",
     "mamba": "Mamba",
-    "xlstm[1:0]": "xLSTM[1:0]",
-    "xlstm[7:1]": "xLSTM[7:1]",
+    "xlstm_1:0": "xLSTM[1:0]",
+    "xlstm_7:1": "xLSTM[7:1]",
 }
 
 SIZES = ("125m", "350m", "760m", "1.3b", "2.7b")
@@ -57,8 +57,8 @@ RATES: dict[str, dict[Tokens, tuple[float, ...]]] = {
     "rwkv4": {"15b": (3e-3, 1e-3, 2e-3, 1e-3, 8e-4), "300b": (6e-4, 4e-4, 2.5e-4, 2e-4)},
     "llama": _LLAMA,
     "mamba": _LLAMA,
-    "xlstm[1:0]": _XLSTM,
-    "xlstm[7:1]": _XLSTM,
+    "xlstm_1:0": _XLSTM,
+    "xlstm_7:1": _XLSTM,
 }
 """Peak learning rates by `SIZES`; nothing larger than 1.3b was trained on 300B tokens."""
 
@@ -141,7 +141,7 @@ def small_model(family: str, dim: int, blocks: int = 8) -> LMConfig:
         cells: dict[str, Any] = dict(
             mlstm=MLSTMConfig(num_heads=4, inner_dim=2 * dim), slstm=SLSTMConfig(num_heads=4)
         )
-        pattern = "m" * blocks if family == "xlstm[1:0]" else ratio_pattern("7:1", blocks)
+        pattern = "m" * blocks if family == "xlstm_1:0" else ratio_pattern("7:1", blocks)
         return LMConfig(pattern=pattern, **shared, **cells)
     if family == "llama":
         attention = AttentionConfig(num_heads=4)
@@ -253,3 +253,26 @@ def run(main: Callable[[Any], int], options: type, description: str | None) -> N
 def published_preset(family: str, size: str) -> LMConfig:
     """The preset of a family at one of `SIZES`."""
     return presets.get(FAMILIES[family].format(size))
+
+
+def small_run(size: str, family: str) -> ExperimentConfig:
+    """The run of a small model, for experiments that evaluate trained ones."""
+    is_smoke = size == "smoke"
+    train = dataclasses.replace(SMALL_TRAIN, lr=1e-2 if is_smoke else 5e-3, eval_every=0)
+    if is_smoke:
+        train = dataclasses.replace(train, steps=4, log_every=2)
+    model = small_model(family, 16 if is_smoke else 64, 2 if is_smoke else 8)
+    data = SMOKE_DATA if is_smoke else dataclasses.replace(SMALL_DATA, batch_size=16)
+    return ExperimentConfig(name=f"{size}_{family}", model=model, data=data, train=train)
+
+
+def trained(cfg: ExperimentConfig, runs: pathlib.Path) -> pathlib.Path:
+    """Trains a run unless it is finished; returns its folder."""
+    from xlstm_jax.train import checkpoint, fit, rundir
+
+    folder = runs / cfg.name
+    is_finished = rundir.is_run(folder) and cfg.train.steps in checkpoint.steps(folder)
+    if not is_finished:
+        print(f"{cfg.name}: {cfg.train.steps} steps", flush=True)
+        fit(cfg, folder)
+    return folder

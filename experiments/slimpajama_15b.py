@@ -39,8 +39,8 @@ PERPLEXITY = {
     "llama": 14.25,
     "mamba": 13.70,
     "rwkv4": 15.62,
-    "xlstm[1:0]": 13.43,
-    "xlstm[7:1]": 13.48,
+    "xlstm_1:0": 13.43,
+    "xlstm_7:1": 13.48,
 }
 """Family -> published validation perplexity."""
 
@@ -48,7 +48,7 @@ MAX_BITS = 4.0
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-def config(size: str = "cpu", family: str = "xlstm[1:0]") -> ExperimentConfig:
+def config(size: str = "cpu", family: str = "xlstm_1:0") -> ExperimentConfig:
     """The run of a family; `size` may be SIZE:FAMILY.
 
     Raises:
