@@ -155,7 +155,7 @@ def small_model(family: str, dim: int, blocks: int = 8) -> LMConfig:
 
 
 SMALL_TRAIN = TrainConfig(
-    steps=300, warmup_steps=0.1, end_factor=0.1, grad_clip=1.0, log_every=50, watch="none"
+    steps=200, warmup_steps=0.1, end_factor=0.1, grad_clip=1.0, log_every=50, watch="none"
 )
 SMALL_DATA = DataConfig(source="stdlib", seq_len=128, batch_size=8)
 SMOKE_DATA = DataConfig(source="grammar", seq_len=16, batch_size=2)
@@ -258,7 +258,7 @@ def published_preset(family: str, size: str) -> LMConfig:
 def small_run(size: str, family: str) -> ExperimentConfig:
     """The run of a small model, for experiments that evaluate trained ones."""
     is_smoke = size == "smoke"
-    train = dataclasses.replace(SMALL_TRAIN, lr=1e-2 if is_smoke else 5e-3, eval_every=0)
+    train = dataclasses.replace(SMALL_TRAIN, steps=300, lr=5e-3, eval_every=0)
     if is_smoke:
         train = dataclasses.replace(train, steps=4, log_every=2)
     model = small_model(family, 16 if is_smoke else 64, 2 if is_smoke else 8)
