@@ -43,6 +43,7 @@ PERPLEXITY = {
 SLOPES = {"llama": 0.2376, "xlstm_1:0": 0.2289}
 """Family -> s of a fit to these values with the exact numbers of parameters."""
 
+UNITS = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
 SMALL_FAMILIES = ("llama", "xlstm_1:0")
 WIDTHS = {"smoke": (16, 32), "cpu": (32, 48, 64, 96)}
 SEEDS, RATES = (0, 1), (3e-3, 1e-2)
@@ -165,14 +166,20 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     axes[1].set_title(f"small models of bytes, size {result['size']}")
     for ax in axes:
         ax.set(xscale="log", yscale="log", xlabel="parameters", ylabel="perplexity")
-        ticks = (9, 10, 12, 14, 16) if ax is axes[0] else ()
-        if ticks:
-            ax.set_yticks(ticks, [str(tick) for tick in ticks])
-            ax.yaxis.set_minor_formatter("")
+        for axis, low, high in ((ax.xaxis, *ax.get_xlim()), (ax.yaxis, *ax.get_ylim())):
+            ticks = np.geomspace(low, high, 6)[1:-1]
+            axis.set_ticks(ticks, [_short(tick) for tick in ticks])
+            axis.set_minor_formatter("")
         ax.legend(frameon=False, fontsize=8)
     axes[1].set_xlabel("parameters of the blocks")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _short(number: float) -> str:
+    """Three digits and a unit."""
+    scale, unit = next((x for x in UNITS if number >= x[0]), (1, ""))
+    return f"{number / scale:.3g}{unit}"
 
 
 def _line(axes: Any, parameters: list[int], perplexities: Any, color: str, family: str) -> None:
