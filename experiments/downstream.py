@@ -7,10 +7,9 @@ HellaSwag and ARC-challenge by the accuracy of choices normalized by their lengt
 the best of float32, bfloat16 and mixed precision; here parameters are float32 and activations have
 the dtype of the model, which the record says.
 
-Expected at the size cpu, with small models trained on source code and questions from held-out code:
-both choose the line that follows from four lines of the built-in code with an accuracy above 0.4
-(chance: 0.25), and guess the last word of a line (LAMBADA's question) in more than 2 % of the
-questions.
+Expected at the size cpu, with small models trained on source code and 200 questions from held-out
+code: both choose the line that follows four others with an accuracy above 0.32, two standard errors
+above chance (0.25), and guess the last word of a line (LAMBADA's question) in more than 2 %.
 
     python experiments/downstream.py --size cpu
     python experiments/downstream.py --size paper --models XLSTM LLAMA --task-path TASKS
@@ -79,7 +78,7 @@ ACCURACIES = {
 
 NUM_CHOICES, NUM_QUESTIONS = 4, {"smoke": 4, "cpu": 200}
 CONTEXT_BYTES = 160  # at most, of a question
-MIN_CHOICE, MIN_WORD = 0.4, 0.02
+MIN_CHOICE, MIN_WORD = 0.32, 0.02
 FAMILIES = paloma.FAMILIES
 RESULTS = pathlib.Path(__file__).parent / "results"
 

@@ -233,7 +233,8 @@ def train_published(
     for name, cfg in configs.items():
         source = dataclasses.replace(cfg.data, source=str(data))
         cfg = dataclasses.replace(cfg, data=source)
-        fit(cfg, runs / cfg.name, console=True)
+        if not fit(cfg, runs / cfg.name, console=True).finished:
+            sys.exit(f"{cfg.name}: stopped and saved; the same command resumes it")
         records = rundir.read_metrics(runs / cfg.name / rundir.METRICS)
         at = cfg.train.steps if step is None else step
         losses = [r["valid_loss"] for r in records if r["step"] == at and r.get("valid_loss")]
@@ -274,5 +275,6 @@ def trained(cfg: ExperimentConfig, runs: pathlib.Path) -> pathlib.Path:
     is_finished = rundir.is_run(folder) and cfg.train.steps in checkpoint.steps(folder)
     if not is_finished:
         print(f"{cfg.name}: {cfg.train.steps} steps", flush=True)
-        fit(cfg, folder)
+        if not fit(cfg, folder).finished:
+            sys.exit(f"{cfg.name}: stopped and saved; the same command resumes it")
     return folder

@@ -25,6 +25,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 from typing import Any
 
 from experiments import language_models, record
@@ -89,7 +90,8 @@ def train_small(cfg: ExperimentConfig, runs: pathlib.Path) -> dict[str, Any]:
     source = prepare_builtin(cfg.data.source, runs)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, source=str(source)))
     result = fit(cfg, runs / cfg.name)
-    assert result.evaluation is not None
+    if not result.finished or result.evaluation is None:
+        sys.exit(f"{cfg.name}: stopped and saved; the same command resumes it")
     bits = result.evaluation["valid_loss"] / math.log(2)
     print(f"{cfg.name}: {bits:.4f} bits per token", flush=True)
     return {"bits_per_token": round(bits, 4), "steps": cfg.train.steps}
