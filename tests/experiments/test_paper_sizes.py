@@ -77,8 +77,13 @@ LADDER = {f"{name}_15b": lm(count, lr) for name, (count, lr, _) in SIZES.items()
 # Experiment -> variant, "" for the default -> what its config must have.
 PAPER: dict[str, dict[str, Run]] = {
     "fine_tuning": {},  # has no size paper
-    # Their sizes are ours.
+    # Their parameters are not published; the numbers are ours.
     "parity": {"": Run(86_082, 100_000, 1e-3, (256, 39))},
+    "formal_languages": {"": Run(86_082, 100_000, 1e-2, (256, 39))},
+    "nearest_neighbor": {"": Run(413_056, 100_000, 1e-3, (256, 64))},
+    # 64 epochs of 100,000 samples; 80,000 steps of ListOps.
+    "mqar": {"": Run(1_104_324, 12_500, 1e-2, (512, 64))},
+    "long_range_arena": {"": Run(879_808, 80_000, 1e-3, (32, 2000))},
     "char_lm": {"": Run(26_131_056, 10_000, 1e-3, (32, 1024))},
     "optimizers": {"": Run(26_131_056, 10_000, 3e-3, (32, 1024))},
     "slimpajama_15b": {
