@@ -31,7 +31,7 @@ class Optimum(NamedTuple):
 class GridOptimum(NamedTuple):
     """The best architecture of a grid at a compute budget."""
 
-    index: int  # of the architecture
+    architecture: int  # its index
     num_params: float
     tokens: float
     loss: float
@@ -92,19 +92,20 @@ class LossSurface(NamedTuple):
 
     def _numeric_optimum(self, flops: float, flops_per_token: FlopsPerToken) -> Optimum:
         low, high = np.log(1e3), np.log(1e15)
-        for _ in range(12):  # each search is 50 times finer than the last
-            num_params = np.exp(np.linspace(low, high, 101))
-            tokens = flops / flops_per_token(num_params)
-            # The loss itself is flat at its minimum: a difference of 1e-8 in ln N is lost in it.
-            slope = self._slope(num_params, tokens, flops_per_token)
-            index = int(np.clip(np.argmax(slope > 0), 1, 100))
-            low, high = np.log(num_params[[index - 1, index]])
-        best = num_params[index]
-        best_tokens = float(flops / flops_per_token(num_params)[index])
-        return Optimum(float(best), best_tokens, float(self(best, best_tokens)))
+        for _ in range(12):  # each search is 100 times finer than the last
+            log_sizes = np.linspace(low, high, 101)
+            # The loss itself is too flat at its minimum to locate it to 1e-8; its slope is not.
+            is_beyond = self._slope(np.exp(log_sizes), flops, flops_per_token) > 0
+            after = int(np.clip(np.argmax(is_beyond), 1, 100)) if is_beyond.any() else 100
+            low, high = log_sizes[[after - 1, after]]
+        num_params = np.exp(np.array([low]))
+        tokens = flops / flops_per_token(num_params)
+        loss = self(num_params, tokens)
+        return Optimum(float(num_params[0]), float(tokens[0]), float(loss[0]))
 
-    def _slope(self, num_params, tokens, flops_per_token: FlopsPerToken):
-        """The sign of dL / d ln N along constant FLOPs, times a positive number."""
+    def _slope(self, num_params, flops: float, flops_per_token: FlopsPerToken):
+        """dL / d ln N along constant FLOPs, times a positive number."""
+        tokens = flops / flops_per_token(num_params)
         step = 1e-5
         higher, lower = (flops_per_token(num_params * np.exp(s)) for s in (step, -step))
         elasticity = np.log(higher / lower) / (2 * step)  # -d ln D / d ln N

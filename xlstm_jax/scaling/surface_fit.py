@@ -129,7 +129,7 @@ def _check(*, delta: float, bootstraps: int, tolerance: float, reduction: str) -
 
 
 def residuals_free(params: Float[Array, "6"], data) -> Float[Array, "n"]:
-    """Observed minus fitted ln loss for `COEFFICIENTS`; data: ln N, ln D and ln loss of n points."""
+    """Observed minus fitted ln loss for `COEFFICIENTS`; data: ln N, ln D, ln loss."""
     a, b, e, alpha, beta, gamma = params
     log_n, log_d, log_loss = data
     token_term = b - beta * log_d

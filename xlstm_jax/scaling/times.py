@@ -17,8 +17,8 @@ TimeModelName = Literal[
     "compute", "memory", "max", "sum", "smooth_max", "roofline", "smooth_roofline"
 ]
 """With w FLOPs, m bytes, rates F and R and overhead eps: "compute" is w / F + eps; "memory" is
-m / R + eps + eps_b * batch size; "max", "sum" and "smooth_max" combine w / F and m / R, and add eps;
-"roofline" is w / min(F, R w / m) + eps, and "smooth_roofline" has a smooth minimum."""
+m / R + eps + eps_b * batch size; "max", "sum" and "smooth_max" combine w / F and m / R, and add
+eps; "roofline" is w / min(F, R w / m) + eps, and "smooth_roofline" has a smooth minimum."""
 
 SHARPNESS = 8.0
 """Of smooth maxima and minima, relative to the mean of their arguments."""
@@ -44,7 +44,7 @@ class TimeModel(NamedTuple):
         params = (self.flop_per_s, self.bytes_per_s, self.overhead_s, self.per_sequence_s)
         with float64_on_cpu():
             inputs = [jnp.asarray(x, jnp.float64) for x in (flops, num_bytes, batch_size)]
-            return np.asarray(_seconds(self.model, params, *inputs, self.sharpness))
+            return np.asarray(_seconds(self.model, params, inputs, self.sharpness))
 
 
 def smooth_max(x: Array, y: Array, sharpness: float | Array = SHARPNESS) -> Array:
@@ -145,7 +145,8 @@ def _physical(params, is_used, np_):
     return (*np_.where(is_used[:2] > 0, rates, np_.inf), *overheads)
 
 
-def _seconds(model: str, params, flops, num_bytes, batch_size, sharpness):
+def _seconds(model: str, params, inputs, sharpness):
+    flops, num_bytes, batch_size = inputs
     flop_per_s, bytes_per_s, overhead, per_sequence = params
     compute, memory = flops / flop_per_s, num_bytes / bytes_per_s
     if model == "smooth_roofline":
@@ -162,9 +163,8 @@ def _seconds(model: str, params, flops, num_bytes, batch_size, sharpness):
 def _make_residuals(model: str, kind: str):
     def residuals(params, data):
         flops, num_bytes, seconds, batch_size, is_used, sharpness = data
-        predicted = _seconds(
-            model, _physical(params, is_used, jnp), flops, num_bytes, batch_size, sharpness
-        )
+        inputs = (flops, num_bytes, batch_size)
+        predicted = _seconds(model, _physical(params, is_used, jnp), inputs, sharpness)
         if kind == "log":
             return jnp.log(predicted / seconds)
         return (predicted - seconds) / SECONDS_SCALE
