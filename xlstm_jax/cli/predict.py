@@ -10,7 +10,7 @@ from xlstm_jax.cli.exit_codes import DONE
 from xlstm_jax.config import ConfigError
 from xlstm_jax.modules import presets
 from xlstm_jax.scaling import store
-from xlstm_jax.scaling.predict import Interval, Prediction, family_of, find_group, predict
+from xlstm_jax.scaling.prediction import Interval, Prediction, family_of, find_group, predict
 
 DEFAULT_SEQ_LEN = 2048
 """Where neither an option nor the table gives a context length."""

@@ -124,7 +124,7 @@ class Analysis:
         keys = keys or [()] * len(runs)
         return {
             key: runs.select(np.array([other == key for other in keys]))
-            for key in sorted(set(keys))
+            for key in sorted(set(keys), key=_in_order)
         }
 
     def budget_of(self, runs: Runs) -> np.ndarray:
@@ -146,6 +146,12 @@ class Analysis:
     def ratio_of(self, runs: Runs) -> np.ndarray:
         """The label of each run's tokens per parameter; NaN where it has none."""
         return np.array([_number_or_nan(x) for x in runs[self.ratio_column]], np.float64)
+
+
+def _in_order(key: tuple[str, ...]) -> list[tuple[bool, float, str]]:
+    """Numbers by size, before text."""
+    numbers = [_number_or_nan(text) for text in key]
+    return [(x != x, 0.0 if x != x else x, text) for x, text in zip(numbers, key, strict=True)]
 
 
 def _text(value: Any) -> str:

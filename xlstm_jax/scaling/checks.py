@@ -44,7 +44,7 @@ def points(minimum: int, **columns: Column) -> Points:
     count = int((~is_missing).sum())
     if count < minimum:
         raise ArgumentError(
-            f"{' and '.join(columns)} must have at least {minimum} points for this fit, got {count}"
+            f"{', '.join(columns)} must have at least {minimum} points for this fit, got {count}"
             f"{' after dropping NaN' if is_missing.any() else ''}; add runs."
         )
     return Points(tuple(arrays.values()), int(is_missing.sum()))

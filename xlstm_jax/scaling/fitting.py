@@ -201,6 +201,8 @@ def fit_surface(
 ) -> tuple[LossSurface | None, Errors | None]:
     """The loss surface and its errors; None and a flag if there are too few runs."""
     runs = _where(runs, analysis.surface)
+    if not len(runs):  # the analysis selects none of this group
+        return None, None
     columns = [runs[name] for name in table.REQUIRED]
     options = dict(free_gamma=analysis.free_gamma, delta=analysis.delta, seed=analysis.seed)
     try:

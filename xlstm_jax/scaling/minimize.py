@@ -116,12 +116,12 @@ def _minimize_one(residuals: Residuals, start, data, weights, delta, tolerance, 
         gradient, matrices = _derivatives(residuals, carry.params, data, weights, delta)
         scale = jnp.diagonal(matrices[0]) + 1e-12 * jnp.trace(matrices[0]) + 1e-300
         dampings = jnp.clip(carry.damping * jnp.array(FACTORS), MIN_DAMPING, MAX_DAMPING)
-        damped = matrices[:, None] + dampings[:, None, None] * jnp.diag(scale)
+        damped = matrices[:, None] + dampings[None, :, None, None] * jnp.diag(scale)[None, None]
         damped = damped.reshape(-1, *scale.shape * 2)
         steps = jax.vmap(_solve, in_axes=(0, None))(damped, gradient)
         largest = jnp.max(jnp.abs(steps), axis=1, keepdims=True)
         steps = steps * (MAX_CHANGE / jnp.maximum(largest, MAX_CHANGE))
-        candidates = carry.params - steps
+        candidates = carry.params[None] - steps
         values = jax.vmap(objective)(candidates)
         values = jnp.where(jnp.isfinite(values), values, jnp.inf)
         best = jnp.argmin(values)

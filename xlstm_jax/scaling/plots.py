@@ -61,7 +61,10 @@ def write(fits: Fits, runs: Runs, analysis: Analysis, folder: Path) -> list[Path
             paths += _save(_single(groups, pareto), folder, "pareto", theme)
             if with_laws:
                 paths += _save(
-                    _single(with_laws, allocation, (8.4, 6.4)), folder, "allocation", theme
+                    _single(with_laws, allocation),
+                    folder,
+                    "allocation",
+                    theme,
                 )
     return paths
 
@@ -100,8 +103,9 @@ def surface(axes: Any, group: Group) -> None:
     x, y = (np.geomspace(v.min() / 1.3, v.max() * 1.3, 80) for v in (sizes, tokens))
     losses = fit(*np.meshgrid(x, y))
     low, high = losses.min(), losses.max()
-    contours = axes.contour(x, y, losses, levels=np.linspace(low, high, 16)[1:-1], linewidths=0.9)
-    axes.clabel(contours, fontsize=7, fmt="%.2f")
+    levels = np.linspace(low, high, 16)[1:-1]
+    style: Any = dict(colors=_text_color(), linewidths=0.8, alpha=0.5)
+    axes.clabel(axes.contour(x, y, losses, levels=levels, **style), fontsize=7, fmt="%.2f")
     axes.scatter(
         sizes, tokens, c=group.runs["val_loss"], vmin=low, vmax=high, s=16, zorder=3,
         edgecolors=_text_color(), linewidths=0.4,
@@ -111,7 +115,7 @@ def surface(axes: Any, group: Group) -> None:
         best = [fit.optimum(float(c)) for c in flops]
         path = [b.num_params for b in best], [b.tokens for b in best]
         axes.plot(*path, "--", color=COLORS[1], label="compute-optimal, C = 6 N D")
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.legend(frameon=True, fontsize=8, loc="lower right", edgecolor="none")
     axes.set(xscale="log", yscale="log", xlim=x[[0, -1]], ylim=y[[0, -1]])
     axes.set_xlabel("parameters")
     axes.set_ylabel("training tokens")
@@ -169,21 +173,24 @@ def allocation(axes: Any, groups: Sequence[Group]) -> None:
     rows = []
     for group in groups:
         assert group.fit.laws is not None
-        largest = max(b.flops for b in group.fit.budgets)
-        exponents = range(int(np.log10(largest)) - 1, int(np.log10(largest)) + 4)
+        smallest, *_, largest = [b.flops for b in group.fit.budgets]
+        exponents = range(int(np.ceil(np.log10(smallest))), int(np.log10(largest)) + 3)
         for flops in (10.0**k for k in exponents):
             size, tokens = float(group.fit.laws.params(flops)), float(group.fit.laws.tokens(flops))
             loss = (
                 group.fit.surface(size, tokens) if group.fit.surface else group.fit.laws.loss(flops)
             )
-            is_outside = flops > 10 * largest
+            is_outside = flops > 1.1 * largest
             rows.append(
                 [group.name, f"{flops:.0e}", f"{size:.3g}", f"{tokens:.3g}", f"{tokens / size:.1f}",
                  f"{float(loss):.3f}", "extrapolated" if is_outside else ""]
             )  # fmt: skip
     header = ["", "FLOPs", "parameters", "tokens", "tokens/parameter", "loss", ""]
     axes.axis("off")
-    cells = axes.table(rows, colLabels=header, loc="center", cellLoc="right", edges="horizontal")
+    axes.figure.set_size_inches(6.8, 0.7 + 0.22 * (len(rows) + 1))
+    cells = axes.table(
+        rows, colLabels=header, loc="upper center", cellLoc="right", edges="horizontal"
+    )
     cells.auto_set_font_size(False)
     cells.set_fontsize(8)
     cells.auto_set_column_width(list(range(len(header))))
@@ -239,15 +246,11 @@ def _panels(groups: Sequence[Group], panel: Callable[[Any, Group], None]) -> Any
     return figure
 
 
-def _single(
-    groups: Sequence[Group],
-    panel: Callable[[Any, Sequence[Group]], None],
-    size: tuple[float, float] = (6.8, 4.6),
-) -> Any:
+def _single(groups: Sequence[Group], panel: Callable[[Any, Sequence[Group]], None]) -> Any:
     """A figure with one panel for all groups."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    figure = Figure(figsize=(6.8, 4.6), dpi=110, layout="constrained")
     axes = figure.subplots()
     panel(axes, groups)
     _finish(axes)

@@ -34,7 +34,7 @@ TOLERANCE = 1e-12
 AT_BEST = 1e-3
 """Relative difference to the lowest objective below which a start has reached it."""
 
-WARM_STARTS = 8
+WARM_STARTS = 4
 """Starts of each bootstrap: the best coefficients, and those where other starts ended."""
 
 Starts = int | Float[np.ndarray, "starts 6"] | None

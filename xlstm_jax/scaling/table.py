@@ -63,7 +63,7 @@ class Runs:
 
     def names(self, mask: Bool[np.ndarray, "n"], limit: int = 5) -> str:
         """The first of the runs where `mask` is True, for a message."""
-        chosen = np.flatnonzero(mask)
+        chosen = np.flatnonzero(mask).tolist()
         text = ", ".join(self.name(index) for index in chosen[:limit])
         return text + (f" and {len(chosen) - limit} more" if len(chosen) > limit else "")
 
@@ -134,7 +134,7 @@ def from_rows(
                 "an analysis file."
             )
         if values[name].dtype != np.float64:
-            text = next(x for x in values[name] if _number(x) is None)
+            text = next(x for x in values[name].tolist() if _number(x) is None)
             raise ConfigError(f"column {name} must hold numbers, got {quote(text)}; correct it.")
     notes = []
     if "train_flops" not in values:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from xlstm_jax.errors import ArgumentError, quote
+from xlstm_jax.errors import ArgumentError, quote, shorten
 from xlstm_jax.flops import count_params, train_flops
 from xlstm_jax.modules import presets
 from xlstm_jax.scaling.fitting import Fits, GroupFit
@@ -150,10 +150,16 @@ def architectures(family: str, seq_len: int) -> list[Architecture]:
 
 
 def flops_per_token_of(grid: Sequence[Architecture]) -> FlopsPerToken:
-    """FLOPs per token of any size: the ratio to the parameters, interpolated over the grid."""
+    """FLOPs per token of any size, from a parabola through those of the grid in logarithms.
+
+    Architectures of similar size differ by percents; interpolated, these steps would be minima
+    of the loss. Beyond the grid the FLOPs are proportional to the parameters.
+    """
     log_sizes = np.log([x.num_params for x in grid])
-    ratios = np.array([x.flops_per_token / x.num_params for x in grid])
-    return lambda num_params: num_params * np.interp(np.log(num_params), log_sizes, ratios)
+    log_ratios = np.log([x.flops_per_token / x.num_params for x in grid])
+    curve = np.polynomial.Polynomial.fit(log_sizes, log_ratios, 2)
+    low, high = log_sizes.min(), log_sizes.max()
+    return lambda n: n * np.exp(curve(np.clip(np.log(n), low, high)))
 
 
 def find_group(fits: Fits, *, family: str | None = None, seq_len: int | None = None) -> GroupFit:
@@ -173,7 +179,7 @@ def find_group(fits: Fits, *, family: str | None = None, seq_len: int | None = N
     known = "; ".join(_describe(group) for group in fits.groups)
     problem = "select one of the groups" if matches else "be those of a group"
     raise ArgumentError(
-        f"family={family!r} and seq_len={seq_len} must {problem} of the fit: {quote(known)}; set "
+        f"family={family!r} and seq_len={seq_len} must {problem} of the fit, {shorten(known, 400)}; set "
         "--family and --seq-len."
     )
 
