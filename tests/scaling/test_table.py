@@ -1,8 +1,11 @@
 """Tables of runs: reading, synonyms, and what is refused or dropped with its name."""
 
+import json
+
 import numpy as np
 import pytest
 
+from xlstm_jax.config import load_config, to_dict
 from xlstm_jax.errors import ConfigError
 from xlstm_jax.scaling import Analysis, Condition, Rule, from_rows, read_table
 from xlstm_jax.scaling.table import check_conventions
@@ -142,3 +145,18 @@ def test_budgets_are_labels_a_column_or_clusters():
     labels = Analysis(budget_column="").budget_of(runs)
     assert len(set(labels[:3])) == len(set(labels[3:6])) == 1 and np.isnan(labels[6])
     np.testing.assert_allclose(labels[[0, 3]], [6.07e18, 1.02e19], rtol=0.01)
+
+
+def test_analysis_files_in_json_and_python_are_equal(tmp_path):
+    cfg = Analysis(
+        columns={"val_loss": "nats"},
+        keep=(Condition(column="val_loss", low=1.0, values=("a", 2.0)),),
+        drop=(Rule(reason="spike", conditions=(Condition(column="x", high=2.0),)),),
+        budgets=(6e18, 1e19),
+        flops_range=(5e18, 5e19),
+        starts=7,
+    )
+    (tmp_path / "analysis.json").write_text(json.dumps(to_dict(cfg)))
+    assert load_config(tmp_path / "analysis.json", Analysis) == cfg
+    with pytest.raises(ConfigError, match="rule 'spike' must have at least one condition"):
+        Rule(reason="spike", conditions=())

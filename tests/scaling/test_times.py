@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from xlstm_jax.errors import ArgumentError
-from xlstm_jax.scaling import TimeModel, fit_time_model
-from xlstm_jax.scaling import times
+from xlstm_jax.scaling import TimeModel, fit_time_model, times
 
 FLOPS, BYTES = (
     x.ravel() for x in np.meshgrid(np.geomspace(1e9, 1e14, 6), np.geomspace(1e7, 1e12, 6))

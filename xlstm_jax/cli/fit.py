@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 
 from xlstm_jax.cli import console, options
@@ -13,6 +14,8 @@ from xlstm_jax.errors import quote_path
 from xlstm_jax.scaling import fitting, plots, store, table
 from xlstm_jax.scaling.analysis import Analysis
 from xlstm_jax.scaling.fitting import GroupFit
+from xlstm_jax.scaling.prediction import MIN_SAMPLES
+from xlstm_jax.scaling.surface import LossSurface
 
 TablePath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TABLE")]
 
@@ -90,8 +93,8 @@ def _fields(fit: GroupFit) -> dict[str, str]:
     if fit.surface and fit.surface_errors:
         s = fit.surface
         fields["L(N, D)"] = (
-            f"{s.e:.5g} = ln E, a {s.a:.5g}, b {s.b:.5g}, alpha {s.alpha:.5f}, beta {s.beta:.5f}, "
-            f"gamma {s.gamma:.5f}"
+            f"ln E {s.e:.5g}, ln A {s.a:.5g}, ln B {s.b:.5g}, alpha {s.alpha:.5f}, "
+            f"beta {s.beta:.5f}, gamma {s.gamma:.5f}{_bootstrap(s)}"
         )
         fields["its fit"] = (
             f"objective {s.objective:.6g}, gradient {s.gradient_norm:.1e}, {s.num_at_best} of "
@@ -111,6 +114,14 @@ def _fields(fit: GroupFit) -> dict[str, str]:
         if h.surface_loss is not None:
             fields["held out, L(N, D)"] = f"loss {h.surface_loss:.4f} for {h.loss_measured:.4f}"
     return fields
+
+
+def _bootstrap(surface: LossSurface) -> str:
+    """The interval of beta / (alpha + beta), unlike those of coefficients a narrow one."""
+    if len(surface.samples) < MIN_SAMPLES:
+        return ""
+    low, high = np.percentile([s.size_exponent for s in surface.resampled()], [5, 95])
+    return f"; beta / (alpha + beta) {surface.size_exponent:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _print_files(out: Path, pictures: list[Path]) -> None:

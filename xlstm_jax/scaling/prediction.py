@@ -179,8 +179,8 @@ def find_group(fits: Fits, *, family: str | None = None, seq_len: int | None = N
     known = "; ".join(_describe(group) for group in fits.groups)
     problem = "select one of the groups" if matches else "be those of a group"
     raise ArgumentError(
-        f"family={family!r} and seq_len={seq_len} must {problem} of the fit, {shorten(known, 400)}; set "
-        "--family and --seq-len."
+        f"family={family!r} and seq_len={seq_len} must {problem} of the fit, "
+        f"{shorten(known, 400)}; set --family and --seq-len."
     )
 
 
