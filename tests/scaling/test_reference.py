@@ -164,26 +164,28 @@ def prefill_flops(row):
 
 
 @pytest.mark.slow
-def test_effective_rates_of_prefill_are_near_the_published_ones():
-    """Within 3 % (xLSTM) and 10 % (Transformer), whose overheads we keep from being negative."""
-    table = rows("inference_times.csv")
-    for published in rows("published_inference_fits.csv"):
-        if published["quantity"] != "ttft":
-            continue
-        measured = [
-            row
-            for row in table
-            if all(row[name] == published[name] for name in ("model", "size_label"))
-            and row["ttft_ms"]
-            and float(row["prefill_tokens"]) > 0
-        ]
-        flops = [prefill_flops(row) for row in measured]
-        seconds = [float(row["ttft_ms"]) / 1e3 for row in measured]
-        fit = fit_time_model(flops, None, seconds, model="compute")
-        tolerance = 0.03 if published["model"] == "mlstm" else 0.1
-        rate = float(published["effective_flop_per_s"])
-        np.testing.assert_allclose(fit.flop_per_s, rate, rtol=tolerance)
-        assert fit.overhead_s >= 0
+@pytest.mark.parametrize("size", ["160M", "400M", "830M", "1.4B", "2.7B", "7B"])
+@pytest.mark.parametrize("model, tolerance", [("mlstm", 0.03), ("llama", 0.1)])
+def test_effective_rates_of_prefill_are_near_the_published_ones(model, tolerance, size):
+    """The Transformer's differ more, as published overheads are negative and ours are not."""
+    (published,) = [
+        row
+        for row in rows("published_inference_fits.csv")
+        if (row["quantity"], row["model"], row["size_label"]) == ("ttft", model, size)
+    ]
+    measured = [
+        row
+        for row in rows("inference_times.csv")
+        if (row["model"], row["size_label"]) == (model, size)
+        and row["ttft_ms"]
+        and float(row["prefill_tokens"]) > 0
+    ]
+    flops = [prefill_flops(row) for row in measured]
+    seconds = [float(row["ttft_ms"]) / 1e3 for row in measured]
+    fit = fit_time_model(flops, None, seconds, model="compute")
+    rate = float(published["effective_flop_per_s"])
+    np.testing.assert_allclose(fit.flop_per_s, rate, rtol=tolerance)
+    assert fit.overhead_s >= 0
 
 
 def test_filters_of_the_study_select_its_runs():

@@ -41,8 +41,9 @@ class TimeModel(NamedTuple):
 
     def __call__(self, flops, num_bytes, batch_size=0.0):
         """Seconds, for numbers or arrays of one shape."""
-        params = (self.flop_per_s, self.bytes_per_s, self.overhead_s, self.per_sequence_s)
+        fitted = (self.flop_per_s, self.bytes_per_s, self.overhead_s, self.per_sequence_s)
         with float64_on_cpu():
+            params = [jnp.asarray(x, jnp.float64) for x in fitted]
             inputs = [jnp.asarray(x, jnp.float64) for x in (flops, num_bytes, batch_size)]
             return np.asarray(_seconds(self.model, params, inputs, self.sharpness))
 
