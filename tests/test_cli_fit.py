@@ -52,7 +52,7 @@ def test_fit_writes_pictures_and_predict_reads_the_fit(table, workdir, capsys): 
 
 
 def test_errors(table, workdir, capsys):  # noqa: F811
-    assert "none.csv does not exist" in error_of(capsys, "fit", "none.csv")
+    assert "none.csv is not a file" in error_of(capsys, "fit", "none.csv")
     assert "must be a folder" in error_of(capsys, "fit", table, "--out", table)
     (workdir / "bad.json").write_text('{"start": 3}')
     message = error_of(capsys, "fit", table, "--analysis", "bad.json")

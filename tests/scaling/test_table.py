@@ -74,7 +74,7 @@ def test_malformed_tables_are_refused(tmp_path, text, part):
 
 
 def test_other_files_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ConfigError, match="is not a file"):
         read_table(tmp_path / "none.csv")
     (tmp_path / "table.xlsx").write_text("")
     with pytest.raises(ConfigError, match=r"not a \.csv or \.parquet file"):
@@ -86,6 +86,13 @@ def test_missing_losses_are_dropped_with_their_names():
     selected = Analysis().select(runs)
     assert len(selected) == 6 and "dropped 1 runs" in selected.notes[-1]
     assert "failed" in selected.notes[-1]
+
+
+@pytest.mark.parametrize("loss", [0.0, -1.0, float("inf")])
+def test_impossible_losses_are_refused_with_the_run(loss):
+    runs = from_rows([*ROWS, ROWS[0] | {"id": "odd", "loss": loss}])
+    with pytest.raises(ConfigError, match=f"val_loss must be positive .* got {loss} for odd"):
+        Analysis().select(runs)
 
 
 def test_equal_ids_are_refused():

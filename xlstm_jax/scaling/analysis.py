@@ -106,15 +106,20 @@ class Analysis:
         Raises:
             ConfigError: ids are not unique, a run has a copy, or no run is left.
         """
+        count = len(runs)
         for condition in self.keep:
             runs = runs.select(condition.holds(runs))
-        runs = table.without_missing(runs)
         for rule in self.drop:
             dropped = rule.holds(runs)
             runs = runs.select(~dropped, f"dropped {dropped.sum()} runs: {rule.reason}")
+        kept = len(runs)
+        runs = table.without_missing(runs)
         table.check_ids(runs)
         if not len(runs):
-            raise ConfigError("no run is left after the filters; loosen keep or drop.")
+            raise ConfigError(
+                f"no run is left to fit: keep and drop leave {kept} of {count}, none of which has "
+                "sizes and a loss; loosen the filters or complete the table."
+            )
         return table.without_duplicates(runs, drop=self.drop_duplicates)
 
     def split(self, runs: Runs) -> dict[tuple[str, ...], Runs]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from xlstm_jax.errors import ArgumentError, quote, shorten
+from xlstm_jax.errors import ArgumentError, shorten
 from xlstm_jax.flops import count_params, train_flops
 from xlstm_jax.modules import presets
 from xlstm_jax.scaling.fitting import Fits, GroupFit
@@ -96,7 +96,7 @@ def predict(fit: GroupFit, flops: float, *, seq_len: int, family: str) -> Predic
         method = "minimum of the loss surface"
     else:
         raise ArgumentError(
-            f"the fit of {quote(fit.group)} has neither power laws nor a loss surface; see its "
+            f"the fit of {_describe(fit)} has neither power laws nor a loss surface; see its "
             "flags, and fit more runs."
         )
     if surface is not None:

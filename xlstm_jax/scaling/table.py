@@ -79,7 +79,7 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> Ru
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"{quote_path(path)} does not exist; pass a .csv or .parquet table.")
+        raise ConfigError(f"{quote_path(path)} is not a file; pass a .csv or .parquet table.")
     data = path.read_bytes()
     if path.suffix == ".csv":
         try:
@@ -163,11 +163,23 @@ def _number(value: Any) -> float | None:
 
 
 def without_missing(runs: Runs) -> Runs:
-    """The runs that have a loss, sizes and FLOPs, with the number of the others in a note."""
+    """The runs that have a loss, sizes and FLOPs, with the number of the others in a note.
+
+    Raises:
+        ConfigError: one of these is zero, negative or infinite.
+    """
     used = (*REQUIRED, "train_flops")
-    is_missing = np.any([~np.isfinite(runs[name]) for name in used], axis=0)
+    is_missing = np.any([np.isnan(runs[name]) for name in used], axis=0)
     note = f"dropped {is_missing.sum()} runs without a loss or a size: {runs.names(is_missing)}"
-    return runs.select(~is_missing, note)
+    runs = runs.select(~is_missing, note)
+    for name in used:
+        is_bad = ~((runs[name] > 0) & np.isfinite(runs[name]))
+        if is_bad.any():
+            raise ConfigError(
+                f"{name} must be positive and finite, got {runs[name][is_bad][0]} for "
+                f"{runs.names(is_bad)}; correct or drop these runs."
+            )
+    return runs
 
 
 def check_ids(runs: Runs) -> None:
