@@ -33,6 +33,8 @@ COMMANDS = {
     "convert": "convert hf-to-run FOLDER RUN, run-to-hf RUN FOLDER: weights in and out, or hf://",
     "data": "data prepare IN OUT, data train-tokenizer IN OUT, data inspect OUT: tokens of text",
     "report": "report RUN...: compare runs on one HTML page",
+    "fit": "fit TABLE: scaling laws from a table of runs, with pictures",
+    "predict": "predict --flops C: the best size and tokens for a budget, from fitted laws",
     "replay": "replay RUN/diverged.json: recompute a skipped step",
     "plan": "plan CONFIG.py --topology v5e:4x4: compile a run for a target that is not attached",
     "describe": "describe CONFIG.py: list shapes, parameters, FLOPs and memory, without training",

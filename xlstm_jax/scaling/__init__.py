@@ -1,0 +1,40 @@
+"""Scaling laws: tables of runs, their fits, and what these predict."""
+
+from xlstm_jax.scaling.analysis import Analysis, Condition, Rule
+from xlstm_jax.scaling.checks import Errors, prediction_errors
+from xlstm_jax.scaling.fitting import Fits, GroupFit, fit_table, holdout
+from xlstm_jax.scaling.laws import Line, PowerLaw, fit_fixed_ratio, fit_power_law
+from xlstm_jax.scaling.parabolas import Parabola, fit_isoflop
+from xlstm_jax.scaling.prediction import Prediction, predict
+from xlstm_jax.scaling.surface import LossSurface, parabola_bias
+from xlstm_jax.scaling.surface_fit import fit_loss_surface
+from xlstm_jax.scaling.table import Runs, from_rows, read_table
+from xlstm_jax.scaling.times import TimeModel, fit_time_model
+
+__all__ = [
+    "Analysis",
+    "Condition",
+    "Errors",
+    "Fits",
+    "GroupFit",
+    "Line",
+    "LossSurface",
+    "Parabola",
+    "PowerLaw",
+    "Prediction",
+    "Rule",
+    "Runs",
+    "TimeModel",
+    "fit_fixed_ratio",
+    "fit_isoflop",
+    "fit_loss_surface",
+    "fit_power_law",
+    "fit_table",
+    "fit_time_model",
+    "from_rows",
+    "holdout",
+    "parabola_bias",
+    "predict",
+    "prediction_errors",
+    "read_table",
+]
