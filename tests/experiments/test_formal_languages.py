@@ -75,6 +75,8 @@ def test_finished_cells_are_not_computed_again(tmp_path, monkeypatch):
     )
     assert formal_languages.main(one) == 0
     assert formal_languages.main(dataclasses.replace(one, model="all")) == 0
+    elsewhere = dataclasses.replace(one, run_dir=tmp_path / "elsewhere")
+    assert formal_languages.main(elsewhere) == 0  # cells are in the result too
     assert computed == [f"set-{name}" for name in MODELS]
     result = json.loads((tmp_path / "map.json").read_text())
     assert [cell["model"] for cell in result["cells"]] == [*MODELS]
