@@ -189,17 +189,19 @@ def finished(cfg: ExperimentConfig, folder: pathlib.Path) -> dict[str, Any] | No
     }
 
 
-def train(cfg: ExperimentConfig, folder: pathlib.Path) -> None:
-    """Trains or resumes one run, unless it is finished."""
+def train(cfg: ExperimentConfig, folder: pathlib.Path) -> bool:
+    """Trains or resumes one run, unless it is finished; returns whether it is now."""
     if finished(cfg, folder) is None:
         print(f"{cfg.name}: {count_params(cfg.model):,} parameters", flush=True)
         fit(cfg, folder)
-    if (measured := finished(cfg, folder)) is not None:
-        print(
-            f"{cfg.name}: {measured['bits_per_byte']:.4f} bits per byte, "
-            f"{measured['tokens_per_second']:,.0f} tokens/s",
-            flush=True,
-        )
+    if (measured := finished(cfg, folder)) is None:
+        return False
+    print(
+        f"{cfg.name}: {measured['bits_per_byte']:.4f} bits per byte, "
+        f"{measured['tokens_per_second']:,.0f} tokens/s",
+        flush=True,
+    )
+    return True
 
 
 def outcome(size: str, models: dict[str, dict[str, Any]]) -> dict[str, bool]:
@@ -274,11 +276,12 @@ def main(options: Options) -> int:
     configs = {name: config(options.size, name, options.source) for name in MODELS}
     folders = {name: folder_of(options.runs, options.size, name) for name in MODELS}
     for name in options.models:
-        train(configs[name], folders[name])
+        if not train(configs[name], folders[name]):
+            break  # stopped; the same command resumes
     measured = {name: finished(cfg, folders[name]) for name, cfg in configs.items()}
     models = {name: model for name, model in measured.items() if model is not None}
     if not models:
-        return 1  # stopped before the first was finished
+        return 1
     result = record.start("comparison", options.size)
     result |= {"config": to_dict(SIZES[options.size]), "models": models}
     result["outcome"] = outcome(options.size, models)
