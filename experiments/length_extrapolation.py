@@ -84,7 +84,7 @@ def config(
     context, model, train = CONTEXTS[size][0], cfg.model, cfg.train
     batch_size = cfg.data.seq_len * cfg.data.batch_size // context  # as many tokens
     if size == "cpu":
-        train = dataclasses.replace(train, steps=200)
+        train = dataclasses.replace(train, steps=150)
     elif size == "paper":
         preset, lr = PRESETS[name]
         model, batch_size = presets.get(preset), 512

@@ -70,13 +70,13 @@ CPU = ExperimentConfig(
     model=LMConfig(vocab_size=VOCAB_SIZE["cpu"], dim=96, **MODELS["xLSTM[1:0]"]),
     data=DataConfig(source="stdlib", seq_len=128, batch_size=16),
     train=TrainConfig(
-        steps=400,
+        steps=300,
         lr=3e-3,
         warmup_steps=0.1,
         grad_clip=1.0,
         eval_every=100,
         eval_batches=16,
-        checkpoint_every=200,
+        checkpoint_every=100,
         watch="none",
     ),
 )
