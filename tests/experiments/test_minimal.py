@@ -9,6 +9,8 @@ import pytest
 
 from experiments import minimal
 
+# A page for readers: it broadcasts biases and positions as NumPy does.
+with_broadcasting = jax.numpy_rank_promotion("allow")
 SOURCE = pathlib.Path(minimal.__file__).read_text()
 
 
@@ -29,7 +31,9 @@ def test_targets_are_the_inputs_one_byte_later_and_files_are_held_out():
 
 
 @pytest.mark.slow
-def test_a_sequence_can_be_split_anywhere():
+@with_broadcasting
+def test_a_sequence_can_be_split_anywhere(monkeypatch):
+    monkeypatch.setattr(minimal, "CELLS", "ms")  # less to compile
     params = minimal.init_params(jax.random.key(0))
     params["head"] = jax.random.normal(jax.random.key(1), params["head"].shape)
     tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, minimal.VOCAB)
@@ -40,6 +44,7 @@ def test_a_sequence_can_be_split_anywhere():
 
 
 @pytest.mark.slow
+@with_broadcasting
 def test_the_loss_falls_and_a_sample_follows(capsys, monkeypatch):
     monkeypatch.setattr(minimal, "CELLS", "ms")  # less to compile
     monkeypatch.setattr(minimal, "B", 4)
