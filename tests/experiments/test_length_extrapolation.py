@@ -55,7 +55,7 @@ def test_the_smallest_size_evaluates_beyond_the_attention_cache_of_training(
     tmp_path, monkeypatch, one_device
 ):
     fields = experiment.comparison.MODELS["Llama"]
-    attention = experiment.comparison.AttentionConfig(cache_size=16)
+    attention = experiment.comparison.AttentionConfig(cache_size=32)
     monkeypatch.setitem(experiment.comparison.MODELS, "Llama", fields | dict(attention=attention))
     options = dict(size="smoke", runs=tmp_path / "runs", out=tmp_path / "l.json")
     assert experiment.main(experiment.Options(models=("Llama",), **options)) == 0
