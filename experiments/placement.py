@@ -366,7 +366,8 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     axes.set_ylabel("held-out bits per byte")
     axes.set_xlabel("pattern: m is mLSTM, s is sLSTM, from the first block to the last")
     axes.grid(alpha=0.3, axis="y")
-    axes.legend(title="learning rate (bar: mean of seeds)", frameon=False)
+    title = "learning rate (bar: mean of the seeds)"
+    figure.legend(title=title, frameon=False, ncols=len(rates), loc="outside upper center")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

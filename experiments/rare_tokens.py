@@ -238,7 +238,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     shown = [n for n, b in enumerate(reference["buckets"]) if b["num_tokens"] >= MIN_TOKENS]
     # The size smoke has fewer targets.
     shown = shown or [n for n, b in enumerate(reference["buckets"]) if b["num_tokens"]]
-    labels = [reference["buckets"][n]["label"].replace(",000", "k") for n in shown]
+    labels = [f"from {reference['buckets'][n]['start']:,}" for n in shown]
     for number, (name, model) in enumerate(models.items()):
         losses, base = (
             np.array([m["buckets"][n]["nats_per_token"] for n in shown]) for m in (model, reference)
