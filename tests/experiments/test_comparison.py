@@ -41,6 +41,13 @@ def test_the_outcome_names_what_fails(models, holds):
     assert list(comparison.outcome("cpu", dict(enumerate(models))).values()) == holds
 
 
+def test_pairs_in_another_order_than_published_are_named():
+    bits = {"xLSTM[1:0]": 2.0, "Mamba": 1.9, "Llama": 2.3, "hybrid": 1.0}
+    models = {name: {"bits_per_byte": value} for name, value in bits.items()}
+    pairs = comparison.reversed_pairs(models)
+    assert pairs == ["Mamba (1.900) is ahead of xLSTM[1:0] (2.000)"]
+
+
 def test_a_run_counts_as_finished_after_its_last_evaluation(tmp_path):
     cfg = comparison.config("smoke", "Llama")
     assert comparison.finished(cfg, tmp_path) is None
