@@ -72,6 +72,7 @@ CPU = ExperimentConfig(
         lr=1e-2,
         warmup_steps=0.1,
         grad_clip=1.0,
+        guard_floor=1e9,  # large gradients are clipped; no member skips a step that others take
         freeze=f"^{FLAGS}$",
         log_every=20,
         eval_batches=64,
