@@ -265,8 +265,8 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
         curves.plot(steps, values, "o-", ms=4, label=name, **style)
         point = model["tokens_per_second"] / 1e3, model["bits_per_byte"]
         speed.plot(*point, "o", ms=9, color=style["color"])
-        offset = (6, 5) if number % 2 else (6, -13)  # neighbors may be close
-        speed.annotate(name, point, offset, textcoords="offset points", fontsize=9)
+        label = dict(textcoords="offset points", fontsize=9, ha="center")
+        speed.annotate(name, point, (0, 9 if number % 2 else -17), **label)  # may be close
     curves.set_xlabel("step")
     curves.set_ylabel("held-out bits per byte")
     curves.legend(frameon=False, fontsize=9)
@@ -307,6 +307,7 @@ def main(options: Options) -> int:
     result = record.start("comparison", options.size)
     result |= {"config": to_dict(SIZES[options.size]), "models": models}
     result["outcome"] = outcome(options.size, models)
+    result["not_finished"] = [name for name in MODELS if name not in models]
     result["order_unlike_published"] = reversed_pairs(models)
     print(table(models))
     for pair in result["order_unlike_published"]:
