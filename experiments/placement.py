@@ -233,11 +233,8 @@ def train_members(
         states, loss = run(states, batches(first, count))
         loss = np.asarray(loss).mean(axis=0) / math.log(2)
         seconds.append(time.perf_counter() - start)
-        print(
-            f"step {first + count:5d}: {loss.min():.3f} to {loss.max():.3f} bits per byte, "
-            f"{seconds[-1] / count:.2f} s per step",
-            flush=True,
-        )
+        bits, rate = f"{loss.min():.3f} to {loss.max():.3f}", seconds[-1] / count
+        print(f"step {first + count:5d}: {bits} bits per byte, {rate:.2f} s per step", flush=True)
     step_seconds = statistics.median(seconds[1:]) / count
     times = {"compile": seconds[0] - count * step_seconds, "step": step_seconds}
     return states.params, times
@@ -276,7 +273,7 @@ def difference_to_lm(
     batch, worst = next(held_out(cfg)), 0.0
     loss_fn = jax.jit(make_loss_fn(cfg.model))
     for pattern in names:
-        index = next(n for n, member in enumerate(members) if member.pattern == pattern)
+        index = [member.pattern for member in members].index(pattern)
         one = jax.tree.map(lambda leaf, index=index: leaf[index], params)
         plain = params_of({name: one[name] for name in one if name != FLAGS}, pattern)
         model = LM(dataclasses.replace(cfg.model, pattern=pattern))
@@ -309,16 +306,9 @@ def summarize(cfg: LMConfig, members: list[Member], bits: Float[np.ndarray, "M"]
             if member.pattern == pattern:
                 by_rate.setdefault(f"{member.lr:g}", []).append(float(value))
         best = min(by_rate, key=lambda lr: statistics.fmean(by_rate[lr]))
-        parameters = count_params(dataclasses.replace(cfg, pattern=pattern))
-        records.append(
-            {
-                "pattern": pattern,
-                "parameters": parameters,
-                "bits_per_byte": by_rate,
-                "best_lr": best,
-                "best": statistics.fmean(by_rate[best]),
-            }
-        )
+        model = {"parameters": count_params(dataclasses.replace(cfg, pattern=pattern))}
+        losses = {"best_lr": best, "best": statistics.fmean(by_rate[best])}
+        records.append({"pattern": pattern, **model, "bits_per_byte": by_rate, **losses})
     return records
 
 
@@ -326,8 +316,8 @@ def outcome(size: str, records: list[dict], difference: float) -> dict[str, bool
     """Whether each expectation holds."""
     checks = {"a member has the loss of an LM with its pattern": difference < 1e-4}
     if size == "cpu":
-        below = all(record["best"] < LEVEL for record in records)
-        checks[f"every pattern ends below {LEVEL:g} bits per byte"] = below
+        name = f"every pattern ends below {LEVEL:g} bits per byte"
+        checks[name] = all(record["best"] < LEVEL for record in records)
     return checks
 
 
@@ -336,9 +326,7 @@ def table(records: list[dict]) -> str:
     rates = list(records[0]["bits_per_byte"])
     rows = [
         [
-            one["pattern"],
-            str(one["pattern"].count("s")),
-            f"{one['parameters']:,}",
+            *(one["pattern"], str(one["pattern"].count("s")), f"{one['parameters']:,}"),
             *(", ".join(f"{v:.3f}" for v in one["bits_per_byte"][lr]) for lr in rates),
             f"{one['best']:.3f}",
         ]
@@ -352,8 +340,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     """Plots the held-out loss of every pattern: a color per learning rate, a point per seed."""
     plt = record.pyplot()
     figure, axes = plt.subplots(figsize=(10, 4.8), layout="constrained")
-    records = result["patterns"]
-    rates = list(records[0]["bits_per_byte"])
+    records, rates = result["patterns"], list(result["patterns"][0]["bits_per_byte"])
     for number, lr in enumerate(rates):
         x = np.arange(len(records)) + 0.16 * (number - (len(rates) - 1) / 2)
         by_seed = np.array([one["bits_per_byte"][lr] for one in records])
@@ -396,9 +383,9 @@ def main(options: Options) -> int:
     names = checked_patterns(options.size)
     difference = difference_to_lm(cfg, params, members, names)
     separate = {name: separate_program(cfg, name, options.size, batches) for name in names}
-    result = record.start("placement", options.size) | {
-        "config": to_dict(config(options.size)),
-        "members": len(members),
+    result = record.start("placement", options.size)
+    result |= {"config": to_dict(config(options.size)), "members": len(members)}
+    result |= {
         "seconds_of_the_grid": times,
         "seconds_of_separate_programs": separate,
         "largest_difference_to_lm": difference,
