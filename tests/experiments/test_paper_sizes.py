@@ -86,6 +86,12 @@ PAPER: dict[str, dict[str, Run]] = {
     "long_range_arena": {"": Run(879_808, 80_000, 1e-3, (32, 2000))},
     "char_lm": {"": Run(26_131_056, 10_000, 1e-3, (32, 1024))},
     "optimizers": {"": Run(26_131_056, 10_000, 3e-3, (32, 1024))},
+    # Models of 350M and 1.3B parameters with the settings of the published comparisons.
+    "comparison": {"": lm(409.3)},
+    "length_extrapolation": {"": LADDER["xlstm_1:0_1.3b_300b"]},
+    # Wikitext-103; the sizes of the models of arXiv:2405.04517, figure 2, are not published.
+    "rare_tokens": {"": Run(164_073_312, 50_000, 1e-3, (256, 512))},
+    "placement": {"": Run(3_469_368, 5_000, 3e-3, (32, 512))},  # has no published run
     "slimpajama_15b": {
         "": lm(409.3),
         "llama": lm(406.6),
