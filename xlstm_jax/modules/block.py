@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from xlstm_jax.modules import counts
+from xlstm_jax.modules import counts, inference
 from xlstm_jax.modules.feedforward import FeedForward, GatedFeedForward, LargeFeedForward
 from xlstm_jax.modules.kinds import BLOCKS, IMPLEMENTATIONS, BlockKind, Matrices
 from xlstm_jax.modules.large import LargeMLSTMLayer
@@ -94,6 +94,7 @@ BLOCKS["m"] = BlockKind(
     },
     count_params=counts.mlstm_params,
     forward_flops=counts.mlstm_flops,
+    inference=inference.MLSTM,
     matrices={
         r"mlstm/proj_up/kernel": Matrices(parts=2),  # a and z
         r"mlstm/proj_down/kernel": Matrices(),
@@ -112,6 +113,7 @@ BLOCKS["s"] = BlockKind(
     },
     count_params=counts.slstm_params,
     forward_flops=counts.slstm_flops,
+    inference=inference.SLSTM,
     matrices={
         r"slstm/(input_gate|forget_gate|cell_input|output_gate)/kernel": Matrices("bio"),
         r"slstm/recurrent_kernel": Matrices("bibo"),  # one per head and gate
@@ -131,6 +133,7 @@ BLOCKS["M"] = BlockKind(
     },
     count_params=counts.large_params,
     forward_flops=counts.large_flops,
+    inference=inference.LARGE,
     matrices={
         r"mlstm/(q|k|v|output_gate|out_proj)/kernel": Matrices(),
         r"mlstm/(input|forget)_gate/kernel": None,

@@ -10,7 +10,7 @@ CAUSAL_FRACTION = 0.75  # of the (query, key) pairs of a chunk: tiles not fully 
 def mlstm_params(cfg: LMConfig) -> int:
     """Parameters of one first-generation mLSTM block."""
     D, F, H = cfg.dim, cfg.mlstm.width(cfg.dim), cfg.mlstm.num_heads
-    conv = _conv(F, cfg.mlstm, 1)
+    conv = conv_cost(F, cfg.mlstm, 1)
     qkv = 3 * F * cfg.mlstm.qkv_block_size
     # i and f read q, k and v; their biases are not optional.
     gates = 2 * H + 3 * F * H * (cfg.mlstm.input_gate_kernel + cfg.mlstm.forget_gate_kernel)
@@ -23,7 +23,7 @@ def mlstm_params(cfg: LMConfig) -> int:
 def slstm_params(cfg: LMConfig) -> int:
     """Parameters of one first-generation sLSTM block, feed-forward layer included."""
     D, options = cfg.dim, cfg.slstm
-    conv = _conv(D, options, 1)
+    conv = conv_cost(D, options, 1)
     # Input and recurrent weights, bias.
     gates = (1 + options.memory_mixing) * 4 * D * (D // options.num_heads) + 4 * D
     norms = D + D * options.group_norm_weight
@@ -45,7 +45,7 @@ def large_params(cfg: LMConfig) -> int:
     return linear + gates + norms + biases
 
 
-def _conv(features: int, options: MLSTMConfig | SLSTMConfig, per_weight: int) -> int:
+def conv_cost(features: int, options: MLSTMConfig | SLSTMConfig, per_weight: int) -> int:
     """Cost of a convolution with `per_weight` per weight and 1 per bias.
 
     1 counts parameters; 2, a multiply-add, counts FLOPs.
@@ -63,7 +63,27 @@ def first_cell_flops(L: int, K: int, V: int) -> float:
 
 def tfla_cell_flops(L: int, K: int, V: int) -> float:
     """The mLSTM cell, per chunk and head, as computed by tiled flash linear attention (TFLA)."""
-    fraction = CAUSAL_FRACTION if L > 64 else 1.0
+    return _tfla_flops(L, K, V, CAUSAL_FRACTION if L > 64 else 1.0)
+
+
+def prefill_cell_flops(L: int, K: int, V: int) -> float:
+    """As `tfla_cell_flops`, with masked tiles skipped at any L, as the study counts prefill."""
+    return _tfla_flops(L, K, V, CAUSAL_FRACTION)
+
+
+def recurrent_cell_flops(K: int, V: int) -> float:
+    """One step of the mLSTM cell, per head: gates, matrix memory, normalizer and read-out."""
+    return 9 + 4 * K * V + (6 * K + V + 3) + (2 * K * V + K)
+
+
+def parallel_cell_flops(T: int, K: int, V: int, fraction: float = CAUSAL_FRACTION) -> float:
+    """The mLSTM cell in its quadratic form, per sequence and head; `fraction` of pairs counted."""
+    gates = T * (T + 1) / 2 + 2 * T + 6 * T**2
+    products = 2 * T**2 * K + 2 * T**2 + 2 * T**2 * V
+    return gates + fraction * (products + 4 * T**2 + 2 * T)
+
+
+def _tfla_flops(L: int, K: int, V: int, fraction: float) -> float:
     recurrent = L * (L + 1) / 2 + 6 * L + 5 + 2 * K * V + 2 * L * K * V + 3 * L * K + 2 * K
     intra = fraction * (8 * L**2 + 2 * L + 2 * L**2 * (K + V)) + L * (L + 1) / 2 + 2 * L
     inter = 2 * L * K * V + 3 * L * K
@@ -80,7 +100,7 @@ def mlstm_flops(cfg: LMConfig, count: str) -> float:
     D, F, H = cfg.dim, cfg.mlstm.width(cfg.dim), cfg.mlstm.num_heads
     linear = 2 * D * 2 * F + 2 * F * D + 3 * 2 * F * cfg.mlstm.qkv_block_size
     gates = 2 * H + 6 * F * H * (cfg.mlstm.input_gate_kernel + cfg.mlstm.forget_gate_kernel)
-    conv = _conv(F, cfg.mlstm, 2)
+    conv = conv_cost(F, cfg.mlstm, 2)
     elementwise = 5 * F  # two silu, product and sum of the skip, gating product
     chunk = cfg.mlstm.chunk_size or CHUNK_SIZE
     cell = H / chunk * CELL_FLOPS[count](chunk, F // H, F // H)  # per token, as all others
@@ -93,7 +113,7 @@ def slstm_flops(cfg: LMConfig, count: str) -> float:
     """Forward FLOPs of one first-generation sLSTM block per token."""
     del count  # conventions only differ for the mLSTM cell
     D, options = cfg.dim, cfg.slstm
-    conv = _conv(D, options, 2) + (D if options.conv_width else 0)  # the latter for silu
+    conv = conv_cost(D, options, 2) + (D if options.conv_width else 0)  # the latter for silu
     # Input and recurrent weights.
     products = (1 + options.memory_mixing) * 2 * 4 * D * (D // options.num_heads)
     # Two sums per gate; log sigmoid and its sum with m, the maximum, two exponents and their exp;

@@ -18,6 +18,34 @@ class Matrices(NamedTuple):
     parts: int = 1  # matrices of equal size that are concatenated along the output axis, the last
 
 
+class Work(NamedTuple):
+    """What one block computes and moves for one sequence; weights, which are shared, not included.
+
+    Activations have 2 bytes (bfloat16) and the state of a cell has 4, whatever the config says.
+    """
+
+    flops: float
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Inference:
+    """Cost formulas of one block without gradients, each for one sequence.
+
+    Attributes:
+        per_token: LMConfig -> all but sequence mixing, per token: projections, norms, residual
+            additions, feed-forward layers.
+        prefill: (LMConfig, T) -> sequence mixing of a prompt of T tokens, from the initial state.
+        decode: (LMConfig, S, T) -> sequence mixing of T tokens, one call each, after S tokens.
+        state_bytes: (LMConfig, S) -> size of the state after S tokens, caches included.
+    """
+
+    per_token: Callable[[Any], Work]
+    prefill: Callable[[Any, int], Work]
+    decode: Callable[[Any, int, int], Work]
+    state_bytes: Callable[[Any, int], float]
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockKind:
     """A residual block with its options, logical axes and cost formulas.
@@ -39,6 +67,8 @@ class BlockKind:
             per token, without those of `context_flops`.
         context_flops: (LMConfig, length of the sequence, "causal" or "full") -> forward FLOPs of
             one block per token that depend on the length; "full" counts masked pairs too.
+        inference: the cost of prefill and decoding, and the size of the state; without it
+            `flops.inference_cost` raises an error.
         matrices: regex for the end of a parameter path -> the matrices of the parameter, or None
             if Muon must not treat it as such. The first match wins; these precede `MATRICES`. Muon
             needs an entry for every parameter.
@@ -52,6 +82,7 @@ class BlockKind:
     forward_flops: Callable[[Any, str], float]
     matrices: Mapping[str, Matrices | None] = dataclasses.field(default_factory=dict)
     context_flops: Callable[[Any, int, str], float] = lambda cfg, seq_len, attention: 0.0
+    inference: Inference | None = None
 
 
 BLOCKS: dict[str, BlockKind] = {}

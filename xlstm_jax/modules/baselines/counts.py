@@ -130,10 +130,15 @@ def mamba2_flops(cfg: LMConfig, count: str) -> float:
     F, H, shared = options.width(D), options.heads(D), options.groups * options.state_dim
     linear = 2 * D * (2 * F + 2 * shared + H) + 2 * F * D
     conv = (F + 2 * shared) * (2 * options.conv_width + 1)
+    return linear + conv + mamba2_cell_flops(cfg) + 8 * F
+
+
+def mamba2_cell_flops(cfg: LMConfig) -> float:
+    """Forward FLOPs of the cell of one Mamba-2 block per token, in chunks."""
+    options, (F, H) = cfg.mamba2, (cfg.mamba2.width(cfg.dim), cfg.mamba2.heads(cfg.dim))
     L, K = options.chunk_size or CHUNK_SIZE, options.state_dim
-    # Per token: scores of a group, weights and values of a head, reading and writing the state.
-    cell = options.groups * 2 * L * K + H * 3 * L + 2 * L * F + 4 * K * F
-    return linear + conv + cell + 8 * F
+    # Scores of a group, weights and values of a head, reading and writing the state.
+    return options.groups * 2 * L * K + H * 3 * L + 2 * L * F + 4 * K * F
 
 
 def gated_delta_params(cfg: LMConfig) -> int:
@@ -154,11 +159,16 @@ def gated_delta_flops(cfg: LMConfig, count: str) -> float:
     keys, values = options.qk_heads * K, H * V
     linear = 2 * D * (2 * keys + 3 * values + 2 * H)
     conv = (2 * keys + values) * (2 * options.conv_width + 1)
-    L = options.chunk_size or CHUNK_SIZE
-    # Per token and head: two matrices of scores, the triangular system for V + K columns, values,
-    # and three products with the state.
-    cell = H * (4 * L * K + 6 * L + L * (K + V) + 2 * L * V + 6 * K * V)
-    return linear + conv + cell + 4 * values + 6 * D * F + 2 * F
+    return linear + conv + gated_delta_cell_flops(cfg) + 4 * values + 6 * D * F + 2 * F
+
+
+def gated_delta_cell_flops(cfg: LMConfig) -> float:
+    """Forward FLOPs of the cell of one gated delta net block per token, in chunks."""
+    (K, V), L = cfg.gated_delta.widths(cfg.dim), cfg.gated_delta.chunk_size or CHUNK_SIZE
+    # Per head: two matrices of scores, the triangular system for V + K columns, values, and three
+    # products with the state.
+    per_head = 4 * L * K + 6 * L + L * (K + V) + 2 * L * V + 6 * K * V
+    return cfg.gated_delta.num_heads * per_head
 
 
 def rwkv4_params(cfg: LMConfig) -> int:

@@ -1,6 +1,6 @@
 """Records of the baselines in `BLOCKS`."""
 
-from xlstm_jax.modules.baselines import blocks, counts, options
+from xlstm_jax.modules.baselines import blocks, counts, inference, options
 from xlstm_jax.modules.kinds import BLOCKS, BlockKind, Matrices
 
 _DENSE = Matrices()
@@ -37,6 +37,7 @@ BLOCKS["l"] = BlockKind(
     axes=_LSTM_AXES,
     count_params=counts.lstm_params,
     forward_flops=counts.lstm_flops,
+    inference=inference.LSTM,
     matrices=_LSTM_MATRICES,
 )
 BLOCKS["L"] = BlockKind(
@@ -46,6 +47,7 @@ BLOCKS["L"] = BlockKind(
     axes=_LSTM_AXES,
     count_params=counts.lstm_block_params,
     forward_flops=counts.lstm_block_flops,
+    inference=inference.LSTM_BLOCK,
     matrices=_LSTM_MATRICES | {r"ffn/proj_up/kernel": _DENSE},
 )
 BLOCKS["a"] = BlockKind(
@@ -56,6 +58,7 @@ BLOCKS["a"] = BlockKind(
     count_params=lambda cfg: counts.attention_params(cfg, cfg.attention),
     forward_flops=lambda cfg, count: counts.attention_flops(cfg, cfg.attention),
     context_flops=lambda cfg, seq_len, how: counts.context_flops(cfg, cfg.attention, seq_len, how),
+    inference=inference.ATTENTION,
     matrices=_ATTENTION_MATRICES,
 )
 BLOCKS["w"] = BlockKind(
@@ -66,6 +69,7 @@ BLOCKS["w"] = BlockKind(
     count_params=lambda cfg: counts.attention_params(cfg, cfg.window),
     forward_flops=lambda cfg, count: counts.attention_flops(cfg, cfg.window),
     context_flops=lambda cfg, seq_len, how: counts.context_flops(cfg, cfg.window, seq_len, how),
+    inference=inference.WINDOW,
     matrices=_ATTENTION_MATRICES,
 )
 BLOCKS["h"] = BlockKind(
@@ -81,6 +85,7 @@ BLOCKS["h"] = BlockKind(
     count_params=counts.hybrid_params,
     forward_flops=counts.hybrid_flops,
     context_flops=counts.hybrid_context_flops,
+    inference=inference.HYBRID,
     matrices={
         r"hybrid/(q|k|v|output_gate|out_proj)/kernel": _DENSE,
         r"hybrid/(input|forget)_gate/kernel": None,
@@ -103,6 +108,7 @@ BLOCKS["b"] = BlockKind(
     },
     count_params=counts.mamba_params,
     forward_flops=counts.mamba_flops,
+    inference=inference.MAMBA,
     matrices={
         r"mamba/(x|gate|dt_down|B|C|dt_up|out_proj)/kernel": _DENSE,
         _FEATURES: None,
@@ -125,6 +131,7 @@ BLOCKS["B"] = BlockKind(
     },
     count_params=counts.mamba2_params,
     forward_flops=counts.mamba2_flops,
+    inference=inference.MAMBA2,
     matrices={
         r"mamba2/(x|gate|B|C|out_proj)/kernel": _DENSE,
         r"mamba2/dt/kernel": None,
@@ -145,6 +152,7 @@ BLOCKS["d"] = BlockKind(
     },
     count_params=counts.gated_delta_params,
     forward_flops=counts.gated_delta_flops,
+    inference=inference.GATED_DELTA,
     matrices={
         r"gated_delta/(q|k|v|gate|out_proj)/kernel": _DENSE,
         r"gated_delta/(beta|decay)/kernel": None,
@@ -168,6 +176,7 @@ BLOCKS["r"] = BlockKind(
     },
     count_params=counts.rwkv4_params,
     forward_flops=counts.rwkv4_flops,
+    inference=inference.RWKV4,
     matrices={
         r"(time|channel)_mix/(key|value|receptance|out_proj)/kernel": _DENSE,
         _FEATURES: None,
