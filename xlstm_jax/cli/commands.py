@@ -32,6 +32,7 @@ COMMANDS = {
     "export": "export MODEL FILE: prefill and decode as one file that needs JAX alone",
     "convert": "convert hf-to-run FOLDER RUN, run-to-hf RUN FOLDER: weights in and out, or hf://",
     "data": "data prepare IN OUT, data train-tokenizer IN OUT, data inspect OUT: tokens of text",
+    "sweep": "sweep PLAN.py: train the unfinished runs of a sweep, collect their results",
     "report": "report RUN...: compare runs on one HTML page",
     "fit": "fit TABLE: scaling laws from a table of runs, with pictures",
     "predict": "predict --flops C: the best size and tokens for a budget, from fitted laws",

@@ -22,7 +22,7 @@ from xlstm_jax.config.files import (
     read_json,
     user_path,
 )
-from xlstm_jax.config.load import load_config
+from xlstm_jax.config.load import call_function, load_config
 from xlstm_jax.config.user_code import import_module, with_imports
 from xlstm_jax.errors import ConfigError
 
@@ -37,6 +37,7 @@ __all__ = [
     "ConfigError",
     "as_type",
     "cache_dir",
+    "call_function",
     "check_fields",
     "check_range",
     "did_you_mean",

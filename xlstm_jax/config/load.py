@@ -12,6 +12,24 @@ from xlstm_jax.errors import ConfigError, quote, quote_path
 T = TypeVar("T")
 
 
+def call_function(
+    path: pathlib.Path, cls: type[T], size: str | None = None, name: str = "config"
+) -> T:
+    """What the function `name` of a Python file returns, with `size` as its argument if any.
+
+    Raises:
+        ConfigError: the file has no such function, it raises an error, or it returns something
+            other than a `cls`.
+    """
+    value = user_code.call_config(path, size, cls, name)
+    if not isinstance(value, cls):
+        raise ConfigError(
+            f"{name}() of {quote_path(path)} must return {cls.__name__}, got "
+            f"{type(value).__name__}."
+        )
+    return value
+
+
 def load_config(path: str | pathlib.Path, cls: type[T], size: str | None = None) -> T:
     """Loads a config from a file.
 
@@ -34,12 +52,7 @@ def load_config(path: str | pathlib.Path, cls: type[T], size: str | None = None)
             f"{shown} is neither a .py nor a .json file; pass a CONFIG.py or a config.json."
         )
     if path.suffix == ".py":
-        cfg = user_code.call_config(path, size, cls)
-        if not isinstance(cfg, cls):
-            raise ConfigError(
-                f"config() of {shown} must return {cls.__name__}, got {type(cfg).__name__}."
-            )
-        return cfg
+        return call_function(path, cls, size)
     if size is not None:
         raise ConfigError(
             f"size={quote(size)} applies to a CONFIG.py only, got {shown}; leave it out."

@@ -24,29 +24,32 @@ imported: dict[str, None] = {}
 """The modules that were imported, as passed to `--import`: an ordered set."""
 
 
-def call_config(path: pathlib.Path, size: str | None, cls: type) -> Any:
-    """The result of `config(size=...)` of a Python file; errors in it are raised as ConfigError."""
+def call_config(path: pathlib.Path, size: str | None, cls: type, name: str = "config") -> Any:
+    """The result of `config(size=...)` of a Python file; errors in it are raised as ConfigError.
+
+    `name` is that of another function in its place.
+    """
     before = set(sys.modules)
     try:
         with _searched_first(path.parent), _errors_of_user_code(path.parent, path, cls):
-            function = getattr(_execute(path), "config", None)
+            function = getattr(_execute(path), name, None)
             if not callable(function):
                 raise ConfigError(
-                    f"{quote_path(path)} has no function config(); define config(size=...) that "
-                    "returns the config."
+                    f"{quote_path(path)} has no function {name}(); define {name}(size=...) that "
+                    f"returns the {name}."
                 )
             if size is not None and "size" not in inspect.signature(function).parameters:
                 raise ConfigError(
-                    f"config() of {quote_path(path)} takes no size, got {quote(size)}; leave it "
+                    f"{name}() of {quote_path(path)} takes no size, got {quote(size)}; leave it "
                     "out."
                 )
             return function() if size is None else function(size=size)
     finally:
         # Modules beside the file are recorded like those of `--import`: config.json may need them.
-        for name in sys.modules.keys() - before:
-            file = pathlib.Path(getattr(sys.modules[name], "__file__", None) or "")
+        for module in sys.modules.keys() - before:
+            file = pathlib.Path(getattr(sys.modules[module], "__file__", None) or "")
             is_beside = file.suffix == ".py" and file.resolve().parent == path.resolve().parent
-            if is_beside and "." not in name and not name.startswith("_config_"):
+            if is_beside and "." not in module and not module.startswith("_config_"):
                 imported[str(path.with_name(file.name))] = None
 
 

@@ -1,0 +1,117 @@
+"""`xlstm-jax sweep PLAN.py`: trains the runs of a sweep and collects their results."""
+
+import contextlib
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from xlstm_jax import scaling
+from xlstm_jax.cli import console, options
+from xlstm_jax.cli.exit_codes import DONE
+from xlstm_jax.config import call_function
+from xlstm_jax.errors import ConfigError, quote_path
+from xlstm_jax.scaling.estimate import calibrate, estimate
+from xlstm_jax.scaling.execute import RunStatus
+from xlstm_jax.scaling.runs import TABLE, statuses
+from xlstm_jax.train.processes import exit_on_signal
+
+PlanPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PLAN.py")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepCommand(options.ModelCommand):
+    """Trains the runs of a sweep that are not finished, and collects results in OUT/table.csv.
+
+    The same command continues a sweep that was interrupted.
+    """
+
+    plan: PlanPath  # a file that defines sweep(size=...)
+    size: str | None = None  # argument of sweep(size=...)
+    out: Path | None = None  # folder of the runs; None: runs/NAME for NAME.py
+    launch: Literal["local", "slurm"] = "local"  # in this process, or as jobs of a cluster
+    slurm: scaling.Slurm = scaling.Slurm()
+    dry_run: bool = False  # print the plan, and minutes estimated from a few steps of some runs
+    allow_mixed: bool = False  # accept results of another source of this library
+    json: bool = False  # print the result as JSON
+
+
+def run(argv: list[str]) -> int:
+    """Runs `sweep`, and returns the largest exit code of its runs.
+
+    Raises:
+        ConfigError: an option, the plan or the folder of the runs is invalid.
+    """
+    args = options.parse("sweep", SweepCommand, argv)
+    if args.plan.suffix != ".py" or not args.plan.is_file():
+        raise ConfigError(
+            f"{quote_path(args.plan)} must be an existing .py file; pass one that defines "
+            "sweep(size=...)."
+        )
+    specs = scaling.plan(call_function(args.plan, scaling.Sweep, args.size, "sweep"))
+    out = Path("runs", args.plan.stem) if args.out is None else args.out
+    if args.dry_run:
+        _show_plan(specs, out, as_json=args.json)
+        return DONE
+    with console.output_to_stderr() if args.json else contextlib.nullcontext():
+        with exit_on_signal():
+            states = scaling.run(
+                specs, out, launcher=_launcher(args, specs), allow_mixed=args.allow_mixed
+            )
+        table = scaling.collect(out, allow_mixed=args.allow_mixed)
+    if args.json:
+        console.print_json({"runs": states, "rows": table.rows})
+    else:
+        _show_states(states, out)
+    return max(DONE, *(one.code for one in states))
+
+
+def _launcher(args: SweepCommand, specs: list[scaling.RunSpec]) -> Any:
+    if args.launch == "slurm":
+        return args.slurm
+    names = {spec.run_id: spec.cfg.name for spec in specs}
+
+    def show_end(one: RunStatus) -> None:
+        console.write(f"  {one.state}{': ' if one.reason else ''}{one.reason}\n")
+
+    return scaling.Local(
+        on_start=lambda folder: console.write(f"{folder.name} {names[folder.name]}\n"),
+        on_end=show_end,
+    )
+
+
+def _show_states(states: list[RunStatus], out: Path) -> None:
+    counts = Counter(one.state for one in states)
+    fields = {state: f"{n:,} of {len(states):,} runs" for state, n in sorted(counts.items())}
+    failed = [one for one in states if one.state == "failed"]
+    fields |= {one.run_id: f"{one.name}: {one.reason}" for one in failed}
+    console.print_fields(fields | {"table": quote_path(out / TABLE)})
+
+
+def _show_plan(specs: list[scaling.RunSpec], out: Path, *, as_json: bool) -> None:
+    """Prints the runs, their states and estimated minutes."""
+    states = [one.state for one in statuses(specs, out)]
+    speeds = calibrate(specs)
+    minutes = [estimate(spec, speeds) / 60 for spec in specs]
+    rows = [
+        spec.row() | {"state": state, "minutes": time}
+        for spec, state, time in zip(specs, states, minutes, strict=True)
+    ]
+    left = sum(row["minutes"] for row in rows if row["state"] != "finished")
+    if as_json:
+        console.print_json({"runs": rows, "minutes_left": left})
+        return
+    header = ["run", "parameters", "tokens", "FLOPs", "steps", "batch", "lr", "state", "minutes"]
+    console.print_table(header, [_cells(row) for row in rows])
+    console.write("\n")
+    note = "of training, estimated from a few steps on this machine as it is loaded now"
+    console.print_fields({"runs": f"{len(rows):,}", "left": f"{left:,.1f} minutes {note}"})
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    counts = [f"{row[name]:,}" for name in ("num_params", "train_tokens")]
+    numbers = [f"{row['train_flops']:.4g}", f"{row['steps']:,}", f"{row['batch_size']:,}"]
+    rate = f"{row['learning_rate']:g}"
+    return [row["name"], *counts, *numbers, rate, row["state"], f"{row['minutes']:.2f}"]
