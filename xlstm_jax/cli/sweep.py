@@ -8,14 +8,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from xlstm_jax import scaling
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
 from xlstm_jax.config import call_function
 from xlstm_jax.errors import ConfigError, quote_path
 from xlstm_jax.scaling.estimate import calibrate, estimate
-from xlstm_jax.scaling.execute import RunStatus
-from xlstm_jax.scaling.runs import TABLE, statuses
+from xlstm_jax.scaling.launch import Local, Slurm
+from xlstm_jax.scaling.runs import TABLE, collect, statuses
+from xlstm_jax.scaling.runs import run as run_sweep
+from xlstm_jax.scaling.status import RunStatus
+from xlstm_jax.scaling.sweep import RunSpec, Sweep, plan
 from xlstm_jax.train.processes import exit_on_signal
 
 PlanPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PLAN.py")]
@@ -32,7 +34,7 @@ class SweepCommand(options.ModelCommand):
     size: str | None = None  # argument of sweep(size=...)
     out: Path | None = None  # folder of the runs; None: runs/NAME for NAME.py
     launch: Literal["local", "slurm"] = "local"  # in this process, or as jobs of a cluster
-    slurm: scaling.Slurm = scaling.Slurm()
+    slurm: Slurm = Slurm()
     dry_run: bool = False  # print the plan, and minutes estimated from a few steps of some runs
     allow_mixed: bool = False  # accept results of another source of this library
     json: bool = False  # print the result as JSON
@@ -50,17 +52,17 @@ def run(argv: list[str]) -> int:
             f"{quote_path(args.plan)} must be an existing .py file; pass one that defines "
             "sweep(size=...)."
         )
-    specs = scaling.plan(call_function(args.plan, scaling.Sweep, args.size, "sweep"))
+    specs = plan(call_function(args.plan, Sweep, args.size, "sweep"))
     out = Path("runs", args.plan.stem) if args.out is None else args.out
     if args.dry_run:
         _show_plan(specs, out, as_json=args.json)
         return DONE
     with console.output_to_stderr() if args.json else contextlib.nullcontext():
         with exit_on_signal():
-            states = scaling.run(
+            states = run_sweep(
                 specs, out, launcher=_launcher(args, specs), allow_mixed=args.allow_mixed
             )
-        table = scaling.collect(out, allow_mixed=args.allow_mixed)
+        table = collect(out, allow_mixed=args.allow_mixed)
     if args.json:
         console.print_json({"runs": states, "rows": table.rows})
     else:
@@ -68,7 +70,7 @@ def run(argv: list[str]) -> int:
     return max(DONE, *(one.code for one in states))
 
 
-def _launcher(args: SweepCommand, specs: list[scaling.RunSpec]) -> Any:
+def _launcher(args: SweepCommand, specs: list[RunSpec]) -> Any:
     if args.launch == "slurm":
         return args.slurm
     names = {spec.run_id: spec.cfg.name for spec in specs}
@@ -76,7 +78,7 @@ def _launcher(args: SweepCommand, specs: list[scaling.RunSpec]) -> Any:
     def show_end(one: RunStatus) -> None:
         console.write(f"  {one.state}{': ' if one.reason else ''}{one.reason}\n")
 
-    return scaling.Local(
+    return Local(
         on_start=lambda folder: console.write(f"{folder.name} {names[folder.name]}\n"),
         on_end=show_end,
     )
@@ -90,7 +92,7 @@ def _show_states(states: list[RunStatus], out: Path) -> None:
     console.print_fields(fields | {"table": quote_path(out / TABLE)})
 
 
-def _show_plan(specs: list[scaling.RunSpec], out: Path, *, as_json: bool) -> None:
+def _show_plan(specs: list[RunSpec], out: Path, *, as_json: bool) -> None:
     """Prints the runs, their states and estimated minutes."""
     states = [one.state for one in statuses(specs, out)]
     speeds = calibrate(specs)

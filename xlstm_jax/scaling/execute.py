@@ -1,42 +1,24 @@
-"""One run of a sweep in its folder: trained or resumed, then its result or the reason of failure.
-
-OUT/RUN_ID/spec.json      the row of the table before training
-OUT/RUN_ID/config.json    and everything else that `train.fit` writes: metrics.jsonl, checkpoints
-OUT/RUN_ID/result.json    the finished row; written last, by rename
-OUT/RUN_ID/failure.json   why the last attempt failed, until one succeeds
-OUT/RUN_ID/job.json       the job of a scheduler that trains it
-"""
+"""One run of a sweep in its folder: trained or resumed, then its result or its failure."""
 
 import datetime
 import traceback
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 
 from xlstm_jax.config import ConfigError, load_config, read_json, to_dict, with_imports
 from xlstm_jax.errors import ArgumentError, UnsupportedError, printable, quote_path
 from xlstm_jax.scaling.source import source_fingerprint
+from xlstm_jax.scaling.status import FAILURE, RESULT, SPEC, RunStatus, status
 from xlstm_jax.scaling.sweep import RunSpec, run_id
-from xlstm_jax.train import checkpoint, lock, rundir
+from xlstm_jax.train import lock, rundir
 from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.guard import DivergedError
 from xlstm_jax.train.run import FitResult, fit
 
-SPEC, RESULT, FAILURE, JOB = "spec.json", "result.json", "failure.json", "job.json"
-
 # Exit codes of commands.
 BUG, BAD_ARGUMENT, DIVERGED, MACHINE_FAILED = 1, 2, 3, 4
-
-
-class RunStatus(NamedTuple):
-    """The state of a run on disk."""
-
-    run_id: str
-    name: str
-    state: Literal["finished", "failed", "running", "stopped", "planned"]
-    code: int = 0  # exit code of a failed run
-    reason: str = ""  # of the failure
 
 
 def prepare(folder: Path, spec: RunSpec) -> None:
@@ -47,26 +29,19 @@ def prepare(folder: Path, spec: RunSpec) -> None:
     rundir.write_json(folder / SPEC, spec.row())
 
 
-def status(folder: Path, name: str) -> RunStatus:
-    """The state of the run in a folder, which need not exist."""
-    if (folder / RESULT).exists():
-        return RunStatus(folder.name, name, "finished")
-    if lock.may_be_held(folder):
-        return RunStatus(folder.name, name, "running")
-    if (folder / FAILURE).exists():
-        values = read_json(folder / FAILURE)
-        return RunStatus(folder.name, name, "failed", values["code"], values["reason"])
-    is_saved = checkpoint.latest_step(folder) is not None
-    return RunStatus(folder.name, name, "stopped" if is_saved else "planned")
-
-
 def execute(folder: Path) -> RunStatus:
     """Trains the run in a folder that was prepared, or resumes it; all processes of it call this.
 
-    Everything that ends a run early is recorded in the folder, except what concerns the caller too:
-    an interrupt, and an error of the disk while that record is written.
+    Does nothing if another process trains it. Everything that ends a run early is recorded in the
+    folder, except what concerns the caller too: an interrupt, and an error of the disk while that
+    record is written.
     """
     spec = read_json(folder / SPEC)
+    try:
+        with lock.hold(folder):
+            pass
+    except ConfigError:
+        return RunStatus(folder.name, spec["name"], "running")
     try:
         cfg = load_config(folder / rundir.CONFIG, ExperimentConfig)
         if run_id(cfg) != folder.name:

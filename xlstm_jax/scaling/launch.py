@@ -15,11 +15,15 @@ import jax
 from xlstm_jax.config import ConfigError, check_fields, import_module, read_json
 from xlstm_jax.config.fields import IMPORTS
 from xlstm_jax.errors import import_optional
-from xlstm_jax.scaling.execute import JOB, RunStatus, execute
+from xlstm_jax.scaling.status import JOB, RunStatus
 from xlstm_jax.sharding.distributed import init_distributed
 from xlstm_jax.train import rundir
+from xlstm_jax.train.processes import exit_on_signal
 
 POLL_SECONDS = 5.0
+
+Execute = Callable[[Path], RunStatus]
+"""Trains the run in a folder, or resumes it: `scaling.execute.execute`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,7 @@ class Local:
     on_start: Callable[[Path], None] | None = None
     on_end: Callable[[RunStatus], None] | None = None
 
-    def launch(self, folders: Sequence[Path]) -> None:
+    def launch(self, folders: Sequence[Path], execute: Execute) -> None:
         """Trains the runs in these folders."""
         for folder in folders:
             if self.on_start is not None:
@@ -79,7 +83,7 @@ class Slurm:
                 f"{self.signal_seconds}; make slurm.minutes larger."
             )
 
-    def launch(self, folders: Sequence[Path]) -> None:
+    def launch(self, folders: Sequence[Path], execute: Execute) -> None:
         """Submits the runs in these folders that are not in the queue.
 
         Raises:
@@ -94,7 +98,9 @@ class Slurm:
             executor.update_parameters(**self._parameters())
             try:
                 with executor.batch():
-                    submitted = [executor.submit(Job(str(folder.absolute()))) for folder in new]
+                    submitted = [
+                        executor.submit(Job(str(folder.absolute()), execute)) for folder in new
+                    ]
             except submitit.core.utils.FailedJobError as error:
                 reason = str(error).strip().splitlines()[-1]
                 raise ConfigError(
@@ -131,15 +137,17 @@ class Job:
     """What a process of a job calls: trains the run in a folder, and requeues it at the limit."""
 
     folder: str
+    execute: Execute
 
     def __call__(self) -> dict[str, Any]:
         """The state of the run after this job."""
         folder = Path(self.folder)
         for name in read_json(folder / rundir.CONFIG).get(IMPORTS, ()):
             import_module(name)
-        with _limit_stops() as was_reached:
-            init_distributed()
-            result = execute(folder)
+        init_distributed()
+        # Until the first step there is nothing to save, and submitit would ignore a SIGTERM.
+        with exit_on_signal(), _limit_stops() as was_reached:
+            result = self.execute(folder)
         if result.state == "stopped" and was_reached() and jax.process_index() == 0:
             _requeue()
         return result._asdict()
@@ -151,12 +159,12 @@ def _limit_stops() -> Iterator[Callable[[], bool]]:
 
     Yields a function that tells whether the signal came.
     """
-    reached, ignored = [], signal.getsignal(signal.SIGTERM)
+    reached, before = [], signal.getsignal(signal.SIGTERM)
 
     def stop(number, frame) -> None:
         reached.append(number)
         is_alone = not jax.distributed.is_initialized()  # otherwise JAX's runtime handles SIGTERM
-        if is_alone and signal.getsignal(signal.SIGTERM) == ignored:
+        if is_alone and signal.getsignal(signal.SIGTERM) == before:
             _requeue()  # the run does not listen yet: there is nothing to save
         else:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -4,14 +4,14 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from xlstm_jax.config import ConfigError, differences, read_json, to_dict
 from xlstm_jax.errors import quote, quote_path
-from xlstm_jax.scaling import execute
-from xlstm_jax.scaling.execute import DIVERGED, RESULT, RunStatus
-from xlstm_jax.scaling.launch import Local
+from xlstm_jax.scaling.execute import DIVERGED, execute, prepare
+from xlstm_jax.scaling.launch import Execute, Local
 from xlstm_jax.scaling.source import source_fingerprint
+from xlstm_jax.scaling.status import RESULT, SPEC, RunStatus, status
 from xlstm_jax.scaling.sweep import RunSpec
 from xlstm_jax.train import rundir
 
@@ -20,11 +20,12 @@ MAX_NAMED = 3
 """Runs that an error message names."""
 
 
+@runtime_checkable  # so that signatures can be checked at run time
 class Launcher(Protocol):
     """Trains runs: `Local`, `Slurm`, or a class of the caller."""
 
-    def launch(self, folders: Sequence[Path]) -> None:
-        """Trains, or submits, the runs that were prepared in these folders."""
+    def launch(self, folders: Sequence[Path], execute: Execute) -> None:
+        """Calls `execute`, here or in other processes, with each of these prepared folders."""
 
 
 class Table(NamedTuple):
@@ -52,9 +53,9 @@ def run(
 ) -> list[RunStatus]:
     """Trains the runs that are not finished, each in its folder of `out`, and returns all states.
 
-    Repeating the call continues: finished runs stay, stopped and failed ones are resumed from their
-    checkpoints, running ones are left alone. A run that diverged would diverge again and is not
-    repeated; delete its folder to do so.
+    Repeating the call continues: finished runs stay, stopped and failed ones resume from their
+    checkpoints, those that another process trains are left alone. A run that diverged would do so
+    again and is not repeated; delete its folder to try.
 
     Args:
         launcher: `Local()` by default, which trains one run after the other in this process.
@@ -73,16 +74,17 @@ def run(
     rundir.write_json(out / PLAN, {"runs": [spec.row() for spec in specs]})
     folders = []
     for spec, one in zip(specs, states, strict=True):
-        if one.state not in ("finished", "running") and one.code != DIVERGED:
-            execute.prepare(out / spec.run_id, spec)
+        # A run may only seem to be running, after a job was killed on another host.
+        if one.state != "finished" and one.code != DIVERGED:
+            prepare(out / spec.run_id, spec)
             folders.append(out / spec.run_id)
-    (launcher or Local()).launch(folders)
+    (launcher or Local()).launch(folders, execute)
     return statuses(specs, out)
 
 
 def statuses(specs: Iterable[RunSpec], out: Path) -> list[RunStatus]:
     """The state of every run."""
-    return [execute.status(out / spec.run_id, spec.cfg.name) for spec in specs]
+    return [status(out / spec.run_id, spec.cfg.name) for spec in specs]
 
 
 def collect(out: str | Path, *, allow_mixed: bool = False) -> Table:
@@ -114,7 +116,7 @@ def collect(out: str | Path, *, allow_mixed: bool = False) -> Table:
         for i in planned
         if i in results
     ]
-    unfinished = [execute.status(out / i, planned[i]) for i in planned if i not in results]
+    unfinished = [status(out / i, planned[i]) for i in planned if i not in results]
     table = Table(rows, unfinished)
     rundir.write(out / TABLE, table.csv().encode())
     return table
@@ -164,7 +166,7 @@ def _check_source(out: Path, specs: Sequence[RunSpec]) -> None:
 def _check_plan(specs: Sequence[RunSpec], out: Path) -> None:
     """Raises ConfigError, with the fields that differ, if `out` has runs that are not planned."""
     ids, names = {spec.run_id for spec in specs}, {spec.cfg.name: spec for spec in specs}
-    for path in sorted(out.glob(f"*/{execute.SPEC}")):
+    for path in sorted(out.glob(f"*/{SPEC}")):
         if path.parent.name in ids:
             continue
         stored = read_json(path.parent / rundir.CONFIG)
