@@ -10,7 +10,7 @@ import pytest
 from tests.scaling.sweeps import sweep
 from xlstm_jax.config import ConfigError
 from xlstm_jax.errors import ArgumentError
-from xlstm_jax.scaling import Local, collect, execute, plan, run, runs, status
+from xlstm_jax.scaling import Local, collect, plan, run, runs, status
 from xlstm_jax.train import lock
 from xlstm_jax.train.guard import DivergedError
 from xlstm_jax.train.run import FitResult
@@ -38,7 +38,7 @@ class Fit:
 @pytest.fixture
 def fit(monkeypatch, unchecked_types):
     fake = Fit()
-    monkeypatch.setattr(execute, "fit", fake)
+    monkeypatch.setattr(runs, "fit", fake)
     return fake
 
 
@@ -102,7 +102,7 @@ def test_signal_stops_the_sweep(tmp_path, fit, monkeypatch):
 
 
 def test_run_of_another_process_is_left_alone(tmp_path, fit):
-    execute.prepare(tmp_path / SPECS[0].run_id, SPECS[0])
+    runs.prepare(tmp_path / SPECS[0].run_id, SPECS[0])
     with lock.hold(tmp_path / SPECS[0].run_id):
         assert states(run(SPECS[:2], tmp_path)) == ["running", "finished"]
     assert fit.calls == [SPECS[1].cfg.name]
@@ -127,8 +127,7 @@ def test_runs_of_another_plan_are_refused_with_their_fields(tmp_path, fit):
 
 def test_results_of_different_sources_are_not_mixed(tmp_path, fit, monkeypatch):
     run(SPECS[:2], tmp_path)
-    for module in (execute, runs):
-        monkeypatch.setattr(module, "source_fingerprint", lambda: "0123456789ab")
+    monkeypatch.setattr(runs, "source_fingerprint", lambda: "0123456789ab")
     with pytest.raises(
         ConfigError, match="has 2 results of the source .* would be of 0123456789ab"
     ):
@@ -155,7 +154,7 @@ def test_duplicates_and_strays_are_refused(tmp_path, fit):
 
 def test_changed_config_is_refused(tmp_path, fit):
     folder = tmp_path / SPECS[0].run_id
-    execute.prepare(folder, SPECS[0])
+    runs.prepare(folder, SPECS[0])
     values = json.loads((folder / "config.json").read_text())
     values["train"]["lr"] = 1.0
     (folder / "config.json").write_text(json.dumps(values))

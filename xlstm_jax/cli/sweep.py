@@ -12,10 +12,11 @@ from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
 from xlstm_jax.config import call_function
 from xlstm_jax.errors import ConfigError, quote_path
+from xlstm_jax.scaling.collect import TABLE, collect
 from xlstm_jax.scaling.estimate import calibrate, estimate
 from xlstm_jax.scaling.launch import Local, Slurm
-from xlstm_jax.scaling.runs import TABLE, collect, statuses
 from xlstm_jax.scaling.runs import run as run_sweep
+from xlstm_jax.scaling.runs import statuses
 from xlstm_jax.scaling.status import RunStatus
 from xlstm_jax.scaling.sweep import RunSpec, Sweep, plan
 from xlstm_jax.train.processes import exit_on_signal

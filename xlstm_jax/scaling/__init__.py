@@ -2,12 +2,14 @@
 
 from xlstm_jax.scaling.analysis import Analysis, Condition, Rule
 from xlstm_jax.scaling.checks import Errors, prediction_errors
+from xlstm_jax.scaling.collect import Table, collect
 from xlstm_jax.scaling.fitting import Fits, GroupFit, fit_table, holdout
 from xlstm_jax.scaling.launch import Local, Slurm
 from xlstm_jax.scaling.laws import Line, PowerLaw, fit_fixed_ratio, fit_power_law
 from xlstm_jax.scaling.parabolas import Parabola, fit_isoflop
 from xlstm_jax.scaling.prediction import Prediction, predict
 from xlstm_jax.scaling.runs import Table, collect, run
+from xlstm_jax.scaling.runs import run
 from xlstm_jax.scaling.surface import LossSurface, parabola_bias
 from xlstm_jax.scaling.surface_fit import fit_loss_surface
 from xlstm_jax.scaling.sweep import Point, RunSpec, Shape, Sweep, plan

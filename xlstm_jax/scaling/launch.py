@@ -18,12 +18,11 @@ from xlstm_jax.errors import import_optional
 from xlstm_jax.scaling.status import JOB, RunStatus
 from xlstm_jax.sharding.distributed import init_distributed
 from xlstm_jax.train import rundir
-from xlstm_jax.train.processes import exit_on_signal
 
 POLL_SECONDS = 5.0
 
 Execute = Callable[[Path], RunStatus]
-"""Trains the run in a folder, or resumes it: `scaling.execute.execute`."""
+"""Trains the run in a folder, or resumes it: `scaling.runs.execute`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,9 +50,9 @@ class Local:
 class Slurm:
     """Submits one array of jobs, one job per run; a job may have several nodes and processes.
 
-    A job saves a checkpoint `signal_seconds` before its time limit and is requeued; one that SLURM
-    preempts saves when it gets SIGTERM. Both resume when they start again. Needs the package
-    submitit (`pip install 'xlstm-jax[slurm]'`), and `out` on a file system that the nodes share.
+    A job saves a checkpoint `signal_seconds` before its time limit, or when SLURM preempts it, is
+    requeued and resumes when it starts again. Needs the package submitit (`pip install
+    'xlstm-jax[slurm]'`), and `out` on a file system that the nodes share.
     """
 
     partition: str | None = None  # None: the default of the cluster
@@ -134,7 +133,7 @@ class Slurm:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a process of a job calls: trains the run in a folder, and requeues it at the limit."""
+    """What a process of a job calls: trains the run in a folder, and requeues the job if needed."""
 
     folder: str
     execute: Execute
@@ -145,44 +144,49 @@ class Job:
         for name in read_json(folder / rundir.CONFIG).get(IMPORTS, ()):
             import_module(name)
         init_distributed()
-        # Until the first step there is nothing to save, and submitit would ignore a SIGTERM.
-        with exit_on_signal(), _limit_stops() as was_reached:
+        with _limit_stops():
             result = self.execute(folder)
-        if result.state == "stopped" and was_reached() and jax.process_index() == 0:
+        # SLURM takes a preempted job that ends by itself for completed. A cancelled one is not
+        # RUNNING any more.
+        is_stopped = result.state == "stopped" and jax.process_index() == 0
+        if is_stopped and _states([_own_job()]).get(_own_job()) == "RUNNING":
             _requeue()
         return result._asdict()
 
 
 @contextlib.contextmanager
-def _limit_stops() -> Iterator[Callable[[], bool]]:
+def _limit_stops() -> Iterator[None]:
     """Within the context, the signal before the time limit stops a run as SIGTERM does.
 
-    Yields a function that tells whether the signal came.
+    Before its first step a run has nothing to save. submitit ignores a SIGTERM until then, and
+    SLURM requeues a preempted job that it has to kill.
     """
-    reached, before = [], signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)
 
     def stop(number, frame) -> None:
-        reached.append(number)
         is_alone = not jax.distributed.is_initialized()  # otherwise JAX's runtime handles SIGTERM
         if is_alone and signal.getsignal(signal.SIGTERM) == before:
-            _requeue()  # the run does not listen yet: there is nothing to save
+            _requeue()
         else:
             os.kill(os.getpid(), signal.SIGTERM)
 
     previous = signal.signal(signal.SIGUSR2, stop)
     try:
-        yield lambda: bool(reached)
+        yield
     finally:
         signal.signal(signal.SIGUSR2, previous)
 
 
 def _requeue() -> None:
     """Puts the job of this process back into the queue; SLURM then ends the process."""
+    subprocess.run(["scontrol", "requeue", _own_job()], check=True)
+
+
+def _own_job() -> str:
     environ = os.environ
-    job = environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_TASK_ID" in environ:
-        job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
-    subprocess.run(["scontrol", "requeue", job], check=True)
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ["SLURM_JOB_ID"]
 
 
 def _job_of(folder: Path) -> str | None:

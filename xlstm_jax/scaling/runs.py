@@ -1,23 +1,34 @@
-"""Running the runs of a sweep that are not finished, and collecting the results in one table."""
+"""Training the runs of a sweep that are not finished: each ends with a result or a failure."""
 
-import csv
-import io
+import datetime
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from xlstm_jax.config import ConfigError, differences, read_json, to_dict
-from xlstm_jax.errors import quote, quote_path
-from xlstm_jax.scaling.execute import DIVERGED, execute, prepare
+import jax
+
+from xlstm_jax.config import (
+    ConfigError,
+    differences,
+    load_config,
+    read_json,
+    to_dict,
+    with_imports,
+)
+from xlstm_jax.errors import ArgumentError, UnsupportedError, printable, quote, quote_path
+from xlstm_jax.scaling.collect import MAX_NAMED, PLAN, listed, results_of
 from xlstm_jax.scaling.launch import Execute, Local
 from xlstm_jax.scaling.source import source_fingerprint
-from xlstm_jax.scaling.status import RESULT, SPEC, RunStatus, status
-from xlstm_jax.scaling.sweep import RunSpec
-from xlstm_jax.train import rundir
+from xlstm_jax.scaling.status import FAILURE, RESULT, SPEC, RunStatus, status
+from xlstm_jax.scaling.sweep import RunSpec, run_id
+from xlstm_jax.train import lock, rundir
+from xlstm_jax.train.config import ExperimentConfig
+from xlstm_jax.train.guard import DivergedError
+from xlstm_jax.train.run import FitResult, fit
 
-PLAN, TABLE = "plan.json", "table.csv"
-MAX_NAMED = 3
-"""Runs that an error message names."""
+# Exit codes of commands.
+BUG, BAD_ARGUMENT, DIVERGED, MACHINE_FAILED = 1, 2, 3, 4
 
 
 @runtime_checkable  # so that signatures can be checked at run time
@@ -26,22 +37,6 @@ class Launcher(Protocol):
 
     def launch(self, folders: Sequence[Path], execute: Execute) -> None:
         """Calls `execute`, here or in other processes, with each of these prepared folders."""
-
-
-class Table(NamedTuple):
-    """The results of a sweep."""
-
-    rows: list[dict[str, Any]]  # of finished runs, in the order of the plan
-    unfinished: list[RunStatus]
-
-    def csv(self) -> str:
-        """The rows as comma-separated values with a header."""
-        text = io.StringIO()
-        columns = dict.fromkeys(name for row in self.rows for name in row)
-        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        return text.getvalue()
 
 
 def run(
@@ -87,77 +82,104 @@ def statuses(specs: Iterable[RunSpec], out: Path) -> list[RunStatus]:
     return [status(out / spec.run_id, spec.cfg.name) for spec in specs]
 
 
-def collect(out: str | Path, *, allow_mixed: bool = False) -> Table:
-    """The results of a sweep as one table, also written to `out`/table.csv.
+def prepare(folder: Path, spec: RunSpec) -> None:
+    """Writes what a process needs to train the run, wherever it starts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / rundir.CONFIG).exists():
+        rundir.write_json(folder / rundir.CONFIG, with_imports(to_dict(spec.cfg)))
+    rundir.write_json(folder / SPEC, spec.row())
 
-    Args:
-        allow_mixed: accept results of different sources of this library; the column `source` tells
-            them apart.
 
-    Raises:
-        ConfigError: `out` is not a sweep, or has results of another plan, copies of results, or
-            results of different sources.
+def execute(folder: Path) -> RunStatus:
+    """Trains the run in a folder that was prepared, or resumes it; all processes of it call this.
+
+    Does nothing if another process trains it. Everything that ends a run early is recorded in the
+    folder, except what concerns the caller too: an interrupt, and an error of the disk while that
+    record is written.
     """
-    out = rundir.expand(out)
-    if not (out / PLAN).is_file():
-        raise ConfigError(f"{quote_path(out)} has no {PLAN} of a sweep; run it first.")
-    planned = {row["run_id"]: row["name"] for row in read_json(out / PLAN)["runs"]}
-    results = _results(out)
-    if strays := [name for name in results if name not in planned]:
-        raise ConfigError(
-            f"{quote_path(out)} has {len(strays)} results of another plan ({_listed(strays)}); "
-            "move them elsewhere, or run the sweep that planned them."
-        )
-    if not allow_mixed:
-        _refuse_mixed(out, results)
-    # `versions` is a table of its own.
-    rows = [
-        {name: x for name, x in results[i].items() if name not in ("versions", "name")}
-        for i in planned
-        if i in results
-    ]
-    unfinished = [status(out / i, planned[i]) for i in planned if i not in results]
-    table = Table(rows, unfinished)
-    rundir.write(out / TABLE, table.csv().encode())
-    return table
-
-
-def _results(out: Path) -> dict[str, dict[str, Any]]:
-    """The result of every finished run, by id; raises ConfigError if one is in another's folder."""
-    results = {}
-    for path in sorted(out.glob(f"*/{RESULT}")):
-        result = read_json(path)
-        if result.get("run_id") != path.parent.name:
+    spec = read_json(folder / SPEC)
+    try:
+        with lock.hold(folder):
+            pass
+    except ConfigError:
+        return RunStatus(folder.name, spec["name"], "running")
+    try:
+        cfg = load_config(folder / rundir.CONFIG, ExperimentConfig)
+        if run_id(cfg) != folder.name:
             raise ConfigError(
-                f"{quote_path(path)} must be the result of the run {path.parent.name}, but has the "
-                f"id {quote(result.get('run_id'))}: a duplicate; delete the copy."
+                f"{quote_path(folder / rundir.CONFIG)} must be that of the run {folder.name}, but "
+                "was changed; delete the folder and run the sweep again."
             )
-        results[path.parent.name] = result
-    return results
+        per_step = spec["train_flops"] / spec["steps"]
+        result = fit(cfg, folder, flops_per_step=per_step)
+    except Exception as error:
+        if jax.process_index() == 0:
+            _record_failure(folder, error)
+        return status(folder, spec["name"])
+    if _is_complete(result, cfg) and jax.process_index() == 0:
+        (folder / FAILURE).unlink(missing_ok=True)
+        rundir.write_json(folder / RESULT, _result(folder, spec, result))
+    return status(folder, spec["name"])
 
 
-def _refuse_mixed(out: Path, results: dict[str, dict[str, Any]]) -> None:
-    sources: dict[str, list[str]] = {}
-    for name, result in results.items():
-        sources.setdefault(result["source"], []).append(name)
-    if len(sources) > 1:
-        groups = "; ".join(f"{x}: {len(n)} runs ({_listed(n)})" for x, n in sources.items())
-        raise ConfigError(
-            f"{quote_path(out)} has results of {len(sources)} sources of xlstm_jax ({groups}); "
-            "delete the folders of one and run the sweep again, or pass allow_mixed=True "
-            "(--allow-mixed)."
-        )
+def _is_complete(result: FitResult, cfg: ExperimentConfig) -> bool:
+    """Whether the run was trained and evaluated; a signal may come between both."""
+    return result.finished and (result.evaluation or {}).get("step") == cfg.train.steps
+
+
+def _result(folder: Path, spec: dict[str, Any], result: FitResult) -> dict[str, Any]:
+    assert result.evaluation is not None
+    records = rundir.read_metrics(folder / rundir.METRICS)
+    losses = [record["loss"] for record in records if record.get("loss") is not None]
+    seconds = sum(r["step_time"] * (r["step"] - s) for r, s in _intervals(records))
+    return spec | {
+        "val_loss": result.evaluation["valid_loss"],
+        "train_loss": losses[-1] if losses else None,
+        "train_seconds": seconds,
+        "source": source_fingerprint(),
+        "versions": rundir.versions(),
+    }
+
+
+def _intervals(records: list[dict[str, Any]]) -> list[tuple[dict[str, Any], int]]:
+    """The records of steps, each with the step before its interval."""
+    timed = [record for record in records if record.get("step_time") is not None]
+    starts = [0, *(record["step"] for record in timed)]
+    return list(zip(timed, starts, strict=False))
+
+
+def _record_failure(folder: Path, error: Exception) -> None:
+    code, text = exit_code(error), printable(f"{type(error).__name__}: {error}")
+    values = {
+        "code": code,
+        "reason": text,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "traceback": traceback.format_exception(error) if code == BUG else [],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    rundir.write_json(folder / FAILURE, values)
+
+
+def exit_code(error: Exception) -> int:
+    """The exit code of a command that ends with an error."""
+    if isinstance(error, DivergedError):
+        return DIVERGED
+    if isinstance(error, (ArgumentError, UnsupportedError)):
+        return BAD_ARGUMENT
+    # XLA reports exhausted memory by the text of its errors only.
+    is_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]
+    return MACHINE_FAILED if is_memory or isinstance(error, OSError) else BUG
 
 
 def _check_source(out: Path, specs: Sequence[RunSpec]) -> None:
     """Raises ConfigError if finished runs are of another source than new ones would be."""
-    finished, ids = _results(out), {spec.run_id for spec in specs}
+    finished, ids = results_of(out), {spec.run_id for spec in specs}
     source = source_fingerprint()
     others = [i for i, result in finished.items() if i in ids and result["source"] != source]
     if others:
         raise ConfigError(
             f"{quote_path(out)} has {len(others)} results of the source "
-            f"{finished[others[0]]['source']} of xlstm_jax ({_listed(others)}), and new ones would "
+            f"{finished[others[0]]['source']} of xlstm_jax ({listed(others)}), and new ones would "
             f"be of {source}; use another folder, delete theirs, or pass allow_mixed=True "
             "(--allow-mixed)."
         )
@@ -177,7 +199,3 @@ def _check_plan(specs: Sequence[RunSpec], out: Path) -> None:
             f"({quote(stored.get('name'))}: {'; '.join(lines)}); use another folder, or delete "
             "that run."
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
