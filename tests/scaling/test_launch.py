@@ -34,7 +34,7 @@ def test_preempted_requeued_and_cancelled_runs_resume_bit_for_bit(
     cluster.skip_without_slurm()
     pytest.importorskip("submitit")
     shapes = [Shape(16, 1, 2), Shape(24, 1, 2)]
-    specs = plan(sweep(families={"xlstm": xlstm}, shapes=shapes, budgets=[2e11]))
+    specs = plan(sweep(families={"xlstm": xlstm}, shapes=shapes, budgets=[8e10]))
     out, folders = tmp_path / "slurm", [tmp_path / "slurm" / spec.run_id for spec in specs]
     repository = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
     monkeypatch.setenv("PYTHONPATH", repository)
