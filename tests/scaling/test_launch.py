@@ -84,6 +84,22 @@ def test_preempted_requeued_and_cancelled_runs_resume_bit_for_bit(
         jax.tree.map(np.testing.assert_array_equal, *params)
 
 
+@pytest.mark.slow
+def test_processes_of_a_job_train_a_run_together(tmp_path, monkeypatch):
+    cluster.skip_without_slurm()
+    pytest.importorskip("submitit")
+    specs = plan(sweep(families={"xlstm": xlstm}, shapes=[Shape(16, 1, 2)], budgets=[1e9]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    )
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.5)
+    with cluster.cluster(monkeypatch):
+        (one,) = run(specs, tmp_path, launcher=Slurm(minutes=10, tasks_per_node=2))
+    logs = sorted(path.name for path in (tmp_path / one.run_id).glob("process_*.log"))
+    assert (one.state, logs) == ("finished", ["process_0.log", "process_1.log"])
+    assert len(json.loads((tmp_path / one.run_id / "run.json").read_text())["devices"]) == 2
+
+
 @pytest.fixture
 def requeued(monkeypatch):
     """The commands that put a job back into the queue; `states` has the jobs in it."""

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import tyro
 
 from xlstm_jax.cli import console, options
@@ -19,6 +20,7 @@ from xlstm_jax.scaling.runs import run as run_sweep
 from xlstm_jax.scaling.runs import statuses
 from xlstm_jax.scaling.status import RunStatus
 from xlstm_jax.scaling.sweep import RunSpec, Sweep, plan
+from xlstm_jax.sharding.distributed import Processes, init_distributed
 from xlstm_jax.train.processes import exit_on_signal
 
 PlanPath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PLAN.py")]
@@ -36,6 +38,7 @@ class SweepCommand(options.ModelCommand):
     out: Path | None = None  # folder of the runs; None: runs/NAME for NAME.py
     launch: Literal["local", "slurm"] = "local"  # in this process, or as jobs of a cluster
     slurm: Slurm = Slurm()
+    processes: Processes = Processes()  # of "local": several that train every run together
     dry_run: bool = False  # print the plan, and minutes estimated from a few steps of some runs
     allow_mixed: bool = False  # accept results of another source of this library
     json: bool = False  # print the result as JSON
@@ -53,6 +56,8 @@ def run(argv: list[str]) -> int:
             f"{quote_path(args.plan)} must be an existing .py file; pass one that defines "
             "sweep(size=...)."
         )
+    if args.launch == "local":
+        init_distributed(args.processes)
     specs = plan(call_function(args.plan, Sweep, args.size, "sweep"))
     out = Path("runs", args.plan.stem) if args.out is None else args.out
     if args.dry_run:
@@ -63,6 +68,8 @@ def run(argv: list[str]) -> int:
             states = run_sweep(
                 specs, out, launcher=_launcher(args, specs), allow_mixed=args.allow_mixed
             )
+        if jax.process_index() > 0:  # process 0 reports for all
+            return max(DONE, *(one.code for one in states))
         table = collect(out, allow_mixed=args.allow_mixed)
     if args.json:
         console.print_json({"runs": states, "rows": table.rows})

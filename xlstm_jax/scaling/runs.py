@@ -22,9 +22,11 @@ from xlstm_jax.scaling.launch import Execute, Local
 from xlstm_jax.scaling.source import source_fingerprint
 from xlstm_jax.scaling.status import FAILURE, RESULT, SPEC, RunStatus, status
 from xlstm_jax.scaling.sweep import RunSpec, run_id
+from xlstm_jax.sharding.distributed import is_peer_failure
 from xlstm_jax.train import lock, rundir
 from xlstm_jax.train.config import ExperimentConfig
 from xlstm_jax.train.guard import DivergedError
+from xlstm_jax.train.processes import sync_processes
 from xlstm_jax.train.run import FitResult, fit
 
 # Exit codes of commands.
@@ -50,7 +52,8 @@ def run(
 
     Repeating the call continues: finished runs stay, stopped and failed ones resume from their
     checkpoints, those that another process trains are left alone. A run that diverged would do so
-    again and is not repeated; delete its folder to try.
+    again and is not repeated; delete its folder to try. If `jax.distributed` is initialized, all
+    processes call this, with `out` on a file system that they share, and train every run together.
 
     Args:
         launcher: `Local()` by default, which trains one run after the other in this process.
@@ -65,14 +68,18 @@ def run(
     states = statuses(specs, out)
     if not allow_mixed and any(one.state != "finished" for one in states):
         _check_source(out, specs)
-    out.mkdir(parents=True, exist_ok=True)
-    rundir.write_json(out / PLAN, {"runs": [spec.row() for spec in specs]})
+    is_first = jax.process_index() == 0
+    if is_first:
+        out.mkdir(parents=True, exist_ok=True)
+        rundir.write_json(out / PLAN, {"runs": [spec.row() for spec in specs]})
     folders = []
     for spec, one in zip(specs, states, strict=True):
         # A run may only seem to be running, after a job was killed on another host.
         if one.state != "finished" and one.code != DIVERGED:
-            prepare(out / spec.run_id, spec)
+            if is_first:
+                prepare(out / spec.run_id, spec)
             folders.append(out / spec.run_id)
+    sync_processes("the runs are prepared")
     (launcher or Local()).launch(folders, execute)
     return statuses(specs, out)
 
@@ -113,12 +120,16 @@ def execute(folder: Path) -> RunStatus:
         per_step = spec["train_flops"] / spec["steps"]
         result = fit(cfg, folder, flops_per_step=per_step)
     except Exception as error:
+        if is_peer_failure(error):
+            raise  # the other processes will not come
         if jax.process_index() == 0:
             _record_failure(folder, error)
+        sync_processes("the failure is recorded")
         return status(folder, spec["name"])
     if _is_complete(result, cfg) and jax.process_index() == 0:
         (folder / FAILURE).unlink(missing_ok=True)
         rundir.write_json(folder / RESULT, _result(folder, spec, result))
+    sync_processes("the result is written")  # all of them read the same state
     return status(folder, spec["name"])
 
 
