@@ -12,7 +12,7 @@ import pytest
 
 from tests.scaling import cluster
 from tests.scaling.sweeps import sweep, xlstm
-from xlstm_jax.config import ConfigError
+from xlstm_jax.config import ConfigError, user_code
 from xlstm_jax.scaling import Local, Shape, Slurm, collect, launch, plan, run
 from xlstm_jax.scaling.status import RunStatus
 from xlstm_jax.train import restore_params, rundir
@@ -27,6 +27,12 @@ def _from_step(folder):
     return json.loads((folder / "run.json").read_text())["from_step"]
 
 
+def _find_repository(monkeypatch):
+    """Lets jobs import this repository."""
+    paths = [os.getcwd(), os.environ.get("PYTHONPATH")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+
+
 @pytest.mark.slow
 def test_preempted_requeued_and_cancelled_runs_resume_bit_for_bit(
     tmp_path, monkeypatch, one_device
@@ -34,10 +40,10 @@ def test_preempted_requeued_and_cancelled_runs_resume_bit_for_bit(
     cluster.skip_without_slurm()
     pytest.importorskip("submitit")
     shapes = [Shape(16, 1, 2), Shape(24, 1, 2)]
-    specs = plan(sweep(families={"xlstm": xlstm}, shapes=shapes, budgets=[8e10]))
+    specs = plan(sweep(families={"xlstm": xlstm}, shapes=shapes, budgets=[1.2e10]))
     out, folders = tmp_path / "slurm", [tmp_path / "slurm" / spec.run_id for spec in specs]
-    repository = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-    monkeypatch.setenv("PYTHONPATH", repository)
+    _find_repository(monkeypatch)
+    monkeypatch.setattr(user_code, "imported", {"tests.scaling.pace": None})
     with cluster.cluster(monkeypatch):
         states = run(specs, out, launcher=Slurm(minutes=10, partition="low", wait=False))
         assert [one.state for one in states] == ["planned"] * 2
@@ -89,9 +95,7 @@ def test_processes_of_a_job_train_a_run_together(tmp_path, monkeypatch):
     cluster.skip_without_slurm()
     pytest.importorskip("submitit")
     specs = plan(sweep(families={"xlstm": xlstm}, shapes=[Shape(16, 1, 2)], budgets=[1e9]))
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    )
+    _find_repository(monkeypatch)
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.5)
     with cluster.cluster(monkeypatch):
         (one,) = run(specs, tmp_path, launcher=Slurm(minutes=10, tasks_per_node=2))
