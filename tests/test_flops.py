@@ -273,6 +273,31 @@ def test_cost_of_a_prompt_is_near_that_of_the_forward_pass(letter):
     assert prefill == pytest.approx(forward, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "letter, options",
+    [
+        ("m", MLSTMConfig(covariance_update=False)),
+        ("m", MLSTMConfig(input_gate_kernel=False, forget_gate_kernel=False)),
+        ("s", SLSTMConfig(memory_mixing=False)),
+        ("M", LargeConfig(ffn_activation="gelu")),
+        ("L", options.LSTMConfig(ffn_dim=0)),
+    ],
+)
+def test_options_that_remove_parts_make_inference_cheaper(letter, options):
+    cfg = LMConfig(vocab_size=9, dim=256, pattern=letter)
+    smaller = dataclasses.replace(cfg, **{BLOCKS[letter].name: options})
+    lengths = dict(batch_size=1, prompt_len=512)
+    flops_of = lambda cfg: flops.inference_cost(cfg, **lengths).flops  # noqa: E731
+    assert flops_of(smaller) < flops_of(cfg)
+    head = 2 * cfg.vocab_size * cfg.dim
+    forward = flops.forward_flops(smaller, 512, count="tfla") - 512 * head
+    assert flops_of(smaller) - head == pytest.approx(forward, rel=0.1)
+    leaves = jax.tree.leaves(
+        jax.eval_shape(lambda: LM(dataclasses.replace(smaller, dtype="bfloat16")).init_state(1))
+    )
+    assert flops.state_bytes(smaller, 1) == sum(x.size * x.dtype.itemsize for x in leaves)
+
+
 def test_size_of_the_state_equals_that_of_the_arrays():
     rng = random.Random(2)
     for letter in "msMlLawhbBdr":

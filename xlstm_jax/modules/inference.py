@@ -83,22 +83,47 @@ def _large_per_token(cfg: LMConfig) -> Work:
     # The study counts one of the two gates: 2 D H + 2 H. Output gate, its product, norm of heads.
     linear = 2 * D * (2 * QK + V) + 2 * D * H + 2 * H + 4 * D * V + V + 3 * V
     moved = D + (D + 2 * QK + V) + 2 * (D + H) + (D + V) + V + (D + V)
-    return add(activations(NORM_AND_RESIDUAL * D + linear, moved), large_ffn(D, F))
+    ups = 2 if cfg.large.ffn_activation is None else 1  # with the gate of the feed-forward layer
+    ffn = activations(
+        NORM_AND_RESIDUAL * D + 2 * (ups + 1) * D * F + ups * F, D + (ups + 1) * (D + F)
+    )
+    return add(activations(NORM_AND_RESIDUAL * D + linear, moved), ffn)
 
 
 def _mlstm_heads(cfg: LMConfig) -> tuple[int, int, int]:
-    H, F = cfg.mlstm.num_heads, cfg.mlstm.width(cfg.dim)
-    return H, F // H, F // H
+    H, K = cfg.mlstm.memory_shape(cfg.dim)
+    return H, K, K
+
+
+def _mlstm_prefill(cfg: LMConfig, T: int) -> Work:
+    if cfg.mlstm.covariance_update:
+        return mlstm_prefill(*_mlstm_heads(cfg), cfg.mlstm.chunk_size, T)
+    return _vector_memory(cfg, 1, T)
+
+
+def _mlstm_decode(cfg: LMConfig, S: int, T: int) -> Work:
+    cell = mlstm_decode(*_mlstm_heads(cfg), T)
+    if not cfg.mlstm.covariance_update:
+        cell = _vector_memory(cfg, T, T)
+    return add(cell, Work(0, 2 * T * _mlstm_conv_state(cfg)))
+
+
+def _vector_memory(cfg: LMConfig, calls: int, T: int) -> Work:
+    """T steps of the cell without covariance update: 11 FLOPs per feature, as in `mlstm_flops`."""
+    F = cfg.mlstm.width(cfg.dim)  # reads q, k, v and the gates, writes h
+    state = mlstm_state_bytes(*_mlstm_heads(cfg))
+    return sequential(11 * F, 4 * F + 2 * cfg.mlstm.num_heads, state, calls=calls, T=T)
 
 
 def _mlstm_per_token(cfg: LMConfig) -> Work:
     D, F, H = cfg.dim, cfg.mlstm.width(cfg.dim), cfg.mlstm.num_heads
     size = cfg.mlstm.qkv_block_size
-    linear = 4 * D * F + 2 * D * F + 6 * F * size + 2 * (6 * F * H + H)
+    gates = cfg.mlstm.input_gate_kernel + cfg.mlstm.forget_gate_kernel  # that have a kernel
+    linear = 4 * D * F + 2 * D * F + 6 * F * size + gates * 6 * F * H + 2 * H
     # Two silu, product and sum of the skip, gating product; norm of heads.
     elementwise = 5 * F + 3 * F
     flops = linear + conv_cost(F, cfg.mlstm, 2) + elementwise
-    moved = D + (D + 2 * F) + 3 * 2 * F + 2 * (3 * F + H) + F + (F + D)
+    moved = D + (D + 2 * F) + 3 * 2 * F + gates * (3 * F + H) + F + (F + D)
     moved += 2 * F if cfg.mlstm.conv_width else 0
     return activations(NORM_AND_RESIDUAL * D + flops, moved)
 
@@ -109,7 +134,9 @@ def _mlstm_conv_state(cfg: LMConfig) -> float:
 
 def _slstm_pointwise(cfg: LMConfig) -> float:
     """FLOPs of a step: recurrent products, and everything elementwise, as in `slstm_flops`."""
-    return 8 * cfg.dim * (cfg.dim // cfg.slstm.num_heads) + 24 * cfg.dim
+    D = cfg.dim
+    products = 8 * D * (D // cfg.slstm.num_heads) if cfg.slstm.memory_mixing else 0
+    return products + 24 * D
 
 
 def _slstm_per_token(cfg: LMConfig) -> Work:
@@ -133,9 +160,12 @@ def _slstm_mixing(cfg: LMConfig, calls: int, T: int) -> Work:
     return sequential(_slstm_pointwise(cfg), 5 * D, _slstm_state(cfg), **options)
 
 
-def _with_conv(work: Work, channels: int, width: int, T: int) -> Work:
-    """Adds loading and storing the state of a convolution in each of T steps."""
-    return add(work, Work(0, 2 * T * conv_state_bytes(channels, width)))
+def _slstm_decode(cfg: LMConfig, S: int, T: int) -> Work:
+    return add(_slstm_mixing(cfg, T, T), Work(0, 2 * T * _slstm_conv_state(cfg)))
+
+
+def _slstm_conv_state(cfg: LMConfig) -> float:
+    return conv_state_bytes(cfg.dim, cfg.slstm.conv_width)
 
 
 LARGE = Inference(
@@ -146,15 +176,13 @@ LARGE = Inference(
 )
 MLSTM = Inference(
     per_token=_mlstm_per_token,
-    prefill=lambda cfg, T: mlstm_prefill(*_mlstm_heads(cfg), cfg.mlstm.chunk_size, T),
-    decode=lambda cfg, S, T: _with_conv(
-        mlstm_decode(*_mlstm_heads(cfg), T), cfg.mlstm.width(cfg.dim), cfg.mlstm.conv_width, T
-    ),
+    prefill=_mlstm_prefill,
+    decode=_mlstm_decode,
     state_bytes=lambda cfg, S: mlstm_state_bytes(*_mlstm_heads(cfg)) + _mlstm_conv_state(cfg),
 )
 SLSTM = Inference(
     per_token=_slstm_per_token,
     prefill=lambda cfg, T: _slstm_mixing(cfg, 1, T),
-    decode=lambda cfg, S, T: _with_conv(_slstm_mixing(cfg, T, T), cfg.dim, cfg.slstm.conv_width, T),
-    state_bytes=lambda cfg, S: _slstm_state(cfg) + conv_state_bytes(cfg.dim, cfg.slstm.conv_width),
+    decode=_slstm_decode,
+    state_bytes=lambda cfg, S: _slstm_state(cfg) + _slstm_conv_state(cfg),
 )

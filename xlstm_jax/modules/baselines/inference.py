@@ -147,8 +147,10 @@ def _lstm_per_token(cfg: LMConfig) -> Work:
 
 def _lstm_block_per_token(cfg: LMConfig) -> Work:
     D, F = cfg.dim, cfg.lstm.ffn_width(cfg.dim)
-    sublayers = activations(2 * NORM_AND_RESIDUAL * D, 2 * D)
-    return add(_lstm_per_token(cfg), sublayers, activations(4 * D * F + F, 2 * (D + F)))
+    mixer = add(_lstm_per_token(cfg), activations(NORM_AND_RESIDUAL * D, D))
+    if F == 0:
+        return mixer
+    return add(mixer, activations(NORM_AND_RESIDUAL * D + 4 * D * F + F, D + 2 * (D + F)))
 
 
 def _lstm_step(cfg: LMConfig) -> tuple[float, float]:
