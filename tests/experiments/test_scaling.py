@@ -1,15 +1,13 @@
 """The sweeps of scaling laws: the micro-sweep, and the published study beside its run table."""
 
 import collections
-import csv
 import functools
 import json
-import os
-import pathlib
 
 import pytest
 
 from experiments import scaling_micro, scaling_paper
+from tests.scaling import reference
 from xlstm_jax import flops, scaling
 from xlstm_jax.errors import ConfigError
 from xlstm_jax.scaling import Point, Shape
@@ -17,14 +15,7 @@ from xlstm_jax.scaling import Point, Shape
 
 def published() -> list[dict[str, str]]:
     """The runs of the study's analysis; skips the test unless XLSTM_REFERENCE_DATA has them."""
-    folders = filter(None, os.environ.get("XLSTM_REFERENCE_DATA", "").split(os.pathsep))
-    names = ("runs.csv", "scaling_laws/runs.csv")
-    paths = [pathlib.Path(folder) / name for folder in folders for name in names]
-    found = [path for path in paths if path.is_file()]
-    if not found:
-        pytest.skip("runs.csv is not in the repository; set XLSTM_REFERENCE_DATA to its folder")
-    with found[0].open() as file:
-        return [row for row in csv.DictReader(file) if row["selected"] == "True"]
+    return [row for row in reference.rows("runs.csv") if row["selected"] == "True"]
 
 
 def _shape(row) -> Shape:
@@ -145,8 +136,6 @@ def test_outcome_of_the_micro_sweep_can_fail():
 
 @pytest.mark.slow
 def test_smallest_micro_sweep_writes_a_table_and_resumes(tmp_path, one_device, monkeypatch):
-    if not hasattr(scaling, "fit_isoflop"):
-        pytest.skip("this part of the package has no fits")
     monkeypatch.setattr(scaling_micro, "FAMILIES", {"llama": scaling_micro.llama})
     options = dict(size="smoke", runs=tmp_path / "runs", out=tmp_path / "result.json")
     assert scaling_micro.main(scaling_micro.Options(**options)) == 0

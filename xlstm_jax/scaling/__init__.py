@@ -8,7 +8,6 @@ from xlstm_jax.scaling.launch import Local, Slurm
 from xlstm_jax.scaling.laws import Line, PowerLaw, fit_fixed_ratio, fit_power_law
 from xlstm_jax.scaling.parabolas import Parabola, fit_isoflop
 from xlstm_jax.scaling.prediction import Prediction, predict
-from xlstm_jax.scaling.runs import Table, collect, run
 from xlstm_jax.scaling.runs import run
 from xlstm_jax.scaling.surface import LossSurface, parabola_bias
 from xlstm_jax.scaling.surface_fit import fit_loss_surface
