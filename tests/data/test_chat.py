@@ -192,7 +192,7 @@ FAULTY = {
     ),
     "padding": ("{{ 'a' | center(10 * 10 ** 0 * 1000000000) }}", r"the operator \*\*"),
     "huge_string": ("{{ 'a' | center(99999999999) }}", "needs over 512 MiB of memory"),
-    "huge_format": ("{{ '%999999999d' % 3 }}", "needs over 512 MiB of memory"),
+    "huge_format": ("{{ '%999999999d' % 3 }}", "needs over 512 MiB of memory|takes over"),
     "huge_integers": (
         "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
         r"the operator \* has too large operands",

@@ -62,6 +62,7 @@ def test_expectations_need_all_of_their_cells():
     assert outcome(cells[:-1]) == {}
 
 
+@pytest.mark.slow
 def test_finished_cells_are_not_computed_again(tmp_path, monkeypatch):
     computed = []
 

@@ -92,6 +92,9 @@ PAPER: dict[str, dict[str, Run]] = {
     # Wikitext-103; the sizes of the models of arXiv:2405.04517, figure 2, are not published.
     "rare_tokens": {"": Run(164_073_312, 50_000, 1e-3, (256, 512))},
     "placement": {"": Run(3_469_368, 5_000, 3e-3, (32, 512))},  # has no published run
+    # The first run of a sweep; that of the paper sweep is published (arXiv:2510.02228).
+    "scaling_micro": {"": Run(19_936, 410, 5e-3, (8, 128))},
+    "scaling_paper": {"": Run(83_634_688, 14_000, 3e-3, (512, 2048))},
     "slimpajama_15b": {
         "": lm(409.3),
         "llama": lm(406.6),
@@ -179,7 +182,7 @@ def test_paper_configs_have_the_published_sizes_and_settings(name):
         count = round(count / 1e6, 1) if isinstance(run.parameters, float) else count
         batch = (cfg.data.batch_size, cfg.data.seq_len)
         assert Run(count, cfg.train.steps, cfg.train.lr, batch, run.second_bias) == run, variant
-        if batch[1] == 2048:  # the published study
+        if batch[1] == 2048 and name != "scaling_paper":  # the study of arXiv:2405.04517
             assert (cfg.model.dtype, cfg.model.vocab_size) == ("bfloat16", 50304)
             assert not cfg.model.tie_embeddings
             train = cfg.train

@@ -81,6 +81,7 @@ def test_large_gradients_are_clipped_and_those_that_are_not_finite_end_a_member(
     np.testing.assert_array_equal(grid.diverged, is_nan)
 
 
+@pytest.mark.slow
 def test_evaluation_sums_the_batches_of_each_member():
     grid = train_grid(MODEL, CFG, batches, seeds=(0, 1), lrs=(0.1,))
     parts = [jax.tree.map(lambda x, i=i: x[i], batches(7, 2)) for i in range(2)]
