@@ -235,4 +235,4 @@ def paper_outcome(table: Table, measured: dict[str, float | None]) -> dict[str, 
 
 
 if __name__ == "__main__":
-    language_models.run(main, Options, __doc__)
+    record.run(main, Options, __doc__)

@@ -28,10 +28,7 @@ import itertools
 import math
 import pathlib
 import re
-import sys
 from typing import Any
-
-import tyro
 
 from experiments import record
 from experiments.benchmarks import measure
@@ -316,4 +313,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    record.run(main, Options, __doc__)

@@ -238,4 +238,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    language_models.run(main, Options, __doc__)
+    record.run(main, Options, __doc__)

@@ -24,12 +24,10 @@ import hashlib
 import json
 import os
 import pathlib
-import sys
 import time
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import tyro
 
 from experiments import record
 from experiments.record import RESULTS, Size
@@ -383,4 +381,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    record.run(main, Options, __doc__)

@@ -9,11 +9,10 @@ import dataclasses
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import tyro
 
 from experiments import record
 from xlstm_jax.config import ConfigError
@@ -240,15 +239,6 @@ def train_published(
         losses = [r["valid_loss"] for r in records if r["step"] == at and r.get("valid_loss")]
         perplexities[name] = math.exp(losses[-1]) if losses else None
     return perplexities
-
-
-def run(main: Callable[[Any], int], options: type, description: str | None) -> None:
-    """Runs an experiment with command-line options; exits with code 2 if one is invalid."""
-    try:
-        sys.exit(main(tyro.cli(options, description=description)))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def published_preset(family: str, size: str) -> LMConfig:

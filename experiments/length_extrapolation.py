@@ -24,11 +24,9 @@ paper (1.3B presets, 300B tokens; `--source` names a folder of `xlstm-jax data p
 import dataclasses
 import math
 import pathlib
-import sys
 from typing import Any
 
 import numpy as np
-import tyro
 from jaxtyping import Int64
 
 from experiments import comparison, record
@@ -262,4 +260,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    record.run(main, Options, __doc__)

@@ -22,13 +22,11 @@ instead, as the token after them.
 import dataclasses
 import functools
 import pathlib
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import tyro
 
 from experiments import record
 from xlstm_jax import cpu
@@ -359,4 +357,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    record.run(main, Options, __doc__)

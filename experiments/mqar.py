@@ -21,12 +21,10 @@ Llama is the upper reference.
 import dataclasses
 import functools
 import pathlib
-import sys
 import time
 from typing import Any
 
 import numpy as np
-import tyro
 
 from experiments import record
 from xlstm_jax import cpu
@@ -242,4 +240,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    record.run(main, Options, __doc__)

@@ -19,12 +19,10 @@ paper uses 256. The sizes smoke and cpu draw fresh samples in every step; paper 
 import dataclasses
 import functools
 import pathlib
-import sys
 import time
 from typing import Any
 
 import numpy as np
-import tyro
 
 from experiments import record
 from xlstm_jax import cpu
@@ -200,4 +198,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    record.run(main, Options, __doc__)

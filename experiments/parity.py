@@ -17,12 +17,10 @@ convolution there). Sizes: smoke (seconds), cpu (minutes), paper (published numb
 
 import dataclasses
 import pathlib
-import sys
 import time
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 
 from experiments import record
 from experiments.record import RESULTS, Size
@@ -210,4 +208,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    record.run(main, Options, __doc__)

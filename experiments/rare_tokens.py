@@ -26,11 +26,9 @@ import dataclasses
 import itertools
 import math
 import pathlib
-import sys
 from typing import Any
 
 import numpy as np
-import tyro
 from jaxtyping import Int64
 
 from experiments import comparison, record
@@ -291,4 +289,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    record.run(main, Options, __doc__)

@@ -2,8 +2,11 @@
 
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
+
+import tyro
 
 from experiments.benchmarks import measure
 from xlstm_jax.errors import ConfigError, quote
@@ -53,6 +56,15 @@ def save(
 def print_loss(step: int, loss: Any) -> None:
     """Prints the mean loss of each member of a grid: a `report` of `train_grid`."""
     print(f"  step {step:6d}  loss {' '.join(f'{value:.4f}' for value in loss)}", flush=True)
+
+
+def run(main: Callable[[Any], int], options: type, description: str | None) -> None:
+    """Runs an experiment with command-line options; errors of the user are one line, code 2."""
+    try:
+        sys.exit(main(tyro.cli(options, description=description)))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def pyplot() -> Any:

@@ -17,11 +17,8 @@ cpu (42 runs), paper (two more budgets, for an accelerator).
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import tyro
 
 from experiments import record
 from xlstm_jax import cpu, scaling
@@ -237,4 +234,4 @@ def main(options: Options) -> int:
 
 if __name__ == "__main__":
     cpu.prepare()
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    record.run(main, Options, __doc__)

@@ -11,11 +11,9 @@ alternating directions. The accuracy with one direction is measured for comparis
 import dataclasses
 import functools
 import pathlib
-import sys
 from typing import Literal
 
 import numpy as np
-import tyro
 
 from experiments import record
 from xlstm_jax import cpu
@@ -113,4 +111,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    record.run(main, Options, __doc__)

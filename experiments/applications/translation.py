@@ -10,11 +10,9 @@ than 0.95 of held-out sources are translated without an error by greedy decoding
 
 import dataclasses
 import pathlib
-import sys
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 
 from experiments import record
 from xlstm_jax import cpu
@@ -108,4 +106,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    record.run(main, Options, __doc__)

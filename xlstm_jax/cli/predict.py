@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from xlstm_jax.cli import console, options
 from xlstm_jax.cli.exit_codes import DONE
-from xlstm_jax.config import ConfigError
+from xlstm_jax.config import ConfigError, check_range
 from xlstm_jax.modules import presets
 from xlstm_jax.scaling import store
 from xlstm_jax.scaling.prediction import Interval, Prediction, family_of, find_group, predict
@@ -58,6 +58,7 @@ def run(argv: list[str]) -> int:
             "--batch-tokens and --seq-len must be at least 1, got "
             f"{args.batch_tokens} and {args.seq_len}; change them."
         )
+    check_range("flops", args.flops, "above 0")
     fit = find_group(store.load(args.fit), family=args.family, seq_len=args.seq_len)
     family = family_of(args.family or fit.group.get("model", ""))
     seq_len = args.seq_len or _context_of(fit.group) or DEFAULT_SEQ_LEN

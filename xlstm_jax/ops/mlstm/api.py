@@ -143,9 +143,7 @@ def mlstm(
     x, flags = Inputs(q, k, v, i, f), Flags.of(reset, mask)
     options = Options(input_gate, forget_gate, normalize, eps, chunk_size, stabilize)
     call = _check(x, state, flags, options)
-    selected = dispatch.choose("mlstm", IMPLEMENTATIONS, implementation, call)
-    if implementation == "auto" and call.T == 1 and selected is IMPLEMENTATIONS["chunkwise"]:
-        selected = IMPLEMENTATIONS["recurrent"]  # a chunk of one step only adds work
+    selected = _choose(implementation, call)
     dtype = state_dtype(*x)
     if state is None:
         state = vary_like(mlstm_init(call.B, call.H, call.K, call.V, dtype), x)
@@ -171,6 +169,13 @@ def mlstm(
     sizes = {"B": call.B, "H": call.H} | ({"T": call.T} if time_axes else {})
     h, state = map_shards(local, (x, state, flags), axes, ("B T H V", STATE_AXES), sizes)
     return flip_time(h) if reverse else h, state
+
+
+def _choose(implementation: str, call: dispatch.Call) -> Implementation:
+    selected = dispatch.choose("mlstm", IMPLEMENTATIONS, implementation, call)
+    if implementation == "auto" and call.T == 1 and selected is IMPLEMENTATIONS["chunkwise"]:
+        return IMPLEMENTATIONS["recurrent"]  # a chunk of one step only adds work
+    return selected
 
 
 def _check(x: Inputs, state: MLSTMState | None, flags: Flags, options: Options) -> dispatch.Call:
