@@ -33,9 +33,8 @@ from typing import Any
 from experiments import record
 from experiments.benchmarks import measure
 from xlstm_jax import cpu
-from xlstm_jax.config import ConfigError, to_dict
+from xlstm_jax.config import to_dict
 from xlstm_jax.data import DataConfig, tokenizers
-from xlstm_jax.errors import quote
 from xlstm_jax.flops import count_params, train_flops
 from xlstm_jax.modules import LMConfig, presets
 from xlstm_jax.modules.baselines.options import (
@@ -145,17 +144,10 @@ def config(
         ConfigError: `size` or `name` is unknown.
     """
     record.check_size(size, SIZES)
-    check_names((name,))
+    record.check_names((name,), MODELS)
     cfg = SIZES[size]
     data = cfg.data if source is None else dataclasses.replace(cfg.data, source=source)
     return dataclasses.replace(cfg, name=name, model=model_of(size, name), data=data)
-
-
-def check_names(names: tuple[str, ...]) -> None:
-    """Raises ConfigError unless all names are keys of `MODELS`, and there is one."""
-    for name in names or ("",):
-        if name not in MODELS:
-            raise ConfigError(f"model={quote(name)} is unknown; use one of: {', '.join(MODELS)}.")
 
 
 def model_of(size: str, name: str) -> LMConfig:
@@ -291,7 +283,7 @@ class Options:
 def main(options: Options) -> int:
     """Runs the experiment; returns 0 if all expectations hold (smoke: always), else 1."""
     cpu.prepare()
-    check_names(options.models)
+    record.check_names(options.models, MODELS)
     configs = {name: config(options.size, name, options.source) for name in MODELS}
     folders = {name: folder_of(options.runs, options.size, name) for name in MODELS}
     for name in options.models:

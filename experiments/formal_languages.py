@@ -34,14 +34,14 @@ from experiments.record import RESULTS, Size
 from xlstm_jax import cpu
 from xlstm_jax.config import ConfigError
 from xlstm_jax.config.fields import to_dict
-from xlstm_jax.data import Batch, DataConfig, load
+from xlstm_jax.data import DataConfig, load
 from xlstm_jax.data.synthetic.registry import FORMAL_LANGUAGES
 from xlstm_jax.data.synthetic.samples import scaled_accuracy
 from xlstm_jax.errors import quote
 from xlstm_jax.modules import LM, LMConfig, MLSTMConfig, SLSTMConfig
 from xlstm_jax.modules.baselines.options import AttentionConfig, MambaConfig
 from xlstm_jax.train import ExperimentConfig, TrainConfig
-from xlstm_jax.train.grid import evaluate_grid, train_grid
+from xlstm_jax.train.grid import batches_of, evaluate_grid, train_grid
 
 TASKS = {task.name: task for task in FORMAL_LANGUAGES}
 TRAIN_LEN, LENGTHS = 40, (40, 256)
@@ -170,13 +170,7 @@ def config(
 
 def run_cell(cfg: ExperimentConfig, sweep: Sweep) -> dict[str, Any]:
     """Trains and evaluates the grid of a cell; returns its figures, one value per member."""
-    model, train = LM(cfg.model), load(cfg.data, "train")
-    B = cfg.data.batch_size
-
-    def batches(first: int, count: int) -> Batch:
-        flat = train.batch(np.arange(first * B, (first + count) * B))
-        return Batch(*(leaf.reshape(count, B, *leaf.shape[1:]) for leaf in flat))
-
+    model, batches = LM(cfg.model), batches_of(load(cfg.data, "train"), cfg.data)
     start = time.perf_counter()
     grid = train_grid(
         model, cfg.train, batches, seeds=sweep.seeds, lrs=sweep.lrs, end_lr=sweep.end_lr

@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import record
 from xlstm_jax.config import ConfigError
-from xlstm_jax.data import Batch, DataConfig, batch_at, eval_batches, load, tokenizers
+from xlstm_jax.data import DataConfig, eval_batches, load, tokenizers
 from xlstm_jax.errors import quote, quote_path
 from xlstm_jax.modules import LM, LMConfig, MLSTMConfig, SLSTMConfig, presets, ratio_pattern
 from xlstm_jax.modules.baselines import presets as baselines
@@ -195,14 +195,11 @@ def train_small(
     """Trains a model with every seed and learning rate at once, and evaluates all of them."""
     import jax
 
-    from xlstm_jax.train.grid import evaluate_grid, train_grid
+    from xlstm_jax.train.grid import batches_of, evaluate_grid, train_grid
 
     train, valid = load(cfg.data, "train"), load(cfg.data, "valid")
 
-    def batches(first: int, count: int) -> Batch:
-        each = [batch_at(train, cfg.data, step) for step in range(first, first + count)]
-        return Batch(*(np.stack(arrays) for arrays in zip(*each, strict=True)))
-
+    batches = batches_of(train, cfg.data)
     model = LM(cfg.model)
     grid = train_grid(model, cfg.train, batches, seeds=tuple(seeds), lrs=tuple(lrs))
     spread = list(eval_batches(valid, cfg.data))

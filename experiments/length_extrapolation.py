@@ -32,11 +32,10 @@ from jaxtyping import Int64
 from experiments import comparison, record
 from experiments.benchmarks import measure
 from xlstm_jax import cpu
-from xlstm_jax.config import ConfigError, to_dict
+from xlstm_jax.config import to_dict
 from xlstm_jax.data import Batch, load
 from xlstm_jax.data.loader import eval_index
 from xlstm_jax.data.windows import Windows
-from xlstm_jax.errors import quote
 from xlstm_jax.evaluate import by_position, lengths, perplexity
 from xlstm_jax.flops import count_params
 from xlstm_jax.modules import LM, presets
@@ -77,7 +76,7 @@ def config(
     Raises:
         ConfigError: `size` or `name` is unknown.
     """
-    check_names((name,))
+    record.check_names((name,), MODELS)
     cfg = comparison.config(size, name, source)
     context, model, train = CONTEXTS[size][0], cfg.model, cfg.train
     batch_size = cfg.data.seq_len * cfg.data.batch_size // context  # as many tokens
@@ -89,13 +88,6 @@ def config(
         train = dataclasses.replace(train, steps=300_000, lr=lr, eval_every=10_000)
     data = dataclasses.replace(cfg.data, seq_len=context, batch_size=batch_size)
     return dataclasses.replace(cfg, model=model, data=data, train=train)
-
-
-def check_names(names: tuple[str, ...]) -> None:
-    """Raises ConfigError unless all names are in `MODELS`, and there is one."""
-    for name in names or ("",):
-        if name not in MODELS:
-            raise ConfigError(f"model={quote(name)} is unknown; use one of: {', '.join(MODELS)}.")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -242,7 +234,7 @@ class Options:
 def main(options: Options) -> int:
     """Runs the experiment; returns 0 if all expectations hold (smoke: always), else 1."""
     cpu.prepare()
-    check_names(options.models)
+    record.check_names(options.models, MODELS)
     models = {}
     for name in options.models:
         cfg = config(options.size, name, options.source)

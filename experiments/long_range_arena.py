@@ -34,7 +34,7 @@ from xlstm_jax.config import ConfigError
 from xlstm_jax.data import Batch, DataConfig
 from xlstm_jax.data.config import Split
 from xlstm_jax.data.lra import images, text
-from xlstm_jax.data.lra.labeled import Labeled, labeled_batch
+from xlstm_jax.data.lra.labeled import labeled_batch
 from xlstm_jax.data.synthetic import listops
 from xlstm_jax.data.synthetic.samples import sample_keys
 from xlstm_jax.modules import LMConfig, MLSTMConfig, SLSTMConfig
@@ -200,18 +200,6 @@ def open_set(task: str, cfg: DataConfig, split: Split, folder: pathlib.Path | No
     return images.read_cifar10(folder, split, gray=task == "gray")
 
 
-def train_batches(examples: Any, cfg: DataConfig, first: int, count: int) -> Batch:
-    """The training batches of some steps, stacked: files in a new order in every epoch."""
-    from xlstm_jax.data import batch_at
-
-    if isinstance(examples, Labeled):
-        parts = [batch_at(examples, cfg, step) for step in range(first, first + count)]
-        return Batch(*map(np.stack, zip(*parts, strict=True)))
-    B = cfg.batch_size
-    flat = examples.batch(np.arange(first * B, (first + count) * B))
-    return Batch(*(leaf.reshape(count, B, *leaf.shape[1:]) for leaf in flat))
-
-
 def held_out_batches(examples: Any, cfg: DataConfig) -> Iterator[Batch]:
     """All sequences of a held-out split."""
     from xlstm_jax.data import eval_batches
@@ -234,7 +222,7 @@ def run(cfg: ExperimentConfig, setting: Setting, options: "Options") -> dict[str
     import jax
 
     from xlstm_jax.modules.heads import Classifier
-    from xlstm_jax.train.grid import evaluate_grid, train_grid
+    from xlstm_jax.train.grid import batches_of, evaluate_grid, train_grid
     from xlstm_jax.train.head_losses import classification_loss
 
     model = Classifier(
@@ -252,7 +240,7 @@ def run(cfg: ExperimentConfig, setting: Setting, options: "Options") -> dict[str
     grid = train_grid(
         model,
         cfg.train,
-        functools.partial(train_batches, sets["train"], cfg.data),
+        batches_of(sets["train"], cfg.data),
         seeds=range(NUM_SEEDS[options.size]),
         lrs=LRS[options.size],
         loss_fn=loss_fn,

@@ -19,7 +19,6 @@ Llama is the upper reference.
 """
 
 import dataclasses
-import functools
 import pathlib
 import time
 from typing import Any
@@ -29,7 +28,7 @@ import numpy as np
 from experiments import record
 from xlstm_jax import cpu
 from xlstm_jax.config import ConfigError
-from xlstm_jax.data import Batch, DataConfig, load
+from xlstm_jax.data import DataConfig, load
 from xlstm_jax.data.synthetic.mqar import TASK
 from xlstm_jax.modules import LM, LMConfig, MLSTMConfig, SLSTMConfig
 from xlstm_jax.modules.baselines.options import AttentionConfig
@@ -106,14 +105,6 @@ def config(size: str = "cpu") -> ExperimentConfig:
     return SIZES[size]
 
 
-def batches(cfg: ExperimentConfig, num_samples: int | None, first: int, count: int) -> Batch:
-    """The training batches of some steps, stacked; `num_samples` are repeated, None: endless."""
-    B = cfg.data.batch_size
-    index = np.arange(first * B, (first + count) * B)
-    flat = load(cfg.data, "train").batch(index if num_samples is None else index % num_samples)
-    return Batch(*(leaf.reshape(count, B, *leaf.shape[1:]) for leaf in flat))
-
-
 def accuracies(cfg: ExperimentConfig, model: LM, params: Any, length: int) -> list[float]:
     """Accuracy of every member on held-out samples of some length."""
     from xlstm_jax.data import eval_batches
@@ -128,7 +119,7 @@ def run_model(cfg: ExperimentConfig, name: str, options: "Options") -> dict[str,
     """Trains and evaluates one model with every seed and learning rate; returns its record."""
     import jax
 
-    from xlstm_jax.train.grid import train_grid
+    from xlstm_jax.train.grid import batches_of, train_grid
 
     model = LM(dataclasses.replace(cfg.model, pattern=PATTERNS[name]))
     num_samples = PAPER_SAMPLES if options.size == "paper" else None
@@ -137,7 +128,7 @@ def run_model(cfg: ExperimentConfig, name: str, options: "Options") -> dict[str,
     grid = train_grid(
         model,
         cfg.train,
-        functools.partial(batches, cfg, num_samples),
+        batches_of(load(cfg.data, "train"), cfg.data, num_samples),
         seeds=range(options.num_seeds),
         lrs=learning_rates(cfg, options.size),
         end_lr=cfg.train.lr * cfg.train.end_factor,

@@ -26,7 +26,7 @@ import numpy as np
 
 from experiments import record
 from xlstm_jax import cpu
-from xlstm_jax.data import Batch, DataConfig, eval_batches, load
+from xlstm_jax.data import DataConfig, eval_batches, load
 from xlstm_jax.data.synthetic.nearest_neighbor import CONSTANT_MSE, VECTOR_DIM
 from xlstm_jax.modules import LMConfig, MLSTMConfig, SLSTMConfig
 from xlstm_jax.modules.baselines.options import AttentionConfig
@@ -89,31 +89,24 @@ def config(size: str = "cpu") -> ExperimentConfig:
     return SIZES[size]
 
 
-def batches(cfg: ExperimentConfig, num_samples: int | None, first: int, count: int) -> Batch:
-    """The training batches of some steps, stacked; `num_samples` are repeated, None: endless."""
-    B = cfg.data.batch_size
-    index = np.arange(first * B, (first + count) * B)
-    flat = load(cfg.data, "train").batch(index if num_samples is None else index % num_samples)
-    return Batch(*(leaf.reshape(count, B, *leaf.shape[1:]) for leaf in flat))
-
-
 def run_model(cfg: ExperimentConfig, name: str, size: str) -> dict[str, Any]:
     """Trains and evaluates one model with every seed and learning rate; returns its record."""
     import jax
 
     from xlstm_jax.modules.heads import PositionHead
-    from xlstm_jax.train.grid import evaluate_grid, train_grid
+    from xlstm_jax.train.grid import batches_of, evaluate_grid, train_grid
     from xlstm_jax.train.head_losses import squared_error_loss
 
     blocks = dataclasses.replace(cfg.model, pattern=PATTERNS[name])
     model = PositionHead(blocks, num_outputs=1, in_dim=VECTOR_DIM)
     loss_fn = functools.partial(squared_error_loss, model)
+    num_samples = PAPER_SAMPLES if size == "paper" else None
     print(f"{name}: {cfg.train.steps} steps", flush=True)
     start = time.perf_counter()
     grid = train_grid(
         model,
         cfg.train,
-        functools.partial(batches, cfg, PAPER_SAMPLES if size == "paper" else None),
+        batches_of(load(cfg.data, "train"), cfg.data, num_samples),
         seeds=range(NUM_SEEDS[size]),
         lrs=LRS[size],
         end_lr=END_LR,

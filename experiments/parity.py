@@ -31,7 +31,7 @@ from xlstm_jax.data.synthetic.samples import scaled_accuracy
 from xlstm_jax.modules import LM, LMConfig, MLSTMConfig, SLSTMConfig
 from xlstm_jax.modules.baselines.options import AttentionConfig
 from xlstm_jax.train import ExperimentConfig, TrainConfig
-from xlstm_jax.train.grid import Grid, evaluate_grid, train_grid
+from xlstm_jax.train.grid import Grid, batches_of, evaluate_grid, train_grid
 
 CHANCE = 0.5
 BUCKETS = ((3, 40), (40, 64), (64, 128), (128, 256))
@@ -92,16 +92,12 @@ def config(size: str = "cpu") -> ExperimentConfig:
 def train_seeds(cfg: ExperimentConfig, num_seeds: int) -> Grid:
     """Trains seeds 0, 1, ... on the same batches."""
 
-    def batches(first: int, count: int) -> Batch:
-        B = cfg.data.batch_size
-        flat = samples(cfg.data, "train", first * B, count * B, cfg.data.min_len, 40)
-        return Batch(*(leaf.reshape(count, B, *leaf.shape[1:]) for leaf in flat))
-
     def report(step: int, losses: np.ndarray) -> None:
         of_seeds = ", ".join(f"{loss:.4f}" for loss in losses)
         print(f"  step {step:5d}  loss of each seed {of_seeds}", flush=True)
 
     model, lrs = LM(cfg.model), (cfg.train.lr,)
+    batches = batches_of(load(cfg.data, "train"), cfg.data)
     return train_grid(model, cfg.train, batches, seeds=range(num_seeds), lrs=lrs, report=report)
 
 

@@ -34,11 +34,10 @@ from jaxtyping import Int64
 from experiments import comparison, record
 from experiments.benchmarks import measure
 from xlstm_jax import cpu
-from xlstm_jax.config import ConfigError, to_dict
+from xlstm_jax.config import to_dict
 from xlstm_jax.data import DataConfig, load, tokenizers
 from xlstm_jax.data.corpora import read_corpus
 from xlstm_jax.data.train_tokenizer import train_bpe
-from xlstm_jax.errors import quote
 from xlstm_jax.evaluate import by_frequency, count_tokens, perplexity
 from xlstm_jax.evaluate.position import Bucket
 from xlstm_jax.evaluate.results import label_of
@@ -117,7 +116,7 @@ def config(
         ConfigError: `size` or `name` is unknown.
     """
     record.check_size(size, SIZES)
-    check_names((name,))
+    record.check_names((name,), MODELS)
     cfg, fields = SIZES[size], dict(MODELS[name])
     if size == "smoke":
         fields["pattern"] = fields["pattern"][0]
@@ -134,13 +133,6 @@ def config(
     if size != "paper":  # prepared data have their tokenizer
         data = dataclasses.replace(data, tokenizer=str(tokenizer_of(runs, size)))
     return dataclasses.replace(cfg, name=name, model=model, data=data)
-
-
-def check_names(names: tuple[str, ...]) -> None:
-    """Raises ConfigError unless all names are keys of `MODELS`, and there is one."""
-    for name in names or ("",):
-        if name not in MODELS:
-            raise ConfigError(f"model={quote(name)} is unknown; use one of: {', '.join(MODELS)}.")
 
 
 def tokenizer_of(runs: pathlib.Path, size: str) -> pathlib.Path:
@@ -271,7 +263,7 @@ class Options:
 def main(options: Options) -> int:
     """Runs the experiment; returns 0 if all expectations hold (smoke: always), else 1."""
     cpu.prepare()
-    check_names(options.models)
+    record.check_names(options.models, MODELS)
     make_tokenizer(options.size, options.runs)
     models, cfg = {}, config(options.size, runs=options.runs)
     for name in options.models:

@@ -22,6 +22,13 @@ def check_size(size: str, sizes: Iterable[str]) -> None:
         raise ConfigError(f"size={quote(size)} is unknown; use one of: {', '.join(sizes)}.")
 
 
+def check_names(names: Iterable[str], models: Iterable[str]) -> None:
+    """Raises ConfigError unless all names are of models, and there is one."""
+    for name in tuple(names) or ("",):
+        if name not in models:
+            raise ConfigError(f"model={quote(name)} is unknown; use one of: {', '.join(models)}.")
+
+
 def start(name: str, size: str) -> dict[str, Any]:
     """The head of a record: experiment, size, date, command, machine, versions."""
     info = measure.run_info(name)

@@ -12,6 +12,7 @@ from xlstm_jax.config import ConfigError
 from xlstm_jax.data import load
 from xlstm_jax.data.synthetic import listops
 from xlstm_jax.train.config import check_vocabulary
+from xlstm_jax.train.grid import batches_of
 
 EXPERIMENTS = (mqar, nearest_neighbor, long_range_arena)
 APPLICATIONS = (translation, frame_classifier, image_scans)
@@ -47,7 +48,8 @@ def test_published_settings_of_recall():
 def test_training_repeats_its_samples_only_if_there_is_a_number_of_them():
     cfg = mqar.config("smoke")
     B = cfg.data.batch_size
-    endless, repeated = (mqar.batches(cfg, n, 1, 2) for n in (None, B))
+    train = load(cfg.data, "train")
+    endless, repeated = (batches_of(train, cfg.data, n)(1, 2) for n in (None, B))
     assert endless.inputs.shape == (2, B, cfg.data.seq_len)
     assert endless.index.ravel().tolist() == list(range(B, 3 * B))
     np.testing.assert_array_equal(repeated.inputs[0], repeated.inputs[1])

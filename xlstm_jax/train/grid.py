@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlstm_jax.data.batch import Batch
+from xlstm_jax.data import DataConfig, batch_at
+from xlstm_jax.data.batch import Batch, Examples
 from xlstm_jax.errors import ArgumentError, quote
 from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.ops.cross_entropy import CrossEntropy
@@ -40,6 +41,27 @@ class Grid(NamedTuple):
     def member(self, index: int) -> PyTree:
         """The parameters of one member."""
         return jax.tree.map(lambda leaf: leaf[index], self.params)
+
+
+def batches_of(
+    examples: Examples, cfg: DataConfig, num_samples: int | None = None
+) -> Callable[[int, int], Batch]:
+    """The batches of a grid: (first step, number of steps) -> those of these steps, stacked.
+
+    Args:
+        num_samples: how many samples of a synthetic task are repeated; None: all are new.
+    """
+    B = cfg.batch_size
+
+    def batches(first: int, count: int) -> Batch:
+        if examples.shuffle:
+            parts = [batch_at(examples, cfg, step) for step in range(first, first + count)]
+            return Batch(*map(np.stack, zip(*parts, strict=True)))
+        index = np.arange(first * B, (first + count) * B)
+        flat = examples.batch(index if num_samples is None else index % num_samples)
+        return Batch(*(leaf.reshape(count, B, *leaf.shape[1:]) for leaf in flat))
+
+    return batches
 
 
 def train_grid(
