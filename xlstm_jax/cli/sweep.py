@@ -15,6 +15,7 @@ from xlstm_jax.config import call_function
 from xlstm_jax.errors import ConfigError, quote_path
 from xlstm_jax.scaling.collect import TABLE, collect
 from xlstm_jax.scaling.estimate import calibrate, estimate
+from xlstm_jax.scaling.grids import Grids
 from xlstm_jax.scaling.launch import Local, Slurm
 from xlstm_jax.scaling.runs import run as run_sweep
 from xlstm_jax.scaling.runs import statuses
@@ -36,7 +37,9 @@ class SweepCommand(options.ModelCommand):
     plan: PlanPath  # a file that defines sweep(size=...)
     size: str | None = None  # argument of sweep(size=...)
     out: Path | None = None  # folder of the runs; None: runs/NAME for NAME.py
-    launch: Literal["local", "slurm"] = "local"  # in this process, or as jobs of a cluster
+    # "local": one run after the other in this process; "grids": those that differ only in seed and
+    # learning rate as one program; "slurm": jobs of a cluster
+    launch: Literal["local", "grids", "slurm"] = "local"
     slurm: Slurm = Slurm()
     processes: Processes = Processes()  # of "local": several that train every run together
     dry_run: bool = False  # print the plan, and minutes estimated from a few steps of some runs
@@ -56,7 +59,7 @@ def run(argv: list[str]) -> int:
             f"{quote_path(args.plan)} must be an existing .py file; pass one that defines "
             "sweep(size=...)."
         )
-    if args.launch == "local":
+    if args.launch != "slurm":
         init_distributed(args.processes)
     specs = plan(call_function(args.plan, Sweep, args.size, "sweep"))
     out = Path("runs", args.plan.stem) if args.out is None else args.out
@@ -86,7 +89,8 @@ def _launcher(args: SweepCommand, specs: list[RunSpec]) -> Any:
     def show_end(one: RunStatus) -> None:
         console.write(f"  {one.state}{': ' if one.reason else ''}{one.reason}\n")
 
-    return Local(
+    launcher = Grids if args.launch == "grids" else Local
+    return launcher(
         on_start=lambda folder: console.write(f"{folder.name} {names[folder.name]}\n"),
         on_end=show_end,
     )

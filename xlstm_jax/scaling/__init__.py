@@ -4,6 +4,7 @@ from xlstm_jax.scaling.analysis import Analysis, Condition, Rule
 from xlstm_jax.scaling.checks import Errors, prediction_errors
 from xlstm_jax.scaling.collect import Table, collect
 from xlstm_jax.scaling.fitting import Fits, GroupFit, fit_table, holdout
+from xlstm_jax.scaling.grids import Grids
 from xlstm_jax.scaling.launch import Local, Slurm
 from xlstm_jax.scaling.laws import Line, PowerLaw, fit_fixed_ratio, fit_power_law
 from xlstm_jax.scaling.parabolas import Parabola, fit_isoflop
@@ -20,6 +21,7 @@ __all__ = [
     "Condition",
     "Errors",
     "Fits",
+    "Grids",
     "GroupFit",
     "Line",
     "Local",

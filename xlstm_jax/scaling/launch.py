@@ -35,15 +35,23 @@ class Local:
     def launch(self, folders: Sequence[Path], execute: Execute) -> None:
         """Trains the runs in these folders."""
         for folder in folders:
-            if self.on_start is not None:
-                self.on_start(folder)
-            result = execute(folder)
-            if self.on_end is not None:
-                self.on_end(result)
-            # Runs have other shapes: compiled programs would only fill the memory.
-            jax.clear_caches()
-            if result.state == "stopped":
+            if not self.train([folder], lambda folders: [execute(folders[0])]):
                 return
+
+    def train(
+        self, folders: Sequence[Path], train: Callable[[Sequence[Path]], Sequence[RunStatus]]
+    ) -> bool:
+        """Trains one run, or some together; returns False if a signal stopped them."""
+        if self.on_start is not None:
+            for folder in folders:
+                self.on_start(folder)
+        results = train(folders)
+        if self.on_end is not None:
+            for result in results:
+                self.on_end(result)
+        # Other runs have other shapes: compiled programs would only fill the memory.
+        jax.clear_caches()
+        return all(result.state != "stopped" for result in results)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -111,26 +111,32 @@ def execute(folder: Path) -> RunStatus:
     except ConfigError:
         return RunStatus(folder.name, spec["name"], "running")
     try:
-        cfg = load_config(folder / rundir.CONFIG, ExperimentConfig)
-        if run_id(cfg) != folder.name:
-            raise ConfigError(
-                f"{quote_path(folder / rundir.CONFIG)} must be that of the run {folder.name}, but "
-                "was changed; delete the folder and run the sweep again."
-            )
+        cfg = load_run(folder)
         per_step = spec["train_flops"] / spec["steps"]
         result = fit(cfg, folder, flops_per_step=per_step)
     except Exception as error:
         if is_peer_failure(error):
             raise  # the other processes will not come
         if jax.process_index() == 0:
-            _record_failure(folder, error)
+            record_failure(folder, error)
         sync_processes("the failure is recorded")
         return status(folder, spec["name"])
     if _is_complete(result, cfg) and jax.process_index() == 0:
-        (folder / FAILURE).unlink(missing_ok=True)
-        rundir.write_json(folder / RESULT, _result(folder, spec, result))
+        assert result.evaluation is not None
+        record_result(folder, spec, result.evaluation["valid_loss"])
     sync_processes("the result is written")  # all of them read the same state
     return status(folder, spec["name"])
+
+
+def load_run(folder: Path) -> ExperimentConfig:
+    """The config of the run in a folder that was prepared; raises ConfigError if it was changed."""
+    cfg = load_config(folder / rundir.CONFIG, ExperimentConfig)
+    if run_id(cfg) != folder.name:
+        raise ConfigError(
+            f"{quote_path(folder / rundir.CONFIG)} must be that of the run {folder.name}, but "
+            "was changed; delete the folder and run the sweep again."
+        )
+    return cfg
 
 
 def _is_complete(result: FitResult, cfg: ExperimentConfig) -> bool:
@@ -138,18 +144,20 @@ def _is_complete(result: FitResult, cfg: ExperimentConfig) -> bool:
     return result.finished and (result.evaluation or {}).get("step") == cfg.train.steps
 
 
-def _result(folder: Path, spec: dict[str, Any], result: FitResult) -> dict[str, Any]:
-    assert result.evaluation is not None
+def record_result(folder: Path, spec: dict[str, Any], val_loss: float) -> None:
+    """Writes the row of a finished run, whose metrics are in its folder."""
     records = rundir.read_metrics(folder / rundir.METRICS)
     losses = [record["loss"] for record in records if record.get("loss") is not None]
     seconds = sum(r["step_time"] * (r["step"] - s) for r, s in _intervals(records))
-    return spec | {
-        "val_loss": result.evaluation["valid_loss"],
+    values = {
+        "val_loss": val_loss,
         "train_loss": losses[-1] if losses else None,
         "train_seconds": seconds,
         "source": source_fingerprint(),
         "versions": rundir.versions(),
     }
+    (folder / FAILURE).unlink(missing_ok=True)
+    rundir.write_json(folder / RESULT, spec | values)
 
 
 def _intervals(records: list[dict[str, Any]]) -> list[tuple[dict[str, Any], int]]:
@@ -159,7 +167,8 @@ def _intervals(records: list[dict[str, Any]]) -> list[tuple[dict[str, Any], int]
     return list(zip(timed, starts, strict=False))
 
 
-def _record_failure(folder: Path, error: Exception) -> None:
+def record_failure(folder: Path, error: Exception) -> None:
+    """Writes why a run failed, with the exit code of that error."""
     code, text = exit_code(error), printable(f"{type(error).__name__}: {error}")
     values = {
         "code": code,

@@ -73,11 +73,12 @@ class RunSpec(NamedTuple):
 
 
 Rule = Callable[[Point], float]
+Rates = Callable[[Point], float | Sequence[float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Every family with each of its shapes, every budget (or ratio), length and seed.
+    """Every family with each of its shapes, every budget (or ratio), length, rate and seed.
 
     Raises:
         ConfigError: a field has the wrong type, is empty, or is out of range.
@@ -87,7 +88,7 @@ class Sweep:
     shapes: Sequence[Shape] | Mapping[str, Sequence[Shape]]  # of all families, or of each
     seq_len: int | Sequence[int]
     batch_rule: Rule  # sequences of a step
-    lr_rule: Rule  # peak learning rate
+    lr_rule: Rates  # peak learning rate, or several to compare
     data: DataConfig  # of all runs; seq_len and batch_size are replaced
     train: TrainConfig  # of all runs; steps, lr and seed are replaced
     budgets: Sequence[float] = ()  # FLOPs of training, forward and backward
@@ -143,7 +144,7 @@ def plan(sweep: Sweep) -> list[RunSpec]:
             `MAX_DEVIATION` away from its budget.
         ConfigError: a config is invalid.
     """
-    specs = [_spec(sweep, point, seed) for point in sweep.points() for seed in sweep.seeds]
+    specs = [spec for point in sweep.points() for spec in _specs(sweep, point)]
     if not specs:
         raise ArgumentError("include must be True for at least one run, got none; relax it.")
     names: dict[str, str] = {}
@@ -162,8 +163,17 @@ def run_id(cfg: ExperimentConfig) -> str:
     return fingerprint(dataclasses.replace(cfg, name=""))
 
 
-def _spec(sweep: Sweep, point: Point, seed: int) -> RunSpec:
-    name = _name(point, seed)
+def _specs(sweep: Sweep, point: Point) -> Iterator[RunSpec]:
+    """The runs of every learning rate and seed."""
+    rates = sweep.lr_rule(point)
+    several = isinstance(rates, Sequence)
+    for lr in rates if several else [rates]:
+        for seed in sweep.seeds:
+            name = f"{_name(point)}{f'_lr{lr:g}' if several else ''}_s{seed}"
+            yield _spec(sweep, point, float(lr), seed, name)
+
+
+def _spec(sweep: Sweep, point: Point, lr: float, seed: int, name: str) -> RunSpec:
     model = sweep.families[point.family](point.shape)
     batch_size = _whole("batch_rule", sweep.batch_rule(point), name)
     num_params = flops.count_params(model)
@@ -182,7 +192,6 @@ def _spec(sweep: Sweep, point: Point, seed: int) -> RunSpec:
             f"{sweep.step_multiple} within {MAX_DEVIATION:.0%} of {wanted:.4g}, got {steps}; make "
             "the batch or the multiple smaller, or leave the run out by include."
         )
-    lr = float(sweep.lr_rule(point))
     train = dataclasses.replace(sweep.train, steps=steps, lr=lr, seed=seed)
     data = dataclasses.replace(sweep.data, seq_len=point.seq_len, batch_size=batch_size)
     cfg = ExperimentConfig(name=name, model=model, data=data, train=train)
@@ -197,11 +206,11 @@ def _spec(sweep: Sweep, point: Point, seed: int) -> RunSpec:
     )
 
 
-def _name(point: Point, seed: int) -> str:
+def _name(point: Point) -> str:
     dim, blocks, heads = point.shape
     ratio, budget = point.tokens_per_param, point.budget
     target = f"r{ratio:g}" if budget is None else f"C{budget:g}"
-    return f"{point.family}_d{dim}_l{blocks}_h{heads}_T{point.seq_len}_{target}_s{seed}"
+    return f"{point.family}_d{dim}_l{blocks}_h{heads}_T{point.seq_len}_{target}"
 
 
 def _whole(rule: str, value: float, name: str) -> int:

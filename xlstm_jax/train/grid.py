@@ -7,6 +7,7 @@ are one program under `jax.vmap`.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from xlstm_jax.modules.initializers import random_key
 from xlstm_jax.ops.cross_entropy import CrossEntropy
 from xlstm_jax.train import losses
 from xlstm_jax.train.config import TrainConfig
+from xlstm_jax.train.grid_saves import GridSaves
 from xlstm_jax.train.optimizer import make_optimizer
 from xlstm_jax.train.schedules import make_schedule
 from xlstm_jax.train.state import TrainState, init_state
@@ -30,7 +32,7 @@ Report = Callable[[int, Float[np.ndarray, "M"]], None]
 
 
 class Grid(NamedTuple):
-    """A trained grid of M members: `seeds[0]` with every learning rate, then `seeds[1]`, ..."""
+    """M trained members; those of `train_grid`: `seeds[0]` with every learning rate, ..."""
 
     params: PyTree  # with a leading axis M
     losses: Float[np.ndarray, "steps M"]  # of training, in nats per token
@@ -102,18 +104,47 @@ def train_grid(
                 "each combination of a seed and a learning rate is one run."
             )
     members = [(seed, lr) for seed in seeds for lr in lrs]
+    options: dict[str, Any] = dict(end_lr=end_lr, loss_fn=loss_fn, report=report)
+    return train_members(model, cfg, batches, members, **options)
+
+
+def train_members(
+    model: Any,
+    cfg: TrainConfig,
+    batches: Callable[[int, int], Batch],
+    members: Sequence[tuple[int, float]],
+    *,
+    end_lr: float | None = None,
+    loss_fn: LossFn | None = None,
+    report: Report | None = None,
+    run_dir: Path | None = None,
+) -> Grid:
+    """As `train_grid`, of any pairs of a seed and a learning rate.
+
+    Args:
+        run_dir: folder of the newest state of all members, saved as `cfg.checkpoint_every` and
+            `checkpoint_minutes` say, at multiples of `log_every`, and at the end. The same call
+            continues from it, bit for bit.
+
+    Raises:
+        ConfigError: the state in `run_dir` is of other members.
+        CheckpointError: that state cannot be read.
+        OSError: the disk is full or failed; the last complete state is intact.
+    """
     rates = jnp.asarray(np.stack([_rates(cfg, lr, end_lr) for _, lr in members], axis=1))
     run, states = _program(model, cfg, loss_fn, [seed for seed, _ in members], batches(0, 1))
-    history = []
-    for first in range(0, cfg.steps, cfg.log_every):
-        count = min(cfg.log_every, cfg.steps - first)
-        states, loss = run(states, batches(first, count), rates[first : first + count])
-        history.append(np.asarray(loss))
-        if report is not None:
-            report(first + count, history[-1].mean(axis=0))
-    member_seeds, member_lrs = zip(*members, strict=True)
+    with GridSaves(run_dir, cfg, members) as saves:
+        states, losses = saves.restore(states)
+        for first in range(len(losses), cfg.steps, cfg.log_every):
+            count = min(cfg.log_every, cfg.steps - first)
+            states, new = run(states, batches(first, count), rates[first : first + count])
+            losses = np.concatenate([losses, new])
+            saves.save_if_due(states, losses)
+            if report is not None:
+                report(first + count, losses[first:].mean(axis=0))
     diverged = np.asarray(states.guard.skipped) >= cfg.max_consecutive_skips
-    return Grid(states.params, np.concatenate(history), member_seeds, member_lrs, diverged)
+    member_seeds, member_lrs = zip(*members, strict=True)
+    return Grid(states.params, losses, member_seeds, member_lrs, diverged)
 
 
 def _program(model: Any, cfg: TrainConfig, loss_fn: LossFn | None, seeds: list[int], example):
@@ -171,7 +202,7 @@ def evaluate_grid(
 
     total: Any = None
     for batch in batches:
-        sums = jax.device_get(sums_of(params, batch))
+        sums = jax.tree.map(np.float64, jax.device_get(sums_of(params, batch)))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     if total is None:
         raise ArgumentError("batches must have at least one batch, got none; pass some.")

@@ -22,7 +22,6 @@ from xlstm_jax.train.checkpoint.files import (
     store_context,
 )
 from xlstm_jax.train.processes import log
-from xlstm_jax.train.state import TrainState
 from xlstm_jax.typing import PyTree
 
 
@@ -44,7 +43,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             delete(*drafts)
 
     def save(
-        self, step: int, state: TrainState, data_state: dict[str, Any], config: dict[str, Any]
+        self, step: int, state: PyTree, data_state: dict[str, Any], config: dict[str, Any]
     ) -> None:
         """Saves a step unless it is saved already. Copies `state`, which may then be donated."""
         if step == self._step:
