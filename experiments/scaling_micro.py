@@ -184,7 +184,9 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
     import numpy as np
 
     count = len(result["families"])
-    figure, axes = plt.subplots(1, count, figsize=(3.6 * count, 3.6), sharey=True)
+    figure, axes = plt.subplots(
+        1, count, figsize=(3.6 * count, 3.8), sharey=True, layout="constrained"
+    )
     for panel, (name, family) in zip(np.atleast_1d(axes), result["families"].items(), strict=True):
         for color, fit in zip("C0 C1 C2 C3 C4 C5".split(), family["budgets"], strict=False):
             mine = [
@@ -200,10 +202,11 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
         exponent = family["exponent"]
         panel.set_title(f"{name}, N ~ C^{exponent:.2f}" if exponent is not None else name)
         panel.set_xscale("log")
+        panel.xaxis.set_minor_formatter("")
         panel.set_xlabel("parameters")
     np.atleast_1d(axes)[0].set_ylabel("held-out loss, nats per byte")
-    np.atleast_1d(axes)[-1].legend(fontsize="small")
-    figure.tight_layout()
+    handles, labels = np.atleast_1d(axes)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=len(labels), loc="outside upper center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
