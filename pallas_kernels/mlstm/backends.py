@@ -37,3 +37,22 @@ def triton() -> Kernels:
         step=triton_decode.step,
         supports_step=lambda K, V: True,  # incomplete blocks are masked
     )
+
+
+@functools.cache
+def mosaic_gpu() -> Kernels:
+    """Mosaic GPU kernels for Hopper GPUs."""
+    from pallas_kernels.mlstm import mosaic_calls, mosaic_tiles
+
+    def step(*args):
+        raise NotImplementedError("a step is computed as a chunk")
+
+    return Kernels(
+        refusal=mosaic_tiles.refusal,
+        tile=mosaic_tiles.choose,
+        width=mosaic_tiles.width,
+        forward=mosaic_calls.forward,
+        backward=mosaic_calls.backward,
+        step=step,
+        supports_step=lambda K, V: False,
+    )

@@ -321,6 +321,19 @@ def pack_backward(x: Decays, qk_dim: int, norm: jax.Array | None, sign: jax.Arra
     return jnp.stack([a.reshape(a.shape[:2] + (-1,)) for a in packed], axis=2)
 
 
+def scale_normalizer(packed: jax.Array, h: jax.Array, dh: jax.Array) -> jax.Array:
+    """`packed` with the cotangent of each query's normalizer, times the normalizer, for its sign.
+
+    Args:
+        packed: `B H 8 T`, from `pack_backward`.
+        h, dh: `B T HV`.
+    """
+    B, H, _, T = packed.shape
+    # The sum runs over the last axis, before the transpose, so that only the sums are transposed.
+    sums = (h.astype(jnp.float32) * dh.astype(jnp.float32)).reshape(B, T, H, -1).sum(-1)
+    return packed.at[:, :, NORMALIZER].multiply(jnp.swapaxes(sums, 1, 2))
+
+
 class StepFactors(NamedTuple):
     """Factors of one step, `B H` each."""
 

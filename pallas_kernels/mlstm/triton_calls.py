@@ -27,11 +27,7 @@ def backward(options: Options, packed, q, k, v, h, dh, C_starts, n_starts, dC, d
     """The backward pass; see `options.Kernels`."""
     dnorm = h is not None
     if dnorm:
-        # From the sign of each query's normalizer to its cotangent times the normalizer. The sum
-        # runs over the last axis, before the transpose, so that only the sums are transposed.
-        B, H, _, T = packed.shape
-        sums = (h.astype(jnp.float32) * dh.astype(jnp.float32)).reshape(B, T, H, -1).sum(-1)
-        packed = packed.at[:, :, gates.NORMALIZER].multiply(jnp.swapaxes(sums, 1, 2))
+        packed = gates.scale_normalizer(packed, h, dh)
     saved = (C_starts, n_starts)
     *ends, dC, dn, scaling = _states(options, packed, q, dh, dC, dn, saved, dnorm=dnorm)
     dq, q_dq = _outputs(options, "dq", packed, dh, v, k, *saved, q, dnorm=dnorm)

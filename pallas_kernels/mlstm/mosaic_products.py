@@ -1,0 +1,184 @@
+"""The products of `mosaic_outputs`: what one warp group adds to its 64 positions."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.common import NEG
+from pallas_kernels.mlstm.gates import COARSE, KEY, NORMALIZER, QUERY, READ, SEGMENT, WRITE
+from pallas_kernels.mlstm.mosaic_blocks import (
+    BY_BLOCK,
+    BY_COLUMN,
+    BY_ROW,
+    Ring,
+    over_columns,
+    over_rows,
+    span,
+)
+from pallas_kernels.mlstm.mosaic_tiles import BLOCK
+
+
+class Work(NamedTuple):
+    """What a warp group computes, and with what."""
+
+    sizes: Any  # `mosaic_outputs.Sizes`
+    gmem: Any  # `mosaic_outputs.Gmem`
+    smem: Any  # `mosaic_outputs.Smem`
+    place: Any  # `mosaic_outputs.Place`
+    group: Any  # number of the warp group
+    t: Any  # its positions
+    ring: Ring
+    lhs: Any  # blocks of its positions, in shared memory
+
+
+class Rows(NamedTuple):
+    """Gates of the positions of a warp group, `64` each; None if not used."""
+
+    coarse: Any
+    fine: Any
+    weight: Any  # of C
+    normalizer: Any
+    segment: Any
+
+
+def load_rows(work: Work) -> Rows:
+    """Loads the gates of the positions of a warp group."""
+    s, x, (b, h, *_) = work.sizes, work.gmem, work.place
+
+    def gate(index):
+        return plgpu.load(x.gates.at[b, h, index, work.t], layout=BY_ROW, optimized=False)
+
+    return Rows(
+        gate(COARSE),
+        gate(KEY if s.later else QUERY),
+        gate(WRITE if s.later else READ),
+        gate(NORMALIZER) if s.normalize or (s.dnorm and not s.later) else None,
+        gate(SEGMENT) if s.resets else None,
+    )
+
+
+def add_state(work: Work, rows: Rows, acc: Any, column: tuple[Any, ...]) -> None:
+    """Adds the product of the weighted lhs with C to `acc`, and that with n to `column`."""
+    s, smem = work.sizes, work.smem
+
+    @pl.loop(0, s.state_items)
+    def _(item):
+        slot = work.ring.slot(item)
+        block = plgpu.load(work.lhs.at[item], layout=BY_BLOCK).astype(jnp.float32)
+        block = (block * over_columns(rows.weight)).astype(jnp.bfloat16)
+        plgpu.barrier_wait(smem.has_state.at[slot])
+        C = [smem.ring.at[slot, j] for j in range(s.blocks)]
+        C = [part.transpose((1, 0)) for part in C] if s.transposed else C
+        n = [smem.split.at[slot].transpose((1, 0))] if s.normalize else []
+        _multiply(work, [*_blocks_of(work, acc), *column], block, C + n)
+        work.ring.leave(item)
+
+
+def add_positions(work: Work, rows: Rows, acc: Any, others: tuple[Any, Any]) -> Any:
+    """Adds the contributions of positions of the same chunk to `acc`; returns their sums over s.
+
+    Args:
+        others: the first block of positions s, and the number of them, of all groups.
+    """
+    s, place, group = work.sizes, work.place, work.group
+    count = others[1]
+
+    def skip(index, _):
+        # Waits, as leaving a slot before it is full would count for its previous item.
+        for r in range(s.rhs_items + 1):
+            item = s.first_item(index) + r
+            full = work.smem.has_rhs if r < s.rhs_items else work.smem.has_values
+            plgpu.barrier_wait(full.at[work.ring.slot(item)])
+            work.ring.leave(item)
+
+    def add(index, d, *, is_diagonal=False):
+        P = _weights(work, rows, s.first_item(index), is_diagonal=is_diagonal)
+        d = d + jnp.sum(P, axis=1) if s.normalize else d
+        item = s.first_item(index) + s.rhs_items
+        slot = work.ring.slot(item)
+        plgpu.barrier_wait(work.smem.has_values.at[slot])
+        values = [work.smem.ring.at[slot, j] for j in range(s.blocks)]
+        _multiply(work, _blocks_of(work, acc), P.astype(jnp.bfloat16), values)
+        work.ring.leave(item)
+        return d
+
+    d = plgpu.layout_cast(jnp.zeros(BLOCK, jnp.float32), BY_ROW)
+    # The block of the own positions is apart: only there the order of positions matters, and a
+    # mask in the loop would take registers. A program ends, or begins if later, with blocks that
+    # some of its groups do not see.
+    if s.later:
+        lax.fori_loop(0, group, skip, None)
+        return lax.fori_loop(group + 1, count, add, add(group, d, is_diagonal=True))
+    own = place.first + group
+    d = add(own, lax.fori_loop(0, own, add, d), is_diagonal=True)
+    lax.fori_loop(own + 1, count, skip, None)
+    return d
+
+
+def _weights(work: Work, rows: Rows, item: Any, *, is_diagonal: bool) -> Any:
+    """The products of lhs and 64 positions s of rhs, from `item` on, times their gates."""
+    s, smem, ring = work.sizes, work.smem, work.ring
+
+    def product(P):
+        # Loops, as otherwise the addresses of all blocks of lhs would be kept in registers.
+        @pl.loop(0, s.rhs_items)
+        def _(r):
+            slot = ring.slot(item + r)
+            plgpu.barrier_wait(smem.has_rhs.at[slot])
+
+            @pl.loop(0, s.inner)
+            def _(i):
+                rhs = smem.ring.at[slot, i].transpose((1, 0))
+                plgpu.wgmma(P, work.lhs.at[r * s.inner + i], rhs)
+
+            plgpu.wgmma_wait(0)
+            pl.when(r < s.rhs_items - 1)(lambda: ring.leave(item + r))
+
+        return P[...]
+
+    P = pl.run_scoped(product, plgpu.ACC((BLOCK, BLOCK)))
+    last = item + s.rhs_items - 1
+    P = _gated(s, P, rows, smem.columns.at[ring.slot(last)], is_diagonal=is_diagonal)
+    plgpu.commit_smem()  # orders loads of columns before the next copy to the slot
+    ring.leave(last)
+    return P
+
+
+def _gated(s: Any, P: Any, rows: Rows, columns: Any, *, is_diagonal: bool) -> Any:
+    """The products P of 64 positions t and 64 positions s, times their gates."""
+
+    def column(index):
+        return over_rows(plgpu.load(columns.at[index], layout=BY_COLUMN))
+
+    if s.dnorm:
+        P += column(2) if s.later else over_columns(rows.normalizer)
+    log_weight = over_columns(rows.coarse) - column(0)
+    log_weight = -log_weight if s.later else log_weight
+    log_weight += over_columns(rows.fine) + column(1)
+    if is_diagonal:
+        t, other = (
+            plgpu.broadcasted_iota(jnp.int32, P.shape, axis, layout=BY_BLOCK) for axis in (0, 1)
+        )
+        log_weight = jnp.where(t <= other if s.later else t >= other, log_weight, NEG)
+    if s.resets:
+        is_same = over_columns(rows.segment) == column(3)
+        log_weight = jnp.where(is_same, log_weight, NEG)
+    return P * jnp.exp(log_weight)
+
+
+def _blocks_of(work: Work, acc: Any) -> list[Any]:
+    return [acc.at[:, span(j)] for j in range(work.sizes.blocks)]
+
+
+def _multiply(work: Work, accumulators: list[Any], left: Any, right: list[Any]) -> None:
+    """Adds the products of a block in registers and blocks in shared memory to accumulators."""
+    if work.sizes.interpret:  # the interpreter takes operands from shared memory only
+        work.smem.left[work.group] = left
+        plgpu.commit_smem()
+        left = work.smem.left.at[work.group]
+    for accumulator, block in zip(accumulators, right, strict=True):
+        plgpu.wgmma(accumulator, left, block)
+    plgpu.wgmma_wait(0)
