@@ -50,6 +50,11 @@ def over_rows(x: jax.Array) -> jax.Array:
     return lax.broadcast_in_dim(x, (BLOCK, BLOCK), [1])
 
 
+def row_of_zeros() -> jax.Array:
+    """Zero for every row of a block."""
+    return plgpu.layout_cast(jnp.zeros(BLOCK, jnp.float32), BY_ROW)
+
+
 class Ring(NamedTuple):
     """Slots in shared memory, which one warp group fills in order and the others read."""
 

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mlstm.gates import NORMALIZER
 from pallas_kernels.mlstm.mosaic_blocks import (
     BY_BLOCK,
     BY_COLUMN,
@@ -23,9 +24,10 @@ from pallas_kernels.mlstm.mosaic_blocks import (
     launch,
     over_columns,
     over_rows,
+    row_of_zeros,
     span,
 )
-from pallas_kernels.mlstm.mosaic_products import Rows, Work, add_positions, add_state, load_rows
+from pallas_kernels.mlstm.mosaic_products import Work, add_positions, add_state, gate, weight
 from pallas_kernels.mlstm.mosaic_tiles import BLOCK
 
 
@@ -184,7 +186,9 @@ def _copy(s: Sizes, x: Gmem, smem: Smem, place: Place) -> None:
     def _(index):
         t = span(chunk * (s.L // BLOCK) + begin + index)
         item = s.first_item(index)
-        for r in range(s.rhs_items):
+
+        @pl.loop(0, s.rhs_items)
+        def _(r):
             ring.wait_until_empty(item + r)
             slot = ring.slot(item + r)
             full = smem.has_rhs.at[slot]
@@ -192,6 +196,7 @@ def _copy(s: Sizes, x: Gmem, smem: Smem, place: Place) -> None:
                 columns = span(a + r * s.inner + i)
                 plgpu.copy_gmem_to_smem(x.rhs.at[b, t, columns], smem.ring.at[slot, i], full)
             plgpu.copy_gmem_to_smem(x.columns.at[b, h, :, t], smem.columns.at[slot], full)
+
         item = item + s.rhs_items
         ring.wait_until_empty(item)
         slot = ring.slot(item)
@@ -208,25 +213,25 @@ def _multiply(s: Sizes, x: Gmem, smem: Smem, place: Place, group: Any) -> None:
     for i in range(s.A // BLOCK):
         source = x.lhs.at[place.b, t, span(place.h * (s.A // BLOCK) + i)]
         plgpu.copy_gmem_to_smem(source, work.lhs.at[i], smem.has_lhs.at[group])
-    rows = load_rows(work)
     plgpu.barrier_wait(smem.has_lhs.at[group])
 
     def products(acc, *column):
-        add_state(work, rows, acc, column)
-        d = add_positions(work, rows, acc, _other_blocks(s, place))
+        add_state(work, acc, column)
+        d = add_positions(work, acc, _other_blocks(s, place))
         return acc[...], d + jnp.sum(column[0][...], axis=1) if s.normalize else d
 
     shapes = [plgpu.ACC((BLOCK, BLOCK * s.blocks))]
     shapes += [plgpu.ACC((BLOCK, SPLIT))] if s.normalize else []
-    _store(work, rows, *pl.run_scoped(products, *shapes))
+    _store(work, *pl.run_scoped(products, *shapes))
 
 
-def _store(work: Work, rows: Rows, acc, d) -> None:
+def _store(work: Work, acc, d) -> None:
     """Adds the contribution of n, normalizes, and stores the result and its sums."""
     s, x, smem, (b, h, chunk, _, w), group, t, _, lhs = work
     columns = [span(h * (s.W // BLOCK) + w + j) for j in range(s.blocks)]
     has_primal = s.sums and not s.normalize
     if has_primal:
+        d = row_of_zeros()
         for j in range(s.blocks):
             source = x.primal.at[b, t, columns[j]]
             plgpu.copy_gmem_to_smem(source, lhs.at[j], smem.has_primal.at[group])
@@ -235,10 +240,11 @@ def _store(work: Work, rows: Rows, acc, d) -> None:
         block = acc[:, j * BLOCK : (j + 1) * BLOCK]
         if s.transposed and (s.later or s.dnorm):
             n = plgpu.load(x.n.at[b, h, chunk, 0, span(w + j)], layout=BY_COLUMN, optimized=False)
-            factor = rows.weight if s.later else rows.weight * rows.normalizer
+            factor = weight(work)
+            factor = factor if s.later else factor * gate(work, NORMALIZER)
             block += over_columns(factor) * over_rows(n)
         if s.normalize:
-            norm = jnp.maximum(jnp.abs(d), rows.normalizer) + s.eps
+            norm = jnp.maximum(jnp.abs(d), gate(work, NORMALIZER)) + s.eps
             block *= over_columns(1.0 / norm)
         if has_primal:
             primal = plgpu.load(lhs.at[j], layout=BY_BLOCK).astype(jnp.float32)

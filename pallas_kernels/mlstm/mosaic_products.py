@@ -16,6 +16,7 @@ from pallas_kernels.mlstm.mosaic_blocks import (
     Ring,
     over_columns,
     over_rows,
+    row_of_zeros,
     span,
 )
 from pallas_kernels.mlstm.mosaic_tiles import BLOCK
@@ -34,41 +35,35 @@ class Work(NamedTuple):
     lhs: Any  # blocks of its positions, in shared memory
 
 
+def gate(work: Work, index: int) -> Any:
+    """The gate with this index in `gates.PackedGates` at the positions of a warp group, `64`."""
+    b, h, *_ = work.place
+    return plgpu.load(work.gmem.gates.at[b, h, index, work.t], layout=BY_ROW, optimized=False)
+
+
+def weight(work: Work) -> Any:
+    """The weight of C at the positions of a warp group, `64`."""
+    return gate(work, WRITE if work.sizes.later else READ)
+
+
 class Rows(NamedTuple):
-    """Gates of the positions of a warp group, `64` each; None if not used."""
+    """Gates of the positions of a warp group, `64` each, which all positions s need."""
 
     coarse: Any
     fine: Any
-    weight: Any  # of C
-    normalizer: Any
-    segment: Any
+    dnorm: Any  # None if not used
+    segment: Any  # None if not used
 
 
-def load_rows(work: Work) -> Rows:
-    """Loads the gates of the positions of a warp group."""
-    s, x, (b, h, *_) = work.sizes, work.gmem, work.place
-
-    def gate(index):
-        return plgpu.load(x.gates.at[b, h, index, work.t], layout=BY_ROW, optimized=False)
-
-    return Rows(
-        gate(COARSE),
-        gate(KEY if s.later else QUERY),
-        gate(WRITE if s.later else READ),
-        gate(NORMALIZER) if s.normalize or (s.dnorm and not s.later) else None,
-        gate(SEGMENT) if s.resets else None,
-    )
-
-
-def add_state(work: Work, rows: Rows, acc: Any, column: tuple[Any, ...]) -> None:
+def add_state(work: Work, acc: Any, column: tuple[Any, ...]) -> None:
     """Adds the product of the weighted lhs with C to `acc`, and that with n to `column`."""
-    s, smem = work.sizes, work.smem
+    s, smem, weights = work.sizes, work.smem, weight(work)
 
     @pl.loop(0, s.state_items)
     def _(item):
         slot = work.ring.slot(item)
         block = plgpu.load(work.lhs.at[item], layout=BY_BLOCK).astype(jnp.float32)
-        block = (block * over_columns(rows.weight)).astype(jnp.bfloat16)
+        block = (block * over_columns(weights)).astype(jnp.bfloat16)
         plgpu.barrier_wait(smem.has_state.at[slot])
         C = [smem.ring.at[slot, j] for j in range(s.blocks)]
         C = [part.transpose((1, 0)) for part in C] if s.transposed else C
@@ -77,14 +72,22 @@ def add_state(work: Work, rows: Rows, acc: Any, column: tuple[Any, ...]) -> None
         work.ring.leave(item)
 
 
-def add_positions(work: Work, rows: Rows, acc: Any, others: tuple[Any, Any]) -> Any:
-    """Adds the contributions of positions of the same chunk to `acc`; returns their sums over s.
+def add_positions(work: Work, acc: Any, others: tuple[Any, Any]) -> Any:
+    """Adds the contributions of positions of the same chunk to `acc`.
+
+    Returns their sums over s if these normalize the result, else None.
 
     Args:
         others: the first block of positions s, and the number of them, of all groups.
     """
     s, place, group = work.sizes, work.place, work.group
     count = others[1]
+    rows = Rows(
+        gate(work, COARSE),
+        gate(work, KEY if s.later else QUERY),
+        gate(work, NORMALIZER) if s.dnorm and not s.later else None,
+        gate(work, SEGMENT) if s.resets else None,
+    )
 
     def skip(index, _):
         # Waits, as leaving a slot before it is full would count for its previous item.
@@ -105,7 +108,7 @@ def add_positions(work: Work, rows: Rows, acc: Any, others: tuple[Any, Any]) -> 
         work.ring.leave(item)
         return d
 
-    d = plgpu.layout_cast(jnp.zeros(BLOCK, jnp.float32), BY_ROW)
+    d = row_of_zeros() if s.normalize else None
     # The block of the own positions is apart: only there the order of positions matters, and a
     # mask in the loop would take registers. A program ends, or begins if later, with blocks that
     # some of its groups do not see.
@@ -153,8 +156,6 @@ def _gated(s: Any, P: Any, rows: Rows, columns: Any, *, is_diagonal: bool) -> An
     def column(index):
         return over_rows(plgpu.load(columns.at[index], layout=BY_COLUMN))
 
-    if s.dnorm:
-        P += column(2) if s.later else over_columns(rows.normalizer)
     log_weight = over_columns(rows.coarse) - column(0)
     log_weight = -log_weight if s.later else log_weight
     log_weight += over_columns(rows.fine) + column(1)
@@ -166,6 +167,8 @@ def _gated(s: Any, P: Any, rows: Rows, columns: Any, *, is_diagonal: bool) -> An
     if s.resets:
         is_same = over_columns(rows.segment) == column(3)
         log_weight = jnp.where(is_same, log_weight, NEG)
+    if s.dnorm:
+        P += column(2) if s.later else over_columns(rows.dnorm)
     return P * jnp.exp(log_weight)
 
 

@@ -25,6 +25,7 @@ from pallas_kernels.mlstm.mosaic_blocks import (
     in_smem,
     launch,
     over_columns,
+    row_of_zeros,
     span,
 )
 from pallas_kernels.mlstm.mosaic_tiles import BLOCK
@@ -225,7 +226,7 @@ def _sum_scaling(work: Work, dC: list[Any], chunk: Any) -> None:
     for j, source in enumerate(work.part(work.x.C_starts, chunk)):
         plgpu.copy_gmem_to_smem(source, stage.at[j], staged)
     plgpu.barrier_wait(staged)
-    total = plgpu.layout_cast(jnp.zeros(BLOCK, jnp.float32), BY_ROW)
+    total = row_of_zeros()
     for j, block in enumerate(dC):
         C = plgpu.load(stage.at[j], layout=BY_BLOCK).astype(jnp.float32)
         total += jnp.sum(C * block, axis=1)
