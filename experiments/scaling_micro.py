@@ -131,11 +131,11 @@ def analyze(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == name]
         budgets = [_fit_budget(mine, c) for c in dict.fromkeys(row["isoflop"] for row in mine)]
-        convex = [one for one in budgets if one["convex"]]
+        valid = [one for one in budgets if one["inside"]]  # others extrapolate to their minimum
         law = None
-        if len(convex) >= 2:
-            flops = [one["flops"] for one in convex]
-            law = scaling.fit_power_law([one["num_params"] for one in convex], flops)
+        if len(valid) >= 2:
+            flops = [one["flops"] for one in valid]
+            law = scaling.fit_power_law([one["num_params"] for one in valid], flops)
         exponent = None if law is None else float(law.exponent)
         families[name] = {"budgets": budgets, "exponent": exponent}
     return families

@@ -37,6 +37,7 @@ import pytest
 
 # The import hook names this checker but imports only the package `tests`, so import it here.
 import tests.typechecker  # noqa: F401
+from xlstm_jax.ops import verdicts
 
 # Tracing creates many long-lived objects, which garbage collection scans again and again; with the
 # default thresholds it takes a twelfth of the suite's time.
@@ -49,6 +50,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 MAX_SLOW_CASES = 2
 """Cases of a parametrized slow test that `make test-slow` runs; `make test-all` runs all."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_verdicts():
+    """What `xlstm-jax check` has found on this machine does not affect tests."""
+    verdicts._path, stored = lambda: None, verdicts._path
+    yield
+    verdicts._path = stored
 
 
 @pytest.hookimpl(tryfirst=True)  # before cases are selected by their marks

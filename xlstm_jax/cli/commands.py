@@ -37,6 +37,7 @@ COMMANDS = {
     "fit": "fit TABLE: scaling laws from a table of runs, with pictures",
     "predict": "predict --flops C: the best size and tokens for a budget, from fitted laws",
     "replay": "replay RUN/diverged.json: recompute a skipped step",
+    "check": "check: compare every implementation of the ops on this device with the recurrence",
     "plan": "plan CONFIG.py --topology v5e:4x4: compile a run for a target that is not attached",
     "describe": "describe CONFIG.py: list shapes, parameters, FLOPs and memory, without training",
 }

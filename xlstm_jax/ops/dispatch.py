@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.errors import ArgumentError, UnsupportedError
+from xlstm_jax.ops import verdicts
 from xlstm_jax.typing import Size
 
 
@@ -52,6 +53,8 @@ def choose(op: str, table: Mapping[str, Implementation], name: str, call: Call) 
     refusals = []
     for candidate in table if name == "auto" else (name,):
         reason = table[candidate].unsupported(call)
+        if reason is None and not call.named:
+            reason = verdicts.refusal(op, candidate)
         if reason is None:
             return table[candidate]
         refusals.append(f"{candidate}: {reason}")
@@ -78,11 +81,11 @@ def symbolic_refusal(call: Call, axes: str) -> str | None:
 
 
 def kernel_refusal(backend: str, call: Call) -> str | None:
-    """Why the kernels of a backend ("tpu" or "triton") do not support the call, or None.
+    """Why the kernels of a backend, a function of `backends`, do not support the call, or None.
 
     Platform, dtype and environment are checked, sizes are not, unless they are symbolic.
     """
-    from pallas_kernels import common, gpu
+    from pallas_kernels import common, gpu, mosaic
 
     if (reason := symbolic_refusal(call, "BT")) is not None:
         return reason
@@ -97,6 +100,8 @@ def kernel_refusal(backend: str, call: Call) -> str | None:
     dtype_refusal = common.dtype_refusal(call.dtype)
     if backend == "tpu":
         return dtype_refusal
+    if backend == "mosaic_gpu":
+        return dtype_refusal or mosaic.refusal()
     if is_interpreted:
         return gpu.interpreter_refusal() or dtype_refusal
     return dtype_refusal or gpu.refusal()

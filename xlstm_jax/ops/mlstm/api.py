@@ -32,7 +32,7 @@ NO_STABILIZER, EXP_FORGET = "stabilize=False", "forget_gate='exp'"
 
 
 def _kernels(backend: str) -> Implementation:
-    """The kernels of the backend "tpu" or "triton", as an implementation."""
+    """The kernels of a backend, a function of `pallas_kernels.mlstm.backends`."""
 
     def unsupported(call: dispatch.Call) -> str | None:
         reason = dispatch.kernel_refusal(backend, call)
@@ -90,6 +90,7 @@ def _open(options: Options) -> float:
 # Ordered by preference: "auto" selects the first that supports the call.
 IMPLEMENTATIONS = {
     "pallas_tpu": _kernels("tpu"),
+    "mosaic_gpu": _kernels("mosaic_gpu"),
     "triton": _kernels("triton"),
     "chunkwise": Implementation(mlstm_chunkwise, _in_chunks),
     "parallel": Implementation(mlstm_parallel, _in_chunks),

@@ -1,0 +1,155 @@
+"""`xlstm-jax check` finds wrong implementations, and "auto" never takes one that failed."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import common
+from xlstm_jax.cli import check as command
+from xlstm_jax.cli.exit_codes import DONE, MACHINE_FAILED
+from xlstm_jax.ops import device_check, dispatch, verdicts
+from xlstm_jax.ops.device_check import Outcome, Workload
+from xlstm_jax.ops.mlstm.api import IMPLEMENTATIONS
+
+SMALL = Workload("mlstm", 1, 24, 1, 4, 6, "float32")
+PASSED = {"passed": True, "reason": "", "fastest": False}
+FAILED = {"passed": False, "reason": "error 0.5 of h", "fastest": False}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder of verdicts."""
+    monkeypatch.setattr(verdicts, "_path", lambda: tmp_path / "cache" / verdicts.FILE)
+    verdicts._verdicts.cache_clear()
+    yield tmp_path / "cache"
+    verdicts._verdicts.cache_clear()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Only one small workload is checked."""
+    monkeypatch.setattr(device_check, "workloads", lambda platform: [SMALL])
+    monkeypatch.setattr(device_check, "REPEATS", 1)
+
+
+def chosen(implementation="auto") -> str:
+    """The implementation that a small call takes."""
+    call = dispatch.Call(1, 24, 1, 4, 6, jnp.dtype("float32"), "cpu")
+    entry = dispatch.choose("mlstm", IMPLEMENTATIONS, implementation, call)
+    return next(name for name, value in IMPLEMENTATIONS.items() if value is entry)
+
+
+def replace(monkeypatch, name, fn):
+    entry = dataclasses.replace(IMPLEMENTATIONS[name], fn=fn)
+    monkeypatch.setitem(IMPLEMENTATIONS, name, entry)
+
+
+def test_right_implementations_pass_and_are_remembered(folder, small, unchecked_types, capsys):
+    assert command.run([]) == DONE
+    assert "chunkwise" in capsys.readouterr().out
+    stored = json.loads((folder / verdicts.FILE).read_text())
+    (entry,) = stored.values()
+    assert entry["device"] == verdicts.describe()
+    assert {name: x["passed"] for name, x in entry["verdicts"]["mlstm"].items()} == {
+        "chunkwise": True,
+        "parallel": True,
+    }
+
+
+@pytest.mark.parametrize("wrong", ["h", "state", "NaN", "error"])
+def test_wrong_implementation_fails_and_auto_does_not_take_it(
+    folder, small, monkeypatch, unchecked_types, capsys, wrong
+):
+    right = IMPLEMENTATIONS["chunkwise"].fn
+
+    def compute(*args):
+        h, state = right(*args)
+        if wrong == "error":
+            raise RuntimeError("no such instruction")
+        if wrong == "state":
+            return h, state._replace(C=1.01 * state.C)
+        return (h * jnp.nan if wrong == "NaN" else 1.01 * h), state
+
+    assert chosen() == "chunkwise"
+    replace(monkeypatch, "chunkwise", compute)
+    assert command.run([]) == MACHINE_FAILED
+    assert "failed" in capsys.readouterr().out
+    replace(monkeypatch, "chunkwise", right)
+    assert chosen() == "parallel"
+    reason = verdicts.refusal("mlstm", "chunkwise")
+    assert reason is not None and "failed `xlstm-jax check` on this device (1 x 24" in reason
+    # By name it still runs.
+    assert chosen("chunkwise") == "chunkwise"
+
+
+def test_other_versions_are_not_judged(folder, monkeypatch):
+    verdicts.record({"mlstm": {"chunkwise": FAILED}})
+    assert verdicts.refusal("mlstm", "chunkwise") is not None
+    known = verdicts.describe()
+    monkeypatch.setattr(verdicts, "describe", lambda: known | {"driver": "another"})
+    verdicts._verdicts.cache_clear()
+    assert verdicts.refusal("mlstm", "chunkwise") is None
+    verdicts.record({"mlstm": {"chunkwise": PASSED}})
+    assert len(json.loads((folder / verdicts.FILE).read_text())) == 2
+
+
+def test_target_of_a_compilation_is_not_judged(folder):
+    verdicts.record({"mlstm": {"triton": FAILED, "mosaic_gpu": PASSED | {"fastest": True}}})
+    with common.compiled_for("sm_90"):
+        assert verdicts.refusal("mlstm", "triton") is None
+        assert verdicts.refusal("mlstm", "mosaic_gpu") is not None
+
+
+def test_mosaic_gpu_is_taken_only_if_it_was_fastest(folder):
+    assert "has found it right, and faster than 'triton'" in (
+        verdicts.refusal("mlstm", "mosaic_gpu") or ""
+    )
+    verdicts.record({"mlstm": {"mosaic_gpu": PASSED}})
+    assert verdicts.refusal("mlstm", "mosaic_gpu") is not None
+    verdicts.record({"mlstm": {"mosaic_gpu": PASSED | {"fastest": True}}})
+    assert verdicts.refusal("mlstm", "mosaic_gpu") is None
+
+
+def test_fastest_is_the_one_that_is_faster_in_every_workload():
+    other = SMALL._replace(T=48)
+    outcomes = [
+        Outcome(name, workload, 0.0, "h", time)
+        for name, times in {"a": (1.0, 1.0), "b": (2.0, 2.0), "c": (0.5, 3.0)}.items()
+        for workload, time in zip((SMALL, other), times, strict=True)
+    ]
+    found = device_check.verdicts(outcomes)["mlstm"]
+    assert {name: x["fastest"] for name, x in found.items()} == {"a": False, "b": False, "c": False}
+    found = device_check.verdicts([one for one in outcomes if one.implementation != "c"])["mlstm"]
+    assert found["a"]["fastest"] and not found["b"]["fastest"]
+    # One that is wrong is not compared.
+    wrong = [one._replace(error=1.0) if one.implementation == "c" else one for one in outcomes]
+    found = device_check.verdicts(wrong)["mlstm"]
+    assert found["a"]["fastest"] and not found["c"]["passed"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_damaged_file_is_as_none(folder, text):
+    folder.mkdir()
+    (folder / verdicts.FILE).write_text(text)
+    assert verdicts.refusal("mlstm", "chunkwise") is None
+
+
+def test_json_has_device_and_outcomes(folder, small, unchecked_types, capsys):
+    assert command.run(["--json", "--no-record"]) == DONE
+    result = json.loads(capsys.readouterr().out)
+    assert result["device"]["jax"] == jax.__version__
+    assert {one["implementation"] for one in result["outcomes"]} == {"chunkwise", "parallel"}
+    assert all(one["passed"] and one["error"] < 1e-4 for one in result["outcomes"])
+    assert not folder.exists()
+
+
+def test_every_platform_has_padded_and_whole_tiles_in_both_dtypes():
+    for platform in ("cpu", "gpu", "tpu"):
+        found = device_check.workloads(platform)
+        for op in ("mlstm", "slstm"):
+            mine = [one for one in found if one.op == op]
+            assert {one.dtype for one in mine} == {"float32", "bfloat16"}
+            assert any(one.K % 64 for one in mine) and any(one.K % 64 == 0 for one in mine)
