@@ -5,8 +5,8 @@ The figures are those reported by the assembler in Triton's wheel.
     .venv-compile/bin/python experiments/benchmarks/gpu_resources.py --chips sm_90 --ops mlstm
     .venv-compile/bin/python experiments/benchmarks/gpu_resources.py --out RESULT.json
 
-No GPU is needed. Kernels that spill, use 255 registers or exceed the shared memory are marked with
-`!`; `tests/compile` fails if a default tile does.
+No GPU is needed. Kernels that spill or exceed the shared memory are marked with `!`;
+`tests/compile` fails if a default tile does.
 """
 
 import dataclasses

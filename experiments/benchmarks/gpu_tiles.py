@@ -1,14 +1,15 @@
 """Searches the neighborhood of the default block sizes of the mLSTM Triton kernels.
 
 On a GPU all neighbors are timed, and the fastest one belongs in
-`pallas_kernels/mlstm/triton_tiles.py`. With `--chip` they are only compiled, and those that spill,
-use 255 registers or exceed the shared memory are marked as dropped.
+`pallas_kernels/mlstm/triton_tiles.py`. With `--chip` they are only compiled, and those that spill
+or exceed the shared memory are marked as dropped.
 
     .venv-compile/bin/python experiments/benchmarks/gpu_tiles.py --chip sm_90
     python experiments/benchmarks/gpu_tiles.py --out RESULT.json         # on a GPU
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
@@ -70,15 +71,16 @@ def _states_blocks(block: States) -> Iterator[States]:
 
 
 def _outputs_blocks(block: Outputs, chunk: int) -> Iterator[Outputs]:
-    for positions in (64, 128):
-        for other_positions in (16, 32, 64):
-            for state_inner in (32, 64):
-                for width in {block.width, max(block.width // 2, 16)}:
-                    for warps in (4, 8):
-                        for stages in (2, 3):
-                            if positions <= chunk:
-                                sizes = (positions, other_positions, block.inner, state_inner)
-                                yield Outputs(*sizes, width, warps, stages)
+    choices = itertools.product(
+        (64, 128),  # positions
+        (32, 64),  # other positions
+        sorted({block.inner, max(block.inner // 2, 64), 2 * block.inner}),
+        (block.state_inner,),
+        sorted({block.width, max(block.width // 2, 16)}),
+        (4, 8),  # warps
+        (2, 3),  # stages
+    )
+    return (Outputs(*choice) for choice in choices if choice[0] <= chunk)
 
 
 def tile_function(tile: Tile, kernel: str, case: Case):

@@ -19,9 +19,6 @@ from jax.extend import core
 from pallas_kernels import common
 from pallas_kernels.hardware import ARCHITECTURES
 
-MAX_REGISTERS = 254
-"""Limit per thread: at 255 ptxas has run out of registers, even if it reports no spills."""
-
 TENSOR_COLUMNS = 512
 """Columns of Blackwell's tensor memory; beyond it Triton emits a kernel that halts the device."""
 
@@ -121,7 +118,8 @@ def _launch(equation: core.JaxprEqn) -> Launch:
 
 
 @functools.cache
-def _assembled(launch: Launch, capability: int) -> Resources:
+def _compiled(launch: Launch, capability: int) -> Any:
+    """The kernel of a launch, compiled by Triton."""
     triton = importlib.import_module("triton")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
     constants = dict(launch.constants)
@@ -135,7 +133,18 @@ def _assembled(launch: Launch, capability: int) -> Resources:
     with triton.knobs.cache.scope():
         # jax-triton unsets the cache directory, without which Triton does not compile.
         triton.knobs.cache.dir = triton.knobs.cache.get_triton_dir("cache")
-        kernel = triton.compile(source, target=target, options=dict(launch.options))
+        return triton.compile(source, target=target, options=dict(launch.options))
+
+
+def cubin(launch: Launch, chip: str) -> bytes:
+    """The assembled kernel of a launch."""
+    return _compiled(launch, ARCHITECTURES[chip].capability).asm["cubin"]
+
+
+@functools.cache
+def _assembled(launch: Launch, capability: int) -> Resources:
+    triton = importlib.import_module("triton")
+    kernel = _compiled(launch, capability)
     usage = _usage(triton.knobs.nvidia.cuobjdump.path, kernel.asm["cubin"])
     version = re.search(r"\.version (\d+\.\d+)", kernel.asm["ptx"])
     assert version is not None
@@ -152,7 +161,7 @@ def _assembled(launch: Launch, capability: int) -> Resources:
         num_warps=kernel.metadata.num_warps,
         num_stages=kernel.metadata.num_stages,
         grid=launch.grid,
-        constants=constants,
+        constants=dict(launch.constants),
     )
 
 
@@ -170,7 +179,6 @@ def exceeded_limits(chip: str, kernel: Resources) -> list[str]:
     """A message for every limit of `chip` that the kernel exceeds; empty: it fits."""
     limits = {
         "bytes spilled": (kernel.spills, 0),
-        "registers": (kernel.registers, MAX_REGISTERS),
         "bytes of shared memory": (kernel.shared_bytes, ARCHITECTURES[chip].shared_bytes),
         "columns of tensor memory": (kernel.tensor_columns, TENSOR_COLUMNS),
     }

@@ -27,7 +27,14 @@ from pallas_kernels.mlstm.mosaic_blocks import (
     row_of_zeros,
     span,
 )
-from pallas_kernels.mlstm.mosaic_products import Work, add_positions, add_state, gate, weight
+from pallas_kernels.mlstm.mosaic_products import (
+    Work,
+    add_positions,
+    add_state,
+    gate,
+    power_and_factor,
+    weight,
+)
 from pallas_kernels.mlstm.mosaic_tiles import BLOCK
 
 
@@ -218,7 +225,11 @@ def _multiply(s: Sizes, x: Gmem, smem: Smem, place: Place, group: Any) -> None:
     def products(acc, *column):
         add_state(work, acc, column)
         d = add_positions(work, acc, _other_blocks(s, place))
-        return acc[...], d + jnp.sum(column[0][...], axis=1) if s.normalize else d
+        if s.normalize:
+            weights = weight(work)
+            _, factor = power_and_factor(weights)
+            d = factor * d + weights * jnp.sum(column[0][...], axis=1)
+        return acc[...], d
 
     shapes = [plgpu.ACC((BLOCK, BLOCK * s.blocks))]
     shapes += [plgpu.ACC((BLOCK, SPLIT))] if s.normalize else []
@@ -236,13 +247,14 @@ def _store(work: Work, acc, d) -> None:
             source = x.primal.at[b, t, columns[j]]
             plgpu.copy_gmem_to_smem(source, lhs.at[j], smem.has_primal.at[group])
         plgpu.barrier_wait(smem.has_primal.at[group])
+    weights = weight(work)
+    _, factor = power_and_factor(weights)
     for j in range(s.blocks):  # one after the other, as registers are scarce
-        block = acc[:, j * BLOCK : (j + 1) * BLOCK]
+        block = acc[:, j * BLOCK : (j + 1) * BLOCK] * over_columns(factor)
         if s.transposed and (s.later or s.dnorm):
             n = plgpu.load(x.n.at[b, h, chunk, 0, span(w + j)], layout=BY_COLUMN, optimized=False)
-            factor = weight(work)
-            factor = factor if s.later else factor * gate(work, NORMALIZER)
-            block += over_columns(factor) * over_rows(n)
+            of_n = weights if s.later else weights * gate(work, NORMALIZER)
+            block += over_columns(of_n) * over_rows(n)
         if s.normalize:
             norm = jnp.maximum(jnp.abs(d), gate(work, NORMALIZER)) + s.eps
             block *= over_columns(1.0 / norm)

@@ -46,6 +46,16 @@ def weight(work: Work) -> Any:
     return gate(work, WRITE if work.sizes.later else READ)
 
 
+def power_and_factor(weights: Any) -> tuple[Any, Any]:
+    """Weights as the product of a power of two, 0 for 0, and a factor of at least 1 and below 2.
+
+    bfloat16 numbers times the power are exact. The factor multiplies sums in float32 at the end.
+    """
+    exponent = lax.bitcast_convert_type(weights, jnp.int32) & 0x7F800000
+    power = lax.bitcast_convert_type(exponent, jnp.float32)
+    return power, jnp.where(power > 0, weights / power, 1.0)
+
+
 class Rows(NamedTuple):
     """Gates of the positions of a warp group, `64` each, which all positions s need."""
 
@@ -56,35 +66,41 @@ class Rows(NamedTuple):
 
 
 def add_state(work: Work, acc: Any, column: tuple[Any, ...]) -> None:
-    """Adds the product of the weighted lhs with C to `acc`, and that with n to `column`."""
-    s, smem, weights = work.sizes, work.smem, weight(work)
+    """Adds the product of lhs with C to `acc`, and that with n to `column`.
+
+    `acc` is to be multiplied by the factor of the weights, and `column` by the weights.
+    """
+    s, smem = work.sizes, work.smem
+    power, _ = power_and_factor(weight(work))
 
     @pl.loop(0, s.state_items)
     def _(item):
         slot = work.ring.slot(item)
         block = plgpu.load(work.lhs.at[item], layout=BY_BLOCK).astype(jnp.float32)
-        block = (block * over_columns(weights)).astype(jnp.bfloat16)
+        block = (block * over_columns(power)).astype(jnp.bfloat16)
         plgpu.barrier_wait(smem.has_state.at[slot])
         C = [smem.ring.at[slot, j] for j in range(s.blocks)]
         C = [part.transpose((1, 0)) for part in C] if s.transposed else C
-        n = [smem.split.at[slot].transpose((1, 0))] if s.normalize else []
-        _multiply(work, [*_blocks_of(work, acc), *column], block, C + n)
+        for sums in column:
+            plgpu.wgmma(sums, work.lhs.at[item], smem.split.at[slot].transpose((1, 0)))
+        _multiply(work, _blocks_of(work, acc), block, C)
         work.ring.leave(item)
 
 
 def add_positions(work: Work, acc: Any, others: tuple[Any, Any]) -> Any:
-    """Adds the contributions of positions of the same chunk to `acc`.
+    """Adds the contributions of positions of the same chunk to `acc`, divided by its factor.
 
-    Returns their sums over s if these normalize the result, else None.
+    Returns their sums over s, divided as well, if these normalize the result, else None.
 
     Args:
         others: the first block of positions s, and the number of them, of all groups.
     """
     s, place, group = work.sizes, work.place, work.group
     count = others[1]
+    _, factor = power_and_factor(weight(work))
     rows = Rows(
         gate(work, COARSE),
-        gate(work, KEY if s.later else QUERY),
+        gate(work, KEY if s.later else QUERY) - jnp.log(factor),
         gate(work, NORMALIZER) if s.dnorm and not s.later else None,
         gate(work, SEGMENT) if s.resets else None,
     )

@@ -102,10 +102,11 @@ def states(
         x = tl.load(lhs + token * K + lhs_tile).to(tl.float32) * weight[None, :]
         y = tl.load(rhs + token * V + rhs_tile)
         C += product(x.to(y.dtype), y, UPCAST)
-        if WITH_DNORM:
-            x *= tl.load(gates + NORMALIZER * T + position + t)[None, :]
         if WITH_DNORM or not REVERSED:
-            n += tl.sum(x, axis=1)
+            if owns_n:
+                if WITH_DNORM:
+                    x *= tl.load(gates + NORMALIZER * T + position + t)[None, :]
+                n += tl.sum(x, axis=1)
         if REVERSED:
             if step % steps_per_chunk == steps_per_chunk - 1:
                 total = tl.sum(C * tl.load(C_starts + chunk * (K * V)).to(tl.float32))

@@ -52,7 +52,7 @@ POSITIONS = 64
 
 LONG_CHUNK, SHORT_CHUNK = 256, 128
 """Per token, a chunk costs L (K + V) operations for its weights and K V / L of state traffic.
-They balance at L near sqrt(K V); `choose` has the threshold between the two lengths."""
+They balance at L near sqrt(K V); `chunk_length` has the threshold between the two lengths."""
 
 
 def choose(K: int, V: int, dtype: jnp.dtype, T: int, chunk_size: int | None) -> Tile:
@@ -69,16 +69,23 @@ def choose(K: int, V: int, dtype: jnp.dtype, T: int, chunk_size: int | None) -> 
         return Tile(chunk, States(k, v, positions, 4, 1), h=to_v, dq=to_k, dk=to_k, dv=to_v)
     chip = gpu.current_chip()
     assert chip is not None  # otherwise `gpu.refusal` has rejected the call
-    chunk = chunk_size or (LONG_CHUNK if K * V > 128 * 256 else SHORT_CHUNK)
     to_v, to_k = (outputs(*sizes, dtype, chip) for sizes in ((K, V), (V, K)))
     return Tile(
-        min(chunk, common.round_up(T, POSITIONS)),
+        chunk_length(K, V, T, chunk_size),
         states(K, V, dtype, chip),
         h=to_v,
         dq=to_k,
         dk=to_k,
         dv=to_v,
     )
+
+
+def chunk_length(K: int, V: int, T: int, chunk_size: int | None) -> int:
+    """Positions in a chunk, for padded widths."""
+    if chunk_size is not None:
+        return min(chunk_size, common.round_up(T, POSITIONS))
+    longest = LONG_CHUNK if K * V > 128 * 256 else SHORT_CHUNK
+    return common.best_chunk(T, longest, POSITIONS)
 
 
 def refusal(K: int, V: int, dtype: jnp.dtype, chunk_size: int | None = None) -> str | None:
@@ -110,4 +117,10 @@ def outputs(inner: int, result: int, dtype: jnp.dtype, chip: str) -> Outputs:
     columns = divisor(result, 512 if inner <= 256 and wide else widest)
     others = 64 if inner + columns <= (512 if chip == "sm_90" else 384) and full_width else 32
     small = inner + columns <= (256 if wide else 128) or (not full_width and columns <= 64)
+    if chip == "sm_90" and not small:
+        # Two warp groups: Triton gives each of them columns of the products of positions. It would
+        # have both compute all of them if the left operand were loaded over its full width.
+        block = divisor(inner, min(128, inner // 2))
+        stages = 2 if columns > 256 else 3  # a third one takes more instructions there
+        return Outputs(POSITIONS, 64, block, divisor(inner, 64), columns, 8, stages)
     return Outputs(POSITIONS, others, block, divisor(inner, 64), columns, 4 if small else 8, 2)

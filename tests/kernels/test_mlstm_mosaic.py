@@ -41,6 +41,18 @@ if REFUSAL is None:
 TOLERANCE = TABLE["bfloat16"]
 
 
+def assert_matches(actual, case, **options):
+    """h, the final state and all gradients are those of the recurrence.
+
+    dm is one number per head, the sum of dC * C, and may be small; its error is that of the terms.
+    """
+    expected = reference(case, **options)
+    terms = expected["dC"] * np.asarray(case.state[0], np.float64)
+    error = np.abs(actual["dm"] - expected["dm"]).max()
+    assert error <= TOLERANCE.d_gates * np.sqrt(np.square(terms).sum((2, 3))).max()
+    assert_results_match(actual | {"dm": expected["dm"]}, expected, TOLERANCE)
+
+
 def kernel(case, *, chunk_size=128, **options) -> dict[str, np.ndarray]:
     """h, the final state and all gradients by the kernels, interpreted, in bfloat16."""
     options["chunk_size"] = chunk_size
@@ -72,30 +84,30 @@ TILES = {
 def test_block_sizes_do_not_affect_results(blocks):
     case = rounded(K=128, V=128, flags=True)
     sizes = dict(state_groups=blocks[0], state_blocks=blocks[1])
-    assert_results_match(kernel(case, tile=tile(*blocks, **sizes)), reference(case), TOLERANCE)
+    assert_matches(kernel(case, tile=tile(*blocks, **sizes)), case)
 
 
 @pytest.mark.parametrize("T", [1, 64, 129])
 def test_any_length_matches_recurrence(T):
     case = rounded(T=T, flags=T != 64)
-    assert_results_match(kernel(case, chunk_size=64), reference(case), TOLERANCE)
+    assert_matches(kernel(case, chunk_size=64), case)
 
 
 @pytest.mark.parametrize("K,V", [(1, 3), (64, 192), (192, 64)])
 def test_any_width_matches_recurrence(K, V):
     case = rounded(T=70, K=K, V=V)
-    assert_results_match(kernel(case), reference(case), TOLERANCE)
+    assert_matches(kernel(case), case)
 
 
 def test_batches_and_heads_match_recurrence():
     case = rounded(B=2, T=66, H=3, flags=True)
-    assert_results_match(kernel(case, chunk_size=64), reference(case), TOLERANCE)
+    assert_matches(kernel(case, chunk_size=64), case)
 
 
 @pytest.mark.parametrize("pattern", RESET_PATTERNS)
 def test_resets_match_recurrence(pattern):
     case = with_resets(rounded(flags=True), pattern, 128)
-    assert_results_match(kernel(case), reference(case), TOLERANCE)
+    assert_matches(kernel(case), case)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +115,16 @@ def test_resets_match_recurrence(pattern):
     [
         {"input_gate": "sigmoid"},
         {"input_gate": "sigmoid", "normalize": False},
+        {"input_gate": "sigmoid", "eps": 0.5},
         {"forget_gate": "exp"},
-        {"eps": 0.5},
     ],
     ids=str,
 )
 def test_gates_and_normalizers_match_recurrence(options):
     case = rounded(flags=True)
-    assert_results_match(kernel(case, **options), reference(case, **options), TOLERANCE)
+    if "forget_gate" in options:  # otherwise the state grows by e^3 at every step
+        case = in_bfloat16(case._replace(f=case.f - 4.0))
+    assert_matches(kernel(case, **options), case, **options)
 
 
 def test_large_gates_match_recurrence():

@@ -56,8 +56,23 @@ def test_chunk_has_the_requested_size_unless_the_sequence_is_shorter(chip, dtype
         for chunk_size in CHUNKS:
             tile = triton_tiles.choose(128, 256, dtype, T, chunk_size)
             assert_divides(tile, 128, 256)
-            default = triton_tiles.choose(128, 256, dtype, 4096, None).chunk
-            assert tile.chunk == min(chunk_size or default, max_chunk)
+            if chunk_size is not None:
+                assert tile.chunk == min(chunk_size, max_chunk)
+
+
+@pytest.mark.parametrize("T,padded", [(1, 64), (129, 192), (257, 384), (600, 640), (8192, 8192)])
+def test_chunk_is_chosen_so_that_little_is_padded(T, padded):
+    with common.compiled_for("sm_90"):
+        chunk = triton_tiles.choose(256, 512, jnp.dtype("bfloat16"), T, None).chunk
+    assert common.round_up(T, chunk) == padded and chunk % 64 == 0
+
+
+def test_best_chunk_is_the_longest_of_equal_padding():
+    assert common.best_chunk(8192, 256, 64) == 256
+    assert common.best_chunk(384, 256, 64) == 192
+    for T in range(1, 1000, 37):
+        chunk = common.best_chunk(T, 256, 64)
+        assert common.round_up(T, chunk) <= common.round_up(T, min(256, common.round_up(T, 64)))
 
 
 @every_chip
