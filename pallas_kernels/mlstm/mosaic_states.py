@@ -138,6 +138,11 @@ class Work(NamedTuple):
     v: Any  # first block of columns of the program
     group: Any
 
+    @property
+    def owns_n(self) -> Any:
+        """Whether the program sums n, which has no columns."""
+        return lax.axis_index("v") == 0
+
     def part(self, array: Any, *index: Any) -> list[Any]:
         """The blocks of the program in one of the states, `B H ... K V`, in global memory."""
         columns = [span(self.v + j) for j in range(self.s.blocks)]
@@ -149,7 +154,6 @@ def _multiply(s: Sizes, x: Gmem, smem: Smem, group: Any) -> None:
     k, v = lax.axis_index("k") * s.groups + group, lax.axis_index("v") * s.blocks
     work = Work(s, x, smem, lax.axis_index("batch"), lax.axis_index("head"), span(k), v, group)
     b, h, k = work.b, work.h, work.k
-    owns_n = lax.axis_index("v") == 0  # n has no columns
     N = s.T // s.L
 
     def one_chunk(index, carry):
@@ -157,7 +161,7 @@ def _multiply(s: Sizes, x: Gmem, smem: Smem, group: Any) -> None:
         chunk = N - 1 - index if s.reversed else index
         _store(work, C, chunk)
 
-        @pl.when(owns_n)
+        @pl.when(work.owns_n)
         def _():
             x.n_out[b, h, chunk, 0, k] = n
 
@@ -175,7 +179,7 @@ def _multiply(s: Sizes, x: Gmem, smem: Smem, group: Any) -> None:
     for block, target in zip(C, work.part(x.C_last), strict=True):
         target[...] = block
 
-    @pl.when(owns_n)
+    @pl.when(work.owns_n)
     def _():
         x.n_last[b, h, 0, k] = n
 
@@ -211,8 +215,12 @@ def _add_chunk(work: Work, index: Any, *accumulators: Any) -> list[Any]:
         weighted = smem.weighted.at[group].transpose((1, 0))
         for j, block in enumerate(blocks):
             plgpu.wgmma(block, weighted, smem.rhs.at[slot, j])
-        split = smem.split.at[slot].transpose((1, 0))
-        plgpu.wgmma(column, smem.lhs.at[slot, group].transpose((1, 0)), split)
+
+        @pl.when(work.owns_n)
+        def _():
+            split = smem.split.at[slot].transpose((1, 0))
+            plgpu.wgmma(column, smem.lhs.at[slot, group].transpose((1, 0)), split)
+
         plgpu.wgmma_wait(0)
         ring.leave(step)
 

@@ -98,6 +98,8 @@ def states(K: int, V: int, dtype: jnp.dtype, chip: str) -> States:
     """Blocks of the `states` kernel for a state `K V`."""
     if jnp.dtype(dtype).itemsize == 4:
         return States(divisor(K, 64), divisor(V, 64), 32, 4, 2)
+    if chip == "sm_90" and K % 128 == 0 and V % 128 == 0:
+        return States(128, 128, 64, 8, 3)  # a third less to load than with 64 rows
     # From Blackwell on, C does not stay in registers between two products.
     warps = 8 if ARCHITECTURES[chip].capability >= 100 else 4
     return States(divisor(K, 64), divisor(V, 128), 64, warps, 3)

@@ -15,6 +15,7 @@ from xlstm_jax.config import ConfigError, from_dict, to_dict
 from xlstm_jax.convert.hf import why_not_exportable
 from xlstm_jax.modules import (
     BLOCKS,
+    LM,
     LargeConfig,
     LMConfig,
     MLSTMConfig,
@@ -206,6 +207,24 @@ def test_models_with_switches_are_not_exported_and_unknown_activations_are_refus
         assert f"large.{next(iter(options))}=" in why_not_exportable(cfg)
     with pytest.raises(ConfigError, match=r"large\.ffn_activation='tanh' is not known; use one"):
         LargeConfig(ffn_activation="tanh")
+
+
+@pytest.mark.parametrize("pattern", ["mmmmmmmm", "msmsmsms"])
+def test_stack_without_convolution_is_scanned(pattern):
+    """The state of its convolution is empty."""
+    cfg = LMConfig(
+        vocab_size=11,
+        dim=8,
+        pattern=pattern,
+        mlstm=MLSTMConfig(num_heads=2, conv_width=0),
+        slstm=SLSTMConfig(num_heads=2, conv_width=0),
+    )
+    model, tokens = LM(cfg), jnp.arange(12).reshape(2, 6) % 11
+    params = model.init(jax.random.key(0), tokens)
+    logits, state = quick.jit(model.apply)(params, tokens)
+    first, state = quick.jit(model.apply)(params, tokens[:, :4])
+    last, _ = quick.jit(model.apply)(params, tokens[:, 4:], state)
+    np.testing.assert_allclose(jnp.concatenate([first, last], 1), logits, rtol=1e-4, atol=1e-5)
 
 
 # arXiv:2405.04517, tables 2 and 8: millions of parameters, as printed.

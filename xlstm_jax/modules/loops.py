@@ -80,8 +80,9 @@ def _scan_run(run: Run, first: int, apply: ApplyBlock, x, blocks: Blocks, checkp
     present = np.array([[letter in step for step in run.steps] for letter in run.unit])
     indices = first - 1 + np.cumsum(present.T, dtype=np.int32).reshape(present.T.shape).T
     ranks = np.cumsum(present, axis=1, dtype=np.int32) - 1
+    num_steps = present.shape[1]  # as a number: a leaf may be empty
     per_step = {
-        letter: iter(_unstack(_reshape(tree, (-1, run.unit.count(letter)), 1), axis=1))
+        letter: iter(_unstack(_reshape(tree, (num_steps, run.unit.count(letter)), 1), axis=1))
         for letter, tree in blocks.items()
         if run.always_has(letter)
     }
@@ -103,7 +104,8 @@ def _scan_run(run: Run, first: int, apply: ApplyBlock, x, blocks: Blocks, checkp
     new = {}
     for letter in blocks:
         in_unit = [j for j, other in enumerate(run.unit) if other == letter]
-        new[letter] = _reshape(stack([states[j] for j in in_unit], axis=1), (-1,), 2)
+        count = len(in_unit) * num_steps
+        new[letter] = _reshape(stack([states[j] for j in in_unit], axis=1), (count,), 2)
         if letter not in per_step:
             # Drop the zeros that steps without the block returned.
             steps = np.flatnonzero(present[in_unit])
