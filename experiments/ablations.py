@@ -172,13 +172,13 @@ def outcome(table: Table, rows: dict[str, dict[str, Any]]) -> dict[str, bool]:
 
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
-    """Loss of every row: a bar for the mean, a point per seed."""
+    """Loss of every row: a line for the mean, a point per seed."""
     plt = record.pyplot()
     names = list(result["rows"])
     figure, axes = plt.subplots(figsize=(7, 1 + 0.45 * len(names)), layout="constrained")
     for y, name in enumerate(names):
         row = result["rows"][name]
-        axes.barh(y, row["bits_per_token"], color="C0", alpha=0.5)
+        axes.plot(row["bits_per_token"], y, "|", color="C0", ms=18, mew=3)
         axes.plot(list(row["by_seed"].values()), [y] * len(row["by_seed"]), "o", color="C0", ms=4)
     values = [x for row in result["rows"].values() for x in row["by_seed"].values()]
     low, high = min(values), max(values)

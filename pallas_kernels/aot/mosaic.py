@@ -43,19 +43,67 @@ def resources(chip: str, fn: Callable[..., Any], *args: Any) -> list[Resources]:
 
 
 def unawaited_products(ptx: str) -> list[str]:
-    """Instructions that use, or release, what a product of warp groups may still read or write.
+    """Instructions that release or overwrite what a product of warp groups may still read.
 
-    The interpreter computes products at once, so that a missing wait does not show there.
+    They follow a product, on some path through the kernel, without a wait between. The interpreter
+    computes products at once, so that a missing wait does not show there.
     """
-    found, is_pending = [], False
+    wait = r"wgmma\.wait_group\.sync\.aligned\s+0"
+    return _find(
+        ptx, "wgmma.mma_async", wait, r"mbarrier\.arrive|st\.shared|cp\.async\.bulk\.tensor"
+    )
+
+
+def unfenced_products(ptx: str) -> list[str]:
+    """Products, and copies out of shared memory, of what threads have stored there before.
+
+    They follow a store, on some path through the kernel, without a fence between.
+    """
+    use = r"wgmma\.mma_async|cp\.async\.bulk\.tensor\S*\.global\.shared"
+    return _find(ptx, _STORE, r"fence\.proxy\.async", use)
+
+
+_STORE = r"st\.shared|stmatrix"
+
+
+def _find(ptx: str, begin: str, end: str, use: str) -> list[str]:
+    """The lines that match `use` after `begin` without an `end`, on some path through a kernel."""
+    blocks = _blocks(ptx)
+    is_pending = dict.fromkeys(blocks, False)  # at the start of a block, on some path
+    found: dict[str, None] = {}
+    queue = list(blocks)
+    while queue:
+        name = queue.pop()
+        pending, lines, targets = is_pending[name], *blocks[name]
+        for line in lines:
+            if pending and re.search(use, line):
+                found[line.strip()] = None
+            if re.search(begin, line):
+                pending = True
+            elif re.search(end, line):
+                pending = False
+        for target in targets:
+            if pending and not is_pending[target]:
+                is_pending[target] = True
+                queue.append(target)
+    return list(found)
+
+
+def _blocks(ptx: str) -> dict[str, tuple[list[str], list[str]]]:
+    """Name -> lines and successors of the basic blocks of a kernel."""
+    blocks: dict[str, tuple[list[str], list[str]]] = {"start": ([], [])}
+    name, falls_through = "start", True
     for line in ptx.splitlines():
-        if "wgmma.mma_async" in line:
-            is_pending = True
-        elif re.search(r"wgmma\.wait_group\.sync\.aligned\s+0", line):
-            is_pending = False
-        elif is_pending and re.search(r"mbarrier\.arrive|st\.shared|cp\.async\.bulk", line):
-            found.append(line.strip())
-    return found
+        if label := re.match(r"(\$L__BB\w+):", line):
+            if falls_through:
+                blocks[name][1].append(label[1])
+            name, falls_through = label[1], True
+            blocks[name] = ([], [])
+        blocks[name][0].append(line)
+        if branch := re.search(r"\bbra(\.uni)?\s+(\$L__BB\w+)", line):
+            blocks[name][1].append(branch[2])
+            falls_through = branch[1] is None
+    return blocks
 
 
 @contextlib.contextmanager

@@ -47,20 +47,26 @@ def test_kernels_use_warp_group_products_and_bulk_copies(K, V):
 
 
 @pytest.mark.parametrize("K,V", WIDTHS)
-def test_products_are_awaited_before_their_operands_are_released(K, V):
+def test_products_are_awaited_and_their_operands_fenced(K, V):
     for kernel in kernels(K, V):
         assert aot.unawaited_products(kernel.ptx) == [], kernel.name
+        assert aot.unfenced_products(kernel.ptx) == [], kernel.name
 
 
-@pytest.mark.parametrize("removed", ["first", "last"])
-def test_a_missing_wait_is_found(removed):
+@pytest.mark.parametrize(
+    "instruction,find",
+    [
+        (r"wgmma\.wait_group\.sync\.aligned\s+0", aot.unawaited_products),
+        (r"fence\.proxy\.async", aot.unfenced_products),
+    ],
+    ids=["wait", "fence"],
+)
+def test_a_missing_instruction_is_found(instruction, find):
+    """Of every kernel at least one; some are repeated before anything depends on them."""
     for kernel in kernels(256, 512):
-        waits = list(re.finditer(r".*wgmma\.wait_group\.sync\.aligned\s+0.*\n", kernel.ptx))
-        wait = waits[0 if removed == "first" else -1]
-        broken = kernel.ptx[: wait.start()] + kernel.ptx[wait.end() :]
-        found = aot.unawaited_products(broken)
-        # The last accumulators are read once more after a wait of their own.
-        assert found or removed == "last", kernel.name
+        lines = re.finditer(rf".*{instruction}.*\n", kernel.ptx)
+        broken = [kernel.ptx[: line.start()] + kernel.ptx[line.end() :] for line in lines]
+        assert any(find(ptx) for ptx in broken), kernel.name
 
 
 def test_odd_sizes_and_other_gates_compile():

@@ -74,9 +74,9 @@ def tile(groups, blocks, inner, slots, *, state_groups=1, state_blocks=1, chunk=
 TILES = {
     "one warp group": (1, 1, 1, 2),
     "two warp groups": (2, 1, 1, 2),
-    "two blocks of columns": (2, 2, 1, 3),
+    "two blocks of columns": (2, 2, 1, 4),
     "two blocks in a slot": (1, 1, 2, 2),
-    "everything": (2, 2, 2, 4),
+    "everything": (2, 2, 2, 2),
 }
 
 
