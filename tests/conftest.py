@@ -8,11 +8,18 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import sys
 
-# Tests run on a CPU, even where there is an accelerator: the expected values are those of a CPU.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Interpret Triton kernels; Triton reads this when it is imported.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# `--device` is read here, as JAX and Triton read their variables when they are imported; workers of
+# pytest-xdist find it in the environment.
+if "--device" in sys.argv[:-1]:
+    os.environ["XLSTM_TEST_DEVICE"] = sys.argv[sys.argv.index("--device") + 1]
+if "XLSTM_TEST_DEVICE" not in os.environ:
+    # Tests run on a CPU, even where there is an accelerator: the expected values are those of a
+    # CPU.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Interpret Triton kernels; Triton reads this when it is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Cache compiled programs outside of the tree, for this process and those that tests start: a second
 # run of the suite compiles little.
 os.environ.setdefault(
@@ -43,8 +50,9 @@ from xlstm_jax.ops import verdicts
 # default thresholds it takes a twelfth of the suite's time.
 gc.set_threshold(200_000, 50, 100)
 
-# Before the first computation, which fixes the number of devices.
-jax.config.update("jax_num_cpu_devices", 8)
+DEVICE = os.environ.get("XLSTM_TEST_DEVICE")
+if DEVICE is None:  # before the first computation, which fixes the number of devices
+    jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -58,6 +66,24 @@ def no_verdicts():
     verdicts._path, stored = lambda: None, verdicts._path
     yield
     verdicts._path = stored
+
+
+def pytest_addoption(parser):
+    """Adds the option to run the property tests of the ops on an accelerator."""
+    parser.addoption(
+        "--device",
+        choices=("cpu", "gpu", "tpu"),
+        help="run tests/ops on this device, with compiled kernels and sizes of their tiles",
+    )
+
+
+def pytest_configure(config):
+    """Refuses a device that is not there."""
+    if DEVICE is not None and jax.default_backend() != DEVICE:
+        raise pytest.UsageError(
+            f"--device {DEVICE}: JAX's default backend is {jax.default_backend()!r}; install JAX "
+            "for that device, or leave the option out."
+        )
 
 
 @pytest.hookimpl(tryfirst=True)  # before cases are selected by their marks

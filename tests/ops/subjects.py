@@ -1,6 +1,7 @@
 """Subjects of the property tests: every implementation of every op, and inputs of calls."""
 
 import contextlib
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +16,11 @@ from xlstm_jax.cells.ssd import SSDState
 from xlstm_jax.cells.wkv import WKVState
 from xlstm_jax.ops.attention import blockwise
 
-B, H, K, V = 2, 2, 8, 12
-L = 8  # chunk size of all calls
+DEVICE = os.environ.get("XLSTM_TEST_DEVICE")
+"""The option `--device`; None: small sizes on a CPU, and interpreted kernels."""
+
+B, H, K, V = (2, 2, 8, 12) if DEVICE is None else (2, 2, 64, 96)
+L = {None: 8, "tpu": 128}.get(DEVICE, 64)  # chunk size of all calls: a tile of the device
 KERNELS = ("pallas_tpu", "triton")  # interpreted in tests, so that they run on any device
 LENGTHS = (1, L - 1, L, L + 1, 3 * L + 5)
 T = LENGTHS[-1]
@@ -47,7 +51,7 @@ class Subject(NamedTuple):
         """The context in which its calls are traced."""
         if self.op == "attention":
             return _blocks_of(L)
-        return common.interpreted(lanes=L) if self.is_kernel else contextlib.nullcontext()
+        return interpreted() if self.is_kernel else contextlib.nullcontext()
 
     @property
     def widest_dtype(self) -> str:
@@ -99,9 +103,14 @@ QUICK = tuple(variant for variant in XLSTM if variant != "mlstm_exp")
 
 
 def implementations(op: str) -> dict[str, str | None]:
-    """As `ops.implementations`, with interpreted kernels."""
-    with common.interpreted(lanes=L):
+    """As `ops.implementations`, with interpreted kernels unless there is a device."""
+    with interpreted():
         return ops.implementations(op)
+
+
+def interpreted() -> contextlib.AbstractContextManager:
+    """The context in which kernels are interpreted; on a device they are compiled."""
+    return common.interpreted(lanes=L) if DEVICE is None else contextlib.nullcontext()
 
 
 def subjects(
