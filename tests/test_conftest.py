@@ -1,5 +1,9 @@
 """The settings of all tests are in force."""
 
+import os
+import pathlib
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -36,3 +40,12 @@ def test_float64_is_off_without_the_fixture():
 
 def test_float64_is_on_with_the_fixture(x64):
     assert jnp.zeros(1).dtype == jnp.float64
+
+
+def test_device_that_is_not_there_is_refused():
+    command = [sys.executable, "-m", "pytest", "tests/ops/test_choice.py", "--device", "tpu"]
+    environ = os.environ | {"JAX_PLATFORMS": "cpu"}
+    root = pathlib.Path(__file__).parents[1]
+    process = subprocess.run(command, capture_output=True, text=True, env=environ, cwd=root)
+    assert process.returncode == 4
+    assert "--device tpu: JAX's default backend is 'cpu'" in process.stderr

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.scaling.sweeps import sweep
-from xlstm_jax.errors import UnsupportedError
+from xlstm_jax.errors import ArgumentError, UnsupportedError
 from xlstm_jax.scaling import Grids, Shape, collect, grids, plan, run, runs
 from xlstm_jax.train import lock
 from xlstm_jax.train.grid import train_members
@@ -45,6 +45,16 @@ def test_plan_has_a_run_per_learning_rate_and_seed():
     names = [spec.cfg.name for spec in SPECS]
     assert len(set(names)) == 4 and "_lr0.003_s0" in names[0]
     assert len({spec.run_id for spec in SPECS}) == 4
+
+
+def test_learning_rates_may_be_any_sequence_but_an_empty_one():
+    rates = np.array(RATES)
+    specs = plan(sweep(**SWEEP | {"lr_rule": lambda point: rates}, families=FAMILIES))
+    assert [spec.run_id for spec in specs] == [spec.run_id for spec in SPECS]
+    with pytest.raises(ArgumentError, match="lr_rule must return a learning rate, or several, got"):
+        plan(sweep(**SWEEP | {"lr_rule": lambda point: ()}, families=FAMILIES))
+    with pytest.raises(ArgumentError, match="equal configs"):
+        plan(sweep(**SWEEP | {"lr_rule": lambda point: (1e-3, 1e-3)}, families=FAMILIES))
 
 
 @pytest.mark.slow

@@ -58,7 +58,8 @@ def run(argv: list[str]) -> int:
 
 
 def _print_group(fit: GroupFit) -> None:
-    console.write(f"{', '.join(fit.group.values()) or 'all runs'}: {fit.num_runs} runs\n")
+    runs = "run" if fit.num_runs == 1 else "runs"
+    console.write(f"{', '.join(fit.group.values()) or 'all runs'}: {fit.num_runs} {runs}\n")
     if fit.budgets:
         header = ["budget", "runs", "FLOPs", "parameters", "tokens", "loss", "bias of parabola"]
         rows = [

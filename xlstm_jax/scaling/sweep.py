@@ -8,6 +8,8 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from xlstm_jax import flops
 from xlstm_jax.config import check_range, fingerprint
 from xlstm_jax.data.config import DataConfig
@@ -166,11 +168,15 @@ def run_id(cfg: ExperimentConfig) -> str:
 def _specs(sweep: Sweep, point: Point) -> Iterator[RunSpec]:
     """The runs of every learning rate and seed."""
     rates = sweep.lr_rule(point)
-    several = isinstance(rates, Sequence)
-    for lr in rates if several else [rates]:
+    several, name = np.ndim(rates) > 0, _name(point)
+    if np.size(rates) == 0:
+        raise ArgumentError(
+            f"lr_rule must return a learning rate, or several, got {quote(rates)} for "
+            f"{quote(name)}; correct it."
+        )
+    for lr in np.ravel(rates).tolist():
         for seed in sweep.seeds:
-            name = f"{_name(point)}{f'_lr{lr:g}' if several else ''}_s{seed}"
-            yield _spec(sweep, point, float(lr), seed, name)
+            yield _spec(sweep, point, lr, seed, f"{name}{f'_lr{lr:g}' if several else ''}_s{seed}")
 
 
 def _spec(sweep: Sweep, point: Point, lr: float, seed: int, name: str) -> RunSpec:
