@@ -31,7 +31,10 @@ BY_ROW, BY_COLUMN = BY_BLOCK.reduce(1), BY_BLOCK.reduce(0)
 
 def in_smem(*shape: int) -> Any:
     """Blocks in shared memory, in the layout that wgmma reads."""
-    transforms = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(128))
+    # pyright takes both for abstract classes.
+    tiling: Any = plgpu.TilingTransform((8, BLOCK))  # pyright: ignore[reportAbstractUsage]
+    swizzle: Any = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+    transforms = (tiling, swizzle)
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 

@@ -231,8 +231,8 @@ def _multiply(s: Sizes, x: Gmem, smem: Smem, place: Place, group: Any) -> None:
             d = factor * d + weights * jnp.sum(column[0][...], axis=1)
         return acc[...], d
 
-    shapes = [plgpu.ACC((BLOCK, BLOCK * s.blocks))]
-    shapes += [plgpu.ACC((BLOCK, SPLIT))] if s.normalize else []
+    shapes = [plgpu.WGMMAAccumulatorRef((BLOCK, BLOCK * s.blocks))]
+    shapes += [plgpu.WGMMAAccumulatorRef((BLOCK, SPLIT))] if s.normalize else []
     _store(work, *pl.run_scoped(products, *shapes))
 
 

@@ -158,7 +158,7 @@ def _weights(work: Work, rows: Rows, item: Any, *, is_diagonal: bool) -> Any:
 
         return P[...]
 
-    P = pl.run_scoped(product, plgpu.ACC((BLOCK, BLOCK)))
+    P = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((BLOCK, BLOCK)))
     last = item + s.rhs_items - 1
     P = _gated(s, P, rows, smem.columns.at[ring.slot(last)], is_diagonal=is_diagonal)
     plgpu.commit_smem()  # orders loads of columns before the next copy to the slot

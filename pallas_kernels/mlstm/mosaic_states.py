@@ -165,7 +165,9 @@ def _multiply(s: Sizes, x: Gmem, smem: Smem, group: Any) -> None:
         def _():
             x.n_out[b, h, chunk, 0, k] = n
 
-        shapes = [plgpu.ACC((BLOCK, BLOCK))] * s.blocks + [plgpu.ACC((BLOCK, SPLIT))]
+        shapes = [plgpu.WGMMAAccumulatorRef((BLOCK, BLOCK))] * s.blocks + [
+            plgpu.WGMMAAccumulatorRef((BLOCK, SPLIT))
+        ]
         *added, column = pl.run_scoped(functools.partial(_add_chunk, work, index), *shapes)
         decay = x.gates[b, h, DECAY, chunk * s.L]
         C = [decay * block + more for block, more in zip(C, added, strict=True)]

@@ -59,15 +59,15 @@ class Outcome(NamedTuple):
 def workloads(platform: str) -> list[Workload]:
     """Calls that show most mistakes: padded and whole tiles, both dtypes; few, as they compile."""
     if platform == "cpu":
-        sizes = [("float32", 1, 200, 2, 24, 40), ("bfloat16", 1, 200, 2, 64, 128)]
+        sizes = [(1, 200, 2, 24, 40, "float32"), (1, 200, 2, 64, 128, "bfloat16")]
     else:
         sizes = [
-            ("float32", 2, 300, 2, 64, 96),
-            ("bfloat16", 2, 300, 2, 40, 96),
-            ("bfloat16", 1, 2048, 8, 256, 512),
+            (2, 300, 2, 64, 96, "float32"),
+            (2, 300, 2, 40, 96, "bfloat16"),
+            (1, 2048, 8, 256, 512, "bfloat16"),
         ]
-    mlstms = [Workload("mlstm", *shape, dtype) for dtype, *shape in sizes]
-    return mlstms + [Workload("slstm", B, T, H, K, K, dtype) for dtype, B, T, H, K, _ in sizes]
+    mlstms = [Workload("mlstm", *shape) for shape in sizes]
+    return mlstms + [Workload("slstm", B, T, H, K, K, dtype) for B, T, H, K, _, dtype in sizes]
 
 
 def check(platform: str) -> Iterator[Outcome]:
