@@ -12,6 +12,7 @@ from pallas_kernels.aot import topologies
 PROBE = """
 import importlib, json, os, pkgutil
 import flax, jax, optax, orbax.checkpoint, grain, matplotlib, tyro, triton  # noqa: F401
+import jax.experimental.pallas.mosaic_gpu  # sets MOSAIC_GPU_CUDA_ROOT
 import jax.experimental.pallas.tpu
 
 def state():

@@ -14,7 +14,7 @@ import jax
 
 import pallas_kernels
 from pallas_kernels import common
-from xlstm_jax.config import cache_dir
+from xlstm_jax.config.files import cache_dir
 
 FILE = "checks.json"
 
