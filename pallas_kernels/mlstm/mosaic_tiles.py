@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import common, mosaic
 from pallas_kernels.hardware import ARCHITECTURES
-from pallas_kernels.mlstm import triton_tiles
+from pallas_kernels.mlstm.chunks import chunk_length
 
 BLOCK = 64
 """Side of the blocks that all tiles are made of: 64 bfloat16 are a row of shared memory."""
@@ -55,7 +55,7 @@ def choose(K: int, V: int, dtype: jnp.dtype, T: int, chunk_size: int | None) -> 
     if reason := refusal(K, V, dtype, chunk_size):
         raise ValueError(f"mlstm: {reason}.")
     K, V = common.round_up(K, BLOCK), common.round_up(V, BLOCK)
-    chunk = triton_tiles.chunk_length(K, V, T, chunk_size)
+    chunk = chunk_length(K, V, T, chunk_size, BLOCK)
     rows, columns = (_divisor(size // BLOCK, 2) for size in (K, V))
     to_v, to_k = _outputs(K, V, chunk), _outputs(V, K, chunk)
     assert to_v is not None and to_k is not None  # otherwise `refusal` gives a reason

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels import common, gpu
 from pallas_kernels.gpu import divisor, width
 from pallas_kernels.hardware import ARCHITECTURES
+from pallas_kernels.mlstm.chunks import chunk_length
 
 
 class States(NamedTuple):
@@ -50,10 +51,6 @@ class Tile(NamedTuple):
 POSITIONS = 64
 """Output positions of one program: M of one matrix instruction of a four-warp group."""
 
-LONG_CHUNK, SHORT_CHUNK = 256, 128
-"""Per token, a chunk costs L (K + V) operations for its weights and K V / L of state traffic.
-They balance at L near sqrt(K V); `chunk_length` has the threshold between the two lengths."""
-
 
 def choose(K: int, V: int, dtype: jnp.dtype, T: int, chunk_size: int | None) -> Tile:
     """The tile of one call on the target or current chip; raises ValueError as in `refusal`."""
@@ -71,21 +68,13 @@ def choose(K: int, V: int, dtype: jnp.dtype, T: int, chunk_size: int | None) -> 
     assert chip is not None  # otherwise `gpu.refusal` has rejected the call
     to_v, to_k = (outputs(*sizes, dtype, chip) for sizes in ((K, V), (V, K)))
     return Tile(
-        chunk_length(K, V, T, chunk_size),
+        chunk_length(K, V, T, chunk_size, POSITIONS),
         states(K, V, dtype, chip),
         h=to_v,
         dq=to_k,
         dk=to_k,
         dv=to_v,
     )
-
-
-def chunk_length(K: int, V: int, T: int, chunk_size: int | None) -> int:
-    """Positions in a chunk, for padded widths."""
-    if chunk_size is not None:
-        return min(chunk_size, common.round_up(T, POSITIONS))
-    longest = LONG_CHUNK if K * V > 128 * 256 else SHORT_CHUNK
-    return common.best_chunk(T, longest, POSITIONS)
 
 
 def refusal(K: int, V: int, dtype: jnp.dtype, chunk_size: int | None = None) -> str | None:
