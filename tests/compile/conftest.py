@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items):
     """Skips tests whose compiler is not installed."""
     for item in items:
         if item.path.parent.name == "compile":
-            is_gpu_test = item.path.name.startswith("test_gpu")
+            is_gpu_test = item.path.name.startswith(("test_gpu", "test_mosaic"))
             refusal = _gpu_refusal() if is_gpu_test else _tpu_refusal()
             if refusal is not None:
                 item.add_marker(pytest.mark.skip(reason=f"{refusal}; run `make test-compile`"))
