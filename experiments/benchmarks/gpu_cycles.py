@@ -12,7 +12,6 @@ is known on a device only.
 """
 
 import dataclasses
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +34,7 @@ FORWARD = ("states", "h")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(measure.Arguments):
     """Sizes of the call."""
 
     K: int = 256
@@ -43,7 +42,6 @@ class Arguments:
     H: int = 8
     tokens: int = 65_536  # B T
     T: int = 8192
-    out: pathlib.Path | None = None  # JSON file to write the result to
 
 
 class Count(NamedTuple):
