@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -49,7 +50,9 @@ def record(verdicts: dict[str, Any]) -> pathlib.Path | None:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = _stored() | {_key(): {"device": describe(), "verdicts": verdicts}}
-    path.write_text(json.dumps(stored, indent=1) + "\n")
+    draft = path.with_suffix(f".{os.getpid()}")  # another process may read or write the file
+    draft.write_text(json.dumps(stored, indent=1) + "\n")
+    os.replace(draft, path)
     _verdicts.cache_clear()
     return path
 
