@@ -4,7 +4,7 @@
     .venv-compile/bin/python experiments/benchmarks/gpu_cycles.py --K 128 --V 256 --out RESULT.json
 
 No GPU is needed. Triton kernels are compiled for sm_90 and disassembled: cycles of the matrix units
-and instructions of each loop, times its turns. Mosaic GPU kernels are counted from their blocks,
+and instructions of each loop, times its trips. Mosaic GPU kernels are counted from their blocks,
 as a program is one loop over copies of equal size. Bytes are what programs load from the L2 cache.
 
 A count is a lower bound for each unit, not a time: waits are not in it, and what overlaps with what
@@ -72,29 +72,29 @@ def _triton_count(launch: resources.Launch, L: int) -> Count:
     name = launch.name.removeprefix("mlstm_")
     if "states" in name:
         K, V, k, v = sizes["K"], sizes["V"], sizes["BK"], sizes["BV"]
-        programs, turns = (K // k) * (V // v) * 64 / sizes["BT"], [0] + [1] * (len(loops) - 1)
+        programs, trips = (K // k) * (V // v) * 64 / sizes["BT"], [0] + [1] * (len(loops) - 1)
         l2 = 2 * 64 * (k + v) * (K // k) * (V // v)
         if name == "dstates":
             l2 += 2 * K * V * 64 / L
     else:
         A, W, positions = sizes["A"], sizes["W"], sizes["BT"]
         blocks = _blocks_seen(L, positions, sizes["BS"])
-        turns = _turns(loops, blocks, A // sizes["BC"], A // sizes["BA"])
+        trips = _trip_counts(loops, blocks, A // sizes["BC"], A // sizes["BA"])
         programs = W // sizes["BW"] * 64 / positions
         l2 = programs * _bytes_of_outputs(name, A, sizes["BW"], positions, blocks * sizes["BS"])
-    tensor = sum(n * loop.product_cycles for n, loop in zip(turns, loops, strict=True))
-    issue = sum(n * loop.instructions for n, loop in zip(turns, loops, strict=True))
+    tensor = sum(n * loop.product_cycles for n, loop in zip(trips, loops, strict=True))
+    issue = sum(n * loop.instructions for n, loop in zip(trips, loops, strict=True))
     return Count("triton", name, programs * groups * tensor, programs * groups * issue, l2)
 
 
-def _turns(loops: list[sass.Loop], blocks: float, state: int, inner: int) -> list[float]:
+def _trip_counts(loops: list[sass.Loop], blocks: float, state: int, inner: int) -> list[float]:
     """Turns of each loop of `outputs`: over the state, unless unrolled, and over positions."""
     outer = [n for n, loop in enumerate(loops) if loop.depth == 1]
-    turns: list[float] = []
+    trips: list[float] = []
     for n, loop in enumerate(loops):
         depth_1 = blocks if n == outer[-1] else state
-        turns.append({0: 1.0, 1: depth_1, 2: blocks * inner}[loop.depth])
-    return turns
+        trips.append({0: 1.0, 1: depth_1, 2: blocks * inner}[loop.depth])
+    return trips
 
 
 def _blocks_seen(L: int, positions: int, others: int) -> float:

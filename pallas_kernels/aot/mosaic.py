@@ -38,8 +38,8 @@ def resources(chip: str, fn: Callable[..., Any], *args: Any) -> list[Resources]:
     with tempfile.TemporaryDirectory() as folder:
         with _dumping_to(folder):
             compiler.compile_for(chip, fn, *args)
-        found = [_read(path) for path in pathlib.Path(folder).glob("*.ptx")]
-    return sorted(found)
+        violations = [_read(path) for path in pathlib.Path(folder).glob("*.ptx")]
+    return sorted(violations)
 
 
 def unawaited_products(ptx: str) -> list[str]:
@@ -70,14 +70,14 @@ def _find(ptx: str, begin: str, end: str, use: str) -> list[str]:
     """The lines that match `use` after `begin` without an `end`, on some path through a kernel."""
     blocks = _blocks(ptx)
     is_pending = dict.fromkeys(blocks, False)  # at the start of a block, on some path
-    found: dict[str, None] = {}
+    violations: dict[str, None] = {}
     queue = list(blocks)
     while queue:
         name = queue.pop()
         pending, lines, targets = is_pending[name], *blocks[name]
         for line in lines:
             if pending and re.search(use, line):
-                found[line.strip()] = None
+                violations[line.strip()] = None
             if re.search(begin, line):
                 pending = True
             elif re.search(end, line):
@@ -86,7 +86,7 @@ def _find(ptx: str, begin: str, end: str, use: str) -> list[str]:
             if pending and not is_pending[target]:
                 is_pending[target] = True
                 queue.append(target)
-    return list(found)
+    return list(violations)
 
 
 def _blocks(ptx: str) -> dict[str, tuple[list[str], list[str]]]:

@@ -19,8 +19,8 @@ class Loop(NamedTuple):
     """A loop, or all code outside of loops: its own instructions, without those of inner loops."""
 
     depth: int  # 0: outside of loops
-    instructions: int  # of one turn of one warp
-    product_cycles: float  # of one turn of one warp group
+    instructions: int  # of one iteration of one warp
+    product_cycles: float  # of one iteration of one warp group
 
 
 def disassemble(cubin: bytes) -> str:
@@ -47,20 +47,20 @@ def loops(text: str) -> list[Loop]:
         if branch and labels.get(branch[1], i) < i:
             ends[labels[branch[1]]] = i
     spans = sorted((start, end) for start, end in ends.items() if _computes(lines[start:end]))
-    found = [Loop(0, 0, 0.0)]
-    found += [
+    result = [Loop(0, 0, 0.0)]
+    result += [
         Loop(1 + sum(a < start and end < b for a, b in spans), 0, 0.0) for start, end in spans
     ]
     for i, line in enumerate(lines):
         if match := _INSTRUCTION.match(line):
             inside = [n for n, (start, end) in enumerate(spans, 1) if start <= i <= end]
-            n = max(inside, key=lambda n: found[n].depth, default=0)
-            loop = found[n]
-            found[n] = loop._replace(
+            n = max(inside, key=lambda n: result[n].depth, default=0)
+            loop = result[n]
+            result[n] = loop._replace(
                 instructions=loop.instructions + 1,
                 product_cycles=loop.product_cycles + _cycles(match[1], match[2]),
             )
-    return found
+    return result
 
 
 def _computes(lines: list[str]) -> bool:

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mlstm.mosaic_tiles import BLOCK
 
 SPLIT = 8
-"""Rows of `mosaic_calls.split`, the smallest N of wgmma."""
+"""QueryGates of `mosaic_calls.split`, the smallest N of wgmma."""
 
 THREAD = "warp_group"
 
@@ -38,7 +38,7 @@ def in_smem(*shape: int) -> Any:
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
-def span(index: Any) -> Any:
+def block_at(index: Any) -> Any:
     """The positions or columns of a block."""
     return pl.ds(index * BLOCK, BLOCK)
 
@@ -53,7 +53,7 @@ def over_rows(x: jax.Array) -> jax.Array:
     return lax.broadcast_in_dim(x, (BLOCK, BLOCK), [1])
 
 
-def row_of_zeros() -> jax.Array:
+def zeros_by_row() -> jax.Array:
     """Zero for every row of a block."""
     return plgpu.layout_cast(jnp.zeros(BLOCK, jnp.float32), BY_ROW)
 

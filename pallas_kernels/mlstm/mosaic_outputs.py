@@ -19,13 +19,13 @@ from pallas_kernels.mlstm.mosaic_blocks import (
     BY_COLUMN,
     SPLIT,
     Ring,
+    block_at,
     by_warp_group,
     in_smem,
     launch,
     over_columns,
     over_rows,
-    row_of_zeros,
-    span,
+    zeros_by_row,
 )
 from pallas_kernels.mlstm.mosaic_products import (
     Work,
@@ -131,7 +131,7 @@ class Gmem(NamedTuple):
     sums: Any  # B H W/width T: q n if normalized, else sums of primal * out over columns
 
 
-class Place(NamedTuple):
+class Program(NamedTuple):
     """What a program computes."""
 
     b: Any
@@ -146,7 +146,7 @@ def _outputs_body(s: Sizes, *refs: Any) -> None:
     x = Gmem(*refs[: len(Gmem._fields)])
     smem = Smem(*refs[len(Gmem._fields) :])
     position = lax.axis_index("t") * s.groups
-    place = Place(
+    program = Program(
         lax.axis_index("batch"),
         lax.axis_index("head"),
         lax.div(position, s.L // BLOCK),
@@ -155,21 +155,21 @@ def _outputs_body(s: Sizes, *refs: Any) -> None:
     )
     by_warp_group(
         s.groups,
-        lambda: _copy(s, x, smem, place),
-        lambda group: _multiply(s, x, smem, place, group),
+        lambda: _copy(s, x, smem, program),
+        lambda group: _multiply(s, x, smem, program, group),
     )
 
 
-def _other_blocks(s: Sizes, place: Place) -> tuple[Any, Any]:
+def _other_blocks(s: Sizes, program: Program) -> tuple[Any, Any]:
     """The first block of other positions, and their number, for all groups of a program."""
     if s.later:
-        return place.first, s.L // BLOCK - place.first
-    return jnp.int32(0), place.first + s.groups
+        return program.first, s.L // BLOCK - program.first
+    return jnp.int32(0), program.first + s.groups
 
 
-def _copy(s: Sizes, x: Gmem, smem: Smem, place: Place) -> None:
+def _copy(s: Sizes, x: Gmem, smem: Smem, program: Program) -> None:
     """Fills the ring with the blocks of C, then with those of rhs and values by position."""
-    b, h, chunk, _, w = place
+    b, h, chunk, _, w = program
     ring = Ring(s.slots, smem.empty)
     a = h * (s.A // BLOCK)
 
@@ -179,19 +179,19 @@ def _copy(s: Sizes, x: Gmem, smem: Smem, place: Place) -> None:
         slot = ring.slot(item)
         full = smem.has_state.at[slot]
         for j in range(s.blocks):
-            rows, columns = span(item), span(w + j)
+            rows, columns = block_at(item), block_at(w + j)
             if s.transposed:
                 rows, columns = columns, rows
             plgpu.copy_gmem_to_smem(x.C.at[b, h, chunk, rows, columns], smem.ring.at[slot, j], full)
         if s.normalize:
-            split = x.split.at[b, h, chunk, :, span(item)]
+            split = x.split.at[b, h, chunk, :, block_at(item)]
             plgpu.copy_gmem_to_smem(split, smem.split.at[slot], full)
 
-    begin, count = _other_blocks(s, place)
+    begin, count = _other_blocks(s, program)
 
     @pl.loop(0, count)
     def _(index):
-        t = span(chunk * (s.L // BLOCK) + begin + index)
+        t = block_at(chunk * (s.L // BLOCK) + begin + index)
         item = s.first_item(index)
 
         @pl.loop(0, s.rhs_items)
@@ -200,7 +200,7 @@ def _copy(s: Sizes, x: Gmem, smem: Smem, place: Place) -> None:
             slot = ring.slot(item + r)
             full = smem.has_rhs.at[slot]
             for i in range(s.inner):
-                columns = span(a + r * s.inner + i)
+                columns = block_at(a + r * s.inner + i)
                 plgpu.copy_gmem_to_smem(x.rhs.at[b, t, columns], smem.ring.at[slot, i], full)
             plgpu.copy_gmem_to_smem(x.columns.at[b, h, :, t], smem.columns.at[slot], full)
 
@@ -208,23 +208,23 @@ def _copy(s: Sizes, x: Gmem, smem: Smem, place: Place) -> None:
         ring.wait_until_empty(item)
         slot = ring.slot(item)
         for j in range(s.blocks):
-            columns = span(h * (s.W // BLOCK) + w + j)
+            columns = block_at(h * (s.W // BLOCK) + w + j)
             source = x.values.at[b, t, columns]
             plgpu.copy_gmem_to_smem(source, smem.ring.at[slot, j], smem.has_values.at[slot])
 
 
-def _multiply(s: Sizes, x: Gmem, smem: Smem, place: Place, group: Any) -> None:
+def _multiply(s: Sizes, x: Gmem, smem: Smem, program: Program, group: Any) -> None:
     """Computes 64 positions, from C and from the positions of the same chunk."""
-    t = span(place.chunk * (s.L // BLOCK) + place.first + group)
-    work = Work(s, x, smem, place, group, t, Ring(s.slots, smem.empty), smem.lhs.at[group])
+    t = block_at(program.chunk * (s.L // BLOCK) + program.first + group)
+    work = Work(s, x, smem, program, group, t, Ring(s.slots, smem.empty), smem.lhs.at[group])
     for i in range(s.A // BLOCK):
-        source = x.lhs.at[place.b, t, span(place.h * (s.A // BLOCK) + i)]
+        source = x.lhs.at[program.b, t, block_at(program.h * (s.A // BLOCK) + i)]
         plgpu.copy_gmem_to_smem(source, work.lhs.at[i], smem.has_lhs.at[group])
     plgpu.barrier_wait(smem.has_lhs.at[group])
 
     def products(acc, *column):
         add_state(work, acc, column)
-        d = add_positions(work, acc, _other_blocks(s, place))
+        d = add_positions(work, acc, _other_blocks(s, program))
         if s.normalize:
             weights = weight(work)
             _, factor = power_and_factor(weights)
@@ -239,10 +239,10 @@ def _multiply(s: Sizes, x: Gmem, smem: Smem, place: Place, group: Any) -> None:
 def _store(work: Work, acc, d) -> None:
     """Adds the contribution of n, normalizes, and stores the result and its sums."""
     s, x, smem, (b, h, chunk, _, w), group, t, _, lhs = work
-    columns = [span(h * (s.W // BLOCK) + w + j) for j in range(s.blocks)]
+    columns = [block_at(h * (s.W // BLOCK) + w + j) for j in range(s.blocks)]
     has_primal = s.sums and not s.normalize
     if has_primal:
-        d = row_of_zeros()
+        d = zeros_by_row()
         for j in range(s.blocks):
             source = x.primal.at[b, t, columns[j]]
             plgpu.copy_gmem_to_smem(source, lhs.at[j], smem.has_primal.at[group])
@@ -252,7 +252,9 @@ def _store(work: Work, acc, d) -> None:
     for j in range(s.blocks):  # one after the other, as registers are scarce
         block = acc[:, j * BLOCK : (j + 1) * BLOCK] * over_columns(factor)
         if s.transposed and (s.later or s.dnorm):
-            n = plgpu.load(x.n.at[b, h, chunk, 0, span(w + j)], layout=BY_COLUMN, optimized=False)
+            n = plgpu.load(
+                x.n.at[b, h, chunk, 0, block_at(w + j)], layout=BY_COLUMN, optimized=False
+            )
             of_n = weights if s.later else weights * gate(work, NORMALIZER)
             block += over_columns(of_n) * over_rows(n)
         if s.normalize:

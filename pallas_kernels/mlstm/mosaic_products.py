@@ -14,10 +14,10 @@ from pallas_kernels.mlstm.mosaic_blocks import (
     BY_COLUMN,
     BY_ROW,
     Ring,
+    block_at,
     over_columns,
     over_rows,
-    row_of_zeros,
-    span,
+    zeros_by_row,
 )
 from pallas_kernels.mlstm.mosaic_tiles import BLOCK
 
@@ -28,7 +28,7 @@ class Work(NamedTuple):
     sizes: Any  # `mosaic_outputs.Sizes`
     gmem: Any  # `mosaic_outputs.Gmem`
     smem: Any  # `mosaic_outputs.Smem`
-    place: Any  # `mosaic_outputs.Place`
+    program: Any  # `mosaic_outputs.Program`
     group: Any  # number of the warp group
     t: Any  # its positions
     ring: Ring
@@ -37,7 +37,7 @@ class Work(NamedTuple):
 
 def gate(work: Work, index: int) -> Any:
     """The gate with this index in `gates.PackedGates` at the positions of a warp group, `64`."""
-    b, h, *_ = work.place
+    b, h, *_ = work.program
     return plgpu.load(work.gmem.gates.at[b, h, index, work.t], layout=BY_ROW, optimized=False)
 
 
@@ -56,7 +56,7 @@ def power_and_factor(weights: Any) -> tuple[Any, Any]:
     return power, jnp.where(power > 0, weights / power, 1.0)
 
 
-class Rows(NamedTuple):
+class QueryGates(NamedTuple):
     """Gates of the positions of a warp group, `64` each, which all positions s need."""
 
     coarse: Any
@@ -95,10 +95,10 @@ def add_positions(work: Work, acc: Any, others: tuple[Any, Any]) -> Any:
     Args:
         others: the first block of positions s, and the number of them, of all groups.
     """
-    s, place, group = work.sizes, work.place, work.group
+    s, program, group = work.sizes, work.program, work.group
     count = others[1]
     _, factor = power_and_factor(weight(work))
-    rows = Rows(
+    own = QueryGates(
         gate(work, COARSE),
         gate(work, KEY if s.later else QUERY) - jnp.log(factor),
         gate(work, NORMALIZER) if s.dnorm and not s.later else None,
@@ -114,7 +114,7 @@ def add_positions(work: Work, acc: Any, others: tuple[Any, Any]) -> Any:
             work.ring.leave(item)
 
     def add(index, d, *, is_diagonal=False):
-        P = _weights(work, rows, s.first_item(index), is_diagonal=is_diagonal)
+        P = _weights(work, own, s.first_item(index), is_diagonal=is_diagonal)
         d = d + jnp.sum(P, axis=1) if s.normalize else d
         item = s.first_item(index) + s.rhs_items
         slot = work.ring.slot(item)
@@ -124,20 +124,20 @@ def add_positions(work: Work, acc: Any, others: tuple[Any, Any]) -> Any:
         work.ring.leave(item)
         return d
 
-    d = row_of_zeros() if s.normalize else None
+    d = zeros_by_row() if s.normalize else None
     # The block of the own positions is apart: only there the order of positions matters, and a
     # mask in the loop would take registers. A program ends, or begins if later, with blocks that
     # some of its groups do not see.
     if s.later:
         lax.fori_loop(0, group, skip, None)
         return lax.fori_loop(group + 1, count, add, add(group, d, is_diagonal=True))
-    own = place.first + group
-    d = add(own, lax.fori_loop(0, own, add, d), is_diagonal=True)
-    lax.fori_loop(own + 1, count, skip, None)
+    diagonal = program.first + group
+    d = add(diagonal, lax.fori_loop(0, diagonal, add, d), is_diagonal=True)
+    lax.fori_loop(diagonal + 1, count, skip, None)
     return d
 
 
-def _weights(work: Work, rows: Rows, item: Any, *, is_diagonal: bool) -> Any:
+def _weights(work: Work, own: QueryGates, item: Any, *, is_diagonal: bool) -> Any:
     """The products of lhs and 64 positions s of rhs, from `item` on, times their gates."""
     s, smem, ring = work.sizes, work.smem, work.ring
 
@@ -160,36 +160,36 @@ def _weights(work: Work, rows: Rows, item: Any, *, is_diagonal: bool) -> Any:
 
     P = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((BLOCK, BLOCK)))
     last = item + s.rhs_items - 1
-    P = _gated(s, P, rows, smem.columns.at[ring.slot(last)], is_diagonal=is_diagonal)
+    P = _gated(s, P, own, smem.columns.at[ring.slot(last)], is_diagonal=is_diagonal)
     plgpu.commit_smem()  # orders loads of columns before the next copy to the slot
     ring.leave(last)
     return P
 
 
-def _gated(s: Any, P: Any, rows: Rows, columns: Any, *, is_diagonal: bool) -> Any:
+def _gated(s: Any, P: Any, own: QueryGates, columns: Any, *, is_diagonal: bool) -> Any:
     """The products P of 64 positions t and 64 positions s, times their gates."""
 
     def column(index):
         return over_rows(plgpu.load(columns.at[index], layout=BY_COLUMN))
 
-    log_weight = over_columns(rows.coarse) - column(0)
+    log_weight = over_columns(own.coarse) - column(0)
     log_weight = -log_weight if s.later else log_weight
-    log_weight += over_columns(rows.fine) + column(1)
+    log_weight += over_columns(own.fine) + column(1)
     if is_diagonal:
         t, other = (
             plgpu.broadcasted_iota(jnp.int32, P.shape, axis, layout=BY_BLOCK) for axis in (0, 1)
         )
         log_weight = jnp.where(t <= other if s.later else t >= other, log_weight, NEG)
     if s.resets:
-        is_same = over_columns(rows.segment) == column(3)
+        is_same = over_columns(own.segment) == column(3)
         log_weight = jnp.where(is_same, log_weight, NEG)
     if s.dnorm:
-        P += column(2) if s.later else over_columns(rows.dnorm)
+        P += column(2) if s.later else over_columns(own.dnorm)
     return P * jnp.exp(log_weight)
 
 
 def _blocks_of(work: Work, acc: Any) -> list[Any]:
-    return [acc.at[:, span(j)] for j in range(work.sizes.blocks)]
+    return [acc.at[:, block_at(j)] for j in range(work.sizes.blocks)]
 
 
 def _multiply(work: Work, accumulators: list[Any], left: Any, right: list[Any]) -> None:

@@ -21,12 +21,12 @@ from pallas_kernels.mlstm.mosaic_blocks import (
     BY_ROW,
     SPLIT,
     Ring,
+    block_at,
     by_warp_group,
     in_smem,
     launch,
     over_columns,
-    row_of_zeros,
-    span,
+    zeros_by_row,
 )
 from pallas_kernels.mlstm.mosaic_tiles import BLOCK
 
@@ -115,12 +115,12 @@ def _copy(s: Sizes, x: Gmem, smem: Smem) -> None:
     @pl.loop(0, steps)
     def _(step):
         ring.wait_until_empty(step)
-        slot, t = ring.slot(step), span(steps - 1 - step if s.reversed else step)
+        slot, t = ring.slot(step), block_at(steps - 1 - step if s.reversed else step)
         full = smem.full.at[slot]
         for i in range(s.groups):
-            plgpu.copy_gmem_to_smem(x.lhs.at[b, t, span(k + i)], smem.lhs.at[slot, i], full)
+            plgpu.copy_gmem_to_smem(x.lhs.at[b, t, block_at(k + i)], smem.lhs.at[slot, i], full)
         for j in range(s.blocks):
-            plgpu.copy_gmem_to_smem(x.rhs.at[b, t, span(v + j)], smem.rhs.at[slot, j], full)
+            plgpu.copy_gmem_to_smem(x.rhs.at[b, t, block_at(v + j)], smem.rhs.at[slot, j], full)
         gate = READ if s.reversed else WRITE
         plgpu.copy_gmem_to_smem(x.gates.at[b, h, gate, t], smem.weights.at[slot], full)
         plgpu.copy_gmem_to_smem(x.split.at[b, h, :, t], smem.split.at[slot], full)
@@ -145,14 +145,14 @@ class Work(NamedTuple):
 
     def part(self, array: Any, *index: Any) -> list[Any]:
         """The blocks of the program in one of the states, `B H ... K V`, in global memory."""
-        columns = [span(self.v + j) for j in range(self.s.blocks)]
+        columns = [block_at(self.v + j) for j in range(self.s.blocks)]
         return [array.at[self.b, self.h, *index, self.k, column] for column in columns]
 
 
 def _multiply(s: Sizes, x: Gmem, smem: Smem, group: Any) -> None:
     """Carries 64 rows of the state through all chunks."""
     k, v = lax.axis_index("k") * s.groups + group, lax.axis_index("v") * s.blocks
-    work = Work(s, x, smem, lax.axis_index("batch"), lax.axis_index("head"), span(k), v, group)
+    work = Work(s, x, smem, lax.axis_index("batch"), lax.axis_index("head"), block_at(k), v, group)
     b, h, k = work.b, work.h, work.k
     N = s.T // s.L
 
@@ -236,7 +236,7 @@ def _sum_scaling(work: Work, dC: list[Any], chunk: Any) -> None:
     for j, source in enumerate(work.part(work.x.C_starts, chunk)):
         plgpu.copy_gmem_to_smem(source, stage.at[j], staged)
     plgpu.barrier_wait(staged)
-    total = row_of_zeros()
+    total = zeros_by_row()
     for j, block in enumerate(dC):
         C = plgpu.load(stage.at[j], layout=BY_BLOCK).astype(jnp.float32)
         total += jnp.sum(C * block, axis=1)

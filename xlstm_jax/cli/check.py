@@ -32,11 +32,11 @@ def run(argv: list[str]) -> int:
         for one in device_check.check(jax.default_backend()):
             outcomes.append(one)
             console.write(f"{one.workload.op} {one.implementation}: {_describe(one)}\n")
-    found = device_check.verdicts(outcomes)
-    path = verdicts.record(found) if args.record else None
+    results = device_check.verdicts(outcomes)
+    path = verdicts.record(results) if args.record else None
     if args.json:
         rows = [one._asdict() | {"passed": one.passed} for one in outcomes]
-        console.print_json({"device": verdicts.describe(), "outcomes": rows, "verdicts": found})
+        console.print_json({"device": verdicts.describe(), "outcomes": rows, "verdicts": results})
     else:
         _show(outcomes, path)
     return DONE if all(one.passed for one in outcomes) else MACHINE_FAILED
