@@ -83,13 +83,14 @@ def call(
     *,
     name: str,
     grid: tuple[int, ...],
+    sizes: Sequence[int] = (),
     num_warps: int = 4,
     num_stages: int = 2,
     target: str | None = None,
     interpret: bool = False,
     **constants: Any,
 ) -> tuple[jax.Array, ...]:
-    """Launches a Triton kernel, whose parameters are the arrays, the results, then constants.
+    """Launches a Triton kernel, whose parameters are arrays, sizes, results, then constants.
 
     The call has no gradient and no `vmap` rule; see `common.fold_vmap`. A kernel writes to results
     only. Still, XLA gives an operand and a result one buffer if they are slices of a loop carry, at
@@ -101,13 +102,15 @@ def call(
         out_shape: shapes of the results, which are uninitialized until the kernel writes them.
         name: name of the call in the compiled program.
         grid: number of programs along up to three axes.
+        sizes: integers that are known at run time; the kernel is compiled once for all of them,
+            and once more for a size of 1.
         num_warps, num_stages: as in `triton.Config`.
         target: a key of `hardware.ARCHITECTURES`, to compile ahead of time; None: the current GPU.
         interpret: run on the host, one program after the other; for tests.
         constants: the kernel's `tl.constexpr` parameters.
     """
     if interpret:
-        return _interpreted(kernel, arrays, out_shape, grid, constants)
+        return _interpreted(kernel, arrays, sizes, out_shape, grid, constants)
     jax_triton = importlib.import_module("jax_triton")
     _target_older_ptxas()
     _adapt_dce_rule()
@@ -118,6 +121,7 @@ def call(
         named = {"out_shape": tuple(out_shape)}
     return jax_triton.triton_call(
         *arrays,
+        *sizes,
         kernel=kernel,
         name=name,
         grid=grid,
@@ -207,7 +211,7 @@ _interpreter_lock = threading.Lock()
 """Triton's interpreter stores the current program id in a global that all threads share."""
 
 
-def _interpreted(kernel, arrays, out_shape, grid, constants) -> tuple[jax.Array, ...]:
+def _interpreted(kernel, arrays, sizes, out_shape, grid, constants) -> tuple[jax.Array, ...]:
     def run(*inputs):
         inputs = [np.asarray(x) for x in inputs]
         # NaN stands for uninitialized memory, so that reading it shows in the results.
@@ -217,7 +221,8 @@ def _interpreted(kernel, arrays, out_shape, grid, constants) -> tuple[jax.Array,
         ]
         # Like a GPU, do not report overflow.
         with _interpreter_lock, np.errstate(all="ignore"):
-            kernel[grid](*(_HostArray(x) for x in (*inputs, *outputs)), **constants)
+            inputs, results = ([_HostArray(x) for x in arrays] for arrays in (inputs, outputs))
+            kernel[grid](*inputs, *sizes, *results, **constants)
         return tuple(outputs)
 
     return jax.pure_callback(run, tuple(out_shape), *arrays)

@@ -92,29 +92,43 @@ def _calls(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
 def _launch(equation: core.JaxprEqn) -> Launch:
     """The launch of a call, whose parameter names differ between jax-triton 0.3 and 0.4."""
     params = dict(equation.params)
-    arrays: list[Any] = [variable.aval for variable in equation.invars]
+    arguments: list[Any] = [variable.aval for variable in equation.invars]
     results: list[Any] = [variable.aval for variable in equation.outvars]
     if "metaparams" in params:
         constants, options = params["metaparams"], params["backend_options"]
-        # 0.4: placeholders with an ordinal stand for results.
-        arrays = params["in_tree"].unflatten(arrays)
-        arrays = [results[x.ordinal] if hasattr(x, "ordinal") else x for x in arrays]
+        # 0.4: placeholders with an ordinal stand for results, and those with a value for sizes.
+        arguments = params["in_tree"].unflatten(arguments)
+        arguments = [results[x.ordinal] if hasattr(x, "ordinal") else x for x in arguments]
+        arguments = [getattr(x, "value", x) for x in arguments]
     else:
         names = {parameter.name for parameter in params["fn"].params}
         constants = {key: value for key, value in params.items() if key in names}
         options = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion")
         options = {key: params[key] for key in options}
-        arrays = arrays + results
+        for index, _, value in params["scalar_args"]:
+            arguments.insert(index, value)
+        arguments = arguments + results
     names = [name for name in params["fn"].arg_names if name not in constants]
-    types = [f"*{ELEMENTS[str(x.dtype)]}" for x in arrays]
+    parameters = dict(zip(names, arguments, strict=True))
+    # As in jax-triton: a size of 1 is a constant.
+    constants = dict(constants) | {name: 1 for name, x in parameters.items() if _is_one(x)}
     return Launch(
         params["fn"],
         params["name"],
         params["grid"],
-        tuple(zip(names, types, strict=True)),
+        tuple((name, _type(x)) for name, x in parameters.items() if name not in constants),
         tuple(sorted(constants.items())),
         tuple(sorted(options.items())),
     )
+
+
+def _is_one(argument: Any) -> bool:
+    return isinstance(argument, int) and argument == 1
+
+
+def _type(argument: Any) -> str:
+    """Triton's name for the type of a run-time size or of a pointer to an array."""
+    return "i32" if isinstance(argument, int) else f"*{ELEMENTS[str(argument.dtype)]}"
 
 
 @functools.cache
@@ -122,13 +136,18 @@ def _compiled(launch: Launch, capability: int) -> Any:
     """The kernel of a launch, compiled by Triton."""
     triton = importlib.import_module("triton")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
-    constants = dict(launch.constants)
+    types, constants = dict(launch.parameters), dict(launch.constants)
+    names = launch.kernel.arg_names
     source = triton.compiler.ASTSource(
         launch.kernel,
-        signature=dict(launch.parameters) | dict.fromkeys(constants, "constexpr"),
+        signature={name: types.get(name, "constexpr") for name in names},
         constexprs=constants,
         # As in jax-triton: XLA aligns all arrays to at least 16 bytes.
-        attrs={(number,): [["tt.divisibility", 16]] for number in range(len(launch.parameters))},
+        attrs={
+            (number,): [["tt.divisibility", 16]]
+            for number, name in enumerate(names)
+            if types.get(name, "").startswith("*")
+        },
     )
     with triton.knobs.cache.scope():
         # jax-triton unsets the cache directory, without which Triton does not compile.

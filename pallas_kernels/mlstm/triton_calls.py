@@ -56,6 +56,7 @@ def _states(
         block,
         triton_kernels.states,
         (packed, lhs, rhs, C, n, *(starts or (C, n))),
+        (N,),
         (
             shape((B, H, N, K, V), lhs.dtype),
             shape((B, H, N, 1, K), jnp.float32),
@@ -65,7 +66,6 @@ def _states(
         ),
         name="mlstm_states" if starts is None else "mlstm_dstates",
         grid=(B * H * blocks,),
-        T=T,
         H=H,
         K=K,
         V=V,
@@ -97,13 +97,13 @@ def _outputs(
         block,
         triton_kernels.outputs,
         arrays,
+        (T // options.chunk,),
         (
             jax.ShapeDtypeStruct(values.shape, values.dtype),
             jax.ShapeDtypeStruct((B, H, blocks, T) if sums else (1,), jnp.float32),
         ),
         name=f"mlstm_{name}",
-        grid=(B * H * (T // block.positions), blocks),
-        T=T,
+        grid=(B * (T // block.positions), H * blocks),
         H=H,
         A=A,
         W=W,
@@ -123,11 +123,12 @@ def _outputs(
     )
 
 
-def _call(options: Options, block: Any, kernel, arrays, out_shape, **settings):
+def _call(options: Options, block: Any, kernel, arrays, sizes, out_shape, **settings):
     return gpu.call(
         kernel,
         arrays,
         out_shape,
+        sizes=sizes,
         num_warps=block.warps,
         num_stages=block.stages,
         target=options.target,

@@ -47,12 +47,12 @@ def states(
     n_first,  # B H K, float32
     C_starts,  # B H N K V, states of the forward pass at chunk starts; read if REVERSED
     n_starts,  # B H N K
+    N,
     C_out,  # B H N K V: the state before each chunk in order
     n_out,  # B H N K, float32
     C_last,  # B H K V, float32: the state after the last chunk in order
     n_last,  # B H K, float32
     scaling,  # B H N blocks, float32: sums of dC * C_starts; written if REVERSED
-    T: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -67,6 +67,7 @@ def states(
     """One block of one head's state, carried in registers through all chunks."""
     blocks: tl.constexpr = (K // BK) * (V // BV)
     steps_per_chunk: tl.constexpr = L // BT
+    T = N * L
     program = tl.program_id(0)
     block = program % blocks
     head = (program // blocks).to(tl.int64)
@@ -78,16 +79,16 @@ def states(
     # Offsets within a block fit 32 bits; larger ones are 64-bit and are added to the pointers.
     lhs_tile = t[None, :] * (H * K) + offs_k[:, None]
     rhs_tile = t[:, None] * (H * V) + offs_v[None, :]
-    first_token = (head // H) * T * H + head % H
+    first_token = (program // blocks // H).to(tl.int64) * T * H + program // blocks % H
     gates += head * 8 * T
     state_tile = offs_k[:, None] * V + offs_v[None, :]
-    C_out += head * (T // L) * K * V + state_tile
-    C_starts += head * (T // L) * K * V + state_tile
-    n_out += head * (T // L) * K + offs_k
-    n_starts += head * (T // L) * K + offs_k
-    C = tl.load(C_first + head * K * V + state_tile)
+    C_out += head * N * (K * V) + state_tile
+    C_starts += head * N * (K * V) + state_tile
+    n_out += head * N * K + offs_k
+    n_starts += head * N * K + offs_k
+    C = tl.load(C_first + head * (K * V) + state_tile)
     n = tl.load(n_first + head * K + offs_k)
-    for step in range(T // BT):
+    for step in range(N * steps_per_chunk):
         position = (T - BT * (step + 1)) if REVERSED else BT * step
         chunk = (position // L).to(tl.int64)
         token = first_token + position.to(tl.int64) * H
@@ -112,8 +113,8 @@ def states(
                 total = tl.sum(C * tl.load(C_starts + chunk * (K * V)).to(tl.float32))
                 if owns_n:
                     total += tl.sum(n * tl.load(n_starts + chunk * K))
-                tl.store(scaling + (head * (T // L) + chunk) * blocks + block, total)
-    tl.store(C_last + head * K * V + state_tile, C)
+                tl.store(scaling + (head * N + chunk) * blocks + block, total)
+    tl.store(C_last + head * (K * V) + state_tile, C)
     if owns_n:
         tl.store(n_last + head * K + offs_k, n)
 
@@ -128,9 +129,9 @@ def outputs(
     C,  # B H N K V, states at chunk boundaries, or their cotangents
     n,  # B H N K, float32
     primal,  # B T H W: the array whose cotangent `out` is; read if WITH_SUMS without NORMALIZE
+    N,
     out,  # B T H W
     sums,  # B H W/BW T, float32: q n if NORMALIZE, else sums of primal * out over columns
-    T: tl.constexpr,
     H: tl.constexpr,
     A: tl.constexpr,
     W: tl.constexpr,
@@ -150,18 +151,22 @@ def outputs(
     UPCAST: tl.constexpr,
 ):
     """BT positions of one head's result, from the state and from positions of the same chunk."""
+    blocks: tl.constexpr = L // BT
+    splits: tl.constexpr = W // BW
+    T = N * L
     program = tl.program_id(0)
-    head = (program // (T // BT)).to(tl.int64)
-    chunk = (program % (T // BT)) // (L // BT)
-    split = tl.program_id(1)
+    batch = (program // blocks // N).to(tl.int64)
+    chunk = program // blocks % N
+    split = tl.program_id(1) % splits
+    head = batch * H + tl.program_id(1) // splits
     # Positions count from the chunk start, so that offsets within a chunk fit 32 bits.
-    begin = (program % (L // BT)) * BT
+    begin = (program % blocks) * BT
     t = begin + tl.arange(0, BT)
     # Outside of the loop: inside it mlstm_dk takes all 255 registers on sm_100.
     offs_s = tl.arange(0, BS)
     a = tl.arange(0, BA)
     w = split * BW + tl.arange(0, BW)
-    token = ((head // H) * T + chunk * L) * H + head % H
+    token = (batch * T + chunk * L) * H + tl.program_id(1) // splits
     lhs += token * A + t[:, None] * (H * A)
     rhs += token * A
     values += token * W
@@ -176,23 +181,23 @@ def outputs(
         dnorm = tl.load(gates + NORMALIZER * T + t)
 
     # Contribution of the state at the chunk boundary.
-    boundary = head * (T // L) + chunk
-    C += boundary * A * W
+    boundary = head * N + chunk
+    C += boundary * (A * W)
     n += boundary * (W if TRANSPOSED else A)
     acc = tl.zeros((BT, BW), tl.float32)
-    d = tl.zeros((BT,), tl.float32)
+    q_n = tl.zeros((BT, BC), tl.float32)
     for i in range(A // BC):
         inner = i * BC + tl.arange(0, BC)
         x = tl.load(lhs + inner[None, :])
         tile = inner[:, None] + w[None, :] * A if TRANSPOSED else inner[:, None] * W + w[None, :]
-        acc += product(x, tl.load(C + tile).to(dtype), UPCAST)
         if NORMALIZE:
-            d += tl.sum(x.to(tl.float32) * tl.load(n + inner)[None, :], axis=1)
+            q_n += x.to(tl.float32) * tl.load(n + inner)[None, :]
+        acc += product(x, tl.load(C + tile).to(dtype), UPCAST)
     if TRANSPOSED and (LATER or WITH_DNORM):
         n_columns = tl.load(n + w)[None, :]
         acc += n_columns if LATER else dnorm[:, None] * n_columns
     acc *= weight[:, None]
-    d *= weight
+    d = weight * tl.sum(q_n, axis=1)
 
     # Contribution of the positions of the same chunk.
     lhs_block = tl.load(lhs + a[None, :])
@@ -227,4 +232,4 @@ def outputs(
     if WITH_SUMS:
         if not NORMALIZE:
             d = tl.sum(tl.load(primal + out_tile).to(tl.float32) * acc, axis=1)
-        tl.store(sums + (head * (W // BW) + split) * T + chunk * L + t, d)
+        tl.store(sums + (head * splits + split) * T + chunk * L + t, d)

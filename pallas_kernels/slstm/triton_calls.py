@@ -46,13 +46,13 @@ def _forward(options: Options, x, r, b, initial, flags, *, save: bool):
     B, T, _, H, K = x.shape
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     save_gates = save and options.save_gates
-    results = _call(
+    h, final, *saved = _call(
         options,
         "forward",
-        (x, r, jnp.swapaxes(b, 0, 1), initial, _flags_or_dummy(flags)),
+        (x, r, jnp.swapaxes(b, 0, 1), jnp.swapaxes(initial, 0, 1), _flags_or_dummy(flags)),
         (
             jax.ShapeDtypeStruct((B, T + 1, H, K), x.dtype),
-            f32(initial.shape),
+            f32((B, 4, H, K)),
             # A Triton kernel has a fixed number of results: unused ones have a single element.
             f32((B, T, 3, H, K) if save else (1,)),
             f32(x.shape if save_gates else (1,)),
@@ -62,7 +62,7 @@ def _forward(options: Options, x, r, b, initial, flags, *, save: bool):
         SAVE=save,
         SAVE_GATES=save_gates,
     )
-    return results[: 2 + save + save_gates]
+    return h, jnp.swapaxes(final, 0, 1), *saved[: save + save_gates]
 
 
 def h_before(h: jax.Array, flags: jax.Array | None) -> jax.Array:
@@ -90,17 +90,18 @@ def backward(options: Options, gates, r, cnm, dh, dfinal, flags) -> tuple[jax.Ar
 
 def _backward(options: Options, gates, r, cnm, dh, dfinal, flags):
     B, T, _, H, K = gates.shape
-    return _call(
+    dx, dinitial = _call(
         options,
         "backward",
-        (gates, r, cnm, dh, dfinal, _flags_or_dummy(flags)),
+        (gates, r, cnm, dh, jnp.swapaxes(dfinal, 0, 1), _flags_or_dummy(flags)),
         (
             jax.ShapeDtypeStruct(gates.shape, dh.dtype),
-            jax.ShapeDtypeStruct(dfinal.shape, jnp.float32),
+            jax.ShapeDtypeStruct((B, 4, H, K), jnp.float32),
         ),
         sizes=(B, T, H, K),
         FLAGGED=flags is not None,
     )
+    return dx, jnp.swapaxes(dinitial, 0, 1)
 
 
 def _flags_or_dummy(flags: jax.Array | None) -> jax.Array:
@@ -120,14 +121,14 @@ def _call(options: Options, name: str, arrays, out_shape, *, sizes, **settings):
         out_shape,
         name=f"slstm_{name}",
         grid=(H, -(-B // BATCH_BLOCK)),
+        sizes=(B, T),
         num_warps=tile.warps,
         num_stages=tile.stages,
         target=options.target,
         interpret=bool(options.interpret),
-        B=B,
-        T=T,
         H=H,
         K=K,
+        LARGE=BATCH_BLOCK * 4 * (T + 1) * H * K >= 1 << 31,
         SIGMOID=options.forget_gate == "sigmoid",
         UPCAST=bool(options.interpret),
         **blocks,

@@ -30,16 +30,17 @@ def forward(
     x,  # B T 4 H K
     r,  # H K 4 K, in the dtype of x
     bias,  # H 4 K, float32
-    initial,  # 4 B H K, float32: c, n, h and m before the first step
+    initial,  # B 4 H K, float32: c, n, h and m before the first step
     flags,  # B T, int32
+    B,
+    T,
     h,  # B T+1 H K, in the dtype of x: before the first step and after every step
-    final,  # 4 B H K, float32: c, n, h and m after the last step
+    final,  # B 4 H K, float32: c, n, h and m after the last step
     cnm,  # B T 3 H K, float32: c, n and m before each step, with its reset applied
     gates,  # B T 4 H K, float32: pre-activations, recurrent term included
-    B: tl.constexpr,
-    T: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
+    LARGE: tl.constexpr,  # offsets within 16 sequences may exceed 32 bits
     FLAGGED: tl.constexpr,
     SAVE: tl.constexpr,
     SAVE_GATES: tl.constexpr,
@@ -49,21 +50,21 @@ def forward(
     """All steps of one head and 16 sequences."""
     head = tl.program_id(0)
     b_start = tl.program_id(1).to(tl.int64) * BATCH_BLOCK
-    b = batch_offsets(T * H * K)
+    b = batch_offsets(LARGE)
     in_batch = (b_start + b < B)[:, None]
     k = tl.arange(0, K)
-    state_offsets = b_start * (H * K) + head * K + (b * (H * K))[:, None] + k[None, :]
-    x += b_start * (T * 4 * H * K) + head * K + (b * (T * 4 * H * K))[:, None] + k[None, :]
-    gates += b_start * (T * 4 * H * K) + head * K + (b * (T * 4 * H * K))[:, None] + k[None, :]
-    cnm += b_start * (T * 3 * H * K) + head * K + (b * (T * 3 * H * K))[:, None] + k[None, :]
-    h += b_start * ((T + 1) * H * K) + head * K + (b * ((T + 1) * H * K))[:, None] + k[None, :]
+    state_offsets = b_start * (4 * H * K) + head * K + (b * (4 * H * K))[:, None] + k[None, :]
+    x += b_start * T * (4 * H * K) + head * K + (b * T * (4 * H * K))[:, None] + k[None, :]
+    gates += b_start * T * (4 * H * K) + head * K + (b * T * (4 * H * K))[:, None] + k[None, :]
+    cnm += b_start * T * (3 * H * K) + head * K + (b * T * (3 * H * K))[:, None] + k[None, :]
+    h += b_start * (T + 1) * (H * K) + head * K + (b * (T + 1) * (H * K))[:, None] + k[None, :]
     bias += head * (4 * K) + k[None, :]
     r += head * (4 * K * K) + k[:, None] * (4 * K) + k[None, :]
     r_i = tl.load(r)
     r_f = tl.load(r + K)
     r_z = tl.load(r + 2 * K)
     r_o = tl.load(r + 3 * K)
-    state = load_four(initial + state_offsets, B * H * K, in_batch)
+    state = load_four(initial + state_offsets, H * K, in_batch)
     dtype = h.dtype.element_ty
     tl.store(h, state[2].to(dtype), in_batch)
     for t in range(T):
@@ -84,7 +85,7 @@ def forward(
         cnm += 3 * H * K
         h += H * K
         tl.store(h, state[2].to(dtype), in_batch)
-    store_four(final + state_offsets, B * H * K, in_batch, state[0], state[1], state[2], state[3])
+    store_four(final + state_offsets, H * K, in_batch, state[0], state[1], state[2], state[3])
 
 
 @triton.jit
@@ -94,14 +95,15 @@ def backward(
     r,  # H K 4 K, in the dtype of dx
     cnm,  # B T 3 H K, float32: c, n and m before each step
     dh,  # B T H K
-    dfinal,  # 4 B H K, float32: gradients of c, n and h after the last step, and rho
+    dfinal,  # B 4 H K, float32: gradients of c, n and h after the last step, and rho
     flags,  # B T, int32
+    B,
+    T,
     dx,  # B T 4 H K
-    dinitial,  # 4 B H K, float32: likewise before the first step
-    B: tl.constexpr,
-    T: tl.constexpr,
+    dinitial,  # B 4 H K, float32: likewise before the first step
     H: tl.constexpr,
     K: tl.constexpr,
+    LARGE: tl.constexpr,  # offsets within 16 sequences may exceed 32 bits
     FLAGGED: tl.constexpr,
     SIGMOID: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -109,10 +111,10 @@ def backward(
     """Backward pass of one head and 16 sequences, from the last step to the first."""
     head = tl.program_id(0)
     b_start = tl.program_id(1).to(tl.int64) * BATCH_BLOCK
-    b = batch_offsets(T * H * K)
+    b = batch_offsets(LARGE)
     in_batch = (b_start + b < B)[:, None]
     k = tl.arange(0, K)
-    state_offsets = b_start * (H * K) + head * K + (b * (H * K))[:, None] + k[None, :]
+    state_offsets = b_start * (4 * H * K) + head * K + (b * (4 * H * K))[:, None] + k[None, :]
     bt_offsets = (b * T)[:, None]
     last_step = b_start * T + T - 1
     cell_offsets = head * K + k[None, :]
@@ -125,7 +127,7 @@ def backward(
     r_f = tl.load(r + K)
     r_z = tl.load(r + 2 * K)
     r_o = tl.load(r + 3 * K)
-    dc, dn, dh_next, rho = load_four(dfinal + state_offsets, B * H * K, in_batch)
+    dc, dn, dh_next, rho = load_four(dfinal + state_offsets, H * K, in_batch)
     dtype = dx.dtype.element_ty
     for step in range(T):
         t = T - 1 - step
@@ -145,4 +147,4 @@ def backward(
         cnm -= 3 * H * K
         dh -= H * K
         dx -= 4 * H * K
-    store_four(dinitial + state_offsets, B * H * K, in_batch, dc, dn, dh_next, rho)
+    store_four(dinitial + state_offsets, H * K, in_batch, dc, dn, dh_next, rho)

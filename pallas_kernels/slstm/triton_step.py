@@ -82,43 +82,39 @@ def cell_backward(i, f, z, o, c, n, m, dh, dc, dn, rho, SIGMOID: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def batch_offsets(SEQUENCE_SIZE: tl.constexpr):
-    """0 to 15, the sequences of a program; int64 if offsets of the gates may exceed int32.
-
-    `SEQUENCE_SIZE` is the number of elements of h per sequence.
-    """
-    if 16 * 4 * (SEQUENCE_SIZE + 1) < (1 << 31):
-        b = tl.arange(0, 16)
-    else:
-        b = tl.arange(0, 16).to(tl.int64)
+def batch_offsets(LARGE: tl.constexpr):
+    """0 to 15, the sequences of a program; int64 if offsets of their gates may exceed int32."""
+    b = tl.arange(0, 16)
+    if LARGE:
+        b = b.to(tl.int64)
     return b
 
 
 @triton.jit
 @no_type_check
-def load_four(pointer, STRIDE: tl.constexpr, in_batch):
-    """Four blocks `STRIDE` elements apart, in float32; 0 outside the batch."""
+def load_four(pointer, stride, in_batch):
+    """Four blocks `stride` elements apart, in float32; 0 outside the batch."""
     i = tl.load(pointer, in_batch, other=0.0).to(tl.float32)
-    f = tl.load(pointer + STRIDE, in_batch, other=0.0).to(tl.float32)
-    z = tl.load(pointer + 2 * STRIDE, in_batch, other=0.0).to(tl.float32)
-    o = tl.load(pointer + 3 * STRIDE, in_batch, other=0.0).to(tl.float32)
+    f = tl.load(pointer + stride, in_batch, other=0.0).to(tl.float32)
+    z = tl.load(pointer + 2 * stride, in_batch, other=0.0).to(tl.float32)
+    o = tl.load(pointer + 3 * stride, in_batch, other=0.0).to(tl.float32)
     return i, f, z, o
 
 
 @triton.jit
 @no_type_check
-def store_four(pointer, STRIDE: tl.constexpr, in_batch, i, f, z, o):
-    """Stores four blocks `STRIDE` elements apart; the inverse of `load_four`."""
+def store_four(pointer, stride, in_batch, i, f, z, o):
+    """Stores four blocks `stride` elements apart; the inverse of `load_four`."""
     dtype = pointer.dtype.element_ty
     tl.store(pointer, i.to(dtype), in_batch)
-    tl.store(pointer + STRIDE, f.to(dtype), in_batch)
-    tl.store(pointer + 2 * STRIDE, z.to(dtype), in_batch)
-    tl.store(pointer + 3 * STRIDE, o.to(dtype), in_batch)
+    tl.store(pointer + stride, f.to(dtype), in_batch)
+    tl.store(pointer + 2 * stride, z.to(dtype), in_batch)
+    tl.store(pointer + 3 * stride, o.to(dtype), in_batch)
 
 
 @triton.jit
 @no_type_check
-def read_flags(flags, b, in_batch, T: tl.constexpr, FLAGGED: tl.constexpr):
+def read_flags(flags, b, in_batch, T, FLAGGED: tl.constexpr):
     """Whether each sequence is reset, and masked, at the step that `flags` points to."""
     if FLAGGED:
         flag = tl.load(flags + (b * T)[:, None], in_batch, other=0)

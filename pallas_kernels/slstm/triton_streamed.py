@@ -32,16 +32,17 @@ def forward(
     x,  # B T 4 H K
     r,  # H K 4 K, in the dtype of x
     bias,  # H 4 K, float32
-    initial,  # 4 B H K, float32: c, n, h and m before the first step
+    initial,  # B 4 H K, float32: c, n, h and m before the first step
     flags,  # B T, int32
+    B,
+    T,
     h,  # B T+1 H K, in the dtype of x: before the first step and after every step
-    final,  # 4 B H K, float32: c, n, h and m after the last step
+    final,  # B 4 H K, float32: c, n, h and m after the last step
     cnm,  # B T 3 H K, float32: c, n and m before each step, with its reset applied
     gates,  # B T 4 H K, float32: pre-activations, recurrent term included
-    B: tl.constexpr,
-    T: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
+    LARGE: tl.constexpr,  # offsets within 16 sequences may exceed 32 bits
     BLOCK: tl.constexpr,  # output cells per product
     CACHED: tl.constexpr,  # output cells whose weights are loaded only once; 0: none
     INNER: tl.constexpr,  # input cells per product
@@ -54,18 +55,18 @@ def forward(
     """All steps of one head and 16 sequences."""
     head = tl.program_id(0)
     b_start = tl.program_id(1).to(tl.int64) * BATCH_BLOCK
-    b = batch_offsets(T * H * K)
+    b = batch_offsets(LARGE)
     in_batch = (b_start + b < B)[:, None]
     cells = tl.arange(0, BLOCK)
     inner = tl.arange(0, INNER)
-    leaf: tl.constexpr = B * H * K
-    state_offsets = b_start * (H * K) + head * K + (b * (H * K))[:, None]
+    leaf: tl.constexpr = H * K
+    state_offsets = b_start * (4 * H * K) + head * K + (b * (4 * H * K))[:, None]
     initial += state_offsets
     final += state_offsets
-    x += b_start * (T * 4 * H * K) + head * K + (b * (T * 4 * H * K))[:, None]
-    gates += b_start * (T * 4 * H * K) + head * K + (b * (T * 4 * H * K))[:, None]
-    cnm += b_start * (T * 3 * H * K) + head * K + (b * (T * 3 * H * K))[:, None]
-    h += b_start * ((T + 1) * H * K) + head * K + (b * ((T + 1) * H * K))[:, None]
+    x += b_start * T * (4 * H * K) + head * K + (b * T * (4 * H * K))[:, None]
+    gates += b_start * T * (4 * H * K) + head * K + (b * T * (4 * H * K))[:, None]
+    cnm += b_start * T * (3 * H * K) + head * K + (b * T * (3 * H * K))[:, None]
+    h += b_start * (T + 1) * (H * K) + head * K + (b * (T + 1) * (H * K))[:, None]
     bias += head * (4 * K)
     weights = r + head * (4 * K * K)
     weight_offsets = inner[:, None] * (4 * K) + cells[None, :]
@@ -95,7 +96,7 @@ def forward(
             rec_o = product(h_all, cached_o, UPCAST)
             sums = (rec_i, rec_f, rec_z, rec_o)
             _finish_block(
-                sums, cached_cells, pointers, masks, B, H, K, FLAGGED, SAVE, SAVE_GATES, SIGMOID
+                sums, cached_cells, pointers, masks, H, K, FLAGGED, SAVE, SAVE_GATES, SIGMOID
             )
         for block in range(CACHED, K, BLOCK):
             i = tl.zeros((BATCH_BLOCK, BLOCK), tl.float32)
@@ -111,7 +112,7 @@ def forward(
                 o += product(operand, tl.load(w + 3 * K), UPCAST)
             sums = (i, f, z, o)
             _finish_block(
-                sums, block + cells, pointers, masks, B, H, K, FLAGGED, SAVE, SAVE_GATES, SIGMOID
+                sums, block + cells, pointers, masks, H, K, FLAGGED, SAVE, SAVE_GATES, SIGMOID
             )
         tl.debug_barrier()
         x += 4 * H * K
@@ -127,7 +128,6 @@ def _finish_block(
     cells,
     pointers,
     masks,
-    B: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
     FLAGGED: tl.constexpr,
@@ -140,12 +140,12 @@ def _finish_block(
     in_batch = masks[2]
     offsets = cells[None, :]
     x, bias = x + offsets, bias + offsets
-    state = load_four(final + offsets, B * H * K, in_batch)
+    state = load_four(final + offsets, H * K, in_batch)
     block_pointers = (x, bias, cnm + offsets, gates + offsets)
     c, n, new_h, m = step_forward(
         recurrent, state, block_pointers, masks, H * K, K, FLAGGED, SAVE, SAVE_GATES, SIGMOID
     )
-    store_four(final + offsets, B * H * K, in_batch, c, n, new_h, m)
+    store_four(final + offsets, H * K, in_batch, c, n, new_h, m)
     # Stored in the next slot of h: other blocks of cells still read the current one.
     tl.store(h + H * K + offsets, new_h.to(h.dtype.element_ty), in_batch)
 
@@ -157,14 +157,15 @@ def backward(
     r,  # H K 4 K, in the dtype of dx
     cnm,  # B T 3 H K, float32: c, n and m before each step
     dh,  # B T H K
-    dfinal,  # 4 B H K, float32: gradients of c, n and h after the last step, and rho
+    dfinal,  # B 4 H K, float32: gradients of c, n and h after the last step, and rho
     flags,  # B T, int32
+    B,
+    T,
     dx,  # B T 4 H K
-    dinitial,  # 4 B H K, float32: likewise before the first step
-    B: tl.constexpr,
-    T: tl.constexpr,
+    dinitial,  # B 4 H K, float32: likewise before the first step
     H: tl.constexpr,
     K: tl.constexpr,
+    LARGE: tl.constexpr,  # offsets within 16 sequences may exceed 32 bits
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
     FLAGGED: tl.constexpr,
@@ -174,12 +175,12 @@ def backward(
     """Backward pass of one head and 16 sequences, from the last step to the first."""
     head = tl.program_id(0)
     b_start = tl.program_id(1).to(tl.int64) * BATCH_BLOCK
-    b = batch_offsets(T * H * K)
+    b = batch_offsets(LARGE)
     in_batch = (b_start + b < B)[:, None]
     cells = tl.arange(0, BLOCK)
     inner = tl.arange(0, INNER)
-    leaf: tl.constexpr = B * H * K
-    state_offsets = b_start * (H * K) + head * K + (b * (H * K))[:, None] + cells[None, :]
+    leaf: tl.constexpr = H * K
+    state_offsets = b_start * (4 * H * K) + head * K + (b * (4 * H * K))[:, None] + cells[None, :]
     dfinal += state_offsets
     dinitial += state_offsets
     bt_offsets = (b * T)[:, None]

@@ -64,9 +64,11 @@ def backward(K: int, dtype: jnp.dtype) -> Tile:
     """As `forward`; the gradients of the gates also pass through shared memory."""
     is_float32 = jnp.dtype(dtype).itemsize == 4
     if _fits(K * K * (42 if is_float32 else 12)):
-        return _resident(K)
-    block = divisor(K, 64 if is_float32 else 128)
-    return Tile(8, 3, block, min(block, 32 if is_float32 else 128))
+        # In float32, loads ahead of their use spill registers on sm_100.
+        return _resident(K)._replace(stages=1 if is_float32 else 2)
+    # On sm_120, blocks of 128 cells spill registers at K = 256.
+    block = divisor(K, 64 if is_float32 or gpu.current_chip() == "sm_120" else 128)
+    return Tile(8, 3, block, divisor(K, 32 if is_float32 else 128))
 
 
 def _fits(size: int) -> bool:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import decode_step, gpu_resources
+from experiments.benchmarks import decode_step, gpu_resources, kernel_jax
 from experiments.benchmarks.gpu_resources import WIDTHS
 from experiments.benchmarks.kernel_cases import PARTS, Case
 from pallas_kernels import common, gpu
@@ -82,6 +82,27 @@ def test_no_kernel_spills_registers_or_exceeds_shared_memory(gpu_chip, op, dtype
             assert kernel.ptx_version <= NEWEST_PTX
             if part == "gradient" and (K, V) == WIDTHS[op]["bfloat16"][1] and dtype == "bfloat16":
                 assert kernel.matrix_unit == unit
+
+
+@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("part", PARTS)
+def test_calls_of_another_length_and_batch_use_the_same_compiled_kernels(op, part):
+    """Lengths and batches are arguments at run time: no kernel is compiled anew for them."""
+    T, K, V = 1 if part == "decode" else 1024, 128, 128 if op == "slstm" else 256
+    first, other = (
+        _launches(Case(op=op, part=part, B=B, T=T, H=4, K=K, V=V))
+        for B, T in ((2, T), (6, 2 * T if T > 1 else T))
+    )
+    assert first == other
+    assert {launch.name for launch in first} == KERNELS[op][part]
+
+
+def _launches(case: Case) -> list[resources.Launch]:
+    with common.compiled_for("sm_90"):
+        shapes = jax.eval_shape(lambda: kernel_jax.inputs(case, "triton"))
+    function = kernel_jax.timed_function(case, "triton")
+    launches = resources.launches_for("sm_90", function, *shapes)
+    return [launch._replace(grid=()) for launch in launches]
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in KERNELS])

@@ -82,7 +82,7 @@ class _SharingKernel(NamedTuple):
     def __getitem__(self, grid):
         def launch(*buffers, **constants):
             buffers = list(buffers)
-            results = buffers[self.num_operands :]
+            results = [x for x in buffers[self.num_operands :] if not isinstance(x, int)]
             for index in reversed(range(self.num_operands)):
                 operand = buffers[index]
                 alike = [x for x in results if (x.shape, x.dtype) == (operand.shape, operand.dtype)]
