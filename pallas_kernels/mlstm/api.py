@@ -10,12 +10,15 @@ Source: arXiv:2405.04517, section 2.3; chunkwise form: arXiv:2503.14376, section
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import common
 from pallas_kernels.mlstm import gates as pre
+from pallas_kernels.mlstm import packing
 from pallas_kernels.mlstm.options import Kernels, Options, State
 
 
@@ -151,75 +154,38 @@ def _core(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m):
     return _forward(options, K, q, k, v, gates, C, n, m, save=False)[0]
 
 
-def _decays(options: Options, gates: pre.LogGates, m_first: jax.Array) -> pre.Decays:
-    gates = pre.in_chunks(gates, options.chunk)
-    m = pre.stabilizers(gates, m_first, max_state=options.max_state)
-    return pre.decays(gates, *m, forget_gate=options.forget_gate)
+def _folded(kernel: Callable[..., Any], *static: Any, **options: Any) -> Callable[..., Any]:
+    """A part of a derivative whose first arguments are static, with a `vmap` rule."""
+    kernel = functools.partial(kernel, *static, **options)
+    return common.first_order(common.fold_vmap(kernel))
 
 
 def _forward(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m, *, save=True):
-    decays = _decays(options, gates, m)
-    kernel = common.fold_vmap(functools.partial(options.kernels.forward, options, save=save))
-    h, C, n, *saved = common.first_order(kernel)(pre.pack_forward(decays, K), q, k, v, C, n)
-    return (h, C, n, decays.m_end[..., -1]), (q, k, v, gates, m, h, C, n, *saved)
+    packed, m_starts, m_last = _folded(options.kernels.pack_forward, options, K)(gates, m)
+    kernel = _folded(options.kernels.forward, options, save=save)
+    h, C, n, *saved = kernel(packed, q, k, v, C, n)
+    return (h, C, n, m_last), (q, k, v, gates, m_starts, h, C, n, *saved)
 
 
 def _backward(options: Options, K: int, residuals, cotangents):
-    q, k, v, gates, m, h, C, n, d, C_starts, n_starts = residuals
+    q, k, v, gates, m_starts, h, C, n, d, C_starts, n_starts = residuals
     dh, dC, dn, dm = cotangents
-    decays = _decays(options, gates, m)
-    shape = decays.m.shape
-    # The normalizer of every query, `B H N L`, and minus the sign with which d enters it, or 0.
-    if options.normalize:
-        d, bound = d.reshape(shape), pre.lower_bound(decays.m)
-        norm = jnp.maximum(jnp.abs(d), bound) + options.eps
-        sign = jnp.where(jnp.abs(d) > bound, -jnp.sign(d), 0)
-    else:
-        norm, sign = None, jnp.zeros(shape, jnp.float32)
-    packed = pre.pack_backward(decays, K, norm, sign)
-    h = h if options.normalize else None
-    backward = common.fold_vmap(functools.partial(options.kernels.backward, options))
-    grads = common.first_order(backward)(packed, q, k, v, h, dh, C_starts, n_starts, dC, dn)
-    # log i_s scales the contribution of k_s. log f_j scales all that is carried over step j, so its
-    # cotangent is the sum of q dq - k dk from j on, plus the scaling of the end state.
+    if not options.normalize:
+        h = d = None
+    kernels = options.kernels
+    packed = _folded(kernels.pack_backward, options, K)(gates, m_starts, d, h, dh)
+    backward = _folded(kernels.backward, options)
+    grads = backward(packed, q, k, v, h, dh, C_starts, n_starts, dC, dn)
     scaling = jnp.sum(dC * C, axis=(2, 3)) + jnp.sum(dn * n, axis=(2, 3))
-    dlog_i = grads.k_dk.reshape(shape)
-    flow = grads.q_dq.reshape(shape) - dlog_i
-    carry = jnp.concatenate([grads.scaling[..., 1:], scaling[..., None]], axis=-1)
-    dlog_f = pre.suffix_sum(flow, carry, decays.segment, decays.gates.reset)
-    dm_first = grads.scaling[..., 0]
+    dlog_i, dlog_f = _folded(kernels.gate_grads, options)(gates, grads, scaling)
+    dm_first = grads.scaling[:, :, 0].sum(-1)
     if options.max_state:
         # Returned C and n are scaled by exp(-m), so for a fixed unscaled state dm gets -scaling.
-        path = pre.stabilizer_path(decays.gates, decays.m, decays.m_start)
-        if options.forget_gate == "exp" and h is not None and norm is not None:
-            dnorm = _inner_products(h, dh, shape) / -norm
-            dm_eps = jnp.where(decays.m >= pre.READ_FLOOR, options.eps * dnorm, 0)
-            dm_i, dm_f, dm_before = _stabilizer_grads(*path, dm_eps, dm - scaling)
-        else:
-            through_f, carried = (x.reshape(*x.shape[:2], -1) for x in path)
-            dm_i, dm_f, dm_before = pre.stabilizer_grads(through_f, carried, dm - scaling)
-        dlog_i, dlog_f = dlog_i + dm_i.reshape(shape), dlog_f + dm_f.reshape(shape)
-        dm_first = dm_first + dm_before
-    dlog_i, dlog_f = (jnp.swapaxes(g.reshape(g.shape[:2] + (-1,)), 1, 2) for g in (dlog_i, dlog_f))
+        through_m = packing.stabilizer_grads(options, gates, m_starts, d, h, dh, dm - scaling)
+        dlog_i, dlog_f = dlog_i + through_m[0], dlog_f + through_m[1]
+        dm_first = dm_first + through_m[2]
     dgates = pre.LogGates(dlog_i, dlog_f, None)
     return grads.q, grads.k, grads.v, dgates, grads.C, grads.n, dm_first
-
-
-def _inner_products(h: jax.Array, dh: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Sums of h * dh over the values of a head: `B T HV` to `shape`, `B H N L`."""
-    B, H = shape[:2]
-    products = h.astype(jnp.float32) * dh.astype(jnp.float32)
-    return jnp.swapaxes(jnp.sum(products.reshape(B, -1, H, h.shape[2] // H), -1), 1, 2).reshape(
-        shape
-    )
-
-
-def _stabilizer_grads(through_f, carried, dm: jax.Array, rho: jax.Array):
-    """Backward pass of m for cotangents of m at every position, `B H N L`, and of the last m."""
-    chunks_first = jnp.moveaxis(carried, 2, 0), jnp.moveaxis(dm, 2, 0)
-    leaving = jnp.moveaxis(pre.end_grads(*chunks_first, rho), 0, 2)
-    dlog_i, dlog_f, before = pre.stabilizer_grads(through_f, carried, leaving, dm)
-    return dlog_i, dlog_f, before[..., 0]
 
 
 _core.defvjp(_forward, _backward)

@@ -9,12 +9,15 @@ from pallas_kernels.mlstm.options import Kernels
 @functools.cache
 def tpu() -> Kernels:
     """Pallas kernels for TPUs."""
-    from pallas_kernels.mlstm import tpu_backward, tpu_decode, tpu_forward, tpu_tiles
+    from pallas_kernels.mlstm import packing, tpu_backward, tpu_decode, tpu_forward, tpu_tiles
 
     return Kernels(
         refusal=tpu_tiles.refusal,
         tile=tpu_tiles.choose,
         width=common.round_up,
+        pack_forward=packing.forward,
+        pack_backward=packing.backward,
+        gate_grads=packing.gate_grads,
         forward=tpu_forward.mlstm_forward,
         backward=tpu_backward.mlstm_backward,
         step=tpu_decode.step,
@@ -32,6 +35,9 @@ def triton() -> Kernels:
         refusal=triton_tiles.refusal,
         tile=triton_tiles.choose,
         width=gpu.width,
+        pack_forward=triton_calls.pack_forward,
+        pack_backward=triton_calls.pack_backward,
+        gate_grads=triton_calls.gate_grads,
         forward=triton_calls.forward,
         backward=triton_calls.backward,
         step=triton_decode.step,
@@ -42,7 +48,7 @@ def triton() -> Kernels:
 @functools.cache
 def mosaic_gpu() -> Kernels:
     """Mosaic GPU kernels for Hopper GPUs."""
-    from pallas_kernels.mlstm import mosaic_calls, mosaic_tiles
+    from pallas_kernels.mlstm import mosaic_calls, mosaic_tiles, packing
 
     def step(*args):
         raise NotImplementedError("a step is computed as a chunk")
@@ -51,6 +57,9 @@ def mosaic_gpu() -> Kernels:
         refusal=mosaic_tiles.refusal,
         tile=mosaic_tiles.choose,
         width=mosaic_tiles.width,
+        pack_forward=packing.forward,
+        pack_backward=packing.backward_with_sums,
+        gate_grads=packing.gate_grads,
         forward=mosaic_calls.forward,
         backward=mosaic_calls.backward,
         step=step,

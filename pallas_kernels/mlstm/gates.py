@@ -65,22 +65,6 @@ class Decays(NamedTuple):
         return self.from_start[..., -1]
 
 
-class PackedGates(NamedTuple):
-    """The eight gate vectors `B H 8 T` of a kernel; see `pack_forward` and `pack_backward`."""
-
-    coarse: jax.Array
-    query: jax.Array
-    key: jax.Array
-    read: jax.Array
-    write: jax.Array
-    normalizer: jax.Array
-    decay: jax.Array
-    segment: jax.Array
-
-
-COARSE, QUERY, KEY, READ, WRITE, NORMALIZER, DECAY, SEGMENT = range(len(PackedGates._fields))
-
-
 def log_gates(
     i: jax.Array,
     f: jax.Array,
@@ -225,14 +209,17 @@ def relative_steps(
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
     """Coarse and fine part of g of every step, see `Decays`, and m and `m_start`, rounded."""
     L = m.shape[-1]
-    # Of L numbers above -128, so that coarse sums are exact in float32.
-    grid = min(2.0**10, 2.0**17 / 2 ** (L - 1).bit_length())
-    rounded, start = _round(m, grid), _round(m_start, grid)
+    rounded, start = _round(m, grid(L)), _round(m_start, grid(L))
     before = jnp.concatenate([start[..., None], rounded[..., :-1]], axis=-1)
     exact = None
     if forget_gate == "exp":
         exact = jnp.concatenate([m_start[..., None], m[..., :-1]], axis=-1), m
-    return _steps(gates, before, rounded, grid, exact), rounded, start
+    return _steps(gates, before, rounded, grid(L), exact), rounded, start
+
+
+def grid(L: int) -> float:
+    """Coarse parts are multiples of 1 / grid: sums of L such numbers above -128 are exact."""
+    return min(2.0**10, 2.0**17 / 2 ** (L - 1).bit_length())
 
 
 def closed(dtype: Any) -> float:
@@ -280,58 +267,6 @@ def _growing_steps(gates: LogGates, before: jax.Array, m: jax.Array):
 
 def _round(x: jax.Array, grid: float) -> jax.Array:
     return jnp.round(x * grid) / grid
-
-
-def pack_forward(x: Decays, qk_dim: int) -> jax.Array:
-    """`PackedGates` of the forward kernel, stacked to `B H 8 T`.
-
-    Scaled by exp(-m) and 1/sqrt(K), the log weight of key s at query t is
-    (coarse_t - coarse_s) + (query_t + key_s), and that of the state at the chunk start is
-    log read_t. `normalizer` is the lower bound of the normalizer.
-    """
-    return pack_backward(x, qk_dim, None, lower_bound(x.m))
-
-
-def pack_backward(x: Decays, qk_dim: int, norm: jax.Array | None, sign: jax.Array) -> jax.Array:
-    """`PackedGates` of the backward kernel, stacked to `B H 8 T`: weights are divided by `norm`.
-
-    With that division in the gates the kernel uses cotangents of h unchanged. `normalizer` is
-    `sign`: sign * (dh . h) is the cotangent of a query's normalizer, times `norm`.
-
-    Args:
-        norm: `B H N L`, the normalizer of each query; None: not divided.
-        sign: `B H N L`, minus the sign with which q n enters the normalizer, or 0.
-    """
-    lift = x.m - jnp.maximum(x.m, READ_FLOOR)
-    query = x.fine + x.query + lift - 0.5 * jnp.log(float(qk_dim))
-    read = qk_dim**-0.5 * jnp.exp(x.from_start + lift)
-    if norm is not None:
-        query, read = query - jnp.log(norm), read / norm
-    segment = x.segment
-    packed = PackedGates(
-        coarse=x.coarse,
-        query=query,
-        key=x.key - x.fine,
-        read=read,
-        write=jnp.exp(x.to_end),
-        normalizer=sign,
-        decay=jnp.broadcast_to(jnp.exp(x.across)[..., None], query.shape),
-        segment=jnp.zeros_like(query) if segment is None else segment.astype(query.dtype),
-    )
-    return jnp.stack([a.reshape(a.shape[:2] + (-1,)) for a in packed], axis=2)
-
-
-def scale_normalizer(packed: jax.Array, h: jax.Array, dh: jax.Array) -> jax.Array:
-    """`packed` with the cotangent of each query's normalizer, times the normalizer, for its sign.
-
-    Args:
-        packed: `B H 8 T`, from `pack_backward`.
-        h, dh: `B T HV`.
-    """
-    B, H, _, T = packed.shape
-    # The sum runs over the last axis, before the transpose, so that only the sums are transposed.
-    sums = (h.astype(jnp.float32) * dh.astype(jnp.float32)).reshape(B, T, H, -1).sum(-1)
-    return packed.at[:, :, NORMALIZER].multiply(jnp.swapaxes(sums, 1, 2))
 
 
 class StepFactors(NamedTuple):

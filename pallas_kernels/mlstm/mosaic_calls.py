@@ -1,41 +1,17 @@
 """mLSTM forward and backward passes on a Hopper GPU, as launches of `states` and `outputs`."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic
-from pallas_kernels.mlstm import gates, mosaic_outputs, mosaic_states
+from pallas_kernels.mlstm import gpu_passes, mosaic_outputs, mosaic_states
 from pallas_kernels.mlstm.mosaic_blocks import SPLIT
 from pallas_kernels.mlstm.mosaic_tiles import Outputs, States
-from pallas_kernels.mlstm.options import Backward, Forward, Options
-
-
-def forward(options: Options, packed, q, k, v, C, n, *, save: bool) -> Forward:
-    """The forward pass; see `options.Kernels`."""
-    weights = packed[:, :, gates.WRITE]
-    C_starts, n_starts, C, n, _ = _states(options, packed, weights, k, v, C, n, None)
-    normalize = options.normalize
-    h, d = _outputs(options, "h", packed, q, k, v, C_starts, n_starts, v, normalize=normalize)
-    d = d[:, :, :1] if normalize else None
-    return Forward(h, C, n, *((d, C_starts, n_starts) if save else [None] * 3))
-
-
-def backward(options: Options, packed, q, k, v, h, dh, C_starts, n_starts, dC, dn) -> Backward:
-    """The backward pass; see `options.Kernels`."""
-    dnorm = h is not None
-    if dnorm:
-        packed = gates.scale_normalizer(packed, h, dh)
-    weights = packed[:, :, gates.READ] * (packed[:, :, gates.NORMALIZER] if dnorm else 0)
-    C_ends, n_ends, dC, dn, scaling = _states(options, packed, weights, q, dh, dC, dn, C_starts)
-    saved, ends = (C_starts, n_starts), (C_ends, n_ends)
-    dq, q_dq = _outputs(options, "dq", packed, dh, v, k, *saved, q, dnorm=dnorm)
-    dk, k_dk = _outputs(options, "dk", packed, v, dh, q, *ends, k, dnorm=dnorm)
-    dv, _ = _outputs(options, "dv", packed, k, q, dh, *ends, v)
-    dn_starts = jnp.concatenate([dn[:, :, None], n_ends[:, :, :-1]], axis=2)
-    scaling = scaling.sum((3, 4)) + (dn_starts * n_starts).sum((3, 4))
-    return Backward(dq, dk, dv, k_dk.sum(2), q_dq.sum(2), scaling, dC, dn)
+from pallas_kernels.mlstm.options import Options
+from pallas_kernels.mlstm.packing import COARSE, KEY, NORMALIZER, QUERY, READ, SEGMENT, WRITE
 
 
 def split(x: jax.Array) -> jax.Array:
@@ -55,17 +31,9 @@ def split(x: jax.Array) -> jax.Array:
 
 
 def _states(
-    options: Options, packed, weights, lhs, rhs, C, n, starts: jax.Array | None
+    options: Options, packed, lhs, rhs, C, n, starts=None, *, dnorm: bool = False
 ) -> tuple[jax.Array, ...]:
-    """Launches `states`; with `starts`, C of the forward pass at chunk starts, in reverse.
-
-    Args:
-        weights: `B H T`, of lhs in the sum n.
-
-    Returns:
-        C `B H N K V` and n `B H N 1 K` at chunk boundaries, the last C and n, and with `starts`
-        the sums `B H N parts K` of the gradient of the log scale.
-    """
+    """Launches `states`; see `gpu_passes.Launches`."""
     block: States = options.tile.states
     B, H, K, V = C.shape
     sizes = mosaic_states.Sizes(
@@ -79,11 +47,18 @@ def _states(
         interpret=mosaic.interpreter(options.interpret),
         **block._asdict(),
     )
-    if starts is None:
-        starts = jnp.zeros((1,) * 5, jnp.bfloat16)
-    arrays = (packed, split(weights[:, :, None]), lhs, rhs, C, n, starts)
+    # The weights of lhs in the sum n.
+    weights = packed[:, :, WRITE if starts is None else READ]
+    if starts is not None:
+        weights = weights * packed[:, :, NORMALIZER] if dnorm else jnp.zeros_like(weights)
+    C_starts = jnp.zeros((1,) * 5, jnp.bfloat16) if starts is None else starts[0]
+    arrays = (packed, split(weights[:, :, None]), lhs, rhs, C, n, C_starts)
     name = "mlstm_dstates" if sizes.reversed else "mlstm_states"
-    return mosaic_states.states(sizes, arrays, name=name)
+    C_out, n_out, C, n, scaling = mosaic_states.states(sizes, arrays, name=name)
+    if starts is not None:  # the kernel sums dC * C only
+        dn_starts = jnp.concatenate([n[:, :, None], n_out[:, :, :-1]], axis=2)
+        scaling = scaling.sum((3, 4)) + (dn_starts * starts[1]).sum((3, 4))
+    return C_out, n_out, C, n, scaling[..., None]
 
 
 def _outputs(
@@ -100,7 +75,7 @@ def _outputs(
     normalize: bool = False,
     dnorm: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """Launches `outputs`; returns h, dq, dk or dv, `B T HW`, and its sums `B H parts T`."""
+    """Launches `outputs`; see `gpu_passes.Launches`."""
     later, transposed = name in ("dk", "dv"), name in ("dq", "dk")
     block: Outputs = options.tile.to_k if transposed else options.tile.to_v
     B, H, _, T = packed.shape
@@ -122,8 +97,13 @@ def _outputs(
         interpret=mosaic.interpreter(options.interpret),
         **sizes,
     )
-    other = gates.QUERY if later else gates.KEY
-    columns = packed[:, :, jnp.array([gates.COARSE, other, gates.NORMALIZER, gates.SEGMENT])]
+    other = QUERY if later else KEY
+    columns = packed[:, :, jnp.array([COARSE, other, NORMALIZER, SEGMENT])]
     parts = split(n) if normalize else jnp.zeros((1,) * 5, jnp.bfloat16)
     arrays = (packed, columns, lhs, rhs, values, C, n, parts, primal)
     return mosaic_outputs.outputs(s, arrays, name=f"mlstm_{name}")
+
+
+LAUNCHES = gpu_passes.Launches(_states, _outputs)
+forward = functools.partial(gpu_passes.forward, LAUNCHES)
+backward = functools.partial(gpu_passes.backward, LAUNCHES)

@@ -13,7 +13,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mlstm.gates import NORMALIZER
 from pallas_kernels.mlstm.mosaic_blocks import (
     BY_BLOCK,
     BY_COLUMN,
@@ -36,6 +35,7 @@ from pallas_kernels.mlstm.mosaic_products import (
     weight,
 )
 from pallas_kernels.mlstm.mosaic_tiles import BLOCK
+from pallas_kernels.mlstm.packing import NORMALIZER
 
 
 class Sizes(NamedTuple):
@@ -118,7 +118,7 @@ class Smem(NamedTuple):
 class Gmem(NamedTuple):
     """Arguments and results of `outputs`, in global memory."""
 
-    gates: Any  # B H 8 T, of `gates.PackedGates`
+    gates: Any  # B H 8 T, of `packing.PackedGates`
     columns: Any  # B H 4 T, gates of s: coarse, key or query, normalizer, segment
     lhs: Any  # B T HA
     rhs: Any  # B T HA

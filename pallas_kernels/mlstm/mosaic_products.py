@@ -8,7 +8,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import NEG
-from pallas_kernels.mlstm.gates import COARSE, KEY, NORMALIZER, QUERY, READ, SEGMENT, WRITE
 from pallas_kernels.mlstm.mosaic_blocks import (
     BY_BLOCK,
     BY_COLUMN,
@@ -20,6 +19,7 @@ from pallas_kernels.mlstm.mosaic_blocks import (
     zeros_by_row,
 )
 from pallas_kernels.mlstm.mosaic_tiles import BLOCK
+from pallas_kernels.mlstm.packing import COARSE, KEY, NORMALIZER, QUERY, READ, SEGMENT, WRITE
 
 
 class Work(NamedTuple):
@@ -36,7 +36,7 @@ class Work(NamedTuple):
 
 
 def gate(work: Work, index: int) -> Any:
-    """The gate with this index in `gates.PackedGates` at the positions of a warp group, `64`."""
+    """The gate with this index in `packing.PackedGates` at the positions of a warp group, `64`."""
     b, h, *_ = work.program
     return plgpu.load(work.gmem.gates.at[b, h, index, work.t], layout=BY_ROW, optimized=False)
 

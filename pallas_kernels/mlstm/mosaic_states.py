@@ -15,7 +15,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mlstm.gates import DECAY, READ, WRITE
 from pallas_kernels.mlstm.mosaic_blocks import (
     BY_BLOCK,
     BY_ROW,
@@ -29,6 +28,7 @@ from pallas_kernels.mlstm.mosaic_blocks import (
     zeros_by_row,
 )
 from pallas_kernels.mlstm.mosaic_tiles import BLOCK
+from pallas_kernels.mlstm.packing import DECAY, READ, WRITE
 
 
 class Sizes(NamedTuple):
@@ -83,7 +83,7 @@ class Smem(NamedTuple):
 class Gmem(NamedTuple):
     """Arguments and results of `states`, in global memory."""
 
-    gates: Any  # B H 8 T, of `gates.PackedGates`
+    gates: Any  # B H 8 T, of `packing.PackedGates`
     split: Any  # B H 8 T, bfloat16: the weights of n
     lhs: Any  # B T HK
     rhs: Any  # B T HV

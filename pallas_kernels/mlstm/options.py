@@ -13,13 +13,19 @@ class Kernels(NamedTuple):
     """The kernels of one backend; TPU and GPU kernels have the same contract.
 
     Args:
-        packed: `B H 8 T`, from `gates.pack_forward` or `gates.pack_backward`.
+        gates: log gates `B T H`, in float32, padded to whole chunks.
+        m_first: `B H`, stabilizer before the first step.
+        K: width of a head before padding.
+        m_starts: `B H N`, stabilizers before the chunks, from `pack_forward`.
+        d: `B H 1 T`, q n of the forward pass; None without normalizer.
+        packed: `B H 8 T`, from `pack_forward` or `pack_backward`; see `packing.PackedGates`.
         q, k, v: `B T HK`, `B T HK`, `B T HV`; adjacent heads, widths padded to `width`.
         C, n: `B H K V` and `B H 1 K`, float32: the state before the first step.
         save: whether `forward` also returns the residuals of `backward`.
         h, dh: `B T HV`, output of the forward pass and its cotangent; h is None without normalizer.
         C_starts, n_starts: `B H N K V` and `B H N 1 K`, states at chunk starts.
         dC, dn: `B H K V` and `B H 1 K`, float32: cotangents of the state after the last step.
+        end: `B H`, cotangent of the log scale of that state.
 
     `step` takes q, k, v `B 1 H K`, `B 1 H K`, `B 1 H V`, zeros where masked; gates `B 1 H` and
     resets `B 1`; and the state C `B H K V`, n `B H K`, m `B H` in float32. It returns h `B 1 H V`
@@ -29,6 +35,9 @@ class Kernels(NamedTuple):
     refusal: Callable[..., str | None]  # (K, V, dtype, chunk_size) -> why not supported, or None
     tile: Callable[..., Any]  # (K, V, dtype, T, chunk_size) -> tile; may raise ValueError
     width: Callable[[int, int], int]  # (size, lanes) -> the width that heads are padded to
+    pack_forward: Callable[..., "Packed"]  # (options, K, gates, m_first)
+    pack_backward: Callable[..., jax.Array]  # (options, K, gates, m_starts, d, h, dh) -> packed
+    gate_grads: Callable[..., Any]  # (options, gates, grads, end) -> dlog_i, dlog_f, `B T H`
     forward: Callable[..., "Forward"]  # (options, packed, q, k, v, C, n, *, save)
     backward: Callable[..., "Backward"]  # (options, packed, q, k, v, h, dh, *starts, dC, dn)
     step: Callable[..., Any]  # (options, q, k, v, gates, state) -> h, state; T = 1
@@ -72,6 +81,14 @@ class Options(NamedTuple):
         return {"tile": tile, "if_vmem_overflows": advice}
 
 
+class Packed(NamedTuple):
+    """Gates of a forward pass, and stabilizers."""
+
+    packed: jax.Array  # B H 8 T
+    m_starts: jax.Array  # B H N, before each chunk
+    m_last: jax.Array  # B H, after the last step
+
+
 class Forward(NamedTuple):
     """Results of a forward pass; the last three are None without `save`."""
 
@@ -89,8 +106,8 @@ class Backward(NamedTuple):
     q: jax.Array  # B T HK
     k: jax.Array  # B T HK
     v: jax.Array  # B T HV
-    k_dk: jax.Array  # B H T, sum of k * dk over K
-    q_dq: jax.Array  # B H T, sum of q * dq over K
-    scaling: jax.Array  # B H N, cotangent of the log scale of the state before each chunk
+    k_dk: jax.Array  # B H parts T, sums of k * dk over parts of K
+    q_dq: jax.Array  # B H parts T, sums of q * dq over parts of K
+    scaling: jax.Array  # B H N parts, cotangent of the log scale of the state before each chunk
     C: jax.Array  # B H K V
     n: jax.Array  # B H 1 K

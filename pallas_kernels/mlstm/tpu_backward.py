@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu
-from pallas_kernels.mlstm import cost, gates
+from pallas_kernels.mlstm import cost, packing
 from pallas_kernels.mlstm.options import Backward, Options
 from pallas_kernels.mlstm.tpu_forward import (
     IN_HBM,
@@ -64,7 +64,8 @@ def mlstm_backward(
     )(packed, q, k, v, dh, *outputs, C_starts, n_starts, dC, dn)
     # The kernel leaves one partial sum per lane, in the first lanes of each chunk.
     scaling = sums[:, :, SCALING].reshape(B, H, -1, options.chunk)[..., : options.lanes]
-    return Backward(dq, dk, dv, sums[:, :, K_DK], sums[:, :, Q_DQ], scaling.sum(-1), dC, dn)
+    k_dk, q_dq = (sums[:, :, index : index + 1] for index in (K_DK, Q_DQ))
+    return Backward(dq, dk, dv, k_dk, q_dq, scaling, dC, dn)
 
 
 class _Refs(NamedTuple):
@@ -123,7 +124,7 @@ def _normalizer_cotangent(options: Options, x: _Refs, strip: slice) -> tuple[jax
     """Cotangent of each query's normalizer, times the normalizer: as `L 1` and as `1 L`."""
     assert x.h is not None
     dh, h = (ref[0, strip].astype(jnp.float32) for ref in (x.dh, x.h))
-    sign = x.sublane_gates(strip)[:, gates.NORMALIZER : gates.NORMALIZER + 1]
+    sign = x.sublane_gates(strip)[:, packing.NORMALIZER : packing.NORMALIZER + 1]
     dnorm = sign * jnp.sum(options.fold_lanes(dh * h), axis=1, keepdims=True)
     return dnorm, to_lanes(dnorm)
 
@@ -145,7 +146,7 @@ def _key_grads(options: Options, x: _Refs, chunk: slice, keys: slice, dnorm: dic
         dP = dP + dnorm[queries.start][1] if dnorm else dP
         dS.append((dP * D).astype(v.dtype))
         dS_tiles[queries.start, keys.start] = dS[-1]
-    write = key_gates[:, gates.WRITE : gates.WRITE + 1]
+    write = key_gates[:, packing.WRITE : packing.WRITE + 1]
     later = slice(keys.start, chunk.stop)
     dC = x.dC[0, 0].astype(v.dtype)
     dv = write * product(k, dC) + product(concatenate(P, 1), x.dh[0, later])
@@ -167,7 +168,7 @@ def _query_grads(
 ):
     """dq of one strip of queries."""
     q, dh = x.q[0, queries], x.dh[0, queries]
-    read = x.sublane_gates(queries)[:, gates.READ : gates.READ + 1]
+    read = x.sublane_gates(queries)[:, packing.READ : packing.READ + 1]
     dS = [tile for (start, _), tile in dS_tiles.items() if start == queries.start]
     through_state = product(dh, x.C_starts[0, 0, index].astype(dh.dtype), (1, 1))
     if dnorm:
@@ -180,8 +181,8 @@ def _query_grads(
 
 def _update(options: Options, x: _Refs, index: int, chunk: slice, dnorm: list):
     """Cotangents of the state before the chunk, and of its log scale."""
-    read = x.gate(gates.READ, chunk)
-    decay = x.gate(gates.DECAY, slice(chunk.start, chunk.start + 1))
+    read = x.gate(packing.READ, chunk)
+    decay = x.gate(packing.DECAY, slice(chunk.start, chunk.start + 1))
     q = x.q[0, chunk]
     weighted = (q.T.astype(jnp.float32) * read).astype(q.dtype)
     dC = decay * x.dC[0, 0] + product(weighted, x.dh[0, chunk])

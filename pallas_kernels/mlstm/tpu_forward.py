@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu
-from pallas_kernels.mlstm import cost, gates
+from pallas_kernels.mlstm import cost, gates, packing
 from pallas_kernels.mlstm.options import Forward, Options
 from pallas_kernels.tpu import product, to_lanes
 
@@ -110,7 +110,7 @@ def _outputs(options: Options, chunk, packed, q_ref, k_ref, v_ref, h_ref, C, n, 
     strips = options.strips(chunk)
     for strip in strips:
         query_gates = packed[0, 0, :, strip].T
-        read = query_gates[:, gates.READ : gates.READ + 1]
+        read = query_gates[:, packing.READ : packing.READ + 1]
         q = q_ref[0, strip]
         weights = []
         for keys in strips:
@@ -127,7 +127,7 @@ def _outputs(options: Options, chunk, packed, q_ref, k_ref, v_ref, h_ref, C, n, 
             from_state = read * options.fold_lanes(q.astype(jnp.float32) * n)
             total = functools.reduce(jnp.add, weights)  # not yet rounded to the dtype of v
             d = jnp.sum(options.fold_lanes(total) + from_state, axis=1, keepdims=True)
-            bound = query_gates[:, gates.NORMALIZER : gates.NORMALIZER + 1]
+            bound = query_gates[:, packing.NORMALIZER : packing.NORMALIZER + 1]
             u = u * (1.0 / (jnp.maximum(jnp.abs(d), bound) + options.eps))
             if d_ref is not None:
                 d_ref[0, 0, :, strip] = to_lanes(d)
@@ -136,8 +136,8 @@ def _outputs(options: Options, chunk, packed, q_ref, k_ref, v_ref, h_ref, C, n, 
 
 def _update(options: Options, chunk, packed, k_ref, v_ref, C, n):
     """Advances the state to the end of one chunk."""
-    write = packed[0, 0, gates.WRITE : gates.WRITE + 1, chunk]
-    decay = packed[0, 0, gates.DECAY : gates.DECAY + 1, chunk.start : chunk.start + 1]
+    write = packed[0, 0, packing.WRITE : packing.WRITE + 1, chunk]
+    decay = packed[0, 0, packing.DECAY : packing.DECAY + 1, chunk.start : chunk.start + 1]
     k = k_ref[0, chunk]
     weighted = (k.T.astype(jnp.float32) * write).astype(v_ref.dtype)
     C[0, 0] = decay * C[0, 0] + product(weighted, v_ref[0, chunk])
@@ -150,9 +150,9 @@ def log_weights(options: Options, sublane_gates, lane_gates, *, on_diagonal: boo
     The packed gates are `R 8` along the tile's first axis and `8 R` along its second. The first
     axis is queries; with `upper` it is keys, and the upper triangle is causal.
     """
-    first, second = (gates.KEY, gates.QUERY) if upper else (gates.QUERY, gates.KEY)
+    first, second = (packing.KEY, packing.QUERY) if upper else (packing.QUERY, packing.KEY)
     fine = sublane_gates[:, first : first + 1] + lane_gates[second : second + 1]
-    index = slice(gates.COARSE, gates.COARSE + 1)
+    index = slice(packing.COARSE, packing.COARSE + 1)
     coarse = sublane_gates[:, index] - lane_gates[index]
     x = fine - coarse if upper else fine + coarse
     visible = None
@@ -160,7 +160,7 @@ def log_weights(options: Options, sublane_gates, lane_gates, *, on_diagonal: boo
         i, j = (jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
         visible = i <= j if upper else i >= j
     if options.resets:
-        index = slice(gates.SEGMENT, gates.SEGMENT + 1)
+        index = slice(packing.SEGMENT, packing.SEGMENT + 1)
         same = sublane_gates[:, index] == lane_gates[index]
         visible = same if visible is None else visible & same
     return x if visible is None else jnp.where(visible, x, gates.NEG)

@@ -1,50 +1,30 @@
-"""mLSTM forward and backward passes on a GPU, as launches of the kernels in `triton_kernels`.
+"""mLSTM forward and backward passes in Triton: launches of `triton_kernels` and `triton_gates`."""
 
-Each pass first computes the states at chunk boundaries, then all positions in parallel.
-"""
-
+import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gpu
-from pallas_kernels.mlstm import gates, triton_kernels
-from pallas_kernels.mlstm.options import Backward, Forward, Options
+from pallas_kernels.mlstm import gates as pre
+from pallas_kernels.mlstm import gpu_passes, triton_gates, triton_kernels
+from pallas_kernels.mlstm.gates import LogGates
+from pallas_kernels.mlstm.options import Backward, Options, Packed
 from pallas_kernels.mlstm.triton_tiles import Outputs, States
 
+MAPS, MAPS_INTERPRETED = 128, 4
+"""Chunks per step of the loop over earlier chunks; few when interpreted, for several steps."""
 
-def forward(options: Options, packed, q, k, v, C, n, *, save: bool) -> Forward:
-    """The forward pass; see `options.Kernels`."""
-    C_starts, n_starts, C, n, _ = _states(options, packed, k, v, C, n)
-    normalize = options.normalize
-    h, d = _outputs(options, "h", packed, q, k, v, C_starts, n_starts, v, normalize=normalize)
-    d = d[:, :, :1] if normalize else None
-    return Forward(h, C, n, *((d, C_starts, n_starts) if save else [None] * 3))
-
-
-def backward(options: Options, packed, q, k, v, h, dh, C_starts, n_starts, dC, dn) -> Backward:
-    """The backward pass; see `options.Kernels`."""
-    dnorm = h is not None
-    if dnorm:
-        packed = gates.scale_normalizer(packed, h, dh)
-    saved = (C_starts, n_starts)
-    *ends, dC, dn, scaling = _states(options, packed, q, dh, dC, dn, saved, dnorm=dnorm)
-    dq, q_dq = _outputs(options, "dq", packed, dh, v, k, *saved, q, dnorm=dnorm)
-    dk, k_dk = _outputs(options, "dk", packed, v, dh, q, *ends, k, dnorm=dnorm)
-    dv, _ = _outputs(options, "dv", packed, k, q, dh, *ends, v)
-    return Backward(dq, dk, dv, k_dk.sum(2), q_dq.sum(2), scaling.sum(-1), dC, dn)
+COLUMN_BYTES = 64
+"""Size of the part of each position's h and dh that is loaded at a time."""
 
 
 def _states(
     options: Options, packed, lhs, rhs, C, n, starts=None, *, dnorm: bool = False
 ) -> tuple[jax.Array, ...]:
-    """Launches `triton_kernels.states`; with `starts`, the states of the forward pass, in reverse.
-
-    Returns:
-        C `B H N K V` and n `B H N 1 K` at chunk boundaries, the last C `B H K V` and n `B H 1 K`,
-        and with `starts` the sums `B H N blocks` of the gradient of the log scale.
-    """
+    """Launches `triton_kernels.states`; see `gpu_passes.Launches`."""
     block: States = options.tile.states
     B, H, _, T = packed.shape
     K, V = C.shape[2:]
@@ -81,11 +61,7 @@ def _states(
 def _outputs(
     options: Options, name: str, *arrays, normalize: bool = False, dnorm: bool = False
 ) -> tuple[jax.Array, ...]:
-    """Launches `triton_kernels.outputs` on `arrays`, its first parameters.
-
-    Returns:
-        h, dq, dk or dv, `B T HW`, and its sums `B H blocks T`.
-    """
+    """Launches `triton_kernels.outputs` on `arrays`, its first parameters."""
     packed, lhs, _, values, *_ = arrays
     block: Outputs = getattr(options.tile, name)
     B, H, _, T = packed.shape
@@ -120,6 +96,110 @@ def _outputs(
         WITH_DNORM=dnorm,
         RESETS=options.resets,
         EPS=options.eps,
+    )
+
+
+LAUNCHES = gpu_passes.Launches(_states, _outputs)
+forward = functools.partial(gpu_passes.forward, LAUNCHES)
+backward = functools.partial(gpu_passes.backward, LAUNCHES)
+
+
+def pack_forward(options: Options, K: int, gates: LogGates, m_first: jax.Array) -> Packed:
+    """The gates of the forward pass; see `options.Kernels`."""
+    B, T, H = gates.log_i.shape
+    N = T // options.chunk
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    maps = (m_first, m_first)  # not read
+    if options.max_state:
+        shapes = (f32((B, H, N)), f32((B, H, N)))
+        maps = _call_gates(options, triton_gates.chunk_maps, gates, (), shapes, "mlstm_chunk_maps")
+    shapes = (f32((B, H, 8, T)), f32((B, H, N)), f32((B, H)))
+    unused = [m_first] * 4
+    return Packed(*_pack(options, K, gates, (m_first, *maps, *unused), shapes, backward=False))
+
+
+def pack_backward(options: Options, K: int, gates: LogGates, m_starts, d, h, dh) -> jax.Array:
+    """The gates of the backward pass; see `options.Kernels`."""
+    B, T, H = gates.log_i.shape
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    shapes = (f32((B, H, 8, T)), f32((1,)), f32((1,)))
+    if h is None:
+        d = h = dh = m_starts  # not read
+    arrays = (*[m_starts] * 4, d, h, dh)
+    return _pack(options, K, gates, arrays, shapes, backward=True)[0]
+
+
+def _pack(options: Options, K: int, gates: LogGates, arrays, out_shape, *, backward: bool):
+    """Launches `triton_gates.pack`."""
+    V = arrays[-1].shape[-1] // gates.log_i.shape[2] if options.normalize and backward else 1
+    return _call_gates(
+        options,
+        triton_gates.pack,
+        gates,
+        arrays,
+        out_shape,
+        "mlstm_gates_backward" if backward else "mlstm_gates",
+        V=V,
+        BV=gpu.divisor(V, COLUMN_BYTES // arrays[-1].dtype.itemsize),
+        BLOCK=MAPS_INTERPRETED if options.interpret else MAPS,
+        GRID=pre.grid(options.chunk),
+        LOG_SCALE=-0.5 * math.log(K),
+        EPS=options.eps,
+        BACKWARD=backward,
+        MAX_STATE=options.max_state,
+        NORMALIZE=options.normalize,
+        SIGMOID=options.forget_gate == "sigmoid",
+    )
+
+
+def gate_grads(options: Options, gates: LogGates, grads: Backward, end: jax.Array):
+    """Launches `triton_gates.gate_grads`; see `options.Kernels`."""
+    shape = jax.ShapeDtypeStruct(gates.log_i.shape, jnp.float32)
+    return _call_chunks(
+        options,
+        triton_gates.gate_grads,
+        gates,
+        (grads.k_dk, grads.q_dq, grads.scaling, end, _resets(gates)),
+        (shape, shape),
+        "mlstm_gate_grads",
+        PARTS=grads.k_dk.shape[2],
+        SCALING_PARTS=grads.scaling.shape[3],
+    )
+
+
+def _resets(gates: LogGates) -> jax.Array:
+    return gates.log_i if gates.reset is None else gates.reset.astype(jnp.int32)
+
+
+def _call_gates(
+    options: Options, kernel, gates: LogGates, arrays, out_shape, name: str, **settings
+):
+    arrays = (gates.log_i, gates.log_f, _resets(gates), *arrays)
+    return _call_chunks(options, kernel, gates, arrays, out_shape, name, **settings)
+
+
+def _call_chunks(
+    options: Options, kernel, gates: LogGates, arrays, out_shape, name: str, **settings
+):
+    """Launches a kernel of `triton_gates`, with one program for each chunk of each head."""
+    B, T, H = gates.log_i.shape
+    N = T // options.chunk
+    return gpu.call(
+        kernel,
+        arrays,
+        out_shape,
+        name=name,
+        grid=(B * N, H),
+        sizes=(N,),
+        num_warps=4,
+        num_stages=3,
+        target=options.target,
+        interpret=bool(options.interpret),
+        H=H,
+        L=options.chunk,
+        BL=1 << (options.chunk - 1).bit_length(),
+        RESETS=options.resets,
+        **settings,
     )
 
 

@@ -1,20 +1,7 @@
 """The two Triton kernels of the mLSTM; importing them requires Triton.
 
 `states` runs along a sequence and stores the state at every chunk boundary; `outputs` then computes
-all positions in parallel. Forward and backward passes use the same kernels on different arrays:
-
-    outputs  lhs  rhs  values  state at      weight of the state
-    h        q    k    v       chunk start   read
-    dq       dh   v    k       chunk start   read     (state transposed)
-    dk       v    dh   q       chunk end     write    (cotangent, transposed)
-    dv       k    q    dh      chunk end     write    (cotangent)
-
-    states   lhs  rhs  weight  starts at
-    C        k    v    write   the first chunk
-    dC       q    dh   read    the last chunk
-
-Only the product of dh and v is computed twice, for dq and for dk, which sum it over different
-positions. Gates are precomputed by `gates.pack_forward` and `gates.pack_backward`.
+all positions in parallel. `gpu_passes` says on which arrays. Gates come from `triton_gates`.
 
 Source of the formulas: arXiv:2405.04517 and arXiv:2503.14376; the schedule is ours.
 """
@@ -24,17 +11,13 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
+from pallas_kernels.mlstm import packing
 from pallas_kernels.triton_math import product
 
-# Indices in the array of gates, as in `gates.PackedGates`.
-COARSE = tl.constexpr(0)
-QUERY = tl.constexpr(1)
-KEY = tl.constexpr(2)
-READ = tl.constexpr(3)
-WRITE = tl.constexpr(4)
-NORMALIZER = tl.constexpr(5)
-DECAY = tl.constexpr(6)
-SEGMENT = tl.constexpr(7)
+COARSE, QUERY = tl.constexpr(packing.COARSE), tl.constexpr(packing.QUERY)
+KEY, READ = tl.constexpr(packing.KEY), tl.constexpr(packing.READ)
+WRITE, NORMALIZER = tl.constexpr(packing.WRITE), tl.constexpr(packing.NORMALIZER)
+DECAY, SEGMENT = tl.constexpr(packing.DECAY), tl.constexpr(packing.SEGMENT)
 
 
 @triton.jit

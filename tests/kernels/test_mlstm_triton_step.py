@@ -47,8 +47,15 @@ kernel = functools.partial(mlstm_cases.interpret, backends.triton())
 # Launches
 
 
-FORWARD = {"mlstm_states": 1, "mlstm_h": 1}
-BACKWARD = dict.fromkeys(("mlstm_dstates", "mlstm_dq", "mlstm_dk", "mlstm_dv"), 1)
+FORWARD, BACKWARD = (
+    {f"mlstm_{name}": 1 for name in names}
+    for names in (
+        ("chunk_maps", "gates", "states", "h"),
+        ("gates_backward", "dstates", "dq", "dk", "dv", "gate_grads"),
+    )
+)
+
+GATES = ("mlstm_chunk_maps", "mlstm_gates", "mlstm_gates_backward", "mlstm_gate_grads")
 
 
 def launch_counts(function, *arguments) -> dict[str, int]:
@@ -61,7 +68,7 @@ def small_case(**options):
     return jax.tree.map(jnp.asarray, make_case(B=1, T=9, **options))
 
 
-def test_forward_pass_launches_two_kernels_and_backward_pass_four():
+def test_passes_launch_each_kernel_once():
     case = small_case()
     assert launch_counts(lambda c: run(c), case) == FORWARD
     gradient = jax.grad(lambda c: jnp.sum(run(c)[0] * c.dh))
@@ -74,15 +81,16 @@ def test_grids_have_one_program_per_block():
     compute = functools.partial(mlstm, kernels)
     grids = dict(launches(functools.partial(evaluate, compute), case))
     heads, blocks = 2, 4  # 64 positions in blocks of 16
+    chunks = 64 // 32
     state_blocks = heads * (32 // 16) * (16 // 8)
     assert grids == {
         "mlstm_states": (state_blocks,),
         "mlstm_dstates": (state_blocks,),
-        "mlstm_h": (heads * blocks, 16 // 8),
-        "mlstm_dv": (heads * blocks, 16 // 8),
-        "mlstm_dq": (heads * blocks, 32 // 8),
-        "mlstm_dk": (heads * blocks, 32 // 8),
-    }
+        "mlstm_h": (blocks, heads * 16 // 8),
+        "mlstm_dv": (blocks, heads * 16 // 8),
+        "mlstm_dq": (blocks, heads * 32 // 8),
+        "mlstm_dk": (blocks, heads * 32 // 8),
+    } | dict.fromkeys(GATES, (chunks, heads))
 
 
 def test_kernels_are_compiled_for_the_ahead_of_time_target(monkeypatch):
