@@ -45,7 +45,7 @@ if [ -n "${ONLY:-}" ]; then
     for section in $ONLY; do start "$section" "$section"; done
 else
     for part in 0 1 2 3 4 5; do start "correctness$part" correctness "$part" 6; done
-    for section in kernels tiles exported slstm train decode peers; do start "$section" "$section"; done
+    for section in other_correctness kernels other few_heads tiles exported slstm train decode peers; do start "$section" "$section"; done
 fi
 
 # Wait until every section has compiled or exited, at most four and a half minutes.

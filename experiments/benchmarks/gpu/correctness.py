@@ -16,7 +16,7 @@ import numpy as np
 from experiments.benchmarks.gpu.errors import bitwise_equal, error_limit, relative_error
 from experiments.benchmarks.gpu.problems import Problem, random_problem
 from experiments.benchmarks.gpu.report import Record, Report
-from experiments.benchmarks.gpu.settings import MLSTMCheck, Settings, SLSTMCheck
+from experiments.benchmarks.gpu.settings import MLSTMCheck, Settings, SLSTMCheck, refusal
 from experiments.benchmarks.gpu.steps import check_stacked_steps
 from xlstm_jax import ops
 
@@ -50,9 +50,24 @@ def checks(settings: Settings) -> list[tuple[str, Callable[[], Record], Any]]:
     return [*listed, ("mlstm under vmap and checkpoint", transforms, settings.transform_sizes)]
 
 
-def compare(check: MLSTMCheck | SLSTMCheck, settings: Settings) -> Record:
-    """Compares the implementation under test with the reference."""
-    implementation = settings.mlstm if isinstance(check, MLSTMCheck) else settings.slstm
+def other(report: Report, settings: Settings) -> None:
+    """The checks of `other_mlstm`; those that it refuses have their reason."""
+    name = settings.other_mlstm
+    for check in settings.mlstm_checks:
+        reason = refusal(name, check.sizes, check.dtype)
+        record = {} if reason is None else {"refused": reason}
+        fn = functools.partial(compare, check, settings, name) if reason is None else None
+        sizes = (*check.sizes, check.dtype)
+        report.add(f"mlstm {check.name}, {name}", fn, sizes=sizes, **record)
+    report.wait()
+
+
+def compare(
+    check: MLSTMCheck | SLSTMCheck, settings: Settings, implementation: str | None = None
+) -> Record:
+    """Compares an implementation, by default the one under test, with the reference."""
+    if implementation is None:
+        implementation = settings.mlstm if isinstance(check, MLSTMCheck) else settings.slstm
     problem = random_problem(check, implementation)
     expected, stabilizer = reference_results(problem)
     runs = repeated_results(problem, stabilizer, settings.poison_elements)

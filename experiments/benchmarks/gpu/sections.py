@@ -5,8 +5,7 @@ from collections.abc import Callable
 import jax
 
 from experiments.benchmarks import kernel_jax
-from experiments.benchmarks.gpu import models, peers, speed
-from experiments.benchmarks.gpu.correctness import correctness
+from experiments.benchmarks.gpu import correctness, models, peers, speed
 from experiments.benchmarks.gpu.report import Report
 from experiments.benchmarks.gpu.settings import Settings
 
@@ -24,8 +23,11 @@ def profile(report: Report, settings: Settings) -> None:
 def sections() -> dict[str, Callable[..., None]]:
     """All sections by name."""
     return {
-        "correctness": correctness,
+        "correctness": correctness.correctness,
+        "other_correctness": correctness.other,
         "kernels": speed.kernels,
+        "other": speed.other,
+        "few_heads": speed.few_heads,
         "slstm": speed.slstm,
         "tiles": speed.tiles,
         "exported": speed.exported,

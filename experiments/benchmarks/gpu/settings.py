@@ -3,11 +3,14 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 from experiments.benchmarks.kernel_cases import Case
 from tests import workloads
 from tests.workloads import ModelWorkload
 from xlstm_jax import ops
 from xlstm_jax.modules import LMConfig, presets
+from xlstm_jax.ops import dispatch, registry
 
 Heads = tuple[int, int, int]
 """H, K and V."""
@@ -16,6 +19,12 @@ Heads = tuple[int, int, int]
 def reference(op: str) -> str:
     """Name of the reference implementation of an op: the last in its table."""
     return list(ops.implementations(op))[-1]
+
+
+def refusal(name: str, sizes: tuple[int, int, int, int, int], dtype: str) -> str | None:
+    """Why an implementation of the mLSTM cannot run a call of sizes B T H K V; None if it can."""
+    call = dispatch.Call(*sizes, jnp.dtype(dtype), dispatch.platform(), named=True)
+    return dispatch.refusals(registry.TABLES["mlstm"], call)[name]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +57,9 @@ class Settings:
     dtype: str  # of timed calls and of `transform_sizes`
     mlstm: str  # implementations under test
     slstm: str
+    other_mlstm: str  # another one, measured beside `mlstm` where it runs
     heads: tuple[Heads, ...]  # the first entry is that of the 7B model
+    few_heads: Heads  # of one sequence of `tokens`
     tokens: int  # per timed call
     length: int  # T of timed calls
     more_lengths: tuple[int, ...]  # additional T, timed with the first entry of `heads` only
@@ -129,7 +140,9 @@ def full() -> Settings:
         dtype="bfloat16",
         mlstm="triton",
         slstm="triton",
+        other_mlstm="mosaic_gpu",
         heads=tuple(workloads.MLSTM[name].heads for name in names),
+        few_heads=(4, 64, 128),
         tokens=workloads.TOKENS,
         length=workloads.MLSTM["7b"].T,
         more_lengths=(2_048, 65_536),
@@ -163,7 +176,9 @@ def smoke() -> Settings:
         dtype="float32",
         mlstm="parallel",
         slstm=reference("slstm"),
+        other_mlstm="chunkwise",
         heads=((2, 16, 32),),
+        few_heads=(1, 8, 16),
         tokens=32,
         length=32,
         more_lengths=(),

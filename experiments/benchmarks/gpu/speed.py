@@ -11,7 +11,7 @@ from jax import export
 
 from experiments.benchmarks import kernel_cases, kernel_jax, measure
 from experiments.benchmarks.gpu.report import Record, Report
-from experiments.benchmarks.gpu.settings import Settings, reference
+from experiments.benchmarks.gpu.settings import Settings, reference, refusal
 from experiments.benchmarks.kernel_cases import Case
 from pallas_kernels import common
 
@@ -34,6 +34,29 @@ def kernels(report: Report, settings: Settings) -> None:
     for B in settings.decode_batches:
         case = settings.mlstm_case("decode", settings.heads[0], 1, B)
         todo.append((f"one step, B={B}", case, settings.mlstm, None))
+    time_calls(report, settings, todo)
+
+
+def other(report: Report, settings: Settings) -> None:
+    """Times `other_mlstm` over heads, where it supports them."""
+    implementation, todo = settings.other_mlstm, []
+    for heads in settings.heads:
+        for part in ("forward", "gradient"):
+            case, name = settings.mlstm_case(part, heads), f"{heads} {part}, {implementation}"
+            sizes = (case.B, case.T, case.H, case.K, case.V)
+            if reason := refusal(implementation, sizes, case.dtype):
+                report.add(name, refused=reason)
+            else:
+                todo.append((name, case, implementation, None))
+    time_calls(report, settings, todo)
+
+
+def few_heads(report: Report, settings: Settings) -> None:
+    """Times one long sequence with few heads, which is split into segments to use all of a GPU."""
+    todo: list[Timed] = []
+    for part in ("forward", "gradient"):
+        case = settings.mlstm_case(part, settings.few_heads, settings.tokens, 1)
+        todo.append((f"{settings.few_heads} B=1 {part}", case, settings.mlstm, None))
     time_calls(report, settings, todo)
 
 

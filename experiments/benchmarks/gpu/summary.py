@@ -34,6 +34,8 @@ def outcome(record: Record) -> str:
     """The error, time, worst deviation or device limits of a record, whichever it has."""
     if "error" in record:
         return record["error"]
+    if "refused" in record:
+        return f"refused: {record['refused']}"
     if "median_ms" in record:
         rates = (f", {name} {record[name]:.3g}" for name in RATES if record.get(name) is not None)
         return f"{record['median_ms']:.3f} ms" + "".join(rates)
