@@ -30,7 +30,7 @@ CLOCK = 1.7e9
 L2_BANDWIDTH = 5.6e12
 """Bytes per second from the L2 cache to all multiprocessors."""
 
-FORWARD = ("states", "h")
+FORWARD = ("chunk_maps", "gates", "states", "h")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,12 @@ def _triton_count(launch: resources.Launch, L: int) -> Count:
     loops = sass.loops(sass.disassemble(resources.cubin(launch, "sm_90")))
     sizes, groups = dict(launch.constants), dict(launch.options)["num_warps"] / 4
     name = launch.name.removeprefix("mlstm_")
-    if "states" in name:
+    if name in ("chunk_maps", "gates", "gates_backward", "gate_grads"):
+        # Only `gates_backward` has a loop with more than one turn, over the columns of h and dh.
+        turns = sizes["V"] // sizes["BV"] if name == "gates_backward" else 1
+        programs, trips = 64 / L, [1] + [turns] * (len(loops) - 1)
+        l2 = 2 * 2 * 64 * sizes["V"] if name == "gates_backward" else 0
+    elif "states" in name:
         K, V, k, v = sizes["K"], sizes["V"], sizes["BK"], sizes["BV"]
         programs, trips = (K // k) * (V // v) * 64 / sizes["BT"], [0] + [1] * (len(loops) - 1)
         l2 = 2 * 64 * (k + v) * (K // k) * (V // v)

@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*)")
 _LABEL = re.compile(r"^(\.L_\w+):")
+_LEAVES = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(BRA\S* `|EXIT|RET)")
+"""A jump or an exit without a condition."""
+
 _PRODUCT = re.compile(r"HGMMA\.64x(\d+)x16")
 
 
@@ -36,36 +39,85 @@ def disassemble(cubin: bytes) -> str:
 def loops(text: str) -> list[Loop]:
     """The code outside of loops, then every loop in the order of its start.
 
-    A loop is what lies between a label and the last branch back to it. Loops without any other
-    branch target that only wait for a barrier count as instructions of their surroundings.
+    Loops that only wait for a barrier count as instructions of their surroundings.
     """
-    lines = text.splitlines()
-    labels = {match[1]: i for i, line in enumerate(lines) if (match := _LABEL.match(line))}
-    ends: dict[int, int] = {}
-    for i, line in enumerate(lines):
-        branch = re.search(r"\bBRA `\((\.L_\w+)\)", line)
-        if branch and labels.get(branch[1], i) < i:
-            ends[labels[branch[1]]] = i
-    spans = sorted((start, end) for start, end in ends.items() if _computes(lines[start:end]))
-    result = [Loop(0, 0, 0.0)]
-    result += [
-        Loop(1 + sum(a < start and end < b for a, b in spans), 0, 0.0) for start, end in spans
-    ]
-    for i, line in enumerate(lines):
-        if match := _INSTRUCTION.match(line):
-            inside = [n for n, (start, end) in enumerate(spans, 1) if start <= i <= end]
-            n = max(inside, key=lambda n: result[n].depth, default=0)
-            loop = result[n]
-            result[n] = loop._replace(
-                instructions=loop.instructions + 1,
-                product_cycles=loop.product_cycles + _cycles(match[1], match[2]),
-            )
+    blocks = _blocks(text)
+    bodies = _natural_loops([block.successors for block in blocks])
+    bodies = [body for body in bodies if sum(len(blocks[b].instructions) for b in body) > 16]
+    result = [Loop(0, 0, 0.0), *(Loop(sum(x <= y for y in bodies), 0, 0.0) for x in bodies)]
+    for number, block in enumerate(blocks):
+        inside = [n for n, body in enumerate(bodies, 1) if number in body]
+        n = max(inside, key=lambda n: result[n].depth, default=0)
+        result[n] = result[n]._replace(
+            instructions=result[n].instructions + len(block.instructions),
+            product_cycles=result[n].product_cycles
+            + sum(_cycles(name, operands) for name, operands in block.instructions),
+        )
     return result
 
 
-def _computes(lines: list[str]) -> bool:
-    """Whether a loop does more than to wait."""
-    return sum(_INSTRUCTION.match(line) is not None for line in lines) > 16
+class _Block(NamedTuple):
+    """Instructions that run one after the other."""
+
+    instructions: list[tuple[str, str]]  # name and operands
+    successors: list[int]
+
+
+def _blocks(text: str) -> list[_Block]:
+    """The basic blocks in the order of the text, of which the first is the start."""
+    pieces: list[tuple[str | None, list[str]]] = [(None, [])]
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            pieces.append((label[1], []))
+        elif _INSTRUCTION.match(line):
+            pieces[-1][1].append(line)
+            if re.search(r"\b(BRA|EXIT|RET)\b", line):
+                pieces.append((None, []))
+    numbers = {label: n for n, (label, _) in enumerate(pieces) if label is not None}
+    blocks = []
+    for number, (_, lines) in enumerate(pieces):
+        targets = re.findall(r"\bBRA\S*\s.*`\((\.L_\w+)\)", lines[-1]) if lines else []
+        successors = [numbers[target] for target in targets if target in numbers]
+        ends = bool(lines) and _LEAVES.match(lines[-1]) is not None
+        if not ends and number + 1 < len(pieces):
+            successors.append(number + 1)
+        matches = filter(None, map(_INSTRUCTION.match, lines))
+        blocks.append(_Block([(match[1], match[2]) for match in matches], successors))
+    return blocks
+
+
+def _natural_loops(successors: list[list[int]]) -> list[set[int]]:
+    """The bodies of the loops of a flow graph: one for each block that is jumped back to."""
+    everything = set(range(len(successors)))
+    before: list[set[int]] = [set() for _ in successors]
+    reached, queue = {0}, [0]
+    while queue:
+        source = queue.pop()
+        for target in successors[source]:
+            before[target].add(source)
+            if target not in reached:
+                reached.add(target)
+                queue.append(target)
+    # Blocks on every path from the start to a block.
+    dominators = [{0}, *(set(everything) for _ in successors[1:])]
+    changed = True
+    while changed:
+        changed = False
+        for block in range(1, len(successors)):
+            paths = [dominators[source] for source in before[block]]
+            new = {block} | (set.intersection(*paths) if paths else set())
+            changed |= new != dominators[block]
+            dominators[block] = new
+    bodies: dict[int, set[int]] = {}
+    for source, targets in enumerate(successors):
+        for header in set(targets) & dominators[source]:
+            body, queue = bodies.setdefault(header, {header}), [source]
+            while queue:
+                block = queue.pop()
+                if block not in body:
+                    body.add(block)
+                    queue += before[block]
+    return [bodies[header] for header in sorted(bodies)]
 
 
 def _cycles(name: str, operands: str) -> float:

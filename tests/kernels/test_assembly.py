@@ -70,3 +70,11 @@ def test_counts_of_mosaic_kernels_are_those_of_their_products():
     assert counts["h"].tensor == 2 * (state + positions)
     assert counts["states"].l2 == 2 * 64 * 64 * 4 * 8 * 2 / 2
     assert counts["dq"].tensor == 8 * 4 * 128 + 2.5 * (8 + 4) * 128
+
+
+def test_loops_with_parts_out_of_line_are_found():
+    """A wait whose code follows the exit jumps back into its loop."""
+    body = [".L_x_1", *["FADD R1, R2, R3 ;"] * 20, "@!P1 BRA `(.L_x_2) ;", ".L_x_3", "NOP ;"]
+    wait = [".L_x_2", "SYNCS.PHASECHK P1 ;", "@!P1 BRA `(.L_x_2) ;", "BRA `(.L_x_3) ;"]
+    text = code("NOP ;", *body, "@P0 BRA `(.L_x_1) ;", "EXIT ;", *wait, ".L_x_4", "NOP ;")
+    assert [tuple(loop) for loop in sass.loops(text)] == [(0, 3, 0.0), (1, 26, 0.0)]
