@@ -15,9 +15,11 @@ from xlstm_jax.ops.flags import Flags
 from xlstm_jax.ops.mlstm.arguments import Inputs, Options
 from xlstm_jax.ops.mlstm.summaries import (
     Summary,
+    absolute,
     apply_summary,
     boundary_stabilizers,
     combine,
+    relative,
     state_before,
     summarize,
     weights_at_end,
@@ -53,10 +55,9 @@ def boundary_states(
     # which needs an earlier exchange of two numbers per head.
     first, last = _boundary_stabilizers(gates, state.m, options, axes)
     summary = summarize(k, v, gates, options, first)
-    zero = jnp.zeros_like(state.m)
     summary = summary._replace(m=jnp.zeros_like(summary.m))
-    before, after = exchange(summary, state._replace(m=zero), axes)
-    return before._replace(m=before.m + first), after._replace(m=after.m + last)
+    before, after = exchange(summary, relative(state), axes)
+    return absolute(before, first), absolute(after, last)
 
 
 def _boundary_stabilizers(gates: LogGates, m: Float[Array, "B H"], options: Options, axes):

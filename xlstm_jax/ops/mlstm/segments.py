@@ -32,7 +32,9 @@ from xlstm_jax.ops.flags import Flags
 from xlstm_jax.ops.mlstm.arguments import Inputs, Options
 from xlstm_jax.ops.mlstm.summaries import (
     Summary,
+    absolute,
     boundary_stabilizers,
+    relative,
     state_before,
     summarize,
     weights_at_end,
@@ -126,8 +128,7 @@ def _initial_states(
         m_first = boundary_stabilizers(lead(m), lead(g), state.m)[:-1]
         summary = summary_of(k, v, gates, options, _batch_first(m_first))
         parts = jax.tree.map(lead, summary._replace(m=jnp.zeros_like(m)))
-        starts = _states_before(parts, state._replace(m=jnp.zeros_like(state.m)))
-        starts = starts._replace(m=starts.m + m_first)
+        starts = absolute(_states_before(parts, relative(state)), m_first)
     return jax.tree.map(_batch_first, starts)
 
 

@@ -17,6 +17,7 @@ from pallas_kernels.mlstm.gates import NEG, LogGates
 from xlstm_jax.cells.logspace import exact_einsum
 from xlstm_jax.cells.mlstm import MLSTMState
 from xlstm_jax.ops.cpu import materialize
+from xlstm_jax.ops.gradient import times_unit
 from xlstm_jax.ops.mlstm.arguments import Options
 from xlstm_jax.ops.mlstm.products import product
 from xlstm_jax.typing import Array, Float
@@ -44,17 +45,20 @@ def summarize(
     """The summary of a part of the sequence: one matrix product over all its positions.
 
     With `m_first`, m before the part, the result is relative: g is the log weight of the state
-    before the part in the state after it, both divided by e^m.
+    before the part in the state after it, both divided by e^m. All m are constants to autodiff
+    then; `relative` and `absolute` carry their gradient.
     """
     dtype = gates.log_i.dtype
     weights, g, m = weights_at_end(gates, options, m_first)
+    # A product over `B T H` needs transposes. XLA's own, for a GPU, would be of float32 keys.
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
     keys = jnp.exp(weights)[..., None] * k
-    C = product("BTHK,BTHV->BHKV", v.dtype, keys, v.astype(dtype))
-    return Summary(g, m, C, jnp.sum(keys, axis=1, dtype=dtype))
+    C = product("BHTK,BHTV->BHKV", v.dtype, keys, v.astype(dtype))
+    return Summary(g, m, C, jnp.sum(keys, axis=2, dtype=dtype))
 
 
 def weights_at_end(gates: LogGates, options: Options, m_first=None):
-    """log weight of every position in the state at the part's end, and the part's g and m.
+    """log weight `B H T` of every position in the state at the part's end; the part's g and m.
 
     Relative to m they are sums of negative numbers over later steps: within a chunk, then over
     chunks.
@@ -63,12 +67,13 @@ def weights_at_end(gates: LogGates, options: Options, m_first=None):
     chunks = pre.in_chunks(gates, min(GATE_CHUNK, T))
     first = jnp.full((B, H), NEG, gates.log_i.dtype) if m_first is None else m_first
     m = materialize(pre.stabilizers(chunks, first, max_state=options.max_state))
+    m = m if m_first is None else jax.lax.stop_gradient(m)
     decays = pre.decays(chunks, *m, forget_gate=options.forget_gate)
     later = jax.lax.cumsum(decays.across, axis=2, reverse=True)
     later = jnp.pad(later[..., 1:], ((0, 0), (0, 0), (0, 1)))
     # NEG is the lowest log weight, also where a sum has more than one of them.
     to_end = jnp.maximum(decays.to_end + later[..., None], NEG)
-    weights = jnp.moveaxis(to_end.reshape(B, H, -1), 1, 2)[:, :T]
+    weights = to_end.reshape(B, H, -1)[..., :T]
     if m_first is not None:
         return weights, jnp.sum(decays.across, axis=-1), decays.m_end[..., -1]
     log_f = gates.log_f
@@ -90,6 +95,23 @@ def boundary_stabilizers(
     m_parts, g = (jnp.moveaxis(a, 0, -1)[:, :, None] for a in (m_parts, g))
     after = pre.stabilizers(LogGates(m_parts, g, None), m, max_state=True)[0][:, :, 0]
     return jnp.concatenate([m[None], jnp.moveaxis(after, -1, 0)])
+
+
+def relative(state: MLSTMState) -> MLSTMState:
+    """A state with m = 0 for C and n of `state`, whose factor e^m only has a gradient.
+
+    Near ties of a maximum, two computations of m can have different gradients. So the factor e^m
+    and the m of a state are always the same array, and cancel in every gradient of h.
+    """
+    C, n = times_unit(state.C, state.m), times_unit(state.n, state.m)
+    return MLSTMState(C, n, jnp.zeros_like(state.m))
+
+
+def absolute(state: MLSTMState, m: Float[Array, "*parts B H"]) -> MLSTMState:
+    """The inverse of `relative`, for states with this m."""
+    # `state.m` is 0, but it is a maximum too, and has a gradient where g is 0.
+    factor = state.m - m
+    return MLSTMState(times_unit(state.C, factor), times_unit(state.n, factor), m)
 
 
 def combine(x: Summary, y: Summary) -> Summary:
