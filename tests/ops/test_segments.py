@@ -180,6 +180,18 @@ def test_a_masked_sequence_returns_its_state_bit_for_bit():
     assert not actual.h.any()
 
 
+def test_masked_nans_reach_no_result():
+    case = with_flags(make_case("mlstm", T), num_masked=13)
+    with_nans = {name: x.copy() for name, x in case.inputs.items()}
+    for x in with_nans.values():
+        x[~case.mask] = np.nan
+    subject, cotangents = chunkwise("mlstm", 7), runs.random_cotangents("mlstm", case)
+    expected = runs.run(subject, case, cotangents)
+    actual = runs.run(subject, case._replace(inputs=with_nans), cotangents)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def call(inputs, state, implementation):
     """h and the last state, of inputs `q k v i f`."""
     return ops.mlstm(*inputs, state, chunk_size=4, implementation=implementation)
