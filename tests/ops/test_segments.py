@@ -11,7 +11,7 @@ from pallas_kernels import common, gpu
 from pallas_kernels.hardware import ARCHITECTURES
 from pallas_kernels.mlstm import mosaic_tiles
 from tests import quick
-from tests.ops import runs
+from tests.ops import runs, tolerances
 from tests.ops.subjects import (
     OPTIONS,
     RANGE_F,
@@ -89,8 +89,9 @@ def test_segments_equal_the_float64_recurrence_up_to_rounding(variant, length):
 
 @every_variant
 def test_flags_and_initial_state_are_optional(variant):
-    """Without them the padding of the last segment closes the input gates."""
+    """Without them the padding of the last segment closes the input gates, below any other."""
     subject, case = chunkwise(variant, 7), from_initial_state(make_case(variant, T))
+    case.inputs["i"] -= 10
     runs.assert_equals_the_recurrence(
         subject, case, TABLE["float32"], "float32", stored=True, chunk_size=4
     )
@@ -124,6 +125,26 @@ def test_gates_from_minus_infinity_to_1e30_equal_the_recurrence(variant, length)
         runs.assert_equals_the_recurrence(
             chunkwise(variant, length), start, TABLE["float32, large gates"]
         )
+
+
+def test_nothing_is_read_before_the_first_write():
+    """The initial state is forgotten, and no input gate opens for two segments."""
+    case = make_case("mlstm", T)
+    case.inputs["f"][:, 0], case.inputs["i"][:, :14] = -np.inf, -np.inf
+    runs.assert_equals_the_recurrence(chunkwise("mlstm", 7), case, TABLE["float32"])
+
+
+def test_growing_states_are_carried_exactly():
+    """m grows to about 1e6: a sum of log f would round the weight of the state, which is 1."""
+    case = make_case("mlstm_exp", T)
+    case.inputs["f"] = np.abs(np.float32(1e5) * case.inputs["f"])
+    cotangents = runs.random_cotangents("mlstm_exp", case)
+    cotangents = runs.zero_cotangents("mlstm_exp", case)._replace(h=cotangents.h)
+    expected = runs.run_reference("mlstm_exp", case, cotangents)
+    actual = runs.run(chunkwise("mlstm_exp", 7), case, cotangents)
+    tol = TABLE["float32, large gates"]
+    tolerances.assert_close(actual.h, expected.h, tol.h, "h")
+    tolerances.assert_gradients_close(actual.gradients, expected.gradients, tol)
 
 
 @pytest.mark.parametrize("gate", [-1e9, 30.0])

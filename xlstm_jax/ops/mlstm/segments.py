@@ -7,13 +7,13 @@ ones (`summaries`), as for the shards of context parallelism. Gradients come fro
 
 **Cost model.** With P programs of `states` for the whole sequence, and M multiprocessors:
 
-    unsplit   T / 64 iterations, one after the other, each about 0.8 microseconds
-    split     T / (64 S) iterations as long as S P <= M; summaries read k and v once more and move
-              about 6 (K + V) bytes per position and head, and launch some 20 small XLA kernels
+    whole     T / 64 iterations, one after the other, each about 0.8 microseconds
+    split     T / (64 S) iterations as long as S P <= M; the summaries move about 6 (K + V) bytes
+              per position and head, transposes included, and take some 20 small launches
 
-A program has K + V of about 200 (one per head) to 100 (eight per head), so at 4 TB/s the summaries
-cost as much time as the split saves at P of about M / 2, and the launches as much as 100
-iterations. Therefore the split is used from S = 4 on, in segments of at least 2,048 positions.
+Per program K + V is about 200 (one per head) to 100 (eight per head). At 4 TB/s the summaries cost
+what the split saves where P is M / 3 to M / 2, and the launches cost 50 iterations. The backward
+pass doubles both sides. So a split has at least 4 segments, of at least 2,048 positions.
 `experiments/benchmarks/sequence_split.py` prints the modeled times. Not measured on hardware.
 """
 
@@ -113,8 +113,6 @@ def _initial_states(
 ) -> MLSTMState:
     """The states before all segments, `BS H ...`; `state`, `B H ...`, is before the first."""
     gates = pre.log_gates(x.i, x.f, *flags, **options.gates, dtype=state.C.dtype)
-    if not options.max_state:
-        state = MLSTMState(*pre.fold_stabilizer(*state))
     k, v = flags.zero_masked(x.k), flags.zero_masked(x.v)
     # The weights of all positions are rematerialized in the backward pass.
     summary_of = jax.checkpoint(summarize, prevent_cse=False, static_argnums=3)
