@@ -125,10 +125,17 @@ def _time(H, K, V, T, direction, count, programs, counts, text) -> Time:
     sizes = list(_xla_launches(Program(text)))
     xla = sum(max(LAUNCH, size / HBM_BANDWIDTH) for size in sizes)
     return Time(
-        *(H, K, V, direction, count, programs["mlstm_states"]),
-        *(1e3 * value for value in (*seconds.values(), xla)),
-        len(sizes),
-        sum(sizes),
+        H=H,
+        K=K,
+        V=V,
+        direction=direction,
+        segments=count,
+        programs=programs["mlstm_states"],
+        states=1e3 * seconds["states"],
+        outputs=1e3 * seconds["outputs"],
+        xla=1e3 * xla,
+        xla_launches=len(sizes),
+        xla_bytes=sum(sizes),
     )
 
 
