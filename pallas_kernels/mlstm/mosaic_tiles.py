@@ -26,6 +26,10 @@ class States(NamedTuple):
     blocks: int  # blocks of columns of one program
     slots: int
 
+    def programs(self, K: int, V: int) -> int:
+        """Programs per head."""
+        return (K // (BLOCK * self.groups)) * (V // (BLOCK * self.blocks))
+
 
 class Outputs(NamedTuple):
     """Blocks of `mosaic_outputs`, for one of its four results."""

@@ -24,6 +24,10 @@ class States(NamedTuple):
     warps: int
     stages: int
 
+    def programs(self, K: int, V: int) -> int:
+        """Programs per head."""
+        return (K // self.k) * (V // self.v)
+
 
 class Outputs(NamedTuple):
     """Blocks of `triton_kernels.outputs`, for one of its four results."""

@@ -23,6 +23,7 @@ from xlstm_jax.ops.mlstm.arguments import INPUT_AXES, STATE_AXES, Inputs, Option
 from xlstm_jax.ops.mlstm.chunkwise import mlstm_chunkwise
 from xlstm_jax.ops.mlstm.context_parallel import boundary_states
 from xlstm_jax.ops.mlstm.parallel import mlstm_parallel
+from xlstm_jax.ops.mlstm.segments import split_on_gpu
 from xlstm_jax.ops.sharded.any_mesh import on_any_mesh
 from xlstm_jax.ops.sharded.shard_map import is_checked, map_shards, sharding_axes
 from xlstm_jax.typing import Array, Flag, Float
@@ -57,7 +58,20 @@ def _kernels(backend: str) -> Implementation:
         h, last = api.mlstm(kernels, q, k, v, x.i, x.f, (C, n, m), **kwargs)
         return h.astype(x.v.dtype), MLSTMState(*last)
 
-    return Implementation(compute, unsupported)
+    def programs_per_head(x: Inputs, options: Options) -> int:
+        from pallas_kernels import common
+        from pallas_kernels.mlstm import backends
+
+        kernels, (K, V) = getattr(backends, backend)(), (x.k.shape[-1], x.v.shape[-1])
+        dtype = common_dtype(x.q.dtype, x.k.dtype, x.v.dtype)
+        tile = kernels.tile(K, V, dtype, x.q.shape[1], options.chunk_size)
+        return tile.states.programs(*(kernels.width(size, common.lanes()) for size in (K, V)))
+
+    # A TPU has one or two cores, which one sequence with two heads occupies.
+    is_gpu = backend != "tpu"
+    return Implementation(
+        split_on_gpu(compute, programs_per_head) if is_gpu else compute, unsupported
+    )
 
 
 def _in_chunks(call: dispatch.Call) -> str | None:
@@ -77,14 +91,10 @@ def _recurrent(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
     # masked step multiplies the state by 1 and adds 0.
     q, k, v = map(flags.zero_masked, x[:3])
     is_masked = ~flags.mask[..., None]
-    i, f = jnp.where(is_masked, -jnp.inf, x.i), jnp.where(is_masked, _open(options), x.f)
+    i = jnp.where(is_masked, -jnp.inf, x.i)
+    f = jnp.where(is_masked, options.open_forget_gate, x.f)
     h, state = mlstm_scan(q, k, v, i, f, state, reset=flags.valid_reset, **kwargs)
     return flags.zero_masked(h), state
-
-
-def _open(options: Options) -> float:
-    """The pre-activation of a forget gate of 1."""
-    return 0.0 if options.forget_gate == "exp" else 1e30
 
 
 # Ordered by preference: "auto" selects the first that supports the call.

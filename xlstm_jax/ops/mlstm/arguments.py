@@ -39,3 +39,8 @@ class Options(NamedTuple):
     def max_state(self) -> bool:
         """Whether m is the running maximum of the gates; if both are a sigmoid, it is 0."""
         return self.stabilize and "exp" in (self.input_gate, self.forget_gate)
+
+    @property
+    def open_forget_gate(self) -> float:
+        """The pre-activation of a forget gate of 1."""
+        return 0.0 if self.forget_gate == "exp" else 1e30

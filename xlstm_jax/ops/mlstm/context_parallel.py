@@ -1,42 +1,33 @@
 """Context parallelism of the mLSTM: the sequence is sharded, devices exchange shard summaries.
 
-A shard of the sequence acts on the state as an affine map, state -> e^g state + e^m C. The summary
-(g, m, C, n) describes it completely, whatever the length. Each device summarizes its shard,
-receives the summaries of earlier shards, computes the state before its shard from them, and runs
-the op on its shard. Composition of affine maps is associative, so many devices need a logarithmic
+Each device summarizes its shard (`summaries`), receives the summaries of earlier shards, computes
+the state before its shard from them, and runs the op on its shard. Many devices need a logarithmic
 number of exchanges. Gradients come from autodiff: devices exchange cotangents of summaries.
-
-Source: the recurrence of arXiv:2405.04517, section 2.3, written for shards instead of steps.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mlstm import gates as pre
 from pallas_kernels.mlstm.gates import NEG, LogGates
-from xlstm_jax.cells.logspace import exact_einsum
 from xlstm_jax.cells.mlstm import MLSTMState
-from xlstm_jax.ops.cpu import materialize
 from xlstm_jax.ops.flags import Flags
 from xlstm_jax.ops.mlstm.arguments import Inputs, Options
+from xlstm_jax.ops.mlstm.summaries import (
+    Summary,
+    absolute,
+    apply_summary,
+    boundary_stabilizers,
+    combine,
+    relative,
+    state_before,
+    summarize,
+    weights_at_end,
+)
 from xlstm_jax.typing import Array, Float
 
 ALL_GATHER_SHARDS = 16
 """Up to this many shards, summaries are all-gathered; beyond, exchanged by recursive doubling."""
-
-GATE_CHUNK = 256
-"""Positions per chunk in the two-level sum of log gates: within chunks, then over chunks."""
-
-
-class Summary(NamedTuple):
-    """The affine map of a shard of the sequence on the state; C and n are divided by e^m."""
-
-    g: Float[Array, "*shards B H"]  # sum of log f; NEG if the shard contains a reset
-    m: Float[Array, "*shards B H"]  # log-scale; NEG if the shard writes nothing
-    C: Float[Array, "*shards B H K V"]
-    n: Float[Array, "*shards B H K"]
 
 
 def boundary_states(
@@ -64,109 +55,24 @@ def boundary_states(
     # which needs an earlier exchange of two numbers per head.
     first, last = _boundary_stabilizers(gates, state.m, options, axes)
     summary = summarize(k, v, gates, options, first)
-    zero = jnp.zeros_like(state.m)
     summary = summary._replace(m=jnp.zeros_like(summary.m))
-    before, after = exchange(summary, state._replace(m=zero), axes)
-    return before._replace(m=before.m + first), after._replace(m=after.m + last)
+    before, after = exchange(summary, relative(state), axes)
+    return absolute(before, first), absolute(after, last)
 
 
 def _boundary_stabilizers(gates: LogGates, m: Float[Array, "B H"], options: Options, axes):
     """m of the recurrence before this shard, and after the last one; `m` is before the first."""
-    _, g, m_shard = _weights_at_end(gates, options)
-    # `B H 1 shards`: shards take the place of steps.
-    shards = (jnp.moveaxis(jax.lax.all_gather(a, axes), 0, -1)[:, :, None] for a in (m_shard, g))
-    m_shard, g = shards
-    steps = pre.stabilizers(LogGates(m_shard, g, None), m, max_state=True)[0][:, :, 0]
-    starts = jnp.concatenate([m[..., None], steps], axis=-1)
-    return jnp.take(starts, jax.lax.axis_index(axes), axis=-1), starts[..., -1]
-
-
-def summarize(
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    gates: LogGates,
-    options: Options,
-    m_first: Float[Array, "B H"] | None = None,
-) -> Summary:
-    """The summary of a shard: one matrix product over all its positions.
-
-    With `m_first`, m before the shard, the result is relative: g is the log weight of the state
-    before the shard in the state after it, both divided by e^m.
-    """
-    dtype = gates.log_i.dtype
-    weights, g, m = _weights_at_end(gates, options, m_first)
-    keys = jnp.exp(weights)[..., None] * k
-    C = exact_einsum("BTHK,BTHV->BHKV", keys.astype(v.dtype), v, dtype=dtype)
-    return Summary(g, m, C, jnp.sum(keys, axis=1, dtype=dtype))
-
-
-def _weights_at_end(gates: LogGates, options: Options, m_first=None):
-    """log weight of every position in the state at the shard's end, and the shard's g and m.
-
-    Relative to m they are sums of negative numbers over later steps: within a chunk, then over
-    chunks.
-    """
-    B, T, H = gates.log_i.shape
-    chunks = pre.in_chunks(gates, min(GATE_CHUNK, T))
-    first = jnp.full((B, H), NEG, gates.log_i.dtype) if m_first is None else m_first
-    m = materialize(pre.stabilizers(chunks, first, max_state=options.max_state))
-    decays = pre.decays(chunks, *m, forget_gate=options.forget_gate)
-    later = jax.lax.cumsum(decays.across, axis=2, reverse=True)
-    later = jnp.pad(later[..., 1:], ((0, 0), (0, 0), (0, 1)))
-    # NEG is the lowest log weight, also where a sum has more than one of them.
-    to_end = jnp.maximum(decays.to_end + later[..., None], NEG)
-    weights = jnp.moveaxis(to_end.reshape(B, H, -1), 1, 2)[:, :T]
-    if m_first is not None:
-        return weights, jnp.sum(decays.across, axis=-1), decays.m_end[..., -1]
-    log_f = gates.log_f
-    if gates.reset is not None:
-        log_f = jnp.where(gates.reset[..., None], -jnp.inf, log_f)
-    return weights, jnp.sum(log_f, axis=1), decays.m_end[..., -1]
-
-
-def combine(x: Summary, y: Summary) -> Summary:
-    """The summary of shard x followed by shard y."""
-    log_carry = jnp.maximum(y.g + x.m, NEG)
-    m = jnp.maximum(log_carry, y.m)
-    f_scaled, i_scaled = jnp.exp(log_carry - m), jnp.exp(y.m - m)
-    C = f_scaled[..., None, None] * x.C + i_scaled[..., None, None] * y.C
-    n = f_scaled[..., None] * x.n + i_scaled[..., None] * y.n
-    return Summary(x.g + y.g, m, C, n)
-
-
-def apply_summary(state: MLSTMState, shard: Summary) -> MLSTMState:
-    """The state after a shard that starts from `state`."""
-    # The state as a summary: its g does not enter m, C and n of the result.
-    _, m, C, n = combine(Summary(jnp.zeros_like(state.m), state.m, state.C, state.n), shard)
-    return MLSTMState(C, n, m)
+    _, g, m_shard = weights_at_end(gates, options)
+    m_shards, g_shards = (jax.lax.all_gather(a, axes) for a in (m_shard, g))
+    starts = boundary_stabilizers(m_shards, g_shards, m)
+    return jnp.take(starts, jax.lax.axis_index(axes), axis=0), starts[-1]
 
 
 def _all_gather(summary: Summary, state: MLSTMState, axes: tuple[str, ...]):
     """The state before this device's shard and after the last, from all-gathered summaries."""
     shards = _unpack(jax.lax.all_gather(_pack(summary), axes), summary)
-    before = _state_before(jax.lax.axis_index(axes), shards, state)
-    return before, _state_before(jax.lax.axis_size(axes), shards, state)
-
-
-def _state_before(rank, shards: Summary, state: MLSTMState) -> MLSTMState:
-    """The state after shards 0 .. rank - 1 that start from `state`.
-
-    Each summary is weighted by the decay from its shard to shard `rank`.
-    """
-    ranks = jnp.arange(len(shards.g))
-    is_before = ranks < rank
-    is_between = (ranks[:, None] < ranks[None]) & is_before[None]
-    decay = jnp.sum(jnp.where(is_between[..., None, None], shards.g[None], 0.0), axis=1)
-    log_weights = jnp.where(is_before[:, None, None], jnp.maximum(decay + shards.m, NEG), NEG)
-    log_carry = jnp.sum(jnp.where(is_before[:, None, None], shards.g, 0.0), axis=0)
-    log_carry = jnp.maximum(log_carry + state.m, NEG)
-    m = jnp.maximum(jnp.max(log_weights, axis=0), log_carry)
-    weights, f_scaled = jnp.exp(log_weights - m[None]), jnp.exp(log_carry - m)
-    # If m is NEG, exp(NEG - m) is 1: later shards need an explicit zero.
-    weights = jnp.where(is_before[:, None, None], weights, 0.0)
-    C = exact_einsum("SBH,SBHKV->BHKV", weights, shards.C, dtype=m.dtype)
-    n = exact_einsum("SBH,SBHK->BHK", weights, shards.n, dtype=m.dtype)
-    return MLSTMState(f_scaled[..., None, None] * state.C + C, f_scaled[..., None] * state.n + n, m)
+    before = state_before(jax.lax.axis_index(axes), shards, state)
+    return before, state_before(jax.lax.axis_size(axes), shards, state)
 
 
 def _by_doubling(summary: Summary, state: MLSTMState, axes: tuple[str, ...]):
