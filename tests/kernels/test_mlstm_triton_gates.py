@@ -33,6 +33,7 @@ class Tile:
 EXTREMES = {
     "ordinary": (0.0, 3.0, 2.0),
     "closed forget gates": (-1e9, 3.0, 2.0),
+    "some closed forget gates": (0.0, 3.0, 2.0),
     "large input gates": (2.0, 300.0, 2.0),
     "small input gates": (2.0, -1e6, 10.0),
     "steps of 1e5": (1e5, 1e5, 1e5),
@@ -55,6 +56,8 @@ def make_gates(resets: bool, extreme: str, forget_gate: str) -> tuple[pre.LogGat
     rng = np.random.default_rng(len(extreme))
     mean_f, mean_i, scale = EXTREMES[extreme]
     i, f = (mean + scale * rng.standard_normal((B, T, H)) for mean in (mean_i, mean_f))
+    if extreme.startswith("some"):
+        f = np.where(rng.random(f.shape) < 0.2, -1e9, f)
     reset = jnp.asarray(rng.random((B, T)) < 0.1) if resets else None
     mask = jnp.asarray(rng.random((B, T)) < 0.9)
     gates = pre.log_gates(

@@ -9,6 +9,7 @@ import pytest
 
 from tests import quick
 from tests.modules.models import config
+from tests.ops.subjects import KERNELS
 from tests.transformations.rows import (
     BY_NAME,
     LAYERS,
@@ -59,6 +60,25 @@ def test_vmap_of_the_gradient_over_each_argument_equals_a_loop(row):
         return jax.grad(functools.partial(loss, row))(*split_floats(row, arguments))
 
     assert_vmap_equals_a_loop(gradient, row, quick.jit(gradient))
+
+
+@each_row(is_differentiable, slow=("",), exhaustive=(*KERNELS, "Layer", "LM-", "_scan"))
+def test_gradient_of_vmap_is_that_of_each_element(row):
+    """All arguments mapped: reverse mode outside of `vmap`, where the test above has it inside."""
+    calls = row.arguments(), row.arguments(seed=1)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *calls)
+    floats, others = split_floats(row, stacked)
+
+    def total(floats):
+        return jnp.sum(jax.vmap(functools.partial(loss, row))(floats, others))
+
+    def gradient(arguments):
+        return jax.grad(functools.partial(loss, row))(*split_floats(row, arguments))
+
+    actual, compiled = quick.jit(jax.grad(total))(floats), quick.jit(gradient)
+    for index, arguments in enumerate(calls):
+        result = jax.tree.map(lambda x, index=index: x[index], actual)
+        assert_close(result, compiled(arguments), TOLERANCE[row.dtype])
 
 
 @each_row(lambda row: row.has_state)
