@@ -3,9 +3,9 @@
     .venv-compile/bin/python experiments/benchmarks/gpu_cycles.py
     .venv-compile/bin/python experiments/benchmarks/gpu_cycles.py --K 128 --V 256 --out RESULT.json
 
-No GPU is needed. Triton kernels are compiled for sm_90 and disassembled: cycles of the matrix units
-and instructions of each loop, times its trips. Mosaic GPU kernels are counted from their blocks,
-as a program is one loop over copies of equal size. Bytes are what programs load from the L2 cache.
+No GPU is needed. Kernels are compiled for sm_90 and disassembled: instructions of each loop, times
+its trips, and cycles of the matrix units. Those of Mosaic GPU kernels are counted from their
+blocks. Bytes are what programs load from the L2 cache.
 
 A count is a lower bound for each unit, not a time: waits are not in it, and what overlaps with what
 is known on a device only.
@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from experiments.benchmarks import gpu_tiles, kernel_jax, measure
 from experiments.benchmarks.kernel_cases import Case
 from pallas_kernels import common
-from pallas_kernels.aot import resources, sass
+from pallas_kernels.aot import mosaic, resources, sass
 from pallas_kernels.hardware import GPUS
 from pallas_kernels.mlstm import mosaic_tiles, triton_tiles
+from pallas_kernels.mlstm.mosaic_tiles import Outputs, States
 
 CLOCK = 1.7e9
 """Cycles per second under load, below the 1.98 GHz of the data sheet."""
@@ -50,7 +51,7 @@ class Count(NamedTuple):
     implementation: str
     kernel: str
     tensor: float  # cycles of the matrix units of a multiprocessor
-    issue: float | None  # cycles of its four schedulers; None: not counted
+    issue: float | None  # cycles of each of its four schedulers; None: not counted
     l2: float  # bytes
 
 
@@ -139,6 +140,57 @@ def mosaic_counts(args: Arguments) -> list[Count]:
     return counts
 
 
+def with_issue(counts: list[Count], args: Arguments) -> list[Count]:
+    """Counts of the Mosaic GPU kernels, with the instructions that they issue."""
+    case = Case(op="mlstm", part="gradient", dtype="bfloat16", B=1, T=1024, H=8, K=args.K, V=args.V)
+    tile = mosaic_tiles.choose(args.K, args.V, jnp.dtype("bfloat16"), args.T, None)
+    with common.compiled_for("sm_90"):
+        shapes = jax.eval_shape(lambda: kernel_jax.inputs(case, "mosaic_gpu"))
+    compiled = mosaic.resources("sm_90", kernel_jax.timed_function(case, "mosaic_gpu"), *shapes)
+    loops = {x.name.removeprefix("mlstm_"): sass.loops(mosaic.disassemble(x)) for x in compiled}
+    result = []
+    for count in counts:
+        if "states" in count.kernel:
+            issue = _issue_of_states(loops[count.kernel], tile.states, args, tile.chunk)
+        else:
+            sizes = (args.V, args.K) if count.kernel in ("dq", "dk") else (args.K, args.V)
+            block = tile.to_k if count.kernel in ("dq", "dk") else tile.to_v
+            issue = _issue_of_outputs(loops[count.kernel], block, *sizes, tile.chunk)
+        result.append(count._replace(issue=issue))
+    return result
+
+
+def _issue_of_states(loops: list[sass.Loop], block: States, args: Arguments, L: int) -> float:
+    """Instructions per 64 positions of a scheduler, which has a warp of each group."""
+    # The loop of copies, and those over chunks and in it over blocks of positions. One warp copies.
+    _, copies, chunk, positions = (loop.instructions for loop in loops)
+    groups = args.K // 64 * args.V // (64 * block.blocks)
+    return groups * (positions + chunk * 64 / L + copies / 4 / block.groups)
+
+
+def _issue_of_outputs(loops: list[sass.Loop], block: Outputs, A: int, W: int, L: int) -> float:
+    """As `_issue_of_states`, for contracted width `A` and all columns `W` of a result."""
+    others, items = (L / 64 - 1) / 2, A // 64 // block.inner
+    trips = [1.0]  # outside of loops is the block of the own positions, apart from its products
+    for n, loop in enumerate(loops[1:], 1):
+        children = n + 1 < len(loops) and loops[n + 1].depth > loop.depth
+        if loop.depth > 1:
+            # Over the contracted width: its blocks, or the items of several blocks.
+            times = A / 64 if loop.product_cycles else items
+            trips.append(times * (others if in_positions else 1))
+            continue
+        in_positions = children and loop.product_cycles > 0
+        if in_positions:
+            trips.append(others)
+        elif not children and not loop.product_cycles:
+            copied = A / 64 + (others + 1) * (items + 1)
+            trips.append(copied / 4 / block.groups if n == 1 else 0)  # else it skips positions
+        else:
+            trips.append(items if children else A / 64)
+    splits = W // (64 * block.blocks)
+    return splits * sum(n * loop.instructions for n, loop in zip(trips, loops, strict=True))
+
+
 def times(counts: list[Count], args: Arguments) -> dict[str, dict[str, float]]:
     """Milliseconds of each unit for the forward pass, and for both directions."""
     blocks = args.tokens * args.H / 64
@@ -158,7 +210,7 @@ def times(counts: list[Count], args: Arguments) -> dict[str, dict[str, float]]:
 def main(args: Arguments) -> int:
     """Prints the counts and the milliseconds of each unit."""
     result: dict[str, Any] = measure.run_info("gpu_cycles", ("jax", "triton"))
-    for counts in (triton_counts(args), mosaic_counts(args)):
+    for counts in (triton_counts(args), with_issue(mosaic_counts(args), args)):
         name, milliseconds = counts[0].implementation, times(counts, args)
         rows = [
             [

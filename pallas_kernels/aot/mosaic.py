@@ -4,14 +4,17 @@ Mosaic writes them to a folder while XLA compiles for a described GPU.
 """
 
 import contextlib
+import importlib
 import os
 import pathlib
 import re
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from pallas_kernels.aot import compiler
+from pallas_kernels import mosaic
+from pallas_kernels.aot import compiler, sass
 
 _FOLDER = "MOSAIC_GPU_DUMP_TO"
 """Environment variable with the folder that Mosaic writes to."""
@@ -40,6 +43,18 @@ def resources(chip: str, fn: Callable[..., Any], *args: Any) -> list[Resources]:
             compiler.compile_for(chip, fn, *args)
         violations = [_read(path) for path in pathlib.Path(folder).glob("*.ptx")]
     return sorted(violations)
+
+
+def disassemble(kernel: Resources) -> str:
+    """The instructions of a kernel, assembled by the newer ptxas of Triton's wheel."""
+    triton = importlib.import_module("triton")
+    ptxas = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = pathlib.Path(folder, "kernel.ptx"), pathlib.Path(folder, "kernel.cubin")
+        source.write_text(kernel.ptx)
+        command = [str(ptxas), f"-arch={mosaic.CHIP}a", str(source), "-o", str(target)]
+        subprocess.run(command, check=True)
+        return sass.disassemble(target.read_bytes())
 
 
 def unawaited_products(ptx: str) -> list[str]:
