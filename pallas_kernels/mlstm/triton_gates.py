@@ -152,6 +152,35 @@ def _relative_steps(i, f, is_reset, m, m_start, t, GRID: tl.constexpr, SIGMOID: 
 
 @triton.jit
 @no_type_check
+def _decays(
+    i,
+    f,
+    is_reset,
+    m,
+    m_start,
+    t,
+    L: tl.constexpr,
+    GRID: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    RESETS: tl.constexpr,
+):
+    """As `gates.decays`, of one chunk."""
+    coarse, fine, rounded, start = _relative_steps(i, f, is_reset, m, m_start, t, GRID, SIGMOID)
+    coarse, fine = tl.cumsum(coarse, axis=0), tl.cumsum(fine, axis=0)
+    key, query = _max(i, NEG) - rounded, rounded - m
+    from_start = coarse + (fine + query + (m_start - start))
+    fine_end = _at(fine + query, t, L - 1)
+    to_end = (_at(coarse, t, L - 1) - coarse) + (fine_end + (key - fine))
+    segment = is_reset
+    if RESETS:
+        segment = tl.cumsum(is_reset, axis=0)
+        from_start = tl.where(segment == 0, from_start, NEG)
+        to_end = tl.where(segment == tl.sum(is_reset, axis=0), to_end, NEG)
+    return coarse, fine, key, query, from_start, to_end, segment
+
+
+@triton.jit
+@no_type_check
 def _row_sums(
     x, y, H: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BL: tl.constexpr, BV: tl.constexpr
 ):
@@ -217,23 +246,10 @@ def pack(
         tl.store(m_starts + head * N + chunk, m_start)
         tl.store(m_last + head, _at(m, t, L - 1), chunk == N - 1)
 
-    coarse, fine, rounded, start = _relative_steps(i, f, is_reset, m, m_start, t, GRID, SIGMOID)
-    coarse, fine = tl.cumsum(coarse, axis=0), tl.cumsum(fine, axis=0)
-    key, query = _max(i, NEG) - rounded, rounded - m
-    from_start = coarse + (fine + query + (m_start - start))
-    coarse_end, fine_end, query_end = (
-        _at(coarse, t, L - 1),
-        _at(fine, t, L - 1),
-        _at(query, t, L - 1),
+    coarse, fine, key, query, from_start, to_end, segment = _decays(
+        i, f, is_reset, m, m_start, t, L, GRID, SIGMOID, RESETS
     )
-    to_end = (coarse_end - coarse) + (fine_end + query_end + (key - fine))
-    segment = tl.zeros((BL,), tl.int32)
-    if RESETS:
-        segment = tl.cumsum(is_reset, axis=0)
-        from_start = tl.where(segment == 0, from_start, NEG)
-        to_end = tl.where(segment == tl.sum(is_reset, axis=0), to_end, NEG)
     decay = tl.exp(_at(from_start, t, L - 1))
-
     lift = m - _max(m, READ_FLOOR)
     query = fine + query + lift + LOG_SCALE
     read = tl.exp(from_start + lift + LOG_SCALE)
