@@ -31,6 +31,7 @@ from pallas_kernels.mlstm import backends, cost, tpu_tiles
 from pallas_kernels.mlstm.options import Options
 from pallas_kernels.mlstm.tpu_backward import mlstm_backward
 from pallas_kernels.mlstm.tpu_forward import mlstm_forward
+from pallas_kernels.mlstm.tpu_layout import Heads, num_sharing
 from pallas_kernels.mlstm.tpu_tiles import Tile
 
 CANDIDATES = {  # by the side of the MXU
@@ -57,7 +58,7 @@ class Arguments:
 
 
 def options_of(tile: Tile, *, resets: bool = False) -> Options:
-    """Kernel options of a layer with default settings."""
+    """Kernel options of a layer with default settings in training, from the initial state."""
     return Options(
         kernels=backends.tpu(),
         tile=tile,
@@ -68,30 +69,32 @@ def options_of(tile: Tile, *, resets: bool = False) -> Options:
         resets=resets,
         lanes=128,
         interpret=False,
+        zero_state=True,
     )
 
 
 def calls(
     tile: Tile, K: int, V: int, dtype: jnp.dtype = BFLOAT16, *, resets: bool = False
 ) -> dict[str, Any]:
-    """For both kernels on one head: the function, the shapes of its arguments, and its cost."""
-    B, H, T = 1, 1, LENGTH
+    """For both kernels on a block of heads: the function, shapes of its arguments, and its cost."""
+    count = num_sharing(K, 128)
+    heads, B, H, T = Heads(count, K, V), 1, count, LENGTH
     options = options_of(tile, resets=resets)
     array = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     gates, q, v = f32((B, H, 8, T)), array((B, T, H * K)), array((B, T, H * V))
-    C, n, N = f32((B, H, K, V)), f32((B, H, 1, K)), T // tile.chunk
-    starts = (array((B, H, N, K, V)), f32((B, H, N, 1, K)))
+    N = T // tile.chunk
+    starts = (array((B, 1, N, H * K, V)), f32((B, 1, N, 1, H * K)))
     return {
         "mlstm_forward": (
-            lambda *args: tuple(mlstm_forward(options, *args, save=True)),
-            (gates, q, q, v, C, n),
-            cost.forward(options, B, T, H, K, V, dtype, save=True),
+            lambda *args: tuple(mlstm_forward(options, *args, None, None, save=True)),
+            (gates, q, q, v),
+            cost.forward(options, heads, B, T, H, dtype, save=True),
         ),
         "mlstm_backward": (
-            lambda *args: tuple(mlstm_backward(options, *args)),
-            (gates, q, q, v, v, v, *starts, C, n),
-            cost.backward(options, B, T, H, K, V, dtype),
+            lambda *args: tuple(mlstm_backward(options, *args, None, None)),
+            (gates, q, q, v, v, v, *starts),
+            cost.backward(options, heads, B, T, H, dtype, given=False),
         ),
     }
 
@@ -109,12 +112,13 @@ def evaluate(chip: str, tile: Tile, K: int, V: int) -> dict[str, Any]:
         except jax.errors.JaxRuntimeError as error:
             schedules.read()  # discards what the failed compilation wrote
             return {**record, "dropped": str(error).splitlines()[0]}
-        tokens = tile.chunk * tile.chunks_per_block
+        num_heads = num_sharing(K, 128)
+        tokens = tile.chunk * tile.chunks_per_block * num_heads
         record[name] = {
             "bundles_per_token": round(schedule.bundles / tokens, 2),
             "spills_per_token": round(schedule.spills / tokens, 2),
             "matrix_share": round(schedule.matrix_share, 3),
-            "bytes_per_token": round(work.bytes_accessed / LENGTH),
+            "bytes_per_token": round(work.bytes_accessed / num_heads / LENGTH),
         }
     return record
 

@@ -13,6 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from pallas_kernels import common
 from pallas_kernels.mlstm import gates as pre
@@ -26,7 +27,7 @@ def mlstm(
     v: jax.Array,
     i: jax.Array,
     f: jax.Array,
-    state: State,
+    state: State | None,
     *,
     reset: jax.Array | None = None,
     mask: jax.Array | None = None,
@@ -43,7 +44,7 @@ def mlstm(
         q, k, v: `B T H K`, `B T H K`, `B T H V`, all float32 or all bfloat16; 1/sqrt(K) is applied
             to q here.
         i, f: `B T H`, gate pre-activations.
-        state: before the first step.
+        state: before the first step; None is the initial state, zeros.
         reset: `B T`; where True, the state is the initial one before this position is processed.
         mask: `B T`; where False, the state is unchanged and h is 0.
         input_gate, forget_gate: "exp" or "sigmoid"; if both are "sigmoid", the states have m = 0.
@@ -71,7 +72,9 @@ def mlstm(
     if mask is not None:
         q, k, v = (jnp.where(mask[..., None, None], x, 0) for x in (q, k, v))
     gates = pre.log_gates(i, f, reset, mask, **activations)
-    C, n, m = (leaf.astype(jnp.float32) for leaf in state)
+    compute = _step if T == 1 and kernels.supports_step(K, V) else _padded
+    zero_state = state is None and kernels.zeros_as_none and compute is _padded
+    state = None if zero_state else _float32_state(state, v.shape, K)
     options = Options(
         kernels=kernels,
         tile=tile,
@@ -83,10 +86,20 @@ def mlstm(
         lanes=common.lanes(),
         interpret=common.interpreter(),
         target=common.target(),
+        zero_state=zero_state,
     )
-    compute = _step if T == 1 and kernels.supports_step(K, V) else _padded
-    h, state = compute(options, q, k, v, gates, (C, n, m))  # pyright: ignore[reportGeneralTypeIssues]
+    h, state = compute(options, q, k, v, gates, state)  # pyright: ignore[reportGeneralTypeIssues]
     return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
+
+
+def _float32_state(state: State | None, shape: tuple[int, ...], K: int) -> State:
+    """The state in float32, zeros if it is None; `shape` is `B T H V`."""
+    if state is not None:
+        C, n, m = (leaf.astype(jnp.float32) for leaf in state)
+        return C, n, m
+    B, _, H, V = shape
+    C, n, m = (jnp.zeros(sizes, jnp.float32) for sizes in ((B, H, K, V), (B, H, K), (B, H)))
+    return C, n, m
 
 
 def _check(q, k, v, activations: dict[str, str], *, normalize: bool) -> None:
@@ -116,14 +129,14 @@ _step.defvjp(
 )
 
 
-def _padded(options: Options, q, k, v, gates: pre.LogGates, state: State):
+def _padded(options: Options, q, k, v, gates: pre.LogGates, state: State | None):
     """`_core` for any sizes, by padding to chunks and tiles."""
-    if not options.max_state:
+    if state is not None and not options.max_state:
         state = pre.fold_stabilizer(*state)
     B, T, H, K = q.shape
     V = v.shape[-1]
     padded = common.round_up(T, options.chunk)
-    widths = [options.kernels.width(size, options.lanes) for size in (K, V)]
+    widths = options.kernels.widths(H, K, V, options.lanes)
     q, k, v = (
         common.pad(common.pad(x, 3, width), 1, padded).reshape(B, padded, H * width)
         for x, width in ((q, widths[0]), (k, widths[0]), (v, widths[1]))
@@ -133,9 +146,11 @@ def _padded(options: Options, q, k, v, gates: pre.LogGates, state: State):
         common.pad(gates.log_f, 1, padded),
         None if gates.reset is None else common.pad(gates.reset, 1, padded),
     )
-    C, n, m = state
-    C = common.pad(common.pad(C, 2, widths[0]), 3, widths[1])
-    n = common.pad(n, 2, widths[0])[:, :, None]
+    C, n, m = None, None, jnp.zeros((B, H), jnp.float32)
+    if state is not None:
+        C, n, m = state
+        C = common.pad(common.pad(C, 2, widths[0]), 3, widths[1])
+        n = common.pad(n, 2, widths[0])[:, :, None]
     args = (q, k, v, gates, C, n, m)
     h, C, n, m = _core(options, K, *args)  # pyright: ignore[reportGeneralTypeIssues]
     h = h.reshape(B, padded, H, widths[1])[:, :T, :, :V]
@@ -145,6 +160,8 @@ def _padded(options: Options, q, k, v, gates: pre.LogGates, state: State):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _core(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m):
     """The chunkwise kernels for padded sizes, q `B T HK`; K is the width before padding.
+
+    With `options.zero_state`, C and n are None.
 
     Returns h, C, n, m.
     """
@@ -179,10 +196,13 @@ def _backward(options: Options, K: int, residuals, cotangents):
     packed = pre.pack_backward(decays, K, norm, sign)
     h = h if options.normalize else None
     backward = common.fold_vmap(functools.partial(options.kernels.backward, options))
-    grads = common.first_order(backward)(packed, q, k, v, h, dh, C_starts, n_starts, dC, dn)
+    last = _zeros_or_none(options, C, n) if dC is None else (dC, dn)
+    grads = common.first_order(backward)(packed, q, k, v, h, dh, C_starts, n_starts, *last)
     # log i_s scales the contribution of k_s. log f_j scales all that is carried over step j, so its
     # cotangent is the sum of q dq - k dk from j on, plus the scaling of the end state.
-    scaling = jnp.sum(dC * C, axis=(2, 3)) + jnp.sum(dn * n, axis=(2, 3))
+    scaling = jnp.zeros_like(m)
+    if dC is not None:
+        scaling = jnp.sum(dC * C, axis=(2, 3)) + jnp.sum(dn * n, axis=(2, 3))
     dlog_i = grads.k_dk.reshape(shape)
     flow = grads.q_dq.reshape(shape) - dlog_i
     carry = jnp.concatenate([grads.scaling[..., 1:], scaling[..., None]], axis=-1)
@@ -202,7 +222,13 @@ def _backward(options: Options, K: int, residuals, cotangents):
         dm_first = dm_first + dm_before
     dlog_i, dlog_f = (jnp.swapaxes(g.reshape(g.shape[:2] + (-1,)), 1, 2) for g in (dlog_i, dlog_f))
     dgates = pre.LogGates(dlog_i, dlog_f, None)
-    return grads.q, grads.k, grads.v, dgates, grads.C, grads.n, dm_first
+    dstate = (None, None) if options.zero_state else (grads.C, grads.n)
+    return grads.q, grads.k, grads.v, dgates, *dstate, dm_first
+
+
+def _zeros_or_none(options: Options, *state: jax.Array) -> tuple[jax.Array | None, ...]:
+    """A zero cotangent of these arrays, as the kernels expect it."""
+    return tuple(None if options.kernels.zeros_as_none else jnp.zeros_like(x) for x in state)
 
 
 def _inner_products(h: jax.Array, dh: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -222,4 +248,19 @@ def _stabilizer_grads(through_f, carried, dm: jax.Array, rho: jax.Array):
     return dlog_i, dlog_f, before[..., 0]
 
 
-_core.defvjp(_forward, _backward)
+def _forward_of_primals(options: Options, K: int, *args):
+    """`_forward` for a `custom_vjp` with symbolic zeros."""
+    return _forward(options, K, *custom_vjp_primal_tree_values(args))
+
+
+def _backward_of_cotangents(options: Options, K: int, residuals, cotangents):
+    """`_backward`; dC and dn are None if the loss does not depend on the final C and n."""
+    is_unused = all(isinstance(x, SymbolicZero) for x in cotangents[1:3])
+    dh, dC, dn, dm = (
+        jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents
+    )
+    return _backward(options, K, residuals, (dh, *((None, None) if is_unused else (dC, dn)), dm))
+
+
+# Symbolic, because the final state has no cotangent in training, and zeros `B H K V` cost traffic.
+_core.defvjp(_forward_of_primals, _backward_of_cotangents, symbolic_zeros=True)

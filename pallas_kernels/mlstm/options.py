@@ -14,12 +14,14 @@ class Kernels(NamedTuple):
 
     Args:
         packed: `B H 8 T`, from `gates.pack_forward` or `gates.pack_backward`.
-        q, k, v: `B T HK`, `B T HK`, `B T HV`; adjacent heads, widths padded to `width`.
-        C, n: `B H K V` and `B H 1 K`, float32: the state before the first step.
+        q, k, v: `B T HK`, `B T HK`, `B T HV`; adjacent heads, padded to `widths`.
+        C, n: `B H K V` and `B H 1 K`, float32: the state before the first step; with
+            `zeros_as_none`, None for zeros.
         save: whether `forward` also returns the residuals of `backward`.
         h, dh: `B T HV`, output of the forward pass and its cotangent; h is None without normalizer.
-        C_starts, n_starts: `B H N K V` and `B H N 1 K`, states at chunk starts.
-        dC, dn: `B H K V` and `B H 1 K`, float32: cotangents of the state after the last step.
+        C_starts, n_starts: states at chunk starts, as `forward` returned them.
+        dC, dn: `B H K V` and `B H 1 K`, float32: cotangents of the state after the last step; with
+            `zeros_as_none`, None for zeros.
 
     `step` takes q, k, v `B 1 H K`, `B 1 H K`, `B 1 H V`, zeros where masked; gates `B 1 H` and
     resets `B 1`; and the state C `B H K V`, n `B H K`, m `B H` in float32. It returns h `B 1 H V`
@@ -28,11 +30,12 @@ class Kernels(NamedTuple):
 
     refusal: Callable[..., str | None]  # (K, V, dtype, chunk_size) -> why not supported, or None
     tile: Callable[..., Any]  # (K, V, dtype, T, chunk_size) -> tile; may raise ValueError
-    width: Callable[[int, int], int]  # (size, lanes) -> the width that heads are padded to
+    widths: Callable[..., tuple[int, int]]  # (H, K, V, lanes) -> widths that heads are padded to
     forward: Callable[..., "Forward"]  # (options, packed, q, k, v, C, n, *, save)
     backward: Callable[..., "Backward"]  # (options, packed, q, k, v, h, dh, *starts, dC, dn)
     step: Callable[..., Any]  # (options, q, k, v, gates, state) -> h, state; T = 1
     supports_step: Callable[[int, int], bool]  # (K, V): whether `step` supports these widths
+    zeros_as_none: bool  # the kernels start from zeros by themselves, without an array of zeros
 
 
 class Options(NamedTuple):
@@ -49,6 +52,7 @@ class Options(NamedTuple):
     # Stored, because a gradient may be traced after the contexts of `common` have exited.
     interpret: Any
     target: str | None = None  # chip to compile for ahead of time
+    zero_state: bool = False  # the state before the first step is zeros: C and n are None
 
     @property
     def chunk(self) -> int:
@@ -92,5 +96,5 @@ class Backward(NamedTuple):
     k_dk: jax.Array  # B H T, sum of k * dk over K
     q_dq: jax.Array  # B H T, sum of q * dq over K
     scaling: jax.Array  # B H N, cotangent of the log scale of the state before each chunk
-    C: jax.Array  # B H K V
-    n: jax.Array  # B H 1 K
+    C: jax.Array | None  # B H K V; C and n may be None with `Options.zero_state`
+    n: jax.Array | None  # B H 1 K

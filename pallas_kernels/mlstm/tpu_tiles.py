@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import common
 from pallas_kernels.hardware import MIB, TPUS
+from pallas_kernels.mlstm.tpu_layout import num_sharing
 from pallas_kernels.tpu import SCOPED_BYTES, current_chip
 
 
@@ -107,12 +108,13 @@ def vmem_bytes(tile: Tile, K: int, V: int, dtype: jnp.dtype) -> int:
     until compilation failed: at most 0.55 of the blocks in bfloat16 and 0.85 in float32 (jaxlib
     0.10.2, libtpu 0.0.42).
     """
+    heads = num_sharing(K, common.LANES)
     K, V = (common.round_up(size, common.LANES) for size in (K, V))
     item = jnp.dtype(dtype).itemsize
     positions = tile.chunk * tile.chunks_per_block
-    tokens = positions * ((4 * K + 4 * V) * item + 12 * 4)
+    tokens = positions * ((4 * K + 4 * heads * V) * item + heads * 12 * 4)
     states = tile.chunks_per_block * (K * V * item + 8 * 4 * K) + 4 * K * V + 2 * 8 * 4 * K
-    weights = tile.chunk * (tile.chunk + tile.strip) // 2 * item
+    weights = heads * tile.chunk * (tile.chunk + tile.strip) // 2 * item
     with_temporaries = 1.55 if item == 2 else 1.85
     return round(2 * (tokens + states) * with_temporaries) + weights
 
@@ -123,7 +125,8 @@ def _fitting(K, V, dtype, chunk_size, chip) -> Tile | None:
     if jnp.dtype(dtype) == jnp.float32:
         # A float32 product takes six passes: the start of a block is negligible, code size is not.
         best = best._replace(chunks_per_block=1)
-    chunk, max_blocks = best.chunk, best.chunks_per_block
+    # Heads that share a tile share the start of a block.
+    chunk, max_blocks = best.chunk, max(1, best.chunks_per_block // num_sharing(K, common.LANES))
     if chunk_size is not None:
         max_blocks = min(max_blocks, max(1, chunk * max_blocks // chunk_size))
         chunk = chunk_size

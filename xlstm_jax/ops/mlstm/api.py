@@ -45,7 +45,7 @@ def _kernels(backend: str) -> Implementation:
         kernels = getattr(backends, backend)()
         return kernels.refusal(call.K, call.V, call.dtype, call.chunk_size)
 
-    def compute(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
+    def compute(x: Inputs, state: MLSTMState | None, flags: Flags, options: Options):
         from pallas_kernels.mlstm import api, backends
 
         # Kernels load q, k and v in one dtype.
@@ -53,11 +53,11 @@ def _kernels(backend: str) -> Implementation:
         q, k, v = (a.astype(dtype) for a in x[:3])
         kernels, kwargs = getattr(backends, backend)(), flags._asdict() | options._asdict()
         del kwargs["stabilize"]
-        C, n, m = state
-        h, last = api.mlstm(kernels, q, k, v, x.i, x.f, (C, n, m), **kwargs)
+        first = None if state is None else (state.C, state.n, state.m)
+        h, last = api.mlstm(kernels, q, k, v, x.i, x.f, first, **kwargs)
         return h.astype(x.v.dtype), MLSTMState(*last)
 
-    return Implementation(compute, unsupported)
+    return Implementation(compute, unsupported, zeros_as_none=True)
 
 
 def _in_chunks(call: dispatch.Call) -> str | None:
@@ -146,13 +146,13 @@ def mlstm(
     call = _check(x, state, flags, options)
     selected = _choose(implementation, call)
     dtype = state_dtype(*x)
-    if state is None:
+    time_axes = sharding_axes("T", call.T)
+    if state is None and (time_axes or not selected.zeros_as_none):
         state = vary_like(mlstm_init(call.B, call.H, call.K, call.V, dtype), x)
     # A caller may pass a state in the dtype of the activations.
     state = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
     if reverse:
         x, flags = flip_time((x, flags))
-    time_axes = sharding_axes("T", call.T)
     if time_axes and not stabilize:
         raise UnsupportedError(
             f"mlstm: {NO_STABILIZER} does not support a sequence sharded over {time_axes}; shard "
