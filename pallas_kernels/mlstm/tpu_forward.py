@@ -9,6 +9,7 @@ Source of the formulas: arXiv:2405.04517 and arXiv:2503.14376; the schedule is o
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -156,8 +157,19 @@ def start_carry(C: jax.Ref, n: jax.Ref, first: Sequence[jax.Ref]) -> None:
             pltpu.sync_copy(C_first.at[b, head], C.at[0, 0])
             n[...] = n_first[...]
         else:
-            C[...] = jnp.zeros_like(C)
+            _fill_with_zeros(C)
             n[...] = jnp.zeros_like(n)
+
+
+def _fill_with_zeros(C: jax.Ref) -> None:
+    """In a loop, since the code of all stores would be as long as that of half a strip."""
+    _, _, K, V = C.shape
+    size = math.gcd(K, 32)
+
+    @pl.loop(0, K // size)
+    def _(index):
+        rows = pl.ds(pl.multiple_of(index * size, size), size)
+        C[0, 0, rows] = jnp.zeros((size, V), jnp.float32)
 
 
 def _outputs(options: Options, heads: Heads, x: _Refs, head: int, chunk: slice, C, n):
@@ -194,22 +206,18 @@ def _outputs(options: Options, heads: Heads, x: _Refs, head: int, chunk: slice, 
 
 def _update(heads: Heads, x: _Refs, chunk: slice):
     """Advances the states of all heads to the end of one chunk."""
-    k = x.k[0, chunk]
+    k, first = x.k[0, chunk], slice(chunk.start, chunk.start + 1)
+    writes = [x.packed[0, head, gates.WRITE : gates.WRITE + 1, chunk] for head in heads.indices]
+    decays = [x.packed[0, head, gates.DECAY : gates.DECAY + 1, first] for head in heads.indices]
+    added = weighted_sum(concatenate(writes, 0), k)
+    n = [decay * x.n[0, 0] + added[head : head + 1] for head, decay in enumerate(decays)]
+    x.n[0, 0] = heads.join(n)
     k_rows = k.T.astype(jnp.float32)
-    n, writes, decays = x.n[0, 0], [], []
     for head in heads.indices:
         rows = heads.rows(head)
-        write = x.packed[0, head, gates.WRITE : gates.WRITE + 1, chunk]
-        decay = x.packed[0, head, gates.DECAY : gates.DECAY + 1, chunk.start : chunk.start + 1]
-        weighted = (k_rows[rows] * write).astype(x.v.dtype)
+        weighted = (k_rows[rows] * writes[head]).astype(x.v.dtype)
         added = product(weighted, x.v[0, chunk, heads.columns(head)])
-        x.C[0, 0, rows] = decay * x.C[0, 0, rows] + added
-        writes.append(write)
-        decays.append(decay)
-    added = weighted_sum(concatenate(writes, 0), k)
-    x.n[0, 0] = heads.join(
-        [decay * n + added[head : head + 1] for head, decay in enumerate(decays)]
-    )
+        x.C[0, 0, rows] = decays[head] * x.C[0, 0, rows] + added
 
 
 def log_weights(options: Options, sublane_gates, lane_gates, *, on_diagonal: bool, upper: bool):
@@ -246,7 +254,7 @@ def weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
     middle = (weights - high).astype(x.dtype).astype(jnp.float32)
     low = weights - high - middle
     parts = jnp.concatenate([high, middle, low], axis=0).astype(x.dtype)
-    return jnp.sum(product(parts, x).reshape(3, *weights.shape[:1], -1), axis=0)
+    return jnp.sum(product(parts, x).reshape(3, weights.shape[0], -1), axis=0)
 
 
 def concatenate(strips: list[jax.Array], axis: int) -> jax.Array:
