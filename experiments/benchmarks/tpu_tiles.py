@@ -87,12 +87,12 @@ def calls(
     starts = (array((B, 1, N, H * K, V)), f32((B, 1, N, 1, H * K)))
     return {
         "mlstm_forward": (
-            lambda *args: tuple(mlstm_forward(options, *args, None, None, save=True)),
+            lambda *args: tuple(mlstm_forward(options, *args, C=None, n=None, save=True)),
             (gates, q, q, v),
             cost.forward(options, heads, B, T, H, dtype, save=True),
         ),
         "mlstm_backward": (
-            lambda *args: tuple(mlstm_backward(options, *args, None, None)),
+            lambda *args: tuple(mlstm_backward(options, *args, dC=None, dn=None)),
             (gates, q, q, v, v, v, *starts),
             cost.backward(options, heads, B, T, H, dtype, given=False),
         ),

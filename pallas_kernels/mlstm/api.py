@@ -257,7 +257,8 @@ def _backward_of_cotangents(options: Options, K: int, residuals, cotangents):
     """`_backward`; dC and dn are None if the loss does not depend on the final C and n."""
     is_unused = all(isinstance(x, SymbolicZero) for x in cotangents[1:3])
     dh, dC, dn, dm = (
-        jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents
+        jnp.zeros(x.aval.shape, x.aval.dtype) if isinstance(x, SymbolicZero) else x
+        for x in cotangents
     )
     return _backward(options, K, residuals, (dh, *((None, None) if is_unused else (dC, dn)), dm))
 

@@ -49,7 +49,7 @@ def mlstm_backward(
     """The backward kernel; see `options.Kernels`."""
     B, H, _, T = packed.shape
     heads = Heads.of(options.lanes, H, q, v)
-    K, V, groups = heads.qk_width, heads.v_width, H // heads.count
+    K, V, groups = heads.qk_width, heads.v_width, H // heads.num
     block = options.chunk * options.tile.chunks_per_block
     last = T // block - 1
     carry = (B, groups, K, heads.V), (B, groups, 1, K)

@@ -31,7 +31,7 @@ def mlstm_forward(
     """The forward kernel; see `options.Kernels`."""
     B, H, _, T = packed.shape
     heads = Heads.of(options.lanes, H, q, v)
-    K, groups = heads.qk_width, H // heads.count
+    K, groups = heads.qk_width, H // heads.num
     N, block = T // options.chunk, options.chunk * options.tile.chunks_per_block
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     shapes = (B, groups, K, heads.V), (B, groups, 1, K)
@@ -50,7 +50,7 @@ def mlstm_forward(
             (starts(1, K), float32((B, groups, N, 1, K))),
         ]
     specs, out_shape = zip(*outputs, strict=True)
-    h, C, n, *saved = pl.pallas_call(
+    h, C_last, n_last, *saved = pl.pallas_call(
         functools.partial(_kernel, options, heads),
         grid=(B, groups, T // block),
         in_specs=[by_time(8), tokens(K), tokens(K), tokens(heads.v_width), *first_specs],
@@ -62,8 +62,9 @@ def mlstm_forward(
         metadata=options.metadata(),
         name="mlstm_forward",
     )(packed, q, k, v, *first)
-    C, n = C.reshape(B, H, heads.K, heads.V), n.reshape(B, H, 1, heads.K)
-    return Forward(h, C, n, *(saved if save else [None] * 3))
+    C_last = C_last.reshape(B, H, heads.K, heads.V)
+    n_last = n_last.reshape(B, H, 1, heads.K)
+    return Forward(h, C_last, n_last, *(saved if save else [None] * 3))
 
 
 def compiler_params(options: Options, heads: Heads, dtype: jnp.dtype) -> Any:
@@ -103,7 +104,7 @@ def block_specs(
         return pl.BlockSpec(sizes, lambda b, h, c: (b, h, order(c), 0, 0))
 
     def by_time(count):
-        sizes = (1, heads.count, count, block)
+        sizes = (1, heads.num, count, block)
         return pl.BlockSpec(sizes, lambda b, h, c: (b, h, 0, order(c)))
 
     return tokens, fixed, starts, by_time
@@ -158,7 +159,7 @@ def start_carry(C: jax.Ref, n: jax.Ref, first: Sequence[jax.Ref]) -> None:
             n[...] = n_first[...]
         else:
             _fill_with_zeros(C)
-            n[...] = jnp.zeros_like(n)
+            n[...] = jnp.zeros(n.shape, jnp.float32)
 
 
 def _fill_with_zeros(C: jax.Ref) -> None:

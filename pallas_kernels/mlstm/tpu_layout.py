@@ -19,7 +19,7 @@ MAX_HEADS = 4
 class Heads(NamedTuple):
     """The heads of one block, and their padded widths."""
 
-    count: int  # G
+    num: int  # G
     K: int
     V: int
 
@@ -32,17 +32,17 @@ class Heads(NamedTuple):
     @property
     def qk_width(self) -> int:
         """Lanes of q, k and n in a block, and rows of C."""
-        return self.count * self.K
+        return self.num * self.K
 
     @property
     def v_width(self) -> int:
         """Lanes of v and h in a block."""
-        return self.count * self.V
+        return self.num * self.V
 
     @property
     def indices(self) -> range:
         """Index of each head within a block."""
-        return range(self.count)
+        return range(self.num)
 
     def rows(self, head: int) -> slice:
         """Rows of C of one head, which are also its lanes of q, k and n."""
@@ -54,7 +54,7 @@ class Heads(NamedTuple):
 
     def only(self, x: jax.Array, head: int) -> jax.Array:
         """`L GK` with zeros in the lanes of the other heads."""
-        if self.count == 1:
+        if self.num == 1:
             return x
         lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
         rows = self.rows(head)

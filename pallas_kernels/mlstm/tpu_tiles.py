@@ -125,8 +125,7 @@ def _fitting(K, V, dtype, chunk_size, chip) -> Tile | None:
     if jnp.dtype(dtype) == jnp.float32:
         # A float32 product takes six passes: the start of a block is negligible, code size is not.
         best = best._replace(chunks_per_block=1)
-    # Heads that share a tile share the start of a block.
-    chunk, max_blocks = best.chunk, max(1, best.chunks_per_block // num_sharing(K, common.LANES))
+    chunk, max_blocks = best.chunk, best.chunks_per_block
     if chunk_size is not None:
         max_blocks = min(max_blocks, max(1, chunk * max_blocks // chunk_size))
         chunk = chunk_size
