@@ -10,6 +10,7 @@ Source: arXiv:2405.04517, section 2.3; chunkwise form: arXiv:2503.14376, section
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -255,12 +256,13 @@ def _forward_of_primals(options: Options, K: int, *args):
 
 def _backward_of_cotangents(options: Options, K: int, residuals, cotangents):
     """`_backward`; dC and dn are None if the loss does not depend on the final C and n."""
-    is_unused = all(isinstance(x, SymbolicZero) for x in cotangents[1:3])
-    dh, dC, dn, dm = (
-        jnp.zeros(x.aval.shape, x.aval.dtype) if isinstance(x, SymbolicZero) else x
-        for x in cotangents
-    )
+    is_unused = all(map(_is_zero, cotangents[1:3]))
+    dh, dC, dn, dm = (jnp.zeros(x.shape, x.dtype) if _is_zero(x) else x for x in cotangents)
     return _backward(options, K, residuals, (dh, *((None, None) if is_unused else (dC, dn)), dm))
+
+
+def _is_zero(x: Any) -> bool:
+    return isinstance(x, SymbolicZero)
 
 
 # Symbolic, because the final state has no cotangent in training, and zeros `B H K V` cost traffic.

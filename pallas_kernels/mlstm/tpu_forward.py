@@ -134,13 +134,11 @@ def _kernel(options: Options, heads: Heads, *refs):
     start_carry(x.C, x.n, first)
     for index in range(options.tile.chunks_per_block):
         chunk = slice(index * options.chunk, (index + 1) * options.chunk)
-        C, n = x.C[0, 0], x.n[0, 0]
         if x.C_starts is not None and x.n_starts is not None:
-            x.C_starts[0, 0, index] = C.astype(x.C_starts.dtype)
-            x.n_starts[0, 0, index] = n
-        C = C.astype(x.v.dtype)
+            x.C_starts[0, 0, index] = x.C[0, 0].astype(x.C_starts.dtype)
+            x.n_starts[0, 0, index] = x.n[0, 0]
         for head in heads.indices:
-            _outputs(options, heads, x, head, chunk, C, n)
+            _outputs(options, heads, x, head, chunk)
         _update(heads, x, chunk)
 
 
@@ -173,9 +171,9 @@ def _fill_with_zeros(C: jax.Ref) -> None:
         C[0, 0, rows] = jnp.zeros((size, V), jnp.float32)
 
 
-def _outputs(options: Options, heads: Heads, x: _Refs, head: int, chunk: slice, C, n):
+def _outputs(options: Options, heads: Heads, x: _Refs, head: int, chunk: slice):
     """h of one head and chunk, from its keys and values and the state at its start."""
-    columns = heads.columns(head)
+    columns, C, n = heads.columns(head), x.C[0, 0].astype(x.v.dtype), x.n[0, 0]
     strips = options.strips(chunk)
     for strip in strips:
         query_gates = x.packed[0, head, :, strip].T
