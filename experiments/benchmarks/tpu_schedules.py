@@ -38,9 +38,6 @@ from pallas_kernels.slstm.options import Inputs, Options
 from pallas_kernels.slstm.tpu_kernels import slstm_backward, slstm_forward
 from pallas_kernels.tpu import SCOPED_BYTES
 
-NARROW = (64, 128)
-"""K and V of heads that share a tile of lanes."""
-
 
 class Case(NamedTuple):
     """One kernel at one size."""
@@ -70,7 +67,7 @@ def shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
 
 def cases(chip: str, *, quick: bool = False) -> list[Case]:
     """All cases with a budget on one chip."""
-    widths = [NARROW, (256, 512)] if quick else [NARROW, *tpu_tiles.WIDTHS]
+    widths = [(64, 128), (256, 512)] if quick else tpu_tiles.WIDTHS
     sequences = [case for K, V in widths for case in mlstm_cases(chip, K, V)]
     sequences += [case for K in ([256] if quick else [256, 512]) for case in slstm_cases(chip, K)]
     return [*sequences, mlstm_decode_case(256, 512), slstm_decode_case(chip, 256)]

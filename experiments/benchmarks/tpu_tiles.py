@@ -5,7 +5,7 @@ ranked by a lower bound on their time, the larger of scheduled bundles / clock r
 / bandwidth. `--write` stores the best ones in `pallas_kernels/mlstm/tpu_tiles.json`.
 
     .venv-compile/bin/python experiments/benchmarks/tpu_tiles.py --out RESULT.json
-    .venv-compile/bin/python experiments/benchmarks/tpu_tiles.py --write RESULT.json
+    .venv-compile/bin/python experiments/benchmarks/tpu_tiles.py --write RESULT.json ...
 
 The result also lists the candidates that do not compile, with the reason, and the register spills
 of the others.
@@ -41,7 +41,7 @@ CANDIDATES = {  # by the side of the MXU
     + [Tile(512, 256, 2)],
 }
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
-WIDTHS = [(128, 256), (256, 512), (512, 512), (1024, 1024)]
+WIDTHS = [(64, 128), (128, 256), (256, 512), (512, 512), (1024, 1024)]
 TIE = 1.02  # bounds within this factor count as equal
 LENGTH = 8192  # T of the sequences whose traffic is counted
 KERNELS = ("mlstm_forward", "mlstm_backward")
@@ -54,7 +54,7 @@ class Arguments:
     chips: tuple[str, ...] = tuple(TPUS)
     widths: tuple[tuple[int, int], ...] = tuple(WIDTHS)  # K and V of a head
     out: pathlib.Path | None = None  # JSON file to write the result to
-    write: pathlib.Path | None = None  # result file whose best tiles replace the table
+    write: tuple[pathlib.Path, ...] = ()  # result files whose best tiles replace the table
 
 
 def options_of(tile: Tile, *, resets: bool = False) -> Options:
@@ -174,8 +174,9 @@ def write_result(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
 
 def main(args: Arguments) -> int:
     """Evaluates all candidates, or writes the table from an earlier result."""
-    if args.write is not None:
-        write_table(tpu_tiles.TABLE_FILE, measure.read_records(args.write))
+    if args.write:
+        records = [record for path in args.write for record in measure.read_records(path)]
+        write_table(tpu_tiles.TABLE_FILE, records)
         return 0
     schedules.start()
     records = []
