@@ -77,9 +77,12 @@ def test_kernels_have_no_uninitialized_reads_or_races(state, interpreter, capfd)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_heads_of_64_match_the_recurrence(dtype):
-    case = in_bfloat16(make_case(B=1, T=150, H=2, K=64, V=128, flags=True))
+@pytest.mark.parametrize(
+    "dtype,state", [("float32", "zero, final state unused"), ("bfloat16", "given")]
+)
+def test_heads_of_64_match_the_recurrence(dtype, state):
+    case = STATES[state](make_case(B=1, T=150, H=2, K=64, V=128, flags=True))
+    case = in_bfloat16(case)
     actual = kernel(in_bfloat16(case, dtype), lanes=128, chunk_size=128)
     assert_results_match(actual, reference(case), TABLE[dtype])
 
