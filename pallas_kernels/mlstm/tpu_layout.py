@@ -2,7 +2,8 @@
 
 Queries and keys of G adjacent heads are the G K lanes of one block of `B T HK`. Their matrix
 memories are stacked to one `GK V` array, a reshape of `B H K V`. A product over all lanes is that
-of one head if one of its operands has zeros in the lanes of the other heads.
+of one head if one of its operands has zeros in the lanes of the other heads, and the other operand
+is finite.
 """
 
 from typing import NamedTuple
