@@ -31,6 +31,7 @@ from pallas_kernels.hardware import TPUS
 from pallas_kernels.mlstm import gates
 from pallas_kernels.mlstm import tpu_decode as mlstm_decode
 from pallas_kernels.mlstm import tpu_tiles as mlstm_tiles
+from pallas_kernels.mlstm.tpu_layout import num_sharing
 from pallas_kernels.slstm import backends
 from pallas_kernels.slstm import tpu_decode as slstm_decode
 from pallas_kernels.slstm.options import Inputs, Options
@@ -55,7 +56,7 @@ class Arguments:
     """Options of the benchmark."""
 
     chips: tuple[str, ...] = tuple(TPUS)
-    quick: bool = False  # only the head size of the large models
+    quick: bool = False  # only the head sizes of the largest and the smallest models
     out: pathlib.Path | None = None  # JSON file to write the result to
 
 
@@ -66,7 +67,7 @@ def shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
 
 def cases(chip: str, *, quick: bool = False) -> list[Case]:
     """All cases with a budget on one chip."""
-    widths = [(256, 512)] if quick else tpu_tiles.WIDTHS
+    widths = [(64, 128), (256, 512)] if quick else tpu_tiles.WIDTHS
     sequences = [case for K, V in widths for case in mlstm_cases(chip, K, V)]
     sequences += [case for K in ([256] if quick else [256, 512]) for case in slstm_cases(chip, K)]
     return [*sequences, mlstm_decode_case(256, 512), slstm_decode_case(chip, 256)]
@@ -77,10 +78,11 @@ def mlstm_cases(chip: str, K: int, V: int) -> list[Case]:
     if mlstm_tiles.refusal(K, V, BFLOAT16, chip=chip) is not None:
         return []
     tile = mlstm_tiles.choose(K, V, BFLOAT16, 8192, None, chip)
-    block_tokens = tile.chunk * tile.chunks_per_block
+    heads = num_sharing(K, common.LANES)
+    block_tokens, call_tokens = tile.chunk * tile.chunks_per_block * heads, tpu_tiles.LENGTH * heads
     label = f"chunk={tile.chunk} strip={tile.strip} blocks={tile.chunks_per_block}"
     return [
-        Case(name, f"K={K} V={V}", label, fn, shapes, block_tokens, tpu_tiles.LENGTH)
+        Case(name, f"K={K} V={V}", label, fn, shapes, block_tokens, call_tokens)
         for name, (fn, shapes, _) in tpu_tiles.calls(tile, K, V).items()
     ]
 

@@ -5,7 +5,7 @@ ranked by a lower bound on their time, the larger of scheduled bundles / clock r
 / bandwidth. `--write` stores the best ones in `pallas_kernels/mlstm/tpu_tiles.json`.
 
     .venv-compile/bin/python experiments/benchmarks/tpu_tiles.py --out RESULT.json
-    .venv-compile/bin/python experiments/benchmarks/tpu_tiles.py --write RESULT.json
+    .venv-compile/bin/python experiments/benchmarks/tpu_tiles.py --write RESULT.json ...
 
 The result also lists the candidates that do not compile, with the reason, and the register spills
 of the others.
@@ -31,6 +31,7 @@ from pallas_kernels.mlstm import backends, cost, tpu_tiles
 from pallas_kernels.mlstm.options import Options
 from pallas_kernels.mlstm.tpu_backward import mlstm_backward
 from pallas_kernels.mlstm.tpu_forward import mlstm_forward
+from pallas_kernels.mlstm.tpu_layout import Heads, num_sharing
 from pallas_kernels.mlstm.tpu_tiles import Tile
 
 CANDIDATES = {  # by the side of the MXU
@@ -40,7 +41,7 @@ CANDIDATES = {  # by the side of the MXU
     + [Tile(512, 256, 2)],
 }
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
-WIDTHS = [(128, 256), (256, 512), (512, 512), (1024, 1024)]
+WIDTHS = [(64, 128), (128, 256), (256, 512), (512, 512), (1024, 1024)]
 TIE = 1.02  # bounds within this factor count as equal
 LENGTH = 8192  # T of the sequences whose traffic is counted
 KERNELS = ("mlstm_forward", "mlstm_backward")
@@ -53,11 +54,11 @@ class Arguments:
     chips: tuple[str, ...] = tuple(TPUS)
     widths: tuple[tuple[int, int], ...] = tuple(WIDTHS)  # K and V of a head
     out: pathlib.Path | None = None  # JSON file to write the result to
-    write: pathlib.Path | None = None  # result file whose best tiles replace the table
+    write: tuple[pathlib.Path, ...] = ()  # result files whose best tiles replace the table
 
 
 def options_of(tile: Tile, *, resets: bool = False) -> Options:
-    """Kernel options of a layer with default settings."""
+    """Kernel options of a layer with default settings in training, from the initial state."""
     return Options(
         kernels=backends.tpu(),
         tile=tile,
@@ -68,30 +69,32 @@ def options_of(tile: Tile, *, resets: bool = False) -> Options:
         resets=resets,
         lanes=128,
         interpret=False,
+        zero_state=True,
     )
 
 
 def calls(
     tile: Tile, K: int, V: int, dtype: jnp.dtype = BFLOAT16, *, resets: bool = False
 ) -> dict[str, Any]:
-    """For both kernels on one head: the function, the shapes of its arguments, and its cost."""
-    B, H, T = 1, 1, LENGTH
+    """For both kernels on a block of heads: the function, shapes of its arguments, and its cost."""
+    count = num_sharing(K, 128)
+    heads, B, H, T = Heads(count, K, V), 1, count, LENGTH
     options = options_of(tile, resets=resets)
     array = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     gates, q, v = f32((B, H, 8, T)), array((B, T, H * K)), array((B, T, H * V))
-    C, n, N = f32((B, H, K, V)), f32((B, H, 1, K)), T // tile.chunk
-    starts = (array((B, H, N, K, V)), f32((B, H, N, 1, K)))
+    N = T // tile.chunk
+    starts = (array((B, 1, N, H * K, V)), f32((B, 1, N, 1, H * K)))
     return {
         "mlstm_forward": (
-            lambda *args: tuple(mlstm_forward(options, *args, save=True)),
-            (gates, q, q, v, C, n),
-            cost.forward(options, B, T, H, K, V, dtype, save=True),
+            lambda *args: tuple(mlstm_forward(options, *args, C=None, n=None, save=True)),
+            (gates, q, q, v),
+            cost.forward(options, heads, B, T, H, dtype, save=True),
         ),
         "mlstm_backward": (
-            lambda *args: tuple(mlstm_backward(options, *args)),
-            (gates, q, q, v, v, v, *starts, C, n),
-            cost.backward(options, B, T, H, K, V, dtype),
+            lambda *args: tuple(mlstm_backward(options, *args, dC=None, dn=None)),
+            (gates, q, q, v, v, v, *starts),
+            cost.backward(options, heads, B, T, H, dtype, given=False),
         ),
     }
 
@@ -109,12 +112,13 @@ def evaluate(chip: str, tile: Tile, K: int, V: int) -> dict[str, Any]:
         except jax.errors.JaxRuntimeError as error:
             schedules.read()  # discards what the failed compilation wrote
             return {**record, "dropped": str(error).splitlines()[0]}
-        tokens = tile.chunk * tile.chunks_per_block
+        num_heads = num_sharing(K, 128)
+        tokens = tile.chunk * tile.chunks_per_block * num_heads
         record[name] = {
             "bundles_per_token": round(schedule.bundles / tokens, 2),
             "spills_per_token": round(schedule.spills / tokens, 2),
             "matrix_share": round(schedule.matrix_share, 3),
-            "bytes_per_token": round(work.bytes_accessed / LENGTH),
+            "bytes_per_token": round(work.bytes_accessed / num_heads / LENGTH),
         }
     return record
 
@@ -170,8 +174,9 @@ def write_result(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
 
 def main(args: Arguments) -> int:
     """Evaluates all candidates, or writes the table from an earlier result."""
-    if args.write is not None:
-        write_table(tpu_tiles.TABLE_FILE, measure.read_records(args.write))
+    if args.write:
+        records = [record for path in args.write for record in measure.read_records(path)]
+        write_table(tpu_tiles.TABLE_FILE, records)
         return 0
     schedules.start()
     records = []

@@ -48,7 +48,7 @@ def resources(chip: str, fn: Callable[..., Any], *args: Any) -> list[Resources]:
 def disassemble(kernel: Resources) -> str:
     """The instructions of a kernel, assembled by the newer ptxas of Triton's wheel."""
     triton = importlib.import_module("triton")
-    ptxas = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"
+    ptxas = pathlib.Path(triton.knobs.nvidia.nvdisasm.path).parent / "ptxas-blackwell"
     with tempfile.TemporaryDirectory() as folder:
         source, target = pathlib.Path(folder, "kernel.ptx"), pathlib.Path(folder, "kernel.cubin")
         source.write_text(kernel.ptx)

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from pallas_kernels import common
 from pallas_kernels.mlstm import gates as pre
@@ -29,7 +30,7 @@ def mlstm(
     v: jax.Array,
     i: jax.Array,
     f: jax.Array,
-    state: State,
+    state: State | None,
     *,
     reset: jax.Array | None = None,
     mask: jax.Array | None = None,
@@ -46,7 +47,7 @@ def mlstm(
         q, k, v: `B T H K`, `B T H K`, `B T H V`, all float32 or all bfloat16; 1/sqrt(K) is applied
             to q here.
         i, f: `B T H`, gate pre-activations.
-        state: before the first step.
+        state: before the first step; None is the initial state, zeros.
         reset: `B T`; where True, the state is the initial one before this position is processed.
         mask: `B T`; where False, the state is unchanged and h is 0.
         input_gate, forget_gate: "exp" or "sigmoid"; if both are "sigmoid", the states have m = 0.
@@ -74,7 +75,9 @@ def mlstm(
     if mask is not None:
         q, k, v = (jnp.where(mask[..., None, None], x, 0) for x in (q, k, v))
     gates = pre.log_gates(i, f, reset, mask, **activations)
-    C, n, m = (leaf.astype(jnp.float32) for leaf in state)
+    compute = _step if T == 1 and kernels.supports_step(K, V) else _padded
+    zero_state = state is None and compute is _padded
+    state = None if zero_state else _float32_state(state, v.shape, K)
     options = Options(
         kernels=kernels,
         tile=tile,
@@ -86,10 +89,20 @@ def mlstm(
         lanes=common.lanes(),
         interpret=common.interpreter(),
         target=common.target(),
+        zero_state=zero_state,
     )
-    compute = _step if T == 1 and kernels.supports_step(K, V) else _padded
-    h, state = compute(options, q, k, v, gates, (C, n, m))  # pyright: ignore[reportGeneralTypeIssues]
+    h, state = compute(options, q, k, v, gates, state)  # pyright: ignore[reportGeneralTypeIssues]
     return (h if mask is None else jnp.where(mask[..., None, None], h, 0)), state
+
+
+def _float32_state(state: State | None, shape: tuple[int, ...], K: int) -> State:
+    """The state in float32, zeros if it is None; `shape` is `B T H V`."""
+    if state is not None:
+        C, n, m = (leaf.astype(jnp.float32) for leaf in state)
+        return C, n, m
+    B, _, H, V = shape
+    C, n, m = (jnp.zeros(sizes, jnp.float32) for sizes in ((B, H, K, V), (B, H, K), (B, H)))
+    return C, n, m
 
 
 def _check(q, k, v, activations: dict[str, str], *, normalize: bool) -> None:
@@ -119,14 +132,14 @@ _step.defvjp(
 )
 
 
-def _padded(options: Options, q, k, v, gates: pre.LogGates, state: State):
+def _padded(options: Options, q, k, v, gates: pre.LogGates, state: State | None):
     """`_core` for any sizes, by padding to chunks and tiles."""
-    if not options.max_state:
+    if state is not None and not options.max_state:
         state = pre.fold_stabilizer(*state)
     B, T, H, K = q.shape
     V = v.shape[-1]
     padded = common.round_up(T, options.chunk)
-    widths = [options.kernels.width(size, options.lanes) for size in (K, V)]
+    widths = options.kernels.widths(H, K, V, options.lanes)
     q, k, v = (
         common.pad(common.pad(x, 3, width), 1, padded).reshape(B, padded, H * width)
         for x, width in ((q, widths[0]), (k, widths[0]), (v, widths[1]))
@@ -136,9 +149,11 @@ def _padded(options: Options, q, k, v, gates: pre.LogGates, state: State):
         common.pad(gates.log_f, 1, padded),
         None if gates.reset is None else common.pad(gates.reset, 1, padded),
     )
-    C, n, m = state
-    C = common.pad(common.pad(C, 2, widths[0]), 3, widths[1])
-    n = common.pad(n, 2, widths[0])[:, :, None]
+    C, n, m = None, None, jnp.zeros((B, H), jnp.float32)
+    if state is not None:
+        C, n, m = state
+        C = common.pad(common.pad(C, 2, widths[0]), 3, widths[1])
+        n = common.pad(n, 2, widths[0])[:, :, None]
     args = (q, k, v, gates, C, n, m)
     h, C, n, m = _core(options, K, *args)  # pyright: ignore[reportGeneralTypeIssues]
     h = h.reshape(B, padded, H, widths[1])[:, :T, :, :V]
@@ -148,6 +163,8 @@ def _padded(options: Options, q, k, v, gates: pre.LogGates, state: State):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _core(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m):
     """The chunkwise kernels for padded sizes, q `B T HK`; K is the width before padding.
+
+    With `options.zero_state`, C and n are None.
 
     Returns h, C, n, m.
     """
@@ -168,6 +185,7 @@ def _forward(options: Options, K: int, q, k, v, gates: pre.LogGates, C, n, m, *,
 
 
 def _backward(options: Options, K: int, residuals, cotangents):
+    """dC, dn and dm, of the state after the last step, are None if no loss depends on them."""
     q, k, v, gates, m_starts, h, C, n, d, C_starts, n_starts = residuals
     dh, dC, dn, dm = cotangents
     if not options.normalize:
@@ -176,16 +194,41 @@ def _backward(options: Options, K: int, residuals, cotangents):
     packed = _folded(kernels.pack_backward, options, K)(gates, m_starts, d, h, dh)
     backward = _folded(kernels.backward, options)
     grads = backward(packed, q, k, v, h, dh, C_starts, n_starts, dC, dn)
-    scaling = jnp.sum(dC * C, axis=(2, 3)) + jnp.sum(dn * n, axis=(2, 3))
+    scaling = jnp.zeros_like(m_starts[..., 0])
+    if dC is not None:
+        scaling = jnp.sum(dC * C, axis=(2, 3)) + jnp.sum(dn * n, axis=(2, 3))
     dlog_i, dlog_f = _folded(kernels.gate_grads, options)(gates, grads, scaling)
     dm_first = grads.scaling[:, :, 0].sum(-1)
-    if options.max_state:
+    through_eps = options.normalize and options.forget_gate == "exp"
+    if options.max_state and (dm is not None or through_eps):
         # Returned C and n are scaled by exp(-m), so for a fixed unscaled state dm gets -scaling.
-        through_m = packing.stabilizer_grads(options, gates, m_starts, d, h, dh, dm - scaling)
+        dm_last = -scaling if dm is None else dm - scaling
+        through_m = packing.stabilizer_grads(options, gates, m_starts, d, h, dh, dm_last)
         dlog_i, dlog_f = dlog_i + through_m[0], dlog_f + through_m[1]
         dm_first = dm_first + through_m[2]
     dgates = pre.LogGates(dlog_i, dlog_f, None)
-    return grads.q, grads.k, grads.v, dgates, grads.C, grads.n, dm_first
+    dstate = (None, None) if options.zero_state else (grads.C, grads.n)
+    return grads.q, grads.k, grads.v, dgates, *dstate, dm_first
 
 
-_core.defvjp(_forward, _backward)
+def _forward_of_primals(options: Options, K: int, *args):
+    """`_forward` for a `custom_vjp` with symbolic zeros."""
+    return _forward(options, K, *custom_vjp_primal_tree_values(args))
+
+
+def _backward_of_cotangents(options: Options, K: int, residuals, cotangents):
+    """`_backward`, for cotangents that may be symbolic zeros."""
+    dh, *state = cotangents
+    dh = jnp.zeros(dh.shape, dh.dtype) if _is_zero(dh) else dh
+    if all(map(_is_zero, state)):
+        return _backward(options, K, residuals, (dh, None, None, None))
+    state = (jnp.zeros(x.shape, x.dtype) if _is_zero(x) else x for x in state)
+    return _backward(options, K, residuals, (dh, *state))
+
+
+def _is_zero(x: Any) -> bool:
+    return isinstance(x, SymbolicZero)
+
+
+# Symbolic, because the final state has no cotangent in training, and zeros `B H K V` cost traffic.
+_core.defvjp(_forward_of_primals, _backward_of_cotangents, symbolic_zeros=True)

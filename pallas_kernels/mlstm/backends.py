@@ -1,20 +1,27 @@
 """The mLSTM kernels of each backend, imported on first use."""
 
 import functools
+from collections.abc import Callable
 
-from pallas_kernels import common
 from pallas_kernels.mlstm.options import Kernels
 
 
 @functools.cache
 def tpu() -> Kernels:
     """Pallas kernels for TPUs."""
-    from pallas_kernels.mlstm import packing, tpu_backward, tpu_decode, tpu_forward, tpu_tiles
+    from pallas_kernels.mlstm import (
+        packing,
+        tpu_backward,
+        tpu_decode,
+        tpu_forward,
+        tpu_layout,
+        tpu_tiles,
+    )
 
     return Kernels(
         refusal=tpu_tiles.refusal,
         tile=tpu_tiles.choose,
-        width=common.round_up,
+        widths=tpu_layout.padded_widths,
         pack_forward=packing.forward,
         pack_backward=packing.backward,
         gate_grads=packing.gate_grads,
@@ -34,7 +41,7 @@ def triton() -> Kernels:
     return Kernels(
         refusal=triton_tiles.refusal,
         tile=triton_tiles.choose,
-        width=gpu.width,
+        widths=_each(gpu.width),
         pack_forward=triton_calls.pack_forward,
         pack_backward=triton_calls.pack_backward,
         gate_grads=triton_calls.gate_grads,
@@ -56,7 +63,7 @@ def mosaic_gpu() -> Kernels:
     return Kernels(
         refusal=mosaic_tiles.refusal,
         tile=mosaic_tiles.choose,
-        width=mosaic_tiles.width,
+        widths=_each(mosaic_tiles.width),
         pack_forward=packing.forward,
         pack_backward=packing.backward_with_sums,
         gate_grads=packing.gate_grads,
@@ -65,3 +72,8 @@ def mosaic_gpu() -> Kernels:
         step=step,
         supports_step=lambda K, V: False,
     )
+
+
+def _each(width: Callable[[int, int], int]) -> Callable[[int, int, int, int], tuple[int, int]]:
+    """`Kernels.widths` from a function of one width."""
+    return lambda H, K, V, lanes: (width(K, lanes), width(V, lanes))

@@ -28,7 +28,8 @@ class Launches(NamedTuple):
 
     `states` (options, packed, lhs, rhs, C, n, starts, *, dnorm) returns C `B H N K V` and
     n `B H N 1 K` at chunk boundaries, the last C and n, and the sums `B H N parts` of the gradient
-    of the log scale. With `starts`, the states of the forward pass, it runs in reverse.
+    of the log scale. With `starts`, the states of the forward pass, it runs in reverse. The first
+    C and n are None for zeros.
 
     `outputs` (options, name, packed, lhs, rhs, values, C, n, primal, *, normalize, dnorm) returns
     h, dq, dk or dv, `B T HW`, and its sums `B H parts T`.

@@ -35,7 +35,10 @@ def _states(
 ) -> tuple[jax.Array, ...]:
     """Launches `states`; see `gpu_passes.Launches`."""
     block: States = options.tile.states
-    B, H, K, V = C.shape
+    B, H, _, _ = packed.shape
+    K, V = (x.shape[2] // H for x in (lhs, rhs))
+    if C is None:
+        C, n = jnp.zeros((B, H, K, V), jnp.float32), jnp.zeros((B, H, 1, K), jnp.float32)
     sizes = mosaic_states.Sizes(
         B=B,
         T=packed.shape[3],

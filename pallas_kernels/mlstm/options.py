@@ -19,12 +19,13 @@ class Kernels(NamedTuple):
         m_starts: `B H N`, stabilizers before the chunks, from `pack_forward`.
         d: `B H 1 T`, q n of the forward pass; None without normalizer.
         packed: `B H 8 T`, from `pack_forward` or `pack_backward`; see `packing.PackedGates`.
-        q, k, v: `B T HK`, `B T HK`, `B T HV`; adjacent heads, widths padded to `width`.
-        C, n: `B H K V` and `B H 1 K`, float32: the state before the first step.
+        q, k, v: `B T HK`, `B T HK`, `B T HV`; adjacent heads, padded to `widths`.
+        C, n: `B H K V` and `B H 1 K`, float32: the state before the first step; None for zeros.
         save: whether `forward` also returns the residuals of `backward`.
         h, dh: `B T HV`, output of the forward pass and its cotangent; h is None without normalizer.
-        C_starts, n_starts: `B H N K V` and `B H N 1 K`, states at chunk starts.
-        dC, dn: `B H K V` and `B H 1 K`, float32: cotangents of the state after the last step.
+        C_starts, n_starts: states at chunk starts, as `forward` returned them.
+        dC, dn: `B H K V` and `B H 1 K`, float32: cotangents of the state after the last step; None
+            for zeros.
         end: `B H`, cotangent of the log scale of that state.
 
     `step` takes q, k, v `B 1 H K`, `B 1 H K`, `B 1 H V`, zeros where masked; gates `B 1 H` and
@@ -34,7 +35,7 @@ class Kernels(NamedTuple):
 
     refusal: Callable[..., str | None]  # (K, V, dtype, chunk_size) -> why not supported, or None
     tile: Callable[..., Any]  # (K, V, dtype, T, chunk_size) -> tile; may raise ValueError
-    width: Callable[[int, int], int]  # (size, lanes) -> the width that heads are padded to
+    widths: Callable[..., tuple[int, int]]  # (H, K, V, lanes) -> widths that heads are padded to
     pack_forward: Callable[..., "Packed"]  # (options, K, gates, m_first)
     pack_backward: Callable[..., jax.Array]  # (options, K, gates, m_starts, d, h, dh) -> packed
     gate_grads: Callable[..., Any]  # (options, gates, grads, end) -> dlog_i, dlog_f, `B T H`
@@ -58,6 +59,7 @@ class Options(NamedTuple):
     # Stored, because a gradient may be traced after the contexts of `common` have exited.
     interpret: Any
     target: str | None = None  # chip to compile for ahead of time
+    zero_state: bool = False  # the state before the first step is zeros: C and n are None
 
     @property
     def chunk(self) -> int:
@@ -109,5 +111,5 @@ class Backward(NamedTuple):
     k_dk: jax.Array  # B H parts T, sums of k * dk over parts of K
     q_dq: jax.Array  # B H parts T, sums of q * dq over parts of K
     scaling: jax.Array  # B H N parts, cotangent of the log scale of the state before each chunk
-    C: jax.Array  # B H K V
-    n: jax.Array  # B H 1 K
+    C: jax.Array | None  # B H K V; C and n may be None with `Options.zero_state`
+    n: jax.Array | None  # B H 1 K

@@ -1,15 +1,17 @@
 """mLSTM forward on a TPU: one pass over the chunks of a sequence, with the state in VMEM.
 
-The grid is (batch, heads, blocks of chunks), with blocks in order. A chunk is computed in strips of
-queries; tiles above the diagonal are skipped. The output block of the final state is the carry: its
-index does not depend on the block of chunks, so it stays in VMEM until the head is done.
+The grid is (batch, blocks of heads, blocks of chunks), with the last axis in order. A chunk is
+computed in strips of queries; tiles above the diagonal are skipped. The output block of the final
+state is the carry: its index does not depend on the block of chunks, so it stays in VMEM until the
+heads are done.
 
 Source of the formulas: arXiv:2405.04517 and arXiv:2503.14376; the schedule is ours.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,53 +21,75 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import tpu
 from pallas_kernels.mlstm import cost, gates, packing
 from pallas_kernels.mlstm.options import Forward, Options
+from pallas_kernels.mlstm.tpu_layout import Heads
 from pallas_kernels.tpu import product, to_lanes
 
-IN_HBM = pl.BlockSpec(memory_space=pl.ANY)
 
-
-def mlstm_forward(options: Options, packed, q, k, v, C, n, *, save: bool) -> Forward:
+def mlstm_forward(
+    options: Options, packed, q, k, v, C: jax.Array | None, n: jax.Array | None, *, save: bool
+) -> Forward:
     """The forward kernel; see `options.Kernels`."""
     B, H, _, T = packed.shape
-    K, V = C.shape[2:]
+    heads = Heads.of(options.lanes, H, q, v)
+    K, groups = heads.qk_width, H // heads.num
     N, block = T // options.chunk, options.chunk * options.tile.chunks_per_block
-    limit = options.tile.vmem_limit(K, V, v.dtype)
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    shapes = (B, groups, K, heads.V), (B, groups, 1, K)
 
-    tokens, fixed, starts, by_time = block_specs(options, lambda c: c)
+    tokens, fixed, starts, by_time = block_specs(options, heads, lambda c: c)
+    first, first_specs = first_state(C, n, shapes)
     outputs = [
-        (tokens(V), jax.ShapeDtypeStruct(v.shape, v.dtype)),
-        (fixed(K, V), float32(C.shape)),
-        (fixed(1, K), float32(n.shape)),
+        (tokens(heads.v_width), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+        (fixed(K, heads.V), float32(shapes[0])),
+        (fixed(1, K), float32(shapes[1])),
     ]
     if save:
         outputs += [
             (by_time(1), float32((B, H, 1, T))),
-            (starts(K, V), jax.ShapeDtypeStruct((B, H, N, K, V), q.dtype)),
-            (starts(1, K), float32((B, H, N, 1, K))),
+            (starts(K, heads.V), jax.ShapeDtypeStruct((B, groups, N, K, heads.V), q.dtype)),
+            (starts(1, K), float32((B, groups, N, 1, K))),
         ]
-    specs, shapes = zip(*outputs, strict=True)
-    results = pl.pallas_call(
-        functools.partial(_kernel, options),
-        grid=(B, H, T // block),
-        in_specs=[by_time(8), tokens(K), tokens(K), tokens(V), IN_HBM, fixed(1, K)],
+    specs, out_shape = zip(*outputs, strict=True)
+    h, C_last, n_last, *saved = pl.pallas_call(
+        functools.partial(_kernel, options, heads),
+        grid=(B, groups, T // block),
+        in_specs=[by_time(8), tokens(K), tokens(K), tokens(heads.v_width), *first_specs],
         out_specs=list(specs),
-        out_shape=list(shapes),
-        compiler_params=tpu.compiler_params(tpu.DIMENSION_SEMANTICS, limit),
-        cost_estimate=cost.forward(options, B, T, H, K, V, q.dtype, save=save),
+        out_shape=list(out_shape),
+        compiler_params=compiler_params(options, heads, v.dtype),
+        cost_estimate=cost.forward(options, heads, B, T, H, q.dtype, save=save),
         interpret=options.interpret,
         metadata=options.metadata(),
         name="mlstm_forward",
-    )(packed, q, k, v, C, n)
-    return Forward(*results, *([] if save else [None] * 3))
+    )(packed, q, k, v, *first)
+    C_last = C_last.reshape(B, H, heads.K, heads.V)
+    n_last = n_last.reshape(B, H, 1, heads.K)
+    return Forward(h, C_last, n_last, *(saved if save else [None] * 3))
+
+
+def compiler_params(options: Options, heads: Heads, dtype: jnp.dtype) -> Any:
+    """Compiler parameters of both kernels."""
+    limit = options.tile.vmem_limit(heads.K, heads.V, dtype)
+    return tpu.compiler_params(tpu.DIMENSION_SEMANTICS, limit)
+
+
+def first_state(
+    C: jax.Array | None, n: jax.Array | None, shapes: tuple[tuple[int, ...], ...]
+) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
+    """The operands that `start_carry` reads, and their specs; none if the state is zeros."""
+    if C is None or n is None:
+        return [], []
+    vector = pl.BlockSpec((1, 1, *shapes[1][2:]), lambda b, h, c: (b, h, 0, 0))
+    return [C.reshape(shapes[0]), n.reshape(shapes[1])], [pl.BlockSpec(memory_space=pl.ANY), vector]
 
 
 def block_specs(
-    options: Options, order: Callable[[Any], Any]
+    options: Options, heads: Heads, order: Callable[[Any], Any]
 ) -> tuple[Callable[..., pl.BlockSpec], ...]:
     """Makers of block specs for `B T HW`, `B H ...`, `B H N ...` and `B H count T`.
 
-    `order` maps the last grid index to a block of time; the backward pass reverses it.
+    H counts blocks of heads, except in `B H count T`. `order` maps the last grid index to a block
+    of time; the backward pass reverses it.
     """
     block = options.chunk * options.tile.chunks_per_block
 
@@ -80,68 +104,119 @@ def block_specs(
         return pl.BlockSpec(sizes, lambda b, h, c: (b, h, order(c), 0, 0))
 
     def by_time(count):
-        return pl.BlockSpec((1, 1, count, block), lambda b, h, c: (b, h, 0, order(c)))
+        sizes = (1, heads.num, count, block)
+        return pl.BlockSpec(sizes, lambda b, h, c: (b, h, 0, order(c)))
 
     return tokens, fixed, starts, by_time
 
 
-def _kernel(options: Options, packed, q, k, v, C_first, n_first, h, C, n, *saved):
+class _Refs(NamedTuple):
+    """Refs of the blocks that the kernel reads and writes; the last three are None without `save`.
+
+    C and n are the carry.
+    """
+
+    packed: jax.Ref
+    q: jax.Ref
+    k: jax.Ref
+    v: jax.Ref
+    h: jax.Ref
+    C: jax.Ref
+    n: jax.Ref
+    d: jax.Ref | None = None
+    C_starts: jax.Ref | None = None
+    n_starts: jax.Ref | None = None
+
+
+def _kernel(options: Options, heads: Heads, *refs):
+    first = () if options.zero_state else refs[4:6]
+    x = _Refs(*refs[:4], *refs[4 + len(first) :])
+    start_carry(x.C, x.n, first)
+    for index in range(options.tile.chunks_per_block):
+        chunk = slice(index * options.chunk, (index + 1) * options.chunk)
+        if x.C_starts is not None and x.n_starts is not None:
+            x.C_starts[0, 0, index] = x.C[0, 0].astype(x.C_starts.dtype)
+            x.n_starts[0, 0, index] = x.n[0, 0]
+        for head in heads.indices:
+            _outputs(options, heads, x, head, chunk)
+        _update(heads, x, chunk)
+
+
+def start_carry(C: jax.Ref, n: jax.Ref, first: Sequence[jax.Ref]) -> None:
+    """Sets the carry of a block of heads before its first chunk: to `first`, or to zeros.
+
+    Nothing overlaps the copy of a given C, which is as large as the chunks of a block together.
+    """
     b, head, block = (pl.program_id(axis) for axis in range(3))
 
     @pl.when(block == 0)
     def _():
-        pltpu.sync_copy(C_first.at[b, head], C.at[0, 0])
-        n[...] = n_first[...]
-
-    for index in range(options.tile.chunks_per_block):
-        chunk = slice(index * options.chunk, (index + 1) * options.chunk)
-        d_ref = None
-        if saved:
-            d_ref, C_starts, n_starts = saved
-            C_starts[0, 0, index] = C[0, 0].astype(C_starts.dtype)
-            n_starts[0, 0, index] = n[0, 0]
-        _outputs(options, chunk, packed, q, k, v, h, C[0, 0], n[0, 0], d_ref)
-        _update(options, chunk, packed, k, v, C, n)
+        if first:
+            C_first, n_first = first
+            pltpu.sync_copy(C_first.at[b, head], C.at[0, 0])
+            n[...] = n_first[...]
+        else:
+            _fill_with_zeros(C)
+            n[...] = jnp.zeros(n.shape, jnp.float32)
 
 
-def _outputs(options: Options, chunk, packed, q_ref, k_ref, v_ref, h_ref, C, n, d_ref):
-    """h of one chunk, from its keys and values and the state at its start."""
-    C = C.astype(v_ref.dtype)
+def _fill_with_zeros(C: jax.Ref) -> None:
+    """In a loop: unrolled, the stores of a 256 x 512 state are 128 bundles of code."""
+    _, _, K, V = C.shape
+    size = math.gcd(K, 32)
+
+    @pl.loop(0, K // size)
+    def _(index):
+        rows = pl.ds(pl.multiple_of(index * size, size), size)
+        C[0, 0, rows] = jnp.zeros((size, V), jnp.float32)
+
+
+def _outputs(options: Options, heads: Heads, x: _Refs, head: int, chunk: slice):
+    """h of one head and chunk, from its keys and values and the state at its start."""
+    columns, C, n = heads.columns(head), x.C[0, 0].astype(x.v.dtype), x.n[0, 0]
     strips = options.strips(chunk)
     for strip in strips:
-        query_gates = packed[0, 0, :, strip].T
+        query_gates = x.packed[0, head, :, strip].T
         read = query_gates[:, packing.READ : packing.READ + 1]
-        q = q_ref[0, strip]
+        q = heads.only(x.q[0, strip], head)
         weights = []
         for keys in strips:
             if keys.start > strip.start:
                 break
-            x = log_weights(
-                options, query_gates, packed[0, 0, :, keys], on_diagonal=keys == strip, upper=False
+            key_gates = x.packed[0, head, :, keys]
+            on_diagonal = keys == strip
+            log_D = log_weights(
+                options, query_gates, key_gates, on_diagonal=on_diagonal, upper=False
             )
-            weights.append(product(q, k_ref[0, keys], (1, 1)) * jnp.exp(x))
+            weights.append(product(q, x.k[0, keys], (1, 1)) * jnp.exp(log_D))
         causal = slice(chunk.start, strip.stop)
-        P = concatenate([weight.astype(v_ref.dtype) for weight in weights], 1)
-        u = read * product(q, C) + product(P, v_ref[0, causal])
+        P = concatenate([weight.astype(x.v.dtype) for weight in weights], 1)
+        u = read * product(q, C) + product(P, x.v[0, causal, columns])
         if options.normalize:
             from_state = read * options.fold_lanes(q.astype(jnp.float32) * n)
             total = functools.reduce(jnp.add, weights)  # not yet rounded to the dtype of v
             d = jnp.sum(options.fold_lanes(total) + from_state, axis=1, keepdims=True)
             bound = query_gates[:, packing.NORMALIZER : packing.NORMALIZER + 1]
             u = u * (1.0 / (jnp.maximum(jnp.abs(d), bound) + options.eps))
-            if d_ref is not None:
-                d_ref[0, 0, :, strip] = to_lanes(d)
-        h_ref[0, strip] = u.astype(h_ref.dtype)
+            if x.d is not None:
+                x.d[0, head, :, strip] = to_lanes(d)
+        x.h[0, strip, columns] = u.astype(x.h.dtype)
 
 
-def _update(options: Options, chunk, packed, k_ref, v_ref, C, n):
-    """Advances the state to the end of one chunk."""
-    write = packed[0, 0, packing.WRITE : packing.WRITE + 1, chunk]
-    decay = packed[0, 0, packing.DECAY : packing.DECAY + 1, chunk.start : chunk.start + 1]
-    k = k_ref[0, chunk]
-    weighted = (k.T.astype(jnp.float32) * write).astype(v_ref.dtype)
-    C[0, 0] = decay * C[0, 0] + product(weighted, v_ref[0, chunk])
-    n[0, 0] = decay * n[0, 0] + weighted_sum(write, k)
+def _update(heads: Heads, x: _Refs, chunk: slice):
+    """Advances the states of all heads to the end of one chunk."""
+    k, first = x.k[0, chunk], slice(chunk.start, chunk.start + 1)
+    writes = [x.packed[0, head, packing.WRITE : packing.WRITE + 1, chunk] for head in heads.indices]
+    decays = [x.packed[0, head, packing.DECAY : packing.DECAY + 1, first] for head in heads.indices]
+    added = weighted_sum(concatenate(writes, 0), k)
+    n = [decay * x.n[0, 0] + added[head : head + 1] for head, decay in enumerate(decays)]
+    x.n[0, 0] = heads.join(n)
+    k_rows = k.T.astype(jnp.float32)
+    for head in heads.indices:
+        rows = heads.rows(head)
+        weighted = (k_rows[rows] * writes[head]).astype(x.v.dtype)
+        added = product(weighted, x.v[0, chunk, heads.columns(head)])
+        x.C[0, 0, rows] = decays[head] * x.C[0, 0, rows] + added
 
 
 def log_weights(options: Options, sublane_gates, lane_gates, *, on_diagonal: bool, upper: bool):
@@ -167,7 +242,7 @@ def log_weights(options: Options, sublane_gates, lane_gates, *, on_diagonal: boo
 
 
 def weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """`1 L` in float32 times `L K`, without rounding the weights even if x is bfloat16.
+    """`G L` in float32 times `L K`, without rounding the weights even if x is bfloat16.
 
     The weights are split into three bfloat16 vectors, stacked along the sublanes; the MXU takes no
     longer for eight sublanes than for one.
@@ -178,7 +253,7 @@ def weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
     middle = (weights - high).astype(x.dtype).astype(jnp.float32)
     low = weights - high - middle
     parts = jnp.concatenate([high, middle, low], axis=0).astype(x.dtype)
-    return jnp.sum(product(parts, x), axis=0, keepdims=True)
+    return jnp.sum(product(parts, x).reshape(3, weights.shape[0], -1), axis=0)
 
 
 def concatenate(strips: list[jax.Array], axis: int) -> jax.Array:

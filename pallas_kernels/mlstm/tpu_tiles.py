@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import common
 from pallas_kernels.hardware import MIB, TPUS
+from pallas_kernels.mlstm.tpu_layout import num_sharing
 from pallas_kernels.tpu import SCOPED_BYTES, current_chip
 
 
@@ -107,12 +108,13 @@ def vmem_bytes(tile: Tile, K: int, V: int, dtype: jnp.dtype) -> int:
     until compilation failed: at most 0.55 of the blocks in bfloat16 and 0.85 in float32 (jaxlib
     0.10.2, libtpu 0.0.42).
     """
+    heads = num_sharing(K, common.LANES)
     K, V = (common.round_up(size, common.LANES) for size in (K, V))
     item = jnp.dtype(dtype).itemsize
     positions = tile.chunk * tile.chunks_per_block
-    tokens = positions * ((4 * K + 4 * V) * item + 12 * 4)
+    tokens = positions * ((4 * K + 4 * heads * V) * item + heads * 12 * 4)
     states = tile.chunks_per_block * (K * V * item + 8 * 4 * K) + 4 * K * V + 2 * 8 * 4 * K
-    weights = tile.chunk * (tile.chunk + tile.strip) // 2 * item
+    weights = heads * tile.chunk * (tile.chunk + tile.strip) // 2 * item
     with_temporaries = 1.55 if item == 2 else 1.85
     return round(2 * (tokens + states) * with_temporaries) + weights
 

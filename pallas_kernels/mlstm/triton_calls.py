@@ -27,21 +27,23 @@ def _states(
     """Launches `triton_kernels.states`; see `gpu_passes.Launches`."""
     block: States = options.tile.states
     B, H, _, T = packed.shape
-    K, V = C.shape[2:]
+    K, V = (x.shape[2] // H for x in (lhs, rhs))
     blocks = (K // block.k) * (V // block.v)
     N = T // options.chunk
     shape = jax.ShapeDtypeStruct
+    unused = packed, packed
+    first = unused if C is None else (C, n)
     return _call(
         options,
         block,
         triton_kernels.states,
-        (packed, lhs, rhs, C, n, *(starts or (C, n))),
+        (packed, lhs, rhs, *first, *(starts or unused)),
         (N,),
         (
             shape((B, H, N, K, V), lhs.dtype),
             shape((B, H, N, 1, K), jnp.float32),
-            shape(C.shape, jnp.float32),
-            shape(n.shape, jnp.float32),
+            shape((B, H, K, V), jnp.float32),
+            shape((B, H, 1, K), jnp.float32),
             shape((B, H, N, blocks) if starts else (1,), jnp.float32),
         ),
         name="mlstm_states" if starts is None else "mlstm_dstates",
@@ -53,6 +55,7 @@ def _states(
         BK=block.k,
         BV=block.v,
         BT=block.positions,
+        FROM_ZEROS=C is None,
         REVERSED=starts is not None,
         WITH_DNORM=dnorm,
     )

@@ -26,7 +26,7 @@ def states(
     gates,  # B H 8 T, float32
     lhs,  # B T H K
     rhs,  # B T H V
-    C_first,  # B H K V, float32: the state before the first chunk in order
+    C_first,  # B H K V, float32: the state before the first chunk in order; not read if FROM_ZEROS
     n_first,  # B H K, float32
     C_starts,  # B H N K V, states of the forward pass at chunk starts; read if REVERSED
     n_starts,  # B H N K
@@ -43,6 +43,7 @@ def states(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BT: tl.constexpr,
+    FROM_ZEROS: tl.constexpr,
     REVERSED: tl.constexpr,  # cotangents, from the last chunk to the first
     WITH_DNORM: tl.constexpr,  # the normalizer has a gradient
     UPCAST: tl.constexpr,
@@ -69,8 +70,11 @@ def states(
     C_starts += head * N * (K * V) + state_tile
     n_out += head * N * K + offs_k
     n_starts += head * N * K + offs_k
-    C = tl.load(C_first + head * (K * V) + state_tile)
-    n = tl.load(n_first + head * K + offs_k)
+    C = tl.zeros((BK, BV), tl.float32)
+    n = tl.zeros((BK,), tl.float32)
+    if not FROM_ZEROS:
+        C = tl.load(C_first + head * (K * V) + state_tile)
+        n = tl.load(n_first + head * K + offs_k)
     for step in range(N * steps_per_chunk):
         position = (T - BT * (step + 1)) if REVERSED else BT * step
         chunk = (position // L).to(tl.int64)

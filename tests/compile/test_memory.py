@@ -26,7 +26,9 @@ def test_compiler_error_on_vmem_overflow_names_a_chunk_size_that_fits(monkeypatc
 
 @pytest.mark.parametrize("name", ["mlstm_forward", "mlstm_backward"])
 @pytest.mark.parametrize("dtype", [jnp.dtype("bfloat16"), jnp.dtype("float32")], ids=str)
-@pytest.mark.parametrize("K,V", [(256, 512), pytest.param(1024, 1024, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "K,V", [(64, 128), (256, 512), pytest.param(1024, 1024, marks=pytest.mark.slow)]
+)
 def test_kernels_compile_within_the_vmem_estimate(monkeypatch, chip, K, V, dtype, name):
     """At the default tile, with exactly the estimate as the limit."""
     monkeypatch.setattr(Tile, "vmem_limit", tiles.vmem_bytes)

@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -47,11 +48,9 @@ def test_forward_pass_of_a_gradient_also_writes_the_normalizer_and_chunk_states(
 
 
 def _copies(text: str, min_bytes: int) -> list[str]:
-    """Instructions that only move data, of at least `min_bytes`."""
-    copies = []
-    for kind, sizes, name in re.findall(
-        r"= (bf16|f32)\[([\d,]+)\]\S* (copy|pad|transpose|reshape|concatenate)\(", text
-    ):
+    """Instructions that only move data or write constants, of at least `min_bytes`."""
+    copies, names = [], "copy|pad|slice|transpose|reshape|concatenate|broadcast"
+    for kind, sizes, name in re.findall(rf"= (bf16|f32)\[([\d,]+)\]\S* ({names})\(", text):
         elements = 1
         for size in sizes.split(","):
             elements *= int(size)
@@ -60,13 +59,45 @@ def _copies(text: str, min_bytes: int) -> list[str]:
     return copies
 
 
-@pytest.mark.parametrize("part", ["forward", "gradient"])
-def test_aligned_sizes_are_not_copied(part):
-    """Neither queries, keys, values, h and the state, nor their cotangents."""
+def _training(call):
+    """The gradient of h alone, from no state."""
+
+    def compute(*inputs):
+        h, pullback = jax.vjp(lambda *x: call(*x, None)[0], *inputs)
+        return pullback(jnp.sin(h))
+
+    return compute
+
+
+@pytest.mark.parametrize("part", ["forward", "gradient", "training"])
+@pytest.mark.parametrize("K,V", [(K, V), (64, 128)])
+def test_aligned_sizes_are_not_copied(part, K, V):
+    """Neither queries, keys, values, h and the state, nor their cotangents.
+
+    Two heads of K = 64 share a tile. Without a state there are no zeros of its size either.
+    """
     call, args = calls.mlstm(T, K, V)
-    fn = call if part == "forward" else calls.pullback(call)
-    text = compiler.compile_for("v5e", fn, *args).as_text()
-    assert not _copies(text, min_bytes=B * T * H * K * 2)
+    if part == "training":
+        call, args = _training(call), args[:5]
+    elif part == "gradient":
+        call = calls.pullback(call)
+    text = compiler.compile_for("v5e", call, *args).as_text()
+    copies = set(_copies(text, min_bytes=min(B * T * H * K * 2, B * H * K * V * 4)))
+    assert copies <= {f"concatenate f32[{B},{H},8,{T}]"}  # gates, which XLA computes
+
+
+@pytest.mark.parametrize("K,V", [(K, V), (64, 128)])
+def test_estimated_traffic_of_training_is_that_of_the_operands_and_results(K, V):
+    """Per token and head; the states in between add 2 K V + 4 K per chunk to both passes."""
+    call, args = calls.mlstm(T, K, V)
+    compiled = compiler.compile_for("v5e", _training(call), *args[:5])
+    L = tiles.choose(K, V, jnp.dtype("bfloat16"), T, None, "v5e").chunk
+    starts = (2 * K * V + 4 * K) / L
+    last = 4 * (K * V + K) / T  # the state after the last step, which only the forward pass writes
+    expected = {"mlstm_forward": 4 * (K + V) + 36 + starts + last}
+    expected["mlstm_backward"] = 8 * (K + V) + 48 + starts
+    actual = compiler.bytes_accessed(compiled)
+    assert {name: x / (B * T * H) for name, x in actual.items()} == pytest.approx(expected)
 
 
 def test_unaligned_widths_are_padded():

@@ -58,12 +58,16 @@ def num_programs(call) -> int:
     return math.prod(call.params["grid_mapping"].grid)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("chunk_size", [128, 256, 512])
-def test_cost_estimates_match_counted_operations(chunk_size, dtype):
-    """Within 2 %: the estimates omit sums over single rows."""
-    case = in_bfloat16(make_case(B=2, T=1024, K=128, V=256), dtype)
-    case = jax.tree.map(jnp.asarray, case)
+@pytest.mark.parametrize("state", ["given", "zero"])
+@pytest.mark.parametrize(
+    "chunk_size,K,V,dtype",
+    [(128, 128, 256, "float32"), (256, 128, 256, "bfloat16"), (512, 128, 256, "float32")]
+    + [(256, 64, 128, "float32"), (256, 64, 128, "bfloat16"), (128, 32, 128, "bfloat16")],
+)
+def test_cost_estimates_match_counted_operations(chunk_size, K, V, dtype, state):
+    """Within 2 %: the estimates omit sums over single rows. Narrow heads share a tile of lanes."""
+    case = mlstm_cases.STATES[state](make_case(B=2, T=1024, H=4, K=K, V=V))
+    case = jax.tree.map(jnp.asarray, in_bfloat16(case, dtype))
     function = functools.partial(run, chunk_size=chunk_size)
     kernel_calls = calls(jax.grad(lambda c: function(c)[0].sum()), case, lanes=128)
     kernel_calls += calls(function, case, lanes=128)

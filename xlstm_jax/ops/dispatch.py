@@ -35,6 +35,7 @@ class Implementation:
 
     fn: Callable[..., tuple[jax.Array, Any]]
     unsupported: Callable[[Call], str | None] = lambda call: None
+    zeros_as_none: bool = False  # `fn` takes None for the initial state, zeros, and makes no array
 
 
 def choose(op: str, table: Mapping[str, Implementation], name: str, call: Call) -> Implementation:

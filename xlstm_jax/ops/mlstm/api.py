@@ -46,7 +46,7 @@ def _kernels(backend: str) -> Implementation:
         kernels = getattr(backends, backend)()
         return kernels.refusal(call.K, call.V, call.dtype, call.chunk_size)
 
-    def compute(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
+    def compute(x: Inputs, state: MLSTMState | None, flags: Flags, options: Options):
         from pallas_kernels.mlstm import api, backends
 
         # Kernels load q, k and v in one dtype.
@@ -54,8 +54,8 @@ def _kernels(backend: str) -> Implementation:
         q, k, v = (a.astype(dtype) for a in x[:3])
         kernels, kwargs = getattr(backends, backend)(), flags._asdict() | options._asdict()
         del kwargs["stabilize"]
-        C, n, m = state
-        h, last = api.mlstm(kernels, q, k, v, x.i, x.f, (C, n, m), **kwargs)
+        first = None if state is None else (state.C, state.n, state.m)
+        h, last = api.mlstm(kernels, q, k, v, x.i, x.f, first, **kwargs)
         return h.astype(x.v.dtype), MLSTMState(*last)
 
     def programs_per_head(x: Inputs, options: Options) -> int:
@@ -65,13 +65,12 @@ def _kernels(backend: str) -> Implementation:
         kernels, (K, V) = getattr(backends, backend)(), (x.k.shape[-1], x.v.shape[-1])
         dtype = common_dtype(x.q.dtype, x.k.dtype, x.v.dtype)
         tile = kernels.tile(K, V, dtype, x.q.shape[1], options.chunk_size)
-        return tile.states.programs(*(kernels.width(size, common.lanes()) for size in (K, V)))
+        return tile.states.programs(*kernels.widths(x.k.shape[2], K, V, common.lanes()))
 
     # A TPU has one or two cores, which one sequence with two heads occupies.
-    is_gpu = backend != "tpu"
-    return Implementation(
-        split_on_gpu(compute, programs_per_head) if is_gpu else compute, unsupported
-    )
+    if backend != "tpu":
+        compute = split_on_gpu(compute, programs_per_head)
+    return Implementation(compute, unsupported, zeros_as_none=True)
 
 
 def _in_chunks(call: dispatch.Call) -> str | None:
@@ -156,13 +155,13 @@ def mlstm(
     call = _check(x, state, flags, options)
     selected = _choose(implementation, call)
     dtype = state_dtype(*x)
-    if state is None:
+    time_axes = sharding_axes("T", call.T)
+    if state is None and (time_axes or not selected.zeros_as_none):
         state = vary_like(mlstm_init(call.B, call.H, call.K, call.V, dtype), x)
     # A caller may pass a state in the dtype of the activations.
     state = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
     if reverse:
         x, flags = flip_time((x, flags))
-    time_axes = sharding_axes("T", call.T)
     if time_axes and not stabilize:
         raise UnsupportedError(
             f"mlstm: {NO_STABILIZER} does not support a sequence sharded over {time_axes}; shard "

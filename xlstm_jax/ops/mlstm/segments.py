@@ -27,7 +27,9 @@ import jax.numpy as jnp
 from pallas_kernels import common, gpu
 from pallas_kernels.hardware import ARCHITECTURES
 from pallas_kernels.mlstm import gates as pre
-from xlstm_jax.cells.mlstm import MLSTMState
+from xlstm_jax.cells.logspace import state_dtype
+from xlstm_jax.cells.mlstm import MLSTMState, mlstm_init
+from xlstm_jax.cells.time import vary_like
 from xlstm_jax.ops.flags import Flags
 from xlstm_jax.ops.mlstm.arguments import Inputs, Options
 from xlstm_jax.ops.mlstm.summaries import (
@@ -47,7 +49,8 @@ MIN_LENGTH, MIN_SEGMENTS = 2048, 4
 MULTIPLE = 128
 """Segments are a multiple of this long, so that chunks divide them."""
 
-Compute = Callable[[Inputs, MLSTMState, Flags, Options], tuple[Float[Array, "B T H V"], MLSTMState]]
+Compute = Callable[..., tuple[Float[Array, "B T H V"], MLSTMState]]
+"""(inputs, state or None for zeros, flags, options) -> h, state."""
 
 
 def segment_length(T: int, programs: int, multiprocessors: int) -> int:
@@ -69,15 +72,17 @@ def split_on_gpu(fn: Compute, programs_per_head: Callable[[Inputs, Options], int
         programs_per_head: of the kernel `states`.
     """
 
-    def compute(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
-        chip, (B, T, H, _) = gpu.current_chip(), x.q.shape
+    def compute(x: Inputs, state: MLSTMState | None, flags: Flags, options: Options):
+        chip, (B, T, H, K) = gpu.current_chip(), x.q.shape
         if chip is None or common.interpreter() or T < MIN_SEGMENTS * MIN_LENGTH:
             return fn(x, state, flags, options)
         programs = B * H * programs_per_head(x, options)
         length = segment_length(T, programs, ARCHITECTURES[chip].multiprocessors)
         if length == T:
             return fn(x, state, flags, options)
-        return in_segments(fn, length, x, state, flags, options)
+        zeros = mlstm_init(B, H, K, x.v.shape[-1], state_dtype(*x))
+        first = vary_like(zeros, x) if state is None else state
+        return in_segments(fn, length, x, first, flags, options)
 
     return compute
 
