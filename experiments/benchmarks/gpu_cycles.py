@@ -170,7 +170,7 @@ def _issue_of_states(loops: list[sass.Loop], block: States, args: Arguments, L: 
 
 def _issue_of_outputs(loops: list[sass.Loop], block: Outputs, A: int, W: int, L: int) -> float:
     """As `_issue_of_states`, for contracted width `A` and all columns `W` of a result."""
-    others, items = (L / 64 - 1) / 2, A // 64 // block.inner
+    others, items, in_positions = (L / 64 - 1) / 2, A // 64 // block.inner, False
     trips = [1.0]  # outside of loops is the block of the own positions, apart from its products
     for n, loop in enumerate(loops[1:], 1):
         children = n + 1 < len(loops) and loops[n + 1].depth > loop.depth

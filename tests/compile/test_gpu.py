@@ -108,6 +108,30 @@ def _launches(case: Case) -> list[resources.Launch]:
     return [launch._replace(grid=()) for launch in launches]
 
 
+@pytest.mark.parametrize("part,most", [("forward", 2), ("gradient", 3)])
+def test_xla_computes_activations_of_gates_only(part, most):
+    """All other work on gates is in kernels, and no array of zeros stands for the initial state."""
+    B, T, H, K, V = 2, 1024, 4, 128, 256
+    qkv = (calls.shape(B, T, H, size, dtype=jnp.bfloat16) for size in (K, K, V))
+    gates = calls.shape(B, T, H)
+
+    def forward(*args):
+        return ops.mlstm(*args, **TRITON)[0]
+
+    def gradient(dh, *args):
+        return jax.vjp(forward, *args)[1](dh)
+
+    args = (*qkv, gates, gates)
+    if part == "gradient":
+        args = (calls.shape(B, T, H, V, dtype=jnp.bfloat16), *args)
+    compiled = compiler.compile_for("sm_90", forward if part == "forward" else gradient, *args)
+    text = compiled.as_text()
+    assert compiler.kernels(compiled) == KERNELS["mlstm"][part]
+    entry = text[text.index("\nENTRY") :]
+    launches = re.findall(r"= \S+ (?:fusion|copy|convert|reduce|while|sort|scatter)\(", entry)
+    assert len(launches) <= most, launches
+
+
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in KERNELS])
 def test_gradient_compiles_with_every_option(name):
     _assert_gradient_compiles("sm_90", name)
