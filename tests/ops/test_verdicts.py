@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import common
+from pallas_kernels.hardware import ARCHITECTURES
 from xlstm_jax.cli import check as command
 from xlstm_jax.cli.exit_codes import DONE, MACHINE_FAILED
 from xlstm_jax.ops import device_check, dispatch, verdicts
 from xlstm_jax.ops.device_check import Outcome, Workload
+from xlstm_jax.ops.mlstm import segments
 from xlstm_jax.ops.mlstm.api import IMPLEMENTATIONS
 
 SMALL = Workload("mlstm", 1, 24, 1, 4, 6, "float32")
@@ -153,3 +155,12 @@ def test_every_platform_has_padded_and_whole_tiles_in_both_dtypes():
             mine = [one for one in found if one.op == op]
             assert {one.dtype for one in mine} == {"float32", "bfloat16"}
             assert any(one.K % 64 for one in mine) and any(one.K % 64 == 0 for one in mine)
+
+
+def test_a_gpu_is_checked_with_a_sequence_that_is_split_into_segments():
+    long = [one for one in device_check.workloads("gpu") if not one.with_state]
+    assert len(long) == 1
+    programs = long[0].B * long[0].H  # a head of (64, 128) is one block of the state
+    for chip in ("sm_80", "sm_90", "sm_100"):
+        count = ARCHITECTURES[chip].multiprocessors
+        assert segments.segment_length(long[0].T, programs, count) < long[0].T
