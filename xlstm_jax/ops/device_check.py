@@ -1,9 +1,11 @@
 """Checks every implementation of the recurrent ops on this device, against the recurrence."""
 
+import concurrent.futures
+import contextvars
 import functools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -74,21 +76,32 @@ def workloads(platform: str) -> list[Workload]:
 
 
 def check(platform: str) -> Iterator[Outcome]:
-    """The outcomes of every implementation that supports a workload, except the reference."""
-    for workload in workloads(platform):
-        expected = None
-        for name, entry in TABLES[workload.op].items():
-            call = dispatch.Call(
-                *(workload.B, workload.T, workload.H, workload.K, workload.V),
-                jnp.dtype(workload.dtype),
-                platform,
-                named=True,
-            )
-            if name == REFERENCE or entry.unsupported(call) is not None:
-                continue
-            if expected is None:
-                expected = _reference(workload)
-            yield _outcome(name, workload, expected)
+    """The outcomes of every implementation that supports a workload, except the reference.
+
+    All programs are compiled first, at the same time; then they run one after the other.
+    """
+    calls = [(workload, _names(workload, platform)) for workload in workloads(platform)]
+    calls = [(workload, names) for workload, names in calls if names]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        programs = {
+            (workload, name): pool.submit(contextvars.copy_context().run, _compile, workload, name)
+            for workload, names in calls
+            for name in (REFERENCE, *names)
+        }
+    for workload, names in calls:
+        arguments = _arguments(workload)
+        exact = jax.device_get(programs[workload, REFERENCE].result()(*_widened(arguments)))
+        for name in names:
+            yield _outcome(name, workload, programs[workload, name], arguments, exact)
+
+
+def _names(workload: Workload, platform: str) -> list[str]:
+    """The implementations that support a workload, except the reference."""
+    sizes = (workload.B, workload.T, workload.H, workload.K, workload.V)
+    dtype = jnp.dtype(workload.dtype)
+    call = dispatch.Call(*sizes, dtype, platform, named=True)
+    entries = TABLES[workload.op].items()
+    return [name for name, x in entries if name != REFERENCE and x.unsupported(call) is None]
 
 
 def verdicts(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
@@ -128,10 +141,21 @@ def _verdict(own: list[Outcome], all_of_op: list[Outcome]) -> dict[str, Any]:
     }
 
 
-def _outcome(name: str, workload: Workload, expected: dict[str, np.ndarray]) -> Outcome:
-    try:
+def _compile(workload: Workload, name: str) -> Callable[..., dict[str, jax.Array]]:
+    """The compiled results of an implementation; the reference takes float32."""
+    shapes = jax.eval_shape(functools.partial(_arguments, workload))
+    if name != REFERENCE:
+        return jax.jit(functools.partial(_evaluate, workload, name)).lower(*shapes).compile()
+    with jax.default_matmul_precision("highest"):
         compute = jax.jit(functools.partial(_evaluate, workload, name))
-        arguments = _arguments(workload, workload.dtype)
+        return compute.lower(*jax.eval_shape(_widened, shapes)).compile()
+
+
+def _outcome(
+    name: str, workload: Workload, program: concurrent.futures.Future, arguments, expected
+) -> Outcome:
+    try:
+        compute = program.result()
         actual = jax.device_get(compute(*arguments))
         errors = {key: _relative_error(actual[key], expected[key]) for key in expected}
         worst = max(errors, key=lambda key: np.nan_to_num(errors[key], nan=np.inf))
@@ -143,21 +167,17 @@ def _outcome(name: str, workload: Workload, expected: dict[str, np.ndarray]) -> 
         return Outcome(name, workload, float("nan"), message, float("nan"))
 
 
-def _reference(workload: Workload) -> dict[str, np.ndarray]:
-    """Results of the recurrence in float32, for the inputs rounded to the dtype of the workload."""
-    arguments = _arguments(workload, workload.dtype)
-    arguments = jax.tree.map(
+def _widened(arguments: Any) -> Any:
+    """The same numbers in float32."""
+    return jax.tree.map(
         lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, arguments
     )
-    with jax.default_matmul_precision("highest"):
-        compute = jax.jit(functools.partial(_evaluate, workload, REFERENCE))
-        return jax.device_get(compute(*arguments))
 
 
-def _arguments(workload: Workload, dtype: str) -> tuple[Any, ...]:
+def _arguments(workload: Workload) -> tuple[Any, ...]:
     """Random inputs, resets, and weights of the loss."""
     rng = np.random.default_rng(0)
-    B, T, H, K, V = workload[1:6]
+    B, T, H, K, V, dtype = workload[1:7]
 
     def normal(*shape, scale=1.0, shift=0.0):
         return jnp.asarray(scale * rng.standard_normal(shape) + shift, dtype)
