@@ -5,7 +5,7 @@
 
 No GPU is needed. Kernels are compiled for sm_90 and disassembled: instructions of each loop, times
 its trips, and cycles of the matrix units. Those of Mosaic GPU kernels are counted from their
-blocks. Bytes are what programs load from the L2 cache.
+blocks. Bytes are what programs load from the L2 cache, and the sizes of operands and results.
 
 A count is a lower bound for each unit, not a time: waits are not in it, and what overlaps with what
 is known on a device only.
@@ -23,6 +23,7 @@ from pallas_kernels import common
 from pallas_kernels.aot import mosaic, resources, sass
 from pallas_kernels.hardware import GPUS
 from pallas_kernels.mlstm import mosaic_tiles, triton_tiles
+from pallas_kernels.mlstm.chunks import chunk_length
 from pallas_kernels.mlstm.mosaic_tiles import Outputs, States
 
 CLOCK = 1.7e9
@@ -52,7 +53,37 @@ class Count(NamedTuple):
     kernel: str
     tensor: float  # cycles of the matrix units of a multiprocessor
     issue: float | None  # cycles of each of its four schedulers; None: not counted
-    l2: float  # bytes
+    l2: float  # bytes that programs load from the L2 cache
+    hbm: float = 0.0  # bytes, if each array is read or written once
+
+
+def with_hbm(counts: list[Count], args: Arguments) -> list[Count]:
+    """The counts with `hbm`."""
+    L = chunk_length(args.K, args.V, args.T, None, 64)
+    return [count._replace(hbm=_hbm_bytes(count.kernel, args.K, args.V, L)) for count in counts]
+
+
+def _hbm_bytes(kernel: str, K: int, V: int, L: int) -> float:
+    state, gate, gates = 2 * K * V * 64 / L, 4 * 64, 4 * 64 * 8
+    tokens = {
+        "states": K + V,
+        "dstates": K + V,
+        "h": 2 * K + 2 * V,
+        "dq": 3 * K + 2 * V,  # k, dq and, for its sums, q
+        "dk": 3 * K + 2 * V,
+        "dv": 2 * K + 2 * V,
+        "gates_backward": 2 * V,
+    }
+    states = {"states": 1, "h": 1, "dstates": 2, "dq": 1, "dk": 1, "dv": 1}
+    others = {
+        "chunk_maps": 2 * gate,
+        "gates": 2 * gate + gates,
+        "gates_backward": 3 * gate + gates,
+        "gate_grads": 4 * gate,
+        "h": gates + gate,
+    }
+    other = others.get(kernel, gates)
+    return 2 * 64 * tokens.get(kernel, 0) + state * states.get(kernel, 0) + other
 
 
 def triton_counts(args: Arguments) -> list[Count]:
@@ -195,7 +226,7 @@ def times(counts: list[Count], args: Arguments) -> dict[str, dict[str, float]]:
     """Milliseconds of each unit for the forward pass, and for both directions."""
     blocks = args.tokens * args.H / 64
     rate = {"tensor": GPUS["H200"].multiprocessors * CLOCK, "l2": L2_BANDWIDTH}
-    rate["issue"] = rate["tensor"]
+    rate |= {"issue": rate["tensor"], "hbm": GPUS["H200"].hbm_bandwidth}
     result = {}
     for direction, names in (("forward", FORWARD), ("both", None)):
         mine = [count for count in counts if names is None or count.kernel in names]
@@ -211,6 +242,7 @@ def main(args: Arguments) -> int:
     """Prints the counts and the milliseconds of each unit."""
     result: dict[str, Any] = measure.run_info("gpu_cycles", ("jax", "triton"))
     for counts in (triton_counts(args), with_issue(mosaic_counts(args), args)):
+        counts = with_hbm(counts, args)
         name, milliseconds = counts[0].implementation, times(counts, args)
         rows = [
             [
@@ -218,10 +250,11 @@ def main(args: Arguments) -> int:
                 f"{c.tensor:,.0f}",
                 "" if c.issue is None else f"{c.issue:,.0f}",
                 f"{c.l2:,.0f}",
+                f"{c.hbm:,.0f}",
             ]
             for c in counts
         ]
-        header = [name, "tensor cycles", "issue cycles", "bytes from L2"]
+        header = [name, "tensor cycles", "issue cycles", "bytes from L2", "of HBM"]
         print(measure.table(header, rows))
         print(f"{milliseconds}\n")
         result[name] = {"per_64_positions": [c._asdict() for c in counts], "ms": milliseconds}
