@@ -54,7 +54,7 @@ CPU = ExperimentConfig(
 SMOKE = dataclasses.replace(
     CPU,
     model=dataclasses.replace(CPU.model, dim=32, pattern="aa"),
-    data=dataclasses.replace(CPU.data, seq_len=32, batch_size=4),
+    data=dataclasses.replace(CPU.data, seq_len=32, batch_size=8),
     train=dataclasses.replace(CPU.train, steps=4, log_every=2, eval_every=4, eval_batches=2),
 )
 SIZES = {"smoke": SMOKE, "cpu": CPU}
