@@ -77,6 +77,7 @@ LADDER = {f"{name}_15b": lm(count, lr) for name, (count, lr, _) in SIZES.items()
 # Experiment -> variant, "" for the default -> what its config must have.
 PAPER: dict[str, dict[str, Run]] = {
     "fine_tuning": {},  # has no size paper
+    "distillation": {},
     # Their parameters are not published; the numbers are ours.
     "parity": {"": Run(86_082, 100_000, 1e-3, (256, 39))},
     "formal_languages": {"": Run(86_082, 100_000, 1e-2, (256, 39))},
