@@ -9,6 +9,13 @@ from xlstm_jax import cells, ops
 
 B, H = 4, 8
 
+TRITON_FORWARD = {f"mlstm_{x}" for x in ("chunk_maps", "gates", "states", "h")}
+"""Names of the Triton kernels of the mLSTM over chunks; those of a gradient are below."""
+
+TRITON_GRADIENT = TRITON_FORWARD | {
+    f"mlstm_{x}" for x in ("gates_backward", "dstates", "dq", "dk", "dv", "gate_grads")
+}
+
 COLLECTIVES = r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
 
 

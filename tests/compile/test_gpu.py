@@ -15,12 +15,10 @@ from tests.compile import calls
 from xlstm_jax import ops
 from xlstm_jax.plan.hlo import Program, called_computations
 
-FORWARD = ("chunk_maps", "gates", "states", "h")
-BACKWARD = ("gates_backward", "dstates", "dq", "dk", "dv", "gate_grads")
 KERNELS = {
     "mlstm": {
-        "forward": {f"mlstm_{x}" for x in FORWARD},
-        "gradient": {f"mlstm_{x}" for x in (*FORWARD, *BACKWARD)},
+        "forward": calls.TRITON_FORWARD,
+        "gradient": calls.TRITON_GRADIENT,
         "decode": {"mlstm_decode"},
     },
     "slstm": {

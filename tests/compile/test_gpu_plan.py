@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from pallas_kernels.aot import compiler
+from tests.compile import calls
 from xlstm_jax.cli.options import experiment_from_preset
 from xlstm_jax.plan import find_target, plan
 from xlstm_jax.plan.collectives import collectives
@@ -33,8 +34,7 @@ def test_7b_model_with_the_batch_size_of_its_paper_fits_256_gpus():
 
 def test_step_contains_the_triton_kernels_and_all_gathers_weights_in_bfloat16():
     _, compiled = compile_step(config_7b(8, MeshConfig(fsdp=8)), find_target("h100:1x8"))
-    names = {f"mlstm_{x}" for x in ("states", "h", "dstates", "dq", "dk", "dv")}
-    assert compiler.kernels(compiled) == names
+    assert compiler.kernels(compiled) == calls.TRITON_GRADIENT
     large = [c for c in collectives(Program(str(compiled.as_text()))) if c.payload > 2**20]
     assert {c.dtype for c in large if c.kind == "all-gather"} == {"bf16"}
     assert sum(c.count for c in large if c.kind == "reduce-scatter") >= 3 * 32
