@@ -10,8 +10,8 @@ queries, keys, values and outputs. Two losses train it, one after the other:
 Both are a `loss_fn` of `fit`. The same student is also trained on tokens for as many steps, from
 inherited weights ("inherited") and from new ones ("scratch").
 
-Expected: distilled students have a lower held-out loss than both, the hybrid one is within 5 % of
-the teacher, and its state does not grow with the length.
+Expected: distilled students have a lower held-out loss than both, and predict the teacher's tokens
+more often. The hybrid one is within 5 % of the teacher. States do not grow with the length.
 
     python experiments/distillation.py                    # runs/distillation, results, a picture
     python experiments/distillation.py --teacher RUN      # a run of attention blocks (letter a)
@@ -312,6 +312,9 @@ def outcome(result: dict[str, Any]) -> dict[str, bool]:
         for other in ("inherited", "scratch"):
             key = f"{name}: lower loss when distilled than {other}"
             expectations[key] = losses["sparse_kl"] < losses[other]
+        agreement = student["agreement"]
+        key = f"{name}: predicts the teacher's bytes more often when distilled than inherited"
+        expectations[key] = agreement["sparse_kl"] > agreement["inherited"]
     hybrid = result["students"]["hybrid"]["valid_loss"]["sparse_kl"]
     expectations["hybrid: within 5 % of the teacher"] = (
         hybrid < 1.05 * result["teacher"]["valid_loss"]
@@ -320,26 +323,35 @@ def outcome(result: dict[str, Any]) -> dict[str, bool]:
 
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
-    """Plots the held-out loss of every student after each training."""
+    """Plots held-out loss and agreement with the teacher of every student."""
     import matplotlib
 
     matplotlib.use("Agg")  # needs no display
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    labels = {"scratch": "tokens, new weights", "inherited": "tokens, inherited weights"}
-    labels |= {"hidden": "hidden states", "sparse_kl": "hidden states, then sparse KL"}
-    for index, (kind, label) in enumerate(labels.items()):
-        losses = [x["valid_loss"][kind] for x in result["students"].values()]
-        places = np.arange(len(losses)) + 0.2 * (index - 1.5)
-        bars = axes.bar(places, losses, width=0.18, color=f"C{index}", label=label)
-        axes.bar_label(bars, fmt="%.2f", fontsize=8)
+    labels = {"scratch": "tokens,\nnew weights", "inherited": "tokens,\ninherited weights"}
+    labels |= {"hidden": "hidden\nstates", "sparse_kl": "hidden states,\nthen sparse KL"}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained")
+    for number, (name, student) in enumerate(result["students"].items()):
+        for axes, key in ((left, "valid_loss"), (right, "agreement")):
+            axes.plot(
+                list(labels.values()),
+                [student[key][kind] for kind in labels],
+                "os"[number],
+                color=f"C{number}",
+                ms=8,
+                label=name,
+            )
     teacher = result["teacher"]["valid_loss"]
-    axes.axhline(teacher, color="black", lw=1, ls="--", label=f"teacher: {teacher:.2f}")
-    axes.set_xticks(range(len(result["students"])), result["students"])
-    axes.set_ylabel("held-out nats per byte")
-    axes.set_title("A Transformer distilled to recurrent students")
-    axes.legend(frameon=False, fontsize=8)
+    left.axhline(teacher, color="0.3", lw=1, ls="--", label="teacher")
+    left.set_ylabel("held-out nats per byte")
+    right.set_ylabel("share of the teacher's most likely bytes")
+    for axes in (left, right):
+        axes.grid(axis="y", alpha=0.3)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.margins(x=0.12)
+    left.legend(frameon=False)
+    figure.suptitle("A Transformer distilled to recurrent students")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -78,7 +78,7 @@ def main(args: Arguments) -> int:
 
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             for mutation, caught in zip(chosen, pool.map(check, chosen), strict=True):
-                records.append(dataclasses.asdict(mutation) | {"caught": caught})
+                records.append(mutation._asdict() | {"caught": caught})
                 print("caught  " if caught else "SURVIVED", mutation.file, repr(mutation.new)[:60])
                 sys.stdout.flush()
     survivors = [record for record in records if not record["caught"]]
