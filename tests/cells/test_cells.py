@@ -218,3 +218,22 @@ def test_mlstm_stabilizer_starts_at_zero():
     state, h = jit(cells.mlstm_step)(state, ones, ones, ones, gate, jnp.full((1, 1), 2.0))
     np.testing.assert_allclose(state.m, jax.nn.log_sigmoid(2.0).reshape(1, 1), rtol=1e-6)
     np.testing.assert_allclose(h, 2**0.5 * np.exp(-30.0) * np.ones((1, 1, 2)), rtol=1e-5)
+
+
+def test_mlstm_read_out_of_a_state_below_the_floor_of_m():
+    """Both gates near e^-40: h is that of the recurrence without a stabilizer."""
+    rng = np.random.default_rng(0)
+    T, K, V = 5, 3, 4
+    q, k, v = (rng.standard_normal((1, T, 1, size)) for size in (K, K, V))
+    i, f = rng.standard_normal((2, 1, T, 1)) - 40
+    with jax.enable_x64(True):
+        h, state = jit(cells.mlstm_scan)(*map(jnp.asarray, (q, k, v, i, f)))
+        assert np.all(state.m < -20) and h.dtype == jnp.float64
+    C, n = np.zeros((K, V)), np.zeros(K)
+    for t in range(T):
+        forget, write = 1 / (1 + np.exp(-f[0, t, 0])), np.exp(i[0, t, 0])
+        C = forget * C + write * np.outer(k[0, t, 0], v[0, t, 0])
+        n = forget * n + write * k[0, t, 0]
+        query = q[0, t, 0] / np.sqrt(K)
+        expected = query @ C / max(abs(query @ n), 1)
+        np.testing.assert_allclose(h[0, t, 0], expected, rtol=1e-6)
