@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from xlstm_jax.compat.layers import LSTM
@@ -45,7 +47,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> tuple[LSTM, PyTree]:
         for suffix in directions:
             name = f"l{index}{suffix}"
             params[name] = _cell(tensors, name, width, hidden_size, bias=bias)
-    return layer, params
+    return layer, jax.tree.map(jnp.asarray, params)
 
 
 def to_torch(params: PyTree) -> dict[str, np.ndarray]:
@@ -118,9 +120,9 @@ def _cell(
                 f"{kind}_{name} must have the shape {shape}, got {arrays[kind].shape}; all entries "
                 "must be of one LSTM."
             )
-    params: dict[str, Any] = {"proj": {"kernel": arrays["weight_ih"].T.copy()}}
+    params: dict[str, Any] = {"proj": {"kernel": arrays["weight_ih"].T}}
     recurrent = arrays["weight_hh"].reshape(4, F, F)  # 4 K_out K_in
-    params["recurrent_kernel"] = recurrent.transpose(2, 0, 1)[None].copy()
+    params["recurrent_kernel"] = recurrent.transpose(2, 0, 1)[None]
     if bias:
         params["bias"] = (arrays["bias_ih"] + arrays["bias_hh"]).reshape(1, 4, F)
     return params
