@@ -130,8 +130,8 @@ def test_xlstm_must_be_ahead_of_the_baseline_with_honest_intervals():
         losses = {fc.NAIVE: naive, "LSTM": 9.0, "sLSTM": slstm, "mLSTM": mlstm}
         return {n: {"pinball": loss, "coverage": coverage} for n, loss in losses.items()}
 
-    assert list(fc.outcome(models(1.0, 0.7, 0.8)).values()) == [True, True]
-    assert list(fc.outcome(models(1.0, 0.7, 0.81, 0.9)).values()) == [False, False]
+    assert list(fc.outcome(models(1.0, 0.8, 0.9)).values()) == [True, True, True]
+    assert list(fc.outcome(models(1.0, 0.81, 1.0, 0.9)).values()) == [False, False, False]
 
 
 @pytest.mark.slow
