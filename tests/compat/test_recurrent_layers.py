@@ -251,6 +251,9 @@ def test_backward_resets_are_at_the_last_valid_position():
     reset = jnp.array([[1, 0, 0, 1, 0, 0, 1]], bool)
     ends = compat.layers.backward_reset(Flags(reset, None))
     assert ends.tolist() == [[0, 0, 1, 0, 0, 1, 0]]
+    mask = jnp.array([[1, 0, 1, 1, 1, 1, 1]], bool)
+    ends = compat.layers.backward_reset(Flags(reset, mask)) & mask
+    assert ends.tolist() == [[0, 0, 1, 0, 0, 1, 0]]
     mask = jnp.array([[1, 1, 0, 1, 1, 0, 0]], bool)
     ends = compat.layers.backward_reset(Flags(reset, mask)) & mask
     assert ends.tolist() == [[0, 1, 0, 0, 0, 0, 0]]

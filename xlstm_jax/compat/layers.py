@@ -5,6 +5,7 @@ A layer is a linear projection and an op. Sources: both directions, Schuster & P
 """
 
 import math
+import numbers
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -146,7 +147,7 @@ class _Recurrent(nn.Module):
     def __post_init__(self):
         for name in ("input_size", "hidden_size", "num_layers", "num_heads"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, numbers.Integral) or value < 1:
                 raise ArgumentError(f"{name} must be an integer of at least 1, got {quote(value)}.")
         if self.hidden_size % self.num_heads:
             raise ArgumentError(
@@ -379,13 +380,13 @@ class Bidirectional(nn.Module):
 
 def backward_reset(flags: Flags) -> Bool[Array, "B T"] | None:
     """The resets of a run from the end: True at the last valid position of each packed sequence."""
-    reset = flags.valid_reset
+    reset = flags.reset
     if reset is None:
         return None
     T = reset.shape[1]
     if flags.mask is None:
         return jnp.pad(reset[:, 1:], ((0, 0), (0, 1)))
-    # The first valid position after each; T if there is none.
+    # The first valid position after each; T if there is none. Masked resets are not looked up.
     valid = jnp.where(flags.mask, jnp.arange(T)[None], T)
     following = jax.lax.cummin(valid, axis=1, reverse=True)
     following = jnp.pad(following[:, 1:], ((0, 0), (0, 1)), constant_values=T)
