@@ -20,7 +20,22 @@ B, T, F = 2, 7, 4
 NUM_VALID = 3  # of T positions
 
 every_cell = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-every_merge = pytest.mark.parametrize("merge", MERGES)
+
+
+def is_fast(cls, merge):
+    """All cells share the code that merges directions: other merges than these are slow tests."""
+    return cls is compat.LSTM or merge in (None, "concat")
+
+
+every_layer = pytest.mark.parametrize(
+    "cls, merge",
+    [
+        pytest.param(cls, merge, marks=() if is_fast(cls, merge) else pytest.mark.slow)
+        for cls in CLASSES
+        for merge in MERGES
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 
 
 def make(cls, merge=None, num_layers=2, **options):
@@ -125,8 +140,7 @@ def by_hand(cls, params, x, merge):
     return x, compat.State(tuple(cells))
 
 
-@every_cell
-@every_merge
+@every_layer
 def test_directions_are_merged_layer_by_layer(cls, merge):
     layer, x = make(cls, merge), inputs()
     y, state = program(cls, merge)(x, mask=jnp.ones((B, T), bool), reset=jnp.zeros((B, T), bool))
@@ -180,8 +194,7 @@ def gather(x):
     return jnp.take_along_axis(x, VALID[..., None], axis=1)
 
 
-@every_cell
-@every_merge
+@every_layer
 def test_padding_changes_no_valid_output_and_no_state(cls, merge):
     apply, before = program(cls, merge), some_state(cls, merge)
     x, mask, valid = padded(fill=jnp.nan)
@@ -218,23 +231,21 @@ def check_gradients(cls, merge):
     np.testing.assert_array_equal(dx[~mask], 0)
 
 
-@every_cell
-def test_gradients_ignore_padding(cls):
-    check_gradients(cls, "alternate")
+def test_gradients_ignore_padding():
+    check_gradients(compat.LSTM, "alternate")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("merge", MERGES)
 @every_cell
-@pytest.mark.parametrize("merge", [None, "reverse", "sum", "concat"])
-def test_gradients_ignore_padding_in_all_directions(cls, merge):
+def test_gradients_ignore_padding_in_all_layers_and_directions(cls, merge):
     check_gradients(cls, merge)
 
 
 # Packed sequences.
 
 
-@every_cell
-@every_merge
+@every_layer
 def test_packed_sequences_are_independent_in_every_direction(cls, merge):
     apply, x = program(cls, merge), inputs()
     mask, reset = np.arange(T)[None] != 3, np.arange(T)[None] == 4
@@ -362,10 +373,15 @@ def test_nnx_modules_have_the_same_outputs():
     layer, x = make(compat.MLSTM, "sum", dropout=0.5), inputs(shape=(B, NUM_VALID, F))
     v = variables(layer)
     module = to_nnx(layer, v["params"], dim=F, rngs=nnx.Rngs(dropout=0))
-    y, _ = module(x, module.init_state(B))
+
+    @nnx.jit
+    def both(module, x):
+        state = module.init_state(B)
+        return module(x, state)[0], module(x, state, deterministic=False)[0]
+
+    y, dropped = both(module, x)
     assert_close(y, program(compat.MLSTM, "sum")(x)[0])
     assert_close(from_nnx(module), v["params"], 0)
-    dropped, _ = module(x, deterministic=False)
     assert abs(dropped - y).max() > 1e-3
 
 

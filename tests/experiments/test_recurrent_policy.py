@@ -61,7 +61,7 @@ def test_returns_stop_at_the_end_of_a_maze():
     np.testing.assert_allclose(totals, [[2.0, 2.0, 12.0, 16.0]])
 
 
-@pytest.mark.parametrize("cell", rl.CELLS)
+@pytest.mark.parametrize("cell", ["sLSTM", pytest.param("mLSTM", marks=pytest.mark.slow)])
 def test_single_steps_equal_the_whole_sequence_across_mazes(cell):
     policy, count = rl.Policy(cell), 3
     agents = rl.new_agents(policy, KEY, count)
