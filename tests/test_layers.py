@@ -24,6 +24,7 @@ LAYER_4 = (
     "xlstm_jax.plan",
     "xlstm_jax.report",
     "xlstm_jax.scaling",
+    "xlstm_jax.compat",
     "xlstm_jax.flops",
     "xlstm_jax.cpu",
     "xlstm_jax.program_cache",
@@ -70,6 +71,7 @@ MAY_IMPORT = {
         "xlstm_jax.train.rundir",
     ),
     "xlstm_jax.scaling": (*LAYER_3, "xlstm_jax.train", "xlstm_jax.flops"),
+    "xlstm_jax.compat": (*LAYER_2, "xlstm_jax.modules"),
     "xlstm_jax.flops": LAYER_3,
     "xlstm_jax.cpu": (),
     "xlstm_jax.program_cache": ("xlstm_jax.config",),
@@ -96,7 +98,9 @@ THIRD_PARTY = {
 FORBIDDEN = {"xlstm_jax.data": {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}}
 
 # Third-party package -> the only packages and modules that may import it.
-ONLY_IN = {"flax": ("xlstm_jax.modules", "xlstm_jax.train.state", "experiments")}
+ONLY_IN = {
+    "flax": ("xlstm_jax.modules", "xlstm_jax.compat", "xlstm_jax.train.state", "experiments")
+}
 
 # Optional third-party package -> name prefix of the only modules that may import it.
 MODULE_PREFIX = {"triton": "triton_"}
@@ -232,6 +236,7 @@ def test_import_chains_are_short():
         ("xlstm_jax.train.loop", "from xlstm_jax import flops"),
         ("xlstm_jax.generate.decode", "from xlstm_jax.train import state"),
         ("xlstm_jax.plan", "from xlstm_jax.train.checkpoint import Checkpointer"),
+        ("xlstm_jax.compat.layers", "from xlstm_jax import data"),
         ("xlstm_jax.cli", "import tests.conftest"),
         ("xlstm_jax.unknown", "import os"),
         ("pallas_kernels.common", "from xlstm_jax.typing import Array"),
