@@ -78,6 +78,8 @@ LADDER = {f"{name}_15b": lm(count, lr) for name, (count, lr, _) in SIZES.items()
 PAPER: dict[str, dict[str, Run]] = {
     "fine_tuning": {},  # has no size paper
     "distillation": {},
+    "forecaster": {},
+    "recurrent_policy": {},
     # Their parameters are not published; the numbers are ours.
     "parity": {"": Run(86_082, 100_000, 1e-3, (256, 39))},
     "formal_languages": {"": Run(86_082, 100_000, 1e-2, (256, 39))},
