@@ -107,7 +107,6 @@ def execute(notebook: Any, *, smoke: bool) -> Seconds:
     """
     import nbclient
     import nbformat
-    from traitlets.config import Config
 
     os.environ.pop(SMOKE, None)
     if smoke:
@@ -121,8 +120,7 @@ def execute(notebook: Any, *, smoke: bool) -> Seconds:
             node,
             timeout=MAX_SECONDS,
             kernel_name="python3",
-            # Sockets of files, not of TCP, which other users of the machine could read.
-            config=Config({"KernelManager": {"transport": "ipc"}}),
+            startup_timeout=300,
             resources={"metadata": {"path": folder}},
         )
         client.execute()
