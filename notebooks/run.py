@@ -115,7 +115,7 @@ def execute(notebook: Any, *, smoke: bool) -> Seconds:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, search))
     start, cpu = time.perf_counter(), _cpu_seconds()
     with tempfile.TemporaryDirectory() as folder:
-        node = nbformat.from_dict(notebook)
+        node: Any = nbformat.from_dict(notebook)
         client = nbclient.NotebookClient(
             node,
             timeout=MAX_SECONDS,
