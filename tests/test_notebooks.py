@@ -66,7 +66,7 @@ def _other_kernel(notebook):
         (_clear_outputs, ["no cell has a picture"]),
         (_add_output("written to /home/someone/runs"), ["the path '/home/someone'"]),
         (_add_output("UserWarning: x is deprecated", "stderr"), ["prints a warning"]),
-        (_large_picture, ["larger than 300 KiB"]),
+        (_large_picture, ["the file is larger than 600", "a picture is larger than 300"]),
         (_other_kernel, ["kernel"]),
     ],
 )
