@@ -11,10 +11,10 @@ INSTALLED = $(VENV)/.installed
 # Two workers: tests mostly compile small programs on one core. Tests of a file share compiled programs.
 PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help install install-compile train test test-slow test-compile test-faults test-all lint
+.PHONY: help install install-compile train test test-slow test-compile test-faults test-all notebooks notebooks-full lint
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 install: $(INSTALLED) ## create the virtual environment; other targets do so when needed
 
@@ -37,6 +37,12 @@ test-faults: $(INSTALLED) ## kill, starve and damage runs; ARGS='-m "faults and 
 
 test-all: $(INSTALLED) ## run every test; before a release
 	$(PYTEST) $(ARGS)
+
+notebooks: $(INSTALLED) ## execute all notebooks in toy sizes, without changing them
+	$(VENV)/bin/python notebooks/run.py $(ARGS)
+
+notebooks-full: $(INSTALLED) ## execute notebooks in full and write their outputs; ARGS="01 07" for some
+	$(VENV)/bin/python notebooks/run.py --full $(ARGS)
 
 lint: $(INSTALLED) ## check layout, common mistakes and types
 	$(VENV)/bin/ruff check

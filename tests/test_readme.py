@@ -74,6 +74,7 @@ def test_own_meshes_of_the_docs_run_and_print_the_stated_output(capsys, monkeypa
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")]
 PAGES += [*ROOT.glob("pallas_kernels/*.md"), *ROOT.glob("tests/golden/*.md")]
+PAGES += [*ROOT.glob("notebooks/*.md")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
