@@ -63,7 +63,7 @@ SLOW = {
 }
 COMMANDS_RUN = {"docs/tutorial.md"}
 
-MAX_NOT_RUN = 8  # blocks that need hardware, a network, other packages or hours
+MAX_NOT_RUN = 6  # blocks that need hardware, a network, other packages or hours
 
 # Names of examples -> what stands for them when a command is parsed.
 EXAMPLES = {

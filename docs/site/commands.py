@@ -61,9 +61,7 @@ def is_incomplete(option: str, meaning: str) -> bool:
 
 def cell(text: str, *, escape: bool = False) -> str:
     """Text of a table cell."""
-    if escape:
-        text = re.sub(r"([*_<\[])", r"\\\1", text)
-    return text.replace("|", r"\|")
+    return re.sub(r"([*_<\[|])", r"\\\1", text) if escape else text
 
 
 def main() -> None:
