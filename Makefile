@@ -4,6 +4,8 @@ PYTHON =
 VENV = .venv$(if $(PYTHON),-$(notdir $(PYTHON)))
 # Environment with the ahead-of-time compilers for TPUs and GPUs: two gigabytes that nothing else needs.
 COMPILE_VENV = .venv-compile$(if $(PYTHON),-$(notdir $(PYTHON)))
+# Environment with mkdocs.
+DOCS_VENV = .venv-docs$(if $(PYTHON),-$(notdir $(PYTHON)))
 # Extra arguments for the command of a target: make test ARGS="tests/cells -x"
 ARGS =
 
@@ -11,7 +13,7 @@ INSTALLED = $(VENV)/.installed
 # Two workers: tests mostly compile small programs on one core. Tests of a file share compiled programs.
 PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help install install-compile train test test-slow test-compile test-faults test-all notebooks notebooks-full lint
+.PHONY: help install install-compile install-docs train test test-slow test-compile test-faults test-all notebooks notebooks-full docs lint
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -49,10 +51,16 @@ lint: $(INSTALLED) ## check layout, common mistakes and types
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 
+install-docs: $(DOCS_VENV)/.installed ## create the environment of docs
+
+docs: $(DOCS_VENV)/.installed ## build the documentation site into site/; ARGS="serve" shows it while you write
+	JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs $(or $(ARGS),build)
+
 $(VENV)/.installed: EXTRAS = dev
 $(COMPILE_VENV)/.installed: EXTRAS = dev,compile
+$(DOCS_VENV)/.installed: EXTRAS = docs
 # Python 3.14 and newer use the versions of Python 3.13.
-$(VENV)/.installed $(COMPILE_VENV)/.installed: pyproject.toml $(wildcard constraints/*.txt)
+$(VENV)/.installed $(COMPILE_VENV)/.installed $(DOCS_VENV)/.installed: pyproject.toml $(wildcard constraints/*.txt)
 	@$(@D)/bin/python -c '' 2>/dev/null || \
 		{ python=$$(.ci/python $(PYTHON)) && echo "$(@D): $$($$python --version), $$python" && $$python -m venv --clear $(@D); }
 	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 || $(@D)/bin/python -m ensurepip

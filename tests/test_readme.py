@@ -1,14 +1,12 @@
-"""The README is correct: its commands exist, its example runs, its links resolve."""
+"""The README is short and its commands exist; links and file names of all pages are valid.
 
-import functools
+`test_docs.py` runs the code of all pages.
+"""
+
 import pathlib
 import re
 
-import jax
-import jax.numpy as jnp
 import pytest
-
-from xlstm_jax import cpu
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -31,48 +29,7 @@ def test_example_has_at_most_20_lines():
     assert len([line for line in code_block("python").splitlines() if line.strip()]) <= 20
 
 
-@pytest.mark.slow
-def test_example_runs_and_prints_the_stated_output(capsys):
-    example = code_block("python")
-    names = {}
-    exec(compile(example, "README.md", "exec"), names)
-    assert capsys.readouterr().out.split() == re.findall(r"print\(.*\)  # (\d+)", example)
-    assert names["losses"].shape == (8,)
-    finite = jax.tree.map(lambda gradient: jnp.isfinite(gradient).all(), names["gradients"])
-    assert all(jax.tree.leaves(finite))
-
-
-@pytest.mark.slow
-def test_example_of_activations_prints_a_line_per_layer(capsys):
-    (example,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs/activations.md").read_text(), re.S
-    )
-    exec(compile(example, "activations.md", "exec"), {})
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["m0", "m1", "s0"]
-
-
-@pytest.mark.slow
-def test_own_train_loop_of_the_docs_reduces_the_loss(monkeypatch):
-    monkeypatch.setattr(cpu, "prepare", lambda: True)  # it would change this process
-    example, names = code_block("python", (ROOT / "docs/own_loop.md").read_text()), {}
-    exec(compile(example, "own_loop.md", "exec"), names)
-    first = names["loss_fn"](
-        names["model"].init(jax.random.key(1), names["tokens"]), names["tokens"]
-    )
-    assert names["loss"] < first
-
-
-@pytest.mark.slow
-def test_own_meshes_of_the_docs_run_and_print_the_stated_output(capsys, monkeypatch):
-    make_mesh = functools.partial(jax.make_mesh, devices=jax.devices()[:4])
-    monkeypatch.setattr(jax, "make_mesh", make_mesh)
-    example = code_block("python", (ROOT / "docs/own_mesh.md").read_text())
-    exec(compile(example, "own_mesh.md", "exec"), {})
-    assert capsys.readouterr().out.split() == re.findall(r"print\(.*\)  # (\w+)", example)
-
-
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("experiments/**/*.md")]
 PAGES += [*ROOT.glob("pallas_kernels/*.md"), *ROOT.glob("tests/golden/*.md")]
 PAGES += [*ROOT.glob("notebooks/*.md")]
 
