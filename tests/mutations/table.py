@@ -147,7 +147,7 @@ KERNELS = (
         "pallas_kernels/slstm/triton_calls.py",
         "    return h, jnp.swapaxes(final, 0, 1), *saved[: save + save_gates]\n",
         "    return h, final.reshape(initial.shape), *saved[: save + save_gates]\n",
-        "tests/kernels/test_quick.py -k slstm",
+        "tests/ops/test_recurrence.py -k slstm-triton",
     ),
 )
 
