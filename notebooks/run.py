@@ -50,8 +50,11 @@ def badge(name: str) -> str:
 
 def paths(prefixes: list[str] | None = None) -> list[pathlib.Path]:
     """The notebooks, or those whose names start with one of the prefixes."""
-    found = sorted(FOLDER.glob("*.ipynb"))
-    return [path for path in found if not prefixes or path.name.startswith(tuple(prefixes))]
+    paths = sorted(FOLDER.glob("*.ipynb"))
+    if missing := [x for x in prefixes or () if not any(path.name.startswith(x) for path in paths)]:
+        names = ", ".join(path.name[:2] for path in paths)
+        raise SystemExit(f"error: no notebook begins with {missing[0]!r}; use some of: {names}.")
+    return [path for path in paths if not prefixes or path.name.startswith(tuple(prefixes))]
 
 
 def read(path: pathlib.Path) -> Any:
@@ -137,7 +140,7 @@ def _cpu_seconds() -> float:
 def problems(path: pathlib.Path) -> list[str]:
     """What is wrong with a committed notebook."""
     notebook = read(path)
-    cells, found = notebook["cells"], []
+    cells, problems = notebook["cells"], []
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     outputs = [output for cell in code for output in cell["outputs"]]
     pictures = [output["data"]["image/png"] for output in outputs if "image/png" in _data(output)]
@@ -145,25 +148,27 @@ def problems(path: pathlib.Path) -> list[str]:
     texts += [cell["source"] for cell in cells] + [json.dumps(notebook["metadata"])]
     own = notebook["metadata"].get("xlstm_jax", {})
     if cells[0]["source"] != badge(path.stem):
-        found.append("the first cell is not the badge of Colab; run `run.py --badges`")
+        problems.append("the first cell is not the badge of Colab; run `run.py --badges`")
     if code[0]["source"] != INSTALL:
-        found.append("the first code cell is not the install cell; run `run.py --badges`")
+        problems.append("the first code cell is not the install cell; run `run.py --badges`")
     if notebook["metadata"]["kernelspec"]["name"] != "python3":
-        found.append("the kernel is not python3")
+        problems.append("the kernel is not python3")
     if own.get("code") != code_hash(notebook):
-        found.append("the outputs are not those of a full run of this code; run `run.py --full`")
+        problems.append("the outputs are not those of a full run of this code; run `run.py --full`")
     if not pictures:
-        found.append("no cell has a picture")
+        problems.append("no cell has a picture")
     if path.stat().st_size > MAX_BYTES:
-        found.append(f"the file is larger than {MAX_BYTES // 1024} KiB")
+        problems.append(f"the file is larger than {MAX_BYTES // 1024} KiB")
     if any(len(base64.b64decode(picture)) > MAX_PICTURE_BYTES for picture in pictures):
-        found.append(f"a picture is larger than {MAX_PICTURE_BYTES // 1024} KiB")
+        problems.append(f"a picture is larger than {MAX_PICTURE_BYTES // 1024} KiB")
     if any(output.get("name") == "stderr" for output in outputs):
-        found.append("a cell prints a warning")
+        problems.append("a cell prints a warning")
     if any(output["output_type"] == "error" for output in outputs):
-        found.append("a cell raises an error")
-    found += [f"it has the path {match[0]!r}" for text in texts for match in PATHS.finditer(text)]
-    return [f"{path.name}: {problem}." for problem in found]
+        problems.append("a cell raises an error")
+    problems += [
+        f"it has the path {match[0]!r}" for text in texts for match in PATHS.finditer(text)
+    ]
+    return [f"{path.name}: {problem}." for problem in problems]
 
 
 def _data(output: Any) -> dict[str, Any]:

@@ -103,9 +103,9 @@ def _triton_count(launch: resources.Launch, L: int) -> Count:
     sizes, groups = dict(launch.constants), dict(launch.options)["num_warps"] / 4
     name = launch.name.removeprefix("mlstm_")
     if name in ("chunk_maps", "gates", "gates_backward", "gate_grads"):
-        # Only `gates_backward` has a loop with more than one turn, over the columns of h and dh.
-        turns = sizes["V"] // sizes["BV"] if name == "gates_backward" else 1
-        programs, trips = 64 / L, [1] + [turns] * (len(loops) - 1)
+        # Only `gates_backward` has a loop with several iterations, over the columns of h and dh.
+        iterations = sizes["V"] // sizes["BV"] if name == "gates_backward" else 1
+        programs, trips = 64 / L, [1] + [iterations] * (len(loops) - 1)
         l2 = 2 * 2 * 64 * sizes["V"] if name == "gates_backward" else 0
     elif "states" in name:
         K, V, k, v = sizes["K"], sizes["V"], sizes["BK"], sizes["BV"]
@@ -125,7 +125,7 @@ def _triton_count(launch: resources.Launch, L: int) -> Count:
 
 
 def _trip_counts(loops: list[sass.Loop], blocks: float, state: int, inner: int) -> list[float]:
-    """Turns of each loop of `outputs`: over the state, unless unrolled, and over positions."""
+    """Iterations of each loop of `outputs`: over the state, unless unrolled, and over positions."""
     outer = [n for n, loop in enumerate(loops) if loop.depth == 1]
     trips: list[float] = []
     for n, loop in enumerate(loops):

@@ -1,4 +1,4 @@
-"""Modeled time of the mLSTM on an H200 for long sequences with few heads, whole and in segments.
+"""Modeled time of the mLSTM on an H200 for long sequences with few heads, with segments or without.
 
     .venv-compile/bin/python experiments/benchmarks/sequence_split.py
     .venv-compile/bin/python experiments/benchmarks/sequence_split.py --out RESULT.json

@@ -199,6 +199,21 @@ def _row_sums(
 
 @triton.jit
 @no_type_check
+def _store(packed, T, inside, coarse, query, key, weights, segment):
+    """Stores the gates of one chunk; `packed` points to the first one."""
+    read, write, normalizer, decay = weights
+    tl.store(packed + COARSE * T, coarse, inside)
+    tl.store(packed + QUERY * T, query, inside)
+    tl.store(packed + KEY * T, key, inside)
+    tl.store(packed + READ * T, read, inside)
+    tl.store(packed + WRITE * T, write, inside)
+    tl.store(packed + NORMALIZER * T, normalizer, inside)
+    tl.store(packed + DECAY * T, tl.zeros_like(read) + decay, inside)
+    tl.store(packed + SEGMENT * T, segment.to(tl.float32), inside)
+
+
+@triton.jit
+@no_type_check
 def pack(
     log_i,  # B T H, float32
     log_f,  # B T H
@@ -267,15 +282,8 @@ def pack(
             normalizer = tl.where(tl.abs(q_n) > bound, dnorm, 0.0)
 
     packed += head * 8 * N * L + chunk * L + t
-    T = N * L
-    tl.store(packed + COARSE * T, coarse, inside)
-    tl.store(packed + QUERY * T, query, inside)
-    tl.store(packed + KEY * T, key - fine, inside)
-    tl.store(packed + READ * T, read, inside)
-    tl.store(packed + WRITE * T, tl.exp(to_end), inside)
-    tl.store(packed + NORMALIZER * T, normalizer, inside)
-    tl.store(packed + DECAY * T, tl.zeros((BL,), tl.float32) + decay, inside)
-    tl.store(packed + SEGMENT * T, segment.to(tl.float32), inside)
+    weights = (read, tl.exp(to_end), normalizer, decay)
+    _store(packed, N * L, inside, coarse, query, key - fine, weights, segment)
 
 
 @triton.jit

@@ -11,13 +11,17 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from pallas_kernels.mlstm import packing
+from pallas_kernels.mlstm.triton_gates import (
+    COARSE,
+    DECAY,
+    KEY,
+    NORMALIZER,
+    QUERY,
+    READ,
+    SEGMENT,
+    WRITE,
+)
 from pallas_kernels.triton_math import product
-
-COARSE, QUERY = tl.constexpr(packing.COARSE), tl.constexpr(packing.QUERY)
-KEY, READ = tl.constexpr(packing.KEY), tl.constexpr(packing.READ)
-WRITE, NORMALIZER = tl.constexpr(packing.WRITE), tl.constexpr(packing.NORMALIZER)
-DECAY, SEGMENT = tl.constexpr(packing.DECAY), tl.constexpr(packing.SEGMENT)
 
 
 @triton.jit
