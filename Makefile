@@ -13,7 +13,7 @@ INSTALLED = $(VENV)/.installed
 # Two workers: tests mostly compile small programs on one core. Tests of a file share compiled programs.
 PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help install install-compile install-docs train test test-slow test-compile test-faults test-all notebooks notebooks-full docs lint
+.PHONY: help install install-compile install-docs train test test-slow test-compile test-faults test-all notebooks notebooks-full docs lint release
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ lint: $(INSTALLED) ## check layout, common mistakes and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
+
+release: $(INSTALLED) ## build the wheel and the sdist and try both in empty environments
+	.ci/release
 
 install-docs: $(DOCS_VENV)/.installed ## create the environment of docs
 

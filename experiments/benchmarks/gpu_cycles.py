@@ -240,6 +240,7 @@ def times(counts: list[Count], args: Arguments) -> dict[str, dict[str, float]]:
 
 def main(args: Arguments) -> int:
     """Prints the counts and the milliseconds of each unit."""
+    jax.config.update("jax_platforms", "cpu")  # compiles for targets that are not attached
     result: dict[str, Any] = measure.run_info("gpu_cycles", ("jax", "triton"))
     for counts in (triton_counts(args), with_issue(mosaic_counts(args), args)):
         counts = with_hbm(counts, args)

@@ -139,6 +139,8 @@ def main(args: Arguments) -> int:
     if refusal is not None:
         print(f"gpu_tiles: {refusal}; use --chip to compile ahead of time.", file=sys.stderr)
         return 2
+    if args.chip is not None:
+        jax.config.update("jax_platforms", "cpu")  # compiles for targets that are not attached
     result = []
     for kernel in args.kernels:
         part = "forward" if kernel in ("states", "h") else "gradient"

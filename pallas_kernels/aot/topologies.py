@@ -69,7 +69,10 @@ def gpu_hosts(name: str, hosts: int, gpus: int) -> tuple[Any, ...]:
     """
     target = target_config(name)
     return _describe(
-        "JAX's CUDA plugin", "cuda", target_config=target, topology=f"1x{hosts}x{gpus}"
+        "JAX's CUDA plugin (without a GPU, under JAX_PLATFORMS=cpu)",
+        "cuda",
+        target_config=target,
+        topology=f"1x{hosts}x{gpus}",
     )
 
 

@@ -175,15 +175,7 @@ def outputs(
     boundary = head * N + chunk
     C += boundary * (A * W)
     n += boundary * (W if TRANSPOSED else A)
-    acc = tl.zeros((BT, BW), tl.float32)
-    q_n = tl.zeros((BT, BC), tl.float32)
-    for i in range(A // BC):
-        inner = i * BC + tl.arange(0, BC)
-        x = tl.load(lhs + inner[None, :])
-        tile = inner[:, None] + w[None, :] * A if TRANSPOSED else inner[:, None] * W + w[None, :]
-        if NORMALIZE:
-            q_n += x.to(tl.float32) * tl.load(n + inner)[None, :]
-        acc += product(x, tl.load(C + tile).to(dtype), UPCAST)
+    acc, q_n = _from_state(lhs, C, n, w, A, W, BT, BC, TRANSPOSED, NORMALIZE, dtype, UPCAST)
     if TRANSPOSED and (LATER or WITH_DNORM):
         n_columns = tl.load(n + w)[None, :]
         acc += n_columns if LATER else dnorm[:, None] * n_columns
@@ -194,24 +186,10 @@ def outputs(
     lhs_block = tl.load(lhs + a[None, :])
     for start in range(begin if LATER else 0, L if LATER else begin + BT, BS):
         s = start + offs_s
-        offset = s * (H * A)
-        if A == BA:
-            P = product(lhs_block, tl.load(rhs + offset[None, :] + a[:, None]), UPCAST)
-        else:
-            P = tl.zeros((BT, BS), tl.float32)
-            for i in range(A // BA):
-                x = tl.load(lhs + i * BA + a[None, :])
-                P += product(x, tl.load(rhs + offset[None, :] + i * BA + a[:, None]), UPCAST)
+        P = _products(lhs, lhs_block, rhs + (s * (H * A))[None, :], A, BA, BT, BS, UPCAST)
         if WITH_DNORM:
             P += tl.load(gates + NORMALIZER * T + s)[None, :] if LATER else dnorm[:, None]
-        coarse_diff = coarse[:, None] - tl.load(gates + COARSE * T + s)[None, :]
-        fine_s = tl.load(gates + (QUERY if LATER else KEY) * T + s)[None, :]
-        log_weight = fine[:, None] + fine_s + (-coarse_diff if LATER else coarse_diff)
-        visible = t[:, None] <= s[None, :] if LATER else t[:, None] >= s[None, :]
-        if RESETS:
-            segment = tl.load(gates + SEGMENT * T + t)
-            visible &= segment[:, None] == tl.load(gates + SEGMENT * T + s)[None, :]
-        P *= tl.exp(tl.where(visible, log_weight, -1e30))
+        P *= _pair_weights(gates, t, s, T, fine, coarse, LATER, RESETS)
         if NORMALIZE:
             d += tl.sum(P, axis=1)  # not yet rounded to the dtype of values
         acc += product(P.to(dtype), tl.load(values + s[:, None] * (H * W) + w[None, :]), UPCAST)
@@ -224,3 +202,70 @@ def outputs(
         if not NORMALIZE:
             d = tl.sum(tl.load(primal + out_tile).to(tl.float32) * acc, axis=1)
         tl.store(sums + (head * splits + split) * T + chunk * L + t, d)
+
+
+@triton.jit
+@no_type_check
+def _from_state(
+    lhs,
+    C,
+    n,
+    w,
+    A: tl.constexpr,
+    W: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    dtype: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """lhs @ C in columns w, and the terms of lhs @ n, not yet summed over blocks of A."""
+    acc = tl.zeros((BT, w.shape[0]), tl.float32)
+    q_n = tl.zeros((BT, BC), tl.float32)
+    for i in range(A // BC):
+        inner = i * BC + tl.arange(0, BC)
+        x = tl.load(lhs + inner[None, :])
+        tile = inner[:, None] + w[None, :] * A if TRANSPOSED else inner[:, None] * W + w[None, :]
+        if NORMALIZE:
+            q_n += x.to(tl.float32) * tl.load(n + inner)[None, :]
+        acc += product(x, tl.load(C + tile).to(dtype), UPCAST)
+    return acc, q_n
+
+
+@triton.jit
+@no_type_check
+def _products(
+    lhs,
+    lhs_block,
+    rhs,
+    A: tl.constexpr,
+    BA: tl.constexpr,
+    BT: tl.constexpr,
+    BS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Products of BT positions of lhs with BS positions of rhs; `lhs_block` has the first BA of A."""
+    a = tl.arange(0, BA)
+    if A == BA:
+        P = product(lhs_block, tl.load(rhs + a[:, None]), UPCAST)
+    else:
+        P = tl.zeros((BT, BS), tl.float32)
+        for i in range(A // BA):
+            x = tl.load(lhs + i * BA + a[None, :])
+            P += product(x, tl.load(rhs + i * BA + a[:, None]), UPCAST)
+    return P
+
+
+@triton.jit
+@no_type_check
+def _pair_weights(gates, t, s, T, fine, coarse, LATER: tl.constexpr, RESETS: tl.constexpr):
+    """Weights of pairs of an output position t and an input position s; 0 if s does not count."""
+    coarse_diff = coarse[:, None] - tl.load(gates + COARSE * T + s)[None, :]
+    fine_s = tl.load(gates + (QUERY if LATER else KEY) * T + s)[None, :]
+    log_weight = fine[:, None] + fine_s + (-coarse_diff if LATER else coarse_diff)
+    visible = t[:, None] <= s[None, :] if LATER else t[:, None] >= s[None, :]
+    if RESETS:
+        segment = tl.load(gates + SEGMENT * T + t)
+        visible &= segment[:, None] == tl.load(gates + SEGMENT * T + s)[None, :]
+    return tl.exp(tl.where(visible, log_weight, -1e30))

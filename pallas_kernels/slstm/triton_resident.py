@@ -14,7 +14,9 @@ import triton.language as tl
 from pallas_kernels.slstm.triton_step import (
     batch_offsets,
     load_four,
+    load_weights,
     read_flags,
+    recurrent_terms,
     step_backward,
     step_forward,
     store_four,
@@ -60,10 +62,7 @@ def forward(
     h += b_start * (T + 1) * (H * K) + head * K + (b * (T + 1) * (H * K))[:, None] + k[None, :]
     bias += head * (4 * K) + k[None, :]
     r += head * (4 * K * K) + k[:, None] * (4 * K) + k[None, :]
-    r_i = tl.load(r)
-    r_f = tl.load(r + K)
-    r_z = tl.load(r + 2 * K)
-    r_o = tl.load(r + 3 * K)
+    weights = load_weights(r, K)
     state = load_four(initial + state_offsets, H * K, in_batch)
     dtype = h.dtype.element_ty
     tl.store(h, state[2].to(dtype), in_batch)
@@ -72,13 +71,10 @@ def forward(
         operand = state[2].to(dtype)
         if FLAGGED:
             operand = tl.where(reset, 0.0, operand).to(dtype)
-        i = product(operand, r_i, UPCAST)
-        f = product(operand, r_f, UPCAST)
-        z = product(operand, r_z, UPCAST)
-        o = product(operand, r_o, UPCAST)
+        sums = recurrent_terms(operand, weights, UPCAST)
         pointers, masks = (x, bias, cnm, gates), (reset, masked, in_batch)
         state = step_forward(
-            (i, f, z, o), state, pointers, masks, H * K, K, FLAGGED, SAVE, SAVE_GATES, SIGMOID
+            sums, state, pointers, masks, H * K, K, FLAGGED, SAVE, SAVE_GATES, SIGMOID
         )
         x += 4 * H * K
         gates += 4 * H * K
@@ -123,10 +119,7 @@ def backward(
     dh += last_step * (H * K) + bt_offsets * (H * K) + cell_offsets
     dx += last_step * (4 * H * K) + bt_offsets * (4 * H * K) + cell_offsets
     r += head * (4 * K * K) + k[:, None] + k[None, :] * (4 * K)
-    r_i = tl.load(r)
-    r_f = tl.load(r + K)
-    r_z = tl.load(r + 2 * K)
-    r_o = tl.load(r + 3 * K)
+    weights = load_weights(r, K)
     dc, dn, dh_next, rho = load_four(dfinal + state_offsets, H * K, in_batch)
     dtype = dx.dtype.element_ty
     for step in range(T):
@@ -135,10 +128,10 @@ def backward(
         i, f, z, o, dc, dn, rho = step_backward(
             (gates, cnm, dh, dx), (dc, dn, dh_next, rho), masked, in_batch, H * K, FLAGGED, SIGMOID
         )
-        dh_prev = product(i.to(dtype), r_i, UPCAST)
-        dh_prev += product(f.to(dtype), r_f, UPCAST)
-        dh_prev += product(z.to(dtype), r_z, UPCAST)
-        dh_prev += product(o.to(dtype), r_o, UPCAST)
+        dh_prev = product(i.to(dtype), weights[0], UPCAST)
+        dh_prev += product(f.to(dtype), weights[1], UPCAST)
+        dh_prev += product(z.to(dtype), weights[2], UPCAST)
+        dh_prev += product(o.to(dtype), weights[3], UPCAST)
         if FLAGGED:
             # At a reset f_scaled is 0 and so are dc and dn; dh must be cleared.
             dh_prev = tl.where(masked, dh_next, tl.where(reset, 0.0, dh_prev))

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.slstm import options
+from pallas_kernels.triton_math import product
 
 RESET, MASKED = tl.constexpr(options.RESET), tl.constexpr(options.MASKED)
 
@@ -110,6 +111,29 @@ def store_four(pointer, stride, in_batch, i, f, z, o):
     tl.store(pointer + stride, f.to(dtype), in_batch)
     tl.store(pointer + 2 * stride, z.to(dtype), in_batch)
     tl.store(pointer + 3 * stride, o.to(dtype), in_batch)
+
+
+@triton.jit
+@no_type_check
+def load_weights(pointer, K: tl.constexpr):
+    """Blocks of the recurrent weights of the four gates."""
+    return (
+        tl.load(pointer),
+        tl.load(pointer + K),
+        tl.load(pointer + 2 * K),
+        tl.load(pointer + 3 * K),
+    )
+
+
+@triton.jit
+@no_type_check
+def recurrent_terms(h, weights, UPCAST: tl.constexpr):
+    """h @ r of the four gates."""
+    i = product(h, weights[0], UPCAST)
+    f = product(h, weights[1], UPCAST)
+    z = product(h, weights[2], UPCAST)
+    o = product(h, weights[3], UPCAST)
+    return i, f, z, o
 
 
 @triton.jit

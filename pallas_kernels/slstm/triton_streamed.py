@@ -16,7 +16,9 @@ import triton.language as tl
 from pallas_kernels.slstm.triton_step import (
     batch_offsets,
     load_four,
+    load_weights,
     read_flags,
+    recurrent_terms,
     step_backward,
     step_forward,
     store_four,
@@ -80,37 +82,21 @@ def forward(
         cached_cells = tl.arange(0, CACHED)
         all_cells = tl.arange(0, K)
         cached_offsets = all_cells[:, None] * (4 * K) + cached_cells[None, :]
-        cached_i = tl.load(weights + cached_offsets)
-        cached_f = tl.load(weights + cached_offsets + K)
-        cached_z = tl.load(weights + cached_offsets + 2 * K)
-        cached_o = tl.load(weights + cached_offsets + 3 * K)
+        cached_weights = load_weights(weights + cached_offsets, K)
     for t in range(T):
         reset, masked = read_flags(flags + b_start * T + t, b, in_batch, T, FLAGGED)
         h_mask = in_batch & (reset == 0)
         pointers, masks = (x, bias, final, h, cnm, gates), (reset, masked, in_batch)
         if CACHED > 0:
             h_all = tl.load(h + all_cells[None, :], h_mask, other=0.0)
-            rec_i = product(h_all, cached_i, UPCAST)
-            rec_f = product(h_all, cached_f, UPCAST)
-            rec_z = product(h_all, cached_z, UPCAST)
-            rec_o = product(h_all, cached_o, UPCAST)
-            sums = (rec_i, rec_f, rec_z, rec_o)
+            sums = recurrent_terms(h_all, cached_weights, UPCAST)
             _finish_block(
                 sums, cached_cells, pointers, masks, H, K, FLAGGED, SAVE, SAVE_GATES, SIGMOID
             )
         for block in range(CACHED, K, BLOCK):
-            i = tl.zeros((BATCH_BLOCK, BLOCK), tl.float32)
-            f = tl.zeros((BATCH_BLOCK, BLOCK), tl.float32)
-            z = tl.zeros((BATCH_BLOCK, BLOCK), tl.float32)
-            o = tl.zeros((BATCH_BLOCK, BLOCK), tl.float32)
-            for start in range(0, K, INNER):
-                operand = tl.load(h + start + inner[None, :], h_mask, other=0.0)
-                w = weights + start * (4 * K) + block + weight_offsets
-                i += product(operand, tl.load(w), UPCAST)
-                f += product(operand, tl.load(w + K), UPCAST)
-                z += product(operand, tl.load(w + 2 * K), UPCAST)
-                o += product(operand, tl.load(w + 3 * K), UPCAST)
-            sums = (i, f, z, o)
+            sums = _streamed_terms(
+                h, h_mask, weights + block + weight_offsets, K, BLOCK, INNER, UPCAST
+            )
             _finish_block(
                 sums, block + cells, pointers, masks, H, K, FLAGGED, SAVE, SAVE_GATES, SIGMOID
             )
@@ -119,6 +105,32 @@ def forward(
         gates += 4 * H * K
         cnm += 3 * H * K
         h += H * K
+
+
+@triton.jit
+@no_type_check
+def _streamed_terms(
+    h,
+    h_mask,
+    weights,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """h @ r of the four gates for a block of cells, in blocks of input cells."""
+    i = tl.zeros((BATCH_BLOCK, BLOCK), tl.float32)
+    f = tl.zeros((BATCH_BLOCK, BLOCK), tl.float32)
+    z = tl.zeros((BATCH_BLOCK, BLOCK), tl.float32)
+    o = tl.zeros((BATCH_BLOCK, BLOCK), tl.float32)
+    for start in range(0, K, INNER):
+        operand = tl.load(h + start + tl.arange(0, INNER)[None, :], h_mask, other=0.0)
+        w = weights + start * (4 * K)
+        i += product(operand, tl.load(w), UPCAST)
+        f += product(operand, tl.load(w + K), UPCAST)
+        z += product(operand, tl.load(w + 2 * K), UPCAST)
+        o += product(operand, tl.load(w + 3 * K), UPCAST)
+    return i, f, z, o
 
 
 @triton.jit

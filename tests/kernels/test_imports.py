@@ -30,16 +30,19 @@ after = state()
 changes = [
     key for x, y in zip(before, after) for key in x.keys() | y.keys() if x.get(key) != y.get(key)
 ]
-print(json.dumps(dict(names=names, changes=changes)))
+from jax._src import xla_bridge
+has_devices = xla_bridge.backends_are_initialized()
+print(json.dumps(dict(names=names, changes=changes, has_devices=has_devices)))
 """
 
 
-def test_importing_every_module_changes_neither_the_environment_nor_jax_config():
+def test_importing_every_module_starts_no_device_and_changes_no_environment_nor_jax_config():
     pytest.importorskip("triton")
     process = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     report = json.loads(process.stdout.splitlines()[-1])
     assert report["changes"] == []
+    assert not report["has_devices"]
     assert {"pallas_kernels.aot.schedules", "xlstm_jax.plan.topology"} <= set(report["names"])
 
 

@@ -1,0 +1,73 @@
+"""Uses the installed package as a new user would; `.ci/release` runs it in empty environments.
+
+Runs the example of the README, which is in the metadata of the package, and the commands on a small
+run. Prints one line; fails with the output of what failed.
+"""
+
+import importlib.metadata
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+CONFIG = """
+from xlstm_jax.data import DataConfig
+from xlstm_jax.modules import LMConfig
+from xlstm_jax.train import ExperimentConfig, TrainConfig
+
+
+def config():
+    model = LMConfig(vocab_size=256, dim=32, pattern="ms")
+    data = DataConfig(source="text.txt", seq_len=32, batch_size=4)
+    return ExperimentConfig(
+        name="tiny", model=model, data=data, train=TrainConfig(steps=4, eval_every=2)
+    )
+"""
+COMMANDS = (
+    "--version",
+    "describe xlstm_7b",
+    "train tiny.py --run-dir runs/tiny",
+    "evaluate runs/tiny",
+    "generate runs/tiny --prompt memory --max-new-tokens 8",
+)
+BIN = pathlib.Path(sys.executable).parent
+ENV = os.environ | {"JAX_PLATFORMS": "cpu"}
+
+
+def run(*command: str | pathlib.Path) -> str:
+    """Runs a command that must succeed; returns its output."""
+    result = subprocess.run(command, env=ENV, text=True, capture_output=True)
+    if result.returncode != 0:
+        sys.exit(f"{' '.join(map(str, command))}\n{result.stdout}{result.stderr}")
+    return result.stdout
+
+
+def seconds(statement: str) -> float:
+    """The shortest of five new interpreters that run a statement."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run(sys.executable, "-I", "-c", statement)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def main() -> None:
+    """Tries the package in the current folder."""
+    metadata = importlib.metadata.metadata("xlstm-jax")
+    readme = str(metadata.get_payload() or metadata["Description"])
+    for block in re.findall(r"^```python\n(.*?)^```", readme, flags=re.M | re.S):
+        run(sys.executable, "-I", "-c", block)
+    pathlib.Path("tiny.py").write_text(CONFIG)
+    pathlib.Path("text.txt").write_text("An LSTM has a memory cell and three gates.\n" * 200)
+    for command in COMMANDS:
+        run(BIN / "xlstm-jax", *command.split())
+    extra = seconds("import jax, xlstm_jax") - seconds("import jax")
+    jax = importlib.metadata.version("jax")
+    print(f"jax {jax}, README and {len(COMMANDS)} commands ran, import {extra:.2f} s above jax")
+
+
+if __name__ == "__main__":
+    main()
