@@ -71,7 +71,7 @@ def round_up(size: int, multiple: int) -> int:
 def best_chunk(T: int, longest: int, multiple: int) -> int:
     """The chunk up to `longest`, a multiple of `multiple`, for which padding costs least.
 
-    T is padded to whole chunks. A shorter chunk has more states to store: it is taken to cost 15 %
+    T is padded to full chunks. A shorter chunk has more states to store: it is taken to cost 15 %
     for every time that it fits into the longest one once more.
     """
     chunks = range(multiple, min(longest, round_up(T, multiple)) + 1, multiple)

@@ -125,9 +125,9 @@ def add_positions(work: Work, acc: Any, others: tuple[Any, Any]) -> Any:
         return d
 
     d = zeros_by_row() if s.normalize else None
-    # The block of the own positions is apart: only there the order of positions matters, and a
-    # mask in the loop would take registers. A program ends, or begins if later, with blocks that
-    # some of its groups do not see.
+    # The block of the own positions is apart: the order of positions matters in it only, and a mask
+    # in the loop would take registers. A program ends, or begins if later, with blocks that some of
+    # its groups do not see.
     if s.later:
         lax.fori_loop(0, group, skip, None)
         return lax.fori_loop(group + 1, count, add, add(group, d, is_diagonal=True))
@@ -142,7 +142,7 @@ def _weights(work: Work, own: QueryGates, item: Any, *, is_diagonal: bool) -> An
     s, smem, ring = work.sizes, work.smem, work.ring
 
     def product(P):
-        # Loops, as otherwise the addresses of all blocks of lhs would be kept in registers.
+        # Loops, as unrolled code would store the addresses of all blocks of lhs in registers.
         @pl.loop(0, s.rhs_items)
         def _(r):
             slot = ring.slot(item + r)
