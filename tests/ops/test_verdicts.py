@@ -105,8 +105,8 @@ def test_target_of_a_compilation_is_not_judged(folder):
         assert verdicts.refusal("mlstm", "mosaic_gpu") is not None
 
 
-def test_mosaic_gpu_is_taken_only_if_it_was_fastest(folder):
-    assert "has found it right, and faster than 'triton'" in (
+def test_auto_selects_mosaic_gpu_only_if_it_was_fastest(folder):
+    assert "passed `xlstm-jax check` and is faster than 'triton'" in (
         verdicts.refusal("mlstm", "mosaic_gpu") or ""
     )
     verdicts.record({"mlstm": {"mosaic_gpu": PASSED}})
@@ -122,14 +122,14 @@ def test_fastest_is_the_one_that_is_faster_in_every_workload():
         for name, times in {"a": (1.0, 1.0), "b": (2.0, 2.0), "c": (0.5, 3.0)}.items()
         for workload, time in zip((SMALL, other), times, strict=True)
     ]
-    found = device_check.verdicts(outcomes)["mlstm"]
-    assert {name: x["fastest"] for name, x in found.items()} == {"a": False, "b": False, "c": False}
-    found = device_check.verdicts([one for one in outcomes if one.implementation != "c"])["mlstm"]
-    assert found["a"]["fastest"] and not found["b"]["fastest"]
+    judged = device_check.verdicts(outcomes)["mlstm"]
+    assert {name: x["fastest"] for name, x in judged.items()} == dict.fromkeys("abc", False)
+    judged = device_check.verdicts([one for one in outcomes if one.implementation != "c"])["mlstm"]
+    assert judged["a"]["fastest"] and not judged["b"]["fastest"]
     # One that is wrong is not compared.
     wrong = [one._replace(error=1.0) if one.implementation == "c" else one for one in outcomes]
-    found = device_check.verdicts(wrong)["mlstm"]
-    assert found["a"]["fastest"] and not found["c"]["passed"]
+    judged = device_check.verdicts(wrong)["mlstm"]
+    assert judged["a"]["fastest"] and not judged["c"]["passed"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
@@ -148,11 +148,11 @@ def test_json_has_device_and_outcomes(folder, small, unchecked_types, capsys):
     assert not folder.exists()
 
 
-def test_every_platform_has_padded_and_whole_tiles_in_both_dtypes():
+def test_every_platform_has_padded_and_full_tiles_in_both_dtypes():
     for platform in ("cpu", "gpu", "tpu"):
-        found = device_check.workloads(platform)
+        workloads = device_check.workloads(platform)
         for op in ("mlstm", "slstm"):
-            mine = [one for one in found if one.op == op]
+            mine = [one for one in workloads if one.op == op]
             assert {one.dtype for one in mine} == {"float32", "bfloat16"}
             assert any(one.K % 64 for one in mine) and any(one.K % 64 == 0 for one in mine)
 

@@ -83,7 +83,7 @@ def attention(
         k, v: keys and values, each shared by the consecutive heads of a group.
         state: cache of `num_sinks + window` slots before the first step; None: an empty one.
         reset: where True, a document begins, which sees nothing of the positions before.
-        mask: where False, the state stays bit-identical and y is 0; a reset there is ignored.
+        mask: where False, the state stays bit-identical, y is 0 and resets are ignored.
         window: number of positions that a query sees, its own included.
         num_sinks: first positions of a document that all of its queries see.
         rotary: position embedding; `Rotary(base=0)` is none.

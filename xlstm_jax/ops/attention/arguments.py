@@ -30,7 +30,7 @@ class Options(NamedTuple):
     window: int
     num_sinks: int
     rotary: Rotary
-    is_initial: bool  # there is no cache
+    is_initial: bool  # without a cache
     block_size: int | None = None
 
 

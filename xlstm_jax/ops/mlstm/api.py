@@ -134,7 +134,7 @@ def mlstm(
         i, f: gate pre-activations from -inf, a closed gate, to 1e30.
         state: before the first step; None is the initial state, zeros in every leaf.
         reset: where True, the state before this position is replaced by the initial one.
-        mask: where False, the state stays bit-identical and h is 0; a reset there is ignored.
+        mask: where False, the state stays bit-identical, h is 0 and resets are ignored.
         input_gate: activation, "exp" or "sigmoid" (arXiv:2503.14376).
         forget_gate: activation, "sigmoid" or "exp". If both are "sigmoid", states have m = 0.
         normalize: divide h by max(|q n|, exp(-m)) + eps; False needs both to be "sigmoid".
