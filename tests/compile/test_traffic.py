@@ -74,7 +74,7 @@ def _training(call):
 def test_aligned_sizes_are_not_copied(part, K, V):
     """Neither queries, keys, values, h and the state, nor their cotangents.
 
-    Two heads of K = 64 share a tile. Without a state there are no zeros of its size either.
+    Two heads of K = 64 share a tile. Without a state, no zeros of its size are copied either.
     """
     call, args = calls.mlstm(T, K, V)
     if part == "training":
