@@ -116,7 +116,7 @@ def stabilizers(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """m_t = max(log f_t + m_{t-1}, log i_t), with m = 0 before the step of a reset.
 
-    It adds up forward in time and subtracts nothing, so gates may be -inf.
+    Sums run forward in time, without differences, so gates may be -inf.
 
     Args:
         gates: in chunks, `... L`.

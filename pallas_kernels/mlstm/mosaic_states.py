@@ -191,7 +191,7 @@ def _multiply(s: Sizes, x: Gmem, smem: Smem, group: Any) -> None:
 def _store(work: Work, C: list[Any], chunk: Any) -> None:
     """Starts to copy C before a chunk to global memory."""
     stage = work.smem.stage.at[work.group]
-    plgpu.wait_smem_to_gmem(0)  # the copy of the chunk before has ended
+    plgpu.wait_smem_to_gmem(0)  # the copy of the previous chunk has ended
     for j, block in enumerate(C):
         stage[j] = block.astype(jnp.bfloat16)
     plgpu.commit_smem()
@@ -224,7 +224,7 @@ def _add_chunk(work: Work, index: Any, *accumulators: Any) -> list[Any]:
             plgpu.wgmma(column, smem.lhs.at[slot, group].transpose((1, 0)), split)
 
         plgpu.wgmma_wait(0)
-        ring.leave(step)
+        ring.release(step)
 
     return [accumulator[...] for accumulator in accumulators]
 

@@ -1,4 +1,4 @@
-"""What is read from the assembly of GPU kernels, on small pieces of it."""
+"""Parsers of the assembly of GPU kernels, on small examples."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_loops_have_their_own_instructions_and_cycles():
     assert [tuple(loop) for loop in sass.loops(text)] == [(0, 2, 0.0), (1, 5, 32.0), (2, 21, 0.0)]
 
 
-def test_loops_that_only_wait_are_no_loops():
+def test_loops_that_only_wait_are_not_loops():
     text = code(".L_x_1", "SYNCS.PHASECHK P0 ;", "@!P0 BRA `(.L_x_1) ;", "EXIT ;")
     assert [tuple(loop) for loop in sass.loops(text)] == [(0, 3, 0.0)]
 

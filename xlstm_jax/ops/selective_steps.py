@@ -1,4 +1,4 @@
-"""The recurrence of Mamba over steps in chunks, with a backward pass by hand.
+"""The recurrence of Mamba over steps in chunks, with a hand-written backward pass.
 
 States are `B K F`, with the channels last: sums over the K numbers of a channel then add vectors.
 Value and gradients of 4 x 512 steps with F = 512 and K = 16 take 46 ms instead of 100 ms by

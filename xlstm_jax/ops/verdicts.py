@@ -89,7 +89,7 @@ def _stored() -> dict[str, Any]:
     path = _path()
     try:
         stored = json.loads(path.read_text()) if path is not None and path.exists() else {}
-    except (OSError, ValueError):  # unreadable or damaged: as if nothing had been checked
+    except (OSError, ValueError):  # unreadable or corrupt: no verdicts
         return {}
     return stored if isinstance(stored, dict) else {}
 

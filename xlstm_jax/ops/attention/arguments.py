@@ -35,7 +35,7 @@ class Options(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """Positions in their documents, and the running count of resets, which tells documents apart.
+    """Positions in their documents, and the running count of resets, which identifies documents.
 
     Keys of the cache come before those of the call.
     """

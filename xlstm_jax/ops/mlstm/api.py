@@ -86,8 +86,8 @@ def _recurrent(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
     del kwargs["chunk_size"]
     if x.q.shape[1] != 1 or flags.mask is None or not options.max_state:
         return mlstm_scan(*x, state, **flags._asdict(), **kwargs)
-    # A scan with a mask selects between all of the old and the new state. With these gates, a
-    # masked step multiplies the state by 1 and adds 0.
+    # A scan with a mask selects between the full old and new state. With these gates, a masked step
+    # multiplies the state by 1 and adds 0.
     q, k, v = map(flags.zero_masked, x[:3])
     is_masked = ~flags.mask[..., None]
     i = jnp.where(is_masked, -jnp.inf, x.i)

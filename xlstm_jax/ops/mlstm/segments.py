@@ -66,7 +66,7 @@ def segment_length(T: int, programs: int, multiprocessors: int) -> int:
 def split_on_gpu(fn: Compute, programs_per_head: Callable[[Inputs, Options], int]) -> Compute:
     """`fn`, which launches kernels, in segments if the rule for the current GPU splits.
 
-    The rule depends on local shapes only. It does not know of a batch that `vmap` adds.
+    The rule depends on local shapes only, without a batch that `vmap` adds.
 
     Args:
         programs_per_head: of the kernel `states`.

@@ -43,7 +43,7 @@ def _kernels(backend: str) -> Implementation:
 def _recurrent(inputs: gated.Inputs, forget_gate: str, *, stabilize: bool):
     if stabilize:
         return slstm_recurrent(inputs, forget_gate)
-    # The gradient by hand relies on the stabilizer; this one is from autodiff.
+    # The hand-written gradient relies on the stabilizer; here, autodiff computes it.
     x, r, b, state, flags = inputs
     gates = {"forget_gate": forget_gate, "stabilize": False}
     return slstm_scan(x, r, b, state, **flags._asdict(), **gates)
