@@ -71,8 +71,8 @@ def round_up(size: int, multiple: int) -> int:
 def best_chunk(T: int, longest: int, multiple: int) -> int:
     """The chunk up to `longest`, a multiple of `multiple`, for which padding costs least.
 
-    T is padded to whole chunks. A shorter chunk has more states to store: it is taken to cost 15 %
-    for every time that it fits into the longest one once more.
+    T is padded to full chunks. Shorter chunks store more states: the cost per position is assumed
+    to grow by 15 % for each additional time that a chunk fits into the longest one.
     """
     chunks = range(multiple, min(longest, round_up(T, multiple)) + 1, multiple)
     return min(reversed(chunks), key=lambda L: round_up(T, L) * (1 + 0.15 * (longest / L - 1)))

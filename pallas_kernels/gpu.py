@@ -231,7 +231,7 @@ def _interpreted(kernel, arrays, sizes, out_shape, grid, constants) -> tuple[jax
 class _HostArray:
     """A NumPy array with the part of the torch tensor interface that Triton's interpreter uses.
 
-    The interpreter copies tensors to the host and back; these are already there.
+    The interpreter copies tensors to the host and back; these are on the host already.
     """
 
     def __init__(self, array: np.ndarray):

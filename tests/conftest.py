@@ -11,12 +11,11 @@ import pathlib
 import sys
 
 # `--device` is read here, as JAX and Triton read their variables when they are imported; workers of
-# pytest-xdist find it in the environment.
+# pytest-xdist read it from the environment.
 if "--device" in sys.argv[:-1]:
     os.environ["XLSTM_TEST_DEVICE"] = sys.argv[sys.argv.index("--device") + 1]
 if "XLSTM_TEST_DEVICE" not in os.environ:
-    # Tests run on a CPU, even where there is an accelerator: the expected values are those of a
-    # CPU.
+    # Tests run on a CPU even if the machine has an accelerator: expected values are those of a CPU.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Interpret Triton kernels; Triton reads this when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -28,7 +27,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # These flags halve the compile time of small programs: no parallel code generation, as two workers
 # already use two cores, and the older code generator for fused loops. jaxlib 0.11 no longer has the
-# latter, so tests cover the newer one there. Errors published in tests/golden use neither flag.
+# latter, so its tests cover the newer one. Errors published in tests/golden use neither flag.
 if "XLSTM_GOLDEN_ERRORS" not in os.environ:
     os.environ["XLA_FLAGS"] = " ".join(
         ["--xla_cpu_parallel_codegen_split_count=1"]
@@ -62,7 +61,7 @@ MAX_SLOW_CASES = 2
 
 @pytest.fixture(autouse=True, scope="session")
 def no_verdicts():
-    """What `xlstm-jax check` has found on this machine does not affect tests."""
+    """Verdicts of `xlstm-jax check` on this machine do not affect tests."""
     verdicts._path, stored = lambda: None, verdicts._path
     yield
     verdicts._path = stored
@@ -78,7 +77,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Refuses a device that is not there."""
+    """Refuses a device that the machine does not have."""
     if DEVICE is not None and jax.default_backend() != DEVICE:
         raise pytest.UsageError(
             f"--device {DEVICE}: JAX's default backend is {jax.default_backend()!r}; install JAX "
@@ -95,9 +94,9 @@ def pytest_collection_modifyitems(items):
             cases[item.nodeid.partition("[")[0]].append(item)
     for same in cases.values():
         steps = MAX_SLOW_CASES - 1
-        kept = {same[step * (len(same) - 1) // steps].nodeid for step in range(MAX_SLOW_CASES)}
+        selected = {same[step * (len(same) - 1) // steps].nodeid for step in range(MAX_SLOW_CASES)}
         for item in same:
-            if len(same) > MAX_SLOW_CASES and item.nodeid not in kept:
+            if len(same) > MAX_SLOW_CASES and item.nodeid not in selected:
                 item.add_marker(pytest.mark.exhaustive)
 
 
@@ -108,7 +107,7 @@ Linux."""
 
 @pytest.fixture(scope="module", autouse=True)
 def clear_compiled_programs():
-    """Clears JAX's caches after a module if compiled programs hold too many memory maps."""
+    """Clears JAX's caches after a module if compiled programs take too many memory maps."""
     yield
     maps = pathlib.Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") > MAX_MEMORY_MAPS:
@@ -143,7 +142,7 @@ def x64():
 
 @pytest.fixture
 def unchecked_types():
-    """Turns off the type checks that only tests have, to reach the checks of the library."""
+    """Disables the type checks that only tests have, to reach the checks of the library."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

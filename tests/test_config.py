@@ -179,7 +179,7 @@ USER_ERRORS = {
     "null byte": ("x = 1\0", "c.py"),
     "beside": ("import beside\n\nbeside.fail()", "beside.py:2: RuntimeError: no"),
     "beside syntax": ("import beside_syntax", "beside_syntax.py:2: SyntaxError: invalid syntax"),
-    "absent": ("import nowhere_to_be_found", "c.py:1: ModuleNotFoundError: No module named"),
+    "absent": ("import missing_module", "c.py:1: ModuleNotFoundError: No module named"),
     "library": ("import json\n\njson.loads('{')", "c.py:3: JSONDecodeError: Expecting"),
     "our error": (
         "from xlstm_jax.train import TrainConfig\nTrainConfig(steps=0)",
@@ -198,7 +198,7 @@ USER_ERRORS = {
 
 
 @pytest.mark.parametrize("case", USER_ERRORS)
-def test_an_error_in_a_config_file_is_one_line_with_its_place(write, case, monkeypatch, tmp_path):
+def test_error_in_a_config_file_is_one_line_with_its_location(write, case, monkeypatch, tmp_path):
     text, expected = USER_ERRORS[case]
     monkeypatch.chdir(tmp_path)
     write("def fail():\n    raise RuntimeError('no')\n", "beside.py")
@@ -209,7 +209,7 @@ def test_an_error_in_a_config_file_is_one_line_with_its_place(write, case, monke
     sys.modules.pop("beside", None)
 
 
-def test_an_error_in_an_imported_module_is_one_line_with_its_place(write):
+def test_error_in_an_imported_module_is_one_line_with_its_location(write):
     with pytest.raises(ConfigError, match=r"^\S*bad_module\.py:2: ZeroDivisionError: division"):
         config.import_module(str(write("x = 0\ny = 1 / x\n", "bad_module.py")))
     for name in ("..", "a\0b", "~nobody-of-this-name/x.py"):

@@ -14,7 +14,7 @@ import pytest
 from xlstm_jax import cells
 
 
-def test_there_are_eight_cpu_devices():
+def test_tests_have_eight_cpu_devices():
     assert [device.platform for device in jax.devices()] == ["cpu"] * 8
 
 
@@ -42,7 +42,7 @@ def test_float64_is_on_with_the_fixture(x64):
     assert jnp.zeros(1).dtype == jnp.float64
 
 
-def test_device_that_is_not_there_is_refused():
+def test_missing_device_is_refused():
     command = [sys.executable, "-m", "pytest", "tests/ops/test_choice.py", "--device", "tpu"]
     environ = os.environ | {"JAX_PLATFORMS": "cpu"}
     root = pathlib.Path(__file__).parents[1]

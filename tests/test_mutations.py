@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda x: f"{x.file}: {x.new.strip()[:30]}")
-def test_mutation_applies_to_one_place_and_compiles(mutation, tmp_path):
+def test_mutation_applies_once_and_compiles(mutation, tmp_path):
     target = tmp_path / mutation.file
     run.copy(ROOT / mutation.file, target)
     original = run.apply(mutation, tmp_path)

@@ -48,7 +48,7 @@ def test_python_without_ensurepip_is_not_chosen(tmp_path):
     assert _find(tmp_path).stdout == f"{tmp_path}/python3.14\n"
 
 
-def test_python_that_pyenv_has_not_selected_is_found(tmp_path):
+def test_setup_finds_a_python_that_pyenv_has_not_selected(tmp_path):
     _command(tmp_path / "pyenv", f"echo {tmp_path}/root")
     _command(tmp_path / "python3.13", "exit 127")
     installed = tmp_path / "root/versions/3.13.1/bin/python3.13"

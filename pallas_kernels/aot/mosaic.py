@@ -61,7 +61,7 @@ def unawaited_products(ptx: str) -> list[str]:
     """Instructions that release or overwrite what a product of warp groups may still read.
 
     They follow a product, on some path through the kernel, without a wait between. The interpreter
-    computes products at once, so that a missing wait does not show there.
+    computes products at once, so that it does not notice a missing wait.
     """
     wait = r"wgmma\.wait_group\.sync\.aligned\s+0"
     return _find(
@@ -70,7 +70,7 @@ def unawaited_products(ptx: str) -> list[str]:
 
 
 def unfenced_products(ptx: str) -> list[str]:
-    """Products, and copies out of shared memory, of what threads have stored there before.
+    """Products, and copies out of shared memory, of what threads have stored in it before.
 
     They follow a store, on some path through the kernel, without a fence between.
     """

@@ -1,6 +1,6 @@
 """Instructions of an assembled kernel, loop by loop: what its matrix units and schedulers do.
 
-A count of instructions is not a time: loads, and waits for them, are not in it.
+Instruction counts are not times: they exclude loads and waits for them.
 """
 
 import importlib
@@ -39,7 +39,7 @@ def disassemble(cubin: bytes) -> str:
 def loops(text: str) -> list[Loop]:
     """The code outside of loops, then every loop in the order of its start.
 
-    Loops that only wait for a barrier count as instructions of their surroundings.
+    Loops that only wait for a barrier count as instructions of the surrounding code.
     """
     blocks = _blocks(text)
     bodies = _natural_loops([block.successors for block in blocks])

@@ -41,7 +41,7 @@ class Decays(NamedTuple):
     """Log weights in chunks, relative to the stabilizer m; `... L` except where noted.
 
     Step t multiplies the state by exp(g_t) with g_t = log f_t + m_{t-1} - m_t <= 0. A g below
-    `closed(dtype)` has the exponential 0 and is clipped there, so running sums of g stay small and
+    `closed(dtype)` has the exponential 0 and is clipped to it, so running sums of g stay small and
     have the same digits for forget gates of -1e9 as for ordinary ones. Each sum has two parts:
     coarse parts are multiples of 1 / grid, whose sums and differences are exact; fine parts stay
     below L / grid. m enters them rounded to the grid, and `query` adds the remainder.
@@ -116,7 +116,7 @@ def stabilizers(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """m_t = max(log f_t + m_{t-1}, log i_t), with m = 0 before the step of a reset.
 
-    It adds up forward in time and subtracts nothing, so gates may be -inf.
+    Sums run forward in time, without differences, so gates may be -inf.
 
     Args:
         gates: in chunks, `... L`.

@@ -1,8 +1,8 @@
 """Shared by the Mosaic GPU kernels of the mLSTM: blocks, the ring of slots, and the launch.
 
 Tiles are made of blocks of 64 x 64. The last warp group of a program copies blocks into a ring of
-slots in shared memory; the others multiply them, each for 64 rows of the result. A slot has one
-barrier that opens when it is full, and one that opens when all of them have left it.
+slots in shared memory; the others multiply them, each for 64 rows of the result. A slot has two
+barriers: one completes when it is full, the other when all of these groups have released it.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mlstm.mosaic_tiles import BLOCK
 
 SPLIT = 8
-"""QueryGates of `mosaic_calls.split`, the smallest N of wgmma."""
+"""Terms of `mosaic_calls.split`, padded to the smallest N of wgmma."""
 
 THREAD = "warp_group"
 
@@ -69,13 +69,13 @@ class Ring(NamedTuple):
         return lax.rem(item, jnp.int32(self.slots))
 
     def wait_until_empty(self, item: Any) -> None:
-        """Before an item is copied: waits until all have left the one that had its slot."""
+        """Before an item is copied: waits until all have released the previous item of its slot."""
 
         @pl.when(item >= self.slots)
         def _():
             plgpu.barrier_wait(self.empty.at[self.slot(item)])
 
-    def leave(self, item: Any) -> None:
+    def release(self, item: Any) -> None:
         """After the last read of an item."""
         plgpu.barrier_arrive(self.empty.at[self.slot(item)])
 

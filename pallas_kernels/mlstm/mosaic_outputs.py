@@ -179,10 +179,10 @@ def _copy(s: Sizes, x: Gmem, smem: Smem, program: Program) -> None:
         slot = ring.slot(item)
         full = smem.has_state.at[slot]
         for j in range(s.blocks):
-            rows, columns = block_at(item), block_at(w + j)
+            k, v = block_at(item), block_at(w + j)
             if s.transposed:
-                rows, columns = columns, rows
-            plgpu.copy_gmem_to_smem(x.C.at[b, h, chunk, rows, columns], smem.ring.at[slot, j], full)
+                k, v = v, k
+            plgpu.copy_gmem_to_smem(x.C.at[b, h, chunk, k, v], smem.ring.at[slot, j], full)
         if s.normalize:
             split = x.split.at[b, h, chunk, :, block_at(item)]
             plgpu.copy_gmem_to_smem(split, smem.split.at[slot], full)

@@ -84,7 +84,7 @@ def add_state(work: Work, acc: Any, column: tuple[Any, ...]) -> None:
         for sums in column:
             plgpu.wgmma(sums, work.lhs.at[item], smem.split.at[slot].transpose((1, 0)))
         _multiply(work, _blocks_of(work, acc), block, C)
-        work.ring.leave(item)
+        work.ring.release(item)
 
 
 def add_positions(work: Work, acc: Any, others: tuple[Any, Any]) -> Any:
@@ -106,12 +106,12 @@ def add_positions(work: Work, acc: Any, others: tuple[Any, Any]) -> Any:
     )
 
     def skip(index, _):
-        # Waits, as leaving a slot before it is full would count for its previous item.
+        # Waits, as releasing a slot before it is full would count for its previous item.
         for r in range(s.rhs_items + 1):
             item = s.first_item(index) + r
             full = work.smem.has_rhs if r < s.rhs_items else work.smem.has_values
             plgpu.barrier_wait(full.at[work.ring.slot(item)])
-            work.ring.leave(item)
+            work.ring.release(item)
 
     def add(index, d, *, is_diagonal=False):
         P = _weights(work, own, s.first_item(index), is_diagonal=is_diagonal)
@@ -121,13 +121,13 @@ def add_positions(work: Work, acc: Any, others: tuple[Any, Any]) -> Any:
         plgpu.barrier_wait(work.smem.has_values.at[slot])
         values = [work.smem.ring.at[slot, j] for j in range(s.blocks)]
         _multiply(work, _blocks_of(work, acc), P.astype(jnp.bfloat16), values)
-        work.ring.leave(item)
+        work.ring.release(item)
         return d
 
     d = zeros_by_row() if s.normalize else None
-    # The block of the own positions is apart: only there the order of positions matters, and a
-    # mask in the loop would take registers. A program ends, or begins if later, with blocks that
-    # some of its groups do not see.
+    # The block of the own positions is apart: the order of positions matters in it only, and a mask
+    # in the loop would take registers. A program ends, or begins if later, with blocks that some of
+    # its groups do not see.
     if s.later:
         lax.fori_loop(0, group, skip, None)
         return lax.fori_loop(group + 1, count, add, add(group, d, is_diagonal=True))
@@ -142,7 +142,7 @@ def _weights(work: Work, own: QueryGates, item: Any, *, is_diagonal: bool) -> An
     s, smem, ring = work.sizes, work.smem, work.ring
 
     def product(P):
-        # Loops, as otherwise the addresses of all blocks of lhs would be kept in registers.
+        # Loops, as unrolled code would store the addresses of all blocks of lhs in registers.
         @pl.loop(0, s.rhs_items)
         def _(r):
             slot = ring.slot(item + r)
@@ -154,7 +154,7 @@ def _weights(work: Work, own: QueryGates, item: Any, *, is_diagonal: bool) -> An
                 plgpu.wgmma(P, work.lhs.at[r * s.inner + i], rhs)
 
             plgpu.wgmma_wait(0)
-            pl.when(r < s.rhs_items - 1)(lambda: ring.leave(item + r))
+            pl.when(r < s.rhs_items - 1)(lambda: ring.release(item + r))
 
         return P[...]
 
@@ -162,7 +162,7 @@ def _weights(work: Work, own: QueryGates, item: Any, *, is_diagonal: bool) -> An
     last = item + s.rhs_items - 1
     P = _gated(s, P, own, smem.columns.at[ring.slot(last)], is_diagonal=is_diagonal)
     plgpu.commit_smem()  # orders loads of columns before the next copy to the slot
-    ring.leave(last)
+    ring.release(last)
     return P
 
 

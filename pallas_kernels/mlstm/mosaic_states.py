@@ -94,7 +94,7 @@ class Gmem(NamedTuple):
     n_out: Any  # B H N 1 K
     C_last: Any  # B H K V, float32: the state after the last chunk in order
     n_last: Any  # B H 1 K
-    scaling: Any  # B H N V/width K: row sums of dC * C_starts; written if reversed
+    scaling: Any  # B H N V/width K: sums of dC * C_starts over V; written if reversed
 
 
 def _states_body(s: Sizes, *refs: Any) -> None:
@@ -134,7 +134,7 @@ class Work(NamedTuple):
     smem: Smem
     b: Any
     h: Any
-    k: Any  # its rows
+    k: Any  # its block of K
     v: Any  # first block of columns of the program
     group: Any
 
@@ -191,7 +191,7 @@ def _multiply(s: Sizes, x: Gmem, smem: Smem, group: Any) -> None:
 def _store(work: Work, C: list[Any], chunk: Any) -> None:
     """Starts to copy C before a chunk to global memory."""
     stage = work.smem.stage.at[work.group]
-    plgpu.wait_smem_to_gmem(0)  # the copy of the chunk before has ended
+    plgpu.wait_smem_to_gmem(0)  # the copy of the previous chunk has ended
     for j, block in enumerate(C):
         stage[j] = block.astype(jnp.bfloat16)
     plgpu.commit_smem()
@@ -224,13 +224,13 @@ def _add_chunk(work: Work, index: Any, *accumulators: Any) -> list[Any]:
             plgpu.wgmma(column, smem.lhs.at[slot, group].transpose((1, 0)), split)
 
         plgpu.wgmma_wait(0)
-        ring.leave(step)
+        ring.release(step)
 
     return [accumulator[...] for accumulator in accumulators]
 
 
 def _sum_scaling(work: Work, dC: list[Any], chunk: Any) -> None:
-    """Row sums of dC * C at the start of a chunk."""
+    """Sums of dC * C over V at the start of a chunk."""
     staged, stage = work.smem.staged.at[work.group], work.smem.stage.at[work.group]
     plgpu.wait_smem_to_gmem(0)
     for j, source in enumerate(work.part(work.x.C_starts, chunk)):

@@ -9,7 +9,7 @@ from pallas_kernels.hardware import ARCHITECTURES
 from pallas_kernels.mlstm.chunks import chunk_length
 
 BLOCK = 64
-"""Side of the blocks that all tiles are made of: 64 bfloat16 are a row of shared memory."""
+"""Side of the blocks that all tiles are made of: 64 bfloat16 are a line of shared memory."""
 
 _BLOCK_BYTES = BLOCK * BLOCK * 2
 _SLOT_BYTES = 2 * 1024
@@ -60,10 +60,10 @@ def choose(K: int, V: int, dtype: jnp.dtype, T: int, chunk_size: int | None) -> 
         raise ValueError(f"mlstm: {reason}.")
     K, V = common.round_up(K, BLOCK), common.round_up(V, BLOCK)
     chunk = chunk_length(K, V, T, chunk_size, BLOCK)
-    rows, columns = (_divisor(size // BLOCK, 2) for size in (K, V))
+    groups, blocks = (_divisor(size // BLOCK, 2) for size in (K, V))
     to_v, to_k = _outputs(K, V, chunk), _outputs(V, K, chunk)
     assert to_v is not None and to_k is not None  # otherwise `refusal` gives a reason
-    return Tile(chunk, States(rows, columns, 4), to_v, to_k)
+    return Tile(chunk, States(groups, blocks, 4), to_v, to_k)
 
 
 def refusal(K: int, V: int, dtype: jnp.dtype, chunk_size: int | None = None) -> str | None:

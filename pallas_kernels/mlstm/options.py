@@ -13,7 +13,7 @@ class Kernels(NamedTuple):
     """The kernels of one backend; TPU and GPU kernels have the same contract.
 
     Args:
-        gates: log gates `B T H`, in float32, padded to whole chunks.
+        gates: log gates `B T H`, in float32, padded to full chunks.
         m_first: `B H`, stabilizer before the first step.
         K: width of a head before padding.
         m_starts: `B H N`, stabilizers before the chunks, from `pack_forward`.

@@ -1,7 +1,7 @@
 """The gates of the mLSTM as the kernels read them, and the cotangents of the gates from their sums.
 
 In plain `jnp`, for TPUs and Mosaic GPU; `triton_gates` computes the same in Triton kernels. Gates
-are `B T H`, padded to whole chunks, or `B H N L` in chunks.
+are `B T H`, padded to full chunks, or `B H N L` in chunks.
 
 Source: arXiv:2405.04517, appendix; arXiv:2503.14376, section 3.
 """

@@ -153,7 +153,7 @@ def _normalizer_cotangent(
 ) -> tuple[jax.Array, jax.Array]:
     """Cotangent of each query's normalizer, times the normalizer: as `L 1` and as `1 L`."""
     assert x.h is not None
-    dh, h = (ref[0, strip, heads.columns(head)].astype(jnp.float32) for ref in (x.dh, x.h))
+    dh, h = (ref[0, strip, heads.v_lanes(head)].astype(jnp.float32) for ref in (x.dh, x.h))
     sign = x.sublane_gates(head, strip)[:, packing.NORMALIZER : packing.NORMALIZER + 1]
     dnorm = sign * jnp.sum(options.fold_lanes(dh * h), axis=1, keepdims=True)
     return dnorm, to_lanes(dnorm)
@@ -170,7 +170,7 @@ def _key_grads(
     dS_tiles: dict,
 ):
     """dk and dv of one strip of keys; stores the tiles of dS in `dS_tiles`."""
-    columns = heads.columns(head)
+    columns = heads.v_lanes(head)
     k, v = heads.only(x.k[0, keys], head), x.v[0, keys, columns]
     key_gates = x.sublane_gates(head, keys)
     P, dS = [], []
@@ -208,7 +208,7 @@ def _query_grads(
     dS_tiles: dict,
 ):
     """dq of one strip of queries."""
-    q, dh = heads.only(x.q[0, queries], head), x.dh[0, queries, heads.columns(head)]
+    q, dh = heads.only(x.q[0, queries], head), x.dh[0, queries, heads.v_lanes(head)]
     read = x.sublane_gates(head, queries)[:, packing.READ : packing.READ + 1]
     dS = [tile for (start, _), tile in dS_tiles.items() if start == queries.start]
     through_state = product(dh, x.C_starts[0, 0, index].astype(dh.dtype), (1, 1))
@@ -232,14 +232,14 @@ def _update(options: Options, heads: Heads, x: _Refs, index: int, chunk: slice, 
         added = weighted_sum(concatenate(weights, 0), q)
         dn = dn + heads.join([added[head : head + 1] for head in heads.indices])
     x.dn[0, 0] = dn
-    q_rows = q.T.astype(jnp.float32)
+    q_transposed = q.T.astype(jnp.float32)
     for head in heads.indices:
-        rows = heads.rows(head)
-        weighted = (q_rows[rows] * reads[head]).astype(q.dtype)
-        added = product(weighted, x.dh[0, chunk, heads.columns(head)])
-        dC = decays[head] * x.dC[0, 0, rows] + added
-        x.dC[0, 0, rows] = dC
-        scaling = dC * x.C_starts[0, 0, index, rows].astype(jnp.float32)
+        own = heads.qk_lanes(head)
+        weighted = (q_transposed[own] * reads[head]).astype(q.dtype)
+        added = product(weighted, x.dh[0, chunk, heads.v_lanes(head)])
+        dC = decays[head] * x.dC[0, 0, own] + added
+        x.dC[0, 0, own] = dC
+        scaling = dC * x.C_starts[0, 0, index, own].astype(jnp.float32)
         scaling = jnp.sum(options.fold_lanes(scaling), axis=0, keepdims=True)
         in_lanes = heads.only(dn * x.n_starts[0, 0, index], head)
         scaling = scaling + options.fold_lanes(in_lanes)

@@ -167,13 +167,13 @@ def _fill_with_zeros(C: jax.Ref) -> None:
 
     @pl.loop(0, K // size)
     def _(index):
-        rows = pl.ds(pl.multiple_of(index * size, size), size)
-        C[0, 0, rows] = jnp.zeros((size, V), jnp.float32)
+        block = pl.ds(pl.multiple_of(index * size, size), size)
+        C[0, 0, block] = jnp.zeros((size, V), jnp.float32)
 
 
 def _outputs(options: Options, heads: Heads, x: _Refs, head: int, chunk: slice):
     """h of one head and chunk, from its keys and values and the state at its start."""
-    columns, C, n = heads.columns(head), x.C[0, 0].astype(x.v.dtype), x.n[0, 0]
+    columns, C, n = heads.v_lanes(head), x.C[0, 0].astype(x.v.dtype), x.n[0, 0]
     strips = options.strips(chunk)
     for strip in strips:
         query_gates = x.packed[0, head, :, strip].T
@@ -211,12 +211,12 @@ def _update(heads: Heads, x: _Refs, chunk: slice):
     added = weighted_sum(concatenate(writes, 0), k)
     n = [decay * x.n[0, 0] + added[head : head + 1] for head, decay in enumerate(decays)]
     x.n[0, 0] = heads.join(n)
-    k_rows = k.T.astype(jnp.float32)
+    k_transposed = k.T.astype(jnp.float32)
     for head in heads.indices:
-        rows = heads.rows(head)
-        weighted = (k_rows[rows] * writes[head]).astype(x.v.dtype)
-        added = product(weighted, x.v[0, chunk, heads.columns(head)])
-        x.C[0, 0, rows] = decays[head] * x.C[0, 0, rows] + added
+        own = heads.qk_lanes(head)
+        weighted = (k_transposed[own] * writes[head]).astype(x.v.dtype)
+        added = product(weighted, x.v[0, chunk, heads.v_lanes(head)])
+        x.C[0, 0, own] = decays[head] * x.C[0, 0, own] + added
 
 
 def log_weights(options: Options, sublane_gates, lane_gates, *, on_diagonal: bool, upper: bool):

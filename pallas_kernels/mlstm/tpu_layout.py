@@ -45,11 +45,11 @@ class Heads(NamedTuple):
         """Index of each head within a block."""
         return range(self.num)
 
-    def rows(self, head: int) -> slice:
-        """Rows of C of one head, which are also its lanes of q, k and n."""
+    def qk_lanes(self, head: int) -> slice:
+        """Lanes of q, k and n of one head, which are also its rows of C."""
         return slice(head * self.K, (head + 1) * self.K)
 
-    def columns(self, head: int) -> slice:
+    def v_lanes(self, head: int) -> slice:
         """Lanes of v and h of one head."""
         return slice(head * self.V, (head + 1) * self.V)
 
@@ -58,8 +58,8 @@ class Heads(NamedTuple):
         if self.num == 1:
             return x
         lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-        rows = self.rows(head)
-        return jnp.where((lane >= rows.start) & (lane < rows.stop), x, jnp.zeros_like(x))
+        lanes = self.qk_lanes(head)
+        return jnp.where((lane >= lanes.start) & (lane < lanes.stop), x, jnp.zeros_like(x))
 
     def join(self, parts: list[jax.Array]) -> jax.Array:
         """`L GK` with the lanes of each head from its own array `L GK`."""
@@ -77,7 +77,7 @@ class Heads(NamedTuple):
     def _from(self, head: int, x: jax.Array, earlier: jax.Array) -> jax.Array:
         """The lanes of `earlier` below those of a head, the others of x."""
         lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-        return jnp.where(lane >= self.rows(head).start, x, earlier)
+        return jnp.where(lane >= self.qk_lanes(head).start, x, earlier)
 
 
 def num_sharing(K: int, lanes: int) -> int:

@@ -181,7 +181,7 @@ def _decays(
 
 @triton.jit
 @no_type_check
-def _row_sums(
+def _inner_products(
     x, y, H: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BL: tl.constexpr, BV: tl.constexpr
 ):
     """Sums of x * y, `B T HV`, over the values of the program's head, for its chunk."""
@@ -278,7 +278,7 @@ def pack(
             query, read = query - tl.log(norm), read / norm
             # |q n| enters the normalizer, and the normalizer divides h.
             sign = tl.where(q_n > 0, -1.0, 1.0)
-            dnorm = sign * _row_sums(h, dh, H, V, L, BL, BV)
+            dnorm = sign * _inner_products(h, dh, H, V, L, BL, BV)
             normalizer = tl.where(tl.abs(q_n) > bound, dnorm, 0.0)
 
     packed += head * 8 * N * L + chunk * L + t

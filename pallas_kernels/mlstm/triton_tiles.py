@@ -116,6 +116,6 @@ def outputs(inner: int, result: int, dtype: jnp.dtype, chip: str) -> Outputs:
         # Two warp groups: Triton gives each of them columns of the products of positions. It would
         # have both compute all of them if the left operand were loaded over its full width.
         block = max(divisor(inner, min(128, inner // 2)), 16)
-        stages = 2 if columns > 256 else 3  # a third one takes more instructions there
+        stages = 2 if columns > 256 else 3  # a third one takes more instructions
         return Outputs(POSITIONS, 64, block, divisor(inner, 64), columns, 8, stages)
     return Outputs(POSITIONS, others, block, divisor(inner, 64), columns, 4 if small else 8, 2)

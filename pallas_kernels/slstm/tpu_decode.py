@@ -53,7 +53,7 @@ def step(
 def _body(x, r, b, *refs, forget_gate, flagged):
     flags, refs = (refs[0], refs[1:]) if flagged else (None, refs)
     old_refs, new_refs = refs[:4], refs[4:]
-    # Blocks of the state contain all heads and stay in VMEM for the whole grid.
+    # Blocks of the state contain all heads and stay in VMEM for the full grid.
     head = pl.program_id(0)
     K = r.shape[1]
     state = [ref[:, head] for ref in old_refs]

@@ -136,7 +136,7 @@ def widest(dtype: jnp.dtype, budget: int) -> int:
 def blocks(B: int, T: int, H: int, K: int, dtype: jnp.dtype, budget: int) -> Blocks | None:
     """The blocks of a call, or None if one step of one head and `SUBLANES` sequences exceeds VMEM.
 
-    Prefers many heads per program, but leaves at least two programs if there are two heads: a chip
+    Prefers many heads per program, but leaves at least two programs for two or more heads: a chip
     with two cores (v4, v5p) splits the programs between them.
     """
     min_steps = min(T, MAX_STEPS // 4)

@@ -27,7 +27,7 @@ def compiled_step(target, dtype, donate=None):
 
     program = compiler.compile_for(target, step, prepared, first, state, donate=donate)
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(prepared))
-    table = prepared["params"]["token_embedding"]["embedding"]  # one row is read
+    table = prepared["params"]["token_embedding"]["embedding"]  # one embedding is read
     weights -= table.size * table.dtype.itemsize
     states = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return Program(str(program.as_text())), weights + 2 * states

@@ -61,8 +61,8 @@ def test_products_are_awaited_and_their_operands_fenced(K, V):
     ],
     ids=["wait", "fence"],
 )
-def test_a_missing_instruction_is_found(instruction, find):
-    """Of every kernel at least one; some are repeated before anything depends on them."""
+def test_a_missing_instruction_is_detected(instruction, find):
+    """At least one in every kernel; some are repeated before anything depends on them."""
     for kernel in kernels(256, 512):
         lines = re.finditer(rf".*{instruction}.*\n", kernel.ptx)
         broken = [kernel.ptx[: line.start()] + kernel.ptx[line.end() :] for line in lines]

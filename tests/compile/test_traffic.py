@@ -72,9 +72,9 @@ def _training(call):
 @pytest.mark.parametrize("part", ["forward", "gradient", "training"])
 @pytest.mark.parametrize("K,V", [(K, V), (64, 128)])
 def test_aligned_sizes_are_not_copied(part, K, V):
-    """Neither queries, keys, values, h and the state, nor their cotangents.
+    """Queries, keys, values, h, the state, and their cotangents.
 
-    Two heads of K = 64 share a tile. Without a state there are no zeros of its size either.
+    Two heads of K = 64 share a tile. Without a state, no zeros of its size are copied either.
     """
     call, args = calls.mlstm(T, K, V)
     if part == "training":

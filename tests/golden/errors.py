@@ -15,7 +15,7 @@ COLUMNS = [(p, k) for p in ("float32", "float64") for k in ("values", "gradients
 
 
 def main(path: pathlib.Path) -> None:
-    """Prints one table row per file."""
+    """Prints one line of a Markdown table per file."""
     worst: dict[str, dict[tuple[str, str], float]] = collections.defaultdict(dict)
     for line in path.read_text().splitlines():
         name, precision, kind, error = json.loads(line)

@@ -1,4 +1,4 @@
-"""What is read from the assembly of GPU kernels, on small pieces of it."""
+"""Parsers of the assembly of GPU kernels, on small examples."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_loops_have_their_own_instructions_and_cycles():
     assert [tuple(loop) for loop in sass.loops(text)] == [(0, 2, 0.0), (1, 5, 32.0), (2, 21, 0.0)]
 
 
-def test_loops_that_only_wait_are_no_loops():
+def test_loops_that_only_wait_are_not_loops():
     text = code(".L_x_1", "SYNCS.PHASECHK P0 ;", "@!P0 BRA `(.L_x_1) ;", "EXIT ;")
     assert [tuple(loop) for loop in sass.loops(text)] == [(0, 3, 0.0)]
 
@@ -54,7 +54,7 @@ def kernel(store="st.shared.b32 [%r1], %r2;", fence="fence.proxy.async;", wait=N
     return KERNEL.format(store=store, fence=fence, wait=wait)
 
 
-def test_missing_wait_and_fence_are_found_on_every_path():
+def test_missing_wait_and_fence_are_detected_on_every_path():
     assert mosaic.unawaited_products(kernel()) == mosaic.unfenced_products(kernel()) == []
     assert mosaic.unawaited_products(kernel(wait="")) == [
         "mbarrier.arrive.release.cta.shared::cta.b64 _, [%r1], 1;"
@@ -72,7 +72,7 @@ def test_counts_of_mosaic_kernels_are_those_of_their_products():
     assert counts["dq"].tensor == 8 * 4 * 128 + 2.5 * (8 + 4) * 128
 
 
-def test_loops_with_parts_out_of_line_are_found():
+def test_loops_with_parts_out_of_line_are_detected():
     """A wait whose code follows the exit jumps back into its loop."""
     body = [".L_x_1", *["FADD R1, R2, R3 ;"] * 20, "@!P1 BRA `(.L_x_2) ;", ".L_x_3", "NOP ;"]
     wait = [".L_x_2", "SYNCS.PHASECHK P1 ;", "@!P1 BRA `(.L_x_2) ;", "BRA `(.L_x_3) ;"]

@@ -65,7 +65,7 @@ def num_programs(call) -> int:
     + [(256, 64, 128, "float32"), (256, 64, 128, "bfloat16"), (128, 32, 128, "bfloat16")],
 )
 def test_cost_estimates_match_counted_operations(chunk_size, K, V, dtype, state):
-    """Within 2 %: the estimates omit sums over single rows. Narrow heads share a tile of lanes."""
+    """Within 2 %: the estimates omit sums over one vector. Narrow heads share a tile of lanes."""
     case = mlstm_cases.STATES[state](make_case(B=2, T=1024, H=4, K=K, V=V))
     case = jax.tree.map(jnp.asarray, in_bfloat16(case, dtype))
     function = functools.partial(run, chunk_size=chunk_size)

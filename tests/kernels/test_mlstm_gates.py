@@ -196,7 +196,7 @@ def test_gradient_of_the_final_m_follows_the_maximum(rng, flags, shift):
     raw = raw._replace(m=raw.m + np.float32(shift), f=raw.f + np.float32(2))
     if flags:
         raw.reset[1] = False
-        # A path that ends at a reset: the gradient reaches the forget gate there and stops.
+        # A path that ends at a reset: the gradient reaches its forget gate and stops.
         raw.i[0, 20:] -= 50
         raw.reset[0, 20:], raw.mask[0, 20] = False, True
         raw.reset[0, 20] = True

@@ -16,7 +16,7 @@ from tests.ops.subjects import implementations
 
 REFUSAL = implementations("mlstm")["triton"]
 pytestmark = [
-    pytest.mark.slow,  # interpreted; tests/ops has the gradients of the whole op
+    pytest.mark.slow,  # interpreted; tests/ops has the gradients of the op
     pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL)),
 ]
 
@@ -78,7 +78,7 @@ def close(actual, expected, atol=1e-4):
 
 
 def assert_packed_match(actual, expected, atol=1e-4):
-    """Log weights of pairs and all other rows are equal; the split of a log weight may differ."""
+    """Log weights of pairs and all other gates are equal; the split of a log weight may differ."""
     actual, expected = (
         packing.PackedGates(*np.moveaxis(np.asarray(x, np.float64), 2, 0))
         for x in (actual, expected)

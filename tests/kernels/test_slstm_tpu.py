@@ -294,7 +294,7 @@ def test_blocks_fit_vmem_and_cover_the_call(B, K):
 
 @pytest.mark.parametrize("interpreter", STRICT.values(), ids=STRICT)
 @pytest.mark.parametrize("T", [1, 9])
-def test_no_uninitialized_memory_is_read_and_there_are_no_races(interpreter, T, capfd):
+def test_no_uninitialized_memory_is_read_and_no_race_occurs(interpreter, T, capfd):
     case = make_case(T=T, flags=True)
     assert_results_match(kernel(case, interpreter=interpreter, vmem=SMALL_VMEM), reference(case))
     with common.interpreted(interpreter, lanes=LANES):

@@ -74,7 +74,7 @@ def shared_buffers() -> Iterator[None]:
 
 
 class _SharingKernel(NamedTuple):
-    """A kernel that is passed the buffer of a result in place of an operand, from the last on."""
+    """A kernel that gets buffers of results as operands, from the last one on."""
 
     kernel: Any
     num_operands: int

@@ -139,7 +139,7 @@ KERNELS = (
     ),
     Mutation(
         "pallas_kernels/mlstm/tpu_layout.py",
-        "jnp.where((lane >= rows.start) & (lane < rows.stop), x, jnp.zeros_like(x))\n",
+        "jnp.where((lane >= lanes.start) & (lane < lanes.stop), x, jnp.zeros_like(x))\n",
         "x\n",
         "tests/kernels/test_mlstm_tpu_layout.py",
     ),

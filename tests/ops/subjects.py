@@ -103,7 +103,7 @@ QUICK = tuple(variant for variant in XLSTM if variant != "mlstm_exp")
 
 
 def implementations(op: str) -> dict[str, str | None]:
-    """As `ops.implementations`, with interpreted kernels unless there is a device."""
+    """As `ops.implementations`, with interpreted kernels unless a device is given."""
     with interpreted():
         return ops.implementations(op)
 

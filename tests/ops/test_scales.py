@@ -168,7 +168,7 @@ def test_results_do_not_depend_on_the_log_scale_of_the_initial_state(subject, sh
 
 
 def _shift(state, c):
-    """The equivalent state with m + c in place of m."""
+    """The equivalent state with m + c instead of m."""
     leaves = {
         name: leaf * _scale_of(leaf, c)
         for name, leaf in state._asdict().items()

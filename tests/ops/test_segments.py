@@ -250,8 +250,8 @@ def test_segments_support_transformations(name):
     for implementation in (name_of("chunkwise", 7), "chunkwise"):
         evaluate = value_and_gradient(WRAPPERS[name], implementation)
         results.append(quick.jit(jax.vmap(evaluate) if name == "vmap" else evaluate)(*args))
-    split, whole = results
-    for actual, expected in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
+    split, unsplit = results
+    for actual, expected in zip(jax.tree.leaves(split), jax.tree.leaves(unsplit), strict=True):
         largest = float(jnp.abs(expected).max())
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * largest)
 

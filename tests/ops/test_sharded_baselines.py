@@ -63,8 +63,8 @@ def test_heads_that_share_keys_are_on_one_device(groups, tensor):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_program_calls_a_library_that_waits_for_threads(variant):
-    """Such as BLAS, by JAX's triangular solve: devices of a CPU that wait for each other in a
-    collective may have all threads, so that a step on a mesh never ends."""
+    """JAX's triangular solve would call BLAS. CPU devices that wait for each other in a collective
+    may occupy all threads, so that a step on a mesh deadlocks."""
     case = with_flags(make_case(variant, T), num_masked=3)
     call = runs.program(Subject(variant, "auto"))
 

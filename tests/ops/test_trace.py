@@ -36,14 +36,14 @@ def _steps(step, state):
 
     @quick.jit
     def run(state):
-        rows = []
+        steps = []
         for t in range(T):
             reset, mask = RESET[:, t] & MASK[:, t], MASK[:, t]
             before = jax.tree.map(lambda s, r=reset: _select(r, jnp.zeros_like(s), s), state)
             new, values = step(before, t)
             state = jax.tree.map(lambda a, b, m=mask: _select(m, a, b), new, state)
-            rows.append([_select(mask, value, jnp.zeros_like(value)) for value in values])
-        return list(zip(*rows, strict=True))
+            steps.append([_select(mask, value, jnp.zeros_like(value)) for value in values])
+        return list(zip(*steps, strict=True))
 
     return run(state)
 
@@ -100,9 +100,9 @@ def test_trace_of_slstm_equals_that_of_the_cell(forget_gate, rng):
         total = total + (gates[1] if forget_gate == "exp" else jax.nn.log_sigmoid(gates[1]))
         return (state, total), (*gates, total, state.m, state.n)
 
-    rows = _steps(step, (state, jnp.zeros((B, H, K))))
+    values = _steps(step, (state, jnp.zeros((B, H, K))))
     options = dict(reset=RESET, mask=MASK, forget_gate=forget_gate)
     trace = quick.jit(lambda *x: slstm_trace(*x, **options))(x, r, b, state)
     names = ["i", "f", "z", "o", "log_f_sum", "m", "normalizer"]
     assert set(trace) == set(names)
-    _assert_equal(trace, dict(zip(names, rows, strict=True)))
+    _assert_equal(trace, dict(zip(names, values, strict=True)))

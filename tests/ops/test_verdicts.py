@@ -1,4 +1,4 @@
-"""`xlstm-jax check` finds wrong implementations, and "auto" never takes one that failed."""
+"""`xlstm-jax check` detects wrong implementations, and "auto" never selects one that failed."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def small(monkeypatch):
 
 
 def chosen(implementation="auto") -> str:
-    """The implementation that a small call takes."""
+    """The implementation that "auto" selects for a small call."""
     call = dispatch.Call(1, 24, 1, 4, 6, jnp.dtype("float32"), "cpu")
     entry = dispatch.choose("mlstm", IMPLEMENTATIONS, implementation, call)
     return next(name for name, value in IMPLEMENTATIONS.items() if value is entry)
@@ -49,7 +49,7 @@ def replace(monkeypatch, name, fn):
     monkeypatch.setitem(IMPLEMENTATIONS, name, entry)
 
 
-def test_right_implementations_pass_and_are_remembered(folder, small, unchecked_types, capsys):
+def test_correct_implementations_pass_and_are_recorded(folder, small, unchecked_types, capsys):
     assert command.run([]) == DONE
     assert "chunkwise" in capsys.readouterr().out
     stored = json.loads((folder / verdicts.FILE).read_text())
@@ -62,13 +62,13 @@ def test_right_implementations_pass_and_are_remembered(folder, small, unchecked_
 
 
 @pytest.mark.parametrize("wrong", ["h", "state", "NaN", "error"])
-def test_wrong_implementation_fails_and_auto_does_not_take_it(
+def test_wrong_implementation_fails_and_auto_does_not_select_it(
     folder, small, monkeypatch, unchecked_types, capsys, wrong
 ):
-    right = IMPLEMENTATIONS["chunkwise"].fn
+    correct = IMPLEMENTATIONS["chunkwise"].fn
 
     def compute(*args):
-        h, state = right(*args)
+        h, state = correct(*args)
         if wrong == "error":
             raise RuntimeError("no such instruction")
         if wrong == "state":
@@ -79,7 +79,7 @@ def test_wrong_implementation_fails_and_auto_does_not_take_it(
     replace(monkeypatch, "chunkwise", compute)
     assert command.run([]) == MACHINE_FAILED
     assert "failed" in capsys.readouterr().out
-    replace(monkeypatch, "chunkwise", right)
+    replace(monkeypatch, "chunkwise", correct)
     assert chosen() == "parallel"
     reason = verdicts.refusal("mlstm", "chunkwise")
     assert reason is not None and "failed `xlstm-jax check` on this device (1 x 24" in reason
@@ -87,7 +87,7 @@ def test_wrong_implementation_fails_and_auto_does_not_take_it(
     assert chosen("chunkwise") == "chunkwise"
 
 
-def test_other_versions_are_not_judged(folder, monkeypatch):
+def test_verdicts_do_not_apply_to_other_versions(folder, monkeypatch):
     verdicts.record({"mlstm": {"chunkwise": FAILED}})
     assert verdicts.refusal("mlstm", "chunkwise") is not None
     known = verdicts.describe()
@@ -98,15 +98,15 @@ def test_other_versions_are_not_judged(folder, monkeypatch):
     assert len(json.loads((folder / verdicts.FILE).read_text())) == 2
 
 
-def test_target_of_a_compilation_is_not_judged(folder):
+def test_verdicts_do_not_apply_to_a_target_of_ahead_of_time_compilation(folder):
     verdicts.record({"mlstm": {"triton": FAILED, "mosaic_gpu": PASSED | {"fastest": True}}})
     with common.compiled_for("sm_90"):
         assert verdicts.refusal("mlstm", "triton") is None
         assert verdicts.refusal("mlstm", "mosaic_gpu") is not None
 
 
-def test_mosaic_gpu_is_taken_only_if_it_was_fastest(folder):
-    assert "has found it right, and faster than 'triton'" in (
+def test_auto_selects_mosaic_gpu_only_if_it_was_fastest(folder):
+    assert "passed `xlstm-jax check` and is faster than 'triton'" in (
         verdicts.refusal("mlstm", "mosaic_gpu") or ""
     )
     verdicts.record({"mlstm": {"mosaic_gpu": PASSED}})
@@ -122,18 +122,18 @@ def test_fastest_is_the_one_that_is_faster_in_every_workload():
         for name, times in {"a": (1.0, 1.0), "b": (2.0, 2.0), "c": (0.5, 3.0)}.items()
         for workload, time in zip((SMALL, other), times, strict=True)
     ]
-    found = device_check.verdicts(outcomes)["mlstm"]
-    assert {name: x["fastest"] for name, x in found.items()} == {"a": False, "b": False, "c": False}
-    found = device_check.verdicts([one for one in outcomes if one.implementation != "c"])["mlstm"]
-    assert found["a"]["fastest"] and not found["b"]["fastest"]
-    # One that is wrong is not compared.
+    result = device_check.verdicts(outcomes)["mlstm"]
+    assert {name: x["fastest"] for name, x in result.items()} == dict.fromkeys("abc", False)
+    result = device_check.verdicts([one for one in outcomes if one.implementation != "c"])["mlstm"]
+    assert result["a"]["fastest"] and not result["b"]["fastest"]
+    # A wrong implementation is not compared.
     wrong = [one._replace(error=1.0) if one.implementation == "c" else one for one in outcomes]
-    found = device_check.verdicts(wrong)["mlstm"]
-    assert found["a"]["fastest"] and not found["c"]["passed"]
+    result = device_check.verdicts(wrong)["mlstm"]
+    assert result["a"]["fastest"] and not result["c"]["passed"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
-def test_damaged_file_is_as_none(folder, text):
+def test_corrupt_file_is_ignored(folder, text):
     folder.mkdir()
     (folder / verdicts.FILE).write_text(text)
     assert verdicts.refusal("mlstm", "chunkwise") is None
@@ -148,11 +148,11 @@ def test_json_has_device_and_outcomes(folder, small, unchecked_types, capsys):
     assert not folder.exists()
 
 
-def test_every_platform_has_padded_and_whole_tiles_in_both_dtypes():
+def test_every_platform_has_padded_and_full_tiles_in_both_dtypes():
     for platform in ("cpu", "gpu", "tpu"):
-        found = device_check.workloads(platform)
+        workloads = device_check.workloads(platform)
         for op in ("mlstm", "slstm"):
-            mine = [one for one in found if one.op == op]
+            mine = [one for one in workloads if one.op == op]
             assert {one.dtype for one in mine} == {"float32", "bfloat16"}
             assert any(one.K % 64 for one in mine) and any(one.K % 64 == 0 for one in mine)
 

@@ -3,12 +3,12 @@
 import jax
 import pytest
 
-from tests.transformations import rows
+from tests.transformations import cases
 
 
 @pytest.fixture
-def row(request) -> rows.Row:
-    """A row of the table, by its name; float64 is enabled unless it is a kernel."""
-    row = rows.BY_NAME[request.param]
-    with jax.enable_x64(not row.is_kernel):
-        yield row
+def case(request) -> cases.Case:
+    """A case by its name; float64 is enabled unless it is a kernel."""
+    case = cases.BY_NAME[request.param]
+    with jax.enable_x64(not case.is_kernel):
+        yield case

@@ -9,13 +9,13 @@ from jax import export
 
 from pallas_kernels import common
 from tests.modules import models
-from tests.transformations.rows import (
+from tests.transformations.cases import (
     BY_NAME,
     B,
-    Row,
+    Case,
     T,
     assert_close,
-    each_row,
+    each_case,
     outputs,
 )
 from xlstm_jax import ops
@@ -26,20 +26,20 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 NEEDS_LENGTH = ("mlstm-chunkwise", "mlstm-parallel")
 
 
-def on_cpu(row: Row) -> bool:
-    return not row.is_kernel
+def on_cpu(case: Case) -> bool:
+    return not case.is_kernel
 
 
-def takes_any_length(row: Row) -> bool:
-    return on_cpu(row) and not row.is_step and row.name not in NEEDS_LENGTH
+def takes_any_length(case: Case) -> bool:
+    return on_cpu(case) and not case.is_step and case.name not in NEEDS_LENGTH
 
 
 @functools.cache
 def exported(name: str, sizes: str = "b") -> export.Exported:
-    """The program of a row in float32 for all platforms; `sizes` are symbolic, "b" or "b, t"."""
-    row = BY_NAME[name]
+    """The program of a case in float32 for all platforms; `sizes` are symbolic, "b" or "b, t"."""
+    case = BY_NAME[name]
     b, *t = export.symbolic_shape(sizes)
-    arguments = row.arguments(dtype="float32")
+    arguments = case.arguments(dtype="float32")
 
     def spec(x, is_timed: bool):
         shape = list(x.shape)
@@ -48,12 +48,12 @@ def exported(name: str, sizes: str = "b") -> export.Exported:
             shape[1] = t[0]
         return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
-    for argument in row.batched:
-        is_timed = not row.is_step and argument != "state"
+    for argument in case.batched:
+        is_timed = not case.is_step and argument != "state"
         arguments[argument] = jax.tree.map(
             functools.partial(spec, is_timed=is_timed), arguments[argument]
         )
-    return export.export(jax.jit(row.run), platforms=PLATFORMS)(arguments)
+    return export.export(jax.jit(case.run), platforms=PLATFORMS)(arguments)
 
 
 def _batch_axis(x) -> int:
@@ -61,10 +61,10 @@ def _batch_axis(x) -> int:
     return 0 if x.shape[0] == B else 1
 
 
-def larger(row: Row, *, longer: bool):
+def larger(case: Case, *, longer: bool):
     """Float32 arguments with twice the batch, or with the batch and twice the length."""
-    first, second = (row.arguments(seed, "float32") for seed in (0, 1))
-    for name in row.batched:
+    first, second = (case.arguments(seed, "float32") for seed in (0, 1))
+    for name in case.batched:
         if longer and name != "state":
             first[name] = jnp.concatenate([first[name], second[name]], axis=1)
         elif not longer:
@@ -74,51 +74,51 @@ def larger(row: Row, *, longer: bool):
     return first
 
 
-@each_row(on_cpu)
-def test_program_with_a_symbolic_batch_equals_the_function(row):
+@each_case(on_cpu)
+def test_program_with_a_symbolic_batch_equals_the_function(case):
     with jax.enable_x64(False):
-        arguments = larger(row, longer=False)
-        actual = exported(row.name).call(arguments)
-        assert_close(actual, outputs(row.name)(arguments), 1e-5)
+        arguments = larger(case, longer=False)
+        actual = exported(case.name).call(arguments)
+        assert_close(actual, outputs(case.name)(arguments), 1e-5)
 
 
-@each_row(takes_any_length, slow=("",))
-def test_program_with_a_symbolic_length_equals_the_function(row):
+@each_case(takes_any_length, slow=("",))
+def test_program_with_a_symbolic_length_equals_the_function(case):
     with jax.enable_x64(False):
-        arguments = larger(row, longer=True)
-        actual = exported(row.name, "b, t").call(arguments)
-        assert_close(actual, outputs(row.name)(arguments), 1e-5)
+        arguments = larger(case, longer=True)
+        actual = exported(case.name, "b, t").call(arguments)
+        assert_close(actual, outputs(case.name)(arguments), 1e-5)
 
 
-@each_row(on_cpu)
-def test_serialized_program_is_the_same(row):
+@each_case(on_cpu)
+def test_serialized_program_is_the_same(case):
     pytest.importorskip("flatbuffers")
     with jax.enable_x64(False):
-        program = exported(row.name)
+        program = exported(case.name)
         restored = export.deserialize(program.serialize())
     assert restored.mlir_module() == program.mlir_module()
     assert str(restored.in_avals) == str(program.in_avals)  # each has its own scope of symbols
 
 
-@each_row(lambda row: row.name in NEEDS_LENGTH, slow=())
-def test_implementation_that_needs_a_length_refuses_a_symbolic_one(row):
-    match = f"{row.implementation}: T=t is symbolic; export one program per sequence length"
+@each_case(lambda case: case.name in NEEDS_LENGTH, slow=())
+def test_implementation_that_needs_a_length_refuses_a_symbolic_one(case):
+    match = f"{case.implementation}: T=t is symbolic; export one program per sequence length"
     with pytest.raises(UnsupportedError, match=match):
-        exported(row.name, "b, t")
+        exported(case.name, "b, t")
 
 
-@each_row(lambda row: row.is_kernel, slow=())
-def test_kernel_refuses_a_symbolic_batch(row):
-    match = f"{row.implementation}: B=b is symbolic; export one program per batch size"
+@each_case(lambda case: case.is_kernel, slow=())
+def test_kernel_refuses_a_symbolic_batch(case):
+    match = f"{case.implementation}: B=b is symbolic; export one program per batch size"
     with pytest.raises(UnsupportedError, match=match):
-        exported(row.name)
+        exported(case.name)
 
 
-@each_row(lambda row: row.implementation == "pallas_tpu", slow=())
-def test_kernel_is_exported_for_tpus(row):
-    op = getattr(ops, row.name.split("-")[0])
-    fn = functools.partial(op, implementation=row.implementation)
-    arguments = row.arguments(dtype="float32")
+@each_case(lambda case: case.implementation == "pallas_tpu", slow=())
+def test_kernel_is_exported_for_tpus(case):
+    op = getattr(ops, case.name.split("-")[0])
+    fn = functools.partial(op, implementation=case.implementation)
+    arguments = case.arguments(dtype="float32")
     with common.compiled_for("v5e"), jax.sharding.use_abstract_mesh(one_chip("TPU v5e")):
         program = export.export(jax.jit(fn), platforms=["tpu"])(**arguments)
     assert program.platforms == ("tpu",)
@@ -157,10 +157,10 @@ def test_a_model_with_caches_is_exported_with_its_state(length):
 
 def test_chunks_of_logits_do_not_depend_on_a_symbolic_batch():
     """By default, the size of a chunk is chosen by the op."""
-    row, (b,) = BY_NAME["cross_entropy"], export.symbolic_shape("b")
-    arguments = row.arguments(dtype="float32")
+    case, (b,) = BY_NAME["cross_entropy"], export.symbolic_shape("b")
+    arguments = case.arguments(dtype="float32")
     shapes = jax.eval_shape(lambda: arguments)
-    for name in row.batched:
+    for name in case.batched:
         shapes[name] = jax.ShapeDtypeStruct((b, *shapes[name].shape[1:]), shapes[name].dtype)
     actual = export.export(jax.jit(ops.cross_entropy))(**shapes).call(**arguments)
     assert_close(actual, jax.jit(ops.cross_entropy)(**arguments), 1e-5)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests import quick
-from tests.transformations.rows import assert_close
+from tests.transformations.cases import assert_close
 from xlstm_jax import ops
 from xlstm_jax.sharding import make_mesh
 

@@ -7,18 +7,23 @@ import re
 
 import pytest
 
-from tests.transformations.rows import ROWS
+from tests.transformations.cases import CASES
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "transformations.md"
 FILES = ("derivatives", "mapping", "programs", "modes")
 
 
 def table(heading: str) -> list[list[str]]:
-    """The cells of the table below a heading, its first row included."""
+    """The cells of the table below a heading, line by line, with its header."""
     section = re.split(rf"^## {heading}$", PAGE.read_text(), flags=re.MULTILINE)[1]
     lines = itertools.takewhile(lambda line: not line.startswith("## "), section.splitlines())
-    rows = [line.strip("|").split("|") for line in lines if line.startswith("|")]
-    return [[cell.strip(" `") for cell in row] for row in rows if "---" not in row[0]]
+    split = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    return [[cell.strip(" `") for cell in line] for line in split if "---" not in line[0]]
+
+
+def by_code(heading: str) -> dict[str, str]:
+    """Code -> test or reason."""
+    return {code: text for code, text, *_ in table(heading)[1:]}
 
 
 def ids_of(function) -> list[str]:
@@ -41,32 +46,34 @@ def collected() -> set[str]:
 
 
 def cells() -> list[tuple[str, str, str]]:
-    """(row, column, content) of every cell."""
-    header, *rows = table("Table")
-    return [(row[0], *cell) for row in rows for cell in zip(header[1:], row[1:], strict=True)]
+    """(function, transformation, code) of every cell."""
+    (_, *transformations), *lines = table("Table")
+    return [
+        (name, *cell) for name, *codes in lines for cell in zip(transformations, codes, strict=True)
+    ]
 
 
-def test_every_function_has_a_row():
-    assert [row[0] for row in table("Table")[1:]] == [row.name for row in ROWS]
+def test_table_lists_every_case():
+    assert [name for name, *_ in table("Table")[1:]] == [case.name for case in CASES]
 
 
 def test_every_cell_names_a_test_or_gives_a_reason():
-    tests, reasons = (dict(row[:2] for row in table(name)[1:]) for name in ("Tests", "Reasons"))
+    tests, reasons = by_code("Tests"), by_code("Reasons")
     ids, root = collected(), PAGE.parents[1]
-    for row, column, content in cells():
-        if content not in reasons:
-            test = tests[content].replace("ROW", row)
-            assert test in ids or (root / test).is_file(), f"{row}, {column}: {test}"
+    for name, transformation, code in cells():
+        if code not in reasons:
+            test = tests[code].replace("NAME", name)
+            assert test in ids or (root / test).is_file(), f"{name}, {transformation}: {test}"
 
 
-def test_every_test_of_a_row_is_in_the_table():
-    tests = dict(row[:2] for row in table("Tests")[1:])
-    named = {tests[cell].replace("ROW", row) for row, _, cell in cells() if cell in tests}
-    rows = "|".join(re.escape(row.name) for row in ROWS)
-    of_rows = {case for case in collected() if re.search(rf"\[({rows})(-float64)?\]$", case)}
-    assert of_rows <= named
+def test_every_test_of_a_case_is_in_the_table():
+    tests = by_code("Tests")
+    listed = {tests[code].replace("NAME", name) for name, _, code in cells() if code in tests}
+    names = "|".join(re.escape(case.name) for case in CASES)
+    of_cases = {test for test in collected() if re.search(rf"\[({names})(-float64)?\]$", test)}
+    assert of_cases <= listed
 
 
-@pytest.mark.parametrize("name", ["Tests", "Reasons"])
-def test_every_code_is_used(name):
-    assert {row[0] for row in table(name)[1:]} <= {content for _, _, content in cells()}
+@pytest.mark.parametrize("heading", ["Tests", "Reasons"])
+def test_every_code_is_used(heading):
+    assert set(by_code(heading)) <= {code for _, _, code in cells()}

@@ -10,7 +10,7 @@ import pytest
 
 from tests import quick
 from tests.modules.models import config, model_and_variables
-from tests.transformations.rows import assert_close
+from tests.transformations.cases import assert_close
 from xlstm_jax.data.batch import Batch
 from xlstm_jax.modules import LM
 from xlstm_jax.train.config import TrainConfig

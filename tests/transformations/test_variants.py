@@ -4,7 +4,7 @@ import chex
 import jax
 from absl.testing import parameterized
 
-from tests.transformations.rows import BY_NAME, assert_close, outputs
+from tests.transformations.cases import BY_NAME, assert_close, outputs
 
 NAMES = (
     "lstm_step",

@@ -145,8 +145,8 @@ def _write(
     cache: Float[Array, "B groups S K"], new: Float[Array, "B groups K"], slot: Int[Array, "B"]
 ) -> Float[Array, "B groups S K"]:
     """The cache with one slot replaced; a slot out of bounds is dropped."""
-    # On CPUs, XLA turns a scatter of one index into an update that it fuses into all readers of the
-    # cache, each of which then copies the cache. Hence one index for every group, and at least two.
+    # On CPUs, XLA fuses a scatter of one index into all readers of the cache, each of which then
+    # copies the cache. Hence one index for every group, and at least two.
     copies = 2 if new.shape[:2] == (1, 1) else 1
     slots = jnp.broadcast_to(slot[:, None, None], (*new.shape[:2], copies))
     new = jnp.repeat(new[:, :, None].astype(cache.dtype), copies, axis=2)

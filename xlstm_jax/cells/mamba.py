@@ -1,6 +1,6 @@
 """Mamba: a selective state space per channel, with a diagonal transition.
 
-Source: Gu & Dao 2023, arXiv:2312.00752, section 3; its names are kept: dt, A, B, C, D.
+Source: Gu & Dao 2023, arXiv:2312.00752, section 3; with its names dt, A, B, C, D.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,6 @@
 """Mamba-2: a state space with one decay per head, whose state is a matrix (SSD).
 
-Source: Dao & Gu 2024, arXiv:2405.21060, sections 5 and 7; its names are kept: dt, A, B, C, D.
+Source: Dao & Gu 2024, arXiv:2405.21060, sections 5 and 7; with its names dt, A, B, C, D.
 """
 
 from typing import NamedTuple

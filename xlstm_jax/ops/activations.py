@@ -2,7 +2,7 @@
 
 Autodiff saves every intermediate result, and memory traffic is what elementwise functions cost. XLA
 merges equal expressions of the forward and backward pass, and of two gradients, and then stores
-them from the forward pass on. So the backward pass writes each sigmoid in another way.
+them from the forward pass on. So the backward pass computes each sigmoid by another expression.
 """
 
 import functools

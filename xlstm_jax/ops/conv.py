@@ -36,7 +36,7 @@ def causal_conv(
         state: the W-1 inputs before the first step, oldest first; None means zeros.
         reset: where True, earlier inputs are zeros for this and all later positions.
         mask: where False, the position is skipped: y is 0, later windows do not include its
-            input, and a reset at it is ignored.
+            input, and its reset is ignored.
 
     Returns y, and the last W-1 inputs, oldest first: the `state` of the next call.
 

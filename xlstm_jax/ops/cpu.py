@@ -63,7 +63,7 @@ def mean(x: Array) -> Array:
 
 
 # XLA's CPU backend fuses the producer of the cotangent into the transposed copy that the kernel's
-# gradient reads, with strided access, and computes it again for the input's gradient. Behind a
+# gradient reads, with strided access, and recomputes it for the input's gradient. Behind a
 # barrier it is computed once, without a copy: the train step of a four-block model of width 256
 # fell from 912 to 750 ms of CPU time (AMD EPYC, 2026-11-22).
 def _matmul(dtype: jnp.dtype, x: Array, kernel: Array):

@@ -60,7 +60,7 @@ class Outcome(NamedTuple):
 
 
 def workloads(platform: str) -> list[Workload]:
-    """Calls that show most mistakes: padded and whole tiles, both dtypes; few, as they compile."""
+    """Calls that show most mistakes: padded and full tiles, both dtypes; few, as they compile."""
     if platform == "cpu":
         sizes = [(1, 200, 2, 24, 40, "float32"), (1, 200, 2, 64, 128, "bfloat16")]
     else:

@@ -132,7 +132,7 @@ def gated_delta_rule(
         beta: share of the stored value that is replaced, from 0 to 1.
         state: before the first step; None is the initial state, zeros.
         reset: where True, the state before this position is replaced by the initial one.
-        mask: where False, the state stays bit-identical and h is 0; a reset there is ignored.
+        mask: where False, the state stays bit-identical, h is 0 and resets are ignored.
         chunk_size: positions per chunk; changes speed only.
         implementation: a name of `ops.implementations("gated_delta_rule")`, or "auto".
 

@@ -1,8 +1,8 @@
-"""Hand-written backward passes that forward mode can use too.
+"""Hand-written backward passes that also support forward-mode differentiation.
 
-`jax.custom_vjp` refuses forward mode, and with it Hessian-vector products by forward over reverse.
-A backward pass is linear in the cotangents, so its transpose is the forward-mode derivative. JAX
-transposes that once more in reverse mode, and gets the backward pass that was written.
+`jax.custom_vjp` does not, so it rules out forward-over-reverse Hessian-vector products. A backward
+pass is linear in the cotangents, so its transpose is the forward-mode derivative. In reverse mode
+JAX transposes that once more, which yields the given backward pass.
 """
 
 import functools
@@ -29,8 +29,8 @@ def with_backward(
             with None for every integer or boolean array. It must be linear in the cotangent, and a
             differentiable function of the residuals, for second derivatives.
         num_static: number of leading arguments that are not arrays.
-        rematerialize: reverse mode saves the residuals, and not what `backward` computes from them
-            alone.
+        rematerialize: reverse mode saves the residuals only, not values that `backward` computes
+            from them.
     """
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=tuple(range(num_static)))

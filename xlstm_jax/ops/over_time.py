@@ -74,7 +74,7 @@ def run(
 
     groups = sizes.get("groups", 1)
     lengths = {axis: sizes[axis] for axis in "BHF" if axis in sizes}
-    if groups > 1:  # each device has whole groups; a single one is replicated
+    if groups > 1:  # groups are not split; a single one is replicated
         lengths["H"] = groups
     words = jax.tree.map(
         lambda words: words.replace("groups", "H") if groups > 1 else words,

@@ -10,7 +10,7 @@ def document_means(
 ) -> Float[Array, "B documents D"]:
     """The mean of x over each of the documents 1, 2, ..., num_documents; 0 for an empty one.
 
-    With one document every position counts whose id is not 0.
+    With one document, every position with an id other than 0 counts.
     """
     if num_documents == 1:
         segment_ids = jnp.minimum(segment_ids, 1)

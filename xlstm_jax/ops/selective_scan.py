@@ -97,7 +97,7 @@ def _chunkwise(inputs: Inputs, state: MambaState, flags: Flags, chunk_size: int 
 
 
 def _compose(first, second):
-    """The affine map h -> decay h + new of two steps in a row."""
+    """The affine map h -> decay h + new of two successive steps."""
     (decay_1, new_1), (decay_2, new_2) = first, second
     return decay_1 * decay_2, decay_2 * new_1 + new_2
 
@@ -143,7 +143,7 @@ def selective_scan(
         D: weight of the skip connection; None: no skip connection.
         state: before the first step; None is the initial state, zeros.
         reset: where True, the state before this position is replaced by the initial one.
-        mask: where False, the state stays bit-identical and y is 0; a reset there is ignored.
+        mask: where False, the state stays bit-identical, y is 0 and resets are ignored.
         chunk_size: positions between states that are saved for the backward pass; speed only.
         implementation: a name of `ops.implementations("selective_scan")`, or "auto".
 

@@ -1,4 +1,4 @@
-"""The recurrence of Mamba over steps in chunks, with a backward pass by hand.
+"""The recurrence of Mamba over steps in chunks, with a hand-written backward pass.
 
 States are `B K F`, with the channels last: sums over the K numbers of a channel then add vectors.
 Value and gradients of 4 x 512 steps with F = 512 and K = 16 take 46 ms instead of 100 ms by
@@ -24,8 +24,8 @@ class Steps(NamedTuple):
     C: Float[Array, "N L B K"]
 
 
-def _kept(has_reset, A, h, dt, reset) -> Float[Array, "B K F"]:
-    """The part of the state that a step keeps."""
+def _decayed(has_reset, A, h, dt, reset) -> Float[Array, "B K F"]:
+    """The state before a step, reset and decayed."""
     if has_reset:
         h = jnp.where(reset[:, None, None], 0, h)
     return jnp.exp(dt[:, None] * A[None]) * h
@@ -34,7 +34,7 @@ def _kept(has_reset, A, h, dt, reset) -> Float[Array, "B K F"]:
 def _forward(has_reset, A, h, steps: Steps, reset):
     def step(h, inputs):
         (x, dt, B, C), reset = inputs
-        h = _kept(has_reset, A, h, dt, reset) + (dt * x)[:, None] * B[:, :, None]
+        h = _decayed(has_reset, A, h, dt, reset) + (dt * x)[:, None] * B[:, :, None]
         return h, jnp.sum(h * C[:, :, None], axis=1)
 
     def chunk(h, inputs):
@@ -51,17 +51,17 @@ def _backward(has_reset, residuals, cotangents):
 
     def before(h, inputs):
         (x, dt, B, _), reset = inputs
-        kept = _kept(has_reset, A, h, dt, reset)
-        return kept + (dt * x)[:, None] * B[:, :, None], kept
+        decayed = _decayed(has_reset, A, h, dt, reset)
+        return decayed + (dt * x)[:, None] * B[:, :, None], decayed
 
     def step(carry, inputs):
-        (dh, dA), ((x, dt, B, C), reset, kept, dy) = carry, inputs
+        (dh, dA), ((x, dt, B, C), reset, decayed, dy) = carry, inputs
         decay, scaled = jnp.exp(dt[:, None] * A[None]), dt * x
         dh = dh + C[:, :, None] * dy[:, None]
-        dC = jnp.sum(dy[:, None] * (kept + scaled[:, None] * B[:, :, None]), axis=2)
+        dC = jnp.sum(dy[:, None] * (decayed + scaled[:, None] * B[:, :, None]), axis=2)
         dB = jnp.sum(dh * scaled[:, None], axis=2)
         dscaled = jnp.sum(dh * B[:, :, None], axis=1)
-        dlog = dh * kept  # of the log of the decay, dt A
+        dlog = dh * decayed  # of the log of the decay, dt A
         ddt = jnp.sum(dlog * A[None], axis=1) + dscaled * x
         dA = dA + jnp.sum(dlog * dt[:, None], axis=0)
         dh = dh * decay
@@ -71,8 +71,8 @@ def _backward(has_reset, residuals, cotangents):
 
     def chunk(carry, inputs):
         start, steps, reset, dy = inputs
-        kept = jax.lax.scan(before, start, (steps, reset))[1]
-        return jax.lax.scan(step, carry, (steps, reset, kept, dy), reverse=True)
+        decayed = jax.lax.scan(before, start, (steps, reset))[1]
+        return jax.lax.scan(step, carry, (steps, reset, decayed, dy), reverse=True)
 
     carry = dh, vary_like(jnp.zeros_like(A), dh)
     (dh, dA), dsteps = jax.lax.scan(chunk, carry, (starts, steps, reset, dy), reverse=True)

@@ -144,7 +144,7 @@ def ssd(
         D: weight of the skip connection; None: no skip connection.
         state: before the first step; None is the initial state, zeros.
         reset: where True, the state before this position is replaced by the initial one.
-        mask: where False, the state stays bit-identical and y is 0; a reset there is ignored.
+        mask: where False, the state stays bit-identical, y is 0 and resets are ignored.
         chunk_size: positions per chunk; changes speed only.
         implementation: a name of `ops.implementations("ssd")`, or "auto".
 

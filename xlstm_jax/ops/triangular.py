@@ -1,8 +1,8 @@
 """Inverses of unit lower triangular matrices, by products of blocks.
 
-The `triangular_solve` of JAX waits for threads of the CPU, of which devices, or products, that wait
-for each other may have all: a gradient of one device, and a step on eight, never ended (jaxlib
-0.10.2). On accelerators it is a loop over rows.
+JAX's `triangular_solve` waits for CPU threads, all of which may be taken by devices or products
+that wait for each other: a gradient on one device and a step on eight deadlocked (jaxlib 0.10.2).
+On accelerators it is a loop over rows.
 """
 
 import jax
@@ -17,7 +17,7 @@ BASE = 8
 
 @jax.custom_jvp
 def unit_lower_inverse(M: Float[Array, "Z L L"]) -> Float[Array, "Z L L"]:
-    """(I + M)^-1, where only the elements of M below the diagonal count.
+    """(I + M)^-1; elements of M on and above the diagonal are ignored.
 
     Diagonal blocks are inverted and joined in pairs, as in forward substitution with blocks; no
     power of M is computed, which could be far larger than the result.

@@ -1,6 +1,6 @@
-"""What `xlstm-jax check` found on this device, which the selection of "auto" respects.
+"""Verdicts of `xlstm-jax check` on this device; "auto" respects them.
 
-CACHE/checks.json  {device, driver and versions, as a hash: what is known of them}
+CACHE/checks.json  {hash of device, driver and versions: {"device": ..., "verdicts": ...}}
 """
 
 import functools
@@ -20,14 +20,14 @@ from xlstm_jax.config.files import cache_dir
 FILE = "checks.json"
 
 UNPROVEN = {"mosaic_gpu": "triton"}
-"""Implementations that "auto" takes only where they were found right, and faster than another."""
+"""Implementations that "auto" selects only if they passed the check and were the fastest."""
 
 _PACKAGES = ("jax", "jaxlib", "triton", "jax-triton", "libtpu", "xlstm-jax")
 
 
 def refusal(op: str, implementation: str) -> str | None:
-    """Why "auto" does not take an implementation on the current device, or None."""
-    # Of the target of a compilation ahead of time nothing is known.
+    """Why "auto" does not select an implementation on the current device, or None."""
+    # A target of ahead-of-time compilation has no verdicts.
     known = _verdicts() if common.target() is None else {}
     verdict = known.get(op, {}).get(implementation)
     if verdict is not None and not verdict["passed"]:
@@ -35,13 +35,13 @@ def refusal(op: str, implementation: str) -> str | None:
     if implementation in UNPROVEN and not (verdict or {}).get("fastest"):
         other = UNPROVEN[implementation]
         return (
-            f"auto takes it where `xlstm-jax check` has found it right, and faster than {other!r}"
+            f"auto selects it only where it passed `xlstm-jax check` and is faster than {other!r}"
         )
     return None
 
 
 def record(verdicts: dict[str, Any]) -> pathlib.Path | None:
-    """Stores op -> implementation -> verdict for the current device; None: there is no folder.
+    """Stores op -> implementation -> verdict for the current device; None without a cache folder.
 
     A verdict has `passed`, `reason` and `fastest`.
     """
@@ -89,7 +89,7 @@ def _stored() -> dict[str, Any]:
     path = _path()
     try:
         stored = json.loads(path.read_text()) if path is not None and path.exists() else {}
-    except (OSError, ValueError):  # unreadable or damaged: as if nothing had been checked
+    except (OSError, ValueError):  # unreadable or corrupt: no verdicts
         return {}
     return stored if isinstance(stored, dict) else {}
 

@@ -121,7 +121,7 @@ def wkv(
         bonus: added to the log weight of the newest value while it is the newest.
         state: before the first step; None is the initial state, zeros in every leaf.
         reset: where True, the state before this position is replaced by the initial one.
-        mask: where False, the state stays bit-identical and h is 0; a reset there is ignored.
+        mask: where False, the state stays bit-identical, h is 0 and resets are ignored.
         implementation: a name of `ops.implementations("wkv")`, or "auto".
 
     Returns h in the dtype of v, and the state after the last step, float32 or wider.

@@ -76,14 +76,14 @@ def attention(
     rotary: Rotary = ROTARY,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B T H V"], AttentionState]:
-    """Causal softmax attention over the newest positions of a document, and its first ones.
+    """Causal softmax attention over the newest positions of a document and its first (sinks).
 
     Args:
         q: queries, without rotation; the op applies 1/sqrt(K).
         k, v: keys and values, each shared by the consecutive heads of a group.
         state: cache of `num_sinks + window` slots before the first step; None: an empty one.
-        reset: where True, a document begins, which sees nothing of the positions before.
-        mask: where False, the state stays bit-identical and y is 0; a reset there is ignored.
+        reset: where True, a document begins; it sees no earlier positions.
+        mask: where False, the state stays bit-identical, y is 0 and resets are ignored.
         window: number of positions that a query sees, its own included.
         num_sinks: first positions of a document that all of its queries see.
         rotary: position embedding; `Rotary(base=0)` is none.

@@ -30,12 +30,12 @@ class Options(NamedTuple):
     window: int
     num_sinks: int
     rotary: Rotary
-    is_initial: bool  # there is no cache
+    is_initial: bool  # without a cache
     block_size: int | None = None
 
 
 class Positions(NamedTuple):
-    """Positions in their documents, and the running count of resets, which tells documents apart.
+    """Positions in their documents, and the running count of resets, which identifies documents.
 
     Keys of the cache come before those of the call.
     """

@@ -20,7 +20,7 @@ def attention_decode(
 ) -> tuple[Float[Array, "B T H V"], AttentionState]:
     """The op `attention` for T = 1. The state equals that of the recurrence bit for bit.
 
-    The recurrence copies the cache: with a mask, it selects between all of the old and the new one.
+    The recurrence copies the cache: with a mask, it selects between the full old and new cache.
     """
     reset, mask = flags.valid_reset, flags.mask
     if reset is not None:

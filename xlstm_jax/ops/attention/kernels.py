@@ -40,7 +40,7 @@ def cudnn_refusal(call: dispatch.Call) -> str | None:
 
 
 def _probe_cudnn(call: dispatch.Call) -> str | None:
-    """What JAX says about this environment and GPU, such as a missing cuDNN, or None."""
+    """JAX's error for this environment and GPU, such as a missing cuDNN, or None."""
     x = jax.ShapeDtypeStruct((call.B, call.T, call.H, call.K), call.dtype)
     attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn", is_causal=True)
     try:
@@ -149,4 +149,6 @@ def _segment_ids(sequence: Sequence, flags: Flags) -> Array | None:
     if flags.mask is None:
         return ids
     ids = jnp.zeros(flags.mask.shape, jnp.int32) if ids is None else ids
-    return jnp.where(flags.mask, ids, -1)  # masked positions see each other, and never nothing
+    return jnp.where(
+        flags.mask, ids, -1
+    )  # masked positions see each other, as none may see nothing

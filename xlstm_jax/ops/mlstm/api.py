@@ -86,8 +86,8 @@ def _recurrent(x: Inputs, state: MLSTMState, flags: Flags, options: Options):
     del kwargs["chunk_size"]
     if x.q.shape[1] != 1 or flags.mask is None or not options.max_state:
         return mlstm_scan(*x, state, **flags._asdict(), **kwargs)
-    # A scan with a mask selects between all of the old and the new state. With these gates, a
-    # masked step multiplies the state by 1 and adds 0.
+    # A scan with a mask selects between the full old and new state. With these gates, a masked step
+    # multiplies the state by 1 and adds 0.
     q, k, v = map(flags.zero_masked, x[:3])
     is_masked = ~flags.mask[..., None]
     i = jnp.where(is_masked, -jnp.inf, x.i)
@@ -134,7 +134,7 @@ def mlstm(
         i, f: gate pre-activations from -inf, a closed gate, to 1e30.
         state: before the first step; None is the initial state, zeros in every leaf.
         reset: where True, the state before this position is replaced by the initial one.
-        mask: where False, the state stays bit-identical and h is 0; a reset there is ignored.
+        mask: where False, the state stays bit-identical, h is 0 and resets are ignored.
         input_gate: activation, "exp" or "sigmoid" (arXiv:2503.14376).
         forget_gate: activation, "sigmoid" or "exp". If both are "sigmoid", states have m = 0.
         normalize: divide h by max(|q n|, exp(-m)) + eps; False needs both to be "sigmoid".

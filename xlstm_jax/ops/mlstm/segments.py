@@ -1,13 +1,13 @@
 """Sequence split: on a GPU, segments of a long sequence are computed in parallel, like sequences.
 
 The kernel `states` runs serially along a sequence, with few programs per head. If batch and heads
-are few, most of the chip is idle. Then the sequence is split into S segments that take the place of
-the batch. The state before each segment is exact: it is composed of the summaries of all earlier
+are few, most of the chip is idle. Then the sequence is split into S segments, which are treated as
+a batch. The state before each segment is exact: it is composed of the summaries of all earlier
 ones (`summaries`), as for the shards of context parallelism. Gradients come from autodiff.
 
-**Cost model.** With P programs of `states` for the whole sequence, and M multiprocessors:
+**Cost model.** With P programs of `states` for the full sequence, and M multiprocessors:
 
-    whole     T / 64 iterations, one after the other, each about 0.8 microseconds
+    unsplit   T / 64 iterations, one after the other, each about 0.8 microseconds
     split     T / (64 S) iterations as long as S P <= M; the summaries move about 6 (K + V) bytes
               per position and head, transposes included, and take some 20 small launches
 
@@ -57,7 +57,7 @@ def segment_length(T: int, programs: int, multiprocessors: int) -> int:
     """Positions per segment, T if the sequence is not split; see the cost model.
 
     Args:
-        programs: of the kernel `states`, for the whole sequence and all heads of the batch.
+        programs: of the kernel `states`, for the full sequence and all heads of the batch.
     """
     count = min(multiprocessors // programs, T // MIN_LENGTH)
     return T if count < MIN_SEGMENTS else common.round_up(-(-T // count), MULTIPLE)
@@ -66,7 +66,7 @@ def segment_length(T: int, programs: int, multiprocessors: int) -> int:
 def split_on_gpu(fn: Compute, programs_per_head: Callable[[Inputs, Options], int]) -> Compute:
     """`fn`, which launches kernels, in segments if the rule for the current GPU splits.
 
-    The rule depends on local shapes only. It does not know of a batch that `vmap` adds.
+    The rule depends on local shapes only, without a batch that `vmap` adds.
 
     Args:
         programs_per_head: of the kernel `states`.

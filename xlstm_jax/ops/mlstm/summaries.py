@@ -91,7 +91,7 @@ def boundary_stabilizers(
         m_parts, g: of summaries that are not relative.
         m: before the first part.
     """
-    # `B H 1 parts`: parts take the place of steps.
+    # `B H 1 parts`: each part is treated as a step.
     m_parts, g = (jnp.moveaxis(a, 0, -1)[:, :, None] for a in (m_parts, g))
     after = pre.stabilizers(LogGates(m_parts, g, None), m, max_state=True)[0][:, :, 0]
     return jnp.concatenate([m[None], jnp.moveaxis(after, -1, 0)])

@@ -43,7 +43,7 @@ def _kernels(backend: str) -> Implementation:
 def _recurrent(inputs: gated.Inputs, forget_gate: str, *, stabilize: bool):
     if stabilize:
         return slstm_recurrent(inputs, forget_gate)
-    # The gradient by hand relies on the stabilizer; this one is from autodiff.
+    # The hand-written gradient relies on the stabilizer; here, autodiff computes it.
     x, r, b, state, flags = inputs
     gates = {"forget_gate": forget_gate, "stabilize": False}
     return slstm_scan(x, r, b, state, **flags._asdict(), **gates)
@@ -80,7 +80,7 @@ def slstm(
         b: bias of the four gates.
         state: before the first step; None is the initial state, zeros in every leaf.
         reset: where True, the state before this position is replaced by the initial one.
-        mask: where False, the state stays bit-identical and h is 0; a reset there is ignored.
+        mask: where False, the state stays bit-identical, h is 0 and resets are ignored.
         forget_gate: activation of the forget gate, "sigmoid" or "exp".
         stabilize: False, for ablations: m is 0, and the exponential of a gate above 88 is inf.
         reverse: run from the last position to the first.

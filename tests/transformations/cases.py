@@ -1,6 +1,6 @@
-"""The rows of the table of transformations: every function that computes, with arguments of a call.
+"""The functions under test: every one that computes, with the arguments of a call.
 
-`docs/transformations.md` is this table; `test_table.py` compares both.
+`docs/transformations.md` lists them in this order; `test_table.py` compares both.
 """
 
 import functools
@@ -27,7 +27,7 @@ CHUNK = 4  # does not divide T
 Arguments = dict[str, Any]
 
 
-class Row(NamedTuple):
+class Case(NamedTuple):
     """One function, or one implementation of an op, called as `call(**arguments)`.
 
     Floats among the arguments are float64, flags are booleans with True and False in them.
@@ -114,8 +114,11 @@ def _step(make):
     def arguments(rng):
         made = make(rng)
         timed = ("q", "k", "v", "i", "f", "x")
-        kept = {name: x for name, x in made.items() if name not in ("reset", "mask")}
-        return {name: x[:, 0] if name in timed else x for name, x in kept.items()}
+        return {
+            name: x[:, 0] if name in timed else x
+            for name, x in made.items()
+            if name not in ("reset", "mask")
+        }
 
     return arguments
 
@@ -188,57 +191,57 @@ def _lm(rng, letter: str) -> Arguments:
     variables = _random(rng, jax.eval_shape(lm.init, jax.random.key(0), tokens))
     state = _state(rng, jax.eval_shape(lambda: lm.init_state(B)))
     segment_ids = np.sort(rng.integers(0, 3, (B, T), dtype=np.int32))[:, ::-1].copy()
-    # No document starts in the middle, where tests split sequences: its reset would be lost there.
+    # Tests split sequences in the middle and would lose the reset of a document that starts in it.
     segment_ids[:, T // 2] = segment_ids[:, T // 2 - 1]
     flags = {"segment_ids": segment_ids, "mask": _flags(rng)["mask"]}
     return {"variables": variables, "tokens": tokens, "state": state, **flags}
 
 
-def _rows():
+def _cases():
     flags, gated = ("reset", "mask"), functools.partial
     mlstm, x = ("q", "k", "v", "i", "f"), ("x",)
     recurrent = (("slstm", cells.SLSTMState), ("lstm", cells.LSTMState))
     for name in ("recurrent", "chunkwise", "parallel", *KERNELS):
         kwargs = {"implementation": name, "chunk_size": 8 if name in KERNELS else CHUNK}
         batched, timed = (*mlstm, "state", *flags), (*mlstm, *flags)
-        yield Row(f"mlstm-{name}", ops.mlstm, _mlstm, batched, timed, name, kwargs=kwargs)
+        yield Case(f"mlstm-{name}", ops.mlstm, _mlstm, batched, timed, name, kwargs=kwargs)
     batched, timed = (*x, "state", *flags), (*x, *flags)
     for op, state in recurrent:
         for name in ("recurrent", *KERNELS) if op == "slstm" else ("recurrent",):
             make, kwargs = gated(_gated, state_type=state), {"implementation": name}
-            yield Row(f"{op}-{name}", getattr(ops, op), make, batched, timed, name, kwargs=kwargs)
+            yield Case(f"{op}-{name}", getattr(ops, op), make, batched, timed, name, kwargs=kwargs)
         scan, step = getattr(cells, f"{op}_scan"), getattr(cells, f"{op}_step")
-        yield Row(f"{op}_scan", scan, make, batched, timed)
-        yield Row(f"{op}_step", step, _step(make), ("x", "state"), is_step=True)
-    yield Row("mlstm_scan", cells.mlstm_scan, _mlstm, (*mlstm, "state", *flags), (*mlstm, *flags))
-    yield Row("mlstm_step", cells.mlstm_step, _step(_mlstm), (*mlstm, "state"), is_step=True)
+        yield Case(f"{op}_scan", scan, make, batched, timed)
+        yield Case(f"{op}_step", step, _step(make), ("x", "state"), is_step=True)
+    yield Case("mlstm_scan", cells.mlstm_scan, _mlstm, (*mlstm, "state", *flags), (*mlstm, *flags))
+    yield Case("mlstm_step", cells.mlstm_step, _step(_mlstm), (*mlstm, "state"), is_step=True)
     for name in ("depthwise", "mixing"):
         make = gated(_conv, mixing=name == "mixing")
-        yield Row(f"causal_conv-{name}", ops.causal_conv, make, batched, timed)
+        yield Case(f"causal_conv-{name}", ops.causal_conv, make, batched, timed)
     sequences = ("x", "targets", "weights")
     kwargs = {"z_loss": 0.1, "soft_cap": 3.0, "chunk_size": CHUNK}
-    yield Row("cross_entropy", ops.cross_entropy, _cross_entropy, sequences, kwargs=kwargs)
-    yield Row("layer_norm", ops.layer_norm, _norm, x)
-    yield Row("rms_norm", ops.rms_norm, _norm, x)
-    yield Row("multi_head_norm", ops.multi_head_norm, gated(_norm, heads=True), ("h",))
-    yield Row("soft_cap", ops.soft_cap, _activation, x, kwargs={"cap": 2.0})
-    yield Row("silu", activations.silu, _activation, x)
+    yield Case("cross_entropy", ops.cross_entropy, _cross_entropy, sequences, kwargs=kwargs)
+    yield Case("layer_norm", ops.layer_norm, _norm, x)
+    yield Case("rms_norm", ops.rms_norm, _norm, x)
+    yield Case("multi_head_norm", ops.multi_head_norm, gated(_norm, heads=True), ("h",))
+    yield Case("soft_cap", ops.soft_cap, _activation, x, kwargs={"cap": 2.0})
+    yield Case("silu", activations.silu, _activation, x)
     for gate in (activations.silu_gate, activations.sigmoid_gate):
-        yield Row(gate.__name__, gate, gated(_activation, gate=True), ("gate", "x"))
+        yield Case(gate.__name__, gate, gated(_activation, gate=True), ("gate", "x"))
     for op, kernels in (("dense", {"": (F, V)}), ("grouped_dense", GROUPS)):
         for suffix, shape in kernels.items():
             make = gated(_product, shape=shape)
-            yield Row(op + suffix, getattr(ops, op), make, x)
-    yield Row("embed", ops.embed, _embed, ("tokens",))
+            yield Case(op + suffix, getattr(ops, op), make, x)
+    yield Case("embed", ops.embed, _embed, ("tokens",))
     make = lambda rng: {"segment_ids": rng.integers(0, 3, (B, T), dtype=np.int32)}  # noqa: E731
-    yield Row("document_starts", ops.document_starts, make, ("segment_ids",))
+    yield Case("document_starts", ops.document_starts, make, ("segment_ids",))
     for name in LAYERS:
         call = gated(_apply_layer, name)
-        yield Row(name, call, gated(_layer, name=name), batched, timed)
+        yield Case(name, call, gated(_layer, name=name), batched, timed)
     for letter in "msM":
         names = ("tokens", "segment_ids", "mask")
         call, make = gated(_apply_model, letter), gated(_lm, letter=letter)
-        yield Row(f"LM-{letter}", call, make, (*names, "state"), names)
+        yield Case(f"LM-{letter}", call, make, (*names, "state"), names)
 
 
 GROUPS = {"": (2, 2, 2), "-tiles": (2, 12, 12)}
@@ -263,51 +266,53 @@ def _apply_model(letter: str, *, variables, tokens, state, segment_ids, mask):
     return model(letter).apply(variables, tokens, state, segment_ids=segment_ids, mask=mask)
 
 
-ROWS = tuple(_rows())
-BY_NAME = {row.name: row for row in ROWS}
+CASES = tuple(_cases())
+BY_NAME = {case.name: case for case in CASES}
 
 HEAVY = ("_scan", "Layer", "LM-", "-parallel", "-pallas_tpu", "-triton", "rms_norm", "-tiles")
-"""Parts of the names of rows whose programs take long to compile, or repeat another row."""
+"""Parts of the names of cases whose programs take long to compile, or repeat another case."""
 
 
-def each_row(
-    where: Callable[[Row], bool] = lambda row: True,
+def each_case(
+    where: Callable[[Case], bool] = lambda case: True,
     *,
     slow: tuple[str, ...] = HEAVY,
     exhaustive: tuple[str, ...] = (),
 ):
-    """Parametrize a test over the rows that satisfy `where`, by name.
+    """Parametrize a test over the cases that satisfy `where`, by name.
 
     Those with a name that contains a part in `slow` or `exhaustive` are marked as such.
     """
-    cases = []
-    for row in filter(where, ROWS):
-        marks = [pytest.mark.slow] if any(part in row.name for part in slow) else []
-        if any(part in row.name for part in exhaustive):
+    parameters = []
+    for case in filter(where, CASES):
+        marks = [pytest.mark.slow] if any(part in case.name for part in slow) else []
+        if any(part in case.name for part in exhaustive):
             marks = [pytest.mark.exhaustive]
-        if row.is_kernel and (why := implementations(row.name.split("-")[0])[row.implementation]):
+        if case.is_kernel and (
+            why := implementations(case.name.split("-")[0])[case.implementation]
+        ):
             marks.append(pytest.mark.skip(reason=why))
-        cases.append(pytest.param(row.name, id=row.name, marks=marks))
-    return pytest.mark.parametrize("row", cases, indirect=True)
+        parameters.append(pytest.param(case.name, id=case.name, marks=marks))
+    return pytest.mark.parametrize("case", parameters, indirect=True)
 
 
 def is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def split_floats(row: Row, arguments: Arguments) -> tuple[Arguments, Arguments]:
+def split_floats(case: Case, arguments: Arguments) -> tuple[Arguments, Arguments]:
     """The differentiable arguments, and the others."""
     floats = {k: v for k, v in arguments.items() if all(map(is_float, jax.tree.leaves(v)))}
     return floats, {k: v for k, v in arguments.items() if k not in floats}
 
 
-def is_differentiable(row: Row) -> bool:
-    return row.name != "document_starts"
+def is_differentiable(case: Case) -> bool:
+    return case.name != "document_starts"
 
 
-def loss(row: Row, floats: Arguments, rest: Arguments) -> jax.Array:
+def loss(case: Case, floats: Arguments, rest: Arguments) -> jax.Array:
     """A scalar that depends on every output and on every leaf of the state."""
-    leaves = jax.tree.leaves(row.run({**floats, **rest}))
+    leaves = jax.tree.leaves(case.run({**floats, **rest}))
     # Cast explicitly: tests also call this without implicit promotion of dtypes.
     dtype = max((x.dtype for x in jax.tree.leaves(floats)), key=lambda dtype: dtype.itemsize)
     return sum(jnp.sum(jnp.sin(leaf)).astype(dtype) for leaf in leaves)
@@ -315,7 +320,7 @@ def loss(row: Row, floats: Arguments, rest: Arguments) -> jax.Array:
 
 @functools.cache
 def value(name: str):
-    """`loss` of a row, compiled."""
+    """`loss` of a case, compiled."""
     return quick.jit(functools.partial(loss, BY_NAME[name]))
 
 
@@ -327,7 +332,7 @@ def gradient(name: str):
 
 @functools.cache
 def outputs(name: str):
-    """`Row.run` of a row, compiled."""
+    """`Case.run` of a case, compiled."""
     return quick.jit(BY_NAME[name].run)
 
 
