@@ -19,7 +19,7 @@ from xlstm_jax.train import ExperimentConfig, TrainConfig
 
 
 def config():
-    model = LMConfig(vocab_size=256, dim=32, pattern="ms")
+    model = LMConfig(vocab_size=257, dim=32, pattern="ms")
     data = DataConfig(source="text.txt", seq_len=32, batch_size=4)
     return ExperimentConfig(
         name="tiny", model=model, data=data, train=TrainConfig(steps=4, eval_every=2)
