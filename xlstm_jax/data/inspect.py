@@ -67,7 +67,7 @@ def _length(number: int) -> int:
 
 
 class SplitSummary(NamedTuple):
-    """What a split holds."""
+    """The contents of a split."""
 
     tokens: int | None  # None: raw files
     num_bytes: int | None  # of text; None: the format does not store them
@@ -100,7 +100,7 @@ def inspect(
         pattern, text_field: of raw files, as in `DataConfig`.
 
     Raises:
-        ConfigError: there are no such data, or a file is damaged.
+        ConfigError: the data do not exist, or a file is damaged.
     """
     kind = kind_of(source)
     if kind is None:
@@ -170,7 +170,7 @@ def _inspect_raw(
                 lengths[name].add(np.array([sizes[name]]))
                 sizes[name] = 0
     return {
-        name: SplitSummary(None, found.total, found, samples[name])
-        for name, found in lengths.items()
-        if found.count
+        name: SplitSummary(None, histogram.total, histogram, samples[name])
+        for name, histogram in lengths.items()
+        if histogram.count
     }

@@ -61,7 +61,7 @@ class Windows:
     token of a document has weight 0, because no token of its document precedes it.
 
     With `continued`, ids start at 2 where a document begins with the window, so that 1 is always
-    the document that the window before ends with. State carried from there then knows when to stop.
+    the document at the end of the window before. So a carried state is reset at the right position.
     """
 
     store: TokenStore

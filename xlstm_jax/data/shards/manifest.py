@@ -1,4 +1,4 @@
-"""The manifest of prepared data: what its shards hold, and who tokenized them."""
+"""The manifest of prepared data: its shards, and the tokenizer of their tokens."""
 
 import dataclasses
 import json

@@ -7,7 +7,7 @@
 | odds first | w, ACT, its 1st, 3rd, 5th, ... symbols, then its 2nd, 4th, 6th, ... | ACT is 1 |
 | set | w, ACT, the distinct symbols of w by first appearance | ACT is 1 |
 | bucket sort | w, w in ascending order | none |
-| missing duplicate | w, w with MIS in place of one of its symbols, that symbol | MIS is 1 |
+| missing duplicate | w, w with one of its symbols replaced by MIS, that symbol | MIS is 1 |
 
 The number of tokens of a sample, answer included, is drawn; m is the largest one that fits, so that
 the sample may be one token shorter. Arrays of symbols are zero-based here.
@@ -80,7 +80,7 @@ def distinct(
 
 
 def first_appearances(words: Int64[np.ndarray, "N T"]) -> np.ndarray:
-    """Whether no earlier position of the row has the same symbol."""
+    """Whether no earlier position of the sample has the same symbol."""
     order = np.argsort(words, axis=1, kind="stable")
     ordered = np.take_along_axis(words, order, axis=1)
     is_new = np.ones_like(words, bool)

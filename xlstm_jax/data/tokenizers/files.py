@@ -54,10 +54,10 @@ class TokenizerFiles:
         if token is None:
             token = next((token for token in _EOS_TOKENS if token in known), None)
         if token is None or token not in known:
-            said = "no eos token is named" if token is None else f"eos_token={quote(token)}"
+            problem = "no eos token is named" if token is None else f"eos_token={quote(token)}"
             raise ConfigError(
                 f"{quote_path(self.path)} needs a token of its vocabulary that ends a document, "
-                f'but {said}; write {{"eos_token": "TOKEN"}} to {CONFIG} beside it.'
+                f'but {problem}; write {{"eos_token": "TOKEN"}} to {CONFIG} beside it.'
             )
         return token
 

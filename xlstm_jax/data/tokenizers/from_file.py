@@ -60,7 +60,7 @@ class FileTokenizer(BaseTokenizer):
             return self._decode(ids[~self.special[ids]].tolist())
 
     def save(self, folder: Path) -> None:
-        """Writes the file, tokenizer_config.json, and chat_template.jinja if there is one."""
+        """Writes the file, tokenizer_config.json, and chat_template.jinja if it exists."""
         self.files.save(folder, self.name, self.eos_token)
 
     def to_str(self, text: bytes) -> str:
@@ -92,7 +92,7 @@ def check_vocab_size(size: int, path: Path) -> int:
 
 @contextlib.contextmanager
 def library_errors(path: Path, what: str) -> Iterator[None]:
-    """Turns errors of a library of tokenizers into a ConfigError that names the file."""
+    """Raises errors of a tokenizer library as a ConfigError that names the file."""
     try:
         yield
     except (ConfigError, OSError):  # of the reader of a text
