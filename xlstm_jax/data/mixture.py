@@ -66,7 +66,7 @@ class Schedule:
 
     @property
     def _size(self) -> int:
-        """Sequences of a cycle: so many that the largest source has some in every one."""
+        """Sequences of a cycle: enough for the largest source to have some in each."""
         return max(_MIN_CYCLE, 2 * len(self.weights[0]) ** 2)
 
     @functools.cached_property

@@ -34,7 +34,7 @@ OPEN_WINDOWS = 64
 """Of first fit."""
 
 MIN_CACHED = 1 << 20
-"""Plans of at least so many documents take seconds and are stored on disk."""
+"""From this number of documents on, a plan takes seconds and is stored on disk."""
 
 _VERSION = 1  # of plans; change it with any change of what they contain
 _HEADER = np.dtype([("sha256", "V32"), ("num_pieces", "<i8"), ("num_windows", "<i8")])

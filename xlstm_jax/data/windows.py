@@ -107,8 +107,8 @@ class Windows:
                 end = at + stop - start
                 tokens[i, at:end] = self.store.read(start, stop)
                 marks[i, at] = 1
-                borders = self.store.ends(start, stop - 1) - start if stop - start > 1 else ()
-                marks[i, at + np.asarray(borders, np.int64)] = 1
+                ends = self.store.ends(start, stop - 1) - start if stop - start > 1 else ()
+                marks[i, at + np.asarray(ends, np.int64)] = 1
                 if (mask := self.store.loss_mask(start, stop)) is not None:
                     is_target[i, at:end] = mask
                 at = end

@@ -12,7 +12,7 @@ from xlstm_jax.data.documents.streams import decompressed
 from xlstm_jax.errors import ConfigError, import_optional, quote, quote_path, shorten
 
 _BATCH_SIZE = 64
-"""Records that are decoded at a time. A small file may hold one long text many times."""
+"""Records that are decoded at a time. A small file may have one long text many times."""
 
 _MAPPED = 16 << 20
 """Bytes that are read before mapped memory is released."""
@@ -52,7 +52,7 @@ def read_columns(file: File, fields: Fields) -> Iterator[tuple[int, Content]]:
 
 def _arrays(path: str, file: File, fields: Fields) -> Iterator[Any]:
     """The column in batches."""
-    # Mapped memory is bounded by the file, whatever sizes its headers claim.
+    # Mapped memory is bounded by the file, even if its headers claim more.
     with open(path, "rb") as opened:
         data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     read = _parquet if suffix(file.name) == ".parquet" else _arrow

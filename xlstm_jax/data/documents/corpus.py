@@ -39,7 +39,7 @@ class Corpus(NamedTuple):
                 with_names.update(f"{line} ".encode() + os.fsencode(document.name) + b"\n")
         data = {split: [d.data for d in docs] for split, docs in self.documents.items()}
         return {
-            "sha256": with_names.hexdigest(),  # alone in runs of earlier versions
+            "sha256": with_names.hexdigest(),  # the only hash in runs of earlier versions
             "content_sha256": contents.hexdigest(),
             "num_documents": {split: len(texts) for split, texts in data.items()},
             "num_bytes": {split: sum(map(len, texts)) for split, texts in data.items()},

@@ -102,7 +102,7 @@ def content_of(record: Any, file: File, fields: Fields, unit: str, number: int) 
     """The content of a JSON record; None or empty if it has none.
 
     Raises:
-        ConfigError: the record is no object, or the field is absent or of another type.
+        ConfigError: the record is not an object, or the field is absent or of another type.
     """
     if not isinstance(record, dict):
         fail(file, unit, number, f"must be a JSON object, got {quote(record)}; correct it")
@@ -119,11 +119,13 @@ def content_of(record: Any, file: File, fields: Fields, unit: str, number: int) 
     try:
         return value.encode()
     except UnicodeEncodeError:  # JSON can escape what UTF-8 cannot encode
-        fail(file, unit, number, "has half of a surrogate pair, which is no character; repair it")
+        fail(
+            file, unit, number, "has half of a surrogate pair, which is not a character; repair it"
+        )
 
 
 def check_messages(value: Any, file: File, unit: str, number: int) -> list[dict[str, Any]]:
-    """The messages of a record; raises ConfigError if they are no list of objects."""
+    """The messages of a record; raises ConfigError if they are not a list of objects."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         fail(file, unit, number, f"must have a list of messages, got {quote(value)}; correct it")
     return value

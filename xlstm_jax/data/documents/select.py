@@ -35,7 +35,7 @@ def find_files(
     files or records, are split by `split_by_content`; a single text is divided by position.
 
     Args:
-        split: all documents belong to it, whatever the names are.
+        split: of all documents; names are ignored.
 
     Raises:
         ConfigError: the path has no data, or the splits are ambiguous.

@@ -62,8 +62,8 @@ class BlockCache:
 class BlockedTokens:
     """A `TokenStore` that reads another one in blocks and caches those used last.
 
-    A block has one token more than `block_len`, the last target of its last window. All windows of
-    a block hence need one request. Threads may share an instance; a copy in another process starts
+    A block has one token more than `block_len`, the last target of its last window, so that all
+    its windows need one request. Threads may share an instance; a copy in another process starts
     with no blocks.
     """
 

@@ -96,7 +96,7 @@ def bucket_sort(
     """Words and their sorted symbols."""
     position, m = np.arange(padded_len), (lengths // 2)[:, None]
     words = 1 + draw(keys, padded_len, opts["vocab_size"] - 1, _WORD)
-    # Other positions sort behind all symbols.
+    # Other positions sort after all symbols.
     ordered = np.sort(np.where(position < m, words, opts["vocab_size"]), axis=1)
     is_answer = (position >= m) & (position < 2 * m)
     answer = take(ordered, position - m)

@@ -37,7 +37,9 @@ class TokenizerFiles:
 
     path: Path
     data: bytes
-    settings: Mapping[str, Any]  # tokenizer_config.json, and special_tokens_map.json behind it
+    settings: Mapping[
+        str, Any
+    ]  # tokenizer_config.json, and special_tokens_map.json with lower precedence
     template: str | None  # chat_template.jinja
 
     def eos_token(self, known: Iterable[str]) -> str:
@@ -74,7 +76,7 @@ def special_token(settings: Mapping[str, Any], key: str, path: Path) -> str | No
     """A token such as "eos_token" in the settings beside `path`; None if they name none.
 
     Raises:
-        ConfigError: the value is no token.
+        ConfigError: the value is not a token.
     """
     value = settings.get(key)
     token = value.get("content") if isinstance(value, Mapping) else value
@@ -137,7 +139,7 @@ def decode_utf8(data: bytes, path: Path) -> str:
 
 
 def parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    """The table of a JSON file; raises ConfigError if it is none, or if a string is no text."""
+    """The table of a JSON file; raises ConfigError if it is not one, or has invalid text."""
     text = decode_utf8(data, path)
     try:
         values = json.loads(text)
