@@ -17,7 +17,7 @@ from xlstm_jax.data.tokenizers import Tokenizer, get
 _CHUNK = 1 << 24  # tokens whose document ends are read at once
 _BITS = 10  # of a length that the histogram distinguishes: errors are below 0.2 %
 SAMPLE_TOKENS, SAMPLE_BYTES = 200, 800
-"""Of a sample that are shown."""
+"""Length of the samples that are shown."""
 
 
 class Lengths:
@@ -76,7 +76,7 @@ class SplitSummary(NamedTuple):
 
 
 class Inspection(NamedTuple):
-    """What a folder holds."""
+    """The contents of a folder."""
 
     kind: str  # "prepared", "megatron", ..., or "raw"
     tokenizer: TokenizerInfo | None

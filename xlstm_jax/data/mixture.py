@@ -129,7 +129,7 @@ class Mixture:
 
     @property
     def description(self) -> dict[str, Any]:
-        """Those of the sources, by name."""
+        """The descriptions of the sources, by name."""
         return {name: examples.description for name, examples in self.sources.items()}
 
     @functools.cached_property

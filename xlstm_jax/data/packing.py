@@ -31,7 +31,7 @@ GROUP_WINDOWS = {"first_fit": 1 << 16, "best_fit": 1 << 8, "pad": 1 << 16}
 packs documents from anywhere in a group, which is therefore one block of remote data."""
 
 OPEN_WINDOWS = 64
-"""Of first fit."""
+"""Windows that first fit may add documents to."""
 
 MIN_CACHED = 1 << 20
 """From this number of documents on, a plan takes seconds and is stored on disk."""
@@ -116,7 +116,7 @@ def make_layout(packing: str, store: TokenStore, seq_len: int, cache_dir: str | 
 
 
 def _key(packing: str, store: TokenStore, seq_len: int) -> str:
-    """Of everything that a plan depends on."""
+    """A hash of everything that a plan depends on."""
     settings = [_VERSION, packing, seq_len, GROUP_WINDOWS[packing], OPEN_WINDOWS]
     digest = hashlib.sha256(str(settings).encode())
     for bounds in _groups(store, GROUP_WINDOWS[packing] * seq_len):

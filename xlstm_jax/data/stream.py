@@ -103,7 +103,7 @@ class Stream:
 
     @property
     def description(self) -> dict[str, Any]:
-        """That of the examples."""
+        """The description of the examples."""
         return self.examples.description
 
     def index_of(self, step: int) -> list[int]:

@@ -20,7 +20,7 @@ import numpy as np
 from xlstm_jax.errors import ConfigError, import_optional, printable, quote, quote_path
 
 FORMAT = 1
-"""Of the record. Files of a later format are refused."""
+"""Version of the format. Files of a later one are refused."""
 
 _RECORD, _ARRAYS = "xlstm_jax", "sha256"
 _DIGEST = re.compile(rb'"header_sha256":"([0-9a-f]{64})"')
@@ -49,7 +49,7 @@ def write(
         draft.touch()  # an invalid path raises an OSError here; safetensors has its own error
         mode = draft.stat().st_mode
         safetensors.numpy.save_file(arrays, draft, metadata=metadata)
-        draft.chmod(mode)  # that of any new file; safetensors makes it private to the owner
+        draft.chmod(mode)  # the default; safetensors makes the file private to the owner
         _set_digest(draft)
         os.replace(draft, path)
     except safetensors.SafetensorError as error:

@@ -54,7 +54,7 @@ class _Carry(NamedTuple):
 
 
 class _Loop(NamedTuple):
-    """What all pieces of a decoding loop share."""
+    """Static arguments of the decoding loop."""
 
     model: LM
     sampler: SamplerFn

@@ -21,7 +21,7 @@ KIND = "session"
 
 
 class Point(NamedTuple):
-    """Where a session can continue.
+    """A state from which a session can continue.
 
     At least one token is unread, unless the session is empty or has ended: the model is called with
     it to get the logits of the next one.

@@ -105,7 +105,7 @@ def assign(selected: Sequence[File], named: dict[str, Split] | None) -> list[Fil
 
 
 def scope_of_valid(assigned: Iterable[File]) -> str | None:
-    """What the split "valid" is taken from, or None if it is not a part of "train"."""
+    """The part of "train" that is the split "valid"; None if it is not taken from it."""
     is_divided = next((file.is_divided for file in assigned if len(file.splits) == 2), None)
     if is_divided is None:
         return None

@@ -13,7 +13,7 @@ from xlstm_jax.errors import ConfigError, quote, quote_path
 JSON, MODEL, CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 SPECIAL_TOKENS, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
 MAX_BYTES = 256 << 20
-"""Of a file. A vocabulary of 250,000 ids has about 20 MB."""
+"""Limit of a file. A vocabulary of 250,000 ids has about 20 MB."""
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 

@@ -1,4 +1,4 @@
-"""What tokenizers from files share."""
+"""Base class of tokenizers that are read from files."""
 
 import abc
 import contextlib
@@ -15,7 +15,7 @@ from xlstm_jax.data.tokenizers.protocol import BaseTokenizer, to_bytes
 from xlstm_jax.errors import ConfigError, quote, quote_path
 
 MAX_VOCAB = 1 << 24
-"""Of ids: more do not fit into a file of at most 256 MiB. Tables have this size."""
+"""Limit of ids: more do not fit in a file of at most 256 MiB."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -32,7 +32,7 @@ class FileTokenizer(BaseTokenizer):
 
     @property
     def sha256(self) -> str:
-        """Of the file."""
+        """The SHA-256 of the file."""
         return hashlib.sha256(self.files.data).hexdigest()
 
     @abc.abstractmethod

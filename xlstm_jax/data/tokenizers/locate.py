@@ -1,4 +1,4 @@
-"""Where the file of a tokenizer is: a path, a folder, or a name of the Hugging Face hub."""
+"""Finding the file of a tokenizer, by path, folder, or name on the Hugging Face hub."""
 
 import functools
 import os
