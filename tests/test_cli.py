@@ -36,7 +36,7 @@ STATE = TrainState(
 
 @pytest.fixture(autouse=True)
 def workdir(tmp_path, monkeypatch, one_device):
-    """An empty working directory, without `cpu.prepare`, which changes the whole process."""
+    """An empty working directory, without `cpu.prepare`, which changes the process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cpu, "prepare", lambda: None)
     # Else configs of later tests record the modules that a test imports.
@@ -167,7 +167,7 @@ def test_bad_environment_variables_give_a_one_line_error(monkeypatch, capsys, na
 
 
 @pytest.mark.usefixtures("unchecked_types")
-def test_an_error_in_a_config_is_one_line_with_its_place(workdir, capsys):
+def test_an_error_in_a_config_is_one_line_with_its_location(workdir, capsys):
     (workdir / "broken.py").write_text("def config():\n    return 1 / 0\n")
     assert "broken.py:2: ZeroDivisionError: division by zero" in error_line(capsys, "broken.py")
     text = "from xlstm_jax.modules import LMConfig\n\nLMConfig(vocabsize=1, dim=16, pattern='m')\n"
@@ -206,13 +206,13 @@ def test_tilde_is_the_home_directory_in_every_path(workdir, monkeypatch):
     assert calls == [workdir / "home" / "runs" / "a"]
 
 
-@pytest.mark.parametrize("pattern, is_said", [("M", True), ("mM", False)])
+@pytest.mark.parametrize("pattern, is_logged", [("M", True), ("mM", False)])
 def test_training_says_that_a_model_of_large_blocks_cannot_be_exported(
-    monkeypatch, caplog, pattern, is_said
+    monkeypatch, caplog, pattern, is_logged
 ):
     monkeypatch.setattr(train, "fit", lambda *_, **__: STOPPED)
     assert main(["train", CONFIG, "--size", "smoke", "--model.pattern", pattern]) == 0
-    assert ("cannot be exported to transformers: final_norm" in caplog.text) == is_said
+    assert ("cannot be exported to transformers: final_norm" in caplog.text) == is_logged
 
 
 def test_a_model_that_cannot_be_exported_is_refused_before_training(monkeypatch, capsys):
@@ -397,7 +397,7 @@ def test_final_message_says_how_many_windows_were_evaluated(monkeypatch, capsys,
     monkeypatch.setattr(train, "fit", lambda *args, **options: done)
     monkeypatch.setattr(train, "_show_sample", lambda *args: None)
     assert main(["train", CONFIG, "--size", "smoke", "--train.eval-batches", batches]) == 0
-    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("held out"))
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("validation"))
     count = len(data.load(SMOKE.data, "valid"))
     assert f"2.2500 bits per byte, 1.5000 nats per token, {scope.format(n=count)}" in line
 
@@ -452,13 +452,15 @@ def test_describe_prints_shapes_costs_and_weight_decay_and_writes_nothing(workdi
     assert main(["describe", CONFIG, "--size", "smoke"]) == 0
     text = capsys.readouterr().out
     assert not files(workdir)
-    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
-    assert rows["lm_head/kernel"] == "32 x 257 8,224 yes".split()
-    assert rows["token_embedding/embedding"][-1] == "no"
-    counts = [int(row[-2].replace(",", "")) for row in rows.values() if row[-1] in ("yes", "no")]
-    assert rows["parameters"] == [f"{sum(counts):,}"]
+    fields = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
+    assert fields["lm_head/kernel"] == "32 x 257 8,224 yes".split()
+    assert fields["token_embedding/embedding"][-1] == "no"
+    counts = [
+        int(cells[-2].replace(",", "")) for cells in fields.values() if cells[-1] in ("yes", "no")
+    ]
+    assert fields["parameters"] == [f"{sum(counts):,}"]
     assert "256 = 4 x 64" in text and "FLOPs per token" in text and "on one device" in text
-    assert "trained" not in rows
+    assert "trained" not in fields
 
 
 def test_describe_counts_the_parameters_that_are_trained(workdir, capsys):

@@ -20,10 +20,10 @@ from xlstm_jax.data.shards.manifest import read_manifest
 def workdir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(user_code, "imported", {})
-    rows = [json.dumps({"text": f"text {i} " * (1 + i % 7)}) for i in range(200)]
+    lines = [json.dumps({"text": f"text {i} " * (1 + i % 7)}) for i in range(200)]
     Path("in").mkdir()
     for name in ("a", "b"):
-        Path(f"in/{name}.jsonl").write_text("\n".join(rows))
+        Path(f"in/{name}.jsonl").write_text("\n".join(lines))
     return tmp_path
 
 
@@ -138,7 +138,7 @@ def test_train_tokenizer_reads_a_part_of_every_file(monkeypatch):
     options = ["--vocab-size", "260", "--max-bytes"]
     assert main(["data", "train-tokenizer", "in", "out", *options, "2000"]) == 0
     part = sum(map(len, read))
-    assert 1000 <= part <= 2200 and len(set(read)) < len(read)  # both files have the same rows
+    assert 1000 <= part <= 2200 and len(set(read)) < len(read)  # both files have the same lines
     assert main(["data", "train-tokenizer", "in", "out", *options, "1000000"]) == 0
     assert sum(map(len, read)) > 5 * part
 
@@ -168,10 +168,10 @@ def wait_for(pattern):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_prepare_without_drafts_and_the_command_resumes(number):
-    row = json.dumps({"text": "some text " * 50_000}) + "\n"
+    line = json.dumps({"text": "some text " * 50_000}) + "\n"
     Path("big").mkdir()
-    Path("big/a.jsonl").write_text(row * 2)
-    Path("big/b.jsonl").write_text(row * 400)
+    Path("big/a.jsonl").write_text(line * 2)
+    Path("big/b.jsonl").write_text(line * 400)
     process = start("--workers", "2")
     wait_for("out/*/00001.bin.tmp")
     os.killpg(process.pid, number)  # of the workers too, as a terminal and a scheduler do

@@ -18,7 +18,7 @@ from xlstm_jax.train import ExperimentConfig, TrainConfig, models, rundir
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The config and the parameters of a model of zeros, in place of a checkpoint."""
+    """The config and the parameters of a model of zeros, instead of a checkpoint."""
     cfg = ExperimentConfig(
         name="tiny",
         model=LMConfig(vocab_size=257, dim=8, pattern="m"),
@@ -49,11 +49,11 @@ def tokens(lines):
     return int(lines["tokens"].replace(",", ""))
 
 
-def test_a_source_is_scored_whole_unless_a_split_is_given(lines_of, tmp_path):
-    (tmp_path / "held_out.txt").write_text("a line of held out text here\n" * 200)
-    source = ("--source", tmp_path / "held_out.txt")
-    whole = lines_of(*source)
-    assert "all splits" in whole["data"] and tokens(whole) == 200 * 29  # the first is no target
+def test_all_of_a_source_is_scored_unless_a_split_is_given(lines_of, tmp_path):
+    (tmp_path / "book.txt").write_text("a line of short text is here\n" * 200)
+    source = ("--source", tmp_path / "book.txt")
+    fields = lines_of(*source)
+    assert "all splits" in fields["data"] and tokens(fields) == 200 * 29  # the first is no target
     valid = lines_of(*source, "--split", "valid")
     assert "valid" in valid["data"] and tokens(valid) == 10 * 29
 
@@ -109,8 +109,8 @@ def test_a_source_replaces_the_mixture_of_the_run(lines_of, run, tmp_path, monke
     cfg = dataclasses.replace(cfg, data=mixed)
     model = models.Model(cfg, params, cfg.data.tokenizer, is_run=True)
     monkeypatch.setattr(models, "load", lambda *_, **__: model)
-    (tmp_path / "held_out.txt").write_text("a line of held out text here\n" * 200)
-    assert tokens(lines_of("--source", tmp_path / "held_out.txt")) == 200 * 29
+    (tmp_path / "book.txt").write_text("a line of short text is here\n" * 200)
+    assert tokens(lines_of("--source", tmp_path / "book.txt")) == 200 * 29
 
 
 def test_a_model_named_twice_is_an_error(lines_of, run):

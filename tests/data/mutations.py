@@ -19,7 +19,7 @@ def mutations(data: bytes, count: int, seed: int) -> Iterator[bytes]:
         yield changed
 
 
-def _place(data: bytes, generator: random.Random) -> int:
+def _position(data: bytes, generator: random.Random) -> int:
     """A position, half of the time near an end of the file, where headers and footers are."""
     near = min(len(data), 200)
     first = generator.choice((0, 0, 0, len(data) - near))
@@ -34,7 +34,7 @@ def _flip_bits(data: bytes, generator: random.Random) -> bytes:
     changed = bytearray(data)
     for _ in range(generator.choice((1, 1, 4, 32))):
         if changed:
-            position = min(_place(data, generator), len(data) - 1)
+            position = min(_position(data, generator), len(data) - 1)
             changed[position] ^= 1 << generator.randrange(8)
     return bytes(changed)
 
@@ -44,17 +44,17 @@ def _overwrite(data: bytes, generator: random.Random) -> bytes:
     code, claims = generator.choice((("<I", _CLAIMS), ("<Q", _LONG_CLAIMS), (">I", _CLAIMS)))
     size = struct.calcsize(code)
     value = generator.choice(claims) % (1 << 8 * size)
-    position = _place(data, generator)
+    position = _position(data, generator)
     position -= generator.choice((0, position % 4))  # most formats align their integers
     return data[:position] + struct.pack(code, value) + data[position + size :]
 
 
 def _truncate(data: bytes, generator: random.Random) -> bytes:
-    return data[: _place(data, generator)]
+    return data[: _position(data, generator)]
 
 
 def _part(data: bytes, generator: random.Random) -> tuple[int, int]:
-    start = _place(data, generator)
+    start = _position(data, generator)
     return start, start + generator.choice((1, 4, 8, 64, 1024))
 
 

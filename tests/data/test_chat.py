@@ -1,4 +1,4 @@
-"""Chat templates: ids, the mask of the assistant's turns, and templates that misbehave."""
+"""Chat templates: ids, the mask of the assistant's messages, and templates that misbehave."""
 
 import json
 import signal
@@ -29,7 +29,7 @@ TAGGED = """
 ANSWERS = [" gr\u00f6\u00dfer \u6728 ", "ok"]
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Hi <b>there</b>"},
+    {"role": "user", "content": "Hi <b>you</b>"},
     {"role": "assistant", "content": ANSWERS[0]},
     {"role": "user", "content": "really?"},
     {"role": "assistant", "content": ANSWERS[1]},
@@ -69,7 +69,7 @@ def encode(folder):
 
 
 def targets(tokenizer, ids, mask):
-    """The text of each run of targets; the end of a turn is "|"."""
+    """The text of each run of targets; the end of an answer is "|"."""
     runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(mask)) + 1)
     ends = (601, tokenizer.eos_id)
     return [
@@ -94,7 +94,7 @@ def split(ids, ends):
 
 
 @pytest.mark.parametrize("template", [PREFIX, TAGGED], ids=["prefixes", "tags"])
-def test_targets_are_the_answers_with_the_end_of_their_turns(encode, template):
+def test_targets_are_the_answers_with_their_end_tokens(encode, template):
     tokenizer, ids, mask, num_bytes = encode(template)
     assert targets(tokenizer, ids, mask) == [f"{answer}|" for answer in ANSWERS]
     assert mask.dtype == np.bool_ and mask.shape == ids.shape
@@ -102,12 +102,12 @@ def test_targets_are_the_answers_with_the_end_of_their_turns(encode, template):
 
 
 @pytest.mark.parametrize("template", [PREFIX, TAGGED], ids=["prefixes", "tags"])
-def test_ids_are_those_of_the_whole_text(encode, folder, template):
+def test_ids_are_those_of_the_formatted_text(encode, folder, template):
     tokenizer, ids, _, _ = encode(template)
     text = chat.load(str(folder)).render(MESSAGES).text
     np.testing.assert_array_equal(ids, [*tokenizer.encode(text), tokenizer.eos_id])
-    turns = (f"<|start|>{m['role']}\n{m['content']}<|end|>\n" for m in MESSAGES)
-    assert text == "".join(turns)
+    formatted = (f"<|start|>{m['role']}\n{m['content']}<|end|>\n" for m in MESSAGES)
+    assert text == "".join(formatted)
 
 
 def test_the_token_after_a_tagged_answer_is_a_target(encode):
@@ -224,9 +224,9 @@ FAULTY = {
         "formats message 3 differently when others follow, .* enclose answers in {% generation %}",
     ),
 }  # fmt: skip
-# These fail when they are loaded, so that no row is at fault.
+# These fail when they are loaded, so that no record is at fault.
 WHEN_LOADED = {"random", "syntax", "deep", "long", "number", "nameless"}
-# Jinja computes constants when it loads a template, if there is memory for them.
+# Jinja computes constants when it loads a template, if it has the memory.
 MAY_BE_CONSTANT = {"huge_string", "huge_format"}
 
 
@@ -245,7 +245,7 @@ def test_a_template_that_misbehaves_is_refused_in_one_line(encode, monkeypatch, 
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], r"messages must be a list of at least one message, got \[\]; remove the row"),
+        ([], r"messages must be a list of at least one message, got \[\]; remove the record"),
         (None, "messages must be a list .* got None"),
         ("text", "messages must be a list .* got 'text'"),
         ([5], "message 1 must have a role of system, .*, got 5; rename it"),
@@ -253,12 +253,15 @@ def test_a_template_that_misbehaves_is_refused_in_one_line(encode, monkeypatch, 
         ([{"content": "x"}], "message 1 must have a role of .*, got None"),
         ([MESSAGES[1], {"role": "assistant"}], "message 2 must have a content, .* got None; add"),
         ([{"role": "assistant", "content": 5}], "message 1 must have a content, .* got 5; add"),
-        ([MESSAGES[1]], "messages must have one of the assistant, to learn from; remove the row"),
+        (
+            [MESSAGES[1]],
+            "messages must have one of the assistant, to learn from; remove the record",
+        ),
         ([{"role": "assistant", "content": "\ud800"}], "messages must be JSON, and text UTF-8"),
         ([{**MESSAGES[2], "x": object()}], "messages must be JSON, .*; correct them"),
     ],
 )
-def test_an_invalid_conversation_is_refused_with_its_row(encode, messages, message):
+def test_an_invalid_conversation_is_refused_with_its_record(encode, messages, message):
     with pytest.raises(ConfigError, match=f"^{NAME}: {message}"):
         encode(PREFIX, messages)
 

@@ -385,8 +385,10 @@ def test_options_of_a_task_need_a_task():
 
 def test_the_docs_have_the_vocabulary_of_every_task():
     text = (pathlib.Path(__file__).parents[2] / "docs/tasks.md").read_text()
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
-    sizes = {row[0].strip("`"): int(row[3]) for row in rows}
+    entries = [
+        line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")
+    ]
+    sizes = {entry[0].strip("`"): int(entry[3]) for entry in entries}
     expected = {t.name: t.vocab_size(t.complete({})) for t in FORMAL_LANGUAGES}
     assert expected.items() <= sizes.items()
 

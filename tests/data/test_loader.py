@@ -144,7 +144,7 @@ def test_an_error_in_the_prefetch_thread_is_raised_in_the_caller():
 @pytest.mark.parametrize("host_count", [1, 2, 3, 6])
 def test_the_blocks_of_all_hosts_concatenate_to_the_global_batch(host_count):
     windows = make_windows(20)
-    for step in (0, 3, 7):  # step 3 spans two epochs
+    for step in (0, 3, 7):  # step 3 has sequences of two epochs
         blocks = [
             batch_at(windows, CFG, step, host_index=host, host_count=host_count)
             for host in range(host_count)

@@ -35,8 +35,8 @@ def test_listops_files_give_expressions_and_their_values(tmp_path):
 
 
 def test_retrieval_files_give_two_documents_of_bytes(tmp_path):
-    row = '"{}"\t"1"\t"2"\t"{}"\t"{}"\n'
-    content = row.format("1.0", "ab", 'é""c') + row.format("0.0", "abcdefgh", "x")
+    line = '"{}"\t"1"\t"2"\t"{}"\t"{}"\n'
+    content = line.format("1.0", "ab", 'é""c') + line.format("0.0", "abcdefgh", "x")
     (tmp_path / "new_aan_pairs.eval.tsv").write_text(content)
     batch = all_of(text.read_retrieval(tmp_path, "valid", document_len=5))
     assert batch.inputs.shape == (2, 10)
@@ -111,8 +111,8 @@ def test_both_layouts_of_pathfinder_have_the_same_images(tmp_path, rng):
         np.testing.assert_array_equal(a.inputs, b.inputs)
         np.testing.assert_array_equal(classes(a), classes(b))
         assert a.inputs.shape == (count, 16, 1)
-        for row, label in zip(a.inputs, classes(a), strict=True):
-            matches = (pixels.reshape(20, 16) / 127.5 - 1 - row[:, 0]).round(4) == 0
+        for image, label in zip(a.inputs, classes(a), strict=True):
+            matches = (pixels.reshape(20, 16) / 127.5 - 1 - image[:, 0]).round(4) == 0
             (n,) = np.flatnonzero(matches.all(axis=1))
             assert labels[n] == label
             seen.append(n)

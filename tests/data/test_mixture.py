@@ -77,11 +77,11 @@ def test_windows_of_a_mixture_are_those_of_its_sources():
     }
     assert len(mixture) == sum(map(len, parts.values()))
     batch = batch_at(mixture, CFG, 3)
-    for row, index in enumerate(batch.index):
+    for i, index in enumerate(batch.index):
         name, start = ("a", 0) if index < len(parts["a"]) else ("b", len(parts["a"]))
         expected = parts[name].batch(np.array([index - start]))
         for leaf, one in zip(batch[:-1], expected[:-1], strict=True):
-            np.testing.assert_array_equal(leaf[row], one[0])
+            np.testing.assert_array_equal(leaf[i], one[0])
     assert set(mixture.description) == {"a", "b"}
 
 

@@ -36,14 +36,14 @@ def test_every_epoch_has_every_window_once(shuffle, size, block, set_size):
 
 @pytest.mark.parametrize("size,block,set_size", SIZES)
 def test_a_reader_that_keeps_one_set_reads_every_block_once(size, block, set_size):
-    kept, reads = collections.OrderedDict(), 0
+    cached, reads = collections.OrderedDict(), 0
     for window in epoch(Order(size, (3,), "blocks", block, set_size)):
         number = window // block
-        reads += number not in kept
-        kept[number] = True
-        kept.move_to_end(number)
-        if len(kept) > set_size:
-            kept.popitem(last=False)
+        reads += number not in cached
+        cached[number] = True
+        cached.move_to_end(number)
+        if len(cached) > set_size:
+            cached.popitem(last=False)
     assert reads == -(-size // block)
 
 
@@ -78,5 +78,5 @@ def test_blocks_are_mixed_within_their_set_and_sets_differ_between_epochs():
 
 def test_the_partial_block_is_not_always_in_the_same_set():
     order = Order(1003, (0,), "blocks", 10, 5)
-    places = {int(np.flatnonzero(epoch(order, n) == 1002)[0]) // 50 for n in range(30)}
-    assert len(places) > 8
+    sets = {int(np.flatnonzero(epoch(order, n) == 1002)[0]) // 50 for n in range(30)}
+    assert len(sets) > 8

@@ -1,4 +1,4 @@
-"""Windows of whole documents: every token is a target once, and little is padding."""
+"""Windows of packed documents: every token is a target once, and little is padding."""
 
 import os
 import pickle
@@ -74,7 +74,7 @@ def test_every_token_but_the_first_of_a_document_is_a_target_once(
 
 
 @every_packing
-def test_documents_that_fit_are_whole(name, rng):
+def test_documents_that_fit_are_not_divided(name, rng):
     lengths = rng.integers(2, 66, 500)
     pieces = sum(windows(make_layout(name, make_store(lengths), 64, None)), [])
     ends = np.cumsum(lengths)
@@ -122,7 +122,7 @@ def test_best_fit_keeps_a_window_within_its_group(rng):
 
 
 @every_packing
-def test_plans_are_kept_and_equal_new_ones(name, rng, cached, monkeypatch):
+def test_plans_are_cached_and_equal_new_ones(name, rng, cached, monkeypatch):
     store = make_store(rng.integers(1, 100, 300))
     first = make_layout(name, store, 32, str(cached.parent))
     assert [path.suffix for path in cached.iterdir()] == [""]
@@ -160,7 +160,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(rng, cached, caplog):
     assert "cannot be written" in caplog.text
 
 
-def test_small_plans_are_not_kept(tmp_path, monkeypatch):
+def test_small_plans_are_not_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("XLSTM_CACHE_DIR", str(tmp_path / "cache"))
     make_layout("pad", make_store([5, 6]), 8, None)
     assert os.listdir(tmp_path) == []

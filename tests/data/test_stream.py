@@ -45,7 +45,7 @@ def test_a_ramp_takes_the_same_sequences_in_the_same_order(grammar):
     [
         (((1, 0.5),), "increasing steps from 0 on"),
         (((0, 0.5), (0, 1.0)), "increasing steps"),
-        (((0, 0.3),), "whole numbers of sequences, got 0.3"),
+        (((0, 0.3),), "integer numbers of sequences, got 0.3"),
         (((0, 0.0),), "shares above 0"),
         (((0, 2.0),), "at most 1"),
     ],

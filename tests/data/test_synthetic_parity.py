@@ -106,7 +106,7 @@ def test_the_loader_returns_the_samples_in_order():
     assert load(cfg, "train").description["max_len"] == 30
 
 
-def test_a_held_out_split_has_num_eval_samples_up_to_seq_len():
+def test_the_validation_split_has_num_eval_samples_up_to_seq_len():
     cfg = DataConfig(source="parity", seq_len=15, batch_size=8, num_eval_samples=100)
     seen = list(eval_batches(load(cfg, "valid"), cfg))
     assert len(seen) == 13

@@ -30,8 +30,8 @@ def batch(cfg, count=300, split="train", **changes):
 
 
 def test_the_published_layout_of_recall_has_its_targets_at_the_queries():
-    row, is_answer = mqar.layout(np.array([[2, 4]]), np.array([[8, 7]]), np.array([[4, 1]]), 17)
-    result = shift_targets(row, is_answer, np.array([17]), np.array([0]))
+    sample, is_answer = mqar.layout(np.array([[2, 4]]), np.array([[8, 7]]), np.array([[4, 1]]), 17)
+    result = shift_targets(sample, is_answer, np.array([17]), np.array([0]))
     assert result.inputs.tolist() == [[2, 8, 4, 7, 0, 0, 4, 0, 0, 0, 0, 0, 2, 0, 0, 0]]
     expected = np.full(16, -1)
     expected[[6, 12]] = 7, 8
@@ -248,14 +248,14 @@ def test_bounds_that_hardly_any_expression_meets_are_rejected(monkeypatch):
 
 
 @pytest.mark.parametrize("cfg", [RECALL, NEIGHBOR, LISTS], ids=lambda cfg: cfg.source)
-def test_samples_depend_on_seed_split_and_index_alone(cfg):
+def test_samples_depend_on_seed_split_and_index_only(cfg):
     many = batch(cfg, 60)
     alone = load(cfg, "train").batch(np.array([41]))
     for leaf, leaf_alone in zip(many, alone, strict=True):
         np.testing.assert_array_equal(leaf[41], leaf_alone[0])
     others = [batch(cfg, 60, split="valid"), batch(cfg, 60, seed=4)]
-    rows = [{leaf.tobytes() for leaf in data.inputs} for data in (many, *others)]
-    assert len(set.union(*rows)) >= 178
+    samples = [{leaf.tobytes() for leaf in data.inputs} for data in (many, *others)]
+    assert len(set.union(*samples)) >= 178
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Small tokenizer files, made once per process: there are none without a network."""
+"""Small tokenizer files, made once per process, as none can be downloaded."""
 
 import functools
 import io

@@ -70,13 +70,13 @@ def task_path(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("tasks")
     for name, text in zip(TASKS, (CHOICE, ROLLING, GENERATE), strict=True):
         (folder / f"{name}.yaml").write_text(text)
-    rows = [
+    records = [
         {"question": text[:50], "choices": [text[50:58], "norm", "a gate of it"], "label": i % 3}
         for i, text in enumerate(texts)
     ]
-    (folder / "choice.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    rows = [{"text": text, "answer": text[40:44]} for text in texts]
-    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "choice.jsonl").write_text("\n".join(map(json.dumps, records)))
+    records = [{"text": text, "answer": text[40:44]} for text in texts]
+    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, records)))
     return folder
 
 

@@ -128,23 +128,23 @@ def test_bits_per_byte_is_none_for_synthetic_tasks(small):
     assert result.num_tokens >= 5
 
 
-def test_segments_give_the_loss_of_whole_windows(small, windows):
+def test_segments_give_the_loss_of_their_windows(small, windows):
     """Segments of 4 split documents; each document starts from the initial state."""
-    whole = perplexity(*small, windows, batch_size=4)
+    unsegmented = perplexity(*small, windows, batch_size=4)
     result = perplexity(*small, windows, batch_size=4, segment_len=4)
-    assert result.num_tokens == whole.num_tokens
-    assert result.nats_per_token == pytest.approx(whole.nats_per_token, rel=1e-5)
+    assert result.num_tokens == unsegmented.num_tokens
+    assert result.nats_per_token == pytest.approx(unsegmented.nats_per_token, rel=1e-5)
 
 
 @pytest.mark.slow
 def test_segments_carry_the_state_over_documents_without_resets(windows):
     small = model_and_variables("m")
     options = dict(batch_size=4, document_resets=False)
-    whole = perplexity(*small, windows, **options)
+    unsegmented = perplexity(*small, windows, **options)
     result = perplexity(*small, windows, segment_len=4, **options)
-    assert result.nats_per_token == pytest.approx(whole.nats_per_token, rel=1e-5)
+    assert result.nats_per_token == pytest.approx(unsegmented.nats_per_token, rel=1e-5)
     with_resets = perplexity(*small, windows, batch_size=4)
-    assert whole.nats_per_token != pytest.approx(with_resets.nats_per_token, rel=1e-4)
+    assert unsegmented.nats_per_token != pytest.approx(with_resets.nats_per_token, rel=1e-4)
 
 
 def test_loss_by_position_equals_that_of_unsplit_windows(small, windows, losses):
@@ -224,8 +224,8 @@ def test_buckets_are_powers_of_two_up_to_the_window(seq_len, buckets, monkeypatc
 
     monkeypatch.setattr(position, "losses_of_positions", no_losses)
     windows = make_windows(np.array([3, 4, 5, 6, 7, 8, 9, 1, 10], np.uint16), seq_len)
-    found = by_position(*model_and_variables("m"), windows)
-    assert [bucket[:2] for bucket in found] == buckets
+    result = by_position(*model_and_variables("m"), windows)
+    assert [bucket[:2] for bucket in result] == buckets
 
 
 @pytest.mark.parametrize("measure", [perplexity, by_position])

@@ -73,7 +73,7 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
     return data
 
 
-def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The paths of all values inside a value."""
     items = (
         value.items()
@@ -82,7 +82,7 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         if isinstance(value, list)
         else ()
     )
-    return [path] + [place for key, item in items for place in _places(item, (*path, key))]
+    return [path] + [inner for key, item in items for inner in _paths(item, (*path, key))]
 
 
 def mutate_value(
@@ -91,10 +91,10 @@ def mutate_value(
     """A copy with one value replaced, removed, renamed, repeated or swapped, seldom several."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
-        path = rng.choice(_places(value))
+        path = rng.choice(_paths(value))
         new = replacement() if replacement else copy.deepcopy(rng.choice(VALUES))
         if not path:
-            # Rarely: a file that holds something else altogether.
+            # Rarely: a file with other contents altogether.
             value = new if rng.random() < 0.3 else value
             continue
         *parents, key = path

@@ -119,7 +119,7 @@ def zeros(cfg: LMConfig) -> Any:
 
 
 def check_finite(values: Any) -> None:
-    """Raises AssertionError if there is a number that is NaN or infinite, or beyond floats."""
+    """Raises AssertionError if a number is NaN, infinite or beyond floats."""
     if isinstance(values, Mapping):
         values = list(values.values())
     if isinstance(values, (list, tuple)):
@@ -238,7 +238,7 @@ def write_manifest(folder: Path) -> bytes:
 
 
 def read_manifest(folder: Path) -> Any:
-    """The problem, if there is one."""
+    """The problem, or None."""
     problem = manifest.verify(folder)
     return None if problem is None else Refused(printable(problem))
 
@@ -299,7 +299,7 @@ def change_index(contents: bytes, rng: Random) -> bytes:
     index = json.loads(contents)
     if rng.random() < 0.3:
         tensor = rng.choice(list(index["weight_map"]))
-        places = (
+        names = (
             "../hf/model.safetensors",
             "/dev/zero",
             "a/b",
@@ -308,7 +308,7 @@ def change_index(contents: bytes, rng: Random) -> bytes:
             ".",
             "config.json",
         )
-        index["weight_map"][tensor] = rng.choice(places)
+        index["weight_map"][tensor] = rng.choice(names)
         return json.dumps(index).encode()
     return mutate.mutate_json(index, rng)
 

@@ -38,7 +38,7 @@ class TooSlowError(BaseException):
 
 @pytest.fixture(autouse=True)
 def as_for_users(monkeypatch, one_device):
-    """Turns off what only tests have: type checks. And `cpu.prepare`, which changes the process."""
+    """Disables type checks, which only tests have, and `cpu.prepare`, which changes the process."""
     monkeypatch.setattr(cpu, "prepare", lambda: None)
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
@@ -60,13 +60,13 @@ def problem_of(case: Case) -> tuple[str | None, str]:
     except WeightsWarning:
         return None, "warned"
     except TooSlowError as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{error}, in {place.filename}:{place.lineno}", "failed"
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{error}, in {frame.filename}:{frame.lineno}", "failed"
     except Exception as error:
         code, message = explain(error)
         if code is None:
-            places = traceback.extract_tb(error.__traceback__)
-            own = [place for place in places if "xlstm_jax" in place.filename] or places
+            frames = traceback.extract_tb(error.__traceback__)
+            own = [frame for frame in frames if "xlstm_jax" in frame.filename] or frames
             where = f"{own[-1].filename}:{own[-1].lineno}"
             return f"raises {type(error).__name__}: {quote(str(error))} in {where}", "failed"
         result = Refused(message, code)
@@ -102,7 +102,7 @@ def test_mutated_input_is_accepted_or_rejected_by_a_short_error(name, tmp_path, 
             problem, outcome = problem_of(case)
             outcomes[outcome] += 1
             if problem:
-                # One case for each kind of failure, at one place.
+                # One case for each kind of failure at each location.
                 kind = re.sub(r"[0-9]+|: .* in ", "", problem)[:60] + problem[-40:]
                 failures.setdefault(kind, f"case {index}: {problem}; input {show(case.shown)}")
     finally:
@@ -115,6 +115,6 @@ def test_mutated_input_is_accepted_or_rejected_by_a_short_error(name, tmp_path, 
 
 
 def show(value):
-    """The input for a message: whole if it is short."""
+    """The input for a message, shortened if it is long."""
     text = repr(value) if len(str(value)) < 1500 else quote(value)
     return text if len(text) < 3000 else text[:1500] + "..." + text[-1500:]

@@ -51,23 +51,23 @@ def ask(chat, question, count=9, sampler=LETTERS, seed=7):
 
 
 def conversation(source, answers):
-    """The rendering of all turns, up to the end of the last answer."""
-    turns = zip(QUESTIONS, answers, strict=True)
+    """The rendering of all messages, up to the end of the last answer."""
+    pairs = zip(QUESTIONS, answers, strict=True)
     messages = [
         {"role": role, "content": text}
-        for pair in turns
+        for pair in pairs
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
     text = template(source).text(messages[:-1], add_generation_prompt=True)
     return text + answers[-1]
 
 
-def test_turns_without_special_tokens_have_the_text_of_the_template():
+def test_messages_without_special_tokens_have_the_text_of_the_template():
     session = Session(*model_and_variables(), BYTES)
     chat = Chat(session, template(PLAIN))
     answers = [ask(chat, question) for question in QUESTIONS]
     assert session.text == conversation(PLAIN, answers)
-    assert session.num_turns == 3
+    assert session.num_snapshots == 3
     session.rewind()
     assert ask(chat, QUESTIONS[-1]) == answers[-1]
 
@@ -97,7 +97,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_turns_with_special_tokens_have_the_tokens_of_the_template(folder):
+def test_messages_with_special_tokens_have_the_tokens_of_the_template(folder):
     tokenizer = tokenizers.get(str(folder))
     session = Session(*model_and_variables(), tokenizer)
     chat = Chat(session, templates.load(str(folder)))
@@ -106,7 +106,7 @@ def test_turns_with_special_tokens_have_the_tokens_of_the_template(folder):
     answers = []
     for question, count, seed in zip(QUESTIONS, (40, 1, 1), (7, 0, 0), strict=True):
         answers.append(ask(chat, question, count, Sampler(never=never, temperature=10.0), seed))
-        # The model ends a turn itself, or the limit does and the next turn adds the end.
+        # The model ends an answer itself, or the limit does and the next message adds the end.
         assert session.ended == (count == 40)
     text = tokenizer.inner.decode(session.tokens, skip_special_tokens=False)
     assert text == conversation(SPECIAL, answers)
@@ -121,7 +121,7 @@ def test_turns_with_special_tokens_have_the_tokens_of_the_template(folder):
         "{{ messages[-1].content }}",
     ],
 )
-def test_a_template_that_changes_earlier_turns_is_refused(source):
+def test_a_template_that_changes_earlier_messages_is_refused(source):
     session = Session(*model_and_variables(), BYTES)
     with pytest.raises(ConfigError, match="t.jinja must append every message to the text before"):
         Chat(session, template(source))

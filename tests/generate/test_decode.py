@@ -109,14 +109,14 @@ def test_prompts_of_equal_length_may_be_an_array(small):
 def test_prompts_of_any_length_share_few_prefill_programs(small, monkeypatch, length, widths):
     """The state equals that of an unpadded pass."""
     model, variables = small
-    calls, run_pass = [], prefill._pass_in_place
+    calls, run_pass = [], prefill._donating_pass
 
     def recorded(*args):
         calls.append(args[2].shape[1])
         return run_pass(*args)
 
     monkeypatch.setattr(prefill, "WIDTHS", (16, 4))
-    monkeypatch.setattr(prefill, "_pass_in_place", recorded)
+    monkeypatch.setattr(prefill, "_donating_pass", recorded)
     prompt = [n % 11 for n in range(length)]
     result = generate(model, variables, [prompt], max_new_tokens=0)
     assert calls == widths

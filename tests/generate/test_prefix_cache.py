@@ -26,13 +26,13 @@ def narrow_passes():
 @pytest.fixture
 def widths(monkeypatch):
     """The widths of all passes that are computed."""
-    calls, prefill_chunk = [], prefill._pass_in_place
+    calls, prefill_chunk = [], prefill._donating_pass
 
     def recorded(*args):
         calls.append(args[2].shape[1])
         return prefill_chunk(*args)
 
-    monkeypatch.setattr(prefill, "_pass_in_place", recorded)
+    monkeypatch.setattr(prefill, "_donating_pass", recorded)
     return calls
 
 

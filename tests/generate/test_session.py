@@ -40,7 +40,7 @@ def say(session, text, count=12, **options):
 def assert_same(session, other):
     """The sessions have equal tokens and bit-identical states, also those to rewind to."""
     assert session.tokens == other.tokens
-    points, others = ([*s._turns, s._point] for s in (session, other))
+    points, others = ([*s._snapshots, s._point] for s in (session, other))
     assert [p._replace(state=None) for p in points] == [p._replace(state=None) for p in others]
     for point, expected in zip(points, others, strict=True):
         chex.assert_trees_all_equal(point.state, expected.state)
@@ -57,10 +57,10 @@ def detours(session, folder):
     """A session after operations that must have no effect on what follows."""
     copy, other = session.fork(2)
     say(other, "elsewhere")
-    say(copy, "a turn that is taken back")
+    say(copy, "a text that is rewound")
     copy.rewind()
     say(copy, "two")
-    copy.append("turns")
+    copy.append("texts")
     copy.rewind(2)
     return stored(copy, folder).fork(1)[0]
 
@@ -83,7 +83,7 @@ def test_copies_rewinds_and_files_have_no_effect_on_what_follows(pattern, change
         assert say(plain, text) == say(winding, text)
         winding = detours(winding, tmp_path)
     assert_same(plain, winding)
-    assert plain.num_turns == 3
+    assert plain.num_snapshots == 3
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(plain._point.state)}
     assert dtypes == {"float32", "int32", *changes.values()}
 
@@ -102,7 +102,7 @@ def test_copies_are_independent():
 
 
 def test_answers_are_those_of_generate():
-    """The state is passed on: the answers equal those after the whole text in one prompt."""
+    """The state is passed on: the answers equal those after the full text in one prompt."""
     session, text = new(), ""
     for question in ("what?", "and why is that so?"):
         text += question
@@ -123,13 +123,13 @@ def test_an_answer_can_be_continued(counts):
     session.generate(16)
     for count in counts:
         other.generate(count)
-    assert other.tokens == session.tokens and other.num_turns == 1
+    assert other.tokens == session.tokens and other.num_snapshots == 1
 
 
 @pytest.mark.parametrize("length", [1, 2, 9])
 def test_a_stop_string_is_no_part_of_the_session(length):
     answer = say(new(), "go", 40)
-    # Where the string does not occur before: at any place within pieces and between them.
+    # Where the string does not occur before: at any position within pieces and between them.
     starts = [i for i in range(31) if answer.find(answer[i : i + length]) == i]
     for start in starts[::length]:
         session, other = new(), new()
@@ -200,7 +200,7 @@ def test_the_state_does_not_grow():
     assert session.num_bytes == 2 * small
     for _ in range(20):
         session.append("b")
-    assert session.num_turns == 8 and session.num_bytes == 9 * small
+    assert session.num_snapshots == 8 and session.num_bytes == 9 * small
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +289,13 @@ def test_the_header_tells_what_is_in_the_file(file):
     assert load(path).tokens == record["tokens"]
 
 
+def test_a_file_with_the_earlier_name_of_max_snapshots_is_read(file, tmp_path):
+    record, arrays = container.read(file[0], "session")
+    record["max_turns"] = record.pop("max_snapshots")
+    container.write(tmp_path / "old", "session", record, arrays)
+    assert_same(load(tmp_path / "old"), load(file[0]))
+
+
 def test_a_session_of_another_model_or_tokenizer_is_refused(file):
     path, _ = file
     with pytest.raises(ConfigError, match="must be a session of the config .* start a new session"):
@@ -320,15 +327,18 @@ INVALID = {
     "unknown id": (lambda s: s.append([700]), "ids from 0 to 609, got 700"),
     "no copies": (lambda s: s.fork(0), "n must be at least 1, got 0"),
     "half a copy": (lambda s: s.fork(1.5), "n must be int, got 1.5"),
-    "no turns": (lambda s: s.rewind(0), "turns must be at least 1, got 0"),
-    "too many turns": (lambda s: s.rewind(2), "turns must be at most 1, .* got 2"),
+    "no snapshots": (lambda s: s.rewind(0), "count must be at least 1, got 0"),
+    "too many snapshots": (lambda s: s.rewind(2), "count must be at most 1, .* got 2"),
     "no tokens": (lambda s: s.generate(0), "max_new_tokens must be at least 1, got 0"),
     "empty stop": (lambda s: s.generate(1, stop=[""]), "stop must have no empty string"),
     "text as stop": (lambda s: s.generate(1, stop="ab"), r"got 'ab'; write \['ab'\]"),
     "name of a tokenizer": (lambda s: Session(s.model, s.variables, "byte"), "got 'byte'; load it"),
     "unknown stop": (lambda s: s.generate(1, stop=[None]), "stop must be a list"),
     "no key": (lambda s: s.generate(1, sampler=Sampler()), "key must be a PRNG key"),
-    "no turns kept": (lambda s: new(max_turns=0), "max_turns must be at least 1, got 0"),
+    "no snapshots stored": (
+        lambda s: new(max_snapshots=0),
+        "max_snapshots must be at least 1, got 0",
+    ),
     "nothing": (lambda s: new().generate(), "the session is empty and cannot be continued"),
     "vocabulary": (
         lambda s: Session(s.model, s.variables, ByteTokenizer(vocab_size=700)),
@@ -360,7 +370,7 @@ def test_a_session_that_changes_while_it_answers_is_an_error():
 
 
 def test_a_stop_string_may_begin_in_a_character_of_the_context():
-    """No token of the answer is kept; the search for the last one to keep must end."""
+    """No token of the answer remains; the search for the last one that does must end."""
     *start, end = "\N{EURO SIGN}".encode()
     session = new()
     session.append([*b"a", *start])

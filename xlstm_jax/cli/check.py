@@ -16,12 +16,12 @@ from xlstm_jax.ops import device_check, verdicts
 class CheckRun:
     """Compares values, states and gradients of every implementation with the recurrence, and times.
 
-    What it finds is remembered for this device, its driver and these versions: "auto" never takes
-    an implementation that failed here.
+    The result is stored for this device, its driver and these versions: "auto" never selects an
+    implementation that failed.
     """
 
     json: bool = False  # print the result as JSON
-    record: bool = True  # remember the result
+    record: bool = True  # store the result
 
 
 def run(argv: list[str]) -> int:
@@ -35,8 +35,9 @@ def run(argv: list[str]) -> int:
     results = device_check.verdicts(outcomes)
     path = verdicts.record(results) if args.record else None
     if args.json:
-        rows = [one._asdict() | {"passed": one.passed} for one in outcomes]
-        console.print_json({"device": verdicts.describe(), "outcomes": rows, "verdicts": results})
+        records = [one._asdict() | {"passed": one.passed} for one in outcomes]
+        device = verdicts.describe()
+        console.print_json({"device": device, "outcomes": records, "verdicts": results})
     else:
         _show(outcomes, path)
     return DONE if all(one.passed for one in outcomes) else MACHINE_FAILED
@@ -51,7 +52,7 @@ def _describe(one: device_check.Outcome) -> str:
 
 def _show(outcomes: list[device_check.Outcome], path) -> None:
     header = ["op", "sizes", "implementation", "error", "ms, both directions", "verdict"]
-    rows = [
+    lines = [
         [
             one.workload.op,
             one.workload.label,
@@ -63,7 +64,7 @@ def _show(outcomes: list[device_check.Outcome], path) -> None:
         for one in outcomes
     ]
     console.write("\n")
-    console.print_table(header, rows)
+    console.print_table(header, lines)
     known = verdicts.describe()
     fields = {name: known[name] for name in ("device", "driver")}
-    console.print_fields(fields | ({"remembered in": quote_path(path)} if path else {}))
+    console.print_fields(fields | ({"stored in": quote_path(path)} if path else {}))

@@ -31,13 +31,13 @@ def print_fields(fields: Mapping[str, str]) -> None:
         _line(Text(f"{name:<{width}}  ", "cyan") + Text(_encodable(value)))
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     """Prints a table whose first column is left-aligned and whose others are right-aligned."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for n, row in enumerate([header, *rows]):
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    for n, line in enumerate([header, *lines]):
         cells = [
             _encodable(f"{cell:<{width}}" if column == 0 else f"{cell:>{width}}")
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
         _line(Text("  ".join(cells), "bold" if n == 0 else ""))
 
@@ -72,6 +72,6 @@ def _to_json(value: Any) -> Any:
 
 @contextlib.contextmanager
 def output_to_stderr() -> Iterator[None]:
-    """Within the context, what is written to stdout goes to stderr: results come alone there."""
+    """Redirects stdout to stderr, so that stdout has only the results, which are printed later."""
     with contextlib.redirect_stdout(sys.stderr):
         yield

@@ -168,7 +168,7 @@ def _push(args: RunToHf) -> int:
                 cfg,
                 folder,
                 license_line=fields[LICENSE],
-                metrics=_held_out(args.run, args.step),
+                metrics=_validation_metrics(args.run, args.step),
             )
             (folder / license.CARD).write_text(text)
             pushed = convert.push_hf(args.folder, folder, private=args.private)
@@ -189,8 +189,8 @@ def _write(args: RunToHf, folder: Path) -> Fields:
     return {"parameters": num_params, LICENSE: license_name}
 
 
-def _held_out(run: Path, step: int | None) -> dict[str, float]:
-    """The newest metrics of a run on held-out data, up to a step."""
+def _validation_metrics(run: Path, step: int | None) -> dict[str, float]:
+    """The newest validation metrics of a run, up to a step."""
     records = rundir.read_metrics(run / rundir.METRICS)
     known = [r for r in records if "valid_loss" in r and (step is None or r["step"] <= step)]
     last = known[-1] if known else {}

@@ -39,16 +39,16 @@ BAR_WIDTH = 40
 class Prepare(options.ModelCommand):
     """Tokenizes text into shards, once, for any number of runs; the same command resumes."""
 
-    source: Input  # file or folder with text, or with rows of text (JSON lines, Parquet)
+    source: Input  # file or folder with text, or with records (JSON lines, Parquet)
     out: Output  # folder; new, empty, or prepared by the same command
     tokenizer: str = "byte"  # tokenizer.json, .model of sentencepiece, a folder, hf://org/name
     pattern: str | None = None  # files of a folder to read: *.jsonl.gz; None: all with a reader
-    text_field: str = "text"  # column of rows with the text
+    text_field: str = "text"  # field or column with the text
     split: Split | None = None  # split of all documents; None: by names of files, or by content
     workers: int | None = None  # processes; None: one for each core
     shard: str = "0/1"  # I/N: the part of machine I, from 0, of N that share the work
-    chat: bool = False  # rows are conversations: apply the chat template of the tokenizer
-    messages_field: str = "messages"  # column of rows with a conversation
+    chat: bool = False  # records are conversations: apply the chat template of the tokenizer
+    messages_field: str = "messages"  # field or column with a conversation
     fresh: bool = False  # delete what was prepared in OUT before
 
 
@@ -61,7 +61,7 @@ class Inspect(options.ModelCommand):
     samples: int = 3  # documents to show of each split
     tokenizer: str | None = None  # for samples; None: that of the data
     pattern: str | None = None  # files of raw text to read
-    text_field: str = "text"  # column of rows with the text
+    text_field: str = "text"  # field or column with the text
     json: bool = False  # print the figures as JSON
 
 
@@ -69,11 +69,11 @@ class Inspect(options.ModelCommand):
 class TrainTokenizer:
     """Trains a byte-level BPE on the training split of raw text."""
 
-    source: Input  # file or folder with text, or with rows of text
+    source: Input  # file or folder with text, or with records
     out: Output  # folder for tokenizer.json
     vocab_size: int  # tokens, with 256 for the bytes and one that ends documents
     pattern: str | None = None  # files of a folder to read
-    text_field: str = "text"  # column of rows with the text
+    text_field: str = "text"  # field or column with the text
     max_bytes: int | None = None  # of text to train on, of each file in proportion; None: all
 
 
@@ -150,7 +150,7 @@ def _print_result(out: Path, result: Result, display: ProgressDisplay, seconds: 
         )
     console.print_fields(fields)
     if result.manifest is not None:
-        rows = [
+        totals = [
             (
                 split,
                 sum(info.documents for info in shards),
@@ -159,14 +159,14 @@ def _print_result(out: Path, result: Result, display: ProgressDisplay, seconds: 
             )
             for split, shards in result.manifest.splits.items()
         ]
-        _print_splits(rows)
+        _print_splits(totals)
 
 
 def _ratio(tokens: int, num_bytes: int) -> str:
     return f"{tokens / num_bytes:.4f}" if num_bytes else "-"
 
 
-def _print_splits(rows: Sequence[tuple[str, int, int | None, int | None]]) -> None:
+def _print_splits(totals: Sequence[tuple[str, int, int | None, int | None]]) -> None:
     cells = [
         [
             split,
@@ -175,7 +175,7 @@ def _print_splits(rows: Sequence[tuple[str, int, int | None, int | None]]) -> No
             "-" if num_bytes is None else f"{num_bytes:,}",
             _ratio(tokens, num_bytes) if tokens and num_bytes else "-",
         ]
-        for split, documents, tokens, num_bytes in rows
+        for split, documents, tokens, num_bytes in totals
     ]
     console.write("\n")
     console.print_table(["split", "documents", "tokens", "bytes", "tokens per byte"], cells)
@@ -185,7 +185,7 @@ def _inspect(argv: list[str]) -> int:
     args = options.parse("data inspect", Inspect, argv)
     if args.samples < 0:
         raise ConfigError(f"--samples must be at least 0, got {args.samples}; 0 shows none.")
-    found = inspect.inspect(
+    inspection = inspect.inspect(
         args.source,
         args.split,
         num_samples=args.samples,
@@ -194,20 +194,22 @@ def _inspect(argv: list[str]) -> int:
         text_field=args.text_field,
     )
     if args.json:
-        console.print_json(_to_json(found))
+        console.print_json(_to_json(inspection))
         return DONE
-    fields = {"data": f"{quote_path(args.source)}, {found.kind}"}
-    if found.tokenizer is not None:
-        info = found.tokenizer
+    fields = {"data": f"{quote_path(args.source)}, {inspection.kind}"}
+    if inspection.tokenizer is not None:
+        info = inspection.tokenizer
         fields["tokenizer"] = f"{info.name}, {info.vocab_size:,} tokens, SHA-256 {info.sha256}"
     console.print_fields(fields)
-    _print_splits([(n, s.lengths.count, s.tokens, s.num_bytes) for n, s in found.splits.items()])
-    for name in found.splits:
-        _print_split(found, name)
+    _print_splits(
+        [(n, s.lengths.count, s.tokens, s.num_bytes) for n, s in inspection.splits.items()]
+    )
+    for name in inspection.splits:
+        _print_split(inspection, name)
     return DONE
 
 
-def _to_json(found: Inspection) -> dict[str, Any]:
+def _to_json(inspection: Inspection) -> dict[str, Any]:
     """The figures that are printed otherwise; lengths in tokens, of raw files in bytes."""
     splits = {
         name: {
@@ -218,9 +220,9 @@ def _to_json(found: Inspection) -> dict[str, Any]:
             "histogram": summary.lengths.octaves(),  # shortest, longest, documents
             "samples": summary.samples,
         }
-        for name, summary in found.splits.items()
+        for name, summary in inspection.splits.items()
     }
-    return {"kind": found.kind, "tokenizer": found.tokenizer, "splits": splits}
+    return {"kind": inspection.kind, "tokenizer": inspection.tokenizer, "splits": splits}
 
 
 def _figures(lengths: Lengths) -> dict[str, int]:
@@ -234,9 +236,9 @@ def _figures(lengths: Lengths) -> dict[str, int]:
     }
 
 
-def _print_split(found: Inspection, name: str) -> None:
+def _print_split(inspection: Inspection, name: str) -> None:
     """Prints the lengths of the documents of a split, and samples."""
-    summary = found.splits[name]
+    summary = inspection.splits[name]
     lengths, unit = summary.lengths, "bytes" if summary.tokens is None else "tokens"
     text = ", ".join(f"{label} {value:,}" for label, value in _figures(lengths).items())
     console.write(f"\n{name}: {unit} of a document: {text}\n\n")

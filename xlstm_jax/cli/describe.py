@@ -1,4 +1,4 @@
-"""`xlstm-jax describe CONFIG.py`: the sizes and costs of a run, from shapes alone."""
+"""`xlstm-jax describe CONFIG.py`: the sizes and costs of a run, from shapes only."""
 
 import collections
 import dataclasses
@@ -40,7 +40,7 @@ def run(argv: list[str]) -> int:
     if args.json:
         console.print_json(figures)
         return DONE
-    rows = [
+    lines = [
         [
             parameter["name"],
             " x ".join(map(str, parameter["shape"])),
@@ -49,7 +49,7 @@ def run(argv: list[str]) -> int:
         ]
         for parameter in figures["parameters"]
     ]
-    console.print_table(["parameter", "shape", "count", "decayed"], rows)
+    console.print_table(["parameter", "shape", "count", "decayed"], lines)
     console.write("\n")
     console.print_fields(_fields(cfg, figures))
     return DONE

@@ -125,11 +125,11 @@ def _check(args: Evaluate) -> Any:
         from xlstm_jax.evaluate.tasks import Tasks  # imports lm-eval, which takes seconds
 
         tasks = Tasks(args.tasks, args.task_path, num_fewshot=args.num_fewshot, limit=args.limit)
-    places: list[Path] = []
+    paths: list[Path] = []
     for source in args.models:  # models of the hub are downloaded here
         _check_exists(source, args)
-        places.append(remote.find(source).resolve())
-        if places[-1] in places[:-1]:
+        paths.append(remote.find(source).resolve())
+        if paths[-1] in paths[:-1]:
             raise ConfigError(f"models must differ, got {quote(source)} twice; name it once.")
     return tasks
 
@@ -143,14 +143,14 @@ def _check_exists(source: str, args: Evaluate) -> None:
 
 
 def _data_of_first_run(sources: Sequence[str]) -> DataConfig | None:
-    """On which data models are evaluated without --source; None: there is no run."""
+    """The data that models are evaluated on without --source; None without a run."""
     paths = map(remote.find, sources)
     run_dir = next((path for path in paths if rundir.is_run(path)), None)
     return None if run_dir is None else load_config(run_dir, ExperimentConfig).data
 
 
 def _evaluate(args: Evaluate, source: str, data: DataConfig | None, tasks: Any) -> Evaluation:
-    """All that is asked of one model."""
+    """The requested results of one model."""
     model = models.load(source, args.step, ema=args.ema)
     assert model.tokenizer is not None  # as commands need one
     if data is None and model.is_run:
@@ -192,10 +192,10 @@ def _losses(
     overrides: dict[str, Any] = {
         name: value for name in _DATA if (value := getattr(args, name)) is not None
     }
-    if args.source is not None:  # in place of a mixture, too
+    if args.source is not None:  # also replaces a mixture
         overrides |= {"sources": {}, "weights": {}, "weight_schedule": ()}
     scored = dataclasses.replace(data, **overrides)
-    # All of a given text is held-out data, so all of it is evaluated.
+    # A given text is only used for validation, so all of it is evaluated.
     split = args.split or ("valid" if args.source is None else None)
     check_length(lm.cfg, "data.seq_len", scored.seq_len)
     examples = load(scored, split) if split else load_all(scored)
@@ -220,7 +220,7 @@ def _losses(
     if args.by_position:
         results["by_position"] = by_position(*measured, **settings, **segments)
     if args.by_frequency:
-        # The training data of the run, whatever is evaluated; without a run, those of --source.
+        # The training data of the run, for any evaluated data; without a run, those of --source.
         counted = load(scored if data_of_run is None else data, "train")
         counts = count_tokens(counted, lm.cfg.vocab_size)
         results["by_frequency"] = by_frequency(

@@ -28,19 +28,19 @@ def show(evaluations: Sequence[Evaluation], wins: Sequence[Mapping[str, Any]]) -
 
 
 def _perplexity(evaluations: Sequence[Evaluation], names: Sequence[str]) -> None:
-    rows = [_fields(evaluation) for evaluation in evaluations]
-    if len(rows) == 1:
-        console.print_fields(rows[0])
+    fields = [_fields(evaluation) for evaluation in evaluations]
+    if len(fields) == 1:
+        console.print_fields(fields[0])
         return
-    data = list(dict.fromkeys(row.pop("data") for row in rows))
+    data = list(dict.fromkeys(one.pop("data") for one in fields))
     console.print_fields({"data": "; ".join(data)})
     console.write("\n")
-    header = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [
-        [name, *(row.get(field, "-") for field in header)]
-        for name, row in zip(names, rows, strict=True)
+    header = list(dict.fromkeys(name for one in fields for name in one))
+    lines = [
+        [name, *(one.get(field, "-") for field in header)]
+        for name, one in zip(names, fields, strict=True)
     ]
-    console.print_table(["model", *header], cells)
+    console.print_table(["model", *header], lines)
 
 
 def _fields(evaluation: Evaluation) -> dict[str, str]:
@@ -77,15 +77,15 @@ def _buckets(
     counts = [[f"{bucket.num_tokens:,}" for bucket in buckets] for buckets in models]
     same = all(column == counts[0] for column in counts)
     counts, titles = (counts[:1], ["tokens"]) if same else (counts, [f"{n}, tokens" for n in names])
-    rows = [
+    lines = [
         [
-            label_of(row[0]),
-            *(_loss(bucket) for bucket in row),
+            label_of(buckets[0]),
+            *(_loss(bucket) for bucket in buckets),
             *(c[i] for c in counts),
         ]
-        for i, row in enumerate(zip(*models, strict=True))
+        for i, buckets in enumerate(zip(*models, strict=True))
     ]
-    console.print_table([what, *losses, *titles], rows)
+    console.print_table([what, *losses, *titles], lines)
 
 
 def _loss(bucket: Bucket) -> str:
@@ -97,7 +97,7 @@ def _domains(evaluations: Sequence[Evaluation], names: Sequence[str]) -> None:
     header = ["bits per byte"] if is_single else [f"{name}, bits per byte" for name in names]
     means = [mean_loss(evaluation.domains) for evaluation in evaluations]
     first = evaluations[0].domains
-    rows = [
+    lines = [
         [
             domain,
             *(f"{e.domains[domain].bits_per_byte:.4f}" for e in evaluations),
@@ -106,7 +106,7 @@ def _domains(evaluations: Sequence[Evaluation], names: Sequence[str]) -> None:
         ]
         for domain in first
     ]
-    rows.append(
+    lines.append(
         [
             "all",
             *(f"{mean.bits_per_byte:.4f}" for mean in means),
@@ -114,7 +114,7 @@ def _domains(evaluations: Sequence[Evaluation], names: Sequence[str]) -> None:
             f"{means[0].num_documents:,}",
         ]
     )
-    console.print_table(["domain", *header, "bytes", "documents"], rows)
+    console.print_table(["domain", *header, "bytes", "documents"], lines)
 
 
 def _wins(short: Mapping[str, str], wins: Sequence[Mapping[str, Any]]) -> None:
@@ -129,13 +129,13 @@ def _wins(short: Mapping[str, str], wins: Sequence[Mapping[str, Any]]) -> None:
 
 def _tasks(evaluations: Sequence[Evaluation], names: Sequence[str]) -> None:
     header = ["value"] if len(evaluations) == 1 else names
-    rows = [
+    lines = [
         [task, metric, *(_value(e.tasks.get(task, {}), metric) for e in evaluations)]
         for task, metrics in evaluations[0].tasks.items()
         for metric in metrics
         if "_stderr" not in metric and metric not in ("num_fewshot", "num_documents")
     ]
-    console.print_table(["task", "metric", *header], rows or [["-"] * (2 + len(header))])
+    console.print_table(["task", "metric", *header], lines or [["-"] * (2 + len(header))])
 
 
 def _value(metrics: Mapping[str, Any], metric: str) -> str:

@@ -26,7 +26,7 @@ FILE = "fit.json"
 class FitCommand:
     """Fits IsoFLOP parabolas, power laws and loss surfaces to a table of runs."""
 
-    table: TablePath  # .csv or .parquet, a run in each row
+    table: TablePath  # .csv or .parquet, a run per line
     analysis: Path | None = None  # Python file with config() -> Analysis, or JSON: filters, labels
     out: Path = Path("fits")  # folder of fit.json and pictures; existing files are replaced
     plots: bool = True  # draw pictures
@@ -62,7 +62,7 @@ def _print_group(fit: GroupFit) -> None:
     console.write(f"{', '.join(fit.group.values()) or 'all runs'}: {fit.num_runs} {runs}\n")
     if fit.budgets:
         header = ["budget", "runs", "FLOPs", "parameters", "tokens", "loss", "bias of parabola"]
-        rows = [
+        lines = [
             [
                 f"{b.label:.3g}",
                 str(b.num_runs),
@@ -74,7 +74,7 @@ def _print_group(fit: GroupFit) -> None:
             ]
             for b in fit.budgets
         ]
-        console.print_table(header, rows)
+        console.print_table(header, lines)
     fields = _fields(fit)
     if fields:
         console.print_fields(fields)
@@ -107,13 +107,13 @@ def _fields(fit: GroupFit) -> dict[str, str]:
         fields[name] = f"slope {line.slope:.5f}, {line.num_points} runs"
     if fit.holdout:
         h = fit.holdout
-        fields["held out"] = (
+        fields["holdout"] = (
             f"{h.label:.3g} FLOPs: N {h.num_params:.4g} for {h.num_params_measured:.4g}, D "
             f"{h.tokens:.4g} for {h.tokens_measured:.4g}, loss {h.loss:.4f} for "
             f"{h.loss_measured:.4f}"
         )
         if h.surface_loss is not None:
-            fields["held out, L(N, D)"] = f"loss {h.surface_loss:.4f} for {h.loss_measured:.4f}"
+            fields["holdout, L(N, D)"] = f"loss {h.surface_loss:.4f} for {h.loss_measured:.4f}"
     return fields
 
 

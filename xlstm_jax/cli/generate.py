@@ -55,7 +55,7 @@ def run(argv: list[str]) -> int:
     model = models.load(args.model, args.step, ema=args.ema, unstacked=True)
     assert model.tokenizer is not None  # as it needs one
     lm = LM(model.cfg.model)
-    # The parameters are not needed any more, and there may be no memory for a second copy.
+    # The parameters are not used again, and a second copy may not fit in memory.
     variables = prepare_params(lm, {"params": model.params}, dtype=args.weights, consume=True)
     inputs = lm, variables, tokenizers.get(model.tokenizer)
     settings: dict[str, Any] = dict(max_new_tokens=args.max_new_tokens, sampler=sampler)
@@ -63,12 +63,12 @@ def run(argv: list[str]) -> int:
     with compiled_programs():
         if args.chat:
             session = sessions.load_or_start(args.session, *inputs)
-            place = args.session, model.tokenizer
-            sessions.talk(session, *place, args.prompt, key, stop=args.stop, **settings)
+            chat = args.session, model.tokenizer, args.prompt
+            sessions.talk(session, *chat, key, stop=args.stop, **settings)
         elif args.session is not None:
             session = sessions.load_or_start(args.session, *inputs)
-            place = args.session, args.prompt
-            sessions.continue_text(session, *place, key, stop=args.stop, **settings)
+            text = args.session, args.prompt
+            sessions.continue_text(session, *text, key, stop=args.stop, **settings)
         else:
             assert args.prompt is not None  # `sessions.check`
             parts = stream_text(*inputs, args.prompt, key=key, stop=args.stop, **settings)

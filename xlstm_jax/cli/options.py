@@ -101,7 +101,7 @@ def parse(command: str, cls: type[T], args: Sequence[str], default: T | None = N
     defaults: dict[str, Any] = {} if default is None else {"default": default}
     prog = f"xlstm-jax {command}"
     if _wants_help(args):
-        # --help alone: tyro omits options that are on the command line from its help.
+        # Only --help: tyro omits options that are on the command line from its help.
         return tyro.cli(cls, prog=prog, args=["--help"], **defaults)
     _check_not_empty(prog, args)
     _import_modules(args)

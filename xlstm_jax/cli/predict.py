@@ -13,7 +13,7 @@ from xlstm_jax.scaling import store
 from xlstm_jax.scaling.prediction import Interval, Prediction, family_of, find_group, predict
 
 DEFAULT_SEQ_LEN = 2048
-"""Where neither an option nor the table gives a context length."""
+"""Used if neither an option nor the table gives a context length."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Proposal(NamedTuple):
 
 
 class PredictResult(NamedTuple):
-    """What `predict --json` prints."""
+    """The output of `predict --json`."""
 
     prediction: Prediction
     proposal: Proposal | None

@@ -35,8 +35,8 @@ def run(argv: list[str]) -> int:
     if args.json:
         console.print_json(result)
         return code
-    rows = [[name, f"{value:.4g}"] for name, value in result.gradient_norms.items()]
-    console.print_table(["parameter", "gradient norm"], rows)
+    lines = [[name, f"{value:.4g}"] for name, value in result.gradient_norms.items()]
+    console.print_table(["parameter", "gradient norm"], lines)
     console.write("\n")
     console.print_fields(_fields(result))
     return code
@@ -45,7 +45,7 @@ def run(argv: list[str]) -> int:
 def _fields(result: Result) -> dict[str, str]:
     about, step = result.dump, result.dump.first_skipped_step
     fields = {
-        "step": f"{step}, the first of {len(about.index_of_step)} skipped in a row",
+        "step": f"{step}, the first of {len(about.index_of_step)} consecutive skipped steps",
         "loss": f"{result.loss!r}, in the run {about.loss}",
         "gradient norm": f"{result.grad_norm!r}, in the run {about.grad_norm}; "
         f"average of earlier steps {about.ema_grad_norm:.4g}",

@@ -31,11 +31,11 @@ def run(argv: list[str]) -> int:
     if args.json:
         console.print_json(result)
         return DONE
-    rows = [
+    lines = [
         [s.name, s.status, f"{s.step:,}", _loss(s.loss), _loss(s.evaluation.get("valid_loss"))]
         for s in result.runs
     ]
-    console.print_table(["run", "status", "step", "training loss", "held-out loss"], rows)
+    console.print_table(["run", "status", "step", "training loss", "validation loss"], lines)
     console.write("\n")
     console.print_fields({"written": quote_path(args.out)})
     return DONE

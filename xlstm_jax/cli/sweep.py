@@ -109,23 +109,23 @@ def _show_plan(specs: list[RunSpec], out: Path, *, as_json: bool) -> None:
     states = [one.state for one in statuses(specs, out)]
     speeds = calibrate(specs)
     minutes = [estimate(spec, speeds) / 60 for spec in specs]
-    rows = [
+    records = [
         spec.row() | {"state": state, "minutes": time}
         for spec, state, time in zip(specs, states, minutes, strict=True)
     ]
-    left = sum(row["minutes"] for row in rows if row["state"] != "finished")
+    left = sum(one["minutes"] for one in records if one["state"] != "finished")
     if as_json:
-        console.print_json({"runs": rows, "minutes_left": left})
+        console.print_json({"runs": records, "minutes_left": left})
         return
     header = ["run", "parameters", "tokens", "FLOPs", "steps", "batch", "lr", "state", "minutes"]
-    console.print_table(header, [_cells(row) for row in rows])
+    console.print_table(header, [_cells(record) for record in records])
     console.write("\n")
     note = "of training, estimated from a few steps on this machine as it is loaded now"
-    console.print_fields({"runs": f"{len(rows):,}", "left": f"{left:,.1f} minutes {note}"})
+    console.print_fields({"runs": f"{len(records):,}", "left": f"{left:,.1f} minutes {note}"})
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    counts = [f"{row[name]:,}" for name in ("num_params", "train_tokens")]
-    numbers = [f"{row['train_flops']:.4g}", f"{row['steps']:,}", f"{row['batch_size']:,}"]
-    rate = f"{row['learning_rate']:g}"
-    return [row["name"], *counts, *numbers, rate, row["state"], f"{row['minutes']:.2f}"]
+def _cells(record: dict[str, Any]) -> list[str]:
+    counts = [f"{record[name]:,}" for name in ("num_params", "train_tokens")]
+    numbers = [f"{record['train_flops']:.4g}", f"{record['steps']:,}", f"{record['batch_size']:,}"]
+    rate = f"{record['learning_rate']:g}"
+    return [record["name"], *counts, *numbers, rate, record["state"], f"{record['minutes']:.2f}"]

@@ -72,7 +72,7 @@ def run(argv: list[str]) -> int:
         console.write(f"\nStopped at {steps} and saved; the same command resumes it.\n")
         return DONE
     valid = data.load(cfg.data, "valid") if cfg.train.eval_every else None
-    fields = {"held out": "not evaluated: train.eval_every is 0"}
+    fields = {"validation": "not evaluated: train.eval_every is 0"}
     metrics = result.evaluation
     if metrics is not None and valid is not None:
         losses = [f"{metrics['valid_loss']:.4f} nats per token"]
@@ -87,7 +87,7 @@ def run(argv: list[str]) -> int:
                 f"over {count:,} of {len(valid):,} windows, spread evenly; "
                 f"`xlstm-jax evaluate {run_dir}` evaluates all"
             )
-        fields["held out"] = ", ".join([*losses, scope])
+        fields["validation"] = ", ".join([*losses, scope])
     fields["checkpoint"] = str(run_dir / checkpoint.FOLDER / str(result.step))
     if (run_dir / rundir.CURVE).exists():
         fields["loss curve"] = str(run_dir / rundir.CURVE)
@@ -101,7 +101,7 @@ def run(argv: list[str]) -> int:
 
 
 def _exporter(cfg: ExperimentConfig, run_dir: Path) -> Exporter | None:
-    """Writes parameters as `convert run-to-hf` does; None if no export is asked for."""
+    """Writes parameters as `convert run-to-hf` does; None without `train.export_every`."""
     reason = why_not_exportable(cfg.model)
     if not cfg.train.export_every:
         # Models with other blocks are not expected to be exportable.
@@ -129,7 +129,7 @@ def _default_run_dir(config: Path) -> Path:
 
 
 def _show_sample(cfg: ExperimentConfig, result: FitResult, windows: Windows) -> None:
-    """Prints how the model continues the start of the held-out text."""
+    """Prints how the model continues the start of the validation text."""
     prompt = windows.tokenizer.decode(
         windows.store.read(0, min(PROMPT_TOKENS, windows.store.num_tokens))
     )

@@ -30,7 +30,7 @@ class Examples(Protocol):
 
     @property
     def description(self) -> dict[str, Any]:
-        """What identifies the data, as JSON values; `differences_of_data` compares it on resume."""
+        """The identity of the data, as JSON values; `differences_of_data` compares it on resume."""
 
     @property
     def shuffle(self) -> bool:
@@ -44,7 +44,7 @@ class Examples(Protocol):
 
 
 def differences_of_data(new: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    """How a description differs from that of an earlier run, one line per field.
+    """Differences of a description from that of an earlier run, one line per field.
 
     Data are identified by content: neither their path nor the names of their files count.
     """

@@ -12,7 +12,7 @@ class BatchSizes:
     """Sequences of every step, which a ramp may increase over the first steps.
 
     Raises:
-        ConfigError: the ramp has no whole sequences, or its steps are not in order.
+        ConfigError: a share of the ramp is not an integer, or its steps are not in order.
     """
 
     full: int
@@ -28,8 +28,8 @@ class BatchSizes:
         for _, share in self.ramp:
             if not 0 < share <= 1 or (share * self.full) % 1:
                 raise ConfigError(
-                    "train.batch_ramp must have shares above 0 and at most 1 that give whole "
-                    f"numbers of sequences, got {share} of data.batch_size={self.full}."
+                    "train.batch_ramp must have shares above 0 and at most 1 that give "
+                    f"integer numbers of sequences, got {share} of data.batch_size={self.full}."
                 )
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""Chat templates: conversations to tokens, with a mask of the assistant's turns."""
+"""Chat templates: conversations to tokens, with a mask of the assistant's messages."""
 
 import dataclasses
 import json
@@ -21,11 +21,11 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class Rendering(NamedTuple):
-    """A formatted conversation, and the characters (start, stop) of the assistant's turns."""
+    """A formatted conversation, and the characters (start, stop) of the assistant's messages."""
 
     text: str
-    spans: list[tuple[int, int]]
-    tagged: bool  # whether the template marks the turns, which may leave out the end of a turn
+    answers: list[tuple[int, int]]
+    tagged: bool  # whether the template marks the answers; then their ends may be left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +41,13 @@ class ChatTemplate:
     ) -> tuple[Integer[np.ndarray, "T"], Bool[np.ndarray, "T"], int]:
         """The tokens of a conversation, whether each is a target, and the bytes of text.
 
-        Targets are the assistant's turns, with the special token that ends a turn. The ids are
-        those of the whole formatted conversation, which ends with `tokenizer.eos_id`; it is
-        appended, as a target if it directly follows one, unless the template writes it.
+        Targets are the assistant's messages, each with the special token that ends it. The ids are
+        those of the formatted conversation, which ends with `tokenizer.eos_id`; it is appended,
+        as a target if it directly follows one, unless the template writes it.
 
         Args:
             messages: a list of messages, each with a role of `ROLES` and a content.
-            name: file and row, for messages.
+            name: file and record, for error messages.
 
         Raises:
             ConfigError: a message is invalid, or the template fails on the conversation.
@@ -66,16 +66,16 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]]) -> Rendering:
         """Formats a conversation.
 
-        The assistant's turns are marked by the `{% generation %}` tags of the template. Without
-        them, a turn is what the rendering of the conversation up to it adds to the rendering up to
-        the message before, with the prompt for an answer.
+        The `{% generation %}` tags of the template mark the assistant's messages. Without them, an
+        answer is what the rendering up to its message adds to the rendering up to the message
+        before, with the prompt for an answer.
 
         Raises:
-            ConfigError: the template fails, is over a limit, or changes earlier turns.
+            ConfigError: the template fails, is over a limit, or changes earlier messages.
         """
-        text, spans = self._render(messages)
+        text, answers = self._render(messages)
         if _TAG.search(self.source):
-            return Rendering(text, spans, tagged=True)
+            return Rendering(text, answers, tagged=True)
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 before, _ = self._render(messages[:i], add_generation_prompt=True)
@@ -87,8 +87,8 @@ class ChatTemplate:
                         "answer cannot be located; enclose answers in {% generation %} and "
                         "{% endgeneration %}."
                     )
-                spans.append((len(before), len(after)))
-        return Rendering(text, spans, tagged=False)
+                answers.append((len(before), len(after)))
+        return Rendering(text, answers, tagged=False)
 
     def text(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
@@ -121,7 +121,7 @@ def load(name_or_path: str) -> ChatTemplate:
         name_or_path: as for `tokenizers.get`.
 
     Raises:
-        ConfigError: there is none, or it is invalid.
+        ConfigError: it does not exist, or is invalid.
     """
     if name_or_path in TOKENIZERS:
         raise ConfigError(
@@ -163,7 +163,7 @@ def _check(messages: Any) -> None:
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise ConfigError(
             f"messages must be a list of at least one message, got {quote(messages)}; remove the "
-            "row."
+            "record."
         )
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
@@ -176,10 +176,12 @@ def _check(messages: Any) -> None:
         if not (isinstance(content, (str, list)) or message.get("tool_calls")):
             raise ConfigError(
                 f"message {number} must have a content, a text, got {quote(content)}; add it, or "
-                "remove the row."
+                "remove the record."
             )
     if not any(message["role"] == "assistant" for message in messages):
-        raise ConfigError("messages must have one of the assistant, to learn from; remove the row.")
+        raise ConfigError(
+            "messages must have one of the assistant, to learn from; remove the record."
+        )
     try:
         json.dumps(messages, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:  # surrogates among others
@@ -194,19 +196,19 @@ def _tokens(
     """The ids of a text, and whether each is a target."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         ids, offsets = tokenizer.encode_offsets(rendering.text)
-        turns = [_overlapping(offsets, span) for span in rendering.spans]
+        ranges = [_overlapping(offsets, answer) for answer in rendering.answers]
     else:
-        ids, turns = _encode_segments(tokenizer, rendering)
+        ids, ranges = _encode_segments(tokenizer, rendering)
     mask = np.zeros(len(ids), np.bool_)
-    for start, stop in turns:
-        stop = _end_of_turn(tokenizer, ids, start, stop, tagged=rendering.tagged)
+    for start, stop in ranges:
+        stop = _end_of_answer(tokenizer, ids, start, stop, tagged=rendering.tagged)
         mask[start:stop] = True
     return ids, mask
 
 
-def _overlapping(offsets: Integer[np.ndarray, "T 2"], span: tuple[int, int]) -> tuple[int, int]:
-    """The tokens (start, stop) that encode a character of a span."""
-    first, last = np.maximum(offsets[:, 0], span[0]), np.minimum(offsets[:, 1], span[1])
+def _overlapping(offsets: Integer[np.ndarray, "T 2"], chars: tuple[int, int]) -> tuple[int, int]:
+    """The tokens (start, stop) that encode a range of characters."""
+    first, last = np.maximum(offsets[:, 0], chars[0]), np.minimum(offsets[:, 1], chars[1])
     tokens = np.flatnonzero(first < last)
     return (int(tokens[0]), int(tokens[-1]) + 1) if len(tokens) else (0, 0)
 
@@ -214,17 +216,17 @@ def _overlapping(offsets: Integer[np.ndarray, "T 2"], span: tuple[int, int]) -> 
 def _encode_segments(
     tokenizer: Tokenizer, rendering: Rendering
 ) -> tuple[Integer[np.ndarray, "T"], list[tuple[int, int]]]:
-    """Encodes each turn, and each text between turns, by itself: for a tokenizer without offsets.
+    """Encodes each answer and each text between them separately: for a tokenizer without offsets.
 
     Special tokens in the text become their ids.
     """
-    bounds = sorted({0, len(rendering.text), *(i for span in rendering.spans for i in span)})
+    bounds = sorted({0, len(rendering.text), *(i for answer in rendering.answers for i in answer)})
     positions, parts, length = {0: 0}, [tokenizer.encode("")], 0
     for start, stop in zip(bounds, bounds[1:], strict=False):
         parts.append(encode_special(tokenizer, rendering.text[start:stop]))
         length += len(parts[-1])
         positions[stop] = length
-    return np.concatenate(parts), [(positions[a], positions[b]) for a, b in rendering.spans]
+    return np.concatenate(parts), [(positions[a], positions[b]) for a, b in rendering.answers]
 
 
 def encode_special(tokenizer: Tokenizer, text: str) -> Integer[np.ndarray, "T"]:
@@ -243,7 +245,7 @@ def encode_special(tokenizer: Tokenizer, text: str) -> Integer[np.ndarray, "T"]:
     return np.concatenate([empty, *ids])
 
 
-def _end_of_turn(
+def _end_of_answer(
     tokenizer: Tokenizer,
     ids: Integer[np.ndarray, "T"],
     start: int,
@@ -251,10 +253,10 @@ def _end_of_turn(
     *,
     tagged: bool,
 ) -> int:
-    """Where the targets of a turn end: with its last special token, if one ends it.
+    """The end of the targets of an answer: after its last special token, if one ends it.
 
-    White space after that token is the template's: generation stops before. Tags may enclose the
-    text alone; then the special token that follows is a target, or a model would never stop.
+    White space after that token belongs to the template: generation stops before it. Tags may
+    enclose only the text; then the special token after it is a target, or a model would not stop.
     """
     special = tokenizer.token_bytes[ids[start : stop + 1]] == 0
     ends = np.flatnonzero(special[: stop - start])

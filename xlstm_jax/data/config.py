@@ -31,25 +31,25 @@ class DataConfig:
     weight_schedule: tuple[tuple[int, dict[str, float]], ...] = dataclasses.field(
         default=(), hash=False
     )
-    eval_sets: dict[str, str] = _table()  # more held-out sets
+    eval_sets: dict[str, str] = _table()  # more validation sets
     seq_len: int = 256  # T: input tokens of a sequence
     batch_size: int = 16  # sequences of one step, over all hosts
     tokenizer: str = "byte"  # or the path of one; prepared data have their own
     seed: int = 0  # any integer, of the shuffle; for synthetic tasks, of the samples themselves
     pattern: str | None = None  # files of a folder, at any depth: *.py; None: what has a reader
-    text_field: str = "text"  # of rows
-    # windows: all tokens, divided; first_fit, best_fit: whole documents; pad: one document;
+    text_field: str = "text"  # of records
+    # windows: all tokens, divided; first_fit, best_fit: several documents; pad: one document;
     # stream: sequence b of a step continues that of the step before
     packing: Packing = "windows"
     shuffle: Shuffle = "auto"  # full; blocks: in two levels; auto: full if one set holds all
     shuffle_block: int = 256  # windows that are read together
-    shuffle_set: int = 512  # blocks whose windows are mixed; remote data are held in memory
+    shuffle_set: int = 512  # blocks whose windows are mixed; of remote data, these are in memory
     verify: Literal["size", "full", "auto"] = "auto"  # prepared data; full: by SHA-256
     workers: int = 0  # processes that load batches; 0: a thread
     cache_dir: str | None = None  # local copies of remote blocks; None: none
     min_len: int = 3  # synthetic tasks: tokens of the shortest sample, with the answer
     max_len: int | None = None  # synthetic tasks: of the longest; None: seq_len + 1
-    num_eval_samples: int = 8192  # synthetic tasks: samples of a held-out split
+    num_eval_samples: int = 8192  # synthetic tasks: samples of valid and test
     # Synthetic tasks: options by name, such as vocab_size; see `data.synthetic.registry`.
     task: dict[str, bool | int | float] = dataclasses.field(
         default_factory=dict,
@@ -92,7 +92,7 @@ class DataConfig:
         if steps != sorted(set(steps)) or (steps and steps[0] < 1):
             raise ConfigError(
                 f"data.weight_schedule must have increasing steps from 1 on, got {steps}; "
-                "data.weights hold from step 0 on."
+                "data.weights apply from step 0 on."
             )
         for step, weights in self.weight_schedule:
             _check_weights(f"data.weight_schedule from step {step} on", weights, self.sources)
@@ -104,7 +104,7 @@ class DataConfig:
 
 
 def _check_weights(where: str, weights: Mapping[str, float], names: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless there is a usable weight for every source."""
+    """Raises ConfigError unless every source has a valid weight."""
     if set(weights) != set(names):
         raise ConfigError(
             f"{where} must have a weight for each of {', '.join(names)}, got "

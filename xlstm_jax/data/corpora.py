@@ -1,6 +1,6 @@
-"""Built-in corpora: text files of the running Python installation, read in place.
+"""Built-in corpora: text files of the running Python installation.
 
-Nothing is copied into the package. The texts differ between Python versions; every description has
+The texts are not part of the package. They differ between Python versions; every description has
 a hash of them. License of the texts: PSF. Sizes are those of Python 3.11.
 """
 
@@ -19,7 +19,7 @@ from xlstm_jax.data.documents import Corpus, Document, files, split_by_hash
 from xlstm_jax.errors import ConfigError
 
 _log = logging.getLogger(__name__)
-# The library alone: no tests, and no installed packages, which differ between machines.
+# Only the library: no tests and no installed packages, which differ between machines.
 _SKIP = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
 

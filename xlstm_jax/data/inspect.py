@@ -17,7 +17,7 @@ from xlstm_jax.data.tokenizers import Tokenizer, get
 _CHUNK = 1 << 24  # tokens whose document ends are read at once
 _BITS = 10  # of a length that the histogram distinguishes: errors are below 0.2 %
 SAMPLE_TOKENS, SAMPLE_BYTES = 200, 800
-"""Of a sample that are shown."""
+"""Length of the samples that are shown."""
 
 
 class Lengths:
@@ -67,7 +67,7 @@ def _length(number: int) -> int:
 
 
 class SplitSummary(NamedTuple):
-    """What a split holds."""
+    """The contents of a split."""
 
     tokens: int | None  # None: raw files
     num_bytes: int | None  # of text; None: the format does not store them
@@ -76,7 +76,7 @@ class SplitSummary(NamedTuple):
 
 
 class Inspection(NamedTuple):
-    """What a folder holds."""
+    """The contents of a folder."""
 
     kind: str  # "prepared", "megatron", ..., or "raw"
     tokenizer: TokenizerInfo | None
@@ -100,7 +100,7 @@ def inspect(
         pattern, text_field: of raw files, as in `DataConfig`.
 
     Raises:
-        ConfigError: there are no such data, or a file is damaged.
+        ConfigError: the data do not exist, or a file is damaged.
     """
     kind = kind_of(source)
     if kind is None:
@@ -170,7 +170,7 @@ def _inspect_raw(
                 lengths[name].add(np.array([sizes[name]]))
                 sizes[name] = 0
     return {
-        name: SplitSummary(None, found.total, found, samples[name])
-        for name, found in lengths.items()
-        if found.count
+        name: SplitSummary(None, histogram.total, histogram, samples[name])
+        for name, histogram in lengths.items()
+        if histogram.count
     }

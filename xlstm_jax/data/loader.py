@@ -57,7 +57,7 @@ def _packed(
 
 
 def _prepared(cfg: DataConfig, split: str) -> Windows:
-    """The windows of data that are tokenized on disk, with the tokenizer that is stored there."""
+    """The windows of data that are tokenized on disk, with their stored tokenizer."""
     is_aligned = cfg.packing in ("windows", "stream")
     opened = open_tokens(
         cfg.source,
@@ -65,7 +65,7 @@ def _prepared(cfg: DataConfig, split: str) -> Windows:
         verify=cfg.verify,
         cache_dir=cfg.cache_dir,
         block_len=cfg.shuffle_block * cfg.seq_len,
-        # Packed windows have other ends than blocks: those of one block lie in two or three.
+        # Packed windows are not aligned with blocks: one block of them reads two or three.
         max_blocks=cfg.shuffle_set if is_aligned else 2 * cfg.shuffle_set + 2,
     )
     tokenizer = tokenizers.get(cfg.tokenizer)
@@ -139,7 +139,7 @@ def load_all(cfg: DataConfig) -> Examples:
 
 
 def load_eval_sets(cfg: DataConfig) -> dict[str, Examples]:
-    """The held-out sets of `cfg.eval_sets`, each with all of its documents."""
+    """The data sets of `cfg.eval_sets`, each with all of its documents."""
     return {name: load_all(_only(cfg, path)) for name, path in cfg.eval_sets.items()}
 
 

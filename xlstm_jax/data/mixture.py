@@ -36,9 +36,9 @@ class Schedule:
         phases = np.searchsorted(self.starts, sequence, side="right") - 1
         cycles, index = np.divmod(sequence - np.take(self.starts, phases), self._size)
         for phase, cycle in set(zip(phases.tolist(), cycles.tolist(), strict=True)):
-            rows = np.flatnonzero((phases == phase) & (cycles == cycle))
+            chosen = np.flatnonzero((phases == phase) & (cycles == cycle))
             sources, ranks = _cycle(self, phase, cycle)
-            source[rows], rank[rows] = sources[index[rows]], ranks[index[rows]]
+            source[chosen], rank[chosen] = sources[index[chosen]], ranks[index[chosen]]
         return source, rank
 
     def counts(self, sequences: int) -> list[int]:
@@ -66,7 +66,7 @@ class Schedule:
 
     @property
     def _size(self) -> int:
-        """Sequences of a cycle: so many that the largest source has some in every one."""
+        """Sequences of a cycle: enough for the largest source to have some in each."""
         return max(_MIN_CYCLE, 2 * len(self.weights[0]) ** 2)
 
     @functools.cached_property
@@ -101,8 +101,8 @@ def _cycle(
     source = _order(schedule, phase, cycle)
     rank, before = np.empty_like(source), schedule.before[phase] + schedule.total(phase, cycle)
     for number in np.unique(source):
-        rows = np.flatnonzero(source == number)
-        rank[rows] = before[number] + np.arange(len(rows))
+        chosen = np.flatnonzero(source == number)
+        rank[chosen] = before[number] + np.arange(len(chosen))
     return source, rank
 
 
@@ -129,7 +129,7 @@ class Mixture:
 
     @property
     def description(self) -> dict[str, Any]:
-        """Those of the sources, by name."""
+        """The descriptions of the sources, by name."""
         return {name: examples.description for name, examples in self.sources.items()}
 
     @functools.cached_property
@@ -145,13 +145,13 @@ class Mixture:
     def batch(self, index: Int64[np.ndarray, "B"]) -> Batch:
         """The windows with these indices, each of its source."""
         numbers = np.searchsorted(self.offsets, index, side="right") - 1
-        rows, parts = [], []
+        positions, parts = [], []
         for number, examples in enumerate(self.sources.values()):
             if (mine := np.flatnonzero(numbers == number)).size:
-                rows.append(mine)
+                positions.append(mine)
                 parts.append(examples.batch(index[mine] - self.offsets[number]))
         joined = map(np.concatenate, zip(*(part[:-1] for part in parts), strict=True))
-        back = np.argsort(np.concatenate(rows))
+        back = np.argsort(np.concatenate(positions))
         return Batch(*(leaf[back] for leaf in joined), index=index)
 
 

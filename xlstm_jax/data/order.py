@@ -71,8 +71,9 @@ class Order:
         within = np.empty_like(index)
         set_keys = hashing.fold(hashing.fold(keys, _SETS), number.astype(np.uint64))
         for count in np.unique(num_windows):  # at most four: full, last, and with a partial block
-            rows = np.flatnonzero(num_windows == count)
-            within[rows] = hashing.permute((index - before)[rows], int(count), set_keys[rows])
+            chosen = np.flatnonzero(num_windows == count)
+            local = (index - before)[chosen]
+            within[chosen] = hashing.permute(local, int(count), set_keys[chosen])
         block, offset = np.divmod(self._padded(within, in_set, missing), self.block)
         block += first
         shifted = block - (block > partial)

@@ -1,4 +1,4 @@
-"""Packing of whole documents into windows of T + 1 tokens, planned from the document ends alone.
+"""Packing of documents into windows of T + 1 tokens, planned from the document ends only.
 
 A document of more than T + 1 tokens is divided into pieces of T + 1, each of which begins with the
 last token of the one before it, so that every token but the first of a document is the target of
@@ -27,14 +27,14 @@ from xlstm_jax.errors import ConfigError, printable, quote_path
 _log = logging.getLogger(__name__)
 
 GROUP_WINDOWS = {"first_fit": 1 << 16, "best_fit": 1 << 8, "pad": 1 << 16}
-"""Tokens of a group, in windows. First fit stays near its place without groups; best fit takes the
-documents of a window from anywhere in a group, which is therefore one block of remote data."""
+"""Tokens of a group, in windows. First fit packs nearby documents even without groups; best fit
+packs documents from anywhere in a group, which is therefore one block of remote data."""
 
 OPEN_WINDOWS = 64
-"""Of first fit."""
+"""Windows that first fit may add documents to."""
 
 MIN_CACHED = 1 << 20
-"""Documents from which on a plan, which then takes seconds, is kept on disk."""
+"""From this number of documents on, a plan takes seconds and is stored on disk."""
 
 _VERSION = 1  # of plans; change it with any change of what they contain
 _HEADER = np.dtype([("sha256", "V32"), ("num_pieces", "<i8"), ("num_windows", "<i8")])
@@ -91,7 +91,7 @@ def make_layout(packing: str, store: TokenStore, seq_len: int, cache_dir: str | 
             that it fits), "first_fit" (in order, into the first of `OPEN_WINDOWS` windows that it
             fits) or "pad" (one document per window).
         seq_len: T.
-        cache_dir: the folder that keeps plans of many documents; None: that of the library.
+        cache_dir: the folder for plans of many documents; None: that of the library.
 
     Raises:
         ConfigError: no document has two tokens, an input and a target.
@@ -116,7 +116,7 @@ def make_layout(packing: str, store: TokenStore, seq_len: int, cache_dir: str | 
 
 
 def _key(packing: str, store: TokenStore, seq_len: int) -> str:
-    """Of everything that a plan depends on."""
+    """A hash of everything that a plan depends on."""
     settings = [_VERSION, packing, seq_len, GROUP_WINDOWS[packing], OPEN_WINDOWS]
     digest = hashlib.sha256(str(settings).encode())
     for bounds in _groups(store, GROUP_WINDOWS[packing] * seq_len):
@@ -125,7 +125,7 @@ def _key(packing: str, store: TokenStore, seq_len: int) -> str:
 
 
 def _load(path: Path) -> Plan | None:
-    """The plan in a file, which is mapped; None if there is none, or if it is damaged."""
+    """The plan in a file, which is mapped; None if the file is absent or damaged."""
     try:
         header = np.fromfile(path, _HEADER, 1)
         if len(header) == 0:
@@ -190,8 +190,8 @@ def _make(packing: str, store: TokenStore, seq_len: int) -> Plan:
         counts.append(sizes)
     if not sum(map(len, counts)):
         raise ConfigError(
-            "data.packing needs a document of at least two tokens, an input and a target, but "
-            "there is none; add text."
+            "data.packing needs a document of at least two tokens, an input and a target, got "
+            "none; add text."
         )
     firsts = np.cumsum(np.concatenate([[0], *counts]), dtype=np.int64)
     return Plan(np.concatenate(starts), np.concatenate(lengths), firsts)
@@ -253,7 +253,7 @@ def _best_fit(lengths: Int64[np.ndarray, "P"], size: int) -> Int64[np.ndarray, "
     """Best fit decreasing: each piece goes into the window with the least space that suffices."""
     window = np.empty(len(lengths), np.int64)
     by_space: list[list[int]] = [[] for _ in range(size + 1)]  # open windows
-    spaces = 0  # bit s is set if a window has space s: the next space is found in O(1)
+    spaces = 0  # bit s is set if a window has space s: finds the next space in O(1)
     num_windows = 0
     order = np.argsort(-lengths, kind="stable")
     for piece, length in zip(order.tolist(), lengths[order].tolist(), strict=True):

@@ -29,7 +29,7 @@ class BatchIterator(Iterator[Batch]):
     the prefetch thread outlives the loop and the interpreter prints its tracebacks at exit.
 
     Args:
-        dataset: the batches by step; it can be pickled if there are workers.
+        dataset: the batches by step; with workers it must be picklable.
         num_workers: processes; 0 is a thread of this one.
 
     Raises:

@@ -61,7 +61,7 @@ def check(path: Path, source: str) -> None:
 
 @contextlib.contextmanager
 def _limits(path: Path) -> Iterator[None]:
-    """Limits time and memory, and turns every error of a template into a ConfigError.
+    """Limits time and memory, and raises every error of a template as a ConfigError.
 
     Time is limited in the main thread only, where Python handles signals; memory where the system
     has `RLIMIT_AS` and /proc. Other threads share the limit of memory meanwhile.
@@ -156,7 +156,7 @@ def _environment() -> Any:
     import jinja2.sandbox
 
     class Undefined(jinja2.Undefined):
-        """A value that may be tested, but not written: a misspelled name is no empty text."""
+        """A value that may be tested, but not written: a misspelled name is not an empty text."""
 
         def __str__(self) -> str:
             self._fail_with_undefined_error()

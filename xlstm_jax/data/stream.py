@@ -33,7 +33,7 @@ class Stream:
     examples: Examples
     cfg: DataConfig
     sizes: BatchSizes
-    # (step, end): from `step` on, the sequences of the steps from there to `end` are left out.
+    # (step, end): from `step` on, the sequences of the steps from `step` to `end` are left out.
     skips: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
@@ -103,7 +103,7 @@ class Stream:
 
     @property
     def description(self) -> dict[str, Any]:
-        """That of the examples."""
+        """The description of the examples."""
         return self.examples.description
 
     def index_of(self, step: int) -> list[int]:

@@ -16,15 +16,15 @@ MIN_VOCAB = 258  # all bytes, the token that ends a document, and one merge
 def train_bpe(documents: Iterable[bytes], vocab_size: int, out: Path) -> None:
     """Writes `out/tokenizer.json` and `tokenizer_config.json` of a byte-level BPE.
 
-    The same documents yield the same files. They are read once, as a stream; memory holds the
-    counts of different words.
+    The same documents yield the same files. They are read once, as a stream; only the
+    counts of different words are in memory.
 
     Args:
         documents: texts in UTF-8.
         vocab_size: ids at most, with the token `<|endoftext|>`; few documents yield fewer.
 
     Raises:
-        ConfigError: the size is out of range, there is no text, or one is not UTF-8.
+        ConfigError: the size is out of range, or the documents have no text or are not UTF-8.
     """
     if not MIN_VOCAB <= vocab_size < 1 << 31:
         raise ConfigError(

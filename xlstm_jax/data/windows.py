@@ -61,7 +61,7 @@ class Windows:
     token of a document has weight 0, because no token of its document precedes it.
 
     With `continued`, ids start at 2 where a document begins with the window, so that 1 is always
-    the document that the window before ends with. State carried from there then knows when to stop.
+    the document at the end of the window before. So a carried state is reset at the right position.
     """
 
     store: TokenStore
@@ -107,8 +107,8 @@ class Windows:
                 end = at + stop - start
                 tokens[i, at:end] = self.store.read(start, stop)
                 marks[i, at] = 1
-                borders = self.store.ends(start, stop - 1) - start if stop - start > 1 else ()
-                marks[i, at + np.asarray(borders, np.int64)] = 1
+                ends = self.store.ends(start, stop - 1) - start if stop - start > 1 else ()
+                marks[i, at + np.asarray(ends, np.int64)] = 1
                 if (mask := self.store.loss_mask(start, stop)) is not None:
                     is_target[i, at:end] = mask
                 at = end

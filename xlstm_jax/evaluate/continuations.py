@@ -7,7 +7,7 @@ import numpy as np
 
 from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.errors import ArgumentError, quote
-from xlstm_jax.evaluate.spans import Span, score_spans
+from xlstm_jax.evaluate.scoring import TokenSequence, score_sequences
 from xlstm_jax.modules.lm import LM
 
 
@@ -47,23 +47,25 @@ def score_continuations(
             "continuations must be a list of texts that are not empty, got "
             f"{quote(continuations)}; drop empty ones, or write [text] for one."
         )
-    spans = [span_of(tokenizer, context, text) for text in continuations]
-    scores = score_spans(model, variables, spans, batch_size=batch_size)
+    sequences = [sequence_of(tokenizer, context, text) for text in continuations]
+    scores = score_sequences(model, variables, sequences, batch_size=batch_size)
     return [
-        Score(logprob, span.num_scored, len(text.encode("utf-8", "replace")), is_greedy)
-        for text, span, (logprob, is_greedy) in zip(continuations, spans, scores, strict=True)
+        Score(logprob, sequence.num_scored, len(text.encode("utf-8", "replace")), is_greedy)
+        for text, sequence, (logprob, is_greedy) in zip(
+            continuations, sequences, scores, strict=True
+        )
     ]
 
 
-def span_of(tokenizer: Tokenizer, context: str, continuation: str) -> Span:
-    """The tokens of a continuation after those of its context."""
+def sequence_of(tokenizer: Tokenizer, context: str, continuation: str) -> TokenSequence:
+    """The tokens of a context and its continuation, which is scored."""
     before, after = encode_pair(tokenizer, context, continuation)
     if not len(after):
         raise ArgumentError(
             f"continuation {quote(continuation)} must add a token to its context, got none; the "
             "tokenizer merges it with the end of the context: move the boundary."
         )
-    return Span(np.concatenate([before, after]), len(after))
+    return TokenSequence(np.concatenate([before, after]), len(after))
 
 
 def encode_pair(
@@ -74,7 +76,7 @@ def encode_pair(
         ids = tokenizer.encode(continuation).astype(np.int64)
         return np.array([tokenizer.eos_id], np.int64), ids
     stripped = context.rstrip()
-    # Without text before it, the space has to stay: a context must have a token.
+    # The space stays in a context without other text, which must have a token.
     spaces = context[len(stripped) :] if stripped else ""
     context, continuation = context[: len(context) - len(spaces)], spaces + continuation
     before = tokenizer.encode(context)

@@ -1,4 +1,4 @@
-"""Loss on many domains of text, and how many of them one model predicts better than another."""
+"""Loss on many domains of text, and the number of domains in which one model beats another."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from xlstm_jax.data.documents.files import COMPRESSED
 from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.errors import ArgumentError, ConfigError, quote, quote_path
 from xlstm_jax.evaluate.lengths import check_length
-from xlstm_jax.evaluate.spans import Span, score_spans, windows_of_document
+from xlstm_jax.evaluate.scoring import TokenSequence, score_sequences, windows_of_document
 from xlstm_jax.generate.arguments import check_tokenizer
 from xlstm_jax.modules.lm import LM
 
@@ -22,7 +22,7 @@ GROUP = 256
 
 
 class Domain(NamedTuple):
-    """Loss of a domain; every token of its documents counts, `exp(nats_per_token)` is its value."""
+    """Loss of a domain; every token counts; `exp(nats_per_token)` is the perplexity."""
 
     nats_per_token: float
     bits_per_byte: float
@@ -120,11 +120,11 @@ def _domain(
     batch_size: int,
 ) -> Domain:
     nats, num_tokens, num_bytes, num_documents = 0.0, 0, 0, 0
-    spans: list[Span] = []
+    windows: list[TokenSequence] = []
 
     def flush() -> float:
-        scores = score_spans(model, variables, spans, batch_size=batch_size)
-        spans.clear()
+        scores = score_sequences(model, variables, windows, batch_size=batch_size)
+        windows.clear()
         return -math.fsum(score.logprob for score in scores)
 
     for text in _documents(files):
@@ -132,8 +132,8 @@ def _domain(
         num_documents += 1
         num_tokens += len(ids)
         num_bytes += len(text)
-        spans += windows_of_document(ids, tokenizer.eos_id, seq_len)
-        if len(spans) >= GROUP * batch_size:
+        windows += windows_of_document(ids, tokenizer.eos_id, seq_len)
+        if len(windows) >= GROUP * batch_size:
             nats += flush()
     if not num_tokens:
         raise ConfigError(
@@ -146,7 +146,7 @@ def _domain(
 
 
 def _documents(files: list[File]) -> Iterator[bytes]:
-    """The whole documents of files."""
+    """The documents of files, each in one piece."""
     for file in files:
         parts: list[bytes] = []
         for _, document in read(file):
@@ -166,7 +166,7 @@ def mean_loss(domains: Mapping[str, Domain]) -> Domain:
 
 
 def wins(a: Mapping[str, Domain], b: Mapping[str, Domain]) -> Wins:
-    """In how many domains `a` needs fewer bits per byte than `b`, whatever their tokenizers are.
+    """The number of domains in which `a` needs fewer bits per byte than `b`, with any tokenizers.
 
     Args:
         a, b: results of `by_domain` on the same folder.

@@ -28,7 +28,7 @@ _CHUNK = 1 << 22  # tokens that are counted at once
 
 
 def count_tokens(examples: Examples, vocab_size: int | None = None) -> Int64[np.ndarray, "vocab"]:
-    """How often every token id occurs in a data set.
+    """The number of occurrences of every token id in a data set.
 
     Args:
         examples: the training data: all tokens of a text, of each text of a mixture, or the targets

@@ -18,7 +18,7 @@ from xlstm_jax.config import check_range
 from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.errors import ArgumentError, ConfigError, import_optional, quote
 from xlstm_jax.evaluate.lengths import check_length, max_length
-from xlstm_jax.evaluate.spans import Span, score_spans, windows_of_document
+from xlstm_jax.evaluate.scoring import TokenSequence, score_sequences, windows_of_document
 from xlstm_jax.generate import Sampler, greedy, prepare_params, stream
 from xlstm_jax.generate.arguments import check_tokenizer
 from xlstm_jax.modules.initializers import random_key
@@ -46,7 +46,7 @@ class XLSTM(TemplateLM):
         model, variables, tokenizer: as in training.
         batch_size: sequences per forward pass; affects only speed and memory.
         max_length: tokens that a prediction sees, and of the windows of rolling log-likelihoods.
-            None: the attention caches, or no limit without them; the state carries whole documents.
+            None: the attention caches, or no limit without them; the state carries full documents.
         prefix_token_id: the token before a text without context; None: that which ends documents.
         seed: of generation that samples.
 
@@ -103,14 +103,16 @@ class XLSTM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        spans = [self._span(*request) for request in requests]
-        scores = score_spans(self._model, self._variables, spans, batch_size=self.batch_size)
+        sequences = [self._sequence(*request) for request in requests]
+        scores = score_sequences(
+            self._model, self._variables, sequences, batch_size=self.batch_size
+        )
         results = [(score.logprob, score.is_greedy) for score in scores]
         for request, result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", request[0], result)
         return results
 
-    def _span(self, key: Any, context: list[int], continuation: list[int]) -> Span:
+    def _sequence(self, key: Any, context: list[int], continuation: list[int]) -> TokenSequence:
         if not continuation:
             raise ArgumentError(
                 f"continuations of a task must add a token to their context, got {quote(key)}; the "
@@ -120,18 +122,20 @@ class XLSTM(TemplateLM):
         limit = self.max_length
         # As in the harness, the oldest tokens are dropped.
         ids = ids if limit is None else ids[-(limit + 1) :]
-        return Span(ids, min(len(continuation), len(ids) - 1))
+        return TokenSequence(ids, min(len(continuation), len(ids) - 1))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
         """The log-likelihood of every text, in windows in which each token is scored once."""
         texts = [request.args[0] for request in requests]
-        windows = [
+        windows_of_texts = [
             list(windows_of_document(np.array(ids), self.prefix_token_id, self.max_length))
             for ids in map(self.tok_encode, texts)
         ]
-        spans = list(itertools.chain.from_iterable(windows))
-        scores = iter(score_spans(self._model, self._variables, spans, batch_size=self.batch_size))
-        results = [sum(next(scores).logprob for _ in spans) for spans in windows]
+        windows = list(itertools.chain.from_iterable(windows_of_texts))
+        scores = iter(
+            score_sequences(self._model, self._variables, windows, batch_size=self.batch_size)
+        )
+        results = [sum(next(scores).logprob for _ in windows) for windows in windows_of_texts]
         for text, result in zip(texts, results, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), result)
         return results
@@ -162,7 +166,7 @@ class XLSTM(TemplateLM):
         return [results[i] for i in range(len(requests))]
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of a task, if there is room for its new tokens."""
+        """The options of a task; raises ConfigError if its new tokens do not fit."""
         new = options["max_new_tokens"]
         if self.max_length is not None and new >= self.max_length:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Perplexity on held-out data: nats per token and bits per byte."""
+"""Perplexity on validation data: nats per token and bits per byte."""
 
 import functools
 import math
@@ -43,16 +43,16 @@ def perplexity(
     document_resets: bool = True,
     segment_len: int | None = None,
 ) -> Perplexity:
-    """Evaluates each window once, without dropout, like the held-out loss of training.
+    """Evaluates each window once, without dropout, like the validation loss of training.
 
     Args:
-        windows: held-out data, from `data.load(cfg, "valid")`.
+        windows: validation data, from `data.load(cfg, "valid")`.
         batch_size: windows per forward pass; affects only speed and memory.
         max_batches: limit on batches, which are spread evenly over the data; None: all.
         document_resets: whether each document starts from the initial state, as in training.
         segment_len: positions per forward pass. The state is carried over, so that any value gives
-            the same result up to rounding, and windows of any length fit in memory. None: whole
-            windows.
+            the same result up to rounding, and windows of any length fit in memory. None: those
+            of a window.
 
     Raises:
         ArgumentError: `batch_size`, `max_batches` or `segment_len` is below 1, a window exceeds the
@@ -60,12 +60,12 @@ def perplexity(
     """
     check_segment_len(segment_len)
     params = variables["params"]
-    whole = functools.partial(_sums, model, params, document_resets=document_resets)
+    sums_of_windows = functools.partial(_sums, model, params, document_resets=document_resets)
     # Summed on the host: a float32 total loses digits over millions of tokens.
     total = EvalSums()
     for batch in batches(model, windows, batch_size, max_batches):
         if segment_len is None:
-            total = total.plus(whole(batch), batch, windows)
+            total = total.plus(sums_of_windows(batch), batch, windows)
             continue
         parts = sums_of_segments(model, params, batch, segment_len, document_resets=document_resets)
         sums = [np.asarray(part, np.float64) for part in parts]

@@ -44,9 +44,9 @@ def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
     if any(_rates(e) for e in evaluations):
         panels.append(_tasks)
     columns = min(len(panels), 2) or 1
-    rows = max(math.ceil(len(panels) / columns), 1)
-    figure = Figure(figsize=(6.6 * columns, 4.2 * rows), dpi=110, layout="constrained")
-    all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    grid = max(math.ceil(len(panels) / columns), 1), columns
+    figure = Figure(figsize=(6.6 * grid[1], 4.2 * grid[0]), dpi=110, layout="constrained")
+    all_axes = figure.subplots(*grid, squeeze=False).ravel()
     names = [shorten(name, 40) for name in short_names([e.model for e in evaluations])]
     for axes in all_axes[len(panels) :]:
         axes.remove()
@@ -88,10 +88,10 @@ def _perplexity(axes: Any, evaluations: Sequence[Evaluation], names: list[str]) 
         for e in evaluations
     ]  # fmt: skip
     colors = [_style(n)["color"] for n in range(len(names))]
-    places = range(len(names))
-    bars = axes.barh(places, values, color=colors, height=min(0.6, 0.2 * len(names)))
+    ticks = range(len(names))
+    bars = axes.barh(ticks, values, color=colors, height=min(0.6, 0.2 * len(names)))
     axes.bar_label(bars, fmt="%.4f", padding=4)
-    axes.set_yticks(places, names, parse_math=False)
+    axes.set_yticks(ticks, names, parse_math=False)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.margins(x=0.15)
     _title(axes, "bits per byte" if is_text else "perplexity")

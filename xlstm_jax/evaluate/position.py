@@ -56,5 +56,5 @@ def by_position(
 
 
 def make_bucket(start: int, stop: int | None, nats: float, count: float) -> Bucket:
-    """A bucket with a sum of losses over so many tokens."""
+    """A bucket, from the sum of the losses of its tokens."""
     return Bucket(start, stop, float(nats / count) if count else float("nan"), int(count))

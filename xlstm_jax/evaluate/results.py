@@ -1,4 +1,4 @@
-"""What was measured of a model, for tables, plots and JSON."""
+"""Results of the evaluation of a model, for tables, plots and JSON."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class HostLosses(NamedTuple):
-    """`TokenLosses` of whole sequences, on the host."""
+    """`TokenLosses` of full sequences, on the host."""
 
     nats: np.ndarray  # B T, float32 or wider
     correct: np.ndarray  # B T, bool
@@ -43,7 +43,7 @@ def losses_of_positions(
 ) -> HostLosses:
     """The loss of every position of a batch."""
     evaluate = functools.partial(_losses, model, params, document_resets=document_resets)
-    # On the host segment by segment, so that the device holds one segment only.
+    # On the host segment by segment, so that only one segment is on the device.
     parts = [
         jax.device_get(losses)
         for losses in _over_segments(model, params, batch, segment_len, evaluate)

@@ -1,8 +1,8 @@
-"""Chats: sessions whose turns have the format of a chat template.
+"""Chats: sessions whose messages have the format of a chat template.
 
-The state has read the earlier turns and cannot change them, so the text of a new turn is what the
-template adds for it. It is taken from a conversation of placeholders: the template has to format a
-turn in the same way whatever was said before.
+The state has read the earlier messages and cannot change them, so the text of a new message is what
+the template adds for it. It is taken from a conversation of placeholders: the template must format
+a message in the same way whatever precedes it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from xlstm_jax.data.chat import ChatTemplate, encode_special
 from xlstm_jax.errors import ArgumentError, ConfigError, quote_path
 from xlstm_jax.generate.session import Session
 
-# Texts that no template writes itself.
+# Texts that no template contains.
 _QUESTION, _ANSWER, _NEXT = "placeholder-question", "placeholder-answer", "placeholder-next"
 
 
@@ -25,7 +25,7 @@ class Chat:
         session: empty, or of an earlier chat with the same template.
 
     Raises:
-        ConfigError: the template cannot be used: it fails, or it changes earlier turns.
+        ConfigError: the template cannot be used: it fails, or it changes earlier messages.
     """
 
     def __init__(self, session: Session, template: ChatTemplate):
@@ -46,7 +46,7 @@ class Chat:
         self._stop: list[str | int] = self._end_ids[-1:]
         if not self._stop:
             # Without one, the text between an answer and the next message ends the answer.
-            between = self._turn(_NEXT).partition(_NEXT)[0].rstrip()
+            between = self._next_text(_NEXT).partition(_NEXT)[0].rstrip()
             self._stop = [between] if between else []
 
     def send(
@@ -55,7 +55,7 @@ class Chat:
         """Appends a message and yields the answer in parts.
 
         Args:
-            stop, options: those of `Session.stream`; the end of a turn is always a stop token.
+            stop, options: those of `Session.stream`; the end of an answer is always a stop token.
 
         Raises:
             ArgumentError: the message is empty, or as `Session.stream`.
@@ -65,7 +65,7 @@ class Chat:
             raise ArgumentError("message must have some text, got none; write a message.")
         session = self.session
         if session.tokens:
-            text = self._turn(message)
+            text = self._next_text(message)
         else:
             text = self._template.text(
                 [{"role": "user", "content": message}], add_generation_prompt=True
@@ -77,8 +77,8 @@ class Chat:
         session.append(ids)
         return session.stream(stop=[*self._stop, *stop], **options)
 
-    def _turn(self, message: str) -> str:
-        """What follows an answer: its end, the message, and the prompt for the next answer."""
+    def _next_text(self, message: str) -> str:
+        """The text after an answer: its end, the message, and the prompt for the next answer."""
         messages = [*self._answered, {"role": "user", "content": message}]
         longer = self._template.text(messages, add_generation_prompt=True)
         return self._tail + self._added(self._before, longer)

@@ -1,7 +1,7 @@
 """Files of arrays in which every altered byte is detected: safetensors with checksums.
 
 The metadata in the header has two entries: `xlstm_jax`, a JSON object ("the record") that includes
-the SHA-256 of every array, and `header_sha256`, that of the header with zeros in its own place.
+the SHA-256 of every array, and `header_sha256`, that of the header with zeros instead of itself.
 Nothing in a file is executed by reading it.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from xlstm_jax.errors import ConfigError, import_optional, printable, quote, quote_path
 
 FORMAT = 1
-"""Of the record. Files of a later format are refused."""
+"""Version of the format. Files of a later one are refused."""
 
 _RECORD, _ARRAYS = "xlstm_jax", "sha256"
 _DIGEST = re.compile(rb'"header_sha256":"([0-9a-f]{64})"')
@@ -44,16 +44,16 @@ def write(
     checksums = {name: _sha256(array) for name, array in arrays.items()}
     record = {**record, "format": FORMAT, "kind": kind, _ARRAYS: checksums}
     metadata = {_RECORD: json.dumps(record), "header_sha256": _UNSET.decode()}
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process alone
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process only
     try:
-        draft.touch()  # an invalid path raises an OSError here; safetensors has an error of its own
+        draft.touch()  # an invalid path raises an OSError here; safetensors has its own error
         mode = draft.stat().st_mode
         safetensors.numpy.save_file(arrays, draft, metadata=metadata)
-        draft.chmod(mode)  # that of any new file; safetensors makes it private to the owner
+        draft.chmod(mode)  # the default; safetensors makes the file private to the owner
         _set_digest(draft)
         os.replace(draft, path)
     except safetensors.SafetensorError as error:
-        # Its error for a full disk or a failed write, which has no number of its own.
+        # Its error for a full disk or a failed write, which has no errno.
         reason = re.search(r"\(os error (\d+)\)", str(error))
         number = int(reason[1]) if reason else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from error

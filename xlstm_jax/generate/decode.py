@@ -50,11 +50,11 @@ class _Carry(NamedTuple):
     logits: Float[Array, "B vocab"]  # of the next token
     seen: Bool[Array, "B vocab"]  # tokens in the prompt or generated so far
     length: Int[Array, "B"]  # number of generated tokens
-    done: Bool[Array, "B"]  # a stop token was generated, or there is no prompt
+    done: Bool[Array, "B"]  # a stop token was generated, or the prompt is empty
 
 
 class _Loop(NamedTuple):
-    """What all pieces of a decoding loop share."""
+    """Static arguments of the decoding loop."""
 
     model: LM
     sampler: SamplerFn
@@ -168,13 +168,13 @@ def _pieces(
 class _Group:
     """Sequences that are decoded together, in a fixed number of slots."""
 
-    def __init__(self, loop, variables, ids, keys, state, stop, rows: slice):
+    def __init__(self, loop, variables, ids, keys, state, stop, group: slice):
         self.loop, self.variables, self.stop = loop, variables, stop
-        self.count = len(ids[rows])
-        num_slots = rows.stop - rows.start
+        self.count = len(ids[group])
+        num_slots = group.stop - group.start
         # Empty slots repeat a sequence without a prompt: it is done from the start.
-        index = np.minimum(np.arange(rows.start, rows.stop), len(ids) - 1)
-        prompts = [*ids[rows], *[np.zeros(0, np.int32)] * (num_slots - self.count)]
+        index = np.minimum(np.arange(group.start, group.stop), len(ids) - 1)
+        prompts = [*ids[group], *[np.zeros(0, np.int32)] * (num_slots - self.count)]
         self.keys = keys[index]
         self.carry = _first_carry(loop.model, variables, prompts, state, jnp.asarray(index))
 
@@ -186,7 +186,7 @@ class _Group:
         # A sequence that stopped earlier has fewer valid tokens in the buffers.
         lengths = (np.asarray(self.carry.length) - before)[: self.count]
         tokens, logprobs = (
-            [row[:n] for row, n in zip(np.asarray(buffer).tolist(), lengths, strict=False)]
+            [values[:n] for values, n in zip(np.asarray(buffer).tolist(), lengths, strict=False)]
             for buffer in buffers
         )
         return tokens, logprobs
@@ -224,8 +224,8 @@ def _first_carry(
     """The carry after prefill; sequence i starts from the state at `index[i]`."""
     batch_size, vocab_size = len(prompts), model.cfg.vocab_size
     seen = np.zeros((batch_size, vocab_size), bool)
-    for row, prompt in zip(seen, prompts, strict=True):
-        row[prompt] = True
+    for i, prompt in enumerate(prompts):
+        seen[i, prompt] = True
     first = model.init_state(batch_size) if state is None else _select(state, index)
     layers = unstack_state(model.cfg.pattern, first)
     logits, layers = prefill.run(model, variables, prompts, layers)

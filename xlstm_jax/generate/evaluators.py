@@ -24,7 +24,7 @@ def sample_evaluator(
     seed: int = 0,
     **options: Any,
 ) -> Evaluator:
-    """Records `NAME_text`, a continuation of the prompt of about so many characters.
+    """Records `NAME_text`, a continuation of the prompt of about `characters` characters.
 
     It always draws with the same key, so that texts of different steps compare. With several
     processes it fails, because they would have to decode together. `options` are those of

@@ -1,6 +1,6 @@
 """Export of a trained model: prefill and decode as programs of `jax.export`, in one file.
 
-The file needs JAX alone: `docs/run_exported.py` runs it without this library. It is a
+The file needs only JAX: `docs/run_exported.py` runs it without this library. It is a
 safetensors file (see `container`) with these arrays:
 
     weights/PATH       parameters as `prepare_params` returns them, which are fast to decode with
@@ -8,8 +8,8 @@ safetensors file (see `container`) with these arrays:
     programs/decode
     tokenizer/NAME     bytes of a file of the tokenizer, if it has any
 
-Arguments and results of programs are dicts of arrays by name, so that no type of this library has
-to be known. The batch size is symbolic.
+Arguments and results of programs are dicts of arrays by name, which need no type of this
+library. The batch size is symbolic.
 """
 
 import tempfile
@@ -134,7 +134,7 @@ def _programs(
         "prefill": (read, (*shared, logits, tokens, mask)),
         "decode": (decode, (*shared, spec((b,), jnp.int32))),
     }
-    # For a CPU, whatever is attached: workarounds for its compiler are harmless elsewhere, and
+    # Always for a CPU: workarounds for its compiler are harmless elsewhere, and
     # without them results on a CPU may be wrong (`ops.cpu.materialize`).
     with jax.default_device("cpu"):
         return {

@@ -82,15 +82,15 @@ class ExportedModel:
         return self.programs["decode"](self.weights, self._checked(state, tokens.size), tokens)
 
     def _checked(self, state: Any, batch_size: int) -> Arrays:
-        """The state; raises ArgumentError unless it is one of this model for so many sequences."""
+        """The state; raises ArgumentError unless it fits this model and number of sequences."""
         items = self.record["state"].items()
         shapes = {name: (batch_size, *leaf["shape"][1:]) for name, leaf in items}
         # Comparing shapes takes little of the time of a decode step, unlike `difference`.
         if isinstance(state, dict) and {n: jnp.shape(x) for n, x in state.items()} == shapes:
             return state
-        found = difference(state, jax.eval_shape(lambda: self.init_state(batch_size)))
+        problem = difference(state, jax.eval_shape(lambda: self.init_state(batch_size)))
         raise ArgumentError(
-            f"state must be that of this model and {batch_size} sequences: {found}; use "
+            f"state must be that of this model and {batch_size} sequences: {problem}; use "
             f"init_state({batch_size}), or what prefill returned."
         )
 

@@ -47,11 +47,11 @@ def batches(
         for index in range(max((plan.count(width) for plan in plans), default=0)):
             tokens = np.zeros((len(prompts), width), np.int32)
             mask = np.zeros((len(prompts), width), bool)
-            for row, (prompt, plan) in enumerate(zip(prompts, plans, strict=True)):
+            for b, (prompt, plan) in enumerate(zip(prompts, plans, strict=True)):
                 if index < plan.count(width):
-                    part = prompt[starts[row] : starts[row] + width]
-                    tokens[row, : len(part)], mask[row, : len(part)] = part, True
-                    starts[row] += width
+                    part = prompt[starts[b] : starts[b] + width]
+                    tokens[b, : len(part)], mask[b, : len(part)] = part, True
+                    starts[b] += width
             yield tokens, mask
 
 
@@ -62,7 +62,7 @@ def run(
     logits = jnp.zeros((len(prompts), model.cfg.vocab_size), jnp.float32)
     # On a mesh, the first pass shards the state, and cannot use the memory of the initial one.
     has_mesh = not jax.sharding.get_abstract_mesh().empty
-    compiled = _pass if has_mesh else _pass_in_place
+    compiled = _pass if has_mesh else _donating_pass
     for tokens, mask in batches(prompts):
         logits, state = compiled(model, variables, tokens, mask, state, logits)
     return logits, state
@@ -90,7 +90,7 @@ def run_pass(
 
 
 _pass = jax.jit(run_pass, static_argnames="model")
-_pass_in_place = jax.jit(run_pass, static_argnames="model", donate_argnames=("state", "logits"))
+_donating_pass = jax.jit(run_pass, static_argnames="model", donate_argnames=("state", "logits"))
 
 
 def replicate_explicit(x: Array) -> Array:

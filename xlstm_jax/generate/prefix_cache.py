@@ -1,9 +1,9 @@
 """Cache of the states after common prefixes of prompts, such as a system prompt.
 
 Prefill runs in passes of fixed widths. The state after a full pass depends, bit for bit, only on
-the tokens up to there and on the widths of the passes, because prompts are padded on the right and
+the tokens before it and on the widths of the passes, because prompts are padded on the right and
 the width of a pass is a function of the number of tokens that are left. So the states at these
-boundaries can replace the passes before them in every prompt that begins alike.
+boundaries can replace the passes before them in every prompt with the same beginning.
 """
 
 import collections

@@ -30,17 +30,17 @@ Joins = tuple[tuple[str, ...], ...]
 def prepare_params(
     model: LM, variables: Any, *, dtype: DTypeLike | None = None, consume: bool = False
 ) -> dict[str, Any]:
-    """Parameters to be used in place of `variables`, in `generate` or `model.apply`.
+    """Parameters to be used instead of `variables`, in `generate` or `model.apply`.
 
     Results are those of `variables`, as kernels and embeddings are rounded to the dtype of
-    activations at use anyway. They are no parameters to train.
+    activations at use anyway. They cannot be trained.
 
     Args:
         dtype: of kernels and embeddings; None: that of activations, `cfg.dtype`, or float64 where
             parameters are. "int8": matrices and the head are rounded to 8 bits, with a scale for
             every output feature; the rest has the dtype of activations.
-        consume: delete the arrays of `variables` on the way, so that there is never a second copy
-            of all weights. They cannot be used afterwards.
+        consume: delete each array of `variables` when it is converted, which saves a second copy of
+            all weights. They cannot be used afterwards.
 
     Raises:
         ArgumentError: the dtype is unknown, or `variables` are not those of the model.
@@ -73,7 +73,7 @@ def prepare_params(
 
 
 def joins_of(cfg: LMConfig, letter: str, params: PyTree) -> Joins:
-    """The layers of a block that share a product, found by tracing the block for one token."""
+    """The layers of a block that share a product, by tracing the block for one token."""
     block = BLOCKS[letter].block(cfg, parent=None)
     if isinstance(params, list):
         layer = params[0]

@@ -1,6 +1,6 @@
-"""Sessions: a text that a user and a model write in turns, with the state of the model after it.
+"""Sessions: a text that a user and a model write alternately, with the state of the model after it.
 
-The state has a fixed size, so a session can be copied, taken back and stored at the same small cost
+The state has a fixed size, so a session can be copied, rewound and stored at the same small cost
 after any number of tokens.
 """
 
@@ -25,14 +25,14 @@ from xlstm_jax.modules.lm import LM
 
 
 class Session:
-    """A text and the state of the model after it. A turn is an `append` and the answers to it.
+    """A text and the state of the model after it.
 
     Args:
         variables: of the model, or what `prepare_params` returned, which several sessions of one
             model should share: every session prepares others for itself.
         tokenizer: of the model; its ids must be in the vocabulary of the model.
         cache: of the states after common beginnings of sessions.
-        max_turns: newest turns that can be rewound; the session holds one state per turn.
+        max_snapshots: states that are stored for `rewind`, one before each `append`.
 
     Raises:
         ArgumentError: an argument is invalid.
@@ -45,17 +45,17 @@ class Session:
         tokenizer: Tokenizer,
         *,
         cache: PrefixCache | None = None,
-        max_turns: int = 8,
+        max_snapshots: int = 8,
     ):
         check_tokenizer(tokenizer, model.cfg.vocab_size)
         self.model, self.tokenizer = model, tokenizer
-        self._owner = variables  # which the cache knows
+        self._owner = variables  # the key of the cache
         self.variables = variables if is_prepared(variables) else prepare_params(model, variables)
         self.cache = cache
-        self.max_turns: int = as_type(int, max_turns, "max_turns")
-        check_range("max_turns", self.max_turns, "at least 1")
+        self.max_snapshots: int = as_type(int, max_snapshots, "max_snapshots")
+        check_range("max_snapshots", self.max_snapshots, "at least 1")
         self._tokens: list[int] = []
-        self._turns: list[Point] = []  # before each of the newest turns
+        self._snapshots: list[Point] = []  # before each of the newest calls of `append`
         self._point = Point()
 
     @property
@@ -74,18 +74,18 @@ class Session:
         return self._point.ended
 
     @property
-    def num_turns(self) -> int:
-        """Turns that can be rewound."""
-        return len(self._turns)
+    def num_snapshots(self) -> int:
+        """Calls of `append` that can be rewound."""
+        return len(self._snapshots)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the states that the session holds; copies share theirs."""
-        states = session_file.distinct_states([*self._turns, self._point])
+        """Bytes of the states of the session; copies share theirs."""
+        states = session_file.distinct_states([*self._snapshots, self._point])
         return sum(map(state_bytes, states))
 
     def append(self, text: str | Sequence[int]) -> None:
-        """Starts a turn with a text, or with token ids, and reads it.
+        """Appends a text, or token ids, and reads it.
 
         Raises:
             ArgumentError: the text is empty, or an id is not in the vocabulary.
@@ -103,7 +103,7 @@ class Session:
             if self.cache is not None and state is None:
                 state, unread = self.cache.read(self._owner, *model, unread)
             state = state_after(*model, unread, state)
-        self._turns = [*self._turns, before][-self.max_turns :]
+        self._snapshots = [*self._snapshots, before][-self.max_snapshots :]
         self._tokens = tokens
         self._point = Point(len(tokens), len(tokens) - 1, state)
 
@@ -139,11 +139,13 @@ class Session:
                 of the session. The end of a document is always one.
 
         Raises:
-            ArgumentError: an argument is invalid, or there is nothing to continue; before the first
-                `next`.
+            ArgumentError: an argument is invalid, or the session cannot be continued; before the
+                first `next`.
         """
         max_new_tokens = as_type(int, max_new_tokens, "max_new_tokens")
-        check_range("max_new_tokens", max_new_tokens, "at least 1", "use append alone")
+        check_range(
+            "max_new_tokens", max_new_tokens, "at least 1", "append reads text without an answer"
+        )
         if not self._tokens or self.ended:
             reason = "ended with a stop token" if self._tokens else "is empty"
             raise ArgumentError(f"the session {reason} and cannot be continued; append text first.")
@@ -163,26 +165,27 @@ class Session:
         return [self._copy() for _ in range(n)]
 
     def _copy(self) -> "Session":
-        options: dict[str, Any] = dict(cache=self.cache, max_turns=self.max_turns)
+        options: dict[str, Any] = dict(cache=self.cache, max_snapshots=self.max_snapshots)
         copy = Session(self.model, self.variables, self.tokenizer, **options)
         copy._owner = self._owner
-        copy._tokens, copy._turns, copy._point = list(self._tokens), list(self._turns), self._point
+        copy._tokens, copy._snapshots = list(self._tokens), list(self._snapshots)
+        copy._point = self._point
         return copy
 
-    def rewind(self, turns: int = 1) -> None:
-        """Takes back the newest turns: the session is as it was before their `append`.
+    def rewind(self, count: int = 1) -> None:
+        """Undoes the newest calls of `append` and their answers.
 
         Raises:
-            ConfigError, ArgumentError: it is below 1, or the session does not have so many turns.
+            ConfigError, ArgumentError: `count` is below 1, or above `num_snapshots`.
         """
-        check_range("turns", as_type(int, turns, "turns"), "at least 1", "1 is the last turn")
-        if turns > len(self._turns):
+        check_range("count", as_type(int, count, "count"), "at least 1", "1 undoes the last append")
+        if count > len(self._snapshots):
             raise ArgumentError(
-                f"turns must be at most {len(self._turns)}, the turns that this session can take "
-                f"back, got {turns}; it keeps the newest max_turns={self.max_turns}."
+                f"count must be at most {self.num_snapshots}, the snapshots of this session, got "
+                f"{count}; it stores the newest max_snapshots={self.max_snapshots}."
             )
-        self._point = self._turns[-turns]
-        del self._turns[-turns:], self._tokens[self._point.length :]
+        self._point = self._snapshots[-count]
+        del self._snapshots[-count:], self._tokens[self._point.length :]
 
     def save(self, path: str | Path) -> None:
         """Writes the tokens and states to one safetensors file.
@@ -190,8 +193,8 @@ class Session:
         Raises:
             OSError, ConfigError: the file cannot be written, or safetensors is not installed.
         """
-        points = [*self._turns, self._point]
-        contents = session_file.Contents(self._tokens, points, self.max_turns)
+        points = [*self._snapshots, self._point]
+        contents = session_file.Contents(self._tokens, points, self.max_snapshots)
         session_file.write(user_path(path), self.model, self.tokenizer, contents)
 
     @classmethod
@@ -211,8 +214,10 @@ class Session:
             ConfigError: the file is altered or truncated, or of another config or tokenizer.
         """
         contents = session_file.read(user_path(path), model, tokenizer)
-        session = cls(model, variables, tokenizer, cache=cache, max_turns=contents.max_turns)
-        session._tokens, (*session._turns, session._point) = contents.tokens, contents.points
+        session = cls(
+            model, variables, tokenizer, cache=cache, max_snapshots=contents.max_snapshots
+        )
+        session._tokens, (*session._snapshots, session._point) = contents.tokens, contents.points
         return session
 
     def _known(self, tokens: Iterable[int]) -> list[int]:
@@ -245,7 +250,7 @@ class _Answer:
             state=first.state,
             stop=self.stop_ids,
         )
-        # Enough states to go back to before the longest stop string.
+        # Enough states to return to one before the longest stop string.
         longest = max((len(string.encode()) for string in self.strings), default=0)
         self.recent = collections.deque([first], maxlen=3 + longest // piece)
         recorded = self._recorded(pieces)
@@ -274,9 +279,9 @@ class _Answer:
             answer += part
             yield part
         if self.strings:
-            self._cut(answer)
+            self._truncate(answer)
 
-    def _cut(self, answer: str) -> None:
+    def _truncate(self, answer: str) -> None:
         """Makes the session end with the answer, of which a stop string has been removed."""
         session, first = self.session, self.first
         generated = session._tokens[first.length :]

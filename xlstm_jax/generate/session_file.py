@@ -21,7 +21,7 @@ KIND = "session"
 
 
 class Point(NamedTuple):
-    """Where a session can continue.
+    """A state from which a session can continue.
 
     At least one token is unread, unless the session is empty or has ended: the model is called with
     it to get the logits of the next one.
@@ -34,11 +34,11 @@ class Point(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What a session is, apart from its model and tokenizer."""
+    """The contents of a session without its model and tokenizer."""
 
     tokens: list[int]
-    points: list[Point]  # before each of the newest turns, and the present one
-    max_turns: int
+    points: list[Point]  # the snapshots, and the present one
+    max_snapshots: int
 
 
 def distinct_states(points: Sequence[Point]) -> list[Any]:
@@ -55,7 +55,7 @@ def write(path: Path, model: LM, tokenizer: Tokenizer, contents: Contents) -> No
         "tokenizer": tokenizer.sha256,
         "tokens": contents.tokens,
         "points": [p._replace(state=numbers.get(id(p.state)))._asdict() for p in contents.points],
-        "max_turns": contents.max_turns,
+        "max_snapshots": contents.max_snapshots,
     }
     arrays = {
         f"{number}/{name}": np.asarray(leaf)
@@ -92,7 +92,9 @@ def _contents(model: LM, record: Mapping[str, Any], arrays: Mapping[str, np.ndar
     tokens = record["tokens"]
     if tokens:
         tokens = token_ids(tokens, "tokens", model.cfg.vocab_size).tolist()
-    return Contents(tokens, points, record["max_turns"])
+    # Files of earlier versions have the second name.
+    name = "max_snapshots" if "max_snapshots" in record else "max_turns"
+    return Contents(tokens, points, record[name])
 
 
 def _state(model: LM, number: int, arrays: Mapping[str, np.ndarray]) -> Any:

@@ -228,7 +228,7 @@ def test_a_renamed_copy_of_a_file_is_the_same_data(tmp_path):
     assert differences_of_data(*descriptions) == []
 
 
-def test_the_whole_source_has_the_documents_of_every_split(folder):
+def test_load_all_has_the_documents_of_every_split(folder):
     cfg = DataConfig(source=str(folder))
     total = sum(load(cfg, split).store.num_tokens for split in SPLITS)
     assert load_all(cfg).store.num_tokens == total
@@ -239,8 +239,8 @@ def test_the_whole_source_has_the_documents_of_every_split(folder):
     assert load_all(parity).description["split"] == "valid"
 
 
-def test_a_whole_file_is_not_divided(tmp_path):
+def test_load_all_does_not_divide_a_file(tmp_path):
     data = b"no line end " * 100
-    (tmp_path / "held_out.txt").write_bytes(data)
-    windows = load_all(DataConfig(source=str(tmp_path / "held_out.txt")))
+    (tmp_path / "book.txt").write_bytes(data)
+    windows = load_all(DataConfig(source=str(tmp_path / "book.txt")))
     assert bytes(windows.store.tokens[:-1].astype("uint8")) == data

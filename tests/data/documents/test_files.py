@@ -44,7 +44,7 @@ def zipped(data):
 @pytest.mark.parametrize(
     "name", ["a.txt", "A.TXT", "b.md", "c.Md.gz", "d.txt.GZ"], ids=lambda name: name
 )
-def test_text_is_found_by_its_suffix_in_any_case(tmp_path, name):
+def test_text_is_recognized_by_its_suffix_in_any_case(tmp_path, name):
     data = gzip.compress(TEXT) if name.lower().endswith(".gz") else TEXT
     (tmp_path / name).write_bytes(data)
     (tmp_path / ".hidden.txt").write_bytes(b"hidden")
@@ -101,7 +101,7 @@ FRAME = base64.b64decode("KLUv/QRYeQAAenN0YW5kYXJkIHRleHQKXuJsWw==")
 
 
 def install_zstandard(monkeypatch):
-    """A module in place of the package, whose format is zlib's behind the magic bytes."""
+    """A module instead of the package; its format is zlib's after the magic bytes."""
     magic = streams._CODECS[".zst"].magic
 
     class Decompressor:
@@ -186,29 +186,29 @@ def test_binary_data_are_read_only_if_a_pattern_asks_for_them(tmp_path):
     assert read(tmp_path) == [TEXT + b"\0"]
 
 
-ROW = b'{"text": "words"}\n'
+RECORD = b'{"text": "words"}\n'
 
 
 @pytest.mark.parametrize("pattern", [None, "*.{jsonl,gz,ndjson}"])
 @pytest.mark.parametrize("as_folder", [True, False])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "B.NDJSON"])
-def test_rows_are_documents_also_where_a_pattern_asks_for_them(tmp_path, name, as_folder, pattern):
-    (tmp_path / name).write_bytes(gzip.compress(ROW) if name.endswith("gz") else ROW)
+def test_records_are_documents_also_if_a_pattern_selects_them(tmp_path, name, as_folder, pattern):
+    (tmp_path / name).write_bytes(gzip.compress(RECORD) if name.endswith("gz") else RECORD)
     if name != "B.NDJSON" or pattern is None or not as_folder:
         assert read(tmp_path if as_folder else tmp_path / name, pattern) == [b"words"]
 
 
 def test_every_format_of_a_folder_is_read(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a text")
-    (tmp_path / "b.jsonl").write_bytes(ROW)
+    (tmp_path / "b.jsonl").write_bytes(RECORD)
     assert read(tmp_path) == [b"a text", b"words"]
 
 
 @pytest.mark.parametrize("name", ["README.md", "license.txt", "notes.md", "readme.md.gz"])
-def test_a_readme_beside_larger_rows_is_skipped_with_a_warning(tmp_path, caplog, name):
-    text = b"describes the rows\n"
+def test_a_readme_beside_larger_records_is_skipped_with_a_warning(tmp_path, caplog, name):
+    text = b"describes the records\n"
     (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
-    (tmp_path / "a.jsonl").write_bytes(ROW * 9)
+    (tmp_path / "a.jsonl").write_bytes(RECORD * 9)
     assert read(tmp_path) == [b"words"] * 9
     assert "1 files (1 ." in caplog.text and "describe the data beside them" in caplog.text
     assert read(tmp_path, "*")[-1] == text or read(tmp_path, "*")[0] == text

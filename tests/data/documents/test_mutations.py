@@ -49,8 +49,8 @@ FILES = {
     "array.json": lambda _: b"[" + JSON.replace(b"\n", b",")[:-1] + b"]",
     "text.txt.gz": lambda _: gzip.compress("".join(TEXTS).encode()),
     "text.txt.zst": lambda _: zstandard.compress("".join(TEXTS).encode()),
-    "rows.jsonl.gz": lambda _: gzip.compress(JSON),
-    "rows.jsonl.zst": lambda _: zstandard.compress(JSON),
+    "compressed.jsonl.gz": lambda _: gzip.compress(JSON),
+    "compressed.jsonl.zst": lambda _: zstandard.compress(JSON),
     "default.parquet": lambda _: parquet(TABLE),
     "plain.parquet": lambda _: parquet(TABLE, use_dictionary=False, compression="none"),
     "zstd.parquet": lambda _: parquet(TABLE, compression="zstd", data_page_version="2.0"),
@@ -86,7 +86,7 @@ def read_mutations(folder, name, count, seed):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_is_an_error_of_one_line_or_its_rows_are_read(tmp_path, name):
+def test_a_damaged_file_is_an_error_of_one_line_or_its_records_are_read(tmp_path, name):
     assert read_mutations(tmp_path, name, 60, seed=0) >= 15
 
 

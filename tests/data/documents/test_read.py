@@ -46,8 +46,8 @@ def write(folder, names, text="{} line\n" * 40):
         path.parent.mkdir(parents=True, exist_ok=True)
         data = text.replace("{}", str(number)).encode()
         if ".jsonl" in name:
-            rows = [json.dumps({"text": f"{number} {row} " * (row % 30)}) for row in range(80)]
-            data = "\n".join(rows).encode()
+            lines = [json.dumps({"text": f"{number} {n} " * (n % 30)}) for n in range(80)]
+            data = "\n".join(lines).encode()
         path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     return folder
 
@@ -56,12 +56,12 @@ LAYOUTS = {
     "single text": "a.txt",
     "single compressed text": "a.txt.gz",
     "texts": " ".join(f"{number}.txt" for number in range(50)),
-    "rows": "a.jsonl b.jsonl.gz",
-    "rows and texts": "a.jsonl b.txt sub/c.md.gz",
+    "records": "a.jsonl b.jsonl.gz",
+    "records and texts": "a.jsonl b.txt sub/c.md.gz",
     "named": "train/a.txt train/b.jsonl valid/a.txt test.txt c.txt",
     "no valid, few texts": "train/a.txt train/b.txt.gz test/c.txt",
     "no valid, texts": " ".join(f"train/{number}.txt" for number in range(60)),
-    "no valid, rows": "train/a.jsonl",
+    "no valid, records": "train/a.jsonl",
 }
 
 
@@ -109,9 +109,7 @@ def test_pieces_end_at_line_ends_or_at_characters(short_pieces, text, lengths, b
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
-def test_the_pieces_of_a_document_share_the_split_of_its_whole_content(
-    tmp_path, short_pieces, name
-):
+def test_the_pieces_of_a_document_share_the_split_of_its_content(tmp_path, short_pieces, name):
     texts = [f"text {number} " * 40 for number in range(40)]
     for number, text in enumerate(texts):
         (tmp_path / str(number)).mkdir()
@@ -175,5 +173,7 @@ def test_a_small_file_that_expands_to_much_text_streams(tmp_path, name):
 
 def test_messages_are_not_read_from_text(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(ConfigError, match="must have rows with the field 'messages'.*it is text"):
+    with pytest.raises(
+        ConfigError, match="must have records with the field 'messages'.*it is text"
+    ):
         stream(tmp_path, messages_field="messages")

@@ -2,12 +2,12 @@
 
 import pytest
 
-from tests.data.prepare.runs import write_rows
+from tests.data.prepare.runs import write_records
 
 
 @pytest.fixture
 def source(tmp_path):
-    """Five files of 60 rows each."""
+    """Five files of 60 records each."""
     for number in range(5):
-        write_rows(tmp_path / f"in/{number}.jsonl", [f"{number} text {i} ü" for i in range(60)])
+        write_records(tmp_path / f"in/{number}.jsonl", [f"{number} text {i} ü" for i in range(60)])
     return tmp_path / "in"

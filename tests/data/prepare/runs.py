@@ -9,7 +9,7 @@ class Interrupted(BaseException):
     """Stands for a signal."""
 
 
-def write_rows(path, texts, field="text"):
+def write_records(path, texts, field="text"):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
 

@@ -1,4 +1,4 @@
-"""Conversations: targets of the loss, and errors with the row."""
+"""Conversations: targets of the loss, and errors with the line."""
 
 import json
 
@@ -31,8 +31,10 @@ def conversation(question, answer):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
+def write(path, conversations):
+    path.write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations)
+    )
 
 
 def test_the_answers_of_the_assistant_are_the_targets(tmp_path, tokenizer):
@@ -60,10 +62,10 @@ def test_another_template_than_before_is_refused(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "row", [[{"role": "wizard", "content": "x"}], [{"role": "user"}], "text", [1]]
+    "messages", [[{"role": "wizard", "content": "x"}], [{"role": "user"}], "text", [1]]
 )
-def test_an_invalid_conversation_is_an_error_with_its_row(tmp_path, tokenizer, row):
-    write(tmp_path / "a.jsonl", [conversation("q", "a")] * 2 + [row])
+def test_an_invalid_conversation_is_an_error_with_its_line(tmp_path, tokenizer, messages):
+    write(tmp_path / "a.jsonl", [conversation("q", "a")] * 2 + [messages])
     with pytest.raises(ConfigError, match=r"a\.jsonl(:3|, line 3)"):
         run(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=tokenizer, chat=True, split="train")
     assert not list((tmp_path / "out").rglob("0000*"))

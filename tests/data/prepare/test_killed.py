@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.data.prepare.runs import files, write_rows
+from tests.data.prepare.runs import files, write_records
 from xlstm_jax.data.train_tokenizer import train_bpe
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -42,7 +42,7 @@ def test_a_command_killed_at_ten_moments_writes_the_same_files(tmp_path):
     words = [f"word{i} " for i in range(3000)]
     for number in range(12):
         texts = ["".join(rng.choices(words, k=300)) for _ in range(400)]
-        write_rows(tmp_path / f"in/{number:02}.jsonl", texts)
+        write_records(tmp_path / f"in/{number:02}.jsonl", texts)
     train_bpe(["".join(words).encode()], 1000, tmp_path / "tokenizer")
     begin = time.monotonic()
     assert start(tmp_path, "expected").wait() == 0

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from tests.data.prepare.runs import Interrupted, files, run, write_rows
+from tests.data.prepare.runs import Interrupted, files, run, write_records
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import tokenizers
 from xlstm_jax.data.documents import document, find_files, read
@@ -55,14 +55,14 @@ def test_a_single_file_is_a_source(source, tmp_path):
     assert sorted(read_manifest(str(tmp_path / "out")).splits) == ["valid"]
 
 
-def test_small_text_files_share_a_shard_and_files_of_rows_do_not(source, monkeypatch):
+def test_small_text_files_share_a_shard_and_files_of_records_do_not(source, monkeypatch):
     monkeypatch.setattr(inputs, "MAX_GROUP", 100)
     for number in range(4):
         (source / f"a{number}.txt").write_text("x" * 40)
     (source / "4a.txt").write_text("x" * 300)
     groups = [[f.name for f in s.files] for s in inputs.input_shards(find_files(str(source)))]
-    rows = [[f"{n}.jsonl"] for n in range(5)]
-    assert groups == [*rows, ["4a.txt"], ["a0.txt", "a1.txt"], ["a2.txt", "a3.txt"]]
+    records = [[f"{n}.jsonl"] for n in range(5)]
+    assert groups == [*records, ["4a.txt"], ["a0.txt", "a1.txt"], ["a2.txt", "a3.txt"]]
 
 
 def test_a_text_in_pieces_is_one_document(tmp_path, monkeypatch):
@@ -241,7 +241,7 @@ def test_other_settings_than_before_are_refused(source, tmp_path, change, messag
 
 def test_other_input_files_than_before_are_refused(source, tmp_path):
     run(source, tmp_path / "out")
-    write_rows(source / "9.jsonl", ["new"])
+    write_records(source / "9.jsonl", ["new"])
     with pytest.raises(ConfigError, match="files_sha256 was"):
         run(source, tmp_path / "out")
 
@@ -331,7 +331,7 @@ def test_two_processes_with_the_same_share_are_refused(source, tmp_path, monkeyp
     run(source, tmp_path / "out", shard="0/2")
 
 
-def test_an_invalid_row_stops_before_the_manifest_and_keeps_finished_shards(source, tmp_path):
+def test_an_invalid_record_stops_before_the_manifest_and_keeps_finished_shards(source, tmp_path):
     text = (source / "3.jsonl").read_text()
     (source / "3.jsonl").write_text(text + '{"body": "x"}\n')
     with pytest.raises(ConfigError, match=r"3\.jsonl, line 61, must have the field 'text'"):
@@ -343,7 +343,7 @@ def test_an_invalid_row_stops_before_the_manifest_and_keeps_finished_shards(sour
 
 
 def test_input_without_text_is_refused(tmp_path):
-    write_rows(tmp_path / "in/a.jsonl", [""] * 3)
+    write_records(tmp_path / "in/a.jsonl", [""] * 3)
     with pytest.raises(ConfigError, match="contains no text"):
         run(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out/manifest.json").exists()

@@ -121,7 +121,7 @@ def test_a_file_of_another_size_is_an_error_that_names_it(prepared, suffix, mode
         open_tokens(prepared, verify=mode)
 
 
-def test_a_changed_byte_is_found_by_the_checksum(prepared, monkeypatch, docs):
+def test_the_checksum_detects_a_changed_byte(prepared, monkeypatch, docs):
     path = prepared / "train" / "00001.bin"
     data = bytearray(path.read_bytes())
     data[0] ^= 1

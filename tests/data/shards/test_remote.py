@@ -100,7 +100,7 @@ def test_remote_data_equal_local_data(counted, tmp_path, rng):
                 np.testing.assert_array_equal(opened.store.loss_mask(start, start + 40), mask)
 
 
-def test_data_in_memory_and_folders_of_splits_are_found(rng, tmp_path):
+def test_data_in_memory_and_folders_of_splits_are_opened(rng, tmp_path):
     docs = documents(rng, 30)
     write_datatrove(tmp_path / "a.ds", docs)
     memory = fsspec.filesystem("memory")
@@ -284,8 +284,8 @@ def test_blocks_on_disk_are_read_instead_of_the_source(counted, tmp_path, rng):
         counted.requests.clear()
         store = open_blocks("counted://data", cache_dir=str(tmp_path / "cache")).store
         assert_holds(store, docs)
-        whole = 0, store.num_tokens
-        np.testing.assert_array_equal(store.loss_mask(*whole), local.loss_mask(*whole))
+        full = 0, store.num_tokens
+        np.testing.assert_array_equal(store.loss_mask(*full), local.loss_mask(*full))
         assert counted.of_tokens()[0] <= 2 if count == 0 else counted.of_tokens()[0] > 10
     files = list((tmp_path / "cache" / "blocks").glob("*/*"))
     assert files and not [path for path in files if path.suffix == ".tmp"]
@@ -301,7 +301,7 @@ def test_damaged_blocks_and_those_of_other_data_are_not_used(counted, tmp_path, 
     assert_holds(open_blocks("counted://data", **options).store, part)
 
 
-def test_a_full_disk_turns_the_cache_off_with_one_warning(tmp_path, rng, caplog, monkeypatch):
+def test_a_full_disk_disables_the_cache_with_one_warning(tmp_path, rng, caplog, monkeypatch):
     store = CountedReads(make_store(rng))
     cache = BlockCache(tmp_path / "cache", "<u2", True)
     blocks = BlockedTokens(store, 40, 2, cache)

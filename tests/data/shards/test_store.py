@@ -19,15 +19,15 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("shards")
 
 
-def whole(lengths):
+def one_array(lengths):
     ends = np.cumsum(lengths)
     return ArrayTokens(np.arange(100, 100 + ends[-1]).astype(np.uint16), ends)
 
 
-def sharded(folder, array, lengths, cuts, *, with_mask):
-    """The documents of an array in shards that begin with the documents `cuts`."""
+def sharded(folder, array, lengths, first_documents, *, with_mask):
+    """The documents of an array in shards, which begin with `first_documents`."""
     shards = []
-    for number, part in enumerate(np.split(np.arange(len(lengths)), sorted(cuts))):
+    for number, part in enumerate(np.split(np.arange(len(lengths)), sorted(first_documents))):
         if not len(part):
             continue
         ends = np.cumsum(np.array(lengths)[part])
@@ -46,9 +46,9 @@ def sharded(folder, array, lengths, cuts, *, with_mask):
 
 @given(st.data(), LENGTHS, st.booleans())
 def test_shards_equal_one_array(folder, data, lengths, with_mask):
-    array = whole(lengths)
-    cuts = data.draw(st.lists(st.integers(0, len(lengths)), max_size=4))
-    store = sharded(folder, array, lengths, cuts, with_mask=with_mask)
+    array = one_array(lengths)
+    first_documents = data.draw(st.lists(st.integers(0, len(lengths)), max_size=4))
+    store = sharded(folder, array, lengths, first_documents, with_mask=with_mask)
     store = pickle.loads(pickle.dumps(store))
     assert (store.num_tokens, store.num_documents) == (array.num_tokens, array.num_documents)
     ends = [store.document_end(number) for number in range(len(lengths))]
@@ -66,7 +66,7 @@ def test_shards_equal_one_array(folder, data, lengths, with_mask):
 
 @given(st.data(), LENGTHS)
 def test_a_range_of_documents_equals_a_store_of_them(data, lengths):
-    array, bounds = whole(lengths), [0, *np.cumsum(lengths).tolist()]
+    array, bounds = one_array(lengths), [0, *np.cumsum(lengths).tolist()]
     first = data.draw(st.integers(0, len(lengths) - 1))
     last = data.draw(st.integers(first + 1, len(lengths)))
     part = StoreRange(array, bounds[first], bounds[last])
@@ -82,7 +82,7 @@ def test_a_range_of_documents_equals_a_store_of_them(data, lengths):
 @given(LENGTHS)
 def test_ranges_partition_the_ends(lengths):
     """Each end is in exactly one of consecutive ranges, however they divide the store."""
-    array = whole(lengths)
+    array = one_array(lengths)
     for size in (1, 3, 7):
         starts = range(0, array.num_tokens, size)
         parts = [array.ends(s, min(s + size, array.num_tokens)) for s in starts]

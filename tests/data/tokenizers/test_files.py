@@ -350,7 +350,7 @@ def test_half_of_a_surrogate_pair_of_which_the_library_aborts_is_rejected(tmp_pa
     values["model"]["merges"][0][0] = "\ud800"
     with pytest.raises(ConfigError, match="is not valid JSON .*surrogates not allowed"):
         tokenizers.get(make.write_folder(tmp_path, json.dumps(values).encode()))
-    values["model"]["vocab"] = {"<|endoftext|>": 0, "\U0001f642": 1}  # spelled as a whole pair
+    values["model"]["vocab"] = {"<|endoftext|>": 0, "\U0001f642": 1}  # spelled as a pair
     values["model"]["merges"] = []
     folder = make.write_folder(tmp_path, json.dumps(values).encode())
     assert tokenizers.get(folder).vocab_size == 2

@@ -82,26 +82,26 @@ def mutate_model(data: bytes, rng: random.Random) -> bytes:
         if not fields:
             break
         # The settings are behind thousands of pieces.
-        place = rng.choice((rng.randrange(len(fields)), len(fields) - 1 - rng.randrange(3)))
-        tag, value = fields[place]
+        i = rng.choice((rng.randrange(len(fields)), len(fields) - 1 - rng.randrange(3)))
+        tag, value = fields[i]
         kind = rng.randrange(10)
         if kind == 0:
-            del fields[place]
+            del fields[i]
         elif kind == 1:
             fields.insert(rng.randrange(len(fields)), (tag, value))
         elif isinstance(value, int):
-            fields[place] = (tag, rng.choice(_CLAIMS))
+            fields[i] = (tag, rng.choice(_CLAIMS))
         elif tag & 7 != 2:
             floats = (float("nan"), float("inf"), 3e38, -3e38)
-            fields[place] = (tag, struct.pack("<f", rng.choice(floats)).ljust(len(value), b"\0"))
+            fields[i] = (tag, struct.pack("<f", rng.choice(floats)).ljust(len(value), b"\0"))
         elif kind == 2:
             claim = rng.choice((*_CLAIMS, len(value), len(value) // 2)) % (1 << 32)
-            fields[place] = (tag, struct.pack("<I", claim) + value[4:])
+            fields[i] = (tag, struct.pack("<I", claim) + value[4:])
         else:
             with contextlib.suppress(IndexError, KeyError):  # a text is no message
-                fields[place] = (tag, mutate_model(value, rng))
+                fields[i] = (tag, mutate_model(value, rng))
                 continue
-            fields[place] = (tag, mutate_bytes(value, rng))
+            fields[i] = (tag, mutate_bytes(value, rng))
     return dump(fields)
 
 
@@ -159,7 +159,7 @@ def test_a_damaged_tokenizer_json_is_refused(tmp_path, kind, numbers):
     refused = 0
     for number in numbers:
         rng = random.Random(number)
-        # The vocabulary has nearly all places of the file; damage the other ones as often.
+        # Nearly all values of the file are in the vocabulary; damage the other ones as often.
         changed = mutate_value(values, rng) if number % 2 else values
         if isinstance(changed, dict) and isinstance(changed.get("model"), dict):
             lists = {"vocab": vocab} | ({} if merges is None else {"merges": merges})

@@ -11,17 +11,17 @@ from xlstm_jax.data.documents.files import suffix
 from xlstm_jax.data.documents.streams import decompressed
 from xlstm_jax.errors import ConfigError, import_optional, quote, quote_path, shorten
 
-_ROWS = 64
-"""Rows that are decoded at a time. A small file may hold one long text many times."""
+_BATCH_SIZE = 64
+"""Records that are decoded at a time. A small file may have one long text many times."""
 
 _MAPPED = 16 << 20
-"""Bytes of rows after which mapped memory is released."""
+"""Bytes that are read before mapped memory is released."""
 
 _MAGIC = b"ARROW1"
 
 
 def read_columns(file: File, fields: Fields) -> Iterator[tuple[int, Content]]:
-    """Yields number and content of the rows of a .parquet or .arrow file.
+    """Yields the number and content of each record of a .parquet or .arrow file.
 
     Raises:
         ConfigError: the file is damaged, or lacks the column.
@@ -36,7 +36,7 @@ def read_columns(file: File, fields: Fields) -> Iterator[tuple[int, Content]]:
                 for content in contents:
                     number += 1
                     if content and fields.messages is not None:
-                        check_messages(content, file, "row", number)
+                        check_messages(content, file, "record", number)
                     if content:
                         yield number, content
     except ConfigError:
@@ -51,8 +51,8 @@ def read_columns(file: File, fields: Fields) -> Iterator[tuple[int, Content]]:
 
 
 def _arrays(path: str, file: File, fields: Fields) -> Iterator[Any]:
-    """A few rows of the column at a time."""
-    # Mapped memory is bounded by the file, whatever sizes its headers claim.
+    """The column in batches."""
+    # Mapped memory is bounded by the file, even if its headers claim more.
     with open(path, "rb") as opened:
         data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     read = _parquet if suffix(file.name) == ".parquet" else _arrow
@@ -74,15 +74,15 @@ def _parquet(data: mmap.mmap, file: File, fields: Fields) -> Iterator[Any]:
         index = _check_schema(parquet.schema_arrow, file, fields)
         is_dictionary = pa.types.is_dictionary(parquet.schema_arrow.field(index).type)
         # Every batch has a copy of the dictionary, and texts are not repeated yet.
-        rows = 1 << 16 if is_dictionary else _ROWS
-        for batch in parquet.iter_batches(rows, columns=[fields.name], use_threads=False):
+        batch_size = 1 << 16 if is_dictionary else _BATCH_SIZE
+        for batch in parquet.iter_batches(batch_size, columns=[fields.name], use_threads=False):
             for array in _parts(batch.column(fields.name)):
                 array.validate(full=True)  # UTF-8
                 yield array
 
 
 def _arrow(data: mmap.mmap, file: File, fields: Fields) -> Iterator[Any]:
-    """Rows of the file or the stream format.
+    """The column of the file or the stream format, in batches.
 
     The file format is a stream between a magic and an index. Both are read as streams: then no
     offset of the index must be trusted.
@@ -107,11 +107,11 @@ def _arrow(data: mmap.mmap, file: File, fields: Fields) -> Iterator[Any]:
 
 
 def _parts(column: Any) -> Iterator[Any]:
-    """A few rows of a column at a time, without dictionaries."""
+    """A column in batches, without dictionaries."""
     import pyarrow as pa
 
-    for first in range(0, len(column), _ROWS):
-        part = column.slice(first, _ROWS)
+    for first in range(0, len(column), _BATCH_SIZE):
+        part = column.slice(first, _BATCH_SIZE)
         yield part.dictionary_decode() if isinstance(part, pa.DictionaryArray) else part
 
 

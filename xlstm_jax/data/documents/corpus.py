@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from xlstm_jax.data.documents.document import SPLITS, Document, File, Split
-from xlstm_jax.data.documents.files import ROWS, suffix
+from xlstm_jax.data.documents.files import RECORDS, suffix
 from xlstm_jax.data.documents.reader import read
 from xlstm_jax.data.documents.select import (
     assign,
@@ -39,7 +39,7 @@ class Corpus(NamedTuple):
                 with_names.update(f"{line} ".encode() + os.fsencode(document.name) + b"\n")
         data = {split: [d.data for d in docs] for split, docs in self.documents.items()}
         return {
-            "sha256": with_names.hexdigest(),  # alone in runs of earlier versions
+            "sha256": with_names.hexdigest(),  # the only hash in runs of earlier versions
             "content_sha256": contents.hexdigest(),
             "num_documents": {split: len(texts) for split, texts in data.items()},
             "num_bytes": {split: sum(map(len, texts)) for split, texts in data.items()},
@@ -58,7 +58,7 @@ def read_path(source: str, pattern: str | None, text_field: str = "text") -> Cor
     """Reads the documents of a path into memory, with the splits that `find_files` defines.
 
     Args:
-        text_field: the field or column of a row that holds its text.
+        text_field: the field or column with the text of a record.
 
     Raises:
         ConfigError: the path has no text or more than `MAX_BYTES`, a file cannot be read, or the
@@ -89,10 +89,10 @@ def read_all(source: str, pattern: str | None, text_field: str = "text") -> Corp
 def _read(
     source: str, assigned: Iterable[File], text_field: str
 ) -> Iterator[tuple[File, Split, Document]]:
-    """The whole documents of files; raises ConfigError if there are none, or too many bytes."""
+    """The documents of files, each in one piece; raises ConfigError if none or too many bytes."""
     assigned, left, is_empty = list(assigned), MAX_BYTES, True
     for file in assigned:
-        _check_size(file, left - file.size * (suffix(file.name) not in ROWS))
+        _check_size(file, left - file.size * (suffix(file.name) not in RECORDS))
         parts: list[bytes] = []
         for split, document in read(file, text_field=text_field):
             parts.append(document.data)

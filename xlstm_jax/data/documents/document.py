@@ -22,7 +22,7 @@ class Document(NamedTuple):
     characters where a line is longer than that.
     """
 
-    name: str  # "part/a.jsonl:17": the path relative to the source, and the row, counted from 1
+    name: str  # "part/a.jsonl:17": the path relative to the source, and the record, from 1
     data: bytes  # the text, UTF-8 as it is in the file; empty only with `messages`
     is_last: bool = True  # False for all pieces but the last
     messages: list[dict[str, Any]] | None = None
@@ -46,7 +46,7 @@ class File(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """Where a row holds its document; `messages` is None, or the field that is read instead."""
+    """The fields of a record; `messages`, unless it is None, is read instead of `text`."""
 
     text: str
     messages: str | None
@@ -98,17 +98,18 @@ def character_start(data: bytes, position: int) -> int:
     return position
 
 
-def content_of(row: Any, file: File, fields: Fields, unit: str, number: int) -> Content | None:
-    """The content of a row of JSON; None or empty if it has none.
+def content_of(record: Any, file: File, fields: Fields, unit: str, number: int) -> Content | None:
+    """The content of a JSON record; None or empty if it has none.
 
     Raises:
-        ConfigError: the row is no object, or the field is absent or of another type.
+        ConfigError: the record is not an object, or the field is absent or of another type.
     """
-    if not isinstance(row, dict):
-        fail(file, unit, number, f"must be a JSON object, got {quote(row)}; correct it")
-    if fields.name not in row:
-        fail(file, unit, number, f"must have the field {fields.describe()}, got {quote(list(row))}")
-    value = row[fields.name]
+    if not isinstance(record, dict):
+        fail(file, unit, number, f"must be a JSON object, got {quote(record)}; correct it")
+    if fields.name not in record:
+        problem = f"must have the field {fields.describe()}, got {quote(list(record))}"
+        fail(file, unit, number, problem)
+    value = record[fields.name]
     if value is None:
         return None
     if fields.messages is not None:
@@ -118,16 +119,18 @@ def content_of(row: Any, file: File, fields: Fields, unit: str, number: int) -> 
     try:
         return value.encode()
     except UnicodeEncodeError:  # JSON can escape what UTF-8 cannot encode
-        fail(file, unit, number, "has half of a surrogate pair, which is no character; repair it")
+        fail(
+            file, unit, number, "has half of a surrogate pair, which is not a character; repair it"
+        )
 
 
 def check_messages(value: Any, file: File, unit: str, number: int) -> list[dict[str, Any]]:
-    """The messages of a row; raises ConfigError if they are no list of objects."""
+    """The messages of a record; raises ConfigError if they are not a list of objects."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         fail(file, unit, number, f"must have a list of messages, got {quote(value)}; correct it")
     return value
 
 
 def fail(file: File, unit: str, number: int, problem: str) -> NoReturn:
-    """Raises a ConfigError about a line, row or record of a file."""
+    """Raises a ConfigError about a line or record of a file."""
     raise ConfigError(f"{quote_path(file.path)}, {unit} {number:,}, {problem}.")

@@ -14,8 +14,8 @@ from xlstm_jax.errors import ConfigError, quote, quote_path
 COMPRESSED = (".gz", ".zst")
 TEXT = (".txt", ".md")
 JSON = (".jsonl", ".ndjson", ".json")
-ROWS = frozenset((*JSON, ".parquet", ".arrow", ".arrayrecord"))
-"""Formats whose rows are documents; read as text, a model would learn their syntax."""
+RECORDS = frozenset((*JSON, ".parquet", ".arrow", ".arrayrecord"))
+"""Formats whose records are documents; read as text, a model would learn their syntax."""
 
 FORMATS = ".txt, .md, .jsonl, .ndjson, .json, .parquet, .arrow and .arrayrecord, also .gz or .zst"
 _MAX_PATTERNS = 100
@@ -38,7 +38,7 @@ def walk(
     ancestors = {os.fspath(folder): frozenset[tuple[int, int]]()}
     for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=follow_links):
         chain = ancestors.pop(parent) | {_identity(parent)}
-        # Sorting in place fixes the order of the walk, which otherwise depends on the file system.
+        # The walk follows the order of `folders`, which otherwise depends on the file system.
         folders[:] = sorted(
             name
             for name in folders
@@ -66,7 +66,7 @@ def _identity(path: str) -> tuple[int, int]:
 def matches(name: str, pattern: str | None) -> bool:
     """Whether a file is read: by its pattern, or, for None, by its suffix."""
     if pattern is None:
-        return suffix(name) in TEXT or suffix(name) in ROWS
+        return suffix(name) in TEXT or suffix(name) in RECORDS
     return any(PurePath(name).match(alternative) for alternative in alternatives(pattern))
 
 
@@ -75,14 +75,14 @@ def alternatives(pattern: str) -> tuple[str, ...]:
     """The patterns that one with braces stands for: *.txt and *.md for "*.{txt,md}".
 
     Raises:
-        ConfigError: there are too many, or one of them is empty.
+        ConfigError: they are too many, or one of them is empty.
     """
     parts = re.split(r"\{([^{}]*)\}", pattern)  # text and contents of braces alternate
     choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
     if math.prod(map(len, choices)) > _MAX_PATTERNS:
         raise ConfigError(
             f"data.pattern must stand for at most {_MAX_PATTERNS} patterns, got {quote(pattern)}; "
-            "use * in place of braces."
+            "use * instead of braces."
         )
     patterns = tuple(map("".join, itertools.product(*choices)))
     if not all(PurePath(alternative).parts for alternative in patterns):

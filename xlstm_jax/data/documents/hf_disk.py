@@ -11,7 +11,7 @@ _MAX_BYTES = 16 << 20  # of a JSON file
 
 
 def without_metadata(folder: Path, names: Sequence[str]) -> list[str]:
-    """The names without those that are no data: state and info files, and caches of `map`.
+    """The names of data: without state and info files and caches of `map`.
 
     Raises:
         ConfigError: a file or split of such a data set is absent.

@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from xlstm_jax.data.documents import document
+from xlstm_jax.data.documents.array_record import read_records
 from xlstm_jax.data.documents.columns import read_columns
 from xlstm_jax.data.documents.document import Content, Document, Fields, File, Split, pieces
-from xlstm_jax.data.documents.files import JSON, ROWS, suffix
-from xlstm_jax.data.documents.json_rows import read_json
-from xlstm_jax.data.documents.records import read_records
+from xlstm_jax.data.documents.files import JSON, RECORDS, suffix
+from xlstm_jax.data.documents.json_records import read_json
 from xlstm_jax.data.documents.splits import (
     ranges_of_parts,
     split_by_content,
@@ -38,28 +38,28 @@ def read(
 ) -> Iterator[tuple[Split, Document]]:
     """Yields the documents of a file that `find_files` returned, and the split of each.
 
-    Memory is bounded, whatever the size of the file: text is read in blocks, and rows in batches.
-    The split by content depends on the first GiB of a document.
+    Memory does not depend on the size of the file: text is read in blocks, records in batches. The
+    split by content depends on the first GiB of a document.
 
     Args:
-        text_field: the field or column of a row that holds its text.
-        messages_field: the one that holds the messages of a chat, to be read instead.
+        text_field: the field or column with the text of a record.
+        messages_field: the one with the messages of a chat, which is read instead.
 
     Raises:
-        ConfigError: the file is damaged, a row is invalid, or text has no messages.
+        ConfigError: the file is damaged, a record is invalid, or text has no messages.
     """
     fields = Fields(text_field, messages_field)
-    if suffix(file.name) in ROWS:
-        return _read_rows(file, fields)
+    if suffix(file.name) in RECORDS:
+        return _read_documents(file, fields)
     if messages_field is not None:
         raise ConfigError(
-            f"{quote_path(file.path)} must have rows with the field {fields.describe()}, but it is "
-            "text; select files of rows with a pattern."
+            f"{quote_path(file.path)} must have records with the field {fields.describe()}, but it "
+            "is text; select files of records with a pattern."
         )
     return _read_text(file)
 
 
-def _read_rows(file: File, fields: Fields) -> Iterator[tuple[Split, Document]]:
+def _read_documents(file: File, fields: Fields) -> Iterator[tuple[Split, Document]]:
     for number, content in _READERS[suffix(file.name)](file, fields):
         name = f"{file.name}:{number}"
         if not isinstance(content, bytes):
@@ -82,14 +82,14 @@ def _split_of(file: File, content: Content) -> Split:
 
 
 def _among(file: File, split: Split) -> Split:
-    """Where an absent "valid" is taken out of "train", the share of "test" stays there."""
+    """A split of the file; if "valid" is taken from "train", the share of "test" remains train."""
     return split if split in file.splits else "train"
 
 
 def _read_text(file: File) -> Iterator[tuple[Split, Document]]:
     blocks = read_text_blocks(file.path, any_bytes=file.is_selected)
     if file.is_divided:
-        parts = itertools.groupby(_cut(blocks, _ranges(file)), key=lambda part: part[0])
+        parts = itertools.groupby(_parts_of(blocks, _ranges(file)), key=lambda part: part[0])
         for number, part in parts:
             split = file.splits[number]
             for data, is_last in pieces(block for _, block in part):
@@ -103,8 +103,10 @@ def _read_text(file: File) -> Iterator[tuple[Split, Document]]:
         yield split, Document(file.name, data, is_last)
 
 
-def _cut(blocks: Iterable[bytes], ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, bytes]]:
-    """What blocks have of each range, with its number; ranges are in order."""
+def _parts_of(
+    blocks: Iterable[bytes], ranges: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, bytes]]:
+    """The bytes of blocks within each range, with its number; ranges are in order."""
     position = 0
     for block in blocks:
         for number, (start, stop) in enumerate(ranges):

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 def find(source: str) -> Path | None:
-    """The file or folder at a path, in which ~ is the home directory; None if there is none."""
+    """The file or folder at a path, in which ~ is the home directory; None if it does not exist."""
     try:
         path = Path(source).expanduser()
     except RuntimeError:  # ~name of a user without a home directory
@@ -32,10 +32,10 @@ def find_files(
     """The files of a source in a fixed order, each with the rule that splits its documents.
 
     Names define the splits where `splits_by_name` finds any. Otherwise documents, which are text
-    files or rows, are split by `split_by_content`; a single text is divided by position.
+    files or records, are split by `split_by_content`; a single text is divided by position.
 
     Args:
-        split: all documents belong to it, whatever the names are.
+        split: of all documents; names are ignored.
 
     Raises:
         ConfigError: the path has no data, or the splits are ambiguous.
@@ -92,20 +92,20 @@ def check_not_empty(source: str, selected: Sequence[File], has_text: object) -> 
 def assign(selected: Sequence[File], named: dict[str, Split] | None) -> list[File]:
     """The files of `select`, each with the rule that splits its documents."""
     if named is None:
-        is_divided = not _has_rows(selected) and not _has_two_texts(selected)
+        is_divided = not _has_records(selected) and not _has_two_texts(selected)
         return [file._replace(is_divided=is_divided) for file in selected]
     if "valid" in named.values():
         return [_with_split(file, named[file.name]) for file in selected]
     train = [
         file._replace(splits=("train", "valid")) for file in selected if named[file.name] == "train"
     ]
-    is_divided = not _has_rows(train) and not _has_two_splits(train)
+    is_divided = not _has_records(train) and not _has_two_splits(train)
     rules = {file.name: file._replace(is_divided=is_divided) for file in train}
     return [rules.get(file.name) or _with_split(file, named[file.name]) for file in selected]
 
 
 def scope_of_valid(assigned: Iterable[File]) -> str | None:
-    """What the split "valid" is taken from, or None if it is not a part of "train"."""
+    """The part of "train" that is the split "valid"; None if it is not taken from it."""
     is_divided = next((file.is_divided for file in assigned if len(file.splits) == 2), None)
     if is_divided is None:
         return None
@@ -116,8 +116,8 @@ def _with_split(file: File, split: Split) -> File:
     return file._replace(split=split, splits=(split,))
 
 
-def _has_rows(selected: Iterable[File]) -> bool:
-    return any(files.suffix(file.name) in files.ROWS for file in selected)
+def _has_records(selected: Iterable[File]) -> bool:
+    return any(files.suffix(file.name) in files.RECORDS for file in selected)
 
 
 def _has_two_texts(texts: Iterable[File]) -> bool:
@@ -164,13 +164,13 @@ def _names(source: str, folder: Path, pattern: str | None) -> list[str]:
 
 
 def _without_descriptions(folder: Path, names: list[str]) -> list[str]:
-    """The names without .json beside larger data, and without a README beside larger rows."""
+    """The names without .json beside larger data, and without a README beside larger records."""
     objects = [name for name in names if files.suffix(name) == ".json"]
     if objects and _num_bytes(folder, objects) < _num_bytes(folder, set(names) - set(objects)):
         names = [name for name in names if name not in set(objects)]
     readmes = [name for name in names if files.suffix(name) in files.TEXT and _is_readme(name)]
-    rows = [name for name in names if files.suffix(name) in files.ROWS]
-    if rows and readmes and _num_bytes(folder, readmes) <= _num_bytes(folder, rows):
+    records = [name for name in names if files.suffix(name) in files.RECORDS]
+    if records and readmes and _num_bytes(folder, readmes) <= _num_bytes(folder, records):
         names = [name for name in names if name not in set(readmes)]
     return names
 

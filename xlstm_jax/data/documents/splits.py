@@ -44,7 +44,7 @@ def splits_by_name(names: Iterable[str]) -> dict[str, Split] | None:
     """The splits of files that name one; None if names do not define the splits.
 
     They do if one of them is "train", or if every file names a split: a folder test/ within other
-    files is not a held-out set.
+    files is not a split.
 
     Raises:
         ConfigError: names define the splits, and one file names several.

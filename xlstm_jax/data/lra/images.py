@@ -1,7 +1,8 @@
 """The image sets of the Long Range Arena: Pathfinder, and CIFAR-10 in gray and in color.
 
 Sources: Tay et al. 2020, arXiv:2011.04006; Linsley et al. 2018, arXiv:1805.08315 (Pathfinder);
-Krizhevsky 2009 (CIFAR-10). Images become sequences of pixels, row by row, with values in [-1, 1].
+Krizhevsky 2009 (CIFAR-10). Images become sequences of pixels, in reading order, with values in
+[-1, 1].
 """
 
 import io
@@ -14,12 +15,12 @@ from jaxtyping import Float32, Int64, UInt8
 
 from xlstm_jax.data.config import Split
 from xlstm_jax.data.hashing import fold, key, permute
-from xlstm_jax.data.lra.labeled import Labeled, Rows
+from xlstm_jax.data.lra.labeled import Labeled, Sequences
 from xlstm_jax.data.lra.text import require
 from xlstm_jax.errors import ConfigError, quote, quote_path
 
 NUM_VALID = 5000
-"""Images of the training files of CIFAR-10 that are held out."""
+"""Images of the training files of CIFAR-10 in the validation split."""
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in gray (ITU-R BT.601)."""
@@ -51,10 +52,10 @@ def read_cifar10(folder: pathlib.Path, split: Split, *, gray: bool) -> Labeled:
     }[split]
     data, labels = data[part], labels[part]
 
-    def read(index: Int64[np.ndarray, "B"]) -> Rows:
+    def read(index: Int64[np.ndarray, "B"]) -> Sequences:
         # Stored by channel: 1,024 values of red, then green, then blue.
         pixels = data[index].reshape(len(index), 3, -1).swapaxes(1, 2).astype(np.float32)
-        return _rows(pixels @ np.array([LUMA], np.float32).T if gray else pixels)
+        return _to_sequences(pixels @ np.array([LUMA], np.float32).T if gray else pixels)
 
     return Labeled(read, labels, 0, f"{folder} {'gray' if gray else 'rgb'} {split}")
 
@@ -83,9 +84,9 @@ def read_pathfinder(folder: pathlib.Path, split: Split) -> Labeled:
         pixels = lambda i: read_png(paths[i])  # noqa: E731
     chosen = split_indices(len(labels), split)
 
-    def read(index: Int64[np.ndarray, "B"]) -> Rows:
-        rows = [np.asarray(pixels(i), np.float32).reshape(-1, 1) for i in chosen[index]]
-        return _rows(np.stack(rows))
+    def read(index: Int64[np.ndarray, "B"]) -> Sequences:
+        flat = [np.asarray(pixels(i), np.float32).reshape(-1, 1) for i in chosen[index]]
+        return _to_sequences(np.stack(flat))
 
     return Labeled(read, labels[chosen], 0, f"{folder} {split}")
 
@@ -106,7 +107,7 @@ def read_png(path: pathlib.Path) -> UInt8[np.ndarray, "H W"]:
     return image if image.ndim == 2 else image[..., 0]
 
 
-def _rows(pixels: Float32[np.ndarray, "B T C"]) -> Rows:
+def _to_sequences(pixels: Float32[np.ndarray, "B T C"]) -> Sequences:
     return pixels / np.float32(127.5) - 1, np.ones(pixels.shape[:2], np.int32)
 
 

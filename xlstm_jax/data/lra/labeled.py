@@ -11,7 +11,7 @@ from xlstm_jax.data.batch import Batch
 from xlstm_jax.data.synthetic.samples import IGNORED
 from xlstm_jax.errors import ConfigError, quote_path
 
-Rows = tuple[Int32[np.ndarray, "B T"] | Float32[np.ndarray, "B T C"], Int32[np.ndarray, "B T"]]
+Sequences = tuple[Int32[np.ndarray, "B T"] | Float32[np.ndarray, "B T C"], Int32[np.ndarray, "B T"]]
 """Inputs, `B T` tokens or `B T C` vectors, and segment ids: 0 is padding, documents from 1."""
 
 
@@ -26,7 +26,7 @@ class Labeled:
         name: of the set and its split.
     """
 
-    read: Callable[[Int64[np.ndarray, "B"]], Rows]
+    read: Callable[[Int64[np.ndarray, "B"]], Sequences]
     labels: Int64[np.ndarray, "N"]
     vocab_size: int
     name: str
@@ -73,7 +73,7 @@ def labeled_batch(
     )
 
 
-def padded(sequences: list[Int[np.ndarray, "L"]], seq_len: int) -> Rows:
+def padded(sequences: list[Int[np.ndarray, "L"]], seq_len: int) -> Sequences:
     """Sequences of different lengths, truncated or padded with 0 to `seq_len`."""
     tokens = np.zeros((len(sequences), seq_len), np.int32)
     segment_ids = np.zeros((len(sequences), seq_len), np.int32)

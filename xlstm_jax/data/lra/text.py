@@ -1,7 +1,7 @@
 """The text sets of the Long Range Arena: ListOps and Retrieval, tab-separated files.
 
-Source: Tay et al. 2020, arXiv:2011.04006. Only where lines start is held in memory; a batch reads
-the lines that it consists of.
+Source: Tay et al. 2020, arXiv:2011.04006. Only the offsets of lines are in memory; a batch reads
+its own lines.
 """
 
 import csv
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from xlstm_jax.data.config import Split
-from xlstm_jax.data.lra.labeled import Labeled, Rows, padded
+from xlstm_jax.data.lra.labeled import Labeled, Sequences, padded
 from xlstm_jax.data.synthetic import listops
 from xlstm_jax.errors import ConfigError, quote, quote_path
 
@@ -38,7 +38,7 @@ def read_listops(folder: pathlib.Path, split: Split, seq_len: int = LISTOPS_LEN)
     path = require(folder / _LISTOPS_FILES[split], "basic_{train,val,test}.tsv in one folder")
     lines = _Lines(path, skip=1)
 
-    def read(index: Int64[np.ndarray, "B"]) -> Rows:
+    def read(index: Int64[np.ndarray, "B"]) -> Sequences:
         return padded([listops.encode(lines.fields(i, 2)[0]) for i in index.tolist()], seq_len)
 
     return Labeled(read, lines.labels(-1, 10), listops.VOCAB_SIZE, str(path))
@@ -56,7 +56,7 @@ def read_retrieval(folder: pathlib.Path, split: Split, document_len: int = DOCUM
     path = require(folder / _RETRIEVAL_FILES[split], layout)
     lines = _Lines(path)
 
-    def read(index: Int64[np.ndarray, "B"]) -> Rows:
+    def read(index: Int64[np.ndarray, "B"]) -> Sequences:
         shape = len(index), 2 * document_len
         tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         for n, i in enumerate(index.tolist()):
@@ -93,7 +93,7 @@ class _Lines:
         self.ends = self.ends[skip:]
 
     def fields(self, number: int, count: int) -> list[str]:
-        """The fields of a line, unquoted; raises ConfigError unless there are `count` of them."""
+        """The fields of a line, unquoted; raises ConfigError unless their number is `count`."""
         with self.path.open("rb") as file:
             file.seek(self.starts[number])
             line = file.read(self.ends[number] - self.starts[number]).decode()

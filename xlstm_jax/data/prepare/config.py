@@ -1,4 +1,4 @@
-"""What is prepared, and by whom."""
+"""Configuration of `prepare`, and the share of one process."""
 
 import dataclasses
 import re
@@ -15,10 +15,10 @@ class PrepareConfig:
     source: str  # a file or a folder with raw text
     tokenizer: str = "byte"  # as `data.tokenizer`
     pattern: str | None = None  # as `data.pattern`
-    text_field: str = "text"  # the column of rows that holds the text
-    split: Split | None = None  # all documents belong to it; None: by name, or by content
-    chat: bool = False  # rows are conversations, formatted by the tokenizer's chat template
-    messages_field: str = "messages"  # the column of rows that holds a conversation
+    text_field: str = "text"  # field or column with the text
+    split: Split | None = None  # of all documents; None: by name, or by content
+    chat: bool = False  # records are conversations, formatted by the tokenizer's chat template
+    messages_field: str = "messages"  # field or column with the conversation
     imports: tuple[str, ...] = ()  # modules that register tokenizers
 
     def __post_init__(self):

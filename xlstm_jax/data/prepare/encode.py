@@ -25,8 +25,8 @@ from xlstm_jax.data.tokenizers import Tokenizer
 from xlstm_jax.errors import ConfigError, quote, quote_path, shorten
 
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 20, 4096
-"""Of a batch, for each thread of the tokenizer. It needs about 35 bytes of memory for each byte of
-a batch of short documents, and 125 for each byte of a long one."""
+"""Limits of a batch for each thread of the tokenizer, which needs about 35 bytes of memory for each
+byte of a batch of short documents, and 125 for each byte of a long one."""
 
 
 class Encoded(NamedTuple):
@@ -130,7 +130,7 @@ def _batches(documents: Iterable[tuple[Split, Document]], max_bytes: int) -> Ite
 def _encode_ahead(
     batches: Iterator[Batch], encode: Encoder, *, ahead: int
 ) -> Generator[list[Encoded], None, None]:
-    """Encoded batches, in order; the next ones are read and encoded meanwhile."""
+    """Encoded batches, in order; the next ones are read and encoded at the same time."""
     if not ahead:
         yield from map(encode, batches)
         return

@@ -35,7 +35,7 @@ def check(source: str, out: Path) -> None:
     """Checks, before anything is written, that `out` can be the folder of prepared data.
 
     Raises:
-        ConfigError: it is not a local folder, lies in the source, or has files of others.
+        ConfigError: it is not a local folder, is within the source, or has other files.
     """
     if "://" in str(out) or re.match(r"[a-z0-9]+:/", str(out)):
         raise ConfigError(f"OUT must be a local folder, got {quote_path(out)}; copy it afterwards.")
@@ -68,7 +68,7 @@ def clear(out: Path) -> None:
     """Deletes all that `prepare` wrote to a folder that `check` accepts.
 
     Raises:
-        ConfigError: a process prepares data there, or the folder is not prepared data.
+        ConfigError: a process prepares data in it, or the folder is not prepared data.
     """
     names = sorted(_files(out))
     if names and not any(n == NAME or n.startswith(f"{ledger.FOLDER}/") for n in names):
@@ -86,7 +86,7 @@ def clear(out: Path) -> None:
 
 
 def is_complete(out: Path, entry: ledger.Entry, dtype: str) -> bool:
-    """Whether the files of a finished shard are still there, with their sizes."""
+    """Whether the files of a finished shard still exist, with their sizes."""
     return all(
         _size(out / shard_path(split, info.name, suffix)) == size
         for split, info in entry.shards.items()

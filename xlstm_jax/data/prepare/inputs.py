@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from xlstm_jax.data.documents.document import File
-from xlstm_jax.data.documents.files import ROWS, suffix
+from xlstm_jax.data.documents.files import RECORDS, suffix
 
 MAX_GROUP = 64 << 20
-"""Bytes of the text files in one input shard: many small files do not make as many shards."""
+"""Bytes of the text files in one input shard: many small files share a shard."""
 
 
 class InputShard(NamedTuple):
@@ -25,7 +25,7 @@ class InputShard(NamedTuple):
 
 
 def input_shards(files: Sequence[File]) -> list[InputShard]:
-    """A shard for every file of rows, and for consecutive text files of at most 64 MiB."""
+    """A shard for every file of records, and for consecutive text files of at most 64 MiB."""
     return [InputShard(number, tuple(group)) for number, group in enumerate(_groups(files))]
 
 
@@ -33,12 +33,12 @@ def _groups(files: Sequence[File]) -> Iterator[list[File]]:
     group: list[File] = []
     size = 0
     for file in files:
-        if group and (_is_rows(file) or size + file.size > MAX_GROUP):
+        if group and (_has_records(file) or size + file.size > MAX_GROUP):
             yield group
             group, size = [], 0
         group.append(file)
         size += file.size
-        if _is_rows(file):
+        if _has_records(file):
             yield group
             group, size = [], 0
     if group:
@@ -55,5 +55,5 @@ def listing_sha256(files: Sequence[File]) -> str:
     return digest.hexdigest()
 
 
-def _is_rows(file: File) -> bool:
-    return suffix(file.name) in ROWS
+def _has_records(file: File) -> bool:
+    return suffix(file.name) in RECORDS

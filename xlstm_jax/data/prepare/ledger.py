@@ -21,7 +21,7 @@ except ImportError:  # not a POSIX system
 
 FOLDER = "ledger"
 LOCK_SECONDS = 5.0
-"""Workers of a killed process notice its end, and release its lock, after milliseconds."""
+"""Time to wait for a lock: workers of a killed process release theirs after milliseconds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Entry:
     number: int
     files: tuple[tuple[str, int], ...]  # names and sizes
     shards: dict[str, ShardInfo]  # by split; none for a split without documents
-    settings: dict[str, Any]  # by which it was made: those of the others, or it is refused
+    settings: dict[str, Any]  # must equal those of the other entries
 
 
 class Ledger(contextlib.AbstractContextManager):
@@ -49,7 +49,7 @@ class Ledger(contextlib.AbstractContextManager):
             _lock(path, self._file.fileno())
             # With another number of shares, shards are distributed in another way.
             check_unused(out, but=f"-of-{share.count}.jsonl")
-            # A line that a killed process wrote in part.
+            # Remove a line that a killed process wrote in part.
             self._file.seek(0)
             self._file.truncate(self._file.read().rfind(b"\n") + 1)
         except BaseException:
@@ -67,7 +67,7 @@ class Ledger(contextlib.AbstractContextManager):
 
 
 def check_unused(out: Path, but: str = "no suffix") -> None:
-    """Raises ConfigError if a process prepares data there, by a file without the suffix `but`."""
+    """Raises ConfigError if a process has locked a ledger file without the suffix `but`."""
     for path in (path for path in _paths(out) if not path.name.endswith(but)):
         with open(path, "rb") as file:
             _lock(path, file.fileno(), shared=True)

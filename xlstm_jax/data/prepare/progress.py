@@ -1,4 +1,4 @@
-"""How far a preparation is."""
+"""Progress of `prepare`."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from xlstm_jax.data.prepare.inputs import InputShard
 
 
 class Counts(NamedTuple):
-    """What was tokenized."""
+    """Counts of tokenized data."""
 
     documents: int
     tokens: int
@@ -15,7 +15,7 @@ class Counts(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far this process is, and what it tokenized since it began."""
+    """Progress of this process, and counts since it started."""
 
     shards: int  # finished, of its share
     num_shards: int
@@ -25,7 +25,7 @@ class Progress(NamedTuple):
 
 
 class Totals:
-    """Sums up what workers report."""
+    """Sums of the counts that workers report."""
 
     def __init__(
         self,

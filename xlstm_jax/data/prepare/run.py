@@ -180,7 +180,7 @@ def _manifest(
             f"{quote(cfg.source)} contains no text: its {len(files)} files are empty; add text."
         )
     size = sum(file.size for file in files)
-    # The name alone: machines may mount the folder in different places.
+    # Only the name: machines may mount the folder under different paths.
     source = {"name": user_path(cfg.source).resolve().name, "files": len(files), "size": size}
     return Manifest(
         tokenizer=TokenizerInfo(

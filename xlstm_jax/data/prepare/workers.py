@@ -33,7 +33,7 @@ Messages = Generator[tuple[InputShard, Message], None, None]
 
 
 class Job(NamedTuple):
-    """What every worker does."""
+    """Arguments of all workers."""
 
     cfg: PrepareConfig
     out: Path
@@ -158,7 +158,7 @@ def _main(pipe: connection.Connection, job: Job) -> None:
 
 
 def _exit_with_parent() -> None:
-    # Else workers of a killed process would write beside those of its successor.
+    # Otherwise, workers of a killed process would write at the same time as those of the next one.
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker is a child process"
     connection.wait([parent.sentinel])

@@ -1,4 +1,4 @@
-"""Reading of remote tokens in blocks, which are kept in memory and optionally on disk."""
+"""Reading of remote tokens in blocks, which are cached in memory and optionally on disk."""
 
 import collections
 import dataclasses
@@ -35,7 +35,7 @@ class BlockCache:
     has_mask: bool
 
     def load(self, number: int, length: int) -> Block | None:
-        """A block of `length` tokens; None if there is none of that length."""
+        """A block of `length` tokens; None if it is absent or of another length."""
         path, item = self.folder / str(number), np.dtype(self.dtype).itemsize
         try:
             if path.stat().st_size != length * (item + self.has_mask):
@@ -60,10 +60,10 @@ class BlockCache:
 
 
 class BlockedTokens:
-    """A `TokenStore` that reads another one in blocks and keeps those used last.
+    """A `TokenStore` that reads another one in blocks and caches those used last.
 
-    A block has one token more than `block_len`, the last target of its last window. All windows of
-    a block hence need one request. Threads may share an instance; a copy in another process starts
+    A block has one token more than `block_len`, the last target of its last window, so that all
+    its windows need one request. Threads may share an instance; a copy in another process starts
     with no blocks.
     """
 

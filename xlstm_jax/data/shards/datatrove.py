@@ -1,8 +1,8 @@
 """Tokens of datatrove: `NAME.ds`, the ends of documents in `NAME.ds.index`, and more beside them.
 
-`NAME.ds.index` has a little-endian u8 per document, counted in tokens; `NAME.ds.loss`, if there is
-one, a byte per token; and `NAME.ds.metadata` the tokenizer and the bytes of a token ("gpt2|2"; two
-bytes without "|") on its first line, and the number of tokens on its second.
+`NAME.ds.index` has a little-endian u8 per document, counted in tokens; `NAME.ds.loss`, if it
+exists, a byte per token; and `NAME.ds.metadata` the tokenizer and the bytes of a token ("gpt2|2";
+two bytes without "|") on its first line, and the number of tokens on its second.
 """
 
 import numpy as np

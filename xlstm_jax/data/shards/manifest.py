@@ -1,4 +1,4 @@
-"""The manifest of prepared data: what its shards hold, and who tokenized them."""
+"""The manifest of prepared data: its shards, and the tokenizer of their tokens."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from xlstm_jax.errors import ConfigError, quote
 NAME, TOKENIZER_FOLDER, VERSION = "manifest.json", "tokenizer", 1
 MAX_BYTES = 1 << 28  # of a manifest.json: about 500,000 shards
 SUFFIXES = (".bin", ".ends", ".loss")
-"""Of the files of a shard: tokens, ends of documents, and where the loss counts (chat only)."""
+"""Files of a shard: tokens, ends of documents, and the mask of the loss (chat only)."""
 
 
 def token_dtype(vocab_size: int) -> str:

@@ -1,4 +1,4 @@
-"""Tokens of Megatron-LM: `PREFIX.bin` has the tokens, and `PREFIX.idx` says what they are.
+"""Tokens of Megatron-LM: `PREFIX.bin` has the tokens, and `PREFIX.idx` describes them.
 
 The index is, little-endian: the magic bytes, a version (u8), the code of the dtype (u1), the
 numbers of sequences S and of document boundaries D (u8), the lengths of sequences in tokens (S i4),
@@ -17,7 +17,7 @@ from xlstm_jax.errors import ConfigError
 SUFFIX = ".idx"
 MAGIC = b"MMIDIDX\0\0"
 DTYPES = {1: "|u1", 4: "<u4", 8: "<u2"}
-"""By code; Megatron writes uint16 for small vocabularies, else int32, whose ids are positive."""
+"""Dtypes by code. Megatron writes uint16 for small vocabularies, else int32; ids are positive."""
 
 _HEADER = struct.Struct("<9sQBQQ")
 _CHUNK = 1 << 20  # sequences that are checked at once, to bound the memory

@@ -22,7 +22,7 @@ from xlstm_jax.errors import ConfigError, quote
 Kind = Literal["prepared", "megatron", "datatrove"]
 
 ALL = "all"
-"""In place of the name of a split: the documents of all splits."""
+"""Given as the name of a split: the documents of all splits."""
 
 # The suffix of the file that names a shard, and the function that reads it.
 _FOREIGN: dict[str, tuple[str, Callable[[str], Shard]]] = {
@@ -50,7 +50,7 @@ class Opened(NamedTuple):
 
 
 def kind_of(path: str) -> Kind | None:
-    """The format of tokenized data at a path or URL; None for raw files, or if there are none."""
+    """The format of tokenized data at a path or URL; None for raw files, or if it is absent."""
     if not remote.is_url(path):
         try:
             os.lstat(os.path.expanduser(path))
@@ -121,7 +121,7 @@ def open_tokens(
         max_blocks: blocks of remote data in memory.
 
     Raises:
-        ConfigError: there are no such data, or no such split, or files are damaged.
+        ConfigError: the data or the split do not exist, or files are damaged.
     """
     path, kind = _normalize(path), kind_of(path)
     if kind is None:
@@ -190,8 +190,8 @@ def _open_foreign(path: str, split: str, kind: Kind) -> Opened:
             f"data.source={remote.shown(path)} must have files with tokens of one size, got "
             f"{', '.join(sorted(sizes))}; they are of several tokenizers: separate them."
         )
-    whole = ShardedTokens(shards)
-    store = whole if named or split == ALL else _share(whole, path, split)
+    sharded = ShardedTokens(shards)
+    store = sharded if named or split == ALL else _share(sharded, path, split)
     return Opened(store, None, None, None, _describe(kind, split, store, map(_identify, shards)))
 
 

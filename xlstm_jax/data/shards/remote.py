@@ -23,7 +23,7 @@ DELAYS = (0.5, 1.0, 4.0)
 """Seconds between attempts of a request."""
 
 PART = 1 << 22
-"""Bytes that are read at once from a whole file."""
+"""Bytes of a file that are read at once."""
 
 _THREADS = 16  # of requests for many small files
 
@@ -44,7 +44,7 @@ def request(url: str, method: str, *args: Any, **kwargs: Any) -> Any:
     """Calls a method of the file system of a URL, again after errors that may pass.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ConfigError: another error, after several attempts.
     """
     from fsspec.core import url_to_fs  # imported here, as it is slow
@@ -81,12 +81,12 @@ def _cause(error: Exception) -> BaseException:
     if not isinstance(error, FileNotFoundError) or cause is None or not is_network:
         return error
     status = getattr(cause, "status", 0)
-    # Servers refuse, too, what does not exist; but 408 and 429 ask to try again.
+    # 4xx also means that the file does not exist, except for 408 and 429, which ask to retry.
     return error if 400 <= status < 500 and status not in (408, 429) else cause
 
 
 def file_size(path: str) -> int | None:
-    """The bytes of a file; None if there is none."""
+    """The bytes of a file; None if it does not exist."""
     try:
         if is_url(path):
             info = request(path, "info")
@@ -113,7 +113,7 @@ def in_threads(
 
 
 def list_files(folder: str) -> list[str]:
-    """The sorted names of the files in a folder, hidden ones excluded; [] if there is none."""
+    """The sorted names of the files in a folder, hidden ones excluded; [] if it does not exist."""
     try:
         if is_url(folder):
             entries = request(folder, "ls", detail=True)
@@ -128,10 +128,10 @@ def list_files(folder: str) -> list[str]:
 
 
 def read_bytes(path: str, limit: int) -> bytes:
-    """A whole file of at most `limit` bytes.
+    """The contents of a file of at most `limit` bytes.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ConfigError: it is larger, or cannot be read.
     """
     size = file_size(path)
@@ -182,7 +182,7 @@ class RemoteColumn(Column):
 
     @functools.cached_property
     def array(self) -> Integer[np.ndarray, "N"]:
-        """The whole column, in memory."""
+        """The column, in memory."""
         return self.read(0, self.length)
 
     def read(self, start: int, stop: int) -> Integer[np.ndarray, "N"]:

@@ -18,8 +18,8 @@ from xlstm_jax.errors import ConfigError, quote_path
 class TokenStore(Protocol):
     """Tokens of many documents, each document ended by the end-of-document token.
 
-    Positions count from 0 over the whole store. A document occupies the positions from the end of
-    the one before it up to, and without, its own end.
+    Positions count from 0 over all documents. A document occupies the positions from the end of
+    the one before it up to its own end, exclusive.
     """
 
     @property
@@ -105,7 +105,7 @@ class ShardedTokens:
         Raises:
             ConfigError: the ends of a shard are not in order.
         """
-        found = []
+        pieces = []
         for shard, offset, first, last in self._parts(start, stop):
             ends = shard.ends.array if isinstance(shard.ends, Column) else shard.ends
             low, high = np.searchsorted(ends, np.array([first, last], ends.dtype), side="right")
@@ -116,8 +116,8 @@ class ShardedTokens:
                     f"the ends of documents beside {quote_path(shard.tokens.path)} must increase, "
                     f"but they do not near {piece[0]:,}; prepare the data again."
                 )
-            found.append(piece + offset)
-        return np.concatenate(found)
+            pieces.append(piece + offset)
+        return np.concatenate(pieces)
 
     def document_end(self, number: int) -> int:
         """The end of a document by its number, which must exist."""
@@ -176,7 +176,7 @@ class ArrayTokens:
 
 @dataclasses.dataclass(frozen=True)
 class StoreRange:
-    """The positions start..stop - 1 of a store, which are whole documents, as a `TokenStore`."""
+    """The documents at the positions start..stop - 1 of a store, as a `TokenStore`."""
 
     store: TokenStore
     start: int

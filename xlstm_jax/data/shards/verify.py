@@ -38,10 +38,10 @@ def verify_files(
     }
     for path, size in zip(expected, remote.file_sizes(expected), strict=True):
         if size != expected[path][0]:
-            found = "is absent" if size is None else f"has {size:,}"
+            problem = "is absent" if size is None else f"has {size:,}"
             raise ConfigError(
                 f"{remote.shown(path)} must have {expected[path][0]:,} bytes according to the "
-                f"manifest, but it {found}; copy the data again, or prepare them again."
+                f"manifest, but it {problem}; copy the data again, or prepare them again."
             )
     total = sum(size for size, _ in expected.values())
     if verify == "full" or (verify == "auto" and total <= MAX_AUTO and not remote.is_url(folder)):

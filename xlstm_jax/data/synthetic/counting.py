@@ -16,7 +16,7 @@ from xlstm_jax.data.synthetic.tasks import PAD, Option, Options, Sequences, Synt
 def most_frequent(
     question: Int[np.ndarray, "N T"],
 ) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
-    """The most frequent symbol of each row, and its count; padding is ignored."""
+    """The most frequent symbol of each sample, and its count; padding is ignored."""
     ordered = np.sort(question, axis=1)
     position = np.arange(ordered.shape[1])
     starts = np.ones_like(ordered, bool)
@@ -25,8 +25,8 @@ def most_frequent(
     # Occurrences so far of the symbol at each position. Memory does not depend on the vocabulary.
     counts = np.where(ordered == PAD, 0, position - first + 1)
     best = np.argmax(counts, axis=1)  # the first maximum: the smallest id
-    rows = np.arange(len(ordered))
-    return ordered[rows, best], counts[rows, best]
+    samples = np.arange(len(ordered))
+    return ordered[samples, best], counts[samples, best]
 
 
 def majority(

@@ -29,7 +29,7 @@ def draw_one(
 def take(
     tokens: Int64[np.ndarray, "N T"], position: Int64[np.ndarray, "N L"]
 ) -> Int64[np.ndarray, "N L"]:
-    """The token at each position; positions outside of the array give some token of the row."""
+    """The token at each position; positions outside of the array give any token of the sample."""
     return np.take_along_axis(tokens, np.clip(position, 0, tokens.shape[1] - 1), axis=1)
 
 
@@ -38,7 +38,7 @@ def one_answer(
     lengths: Int64[np.ndarray, "N"],
     answer: Int[np.ndarray, "N"],
 ) -> Sequences:
-    """Samples whose last token is the answer; `question` is `PAD` from there on."""
+    """Samples whose last token is the answer; `question` has `PAD` from its position on."""
     is_answer: Bool[np.ndarray, "N L"] = np.arange(question.shape[1]) == lengths[:, None] - 1
     return Sequences(np.where(is_answer, answer[:, None], question), is_answer, lengths)
 

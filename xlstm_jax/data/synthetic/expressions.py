@@ -5,8 +5,7 @@ A longer one is (E(left) op E(l - 3 - left)) with `left` uniform in [1, l - 4].
 
 - Modular arithmetic with brackets: the expression, =, and its value modulo the number of digits.
 - Solve equation: the expression has no products and one of its digits, uniformly chosen, is
-  replaced by x. Then =, the value, ACT and the digit, which the value determines, as there are no
-  products.
+  replaced by x. Then =, the value, ACT and the digit; without products, the value determines it.
 
 Sources: Beck et al. 2024, arXiv:2405.04517, appendix B.1.1; Delétang et al. 2023, arXiv:2207.02098,
 for the recursive rule.
@@ -47,7 +46,7 @@ EQUATION = Symbols(2, 3, 4, 5, 6, 7, digit=9, unknown=8)
 class Nodes(NamedTuple):
     """Expressions of one depth: their samples, first positions and numbers of tokens."""
 
-    row: Int64[np.ndarray, "nodes"]
+    sample: Int64[np.ndarray, "nodes"]
     start: Int64[np.ndarray, "nodes"]
     length: Int64[np.ndarray, "nodes"]
 
@@ -65,14 +64,14 @@ def write_expressions(
     *,
     multiply: bool,
 ) -> Int64[np.ndarray, "N"]:
-    """Writes one expression into the beginning of every row; returns the values.
+    """Writes one expression to the beginning of every sample; returns the values.
 
     All expressions of a depth are handled at once, from the outermost one.
     """
     nodes = Nodes(np.arange(len(keys)), np.zeros_like(lengths), lengths)
     # Every expression begins at another position, or is the digit of one: keys by position.
     operators, leaves = [], []
-    while len(nodes.row):
+    while len(nodes.sample):
         is_leaf = nodes.length <= 4
         leaves.append(
             (is_leaf, _write_leaves(tokens, keys, nodes.where(is_leaf), modulus, symbols))
@@ -80,9 +79,9 @@ def write_expressions(
         inner = nodes.where(~is_leaf)
         left, operator = _write_inner(tokens, keys, inner, symbols, multiply=multiply)
         operators.append(operator)
-        row, start, length = inner
+        sample, start, length = inner
         nodes = Nodes(
-            np.concatenate([row, row]),
+            np.concatenate([sample, sample]),
             np.concatenate([start + 1, start + 2 + left]),
             np.concatenate([left, length - 3 - left]),
         )
@@ -98,32 +97,32 @@ def write_expressions(
 
 def _write_leaves(tokens, keys, leaves: Nodes, modulus: int, symbols: Symbols):
     """Writes d, -d, (d) or (-d); returns the values."""
-    row, start, length = leaves
-    digit = draw_one(_key_at(keys, leaves), np.full_like(row, modulus), _DIGIT)
+    sample, start, length = leaves
+    digit = draw_one(_key_at(keys, leaves), np.full_like(sample, modulus), _DIGIT)
     is_negative, is_closed = length % 2 == 0, length >= 3
-    tokens[row[is_closed], start[is_closed]] = symbols.opening
-    tokens[row[is_closed], (start + length - 1)[is_closed]] = symbols.closing
+    tokens[sample[is_closed], start[is_closed]] = symbols.opening
+    tokens[sample[is_closed], (start + length - 1)[is_closed]] = symbols.closing
     minus = start + is_closed
-    tokens[row[is_negative], minus[is_negative]] = symbols.minus
-    tokens[row, minus + is_negative] = symbols.digit + digit
+    tokens[sample[is_negative], minus[is_negative]] = symbols.minus
+    tokens[sample, minus + is_negative] = symbols.digit + digit
     return np.where(is_negative, -digit, digit)
 
 
 def _write_inner(tokens, keys, inner: Nodes, symbols: Symbols, *, multiply: bool):
     """Writes brackets and operators; returns the lengths of left sides, and the operators."""
-    row, start, length = inner
+    sample, start, length = inner
     own = _key_at(keys, inner)
     left = 1 + draw_one(own, length - 4, _LEFT)
-    operator = draw_one(own, np.full_like(row, 3 if multiply else 2), _OPERATOR)
-    tokens[row, start] = symbols.opening
-    tokens[row, start + length - 1] = symbols.closing
+    operator = draw_one(own, np.full_like(sample, 3 if multiply else 2), _OPERATOR)
+    tokens[sample, start] = symbols.opening
+    tokens[sample, start + length - 1] = symbols.closing
     ids = np.array([symbols.plus, symbols.minus, symbols.times])
-    tokens[row, start + 1 + left] = ids[operator]
+    tokens[sample, start + 1 + left] = ids[operator]
     return left, operator
 
 
 def _key_at(keys, nodes: Nodes):
-    return hashing.fold(keys[nodes.row], nodes.start.astype(np.uint64))
+    return hashing.fold(keys[nodes.sample], nodes.start.astype(np.uint64))
 
 
 def brackets(
@@ -143,17 +142,17 @@ def equations(
     keys: UInt64[np.ndarray, "N"], lengths: Int64[np.ndarray, "N"], padded_len: int, opts: Options
 ) -> Sequences:
     """Random equations and the digits that solve them."""
-    tokens, rows = np.full((len(keys), padded_len), PAD), np.arange(len(keys))
+    tokens, samples = np.full((len(keys), padded_len), PAD), np.arange(len(keys))
     modulus = opts["vocab_size"] - EQUATION.digit
     values = write_expressions(tokens, keys, lengths - 4, modulus, EQUATION, multiply=False)
     is_digit = tokens >= EQUATION.digit
     chosen = draw_one(keys, is_digit.sum(axis=1), _HIDDEN)
     hidden = np.argmax(is_digit.cumsum(axis=1) > chosen[:, None], axis=1)
-    answer = tokens[rows, hidden]
-    tokens[rows, hidden] = EQUATION.unknown
-    tokens[rows, lengths - 4] = EQUATION.equals
-    tokens[rows, lengths - 3] = EQUATION.digit + values
-    tokens[rows, lengths - 2] = ACT
+    answer = tokens[samples, hidden]
+    tokens[samples, hidden] = EQUATION.unknown
+    tokens[samples, lengths - 4] = EQUATION.equals
+    tokens[samples, lengths - 3] = EQUATION.digit + values
+    tokens[samples, lengths - 2] = ACT
     return one_answer(tokens, lengths, answer)
 
 

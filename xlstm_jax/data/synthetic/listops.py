@@ -129,10 +129,10 @@ class _Open(NamedTuple):
     filled: Int64[np.ndarray, "N depth"]  # elements so far
     args: Int64[np.ndarray, "N depth A"]  # their values
 
-    def push(self, rows, depth, values) -> None:
+    def push(self, samples, depth, values) -> None:
         """Appends an element to the innermost open list of some samples."""
-        self.args[rows, depth, self.filled[rows, depth]] = values
-        self.filled[rows, depth] += 1
+        self.args[samples, depth, self.filled[samples, depth]] = values
+        self.filled[samples, depth] += 1
 
 
 def _draw(
@@ -145,27 +145,29 @@ def _draw(
     operator, wanted, filled = np.zeros((3, *shape), np.int64)
     lists = _Open(operator, wanted, filled, np.zeros((*shape, max_args), np.int64))
     depth = np.zeros(N, np.int64)  # number of open lists
-    rows = np.arange(N)  # samples that are not complete
+    pending = np.arange(N)  # samples that are not complete
     for t in range(max_len):
-        draws = hashing.fold(keys[rows, None], np.arange(4 * t, 4 * t + 4, dtype=np.uint64)[None])
-        top = depth[rows] - 1
-        closes = (top >= 0) & (lists.filled[rows, top] == lists.wanted[rows, top])
+        draws = hashing.fold(
+            keys[pending, None], np.arange(4 * t, 4 * t + 4, dtype=np.uint64)[None]
+        )
+        top = depth[pending] - 1
+        closes = (top >= 0) & (lists.filled[pending, top] == lists.wanted[pending, top])
         may_open = hashing.uniform(draws[:, _OPEN]) < list_share
-        opens = ~closes & (may_open | (top < 0)) & (depth[rows] < max_depth)
+        opens = ~closes & (may_open | (top < 0)) & (depth[pending] < max_depth)
         is_digit = ~closes & ~opens
 
-        r, d, draw = rows[opens], depth[rows[opens]], draws[opens]
+        r, d, draw = pending[opens], depth[pending[opens]], draws[opens]
         lists.operator[r, d] = hashing.below(draw[:, _WHICH], 4)
         lists.wanted[r, d] = MIN_ARGS + hashing.below(draw[:, _COUNT], max_args - MIN_ARGS + 1)
         lists.filled[r, d] = 0
         out.tokens[r, t] = OPERATOR + lists.operator[r, d]
         depth[r] += 1
 
-        r, digits = rows[is_digit], hashing.below(draws[is_digit, _DIGIT], 10)
+        r, digits = pending[is_digit], hashing.below(draws[is_digit, _DIGIT], 10)
         out.tokens[r, t] = DIGIT + digits
         lists.push(r, depth[r] - 1, digits)
 
-        r, d = rows[closes], depth[rows[closes]] - 1
+        r, d = pending[closes], depth[pending[closes]] - 1
         out.tokens[r, t] = CLOSE
         values = _evaluate(lists.operator[r, d], lists.args[r, d], lists.filled[r, d])
         depth[r] -= 1
@@ -173,8 +175,8 @@ def _draw(
         lists.push(r[is_inner], d[is_inner] - 1, values[is_inner])
         ends = r[~is_inner]
         out.values[ends], out.lengths[ends] = values[~is_inner], t + 1
-        rows = np.setdiff1d(rows, ends, assume_unique=True)
-        if not rows.size:
+        pending = np.setdiff1d(pending, ends, assume_unique=True)
+        if not pending.size:
             break
     return out, out.lengths > 0
 
@@ -183,11 +185,11 @@ def _evaluate(
     operator: Int64[np.ndarray, "N"], args: Int64[np.ndarray, "N A"], count: Int64[np.ndarray, "N"]
 ) -> Int64[np.ndarray, "N"]:
     """Values of lists whose first `count` elements are in `args`."""
-    rows, exists = np.arange(len(args)), np.arange(args.shape[1]) < count[:, None]
+    samples, exists = np.arange(len(args)), np.arange(args.shape[1]) < count[:, None]
     ascending = np.sort(np.where(exists, args, 10), axis=1)
-    middle = ascending[rows, (count - 1) // 2] + ascending[rows, count // 2]
+    middle = ascending[samples, (count - 1) // 2] + ascending[samples, count // 2]
     results = {
-        _MAX: ascending[rows, count - 1],
+        _MAX: ascending[samples, count - 1],
         _MIN: ascending[:, 0],
         _MED: middle // 2,
         _SUM: np.where(exists, args, 0).sum(axis=1) % 10,

@@ -2,12 +2,12 @@
 
 Sources: Arora et al. 2023, arXiv:2312.04927; settings of Beck et al. 2024, arXiv:2405.04517,
 appendix B.1.2. A sequence of T tokens, an even number, starts with K pairs, `k1 v1 k2 v2 ...`. In
-the other T - 2K positions each key occurs once, at an even offset, and the target there is its
-value. Token 0 is blank; keys are ids below vocab_size / 2, values those from vocab_size / 2 on,
+the other T - 2K positions each key occurs once, at an even offset, and its target is its value.
+Token 0 is blank; keys are ids below vocab_size / 2, values those from vocab_size / 2 on,
 each without repetition. Slots are drawn without replacement with the weights slot^(alpha - 1),
 slots counted from 1, so that with a small alpha most queries come early.
 
-A value is the answer in the row of tokens after its query, so that its target is at the query. All
+In the sample, a value is the answer after its query, so its target is at the query. All
 sequences have T = data.seq_len tokens if data.min_len and data.max_len are both T + 1.
 """
 

@@ -31,7 +31,7 @@ class NearestNeighbor:
     """Sequences of min_len to max_len vectors (None: seq_len), uniform, padded to seq_len.
 
     Batches have vectors `B T 3` as inputs, and numbers as targets, with weight 1 from position 1
-    on. `vocab_size` is 0: there are no tokens.
+    on. `vocab_size` is 0, as inputs are not tokens.
 
     Raises:
         ConfigError: the range of lengths is empty, or exceeds `seq_len`.

@@ -1,4 +1,4 @@
-"""Question-and-answer tasks as data sets: sample i is a function of (seed, split, i) alone.
+"""Question-and-answer tasks as data sets: sample i is a function of (seed, split, i) only.
 
 Source: Beck et al. 2024, arXiv:2405.04517, appendix B.1.1. A sample is padded on the right with
 `PAD` to L tokens. Its length, with the answer, is uniform in [min_len, max_len]. The answer is
@@ -24,7 +24,7 @@ _ENDLESS = 1 << 40  # samples in an epoch: training never repeats one
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Samples 0, 1, 2, ... of a task: endless for training, `num_eval_samples` of a held-out split.
+    """Samples 0, 1, 2, ... of a task: endless for training, `num_eval_samples` of other splits.
 
     Raises:
         ConfigError: an option of the task is invalid; the range of lengths is empty, exceeds
@@ -103,7 +103,7 @@ class Samples:
 
 def sample_keys(seed: int, split: Split, index: Int64[np.ndarray, "N"]) -> UInt64[np.ndarray, "N"]:
     """The keys of the samples with these indices."""
-    # Splits have different keys, so held-out samples are not those of training.
+    # Splits have different keys, so that validation samples differ from those of training.
     return hashing.fold(hashing.key(seed, SPLITS.index(split)), index.astype(np.uint64))
 
 

@@ -29,12 +29,12 @@ def generate(
     tokens = np.empty((len(keys), padded_len), np.int64)
     is_answer = np.zeros_like(tokens, bool)
     num_symbols = (opts["vocab_size"] - FIRST_SYMBOL) // 2
-    rows = np.arange(len(keys))
-    while len(rows):
-        tokens[rows], is_answer[rows] = _draw_once(
-            keys[rows], lengths[rows], padded_len, num_symbols
+    pending = np.arange(len(keys))
+    while len(pending):
+        tokens[pending], is_answer[pending] = _draw_once(
+            keys[pending], lengths[pending], padded_len, num_symbols
         )
-        rows = rows[~is_answer[rows].any(axis=1)]
+        pending = pending[~is_answer[pending].any(axis=1)]
         keys = hashing.mix(keys)
     end = padded_len - np.argmax(is_answer[:, ::-1], axis=1)
     return Sequences(tokens, is_answer, end)
@@ -61,7 +61,7 @@ def _draw_once(keys, lengths, padded_len: int, num_symbols: int):
 
 def _run(symbols, first_size, actions, lengths, num_symbols: int):
     """The last stack, its size, and the number of actions after which the sample is full."""
-    stack, size, rows = symbols.copy(), first_size.copy(), np.arange(len(symbols))
+    stack, size, samples = symbols.copy(), first_size.copy(), np.arange(len(symbols))
     num_actions = np.zeros_like(size)
     is_open = np.ones_like(size, bool)
     for action in actions.T:
@@ -71,7 +71,7 @@ def _run(symbols, first_size, actions, lengths, num_symbols: int):
         is_open &= first_size + num_actions + 1 + 1 + new_size <= lengths
         if not is_open.any():
             break
-        pushed = rows[is_push & is_open]
+        pushed = samples[is_push & is_open]
         stack[pushed, size[pushed]] = action[pushed]
         size = np.where(is_open, new_size, size)
         num_actions += is_open

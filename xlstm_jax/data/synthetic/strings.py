@@ -7,7 +7,7 @@
 | odds first | w, ACT, its 1st, 3rd, 5th, ... symbols, then its 2nd, 4th, 6th, ... | ACT is 1 |
 | set | w, ACT, the distinct symbols of w by first appearance | ACT is 1 |
 | bucket sort | w, w in ascending order | none |
-| missing duplicate | w, w with MIS in place of one of its symbols, that symbol | MIS is 1 |
+| missing duplicate | w, w with one of its symbols replaced by MIS, that symbol | MIS is 1 |
 
 The number of tokens of a sample, answer included, is drawn; m is the largest one that fits, so that
 the sample may be one token shorter. Arrays of symbols are zero-based here.
@@ -80,7 +80,7 @@ def distinct(
 
 
 def first_appearances(words: Int64[np.ndarray, "N T"]) -> np.ndarray:
-    """Whether no earlier position of the row has the same symbol."""
+    """Whether no earlier position of the sample has the same symbol."""
     order = np.argsort(words, axis=1, kind="stable")
     ordered = np.take_along_axis(words, order, axis=1)
     is_new = np.ones_like(words, bool)
@@ -96,7 +96,7 @@ def bucket_sort(
     """Words and their sorted symbols."""
     position, m = np.arange(padded_len), (lengths // 2)[:, None]
     words = 1 + draw(keys, padded_len, opts["vocab_size"] - 1, _WORD)
-    # Other positions sort behind all symbols.
+    # Other positions sort after all symbols.
     ordered = np.sort(np.where(position < m, words, opts["vocab_size"]), axis=1)
     is_answer = (position >= m) & (position < 2 * m)
     answer = take(ordered, position - m)

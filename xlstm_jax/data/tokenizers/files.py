@@ -13,7 +13,7 @@ from xlstm_jax.errors import ConfigError, quote, quote_path
 JSON, MODEL, CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 SPECIAL_TOKENS, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
 MAX_BYTES = 256 << 20
-"""Of a file. A vocabulary of 250,000 ids has about 20 MB."""
+"""Limit of a file. A vocabulary of 250,000 ids has about 20 MB."""
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -37,7 +37,9 @@ class TokenizerFiles:
 
     path: Path
     data: bytes
-    settings: Mapping[str, Any]  # tokenizer_config.json, and special_tokens_map.json behind it
+    settings: Mapping[
+        str, Any
+    ]  # tokenizer_config.json, and special_tokens_map.json with lower precedence
     template: str | None  # chat_template.jinja
 
     def eos_token(self, known: Iterable[str]) -> str:
@@ -54,10 +56,10 @@ class TokenizerFiles:
         if token is None:
             token = next((token for token in _EOS_TOKENS if token in known), None)
         if token is None or token not in known:
-            said = "no eos token is named" if token is None else f"eos_token={quote(token)}"
+            problem = "no eos token is named" if token is None else f"eos_token={quote(token)}"
             raise ConfigError(
                 f"{quote_path(self.path)} needs a token of its vocabulary that ends a document, "
-                f'but {said}; write {{"eos_token": "TOKEN"}} to {CONFIG} beside it.'
+                f'but {problem}; write {{"eos_token": "TOKEN"}} to {CONFIG} beside it.'
             )
         return token
 
@@ -74,7 +76,7 @@ def special_token(settings: Mapping[str, Any], key: str, path: Path) -> str | No
     """A token such as "eos_token" in the settings beside `path`; None if they name none.
 
     Raises:
-        ConfigError: the value is no token.
+        ConfigError: the value is not a token.
     """
     value = settings.get(key)
     token = value.get("content") if isinstance(value, Mapping) else value
@@ -137,7 +139,7 @@ def decode_utf8(data: bytes, path: Path) -> str:
 
 
 def parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    """The table of a JSON file; raises ConfigError if it is none, or if a string is no text."""
+    """The table of a JSON file; raises ConfigError if it is not one, or has invalid text."""
     text = decode_utf8(data, path)
     try:
         values = json.loads(text)

@@ -1,4 +1,4 @@
-"""What tokenizers from files share."""
+"""Base class of tokenizers that are read from files."""
 
 import abc
 import contextlib
@@ -15,7 +15,7 @@ from xlstm_jax.data.tokenizers.protocol import BaseTokenizer, to_bytes
 from xlstm_jax.errors import ConfigError, quote, quote_path
 
 MAX_VOCAB = 1 << 24
-"""Of ids: more do not fit into a file of at most 256 MiB. Tables have this size."""
+"""Limit of ids: more do not fit in a file of at most 256 MiB."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -32,7 +32,7 @@ class FileTokenizer(BaseTokenizer):
 
     @property
     def sha256(self) -> str:
-        """Of the file."""
+        """The SHA-256 of the file."""
         return hashlib.sha256(self.files.data).hexdigest()
 
     @abc.abstractmethod
@@ -60,7 +60,7 @@ class FileTokenizer(BaseTokenizer):
             return self._decode(ids[~self.special[ids]].tolist())
 
     def save(self, folder: Path) -> None:
-        """Writes the file, tokenizer_config.json, and chat_template.jinja if there is one."""
+        """Writes the file, tokenizer_config.json, and chat_template.jinja if it exists."""
         self.files.save(folder, self.name, self.eos_token)
 
     def to_str(self, text: bytes) -> str:
@@ -92,7 +92,7 @@ def check_vocab_size(size: int, path: Path) -> int:
 
 @contextlib.contextmanager
 def library_errors(path: Path, what: str) -> Iterator[None]:
-    """Turns errors of a library of tokenizers into a ConfigError that names the file."""
+    """Raises errors of a tokenizer library as a ConfigError that names the file."""
     try:
         yield
     except (ConfigError, OSError):  # of the reader of a text

@@ -114,7 +114,7 @@ def _sizes(inner: Any, kinds: Container[str]) -> dict[int, int]:
     twice = inner.decode_batch([[i, i] for i in ids], skip_special_tokens=False)
     added = [len(b.encode()) - len(a.encode()) for a, b in zip(once, twice, strict=True)]
     sizes = dict(zip(ids, added, strict=True))
-    if "ByteFallback" in kinds:  # byte tokens, which alone are no text
+    if "ByteFallback" in kinds:  # byte tokens, which are not text by themselves
         sizes |= {i: 1 for token, i in vocab.items() if _BYTE_TOKEN.fullmatch(token)}
     return sizes
 

@@ -1,4 +1,4 @@
-"""Where the file of a tokenizer is: a path, a folder, or a name of the Hugging Face hub."""
+"""Finding the file of a tokenizer, by path, folder, or name on the Hugging Face hub."""
 
 import functools
 import os
@@ -18,7 +18,7 @@ def find(name: str) -> Path:
     """The tokenizer.json or sentencepiece model that a path, a folder or an hf:// name stands for.
 
     Raises:
-        ConfigError: there is none, or several.
+        ConfigError: it does not exist, or is ambiguous.
         NetworkError: the hub cannot be reached.
     """
     path = _download(name) if hub.is_address(name) else user_path(name)
@@ -30,12 +30,14 @@ def find(name: str) -> Path:
         return path / files.JSON
     models = sorted(path.glob("*.model"))
     if len(models) != 1:
-        said = (
+        problem = (
             f"has {len(models)} files *.model"
             if models
             else f"has neither {files.JSON} nor *.model"
         )
-        raise ConfigError(f"{quote_path(path)} {said}; give the path of the file of the tokenizer.")
+        raise ConfigError(
+            f"{quote_path(path)} {problem}; give the path of the file of the tokenizer."
+        )
     return models[0]
 
 

@@ -21,7 +21,7 @@ def get(name_or_path: str) -> Tokenizer:
             model, a folder with one of them, or hf://ORG/NAME[@REVISION].
 
     Raises:
-        ConfigError: there is none, or its file is damaged.
+        ConfigError: it is unknown, or its file is damaged.
     """
     if name_or_path in TOKENIZERS:
         return TOKENIZERS[name_or_path]

@@ -12,7 +12,7 @@ _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 def read_records(file: File, fields: Fields) -> Iterator[tuple[int, Content]]:
-    """Yields number and content of the records of an .arrayrecord file.
+    """Yields the number and content of each record of an .arrayrecord file.
 
     They are texts, unless the first one is a JSON object: then all of them are objects.
 
@@ -32,10 +32,10 @@ def read_records(file: File, fields: Fields) -> Iterator[tuple[int, Content]]:
                 yield number, record
             continue
         try:
-            row = json.loads(text)
+            value = json.loads(text)
         except (ValueError, RecursionError) as error:
             fail(file, "record", number, f"must be a JSON object, as the first one ({error})")
-        content = content_of(row, file, fields, "record", number)
+        content = content_of(value, file, fields, "record", number)
         if content:
             yield number, content
 

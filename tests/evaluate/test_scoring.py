@@ -1,4 +1,4 @@
-"""Scores of spans, continuations and documents equal those of the logits of each text alone."""
+"""Scores of sequences, continuations and documents equal those of the logits of each text alone."""
 
 import math
 
@@ -11,8 +11,8 @@ from tests.evaluate.test_perplexity import Digits, Letters
 from tests.generate.small import model_and_variables
 from tests.modules import models
 from xlstm_jax.errors import ArgumentError, ConfigError
-from xlstm_jax.evaluate import Domain, by_domain, domains, score_continuations, spans, wins
-from xlstm_jax.evaluate.spans import Span, score_spans, windows_of_document
+from xlstm_jax.evaluate import Domain, by_domain, domains, score_continuations, scoring, wins
+from xlstm_jax.evaluate.scoring import TokenSequence, score_sequences, windows_of_document
 from xlstm_jax.generate import generate
 from xlstm_jax.modules import LM
 
@@ -37,34 +37,34 @@ def log_probs(small):
     return compute
 
 
-def expected(log_probs, span):
-    picked = log_probs(span.tokens)[np.arange(len(span.tokens) - 1), span.tokens[1:]]
-    return picked[len(picked) - span.num_scored :].sum()
+def expected(log_probs, sequence):
+    picked = log_probs(sequence.tokens)[np.arange(len(sequence.tokens) - 1), sequence.tokens[1:]]
+    return picked[len(picked) - sequence.num_scored :].sum()
 
 
-def random_spans(lengths, seed=0):
+def random_sequences(lengths, seed=0):
     rng = np.random.default_rng(seed)
-    return [Span(rng.integers(0, 11, n), int(rng.integers(0, n))) for n in lengths]
+    return [TokenSequence(rng.integers(0, 11, n), int(rng.integers(0, n))) for n in lengths]
 
 
 @pytest.mark.parametrize("batch_size", [4, pytest.param(16, marks=pytest.mark.slow)])
-def test_scores_do_not_depend_on_the_other_spans(small, log_probs, batch_size, monkeypatch):
+def test_scores_do_not_depend_on_the_other_sequences(small, log_probs, batch_size, monkeypatch):
     """Of any lengths, in the order given, also where they are longer than a segment."""
-    monkeypatch.setattr(spans, "SEGMENT", 16)
-    monkeypatch.setattr(spans, "MIN_WIDTH", 16)
-    given = random_spans([2, 40, 17, 9, 33, 3, 18])
-    scores = score_spans(*small, given, batch_size=batch_size)
-    for span, score in zip(given, scores, strict=True):
-        assert score.logprob == pytest.approx(expected(log_probs, span), rel=1e-5, abs=1e-6)
-        best = log_probs(span.tokens).argmax(axis=-1)[: len(span.tokens) - 1]
-        scored = slice(len(best) - span.num_scored, None)
-        assert score.is_greedy == (best[scored] == span.tokens[1:][scored]).all()
+    monkeypatch.setattr(scoring, "SEGMENT", 16)
+    monkeypatch.setattr(scoring, "MIN_WIDTH", 16)
+    given = random_sequences([2, 40, 17, 9, 33, 3, 18])
+    scores = score_sequences(*small, given, batch_size=batch_size)
+    for sequence, score in zip(given, scores, strict=True):
+        assert score.logprob == pytest.approx(expected(log_probs, sequence), rel=1e-5, abs=1e-6)
+        best = log_probs(sequence.tokens).argmax(axis=-1)[: len(sequence.tokens) - 1]
+        scored = slice(len(best) - sequence.num_scored, None)
+        assert score.is_greedy == (best[scored] == sequence.tokens[1:][scored]).all()
 
 
 def test_batches_have_few_widths():
-    widths = {spans._width(n) for n in range(1, 1025)}
+    widths = {scoring._width(n) for n in range(1, 1025)}
     assert widths == {32, 64, 128, 256, 512, 1024}
-    assert spans._width(1025) == 2048
+    assert scoring._width(1025) == 2048
 
 
 def test_the_last_window_of_a_document_is_filled_up_with_preceding_tokens():
@@ -123,7 +123,9 @@ def test_the_normalized_choice_differs_from_the_raw_one(small):
 
 def test_a_text_without_context_follows_the_end_of_a_document(small, log_probs):
     score = score_continuations(*small, TOKENIZER, "", ["12"], batch_size=1)[0]
-    assert score.logprob == pytest.approx(expected(log_probs, Span(np.array([10, 1, 2]), 2)))
+    assert score.logprob == pytest.approx(
+        expected(log_probs, TokenSequence(np.array([10, 1, 2]), 2))
+    )
 
 
 @pytest.mark.parametrize("continuations", ["12", ["1", ""]])
@@ -132,46 +134,46 @@ def test_continuations_must_be_texts_that_are_not_empty(small, continuations):
         score_continuations(*small, TOKENIZER, "3", continuations)
 
 
-def test_spans_that_the_model_cannot_score_are_rejected(small):
+def test_sequences_that_the_model_cannot_score_are_rejected(small):
     with pytest.raises(ArgumentError, match="ids must be from 0 to 10, .* got 3 to 11"):
-        score_spans(*small, [Span(np.array([3, 11]), 1)])
-    with pytest.raises(ArgumentError, match="at least one token of context, got 2 tokens of wh"):
-        score_spans(*small, [Span(np.array([3, 4]), 2)])
+        score_sequences(*small, [TokenSequence(np.array([3, 11]), 1)])
+    with pytest.raises(ArgumentError, match="at least one token of context, got 2 tokens, of wh"):
+        score_sequences(*small, [TokenSequence(np.array([3, 4]), 2)])
     with pytest.raises(ConfigError, match="batch_size must be at least 1"):
-        score_spans(*small, [], batch_size=0)
+        score_sequences(*small, [], batch_size=0)
     with pytest.raises(ArgumentError, match="at most model.attention.cache_size=7, .* got 8"):
-        score_spans(LM(models.config("a")), {}, [Span(np.arange(9), 1)])
+        score_sequences(LM(models.config("a")), {}, [TokenSequence(np.arange(9), 1)])
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Domains: a folder of two documents, a file with a document, and one of rows."""
+    """Domains: a folder of two documents, a file with a document, and one of records."""
     (tmp_path / "news" / "deep").mkdir(parents=True)
     (tmp_path / "news" / "a.txt").write_text("31415926")
     (tmp_path / "news" / "deep" / "b.txt").write_text("27")
     (tmp_path / "books.v2.txt").write_text("1414213562")
-    (tmp_path / "rows.jsonl").write_text('{"text": "1"}\n{"text": "23"}\n')
+    (tmp_path / "numbers.jsonl").write_text('{"text": "1"}\n{"text": "23"}\n')
     (tmp_path / ".hidden").mkdir()
     return tmp_path
 
 
 def test_the_loss_of_a_domain_is_that_of_all_tokens_of_its_documents(small, log_probs, folder):
-    found = by_domain(*small, TOKENIZER, folder, seq_len=4, batch_size=1)
-    assert sorted(found) == ["books.v2", "news", "rows"]
-    documents = {"news": ["31415926", "27"], "books.v2": ["1414213562"], "rows": ["1", "23"]}
+    results = by_domain(*small, TOKENIZER, folder, seq_len=4, batch_size=1)
+    assert sorted(results) == ["books.v2", "news", "numbers"]
+    documents = {"news": ["31415926", "27"], "books.v2": ["1414213562"], "numbers": ["1", "23"]}
     for name, texts in documents.items():
         nats = 0.0
         for text in texts:
             for window in windows_of_document(TOKENIZER.encode(text), 10, 4):
                 nats -= expected(log_probs, window)
         size = sum(map(len, texts))
-        assert found[name].num_tokens == found[name].num_bytes == size
-        assert found[name].num_documents == len(texts)
-        assert found[name].nats_per_token == pytest.approx(nats / size, rel=1e-5)
-        assert found[name].bits_per_byte == pytest.approx(nats / size / math.log(2), rel=1e-5)
-    mean = domains.mean_loss(found)
+        assert results[name].num_tokens == results[name].num_bytes == size
+        assert results[name].num_documents == len(texts)
+        assert results[name].nats_per_token == pytest.approx(nats / size, rel=1e-5)
+        assert results[name].bits_per_byte == pytest.approx(nats / size / math.log(2), rel=1e-5)
+    mean = domains.mean_loss(results)
     assert mean.num_documents == 5 and mean.num_tokens == 23
-    total = sum(d.nats_per_token * d.num_tokens for d in found.values())
+    total = sum(d.nats_per_token * d.num_tokens for d in results.values())
     assert mean.nats_per_token == pytest.approx(total / 23)
 
 
@@ -183,7 +185,7 @@ def test_domains_without_text_are_rejected_before_any_is_evaluated(small, folder
     for message, path in (
         ("domain 'empty' of .* must have files with text, but has none", folder),
         ("must have one subfolder or file per domain, but it is empty", alone),
-        ("must be a folder, got .*, which is a file", folder / "rows.jsonl"),
+        ("must be a folder, got .*, which is a file", folder / "numbers.jsonl"),
         missing,
     ):
         with pytest.raises(ConfigError, match=message):

@@ -17,34 +17,34 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_json(file: File, fields: Fields) -> Iterator[tuple[int, Content]]:
-    """Yields number and content of the rows of a .jsonl, .ndjson or .json file.
+    """Yields the number and content of each record of a .jsonl, .ndjson or .json file.
 
     Raises:
-        ConfigError: a row is too long, no JSON object, or has no such field; with its line.
+        ConfigError: a record is too long, no JSON object, or has no such field; with its line.
     """
     blocks = read_text_blocks(file.path, any_bytes=True)
     first = next(blocks, b"").removeprefix(_BYTE_ORDER_MARK)
     blocks = itertools.chain([first], blocks)
     is_array = suffix(file.name) == ".json" and first.lstrip().startswith(b"[")
-    unit = "row" if is_array else "line"
-    for number, row in _array(file, blocks) if is_array else _rows(file, blocks):
-        content = content_of(row, file, fields, unit, number)
+    unit = "record" if is_array else "line"
+    for number, record in _array(file, blocks) if is_array else _objects(file, blocks):
+        content = content_of(record, file, fields, unit, number)
         if content:
             yield number, content
 
 
-def _rows(file: File, blocks: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
+def _objects(file: File, blocks: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
     number = 0
     for lines in _lines(file, blocks):
         for line in lines:
             number += 1
             try:
-                row = json.loads(line)
+                record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 if not line.strip():
                     continue
                 fail(file, "line", number, f"must be a JSON object ({error}); correct it")
-            yield number, row
+            yield number, record
 
 
 def _lines(file: File, blocks: Iterable[bytes]) -> Iterator[list[str]]:
@@ -83,8 +83,8 @@ def _array(file: File, blocks: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
             fail(file, "line", 1, _TOO_LONG.format(MAX_JSON >> 20))
     text = _decode(file, 1, b"".join(parts))
     try:
-        rows = json.loads(text)
+        records = json.loads(text)
     except (ValueError, RecursionError) as error:
         number = getattr(error, "lineno", 1)
         fail(file, "line", number, f"must be JSON ({error}); correct it")
-    yield from enumerate(rows, 1)
+    yield from enumerate(records, 1)
