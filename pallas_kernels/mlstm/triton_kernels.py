@@ -245,7 +245,7 @@ def _products(
     BS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Products of BT positions of lhs with BS positions of rhs; `lhs_block` has the first BA of A."""
+    """Products of BT positions of lhs with BS of rhs; `lhs_block` has the first BA of A."""
     a = tl.arange(0, BA)
     if A == BA:
         P = product(lhs_block, tl.load(rhs + a[:, None]), UPCAST)

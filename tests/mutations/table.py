@@ -127,8 +127,8 @@ KERNELS = (
     ),
     Mutation(
         "pallas_kernels/mlstm/triton_kernels.py",
-        "        visible = t[:, None] <= s[None, :] if LATER else t[:, None] >= s[None, :]\n",
-        "        visible = t[:, None] <= s[None, :] if LATER else t[:, None] > s[None, :]\n",
+        "    visible = t[:, None] <= s[None, :] if LATER else t[:, None] >= s[None, :]\n",
+        "    visible = t[:, None] <= s[None, :] if LATER else t[:, None] > s[None, :]\n",
         "tests/kernels/test_quick.py -k triton",
     ),
     Mutation(
