@@ -23,7 +23,7 @@ def check_size(size: str, sizes: Iterable[str]) -> None:
 
 
 def check_names(names: Iterable[str], models: Iterable[str]) -> None:
-    """Raises ConfigError unless all names are of models, and there is one."""
+    """Raises ConfigError unless `names` is not empty and all are of models."""
     for name in tuple(names) or ("",):
         if name not in models:
             raise ConfigError(f"model={quote(name)} is unknown; use one of: {', '.join(models)}.")

@@ -169,7 +169,7 @@ def full() -> Settings:
 
 
 def smoke() -> Settings:
-    """Settings for a CPU: toy sizes, and implementations that run there."""
+    """Settings for a CPU: toy sizes, and implementations for it."""
     model = dataclasses.replace(workloads.LARGE, dim=16, pattern="M", vocab_size=16)
     return Settings(
         smoke=True,
