@@ -1,4 +1,4 @@
-"""Which parts of the xLSTM lower the loss, on the way from the LSTM and one by one?
+"""Which parts of the xLSTM lower the loss, added to an LSTM one by one or varied alone?
 
 Three tables (`--table`): `lstm_to_xlstm`, from a stack of LSTMs over residual blocks, blocks with
 up-projection and exponential gates to the matrix memory; `gates`, which parts of the gates of
@@ -14,10 +14,9 @@ paper. Loss is in bits per token, a byte, at the better of two learning rates, m
     python experiments/ablations.py --size paper --data PREPARED      # the published sizes
     xlstm-jax train experiments/ablations.py --size paper:post --data.source PREPARED   # one model
 
-Parameters of the published models: those of the LSTMs are lower than printed by one bias per gate,
-as PyTorch has two; xLSTM[0:1] has the printed number with 24 blocks of 4 heads and a feed-forward
-factor of 3.6, which the paper does not state. Fixing a bias is `train.freeze`; the forget gate of 1
-is a bias of 1e30.
+The LSTMs have one bias per gate less than printed, as PyTorch has two. xLSTM[0:1] has the printed
+number of parameters with 24 blocks of 4 heads and a feed-forward factor of 3.6, which the paper
+does not state. `train.freeze` fixes a bias; a forget gate of 1 has a bias of 1e30.
 
 Source: Beck et al. 2024, arXiv:2405.04517, tables 2 and 8. Sizes: smoke (seconds), cpu (minutes),
 paper (350M parameters, 15B tokens). `--size paper:VARIANT` of `xlstm-jax train` selects a model.

@@ -1,4 +1,4 @@
-"""Which model predicts text best after equal training: xLSTM or the models it is compared with?
+"""Which model predicts text best after equal training: xLSTM or another one?
 
 Published perplexities, at 350M parameters and 15B tokens: xLSTM[1:0] 13.43, xLSTM[7:1]
 13.48, Mamba 13.70, Llama 14.25, RWKV-4 15.62. Mamba-2, the gated delta net and the hybrid are not
@@ -7,17 +7,17 @@ in that table; an LSTM in a Transformer block is in the ablation of the same pap
 Expected of the size cpu: the parameters of all models are equal within 2 %, the validation loss of
 every model falls at every evaluation, and ends below 3 bits per byte (byte frequencies alone have
 about 4.8). No order of the models is expected: it is one seed of models of half a million
-parameters, all trained at one learning rate on 1.2 million bytes, where it counts most how fast a
-model learns at first. The record lists every pair whose order differs from the published one.
+parameters, all trained at one learning rate on 1.2 million bytes, where the speed of early learning
+matters most. The record lists every pair whose order differs from the published one.
 
     python experiments/comparison.py --size cpu             # all models, one JSON file and one plot
     python experiments/comparison.py --models Llama Mamba   # a part of the models
     xlstm-jax train experiments/comparison.py               # only xLSTM[1:0], as an ordinary run
 
-Finished models are not trained again, an interrupted one is resumed, and the result has all that
-are finished. The number of blocks is that of the paper's convention: two xLSTM or Mamba blocks for
-each block with a feed-forward layer of its own. "LSTM (block)" is the letter L, an LSTM instead
-of attention. Widths of feed-forward or inner layers are chosen so that parameters are equal.
+Finished models are not trained again, an interrupted one is resumed, and the result has all
+finished ones. As in the paper, two xLSTM or Mamba blocks replace one block with a feed-forward
+layer of its own. "LSTM (block)" is the letter L, an LSTM instead of attention. Widths of
+feed-forward or inner layers are chosen so that parameters are equal.
 
 Source: Beck et al. 2024, arXiv:2405.04517, table 1. Sizes: smoke (seconds), cpu (the experiment),
 paper (350M presets on SlimPajama, which `--source` names: a folder of `xlstm-jax data prepare`).
@@ -181,7 +181,7 @@ def finished(cfg: ExperimentConfig, folder: pathlib.Path) -> dict[str, Any] | No
         "parameters": count_params(cfg.model),
         "flops_per_token": train_flops(cfg.model, cfg.data.seq_len) / cfg.data.seq_len,
         "bits_per_byte": valid[max(valid)],
-        # Other load only slows a step down, so the fastest interval is closest to the truth.
+        # Other load only slows steps down, so the fastest interval is the most accurate.
         "tokens_per_second": tokens / min(filter(None, times)),
         "curve": valid,
         "train_bits_per_token": train,

@@ -5,7 +5,7 @@ xLSTM[1:0] 58.48 %, Mamba 58.41 %, xLSTM[7:1] 58.10 %, Llama 56.99 %, RWKV-4 54.
 those of the EleutherAI harness: LAMBADA (OpenAI), PIQA, ARC-easy and WinoGrande by accuracy,
 HellaSwag and ARC-challenge by the accuracy of choices normalized by their length. The paper takes
 the best of float32, bfloat16 and mixed precision; here parameters are float32 and activations have
-the dtype of the model, which the record says.
+the dtype of the model, which is in the record.
 
 Expected at the size cpu, with small models trained on source code and 200 questions from validation
 code: both choose the line that follows four others with an accuracy above 0.32, two standard errors

@@ -1,16 +1,16 @@
 """Does fine-tuning a checkpoint of transformers on conversations teach it to answer, with LoRA too?
 
-Expected: both ways lower the loss of validation answers by more than half and answer most of these
-questions exactly; LoRA leaves the base weights bit-identical and needs less than a fifth of the
-optimizer state; `transformers` computes the logits of the merged model, and `peft` those of the
+Expected: both methods lower the loss of validation answers by more than half and answer most of
+these questions exactly; LoRA leaves the base weights bit-identical and needs less than a fifth of
+the optimizer state; `transformers` computes the logits of the merged model, and `peft` those of the
 adapters, up to rounding.
 
     python experiments/fine_tuning.py --peer PYTHON    # an interpreter with transformers and peft
 
 The script trains a small model of large blocks and a BPE on the library of Python, and exports it
 in the layout of transformers; `--base FOLDER` takes another such folder, with its tokenizer. The
-conversations ask for facts from a table, in several phrasings, and for a word of a list. Of the
-facts, validation questions combine known ones and known phrasings anew.
+conversations ask for facts from a table, in several phrasings, and for a word of a list. Validation
+questions are new combinations of known facts and known phrasings.
 
 `xlstm-jax train experiments/fine_tuning.py` trains the base alone, on bytes.
 """

@@ -1,15 +1,15 @@
-"""Can a small xLSTM forecast series with gaps better than the last season, with honest quantiles?
+"""Can a small xLSTM beat the seasonal naive forecast on series with gaps, well calibrated?
 
 Expected: on new series the pinball loss of the sLSTM is at most 0.8 times that of the seasonal
-naive forecast, which is told the period; that of the mLSTM, which has no memory mixing to count
+naive forecast, which knows the period; that of the mLSTM, which has no memory mixing to count
 missing patches with, is below it; and the 80 % intervals of both cover 0.75 to 0.85.
 
     python experiments/forecaster.py --size cpu              # three models, JSON and plot
 
 A series is two harmonics with random phases, a trend, noise and gaps: single values and entire
-stretches are missing. A patch of 8 values and their mask is one input; the output at a patch are
-quantiles of the next one. A forecast of several patches needs no loop: future patches are inputs of
-which everything is missing, and in training such stretches occur anywhere in a series.
+stretches are missing. A patch of 8 values and their mask is one input; the outputs at a patch are
+quantiles of the next one. A forecast of several patches needs no loop: future patches are inputs
+without an observed value, and in training such stretches occur anywhere in a series.
 
 Sources: quantile loss, Koenker & Bassett 1978; patches, Nie et al. 2022, arXiv:2211.14730; missing
 patches in training, Auer et al. 2025, arXiv:2505.23719, whose code and weights are not used.

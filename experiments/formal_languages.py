@@ -1,8 +1,8 @@
 """Which models learn fifteen formal languages, and extrapolate from length 40 to length 256?
 
 Expected, as published: models with memory mixing (LSTM, LSTM in a Transformer block, xLSTM[0:1] and
-[1:1]) solve the regular languages, of which parity is out of reach for all others; nobody reaches a
-scaled accuracy of 0.3 with odds first, reverse string, stack manipulation, repetition and set.
+[1:1]) solve the regular languages, of which parity is out of reach for all others; no model reaches
+a scaled accuracy of 0.3 on odds first, reverse string, stack manipulation, repetition and set.
 
     python experiments/formal_languages.py                                  # all 120 cells
     python experiments/formal_languages.py --task parity --model xlstm_0_1  # one cell
@@ -149,7 +149,7 @@ def config(
                 num_heads=1, conv_width=0, recurrent_init="standard", bias_init="small_init"
             ),
             attention=AttentionConfig(num_heads=2),
-            # The others recompute the states in the backward pass, which few states do not need.
+            # The others recompute the states in the backward pass; these states are few.
             mamba=MambaConfig(implementation="recurrent" if on_cpu else "auto"),
         ),
         data=data,
@@ -160,8 +160,8 @@ def config(
             end_factor=sweep.end_lr / sweep.lrs[0],
             b2=0.99,
             grad_clip=1.0,
-            # Large gradients are clipped and usual here. The guard would skip them, and after eight
-            # of them the rest of the member's steps.
+            # Large gradients are common and clipped. The guard would skip them and, after eight
+            # consecutive ones, all further steps of the member.
             guard_floor=1e9,
             seed=sweep.seeds[0],
             log_every=min(100, sweep.steps // 2),
@@ -230,7 +230,7 @@ def cell(
     result = {"task": task, "model": model, "fingerprint": key, **run_cell(cfg, sweep)}
     jax.clear_caches()  # no other cell runs these programs
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")  # so that a killed run leaves no half of a cell
+    draft = path.with_suffix(".tmp")  # so that a killed run leaves no partial cell
     draft.write_text(json.dumps(result) + "\n")
     os.replace(draft, path)
     best = best_of(result)

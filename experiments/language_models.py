@@ -1,4 +1,4 @@
-"""What the recipes of language models share: published settings, small models, runs.
+"""Shared by the experiments with language models: published settings, small models, runs.
 
 Source: Beck et al. 2024, arXiv:2405.04517, appendix B.2: table of sizes with learning rates, and
 the settings of the studies with 15B and 300B tokens of SlimPajama (tokenizer of GPT-2, context

@@ -1,8 +1,8 @@
 """Does a model keep its loss on sequences many times longer than those it was trained on?
 
 Published, for models of 1.3 billion parameters trained at a context of 2048 and evaluated up to
-16,384: only the perplexity of xLSTM[1:0] and xLSTM[7:1] stays low; that of Llama, whose rotary
-positions were never seen, explodes. (The values are in a picture only.)
+16,384: only the perplexity of xLSTM[1:0] and xLSTM[7:1] stays low; that of Llama, which was not
+trained at these rotary positions, explodes. (The values are printed in a figure only.)
 
 Expected of the size cpu, trained at a context of 64: the bits per byte of both xLSTMs at 128 to
 1024 are at most 3 % above those at 64; those of Llama rise by at least 10 % at 1024. Mamba and

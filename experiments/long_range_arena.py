@@ -4,14 +4,14 @@
     python experiments/long_range_arena.py --size paper --task retrieval --data FOLDER
 
 The size cpu generates ListOps expressions of at most 64 tokens and lists within at most 3 lists.
-Expected: xLSTM[1:0] answers more than 0.4 of the test expressions, four times chance, 0.1,
-and at least 0.1 more than those whose value is the most frequent one of their outermost operator.
+Expected: xLSTM[1:0] has a test accuracy above 0.4, four times chance, and at least 0.1 above that
+of answering the most frequent value of the outermost operator.
 
 The size paper reads the published files from the folder `--data`, which this script never
 downloads. Settings, and published accuracies of xLSTM, are in `PAPER`; xLSTM is [0:1] for images
-and [1:0] elsewhere. Learning rates: 1e-3, 6e-4 and 1e-4, with warm-up and cosine; the schedule with
-three restarts, the other one of the paper, is left out. Settings that it takes from S5 and LRU but
-does not print (dropout, augmentation, warm-up) are ours.
+and [1:0] elsewhere. Learning rates: 1e-3, 6e-4 and 1e-4, with warm-up and cosine; the paper's other
+schedule, with three restarts, is left out. Settings that it takes from S5 and LRU but does not
+print (dropout, augmentation, warm-up) are ours.
 
 Source: Beck et al. 2024, arXiv:2405.04517, appendix B.1.3; Tay et al. 2020, arXiv:2011.04006. The
 head is linear, on the mean of the hidden states; for Retrieval it compares two documents. The

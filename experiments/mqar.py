@@ -8,14 +8,14 @@ width stays below both by at least 0.1 with every seed after the same number of 
     python experiments/mqar.py --size paper --length 2048 --num-pairs 256 --eval-lengths 4096 8192
     xlstm-jax train experiments/mqar.py                      # only xLSTM[1:0], as an ordinary run
 
-Accuracy is over queries; guessing gives 2 / vocabulary. The best learning rate counts, and all
-seeds and learning rates of a model train together under `jax.vmap`. The sizes smoke and cpu draw
-fresh samples in every step, paper repeats 100,000 of them for 64 epochs.
+Accuracy is over queries; guessing gives 2 / vocabulary. The result is that of the best learning
+rate; all seeds and learning rates of a model train together under `jax.vmap`. The sizes smoke and
+cpu draw fresh samples in every step, paper repeats 100,000 of them for 64 epochs.
 
 Source of the task and of the settings: Beck et al. 2024, arXiv:2405.04517, appendix B.1.2; the
 cited figures have no printed numbers. Among its statements: xLSTM[1:1] and [1:0] solve the three
-settings up to (256, 16) at all widths, xLSTM[0:1] falls short of them for want of memory, and
-Llama is the upper reference.
+settings up to (256, 16) at all widths, xLSTM[0:1] lacks the memory for them, and Llama is the upper
+reference.
 """
 
 import dataclasses

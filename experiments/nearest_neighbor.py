@@ -1,8 +1,8 @@
 """Can a model revise a stored value when it meets a closer match? The classic LSTM hardly can.
 
-Expected: with the best of three learning rates, the mean squared error of xLSTM[0:1] on
-validation sequences is below that of the LSTM, averaged over seeds, and every model that is trained
-at its best learning rate is below 1/12, the error of the constant 1/2.
+Expected: with the best of three learning rates, the mean squared error of xLSTM[0:1] on validation
+sequences is below that of the LSTM, averaged over seeds, and every model that is trained at its
+best learning rate is below 1/12, the error of the constant 1/2.
 
     python experiments/nearest_neighbor.py --size cpu        # four models, JSON and plot
 

@@ -10,11 +10,11 @@ has fewer validation bits per byte than AdamW with every seed; the means of the 
     python experiments/optimizers.py --optimizers muon adamw --seeds 1      # a part of the runs
     xlstm-jax train experiments/optimizers.py               # only Muon, as an ordinary run
 
-The model and the data are those of char_lm.py; only the optimizer and its learning rate differ.
-The rate is the best of three (`RATES`) in short runs with seed 0; other seeds are then trained at
-this rate. All schedules are cosine, except that the schedule-free one stays constant after warm-up.
-Finished runs are not repeated, and the result has all that are finished. A larger model may
-rank optimizers differently. Sizes: smoke (seconds), cpu (the experiment), paper (an accelerator).
+The model and the data are those of char_lm.py; only the optimizer and its learning rate differ. The
+rate is the best of three (`RATES`) in short runs with seed 0; other seeds are then trained at this
+rate. All schedules are cosine, except that the schedule-free one stays constant after warm-up.
+Finished runs are not repeated, and the result has all finished ones. A larger model may rank
+optimizers differently. Sizes: smoke (seconds), cpu (the experiment), paper (an accelerator).
 """
 
 import dataclasses

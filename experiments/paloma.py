@@ -14,10 +14,10 @@ texts: both have fewer bits per byte on validation source code than on any other
     python experiments/paloma.py --size paper --models XLSTM LLAMA MAMBA --domains DOMAINS
     xlstm-jax evaluate XLSTM LLAMA --domains DOMAINS                   # the same figures, by domain
 
-RAW has files .jsonl or .jsonl.gz, at any depth, of objects with text, source and subdomain;
-DOMAINS gets one file SOURCE__SUBDOMAIN.jsonl for each domain. MODELS are runs, folders of
-transformers, or hf://ORG/NAME; the wins of the first over each other one are counted.
-`--size paper:FAMILY_SIZE` of `xlstm-jax train` trains a published model.
+RAW has files .jsonl or .jsonl.gz, at any depth, of objects with text, source and subdomain; DOMAINS
+gets one file SOURCE__SUBDOMAIN.jsonl for each domain. MODELS are runs, folders of transformers, or
+hf://ORG/NAME; the wins of the first over each other one are counted. `--size paper:FAMILY_SIZE` of
+`xlstm-jax train` trains a published model.
 
 Source: Beck et al. 2024, arXiv:2405.04517, tables 4, 9 and 10; Magnusson et al. 2023,
 arXiv:2312.10523. Sizes: smoke (seconds), cpu (minutes), paper (models of the user).

@@ -1,4 +1,4 @@
-"""Where should sLSTM blocks be? All numbers and positions, times learning rates, in one program.
+"""Where should sLSTM blocks be? All patterns, learning rates and seeds in one program.
 
 Published: the sLSTM blocks of xLSTM[7:1] are at chosen positions, half of them early, and no
 comparison of positions is printed; at 350M parameters, [7:1] and [1:0] are 0.4 % apart (perplexity
@@ -255,7 +255,7 @@ def valid_batches(cfg: ExperimentConfig) -> Iterator[Batch]:
 
 
 def checked_patterns(size: str) -> list[str]:
-    """The patterns whose ordinary models are compared with the grid: without, half and only s."""
+    """The patterns whose ordinary models are compared with the grid: no, half and only s."""
     n = SIZES[size].model.num_blocks
     half = ("ms" * n)[:n]
     return [half] if size == "smoke" else ["m" * n, half, "s" * n]

@@ -1,13 +1,13 @@
 """How well do models predict rare tokens, by how often a token occurs in the training text?
 
 Published, for models of 125 million parameters on Wikitext-103: an LSTM in a Transformer block is
-worse on rare tokens than Llama, and xLSTM[1:0] closes the gap. (The values are in a picture only.)
+worse on rare tokens than Llama, and xLSTM[1:0] closes the gap. (The values are in a figure only.)
 
 Expected of the size cpu, a byte-pair encoding of 4,096 tokens of the built-in corpus: the mean of
 the buckets, weighted by their tokens, is the pooled loss; the loss of every model falls from each
-bucket of frequencies to the next. No order of the models is expected of so small a size, and the
-measured one is another than the published: after 300 steps Llama is last in every bucket of tokens
-with at least 10 occurrences, as it is in all of comparison.py.
+bucket of frequencies to the next. No order of the models is expected at so small a size. The
+measured order differs from the published one: after 300 steps Llama is last in every bucket of
+tokens with at least 10 occurrences, as in comparison.py.
 
     python experiments/rare_tokens.py --size cpu        # all models, one JSON file and one plot
     python experiments/rare_tokens.py --models Llama    # one of the models

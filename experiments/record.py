@@ -44,7 +44,7 @@ def save(
 ) -> int:
     """Writes the record and its plot, beside it, and prints which expectations hold.
 
-    `record["outcome"]` has a truth value for each expectation, in words.
+    `record["outcome"]` maps each expectation, in words, to whether it holds.
 
     Returns the exit code: 0 if all hold, else 1; 0 at the size smoke, whose runs are too short.
     """

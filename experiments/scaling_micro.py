@@ -47,7 +47,7 @@ TRAIN = TrainConfig(
     warmup_steps=0.1,
     grad_clip=1.0,
     log_every=20,
-    eval_every=1_000_000,  # the last step alone
+    eval_every=1_000_000,  # only after the last step
     eval_batches=100,
     checkpoint_every=0,
     keep=1,
@@ -61,7 +61,7 @@ def xlstm(shape: Shape) -> LMConfig:
 
 
 def mixed(shape: Shape) -> LMConfig:
-    """In the manner of xLSTM[7:1]: the second block is an sLSTM, of at most four."""
+    """Like xLSTM[7:1]: the second block is an sLSTM, of at most four."""
     return _model(shape, at(shape.num_blocks, slstm=[1] if shape.num_blocks > 1 else [0]))
 
 

@@ -2,8 +2,8 @@
 
 Published validation perplexity: xLSTM[1:0] 13.43, xLSTM[7:1] 13.48, Mamba 13.70, Llama 14.25,
 RWKV-4 15.62. The answer at the size paper is whether our models have this order at step 28,170. The
-size cpu is a test of the path, not of the order: the built-in text is prepared as SlimPajama would
-be, and a small model of each family is trained on it by ordinary runs.
+size cpu tests the pipeline, not the order: the built-in text is prepared as SlimPajama would be,
+and a small model of each family is trained on it by ordinary runs.
 
 Expected at the size cpu: every model ends below 4 bits per byte of validation text (byte
 frequencies alone: about 4.8).

@@ -1,4 +1,4 @@
-"""xLSTM beside the models that it is compared with: train steps, and decoding by context.
+"""Times train steps, and decoding by context, of xLSTM and the baselines.
 
 Targets: at least the tokens per second of `transformers` for Llama, Mamba and RWKV-4 with the same
 weights; a time per token and a state that do not grow with the context for all models but Llama.

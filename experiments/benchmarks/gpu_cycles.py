@@ -1,4 +1,4 @@
-"""What the mLSTM kernels ask of an H200, by counting: matrix units, schedulers and the L2 cache.
+"""Counts what the mLSTM kernels need of an H200: matrix units, schedulers and the L2 cache.
 
     .venv-compile/bin/python experiments/benchmarks/gpu_cycles.py
     .venv-compile/bin/python experiments/benchmarks/gpu_cycles.py --K 128 --V 256 --out RESULT.json
@@ -7,8 +7,8 @@ No GPU is needed. Kernels are compiled for sm_90 and disassembled: instructions 
 its trips, and cycles of the matrix units. Those of Mosaic GPU kernels are counted from their
 blocks. Bytes are what programs load from the L2 cache, and the sizes of operands and results.
 
-A count is a lower bound for each unit, not a time: waits are not in it, and what overlaps with what
-is known on a device only.
+A count is a lower bound for each unit, not a time: it excludes waits, and only a device shows which
+units overlap.
 """
 
 import dataclasses
