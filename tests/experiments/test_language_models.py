@@ -1,4 +1,4 @@
-"""The recipes of language models: variants, outcomes, domains, questions; runs of size smoke."""
+"""Experiments with language models: variants, outcomes, domains, questions; size smoke."""
 
 import gzip
 import json

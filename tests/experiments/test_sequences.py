@@ -113,7 +113,7 @@ def test_generated_expressions_have_their_values_as_classes():
     assert set(batch.targets[batch.weights > 0].tolist()) <= set(range(10))
 
 
-def test_the_best_constant_knows_the_operator_only():
+def test_the_best_constant_depends_on_the_operator_only():
     max_, min_ = listops.OPERATOR, listops.OPERATOR + 1
     inputs = np.array([[max_, 0], [max_, 0], [max_, 0], [min_, 0]], np.int32)
     targets = np.array([[-1, 9], [-1, 9], [-1, 8], [-1, 0]], np.int32)
@@ -144,7 +144,7 @@ def test_a_translation_is_the_only_target_of_its_sequence():
     assert len(set(translation.WORDS)) == translation.NUM_SYMBOLS
 
 
-def test_the_class_of_a_frame_is_told_once_in_its_segment():
+def test_the_class_of_a_frame_is_shown_once_in_its_segment():
     batch = frame_classifier.signals(0, 50)
     for frames, classes, valid in zip(batch.inputs, batch.targets, batch.weights, strict=True):
         frames, classes = frames[valid > 0], classes[valid > 0]
