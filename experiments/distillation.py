@@ -1,7 +1,7 @@
 """Can a trained Transformer be distilled to an xLSTM, with a fraction of its training tokens?
 
 A student has the teacher's width and depth. Each attention is replaced by an mLSTM ("xlstm"), or by
-an mLSTM beside a short window of attention ("hybrid"). It inherits all other weights, and those of
+an mLSTM and a short window of attention ("hybrid"). It inherits all other weights, and those of
 queries, keys, values and outputs. Two losses train it, one after the other:
 
     hidden     squared differences of the hidden states after every block, relative to their size
@@ -77,7 +77,7 @@ class Arguments(measure.Arguments):
     """What to run, and where."""
 
     size: Literal["smoke", "cpu"] = "cpu"
-    out: pathlib.Path | None = RESULTS / "distillation.json"  # the picture is written beside it
+    out: pathlib.Path | None = RESULTS / "distillation.json"  # the plot is written next to it
     runs: pathlib.Path = pathlib.Path("runs/distillation")
     teacher: pathlib.Path | None = None  # a run; None: train one
 

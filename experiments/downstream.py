@@ -210,7 +210,7 @@ class Options:
 
 
 def paper(sources: Sequence[str], task_path: pathlib.Path | None) -> dict[str, Any]:
-    """The published table beside that of the given models."""
+    """The published table and that of the given models."""
     if not sources:
         raise ConfigError(
             "--models must name at least one model with --size paper, got none; name runs or "

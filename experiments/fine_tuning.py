@@ -12,7 +12,7 @@ in the layout of transformers; `--base FOLDER` takes another such folder, with i
 conversations ask for facts from a table, in several phrasings, and for a word of a list. Validation
 questions are new combinations of known facts and known phrasings.
 
-`xlstm-jax train experiments/fine_tuning.py` trains the base alone, on bytes.
+`xlstm-jax train experiments/fine_tuning.py` trains only the base, on bytes.
 """
 
 import dataclasses
@@ -98,7 +98,7 @@ class Arguments(measure.Arguments):
     """What to run, and where."""
 
     size: Literal["smoke", "cpu"] = "cpu"
-    out: pathlib.Path | None = RESULTS / "fine_tuning.json"  # the picture is written beside it
+    out: pathlib.Path | None = RESULTS / "fine_tuning.json"  # the plot is written next to it
     runs: pathlib.Path = pathlib.Path("runs/fine_tuning")  # emptied first
     base: pathlib.Path | None = None  # folder of transformers with its tokenizer; None: train one
     peer: str | None = None  # interpreter with torch, transformers and peft; None: not compared
@@ -121,7 +121,7 @@ def train_base(cfg: ExperimentConfig, folder: pathlib.Path) -> pathlib.Path:
     texts = [document.data for document in itertools.islice(corpus.documents["train"], 200)]
     out = folder / "base"
     out.mkdir(parents=True)
-    # Names and colors get tokens of their own.
+    # Names and colors become single tokens.
     chats = [json.dumps(chat).encode() for chat in itertools.chain(*conversations().values())]
     train_bpe([*texts, *chats], VOCAB_SIZE, out)
     (out / "chat_template.jinja").write_text(TEMPLATE)

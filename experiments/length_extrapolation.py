@@ -6,7 +6,7 @@ trained at these rotary positions, explodes. (The values are printed in a figure
 
 Expected of the size cpu, trained at a context of 64: the bits per byte of both xLSTMs at 128 to
 1024 are at most 3 % above those at 64; those of Llama rise by at least 10 % at 1024. Mamba and
-RWKV-4 are measured beside them, without an expectation.
+RWKV-4 are measured too, without an expectation.
 
     python experiments/length_extrapolation.py --size cpu   # all models, one JSON file and plot
     python experiments/length_extrapolation.py --models Llama   # one of the models

@@ -282,7 +282,7 @@ def outcome(result: dict[str, Any], setting: Setting, size: str) -> dict[str, bo
 
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
-    """Training loss, and test accuracies beside chance and the published ones."""
+    """Training loss, and test accuracies, with chance and the published ones."""
     plt = record.pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     curve = np.array(result["loss_curve"])

@@ -42,7 +42,7 @@ def save(
     path: pathlib.Path,
     plot: Callable[[dict[str, Any], pathlib.Path], None] | None = None,
 ) -> int:
-    """Writes the record and its plot, beside it, and prints which expectations hold.
+    """Writes the record and, next to it, its plot, and prints which expectations hold.
 
     `record["outcome"]` maps each expectation, in words, to whether it holds.
 

@@ -56,7 +56,7 @@ TRAIN = TrainConfig(
 
 
 def xlstm(shape: Shape) -> LMConfig:
-    """xLSTM[1:0]: mLSTM blocks alone."""
+    """xLSTM[1:0]: mLSTM blocks only."""
     return _model(shape, "m" * shape.num_blocks)
 
 
@@ -217,7 +217,7 @@ class Options:
 
     size: record.Size = "cpu"
     runs: pathlib.Path = pathlib.Path("runs/scaling_micro")  # folder of the runs
-    out: pathlib.Path = record.RESULTS / "scaling_micro.json"  # the plot is written beside it
+    out: pathlib.Path = record.RESULTS / "scaling_micro.json"  # the plot is written next to it
 
 
 def main(options: Options) -> int:

@@ -1,4 +1,4 @@
-"""Decoding speed of a large-block model beside `transformers` with the same weights, on a CPU.
+"""Decoding speed of a large-block model and of `transformers` with the same weights, on a CPU.
 
 Targets, in float32 on two cores: at batch size 1 three times the tokens per second of the peer and
 60 % of the memory speed; at batch size 8 four times, or half of the roofline if that is lower.
