@@ -229,9 +229,9 @@ def main(options: Options) -> int:
     if codes := [one.code for one in states if one.state != "finished"]:
         print(f"{len(codes)} of {len(states)} runs are not finished; repeat the command.")
         return max(1, *codes)
-    runs = scaling.collect(options.runs).rows
-    families = analyze(runs)
-    result |= {"rows": runs, "families": families, "outcome": outcome(runs, families)}
+    rows = scaling.collect(options.runs).rows
+    families = analyze(rows)
+    result |= {"rows": rows, "families": families, "outcome": outcome(rows, families)}
     return record.save(result, options.out, plot)
 
 

@@ -15,7 +15,7 @@ from xlstm_jax.scaling import Point, Shape
 
 def published() -> list[dict[str, str]]:
     """The runs of the study's analysis; skips the test unless XLSTM_REFERENCE_DATA has them."""
-    return [run for run in reference.rows("runs.csv") if run["selected"] == "True"]
+    return [row for row in reference.rows("runs.csv") if row["selected"] == "True"]
 
 
 def _shape(run) -> Shape:
