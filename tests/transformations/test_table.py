@@ -55,13 +55,13 @@ def test_every_cell_names_a_test_or_gives_a_reason():
     ids, root = collected(), PAGE.parents[1]
     for row, column, content in cells():
         if content not in reasons:
-            test = tests[content].replace("CASE", row)
+            test = tests[content].replace("ROW", row)
             assert test in ids or (root / test).is_file(), f"{row}, {column}: {test}"
 
 
 def test_every_test_of_a_row_is_in_the_table():
     tests = dict(row[:2] for row in table("Tests")[1:])
-    named = {tests[cell].replace("CASE", row) for row, _, cell in cells() if cell in tests}
+    named = {tests[cell].replace("ROW", row) for row, _, cell in cells() if cell in tests}
     rows = "|".join(re.escape(row.name) for row in ROWS)
     of_rows = {case for case in collected() if re.search(rf"\[({rows})(-float64)?\]$", case)}
     assert of_rows <= named
