@@ -112,9 +112,9 @@ def train(args: Arguments, kind: str, steps: int, seed: int) -> dict[str, Any]:
     start = time.perf_counter()
     state = fit(cfg, args.runs / cfg.name, fresh=True, console=True).state
     seconds = time.perf_counter() - start
-    # All of the held-out bytes; evaluations during training are samples.
-    held_out = load(cfg.data, "valid")
-    evaluation = perplexity(LM(cfg.model), {"params": state.params}, held_out, batch_size=32)
+    # All of the validation bytes; evaluations during training are samples.
+    valid = load(cfg.data, "valid")
+    evaluation = perplexity(LM(cfg.model), {"params": state.params}, valid, batch_size=32)
     manifest = json.loads((args.data / kind / "manifest.json").read_text())
     return {
         "kind": kind,

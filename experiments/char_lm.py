@@ -1,11 +1,11 @@
 """Can a small xLSTM learn to write source code, byte by byte, in a few minutes on two CPU cores?
 
-Expected: at most 3.0 bits per byte on held-out text, decreasing at every evaluation. (A uniform
+Expected: at most 3.0 bits per byte on validation text, decreasing at every evaluation. (A uniform
 distribution has 8 bits per byte, byte frequencies alone about 4.8.)
 
     xlstm-jax train experiments/char_lm.py --size cpu
 
-Data: the standard library of the running Python, split by file, so held-out text comes from files
+Data: the standard library of the running Python, split by file, so validation text comes from files
 that are not trained on. Sizes: smoke (seconds, a functional test), cpu (the experiment), paper (a
 larger model, for an accelerator).
 """

@@ -1,23 +1,23 @@
-"""Which model predicts text best after equal training: xLSTM or the models it is compared with?
+"""Which model predicts text best after equal training: xLSTM or another one?
 
 Published perplexities, at 350M parameters and 15B tokens: xLSTM[1:0] 13.43, xLSTM[7:1]
 13.48, Mamba 13.70, Llama 14.25, RWKV-4 15.62. Mamba-2, the gated delta net and the hybrid are not
 in that table; an LSTM in a Transformer block is in the ablation of the same paper.
 
-Expected of the size cpu: the parameters of all models are equal within 2 %, the held-out loss of
+Expected of the size cpu: the parameters of all models are equal within 2 %, the validation loss of
 every model falls at every evaluation, and ends below 3 bits per byte (byte frequencies alone have
 about 4.8). No order of the models is expected: it is one seed of models of half a million
-parameters, all trained at one learning rate on 1.2 million bytes, where it counts most how fast a
-model learns at first. The record lists every pair whose order differs from the published one.
+parameters, all trained at one learning rate on 1.2 million bytes, where the speed of early learning
+matters most. The record lists every pair whose order differs from the published one.
 
     python experiments/comparison.py --size cpu             # all models, one JSON file and one plot
     python experiments/comparison.py --models Llama Mamba   # a part of the models
     xlstm-jax train experiments/comparison.py               # only xLSTM[1:0], as an ordinary run
 
-Finished models are not trained again, an interrupted one is resumed, and the result has all that
-are finished. The number of blocks is that of the paper's convention: two xLSTM or Mamba blocks for
-each block with a feed-forward layer of its own. "LSTM (block)" is the letter L, an LSTM in place
-of attention. Widths of feed-forward or inner layers are chosen so that parameters are equal.
+Finished models are not trained again, an interrupted one is resumed, and the result has all
+finished ones. As in the paper, two xLSTM or Mamba blocks replace one block with a feed-forward
+layer of its own. "LSTM (block)" is the letter L, an LSTM instead of attention. Widths of
+feed-forward or inner layers are chosen so that parameters are equal.
 
 Source: Beck et al. 2024, arXiv:2405.04517, table 1. Sizes: smoke (seconds), cpu (the experiment),
 paper (350M presets on SlimPajama, which `--source` names: a folder of `xlstm-jax data prepare`).
@@ -171,19 +171,19 @@ def folder_of(runs: pathlib.Path, size: str, name: str) -> pathlib.Path:
 def finished(cfg: ExperimentConfig, folder: pathlib.Path) -> dict[str, Any] | None:
     """What a finished run measured; None if it is not finished."""
     records = rundir.read_metrics(folder / rundir.METRICS)
-    held_out = {r["step"]: r["valid_bits_per_byte"] for r in records if "valid_loss" in r}
+    valid = {r["step"]: r["valid_bits_per_byte"] for r in records if "valid_loss" in r}
     train = {r["step"]: r["loss"] / math.log(2) for r in records if "loss" in r}
-    if not (held_out and train) or max(held_out) < cfg.train.steps:
+    if not (valid and train) or max(valid) < cfg.train.steps:
         return None
     tokens, times = cfg.data.batch_size * cfg.data.seq_len, [r.get("step_time") for r in records]
     return {
         "pattern": cfg.model.pattern,
         "parameters": count_params(cfg.model),
         "flops_per_token": train_flops(cfg.model, cfg.data.seq_len) / cfg.data.seq_len,
-        "bits_per_byte": held_out[max(held_out)],
-        # Other load only slows a step down, so the fastest interval is closest to the truth.
+        "bits_per_byte": valid[max(valid)],
+        # Other load only slows steps down, so the fastest interval is the most accurate.
         "tokens_per_second": tokens / min(filter(None, times)),
-        "curve": held_out,
+        "curve": valid,
         "train_bits_per_token": train,
     }
 
@@ -207,7 +207,7 @@ def outcome(size: str, models: dict[str, dict[str, Any]]) -> dict[str, bool]:
     """Whether each expectation holds, as far as the models are trained."""
     curves = [list(model["curve"].values()) for model in models.values()]
     falls = all(a > b for curve in curves for a, b in itertools.pairwise(curve))
-    checks = {"the held-out loss of every model falls at every evaluation": falls}
+    checks = {"the validation loss of every model falls at every evaluation": falls}
     if size == "cpu":
         counts = [model["parameters"] for model in models.values()]
         equal = max(counts) <= (1 + TOLERANCE) * min(counts)
@@ -231,7 +231,7 @@ def reversed_pairs(models: dict[str, dict[str, Any]]) -> list[str]:
 def table(models: dict[str, dict[str, Any]]) -> str:
     """A Markdown table, the best model first."""
     header = ["model", "parameters", "FLOPs per token", "bits per byte", "tokens/s"]
-    rows = [
+    lines = [
         [
             name,
             f"{model['parameters']:,}",
@@ -241,11 +241,11 @@ def table(models: dict[str, dict[str, Any]]) -> str:
         ]
         for name, model in sorted(models.items(), key=lambda item: item[1]["bits_per_byte"])
     ]
-    return measure.table(header, rows)
+    return measure.table(header, lines)
 
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
-    """Plots held-out bits per byte over steps, and the last value over tokens per second."""
+    """Plots validation bits per byte over steps, and the last value over tokens per second."""
     plt = record.pyplot()
     figure, (curves, speed) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for number, (name, model) in enumerate(result["models"].items()):
@@ -257,10 +257,10 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
         label = dict(textcoords="offset points", fontsize=9, ha="center")
         speed.annotate(name, point, (0, 9 if number % 2 else -17), **label)  # may be close
     curves.set_xlabel("step")
-    curves.set_ylabel("held-out bits per byte")
+    curves.set_ylabel("validation bits per byte")
     curves.legend(frameon=False, fontsize=9)
     speed.set_xlabel("thousand tokens per second")
-    speed.set_ylabel("held-out bits per byte after the last step")
+    speed.set_ylabel("validation bits per byte after the last step")
     speed.margins(x=0.25, y=0.12)
     for axes in (curves, speed):
         axes.grid(alpha=0.3)

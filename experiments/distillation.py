@@ -1,7 +1,7 @@
 """Can a trained Transformer be distilled to an xLSTM, with a fraction of its training tokens?
 
 A student has the teacher's width and depth. Each attention is replaced by an mLSTM ("xlstm"), or by
-an mLSTM beside a short window of attention ("hybrid"). It inherits all other weights, and those of
+an mLSTM and a short window of attention ("hybrid"). It inherits all other weights, and those of
 queries, keys, values and outputs. Two losses train it, one after the other:
 
     hidden     squared differences of the hidden states after every block, relative to their size
@@ -10,8 +10,8 @@ queries, keys, values and outputs. Two losses train it, one after the other:
 Both are a `loss_fn` of `fit`. The same student is also trained on tokens for as many steps, from
 inherited weights ("inherited") and from new ones ("scratch").
 
-Expected: distilled students have a lower held-out loss than both, and predict the teacher's tokens
-more often. The hybrid one is within 5 % of the teacher. States do not grow with the length.
+Expected: distilled students have a lower validation loss than both, and predict the teacher's
+tokens more often. The hybrid one is within 5 % of the teacher. States do not grow with the length.
 
     python experiments/distillation.py                    # runs/distillation, results, a picture
     python experiments/distillation.py --teacher RUN      # a run of attention blocks (letter a)
@@ -77,7 +77,7 @@ class Arguments(measure.Arguments):
     """What to run, and where."""
 
     size: Literal["smoke", "cpu"] = "cpu"
-    out: pathlib.Path | None = RESULTS / "distillation.json"  # the picture is written beside it
+    out: pathlib.Path | None = RESULTS / "distillation.json"  # the plot is written next to it
     runs: pathlib.Path = pathlib.Path("runs/distillation")
     teacher: pathlib.Path | None = None  # a run; None: train one
 
@@ -197,15 +197,15 @@ def _sums(loss: Float[Array, "B T"], batch: Batch) -> tuple[Float[Array, ""], Cr
 LOSSES = {"hidden": hidden_loss, "sparse_kl": sparse_kl_loss}
 
 
-class HeldOut(NamedTuple):
-    """What a model predicts on held-out text."""
+class Evaluation(NamedTuple):
+    """What a model predicts on validation text."""
 
     loss: float  # nats per token
     tokens: np.ndarray  # the most likely one at every position
 
 
-def evaluate(cfg: ExperimentConfig, params: PyTree) -> HeldOut:
-    """Held-out loss and predictions."""
+def evaluate(cfg: ExperimentConfig, params: PyTree) -> Evaluation:
+    """Validation loss and predictions."""
     model = LM(cfg.model)
 
     @jax.jit
@@ -219,13 +219,13 @@ def evaluate(cfg: ExperimentConfig, params: PyTree) -> HeldOut:
     nats, counts, tokens = zip(
         *(jax.device_get(run(params, batch)) for batch in batches), strict=True
     )
-    return HeldOut(float(sum(nats) / sum(counts)), np.concatenate(tokens))
+    return Evaluation(float(sum(nats) / sum(counts)), np.concatenate(tokens))
 
 
 def distill(
     cfg: ExperimentConfig,
     teacher_params: PyTree,
-    expected: HeldOut,
+    expected: Evaluation,
     name: str,
     steps: dict[str, int],
     runs: pathlib.Path,
@@ -323,7 +323,7 @@ def outcome(result: dict[str, Any]) -> dict[str, bool]:
 
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
-    """Plots held-out loss and agreement with the teacher of every student."""
+    """Plots validation loss and agreement with the teacher of every student."""
     import matplotlib
 
     matplotlib.use("Agg")  # needs no display
@@ -344,7 +344,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
             )
     teacher = result["teacher"]["valid_loss"]
     left.axhline(teacher, color="0.3", lw=1, ls="--", label="teacher")
-    left.set_ylabel("held-out nats per byte")
+    left.set_ylabel("validation nats per byte")
     right.set_ylabel("share of the teacher's most likely bytes")
     for axes in (left, right):
         axes.grid(axis="y", alpha=0.3)

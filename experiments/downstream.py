@@ -5,9 +5,9 @@ xLSTM[1:0] 58.48 %, Mamba 58.41 %, xLSTM[7:1] 58.10 %, Llama 56.99 %, RWKV-4 54.
 those of the EleutherAI harness: LAMBADA (OpenAI), PIQA, ARC-easy and WinoGrande by accuracy,
 HellaSwag and ARC-challenge by the accuracy of choices normalized by their length. The paper takes
 the best of float32, bfloat16 and mixed precision; here parameters are float32 and activations have
-the dtype of the model, which the record says.
+the dtype of the model, which is in the record.
 
-Expected at the size cpu, with small models trained on source code and 200 questions from held-out
+Expected at the size cpu, with small models trained on source code and 200 questions from validation
 code: both choose the line that follows four others with an accuracy above 0.32, two standard errors
 above chance (0.25), and guess the last word of a line (LAMBADA's question) in more than 2 %.
 
@@ -99,8 +99,8 @@ def config(size: str = "cpu", model: str = "") -> ExperimentConfig:
     return paloma.config(size, model)
 
 
-def held_out_lines(corpus: str) -> list[list[str]]:
-    """The lines with text of every held-out document, in ASCII."""
+def validation_lines(corpus: str) -> list[list[str]]:
+    """The lines with text of every document of the validation and test splits, in ASCII."""
     documents = corpora.read_corpus(corpus).documents
     texts = (d.data.decode("ascii", "ignore") for d in (*documents["valid"], *documents["test"]))
     lines = [[line + "\n" for line in text.splitlines() if len(line) > 12] for text in texts]
@@ -109,7 +109,7 @@ def held_out_lines(corpus: str) -> list[list[str]]:
 
 def questions(corpus: str, count: int) -> Iterator[Question]:
     """Which line follows four others? The other choices are lines of other documents."""
-    rng, documents = np.random.default_rng(0), held_out_lines(corpus)
+    rng, documents = np.random.default_rng(0), validation_lines(corpus)
     for _ in range(count):
         first, *others = rng.permutation(len(documents))[:NUM_CHOICES].tolist()
         start = int(rng.integers(len(documents[first]) - 4))
@@ -120,9 +120,9 @@ def questions(corpus: str, count: int) -> Iterator[Question]:
 
 def last_words(corpus: str, count: int) -> Iterator[Question]:
     """Which word ends a line, given the lines before it? The word also occurs before."""
-    rng, documents = np.random.default_rng(1), held_out_lines(corpus)
-    found, tries = 0, 0
-    while found < count and tries < 1000 * count:
+    rng, documents = np.random.default_rng(1), validation_lines(corpus)
+    num_questions, tries = 0, 0
+    while num_questions < count and tries < 1000 * count:
         tries += 1
         document = documents[int(rng.integers(len(documents)))]
         start = int(rng.integers(len(document) - 4))
@@ -130,7 +130,7 @@ def last_words(corpus: str, count: int) -> Iterator[Question]:
         match = re.search(r"\b(\w{4,})\W*\n$", text)
         if match is None or match[1] not in text[: match.start(1)]:
             continue
-        found += 1
+        num_questions += 1
         yield Question(text[: match.start(1)][-CONTEXT_BYTES:], (match[1],))
 
 
@@ -192,7 +192,7 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
     axes.plot([-0.4, 1.4], [1 / NUM_CHOICES] * 2, ":", color="0.3", label="chance")
     axes.set_xticks(range(len(names)), list(names.values()))
     axes.set_ylabel("accuracy")
-    axes.set_title(f"Questions from held-out text, size {result['size']}")
+    axes.set_title(f"Questions from validation text, size {result['size']}")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -210,7 +210,7 @@ class Options:
 
 
 def paper(sources: Sequence[str], task_path: pathlib.Path | None) -> dict[str, Any]:
-    """The published table beside that of the given models."""
+    """The published table and that of the given models."""
     if not sources:
         raise ConfigError(
             "--models must name at least one model with --size paper, got none; name runs or "

@@ -1,18 +1,18 @@
 """Does fine-tuning a checkpoint of transformers on conversations teach it to answer, with LoRA too?
 
-Expected: both ways lower the loss of held-out answers by more than half and answer most held-out
-questions exactly; LoRA leaves the base weights bit-identical and needs less than a fifth of the
-optimizer state; `transformers` computes the logits of the merged model, and `peft` those of the
+Expected: both methods lower the loss of validation answers by more than half and answer most of
+these questions exactly; LoRA leaves the base weights bit-identical and needs less than a fifth of
+the optimizer state; `transformers` computes the logits of the merged model, and `peft` those of the
 adapters, up to rounding.
 
     python experiments/fine_tuning.py --peer PYTHON    # an interpreter with transformers and peft
 
 The script trains a small model of large blocks and a BPE on the library of Python, and exports it
 in the layout of transformers; `--base FOLDER` takes another such folder, with its tokenizer. The
-conversations ask for facts from a table, in several phrasings, and for a word of a list. Of the
-facts, held-out questions combine known ones and known phrasings anew.
+conversations ask for facts from a table, in several phrasings, and for a word of a list. Validation
+questions are new combinations of known facts and known phrasings.
 
-`xlstm-jax train experiments/fine_tuning.py` trains the base alone, on bytes.
+`xlstm-jax train experiments/fine_tuning.py` trains only the base, on bytes.
 """
 
 import dataclasses
@@ -98,7 +98,7 @@ class Arguments(measure.Arguments):
     """What to run, and where."""
 
     size: Literal["smoke", "cpu"] = "cpu"
-    out: pathlib.Path | None = RESULTS / "fine_tuning.json"  # the picture is written beside it
+    out: pathlib.Path | None = RESULTS / "fine_tuning.json"  # the plot is written next to it
     runs: pathlib.Path = pathlib.Path("runs/fine_tuning")  # emptied first
     base: pathlib.Path | None = None  # folder of transformers with its tokenizer; None: train one
     peer: str | None = None  # interpreter with torch, transformers and peft; None: not compared
@@ -121,9 +121,9 @@ def train_base(cfg: ExperimentConfig, folder: pathlib.Path) -> pathlib.Path:
     texts = [document.data for document in itertools.islice(corpus.documents["train"], 200)]
     out = folder / "base"
     out.mkdir(parents=True)
-    # Names and colors get tokens of their own.
-    questions = [json.dumps(row).encode() for row in itertools.chain(*conversations().values())]
-    train_bpe([*texts, *questions], VOCAB_SIZE, out)
+    # Names and colors become single tokens.
+    chats = [json.dumps(chat).encode() for chat in itertools.chain(*conversations().values())]
+    train_bpe([*texts, *chats], VOCAB_SIZE, out)
     (out / "chat_template.jinja").write_text(TEMPLATE)
     data = dataclasses.replace(cfg.data, tokenizer=str(out))
     cfg = dataclasses.replace(cfg, name="base", data=data)
@@ -137,7 +137,7 @@ def train_base(cfg: ExperimentConfig, folder: pathlib.Path) -> pathlib.Path:
 
 
 def conversations() -> dict[str, list[dict[str, Any]]]:
-    """Rows of the splits train and valid."""
+    """The conversations of the splits train and valid."""
     rng = random.Random(0)
     facts = {name: rng.choice(COLORS) for name in NAMES}
     pairs = [
@@ -150,19 +150,19 @@ def conversations() -> dict[str, list[dict[str, Any]]]:
             pairs.append((question.format(" ".join(words)), word))
     pairs = list(dict.fromkeys(pairs))
     rng.shuffle(pairs)
-    rows = [
+    chats = [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
         for q, a in pairs
     ]
-    return {"train": rows[100:], "valid": rows[:100]}
+    return {"train": chats[100:], "valid": chats[:100]}
 
 
 def prepare_chat(base: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     """The conversations, tokenized, with a mask of the answers; as `data prepare --chat`."""
-    for split, rows in conversations().items():
+    for split, chats in conversations().items():
         (folder / "chat" / split).mkdir(parents=True)
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / "chat" / split / "rows.jsonl").write_text(text)
+        text = "".join(json.dumps(chat) + "\n" for chat in chats)
+        (folder / "chat" / split / "conversations.jsonl").write_text(text)
     cfg = PrepareConfig(source=str(folder / "chat"), tokenizer=str(base), chat=True)
     prepare(cfg, folder / "tokens", num_workers=1)
     return folder / "tokens"
@@ -206,14 +206,14 @@ def fine_tune(
 
 
 def answers(model: LMConfig, params: Any, base: pathlib.Path) -> float:
-    """Share of the held-out questions whose greedy answer is exact."""
+    """Share of the validation questions whose greedy answer is exact."""
     from xlstm_jax.generate import generate
 
     tokenizer, template = tokenizers.get(str(base)), chat.load(str(base))
-    rows = [row["messages"] for row in conversations()["valid"]]
+    chats = [one["messages"] for one in conversations()["valid"]]
     prompts = []
-    for row in rows:
-        ids, is_target, _ = template.encode(tokenizer, row, "held-out questions")
+    for messages in chats:
+        ids, is_target, _ = template.encode(tokenizer, messages, "validation questions")
         prompts.append(ids[: is_target.argmax()].tolist())
     generated = generate(
         LM(model),
@@ -223,9 +223,8 @@ def answers(model: LMConfig, params: Any, base: pathlib.Path) -> float:
         stop=(tokenizer.eos_id,),
     ).tokens
     texts = [tokenizer.decode(list(_until(ids, tokenizer.eos_id))) for ids in generated]
-    return float(
-        np.mean([a == f" {row[-1]['content']}" for a, row in zip(texts, rows, strict=True)])
-    )
+    expected = [f" {messages[-1]['content']}" for messages in chats]
+    return float(np.mean([a == b for a, b in zip(texts, expected, strict=True)]))
 
 
 def _until(ids: Sequence[int], end: int) -> Iterator[int]:
@@ -299,8 +298,8 @@ def main(args: Arguments) -> int:
         )
         result[kind]["exact_answers"] = answers(model, tuned, base)
         if kind == "lora":
-            kept = {name: tree for name, tree in state_params.items() if name != "lora"}
-            result["base_is_unchanged"] = digest(kept) == digest(params)
+            unchanged = {name: tree for name, tree in state_params.items() if name != "lora"}
+            result["base_is_unchanged"] = digest(unchanged) == digest(params)
             if args.peer is not None:
                 adapters = state_params["lora"]
                 result["peer"] = compare(args.peer, base, model, tuned, adapters, args.runs)
@@ -343,14 +342,14 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     labels = {"full": "all parameters", "lora": f"LoRA, rank {LORA.rank}"}
     for color, (kind, label) in zip(("C0", "C3"), labels.items(), strict=True):
-        held_out = [[0, result["before"]["valid_loss"]], *result[kind]["valid_loss"]]
+        valid = [[0, result["before"]["valid_loss"]], *result[kind]["valid_loss"]]
         axes.plot(*zip(*result[kind]["loss"], strict=True), color=color, alpha=0.35)
         exact = f"{result[kind]['exact_answers']:.0%} exact"
-        axes.plot(*zip(*held_out, strict=True), "o-", ms=3, color=color, label=f"{label}: {exact}")
+        axes.plot(*zip(*valid, strict=True), "o-", ms=3, color=color, label=f"{label}: {exact}")
     axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel("nats per token of the answer")
-    axes.set_title("Fine-tuning on conversations: held-out (points) and training loss")
+    axes.set_title("Fine-tuning on conversations: validation (points) and training loss")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,15 +1,15 @@
-"""Can a small xLSTM forecast series with gaps better than the last season, with honest quantiles?
+"""Can a small xLSTM beat the seasonal naive forecast on series with gaps, well calibrated?
 
 Expected: on new series the pinball loss of the sLSTM is at most 0.8 times that of the seasonal
-naive forecast, which is told the period; that of the mLSTM, which has no memory mixing to count
+naive forecast, which knows the period; that of the mLSTM, which has no memory mixing to count
 missing patches with, is below it; and the 80 % intervals of both cover 0.75 to 0.85.
 
     python experiments/forecaster.py --size cpu              # three models, JSON and plot
 
-A series is two harmonics with random phases, a trend, noise and gaps: single values and whole
-stretches are missing. A patch of 8 values and their mask is one input; the output at a patch are
-quantiles of the next one. A forecast of several patches needs no loop: future patches are inputs of
-which everything is missing, and in training such stretches occur anywhere in a series.
+A series is two harmonics with random phases, a trend, noise and gaps: single values and entire
+stretches are missing. A patch of 8 values and their mask is one input; the outputs at a patch are
+quantiles of the next one. A forecast of several patches needs no loop: future patches are inputs
+without an observed value, and in training such stretches occur anywhere in a series.
 
 Sources: quantile loss, Koenker & Bassett 1978; patches, Nie et al. 2022, arXiv:2211.14730; missing
 patches in training, Auer et al. 2025, arXiv:2505.23719, whose code and weights are not used.
@@ -49,7 +49,7 @@ class Config:
     num_layers: int = 2
     batch_size: int = 64
     lr: float = 4e-3
-    num_held_out: int = 512
+    num_test: int = 512
 
     @property
     def length(self) -> int:
@@ -58,7 +58,7 @@ class Config:
 
 
 SIZES = {
-    "smoke": Config(steps=10, context=8, width=16, batch_size=8, num_held_out=16),
+    "smoke": Config(steps=10, context=8, width=16, batch_size=8, num_test=16),
     "cpu": Config(steps=1500),
 }
 
@@ -239,7 +239,7 @@ def outcome(models: dict[str, dict[str, Any]]) -> dict[str, bool]:
 
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
-    """Forecasts of three held-out series: gaps, median and the 80 % interval."""
+    """Forecasts of three test series: gaps, median and the 80 % interval."""
     plt = record.pyplot()
     examples = result["examples"]
     figure, axes = plt.subplots(len(examples), 1, figsize=(7, 6), layout="constrained")
@@ -285,14 +285,14 @@ def main(options: Options) -> int:
     cpu.prepare()
     cfg = config(options.size)
     result = record.start("forecaster", options.size)
-    held_out = draw_series(0, cfg.num_held_out, cfg.length)
-    forecasts = {NAIVE: seasonal_naive(held_out, cfg)}
-    models: dict[str, dict[str, Any]] = {NAIVE: measure(forecasts[NAIVE], held_out, cfg)}
+    test = draw_series(0, cfg.num_test, cfg.length)
+    forecasts = {NAIVE: seasonal_naive(test, cfg)}
+    models: dict[str, dict[str, Any]] = {NAIVE: measure(forecasts[NAIVE], test, cfg)}
     for name in CELLS:
         start = time.perf_counter()
         model, variables = train(cfg, name)
-        forecasts[name] = forecast(model, variables, held_out, cfg)
-        models[name] = measure(forecasts[name], held_out, cfg) | {
+        forecasts[name] = forecast(model, variables, test, cfg)
+        models[name] = measure(forecasts[name], test, cfg) | {
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables)),
             "seconds": round(time.perf_counter() - start, 1),
         }
@@ -304,7 +304,7 @@ def main(options: Options) -> int:
         "seconds": round(sum(model.get("seconds", 0) for model in models.values()), 1),
         "models": models,
         "outcome": outcome(models),
-        "examples": [describe(k, held_out, forecasts, PATCH * cfg.context) for k in range(3)],
+        "examples": [describe(k, test, forecasts, PATCH * cfg.context) for k in range(3)],
     }
     return record.save(result, options.out, plot)
 

@@ -1,8 +1,8 @@
 """Which models learn fifteen formal languages, and extrapolate from length 40 to length 256?
 
 Expected, as published: models with memory mixing (LSTM, LSTM in a Transformer block, xLSTM[0:1] and
-[1:1]) solve the regular languages, of which parity is out of reach for all others; nobody reaches a
-scaled accuracy of 0.3 with odds first, reverse string, stack manipulation, repetition and set.
+[1:1]) solve the regular languages, of which parity is out of reach for all others; no model reaches
+a scaled accuracy of 0.3 on odds first, reverse string, stack manipulation, repetition and set.
 
     python experiments/formal_languages.py                                  # all 120 cells
     python experiments/formal_languages.py --task parity --model xlstm_0_1  # one cell
@@ -15,12 +15,13 @@ at the best learning rate. A scaled accuracy of 0 is chance and 1 is perfect. Fi
 about five hours of one core.
 
 Source: Beck et al. 2024, arXiv:2405.04517, figures 4 and 12 and appendix B.1.1 (the sLSTM block has
-no convolution there; widths are not stated). Sizes: smoke (seconds for a cell), cpu (minutes for a
-cell), paper (published steps, batch size and learning rates).
+no convolution; widths are not stated). Sizes: smoke (seconds for a cell), cpu (minutes for a cell),
+paper (published steps, batch size and learning rates).
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -148,7 +149,7 @@ def config(
                 num_heads=1, conv_width=0, recurrent_init="standard", bias_init="small_init"
             ),
             attention=AttentionConfig(num_heads=2),
-            # The others recompute the states in the backward pass, which few states do not need.
+            # The others recompute the states in the backward pass; these states are few.
             mamba=MambaConfig(implementation="recurrent" if on_cpu else "auto"),
         ),
         data=data,
@@ -159,8 +160,8 @@ def config(
             end_factor=sweep.end_lr / sweep.lrs[0],
             b2=0.99,
             grad_clip=1.0,
-            # Large gradients are clipped and usual here. The guard would skip them, and after eight
-            # in a row the rest of the member's steps.
+            # Large gradients are common and clipped. The guard would skip them and, after eight
+            # consecutive ones, all further steps of the member.
             guard_floor=1e9,
             seed=sweep.seeds[0],
             log_every=min(100, sweep.steps // 2),
@@ -229,7 +230,7 @@ def cell(
     result = {"task": task, "model": model, "fingerprint": key, **run_cell(cfg, sweep)}
     jax.clear_caches()  # no other cell runs these programs
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")  # so that a killed run leaves no half of a cell
+    draft = path.with_suffix(".tmp")  # so that a killed run leaves no partial cell
     draft.write_text(json.dumps(result) + "\n")
     os.replace(draft, path)
     best = best_of(result)
@@ -263,7 +264,7 @@ def best_of(result: dict[str, Any]) -> Best:
 
 
 def outcome(cells: list[dict[str, Any]]) -> dict[str, bool]:
-    """Whether each expectation holds whose cells are there."""
+    """Whether each expectation holds, as far as its cells are measured."""
     best = {(cell["task"], cell["model"]): best_of(cell).mean for cell in cells}
     highest = {
         (cell["task"], cell["model"]): max([*cell["scaled_accuracy"].values()][1]) for cell in cells
@@ -294,13 +295,13 @@ def outcome(cells: list[dict[str, Any]]) -> dict[str, bool]:
 
 
 def table(cells: list[dict[str, Any]]) -> list[str]:
-    """The rows of README.md, in Markdown: a row per task, a column per model.
+    """The table of README.md as lines of Markdown: a line per task, a column per model.
 
     A figure is the mean over seeds of the best learning rate, with the published one in brackets.
     """
     best = {(cell["task"], cell["model"]): best_of(cell).mean for cell in cells}
     labels = [model.label for model in MODELS.values()]
-    rows = [["task", "test of the generator", "command", *labels], ["---"] * (3 + len(labels))]
+    lines = [["task", "test of the generator", "command", *labels], ["---"] * (3 + len(labels))]
     for task in TASKS:
         test = f"`pytest tests/data/test_formal_languages.py -k {task}`"
         command = f"`python experiments/formal_languages.py --task {task}`"
@@ -309,12 +310,12 @@ def table(cells: list[dict[str, Any]]) -> list[str]:
             + (f" ({PUBLISHED[task, model]:.2f})" if (task, model) in PUBLISHED else "")
             for model in MODELS
         ]
-        rows.append([task, test, command, *figures])
-    return [f"| {' | '.join(row)} |" for row in rows]
+        lines.append([task, test, command, *figures])
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws the map: a row per task, a column per model, grouped by the class of the language."""
+    """Draws the map: a line per task, a column per model, grouped by the class of the language."""
     plt = record.pyplot()
     cells = {(cell["task"], cell["model"]): best_of(cell) for cell in result["cells"]}
     tasks = [name for name in TASKS if any(name == task for task, _ in cells)]
@@ -325,25 +326,21 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
         figsize=(2.6 + 0.82 * len(models), 1.8 + 0.46 * len(tasks)), layout="constrained"
     )
     image = axes.imshow(values.reshape(shape), cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    for (row, task), (column, model) in _positions(tasks, models):
+    for (y, task), (x, model) in itertools.product(enumerate(tasks), enumerate(models)):
         if (best := cells.get((task, model))) is not None:
             text = f"{best.mean:.2f}"
             text += f"\n±{best.spread:.2f}" if best.spread >= 0.005 else ""
             color = "black" if best.mean > 0.6 else "white"
-            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+            axes.text(x, y, text, ha="center", va="center", color=color, fontsize=8)
     axes.set_xticks(range(len(models)), [MODELS[m].label for m in models], rotation=35, ha="right")
     axes.set_yticks(range(len(tasks)), [task.replace("_", " ") for task in tasks])
-    for row in range(1, len(tasks)):
-        if TASKS[tasks[row]].category != TASKS[tasks[row - 1]].category:
-            axes.axhline(row - 0.5, color="white", lw=2.5)
+    for y in range(1, len(tasks)):
+        if TASKS[tasks[y]].category != TASKS[tasks[y - 1]].category:
+            axes.axhline(y - 0.5, color="white", lw=2.5)
     axes.set_title(f"Scaled accuracy at lengths {LENGTHS[0]}–{LENGTHS[1]} (size {result['size']})")
     figure.colorbar(image, ax=axes, shrink=0.6, label="0 is chance, 1 is perfect")
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def _positions(tasks: list[str], models: list[str]):
-    return [(row, column) for row in enumerate(tasks) for column in enumerate(models)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What the recipes of language models share: published settings, small models, runs.
+"""Shared by the experiments with language models: published settings, small models, runs.
 
 Source: Beck et al. 2024, arXiv:2405.04517, appendix B.2: table of sizes with learning rates, and
 the settings of the studies with 15B and 300B tokens of SlimPajama (tokenizer of GPT-2, context
@@ -161,7 +161,7 @@ SMOKE_DATA = DataConfig(source="grammar", seq_len=16, batch_size=2)
 
 
 class Losses(NamedTuple):
-    """Held-out losses of a grid, in bits per token, which is a byte or the end of a document."""
+    """Validation losses of a grid, in bits per token, which is a byte or the end of a document."""
 
     lrs: tuple[float, ...]
     seeds: tuple[int, ...]
@@ -171,20 +171,20 @@ class Losses(NamedTuple):
     @property
     def best(self) -> int:
         """The index of the learning rate with the lowest mean."""
-        means = [math.inf if math.isnan(m := np.mean(row)) else m for row in self.by_lr]
+        means = [math.inf if math.isnan(m := np.mean(losses)) else m for losses in self.by_lr]
         return int(np.argmin(means))
 
     def to_json(self) -> dict[str, Any]:
         """Mean and values at the best learning rate, and the means at all of them."""
-        row = self.by_lr[self.best]
+        losses = self.by_lr[self.best]
         return {
             "parameters": self.parameters,
             "lr": self.lrs[self.best],
-            "bits_per_token": round(float(np.mean(row)), 4),
-            "by_seed": {str(s): round(x, 4) for s, x in zip(self.seeds, row, strict=True)},
+            "bits_per_token": round(float(np.mean(losses)), 4),
+            "by_seed": {str(s): round(x, 4) for s, x in zip(self.seeds, losses, strict=True)},
             "mean_by_lr": {
-                f"{lr:g}": round(float(np.mean(row)), 4)
-                for lr, row in zip(self.lrs, self.by_lr, strict=True)
+                f"{lr:g}": round(float(np.mean(losses)), 4)
+                for lr, losses in zip(self.lrs, self.by_lr, strict=True)
             },
         }
 
@@ -217,7 +217,7 @@ def train_published(
     runs: pathlib.Path,
     step: int | None = None,
 ) -> dict[str, float | None]:
-    """Trains or resumes every run; the held-out perplexity of each, None without one.
+    """Trains or resumes every run; the validation perplexity of each, None without one.
 
     Args:
         step: of the evaluation; None: the last one.

@@ -1,12 +1,12 @@
 """Does a model keep its loss on sequences many times longer than those it was trained on?
 
 Published, for models of 1.3 billion parameters trained at a context of 2048 and evaluated up to
-16,384: only the perplexity of xLSTM[1:0] and xLSTM[7:1] stays low; that of Llama, whose rotary
-positions were never seen, explodes. (The values are in a picture only.)
+16,384: only the perplexity of xLSTM[1:0] and xLSTM[7:1] stays low; that of Llama, which was not
+trained at these rotary positions, explodes. (The values are printed in a figure only.)
 
 Expected of the size cpu, trained at a context of 64: the bits per byte of both xLSTMs at 128 to
 1024 are at most 3 % above those at 64; those of Llama rise by at least 10 % at 1024. Mamba and
-RWKV-4 are measured beside them, without an expectation.
+RWKV-4 are measured too, without an expectation.
 
     python experiments/length_extrapolation.py --size cpu   # all models, one JSON file and plot
     python experiments/length_extrapolation.py --models Llama   # one of the models
@@ -124,14 +124,14 @@ class Part:
 
 
 def same_text(cfg: ExperimentConfig, contexts: tuple[int, ...], count: int) -> list[Part]:
-    """Held-out windows of every context, with the same `count` targets; each divides the last."""
+    """Validation windows of every context, with the same `count` targets; each divides the last."""
     longest, parts = contexts[-1], []
     for context in contexts:
         windows = load(dataclasses.replace(cfg.data, seq_len=context), "valid")
         assert isinstance(windows, Windows)
-        # Whole windows of the longest context, spread over the text, then the parts of each.
-        number_of_whole = (windows.store.num_tokens - 1) // longest
-        first = eval_index(number_of_whole, count // longest) * (longest // context)
+        # Windows of the longest context, spread over the text, then the parts of each.
+        num_longest = (windows.store.num_tokens - 1) // longest
+        first = eval_index(num_longest, count // longest) * (longest // context)
         index = first[:, None] + np.arange(longest // context)
         parts.append(Part(windows, index.reshape(-1)))
     return parts
@@ -181,7 +181,7 @@ def outcome(models: dict[str, dict[str, Any]]) -> dict[str, bool]:
 def table(models: dict[str, dict[str, Any]]) -> str:
     """A Markdown table of bits per byte by context, with the change at the last one."""
     contexts = [str(context) for context in next(iter(models.values()))["bits_per_byte"]]
-    rows = [
+    lines = [
         [
             name,
             *(f"{value:.3f}" for value in model["bits_per_byte"].values()),
@@ -189,7 +189,7 @@ def table(models: dict[str, dict[str, Any]]) -> str:
         ]
         for name, model in models.items()
     ]
-    return measure.table(["model", *contexts, "change"], rows)
+    return measure.table(["model", *contexts, "change"], lines)
 
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
@@ -211,7 +211,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.grid(alpha=0.3)
     by_context.set_xlabel("context of evaluation (dotted: of training)")
-    by_context.set_ylabel("held-out bits per byte")
+    by_context.set_ylabel("validation bits per byte")
     by_context.legend(frameon=False)
     positions.set_xlabel("position in the longest window")
     positions.set_ylabel("bits per token")

@@ -4,14 +4,14 @@
     python experiments/long_range_arena.py --size paper --task retrieval --data FOLDER
 
 The size cpu generates ListOps expressions of at most 64 tokens and lists within at most 3 lists.
-Expected: xLSTM[1:0] answers more than 0.4 of the held-out expressions, four times chance, 0.1,
-and at least 0.1 more than those whose value is the most frequent one of their outermost operator.
+Expected: xLSTM[1:0] has a test accuracy above 0.4, four times chance, and at least 0.1 above that
+of answering the most frequent value of the outermost operator.
 
 The size paper reads the published files from the folder `--data`, which this script never
 downloads. Settings, and published accuracies of xLSTM, are in `PAPER`; xLSTM is [0:1] for images
-and [1:0] elsewhere. Learning rates: 1e-3, 6e-4 and 1e-4, with warm-up and cosine; the schedule with
-three restarts, the other one of the paper, is left out. Settings that it takes from S5 and LRU but
-does not print (dropout, augmentation, warm-up) are ours.
+and [1:0] elsewhere. Learning rates: 1e-3, 6e-4 and 1e-4, with warm-up and cosine; the paper's other
+schedule, with three restarts, is left out. Settings that it takes from S5 and LRU but does not
+print (dropout, augmentation, warm-up) are ours.
 
 Source: Beck et al. 2024, arXiv:2405.04517, appendix B.1.3; Tay et al. 2020, arXiv:2011.04006. The
 head is linear, on the mean of the hidden states; for Retrieval it compares two documents. The
@@ -166,7 +166,7 @@ class Generated:
         return {"source": "listops", "seed": self.cfg.seed, "split": self.split}
 
     def __len__(self) -> int:
-        """Expressions of a held-out split; training has new ones in every step."""
+        """Expressions of the splits valid and test; training has new ones in every step."""
         return self.cfg.num_eval_samples
 
     def batch(self, index: np.ndarray) -> Batch:
@@ -182,7 +182,7 @@ def open_set(task: str, cfg: DataConfig, split: Split, folder: pathlib.Path | No
     """A split of a task: from files in a folder, or generated for ListOps without one.
 
     Raises:
-        ConfigError: there is no folder, or a file is missing or invalid.
+        ConfigError: no folder is given, or a file is missing or invalid.
     """
     if folder is None:
         if task == "listops":
@@ -200,8 +200,8 @@ def open_set(task: str, cfg: DataConfig, split: Split, folder: pathlib.Path | No
     return images.read_cifar10(folder, split, gray=task == "gray")
 
 
-def held_out_batches(examples: Any, cfg: DataConfig) -> Iterator[Batch]:
-    """All sequences of a held-out split."""
+def split_batches(examples: Any, cfg: DataConfig) -> Iterator[Batch]:
+    """All sequences of a split, once."""
     from xlstm_jax.data import eval_batches
 
     return eval_batches(examples, cfg)
@@ -248,14 +248,14 @@ def run(cfg: ExperimentConfig, setting: Setting, options: "Options") -> dict[str
     )
     accuracy = {}
     for split in ("valid", "test"):
-        batches = held_out_batches(sets[split], cfg.data)
+        batches = split_batches(sets[split], cfg.data)
         sums = evaluate_grid(model, grid.params, batches, cfg.train, loss_fn)
         accuracy[split] = (sums.correct_sum / sums.weight_sum).tolist()
     best = int(np.argmax(accuracy["valid"]))
     print(f"  accuracy {accuracy}", flush=True)
     constant = None
     if options.task == "listops":
-        constant = best_constant(held_out_batches(sets["test"], cfg.data))
+        constant = best_constant(split_batches(sets["test"], cfg.data))
     return {
         "parameters": sum(leaf[0].size for leaf in jax.tree.leaves(grid.params)),
         "seeds": grid.seeds,
@@ -282,7 +282,7 @@ def outcome(result: dict[str, Any], setting: Setting, size: str) -> dict[str, bo
 
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
-    """Training loss, and test accuracies beside chance and the published ones."""
+    """Training loss, and test accuracies, with chance and the published ones."""
     plt = record.pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     curve = np.array(result["loss_curve"])

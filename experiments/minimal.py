@@ -27,11 +27,11 @@ B, T = 16, 128  # sequences of a batch, bytes of a sequence
 
 
 def read_text() -> tuple[np.ndarray, np.ndarray]:
-    """The training bytes and, from other files, the held-out ones."""
+    """The training bytes and, from other files, the validation bytes."""
     files = sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     train = b"".join(path.read_bytes() for n, path in enumerate(files) if n % 20)
-    held_out = b"".join(path.read_bytes() for path in files[::20])
-    return np.frombuffer(train, np.uint8), np.frombuffer(held_out, np.uint8)
+    valid = b"".join(path.read_bytes() for path in files[::20])
+    return np.frombuffer(train, np.uint8), np.frombuffer(valid, np.uint8)
 
 
 def draw_batch(text: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -44,8 +44,8 @@ def init_block(key: jax.Array, cell: str) -> dict[str, jax.Array]:
     """The parameters of one block; matrices map the first axis to the last."""
     keys = iter(jax.random.split(key, 8))
 
-    def matrix(rows: int, columns: int) -> jax.Array:
-        return jax.random.normal(next(keys), (rows, columns)) * rows**-0.5
+    def matrix(inputs: int, outputs: int) -> jax.Array:
+        return jax.random.normal(next(keys), (inputs, outputs)) * inputs**-0.5
 
     block = {"up": matrix(D, 4 * D), "down": matrix(4 * D, D), "out": matrix(D, D)}
     forget_bias = jnp.linspace(3.0, 6.0, H)  # gates start open: a time constant for each head
@@ -128,16 +128,16 @@ def sample(params: dict, prompt: jax.Array, key: jax.Array, length: int) -> jax.
 
 
 def main(steps: int = 300) -> tuple[list[float], bytes]:
-    """Trains and samples; returns the held-out losses before, during and after, and the sample."""
-    train, held_out = read_text()
+    """Trains and samples; returns validation losses, the first one untrained, and the sample."""
+    train, valid = read_text()
     rng, params = np.random.default_rng(0), init_params(jax.random.key(0))
     tx, train_step = make_train_step(steps)
     opt_state, losses = tx.init(params), []
-    tests = [draw_batch(held_out, rng) for _ in range(8)]
+    batches = [draw_batch(valid, rng) for _ in range(8)]
     for number in range(steps + 1):
         if number % max(1, steps // 6) == 0:
-            losses.append(float(np.mean([loss_fn(params, batch) for batch in tests])))
-            print(f"step {number:4d}: {losses[-1]:.3f} bits per byte, held out", flush=True)
+            losses.append(float(np.mean([loss_fn(params, batch) for batch in batches])))
+            print(f"step {number:4d}: {losses[-1]:.3f} validation bits per byte", flush=True)
         params, opt_state, _ = train_step(params, opt_state, draw_batch(train, rng))
     prompt = np.frombuffer(b"def read(self, ", np.uint8)[None]
     tokens = sample(params, prompt, jax.random.key(1), 400)

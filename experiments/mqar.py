@@ -8,14 +8,14 @@ width stays below both by at least 0.1 with every seed after the same number of 
     python experiments/mqar.py --size paper --length 2048 --num-pairs 256 --eval-lengths 4096 8192
     xlstm-jax train experiments/mqar.py                      # only xLSTM[1:0], as an ordinary run
 
-Accuracy is over queries; guessing gives 2 / vocabulary. The best learning rate counts, and all
-seeds and learning rates of a model train together under `jax.vmap`. The sizes smoke and cpu draw
-fresh samples in every step, paper repeats 100,000 of them for 64 epochs.
+Accuracy is over queries; guessing gives 2 / vocabulary. The result is that of the best learning
+rate; all seeds and learning rates of a model train together under `jax.vmap`. The sizes smoke and
+cpu draw fresh samples in every step, paper repeats 100,000 of them for 64 epochs.
 
 Source of the task and of the settings: Beck et al. 2024, arXiv:2405.04517, appendix B.1.2; the
 cited figures have no printed numbers. Among its statements: xLSTM[1:1] and [1:0] solve the three
-settings up to (256, 16) at all widths, xLSTM[0:1] falls short of them for want of memory, and
-Llama is the upper reference.
+settings up to (256, 16) at all widths, xLSTM[0:1] lacks the memory for them, and Llama is the upper
+reference.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ def make_config(
 
 
 def paper(length: int = 64, num_pairs: int = 4, dim: int = 64) -> ExperimentConfig:
-    """The published settings of a length; raises ConfigError if there are none."""
+    """The published settings of a length; raises ConfigError for other lengths."""
     if length not in PAPER_BATCH:
         raise ConfigError(
             f"length={length} has no published settings; use one of: "
@@ -106,7 +106,7 @@ def config(size: str = "cpu") -> ExperimentConfig:
 
 
 def accuracies(cfg: ExperimentConfig, model: LM, params: Any, length: int) -> list[float]:
-    """Accuracy of every member on held-out samples of some length."""
+    """Accuracy of every member on validation samples of some length."""
     from xlstm_jax.data import eval_batches
     from xlstm_jax.train.grid import evaluate_grid
 
@@ -170,7 +170,7 @@ def outcome(models: dict[str, dict[str, Any]], length: int) -> dict[str, bool]:
 
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
-    """Training loss, and held-out accuracy by model and length: a line or a point per member."""
+    """Training loss, and validation accuracy by model and length: a line or a point per member."""
     plt = record.pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     models = result["models"]
@@ -186,7 +186,9 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     left.set(xlabel="step", ylabel="loss in nats", title="training, a line per run")
     left.legend(frameon=False)
     right.axhline(result["chance"], color="0.5", lw=0.8, ls=":")
-    right.set(ylabel="accuracy", xlim=(-0.5, len(models)), ylim=(0, 1.03), title="held-out queries")
+    right.set(
+        ylabel="accuracy", xlim=(-0.5, len(models)), ylim=(0, 1.03), title="validation queries"
+    )
     right.set_xticks(range(len(models)), list(models))
     right.legend(frameon=False, loc="upper right")
     figure.suptitle(f"Associative recall of {result['num_pairs']} pairs (dotted: chance)")

@@ -1,6 +1,6 @@
 """Can a model revise a stored value when it meets a closer match? The classic LSTM hardly can.
 
-Expected: with the best of three learning rates, the mean squared error of xLSTM[0:1] on held-out
+Expected: with the best of three learning rates, the mean squared error of xLSTM[0:1] on validation
 sequences is below that of the LSTM, averaged over seeds, and every model that is trained at its
 best learning rate is below 1/12, the error of the constant 1/2.
 
@@ -113,8 +113,8 @@ def run_model(cfg: ExperimentConfig, name: str, size: str) -> dict[str, Any]:
         loss_fn=loss_fn,
         report=record.print_loss,
     )
-    held_out = eval_batches(load(cfg.data, "valid"), cfg.data)
-    sums = evaluate_grid(model, grid.params, held_out, cfg.train, loss_fn)
+    valid = eval_batches(load(cfg.data, "valid"), cfg.data)
+    sums = evaluate_grid(model, grid.params, valid, cfg.train, loss_fn)
     errors = (sums.ce_sum / sums.weight_sum).reshape(NUM_SEEDS[size], -1)
     best = int(np.argmin(np.nan_to_num(errors.mean(axis=0), nan=np.inf)))
     print(f"  MSE by seed and learning rate {errors.round(5).tolist()}", flush=True)

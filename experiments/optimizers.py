@@ -3,18 +3,18 @@
 Published: Muon needs about half the computation of AdamW for the same loss of Transformers (Liu et
 al. 2025, arXiv:2502.16982), Lion matches AdamW (Chen et al. 2023, arXiv:2302.06675), and the
 schedule-free AdamW matches a tuned schedule (Defazio et al. 2024, arXiv:2405.15682). Expected: Muon
-has fewer held-out bits per byte than AdamW with every seed; the means of the other two are within
+has fewer validation bits per byte than AdamW with every seed; the means of the other two are within
 3 % of that of AdamW.
 
     python experiments/optimizers.py --size cpu             # all runs, one JSON file and one plot
     python experiments/optimizers.py --optimizers muon adamw --seeds 1      # a part of the runs
     xlstm-jax train experiments/optimizers.py               # only Muon, as an ordinary run
 
-The model and the data are those of char_lm.py; only the optimizer and its learning rate differ.
-The rate is the best of three (`RATES`) in short runs with seed 0; other seeds are then trained at
-this rate. All schedules are cosine, except that the schedule-free one stays constant after warm-up.
-Finished runs are not repeated, and the result has all that are finished. A larger model may
-rank optimizers differently. Sizes: smoke (seconds), cpu (the experiment), paper (an accelerator).
+The model and the data are those of char_lm.py; only the optimizer and its learning rate differ. The
+rate is the best of three (`RATES`) in short runs with seed 0; other seeds are then trained at this
+rate. All schedules are cosine, except that the schedule-free one stays constant after warm-up.
+Finished runs are not repeated, and the result has all finished ones. A larger model may rank
+optimizers differently. Sizes: smoke (seconds), cpu (the experiment), paper (an accelerator).
 """
 
 import dataclasses
@@ -79,21 +79,21 @@ def config(
 
 
 def evaluations(cfg: ExperimentConfig, runs: pathlib.Path) -> list[dict[str, Any]] | None:
-    """The held-out records of a finished run; None if it is not finished."""
+    """The validation metrics of a finished run; None if it is not finished."""
     records = rundir.read_metrics(runs / cfg.name / rundir.METRICS)
-    held_out = [record for record in records if "valid_bits_per_byte" in record]
-    return held_out if held_out and held_out[-1]["step"] == cfg.train.steps else None
+    valid = [record for record in records if "valid_bits_per_byte" in record]
+    return valid if valid and valid[-1]["step"] == cfg.train.steps else None
 
 
 def train(cfg: ExperimentConfig, runs: pathlib.Path) -> float:
-    """Trains, resumes or reads one run; returns its final bits per byte on held-out text."""
+    """Trains, resumes or reads one run; returns its final validation bits per byte."""
     if evaluations(cfg, runs) is None:
         print(f"{cfg.name}: {cfg.train.steps} steps", flush=True)
         fit(cfg, runs / cfg.name)
-    held_out = evaluations(cfg, runs)
-    assert held_out is not None
-    print(f"{cfg.name}: {held_out[-1]['valid_bits_per_byte']:.4f} bits per byte", flush=True)
-    return held_out[-1]["valid_bits_per_byte"]
+    valid = evaluations(cfg, runs)
+    assert valid is not None
+    print(f"{cfg.name}: {valid[-1]['valid_bits_per_byte']:.4f} bits per byte", flush=True)
+    return valid[-1]["valid_bits_per_byte"]
 
 
 def searches(size: str, optimizer: OptimizerName) -> dict[float, ExperimentConfig]:
@@ -106,17 +106,17 @@ def finished(size: str, runs: pathlib.Path) -> list[dict[str, Any]]:
     """One record for each optimizer with a complete search and a finished run."""
     records = []
     for optimizer in RATES:
-        found = {lr: evaluations(cfg, runs) for lr, cfg in searches(size, optimizer).items()}
-        if None in found.values():
+        results = {lr: evaluations(cfg, runs) for lr, cfg in searches(size, optimizer).items()}
+        if None in results.values():
             continue  # the search is not complete
-        losses = {lr: e[-1]["valid_bits_per_byte"] for lr, e in found.items() if e}
+        losses = {lr: e[-1]["valid_bits_per_byte"] for lr, e in results.items() if e}
         lr = min(losses, key=losses.__getitem__)
         curves, times = {}, []
         for path in sorted(runs.glob(f"{size}_run_{optimizer}_{lr:g}_*")):
             seed = int(path.name.rsplit("_", 1)[1])
             cfg = config(size, optimizer, lr, seed)
-            if (held_out := evaluations(cfg, runs)) is not None:
-                curves[seed] = {e["step"]: e["valid_bits_per_byte"] for e in held_out}
+            if (valid := evaluations(cfg, runs)) is not None:
+                curves[seed] = {e["step"]: e["valid_bits_per_byte"] for e in valid}
                 metrics = rundir.read_metrics(path / rundir.METRICS)
                 times += [record["step_time"] for record in metrics if "step_time" in record]
         if curves:
@@ -153,7 +153,7 @@ def outcome(records: list[dict[str, Any]]) -> dict[str, bool]:
 
 def table(records: list[dict[str, Any]]) -> str:
     """A Markdown table of all optimizers."""
-    rows = [
+    lines = [
         [
             LABELS[record["optimizer"]],
             f"{record['lr']:g}",
@@ -164,11 +164,11 @@ def table(records: list[dict[str, Any]]) -> str:
         for record in records
     ]
     header = ["optimizer", "rate", "bits per byte of each seed", "mean", "seconds per step"]
-    return measure.table(header, rows)
+    return measure.table(header, lines)
 
 
 def plot(records: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Plots held-out bits per byte over steps: the mean of the seeds, and their range."""
+    """Plots validation bits per byte over steps: the mean of the seeds, and their range."""
     import matplotlib
 
     matplotlib.use("Agg")  # needs no display
@@ -191,7 +191,7 @@ def plot(records: list[dict[str, Any]], path: pathlib.Path) -> None:
     low, high = axes.get_ylim()
     axes.set_yticks([tick for tick in (1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 8) if low < tick < high])
     axes.set_xlabel("step", fontsize=13)
-    axes.set_ylabel("held-out bits per byte", fontsize=13)
+    axes.set_ylabel("validation bits per byte", fontsize=13)
     axes.tick_params(labelsize=12)
     axes.grid(alpha=0.3)
     axes.set_title("Optimizers at their best rates: mean and range of the seeds", fontsize=13)

@@ -7,17 +7,17 @@ perplexity of a source is exp(mean loss of the tokens of its domains). Documents
 windows of 2048 tokens, and every token counts once.
 
 Expected at the size cpu, with two small models trained on source code and domains of the built-in
-texts: both have fewer bits per byte on held-out source code than on any other source.
+texts: both have fewer bits per byte on validation source code than on any other source.
 
     python experiments/paloma.py --size cpu
-    python experiments/paloma.py --prepare RAW --domains DOMAINS       # rows to files, see below
+    python experiments/paloma.py --prepare RAW --domains DOMAINS       # a file per domain, as below
     python experiments/paloma.py --size paper --models XLSTM LLAMA MAMBA --domains DOMAINS
     xlstm-jax evaluate XLSTM LLAMA --domains DOMAINS                   # the same figures, by domain
 
-RAW has rows with the fields text, source and subdomain in files .jsonl or .jsonl.gz at any depth;
-DOMAINS gets one file SOURCE__SUBDOMAIN.jsonl for each domain. MODELS are runs, folders of
-transformers, or hf://ORG/NAME; the wins of the first over each other one are counted.
-`--size paper:FAMILY_SIZE` of `xlstm-jax train` trains a published model.
+RAW has files .jsonl or .jsonl.gz, at any depth, of objects with text, source and subdomain; DOMAINS
+gets one file SOURCE__SUBDOMAIN.jsonl for each domain. MODELS are runs, folders of transformers, or
+hf://ORG/NAME; the wins of the first over each other one are counted. `--size paper:FAMILY_SIZE` of
+`xlstm-jax train` trains a published model.
 
 Source: Beck et al. 2024, arXiv:2405.04517, tables 4, 9 and 10; Magnusson et al. 2023,
 arXiv:2312.10523. Sizes: smoke (seconds), cpu (minutes), paper (models of the user).
@@ -98,28 +98,28 @@ def config(size: str = "cpu", model: str = "") -> ExperimentConfig:
     return language_models.small_run(size, model)
 
 
-def read_rows(raw: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The rows of all files of a folder; raises ConfigError if there is none."""
+def read_documents(raw: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The documents of all files of a folder; raises ConfigError if it has no files."""
     files = sorted([*raw.rglob("*.jsonl"), *raw.rglob("*.jsonl.gz")])
     if not files:
         raise ConfigError(
-            f"--prepare must be a folder with files .jsonl or .jsonl.gz of rows with the fields "
+            f"--prepare must be a folder with files .jsonl or .jsonl.gz of objects with the fields "
             f"text, source and subdomain, got {quote_path(raw)}, which has none; check the path."
         )
     for path in files:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
             for number, line in enumerate(file, start=1):
-                row = json.loads(line)
-                if not isinstance(row, dict) or not {"text", "source"} <= row.keys():
+                document = json.loads(line)
+                if not isinstance(document, dict) or not {"text", "source"} <= document.keys():
                     raise ConfigError(
-                        f"{quote_path(path)}:{number} must be a row with the fields text and "
+                        f"{quote_path(path)}:{number} must be an object with the fields text and "
                         "source; correct it."
                     )
-                yield row
+                yield document
 
 
 def prepare_domains(raw: pathlib.Path, out: pathlib.Path) -> int:
-    """Writes one file of rows per domain; returns the number of domains."""
+    """Writes one file of documents per domain; returns the number of domains."""
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise ConfigError(
@@ -127,21 +127,21 @@ def prepare_domains(raw: pathlib.Path, out: pathlib.Path) -> int:
             "choose another."
         )
     names = set()
-    for row in read_rows(raw):
-        domain = row.get("subdomain") or "all"
-        name = f"{row['source']}{SEPARATOR}{domain}".replace("/", "_")
+    for document in read_documents(raw):
+        domain = document.get("subdomain") or "all"
+        name = f"{document['source']}{SEPARATOR}{domain}".replace("/", "_")
         names.add(name)
         with (out / f"{name}.jsonl").open("a") as file:
-            file.write(json.dumps({"text": row["text"]}) + "\n")
+            file.write(json.dumps({"text": document["text"]}) + "\n")
     return len(names)
 
 
 def builtin_domains(out: pathlib.Path, max_domains: int = 40) -> pathlib.Path:
-    """Writes domains of held-out built-in texts: source code by package, other texts by corpus."""
+    """Writes domains of built-in evaluation texts: code by package, other texts by corpus."""
     texts: dict[str, list[str]] = defaultdict(list)
     for corpus in ("stdlib", "topics", "unicode", "texts", "grammar"):
-        held_out = corpora.read_corpus(corpus).documents
-        for document in (*held_out["valid"], *held_out["test"]):
+        splits = corpora.read_corpus(corpus).documents
+        for document in (*splits["valid"], *splits["test"]):
             package = pathlib.PurePath(document.name).parts[0].removesuffix(".py")
             part = package if corpus == "stdlib" else "all"
             name = f"{corpus}{SEPARATOR}{part}"
@@ -150,8 +150,8 @@ def builtin_domains(out: pathlib.Path, max_domains: int = 40) -> pathlib.Path:
     large = [name for name, parts in texts.items() if sum(map(len, parts)) >= MIN_DOMAIN_BYTES]
     out.mkdir(parents=True, exist_ok=True)
     for name in large[:max_domains] + [n for n in large[max_domains:] if "stdlib" not in n]:
-        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts[name])
-        (out / f"{name}.jsonl").write_text(rows)
+        lines = [json.dumps({"text": text}) + "\n" for text in texts[name]]
+        (out / f"{name}.jsonl").write_text("".join(lines))
     return out
 
 
@@ -251,7 +251,7 @@ class Options:
     size: record.Size = "cpu"
     models: tuple[str, ...] = ()  # of the size paper: runs, folders of transformers, hf://
     domains: pathlib.Path = pathlib.Path("paloma")  # folder of the domains of the size paper
-    prepare: pathlib.Path | None = None  # folder of rows; writes --domains and ends
+    prepare: pathlib.Path | None = None  # RAW; writes --domains and ends
     runs: pathlib.Path = pathlib.Path("runs/small_models")  # of the small models
     out: pathlib.Path = RESULTS / "paloma.json"  # the plot is written next to it
 

@@ -12,7 +12,7 @@ Scaled accuracy is (accuracy - 1/2) / (1 - 1/2): 0 is chance, 1 is perfect. The 
 model share their data and train together under `jax.vmap`.
 
 Source of the task: Beck et al. 2024, arXiv:2405.04517, appendix B.1.1 (the sLSTM block has no
-convolution there). Sizes: smoke (seconds), cpu (minutes), paper (published number of steps).
+convolution). Sizes: smoke (seconds), cpu (minutes), paper (published number of steps).
 """
 
 import dataclasses
@@ -59,8 +59,8 @@ CPU = ExperimentConfig(
         end_factor=0.01,
         b2=0.99,
         grad_clip=1.0,
-        # Large gradients are clipped and usual here. The guard would skip them, and after eight in
-        # a row the rest of the seed's steps.
+        # Large gradients are common and clipped. The guard would skip them and, after eight
+        # consecutive ones, all further steps of the seed.
         guard_floor=1e9,
         log_every=100,
     ),
@@ -110,7 +110,7 @@ def samples(
 
 
 def scaled_accuracies(cfg: ExperimentConfig, params: Any) -> dict[str, list[float]]:
-    """Scaled accuracy of every seed on held-out samples, by length bucket."""
+    """Scaled accuracy of every seed on test samples, by length bucket."""
     model, scores, count = LM(cfg.model), {}, cfg.data.num_eval_samples
     size = min(512, count)
     for low, high in BUCKETS:

@@ -1,4 +1,4 @@
-"""Where should sLSTM blocks be? All numbers and positions, times learning rates, in one program.
+"""Where should sLSTM blocks be? All patterns, learning rates and seeds in one program.
 
 Published: the sLSTM blocks of xLSTM[7:1] are at chosen positions, half of them early, and no
 comparison of positions is printed; at 350M parameters, [7:1] and [1:0] are 0.4 % apart (perplexity
@@ -146,9 +146,9 @@ def init_params(cfg: LMConfig, key: Array) -> PyTree:
 def params_of(params: PyTree, pattern: str) -> PyTree:
     """The parameters of an ordinary `LM` with this pattern: the blocks that its flags select."""
     flags, stack = flags_of(pattern), params["stack"]
-    rows = {"m": ~flags, "s": flags}
+    masks = {"m": ~flags, "s": flags}
     chosen = {
-        letter: jax.tree.map(lambda leaf, rows=rows[letter]: leaf[rows], stack[letter])
+        letter: jax.tree.map(lambda leaf, mask=masks[letter]: leaf[mask], stack[letter])
         for letter in sorted(set(pattern))
     }
     return params | {"stack": chosen}
@@ -176,7 +176,7 @@ def make_loss_fn(cfg: LMConfig):
     """The loss of one member, whose parameters include its flags."""
 
     def loss_fn(params, batch, key):
-        del key  # there is no dropout
+        del key  # no dropout
         params = dict(params)
         flags = params.pop(FLAGS)
         hidden = hidden_states(cfg, params, flags, batch)
@@ -249,13 +249,13 @@ def stacked_batches(cfg: DataConfig) -> Callable[[int, int], Batch]:
     return batches
 
 
-def held_out(cfg: ExperimentConfig) -> Iterator[Batch]:
-    """The held-out batches, a sample that is the same for all members."""
+def valid_batches(cfg: ExperimentConfig) -> Iterator[Batch]:
+    """A sample of the validation batches, the same for all members."""
     return eval_batches(load(cfg.data, "valid"), cfg.data, cfg.train.eval_batches)
 
 
 def checked_patterns(size: str) -> list[str]:
-    """The patterns whose ordinary models are compared with the grid: without, half and only s."""
+    """The patterns whose ordinary models are compared with the grid: no, half and only s."""
     n = SIZES[size].model.num_blocks
     half = ("ms" * n)[:n]
     return [half] if size == "smoke" else ["m" * n, half, "s" * n]
@@ -266,9 +266,9 @@ def difference_to_lm(
 ) -> float:
     """The largest relative difference between the loss of a member and that of its plain `LM`.
 
-    On one held-out batch, with the trained parameters of the first member of each pattern.
+    On one validation batch, with the trained parameters of the first member of each pattern.
     """
-    batch, worst = next(held_out(cfg)), 0.0
+    batch, worst = next(valid_batches(cfg)), 0.0
     loss_fn = jax.jit(make_loss_fn(cfg.model))
     for pattern in names:
         index = [member.pattern for member in members].index(pattern)
@@ -322,7 +322,7 @@ def outcome(size: str, records: list[dict], difference: float) -> dict[str, bool
 def table(records: list[dict]) -> str:
     """A Markdown table of all patterns."""
     rates = list(records[0]["bits_per_byte"])
-    rows = [
+    lines = [
         [
             *(one["pattern"], str(one["pattern"].count("s")), f"{one['parameters']:,}"),
             *(", ".join(f"{v:.3f}" for v in one["bits_per_byte"][lr]) for lr in rates),
@@ -331,11 +331,11 @@ def table(records: list[dict]) -> str:
         for one in records
     ]
     header = ["pattern", "sLSTM", "parameters", *(f"seeds at {lr}" for lr in rates), "best mean"]
-    return measure.table(header, rows)
+    return measure.table(header, lines)
 
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
-    """Plots the held-out loss of every pattern: a color per learning rate, a point per seed."""
+    """Plots the validation loss of every pattern: a color per learning rate, a point per seed."""
     plt = record.pyplot()
     figure, axes = plt.subplots(figsize=(10, 4.8), layout="constrained")
     records, rates = result["patterns"], list(result["patterns"][0]["bits_per_byte"])
@@ -349,7 +349,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
         if before != after:
             axes.axvline(n + 0.5, color="0.7", lw=0.8)
     axes.set_xticks(range(len(records)), [one["pattern"] for one in records], rotation=60)
-    axes.set_ylabel("held-out bits per byte")
+    axes.set_ylabel("validation bits per byte")
     axes.set_xlabel("pattern: m is mLSTM, s is sLSTM, from the first block to the last")
     axes.grid(alpha=0.3, axis="y")
     title = "learning rate (bar: mean of the seeds)"
@@ -375,7 +375,7 @@ def main(options: Options) -> int:
     print(f"{len(members)} members in one program", flush=True)
     params, times = train_members(cfg, members, batches)
     loss_fn = make_loss_fn(cfg.model)
-    sums = evaluate_grid(LM(cfg.model), params, held_out(cfg), cfg.train, loss_fn)
+    sums = evaluate_grid(LM(cfg.model), params, valid_batches(cfg), cfg.train, loss_fn)
     bits = np.asarray(sums.ce_sum / sums.weight_sum) / math.log(2)
     records = summarize(cfg.model, members, bits)
     names = checked_patterns(options.size)

@@ -34,22 +34,22 @@ class Arguments:
 
 
 class Shards:
-    """Writes the rows of a split to files of about `SHARD_BYTES`."""
+    """Writes the documents of a split to files of about `SHARD_BYTES`."""
 
     def __init__(self, folder: Path):
         self._folder, self._size, self._number = folder, SHARD_BYTES, 0
         self._file = None
         folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, row: dict[str, str]) -> None:
-        """Appends one row."""
+    def write(self, document: dict[str, str]) -> None:
+        """Appends one document."""
         if self._size >= SHARD_BYTES:
             self.close()
             self._file = open(self._folder / f"{self._number:05}.jsonl", "w", encoding="utf-8")
             self._number, self._size = self._number + 1, 0
         assert self._file is not None
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._size += len(row["text"])
+        self._file.write(json.dumps(document, ensure_ascii=False) + "\n")
+        self._size += len(document["text"])
 
     def close(self) -> None:
         """Closes the file."""
@@ -82,7 +82,7 @@ def _is_text(data: bytes) -> bool:
 
 def main(args: Arguments) -> None:
     """Writes all splits and prints their sizes."""
-    # Two passes: the share of the held-out splits needs the size of the whole.
+    # Two passes: the share of the splits valid and test needs the total size.
     total = sum(len(data) for _, data, _ in sources(args))
     limit = min(total, args.max_bytes or total)
     share = round(args.valid_bytes / limit * 2**32)

@@ -1,13 +1,13 @@
 """How well do models predict rare tokens, by how often a token occurs in the training text?
 
 Published, for models of 125 million parameters on Wikitext-103: an LSTM in a Transformer block is
-worse on rare tokens than Llama, and xLSTM[1:0] closes the gap. (The values are in a picture only.)
+worse on rare tokens than Llama, and xLSTM[1:0] closes the gap. (The values are in a figure only.)
 
 Expected of the size cpu, a byte-pair encoding of 4,096 tokens of the built-in corpus: the mean of
 the buckets, weighted by their tokens, is the pooled loss; the loss of every model falls from each
-bucket of frequencies to the next. No order of the models is expected of so small a size, and the
-measured one is another than the published: after 300 steps Llama is last in every bucket of tokens
-with at least 10 occurrences, as it is in all of comparison.py.
+bucket of frequencies to the next. No order of the models is expected at so small a size. The
+measured order differs from the published one: after 300 steps Llama is last in every bucket of
+tokens with at least 10 occurrences, as in comparison.py.
 
     python experiments/rare_tokens.py --size cpu        # all models, one JSON file and one plot
     python experiments/rare_tokens.py --models Llama    # one of the models
@@ -146,7 +146,7 @@ def make_tokenizer(size: str, runs: pathlib.Path) -> None:
     if size == "paper" or folder.exists():
         return
     documents = read_corpus(SIZES[size].data.source).documents["train"]
-    # Source code in another encoding than UTF-8 is left out; there are a few such files.
+    # Source code in another encoding than UTF-8 is left out; a few files are.
     texts = (document.data for document in documents if is_utf8(document.data))
     train_bpe(texts, VOCAB_SIZE[size], folder)
 
@@ -161,13 +161,13 @@ def is_utf8(data: bytes) -> bool:
 
 
 def evaluate(cfg: ExperimentConfig, size: str, folder: pathlib.Path) -> dict[str, Any]:
-    """The loss of a finished run on held-out text, by training frequency and pooled."""
+    """The loss of a finished run on test text, by training frequency and pooled."""
     model, params = LM(cfg.model), {"params": restore_params(folder)[1]}
     counts = count_tokens(load(cfg.data, "train"), cfg.model.vocab_size)
-    held_out = load(cfg.data, "test")
+    test = load(cfg.data, "test")
     options: dict[str, Any] = dict(batch_size=cfg.data.batch_size, max_batches=EVAL_BATCHES[size])
-    pooled = perplexity(model, params, held_out, **options)
-    buckets = by_frequency(model, params, held_out, counts=counts, edges=EDGES, **options)
+    pooled = perplexity(model, params, test, **options)
+    buckets = by_frequency(model, params, test, counts=counts, edges=EDGES, **options)
     return {
         "pattern": cfg.model.pattern,
         "parameters": count_params(cfg.model),
@@ -212,13 +212,13 @@ def outcome(models: dict[str, dict[str, Any]]) -> dict[str, bool]:
 def table(models: dict[str, dict[str, Any]]) -> str:
     """A Markdown table of perplexities by training count."""
     first = next(iter(models.values()))
-    rows = [["held-out tokens", *(f"{bucket['num_tokens']:,}" for bucket in first["buckets"]), ""]]
+    lines = [["test tokens", *(f"{bucket['num_tokens']:,}" for bucket in first["buckets"]), ""]]
     for name, model in models.items():
         losses = [bucket["nats_per_token"] for bucket in model["buckets"]]
         values = ["" if loss is None else f"{math.exp(loss):,.1f}" for loss in losses]
-        rows.append([name, *values, f"{model['pooled']['perplexity']:.2f}"])
+        lines.append([name, *values, f"{model['pooled']['perplexity']:.2f}"])
     labels = [bucket["label"] for bucket in first["buckets"]]
-    return measure.table(["perplexity at training count", *labels, "pooled"], rows)
+    return measure.table(["perplexity at training count", *labels, "pooled"], lines)
 
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
@@ -238,7 +238,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
         values.plot(labels, np.exp(losses), "o-", color=f"C{number}", label=name)
         difference.plot(labels, losses - base, "o-", color=f"C{number}")
     values.set_yscale("log")
-    values.set_ylabel("held-out perplexity")
+    values.set_ylabel("test perplexity")
     values.legend(frameon=False)
     difference.set_ylabel(f"nats per token above {next(iter(models))}")
     for axes in (values, difference):

@@ -23,7 +23,7 @@ def check_size(size: str, sizes: Iterable[str]) -> None:
 
 
 def check_names(names: Iterable[str], models: Iterable[str]) -> None:
-    """Raises ConfigError unless all names are of models, and there is one."""
+    """Raises ConfigError unless `names` is not empty and all are of models."""
     for name in tuple(names) or ("",):
         if name not in models:
             raise ConfigError(f"model={quote(name)} is unknown; use one of: {', '.join(models)}.")
@@ -42,9 +42,9 @@ def save(
     path: pathlib.Path,
     plot: Callable[[dict[str, Any], pathlib.Path], None] | None = None,
 ) -> int:
-    """Writes the record and its plot, beside it, and prints which expectations hold.
+    """Writes the record and, next to it, its plot, and prints which expectations hold.
 
-    `record["outcome"]` has a truth value for each expectation, in words.
+    `record["outcome"]` maps each expectation, in words, to whether it holds.
 
     Returns the exit code: 0 if all hold, else 1; 0 at the size smoke, whose runs are too short.
     """

@@ -1,14 +1,15 @@
 """Does an agent that must remember its first observation need a recurrent policy?
 
-Expected: the share of T-mazes in which the agent turns to the right side is above 0.95 for sLSTM
-and mLSTM policies with every seed, and between 0.4 and 0.6 for a feed-forward one, that of chance.
+Expected: the share of T-mazes in which the agent chooses the right side is above 0.95 for sLSTM and
+mLSTM policies with every seed, and between 0.4 and 0.6 for a feed-forward one, that of chance.
 
     python experiments/recurrent_policy.py --size cpu        # three policies, JSON and plot
 
 In a T-maze the agent sees at the start which side has the reward, walks down a corridor of random
 length and then chooses a side. Many mazes run in parallel under `jax.vmap`, time is `lax.scan`, and
-a maze that ends begins anew: the state of the policy is reset by the `reset` argument of the layer,
-for single steps when it acts and for whole sequences when it learns, by advantage actor-critic.
+a maze that ends is replaced by a new one: the state of the policy is reset by the `reset` argument
+of the layer, for single steps when it acts and for full sequences when it learns, by advantage
+actor-critic.
 
 Sources: the maze, Bakker 2002, "Reinforcement learning with long short-term memory"; the algorithm,
 Mnih et al. 2016, arXiv:1602.01783, with synchronous environments.

@@ -47,7 +47,7 @@ TRAIN = TrainConfig(
     warmup_steps=0.1,
     grad_clip=1.0,
     log_every=20,
-    eval_every=1_000_000,  # the last step alone
+    eval_every=1_000_000,  # only after the last step
     eval_batches=100,
     checkpoint_every=0,
     keep=1,
@@ -56,12 +56,12 @@ TRAIN = TrainConfig(
 
 
 def xlstm(shape: Shape) -> LMConfig:
-    """xLSTM[1:0]: mLSTM blocks alone."""
+    """xLSTM[1:0]: mLSTM blocks only."""
     return _model(shape, "m" * shape.num_blocks)
 
 
 def mixed(shape: Shape) -> LMConfig:
-    """In the manner of xLSTM[7:1]: the second block is an sLSTM, of at most four."""
+    """Like xLSTM[7:1]: the second block is an sLSTM, of at most four."""
     return _model(shape, at(shape.num_blocks, slstm=[1] if shape.num_blocks > 1 else [0]))
 
 
@@ -125,12 +125,12 @@ def config(size: str = "cpu") -> ExperimentConfig:
     return scaling.plan(sweep(size))[0].cfg
 
 
-def analyze(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Parabolas and power law of every family, from the rows of a table."""
+def analyze(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Parabolas and power law of every family, from the runs of a sweep."""
     families = {}
-    for name in dict.fromkeys(row["model"] for row in rows):
-        mine = [row for row in rows if row["model"] == name]
-        budgets = [_fit_budget(mine, c) for c in dict.fromkeys(row["isoflop"] for row in mine)]
+    for name in dict.fromkeys(run["model"] for run in runs):
+        mine = [run for run in runs if run["model"] == name]
+        budgets = [_fit_budget(mine, c) for c in dict.fromkeys(run["isoflop"] for run in mine)]
         valid = [one for one in budgets if one["inside"]]  # others extrapolate to their minimum
         law = None
         if len(valid) >= 2:
@@ -141,15 +141,15 @@ def analyze(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return families
 
 
-def _fit_budget(rows: Sequence[Mapping[str, Any]], budget: float) -> dict[str, Any]:
-    mine = [row for row in rows if row["isoflop"] == budget]
+def _fit_budget(runs: Sequence[Mapping[str, Any]], budget: float) -> dict[str, Any]:
+    mine = [run for run in runs if run["isoflop"] == budget]
     parabola = scaling.fit_isoflop(
-        [row["num_params"] for row in mine], [row["val_loss"] for row in mine]
+        [run["num_params"] for run in mine], [run["val_loss"] for run in mine]
     )
     return {
         "budget": budget,
-        "flops": sum(row["train_flops"] for row in mine) / len(mine),
-        "lowest_loss": min(row["val_loss"] for row in mine),
+        "flops": sum(run["train_flops"] for run in mine) / len(mine),
+        "lowest_loss": min(run["val_loss"] for run in mine),
         "convex": bool(parabola.a > 0),
         "inside": bool(parabola.is_valid),
         "num_params": float(parabola.x_opt),
@@ -157,13 +157,13 @@ def _fit_budget(rows: Sequence[Mapping[str, Any]], budget: float) -> dict[str, A
     }
 
 
-def outcome(rows: Sequence[Mapping[str, Any]], families: Mapping[str, Any]) -> dict[str, bool]:
+def outcome(runs: Sequence[Mapping[str, Any]], families: Mapping[str, Any]) -> dict[str, bool]:
     """Expectation, in words -> whether it holds."""
     fits = [one for family in families.values() for one in family["budgets"]]
     exponents = [family["exponent"] for family in families.values()]
     return {
         "every run is within 10 % of its budget": all(
-            abs(row["train_flops"] / row["isoflop"] - 1) < 0.1 for row in rows
+            abs(run["train_flops"] / run["isoflop"] - 1) < 0.1 for run in runs
         ),
         "the lowest loss falls with the budget in every family": all(
             a["lowest_loss"] > b["lowest_loss"]
@@ -179,7 +179,7 @@ def outcome(rows: Sequence[Mapping[str, Any]], families: Mapping[str, Any]) -> d
 
 
 def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Held-out loss against parameters, one panel per family and one curve per budget."""
+    """Validation loss against parameters, one panel per family and one curve per budget."""
     plt = record.pyplot()
     import numpy as np
 
@@ -190,12 +190,12 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
     for panel, (name, family) in zip(np.atleast_1d(axes), result["families"].items(), strict=True):
         for color, fit in zip("C0 C1 C2 C3 C4 C5".split(), family["budgets"], strict=False):
             mine = [
-                row
-                for row in result["rows"]
-                if (row["model"], row["isoflop"]) == (name, fit["budget"])
+                run
+                for run in result["rows"]
+                if (run["model"], run["isoflop"]) == (name, fit["budget"])
             ]
-            sizes = [row["num_params"] for row in mine]
-            losses = [row["val_loss"] for row in mine]
+            sizes = [run["num_params"] for run in mine]
+            losses = [run["val_loss"] for run in mine]
             panel.plot(sizes, losses, "o", color=color, label=f"{fit['budget']:.0e} FLOPs")
             u = np.linspace(np.log10(min(sizes)), np.log10(max(sizes)), 50)
             panel.plot(10**u, np.polyval(fit["coefficients"], u), color=color, linewidth=1)
@@ -204,7 +204,7 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
         panel.set_xscale("log")
         panel.xaxis.set_minor_formatter("")
         panel.set_xlabel("parameters")
-    np.atleast_1d(axes)[0].set_ylabel("held-out loss, nats per byte")
+    np.atleast_1d(axes)[0].set_ylabel("validation loss, nats per byte")
     handles, labels = np.atleast_1d(axes)[0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=len(labels), loc="outside upper center")
     figure.savefig(path, dpi=150)
@@ -217,7 +217,7 @@ class Options:
 
     size: record.Size = "cpu"
     runs: pathlib.Path = pathlib.Path("runs/scaling_micro")  # folder of the runs
-    out: pathlib.Path = record.RESULTS / "scaling_micro.json"  # the plot is written beside it
+    out: pathlib.Path = record.RESULTS / "scaling_micro.json"  # the plot is written next to it
 
 
 def main(options: Options) -> int:

@@ -1,13 +1,13 @@
 """The runs of the scaling study of xLSTM, as a plan: grids, budgets, batches, rates, schedules.
 
-Source: arXiv:2510.02228 and the configurations published with it. Nothing here fits on a small
-machine: 3e23 FLOPs in all. The plan itself costs nothing, and any part of it can be run:
+Source: arXiv:2510.02228 and the configurations published with it. The runs need a cluster, 3e23
+FLOPs in all. Planning them costs nothing, and any part of the plan can be run:
 
     xlstm-jax sweep experiments/scaling_paper.py --launch slurm --slurm.nodes 4 ...   # IsoFLOP runs
     xlstm-jax sweep experiments/scaling_paper.py --size ladder ...     # fixed tokens per parameter
 
-The study did not run every combination of its grid: it has 574 IsoFLOP runs, and this plan of 700
-has them among others. It rounded steps to multiples of 50 to 500, in its later rounds of 200 as
+The study did not run every combination of its grid: it has 574 IsoFLOP runs, all of which are among
+the 700 of this plan. It rounded steps to multiples of 50 to 500, in its later rounds of 200 as
 here, and counted FLOPs without rounding feed-forward widths when it chose them. Seven of its runs
 have other learning rates than the rules.
 

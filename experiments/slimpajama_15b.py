@@ -2,11 +2,11 @@
 
 Published validation perplexity: xLSTM[1:0] 13.43, xLSTM[7:1] 13.48, Mamba 13.70, Llama 14.25,
 RWKV-4 15.62. The answer at the size paper is whether our models have this order at step 28,170. The
-size cpu is a test of the path, not of the order: the built-in text is prepared as SlimPajama would
-be, and a small model of each family is trained on it by ordinary runs.
+size cpu tests the pipeline, not the order: the built-in text is prepared as SlimPajama would be,
+and a small model of each family is trained on it by ordinary runs.
 
-Expected at the size cpu: every model ends below 4 bits per byte on held-out text (byte frequencies
-alone: about 4.8).
+Expected at the size cpu: every model ends below 4 bits per byte of validation text (byte
+frequencies alone: about 4.8).
 
     python experiments/slimpajama_15b.py --size cpu
     python experiments/slimpajama_15b.py --size paper --data PREPARED
@@ -15,7 +15,7 @@ alone: about 4.8).
 
 PREPARED is a folder of `xlstm-jax data prepare` with the tokenizer of GPT-2; models have 50,304
 tokens. The comparison is at the end of an epoch: the schedule has 30,000 steps, and
-`xlstm-jax evaluate RUN --step 28170` evaluates all held-out text there.
+`xlstm-jax evaluate RUN --step 28170` evaluates all validation text at that step.
 
 Source: Beck et al. 2024, arXiv:2405.04517, table 1 and appendix B.2. Sizes: smoke (seconds), cpu
 (minutes), paper (published). `--size SIZE:MODEL` of `xlstm-jax train` selects a model.
@@ -73,14 +73,14 @@ def config(size: str = "cpu", family: str = "xlstm_1:0") -> ExperimentConfig:
 
 
 def prepare_builtin(corpus: str, folder: pathlib.Path) -> pathlib.Path:
-    """Writes a built-in corpus as files of rows and prepares it; returns the prepared folder."""
+    """Writes a built-in corpus as JSON lines and prepares it; returns the prepared folder."""
     raw, prepared = folder / f"text_{corpus}", folder / f"prepared_{corpus}"
     if not (prepared / "manifest.json").is_file():
         raw.mkdir(parents=True, exist_ok=True)
         for split, documents in read_corpus(corpus).documents.items():
             texts = (document.data.decode(errors="replace") for document in documents)
-            rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-            (raw / f"{split}.jsonl").write_text(rows)
+            lines = [json.dumps({"text": text}) + "\n" for text in texts]
+            (raw / f"{split}.jsonl").write_text("".join(lines))
         prepare(PrepareConfig(source=str(raw)), prepared, num_workers=1)
     return prepared
 

@@ -102,12 +102,12 @@ class Block:
 
 def blocks(text: str) -> list[Block]:
     """The code blocks of a page."""
-    found, end = [], 0
+    result, end = [], 0
     for match in BLOCK.finditer(text):
         comment = COMMENT.search(text[end : match.start()])
         kind, value = (comment[1], comment[2]) if comment else (None, "")
         title = re.search(r'title="([^"]+)"', match[2])
-        found.append(
+        result.append(
             Block(
                 language=match[1],
                 code=match[3],
@@ -118,20 +118,20 @@ def blocks(text: str) -> list[Block]:
             )
         )
         end = match.end()
-    return found
+    return result
 
 
 def commands(code: str) -> list[list[str]]:
     """The arguments of each `xlstm-jax` in a shell block."""
-    found = []
+    arguments = []
     for line in code.replace("\\\n", " ").splitlines():
         match = re.search(r"--command \"(xlstm-jax [^\"]*)\"|(?:^| -- )(xlstm-jax .*)", line)
         if match:
             lexer = shlex.shlex(match[1] or match[2], posix=True, punctuation_chars="|")
             lexer.whitespace_split = True
             _, *args = itertools.takewhile(lambda word: word != "|", lexer)
-            found.append(args)
-    return found
+            arguments.append(args)
+    return arguments
 
 
 @pytest.fixture

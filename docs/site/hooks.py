@@ -106,7 +106,7 @@ def _commands() -> str:
 
 
 def _outside_of_code(markdown: str) -> list[str]:
-    """The text of a page, split so that parts of odd index are blocks and spans of code."""
+    """The text of a page, split so that parts of odd index are code blocks and inline code."""
     return re.split(r"(^```.*?^```|`[^`\n]+`)", markdown, flags=re.MULTILINE | re.DOTALL)
 
 

@@ -59,14 +59,14 @@ def arrow(axes, start, end, color=GRAY, bend=0.0):
     axes.add_patch(FancyArrowPatch(start, end, connectionstyle=f"arc3,rad={bend}", **style))
 
 
-def memory(axes, x, y, rows, columns, color):
-    """A vector or matrix of squares; where rows and columns agree it is stronger."""
+def memory(axes, x, y, height, width, color):
+    """A vector or matrix of squares, stronger on the diagonal."""
     size = 0.16
-    for row in range(rows):
-        for column in range(columns):
-            strength = 0.75 if row == column or columns == 1 else 0.25
+    for i in range(height):
+        for j in range(width):
+            strength = 0.75 if i == j or width == 1 else 0.25
             face = (*matplotlib.colors.to_rgb(color), strength)
-            at = (x + column * size, y + (rows - 1 - row) * size)
+            at = (x + j * size, y + (height - 1 - i) * size)
             axes.add_patch(Rectangle(at, size * 0.9, size * 0.9, facecolor=face))
 
 

@@ -1,9 +1,9 @@
 """Classifies every frame of a signal, with a stack that reads it in both directions.
 
 A signal consists of segments, each of one class. Its frames are noisy vectors: the first frame of a
-segment is marked, and one frame at a random place tells the class. A model that reads forward only
-cannot classify the frames before that one. Expected: the bidirectional stack classifies more than
-0.95 of held-out frames, at least 0.15 more than the forward one of the same blocks.
+segment is marked, and one frame at a random position tells the class. A causal model cannot
+classify the frames before that one. Expected: the bidirectional stack classifies more than 0.95 of
+the test frames, at least 0.15 more than the forward stack of the same blocks.
 
     python experiments/applications/frame_classifier.py           # a minute on two idle cores
 """
@@ -24,7 +24,7 @@ from xlstm_jax.train import TrainConfig
 NUM_CLASSES, SEGMENT = 4, (3, 8)  # classes, and the shortest and longest segment
 FRAME_DIM = NUM_CLASSES + 1  # one number per class, and the mark
 MIN_LEN, MAX_LEN, NOISE = 16, 32, 0.1
-BATCH_SIZE, NUM_HELD_OUT = 64, 512
+BATCH_SIZE, NUM_TEST = 64, 512
 BLOCKS = LMConfig(vocab_size=1, dim=32, pattern="m", mlstm=MLSTMConfig(num_heads=2))
 STEPS = {"smoke": 10, "cpu": 250}
 
@@ -54,7 +54,7 @@ def signals(seed: int, count: int) -> Batch:
 
 
 def accuracy(size: str, *, bidirectional: bool) -> float:
-    """Trains one model; returns the share of held-out frames that it classifies correctly."""
+    """Trains one model; returns the share of test frames that it classifies correctly."""
     from xlstm_jax.modules.heads import PositionHead
     from xlstm_jax.train.grid import evaluate_grid, train_grid
     from xlstm_jax.train.head_losses import position_classification_loss
@@ -70,7 +70,7 @@ def accuracy(size: str, *, bidirectional: bool) -> float:
     grid = train_grid(
         model, cfg, batches, seeds=(0,), lrs=(5e-3,), loss_fn=loss_fn, report=record.print_loss
     )
-    sums = evaluate_grid(model, grid.params, [signals(0, NUM_HELD_OUT)], cfg, loss_fn)
+    sums = evaluate_grid(model, grid.params, [signals(0, NUM_TEST)], cfg, loss_fn)
     return float(sums.correct_sum[0] / sums.weight_sum[0])
 
 

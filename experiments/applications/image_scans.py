@@ -1,8 +1,8 @@
 """Classifies images as sequences of patches that successive blocks read in alternating directions.
 
 An image has a bright and a dark square; its class is where the dark one is: left, right, above or
-below. Patches are read row by row, by every second block from the last one backward, as in
-Vision-LSTM (Alkin et al. 2024, arXiv:2406.04303). Expected: more than 0.9 of held-out images with
+below. Patches are read in raster order, by every second block from the last one backward, as in
+Vision-LSTM (Alkin et al. 2024, arXiv:2406.04303). Expected: more than 0.9 of test images with
 alternating directions. The accuracy with one direction is measured for comparison.
 
     python experiments/applications/image_scans.py                # a minute on two idle cores
@@ -26,7 +26,7 @@ WIDTH, PATCH, SQUARE, NOISE = 16, 4, 3, 0.1  # pixels of an image, a patch, a sq
 NUM_PATCHES = (WIDTH // PATCH) ** 2
 NUM_CLASSES = 4
 PATCH_DIM = PATCH**2 + 2  # pixels and the position of the patch
-BATCH_SIZE, NUM_HELD_OUT = 64, 1024
+BATCH_SIZE, NUM_TEST = 64, 1024
 BLOCKS = LMConfig(vocab_size=1, dim=32, pattern="mm", mlstm=MLSTMConfig(num_heads=2))
 STEPS = {"smoke": 10, "cpu": 400}
 FORWARD = tuple(range(NUM_PATCHES))
@@ -40,22 +40,22 @@ def images(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     # Corners of both squares, drawn again until they are clearly apart along one axis only.
     corners = rng.integers(0, WIDTH - SQUARE + 1, (count, 2, 2))
     while True:
-        offset = corners[:, 1] - corners[:, 0]  # rows and columns from the bright to the dark one
+        offset = corners[:, 1] - corners[:, 0]  # (down, right) from the bright to the dark one
         larger, smaller = np.abs(offset).max(axis=1), np.abs(offset).min(axis=1)
         (unclear,) = np.nonzero((larger <= SQUARE) | (larger - smaller < 2))
         if not unclear.size:
             break
         corners[unclear] = rng.integers(0, WIDTH - SQUARE + 1, (len(unclear), 2, 2))
     for image, (bright, dark) in zip(pixels, corners, strict=True):
-        for (row, column), value in ((bright, 1), (dark, -1)):
-            image[row : row + SQUARE, column : column + SQUARE] += value
+        for (y, x), value in ((bright, 1), (dark, -1)):
+            image[y : y + SQUARE, x : x + SQUARE] += value
     vertical = np.abs(offset[:, 0]) > np.abs(offset[:, 1])
     along = np.where(vertical, offset[:, 0], offset[:, 1])
     return pixels.astype(np.float32), 2 * vertical + (along > 0)
 
 
 def patches(pixels: np.ndarray) -> np.ndarray:
-    """Patches `N T C` row by row, each with its row and column in [-1, 1]."""
+    """Patches `N T C` in raster order, each with its position (y, x) in [-1, 1]."""
     n, count = WIDTH // PATCH, len(pixels)
     parts = pixels.reshape(count, n, PATCH, n, PATCH).swapaxes(2, 3).reshape(count, n * n, -1)
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n)] * 2, indexing="ij"), axis=-1)
@@ -71,7 +71,7 @@ def make_batch(seed: int, count: int) -> Batch:
 
 
 def accuracy(size: str, orders: tuple[tuple[int, ...], ...]) -> float:
-    """Trains one model; returns the share of held-out images that it classifies correctly."""
+    """Trains one model; returns the share of test images that it classifies correctly."""
     from xlstm_jax.modules.heads import Classifier
     from xlstm_jax.train.grid import evaluate_grid, train_grid
     from xlstm_jax.train.head_losses import classification_loss
@@ -87,7 +87,7 @@ def accuracy(size: str, orders: tuple[tuple[int, ...], ...]) -> float:
     grid = train_grid(
         model, cfg, batches, seeds=(0,), lrs=(5e-3,), loss_fn=loss_fn, report=record.print_loss
     )
-    sums = evaluate_grid(model, grid.params, [make_batch(0, NUM_HELD_OUT)], cfg, loss_fn)
+    sums = evaluate_grid(model, grid.params, [make_batch(0, NUM_TEST)], cfg, loss_fn)
     return float(sums.correct_sum[0] / sums.weight_sum[0])
 
 

@@ -3,7 +3,7 @@
 A source of symbols, a separator, and its translation form one sequence: every symbol has a word in
 the other alphabet, in the same order. With `--task copy` both alphabets are the same. Positions of
 the prefix have weight 0, so that the model is not trained to predict the source. Expected: more
-than 0.95 of held-out sources are translated without an error by greedy decoding.
+than 0.95 of test sources are translated without an error by greedy decoding.
 
     python experiments/applications/translation.py                # a minute on two idle cores
 """
@@ -23,7 +23,7 @@ from xlstm_jax.train import TrainConfig
 NUM_SYMBOLS, MIN_LEN, MAX_LEN = 16, 3, 8
 PAD, SEPARATOR, END, FIRST = 0, 1, 2, 3  # symbols of the source start at FIRST
 VOCAB_SIZE = FIRST + 2 * NUM_SYMBOLS
-BATCH_SIZE, NUM_HELD_OUT = 64, 256
+BATCH_SIZE, NUM_TEST = 64, 256
 BLOCKS = LMConfig(vocab_size=VOCAB_SIZE, dim=32, pattern="mm", mlstm=MLSTMConfig(num_heads=2))
 STEPS = {"smoke": 10, "cpu": 400}
 WORDS = np.random.default_rng(0).permutation(NUM_SYMBOLS)  # of the symbols, in the other alphabet
@@ -37,7 +37,7 @@ def translate(source: np.ndarray, task: Task) -> np.ndarray:
 
 
 def sources(seed: int, count: int) -> list[np.ndarray]:
-    """Random sources; training and held-out ones have different seeds."""
+    """Random sources; training and test sources have different seeds."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(MIN_LEN, MAX_LEN + 1, count)
     return [FIRST + rng.integers(0, NUM_SYMBOLS, length) for length in lengths]
@@ -47,9 +47,9 @@ def make_batch(texts: list[np.ndarray], task: Task) -> Batch:
     """Source, separator, translation, end; weights are 1 for the translation and its end."""
     tokens = np.full((len(texts), 2 * MAX_LEN + 2), PAD, np.int32)
     is_target = np.zeros(tokens.shape, bool)
-    for row, mask, source in zip(tokens, is_target, texts, strict=True):
+    for sequence, mask, source in zip(tokens, is_target, texts, strict=True):
         prefix = len(source) + 1
-        row[: 2 * prefix] = [*source, SEPARATOR, *translate(source, task), END]
+        sequence[: 2 * prefix] = [*source, SEPARATOR, *translate(source, task), END]
         mask[prefix : 2 * prefix] = True
     return Batch(
         inputs=tokens[:, :-1],
@@ -61,10 +61,10 @@ def make_batch(texts: list[np.ndarray], task: Task) -> Batch:
 
 
 def exact_translations(model: LM, params: Any, task: Task) -> float:
-    """The share of held-out sources that greedy decoding translates without an error."""
+    """The share of test sources that greedy decoding translates without an error."""
     from xlstm_jax.generate import generate
 
-    texts = sources(1, NUM_HELD_OUT)
+    texts = sources(1, NUM_TEST)
     prompts = [[*map(int, source), SEPARATOR] for source in texts]
     limit = MAX_LEN + 1
     output = generate(model, {"params": params}, prompts, max_new_tokens=limit, stop=(END,))
@@ -99,7 +99,7 @@ def main(options: Options) -> int:
     result = record.start("applications/translation", options.size)
     grid = train_grid(model, cfg, batches, seeds=(0,), lrs=(5e-3,), report=record.print_loss)
     exact = exact_translations(model, grid.member(0), options.task)
-    print(f"{exact:.3f} of {NUM_HELD_OUT} held-out sources without an error")
+    print(f"{exact:.3f} of {NUM_TEST} test sources without an error")
     result |= {"task": options.task, "steps": steps, "exact": exact}
     result["outcome"] = {"more than 0.95 translated without an error": exact > 0.95}
     return record.save(result, options.out)

@@ -1,4 +1,4 @@
-"""xLSTM beside the models that it is compared with: train steps, and decoding by context.
+"""Times train steps, and decoding by context, of xLSTM and the baselines.
 
 Targets: at least the tokens per second of `transformers` for Llama, Mamba and RWKV-4 with the same
 weights; a time per token and a state that do not grow with the context for all models but Llama.
@@ -136,10 +136,10 @@ def write_checkpoint(workload: workloads.ModelWorkload, folder: pathlib.Path) ->
 def train_table(records: dict[str, dict[str, Any]]) -> str:
     """A Markdown table of the train steps."""
     header = ["model", "parameters", "FLOPs per token", "tokens/s", "of the matrix-product rate"]
-    rows = []
+    lines = []
     for name, record in records.items():
         ours, ratio = record["ours"], record.get("ours_over_peer")
-        rows.append(
+        lines.append(
             [
                 name,
                 f"{record['parameters'] / 1e6:.2f} M",
@@ -149,7 +149,7 @@ def train_table(records: dict[str, dict[str, Any]]) -> str:
                 "" if ratio is None else f"{ratio:.2f} x",
             ]
         )
-    return measure.table([*header, "transformers"], rows)
+    return measure.table([*header, "transformers"], lines)
 
 
 def decode_table(records: dict[str, list[dict[str, Any]]]) -> str:
@@ -161,7 +161,7 @@ def decode_table(records: dict[str, list[dict[str, Any]]]) -> str:
         "state at the first",
         "at the last",
     ]
-    rows = [
+    lines = [
         [
             name,
             *(f"{1e3 * record['median_seconds']:.2f} ms" for record in by_context),
@@ -169,7 +169,7 @@ def decode_table(records: dict[str, list[dict[str, Any]]]) -> str:
         ]
         for name, by_context in records.items()
     ]
-    return measure.table(header, rows)
+    return measure.table(header, lines)
 
 
 def plot(records: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:

@@ -7,7 +7,7 @@ Targets: at least 80 % of the library's MB/s, and below 1 GiB for 2 GiB of text,
 The text is made of lines of the running Python's standard library, in an order that does not
 repeat. The library, `encode_batch_fast` of `tokenizers` with a thread for each core, gets batches
 of documents that are already in memory; `data prepare` reads, tokenizes, hashes and writes them.
-Both run in turns, in processes of their own. Memory is the sum over all processes of the command:
+They alternate, in separate processes. Memory is the sum over all processes of the command:
 resident (shared pages count several times) and proportional.
 """
 
@@ -58,7 +58,7 @@ class Arguments(measure.Arguments):
 
 
 def main(args: Arguments) -> int:
-    """Runs both in turns and writes one result."""
+    """Alternates both and writes one result."""
     with tempfile.TemporaryDirectory() as parent:
         source, out = pathlib.Path(parent, "in"), pathlib.Path(parent, "out")
         write_text(source, args.mib * 2**20, args.files)

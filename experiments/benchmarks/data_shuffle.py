@@ -109,7 +109,7 @@ def read_epoch(store: TokenStore, shuffle: str) -> dict[str, float]:
 
 
 def loss(shuffle: str, seed: int, args: Arguments) -> float:
-    """The held-out loss of a small model after training in an order."""
+    """The validation loss of a small model after training in an order."""
     model = LMConfig(
         vocab_size=257,
         dim=64,

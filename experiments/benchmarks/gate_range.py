@@ -95,18 +95,18 @@ def relative(actual: np.ndarray, expected: np.ndarray, scale: float | None = Non
 
 def main(args: measure.Arguments) -> int:
     """Prints the largest of the three errors; writes all to `args.out`."""
-    records, rows = [], []
+    records, lines = [], []
     for op, (gate, forget), value in itertools.product(("mlstm", "slstm"), ACTIVATIONS, VALUES):
         inputs = inputs_of(op, gate, value)
         expected = program(op, forget, REFERENCE)(inputs)
         key = {"op": op, "gate": gate, "forget_gate": forget, "value": f"{value:g}"}
-        row = {}
+        by_name = {}
         for name in MLSTM if op == "mlstm" else SLSTM:
-            row[name] = errors(program(op, forget, name)(inputs), expected)
-            records.append(key | {"implementation": name} | row[name])
-        cells_of_row = (f"{max(row[n].values()):.0e}" if n in row else "" for n in MLSTM)
-        rows.append([*key.values(), *cells_of_row])
-    print(measure.table(("op", "gate", "forget gate", "value", *MLSTM), rows))
+            by_name[name] = errors(program(op, forget, name)(inputs), expected)
+            records.append(key | {"implementation": name} | by_name[name])
+        cells = (f"{max(by_name[n].values()):.0e}" if n in by_name else "" for n in MLSTM)
+        lines.append([*key.values(), *cells])
+    print(measure.table(("op", "gate", "forget gate", "value", *MLSTM), lines))
     measure.write(args.out, measure.run_info("gate_range") | {"records": records})
     return 0
 

@@ -1,4 +1,4 @@
-"""Decoding speed of a large-block model beside `transformers` with the same weights, on a CPU.
+"""Decoding speed of a large-block model and of `transformers` with the same weights, on a CPU.
 
 Targets, in float32 on two cores: at batch size 1 three times the tokens per second of the peer and
 60 % of the memory speed; at batch size 8 four times, or half of the roofline if that is lower.
@@ -89,21 +89,21 @@ def main(args: Arguments) -> int:
             "peer_tokens_per_second",
             "ratio",
         )
-        rows = [[f"{r[c]:.3g}" if r.get(c) else "" for c in columns] for r in records]
-        print(measure.table(columns, rows))
+        lines = [[f"{r[c]:.3g}" if r.get(c) else "" for c in columns] for r in records]
+        print(measure.table(columns, lines))
     if "context" in args.sections:
         result["contexts"] = by_context(variables, args.repeats)
-        rows = [
+        lines = [
             [str(context), f"{1e3 * r['median_seconds']:.3f} ms"]
             for context, r in result["contexts"].items()
         ]
-        print(measure.table(["context", "per token"], rows))
+        print(measure.table(["context", "per token"], lines))
     measure.write(args.out, result)
     return 0
 
 
 def compare(batch_size: int, variables: Any, args: Arguments) -> dict[str, Any]:
-    """Our decoding, that of the peer, and the speeds of memory and of a product, in turns."""
+    """Our decoding, that of the peer, and the speeds of memory and of a product, interleaved."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, MODEL.vocab_size, (batch_size, PROMPT))
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +125,7 @@ def compare(batch_size: int, variables: Any, args: Arguments) -> dict[str, Any]:
             times = measure.interleaved(timers, args.repeats)
     steps = batch_size * NEW_TOKENS
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables["params"]))
-    weights -= variables["params"]["token_embedding"]["embedding"].nbytes  # one row is read
+    weights -= variables["params"]["token_embedding"]["embedding"].nbytes  # one embedding is read
     read_rate = READ_BYTES / float(np.median(times["read"]))
     flops = batch_size * forward_flops(MODEL, 1)
     bound = max(weights / read_rate, flops / measure.product_rate(times["product"]))
@@ -158,7 +158,7 @@ def memory_read():
 
 
 def by_context(variables: Any, repeats: int) -> dict[int, dict[str, Any]]:
-    """Seconds per token after contexts of several lengths, in turns."""
+    """Seconds per token after contexts of several lengths, interleaved."""
     rng, decoders = np.random.default_rng(0), {}
     for context in CONTEXTS:
         prompt = rng.integers(0, MODEL.vocab_size, (1, context))

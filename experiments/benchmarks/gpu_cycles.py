@@ -1,4 +1,4 @@
-"""What the mLSTM kernels ask of an H200, by counting: matrix units, schedulers and the L2 cache.
+"""Counts what the mLSTM kernels need of an H200: matrix units, schedulers and the L2 cache.
 
     .venv-compile/bin/python experiments/benchmarks/gpu_cycles.py
     .venv-compile/bin/python experiments/benchmarks/gpu_cycles.py --K 128 --V 256 --out RESULT.json
@@ -7,8 +7,8 @@ No GPU is needed. Kernels are compiled for sm_90 and disassembled: instructions 
 its trips, and cycles of the matrix units. Those of Mosaic GPU kernels are counted from their
 blocks. Bytes are what programs load from the L2 cache, and the sizes of operands and results.
 
-A count is a lower bound for each unit, not a time: waits are not in it, and what overlaps with what
-is known on a device only.
+A count is a lower bound for each unit, not a time: it excludes waits, and only a device shows which
+units overlap.
 """
 
 import dataclasses
@@ -150,9 +150,9 @@ def mosaic_counts(args: Arguments) -> list[Count]:
     tile = mosaic_tiles.choose(args.K, args.V, jnp.dtype("bfloat16"), args.T, None)
     K, V, L, counts = args.K // 64, args.V // 64, tile.chunk, []
     product = 4 * 32  # cycles of a product of two blocks
-    rows, columns = tile.states.groups, tile.states.blocks
+    groups, blocks = tile.states.groups, tile.states.blocks
     for name in ("states", "dstates"):
-        l2 = 2 * 64 * 64 * (rows + columns) * (K // rows) * (V // columns)
+        l2 = 2 * 64 * 64 * (groups + blocks) * (K // groups) * (V // blocks)
         l2 += 2 * args.K * args.V * 64 / L if name == "dstates" else 0
         counts.append(Count("mosaic_gpu", name, K * V * product + K * 4 * 18, None, l2))
     for name, A, W, block in (
@@ -245,7 +245,7 @@ def main(args: Arguments) -> int:
     for counts in (triton_counts(args), with_issue(mosaic_counts(args), args)):
         counts = with_hbm(counts, args)
         name, milliseconds = counts[0].implementation, times(counts, args)
-        rows = [
+        lines = [
             [
                 c.kernel,
                 f"{c.tensor:,.0f}",
@@ -256,7 +256,7 @@ def main(args: Arguments) -> int:
             for c in counts
         ]
         header = [name, "tensor cycles", "issue cycles", "bytes from L2", "of HBM"]
-        print(measure.table(header, rows))
+        print(measure.table(header, lines))
         print(f"{milliseconds}\n")
         result[name] = {"per_64_positions": [c._asdict() for c in counts], "ms": milliseconds}
     measure.write(args.out, result | {"arguments": dataclasses.asdict(args) | {"out": None}})

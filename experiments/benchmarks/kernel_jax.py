@@ -96,7 +96,7 @@ def timed_function(case: Case, candidate: str) -> Call:
 def compile_case(case: Case, candidate: str, fn: Call | None = None) -> jax.stages.Compiled:
     """Compiles the timed function of a case, or `fn` instead, from shapes."""
     shapes = jax.eval_shape(lambda: inputs(case, candidate))
-    donate = 0 if case.part == "decode" else ()  # new states take the place of the old ones
+    donate = 0 if case.part == "decode" else ()  # new states overwrite the old ones
     jitted = jax.jit(fn or timed_function(case, candidate), donate_argnums=donate)
     return jitted.lower(*shapes).compile()
 
@@ -119,7 +119,7 @@ def bind_inputs(case: Case, candidate: str, program: jax.stages.Compiled) -> Cal
 
 
 def measure_case(case: Case, candidate: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Times per call (per state if there are several), peak memory, and tiles."""
+    """Times per call (per state, if several), peak memory, and tiles."""
     program = compile_case(case, candidate)
     call = bind_inputs(case, candidate, program)
     jax.block_until_ready(call())

@@ -77,7 +77,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _cell(record: Record) -> str:
-    """Time, share of the bound and memory; empty if there is no time."""
+    """Time, share of the bound and memory; empty without a time."""
     if "median_seconds" not in record:
         return ""
     extra = []

@@ -69,9 +69,9 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
     return result["records"] if "records" in result else result["rows"]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, with_header=True) -> str:
+def table(header: Sequence[str], body: Sequence[Sequence[str]], *, with_header=True) -> str:
     """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows] if with_header else rows
+    lines = [header, ["---"] * len(header), *body] if with_header else body
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

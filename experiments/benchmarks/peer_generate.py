@@ -4,9 +4,9 @@
 
     python peer_generate.py FOLDER
 
-The folder is a checkpoint, and has `prompts.npy`, one prompt per row. It first prints one line of
-JSON: versions, and the greedy tokens after the prompts. Then it reads a number of calls from each
-line of standard input, and prints the time of each, without prefill: `{"seconds": [...]}`.
+The folder is a checkpoint, and has `prompts.npy`, `N T` tokens. It first prints one line of JSON:
+versions, and the greedy tokens after the prompts. Then it reads a number of calls from each line of
+standard input, and prints the time of each, without prefill: `{"seconds": [...]}`.
 """
 
 # pyright: reportMissingImports=false

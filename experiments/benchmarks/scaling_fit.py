@@ -1,4 +1,4 @@
-"""How fast are fits of a loss surface? Starts per second, beside SciPy's L-BFGS-B.
+"""How fast are fits of a loss surface? Starts per second, compared with SciPy's L-BFGS-B.
 
     python experiments/benchmarks/scaling_fit.py --out RESULT.json
 

@@ -77,8 +77,8 @@ def model(H: int, K: int, V: int, T: int) -> Iterator[Time]:
     """Times without a split, and in as many segments as the chip computes at once."""
     sizes = gpu_cycles.Arguments(K=K, V=V, H=H, tokens=T, T=T)
     counts = {count.kernel: count for count in gpu_cycles.triton_counts(sizes)}
-    whole = _launches(_compiled(H, K, V, T, 1, "forward")[0])["mlstm_states"]
-    full = GPUS["H200"].multiprocessors // whole
+    unsplit = _launches(_compiled(H, K, V, T, 1, "forward")[0])["mlstm_states"]
+    full = GPUS["H200"].multiprocessors // unsplit
     for count in (1, 2 ** int(math.log2(full))):
         for direction in ("forward", "both"):
             launches, text = _compiled(H, K, V, T, count, direction)
@@ -161,15 +161,15 @@ def main(args: Arguments) -> int:
     jax.config.update("jax_platforms", "cpu")  # compiles for targets that are not attached
     header = ["heads (K, V)", "pass", "segments", "programs of `states`", "`states`", "outputs"]
     header += ["XLA: launches, MB", "XLA", "ms"]
-    times, rows = [], []
+    times, lines = [], []
     for case in CASES:
         for time in model(*case, args.T):
             times.append(time._asdict() | {"total": time.total})
-            rows.append([f"{time.H} ({time.K}, {time.V})", time.direction, f"{time.segments}"])
-            rows[-1] += [f"{time.programs}", f"{time.states:.2f}", f"{time.outputs:.2f}"]
-            rows[-1] += [f"{time.xla_launches}, {time.xla_bytes / 1e6:,.0f}", f"{time.xla:.2f}"]
-            rows[-1] += [f"{time.total:.2f}"]
-    print(measure.table(header, rows))
+            lines.append([f"{time.H} ({time.K}, {time.V})", time.direction, f"{time.segments}"])
+            lines[-1] += [f"{time.programs}", f"{time.states:.2f}", f"{time.outputs:.2f}"]
+            lines[-1] += [f"{time.xla_launches}, {time.xla_bytes / 1e6:,.0f}", f"{time.xla:.2f}"]
+            lines[-1] += [f"{time.total:.2f}"]
+    print(measure.table(header, lines))
     result: dict[str, Any] = measure.run_info("sequence_split", ("jax", "triton"))
     measure.write(args.out, result | {"T": args.T, "ms": times})
     return 0

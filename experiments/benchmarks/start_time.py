@@ -4,7 +4,7 @@
 
 CPU seconds of a fresh process, on whatever cores it gets: to import the library, initialize the
 parameters, trace and lower the train step, and compile it. The first start fills a new compilation
-cache, the second reads it. There is no peer: PyTorch compiles nothing.
+cache, the second reads it. No peer is measured: PyTorch compiles nothing.
 """
 
 import dataclasses

@@ -66,7 +66,7 @@ def compare(
     peer_python: str | None,
     costs: Callable[[Advance], dict[str, float]] = lambda advance: {},
 ) -> dict[str, Any]:
-    """Times our step, the peer's if there is one, and a matrix product, alternating.
+    """Times our step, the peer's if one is given, and a matrix product, alternating.
 
     `make_step` returns a function that runs one more step, and its program; `target` is the minimum
     ratio of our tokens per second to those of the peer; `costs` measures more of our step.

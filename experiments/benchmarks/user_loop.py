@@ -30,7 +30,7 @@ TARGETS = {"large": 1.4, "v1": 3.5}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments(measure.TimedArguments):
-    """`repeats`: rounds of 5 steps are timed in turns."""
+    """`repeats`: rounds of 5 steps are timed, interleaved."""
 
     prepare: bool = False  # call xlstm_jax.cpu.prepare() first
     peer_python: str | None = None  # interpreter with torch, xlstm and mlstm_kernels

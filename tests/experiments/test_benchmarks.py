@@ -72,7 +72,7 @@ def test_steps_with_and_without_a_mesh_are_compared(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_overhead_of_the_loop_is_measured_in_turns(tiny, one_device, monkeypatch, tmp_path):
+def test_overhead_of_the_loop_is_measured_interleaved(tiny, one_device, monkeypatch, tmp_path):
     smoke = train_overhead.char_lm.config("smoke")
     train = dataclasses.replace(smoke.train, watch_every=10)
     smoke = dataclasses.replace(smoke, train=train)

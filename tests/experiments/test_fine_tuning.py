@@ -8,11 +8,11 @@ from experiments import fine_tuning
 from xlstm_jax.config import ConfigError
 
 
-def test_held_out_questions_are_not_in_the_training_data():
-    rows = fine_tuning.conversations()
-    train, valid = ({row["messages"][0]["content"] for row in rows[name]} for name in rows)
+def test_validation_questions_are_not_in_the_training_data():
+    chats = fine_tuning.conversations()
+    train, valid = ({chat["messages"][0]["content"] for chat in chats[name]} for name in chats)
     assert len(valid) == 100 and len(train) > 500 and not train & valid
-    assert rows == fine_tuning.conversations()
+    assert chats == fine_tuning.conversations()
 
 
 def test_an_unmeasured_peer_is_no_outcome():

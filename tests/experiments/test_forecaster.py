@@ -126,7 +126,7 @@ def test_coverage_is_the_share_of_observed_values_within_the_outer_quantiles():
     assert measured["coverage"] == pytest.approx(share, abs=1e-4)
 
 
-def test_xlstm_must_be_ahead_of_the_baseline_with_honest_intervals():
+def test_xlstm_must_be_ahead_of_the_baseline_with_calibrated_intervals():
     def models(naive, slstm, mlstm, coverage=0.8):
         losses = {fc.NAIVE: naive, "LSTM": 9.0, "sLSTM": slstm, "mLSTM": mlstm}
         return {n: {"pinball": loss, "coverage": coverage} for n, loss in losses.items()}

@@ -1,4 +1,4 @@
-"""The map of formal languages: figures of a cell, resuming, expectations, rows of the README."""
+"""The map of formal languages: figures of a cell, resuming, expectations, table of the README."""
 
 import dataclasses
 import json
@@ -111,13 +111,13 @@ def test_unknown_names_are_refused_with_the_known_ones(arguments, message):
         config(*arguments)
 
 
-def test_the_readme_has_a_row_for_each_of_the_fifteen_tasks():
-    """A row has the task, the test of its generator, its command, and a figure for each model."""
+def test_the_readme_has_a_line_for_each_of_the_fifteen_tasks():
+    """A line has the task, the test of its generator, its command, and a figure for each model."""
     section = (ROOT / "experiments/README.md").read_text().split("## Formal languages")[1]
     lines = [line for line in section.split("\n## ")[0].splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert len(rows) == 15 and [row[0] for row in rows] == [*TASKS]
-    for task, test, command, *figures in rows:
+    entries = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert len(entries) == 15 and [entry[0] for entry in entries] == [*TASKS]
+    for task, test, command, *figures in entries:
         path = re.fullmatch(rf"`pytest (\S+) -k {task}`", test)
         assert path and (ROOT / path[1]).exists() and task in SOLVERS
         assert command == f"`python experiments/formal_languages.py --task {task}`"
@@ -127,8 +127,8 @@ def test_the_readme_has_a_row_for_each_of_the_fifteen_tasks():
 def test_the_figures_of_the_readme_are_those_of_the_stored_map():
     cells = json.loads((ROOT / "experiments/results/formal_languages.json").read_text())["cells"]
     text = (ROOT / "experiments/README.md").read_text()
-    missing = [row for row in table(cells) if row not in text]
-    assert not missing, "paste the rows that experiments/formal_languages.py prints"
+    missing = [line for line in table(cells) if line not in text]
+    assert not missing, "paste the lines that experiments/formal_languages.py prints"
 
 
 @pytest.mark.slow

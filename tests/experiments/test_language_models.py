@@ -1,4 +1,4 @@
-"""The recipes of language models: variants, outcomes, domains, questions; runs of size smoke."""
+"""Experiments with language models: variants, outcomes, domains, questions; size smoke."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ def test_the_compared_step_is_evaluated_and_saved():
     train = slimpajama_15b.config("paper").train
     step = language_models.COMPARED_STEP
     assert step % train.eval_every == step % train.checkpoint_every == 0
-    assert step + train.checkpoint_every * (train.keep - 1) > train.steps  # and is kept
+    assert step + train.checkpoint_every * (train.keep - 1) > train.steps  # and is not deleted
 
 
 def test_missing_data_are_one_line_with_the_layout(tmp_path):
@@ -50,20 +50,23 @@ def test_the_best_learning_rate_is_that_with_the_lowest_mean_and_never_a_diverge
 
 
 def test_ablations_expect_the_order_of_the_first_table():
-    rows = {name: {"bits_per_token": x} for name, x in (("lstm", 3.0), ("xlstm_0:1", 2.0))}
-    rows["xlstm_7:1"] = {"bits_per_token": 2.5}
-    assert list(ablations.outcome("lstm_to_xlstm", rows).values()) == [True, False]
-    assert ablations.outcome("gates", rows) == {}
-    measured = dict.fromkeys(ablations.rows_of("gates"), 14.0) | {"gates": 13.0, "forget_1": None}
+    losses = {"lstm": 3.0, "xlstm_0:1": 2.0, "xlstm_7:1": 2.5}
+    results = {name: {"bits_per_token": loss} for name, loss in losses.items()}
+    assert list(ablations.outcome("lstm_to_xlstm", results).values()) == [True, False]
+    assert ablations.outcome("gates", results) == {}
+    measured = dict.fromkeys(ablations.variants_of("gates"), 14.0) | {
+        "gates": 13.0,
+        "forget_1": None,
+    }
     holds = ablations.paper_outcome("gates", measured)
     assert holds["gates below forget_input_bias"] and not holds["forget_bias below fixed"]
     assert not any("forget_1" in name for name in holds)  # it has no published perplexity
 
 
-def test_every_row_of_an_ablation_is_another_model_at_every_size():
+def test_every_variant_of_an_ablation_is_another_model_at_every_size():
     for size in ablations.SIZES:
         for table in ("lstm_to_xlstm", "gates", "blocks"):
-            configs = [ablations.config(size, name) for name in ablations.rows_of(table)]
+            configs = [ablations.config(size, name) for name in ablations.variants_of(table)]
             distinct = {(cfg.model, cfg.train.freeze) for cfg in configs}
             assert len(distinct) == len(configs), (size, table)
 
@@ -84,12 +87,12 @@ def test_published_perplexities_fit_lines_with_the_known_slopes():
     assert list(ladder.outcome(rising).values()) == [True, True, False]
 
 
-def test_rows_become_one_file_per_domain_and_are_refused_otherwise(tmp_path):
+def test_documents_become_one_file_per_domain_and_are_refused_otherwise(tmp_path):
     raw, out = tmp_path / "raw", tmp_path / "domains"
     (raw / "c4").mkdir(parents=True)
-    rows = [dict(text=f"t{n}", source="c4", subdomain=f"a/{n % 2}.org") for n in range(3)]
+    documents = [dict(text=f"t{n}", source="c4", subdomain=f"a/{n % 2}.org") for n in range(3)]
     with gzip.open(raw / "c4" / "val.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(json.dumps(document) + "\n" for document in documents)
     (raw / "ptb.jsonl").write_text(json.dumps(dict(text="p", source="ptb")) + "\n")
     assert paloma.prepare_domains(raw, out) == 3
     names = sorted(path.name for path in out.iterdir())
@@ -98,7 +101,9 @@ def test_rows_become_one_file_per_domain_and_are_refused_otherwise(tmp_path):
     with pytest.raises(ConfigError, match="--domains must be a new or an empty folder"):
         paloma.prepare_domains(raw, out)
     (raw / "ptb.jsonl").write_text('{"text": "p"}\n')
-    with pytest.raises(ConfigError, match=r"ptb\.jsonl:1 must be a row with the fields text and"):
+    with pytest.raises(
+        ConfigError, match=r"ptb\.jsonl:1 must be an object with the fields text and"
+    ):
         paloma.prepare_domains(raw, tmp_path / "other")
     with pytest.raises(ConfigError, match="--prepare must be a folder with files"):
         paloma.prepare_domains(out / "none", tmp_path / "third")
@@ -125,7 +130,7 @@ def test_a_source_weights_its_domains_by_tokens_and_columns_equally():
 def test_questions_have_the_right_continuation_first_and_words_that_occur_before():
     choices = list(downstream.questions("grammar", 5))
     assert choices == list(downstream.questions("grammar", 5))
-    documents = downstream.held_out_lines("grammar")
+    documents = downstream.validation_lines("grammar")
     for context, (right, *wrong) in choices:
         assert len(wrong) == 3 and len(context) <= downstream.CONTEXT_BYTES
         text = next(t for t in map("".join, documents) if context in t)
@@ -184,9 +189,10 @@ def test_the_smallest_size_of_grids_writes_results(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "SMALL_FAMILIES", ("llama",))
     assert ladder.main(ladder.Options(size="smoke", seeds=(0,), out=out)) == 0
     assert [one["width"] for one in json.loads(out.read_text())["small"]["llama"]] == [16, 24]
-    rows = {name: ablations.ROWS[name] for name in ("fixed",)}
-    monkeypatch.setattr(ablations, "rows_of", lambda table: rows)
+    monkeypatch.setattr(
+        ablations, "variants_of", lambda table: {"fixed": ablations.VARIANTS["fixed"]}
+    )
     options = dict(size="smoke", table="gates", seeds=(0, 1), out=out)
     assert ablations.main(ablations.Options(**options)) == 0
-    assert set(json.loads(out.read_text())["rows"]) == set(rows)
+    assert set(json.loads(out.read_text())["rows"]) == {"fixed"}
     assert 0 < pathlib.Path(out.with_suffix(".png")).stat().st_size < 300 * 1024

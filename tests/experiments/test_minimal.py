@@ -22,9 +22,9 @@ def test_it_fits_on_a_page_and_uses_neither_trainer_nor_modules():
     ]
 
 
-def test_targets_are_the_inputs_one_byte_later_and_files_are_held_out():
-    train, held_out = minimal.read_text()
-    assert len(train) > 10 * len(held_out) > 10_000
+def test_targets_are_the_inputs_one_byte_later_and_validation_files_are_others():
+    train, valid = minimal.read_text()
+    assert len(train) > 10 * len(valid) > 10_000
     batch = minimal.draw_batch(np.arange(200, dtype=np.uint8), np.random.default_rng(0))
     assert batch.shape == (minimal.B, minimal.T + 1)
     np.testing.assert_array_equal(np.diff(batch, axis=1), 1)
@@ -37,10 +37,10 @@ def test_a_sequence_can_be_split_anywhere(monkeypatch):
     params = minimal.init_params(jax.random.key(0))
     params["head"] = jax.random.normal(jax.random.key(1), params["head"].shape)
     tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, minimal.VOCAB)
-    whole, _ = jax.jit(minimal.apply)(params, tokens)
+    expected, _ = jax.jit(minimal.apply)(params, tokens)
     first, states = jax.jit(minimal.apply)(params, tokens[:, :5])
     second, _ = jax.jit(minimal.apply)(params, tokens[:, 5:], states)
-    np.testing.assert_allclose(np.concatenate([first, second], axis=1), whole, atol=1e-3)
+    np.testing.assert_allclose(np.concatenate([first, second], axis=1), expected, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -51,4 +51,4 @@ def test_the_loss_falls_and_a_sample_follows(capsys, monkeypatch):
     losses, text = minimal.main(steps=12)
     assert losses[0] == pytest.approx(8.0, abs=1e-3) and losses[-1] < 7.0
     assert text.startswith(b"def read(self, ") and len(text) == 415
-    assert "bits per byte, held out" in capsys.readouterr().out
+    assert "validation bits per byte" in capsys.readouterr().out

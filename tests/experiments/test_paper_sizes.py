@@ -115,7 +115,7 @@ PAPER: dict[str, dict[str, Run]] = {
         "": LADDER["xlstm_1:0_1.3b_300b"],
         "mamba_760m": LADDER["mamba_760m_300b"],
     },
-    # Table 2 and 8; the gates have no printed numbers but that of the last row.
+    # Table 2 and 8; the gates have no printed numbers but the last one.
     "ablations": {
         "": lm(408.4),
         "lstm": lm(607.8, second_bias=24 * 4 * 1536),
@@ -139,8 +139,8 @@ PAPER: dict[str, dict[str, Run]] = {
 
 TRACED = [
     *(
-        ("ablations", row)
-        for row in ("lstm", "residual", "xlstm_0:1", "xlstm_7:1", "fixed", "post")
+        ("ablations", name)
+        for name in ("lstm", "residual", "xlstm_0:1", "xlstm_7:1", "fixed", "post")
     ),
     *(("slimpajama_15b", name) for name in ("llama", "mamba", "rwkv4", "xlstm_1:0")),
     *((name, "") for name in ("parity", "char_lm")),
@@ -169,7 +169,7 @@ def test_every_experiment_with_a_config_has_an_entry():
 
 
 def test_every_variant_has_an_entry():
-    assert set(PAPER["ablations"]) - {""} == set(ablations.ROWS)
+    assert set(PAPER["ablations"]) - {""} == set(ablations.VARIANTS)
     runs = {*ladder.runs_of("15b"), *ladder.runs_of("300b")}
     assert set(PAPER["ladder"]) - {""} == runs
 
@@ -193,8 +193,8 @@ def test_paper_configs_have_the_published_sizes_and_settings(name):
             assert (train.warmup_steps, train.end_factor, train.grad_clip) == (750, 0.1, 1.0)
 
 
-def test_published_perplexities_and_rows_are_those_of_the_paper():
-    printed = {name: row.millions for name, row in ablations.ROWS.items() if row.millions}
+def test_published_sizes_of_the_ablations_are_those_of_the_paper():
+    printed = {name: one.millions for name, one in ablations.VARIANTS.items() if one.millions}
     ours = {name: PAPER["ablations"][name].parameters for name in printed}
     assert printed == ours
 

@@ -34,7 +34,7 @@ def test_different_seeds_for_different_lengths_do_not_count():
     assert list(parity.outcome(models).values()) == [False, False, False, True]
 
 
-def test_held_out_samples_have_lengths_within_their_bucket():
+def test_samples_of_the_test_split_have_lengths_within_their_bucket():
     for low, high in parity.BUCKETS:
         batch = parity.samples(parity.CPU.data, "test", 0, 200, low, high)
         lengths = 1 + (batch.segment_ids > 0).sum(axis=1)  # the answer is not an input

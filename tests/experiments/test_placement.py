@@ -56,7 +56,7 @@ def test_records_are_the_means_of_the_seeds_at_the_better_rate():
 def test_flags_select_the_blocks_of_a_plain_model():
     cfg = dataclasses.replace(placement.SMOKE.model, pattern="ms")
     params = placement.init_params(cfg, jax.random.key(0))
-    batch = jax.tree.map(jnp.asarray, next(placement.held_out(placement.SMOKE)))
+    batch = jax.tree.map(jnp.asarray, next(placement.valid_batches(placement.SMOKE)))
     loss_fn = jax.jit(placement.make_loss_fn(cfg))
 
     def loss_of(pattern):

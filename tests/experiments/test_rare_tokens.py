@@ -37,7 +37,7 @@ def test_losses_are_compared_only_between_buckets_with_enough_tokens():
     assert not rare_tokens.falls(model((1.0, few + 1), (6.0, 500), (3.0, 500), pooled=0))
 
 
-def test_a_bucket_knows_its_token_ids_and_has_no_loss_without_targets():
+def test_a_bucket_has_its_token_ids_and_has_no_loss_without_targets():
     counts = np.array([0, 1, 5, 10, 2000])
     one = rare_tokens.describe(Bucket(1, 10, 2.5, 7), counts)
     assert (one["label"], one["num_ids"], one["nats_per_token"]) == ("1-9", 2, 2.5)

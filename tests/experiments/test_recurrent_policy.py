@@ -62,7 +62,7 @@ def test_returns_stop_at_the_end_of_a_maze():
 
 
 @pytest.mark.parametrize("cell", ["sLSTM", pytest.param("mLSTM", marks=pytest.mark.slow)])
-def test_single_steps_equal_the_whole_sequence_across_mazes(cell):
+def test_single_steps_equal_the_full_sequence_across_mazes(cell):
     policy, count = rl.Policy(cell), 3
     agents = rl.new_agents(policy, KEY, count)
     x = jnp.zeros((count, 1, rl.OBSERVATION_DIM))

@@ -1,4 +1,4 @@
-"""The sweeps of scaling laws: the micro-sweep, and the published study beside its run table."""
+"""The sweeps of scaling laws: the micro-sweep, and the runs of the published study."""
 
 import collections
 import functools
@@ -18,43 +18,43 @@ def published() -> list[dict[str, str]]:
     return [row for row in reference.rows("runs.csv") if row["selected"] == "True"]
 
 
-def _shape(row) -> Shape:
-    return Shape(int(row["embedding_dim"]), int(row["num_blocks"]), int(row["num_heads"]))
+def _shape(run) -> Shape:
+    return Shape(int(run["embedding_dim"]), int(run["num_blocks"]), int(run["num_heads"]))
 
 
-def _point(row) -> Point:
-    budget = float(row["isoflop"]) if row["experiment"] == "isoflop" else None
-    label = row["preset_tokens_per_param"]
-    ratio = float(label if label not in ("", "extra") else row["tokens_per_param"])
-    length = int(row["context_length"])
-    return Point(row["model"], _shape(row), length, budget, None if budget else ratio)
+def _point(run) -> Point:
+    budget = float(run["isoflop"]) if run["experiment"] == "isoflop" else None
+    label = run["preset_tokens_per_param"]
+    ratio = float(label if label not in ("", "extra") else run["tokens_per_param"])
+    length = int(run["context_length"])
+    return Point(run["model"], _shape(run), length, budget, None if budget else ratio)
 
 
 def test_parameters_and_flops_equal_those_of_the_published_runs():
-    rows = published()
-    assert len(rows) == 640
-    for row in rows:
-        cfg = scaling_paper.FAMILIES[row["model"]](_shape(row))
-        assert flops.count_params(cfg) == int(row["num_params"])
-        sequences = int(row["global_batch_size"]) * int(row["train_steps"])
-        length = int(row["context_length"])
+    runs = published()
+    assert len(runs) == 640
+    for run in runs:
+        cfg = scaling_paper.FAMILIES[run["model"]](_shape(run))
+        assert flops.count_params(cfg) == int(run["num_params"])
+        sequences = int(run["global_batch_size"]) * int(run["train_steps"])
+        length = int(run["context_length"])
         total = sequences * flops.train_flops(cfg, length)
-        assert total == pytest.approx(float(row["train_flops"]), rel=1e-6)
+        assert total == pytest.approx(float(run["train_flops"]), rel=1e-6)
         for column, options in (
             ("train_flops_full_attention", dict(attention="full")),
             ("train_flops_tfla", dict(count="tfla")),
         ):
-            if row[column]:
+            if run[column]:
                 total = sequences * flops.train_flops(cfg, length, **options)
-                assert total == pytest.approx(float(row[column]), rel=1e-6)
+                assert total == pytest.approx(float(run[column]), rel=1e-6)
 
 
 @pytest.mark.slow
 def test_published_isoflop_runs_are_among_those_of_the_plan():
     sweep = scaling_paper.sweep()
     points = set(sweep.points())
-    rows = [row for row in published() if row["experiment"] == "isoflop"]
-    assert len(rows) == 574
+    runs = [run for run in published() if run["experiment"] == "isoflop"]
+    assert len(runs) == 574
     steps = {}
     for spec in _plan():
         model, data = spec.cfg.model, spec.cfg.data
@@ -63,26 +63,26 @@ def test_published_isoflop_runs_are_among_those_of_the_plan():
         key = Point(spec.model, shape, data.seq_len, spec.isoflop, None)
         steps[key] = spec.cfg.train.steps
     rates = collections.Counter()
-    for row in rows:
-        point = _point(row)
+    for run in runs:
+        point = _point(run)
         assert point in points
-        assert sweep.batch_rule(point) == int(row["global_batch_size"])
-        assert steps[point] == pytest.approx(int(row["train_steps"]), rel=0.1)
-        rates[float(row["learning_rate"]) == sweep.lr_rule(point)] += 1
+        assert sweep.batch_rule(point) == int(run["global_batch_size"])
+        assert steps[point] == pytest.approx(int(run["train_steps"]), rel=0.1)
+        rates[float(run["learning_rate"]) == sweep.lr_rule(point)] += 1
     assert rates[False] == 7  # exceptions that no rule explains
 
 
 def test_published_ladder_is_that_of_the_plan():
     sweep = scaling_paper.sweep("ladder")
     points = set(sweep.points())
-    rows = [row for row in published() if row["experiment"] == "token_param"]
-    labels = [row for row in rows if row["preset_tokens_per_param"] not in ("", "extra")]
+    runs = [run for run in published() if run["experiment"] == "token_param"]
+    labels = [run for run in runs if run["preset_tokens_per_param"] not in ("", "extra")]
     batches, rates = collections.Counter(), collections.Counter()
-    for row in labels:
-        point = _point(row)
+    for run in labels:
+        point = _point(run)
         assert point in points
-        batches[sweep.batch_rule(point) == int(row["global_batch_size"])] += 1
-        rates[sweep.lr_rule(point) == float(row["learning_rate"])] += 1
+        batches[sweep.batch_rule(point) == int(run["global_batch_size"])] += 1
+        rates[sweep.lr_rule(point) == float(run["learning_rate"])] += 1
     # The first three runs of 7B have smaller batches.
     assert (len(labels), batches[False], rates[False]) == (61, 3, 0)
 
@@ -124,9 +124,9 @@ def _family(losses, exponent=0.5):
 
 
 def test_outcome_of_the_micro_sweep_can_fail():
-    rows = [dict(train_flops=1.01e11, isoflop=1e11)]
+    runs = [dict(train_flops=1.01e11, isoflop=1e11)]
     good = {"a": _family([3.0, 2.5, 2.2])}
-    assert list(scaling_micro.outcome(rows, good).values()) == [True] * 4
+    assert list(scaling_micro.outcome(runs, good).values()) == [True] * 4
     bad = {"a": _family([3.0, 2.5, 2.6], exponent=0.95)}
     for fit in bad["a"]["budgets"][:2]:
         fit["convex"] = False

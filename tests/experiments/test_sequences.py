@@ -45,7 +45,7 @@ def test_published_settings_of_recall():
         mqar.paper(100)
 
 
-def test_training_repeats_its_samples_only_if_there_is_a_number_of_them():
+def test_training_repeats_its_samples_only_if_their_number_is_given():
     cfg = mqar.config("smoke")
     B = cfg.data.batch_size
     train = load(cfg.data, "train")
@@ -113,7 +113,7 @@ def test_generated_expressions_have_their_values_as_classes():
     assert set(batch.targets[batch.weights > 0].tolist()) <= set(range(10))
 
 
-def test_the_best_constant_knows_the_operator_only():
+def test_the_best_constant_depends_on_the_operator_only():
     max_, min_ = listops.OPERATOR, listops.OPERATOR + 1
     inputs = np.array([[max_, 0], [max_, 0], [max_, 0], [min_, 0]], np.int32)
     targets = np.array([[-1, 9], [-1, 9], [-1, 8], [-1, 0]], np.int32)
@@ -144,7 +144,7 @@ def test_a_translation_is_the_only_target_of_its_sequence():
     assert len(set(translation.WORDS)) == translation.NUM_SYMBOLS
 
 
-def test_the_class_of_a_frame_is_told_once_in_its_segment():
+def test_the_class_of_a_frame_is_shown_once_in_its_segment():
     batch = frame_classifier.signals(0, 50)
     for frames, classes, valid in zip(batch.inputs, batch.targets, batch.weights, strict=True):
         frames, classes = frames[valid > 0], classes[valid > 0]
@@ -154,14 +154,12 @@ def test_the_class_of_a_frame_is_told_once_in_its_segment():
             assert told.sum() == 1 and (classes[start:stop] == told.argmax(axis=1).max()).all()
 
 
-def test_the_class_of_an_image_is_the_place_of_its_dark_square():
+def test_the_class_of_an_image_is_the_position_of_its_dark_square():
     pixels, classes = image_scans.images(0, 200)
     for image, label in zip(pixels, classes, strict=True):
-        (row, column) = np.argwhere(image < -0.5).mean(axis=0) - np.argwhere(image > 0.5).mean(
-            axis=0
-        )
-        vertical = abs(row) > abs(column)
-        assert label == 2 * vertical + ((row if vertical else column) > 0)
+        (y, x) = np.argwhere(image < -0.5).mean(axis=0) - np.argwhere(image > 0.5).mean(axis=0)
+        vertical = abs(y) > abs(x)
+        assert label == 2 * vertical + ((y if vertical else x) > 0)
     parts = image_scans.patches(pixels)
     np.testing.assert_array_equal(parts[0, 5, :16].reshape(4, 4), pixels[0, 4:8, 4:8])
 
@@ -214,8 +212,8 @@ def test_the_smallest_size_of_an_application_writes_a_result(
 @pytest.mark.slow
 def test_published_files_are_trained_on(one_device, tmp_path, monkeypatch):
     for split in ("train", "eval", "test"):
-        rows = [f'"{n % 2}.0"\t"a"\t"b"\t"text {n}"\t"other {n % 2}"\n' for n in range(12)]
-        (tmp_path / f"new_aan_pairs.{split}.tsv").write_text("".join(rows))
+        lines = [f'"{n % 2}.0"\t"a"\t"b"\t"text {n}"\t"other {n % 2}"\n' for n in range(12)]
+        (tmp_path / f"new_aan_pairs.{split}.tsv").write_text("".join(lines))
     small = long_range_arena.PAPER["retrieval"]._replace(
         pattern="l", dim=8, batch_size=4, steps=2, seq_len=24
     )

@@ -57,7 +57,7 @@ class Settings:
     dtype: str  # of timed calls and of `transform_sizes`
     mlstm: str  # implementations under test
     slstm: str
-    other_mlstm: str  # another one, measured beside `mlstm` where it runs
+    other_mlstm: str  # another one, also measured where it runs
     heads: tuple[Heads, ...]  # the first entry is that of the 7B model
     few_heads: Heads  # of one sequence of `tokens`
     tokens: int  # per timed call
@@ -169,7 +169,7 @@ def full() -> Settings:
 
 
 def smoke() -> Settings:
-    """Settings for a CPU: toy sizes, and implementations that run there."""
+    """Settings for a CPU: toy sizes, and implementations for it."""
     model = dataclasses.replace(workloads.LARGE, dim=16, pattern="M", vocab_size=16)
     return Settings(
         smoke=True,

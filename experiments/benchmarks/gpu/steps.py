@@ -1,7 +1,7 @@
 """Checks of decode steps through layers whose states are stacked, against the reference.
 
 XLA of jax 0.11 fuses a kernel with the slices of stacked states, which is wrong for a kernel that
-works in place. So each check runs with dynamic-slice fusion and without it.
+updates its input in place. So each check runs with dynamic-slice fusion and without it.
 """
 
 import functools
