@@ -1,18 +1,15 @@
 """The record of an experiment: what was run where, its outcome, one JSON file and one plot."""
 
-import json
 import pathlib
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
-
-import tyro
 
 from experiments.benchmarks import measure
 from xlstm_jax.errors import ConfigError, quote
 
 Size = Literal["smoke", "cpu", "paper"]
 RESULTS = pathlib.Path(__file__).parent / "results"
+run = measure.run
 
 
 def check_size(size: str, sizes: Iterable[str]) -> None:
@@ -48,8 +45,7 @@ def save(
 
     Returns the exit code: 0 if all hold, else 1; 0 at the size smoke, whose runs are too short.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    measure.write(path, record)
     written = str(path)
     if plot is not None:
         plot(record, path.with_suffix(".png"))
@@ -63,15 +59,6 @@ def save(
 def print_loss(step: int, loss: Any) -> None:
     """Prints the mean loss of each member of a grid: a `report` of `train_grid`."""
     print(f"  step {step:6d}  loss {' '.join(f'{value:.4f}' for value in loss)}", flush=True)
-
-
-def run(main: Callable[[Any], int], options: type, description: str | None) -> None:
-    """Runs an experiment with command-line options; errors of the user are one line, code 2."""
-    try:
-        sys.exit(main(tyro.cli(options, description=description)))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def pyplot() -> Any:

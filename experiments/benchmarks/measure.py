@@ -46,13 +46,17 @@ class TimedArguments(Arguments):
             raise ConfigError(f"repeats must be at least 1, got {self.repeats}; 30 is usual.")
 
 
-def run(main: Callable[[Any], int], arguments: type[Arguments], description: str | None) -> None:
-    """Runs a benchmark with command-line options; exits with code 2 if one is invalid."""
+def run(main: Callable[[Any], int], arguments: type, description: str | None) -> None:
+    """Runs a script with command-line options.
+
+    Errors are one line: exit code 2 for an invalid option, 4 for a full disk and other errors of
+    the machine.
+    """
     try:
         sys.exit(main(tyro.cli(arguments, description=description)))
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ConfigError) else 4)
 
 
 def write(path: pathlib.Path | None, result: Mapping[str, Any]) -> None:
@@ -60,7 +64,9 @@ def write(path: pathlib.Path | None, result: Mapping[str, Any]) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+    draft = path.with_name(f"{path.name}.tmp")  # a full disk leaves an older result intact
+    draft.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(draft, path)
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
