@@ -8,9 +8,9 @@ import importlib.metadata
 import os
 import pathlib
 import re
+import resource
 import subprocess
 import sys
-import time
 
 CONFIG = """
 from xlstm_jax.data import DataConfig
@@ -44,13 +44,19 @@ def run(*command: str | pathlib.Path) -> str:
     return result.stdout
 
 
+def cpu_seconds() -> float:
+    """CPU time of all commands so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def seconds(statement: str) -> float:
-    """The shortest of five new interpreters that run a statement."""
+    """CPU time of a new interpreter that runs a statement; the shortest of five."""
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = cpu_seconds()
         run(sys.executable, "-I", "-c", statement)
-        times.append(time.perf_counter() - start)
+        times.append(cpu_seconds() - start)
     return min(times)
 
 
@@ -64,9 +70,9 @@ def main() -> None:
     pathlib.Path("text.txt").write_text("An LSTM has a memory cell and three gates.\n" * 200)
     for command in COMMANDS:
         run(BIN / "xlstm-jax", *command.split())
-    extra = seconds("import jax, xlstm_jax") - seconds("import jax")
+    extra = seconds("import jax, xlstm_jax; xlstm_jax.ops") - seconds("import jax")
     jax = importlib.metadata.version("jax")
-    print(f"jax {jax}, README and {len(COMMANDS)} commands ran, import {extra:.2f} s above jax")
+    print(f"jax {jax}, README and {len(COMMANDS)} commands ran, ops imported in {extra:.2f} s")
 
 
 if __name__ == "__main__":
