@@ -152,7 +152,7 @@ def _status(
 ) -> Status:
     if steps is not None and step >= steps:
         return "finished"
-    if lock.may_be_held(folder):
+    if lock.may_be_locked(folder):
         return "training"
     if step == 0:
         return "no records"
