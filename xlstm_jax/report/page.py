@@ -76,7 +76,7 @@ def _plotly_js() -> str:
 
 def _render(runs: Sequence[Run], plotly: str) -> str:
     sections = {
-        "losses": (*charts.LOSSES, *charts.held_out_charts(runs)),
+        "losses": (*charts.LOSSES, *charts.validation_charts(runs)),
         "throughput": charts.THROUGHPUT,
         "optimization": charts.OPTIMIZATION,
     }

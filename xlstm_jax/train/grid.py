@@ -95,7 +95,7 @@ def train_grid(
             the last call.
 
     Raises:
-        ArgumentError: there is no seed or no learning rate, or one is given twice.
+        ArgumentError: no seed or no learning rate is given, or one is given twice.
     """
     for name, values in (("seeds", seeds), ("lrs", lrs)):
         if not values or len(set(values)) < len(values):

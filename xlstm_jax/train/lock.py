@@ -142,7 +142,7 @@ def _identity(pid: int) -> dict[str, Any]:
 
 
 def _read(descriptor: int) -> dict[str, Any]:
-    """The recorded identity; empty if there is none or it is damaged."""
+    """The recorded identity; empty if it is missing or damaged."""
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0))
     except (ValueError, RecursionError):

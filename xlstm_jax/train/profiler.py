@@ -35,7 +35,7 @@ class Profiler:
         return self._is_tracing and step not in self._steps
 
     def stop(self, result: Any = None) -> None:
-        """Writes the trace, if there is one, after `result` has been computed."""
+        """Ends and writes a trace in progress after `result` has been computed."""
         if self._is_tracing:
             self._is_tracing = False
             jax.block_until_ready(result)

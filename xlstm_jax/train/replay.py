@@ -92,7 +92,7 @@ def replay(path: Path) -> Replay:
 
 
 def _state(program: TrainProgram, path: Path, about: Dump) -> TrainState:
-    """The newest saved state up to the skipped step; the initial state if there is none."""
+    """The newest saved state up to the skipped step; else the initial state."""
     step, like = about.first_skipped_step, program.arguments[0]
     folder = path.parent / dump.FOLDER if about.diverged else path.parent
     if checkpoint.latest_step(folder, step) == 0 and checkpoint.has_params_only(folder, step):

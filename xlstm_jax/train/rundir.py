@@ -228,11 +228,11 @@ def prepare(run_dir: Path, cfg: ExperimentConfig, facts: dict[str, Any], step: i
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that affect results."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            numbers[name] = importlib.metadata.version(name)
+    return numbers
 
 
 def drop_metrics(run_dir: Path, step: int) -> None:

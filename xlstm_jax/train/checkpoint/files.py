@@ -14,7 +14,7 @@ from xlstm_jax.config import ConfigError
 from xlstm_jax.train import manifest
 
 FOLDER = "checkpoints"
-PARAMS_ONLY = {"params_alone": True}  # stored in place of the progress
+PARAMS_ONLY = {"params_alone": True}  # stored instead of the progress
 _DRAFT = r"\d+(\.tmp)?(\.orbax-checkpoint-tmp.*)?$"
 
 
@@ -98,7 +98,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def os_error_number(error: BaseException | None) -> int | None:
-    """The number of the failure of the disk that caused an error; None if there was none."""
+    """The errno of the disk failure that caused an error; None if it has another cause."""
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return error.errno
