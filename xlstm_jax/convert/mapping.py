@@ -31,7 +31,7 @@ class WeightTarget(NamedTuple):
     """The parameter, or layer of a stacked parameter, that a PyTorch tensor maps to."""
 
     path: str
-    layer: int | None  # index on the leading axis `layers`; None if there is no such axis
+    layer: int | None  # index on the leading axis `layers`; None without that axis
     shape: tuple[int, ...]  # ours, without the axis `layers`
     layout: Layout
 
@@ -89,7 +89,7 @@ def load(
     *,
     unstacked: bool = False,
 ) -> PyTree:
-    """Loads the parameters of a model from a source, sharded over the active mesh if there is one.
+    """Loads the parameters of a model from a source, sharded over the active mesh, if any.
 
     Leaves are assembled one at a time, and tensors read one at a time: host memory is that of the
     shards of one leaf and of one tensor, besides the parameters of a CPU.

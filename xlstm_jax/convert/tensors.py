@@ -75,7 +75,7 @@ def check_num_blocks(
 
 
 def from_arrays(arrays: Mapping[str, np.ndarray]) -> Source:
-    """A source of floating-point arrays in memory; raises WeightsError if there are others."""
+    """A source of floating-point arrays in memory; raises WeightsError for other arrays."""
     invalid = []
     for name, array in arrays.items():
         dtype = getattr(array, "dtype", type(array).__name__)
@@ -234,7 +234,7 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def warn_not_finite(names: Sequence[str]) -> None:
-    """Warns once about the tensors that have values that are NaN or infinite, if there are any."""
+    """Warns once about the tensors with values that are NaN or infinite, if any."""
     if names:
         others = f" and {len(names) - 1} others have" if len(names) > 1 else " has"
         warnings.warn(

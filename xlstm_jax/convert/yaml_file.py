@@ -90,7 +90,7 @@ def _value(yaml: Any, parser: Any, depth: int) -> Any:
     while not parser.check_event(yaml.MappingEndEvent):
         key = _value(yaml, parser, depth + 1)
         if not isinstance(key, str) or key in fields:
-            raise _InvalidError(f"the key {quote(key)} must be a string, and be there once")
+            raise _InvalidError(f"the key {quote(key)} must be a string and unique")
         fields[key] = _value(yaml, parser, depth + 1)
     parser.get_event()
     return fields
