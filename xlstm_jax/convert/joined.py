@@ -1,7 +1,7 @@
 """Tensors in which another implementation stores several of our parameters.
 
-Ours have names of their own, which no file has: `rules` map them to paths, and the functions here
-take them from the stored tensors and put them together again.
+Rules map our parameters to names that no file has; the functions here split the stored tensors
+into these parts and join them again.
 """
 
 import itertools

@@ -81,7 +81,7 @@ def save(folder: str | Path, pairs: Pairs, *, rank: int, alpha: float) -> None:
     draft = folder / f"{WEIGHTS}.tmp"
     safetensors.numpy.save_file(arrays, draft, metadata={"format": "pt"})
     os.replace(draft, folder / WEIGHTS)
-    # The config comes last: a folder without it is not taken for complete adapters.
+    # The config comes last: a folder without it is not read as complete adapters.
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -180,7 +180,7 @@ def names_in(index: Path) -> list[str]:
             f"{quote(weight_map)}; download it again."
         )
     for file in weight_map.values():
-        # Names only: an index from a stranger must not choose files elsewhere. Links are followed,
+        # Names only: an untrusted index must not choose files elsewhere. Links are followed,
         # as the cache of the Hugging Face hub consists of them.
         if not (isinstance(file, str) and _is_file_name(file)):
             raise WeightsError(
@@ -277,7 +277,7 @@ def write(
         if not folder.exists():
             os.replace(draft, folder)
             return
-        # The config comes last: a folder without it is not taken for a complete checkpoint.
+        # The config comes last: a folder without it is not read as a complete checkpoint.
         for path in sorted(draft.iterdir(), key=lambda path: path.name in files):
             os.replace(path, folder / path.name)
     finally:

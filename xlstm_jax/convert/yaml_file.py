@@ -1,7 +1,7 @@
 """Mappings in YAML files: the core schema of YAML 1.2, without anchors, aliases and tags.
 
 PyYAML implements YAML 1.1, where 1:30 is 90, `on` is true and 1e-6 is a string. Only its parser is
-used here; the file is data of a stranger, so its size and depth are bounded.
+used here; the file is untrusted, so its size and depth are bounded.
 """
 
 import re

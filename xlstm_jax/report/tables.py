@@ -12,7 +12,7 @@ from xlstm_jax.report.runs import Summary
 MAX_VALUE = 200  # characters of a field that are shown
 NUM_COLORS = 6  # --run-0 ... of page.css
 DASHES = ("none", "6 3", "1.5 2.5", "7 2.5 1.5 2.5", "11 4")
-"""Of lines, as in SVG; the colors repeat with another one. page.js lists the same for plotly."""
+"""Dashes of lines in SVG: runs of one color differ in them. page.js has the same for plotly."""
 
 
 def escape(text: object) -> str:

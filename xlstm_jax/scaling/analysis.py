@@ -1,4 +1,4 @@
-"""Analysis files: which runs of a table are fitted, and how. No rule of a study is in the code."""
+"""Analysis files: which runs of a table are fitted, and how. The code has no rules of a study."""
 
 import dataclasses
 from collections.abc import Mapping

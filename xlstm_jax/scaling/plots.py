@@ -1,7 +1,7 @@
 """Pictures of fits: IsoFLOP curves, Pareto front, loss over size and tokens, residuals, allocation.
 
 Every function draws on axes of matplotlib; `write` makes files of all that the fits support, on
-light and on dark ground.
+light and on dark backgrounds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ THEMES = {
     "dark": {"ground": "#15181c", "text": "#e6e6e6", "grid": "#3a3f45"},
 }
 
-# Distinguishable with any color vision, on both grounds: Okabe and Ito 2008.
+# Distinguishable with any color vision, on both backgrounds: Okabe and Ito 2008.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "osD^vP"
 

@@ -22,7 +22,7 @@ MAX_DEVIATION = 0.1
 
 
 class Shape(NamedTuple):
-    """Sizes of a model; a family makes a config of them."""
+    """Sizes of a model, from which a family makes a config."""
 
     dim: int
     num_blocks: int

@@ -36,7 +36,7 @@ class Evaluator:
 
 
 def check_evaluators(evaluators: Sequence[Evaluator], taken: Sequence[str]) -> None:
-    """Raises ConfigError unless all are evaluators with names of their own, none of them taken."""
+    """Raises ConfigError unless all are evaluators with distinct names that are not in `taken`."""
     taken = list(taken)
     for evaluator in evaluators:
         if not isinstance(evaluator, Evaluator):

@@ -77,7 +77,7 @@ def load(
 
 
 def _check_applies(source: str | Path, step: int | None, *, ema: bool) -> None:
-    """Raises ConfigError if an option for runs is set for a source that is none."""
+    """Raises ConfigError if an option for runs is set for a source that is not a run."""
     for name, value in (("step", step), ("ema", ema or None)):
         if value is not None:
             raise ConfigError(

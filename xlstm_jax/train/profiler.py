@@ -24,7 +24,7 @@ class Profiler:
             yield
             return
         if not self._is_tracing:
-            with extra("the profiler trace"):  # one that the caller has started is in the way
+            with extra("the profiler trace"):  # fails if the caller has started one
                 jax.profiler.start_trace(str(self._folder))
                 self._is_tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):

@@ -52,7 +52,7 @@ def replay(path: Path) -> Replay:
 
     Raises:
         ConfigError: a file of the dump is missing or damaged, `fit` had arguments that the config
-            does not describe, or the data are others.
+            does not describe, or the data differ.
     """
     about = dump.read(path)
     folder = path.parent / dump.FOLDER
@@ -124,7 +124,7 @@ def _repeat(program: TrainProgram, state: TrainState, about: Dump) -> TrainState
 
 
 def _stream(cfg: ExperimentConfig, about: Dump) -> Stream:
-    """The training data of the run; raises ConfigError if they are others."""
+    """The training data of the run; raises ConfigError if they differ."""
     if "data" in about.given:
         raise ConfigError(
             f"step {about.first_skipped_step} cannot be replayed, because it needs batches that "

@@ -1,7 +1,7 @@
 """`train.watch`: statistics of gates, and norms of parameters and gradients, every few steps.
 
-They are computed by a program of their own, compiled at its first use, from a few sequences of the
-current batch, so that they cost little.
+A separate program, compiled at its first use, computes them from a few sequences of the current
+batch, so they cost little.
 """
 
 import functools
