@@ -229,7 +229,7 @@ def main(options: Options) -> int:
     if codes := [one.code for one in states if one.state != "finished"]:
         print(f"{len(codes)} of {len(states)} runs are not finished; repeat the command.")
         return max(1, *codes)
-    rows = scaling.collect(options.runs).rows
+    rows = scaling.collect(options.runs).records
     families = analyze(rows)
     result |= {"rows": rows, "families": families, "outcome": outcome(rows, families)}
     return record.save(result, options.out, plot)

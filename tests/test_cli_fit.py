@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.scaling.test_fitting import rows
+from tests.scaling.test_fitting import make_records
 from tests.test_cli import error_of, workdir  # noqa: F401
 from xlstm_jax.cli import main
 
@@ -22,9 +22,9 @@ def config():
 @pytest.fixture
 def table(workdir):  # noqa: F811
     with (workdir / "table.csv").open("w") as file:
-        writer = csv.DictWriter(file, list(rows()[0]))
+        writer = csv.DictWriter(file, list(make_records()[0]))
         writer.writeheader()
-        writer.writerows(rows())
+        writer.writerows(make_records())
     return "table.csv"
 
 

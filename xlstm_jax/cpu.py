@@ -6,13 +6,13 @@ returns them, so every call pays for page faults and for zeroing 4 KiB pages. `p
 process keep freed memory, on huge pages.
 
 glibc keeps memory only in the heap of the main thread; other threads have small arenas and still
-get large blocks from the kernel. `prepare` therefore turns asynchronous dispatch off, and programs
+get large blocks from the kernel. `prepare` therefore disables asynchronous dispatch, and programs
 run in the thread that calls them.
 
 Time of a train step in `experiments/benchmarks/train_step.py`, fastest of 20 (two cores of an AMD
 EPYC, jaxlib 0.10.2, 2026-11-22):
 
-    architecture        default   memory kept   all settings
+    architecture        default   memory reused  all settings
     first generation     348 ms        286 ms         246 ms
     large                407 ms        336 ms         305 ms
 
@@ -70,7 +70,7 @@ def _advise_huge_pages(libc: Any) -> None:
     start = libc.malloc(RESERVED_BYTES)
     if start is None:
         return
-    # madvise takes whole huge pages: round the start up and the end down.
+    # madvise takes full huge pages: round the start up and the end down.
     first = -(-start // _HUGE_PAGE) * _HUGE_PAGE
     end = (start + RESERVED_BYTES) // _HUGE_PAGE * _HUGE_PAGE
     libc.madvise(first, end - first, _MADV_HUGEPAGE)

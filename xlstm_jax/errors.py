@@ -58,7 +58,7 @@ def import_optional(module: str, purpose: str, *, install: str, package: str = "
 
 
 def printable(text: str) -> str:
-    """The text on one line, with escape sequences in place of control characters."""
+    """The text on one line, with escape sequences for control characters."""
     text = " ".join(text.splitlines())
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 

@@ -61,7 +61,7 @@ def download(address: Address, patterns: Sequence[str]) -> Path:
 
     Raises:
         ConfigError: the repository or the revision does not exist, or access is denied.
-        NetworkError: the hub cannot be reached, or a download was cut off.
+        NetworkError: the hub cannot be reached, or a download was interrupted.
     """
     client = _client(address)
     with _client_errors(client, address):
@@ -75,7 +75,7 @@ def list_files(address: Address) -> list[str]:
     """The names of all files of a repository; raises as `download`."""
     client = _client(address)
     with _client_errors(client, address):
-        # Not `list_repo_files`, which tries for half a minute if there is no network.
+        # Not `list_repo_files`, which tries for half a minute without a network.
         info = client.HfApi().model_info(address.repository, revision=address.revision)
     return [file.rfilename for file in info.siblings or ()]
 
@@ -131,7 +131,7 @@ def _client(address: Address) -> Any:
 
 @contextlib.contextmanager
 def _client_errors(client: Any, address: Address) -> Iterator[None]:
-    """Turns the errors of the client into those of `download`."""
+    """Converts the errors of the client to those of `download`."""
     try:
         yield
     except client.errors.HFValidationError as error:
@@ -180,8 +180,8 @@ def _raise_by_status(client: Any, address: Address, error: Exception) -> None:
             f"{address}: the hub or its client rejects the request ({_reason(failed)}); correct it."
         ) from error
     raise NetworkError(
-        f"{address} cannot be reached, or the transfer was cut off ({_reason(failed)}); check the "
-        "network and repeat the command: complete files are kept."
+        f"{address} cannot be reached, or the transfer was interrupted ({_reason(failed)}); check "
+        "the network and repeat the command: complete files are retained."
     ) from error
 
 

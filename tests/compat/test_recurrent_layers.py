@@ -280,10 +280,10 @@ def test_backward_resets_are_at_the_last_valid_position():
 def test_a_sequence_can_be_continued_from_its_state(cls):
     apply, x = program(cls, None), inputs()
     mask = np.broadcast_to(np.arange(T)[None] < 6, (B, T))
-    whole, last = apply(x, None, mask, np.zeros((B, T), bool))
+    full, last = apply(x, None, mask, np.zeros((B, T), bool))
     first, state = apply(x[:, :3])
     second, state = apply(x[:, 3:6], state)
-    assert_close((jnp.concatenate([first, second], axis=1), state), (whole[:, :6], last))
+    assert_close((jnp.concatenate([first, second], axis=1), state), (full[:, :6], last))
 
 
 def test_time_may_be_the_first_axis():

@@ -1,8 +1,8 @@
 """A server on 127.0.0.1 with the routes of the Hugging Face hub that its client calls.
 
 Repositories have one branch, `main`, and every commit keeps its files. Files are served with the
-headers of the hub, in ranges, and can be cut off; those whose names match `LARGE` are uploaded by
-the LFS protocol, as on the hub.
+headers of the hub, in ranges, and can be interrupted; those whose names match `LARGE` are uploaded
+by the LFS protocol, as on the hub.
 """
 
 import base64
@@ -50,7 +50,7 @@ class Hub:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.uploads: dict[str, bytes] = {}
-        self.cuts: dict[str, int] = {}  # name of a file -> responses that end halfway
+        self.interruptions: dict[str, int] = {}  # name of a file -> responses that end halfway
         self.dead: set[str] = set()  # names of files whose responses end at once
         self.status: int | None = None  # of every response, if the hub is down
         self.requests: list[str] = []  # "METHOD path"
@@ -179,8 +179,8 @@ class _Handler(BaseHTTPRequestHandler):
         end = len(data)
         if file in self.hub.dead:
             end = start
-        elif self.hub.cuts.get(file, 0) > 0:
-            self.hub.cuts[file] -= 1
+        elif self.hub.interruptions.get(file, 0) > 0:
+            self.hub.interruptions[file] -= 1
             end = start + (len(data) - start) // 2
         self.wfile.write(data[start:end])
         if end < len(data):

@@ -77,7 +77,7 @@ def test_truncated_file_is_named(folder):
 
 def test_file_of_another_format_is_named(shards):
     file = shards / "model-00002-of-00004.safetensors"
-    file.write_bytes(b"<html>not found</html>")
+    file.write_bytes(b"<html>error 404</html>")
     assert str(file) in message(convert.load_hf, shards, error=WeightsError)
 
 
@@ -233,7 +233,11 @@ def v1():
 # Part of a first-generation config, a change of its fields, and a part of the message.
 V1_FIELDS = {
     "an LSTM": ("slstm", {"function": "lstm"}, "the nearest is `ops.lstm`"),
-    "a truncated gradient": ("slstm", {"gradient_recurrent_cut": True}, "gradients are not cut"),
+    "a truncated gradient": (
+        "slstm",
+        {"gradient_recurrent_cut": True},
+        "gradients are not truncated",
+    ),
     "clipped outputs": ("slstm", {"forward_clipval": 1.0}, "outputs are not clipped"),
     "an initial bias": ("slstm", {"bias_init": "ones"}, "slstm.bias_init must be one of 'powerlaw"),
     "an activation": ("feedforward", {"act_fn": "tanh"}, "the nearest is gelu"),
@@ -370,7 +374,7 @@ def test_parameters_that_do_not_match_the_config_are_not_saved(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_index_is_ignored_if_there_is_a_single_file(folder):
+def test_index_is_ignored_beside_a_single_file(folder):
     (folder / tensors.INDEX).write_text("{}")
     assert convert.load_hf(folder)[0].num_blocks == 2
 

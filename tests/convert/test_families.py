@@ -260,7 +260,7 @@ def test_attention_is_written_as_the_family_that_has_its_options():
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_joined_tensor_has_the_rows_of_its_parts_group_by_group(groups):
+def test_joined_tensor_has_its_parts_group_by_group(groups):
     parts = {"a": np.arange(4.0).reshape(4, 1), "b": 10 + np.arange(8.0).reshape(8, 1)}
     stored = Stored({name: part.shape for name, part in parts.items()}, groups)
     array = stored.join(list(parts.values()))

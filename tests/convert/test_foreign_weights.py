@@ -160,7 +160,7 @@ def test_files_of_an_index_may_be_links(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "empty", "broken link", "half"])
-def test_file_that_is_not_whole_is_named(folder, kind):
+def test_damaged_file_is_named(folder, kind):
     file = folder / "model.safetensors"
     data = file.read_bytes()
     file.unlink()
@@ -317,7 +317,7 @@ INVALID_YAML = {
     "a number as key": ("1: one", "the key 1 must be a string"),
     "no key": ("~: x", "the key None must be a string"),
     "a list as key": ("? [a]\n: x", "the key ['a'] must be a string"),
-    "a key twice": ("a: 1\na: 2", "the key 'a' must be a string, and be there once"),
+    "a key twice": ("a: 1\na: 2", "the key 'a' must be a string and unique"),
     "two documents": ("---\na: 1", "several documents"),
     "control characters": ("a: \x1b[31m", "is not valid YAML"),
     "a long word": ("num_heads: " + "x" * 90_000, "must be a finite number, got 'xxx"),

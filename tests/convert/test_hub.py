@@ -97,13 +97,13 @@ def test_a_revision_is_a_branch_or_a_commit(server, folder, key):
         convert.load_hf(f"{ADDRESS}@v2")
 
 
-def test_a_download_that_is_cut_off_is_resumed(server, folder):
+def test_an_interrupted_download_is_resumed(server, folder):
     path, _, params = folder
     publish(server, path)
     name = next(name for name in files_of(path) if name.endswith(".safetensors"))
-    server.cuts[name] = 2
+    server.interruptions[name] = 2
     assert_same_trees(convert.load_hf(ADDRESS)[1], params)
-    assert server.cuts[name] == 0
+    assert server.interruptions[name] == 0
     assert sum(request.endswith(name) for request in server.requests) >= 3
 
 
@@ -112,9 +112,9 @@ def test_a_download_that_never_arrives_is_a_network_error(server, folder, monkey
     publish(server, path)
     names = [name for name in files_of(path) if name.endswith(".safetensors")]
     server.dead.add(names[-1])
-    with pytest.raises(NetworkError, match="hf://org/model@.* the transfer was cut off"):
+    with pytest.raises(NetworkError, match="hf://org/model@.* the transfer was interrupted"):
         convert.load_hf(ADDRESS)
-    # The other files were kept.
+    # The other files were retained.
     server.dead.clear()
     server.requests.clear()
     assert_same_trees(convert.load_hf(ADDRESS)[1], params)

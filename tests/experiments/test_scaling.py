@@ -15,7 +15,7 @@ from xlstm_jax.scaling import Point, Shape
 
 def published() -> list[dict[str, str]]:
     """The runs of the study's analysis; skips the test unless XLSTM_REFERENCE_DATA has them."""
-    return [row for row in reference.rows("runs.csv") if row["selected"] == "True"]
+    return [run for run in reference.read("runs.csv") if run["selected"] == "True"]
 
 
 def _shape(run) -> Shape:

@@ -36,7 +36,7 @@ class Try:
     """One fault and what came of it."""
 
     kind: str
-    where: str  # the phase, file or place that it hit
+    where: str  # the phase, file or operation that it hit
     outcome: str  # "resumed, equal", or the exit code and the first words of the line
     steps_lost: int | None = None  # steps that were repeated
     seed: int | None = None  # repeats it: make test-faults ARGS="-k 'kills and SEED'"
@@ -52,7 +52,7 @@ def tries(request):
             "date": datetime.date.today().isoformat(),
             "machine": f"{os.cpu_count()} CPUs, {platform.platform()}",
             "versions": rundir.versions(),
-            "tries": [dataclasses.asdict(row) for row in table],
+            "tries": [dataclasses.asdict(one) for one in table],
         }
         Path(path).with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
         Path(path).with_suffix(".md").write_text(_markdown(table))
@@ -64,12 +64,12 @@ def _markdown(table):
         "| fault | tries | where | steps lost, mean and most | outcome |",
         "|---|---|---|---|---|",
     ]
-    for kind in dict.fromkeys(row.kind for row in table):
-        rows = [row for row in table if row.kind == kind]
-        lost = [row.steps_lost for row in rows if row.steps_lost is not None]
+    for kind in dict.fromkeys(one.kind for one in table):
+        tries = [one for one in table if one.kind == kind]
+        lost = [one.steps_lost for one in tries if one.steps_lost is not None]
         words = f"{np.mean(lost):.1f}, {max(lost)}" if lost else "-"
-        places, outcomes = (_counted(getattr(row, x) for row in rows) for x in ("where", "outcome"))
-        lines.append(f"| {kind} | {len(rows)} | {places} | {words} | {outcomes} |")
+        where, outcomes = (_counted(getattr(one, x) for one in tries) for x in ("where", "outcome"))
+        lines.append(f"| {kind} | {len(tries)} | {where} | {words} | {outcomes} |")
     return "\n".join(lines) + "\n"
 
 

@@ -89,8 +89,8 @@ def test_one_batch_of_nan_is_skipped_and_four_end_the_run_with_a_dump_that_repla
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_that_is_killed_around_a_rewind_repeats_it(make_run, tries, seed):
     options, nan_batches = dict(spike_rewinds=1), [*range(17, 25)]
-    whole, run, rng = make_run(**options), make_run(**options), random.Random(seed)
-    assert "the run returns to step 14" in whole.to_end(nan_batches=nan_batches)[0]
+    unbroken, run, rng = make_run(**options), make_run(**options), random.Random(seed)
+    assert "the run returns to step 14" in unbroken.to_end(nan_batches=nan_batches)[0]
     rewound = 17 + 8  # steps until the rewind, at least
     child = run.start(nan_batches=nan_batches)
     child.wait_for("step", rewound + rng.randrange(-2, 12))
@@ -98,7 +98,7 @@ def test_a_run_that_is_killed_around_a_rewind_repeats_it(make_run, tries, seed):
     child.finish()
     lost = max(child.phases[-1][1] - run.saved, 0)
     run.to_end(nan_batches=nan_batches)
-    assert run.records() == whole.records()
+    assert run.records() == unbroken.records()
     tries.append(Try("SIGKILL around a rewind", "step", "resumed, equal", lost, seed))
 
 

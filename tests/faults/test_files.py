@@ -18,9 +18,9 @@ pytestmark = pytest.mark.faults
 def files(run):
     """The files of the newest checkpoint, one of each kind, and the kinds."""
     folder = run.run_dir / checkpoint.FOLDER / str(run.saved)
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     # The names of blocks of arrays are hashes.
-    kinds = {str(path.parent.relative_to(folder) / _kind(path.name)): path for path in found}
+    kinds = {str(path.parent.relative_to(folder) / _kind(path.name)): path for path in paths}
     assert {"state/_METADATA", "data/_METADATA", "manifest.json"} - {*kinds} <= {"data/_METADATA"}
     return kinds
 

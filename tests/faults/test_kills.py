@@ -18,12 +18,12 @@ KILLS = 5  # for each seed; the last seed exports its checkpoints
 def test_a_run_that_is_killed_in_any_phase_ends_with_the_records_of_an_unbroken_one(
     make_run, make_exporting_run, unbroken, tries, seed
 ):
-    phases, rng, rows = PHASES, random.Random(seed), []
+    phases, rng, kills = PHASES, random.Random(seed), []
     if seed == 6:
         make_run, phases = make_exporting_run, [*PHASES, "export", "export"]
         (unbroken := make_run()).to_end()
     run = make_run()
-    while len(rows) < KILLS:
+    while len(kills) < KILLS:
         phase, count = rng.choice(phases), rng.randint(1, 3)
         child = run.start()
         child.wait_for(phase, count * 4 if phase == "step" else count)
@@ -36,9 +36,9 @@ def test_a_run_that_is_killed_in_any_phase_ends_with_the_records_of_an_unbroken_
             run = make_run()
             continue
         assert code == -9
-        rows.append((phase, max(child.steps - run.saved, 0)))
+        kills.append((phase, max(child.steps - run.saved, 0)))
     run.to_end()
     is_equal = run.records() == unbroken.records() and run.exports() == unbroken.exports()
     outcome = "resumed, equal" if is_equal else "resumed, not equal"
-    tries += [Try("SIGKILL", phase, outcome, lost, seed) for phase, lost in rows]
+    tries += [Try("SIGKILL", phase, outcome, lost, seed) for phase, lost in kills]
     assert is_equal

@@ -122,7 +122,7 @@ def _attention_block(cfg):
         )
         if cfg.qk_norm:
             q, k = _rms_norm(q, layer["q_norm"]), _rms_norm(k, layer["k_norm"])
-        h = _attend(q, k, v, cfg.span, cfg.num_sinks, cfg.rotary_dim(D)).reshape(B, T, -1)
+        h = _attend(q, k, v, cfg.window_size, cfg.num_sinks, cfg.rotary_dim(D)).reshape(B, T, -1)
         if cfg.output_gate:
             h = _sigmoid(_dense(layer["output_gate"], y)) * h
         x = x + _dense(layer["out_proj"], h)

@@ -78,7 +78,7 @@ def test_the_two_directions_exchange_roles_when_the_sequence_is_reversed(x):
 
 
 @pytest.mark.slow
-def test_both_directions_see_the_whole_document_and_nothing_else(x):
+def test_both_directions_see_all_of_the_document_and_nothing_else(x):
     module = BidirectionalBackbone(CFG)
     params = variables(module, x)
     ids = jnp.asarray([[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 0, 0]])

@@ -82,7 +82,7 @@ def test_formula_gives_the_published_parameter_count(name):
 def test_every_run_of_the_scaling_study_is_a_preset_with_the_logged_count():
     sizes = ("embedding_dim", "num_blocks", "num_heads", "num_params")
     with golden_files.reference("runs.csv").open(newline="") as file:
-        runs = [row for row in csv.DictReader(file) if row["num_params"]]
+        runs = [run for run in csv.DictReader(file) if run["num_params"]]
     logged = {(run["model"], *(int(run[size]) for size in sizes)) for run in runs}
     ours = set()
     for name in presets.names():
@@ -142,9 +142,9 @@ def test_the_table_in_the_documentation_has_these_counts():
     text = (pathlib.Path(__file__).parents[2] / "docs" / "baselines.md").read_text()
     families = ("llama", "mamba", "rwkv4", "mamba2", "gated_delta")
     for size in ("125m", "350m", "760m", "1.3b", "2.7b"):
-        row = next(line for line in text.splitlines() if line.startswith(f"| `{size}`"))
+        entry = next(line for line in text.splitlines() if line.startswith(f"| `{size}`"))
         counts = [flops.count_params(presets.get(f"{family}_{size}")) for family in families]
-        numbers = [cell.strip() for cell in row.strip("|").split("|")[1:]]
+        numbers = [cell.strip() for cell in entry.strip("|").split("|")[1:]]
         assert numbers[0::2][:3] + numbers[6:] == [f"{count:,}" for count in counts]
         published = [f"{count / 1e6:,.1f} M" for count in counts[:3]]
         assert numbers[1:6:2] == published

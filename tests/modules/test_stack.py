@@ -156,7 +156,7 @@ def test_rematerialization_reduces_temporary_memory():
 
 
 def _num_operations(cfg) -> int:
-    """Operations of the lowered gradient of a whole model."""
+    """Operations of the lowered gradient of a model."""
     model = LM(cfg)
     tokens = jnp.zeros((1, 8), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)

@@ -1,4 +1,4 @@
-"""Parts of the blocks that ablations turn off: each equals its equations, and is recorded."""
+"""Parts of the blocks that ablations disable: each equals its equations, and is recorded."""
 
 import dataclasses
 import json
@@ -129,12 +129,12 @@ def test_without_covariance_update_the_memory_is_the_diagonal(rng):
     gate = lambda p: np.asarray(qkv @ p["kernel"] + p["bias"][None, None])  # noqa: E731
     i, f = (np.repeat(gate(params[name]), size, -1) for name in ("input_gate", "forget_gate"))
     c = n = np.zeros((B, F))
-    rows = []
+    outputs = []
     for t in range(T):
         c = sigmoid(f[:, t]) * c + np.exp(i[:, t]) * k[:, t] * v[:, t]
         n = sigmoid(f[:, t]) * n + np.exp(i[:, t]) * k[:, t]
-        rows.append(q[:, t] * c / size**0.5 / np.maximum(np.abs(q[:, t] * n) / size**0.5, 1))
-    h = np.stack(rows, axis=1).reshape(B, T, H, size)
+        outputs.append(q[:, t] * c / size**0.5 / np.maximum(np.abs(q[:, t] * n) / size**0.5, 1))
+    h = np.stack(outputs, axis=1).reshape(B, T, H, size)
     h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-5)
     h = h.reshape(B, T, F) * (1 + params["out_norm"]["scale_offset"])[None, None]
     h = (h + params["learnable_skip"][None, None] * u) * z * sigmoid(z)

@@ -129,7 +129,7 @@ ENTRY %main (q: bf16[16,8]) -> (s32[], bf16[16,8]) {
 
 
 def test_asynchronous_and_fused_collectives_count_once():
-    """In the HLO of compilers for accelerators, where an instruction may span several lines."""
+    """In the HLO of compilers for accelerators, where an instruction may have several lines."""
     by_kind = {c.kind: c for c in collectives(Program(STEP))}
     assert set(by_kind) == {"all-gather", "reduce-scatter"}
     assert all(c.payload == 64 * 8 * 2 and c.count == 5 for c in by_kind.values())

@@ -172,8 +172,8 @@ def test_runs_can_be_hidden(page):
 
 def test_choices_change_a_chart(page):
     browser = page()
-    browser.find_element("css selector", "#chart-held-out option[value=code_loss]").click()
-    assert axis(browser, "held-out", "yaxis")["title"] == "code loss"
+    browser.find_element("css selector", "#chart-validation option[value=code_loss]").click()
+    assert axis(browser, "validation", "yaxis")["title"] == "code loss"
     browser.find_element("css selector", "#gate-controls option[value=forget_mean]").click()
     data = browser.execute_script("return document.querySelector('#chart-gates-last .plot').data")
     assert data[0]["z"] == [[0.9, 0.99]] * 2 and data[0]["y"] == ["0:m", "1:s&lt;i&gt;"]

@@ -21,7 +21,7 @@ from xlstm_jax.train import fit, lock
 
 @pytest.fixture(autouse=True)
 def short_plotly(monkeypatch):
-    """A stand-in for plotly.js, whose megabytes only the test of the whole file needs."""
+    """A stand-in for plotly.js, whose megabytes only the test of the real file needs."""
     monkeypatch.setattr(page, "_plotly_js", lambda: "plotly")
 
 
@@ -61,8 +61,8 @@ def data_of(text: str) -> dict:
     return json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
 
 
-def rows_of(text: str, section: str) -> list[list[str]]:
-    """The cells of the table of a section, without tags."""
+def table_of(text: str, section: str) -> list[list[str]]:
+    """The cells of the table of a section, row by row, without tags."""
     part = text.split(f'<section id="{section}">')[1].split("</section>")[0]
     cells = [
         re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row) for row in re.findall(r"<tr.*?</tr>", part)
@@ -71,8 +71,8 @@ def rows_of(text: str, section: str) -> list[list[str]]:
 
 
 def test_summary_has_the_final_values(make_run, make_page):
-    header, row = rows_of(make_page(make_run("a")), "summary")
-    values = dict(zip(header, row, strict=True))
+    header, run = table_of(make_page(make_run("a")), "summary")
+    values = dict(zip(header, run, strict=True))
     assert values["run"] == "a" and values["status"] == "finished" and values["step"] == "100"
     assert (values["valid loss"], values["valid bits per byte"]) == ("1.0000", "2.0000")
     assert values["code loss"] == "2.0000" and values["training loss"] == "1.1353"
@@ -80,7 +80,7 @@ def test_summary_has_the_final_values(make_run, make_page):
     assert values["parameters"] == "1,234" and values["tokens/s"] == "128"
 
 
-def test_lowest_held_out_loss_is_marked(make_run, make_page):
+def test_lowest_validation_loss_is_marked(make_run, make_page):
     runs = [make_run(name, [eval_record(100, loss)]) for name, loss in (("a", 2.0), ("b", 1.5))]
     text = make_page(*runs)
     assert "<strong>1.5000</strong>" in text and "<strong>2.0000</strong>" not in text
@@ -90,12 +90,12 @@ def test_charts_have_the_metrics_of_each_run_on_every_x_axis(make_run, make_page
     fast = make_run("fast", [train_record(10, mfu=0.4), train_record(20, mfu=0.5)])
     data = data_of(make_page(fast, make_run("plain")))
     ids = [chart["id"] for chart in data["charts"]]
-    assert ids == ["loss", "held-out", "tokens", "mfu", "wait", "grad", "lr"]
+    assert ids == ["loss", "validation", "tokens", "mfu", "wait", "grad", "lr"]
     train = data["runs"][0]["train"]
     assert train["step"] == [10, 20] and train["tokens_seen"] == [640, 1280]
     assert train["seconds"] == [5, 10] and train["data_wait"] == [0.2, 0.2]
-    held_out = data["runs"][1]["held_out"]
-    assert held_out["valid_loss"] == [1.5, 1] and held_out["seconds"] == [25, 50]
+    validation = data["runs"][1]["validation"]
+    assert validation["valid_loss"] == [1.5, 1] and validation["seconds"] == [25, 50]
 
 
 def test_skipped_steps_are_counted_from_the_start(make_run, make_page):
@@ -124,25 +124,28 @@ def test_gates_of_any_names_and_shapes_are_shown(make_run, make_page):
 
 def test_only_fields_that_differ_are_compared_and_complete_configs_follow(make_run, make_page):
     text = make_page(make_run("a", lr=1e-3), make_run("b", lr=0.5, seed=3))
-    header, *rows = rows_of(text, "config")
+    header, *fields = table_of(text, "config")
     assert header == ["field", "a", "b"]
-    assert rows == [["train.lr", "0.001", "0.5"], ["train.seed", "0", "3"]]
+    assert fields == [["train.lr", "0.001", "0.5"], ["train.seed", "0", "3"]]
     assert text.count("<details>") == 2 and "&quot;weight_decay&quot;: 0.1" in text
 
 
-def test_many_runs_are_rows_of_the_comparison(make_run, make_page):
-    header, *rows = rows_of(make_page(*[make_run(f"r{n}", [], seed=n) for n in range(4)]), "config")
-    assert header == ["run", "train.seed"] and rows[3] == ["r3", "3"]
+def test_many_runs_are_the_rows_of_the_comparison(make_run, make_page):
+    text = make_page(*[make_run(f"r{n}", [], seed=n) for n in range(4)])
+    header, *runs = table_of(text, "config")
+    assert header == ["run", "train.seed"] and runs[3] == ["r3", "3"]
 
 
 def test_differing_lines_of_the_environment_are_marked(make_run, make_page):
     other = ABOUT | {"versions": {"python": "3.11.7", "jax": "0.12.0"}}
     text = make_page(make_run("a"), make_run("b", about=other), make_run("c"))
-    rows = rows_of(text, "environment")
-    assert rows[0] == ["field", "a,  c", "b"]
-    assert [row for row in rows if "≠" in row[0]] == [["≠ versions.jax", "0.10.2", "0.12.0"]]
+    header, *fields = table_of(text, "environment")
+    assert header == ["field", "a,  c", "b"]
+    assert [field for field in fields if "≠" in field[0]] == [
+        ["≠ versions.jax", "0.10.2", "0.12.0"]
+    ]
     assert text.count('<tr class="differs">') == 1
-    assert rows_of(text, "data-description")[0] == ["field", "all 3 runs"]
+    assert table_of(text, "data-description")[0] == ["field", "all 3 runs"]
 
 
 def test_same_run_twice_is_shown_once(make_run, tmp_path):
@@ -202,7 +205,7 @@ def test_any_file_of_a_run_may_be_missing(make_run, make_page, name):
     run = make_run("a")
     (run / name).unlink()
     text = make_page(run, make_run("b"))
-    assert len(rows_of(text, "summary")) == 3
+    assert len(table_of(text, "summary")) == 3
     (summary, _) = report.write([run, make_run("c")], run / "report.html").runs
     expected = {"config.json": "stopped", "metrics.jsonl": "no records"}
     assert summary.status == expected.get(name, "finished")
@@ -217,7 +220,7 @@ RECORDS += [[train_record(2**62, **HUGE), train_record(10, **HUGE)]]
 def test_runs_with_few_records_or_huge_numbers_are_shown(make_run, make_page, records):
     text = make_page(make_run("a", records))
     Parser(text)  # raises an error unless the page is well-formed
-    assert len(rows_of(text, "summary")) == 2  # with the header
+    assert len(table_of(text, "summary")) == 2  # with the header
 
 
 def test_status_of_an_unfinished_run_says_whether_it_goes_on(make_run, tmp_path):
@@ -345,13 +348,13 @@ def test_report_of_a_real_run_has_its_metrics(tmp_path, one_device):
     }
     assert None not in (summary.loss, summary.tokens_seen, summary.seconds, summary.num_params)
     charts = {chart["id"] for chart in data_of(text)["charts"]}
-    assert charts >= {"loss", "held-out", "tokens", "wait", "grad", "lr"}
-    header, *rows = rows_of(text, "environment")
-    assert header == ["field", "char_lm"] and "versions.jax" in [row[0] for row in rows]
+    assert charts >= {"loss", "validation", "tokens", "wait", "grad", "lr"}
+    header, *fields = table_of(text, "environment")
+    assert header == ["field", "char_lm"] and "versions.jax" in [name for name, _ in fields]
 
 
 def test_file_has_no_source_that_a_browser_would_fetch(make_run, make_page, monkeypatch):
-    monkeypatch.undo()  # the whole plotly.js
+    monkeypatch.undo()  # the real plotly.js
     text = make_page(*[make_run(f"r{n}") for n in range(3)])
     assert len(text.encode()) < page.MAX_BYTES and "plotly.js v" in text
     tags = Parser(text).tags

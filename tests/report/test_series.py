@@ -17,9 +17,9 @@ def test_thinning_keeps_the_extremes_and_ends_of_every_column(limit, rng):
 
 def test_thinning_keeps_the_extremes_of_every_part_of_a_curve(rng):
     values = rng.standard_normal(50_000)
-    kept = values[thin(values[None], 2000)]
+    selected = values[thin(values[None], 2000)]
     # A part of a tenth of the curve has the same range before and after.
-    for part, thinned in zip(np.split(values, 10), np.array_split(kept, 10), strict=True):
+    for part, thinned in zip(np.split(values, 10), np.array_split(selected, 10), strict=True):
         assert abs(thinned.max() - part.max()) < 0.5 and abs(thinned.min() - part.min()) < 0.5
 
 

@@ -28,8 +28,8 @@ def path(name: str) -> pathlib.Path:
     return paths[0]
 
 
-def rows(name: str) -> list[dict[str, str]]:
-    """The rows of a table of published results."""
+def read(name: str) -> list[dict[str, str]]:
+    """The records of a table of published results."""
     with path(name).open() as file:
         return list(csv.DictReader(file))
 

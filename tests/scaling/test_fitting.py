@@ -1,4 +1,4 @@
-"""Fits of whole tables: what is fitted, flagged and held out, and the file of the result."""
+"""Fits of tables: what is fitted, flagged and used as a holdout, and the file of the result."""
 
 import dataclasses
 
@@ -7,13 +7,13 @@ import pytest
 
 from tests.scaling.test_surface import FIXED
 from xlstm_jax.errors import ArgumentError, ConfigError
-from xlstm_jax.scaling import Analysis, Condition, fit_table, from_rows, holdout, store
+from xlstm_jax.scaling import Analysis, Condition, fit_table, from_records, holdout, store
 from xlstm_jax.scaling.fitting import fit_budgets, fit_group, fit_laws
 
 BUDGETS = (1e18, 3e18, 1e19, 3e19)
 
 
-def rows(budgets=BUDGETS, **columns):
+def make_records(budgets=BUDGETS, **columns):
     """Runs of FIXED's losses: eight sizes around the optimum of each budget."""
     return [
         {
@@ -35,7 +35,7 @@ NO_SURFACE = Analysis(surface=(Condition(column="model", values=("none",)),))
 
 
 def test_budgets_and_laws_of_a_group():
-    fit = fit_group({}, from_rows(rows()), NO_SURFACE)
+    fit = fit_group({}, from_records(make_records()), NO_SURFACE)
     assert [b.num_runs for b in fit.budgets] == [8] * 4 and fit.flags == () or fit.surface is None
     assert fit.laws is not None and fit.laws.labels == tuple(b.label for b in fit.budgets)
     np.testing.assert_allclose(fit.laws.params.exponent, FIXED.size_exponent, rtol=1e-3)
@@ -47,7 +47,7 @@ def test_budgets_and_laws_of_a_group():
 
 
 def test_invalid_parabolas_are_flagged_and_left_out_of_the_laws():
-    table = from_rows(rows())
+    table = from_records(make_records())
     losses = table["val_loss"].copy()
     losses[:8] = 9 - losses[:8]
     table = dataclasses.replace(table, columns={**table.columns, "val_loss": losses})
@@ -62,12 +62,13 @@ def test_invalid_parabolas_are_flagged_and_left_out_of_the_laws():
 
 def test_budgets_with_two_sizes_are_flagged():
     flags = []
-    assert len(fit_budgets(from_rows(rows()[:-6]), Analysis(budgets=BUDGETS), flags)) == 3
+    budgets = fit_budgets(from_records(make_records()[:-6]), Analysis(budgets=BUDGETS), flags)
+    assert len(budgets) == 3
     assert "budget 3e+19: x, loss must have at least 3 points" in flags[0]
 
 
 def test_range_of_the_laws_uses_the_mean_flops():
-    table = from_rows(rows())
+    table = from_records(make_records())
     cfg = Analysis(flops_range=(2e18, 2e19))
     laws = fit_laws(fit_budgets(table, cfg, []), cfg, [])
     assert laws is not None and laws.params.num_points == 2
@@ -75,29 +76,29 @@ def test_range_of_the_laws_uses_the_mean_flops():
 
 def test_holdout_with_too_few_budgets_is_refused_with_their_names():
     with pytest.raises(ArgumentError, match=r"3 valid budgets .* got 2 \(1e\+18, 3e\+18\)"):
-        holdout(from_rows(rows(BUDGETS[:3])), Analysis(budgets=BUDGETS))
+        holdout(from_records(make_records(BUDGETS[:3])), Analysis(budgets=BUDGETS))
 
 
-def test_held_out_budget_is_predicted():
-    held_out = holdout(from_rows(rows()), NO_SURFACE)
-    assert held_out.run_errors is None and held_out.label == pytest.approx(3e19)
-    np.testing.assert_allclose(held_out.num_params, held_out.num_params_measured, rtol=0.01)
-    np.testing.assert_allclose(held_out.loss, held_out.loss_measured, rtol=0.02)
-    # The prediction does not change with the held-out losses, the measured value does.
-    changed = [row | {"val_loss": 1 + row["val_loss"]} for row in rows()[-8:]]
-    other = holdout(from_rows([*rows()[:-8], *changed]), NO_SURFACE)
-    np.testing.assert_allclose((other.num_params, other.loss), (held_out.num_params, held_out.loss))
-    np.testing.assert_allclose(other.loss_measured, held_out.loss_measured + 1)
+def test_holdout_budget_is_predicted():
+    largest = holdout(from_records(make_records()), NO_SURFACE)
+    assert largest.run_errors is None and largest.label == pytest.approx(3e19)
+    np.testing.assert_allclose(largest.num_params, largest.num_params_measured, rtol=0.01)
+    np.testing.assert_allclose(largest.loss, largest.loss_measured, rtol=0.02)
+    # The prediction does not change with the losses of the holdout, the measured value does.
+    changed = [record | {"val_loss": 1 + record["val_loss"]} for record in make_records()[-8:]]
+    other = holdout(from_records([*make_records()[:-8], *changed]), NO_SURFACE)
+    np.testing.assert_allclose((other.num_params, other.loss), (largest.num_params, largest.loss))
+    np.testing.assert_allclose(other.loss_measured, largest.loss_measured + 1)
 
 
 def test_conventions_are_checked_before_any_fit():
-    mixed = [row | {"tokenizer": str(n % 2)} for n, row in enumerate(rows())]
+    mixed = [record | {"tokenizer": str(n % 2)} for n, record in enumerate(make_records())]
     with pytest.raises(ConfigError, match="runs of llama 512 must agree in tokenizer"):
-        fit_table(from_rows(mixed))
+        fit_table(from_records(mixed))
 
 
 def test_saved_fits_are_read_in_full_precision(tmp_path):
-    table = from_rows([*rows(), *rows(model="xlstm")])
+    table = from_records([*make_records(), *make_records(model="xlstm")])
     fits = fit_table(table, NO_SURFACE)
     assert [fit.group["model"] for fit in fits.groups] == ["llama", "xlstm"]
     assert fits.versions.keys() >= {"xlstm-jax", "jax"} and fits.num_rows == 64
@@ -111,9 +112,9 @@ def test_saved_fits_are_read_in_full_precision(tmp_path):
 
 
 @pytest.mark.slow
-def test_surface_of_a_table_and_its_held_out_prediction():
+def test_surface_of_a_table_and_its_holdout_prediction():
     cfg = Analysis(free_gamma=False, starts=60, bootstraps=30)
-    fit = fit_table(from_rows(rows()), cfg).groups[0]
+    fit = fit_table(from_records(make_records()), cfg).groups[0]
     assert fit.surface is not None and fit.holdout is not None and fit.surface_errors is not None
     assert fit.surface_errors.rms < 1e-6 and fit.surface.samples.shape == (30, 6)
     assert fit.holdout.run_errors is not None and fit.holdout.run_errors.rms < 1e-5

@@ -35,8 +35,8 @@ def together(tmp_path_factory):
     return folder
 
 
-def rows(folder):
-    return {row["run_id"]: row for row in collect(folder).rows}
+def results(folder):
+    return {record["run_id"]: record for record in collect(folder).records}
 
 
 def test_plan_has_a_run_per_learning_rate_and_seed():
@@ -60,24 +60,24 @@ def test_learning_rates_may_be_any_sequence_but_an_empty_one():
 @pytest.mark.slow
 def test_losses_are_those_of_separate_runs(tmp_path, together):
     assert [one.reason for one in run(SPECS, tmp_path)] == [""] * 4
-    alone = rows(tmp_path)
-    for name, row in rows(together).items():
+    alone = results(tmp_path)
+    for name, result in results(together).items():
         for loss in ("val_loss", "train_loss"):
-            assert row[loss] == pytest.approx(alone[name][loss], rel=1e-4), name
-    losses = [row["val_loss"] for row in alone.values()]
+            assert result[loss] == pytest.approx(alone[name][loss], rel=1e-4), name
+    losses = [result["val_loss"] for result in alone.values()]
     assert np.ptp(losses) > 0.01  # much more than the tolerance
 
 
 @pytest.mark.slow
-def test_every_run_has_its_row_and_metrics(together):
-    assert sorted(rows(together)) == sorted(spec.run_id for spec in SPECS)
+def test_every_run_has_its_record_and_metrics(together):
+    assert sorted(results(together)) == sorted(spec.run_id for spec in SPECS)
     assert not list((together / grids.FOLDER).glob("*"))
     for spec in SPECS:
         lines = (together / spec.run_id / "metrics.jsonl").read_text().splitlines()
         assert json.loads(lines[-1])["step"] == spec.cfg.train.steps
-        row = rows(together)[spec.run_id]
-        assert row["train_loss"] == json.loads(lines[-1])["loss"]
-        assert row["train_seconds"] > 0 and row["learning_rate"] == spec.cfg.train.lr
+        result = results(together)[spec.run_id]
+        assert result["train_loss"] == json.loads(lines[-1])["loss"]
+        assert result["train_seconds"] > 0 and result["learning_rate"] == spec.cfg.train.lr
 
 
 @pytest.mark.slow
@@ -98,9 +98,9 @@ def test_interrupted_grid_continues_bit_for_bit(tmp_path, together, monkeypatch,
         run(SPECS, tmp_path, launcher=Grids())
     assert {one.state for one in run(SPECS, tmp_path, launcher=Grids())} == {"finished"}
     assert steps[:6] == [0, 0, 10, 20, 0, 20]  # the first batch of each call gives shapes
-    for name, row in rows(tmp_path).items():
+    for name, result in results(tmp_path).items():
         for loss in ("val_loss", "train_loss"):
-            assert row[loss] == rows(together)[name][loss]
+            assert result[loss] == results(together)[name][loss]
 
 
 @pytest.mark.slow
@@ -153,7 +153,7 @@ def test_member_that_diverged_fails_alone(tmp_path):
     result = run(specs, tmp_path, launcher=Grids())
     assert [one.code for one in result] == [0, 0, 3, 3]
     assert "not finite" in result[2].reason
-    assert len(collect(tmp_path).rows) == 2
+    assert len(collect(tmp_path).records) == 2
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):

@@ -72,15 +72,15 @@ def test_preempted_requeued_and_cancelled_runs_resume_bit_for_bit(
         cluster.wait("the first run ends", (folders[0] / "result.json").exists)
         assert 0 < _from_step(folders[0]) < specs[0].cfg.train.steps
         table = collect(out)
-        assert [one.state for one in table.unfinished] == ["stopped"] and len(table.rows) == 1
+        assert [one.state for one in table.unfinished] == ["stopped"] and len(table.records) == 1
 
         monkeypatch.setattr(launch, "POLL_SECONDS", 0.5)
         states = run(specs, out, launcher=Slurm(minutes=10))
         assert [one.state for one in states] == ["finished"] * 2
 
     run(specs, tmp_path / "local", launcher=Local())
-    rows = [collect(folder).rows for folder in (out, tmp_path / "local")]
-    for interrupted, straight in zip(*rows, strict=True):
+    records = [collect(folder).records for folder in (out, tmp_path / "local")]
+    for interrupted, straight in zip(*records, strict=True):
         seconds = {"train_seconds": straight["train_seconds"]}
         assert interrupted | seconds == straight
     for spec, folder in zip(specs, folders, strict=True):

@@ -26,7 +26,7 @@ def test_parabola_is_recovered():
 
 def test_covariance_of_a_parabola_is_that_of_repeated_noise(rng):
     noise = 0.01 * rng.standard_normal((2000, len(SIZES)))
-    fits = [fit_isoflop(SIZES, parabola_losses(SIZES) + row) for row in noise]
+    fits = [fit_isoflop(SIZES, parabola_losses(SIZES) + sample) for sample in noise]
     estimates = np.array([(fit.a, fit.b, fit.c) for fit in fits])
     predicted = np.mean([np.diagonal(fit.covariance) for fit in fits], axis=0)
     np.testing.assert_allclose(estimates.var(axis=0), predicted, rtol=0.1)
@@ -66,7 +66,7 @@ def test_power_law_of_a_range_ignores_other_budgets():
 def test_standard_errors_are_those_of_repeated_noise(rng):
     flops = np.geomspace(1e18, 1e20, 6)
     noise = np.exp(0.05 * rng.standard_normal((2000, 6)))
-    laws = [fit_power_law(0.0022 * flops**0.575 * row, flops) for row in noise]
+    laws = [fit_power_law(0.0022 * flops**0.575 * sample, flops) for sample in noise]
     spread = np.std([law.exponent for law in laws])
     mean = np.sqrt(np.mean([law.exponent_stderr**2 for law in laws]))
     np.testing.assert_allclose(mean, spread, rtol=0.05)

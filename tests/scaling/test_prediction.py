@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from tests.scaling.test_fitting import NO_SURFACE, rows
+from tests.scaling.test_fitting import NO_SURFACE, make_records
 from tests.scaling.test_surface import FIXED
 from xlstm_jax.cli.predict import PredictCommand, config_file, learning_rate, propose
 from xlstm_jax.config import load_config
 from xlstm_jax.errors import ArgumentError
 from xlstm_jax.flops import train_flops
 from xlstm_jax.modules import presets
-from xlstm_jax.scaling import fit_table, from_rows, predict
+from xlstm_jax.scaling import fit_table, from_records, predict
 from xlstm_jax.scaling.prediction import architectures, find_group, flops_per_token_of
 from xlstm_jax.train.config import ExperimentConfig
 
@@ -18,9 +18,15 @@ from xlstm_jax.train.config import ExperimentConfig
 @pytest.fixture(scope="module")
 def fits():
     noise = np.random.default_rng(0)
-    table = [*rows(), *rows(model="mlstm"), *rows(model="mlstm", context_length=64, run_id="")]
-    noisy = [row | {"val_loss": row["val_loss"] * noise.lognormal(0, 1e-3)} for row in table]
-    return fit_table(from_rows(noisy), NO_SURFACE)
+    table = [
+        *make_records(),
+        *make_records(model="mlstm"),
+        *make_records(model="mlstm", context_length=64, run_id=""),
+    ]
+    noisy = [
+        record | {"val_loss": record["val_loss"] * noise.lognormal(0, 1e-3)} for record in table
+    ]
+    return fit_table(from_records(noisy), NO_SURFACE)
 
 
 def test_laws_predict_the_optimum_within_their_interval(fits):
@@ -73,7 +79,7 @@ def test_unknown_family_has_no_preset(fits):
     assert result.choice is None
 
 
-def test_group_is_found_by_family_and_context(fits):
+def test_group_is_selected_by_family_and_context(fits):
     assert find_group(fits, family="xlstm", seq_len=64).group["model"] == "mlstm"
     for options in ({}, {"family": "xlstm"}, {"family": "rwkv"}, {"family": "llama", "seq_len": 9}):
         with pytest.raises(ArgumentError, match="model=llama context_length=512; model=mlstm"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.scaling import reference
-from tests.scaling.reference import numbers, rows, selected
+from tests.scaling.reference import numbers, read, selected
 from xlstm_jax.scaling import (
     Analysis,
     Condition,
@@ -35,77 +35,80 @@ def budget(model, context, label):
 
 
 def test_parabolas_equal_the_published_ones():
-    for row in rows("published_isoflop_parabolas.csv"):
-        runs = budget(row["model"], row["context_length"], row["isoflop"])
-        fit = fit_isoflop(runs[row["x"]], runs["val_loss"])
-        published = [float(row[name]) for name in ("a", "b", "c")]
-        is_logged = (row["model"], row["context_length"]) in LOGGED
+    for entry in read("published_isoflop_parabolas.csv"):
+        runs = budget(entry["model"], entry["context_length"], entry["isoflop"])
+        fit = fit_isoflop(runs[entry["x"]], runs["val_loss"])
+        published = [float(entry[name]) for name in ("a", "b", "c")]
+        is_logged = (entry["model"], entry["context_length"]) in LOGGED
         np.testing.assert_allclose(
             (fit.a, fit.b, fit.c), published, rtol=1e-5 if is_logged else 0.03
         )
-        np.testing.assert_allclose(fit.x_opt, float(row["x_opt"]), rtol=1e-4 if is_logged else 6e-3)
+        np.testing.assert_allclose(
+            fit.x_opt, float(entry["x_opt"]), rtol=1e-4 if is_logged else 6e-3
+        )
         if is_logged:
-            stderrs = [float(row[f"{name}_std"]) for name in ("a", "b", "c")]
+            stderrs = [float(entry[f"{name}_std"]) for name in ("a", "b", "c")]
             np.testing.assert_allclose(np.sqrt(np.diagonal(fit.covariance)), stderrs, rtol=1e-3)
             mean = runs["train_flops"].mean()
-            np.testing.assert_allclose(mean, float(row["flops_mean"]), rtol=1e-6)
+            np.testing.assert_allclose(mean, float(entry["flops_mean"]), rtol=1e-6)
         assert fit.is_valid
 
 
 def test_power_laws_equal_the_published_ones():
-    for row in rows("published_powerlaws.csv"):
-        if (row["model"], row["context_length"]) not in LOGGED:
+    for entry in read("published_powerlaws.csv"):
+        if (entry["model"], entry["context_length"]) not in LOGGED:
             continue
-        labels = (6e18, 1e19, 3e19, 1e20)[: int(row["num_points"])]
-        runs = [budget(row["model"], row["context_length"], label) for label in labels]
-        x_opt = [fit_isoflop(r[row["x"]], r["val_loss"]).x_opt for r in runs]
+        labels = (6e18, 1e19, 3e19, 1e20)[: int(entry["num_points"])]
+        runs = [budget(entry["model"], entry["context_length"], label) for label in labels]
+        x_opt = [fit_isoflop(r[entry["x"]], r["val_loss"]).x_opt for r in runs]
         law = fit_power_law(x_opt, [r["train_flops"].mean() for r in runs])
-        np.testing.assert_allclose(law.exponent, float(row["exponent"]), rtol=1e-4)
-        np.testing.assert_allclose(law.prefactor, float(row["prefactor"]), rtol=5e-4)
-        np.testing.assert_allclose(law.exponent_stderr, float(row["exponent_se"]), rtol=1e-3)
+        np.testing.assert_allclose(law.exponent, float(entry["exponent"]), rtol=1e-4)
+        np.testing.assert_allclose(law.prefactor, float(entry["prefactor"]), rtol=5e-4)
+        np.testing.assert_allclose(law.exponent_stderr, float(entry["exponent_se"]), rtol=1e-3)
 
 
 def test_power_law_of_the_published_parabolas_equals_the_published_one():
     """Their own optima, which the runs at hand do not give, as 32 were later removed."""
     published = [
-        row
-        for row in rows("published_isoflop_parabolas.csv")
-        if (row["model"], row["context_length"], row["x"]) == ("mlstm", "8192", "num_params")
+        entry
+        for entry in read("published_isoflop_parabolas.csv")
+        if (entry["model"], entry["context_length"], entry["x"]) == ("mlstm", "8192", "num_params")
     ]
-    x_opt = [10 ** (-float(row["b"]) / (2 * float(row["a"]))) for row in published]
-    flops = [float(row["flops_mean"]) for row in published]
+    x_opt = [10 ** (-float(entry["b"]) / (2 * float(entry["a"]))) for entry in published]
+    flops = [float(entry["flops_mean"]) for entry in published]
     law = fit_power_law(x_opt, flops, flops_range=(5e18, 2e20))
     np.testing.assert_allclose((law.prefactor, law.exponent), (0.012045, 0.547253), rtol=5e-4)
 
 
 def test_slopes_of_fixed_ratios_equal_the_published_ones():
-    for row in rows("published_fixed_ratio_slopes.csv"):
-        runs = selected(experiment="token_param", model=row["model"])
+    for entry in read("published_fixed_ratio_slopes.csv"):
+        runs = selected(experiment="token_param", model=entry["model"])
         ratios = numbers(runs, "preset_tokens_per_param")
-        members = runs.select(ratios == float(row["tokens_per_param"]))
+        members = runs.select(ratios == float(entry["tokens_per_param"]))
         line = fit_fixed_ratio(members["train_flops"], members["val_loss"])
-        np.testing.assert_allclose(line.slope, float(row["slope"]), atol=1e-5)
-        np.testing.assert_allclose(line.intercept, float(row["intercept"]), atol=1e-4)
+        np.testing.assert_allclose(line.slope, float(entry["slope"]), atol=1e-5)
+        np.testing.assert_allclose(line.intercept, float(entry["intercept"]), atol=1e-4)
 
 
 def check_surface(model, sets, free_gamma):
     """The lowest stored objective of a configuration is reached, with its coefficients."""
-    (row,) = [
-        row
-        for row in rows("published_parametric_fits.csv")
-        if (row["model"], row["experiment_set"], row["fit_gamma"]) == (model, sets, str(free_gamma))
-        and row["tokens_per_param_range"] == "0-5000"
-        and float(row["huber_delta"]) == 1e-3
+    (entry,) = [
+        entry
+        for entry in read("published_parametric_fits.csv")
+        if (entry["model"], entry["experiment_set"], entry["fit_gamma"])
+        == (model, sets, str(free_gamma))
+        and entry["tokens_per_param_range"] == "0-5000"
+        and float(entry["huber_delta"]) == 1e-3
     ]
     runs = selected(model=model, context_length=8192.0)
     if sets != "all":
         runs = runs.select(Condition(column="experiment", values=(sets,)).holds(runs))
     columns = [runs[name] for name in ("num_params", "train_tokens", "val_loss")]
     fit = fit_loss_surface(*columns, free_gamma=free_gamma, starts=60)
-    np.testing.assert_allclose(fit.objective, float(row["objective"]), rtol=1e-3)
+    np.testing.assert_allclose(fit.objective, float(entry["objective"]), rtol=1e-3)
     names = ("alpha", "beta", "gamma") if free_gamma else ("alpha", "beta")
     exponents = [getattr(fit, name) for name in names]
-    np.testing.assert_allclose(exponents, [float(row[name]) for name in names], atol=5e-3)
+    np.testing.assert_allclose(exponents, [float(entry[name]) for name in names], atol=5e-3)
     assert fit.num_at_best >= 10
     return fit, prediction_errors(fit(*columns[:2]), columns[2])
 
@@ -124,7 +127,7 @@ def test_surfaces_of_the_transformer_equal_the_published_ones(sets, free_gamma):
     path = reference.path("published_parametric_fits.csv")
     with path.open() as file:
         names = ("model", "experiment_set", "fit_gamma")
-        known = {tuple(row[name] for name in names) for row in csv.DictReader(file)}
+        known = {tuple(entry[name] for name in names) for entry in csv.DictReader(file)}
     if ("llama", sets, str(free_gamma)) not in known:
         pytest.skip("the table does not have this fit")
     check_surface("llama", sets, free_gamma)
@@ -141,14 +144,14 @@ def test_seven_billion_parameters_and_two_trillion_tokens_are_predicted():
     np.testing.assert_allclose(predicted, runs["val_loss"][last][0], rtol=0.01)
 
 
-def prefill_flops(row):
+def prefill_flops(entry):
     """FLOPs of a prompt and its first token."""
     names = ("embedding_dim", "ffn_dim", "num_blocks", "num_heads", "prefill_tokens", "batch_size")
-    dim, ffn, blocks, heads, tokens, batch = (float(row[name]) for name in names)
+    dim, ffn, blocks, heads, tokens, batch = (float(entry[name]) for name in names)
     v = dim / heads
-    k, norms = v / 2 if row["model"] == "mlstm" else v, 8 * dim
+    k, norms = v / 2 if entry["model"] == "mlstm" else v, 8 * dim
     block = norms + 2 * dim * heads * (2 * k + v) + 2 * dim * heads * v + 6 * dim * ffn + 2 * ffn
-    if row["model"] == "llama":
+    if entry["model"] == "llama":
         mixing = 2 * 0.65 * tokens**2 * heads * (k + v + 2.5)
     else:
         length = 128
@@ -159,7 +162,7 @@ def prefill_flops(row):
         inter = 2 * length * k * v + 3 * length * k
         cell = recurrent + intra + inter + 2 * length * v + 4 * length
         mixing = heads * tokens / length * cell
-    head = 2 * dim * float(row["vocab_size"])
+    head = 2 * dim * float(entry["vocab_size"])
     return batch * (blocks * (tokens * block + mixing) + head)
 
 
@@ -169,19 +172,19 @@ def prefill_flops(row):
 def test_effective_rates_of_prefill_are_near_the_published_ones(model, tolerance, size):
     """The Transformer's differ more, as published overheads are negative and ours are not."""
     (published,) = [
-        row
-        for row in rows("published_inference_fits.csv")
-        if (row["quantity"], row["model"], row["size_label"]) == ("ttft", model, size)
+        entry
+        for entry in read("published_inference_fits.csv")
+        if (entry["quantity"], entry["model"], entry["size_label"]) == ("ttft", model, size)
     ]
     measured = [
-        row
-        for row in rows("inference_times.csv")
-        if (row["model"], row["size_label"]) == (model, size)
-        and row["ttft_ms"]
-        and float(row["prefill_tokens"]) > 0
+        entry
+        for entry in read("inference_times.csv")
+        if (entry["model"], entry["size_label"]) == (model, size)
+        and entry["ttft_ms"]
+        and float(entry["prefill_tokens"]) > 0
     ]
-    flops = [prefill_flops(row) for row in measured]
-    seconds = [float(row["ttft_ms"]) / 1e3 for row in measured]
+    flops = [prefill_flops(entry) for entry in measured]
+    seconds = [float(entry["ttft_ms"]) / 1e3 for entry in measured]
     fit = fit_time_model(flops, None, seconds, model="compute")
     rate = float(published["effective_flop_per_s"])
     np.testing.assert_allclose(fit.flop_per_s, rate, rtol=tolerance)

@@ -52,18 +52,18 @@ def test_finished_runs_are_not_repeated(tmp_path, fit):
     assert fit.calls == [spec.cfg.name for spec in SPECS]
 
 
-def test_table_has_a_row_per_run(tmp_path, fit):
+def test_table_has_a_line_per_run(tmp_path, fit):
     run(SPECS, tmp_path)
     table = collect(tmp_path)
     with (tmp_path / "table.csv").open() as file:
-        rows = list(csv.DictReader(file))
+        lines = list(csv.DictReader(file))
     first = "run_id model num_params train_tokens train_flops context_length batch_size steps "
     first += "learning_rate seed"
-    assert list(rows[0])[:10] == first.split()
-    for spec, row, values in zip(SPECS, rows, table.rows, strict=True):
-        expected = {name: x for name, x in spec.row().items() if name != "name"}
+    assert list(lines[0])[:10] == first.split()
+    for spec, line, values in zip(SPECS, lines, table.records, strict=True):
+        expected = {name: x for name, x in spec.record().items() if name != "name"}
         assert expected.items() <= values.items()
-        assert float(row["val_loss"]) == values["val_loss"] == 3.0 + 1e-6 * spec.cfg.model.dim
+        assert float(line["val_loss"]) == values["val_loss"] == 3.0 + 1e-6 * spec.cfg.model.dim
         assert values["train_seconds"] == 0.5 * spec.cfg.train.steps
     assert table.unfinished == []
 
@@ -80,7 +80,7 @@ def test_failures_are_recorded_and_the_others_run(tmp_path, fit):
     assert [one.code for one in result] == [3, 2, 4, 0]
     assert result[0].reason == "DivergedError: too large a rate"
     table = collect(tmp_path)
-    assert len(table.rows) == 1 and table.unfinished == result[:3]
+    assert len(table.records) == 1 and table.unfinished == result[:3]
     # A divergence would repeat itself, the others need not.
     fit.errors, fit.calls = {}, []
     assert states(run(SPECS, tmp_path)) == ["failed", *["finished"] * 3]
@@ -137,7 +137,12 @@ def test_results_of_different_sources_are_not_mixed(tmp_path, fit, monkeypatch):
     with pytest.raises(ConfigError, match="has results of 2 sources of xlstm_jax"):
         collect(tmp_path)
     table = collect(tmp_path, allow_mixed=True)
-    assert [row["source"] == "0123456789ab" for row in table.rows] == [False, False, True, True]
+    assert [record["source"] == "0123456789ab" for record in table.records] == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_duplicates_and_strays_are_refused(tmp_path, fit):
@@ -146,8 +151,8 @@ def test_duplicates_and_strays_are_refused(tmp_path, fit):
     with pytest.raises(ConfigError, match="a duplicate; delete the copy"):
         collect(tmp_path)
     shutil.rmtree(tmp_path / "copy")
-    rows = [spec.row() for spec in SPECS[:1]]
-    (tmp_path / "plan.json").write_text(json.dumps({"runs": rows}))
+    records = [spec.record() for spec in SPECS[:1]]
+    (tmp_path / "plan.json").write_text(json.dumps({"runs": records}))
     with pytest.raises(ConfigError, match=f"1 results of another plan .{SPECS[1].run_id}"):
         collect(tmp_path)
 

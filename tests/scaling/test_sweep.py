@@ -33,17 +33,21 @@ def test_id_depends_on_every_field_but_the_name():
     assert [spec.run_id for spec in renamed] == list(base.values())
 
 
-def test_row_has_the_columns_of_a_table_before_training():
+def test_record_has_the_columns_of_a_table_before_training():
     spec = plan(sweep())[-1]
-    row = spec.row()
+    record = spec.record()
     model, steps = spec.cfg.model, spec.cfg.train.steps
-    assert row["num_params"] == flops.count_params(model)
-    assert row["train_tokens"] == steps * 4 * 32
-    assert row["train_flops"] == pytest.approx(steps * 4 * flops.train_flops(model, 32), rel=1e-12)
-    assert row["tokens_per_param"] == pytest.approx(row["train_tokens"] / row["num_params"])
+    assert record["num_params"] == flops.count_params(model)
+    assert record["train_tokens"] == steps * 4 * 32
+    assert record["train_flops"] == pytest.approx(
+        steps * 4 * flops.train_flops(model, 32), rel=1e-12
+    )
+    assert record["tokens_per_param"] == pytest.approx(
+        record["train_tokens"] / record["num_params"]
+    )
     expected = dict(model="llama", isoflop=3e9, embedding_dim=24, num_blocks=1, context_length=32)
     expected |= dict(learning_rate=2e-3, batch_size=4, seed=0, steps=steps, vocab_size=257)
-    assert {name: row[name] for name in expected} == expected
+    assert {name: record[name] for name in expected} == expected
 
 
 def test_every_run_is_near_its_budget():
@@ -52,7 +56,7 @@ def test_every_run_is_near_its_budget():
         assert spec.train_flops == pytest.approx(spec.isoflop, rel=0.1)
 
 
-def test_ratios_of_tokens_to_parameters_take_the_place_of_budgets():
+def test_ratios_of_tokens_to_parameters_replace_budgets():
     for spec in plan(sweep(budgets=(), tokens_per_param=(2, 5))):
         ratio = spec.train_tokens / spec.num_params
         assert spec.isoflop is None and min(abs(ratio / 2 - 1), abs(ratio / 5 - 1)) < 0.01
@@ -100,7 +104,7 @@ def test_each_family_may_have_its_own_shapes():
         (dict(include=lambda point: False), "include must be True for at least one run"),
         (dict(shapes=[Shape(16, 1, 2)] * 2), "have equal configs"),
         (dict(budgets=[1e9, 1.0001e9]), "have equal configs"),
-        (dict(batch_rule=lambda point: 2.5), "batch_rule must return a whole number of sequences"),
+        (dict(batch_rule=lambda point: 2.5), "batch_rule must return an integer of at least 1"),
     ],
 )
 def test_invalid_sweeps_are_refused(changes, message):

@@ -61,12 +61,12 @@ def test_exit_code_is_the_largest_of_the_runs(paths, diverging, capsys):
     assert f"{spec.run_id}  {spec.cfg.name}: DivergedError: 8 updates were skipped" in text
 
 
-def test_json_has_runs_and_rows(paths, diverging, capsys):
+def test_json_has_runs_and_results(paths, diverging, capsys):
     file, out = paths
     assert main(["sweep", file, "--size", "smoke", "--out", str(out), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [one["state"] for one in result["runs"]] == ["finished"] * 4
-    assert [row["val_loss"] for row in result["rows"]] == [2.0] * 4
+    assert [record["val_loss"] for record in result["rows"]] == [2.0] * 4
 
 
 def test_dry_run_prints_the_plan_and_trains_nothing(paths, monkeypatch, capsys):
@@ -78,8 +78,8 @@ def test_dry_run_prints_the_plan_and_trains_nothing(paths, monkeypatch, capsys):
     specs = plan(sweep())
     steps = sum(spec.cfg.train.steps for spec in specs)
     assert result["minutes_left"] == pytest.approx((8 * 30 + 0.6 * steps) / 60)
-    assert [row["run_id"] for row in result["runs"]] == [spec.run_id for spec in specs]
-    assert {row["state"] for row in result["runs"]} == {"planned"} and not out.exists()
+    assert [run["run_id"] for run in result["runs"]] == [spec.run_id for spec in specs]
+    assert {run["state"] for run in result["runs"]} == {"planned"} and not out.exists()
     assert main(["sweep", file, "--out", str(out), "--dry-run"]) == 0
     assert "llama_d24_l1_h2_T32_C3e+09_s0" in capsys.readouterr().out
 

@@ -7,10 +7,10 @@ import pytest
 
 from xlstm_jax.config import load_config, to_dict
 from xlstm_jax.errors import ConfigError
-from xlstm_jax.scaling import Analysis, Condition, Rule, from_rows, read_table
+from xlstm_jax.scaling import Analysis, Condition, Rule, from_records, read_table
 from xlstm_jax.scaling.table import check_conventions
 
-ROWS = [
+RECORDS = [
     {
         "id": f"r{n}",
         "arch": "xlstm",
@@ -23,39 +23,41 @@ ROWS = [
 ]
 
 
-def write(folder, rows):
+def write(folder, records):
     path = folder / "table.csv"
-    lines = [",".join(rows[0])] + [",".join(str(x) for x in row.values()) for row in rows]
+    lines = [",".join(records[0])] + [
+        ",".join(str(x) for x in record.values()) for record in records
+    ]
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
 def test_synonyms_are_understood(tmp_path):
-    runs = read_table(write(tmp_path, ROWS))
+    runs = read_table(write(tmp_path, RECORDS))
     assert len(runs) == runs.num_rows == 6 and len(runs.sha256) == 64
-    np.testing.assert_array_equal(runs["num_params"], [row["N"] for row in ROWS])
-    np.testing.assert_array_equal(runs["val_loss"], [row["loss"] for row in ROWS])
+    np.testing.assert_array_equal(runs["num_params"], [record["N"] for record in RECORDS])
+    np.testing.assert_array_equal(runs["val_loss"], [record["loss"] for record in RECORDS])
     np.testing.assert_array_equal(runs["train_flops"], 6 * runs["num_params"] * 1e8)
     assert runs.name(2) == "r2" and "6 * num_params * train_tokens" in runs.notes[0]
 
 
 def test_own_names_of_columns_are_configurable(tmp_path):
-    rows = [{"size": 1e6, "seen": 1e8, "nats": 3.0}]
+    records = [{"size": 1e6, "seen": 1e8, "nats": 3.0}]
     own = {"num_params": "size", "train_tokens": "seen", "val_loss": "nats"}
-    assert read_table(write(tmp_path, rows), own)["val_loss"] == [3.0]
+    assert read_table(write(tmp_path, records), own)["val_loss"] == [3.0]
     with pytest.raises(ConfigError, match="no column num_params; name it num_params, params"):
-        read_table(write(tmp_path, rows))
+        read_table(write(tmp_path, records))
     with pytest.raises(ConfigError, match=r"names 'sizes', which is absent; did you mean size\?"):
-        read_table(write(tmp_path, rows), own | {"num_params": "sizes"})
+        read_table(write(tmp_path, records), own | {"num_params": "sizes"})
 
 
 def test_parquet_equals_csv(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    rows = [row | {"is_final": n > 2} for n, row in enumerate(ROWS)]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "table.parquet")
+    records = [record | {"is_final": n > 2} for n, record in enumerate(RECORDS)]
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "table.parquet")
     read = read_table(tmp_path / "table.parquet")
-    for name, column in read_table(write(tmp_path, rows)).columns.items():
+    for name, column in read_table(write(tmp_path, records)).columns.items():
         np.testing.assert_array_equal(column, read[name])
 
 
@@ -82,7 +84,7 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_missing_losses_are_dropped_with_their_names():
-    runs = from_rows([*ROWS, ROWS[0] | {"id": "failed", "loss": ""}])
+    runs = from_records([*RECORDS, RECORDS[0] | {"id": "failed", "loss": ""}])
     selected = Analysis().select(runs)
     assert len(selected) == 6 and "dropped 1 runs" in selected.notes[-1]
     assert "failed" in selected.notes[-1]
@@ -90,18 +92,18 @@ def test_missing_losses_are_dropped_with_their_names():
 
 @pytest.mark.parametrize("loss", [0.0, -1.0, float("inf")])
 def test_impossible_losses_are_refused_with_the_run(loss):
-    runs = from_rows([*ROWS, ROWS[0] | {"id": "odd", "loss": loss}])
+    runs = from_records([*RECORDS, RECORDS[0] | {"id": "odd", "loss": loss}])
     with pytest.raises(ConfigError, match=f"val_loss must be positive .* got {loss} for odd"):
         Analysis().select(runs)
 
 
 def test_equal_ids_are_refused():
     with pytest.raises(ConfigError, match="run_id must be unique, got 'r1' for 2 runs"):
-        Analysis().select(from_rows([*ROWS, ROWS[1] | {"loss": 9.0}]))
+        Analysis().select(from_records([*RECORDS, RECORDS[1] | {"loss": 9.0}]))
 
 
 def test_copies_are_refused_or_dropped():
-    runs = from_rows([*ROWS, ROWS[1] | {"id": "copy"}])
+    runs = from_records([*RECORDS, RECORDS[1] | {"id": "copy"}])
     with pytest.raises(ConfigError, match="1 copies of runs with equal sizes and loss: copy"):
         Analysis().select(runs)
     selected = Analysis(drop_duplicates=True).select(runs)
@@ -109,13 +111,15 @@ def test_copies_are_refused_or_dropped():
 
 
 def test_mixed_contexts_and_conventions_are_refused_with_an_example():
-    runs = from_rows([*ROWS, ROWS[0] | {"id": "long", "seq_len": 256}])
+    runs = from_records([*RECORDS, RECORDS[0] | {"id": "long", "seq_len": 256}])
     assert len(Analysis().split(runs)) == 2
     with pytest.raises(
         ConfigError, match=r"agree in context_length, got 128.0, 256.0 \(such as lo"
     ):
         check_conventions(runs, "xlstm")
-    runs = from_rows([row | {"flop_count": "first" if n else "tfla"} for n, row in enumerate(ROWS)])
+    runs = from_records(
+        [record | {"flop_count": "first" if n else "tfla"} for n, record in enumerate(RECORDS)]
+    )
     with pytest.raises(ConfigError, match="agree in flop_count, got first, tfla"):
         check_conventions(runs, "xlstm")
 
@@ -133,19 +137,21 @@ def test_filters_keep_and_drop():
             ),
         ),
     )
-    selected = cfg.select(from_rows(ROWS))
+    selected = cfg.select(from_records(RECORDS))
     assert list(selected["run_id"]) == ["r0", "r1", "r3", "r4"]
     assert "dropped 1 runs: spikes" in selected.notes[-1]
     with pytest.raises(ConfigError, match="no run is left"):
-        Analysis(keep=(Condition(column="val_loss", high=0),)).select(from_rows(ROWS))
+        Analysis(keep=(Condition(column="val_loss", high=0),)).select(from_records(RECORDS))
     with pytest.raises(ConfigError, match="no column 'los'; did you mean loss"):
-        Analysis(keep=(Condition(column="los", high=0),)).select(from_rows(ROWS))
+        Analysis(keep=(Condition(column="los", high=0),)).select(from_records(RECORDS))
 
 
 def test_budgets_are_labels_a_column_or_clusters():
     flops = [5.9e18, 6.2e18, 6.1e18, 1e19, 1.02e19, 1.05e19, 5e20]
-    rows = [ROWS[0] | {"id": str(n), "flops": x, "isoflop": "extra"} for n, x in enumerate(flops)]
-    runs = from_rows(rows)
+    records = [
+        RECORDS[0] | {"id": str(n), "flops": x, "isoflop": "extra"} for n, x in enumerate(flops)
+    ]
+    runs = from_records(records)
     labels = Analysis(budgets=(6e18, 1e19, 3e19)).budget_of(runs)
     np.testing.assert_array_equal(labels, [6e18] * 3 + [1e19] * 3 + [np.nan])
     assert np.isnan(Analysis().budget_of(runs)).all()

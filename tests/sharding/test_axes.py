@@ -134,17 +134,17 @@ def test_renamed_axes_and_a_stage_axis_equal_one_device(kind, pattern):
 
 
 def grads_within_shard_map(pattern, mesh, check, **options):
-    """Gradients of the user's own data parallelism over the axis `rows`."""
+    """Gradients of the user's own data parallelism over the axis `replica`."""
     model, params, _ = single_device(pattern)
 
     def step(params, tokens):
         if check:  # else JAX sums the gradients of replicated parameters
-            params = jax.lax.pcast(params, "rows", to="varying")
-        return jax.lax.pmean(jax.value_and_grad(loss_of(model))(params, tokens), "rows")
+            params = jax.lax.pcast(params, "replica", to="varying")
+        return jax.lax.pmean(jax.value_and_grad(loss_of(model))(params, tokens), "replica")
 
-    specs = dict(in_specs=(P(), P("rows")), out_specs=P(), check_vma=check)
+    specs = dict(in_specs=(P(), P("replica")), out_specs=P(), check_vma=check)
     with jax.set_mesh(mesh):
-        args = jax.device_put((params, tokens()), (P(), P("rows")))
+        args = jax.device_put((params, tokens()), (P(), P("replica")))
         return quick.jit(jax.shard_map(step, **specs, **options))(*args)
 
 
@@ -153,7 +153,7 @@ def grads_within_shard_map(pattern, mesh, check, **options):
 )
 @pytest.mark.parametrize("check", [True, slow(False)])
 def test_data_parallelism_of_the_user_equals_one_device(check, pattern):
-    actual = grads_within_shard_map(pattern, jax.make_mesh((4,), ("rows",)), check)
+    actual = grads_within_shard_map(pattern, jax.make_mesh((4,), ("replica",)), check)
     assert_close(actual, single_device(pattern)[2], 1e-6)
 
 
@@ -172,8 +172,8 @@ def test_data_parallelism_of_the_user_equals_one_device(check, pattern):
 )
 @pytest.mark.parametrize("other", ["tensor", slow("seq")])
 def test_shard_map_over_some_axes_equals_one_device(other, pattern, kind, check):
-    mesh = jax.make_mesh((2, 2), ("rows", other), (kind, kind))
-    actual = grads_within_shard_map(pattern, mesh, check, axis_names={"rows"})
+    mesh = jax.make_mesh((2, 2), ("replica", other), (kind, kind))
+    actual = grads_within_shard_map(pattern, mesh, check, axis_names={"replica"})
     assert_close(actual, single_device(pattern)[2])
 
 
@@ -184,14 +184,14 @@ def test_omitted_blocks_and_masks_work_within_a_checked_shard_map(remat):
     model = LM(LMConfig(pattern="mmsmm", remat=remat, **SIZES))
     params = quick.jit(model.init)(jax.random.key(0), tokens())
     segment_ids = jnp.asarray([[1, 2, 2, 0]] * BATCH)
-    mesh = jax.make_mesh((4,), ("rows",), (AUTO,))
+    mesh = jax.make_mesh((4,), ("replica",), (AUTO,))
 
     def loss(params, tokens, segment_ids):
         return jnp.mean(model.apply(params, tokens, None, segment_ids)[0] ** 2)
 
     expected = quick.jit(jax.grad(loss))(params, tokens(), segment_ids)
-    specs = dict(in_specs=(P(), P("rows"), P("rows")), out_specs=P())
-    step = jax.shard_map(lambda *x: jax.lax.pmean(loss(*x), "rows"), mesh=mesh, **specs)
+    specs = dict(in_specs=(P(), P("replica"), P("replica")), out_specs=P())
+    step = jax.shard_map(lambda *x: jax.lax.pmean(loss(*x), "replica"), mesh=mesh, **specs)
     assert_close(quick.jit(jax.grad(step))(params, tokens(), segment_ids), expected)
 
 
@@ -318,11 +318,11 @@ def test_ops_and_cells_equal_one_device_within_a_checked_shard_map(group, rng):
         leaves = jax.tree.leaves(calls[name](x, ids))
         return sum(jnp.sum(jnp.sin(leaf)) for leaf in leaves if leaf.dtype == jnp.float32)
 
-    mesh, specs = jax.make_mesh((4,), ("rows",), (AUTO,)), (P("rows"), P("rows"))
+    mesh, specs = jax.make_mesh((4,), ("replica",), (AUTO,)), (P("replica"), P("replica"))
     names = sorted(set(calls) - {"documents", "embed"})  # these do not depend on x
     for name in names[group::3]:
         local = functools.partial(loss, name)
-        total = lambda x, ids, local=local: jax.lax.psum(local(x, ids), "rows")  # noqa: E731
+        total = lambda x, ids, local=local: jax.lax.psum(local(x, ids), "replica")  # noqa: E731
         mapped = jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=P())
         actual = quick.jit(jax.grad(mapped))(x, ids)
         assert_close(actual, quick.jit(jax.grad(local))(x, ids))
@@ -352,9 +352,9 @@ def test_a_sequence_over_a_manual_axis_is_continued_by_the_states_of_the_caller(
 
 def test_a_kernel_within_a_checked_shard_map_says_what_to_pass(rng):
     x, ids, calls = op_calls(rng)
-    mesh = jax.make_mesh((4,), ("rows",), (AUTO,))
+    mesh = jax.make_mesh((4,), ("replica",), (AUTO,))
     call = functools.partial(calls["chunkwise"], implementation="pallas_tpu", chunk_size=8)
-    specs = dict(in_specs=(P("rows"), P("rows")), out_specs=P("rows"))
+    specs = dict(in_specs=(P("replica"), P("replica")), out_specs=P("replica"))
     mapped = jax.shard_map(lambda x, ids: call(x, ids)[0], mesh=mesh, **specs)
     with (
         common.interpreted(lanes=8),
@@ -434,9 +434,9 @@ def test_no_device_repeats_the_work_of_another(pattern, kind):
     replicated = jax.tree.map(lambda _: NamedSharding(mesh, P()), params)
     with jax.set_mesh(mesh):
         batch = batch.update(sharding=NamedSharding(mesh, P("data")))
-        for placement in (shardings, replicated):
-            placed = jax.tree.map(lambda x, s: x.update(sharding=s), params, placement)
-            assert flops(placed, batch) <= 1.2 / mesh.size * one
+        for target in (shardings, replicated):
+            sharded = jax.tree.map(lambda x, s: x.update(sharding=s), params, target)
+            assert flops(sharded, batch) <= 1.2 / mesh.size * one
 
 
 def test_other_rules_trace_a_jitted_function_again():
@@ -473,11 +473,11 @@ UNKNOWN = {
 def test_a_mesh_axis_that_no_rule_names_is_one_line(call, kind):
     x = jnp.ones((4, 3, 2, 4))
     single_device("m")
-    with jax.set_mesh(jax.make_mesh((2, 2), ("rows", "model"), (kind, kind))):
-        with pytest.raises(ValueError, match="mesh axis 'rows' of size 2") as error:
+    with jax.set_mesh(jax.make_mesh((2, 2), ("replica", "model"), (kind, kind))):
+        with pytest.raises(ValueError, match="mesh axis 'replica' of size 2") as error:
             quick.jit(UNKNOWN[call])(x)
     (line,) = str(error.value).splitlines()
-    assert "use_rules({'batch': 'rows', 'heads': 'model', 'inner': 'model'" in line
+    assert "use_rules({'batch': 'replica', 'heads': 'model', 'inner': 'model'" in line
 
 
 def test_the_line_maps_every_axis_of_the_mesh():
@@ -488,7 +488,7 @@ def test_the_line_maps_every_axis_of_the_mesh():
 
 def test_rules_that_are_wrong_are_one_line():
     for rules, message in (
-        ({"rows": "data"}, "no logical axis 'rows'; use some of: batch, time"),
+        ({"replica": "data"}, "no logical axis 'replica'; use some of: batch, time"),
         ("zero", "'zero' is not known; use one of: data, fsdp"),
     ):
         with pytest.raises(ValueError, match=message), use_rules(rules):

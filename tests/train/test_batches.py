@@ -1,4 +1,4 @@
-"""Where a run gets its batches: ramps, mixtures, held-out sets, and the caller's own data."""
+"""Where a run gets its batches: ramps, mixtures, validation sets, and the caller's own data."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_ramps_that_do_not_divide_are_rejected(experiment, train, message):
 
 
 @pytest.mark.slow
-def test_every_held_out_set_is_evaluated_to_its_last_token(experiment, text, tmp_path):
+def test_every_validation_set_is_evaluated_to_its_last_token(experiment, text, tmp_path):
     sets = {"names": str(text / "valid"), "own": str(text / "test")}
     cfg = experiment(data={"eval_sets": sets}, steps=4, eval_batches=None)
     result = fit(cfg, tmp_path)

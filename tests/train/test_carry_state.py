@@ -76,13 +76,13 @@ def document():
     tokens = np.random.default_rng(0).integers(0, 11, (B, STEPS * T + 1)).astype(np.int32)
     length = STEPS * T
     ones = np.ones((B, length), np.int32)
-    whole = Batch(tokens[:, :-1], tokens[:, 1:], ones, ones.astype(np.float32), np.arange(B))
+    full = Batch(tokens[:, :-1], tokens[:, 1:], ones, ones.astype(np.float32), np.arange(B))
     windows = [
-        Batch(*(x[:, i * T : (i + 1) * T] for x in whole[:-1]), index=100 * np.arange(B) + i)
+        Batch(*(x[:, i * T : (i + 1) * T] for x in full[:-1]), index=100 * np.arange(B) + i)
         for i in range(STEPS)
     ]
     put = lambda batch: jax.tree.map(jnp.asarray, batch)  # noqa: E731
-    return put(whole), [put(window) for window in windows]
+    return put(full), [put(window) for window in windows]
 
 
 def first_state(model):
@@ -128,12 +128,12 @@ def assert_close(a, b, atol=1e-5):
     [MODEL, *(pytest.param(model, marks=pytest.mark.slow) for model in (XLSTM, BASELINES))],
     ids=["recurrent", "xlstm", "baselines"],
 )
-def test_losses_of_consecutive_windows_are_those_of_the_whole_document(document, model):
-    whole, windows = document
+def test_losses_of_consecutive_windows_are_those_of_the_document(document, model):
+    full, windows = document
     start = first_state(model)
     results = carried(make_step(model), start, windows)
     run = quick.jit(lambda p, batch: token_sums(model, p, batch, document_resets=True))
-    expected, after = run(start.params, whole)
+    expected, after = run(start.params, full)
     loss = np.mean([metrics["loss"] for _, metrics in results])
     np.testing.assert_allclose(loss, expected.ce_sum / expected.weight_sum, rtol=1e-5)
     assert_close(results[-1][0].carry.state, after)
@@ -176,8 +176,8 @@ def test_the_state_is_reset_where_a_window_starts_a_document_or_does_not_follow(
     after = new.carry.state
     continued = step(state, second)[0].carry.state
     fresh = sums(start.params, second, None)[1]
-    for row, expected in enumerate((continued, fresh, fresh, continued)):
-        assert_close(after["m"][:, row], expected["m"][:, row])
+    for i, expected in enumerate((continued, fresh, fresh, continued)):
+        assert_close(after["m"][:, i], expected["m"][:, i])
     without = make_step(document_resets=False)
     after = without(state, second._replace(segment_ids=ids))[0].carry.state
     assert_close(after, continued)

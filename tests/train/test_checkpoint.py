@@ -129,14 +129,17 @@ def test_a_state_of_another_model_is_an_error_that_names_the_first_leaf(saved):
     like = jax.eval_shape(lambda: states[4])
     table = like.params["token_embedding"]["embedding"]
     for params, words in (
-        ({"else": jax.ShapeDtypeStruct((3,), np.float32)}, "params/else is absent there and .3,."),
+        (
+            {"else": jax.ShapeDtypeStruct((3,), np.float32)},
+            "params/else is absent in the checkpoint and .3,.",
+        ),
         (
             like.params | {"token_embedding": {"embedding": table.update(shape=(9, 4))}},
-            r"params/token_embedding/embedding is .257, 8. there and .9, 4. in the config",
+            r"embedding is .257, 8. in the checkpoint and .9, 4. in the config",
         ),
         (
             {name: x for name, x in like.params.items() if name != "lm_head"},
-            r"params/lm_head/kernel is .8, 257. there and absent in the config",
+            r"params/lm_head/kernel is .8, 257. in the checkpoint and absent in the config",
         ),
     ):
         with pytest.raises(CheckpointError, match=words) as caught:

@@ -56,7 +56,7 @@ def test_of_threads_that_start_at_once_exactly_one_gets_the_lock(tmp_path):
         try:
             with lock.hold(tmp_path / "run"):
                 barrier.wait()
-                outcomes.append("held")
+                outcomes.append("locked")
         except ConfigError:
             outcomes.append("refused")
             barrier.wait()
@@ -66,7 +66,7 @@ def test_of_threads_that_start_at_once_exactly_one_gets_the_lock(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(outcomes) == ["held"] + ["refused"] * 7
+    assert sorted(outcomes) == ["locked"] + ["refused"] * 7
 
 
 @pytest.mark.parametrize(

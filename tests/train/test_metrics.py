@@ -116,7 +116,7 @@ def show(is_terminal):
 def test_piped_output_has_one_line_per_record():
     first, second = show(is_terminal=False).splitlines()
     assert first == "step 80/200  loss 1.5000  12,346 tokens/s  2 skipped  1:00 left"
-    assert second == "step 80/200  held-out loss 1.2500  bits per byte 1.803  accuracy 0.500"
+    assert second == "step 80/200  validation loss 1.2500  bits per byte 1.803  accuracy 0.500"
 
 
 def test_results_of_evaluators_are_printed_and_statistics_are_not():

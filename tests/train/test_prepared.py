@@ -60,8 +60,8 @@ def test_a_run_keeps_its_tokenizer(experiment, folder, tmp_path, capsys):
     cfg = config(experiment, moved, packing="best_fit")
     result = fit(cfg, tmp_path / "run")
     assert result.finished and result.evaluation["valid_bits_per_byte"] > 0
-    kept = tokenizers.get(str(tmp_path / "run" / "tokenizer"))
-    assert kept.sha256 == tokenizers.get(str(folder / "tokenizer")).sha256
+    saved = tokenizers.get(str(tmp_path / "run" / "tokenizer"))
+    assert saved.sha256 == tokenizers.get(str(folder / "tokenizer")).sha256
     shutil.rmtree(moved)
     generate = ["generate", str(tmp_path / "run"), "--prompt", "the", "--max-new-tokens", "5"]
     assert main(generate) == 0
@@ -94,11 +94,11 @@ def test_sources_of_a_mixture_must_have_one_tokenizer(experiment, folder):
         load(cfg.data, "train")
 
 
-def test_a_held_out_set_of_another_tokenizer_is_rejected(experiment, folder, tmp_path):
+def test_a_validation_set_of_another_tokenizer_is_rejected(experiment, folder, tmp_path):
     sets = {"raw": str(folder / "raw")}
     cfg = config(experiment, folder, eval_sets=sets)
     with pytest.raises(ConfigError, match="data.eval_sets must have one tokenizer, got several"):
         fit(cfg, tmp_path)
     same = config(experiment, folder, eval_sets=sets, tokenizer=str(folder / "tokenizer"))
-    held_out = load_eval_sets(same.data)["raw"]
-    assert held_out.tokenizer.sha256 == load(same.data, "train").tokenizer.sha256
+    raw = load_eval_sets(same.data)["raw"]
+    assert raw.tokenizer.sha256 == load(same.data, "train").tokenizer.sha256

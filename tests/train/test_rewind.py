@@ -119,7 +119,7 @@ def test_the_data_of_a_config_are_left_out_in_a_rewound_run(
 
 
 @pytest.mark.parametrize("packing", ["windows", "stream"])
-def test_skips_move_the_data_by_whole_steps(experiment, packing):
+def test_skips_move_the_data_by_full_steps(experiment, packing):
     cfg = experiment(data=dict(packing=packing)).data
     examples = loader.load(cfg, "train")
     plain = Stream(examples, cfg, BatchSizes(cfg.batch_size))

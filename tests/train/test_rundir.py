@@ -234,7 +234,7 @@ def test_a_run_directory_that_cannot_exist_is_an_error_that_names_it(trained, tm
 
 
 def test_a_run_directory_with_a_character_of_patterns_is_refused(trained, tmp_path):
-    """Orbax saves checkpoints there, and does not find their files again."""
+    """Orbax saves checkpoints in such a directory, but does not find their files again."""
     run_dir = tmp_path / "xlstm[1:0]" / "run"
     with pytest.raises(ConfigError, match=r"must be a path without \[, as checkpoints below it"):
         fit(trained[0], run_dir)

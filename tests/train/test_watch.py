@@ -63,8 +63,8 @@ def watch(cfg, mesh=None):
     program = TrainProgram(cfg, devices)
     watcher = Watch(program)
     with devices.active():
-        placed = jax.device_put(params(cfg.model), devices.shardings(params(cfg.model)))
-        state = first_state(placed, program.tx)
+        sharded = jax.device_put(params(cfg.model), devices.shardings(params(cfg.model)))
+        state = first_state(sharded, program.tx)
         return watcher.record(watcher.dispatch(state, devices.batch(batch())))
 
 

@@ -75,7 +75,7 @@ def run(argv: list[str]) -> int:
             return max(DONE, *(one.code for one in states))
         table = collect(out, allow_mixed=args.allow_mixed)
     if args.json:
-        console.print_json({"runs": states, "rows": table.rows})
+        console.print_json({"runs": states, "rows": table.records})
     else:
         _show_states(states, out)
     return max(DONE, *(one.code for one in states))
@@ -110,7 +110,7 @@ def _show_plan(specs: list[RunSpec], out: Path, *, as_json: bool) -> None:
     speeds = calibrate(specs)
     minutes = [estimate(spec, speeds) / 60 for spec in specs]
     records = [
-        spec.row() | {"state": state, "minutes": time}
+        spec.record() | {"state": state, "minutes": time}
         for spec, state, time in zip(specs, states, minutes, strict=True)
     ]
     left = sum(one["minutes"] for one in records if one["state"] != "finished")

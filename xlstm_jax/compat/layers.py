@@ -182,10 +182,10 @@ class _Recurrent(nn.Module):
             x: inputs; `T B D` with `batch_first=False`, and then `mask` and `reset` are `T B`.
             state: before the first step; None is the initial state, zeros.
             lengths: numbers of valid positions; the other ones, at the end, are padding.
-            mask: where False, the position is padding, at any place. Padding changes no state and
-                no other output; its own output is 0, and its x may be anything, also NaN.
-            reset: True at the first position of each sequence that is packed into a row: neither
-                direction carries its state across. At a masked position it is ignored.
+            mask: where False, the position is padding, wherever it is. Padding changes no state
+                and no other output; its own output is 0, and its x may be anything, also NaN.
+            reset: True at the first position of each packed sequence: neither direction carries its
+                state across. At a masked position it is ignored.
             deterministic: False applies dropout, with the key `dropout`.
 
         Raises:
@@ -291,14 +291,14 @@ class _Recurrent(nn.Module):
         if lengths is not None and lengths.shape != (B,):
             raise ArgumentError(
                 f"lengths must have one number for each of the {B} sequences, got shape "
-                f"{lengths.shape}; for padding at other places pass a mask."
+                f"{lengths.shape}; for padding elsewhere pass a mask."
             )
 
 
 class LSTM(_Recurrent):
     """Layers of LSTM cells, with the arguments and results of `torch.nn.LSTM`.
 
-    Weights are initialized uniformly in +-1 / sqrt(hidden_size), as in PyTorch; there is one bias.
+    Weights are initialized uniformly in +-1 / sqrt(hidden_size), as in PyTorch, but with one bias.
     """
 
     CELL = _LSTMCell
@@ -386,7 +386,7 @@ def backward_reset(flags: Flags) -> Bool[Array, "B T"] | None:
     T = reset.shape[1]
     if flags.mask is None:
         return jnp.pad(reset[:, 1:], ((0, 0), (0, 1)))
-    # The first valid position after each; T if there is none. Masked resets are not looked up.
+    # The first valid position after each; T if none follows. Masked resets are not looked up.
     valid = jnp.where(flags.mask, jnp.arange(T)[None], T)
     following = jax.lax.cummin(valid, axis=1, reverse=True)
     following = jnp.pad(following[:, 1:], ((0, 0), (0, 1)), constant_values=T)

@@ -2,7 +2,7 @@
 
 A field may override its conversion in its metadata: `to_json` maps a value to a JSON value, which
 is omitted when empty, `from_json` maps (JSON value, field name) back to the value, and
-`is_recorded` tells for the whole dataclass whether the field is a JSON value at all.
+`is_recorded` tells, given the dataclass, whether the field is stored as JSON at all.
 """
 
 import contextlib

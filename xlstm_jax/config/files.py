@@ -9,7 +9,7 @@ from xlstm_jax.errors import ConfigError, quote_path
 
 
 def user_path(path: str | pathlib.Path) -> pathlib.Path:
-    """The path with a leading "~" or "~user" replaced; ConfigError if there is no such home."""
+    """The path with a leading "~" or "~user" replaced; ConfigError if that home does not exist."""
     try:
         return pathlib.Path(path).expanduser()
     except RuntimeError as error:

@@ -27,7 +27,7 @@ imported: dict[str, None] = {}
 def call_config(path: pathlib.Path, size: str | None, cls: type, name: str = "config") -> Any:
     """The result of `config(size=...)` of a Python file; errors in it are raised as ConfigError.
 
-    `name` is that of another function in its place.
+    `name` is that of another function to call instead.
     """
     before = set(sys.modules)
     try:

@@ -37,9 +37,9 @@ def model_card(
     Args:
         name: ORG/NAME of the repository.
         cfg: config of a model that one of the families can represent.
-        folder: has the tokenizer, if there is one.
+        folder: has the tokenizer, if any.
         license_line: of the weights, as `license.find` gives it.
-        metrics: of the run, on held-out data, such as `valid_loss`.
+        metrics: of the run, on validation data, such as `valid_loss`.
     """
     has_tokenizer = locate.has_tokenizer(folder)
     return "\n".join(
@@ -58,7 +58,7 @@ def model_card(
             *_code("python", _OURS.format(name=name)),
             "",
             *_code("sh", f'xlstm-jax generate hf://{name} --prompt "..."\n'),
-            *(["", "## Held-out data", "", *_table(_rounded(metrics))] if metrics else []),
+            *(["", "## Validation data", "", *_table(_rounded(metrics))] if metrics else []),
             "",
         ]
     )
@@ -98,8 +98,8 @@ def _rounded(metrics: Mapping[str, float]) -> dict[str, str]:
     return {f"`{name}`": f"{value:,.6g}" for name, value in metrics.items()}
 
 
-def _table(rows: Mapping[str, str]) -> list[str]:
-    lines = [f"| {name} | {value.replace('|', '/')} |" for name, value in rows.items()]
+def _table(fields: Mapping[str, str]) -> list[str]:
+    lines = [f"| {name} | {value.replace('|', '/')} |" for name, value in fields.items()]
     return ["| | |", "|---|---|", *lines]
 
 

@@ -30,7 +30,7 @@ def load_hf(source: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, 
     """Loads a checkpoint written by `save_pretrained` of `transformers`, sharded or not.
 
     Parameters are float32. They are read leaf by leaf, so that peak host memory is little more than
-    the parameters, and sharded over the active mesh (`jax.set_mesh`) if there is one. As in
+    the parameters, and sharded over the active mesh (`jax.set_mesh`), if any. As in
     `transformers`, a head in the files is used whatever `tie_word_embeddings` says. Tensor names
     may have the prefixes of a compiled or wrapped model, or lack `backbone.` or its like. Warns if
     a value is NaN or infinite.
@@ -41,7 +41,7 @@ def load_hf(source: str | Path, *, dtype: str | None = None) -> tuple[LMConfig, 
         dtype: of activations, "float32" or "bfloat16"; None: that of the config.
 
     Raises:
-        ConfigError: a field of the config is invalid or not supported, or there is no such model.
+        ConfigError: a field of the config is invalid or not supported, or the model does not exist.
         WeightsError: a file is corrupt, or tensors do not match the config.
         NetworkError: the hub cannot be reached.
     """

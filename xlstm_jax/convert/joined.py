@@ -1,7 +1,7 @@
 """Tensors in which another implementation stores several of our parameters.
 
-Ours have names of their own, which no file has: `rules` map them to paths, and the functions here
-take them from the stored tensors and put them together again.
+Rules map our parameters to names that no file has; the functions here split the stored tensors
+into these parts and join them again.
 """
 
 import itertools
@@ -15,11 +15,11 @@ from xlstm_jax.convert.tensors import Source
 
 
 class Joined(NamedTuple):
-    """A module whose weight and bias have the rows of several others; `{}` is the block index."""
+    """A module that concatenates weights and biases of several others; `{}` is the block index."""
 
     name: str
     parts: tuple[str, ...]  # a part that the model lacks is skipped
-    groups: int = 1  # each has rows of all parts, one part after another
+    groups: int = 1  # each has a slice of every part, one part after another
 
 
 def joined(name: str, *parts: str, groups: int = 1) -> Joined:
@@ -48,9 +48,9 @@ class Stored(NamedTuple):
 
     def part(self, name: str, array: np.ndarray) -> np.ndarray:
         """One part of the stored tensor."""
-        rows = [shape[0] // self.groups for shape in self.parts.values()]
+        sizes = [shape[0] // self.groups for shape in self.parts.values()]
         index = list(self.parts).index(name)
-        start, size = sum(rows[:index]), rows[index]
+        start, size = sum(sizes[:index]), sizes[index]
         grouped = array.reshape(self.groups, -1, *array.shape[1:])
         return grouped[:, start : start + size].reshape(self.groups * size, *array.shape[1:])
 
@@ -71,7 +71,7 @@ def stored_tensors(
 def separate(source: Source, stored: Mapping[str, Stored]) -> Source:
     """Presents the parts of stored tensors under their own names.
 
-    A tensor is left as it is if its number of rows is wrong, or if a part of it exists too.
+    A tensor is left as it is if its leading dimension is wrong, or if a part of it exists too.
     """
     shapes, owners = dict(source.shapes), {}
     for name, tensor in stored.items():
@@ -80,7 +80,7 @@ def separate(source: Source, stored: Mapping[str, Stored]) -> Source:
         if name in tensor.parts or not fits or not shapes.keys().isdisjoint(tensor.parts):
             continue
         del shapes[name]
-        shapes |= {part: (rows[0], *shape[1:]) for part, rows in tensor.parts.items()}
+        shapes |= {part: (own[0], *shape[1:]) for part, own in tensor.parts.items()}
         owners |= dict.fromkeys(tensor.parts, name)
 
     def read(name: str) -> np.ndarray:

@@ -50,9 +50,9 @@ def load_large(folder: str | Path, *, dtype: str = "float32") -> tuple[LMConfig,
 
 
 def unfused(source: Source, cfg: LMConfig) -> Source:
-    """Presents fused weights under the names of the separate ones, as slices of their rows.
+    """Presents fused weights under the names of the separate ones, as slices of their first axis.
 
-    A fused tensor is left as it is if its number of rows is wrong or separate tensors exist too;
+    A fused tensor is left as it is if its leading dimension is wrong or separate tensors exist too;
     `mapping.load` then lists it as unexpected.
     """
     block = names.LARGE_BLOCK

@@ -31,7 +31,7 @@ class WeightTarget(NamedTuple):
     """The parameter, or layer of a stacked parameter, that a PyTorch tensor maps to."""
 
     path: str
-    layer: int | None  # index on the leading axis `layers`; None if there is no such axis
+    layer: int | None  # index on the leading axis `layers`; None without that axis
     shape: tuple[int, ...]  # ours, without the axis `layers`
     layout: Layout
 
@@ -89,7 +89,7 @@ def load(
     *,
     unstacked: bool = False,
 ) -> PyTree:
-    """Loads the parameters of a model from a source, sharded over the active mesh if there is one.
+    """Loads the parameters of a model from a source, sharded over the active mesh, if any.
 
     Leaves are assembled one at a time, and tensors read one at a time: host memory is that of the
     shards of one leaf and of one tensor, besides the parameters of a CPU.
@@ -120,7 +120,7 @@ def load(
     layers: dict[str, dict[str, WeightTarget]] = {}
     for name, target in table.items():
         layers.setdefault(target.path, {})[name] = target
-    # The largest first: what reading takes is needed while little of the model is in memory.
+    # The largest first, so that its read buffer is needed while little of the model is in memory.
     unstacked = unstacked and jax.sharding.get_mesh().empty
     for path in sorted(leaves, key=lambda path: -math.prod(leaves[path].shape)):
         for where, leaf, tensors in _parts(path, leaves[path], layers[path], unstacked=unstacked):
@@ -158,7 +158,7 @@ def _load_leaf(
     path: str, leaf: jax.ShapeDtypeStruct, layers: Mapping[str, WeightTarget], source: Source
 ) -> tuple[jax.Array, list[str]]:
     """A parameter, from the tensors of its layers, and the names of those that are not finite."""
-    # In a function of its own, so that this memory is free before that of the next parameter.
+    # In a separate function, so that this memory is free before the next parameter is read.
     parameter, not_finite = shards.allocate(path, leaf), []
     for name, target in layers.items():
         parts = list(parameter.parts(target.layer))

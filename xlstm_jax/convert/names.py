@@ -130,4 +130,4 @@ FUSED = {
     "mlstm_layer.ifgate_preact": ("mlstm_layer.igate_preact", "mlstm_layer.fgate_preact"),
     "ffn.proj_up_gate_z": ("ffn.proj_up_gate", "ffn.proj_up"),
 }
-"""Name of a fused weight -> names of the separate weights whose rows it concatenates."""
+"""Name of a fused weight -> names of the separate weights that it concatenates."""

@@ -81,7 +81,7 @@ def save(folder: str | Path, pairs: Pairs, *, rank: int, alpha: float) -> None:
     draft = folder / f"{WEIGHTS}.tmp"
     safetensors.numpy.save_file(arrays, draft, metadata={"format": "pt"})
     os.replace(draft, folder / WEIGHTS)
-    # The config comes last: a folder without it is not taken for complete adapters.
+    # The config comes last: a folder without it is not read as complete adapters.
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -91,13 +91,13 @@ def load(folder: str | Path) -> tuple[int, float, Pairs]:
     config = _read_config(folder)
     source = from_file(folder / WEIGHTS)
     rules, pairs = _rules(), Pairs()
-    found: dict[tuple[str, str], dict[int, str]] = {}
+    adapters: dict[tuple[str, str], dict[int, str]] = {}
     for name in source.shapes:
         if ".base_layer." in name:  # peft adds a copy of a head that has an adapter
             continue
         path, factor, index = _parse(name, rules)
-        found.setdefault((path, factor), {})[index] = name
-    for (path, factor), layers in sorted(found.items()):
+        adapters.setdefault((path, factor), {})[index] = name
+    for (path, factor), layers in sorted(adapters.items()):
         if sorted(layers) != list(range(len(layers))):
             raise WeightsError(
                 f"{quote_path(folder / WEIGHTS)} must have {FACTORS[factor]} of {path} for all "

@@ -20,7 +20,7 @@ def unwrapped(names: Collection[str], rules: Sequence[Rule], base: str) -> dict[
     """Maps the names of the rules to `names`, which may have prefixes or lack `base`.
 
     The prefix before the blocks is dropped from all names that have it, such as `module.`. A name
-    that no rule has is kept. If two names become the same, all are kept.
+    that no rule has is unchanged. If two names would become the same, all are unchanged.
 
     Args:
         base: the name of the part that has the blocks, such as "backbone."; may be missing.

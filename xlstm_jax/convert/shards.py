@@ -1,8 +1,8 @@
 """Host memory of one parameter, shard by shard, and its transfer to the devices of the active mesh.
 
-A process allocates the shards of its own devices only. JAX on a CPU uses this memory as it is, so
-that a model in memory and the tensor that is being read are all that is there; on other devices it
-is freed before the next parameter is read.
+A process allocates the shards of its own devices only. JAX on a CPU uses this memory without a
+copy, so the peak is the model and the tensor that is being read; on other devices the memory is
+freed before the next parameter is read.
 """
 
 import math
@@ -59,12 +59,12 @@ class HostParameter(NamedTuple):
 
 
 def allocate(path: str, leaf: jax.ShapeDtypeStruct) -> HostParameter:
-    """Memory for the parameter at a path, sharded on the active mesh if there is one."""
+    """Memory for the parameter at a path, sharded on the active mesh, if any."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
-        whole = tuple(slice(0, size) for size in leaf.shape)
+        everything = tuple(slice(0, size) for size in leaf.shape)
         return HostParameter(
-            leaf.shape, None, (Shard(whole, _empty(leaf.shape, leaf.dtype), (None,)),)
+            leaf.shape, None, (Shard(everything, _empty(leaf.shape, leaf.dtype), (None,)),)
         )
     placement = sharding.sharding_of(path, leaf.shape, rules_in_use(), mesh)
     devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}

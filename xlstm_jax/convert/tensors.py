@@ -75,7 +75,7 @@ def check_num_blocks(
 
 
 def from_arrays(arrays: Mapping[str, np.ndarray]) -> Source:
-    """A source of floating-point arrays in memory; raises WeightsError if there are others."""
+    """A source of floating-point arrays in memory; raises WeightsError for other arrays."""
     invalid = []
     for name, array in arrays.items():
         dtype = getattr(array, "dtype", type(array).__name__)
@@ -180,7 +180,7 @@ def names_in(index: Path) -> list[str]:
             f"{quote(weight_map)}; download it again."
         )
     for file in weight_map.values():
-        # Names only: an index from a stranger must not choose files elsewhere. Links are followed,
+        # Names only: an untrusted index must not choose files elsewhere. Links are followed,
         # as the cache of the Hugging Face hub consists of them.
         if not (isinstance(file, str) and _is_file_name(file)):
             raise WeightsError(
@@ -234,7 +234,7 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def warn_not_finite(names: Sequence[str]) -> None:
-    """Warns once about the tensors that have values that are NaN or infinite, if there are any."""
+    """Warns once about the tensors with values that are NaN or infinite, if any."""
     if names:
         others = f" and {len(names) - 1} others have" if len(names) > 1 else " has"
         warnings.warn(
@@ -277,7 +277,7 @@ def write(
         if not folder.exists():
             os.replace(draft, folder)
             return
-        # The config comes last: a folder without it is not taken for a complete checkpoint.
+        # The config comes last: a folder without it is not read as a complete checkpoint.
         for path in sorted(draft.iterdir(), key=lambda path: path.name in files):
             os.replace(path, folder / path.name)
     finally:

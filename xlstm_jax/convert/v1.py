@@ -141,7 +141,9 @@ def _slstm(fields: Fields, dim: int) -> options.SLSTMConfig:
     layer = _layer(fields, "slstm_block", "slstm")
     layer.require_equal("function", "slstm", "the nearest is `ops.lstm`, which has no block")
     for name, off in (("gradient_recurrent_cut", False), ("gradient_recurrent_clipval", None)):
-        layer.require_equal(name, off, "gradients are not cut or clipped per step; use grad_clip")
+        layer.require_equal(
+            name, off, "gradients are not truncated or clipped per step; use grad_clip"
+        )
     layer.require_equal("forward_clipval", None, "outputs are not clipped")
     layer.require_equal("initial_val", 0.0, "the initial state is zeros; pass a state instead")
     layer.ignore("embedding_dim", "hidden_size", "num_gates", "num_states", "dropout")

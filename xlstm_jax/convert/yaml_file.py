@@ -1,7 +1,7 @@
 """Mappings in YAML files: the core schema of YAML 1.2, without anchors, aliases and tags.
 
 PyYAML implements YAML 1.1, where 1:30 is 90, `on` is true and 1e-6 is a string. Only its parser is
-used here; the file is data of a stranger, so its size and depth are bounded.
+used here; the file is untrusted, so its size and depth are bounded.
 """
 
 import re
@@ -90,7 +90,7 @@ def _value(yaml: Any, parser: Any, depth: int) -> Any:
     while not parser.check_event(yaml.MappingEndEvent):
         key = _value(yaml, parser, depth + 1)
         if not isinstance(key, str) or key in fields:
-            raise _InvalidError(f"the key {quote(key)} must be a string, and be there once")
+            raise _InvalidError(f"the key {quote(key)} must be a string and unique")
         fields[key] = _value(yaml, parser, depth + 1)
     parser.get_event()
     return fields

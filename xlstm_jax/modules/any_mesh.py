@@ -22,7 +22,7 @@ from xlstm_jax.typing import Array
 def on_any_mesh(call: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the `__call__` of a module, whose result is `B T ...`, alone or with a state.
 
-    Code of the module, and of every module in it, sees Auto axes in place of Explicit ones.
+    Code of the module, and of every module in it, sees Auto axes instead of Explicit ones.
     """
 
     def transform(fn: Callable[..., Any]) -> Callable[..., Any]:

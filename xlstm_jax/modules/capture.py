@@ -41,7 +41,7 @@ def sow_gates(
 
 
 def _take_new(old: Any, new: Any) -> Any:
-    """In place of Flax's tuple of all values: a call stores a name once."""
+    """Replaces Flax's tuple of all values: a call stores a name once."""
     return new
 
 

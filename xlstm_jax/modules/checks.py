@@ -34,8 +34,8 @@ def check_state(state: PyTree, init: Callable[[], PyTree], owner: str, remedy: s
     """
     if state is None:
         return
-    if found := difference(state, jax.eval_shape(init)):
-        raise ArgumentError(f"state must be that of {owner}: {found}; use {remedy}, or None.")
+    if mismatch := difference(state, jax.eval_shape(init)):
+        raise ArgumentError(f"state must be that of {owner}: {mismatch}; use {remedy}, or None.")
 
 
 def check_layer_state(layer: Any, state: PyTree, x: Float[Array, "B T D"]) -> None:

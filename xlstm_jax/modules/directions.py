@@ -33,7 +33,7 @@ class BidirectionalBackbone(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
-        """Hidden states that depend on the whole document of each position.
+        """Hidden states that depend on all of the document of each position.
 
         Args:
             segment_ids: documents, from 1; 0 is padding, which must be at the end. None: one
@@ -51,7 +51,7 @@ class BidirectionalBackbone(nn.Module):
 
 
 class ScanBackbone(nn.Module):
-    """Blocks that each read all positions in one of several orders, in turn, and a final norm.
+    """Blocks that cycle through several scan orders of all positions, and a final norm.
 
     With two orders, one the reverse of the other, directions alternate from block to block, as in
     Vision-LSTM (Alkin et al. 2024, arXiv:2406.04303). Sequences have no padding.

@@ -27,7 +27,7 @@ class _Head(nn.Module):
     num_outputs: int
     in_dim: int | None = None  # C, width of the vectors; None: inputs are tokens
     bidirectional: bool = False  # two backbones of `cfg`, see `BidirectionalBackbone`
-    orders: Orders | None = None  # scan orders of the blocks in turn, see `ScanBackbone`
+    orders: Orders | None = None  # scan orders that the blocks cycle through, see `ScanBackbone`
 
     def __post_init__(self):
         super().__post_init__()

@@ -225,9 +225,9 @@ def final_norm(cfg: LMConfig, **options: Any) -> LayerNorm | RMSNorm:
 
 def check_params(params: Any, expected: Any) -> None:
     """Raises ArgumentError, naming the first difference, unless the trees have the same leaves."""
-    if found := difference(params, expected):
+    if mismatch := difference(params, expected):
         raise ArgumentError(
-            f"params must be those of this config: {found}; "
+            f"params must be those of this config: {mismatch}; "
             "use parameters from `init` of the same config."
         ) from None
 

@@ -76,7 +76,7 @@ class CellConfig:
         metadata={"to_json": lambda gate: "" if gate == "sigmoid" else gate},
     )
     normalize: bool = True  # False requires that both gates are sigmoids
-    # First and last head: a range of time constants. With forget_gate="exp" about (-1, 0): there a
+    # First and last head: a range of time constants. With forget_gate="exp" about (-1, 0), as a
     # positive bias multiplies the memory in every step.
     forget_bias: tuple[float, float] = (3.0, 6.0)
     eps: float = 1e-6  # added to the normalizer

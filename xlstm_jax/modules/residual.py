@@ -12,7 +12,7 @@ from xlstm_jax.typing import Array, Flag, Float, Size
 
 
 class ResidualBlock(nn.Module):
-    """x + layer(norm(x)), then x + ffn(norm(x)) where there is a feed-forward layer."""
+    """x + layer(norm(x)), then x + ffn(norm(x)) if the block has a feed-forward layer."""
 
     cfg: LMConfig
 

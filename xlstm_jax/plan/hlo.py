@@ -121,7 +121,7 @@ def _tuple_index(instruction: Instruction) -> int:
 
 
 def _joined_lines(text: str) -> Iterator[str]:
-    """Lines of a program, with instructions that span several lines joined to one."""
+    """Lines of a program, with instructions of several lines joined to one."""
     pending = ""
     for line in text.splitlines():
         is_start = _INSTRUCTION.match(line) or _COMPUTATION.match(line) or line in ("", "}")

@@ -110,7 +110,7 @@ def _meshes(count: int) -> Iterator[MeshConfig]:
 def _candidate(
     cfg: ExperimentConfig, target: Target, mesh: MeshConfig, remat: Remat, num_sequences: int
 ) -> Candidate | None:
-    # Shard sequences only where a whole one does not fit a device.
+    # Shard sequences only if one does not fit a device.
     if num_sequences > 1 and mesh.seq > 1:
         return None
     sizes = mesh.sizes(target.num_devices)

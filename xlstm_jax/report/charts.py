@@ -1,4 +1,4 @@
-"""The charts of a report: which ones there are, their values as JSON, and their HTML frames."""
+"""The charts of a report: which ones are shown, their values as JSON, and their HTML frames."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class Chart:
     title: str
     unit: str  # of the y axis; empty: the metric says it
     metrics: tuple[str, ...]
-    table: Literal["train", "held_out"] = "train"
+    table: Literal["train", "validation"] = "train"
     log: bool = False  # the switch to a logarithmic y axis applies
     format: str = ",.4~r"  # of values on hover, in the notation of d3
 
@@ -48,23 +48,23 @@ OPTIMIZATION = (
 )
 
 
-def held_out_charts(runs: Sequence[Run]) -> tuple[Chart, ...]:
-    """The chart of the held-out metrics of any run; the losses come first."""
-    names = dict.fromkeys(x for run in runs for x in run.held_out if x not in ("step", *AXES))
+def validation_charts(runs: Sequence[Run]) -> tuple[Chart, ...]:
+    """The chart of the validation metrics of any run; the losses come first."""
+    names = dict.fromkeys(x for run in runs for x in run.validation if x not in ("step", *AXES))
     ordered = sorted(names, key=lambda x: (not x.endswith("_loss"), x != "valid_loss"))
     chart = Chart(
-        id="held-out",
-        title="Held-out data",
+        id="validation",
+        title="Validation data",
         unit="",
         metrics=tuple(ordered),
-        table="held_out",
+        table="validation",
         log=True,
     )
     return (chart,) if names else ()
 
 
 def present(charts: Sequence[Chart], runs: Sequence[Run]) -> list[Chart]:
-    """The charts of which some run has a metric; skipped steps only if there are any."""
+    """The charts with a metric of some run; that of skipped steps only if a step was skipped."""
     return [
         chart
         for chart in charts
@@ -116,7 +116,7 @@ def _frame(chart_id: str, title: str, text: str, select: str = "") -> str:
 
 
 def _select(name: str, options: dict[str, str]) -> str:
-    """A labelled choice; none if there are no options."""
+    """A labeled choice; empty without options."""
     items = "".join(f'<option value="{escape(x)}">{escape(options[x])}</option>' for x in options)
     return f'<label>{name} <select data-choice="{name}">{items}</select></label>' if items else ""
 
@@ -129,7 +129,7 @@ def to_data(charts: Sequence[Chart], runs: Sequence[Run]) -> dict[str, Any]:
             {
                 "name": run.summary.name,
                 "train": {name: to_json(x) for name, x in run.train.items()},
-                "held_out": {name: to_json(x) for name, x in run.held_out.items()},
+                "validation": {name: to_json(x) for name, x in run.validation.items()},
                 "gates": run.gates,
             }
             for run in runs

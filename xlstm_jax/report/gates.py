@@ -29,7 +29,7 @@ def collect(records: Sequence[dict[str, Any]], train: Table, max_bytes: float) -
     if num_curves * (BYTES_PER_CURVE + BYTES_PER_VALUE) > max_bytes or num_curves == 0:
         return {}
     max_records = int((max_bytes / num_curves - BYTES_PER_CURVE) / BYTES_PER_VALUE)
-    # The extremes over all heads: a head has too few points to keep its own.
+    # Extremes over all heads: the limit leaves too few points for those of each head.
     stacks = [np.stack([*curves.values()]) for curves in statistics.values()]
     extremes = [fn.reduce(stack) for stack in stacks for fn in (np.fmin, np.fmax)]
     index = thin(np.stack(extremes), min(max_records, MAX_POINTS))

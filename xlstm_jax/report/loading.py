@@ -26,8 +26,8 @@ from xlstm_jax.train import lock, rundir
 TRAINING = ("loss", "tokens_per_second", "mfu", "data_wait", "goodput", "grad_norm", "lr")
 TRAINING += ("skipped", "tokens_seen", "step_time", "skipped_in_a_row")
 # "valid_loss", and the like for each set of `data.eval_sets`.
-HELD_OUT = re.compile(r"(.+)_(loss|bits_per_byte|accuracy)")
-NOT_HELD_OUT = ("z_loss",)
+VALIDATION = re.compile(r"(.+)_(loss|bits_per_byte|accuracy)")
+NOT_VALIDATION = ("z_loss",)
 
 BYTES_PER_VALUE = 9  # of the page; about
 
@@ -36,7 +36,7 @@ def find(paths: Sequence[str | Path]) -> dict[str, Path]:
     """The directories of runs by names that tell them apart; a repeated directory counts once.
 
     Raises:
-        ConfigError: there is no path, or one is not the directory of a run.
+        ConfigError: `paths` is empty, or one is not the directory of a run.
     """
     folders = list({(path := user_path(p)).resolve(): path for p in paths}.values())
     if not folders:
@@ -78,21 +78,21 @@ def load(name: str, folder: Path, *, series_bytes: float, gate_bytes: float) -> 
     train = with_axes(train, train)
     if "skipped" in train:
         train["skipped"] = np.cumsum(np.nan_to_num(train["skipped"]))
-    held_out = with_axes(make_table(records, _held_out_names(records)), train)
-    held_out = {gates.label(name): values for name, values in held_out.items()}
-    summary = _summarize(name, folder, config, about, train, held_out)
+    validation = with_axes(make_table(records, _validation_names(records)), train)
+    validation = {gates.label(name): values for name, values in validation.items()}
+    summary = _summarize(name, folder, config, about, train, validation)
     if {"data_wait", "step_time"} <= train.keys():
         train["data_wait"] = train["data_wait"] / train["step_time"]
     shown = {x: v for x, v in train.items() if x not in ("step_time", "skipped_in_a_row")}
-    limit = int(series_bytes / (BYTES_PER_VALUE * (len(shown) + len(held_out))))
+    limit = int(series_bytes / (BYTES_PER_VALUE * (len(shown) + len(validation))))
     # Enough for the extremes of every metric.
-    limits = [min(MAX_POINTS, max(limit, 4 + 2 * len(table))) for table in (shown, held_out)]
+    limits = [min(MAX_POINTS, max(limit, 4 + 2 * len(table))) for table in (shown, validation)]
     return Run(
         summary=summary,
         config=config,
         about=about,
         train=thin_table(shown, limits[0]),
-        held_out=thin_table(held_out, limits[1]),
+        validation=thin_table(validation, limits[1]),
         gates=gates.collect(records, train, gate_bytes),
     )
 
@@ -112,9 +112,9 @@ def _read_table(path: Path) -> dict[str, Any]:
     )
 
 
-def _held_out_names(records: Sequence[dict[str, Any]]) -> list[str]:
+def _validation_names(records: Sequence[dict[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for record in records for name in record)
-    return [name for name in names if HELD_OUT.fullmatch(name) and name not in NOT_HELD_OUT]
+    return [name for name in names if VALIDATION.fullmatch(name) and name not in NOT_VALIDATION]
 
 
 def _summarize(
@@ -123,12 +123,12 @@ def _summarize(
     config: dict[str, Any],
     about: dict[str, Any],
     train: Table,
-    held_out: Table,
+    validation: Table,
 ) -> Summary:
     steps = _integer(flatten(config).get("train.steps"))
-    last_steps = [int(table["step"][-1]) for table in (train, held_out) if len(table["step"])]
+    last_steps = [int(table["step"][-1]) for table in (train, validation) if len(table["step"])]
     step = max(last_steps, default=0)
-    evaluation = {x: _last(held_out, x) for x in held_out if HELD_OUT.fullmatch(x)}
+    evaluation = {x: _last(validation, x) for x in validation if VALIDATION.fullmatch(x)}
     return Summary(
         name=name,
         path=str(folder),
@@ -152,7 +152,7 @@ def _status(
 ) -> Status:
     if steps is not None and step >= steps:
         return "finished"
-    if lock.may_be_held(folder):
+    if lock.may_be_locked(folder):
         return "training"
     if step == 0:
         return "no records"

@@ -21,7 +21,7 @@ class Summary:
     seconds: float | None  # in train steps: without compilation, evaluation and checkpoints
     num_params: int | None
     loss: float | None
-    evaluation: dict[str, float]  # the last held-out value by metric
+    evaluation: dict[str, float]  # the last validation value by metric
     tokens_per_second: float | None  # median
     mfu: float | None  # median
     goodput: float | None
@@ -36,5 +36,5 @@ class Run:
     config: dict[str, Any]  # of config.json
     about: dict[str, Any]  # of run.json
     train: Table
-    held_out: Table
+    validation: Table
     gates: dict[str, Any]  # see `gates.collect`

@@ -57,7 +57,7 @@ def with_axes(table: Table, train: Table) -> Table:
     return table | axes
 
 
-def thin(columns: Float[np.ndarray, "columns records"], limit: int) -> Int[np.ndarray, " kept"]:
+def thin(columns: Float[np.ndarray, "columns records"], limit: int) -> Int[np.ndarray, " selected"]:
     """Indices of at most `limit` records, among them the extremes of every column.
 
     The records are split into equal buckets. Each bucket keeps the records with the minimum and
@@ -70,15 +70,15 @@ def thin(columns: Float[np.ndarray, "columns records"], limit: int) -> Int[np.nd
         return np.array([num_records - 1])
     missing = np.isnan(columns)
     columns = np.concatenate([columns, missing.sum(0, keepdims=True, dtype=float)])
-    # The first and the last record are always kept.
+    # The first and the last record are always selected.
     num_buckets = (limit - 2) // (2 * num_columns + 1)
-    kept = [0, num_records - 1]
+    selected = [0, num_records - 1]
     low, high = np.nan_to_num(columns, nan=np.inf), np.nan_to_num(columns, nan=-np.inf)
     for bucket in np.array_split(np.arange(num_records), num_buckets) if num_buckets else ():
-        kept += [*bucket[low[:-1, bucket].argmin(1)], *bucket[high[:, bucket].argmax(1)]]
+        selected += [*bucket[low[:-1, bucket].argmin(1)], *bucket[high[:, bucket].argmax(1)]]
     # Columns often share their extremes; evenly spaced records use the rest of the limit.
-    even = np.linspace(0, num_records - 1, limit - len(set(kept)) + 2)  # with both ends
-    return np.unique([*kept, *even.astype(int)])
+    even = np.linspace(0, num_records - 1, limit - len(set(selected)) + 2)  # with both ends
+    return np.unique([*selected, *even.astype(int)])
 
 
 def thin_table(table: Table, limit: int) -> Table:
@@ -91,7 +91,7 @@ def thin_table(table: Table, limit: int) -> Table:
 
 
 def to_json(values: Float[np.ndarray, " records"]) -> list[float | None]:
-    """Values of a chart: integers exactly, others to 5 digits, None where there is no value."""
+    """Values of a chart: integers exactly, others to 5 digits, None where the value is missing."""
 
     def rounded(x: float) -> float | None:
         if not math.isfinite(x):

@@ -12,7 +12,7 @@ from xlstm_jax.report.runs import Summary
 MAX_VALUE = 200  # characters of a field that are shown
 NUM_COLORS = 6  # --run-0 ... of page.css
 DASHES = ("none", "6 3", "1.5 2.5", "7 2.5 1.5 2.5", "11 4")
-"""Of lines, as in SVG; the colors repeat with another one. page.js lists the same for plotly."""
+"""Dashes of lines in SVG: runs of one color differ in them. page.js has the same for plotly."""
 
 
 def escape(text: object) -> str:
@@ -51,7 +51,7 @@ DIFFERS = '<span class="mark" title="differs">≠</span> '
 
 
 def summary(summaries: Sequence[Summary]) -> str:
-    """One row per run with its final values; the lowest held-out values are marked."""
+    """One row per run with its final values; the lowest validation values are marked."""
     metrics = dict.fromkeys(
         name for s in summaries for name in s.evaluation if not name.endswith("_accuracy")
     )
@@ -78,7 +78,7 @@ def summary(summaries: Sequence[Summary]) -> str:
 
 
 def metric_title(name: str) -> str:
-    """A held-out metric in words: "valid_bits_per_byte" is "valid bits per byte"."""
+    """A validation metric in words: "valid_bits_per_byte" is "valid bits per byte"."""
     return label(name.replace("_", " "))
 
 
@@ -121,27 +121,27 @@ def comparison(
 ) -> str:
     """The fields of runs, with a column for each group of runs that agree in all of them.
 
-    Fields that differ are highlighted. Runs are rows instead if there are more groups than fields.
+    Fields that differ are highlighted. If there are more groups than fields, each row is a run.
     """
     names = list(dict.fromkeys(name for fields in runs.values() for name in fields))
     texts = {
         run: [_text(fields.get(name, ABSENT)) for name in names] for run, fields in runs.items()
     }
     differs = [len({*values}) > 1 for values in zip(*texts.values(), strict=True)]
-    kept = [n for n in range(len(names)) if differs[n] or not only_differing]
-    if not kept:
+    shown = [n for n in range(len(names)) if differs[n] or not only_differing]
+    if not shown:
         return f'<p class="note">{"No fields differ." if only_differing else "Not recorded."}</p>'
     groups: dict[tuple[str, ...], list[str]] = {}
     for index, (run, values) in enumerate(texts.items()):
         name = f'<span class="run">{swatch(index)} {escape(run)}</span>'
-        groups.setdefault(tuple(values[n] for n in kept), []).append(name)
-    marks = [DIFFERS if differs[n] and not only_differing else "" for n in kept]
-    fields = [mark + escape(label(names[n])) for mark, n in zip(marks, kept, strict=True)]
+        groups.setdefault(tuple(values[n] for n in shown), []).append(name)
+    marks = [DIFFERS if differs[n] and not only_differing else "" for n in shown]
+    fields = [mark + escape(label(names[n])) for mark, n in zip(marks, shown, strict=True)]
     members = [", ".join(group) for group in groups.values()]
     if len(groups) == 1 < len(runs):
         members = [f"all {len(runs)} runs"]
     cells = [[escape(shorten(value, MAX_VALUE)) for value in group] for group in groups]
-    if len(groups) > len(kept):
+    if len(groups) > len(shown):
         return table(caption, ["run", *fields], map(_row, members, cells))
     return table(caption, ["field", *members], map(_row, fields, zip(*cells, strict=True)))
 

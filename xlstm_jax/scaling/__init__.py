@@ -13,7 +13,7 @@ from xlstm_jax.scaling.runs import run
 from xlstm_jax.scaling.surface import LossSurface, parabola_bias
 from xlstm_jax.scaling.surface_fit import fit_loss_surface
 from xlstm_jax.scaling.sweep import Point, RunSpec, Shape, Sweep, plan
-from xlstm_jax.scaling.table import Runs, from_rows, read_table
+from xlstm_jax.scaling.table import Runs, from_records, read_table
 from xlstm_jax.scaling.times import TimeModel, fit_time_model
 
 __all__ = [
@@ -45,7 +45,7 @@ __all__ = [
     "fit_power_law",
     "fit_table",
     "fit_time_model",
-    "from_rows",
+    "from_records",
     "holdout",
     "parabola_bias",
     "plan",

@@ -1,4 +1,4 @@
-"""Analysis files: which runs of a table are fitted, and how. No rule of a study is in the code."""
+"""Analysis files: which runs of a table are fitted, and how. The code has no rules of a study."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -74,8 +74,8 @@ class Analysis:
     keep: tuple[Condition, ...] = ()  # runs for which all hold
     drop: tuple[Rule, ...] = ()  # then without those for which one holds
     drop_duplicates: bool = False  # copies are an error otherwise
-    # FLOPs of the parabolas; (): the column `budget_column` if there is one, else found from the
-    # FLOPs: each budget is then a cluster.
+    # FLOPs of the parabolas; (): of the column `budget_column` if the table has it, else the
+    # clusters of the FLOPs of runs.
     budgets: tuple[float, ...] = ()
     budget_column: str = "isoflop"
     budget_tolerance: float = 0.1  # largest relative distance of a run from its budget
@@ -112,13 +112,13 @@ class Analysis:
         for rule in self.drop:
             dropped = rule.holds(runs)
             runs = runs.select(~dropped, f"dropped {dropped.sum()} runs: {rule.reason}")
-        kept = len(runs)
+        num_left = len(runs)
         runs = table.without_missing(runs)
         table.check_ids(runs)
         if not len(runs):
             raise ConfigError(
-                f"no run is left to fit: keep and drop leave {kept} of {count}, none of which has "
-                "sizes and a loss; loosen the filters or complete the table."
+                f"no run is left to fit: keep and drop leave {num_left} of {count}, none of which "
+                "has sizes and a loss; loosen the filters or complete the table."
             )
         return table.without_duplicates(runs, drop=self.drop_duplicates)
 

@@ -16,18 +16,18 @@ class Points(NamedTuple):
     """Columns of equal length without missing values."""
 
     columns: tuple[Float[np.ndarray, "n"], ...]
-    num_dropped: int  # rows with a NaN
+    num_dropped: int  # points with a NaN
 
 
 def points(minimum: int, **columns: Column) -> Points:
-    """The columns in float64, without the rows in which a value is NaN.
+    """The columns in float64, without the points that have a NaN.
 
     Args:
-        minimum: number of rows that the fit needs.
+        minimum: number of points that the fit needs.
 
     Raises:
         ArgumentError: shapes differ or are not `n`, a value is not positive and finite, or fewer
-            than `minimum` rows remain.
+            than `minimum` points remain.
     """
     arrays = {name: np.asarray(column, np.float64) for name, column in columns.items()}
     same_shape(**arrays)

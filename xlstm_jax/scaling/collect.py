@@ -19,16 +19,16 @@ MAX_NAMED = 3
 class Table(NamedTuple):
     """The results of a sweep."""
 
-    rows: list[dict[str, Any]]  # of finished runs, in the order of the plan
+    records: list[dict[str, Any]]  # of finished runs, in the order of the plan
     unfinished: list[RunStatus]
 
     def csv(self) -> str:
-        """The rows as comma-separated values with a header."""
+        """The records as comma-separated values with a header."""
         text = io.StringIO()
-        columns = dict.fromkeys(name for row in self.rows for name in row)
+        columns = dict.fromkeys(name for record in self.records for name in record)
         writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.rows)
+        writer.writerows(self.records)
         return text.getvalue()
 
 
@@ -46,7 +46,7 @@ def collect(out: str | Path, *, allow_mixed: bool = False) -> Table:
     out = rundir.expand(out)
     if not (out / PLAN).is_file():
         raise ConfigError(f"{quote_path(out)} has no {PLAN} of a sweep; run it first.")
-    planned = {row["run_id"]: row["name"] for row in read_json(out / PLAN)["runs"]}
+    planned = {one["run_id"]: one["name"] for one in read_json(out / PLAN)["runs"]}
     results = results_of(out)
     if strays := [name for name in results if name not in planned]:
         raise ConfigError(
@@ -56,13 +56,13 @@ def collect(out: str | Path, *, allow_mixed: bool = False) -> Table:
     if not allow_mixed:
         _refuse_mixed(out, results)
     # `versions` is a table of its own.
-    rows = [
+    records = [
         {name: x for name, x in results[i].items() if name not in ("versions", "name")}
         for i in planned
         if i in results
     ]
     unfinished = [status(out / i, planned[i]) for i in planned if i not in results]
-    table = Table(rows, unfinished)
+    table = Table(records, unfinished)
     rundir.write(out / TABLE, table.csv().encode())
     return table
 

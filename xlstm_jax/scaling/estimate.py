@@ -27,7 +27,7 @@ class Speed(NamedTuple):
 def calibrate(specs: Sequence[RunSpec]) -> dict[str, Speed]:
     """Trains `STEPS` steps of the runs of every family with the cheapest and the costliest step.
 
-    Data are those of the runs; nothing is kept.
+    Uses the data of the runs and saves nothing.
     """
     speeds = {}
     for family in dict.fromkeys(spec.model for spec in specs):

@@ -19,7 +19,7 @@ from xlstm_jax.scaling.surface_fit import fit_loss_surface
 from xlstm_jax.scaling.table import Runs
 
 MIN_BUDGETS = 3
-"""Budgets that a held-out prediction needs besides the one that it predicts."""
+"""Budgets that a holdout prediction needs besides the one that it predicts."""
 
 
 class Budget(NamedTuple):
@@ -55,13 +55,13 @@ class Holdout(NamedTuple):
     label: float
     flops: float
     num_params: float  # predicted by the power law
-    num_params_measured: float  # minimum of the held-out parabola; NaN if it is not valid
+    num_params_measured: float  # minimum of the holdout parabola; NaN if it is not valid
     tokens: float
     tokens_measured: float
     loss: float  # predicted by the line through the optima of the smaller budgets
     loss_measured: float
-    run_errors: Errors | None  # of a loss surface without these runs, over the held-out runs
-    surface_loss: float | None  # of that surface, at the held-out optimum
+    run_errors: Errors | None  # of a loss surface without these runs, over the holdout runs
+    surface_loss: float | None  # of that surface, at the holdout optimum
 
 
 class GroupFit(NamedTuple):
@@ -123,9 +123,9 @@ def fit_group(group: dict[str, str], runs: Runs, analysis: Analysis) -> GroupFit
     budgets = fit_budgets(runs, analysis, flags, surface)
     laws = fit_laws(budgets, analysis, flags)
     try:
-        held_out = holdout(runs, analysis)
+        largest = holdout(runs, analysis)
     except ArgumentError as error:
-        held_out = None
+        largest = None
         flags.append(str(error))
     flops = runs["train_flops"]
     return GroupFit(
@@ -136,7 +136,7 @@ def fit_group(group: dict[str, str], runs: Runs, analysis: Analysis) -> GroupFit
         surface=surface,
         surface_errors=errors,
         ratios=fit_ratios(runs, analysis, flags),
-        holdout=held_out,
+        holdout=largest,
         flops_range=(float(flops.min()), float(flops.max())),
         flags=tuple(flags),
     )
@@ -254,18 +254,18 @@ def holdout(runs: Runs, analysis: Analysis | None = None) -> Holdout:
     if len(smaller) < MIN_BUDGETS:
         names = ", ".join(f"{b.label:.3g}" for b in smaller) or "none"
         raise ArgumentError(
-            f"a held-out prediction needs {MIN_BUDGETS} valid budgets below the largest, got "
+            f"a holdout prediction needs {MIN_BUDGETS} valid budgets below the largest, got "
             f"{len(smaller)} ({names}); add budgets."
         )
     last = used[-1]
     laws = fit_laws(smaller, analysis, [])
     assert laws is not None
-    is_held_out = analysis.budget_of(runs) == last.label
+    is_holdout = analysis.budget_of(runs) == last.label
     for condition in analysis.isoflop:
-        is_held_out &= condition.holds(runs)
-    surface, _ = fit_surface(runs.select(~is_held_out), analysis, [], bootstraps=0)
-    held_out = runs.select(is_held_out)
-    sizes, tokens, loss = (held_out[name] for name in table.REQUIRED)
+        is_holdout &= condition.holds(runs)
+    surface, _ = fit_surface(runs.select(~is_holdout), analysis, [], bootstraps=0)
+    last_runs = runs.select(is_holdout)
+    sizes, tokens, loss = (last_runs[name] for name in table.REQUIRED)
     errors = surface_loss = None
     if surface is not None:
         errors = prediction_errors(surface(sizes, tokens), loss)

@@ -33,7 +33,7 @@ class Grids(Local):
     """Trains runs that differ only in seed and learning rate as one program, on one device.
 
     For small models, which leave most of a device idle; the runs of a grid are in memory at the
-    same time. The held-out loss is that of `Local`, but a large gradient is only clipped, where
+    same time. The validation loss is that of `Local`, but a large gradient is only clipped, where
     `Local` may skip the step, and a run has no checkpoint of its own. Runs that cannot be members
     of a grid (those that have started alone, or whose config has parts that grids lack) are
     trained one after the other.
@@ -108,7 +108,7 @@ def _name_of(folders: Sequence[Path]) -> str:
 
 
 def _train(folders: Sequence[Path], specs: dict[Path, dict[str, Any]], state: Path) -> None:
-    """Trains and evaluates the grid of these runs, and writes their rows."""
+    """Trains and evaluates the grid of these runs, and writes their records."""
     if not folders:
         return
     start = time.monotonic()
@@ -118,8 +118,8 @@ def _train(folders: Sequence[Path], specs: dict[Path, dict[str, Any]], state: Pa
     batches = batches_of(load(cfg.data, "train"), cfg.data)
     grid = train_members(model, cfg.train, batches, members, run_dir=state)
     seconds = (time.monotonic() - start) / len(folders)
-    held_out = eval_batches(load(cfg.data, "valid"), cfg.data, cfg.train.eval_batches)
-    sums = evaluate_grid(model, grid.params, held_out, cfg.train)
+    valid = eval_batches(load(cfg.data, "valid"), cfg.data, cfg.train.eval_batches)
+    sums = evaluate_grid(model, grid.params, valid, cfg.train)
     for i, folder in enumerate(folders):
         if grid.diverged[i]:
             record_failure(folder, DivergedError("the last updates were not finite; lower lr."))

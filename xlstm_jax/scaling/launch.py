@@ -210,5 +210,5 @@ def _states(jobs: Sequence[str]) -> dict[str, str]:
         process = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         raise ConfigError(f"`squeue` failed ({error}); log in to a node of the cluster.") from error
-    found = dict(line.split() for line in process.stdout.splitlines() if line.strip())
-    return {job: found[job] for job in jobs if job in found}
+    states = dict(line.split() for line in process.stdout.splitlines() if line.strip())
+    return {job: states[job] for job in jobs if job in states}

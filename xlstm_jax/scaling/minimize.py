@@ -175,13 +175,13 @@ def _solve(matrix: Float[Array, "P P"], vector: Float[Array, "P"]) -> Float[Arra
     """
     size = len(vector)
     smallest = 1e-14 * jnp.max(jnp.abs(jnp.diagonal(matrix))) + 1e-300
-    rows = [[matrix[i, j] for j in range(i + 1)] for i in range(size)]
+    entries = [[matrix[i, j] for j in range(i + 1)] for i in range(size)]
     pivots, lower = [], [[jnp.ones(())] * size for _ in range(size)]
     for i in range(size):
         for j in range(i):
             inner = sum(lower[i][k] * lower[j][k] * pivots[k] for k in range(j))
-            lower[i][j] = (rows[i][j] - inner) / pivots[j]
-        pivot = rows[i][i] - sum(lower[i][k] ** 2 * pivots[k] for k in range(i))
+            lower[i][j] = (entries[i][j] - inner) / pivots[j]
+        pivot = entries[i][i] - sum(lower[i][k] ** 2 * pivots[k] for k in range(i))
         pivots.append(jnp.maximum(jnp.abs(pivot), smallest))
     solution = [vector[i] for i in range(size)]
     for i in range(size):

@@ -1,7 +1,7 @@
 """Pictures of fits: IsoFLOP curves, Pareto front, loss over size and tokens, residuals, allocation.
 
 Every function draws on axes of matplotlib; `write` makes files of all that the fits support, on
-light and on dark ground.
+light and on dark backgrounds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ THEMES = {
     "dark": {"ground": "#15181c", "text": "#e6e6e6", "grid": "#3a3f45"},
 }
 
-# Distinguishable with any color vision, on both grounds: Okabe and Ito 2008.
+# Distinguishable with any color vision, on both backgrounds: Okabe and Ito 2008.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "osD^vP"
 
@@ -170,7 +170,7 @@ def allocation(axes: Any, groups: Sequence[Group]) -> None:
     """A table of optimal parameters and tokens at budgets around those of the runs."""
     import matplotlib
 
-    rows = []
+    lines = []
     for group in groups:
         assert group.fit.laws is not None
         smallest, *_, largest = [b.flops for b in group.fit.budgets]
@@ -181,15 +181,15 @@ def allocation(axes: Any, groups: Sequence[Group]) -> None:
                 group.fit.surface(size, tokens) if group.fit.surface else group.fit.laws.loss(flops)
             )
             is_outside = flops > 1.1 * largest
-            rows.append(
+            lines.append(
                 [group.name, f"{flops:.0e}", f"{size:.3g}", f"{tokens:.3g}", f"{tokens / size:.1f}",
                  f"{float(loss):.3f}", "extrapolated" if is_outside else ""]
             )  # fmt: skip
     header = ["", "FLOPs", "parameters", "tokens", "tokens/parameter", "loss", ""]
     axes.axis("off")
-    axes.figure.set_size_inches(6.8, 0.7 + 0.22 * (len(rows) + 1))
+    axes.figure.set_size_inches(6.8, 0.7 + 0.22 * (len(lines) + 1))
     cells = axes.table(
-        rows, colLabels=header, loc="upper center", cellLoc="right", edges="horizontal"
+        lines, colLabels=header, loc="upper center", cellLoc="right", edges="horizontal"
     )
     cells.auto_set_font_size(False)
     cells.set_fontsize(8)
@@ -234,9 +234,9 @@ def _panels(groups: Sequence[Group], panel: Callable[[Any, Group], None]) -> Any
     from matplotlib.figure import Figure
 
     columns = min(len(groups), 2)
-    rows = -(-len(groups) // columns)
-    figure = Figure(figsize=(5.6 * columns, 4.2 * rows), dpi=110, layout="constrained")
-    all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    num_rows = -(-len(groups) // columns)
+    figure = Figure(figsize=(5.6 * columns, 4.2 * num_rows), dpi=110, layout="constrained")
+    all_axes = figure.subplots(num_rows, columns, squeeze=False).ravel()
     for axes in all_axes[len(groups) :]:
         axes.remove()
     for axes, group in zip(all_axes, groups, strict=False):

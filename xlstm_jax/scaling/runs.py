@@ -71,7 +71,7 @@ def run(
     is_first = jax.process_index() == 0
     if is_first:
         out.mkdir(parents=True, exist_ok=True)
-        rundir.write_json(out / PLAN, {"runs": [spec.row() for spec in specs]})
+        rundir.write_json(out / PLAN, {"runs": [spec.record() for spec in specs]})
     folders = []
     for spec, one in zip(specs, states, strict=True):
         # A run may only seem to be running, after a job was killed on another host.
@@ -94,7 +94,7 @@ def prepare(folder: Path, spec: RunSpec) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / rundir.CONFIG).exists():
         rundir.write_json(folder / rundir.CONFIG, with_imports(to_dict(spec.cfg)))
-    rundir.write_json(folder / SPEC, spec.row())
+    rundir.write_json(folder / SPEC, spec.record())
 
 
 def execute(folder: Path) -> RunStatus:
@@ -145,7 +145,7 @@ def _is_complete(result: FitResult, cfg: ExperimentConfig) -> bool:
 
 
 def record_result(folder: Path, spec: dict[str, Any], val_loss: float) -> None:
-    """Writes the row of a finished run, whose metrics are in its folder."""
+    """Writes the record of a finished run, whose metrics are in its folder."""
     records = rundir.read_metrics(folder / rundir.METRICS)
     losses = [record["loss"] for record in records if record.get("loss") is not None]
     seconds = sum(r["step_time"] * (r["step"] - s) for r, s in _intervals(records))

@@ -1,8 +1,8 @@
 """The folder of one run of a sweep, and its state.
 
-OUT/RUN_ID/spec.json      the row of the table before training
+OUT/RUN_ID/spec.json      the record of the run before training
 OUT/RUN_ID/config.json    and everything else that `train.fit` writes: metrics.jsonl, checkpoints
-OUT/RUN_ID/result.json    the finished row; written last, by rename
+OUT/RUN_ID/result.json    its record with results; written last, by rename
 OUT/RUN_ID/failure.json   why the last attempt failed, until one succeeds
 OUT/RUN_ID/job.json       the job of a scheduler that trains it
 """
@@ -30,7 +30,7 @@ def status(folder: Path, name: str) -> RunStatus:
     """The state of the run in a folder, which need not exist."""
     if (folder / RESULT).exists():
         return RunStatus(folder.name, name, "finished")
-    if lock.may_be_held(folder):
+    if lock.may_be_locked(folder):
         return RunStatus(folder.name, name, "running")
     if (folder / FAILURE).exists():
         values = read_json(folder / FAILURE)

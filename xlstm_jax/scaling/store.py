@@ -1,4 +1,4 @@
-"""Fits as a JSON file, in full precision: rounded coefficients predict other losses."""
+"""Fits as a JSON file, in full precision, as rounded coefficients predict other losses."""
 
 import json
 import math

@@ -70,11 +70,11 @@ class LossSurface(NamedTuple):
         """The minimum of the loss along a line of constant FLOPs.
 
         Args:
-            flops_per_token: exact counts; the minimum is then found numerically, between 1e3 and
-                1e15 parameters. None: 6 N, with a closed form that does not depend on gamma.
+            flops_per_token: exact counts; the minimum is then searched numerically, between 1e3
+                and 1e15 parameters. None: 6 N, with a closed form that does not depend on gamma.
 
         Raises:
-            ArgumentError: `flops` is not positive, or the surface has no minimum there.
+            ArgumentError: `flops` is not positive, or the loss has no minimum along that line.
         """
         if not (flops > 0 and self.alpha > 0 and self.beta > 0 and self.gamma > 0):
             raise ArgumentError(
@@ -130,8 +130,8 @@ class LossSurface(NamedTuple):
     def resampled(self) -> list["LossSurface"]:
         """The surfaces of the bootstrap."""
         return [
-            self._replace(**dict(zip(COEFFICIENTS, row.tolist(), strict=True)))
-            for row in self.samples
+            self._replace(**dict(zip(COEFFICIENTS, sample.tolist(), strict=True)))
+            for sample in self.samples
         ]
 
 

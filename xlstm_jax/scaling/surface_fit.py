@@ -69,7 +69,7 @@ def fit_loss_surface(
         tolerance: see `TOLERANCE`.
 
     Raises:
-        ArgumentError: an argument is out of range, or there are not more points than coefficients.
+        ArgumentError: an argument is out of range, or there are too few points.
     """
     _check(delta=delta, bootstraps=bootstraps, tolerance=tolerance, reduction=reduction)
     count = len(COEFFICIENTS) if free_gamma else len(COEFFICIENTS) - 1
@@ -174,7 +174,7 @@ def _starts(starts: Starts, rng: np.random.Generator, *, free_gamma: bool) -> np
 
 
 def _bootstrap(residuals, minimum: Minimum, data, weights, options) -> np.ndarray:
-    """The best coefficients of each row of weights, [bootstraps, coefficients]."""
+    """The best coefficients for each resample's weights, [bootstraps, coefficients]."""
     # Spread over the better half of the ends: other minima may become the best of a resample.
     order = np.argsort(minimum.objective)
     ranks = np.linspace(0, len(order) // 2, min(WARM_STARTS, len(order))).astype(int)

@@ -18,11 +18,11 @@ from xlstm_jax.modules.config import LMConfig
 from xlstm_jax.train.config import ExperimentConfig, TrainConfig
 
 MAX_DEVIATION = 0.1
-"""Of the FLOPs of a run from its budget, relative: rounding to whole steps must not exceed it."""
+"""Relative deviation of a run's FLOPs from its budget that rounding to full steps may cause."""
 
 
 class Shape(NamedTuple):
-    """Sizes of a model; a family makes a config of them."""
+    """Sizes of a model, from which a family makes a config."""
 
     dim: int
     num_blocks: int
@@ -50,7 +50,7 @@ class RunSpec(NamedTuple):
     train_tokens: int
     train_flops: float
 
-    def row(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """The columns of the run in a table, before training."""
         model, train, data = self.cfg.model, self.cfg.train, self.cfg.data
         return {
@@ -121,8 +121,8 @@ class Sweep:
             )
         if not self.train.eval_every:
             raise ConfigError(
-                "train.eval_every must be at least 1, got 0; the loss of a run in a table is that "
-                "of held-out data after the last step."
+                "train.eval_every must be at least 1, got 0; the loss of a run in a table is its "
+                "validation loss after the last step."
             )
 
     def points(self) -> Iterator[Point]:
@@ -181,7 +181,7 @@ def _specs(sweep: Sweep, point: Point) -> Iterator[RunSpec]:
 
 def _spec(sweep: Sweep, point: Point, lr: float, seed: int, name: str) -> RunSpec:
     model = sweep.families[point.family](point.shape)
-    batch_size = _whole("batch_rule", sweep.batch_rule(point), name)
+    batch_size = _integer("batch_rule", sweep.batch_rule(point), name)
     num_params = flops.count_params(model)
     counted = dict(count=sweep.count, attention=sweep.attention)
     per_step = batch_size * flops.train_flops(model, point.seq_len, **counted)
@@ -219,10 +219,10 @@ def _name(point: Point) -> str:
     return f"{point.family}_d{dim}_l{blocks}_h{heads}_T{point.seq_len}_{target}"
 
 
-def _whole(rule: str, value: float, name: str) -> int:
+def _integer(rule: str, value: float, name: str) -> int:
     if value != int(value) or value < 1:
         raise ArgumentError(
-            f"{rule} must return a whole number of sequences, at least 1, got {quote(value)} for "
+            f"{rule} must return an integer of at least 1 sequence, got {quote(value)} for "
             f"{quote(name)}; correct it."
         )
     return int(value)

@@ -69,7 +69,7 @@ class Runs:
 
 
 def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> Runs:
-    """Reads a CSV or Parquet file with one run in each row.
+    """Reads a CSV or Parquet file with one run per line.
 
     Args:
         columns: names of `SYNONYMS` -> the table's own names, where these are not understood.
@@ -95,28 +95,28 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> Ru
                     f"{quote_path(path)}, line {number}, has {len(line)} values for {len(header)} "
                     "columns; correct it."
                 )
-        rows = [dict(zip(header, line, strict=True)) for line in lines[1:] if line]
+        records = [dict(zip(header, line, strict=True)) for line in lines[1:] if line]
     elif path.suffix == ".parquet":
         parquet = import_optional(
             "pyarrow.parquet", "a Parquet table", install="xlstm-jax[data]", package="pyarrow"
         )
-        rows = parquet.read_table(path).to_pylist()
+        records = parquet.read_table(path).to_pylist()
     else:
         raise ConfigError(f"{quote_path(path)} is not a .csv or .parquet file; convert it.")
-    return from_rows(rows, columns, sha256=hashlib.sha256(data).hexdigest())
+    return from_records(records, columns, sha256=hashlib.sha256(data).hexdigest())
 
 
-def from_rows(
-    rows: Sequence[Mapping[str, Any]],
+def from_records(
+    records: Sequence[Mapping[str, Any]],
     columns: Mapping[str, str] | None = None,
     *,
     sha256: str = "",
 ) -> Runs:
-    """The runs of dictionaries, such as the rows that `collect` returns; see `read_table`."""
-    if not rows:
+    """The runs of dictionaries, such as the records of `collect`; see `read_table`."""
+    if not records:
         raise ConfigError("the table must have at least one run, got none; fill it.")
-    names = dict.fromkeys(name for row in rows for name in row)
-    values = {name: _column([row.get(name) for row in rows]) for name in names}
+    names = dict.fromkeys(name for record in records for name in record)
+    values = {name: _column([record.get(name) for record in records]) for name in names}
     for name, own in (columns or {}).items():
         if own not in values:
             hint = did_you_mean(own, values)
@@ -140,7 +140,7 @@ def from_rows(
     if "train_flops" not in values:
         values["train_flops"] = 6 * values["num_params"] * values["train_tokens"]
         notes.append("train_flops is absent: 6 * num_params * train_tokens")
-    return Runs(columns=values, num_rows=len(rows), sha256=sha256, notes=tuple(notes))
+    return Runs(columns=values, num_rows=len(records), sha256=sha256, notes=tuple(notes))
 
 
 def _column(values: Sequence[Any]) -> np.ndarray:
@@ -199,7 +199,7 @@ def without_duplicates(runs: Runs, *, drop: bool) -> Runs:
     """The runs without copies: equal model, context, sizes, FLOPs and loss, whatever their ids.
 
     Raises:
-        ConfigError: there are copies and `drop` is False.
+        ConfigError: a run has a copy and `drop` is False.
     """
     names = ("model", "context_length", *REQUIRED, "train_flops")
     seen: dict[tuple, int] = {}

@@ -83,7 +83,7 @@ def fit_time_model(
     """
     _check(model, residuals, has_flops=flops is not None, has_bytes=bytes is not None)
     is_used = _is_used(model, has_batch=batch_size is not None)
-    ones = np.ones(len(seconds))  # in place of what the model does not use
+    ones = np.ones(len(seconds))  # for what the model does not use
     named = {"flops": flops, "bytes": bytes, "batch_size": batch_size}
     columns = {name: ones if column is None else column for name, column in named.items()}
     (work, moved, batch, time), _ = points(int(is_used.sum()), **columns, seconds=seconds)

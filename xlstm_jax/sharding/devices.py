@@ -80,7 +80,7 @@ class Devices:
 
         def shard_leaf(x: np.ndarray) -> jax.Array:
             shape = (len(x) if batch_size is None else batch_size, *x.shape[1:])
-            # Global index of the first local sequence; 0 if this process has the whole batch.
+            # Global index of the first local sequence; 0 if this process has the global batch.
             first = 0 if len(x) == shape[0] else self.share_of_batch(shape[0]).index * len(x)
 
             def shard(index: tuple[slice, ...] | None) -> np.ndarray:  # of the global array
@@ -97,7 +97,7 @@ class Devices:
     def share_of_batch(self, batch_size: int) -> Share:
         """The part of a global batch that the devices of this process need.
 
-        It is one of several equal blocks, or the whole batch if the sequences do not form such a
+        It is one of several equal blocks, or the global batch if the sequences do not form such a
         block.
         """
         indices = self.batch_sharding(1).addressable_devices_indices_map((batch_size,))

@@ -41,7 +41,7 @@ _in_use = jax.make_user_context((tuple(DEFAULT_RULES.items()), ()))
 
 
 def get_rules(name: str) -> Rules:
-    """The rules with this name, with all logical axes; raises ConfigError if there are none."""
+    """The rules with this name, with all logical axes; raises ConfigError for an unknown name."""
     if name not in RULES:
         raise ConfigError(f"rules={quote(name)} is not known; use one of: {', '.join(RULES)}.")
     return complete(RULES[name])

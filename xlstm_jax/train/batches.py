@@ -73,7 +73,7 @@ class GivenBatches:
 
     @property
     def description(self) -> dict[str, Any]:
-        """That the data are not those of the config."""
+        """Records that the caller of `fit` passed the data."""
         return {"source": "argument data of fit"}
 
     def batches(
@@ -136,7 +136,7 @@ class GivenBatches:
         return Batch(*arrays)
 
     def index_of(self, step: int) -> None:
-        """None: only the caller of `fit` knows what they consist of."""
+        """None: batches of the caller have no windows."""
 
     def batch(self, step: int) -> Batch | None:
         """The batch of a step; None if the data can be read only once."""
@@ -152,5 +152,5 @@ class GivenBatches:
         return GivenBatches(self._data, self._cfg, skips)
 
     def counts(self, step: int) -> dict[str, int]:
-        """None beside the usual ones."""
+        """No further counts."""
         return {}

@@ -13,7 +13,7 @@ restore: from the call of `fit` to its first step, such as loading data and a ch
 compile: programs, each with its first execution.
 wait: for the next batch.
 save: checkpoints, with their pictures, exports and traces.
-evaluate: held-out data and evaluators.
+evaluate: validation data and evaluators.
 """
 
 

@@ -212,7 +212,7 @@ class ExperimentConfig:
                 name = f"model.{BLOCKS[letter].name}"
                 raise ConfigError(
                     f"{name}.cache_size must be at least data.seq_len={self.data.seq_len}, so that "
-                    f"a query sees the whole sequence, got {limit}; set it, or {name}.window."
+                    f"a query sees the full sequence, got {limit}; set it, or {name}.window."
                 )
         if self.train.carry_state and self.data.packing != "stream":
             raise ConfigError(

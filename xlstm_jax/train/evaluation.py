@@ -1,4 +1,4 @@
-"""What a run evaluates, and when: held-out sets and evaluators."""
+"""What a run evaluates, and when: validation sets and evaluators."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,25 +15,25 @@ from xlstm_jax.typing import PyTree
 
 
 class Evaluation:
-    """The held-out sets and the evaluators of a run, each evaluated once per step at most.
+    """The validation sets and the evaluators of a run, each evaluated at most once per step.
 
-    `held_out` are sets by the prefix of their metrics. `progress` is updated in place.
+    `validation` has the sets by the prefix of their metrics. `progress` is updated in place.
     """
 
     def __init__(
         self,
         program: TrainProgram,
         progress: Progress,
-        held_out: Mapping[str, Examples],
+        validation: Mapping[str, Examples],
         evaluators: Sequence[Evaluator],
         stop: Stop,
     ):
         self._program, self._progress, self._stop = program, progress, stop
-        self._held_out, self._evaluators = held_out, evaluators
+        self._validation, self._evaluators = validation, evaluators
 
     def is_due(self, *, is_last: bool) -> bool:
         """Whether anything is to be evaluated at this step; all of it at the last one."""
-        return self._is_held_out_due(is_last=is_last) or bool(self._due(is_last=is_last))
+        return self._is_validation_due(is_last=is_last) or bool(self._due(is_last=is_last))
 
     def run(self, params: PyTree, *, is_last: bool) -> Iterator[dict[str, Any]]:
         """Evaluates what is due and yields the records.
@@ -41,9 +41,9 @@ class Evaluation:
         A stop request defers the rest until the run is resumed.
         """
         progress = self._progress
-        if self._is_held_out_due(is_last=is_last):
+        if self._is_validation_due(is_last=is_last):
             record: dict[str, Any] = {}
-            for name, examples in self._held_out.items():
+            for name, examples in self._validation.items():
                 result = self._program.evaluate(
                     params, examples, lambda: self._stop.requested, name
                 )
@@ -59,9 +59,9 @@ class Evaluation:
             if record := _call(evaluator, params, progress.step):
                 yield record
 
-    def _is_held_out_due(self, *, is_last: bool) -> bool:
+    def _is_validation_due(self, *, is_last: bool) -> bool:
         done = (self._progress.evaluation or {}).get("step")
-        return bool(self._held_out) and self._is_time(None, done, is_last=is_last)
+        return bool(self._validation) and self._is_time(None, done, is_last=is_last)
 
     def _due(self, *, is_last: bool) -> list[Evaluator]:
         done = self._progress.evaluators

@@ -36,7 +36,7 @@ class Evaluator:
 
 
 def check_evaluators(evaluators: Sequence[Evaluator], taken: Sequence[str]) -> None:
-    """Raises ConfigError unless all are evaluators with names of their own, none of them taken."""
+    """Raises ConfigError unless all are evaluators with distinct names that are not in `taken`."""
     taken = list(taken)
     for evaluator in evaluators:
         if not isinstance(evaluator, Evaluator):
@@ -46,7 +46,7 @@ def check_evaluators(evaluators: Sequence[Evaluator], taken: Sequence[str]) -> N
             )
         if evaluator.name in taken:
             raise ConfigError(
-                f"evaluators must have different names, which no held-out set has, got "
+                f"evaluators must have different names, which no validation set has, got "
                 f"{evaluator.name!r} twice; rename one."
             )
         taken.append(evaluator.name)

@@ -47,7 +47,7 @@ def draw(gates: dict[str, Any], path: Path, title: str) -> None:
 
 
 def _heads_by_blocks(gates: dict[str, Any], name: str) -> np.ndarray:
-    """The values of a statistic, heads x blocks; NaN where there is none."""
+    """The values of a statistic, heads x blocks; NaN where it is missing."""
     columns = []
     for block in gates.values():
         if name == "input_range":

@@ -81,8 +81,8 @@ def train_grid(
 
     Each member follows the schedule of `cfg` with its own peak. The members draw the same dropout
     masks; only their initial parameters depend on the seed. An update that is not finite is
-    skipped; one with a large gradient is only clipped, as a run of its own would be stopped by
-    whoever watches it, and a high learning rate of a grid may recover.
+    skipped; one with a large gradient is only clipped, as a member with a high learning rate may
+    recover.
 
     Args:
         model: an `LM`, or a module that is called with the inputs of a batch.
@@ -95,7 +95,7 @@ def train_grid(
             the last call.
 
     Raises:
-        ArgumentError: there is no seed or no learning rate, or one is given twice.
+        ArgumentError: no seed or no learning rate is given, or one is given twice.
     """
     for name, values in (("seeds", seeds), ("lrs", lrs)):
         if not values or len(set(values)) < len(values):

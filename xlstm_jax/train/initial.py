@@ -43,7 +43,7 @@ def load_params(program: TrainProgram) -> PyTree:
     source, cfg = _path(program.cfg.init_from), program.cfg
     if rundir.is_run(source):
         _check_model(cfg, load_config(source, ExperimentConfig).model)
-        return checkpoint.restore_params(source, place=program.devices.shardings)[1]
+        return checkpoint.restore_params(source, shardings=program.devices.shardings)[1]
     from xlstm_jax.convert import hf  # needs safetensors, which is optional
 
     with program.devices.active():
@@ -96,8 +96,8 @@ def _check_model(cfg: ExperimentConfig, other: LMConfig) -> None:
         shape, expected = ours.get(path, "absent"), theirs.get(path, "absent")
         if shape != expected:
             raise ConfigError(
-                f"model must have the parameters of {where}, but {path} is {shape} in the config "
-                f"and {expected} there; change model."
+                f"model must have the parameters of {where}, but {path} is {shape} instead "
+                f"of {expected}; change model."
             )
     if cfg.model.pattern != other.pattern:
         raise ConfigError(

@@ -66,7 +66,7 @@ def hold(run_dir: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def may_be_held(run_dir: Path) -> bool:
+def may_be_locked(run_dir: Path) -> bool:
     """Whether the process that the lock records may be alive; does not take the lock."""
     try:
         descriptor = os.open(run_dir / NAME, os.O_RDONLY)
@@ -101,15 +101,15 @@ def _lock(path: Path, descriptor: int) -> None:
         if fcntl is None:
             raise OSError(errno.ENOSYS, "no file locks")
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_held = False
+        is_locked = False
     except BlockingIOError:
-        is_held = True
+        is_locked = True
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-        is_supported, is_held = False, bool(owner) and _may_run(owner)
+        is_supported, is_locked = False, bool(owner) and _may_run(owner)
     who = f"process {quote(owner.get('pid'))} on {quote(owner.get('host'))}"
-    if not is_held:
+    if not is_locked:
         if owner and owner.get("host") != platform.node():
             log.warning("%s was left behind by %s, which has ended.", path, who)
         return
@@ -142,7 +142,7 @@ def _identity(pid: int) -> dict[str, Any]:
 
 
 def _read(descriptor: int) -> dict[str, Any]:
-    """The recorded identity; empty if there is none or it is damaged."""
+    """The recorded identity; empty if it is missing or damaged."""
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0))
     except (ValueError, RecursionError):

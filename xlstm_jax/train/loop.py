@@ -83,7 +83,7 @@ class Loop:
         if skip is None:
             raise error
         rewind.discard_after(run_dir, self._outputs.checkpoints, skip)
-        del self.state  # there may be no memory for two states
+        del self.state  # memory may not suffice for two states
         self._pending = self._watched = None
         resumed = self._resume()
         assert resumed is not None
@@ -145,7 +145,7 @@ class Loop:
             jax.block_until_ready(self.state.step)
         if not self._clock.running:
             self._clock.start()
-            self._stop.listen()  # from now on there is something to save
+            self._stop.listen()  # from here on a stop can save a checkpoint
 
     @contextlib.contextmanager
     def _pause(self, part: Part) -> Iterator[None]:

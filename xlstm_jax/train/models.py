@@ -22,7 +22,7 @@ class Model(NamedTuple):
 
     cfg: ExperimentConfig  # of a run; `data` and `train` are defaults if it is not one
     params: PyTree
-    tokenizer: str | None  # name or path for `tokenizers.get`; None: there is none
+    tokenizer: str | None  # name or path for `tokenizers.get`; None: it has none
     is_run: bool  # whether `cfg` says on which data it was trained
 
 
@@ -34,15 +34,15 @@ def load(
     needs_tokenizer: bool = True,
     unstacked: bool = False,
 ) -> Model:
-    """Loads a model, onto the active mesh if it is not a run and there is one.
+    """Loads a model; one that is not a run is sharded over the active mesh, if any.
 
     Args:
         source: a run, a folder of transformers, or hf://ORG/NAME[@REVISION].
         step: the checkpoint of a run; None: the newest.
         ema: use the moving average of the parameters of a run.
-        needs_tokenizer: raise ConfigError if there is no tokenizer, before parameters are read.
-        unstacked: read the weights as `generate.prepare_params` needs them, layer by layer, so that
-            there is never a second copy of them.
+        needs_tokenizer: raise ConfigError for a missing tokenizer before parameters are read.
+        unstacked: read the weights as `generate.prepare_params` needs them, layer by layer, without
+            a second copy of them in memory.
 
     Raises:
         ConfigError: the source is none of these, or has no tokenizer and needs one.
@@ -77,7 +77,7 @@ def load(
 
 
 def _check_applies(source: str | Path, step: int | None, *, ema: bool) -> None:
-    """Raises ConfigError if an option for runs is set for a source that is none."""
+    """Raises ConfigError if an option for runs is set for a source that is not a run."""
     for name, value in (("step", step), ("ema", ema or None)):
         if value is not None:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are orthogonalized, each by itself."""
+"""Muon: momentum with each matrix orthogonalized separately."""
 
 import jax
 import optax

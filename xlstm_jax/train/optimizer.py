@@ -33,7 +33,7 @@ class Optimizer:
             learning rate.
         reads: which of `OPTIONS` it depends on. Without "weight_decay" parameters do not decay.
         after_decay: transformation of updates that include weight decay.
-        schedule_free: parameters are averaged, in place of momentum.
+        schedule_free: parameters are averaged, instead of momentum.
     """
 
     scale: Callable[[TrainConfig], optax.GradientTransformation]
@@ -43,7 +43,7 @@ class Optimizer:
 
 
 def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """A stateless transformation of whole parameters, for each of the stacked layers by itself."""
+    """Applies a stateless transformation to each of the stacked layers separately."""
 
     def alone(update, param):
         return tx.update(update, tx.init(param), param)[0]

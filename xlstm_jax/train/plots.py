@@ -1,4 +1,4 @@
-"""Plot of the training and held-out loss of a run."""
+"""Plot of the training and validation loss of a run."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 def loss_curve(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """Plots the records of metrics.jsonl to a PNG.
 
-    In bits per byte if the held-out loss is, at the bytes per token of the held-out text.
+    In bits per byte if the validation loss is, at the bytes per token of the validation text.
     """
     # Imported here because it takes half a second, needed at the end of a run only.
     from matplotlib.figure import Figure
@@ -26,7 +26,7 @@ def loss_curve(records: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.plot(steps, losses * scale, color="#9ecae1", linewidth=0.8)
     axes.plot(steps, _smooth(losses) * scale, color="#08519c", linewidth=1.8, label="training")
     if len(points):
-        axes.plot(points, valid, "o", color="#d94801", markersize=5, label="held out", zorder=3)
+        axes.plot(points, valid, "o", color="#d94801", markersize=5, label="validation", zorder=3)
         axes.annotate(
             f"{valid[-1]:.3f}",
             (points[-1], valid[-1]),
@@ -65,6 +65,6 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     reach = len(values) // 40  # to either side
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
-    # Symmetric also at the ends, so that the curve is not shifted there.
+    # Symmetric at the ends too, so that the curve is not shifted.
     radius = np.minimum(reach, np.minimum(index, index[::-1]))
     return (sums[index + radius + 1] - sums[index - radius]) / (2 * radius + 1)

@@ -118,7 +118,7 @@ def exit_on_signal() -> Iterator[None]:
     """Within the context, SIGINT and SIGTERM end the process with exit code 130 or 143.
 
     They do so at once and with one line, also while the main thread compiles: Python handles
-    signals when it returns from there, so a thread waits for them as well. Nothing is lost that
+    signals only when compilation returns, so a thread waits for them as well. Nothing is lost that
     `Stop.listen` would not save. Several processes leave signals to JAX's runtime.
     """
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:

@@ -24,7 +24,7 @@ class Profiler:
             yield
             return
         if not self._is_tracing:
-            with extra("the profiler trace"):  # one that the caller has started is in the way
+            with extra("the profiler trace"):  # fails if the caller has started one
                 jax.profiler.start_trace(str(self._folder))
                 self._is_tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -35,7 +35,7 @@ class Profiler:
         return self._is_tracing and step not in self._steps
 
     def stop(self, result: Any = None) -> None:
-        """Writes the trace, if there is one, after `result` has been computed."""
+        """Ends and writes a trace in progress after `result` has been computed."""
         if self._is_tracing:
             self._is_tracing = False
             jax.block_until_ready(result)

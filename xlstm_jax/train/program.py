@@ -41,7 +41,7 @@ class TrainProgram:
     """The train step of a run with its metric totals, for attached devices or an AOT target.
 
     `tx` may be any optax transformation; None makes the optimizer of `cfg.train`. `loss_fn` is the
-    one of `make_train_step`; held-out data are evaluated by the language model loss.
+    one of `make_train_step`; validation data are evaluated by the language model loss.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class TrainProgram:
 
     @functools.cached_property
     def eval_sums(self) -> Callable[[PyTree, Batch], CrossEntropy]:
-        """The jitted `(params, batch) -> sums` of the held-out loss."""
+        """The jitted `(params, batch) -> sums` of the validation loss."""
         resets = self.cfg.train.document_resets
 
         def sums(params: PyTree, batch: Batch) -> CrossEntropy:
@@ -123,7 +123,7 @@ class TrainProgram:
         should_stop: Callable[[], bool] = lambda: False,
         name: str = "valid",
     ) -> dict[str, float] | None:
-        """The metrics of held-out data, which `name` prefixes; None if `should_stop` returned True.
+        """Validation metrics, with the prefix `name`; None if `should_stop` returned True.
 
         The windows are those of `data.eval_batches`, the same for every evaluation.
         """
@@ -177,11 +177,11 @@ class TrainProgram:
     def init_from(self, params: PyTree) -> TrainState:
         """The initial state for parameters of the model, which are donated: they are not copied."""
         shardings = self.shardings
-        placements = {name: shardings.params[name] for name in params}
-        placed = jax.device_put(params, placements, donate=True)
+        param_shardings = {name: shardings.params[name] for name in params}
+        params = jax.device_put(params, param_shardings, donate=True)
         make = jax.jit(self._first_state, out_shardings=shardings, donate_argnums=1)
         with self.devices.active():
-            return make(random_key(self.cfg.train.seed), placed)
+            return make(random_key(self.cfg.train.seed), params)
 
     def compile(self) -> jax.stages.Compiled:
         """Compiles `step` from shapes alone, without computing anything."""

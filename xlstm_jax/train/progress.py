@@ -1,4 +1,4 @@
-"""The host state of a run: how far it is, and what it has not written yet."""
+"""The host state of a run: its step, and the metrics that are not written yet."""
 
 import dataclasses
 from typing import Any

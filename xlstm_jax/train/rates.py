@@ -8,7 +8,7 @@ from xlstm_jax.sharding.devices import Devices
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What is needed to turn seconds per step into rates."""
+    """What is needed to convert seconds per step to rates."""
 
     num_devices: int
     peak_flops: float | None  # bfloat16 FLOP/s of one device; None: unknown device, no `mfu`

@@ -52,7 +52,7 @@ def replay(path: Path) -> Replay:
 
     Raises:
         ConfigError: a file of the dump is missing or damaged, `fit` had arguments that the config
-            does not describe, or the data are others.
+            does not describe, or the data differ.
     """
     about = dump.read(path)
     folder = path.parent / dump.FOLDER
@@ -92,7 +92,7 @@ def replay(path: Path) -> Replay:
 
 
 def _state(program: TrainProgram, path: Path, about: Dump) -> TrainState:
-    """The newest saved state up to the skipped step; the initial state if there is none."""
+    """The newest saved state up to the skipped step; else the initial state."""
     step, like = about.first_skipped_step, program.arguments[0]
     folder = path.parent / dump.FOLDER if about.diverged else path.parent
     if checkpoint.latest_step(folder, step) == 0 and checkpoint.has_params_only(folder, step):
@@ -124,7 +124,7 @@ def _repeat(program: TrainProgram, state: TrainState, about: Dump) -> TrainState
 
 
 def _stream(cfg: ExperimentConfig, about: Dump) -> Stream:
-    """The training data of the run; raises ConfigError if they are others."""
+    """The training data of the run; raises ConfigError if they differ."""
     if "data" in about.given:
         raise ConfigError(
             f"step {about.first_skipped_step} cannot be replayed, because it needs batches that "

@@ -98,20 +98,20 @@ def fit(
         rundir.check_fresh(run_dir) if fresh else rundir.check(run_dir, cfg)
         devices = make_devices(cfg.mesh)
         check_divisibility(cfg, devices.rules, devices.mesh.shape)
-        train, held_out = setup.train_batches(cfg, data), setup.held_out_sets(cfg)
-        check_evaluators(evaluators, list(held_out))
+        train, validation = setup.train_batches(cfg, data), setup.validation_sets(cfg)
+        check_evaluators(evaluators, list(validation))
         program = TrainProgram(cfg, devices, tx, loss_fn)
         resumed = None if fresh else _resume(program, run_dir, train)
         state, progress = resumed or (_start(program), Progress())
         train = train.skip(progress.skips)
         run_id = rundir.tracker_id(run_dir, fresh=fresh)
-        facts = setup.facts_of_run(cfg, state, train, held_out) | {"tracker_id": run_id}
+        facts = setup.facts_of_run(cfg, state, train, validation) | {"tracker_id": run_id}
         # Everything above may raise; from here on the disk changes.
         setup.prepare_directory(
             cfg,
             run_dir,
             facts,
-            [getattr(train, "examples", None), *held_out.values()],
+            [getattr(train, "examples", None), *validation.values()],
             step=progress.step,
             starts=resumed is None,
             fresh=fresh,
@@ -125,7 +125,7 @@ def fit(
         with process_log(run_dir), compiled_programs(), contextlib.closing(Stop()) as stop:
             log.info("starts at step %d of %d", progress.step, cfg.train.steps)
             with outputs, devices.active():
-                evaluation = Evaluation(program, progress, held_out, evaluators, stop)
+                evaluation = Evaluation(program, progress, validation, evaluators, stop)
                 rates = Rates.on(devices, flops_per_step)
                 loop = Loop(
                     program, state, progress, train, evaluation, outputs, stop, rates, clock, resume
@@ -162,7 +162,7 @@ def _resume(
 ) -> tuple[TrainState, Progress] | None:
     """The newest state of the run, sharded over its devices, and its progress; None if unsaved."""
     if checkpoint.has_params_only(run_dir):
-        _, params = checkpoint.restore_params(run_dir, place=program.devices.shardings)
+        _, params = checkpoint.restore_params(run_dir, shardings=program.devices.shardings)
         return program.init_from(params), Progress()
     restored = checkpoint.restore_latest(run_dir, program.arguments[0])
     if restored is None:

@@ -70,7 +70,7 @@ def is_run(path: Path) -> bool:
     # Functions of `os.path`, which are False for a path that is too long.
     if any(os.path.exists(path / name) for name in (checkpoint.FOLDER, RUN)):
         return True
-    # Both have this file. It is not valid if it is no table: a run names the error.
+    # Both have a config.json. An invalid one counts as a run, whose loading names the error.
     values = read_json(path / CONFIG) if os.path.isfile(path / CONFIG) else None
     return not isinstance(values, dict) or "model" in values
 
@@ -228,11 +228,11 @@ def prepare(run_dir: Path, cfg: ExperimentConfig, facts: dict[str, Any], step: i
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that affect results."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            numbers[name] = importlib.metadata.version(name)
+    return numbers
 
 
 def drop_metrics(run_dir: Path, step: int) -> None:

@@ -66,19 +66,22 @@ def train_batches(cfg: ExperimentConfig, data: Any) -> TrainBatches:
     return Stream(examples, cfg.data, cfg.batch_sizes)
 
 
-def held_out_sets(cfg: ExperimentConfig) -> dict[str, Examples]:
-    """The sets to evaluate, by the prefix of their metrics."""
+def validation_sets(cfg: ExperimentConfig) -> dict[str, Examples]:
+    """The validation sets, by the prefix of their metrics."""
     if not cfg.train.eval_every:
         return {}
-    held_out = {"valid": loader.load(cfg.data, "valid"), **loader.load_eval_sets(cfg.data)}
-    for examples in held_out.values():
+    validation = {"valid": loader.load(cfg.data, "valid"), **loader.load_eval_sets(cfg.data)}
+    for examples in validation.values():
         check_vocabulary(cfg, examples)
-    check_tokenizers("data.eval_sets", held_out)
-    return held_out
+    check_tokenizers("data.eval_sets", validation)
+    return validation
 
 
 def facts_of_run(
-    cfg: ExperimentConfig, state: TrainState, train: TrainBatches, held_out: Mapping[str, Examples]
+    cfg: ExperimentConfig,
+    state: TrainState,
+    train: TrainBatches,
+    validation: Mapping[str, Examples],
 ) -> dict[str, Any]:
     """What run.json records of a run: sizes in bytes over all devices, and the data."""
     trained, _ = partition(state.params, cfg.train.freeze)
@@ -92,11 +95,13 @@ def facts_of_run(
     log.info("state: %s", ", ".join(f"{name} {size:,}" for name, size in facts.items()))
     if cfg.lora.rank:
         base = {name: tree for name, tree in state.params.items() if name != ADAPTERS}
-        found = lora.targets(base, cfg.lora)
-        log.info("adapters: %s; without: %s", ", ".join(found.matrices), ", ".join(found.skipped))
-        facts |= {"lora": found._asdict()}
+        targets = lora.targets(base, cfg.lora)
+        log.info(
+            "adapters: %s; without: %s", ", ".join(targets.matrices), ", ".join(targets.skipped)
+        )
+        facts |= {"lora": targets._asdict()}
     sets = {"train": train.description}
-    return facts | {"data": sets | {name: x.description for name, x in held_out.items()}}
+    return facts | {"data": sets | {name: x.description for name, x in validation.items()}}
 
 
 def show_trained(facts: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ ADAPTERS = "lora"
 
 
 def partition(params: PyTree, freeze: str | None = None) -> tuple[PyTree, PyTree]:
-    """The trained and the frozen parameters: two trees, each with None in place of the others.
+    """The trained and the frozen parameters: two trees, each with None for the leaves of the other.
 
     Args:
         freeze: regular expression; parameters with a match in their path are frozen. Unused for

@@ -1,7 +1,7 @@
 """`train.watch`: statistics of gates, and norms of parameters and gradients, every few steps.
 
-They are computed by a program of their own, compiled at its first use, from a few sequences of the
-current batch, so that they cost little.
+A separate program, compiled at its first use, computes them from a few sequences of the current
+batch, so they cost little.
 """
 
 import functools
@@ -24,7 +24,7 @@ from xlstm_jax.train.trainable import partition
 from xlstm_jax.typing import Array, PyTree
 
 MAX_SEQUENCES = 4
-"""Sequences of a batch that are used; one for every shard of the batch if there are more shards."""
+"""Sequences of a batch that are used, but at least one for every shard of the batch."""
 
 MAX_POSITIONS = 1024
 """Positions of a sequence that are used: gates are recomputed one position after another."""
@@ -37,7 +37,7 @@ class Watch:
 
     def __init__(self, program: TrainProgram):
         self._program, self._cfg = program, program.cfg
-        self._sizes: set[int] = set()  # of batches for which there is a program
+        self._sizes: set[int] = set()  # of batches with a compiled program
 
     def is_due(self, step: int) -> bool:
         """Whether to compute statistics after `step` steps."""

@@ -62,7 +62,7 @@ def warn_of_training(fields: Fields, name: str) -> None:
     """Logs a rate that only affects training, unless it is 0."""
     if fields.get(name, None) is not None and fields.number(name) != 0:
         logging.getLogger(__name__).warning(
-            "%s of %s is ignored: it only affects training, and there is no such option here",
+            "%s of %s is ignored: it only affects training, and this library has no such option",
             name,
             fields.where,
         )

@@ -58,7 +58,7 @@ class AttentionLayer(nn.Module):
             state,
             reset=reset,
             mask=mask,
-            window=cfg.span,
+            window=cfg.window_size,
             num_sinks=cfg.num_sinks,
             rotary=rotary_of(cfg.rotary_base, cfg.rotary_dim(dim)),
             implementation=cfg.implementation,
@@ -75,7 +75,9 @@ class AttentionLayer(nn.Module):
     ) -> AttentionState:
         """The initial state: a cache of zeros in the dtype of activations."""
         cfg, K = self.cfg, self.cfg.head_width(dim)
-        return attention_init(batch_size, cfg.num_sinks + cfg.span, cfg.kv_heads, K, K, dtype)
+        return attention_init(
+            batch_size, cfg.num_sinks + cfg.window_size, cfg.kv_heads, K, K, dtype
+        )
 
 
 def rotary_of(base: float, dim: int) -> Rotary:

@@ -47,7 +47,7 @@ class LSTMStackBlock(ResidualBlock):
 
 
 class LSTMBlock(ResidualBlock):
-    """A Transformer block with an LSTM in place of attention, or only its residual LSTM."""
+    """A Transformer block with an LSTM instead of attention, or only its residual LSTM."""
 
     def _parts(self):
         cfg, width = self.cfg.lstm, self.cfg.lstm.ffn_width(self.cfg.dim)

@@ -23,7 +23,7 @@ def lstm_flops(cfg: LMConfig, count: str) -> float:
 
 
 def lstm_block_params(cfg: LMConfig) -> int:
-    """Parameters of one Transformer block with an LSTM in place of attention."""
+    """Parameters of one Transformer block with an LSTM instead of attention."""
     D, F = cfg.dim, cfg.lstm.ffn_width(cfg.dim)
     return lstm_params(cfg) + D + (D + 2 * D * F if F else 0)
 
@@ -51,16 +51,18 @@ def attention_flops(cfg: LMConfig, options: AttentionConfig) -> float:
     return 2 * D * (2 * queries + 2 * keys) + gate + 6 * D * F + 2 * F
 
 
-def pair_flops(num_heads: int, K: int, span: int, num_sinks: int, seq_len: int, how: str) -> float:
+def pair_flops(
+    num_heads: int, K: int, window: int, num_sinks: int, seq_len: int, how: str
+) -> float:
     """Forward FLOPs per token of scores, softmax and values, as in the scaling study.
 
     `how` counts the keys that each query sees ("causal"), or all positions ("full").
     """
     if how == "full":
         return num_heads * seq_len * (4 * K + 3)
-    window = min(span, seq_len)
+    seen = min(window, seq_len)
     # Queries before the window is full see half of it; those after it also see the sinks.
-    keys = window - window**2 / (2 * seq_len) + num_sinks * max(0, 1 - span / seq_len)
+    keys = seen - seen**2 / (2 * seq_len) + num_sinks * max(0, 1 - window / seq_len)
     # 5 per key: the study counts 2.5 per pair of positions, seen or not.
     return num_heads * keys * (4 * K + 5)
 
@@ -68,7 +70,7 @@ def pair_flops(num_heads: int, K: int, span: int, num_sinks: int, seq_len: int, 
 def context_flops(cfg: LMConfig, options: AttentionConfig, seq_len: int, how: str) -> float:
     """Forward FLOPs of one attention block per token that depend on the length."""
     K = options.head_width(cfg.dim)
-    return pair_flops(options.num_heads, K, options.span, options.num_sinks, seq_len, how)
+    return pair_flops(options.num_heads, K, options.window_size, options.num_sinks, seq_len, how)
 
 
 def hybrid_params(cfg: LMConfig) -> int:

@@ -1,8 +1,8 @@
 """mLSTM and a sliding window over the same queries, keys and values, mixed by a gate.
 
-The mLSTM remembers the whole document, the window and its sink tokens read exactly. Source: the
-hybrid of Hauzenberger et al. 2026, arXiv:2603.15590; widths and norms are those of the large mLSTM
-block.
+The mLSTM carries the entire document in its state; attention reads the window and sinks exactly.
+Source: the hybrid of Hauzenberger et al. 2026, arXiv:2603.15590; widths and norms are those of the
+large mLSTM block.
 """
 
 from typing import Any, NamedTuple

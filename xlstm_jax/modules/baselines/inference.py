@@ -24,25 +24,25 @@ TILES = 0.65  # of all pairs of positions: tiles of causal attention that are co
 SOFTMAX = 5  # FLOPs per pair of a query and a key
 
 
-def _keys_read(S: int, T: int, span: int, num_sinks: int) -> float:
-    """Keys that T queries read after S positions: at most `span`, besides the sinks."""
-    growing = max(0, min(T, span - S))  # calls that still see everything before them
-    return growing * S + growing * (growing - 1) / 2 + (T - growing) * (span + num_sinks)
+def _keys_read(S: int, T: int, window: int, num_sinks: int) -> float:
+    """Keys that T queries read after S positions: at most `window`, besides the sinks."""
+    growing = max(0, min(T, window - S))  # calls that still see everything before them
+    return growing * S + growing * (growing - 1) / 2 + (T - growing) * (window + num_sinks)
 
 
-def attention_prefill(H: int, groups: int, K: int, span: int, num_sinks: int, T: int) -> Work:
+def attention_prefill(H: int, groups: int, K: int, window: int, num_sinks: int, T: int) -> Work:
     """Attention over a prompt, as the study counts it; a window bounds the keys of a query."""
-    seen = min(T, span)
-    pairs = TILES * seen**2 + (T - seen) * (span + num_sinks)
+    seen = min(T, window)
+    pairs = TILES * seen**2 + (T - seen) * (window + num_sinks)
     return activations(2 * pairs * H * (2 * K + SOFTMAX / 2), T * 2 * K * (H + groups))
 
 
 def attention_decode(
-    H: int, groups: int, K: int, span: int, num_sinks: int, S: int, T: int
+    H: int, groups: int, K: int, window: int, num_sinks: int, S: int, T: int
 ) -> Work:
     """T calls that each write one key and value and read those before; S are in the cache."""
     # The study counts a query's own key in FLOPs, and applies the same factor as in prefill.
-    keys = _keys_read(S, T, span, num_sinks)
+    keys = _keys_read(S, T, window, num_sinks)
     flops = 2 * TILES * H * (2 * K + SOFTMAX / 2) * (keys + T)
     return activations(flops, 2 * K * groups * (T + keys))
 
@@ -53,7 +53,7 @@ def attention(options_of: Callable[[LMConfig], AttentionConfig]) -> Inference:
     def sizes(cfg: LMConfig) -> tuple[int, int, int, int, int]:
         options = options_of(cfg)
         K = options.head_width(cfg.dim)
-        return options.num_heads, options.kv_heads, K, options.span, options.num_sinks
+        return options.num_heads, options.kv_heads, K, options.window_size, options.num_sinks
 
     def per_token(cfg: LMConfig) -> Work:
         (H, groups, K, *_), D, options = sizes(cfg), cfg.dim, options_of(cfg)
@@ -66,8 +66,8 @@ def attention(options_of: Callable[[LMConfig], AttentionConfig]) -> Inference:
         return add(mixer, large_ffn(D, options.ffn_width(D)))
 
     def state_bytes(cfg: LMConfig, S: int) -> float:
-        _, groups, K, span, num_sinks = sizes(cfg)
-        return ACTIVATION_BYTES * 2 * K * groups * min(S, span + num_sinks)
+        _, groups, K, window, num_sinks = sizes(cfg)
+        return ACTIVATION_BYTES * 2 * K * groups * min(S, window + num_sinks)
 
     return Inference(
         per_token=per_token,
@@ -113,7 +113,7 @@ def _recurrence(
         step: FLOPs of a step, and activations that it reads and writes.
         cell_state: bytes of the state of the cell.
         inputs_state: bytes of the last inputs, of convolutions and mixtures with the token before.
-        prefill: FLOPs per token of the form for whole sequences, and the length of its chunks,
+        prefill: FLOPs per token of the form for complete sequences, and the length of its chunks,
             between which the state is stored; None: those of `step`, and one chunk.
     """
 

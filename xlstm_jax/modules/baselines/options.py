@@ -102,14 +102,14 @@ class AttentionConfig:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
-    def span(self) -> int:
+    def window_size(self) -> int:
         """Positions that a query sees, its own included, besides the sinks."""
         return self.cache_size - self.num_sinks if self.window is None else self.window
 
     @property
     def max_length(self) -> int | None:
         """The longest document of which a query sees every position; None if it need not."""
-        return self.span if self.window is None else None
+        return self.window_size if self.window is None else None
 
     def head_width(self, dim: int) -> int:
         """K in a model of width `dim`."""
@@ -240,7 +240,7 @@ class Mamba2Config:
     sharded_over_time: ClassVar[bool] = False
 
     inner_dim: int | None = None  # F; None: 2 * dim
-    head_dim: int = 64  # V; there are F / V heads
+    head_dim: int = 64  # V; the number of heads is F / V
     state_dim: int = 128  # K
     groups: int = 1  # of heads, which share queries and keys
     conv_width: int = 4  # W

@@ -14,7 +14,7 @@ from xlstm_jax.config import ConfigError
 from xlstm_jax.train import manifest
 
 FOLDER = "checkpoints"
-PARAMS_ONLY = {"params_alone": True}  # stored in place of the progress
+PARAMS_ONLY = {"params_alone": True}  # stored instead of the progress
 _DRAFT = r"\d+(\.tmp)?(\.orbax-checkpoint-tmp.*)?$"
 
 
@@ -51,7 +51,7 @@ def publish(folder: Path) -> None:
 
 
 def delete(*folders: Path) -> None:
-    """Deletes checkpoints, which are incomplete from the beginning."""
+    """Deletes checkpoints, after renaming each to a draft: a partly deleted one must not load."""
     for folder in folders:
         draft = folder if folder.name.count(".") else draft_of(folder)
         with contextlib.suppress(OSError):
@@ -69,25 +69,25 @@ def delete_all(run_dir: Path) -> None:
 
 def store_context() -> ocp.Context:
     """The settings of the store for one operation."""
-    logging.getLogger("absl").addFilter(_is_not_raised)  # which is added once only
+    logging.getLogger("absl").addFilter(_is_not_raised)  # `logging` adds a filter once
     registry = ocp.handlers.local_registry()
-    for name in ("data", "config"):  # they would be taken for trees of arrays
+    for name in ("data", "config"):  # orbax would read them as trees of arrays
         registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
     context = ocp.Context()
     context.checkpointables.registry = registry
-    # It would save a tenth of the size, for four times the time and a copy of every array.
+    # Compression saves a tenth of the size, for four times the time and a copy of every array.
     context.array.saving.use_compression = False
     return context
 
 
 def _is_not_raised(record: logging.LogRecord) -> bool:
-    """Drops tracebacks that threads of the store print of errors which are also raised."""
+    """Drops tracebacks that threads of the store log for errors which are also raised."""
     return "_SignalingThread.run() raised an exception" not in record.getMessage()
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raises failures of the disk as `OSError`, which the array store reports as text only."""
+    """Raises `OSError` for failures of the disk, which the array store reports as text only."""
     try:
         yield
     except Exception as error:
@@ -98,7 +98,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def os_error_number(error: BaseException | None) -> int | None:
-    """The number of the failure of the disk that caused an error; None if there was none."""
+    """The errno of the disk failure that caused an error; None if it has another cause."""
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return error.errno

@@ -91,7 +91,7 @@ def _mismatch(stored_tree: PyTree, like: PyTree, *, partial: bool) -> str | None
     for name in wanted if partial else {**wanted, **stored}:
         ours, other = wanted.get(name, "absent"), stored.get(name, "absent")
         if ours != other:
-            return f"{name} is {other} there and {ours} in the config"
+            return f"{name} is {other} in the checkpoint and {ours} in the config"
     return None
 
 

@@ -96,7 +96,7 @@ def _as_new(guard: Any, like: Guard) -> Guard:
 def restore_params(
     run_dir: str | Path,
     step: int | None = None,
-    place: Callable[[PyTree], PyTree] | None = None,
+    shardings: Callable[[PyTree], PyTree] | None = None,
     *,
     ema: bool = False,
 ) -> tuple[ExperimentConfig, PyTree]:
@@ -104,8 +104,8 @@ def restore_params(
 
     Args:
         step: one of `steps`; None restores the newest.
-        place: maps a tree to the shardings of its leaves, which may differ from those of the saving
-            run; None restores to one device.
+        shardings: maps a tree to the shardings of its leaves, which may differ from those of
+            the saving run; None restores to one device.
         ema: restore the moving average of the parameters instead.
 
     Raises:
@@ -119,13 +119,13 @@ def restore_params(
             "(--ema) out."
         )
     shapes = adapters.attached_shapes(param_shapes(cfg.model), cfg.lora)
-    params = abstract(shapes, None if place is None else place(shapes))
+    params = abstract(shapes, None if shardings is None else shardings(shapes))
     trained, _ = partition(params, cfg.train.freeze)
 
     def like(stored: PyTree) -> PyTree:  # partial: the rest of the optimizer state is not read
         if ema:
             return {"params": params, "ema": trained}
-        average = like_average(stored.get("opt_state"), trained, place)
+        average = like_average(stored.get("opt_state"), trained, shardings)
         return {"params": params} | ({} if average is None else {"opt_state": average})
 
     state = load_items(Path(run_dir), step, {"state": like}, partial=True)["state"]
@@ -160,18 +160,20 @@ def config_and_step(run_dir: str | Path, step: int | None) -> tuple[ExperimentCo
     return cfg, saved[-1] if step is None else step
 
 
-def like_average(stored: PyTree, params: PyTree, place: Callable[[PyTree], PyTree] | None) -> Any:
+def like_average(
+    stored: PyTree, params: PyTree, shardings: Callable[[PyTree], PyTree] | None
+) -> Any:
     """The structure of a stored optimizer state, reduced to what `eval_params` needs; or None."""
     if isinstance(stored, dict) and set(ScheduleFreeState._fields) <= stored.keys():
         numbers = {name: stored[name] for name in ("b1", "weight_sum", "step_count", "max_lr")}
         numbers = {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in numbers.items()}
-        numbers = abstract(numbers, None if place is None else place(numbers))
+        numbers = abstract(numbers, None if shardings is None else shardings(numbers))
         unread = jax.tree.map(lambda _: None, stored["base_optimizer_state"])
         return ScheduleFreeState(z=params, base_optimizer_state=unread, **numbers)
     if isinstance(stored, list):
-        parts = [like_average(part, params, place) for part in stored]
+        parts = [like_average(part, params, shardings) for part in stored]
         return None if all(part is None for part in parts) else parts
     if isinstance(stored, dict):
-        named = {name: like_average(part, params, place) for name, part in stored.items()}
+        named = {name: like_average(part, params, shardings) for name, part in stored.items()}
         return {name: part for name, part in named.items() if part is not None} or None
     return None

@@ -19,7 +19,7 @@ from xlstm_jax.train.config import LoraConfig
 from xlstm_jax.train.trainable import ADAPTERS, has_adapters, nearest
 from xlstm_jax.typing import Array, Float, PRNGKeyArray, PyTree
 
-A, B = "lora_a", "lora_b"  # keys of an adapter, in place of the kernel in the tree
+A, B = "lora_a", "lora_b"  # keys of an adapter, instead of the kernel in the tree
 
 
 class Targets(NamedTuple):
@@ -42,7 +42,7 @@ def targets(params: PyTree, cfg: LoraConfig) -> Targets:
     """
     leaves = [(path_name(p), x) for p, x in jax.tree_util.tree_leaves_with_path(params)]
     matches = [(path, x) for path, x in leaves if re.search(cfg.target, path)]
-    found = Targets(
+    result = Targets(
         [path for path, x in matches if _is_matrix(path, x.ndim)],
         [path for path, x in matches if not _is_matrix(path, x.ndim)],
     )
@@ -51,14 +51,14 @@ def targets(params: PyTree, cfg: LoraConfig) -> Targets:
             f"lora.target={quote(cfg.target)} must match the path of a parameter, got no match; "
             f"{nearest(cfg.target, [path for path, _ in leaves])}"
         )
-    if found.skipped and (cfg.target != LoraConfig.target or not found.matrices):
+    if result.skipped and (cfg.target != LoraConfig.target or not result.matrices):
         shapes = {path: x.shape for path, x in matches}
         raise ConfigError(
-            f"lora.target={quote(cfg.target)} must match matrices only, got {found.skipped[0]} of "
-            f"shape {shapes[found.skipped[0]]}; use {LoraConfig.target!r} for all matrices, or a "
+            f"lora.target={quote(cfg.target)} must match matrices only, got {result.skipped[0]} of "
+            f"shape {shapes[result.skipped[0]]}; use {LoraConfig.target!r} for all matrices, or a "
             "pattern without convolutions, recurrent kernels, biases and scales."
         )
-    return found
+    return result
 
 
 def _is_matrix(path: str, ndim: int) -> bool:

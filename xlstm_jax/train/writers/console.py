@@ -63,10 +63,10 @@ class ConsoleWriter:
 
 
 def _describe_evaluation(metrics: dict[str, Any]) -> str:
-    """Held-out losses, then whatever single values evaluators returned."""
+    """Validation losses, then whatever single values evaluators returned."""
     parts = []
     if "valid_loss" in metrics:
-        parts.append(f"held-out loss {metrics['valid_loss']:.4f}")
+        parts.append(f"validation loss {metrics['valid_loss']:.4f}")
         if "valid_bits_per_byte" in metrics:
             parts.append(f"bits per byte {metrics['valid_bits_per_byte']:.3f}")
         parts.append(f"accuracy {metrics['valid_accuracy']:.3f}")

@@ -34,7 +34,7 @@ class JsonlWriter:
 
 
 def _finite(value: Any) -> Any:
-    """A JSON value with null in place of NaN and infinity, at any depth."""
+    """A JSON value with null for NaN and infinity, at any depth."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

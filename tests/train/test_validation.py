@@ -1,4 +1,4 @@
-"""Training and `evaluate` compute the same held-out loss for a checkpoint."""
+"""Training and `evaluate` compute the same validation loss for a checkpoint."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def evaluate_run(run, **train):
 
 
 @pytest.mark.slow
-def test_the_evaluate_command_gives_the_final_held_out_loss_of_the_run(run, monkeypatch, capsys):
+def test_the_evaluate_command_gives_the_final_validation_loss_of_the_run(run, monkeypatch, capsys):
     _, run_dir, result = run
     results = []
 
@@ -61,7 +61,7 @@ def test_the_evaluate_command_gives_the_final_held_out_loss_of_the_run(run, monk
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document_resets", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_losses_by_position_sum_to_the_held_out_loss(run, document_resets):
+def test_losses_by_position_sum_to_the_validation_loss(run, document_resets):
     metrics, args = evaluate_run(run, document_resets=document_resets)
     options = dict(batch_size=run[0].data.batch_size, document_resets=document_resets)
     assert perplexity(*args, **options).nats_per_token == metrics["valid_loss"]
