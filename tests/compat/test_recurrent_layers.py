@@ -260,17 +260,17 @@ def test_packed_sequences_are_independent_in_every_direction(cls, merge):
 
 def test_backward_resets_are_at_the_last_valid_position():
     reset = jnp.array([[1, 0, 0, 1, 0, 0, 1]], bool)
-    ends = compat.layers.backward_reset(Flags(reset, None))
+    ends = compat.padding.backward_reset(Flags(reset, None))
     assert ends.tolist() == [[0, 0, 1, 0, 0, 1, 0]]
     mask = jnp.array([[1, 0, 1, 1, 1, 1, 1]], bool)
-    ends = compat.layers.backward_reset(Flags(reset, mask)) & mask
+    ends = compat.padding.backward_reset(Flags(reset, mask)) & mask
     assert ends.tolist() == [[0, 0, 1, 0, 0, 1, 0]]
     mask = jnp.array([[1, 1, 0, 1, 1, 0, 0]], bool)
-    ends = compat.layers.backward_reset(Flags(reset, mask)) & mask
+    ends = compat.padding.backward_reset(Flags(reset, mask)) & mask
     assert ends.tolist() == [[0, 1, 0, 0, 0, 0, 0]]
-    ends = compat.layers.backward_reset(Flags(reset, mask.at[0, 3].set(False))) & mask
+    ends = compat.padding.backward_reset(Flags(reset, mask.at[0, 3].set(False))) & mask
     assert ends.tolist() == [[0, 0, 0, 0, 0, 0, 0]]
-    assert compat.layers.backward_reset(Flags(None, mask)) is None
+    assert compat.padding.backward_reset(Flags(None, mask)) is None
 
 
 # Arguments.
@@ -420,10 +420,16 @@ BAD_CALLS = {
         lambda x: x,
         dict(mask=np.ones((T, B), bool)),
     ),
-    r"lengths must have one number for each of the 2 sequences, got shape \(3,\)": (
+    r"lengths must have one integer for each of the 2 sequences, got shape \(3,\)": (
         lambda x: x,
         dict(lengths=jnp.array([1, 2, 3])),
     ),
+    "lengths must have one integer for each of the 2 sequences, .* dtype float32": (
+        lambda x: x,
+        dict(lengths=[1.0, 2.0]),
+    ),
+    r"lengths must be from 0 to T=7, got \[8, 3\]": (lambda x: x, dict(lengths=[8, 3])),
+    r"lengths must be from 0 to T=7, got \[3, -1\]": (lambda x: x, dict(lengths=[3, -1])),
 }
 
 

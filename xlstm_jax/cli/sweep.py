@@ -75,7 +75,7 @@ def run(argv: list[str]) -> int:
             return max(DONE, *(one.code for one in states))
         table = collect(out, allow_mixed=args.allow_mixed)
     if args.json:
-        console.print_json({"runs": states, "rows": table.records})
+        console.print_json({"runs": states, "records": table.records})
     else:
         _show_states(states, out)
     return max(DONE, *(one.code for one in states))

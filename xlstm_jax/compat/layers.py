@@ -6,6 +6,7 @@ A layer is a linear projection and an op. Sources: both directions, Schuster & P
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ from jax.typing import DTypeLike
 
 from xlstm_jax import ops
 from xlstm_jax.cells import MLSTMState, lstm_init, mlstm_init, slstm_init
+from xlstm_jax.compat.padding import backward_reset, length_mask
 from xlstm_jax.errors import ArgumentError, UnsupportedError, quote
 from xlstm_jax.modules.any_mesh import on_any_mesh
 from xlstm_jax.modules.checks import check_param_names, check_state
@@ -25,7 +27,7 @@ from xlstm_jax.modules.slstm import cell_bias_init
 from xlstm_jax.ops.activations import sigmoid_gate
 from xlstm_jax.ops.checks import check_choice
 from xlstm_jax.ops.flags import Flags
-from xlstm_jax.typing import Array, Bool, Flag, Float, Int, Size
+from xlstm_jax.typing import Array, ArrayLike, Flag, Float, Int, Size
 
 MERGES = ("concat", "sum", "alternate")
 
@@ -171,7 +173,7 @@ class _Recurrent(nn.Module):
         x: Float[Array, "B T D"],
         state: State | None = None,
         *,
-        lengths: Int[Array, "batch"] | None = None,
+        lengths: Int[ArrayLike, "batch"] | Sequence[int] | None = None,
         mask: Flag | None = None,
         reset: Flag | None = None,
         deterministic: bool = True,
@@ -181,7 +183,7 @@ class _Recurrent(nn.Module):
         Args:
             x: inputs; `T B D` with `batch_first=False`, and then `mask` and `reset` are `T B`.
             state: before the first step; None is the initial state, zeros.
-            lengths: numbers of valid positions; the other ones, at the end, are padding.
+            lengths: numbers of valid positions, from 0 to T; the others, at the end, are padding.
             mask: where False, the position is padding, wherever it is. Padding changes no state
                 and no other output; its own output is 0, and its x may be anything, also NaN.
             reset: True at the first position of each packed sequence: neither direction carries its
@@ -211,7 +213,7 @@ class _Recurrent(nn.Module):
         self,
         x: Float[Array, "B T D"],
         state: State | None,
-        lengths: Int[Array, "batch"] | None,
+        lengths: Int[ArrayLike, "batch"] | Sequence[int] | None,
         mask: Flag | None,
         reset: Flag | None,
         merge: str | None,
@@ -224,7 +226,7 @@ class _Recurrent(nn.Module):
             x, mask, reset = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), (x, mask, reset))
         B, T, _ = x.shape
         if lengths is not None:
-            mask = jnp.arange(T)[None] < lengths[:, None]
+            mask = length_mask(lengths, B, T)
         remedy = f"init_state({B}) of the layer, or of Bidirectional"
         owner = f"{type(self).__name__} and {B} sequences"
         check_state(state, lambda: self.init_merged(B, jnp.float32, merge), owner, remedy)
@@ -287,12 +289,6 @@ class _Recurrent(nn.Module):
                     f"{name} must have the axes ({layout}) of x, {x.shape[:2]}, got shape "
                     f"{flag.shape}; pass one value per position."
                 )
-        B = x.shape[0 if self.batch_first else 1]
-        if lengths is not None and lengths.shape != (B,):
-            raise ArgumentError(
-                f"lengths must have one number for each of the {B} sequences, got shape "
-                f"{lengths.shape}; for padding elsewhere pass a mask."
-            )
 
 
 class LSTM(_Recurrent):
@@ -358,7 +354,7 @@ class Bidirectional(nn.Module):
         x: Float[Array, "B T D"],
         state: State | None = None,
         *,
-        lengths: Int[Array, "batch"] | None = None,
+        lengths: Int[ArrayLike, "batch"] | Sequence[int] | None = None,
         mask: Flag | None = None,
         reset: Flag | None = None,
         deterministic: bool = True,
@@ -376,19 +372,3 @@ class Bidirectional(nn.Module):
     def init_state(self, batch_size: Size, dtype: DTypeLike = jnp.float32) -> State:
         """The initial state: zeros, float32 or wider."""
         return self.layer.init_merged(batch_size, dtype, self.merge)
-
-
-def backward_reset(flags: Flags) -> Bool[Array, "B T"] | None:
-    """The resets of a run from the end: True at the last valid position of each packed sequence."""
-    reset = flags.reset
-    if reset is None:
-        return None
-    T = reset.shape[1]
-    if flags.mask is None:
-        return jnp.pad(reset[:, 1:], ((0, 0), (0, 1)))
-    # The first valid position after each; T if none follows. Masked resets are not looked up.
-    valid = jnp.where(flags.mask, jnp.arange(T)[None], T)
-    following = jax.lax.cummin(valid, axis=1, reverse=True)
-    following = jnp.pad(following[:, 1:], ((0, 0), (0, 1)), constant_values=T)
-    starts = jnp.pad(reset, ((0, 0), (0, 1)))  # no sequence starts at T
-    return jnp.take_along_axis(starts, following, axis=1)

@@ -65,15 +65,15 @@ def fit(
 
     Args:
         run_dir: directory of checkpoints, config.json, run.json, metrics.jsonl and loss.png.
-        data: training batches in place of those of `cfg.data`: a `grain.MapDataset` whose element
+        data: training batches instead of those of `cfg.data`: a `grain.MapDataset` whose element
             `step` is the `Batch` of that step, or an iterable of `Batch` from step 0 on. All
-            processes get the whole batch. `cfg.data` describes the held-out data.
-        tx: any optax transformation in place of the optimizer of `cfg.train`. It has its own
+            processes get the whole batch. `cfg.data` describes the validation data.
+        tx: any optax transformation instead of the optimizer of `cfg.train`. It has its own
             learning rate, and a resumed run needs the same `tx` again.
         loss_fn: (params, batch, dropout key or None) -> (the sum to differentiate, the sums of
-            `CrossEntropy`), in place of the language model loss. Held-out data are still evaluated
+            `CrossEntropy`), instead of the language model loss. Validation data are still evaluated
             by that one, and a resumed run needs the same `loss_fn` again.
-        evaluators: called during training, beside the evaluation of held-out data.
+        evaluators: called during training, beside the evaluation of validation data.
         writers: receive every record in the first process, beside those of `train.writers`. One
             that fails is closed, and the run continues without it.
         fresh: discard an existing run in `run_dir`.
