@@ -52,6 +52,36 @@ STEPS = (
         "tests/evaluate/test_perplexity.py -k bits_per_byte",
     ),
     Mutation(
+        "xlstm_jax/train/step.py",
+        "carry = guard.select(ok, Carry(recurrent, batch.index), carry)",
+        "carry = Carry(guard.select(ok, recurrent, carry.state), batch.index)",
+        "tests/train/test_carry_state.py -k skipped",
+    ),
+    Mutation(
+        "xlstm_jax/train/loop.py",
+        "        sequences = sizes.before(step) - sizes.before(step - num_steps)\n",
+        "        sequences = num_steps * sizes.at(step)\n",
+        "tests/train/test_batches.py -k mean_batch",
+    ),
+    Mutation(
+        "xlstm_jax/train/progress.py",
+        "        totals = jax.tree.map(float, jax.device_get(self.totals))\n",
+        "        totals = jax.tree.map(float, metrics.empty())\n",
+        "tests/train/test_loop.py -k interrupted_run_resumes",
+    ),
+    Mutation(
+        "xlstm_jax/train/progress.py",
+        'for step, end in values.get("skips", ())]\n',
+        "for step, end in ()]\n",
+        "tests/train/test_rewind.py -k interrupted",
+    ),
+    Mutation(
+        "xlstm_jax/train/checkpoint/restore.py",
+        "    if latest_step(run_dir, at_most) != 0:\n",
+        "    if latest_step(run_dir) != 0:\n",
+        "tests/train/test_checkpoint.py -k recognized",
+    ),
+    Mutation(
         "xlstm_jax/train/batches.py",
         "for start, end in self._skips if start <= step)",
         "for start, end in self._skips if start < step)",
@@ -89,6 +119,12 @@ MODELS = (
         "        key = hashlib.sha256(key + tokens).digest()\n",
         "        key = hashlib.sha256(tokens).digest()\n",
         "tests/generate/test_prefix_cache.py -k not_computed_again",
+    ),
+    Mutation(
+        "xlstm_jax/generate/session.py",
+        "        del self._turns[-turns:], self._tokens[self._point.length :]\n",
+        "        del self._turns[-1:], self._tokens[self._point.length :]\n",
+        "tests/generate/test_session.py -k copies_rewinds",
     ),
     Mutation(
         "xlstm_jax/convert/shards.py",

@@ -220,3 +220,12 @@ def test_the_checksum_is_of_all_bytes_of_a_large_file(tmp_path):
             assert "its checksum differs" in str(manifest.verify(tmp_path))
             file.seek(position)
             file.write(b"\0")
+
+
+def test_parameters_alone_are_recognized_before_later_checkpoints(saved):
+    run_dir, cfg, states = saved
+    checkpoint.save_params(run_dir, states[2].params, to_dict(cfg))
+    assert checkpoint.steps(run_dir) == [0, 2, 4]
+    assert checkpoint.has_params_only(run_dir, at_most=1)
+    assert not checkpoint.has_params_only(run_dir, at_most=2)
+    assert not checkpoint.has_params_only(run_dir)
