@@ -122,8 +122,8 @@ MODELS = (
     ),
     Mutation(
         "xlstm_jax/generate/session.py",
-        "        del self._turns[-turns:], self._tokens[self._point.length :]\n",
-        "        del self._turns[-1:], self._tokens[self._point.length :]\n",
+        "self._tokens[self._point.length :]\n",
+        "self._tokens[self._point.num_read :]\n",
         "tests/generate/test_session.py -k copies_rewinds",
     ),
     Mutation(
