@@ -85,6 +85,17 @@ def test_windows_of_a_mixture_are_those_of_its_sources():
     assert set(mixture.description) == {"a", "b"}
 
 
+def test_sources_of_equal_size_have_different_orders():
+    sources = {"a": "grammar", "b": "grammar"}
+    cfg = dataclasses.replace(CFG, sources=sources, weights=dict.fromkeys(sources, 1))
+    mixture = load(cfg, "train")
+    stream = Stream(mixture, cfg, BatchSizes(cfg.batch_size))
+    index = np.concatenate([stream.index_of(step) for step in range(20)])
+    first, second = index[index < mixture.offsets[1]], index[index >= mixture.offsets[1]]
+    count = min(len(first), len(second))
+    assert (first[:count] == second[:count] - mixture.offsets[1]).mean() < 0.5
+
+
 @pytest.mark.parametrize(
     "changes,message",
     [

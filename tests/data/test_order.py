@@ -80,3 +80,11 @@ def test_the_partial_block_is_not_always_in_the_same_set():
     order = Order(1003, (0,), "blocks", 10, 5)
     sets = {int(np.flatnonzero(epoch(order, n) == 1002)[0]) // 50 for n in range(30)}
     assert len(sets) > 8
+
+
+def test_windows_are_permuted_differently_in_every_set():
+    order = Order(64 * 100, (0,), "blocks", 64, 10)
+    sets = epoch(order).reshape(10, 640)
+    blocks = {tuple(np.unique(one // 64, return_inverse=True)[1]) for one in sets}
+    offsets = {tuple(one % 64) for one in sets}
+    assert len(blocks) == len(offsets) == 10

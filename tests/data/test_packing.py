@@ -12,6 +12,8 @@ from xlstm_jax.config import ConfigError
 from xlstm_jax.data import packing
 from xlstm_jax.data.packing import make_layout
 from xlstm_jax.data.shards.store import ArrayTokens
+from xlstm_jax.data.tokenizers import get
+from xlstm_jax.data.windows import Windows
 
 PACKINGS = ["first_fit", "best_fit", "pad"]
 every_packing = pytest.mark.parametrize("name", PACKINGS)
@@ -141,6 +143,15 @@ def test_a_plan_belongs_to_its_documents_and_settings(rng, cached):
     assert len(list(cached.iterdir())) == 4
 
 
+@every_packing
+def test_the_same_documents_in_other_windows_have_another_plan(name, rng, cached):
+    """Also if they are one group, which has the same bounds for every length of windows."""
+    store = make_store(rng.integers(2, 20, 50))
+    for seq_len in (8, 16):
+        plan = make_layout(name, store, seq_len, str(cached.parent))
+        assert windows(plan) == windows(packing._make(name, store, seq_len))
+
+
 @pytest.mark.parametrize("size", [0, 20, 48, 200, -1, None])
 def test_a_damaged_plan_is_made_again(size, rng, cached):
     store = make_store(rng.integers(2, 100, 300))
@@ -164,6 +175,27 @@ def test_small_plans_are_not_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("XLSTM_CACHE_DIR", str(tmp_path / "cache"))
     make_layout("pad", make_store([5, 6]), 8, None)
     assert os.listdir(tmp_path) == []
+
+
+class Masked(ArrayTokens):
+    """Even tokens are targets of the loss."""
+
+    def loss_mask(self, start, stop):
+        return self.tokens[start:stop] % 2 == 0
+
+
+@every_packing
+def test_the_loss_mask_follows_the_tokens_into_their_window(name, rng):
+    lengths = rng.integers(2, 12, 40)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    store = Masked(rng.integers(0, 200, ends[-1]).astype(np.uint16), ends)
+    layout = make_layout(name, store, 16, None)
+    batch = Windows(store, 16, get("byte"), {}, layout).batch(np.arange(len(layout)))
+    for weights, pieces in zip(batch.weights, windows(layout), strict=True):
+        parts = [[False, *store.loss_mask(start + 1, stop)] for start, stop in pieces]
+        targets = np.concatenate(parts)[1:]
+        np.testing.assert_array_equal(weights[: len(targets)], targets)
+        assert not weights[len(targets) :].any()
 
 
 @pytest.mark.slow

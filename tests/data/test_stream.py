@@ -65,6 +65,15 @@ def test_sequences_of_a_stream_continue_from_step_to_step(grammar):
         stream(grammar, cfg, ((0, 0.5),))
 
 
+def test_sequences_of_a_stream_begin_again_after_their_last_window(grammar):
+    cfg = dataclasses.replace(CFG, packing="stream")
+    length = len(grammar) // cfg.batch_size
+    epoch = [stream(grammar, cfg).index_of(step) for step in range(length)]
+    assert len(set(sum(epoch, []))) == length * cfg.batch_size
+    for step in (0, 1, length - 1):
+        assert stream(grammar, cfg).index_of(5 * length + step) == epoch[step]
+
+
 def test_ids_of_a_stream_start_at_2_where_a_document_begins_with_the_window(tmp_path):
     (tmp_path / "a.jsonl").write_text(
         "".join(f'{{"text": "{t}"}}\n' for t in ("abc", "abcdefg", "ab"))

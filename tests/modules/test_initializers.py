@@ -77,6 +77,15 @@ def test_convolutions_are_initialized_uniform_within_the_inverse_root_of_fan_in(
     assert abs(params[name].std() * math.sqrt(12) - 1) < 0.15
 
 
+def test_convolutions_that_mix_channels_have_the_fan_in_of_all_of_them():
+    params = _params(mlstm=MLSTMConfig(conv_mixing=True), slstm=SLSTMConfig(conv_mixing=True))
+    for name in ("m/mlstm/conv", "s/slstm/conv"):
+        kernel = params[f"{name}/kernel"]
+        bound = 1 / math.sqrt(math.prod(kernel.shape[1:-1]))
+        assert kernel.ndim == 4 and 0.95 * bound < np.abs(kernel).max() <= bound
+        assert np.abs(params[f"{name}/bias"]).max() <= bound
+
+
 CONSTANTS = {
     "m/mlstm/input_gate/kernel": 0.0,
     "m/mlstm/forget_gate/kernel": 0.0,

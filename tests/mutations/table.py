@@ -1,16 +1,10 @@
-"""Mutations of the library, each with a test that must fail: `python -m tests.mutations.run`."""
+"""Mutations of the library, each with a test that must fail: `python -m tests.mutations.run`.
 
-from typing import NamedTuple
+Those of `READER` were chosen from the library alone, by a reader who had not written its tests.
+"""
 
-
-class Mutation(NamedTuple):
-    """Replaces `old`, which occurs once in `file`, by `new`; `test` are arguments of pytest."""
-
-    file: str
-    old: str
-    new: str
-    test: str
-
+from tests.mutations import data, training
+from tests.mutations.mutation import Mutation
 
 CELLS = (
     Mutation(
@@ -172,4 +166,5 @@ TRAINING = (
     ),
 )
 
-MUTATIONS: tuple[Mutation, ...] = (*CELLS, *OPS, *KERNELS, *TRAINING)
+READER: tuple[Mutation, ...] = (*data.SHARDING, *data.DATA, *training.STEPS, *training.MODELS)
+MUTATIONS: tuple[Mutation, ...] = (*CELLS, *OPS, *KERNELS, *TRAINING, *READER)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from tests import quick
 from xlstm_jax import ops
@@ -205,3 +206,15 @@ def test_losses_of_positions_sum_to_the_cross_entropy(chunk_size, soft_cap, rng,
     np.testing.assert_allclose((losses.nats * weights).sum(), sums.ce_sum, rtol=1e-12)
     np.testing.assert_allclose((losses.correct * weights).sum(), sums.correct_sum, rtol=1e-12)
     assert losses.nats.shape == losses.correct.shape == (B, T)
+
+
+@pytest.mark.parametrize("length", [4, 8])
+def test_sums_over_shards_of_time_and_of_features_equal_one_device(length, rng):
+    """The axis of features shards time further only if that leaves equal parts."""
+    shapes = (1, length, D), (D, VOCAB), (1, length)
+    x, kernel, weights = (jnp.float32(rng.standard_normal(shape)) for shape in shapes)
+    args = x, kernel, jnp.asarray(rng.integers(0, VOCAB, (1, length))), weights
+    expected = values_and_gradients(ops.cross_entropy, args)
+    with jax.set_mesh(jax.make_mesh((2, 4), ("seq", "tensor"), axis_types=(AxisType.Auto,) * 2)):
+        actual = values_and_gradients(ops.cross_entropy, args)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)

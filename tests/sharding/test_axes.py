@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import re
 
 import jax
@@ -19,6 +20,7 @@ from xlstm_jax.cells import mlstm_scan, slstm_scan
 from xlstm_jax.modules import LM, LMConfig, MLSTMConfig, MLSTMLayer, SLSTMConfig
 from xlstm_jax.modules.baselines import options
 from xlstm_jax.sharding import constrain, tree_shardings, use_rules
+from xlstm_jax.sharding.axes import dividing_axes
 from xlstm_jax.sharding.rules import DEFAULT_RULES, complete
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -510,3 +512,13 @@ def test_an_axis_that_does_not_divide_is_not_used_and_the_first_use_of_an_axis_w
             assert x.sharding.spec == P(None, None)
             x = constrain(jnp.ones((8, 8)), "batch", "inner")
             assert x.sharding.spec == P("data", None)
+
+
+@pytest.mark.parametrize("sizes", [{"a": 4, "b": 2}, {"a": 2, "b": 3, "c": 2}])
+def test_the_product_of_the_chosen_axes_divides_the_length(sizes):
+    for length in range(1, 49):
+        chosen = dividing_axes(length, sizes, sizes)
+        shards = math.prod(sizes[axis] for axis in chosen)
+        assert length % shards == 0
+        for axis in sizes.keys() - set(chosen):
+            assert length % (shards * sizes[axis])

@@ -71,6 +71,27 @@ def test_a_process_with_all_devices_feeds_the_global_batch():
 
 
 @pytest.mark.parametrize(
+    "parts,expected",
+    [
+        ([(4, 6), (6, 8)], Share(1, 2)),
+        ([(2, 4), (2, 4)], Share(1, 4)),  # two devices with the same sequences
+        ([(2, 4), (4, 6)], Share(0, 1)),  # not one of two halves
+        ([(0, 3), (3, 6)], Share(0, 1)),  # not an equal part
+    ],
+)
+def test_a_share_of_the_batch_is_an_aligned_block(monkeypatch, parts, expected):
+    class Sharding:
+        """Sequences (start, stop) of each device of this process."""
+
+        def addressable_devices_indices_map(self, shape):
+            return {device: (slice(*part),) for device, part in enumerate(parts)}
+
+    monkeypatch.setattr(Devices, "batch_sharding", lambda self, ndim: Sharding())
+    devices = Devices(make_mesh(), get_rules("data"))
+    assert devices.share_of_batch(8) == expected
+
+
+@pytest.mark.parametrize(
     "sizes,expected",
     [
         (dict(), "data"),

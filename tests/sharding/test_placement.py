@@ -92,6 +92,16 @@ def test_parameters_are_sharded_by_the_rules(path, shape, expected):
     assert spec == PartitionSpec(*expected)
 
 
+@pytest.mark.parametrize("dim", [64, 512])
+def test_the_number_of_stacked_layers_does_not_change_the_sharding(dim):
+    rules = sharding.get_rules("fsdp_tensor")
+    specs = {
+        sharding.partition_spec("stack/M/mlstm/q/kernel", (layers, dim, dim), rules, SIZES)
+        for layers in (1, 3, 1000)
+    }
+    assert len(specs) == 1
+
+
 def test_axes_that_the_mesh_lacks_are_ignored():
     rules = sharding.get_rules("fsdp_tensor")
     spec = sharding.partition_spec("lm_head/kernel", (512, 1024), rules, {"tensor": 2})
@@ -124,3 +134,32 @@ def test_mesh_sizes_that_do_not_multiply_are_rejected_with_sizes_that_do(sizes):
 def test_unknown_rules_are_rejected():
     with pytest.raises(ConfigError, match="use one of: data, fsdp, fsdp_tensor, fsdp_seq"):
         sharding.get_rules("zero")
+
+
+def test_logical_axes_have_the_widths_that_they_name():
+    """Of two that are exchanged, one dimension would have another width."""
+    cfg = LMConfig(
+        vocab_size=50,
+        dim=12,
+        pattern="msM",
+        mlstm=MLSTMConfig(num_heads=2, inner_dim=28, qkv_block_size=2),
+        slstm=SLSTMConfig(num_heads=2, ffn_dim=20),
+        large=LargeConfig(num_heads=2, qk_dim=6, v_dim=16, ffn_dim=20),
+    )
+    # `proj_up` has two inner widths, and a block-diagonal projection is stored by blocks of two.
+    widths = {
+        "embed": {12},
+        "inner": {56, 28, 14, 6, 16},
+        "mlp": {20, 40},
+        "vocab": {50},
+        "heads": {2},
+    }
+    checked = set()
+    for path, leaf in parameters(cfg).items():
+        names = sharding.logical_axes(path, len(leaf.shape))
+        if "recurrent" in path or "slstm/" in path:  # of one head
+            continue
+        for size, name in zip(leaf.shape, names, strict=True):
+            assert size in widths.get(name, {size}), (path, names)
+            checked.add(name)
+    assert checked >= widths.keys()

@@ -1,6 +1,7 @@
 """Where a run gets its batches: ramps, mixtures, validation sets, and the caller's own data."""
 
 import json
+import types
 
 import grain
 import jax
@@ -10,7 +11,9 @@ import pytest
 from xlstm_jax import data
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data import Batch, batch_at, load
-from xlstm_jax.train import fit
+from xlstm_jax.data.batch_sizes import BatchSizes
+from xlstm_jax.train import fit, metrics
+from xlstm_jax.train.loop import Loop
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +35,15 @@ def test_a_run_with_a_ramp_is_resumed_exactly(experiment, tmp_path, assert_same)
         (tmp_path / "full" / "checkpoints" / step).rename(tmp_path / step)
     again = fit(cfg, tmp_path / "full")
     assert_same(again.state, full.state)
+
+
+def test_the_mean_batch_of_an_interval_is_that_of_its_own_steps():
+    """Rates of FLOPs use it; the sizes of the steps are 2, 2, 2, 4, 8, 8, ..."""
+    sizes = BatchSizes(8, ((0, 0.25), (3, 0.5), (4, 1.0)))
+    loop = types.SimpleNamespace(_cfg=types.SimpleNamespace(batch_sizes=sizes))
+    for step, count, expected in ((2, 2, 2), (4, 2, 3), (5, 3, 14 / 3), (9, 2, 8)):
+        totals = metrics.empty()._replace(steps=np.float32(count))
+        assert Loop._mean_batch(loop, step, totals) == pytest.approx(expected / 8)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from xlstm_jax.train import (
     checkpoint,
     init_state,
     make_optimizer,
+    manifest,
     restore_params,
 )
 
@@ -206,3 +207,28 @@ def test_a_failed_write_is_an_error_of_the_system_and_keeps_the_other_checkpoint
     with Checkpointer(run_dir, keep=3) as saver:
         saver.save(6, state, {"step": 6}, {})
     assert checkpoint.steps(run_dir) == [2, 4, 6]
+
+
+def test_the_checksum_is_of_all_bytes_of_a_large_file(tmp_path):
+    """A file is read in blocks of a few MiB."""
+    path = tmp_path / "array"
+    path.write_bytes(bytes(9 << 20))
+    manifest.write(tmp_path)
+    assert manifest.verify(tmp_path) is None
+    for position in (0, 5 << 20, (9 << 20) - 1):
+        with path.open("r+b") as file:
+            file.seek(position)
+            file.write(b"\1")
+            file.flush()
+            assert "its checksum differs" in str(manifest.verify(tmp_path))
+            file.seek(position)
+            file.write(b"\0")
+
+
+def test_parameters_alone_are_recognized_before_later_checkpoints(saved):
+    run_dir, cfg, states = saved
+    checkpoint.save_params(run_dir, states[2].params, to_dict(cfg))
+    assert checkpoint.steps(run_dir) == [0, 2, 4]
+    assert checkpoint.has_params_only(run_dir, at_most=1)
+    assert not checkpoint.has_params_only(run_dir, at_most=2)
+    assert not checkpoint.has_params_only(run_dir)

@@ -63,6 +63,12 @@ def test_a_warmup_over_all_steps_ends_at_the_peak():
     np.testing.assert_allclose(rates(cfg, [0, 5, 9, 10]), [0, 0.5, 0.9, 1.0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "exponential"])
+def test_a_cooldown_after_the_warmup_starts_at_the_peak(schedule):
+    cfg = TrainConfig(schedule=schedule, **PARTS | dict(warmup_steps=80))
+    np.testing.assert_allclose(rates(cfg, [40, 80, 90, 100]), [0.5, 1.0, 0.505, 0.01], rtol=1e-6)
+
+
 def test_an_extended_exponential_decay_has_the_same_rate():
     """The end factor must be raised to the ratio of new to old steps."""
     assert 0.1 ** (540_000 / 495_000) == pytest.approx(0.0811, abs=5e-5)  # of a published recipe

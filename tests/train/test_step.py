@@ -12,7 +12,7 @@ import pytest
 from xlstm_jax.data import Batch
 from xlstm_jax.modules import LM, LMConfig
 from xlstm_jax.ops.cross_entropy import CrossEntropy
-from xlstm_jax.train import TrainConfig, init_state, make_optimizer, make_train_step
+from xlstm_jax.train import TrainConfig, guard, init_state, make_optimizer, make_train_step
 from xlstm_jax.train.step import sum_gradients
 
 PLAIN = TrainConfig(steps=20, warmup_steps=0, schedule="constant", lr=0.1, grad_clip=0.1)
@@ -65,6 +65,18 @@ def test_accumulation_over_unequal_micro_batches_equals_one_batch(tiny, start, b
         np.testing.assert_allclose(metrics[name], value, rtol=2e-6, err_msg=name)
     for a, b in zip(*map(jax.tree.leaves, (state.params, expected_state.params)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_gradients_of_bfloat16_parameters_are_accumulated_in_float32():
+    """256 + 1 is 256 in bfloat16."""
+
+    def loss(params, batch, key, state):
+        zero = jnp.float32(0)
+        return jnp.sum(params * batch.inputs), (CrossEntropy(zero, zero, zero, zero), state)
+
+    batch = Batch(*[jnp.array([256.0, 1.0, 1.0, 1.0], jnp.bfloat16)] * 5)
+    grads, *_ = sum_gradients(loss, jnp.ones((), jnp.bfloat16), batch, None, num_parts=4)
+    assert grads == 259
 
 
 def test_a_batch_that_accumulation_does_not_divide_is_rejected(tiny, start, batches):
@@ -130,6 +142,15 @@ def test_a_gradient_norm_far_above_its_average_is_skipped(tiny, start, batches):
     floor = dataclasses.replace(cfg, guard_floor=float(metrics["grad_norm"]) + 1)
     _, metrics = stepper(tiny, floor)(state.replace(params=large), batch)
     assert metrics["skipped"] == 0
+
+
+def test_a_spike_does_not_raise_its_own_bound():
+    cfg = dataclasses.replace(PLAIN, guard_floor=0.0, guard_factor=2.0, max_consecutive_skips=99)
+    check = jax.jit(functools.partial(guard.check_update, loss=jnp.float32(1), cfg=cfg))
+    _, state = check(guard.Guard.start(), 0, grad_norm=jnp.float32(1))
+    for step in range(1, 90):
+        ok, state = check(state, step, grad_norm=jnp.float32(5))
+        assert not ok and state.ema_grad_norm == 1
 
 
 def test_after_too_many_consecutive_skips_all_updates_are_skipped(

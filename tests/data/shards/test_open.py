@@ -18,6 +18,7 @@ from tests.data.shards.formats import (
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data.shards import open as opening
 from xlstm_jax.data.shards import verify
+from xlstm_jax.data.shards.manifest import token_dtype
 from xlstm_jax.data.shards.open import kind_of
 
 
@@ -59,6 +60,11 @@ def test_ids_above_16_bits_and_loss_masks_are_read(tmp_path, rng):
     tokens = np.concatenate(docs)
     np.testing.assert_array_equal(opened.store.loss_mask(0, len(tokens)), tokens % 2 == 0)
     assert opened.tokenizer_path == f"{tmp_path}/tokenizer"
+
+
+@pytest.mark.parametrize("vocab_size", [2, 257, 65_535, 65_536, 65_537, 1 << 20])
+def test_the_dtype_of_tokens_has_every_id(vocab_size):
+    assert np.iinfo(token_dtype(vocab_size)).max >= vocab_size - 1
 
 
 def test_a_store_in_another_process_reads_the_same(prepared, docs):

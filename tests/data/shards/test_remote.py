@@ -25,7 +25,7 @@ from tests.data.shards.formats import (
 )
 from xlstm_jax.config import ConfigError
 from xlstm_jax.data.shards import remote
-from xlstm_jax.data.shards.blocks import BlockCache, BlockedTokens
+from xlstm_jax.data.shards.blocks import Block, BlockCache, BlockedTokens
 from xlstm_jax.data.shards.open import kind_of, open_tokens
 from xlstm_jax.data.shards.store import ArrayTokens
 
@@ -299,6 +299,17 @@ def test_damaged_blocks_and_those_of_other_data_are_not_used(counted, tmp_path, 
     for path in (tmp_path / "cache").glob("blocks/*/*"):
         path.write_bytes(path.read_bytes()[:-1])
     assert_holds(open_blocks("counted://data", **options).store, part)
+
+
+def test_a_block_with_fewer_or_more_bytes_is_not_used(tmp_path):
+    cache = BlockCache(tmp_path, "<u2", has_mask=True)
+    block = Block(np.arange(5, dtype=np.uint16), np.arange(5) > 2)
+    cache.save(0, block)
+    np.testing.assert_array_equal(cache.load(0, 5), block)
+    data = (tmp_path / "0").read_bytes()
+    for other in (data[:-1], data[:10], data + b"0"):  # 10: the tokens without their mask
+        (tmp_path / "0").write_bytes(other)
+        assert cache.load(0, 5) is None
 
 
 def test_a_full_disk_disables_the_cache_with_one_warning(tmp_path, rng, caplog, monkeypatch):

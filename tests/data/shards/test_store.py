@@ -64,6 +64,13 @@ def test_shards_equal_one_array(folder, data, lengths, with_mask):
         assert mask is None
 
 
+class Masked(ArrayTokens):
+    """Every third token is a target of the loss."""
+
+    def loss_mask(self, start, stop):
+        return self.tokens[start:stop] % 3 == 0
+
+
 @given(st.data(), LENGTHS)
 def test_a_range_of_documents_equals_a_store_of_them(data, lengths):
     array, bounds = one_array(lengths), [0, *np.cumsum(lengths).tolist()]
@@ -74,6 +81,11 @@ def test_a_range_of_documents_equals_a_store_of_them(data, lengths):
     tokens = array.tokens[bounds[first] : bounds[last]]
     np.testing.assert_array_equal(part.read(0, part.num_tokens), tokens)
     np.testing.assert_array_equal(part.ends(0, part.num_tokens), np.cumsum(lengths[first:last]))
+    start = data.draw(st.integers(0, part.num_tokens - 1))
+    part = StoreRange(Masked(array.tokens, array.document_ends), part.start, part.stop)
+    np.testing.assert_array_equal(
+        part.loss_mask(start, part.num_tokens), part.read(start, part.num_tokens) % 3 == 0
+    )
     for start, stop in [(0, part.num_tokens + 1), (-1, 1), (1, 1)]:
         with pytest.raises(ConfigError, match="positions must be in"):
             part.read(start, stop)
