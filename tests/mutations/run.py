@@ -65,6 +65,9 @@ def is_caught(mutation: Mutation, root: pathlib.Path, timeout: int) -> bool:
 def main(args: Arguments) -> int:
     """Prints one line for each mutation."""
     chosen = [mutation for mutation in MUTATIONS if args.only in mutation.file]
+    if not chosen:
+        print(f"error: no mutation is of a file with {args.only!r} in its path", file=sys.stderr)
+        return 2
     records = []
     with tempfile.TemporaryDirectory() as folder:
         copies = threading.local()

@@ -49,7 +49,7 @@ def test_the_mean_batch_of_an_interval_is_that_of_its_own_steps():
 @pytest.mark.parametrize(
     "train,message",
     [
-        ({"batch_ramp": ((0, 0.3),)}, "whole numbers"),
+        ({"batch_ramp": ((0, 0.3),)}, "integer numbers"),
         ({"batch_ramp": ((0, 0.25), (5, 1.0)), "accumulation": 2}, "accumulation, got 1 and 2"),
     ],
 )

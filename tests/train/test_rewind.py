@@ -143,3 +143,13 @@ def test_data_that_can_be_read_once_cannot_be_rewound(spiky):
     cfg, data = spiky
     with pytest.raises(ConfigError, match="spike_rewinds=1 must be 0 with data that can be read"):
         GivenBatches(iter(data), cfg)
+
+
+def test_data_without_enough_batches_after_skips_name_the_steps_of_the_config(spiky):
+    cfg, data = spiky
+    steps = cfg.train.steps
+    given = GivenBatches(list(data)[:steps], cfg, [(2, 4)])
+    message = f"each of train.steps={steps} and 2 skipped ones, but it ends after {steps};"
+    with given.batches(4, steps - 4, host_index=0, host_count=1) as batches:
+        with pytest.raises(ConfigError, match=message):
+            list(batches)

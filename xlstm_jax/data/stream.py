@@ -56,7 +56,8 @@ class Stream:
         # int64: the stream outgrows 32 bits.
         within = np.arange(block.start, block.stop, dtype=np.int64)
         if self.cfg.packing == "stream":
-            length = len(self.examples) // self.cfg.batch_size  # windows of one long sequence
+            # Windows of one long sequence; up to batch_size - 1 windows at the end are not used.
+            length = len(self.examples) // self.cfg.batch_size
             return within * length + self._start(step) // self.cfg.batch_size % length
         sequence = self._start(step) + within
         if not isinstance(self.examples, Mixture):

@@ -53,10 +53,10 @@ class GivenBatches:
         is_map, self._skips = isinstance(data, grain.MapDataset), tuple(skips)
         stop = self._position(cfg.train.steps)
         if is_map and len(data) < stop:
-            skipped = f" and {stop - cfg.train.steps} skipped ones" if self._skips else ""
+            steps = cfg.train.steps
             raise ConfigError(
-                f"data must have a batch for each of train.steps={cfg.train.steps}{skipped}, got "
-                f"{len(data)}; repeat it, or lower train.steps."
+                f"data must have a batch for each of train.steps={steps}"
+                f"{_and_skipped(stop - steps)}, got {len(data)}; repeat it, or lower train.steps."
             )
         if not is_map and not isinstance(data, Iterable):
             raise ConfigError(
@@ -104,8 +104,9 @@ class GivenBatches:
                 yield block(batch, number - first + start)
         if number + 1 < last:
             raise ConfigError(
-                f"data must have a batch for each of train.steps={last}, but it ends after "
-                f"{number + 1}; repeat it, or lower train.steps."
+                f"data must have a batch for each of train.steps={stop}"
+                f"{_and_skipped(last - stop)}, but it ends after {number + 1}; repeat it, or lower "
+                "train.steps."
             )
 
     def _checked(self, batch: Any, step: int) -> Batch:
@@ -154,3 +155,7 @@ class GivenBatches:
     def counts(self, step: int) -> dict[str, int]:
         """No further counts."""
         return {}
+
+
+def _and_skipped(count: int) -> str:
+    return f" and {count} skipped ones" if count else ""
