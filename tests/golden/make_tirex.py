@@ -42,9 +42,9 @@ def template(kind: str) -> dict:
 CONFIG = {
     "stack_config": {
         "templates": {"slstm": template("bi-slstm"), "mlstm": template("bi-mlstm")},
-        "recipe": ["slstm", "mlstm", "slstm"],
+        "recipe": ["slstm", "mlstm"],
     },
-    "num_blocks": 3,
+    "num_blocks": 2,
     "embedding_dim": DIM,
     "input_patch_size": PATCH,
     "output_patch_size": PATCH,

@@ -15,7 +15,7 @@ from xlstm_jax.convert import mapping, remote, tensors
 from xlstm_jax.convert.fields import CONFIG, Fields, read_config
 from xlstm_jax.convert.layouts import LAYOUTS
 from xlstm_jax.convert.names import Rule, module_rules
-from xlstm_jax.convert.tensors import Source, WeightsError
+from xlstm_jax.convert.tensors import MAX_UNKNOWN_BLOCKS, Source, WeightsError
 from xlstm_jax.convert.tirex_fields import tirex_config
 from xlstm_jax.errors import ConfigError, quote_path
 from xlstm_jax.modules.tirex import TiRexConfig, param_shapes
@@ -53,6 +53,7 @@ _SLSTM = (
     ("group_norm", "group_norm", "scale"),
 )
 CELL = "time_mixer.fwd_cell."
+_BLOCK = re.compile(r"stack\.([0-9]+)\.")
 
 # Ending of another name of a tensor -> that of its name here.
 _ALIASES = (
@@ -77,7 +78,9 @@ def load_tirex(source: str | Path) -> tuple[TiRexConfig, PyTree]:
     _check_format(folder)
     stored = _canonical(tensors.from_folder(folder))
     fields = Fields(read_config(folder), quote_path(folder / CONFIG), stored.longest_axis)
-    cfg = tirex_config(fields)
+    blocks = {match[1] for name in stored.shapes if (match := _BLOCK.match(name))}
+    # Without a single block the weights have other names, which the error about these shows.
+    cfg = tirex_config(fields, len(blocks) or MAX_UNKNOWN_BLOCKS)
     return cfg, _load(cfg, stored)
 
 

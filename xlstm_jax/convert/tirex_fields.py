@@ -18,8 +18,8 @@ ACTIVATIONS = {
 CELLS = {"bi-mlstm": "mlstm", "bi-slstm": "slstm"}
 
 
-def tirex_config(fields: Fields) -> TiRexConfig:
-    """The `TiRexConfig` equivalent to a config.
+def tirex_config(fields: Fields, max_blocks: int) -> TiRexConfig:
+    """The `TiRexConfig` equivalent to a config, whose weights have `max_blocks` blocks.
 
     Raises:
         ConfigError: a field is invalid or has no equivalent.
@@ -32,7 +32,7 @@ def tirex_config(fields: Fields) -> TiRexConfig:
     scaler.ignore("dropout")
     cfg = TiRexConfig(
         dim=dim,
-        blocks=_blocks(fields, dim),
+        blocks=_blocks(fields, dim, max_blocks),
         patch_size=patch,
         context_len=fields.count("context_len"),
         future_len=fields.count("future_len"),
@@ -62,7 +62,7 @@ def _require_patches(fields: Fields, patch: int) -> None:
     tokenizer.warn_unknown()
 
 
-def _blocks(fields: Fields, dim: int) -> tuple[TiRexBlockConfig, ...]:
+def _blocks(fields: Fields, dim: int, max_blocks: int) -> tuple[TiRexBlockConfig, ...]:
     stack = _section(fields, "stack_config")
     templates = stack.get("templates")
     stack.require("templates", templates, "a mapping", fits=isinstance(templates, Mapping))
@@ -70,6 +70,8 @@ def _blocks(fields: Fields, dim: int) -> tuple[TiRexBlockConfig, ...]:
     is_recipe = isinstance(recipe, list) and all(isinstance(name, str) for name in recipe)
     fits = is_recipe and 0 < len(recipe) and set(recipe) <= set(templates)
     stack.require("recipe", recipe, "a list of names in templates, one per block", fits=fits)
+    what = f"of at most {max_blocks} names, the number of blocks in the weights"
+    stack.require("recipe", recipe, what, fits=len(recipe) <= max_blocks)
     num_blocks = fields.count("num_blocks")
     what = f"{len(recipe)}, the length of recipe"
     fields.require("num_blocks", num_blocks, what, fits=num_blocks == len(recipe))

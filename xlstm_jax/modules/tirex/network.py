@@ -197,7 +197,7 @@ class TiRex(nn.Module):
             states.append(after)
         return x if self.cfg.final_norm_eps is None else self.norm(x), tuple(states)
 
-    def head(self, hidden: Float[Array, "V T D"]) -> Float[Array, "V quantiles T*P"]:
+    def head(self, hidden: Float[Array, "V T D"]) -> Float[Array, "V quantiles values"]:
         """Scaled quantiles of the patches that follow each position."""
         V, T, _ = hidden.shape
         y = self.output(hidden).reshape(V, T, len(self.cfg.quantiles), self.cfg.patch_size)
@@ -205,7 +205,7 @@ class TiRex(nn.Module):
 
     def quantiles(
         self, patches: Float[Array, "V T P"], roles: Roles | None = None
-    ) -> Float[Array, "V quantiles T*P"]:
+    ) -> Float[Array, "V quantiles values"]:
         """Quantiles at every position, from the initial state."""
         return self.head(self(patches, None, roles)[0])
 
