@@ -18,7 +18,8 @@ from xlstm_jax.convert.names import Rule, module_rules
 from xlstm_jax.convert.tensors import MAX_UNKNOWN_BLOCKS, Source, WeightsError
 from xlstm_jax.convert.tirex_fields import tirex_config
 from xlstm_jax.errors import ConfigError, quote_path
-from xlstm_jax.modules.tirex import TiRexConfig, param_shapes
+from xlstm_jax.modules.tirex.config import TiRexConfig
+from xlstm_jax.modules.tirex.network import param_shapes
 from xlstm_jax.typing import PyTree
 
 LEGACY = ("model-config.yaml", "model.ckpt")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xlstm_jax.convert.fields import Fields
-from xlstm_jax.modules.tirex import TiRexBlockConfig, TiRexConfig
+from xlstm_jax.modules.tirex.config import TiRexBlockConfig, TiRexConfig
 
 ACTIVATIONS = {
     "SiLU": "swish",
