@@ -53,6 +53,8 @@ def result(case, x):
         return network(CFG, x["network"], x["group"].astype(int), x["is_target"] == 1)
     if case in ("gaps", "short"):
         return tirex.forecast(CFG, params(), x["gaps"], HORIZON, pad_context=case == "gaps")
+    if case == "trend":
+        return tirex.forecast(CFG, params(), x["targets"][:1, :50], HORIZON)
     if case == "past_only":
         return tirex.forecast(CFG, params(), x["targets"], CFG.future_len, past=x["past"])
     cfg = PLAIN if case == "plain" else CFG
@@ -73,7 +75,8 @@ def arrays(golden, dtype="float32"):
 @pytest.mark.parametrize(
     "dtype, case",
     [("float32", "covariates")]
-    + [("float64", case) for case in ("network", "gaps", "covariates", "past_only", "plain")],
+    + [("float64", case) for case in ("network", "gaps", "trend", "covariates", "past_only")]
+    + [("float64", "plain")],
 )
 def test_results_are_those_of_the_package(dtype, case, golden):
     expected = golden.arrays[f"output64/{case}"]
@@ -86,6 +89,7 @@ def test_results_are_those_of_the_package(dtype, case, golden):
 def test_the_golden_series_use_every_path(golden):
     x = arrays(golden)
     assert scaling.has_trend(x["targets"]).tolist() == [True, False]
+    assert scaling.has_trend(x["targets"][:1, :50]).all()
     assert x["targets"].shape[1] > CFG.context_len > x["gaps"].shape[1]
     is_binary = scaling.fit_scale(x["future"], CFG).is_binary
     assert is_binary.tolist() == [False, True]

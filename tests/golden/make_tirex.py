@@ -144,6 +144,8 @@ def results(model: torch.nn.Module, x: dict[str, torch.Tensor]) -> dict[str, tor
         arrays = {"network": model(batch)}
         arrays["gaps"], arrays["covariates"] = forecast(both, HORIZON)
         (arrays["past_only"],) = forecast(past_only, FUTURE)
+        rising = TimeseriesType(x["targets"][:1, :50], None, None)  # shorter than the context
+        (arrays["trend"],) = forecast([rising], HORIZON)
         arrays["plain"] = forecast(both, HORIZON, **plain)[1]
         (arrays["short"],) = forecast(both[:1], HORIZON, pad_context=False)
     return arrays
