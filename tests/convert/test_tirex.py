@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from tests import golden_files
 from xlstm_jax import convert
 from xlstm_jax.convert import WeightsError, mapping
 from xlstm_jax.convert.fields import Fields, read_config
+from xlstm_jax.convert.tensors import WeightsWarning
 from xlstm_jax.convert.tirex_fields import tirex_config
 from xlstm_jax.errors import ArgumentError, ConfigError, UnsupportedError
 from xlstm_jax.modules import tirex
@@ -42,7 +44,8 @@ def network(cfg, x, group, is_target):
     roles = tirex.Roles(group, is_target, is_known)
     scale = scaling.fit_scale(x, cfg)
     patches = scaling.to_patches(scaling.apply_scale(scale, x, cfg), cfg.patch_size)
-    y = tirex.TiRex(cfg).apply({"params": params()}, patches, roles, method=tirex.TiRex.quantiles)
+    variables = {"params": params()}
+    y: Any = tirex.TiRex(cfg).apply(variables, patches, roles, method=tirex.TiRex.quantiles)
     return scaling.undo_scale(scale, y, cfg)
 
 
@@ -375,7 +378,7 @@ def test_names_of_one_tensor_with_different_values_are_rejected(folder):
 
 def test_values_that_are_not_finite_are_reported(folder):
     rewrite(folder, lambda tensors: tensors["stack_out_norm.weight"].fill(np.nan))
-    with pytest.warns(convert.tensors.WeightsWarning, match="stack_out_norm.weight"):
+    with pytest.warns(WeightsWarning, match="stack_out_norm.weight"):
         convert.load_tirex(folder)
 
 

@@ -24,6 +24,7 @@ class Inputs(NamedTuple):
 
 
 def signs(cfg: TiRexConfig, dtype: Any) -> Float[Array, "signs"]:
+    """What a series is multiplied by, once per pass."""
     return jnp.asarray([1, -1] if cfg.sign_flip else [1], dtype)
 
 
@@ -75,6 +76,7 @@ def fix_length(values: Float[Array, "V T"], length: int, *, pad: bool) -> Float[
 
 
 def of_targets(scale: Scale, num_targets: int) -> Scale:
+    """The scale without that of covariates."""
     return jax.tree.map(lambda leaf: leaf[:num_targets], scale)
 
 
@@ -121,6 +123,7 @@ def check(
 
 
 def check_horizon(cfg: TiRexConfig, horizon: int) -> None:
+    """Raises ArgumentError unless the network can forecast so many values."""
     if not 1 <= horizon <= cfg.future_len:
         raise ArgumentError(
             f"horizon must be from 1 to {cfg.future_len}, what the model was trained for, got "
