@@ -181,7 +181,7 @@ def describe_stream(result: dict[str, Any]) -> str:
 
 
 def outcome(streams: list[dict[str, Any]]) -> dict[str, bool]:
-    """Whether each expectation holds; without a stream there is none."""
+    """Whether each expectation holds; none without a stream."""
     times = [s["seconds"] for s in streams if s["seconds"]]
     if not times:
         return {}

@@ -237,6 +237,15 @@ def test_past_covariates_are_read_forward_only(rng):
     close(before, hidden(patches, roles._replace(is_known=None)))
 
 
+def test_a_state_has_no_backward_direction(rng):
+    patches = jnp.asarray(rng.standard_normal((2, 1, P)), jnp.float32)
+    roles = tirex.Roles(jnp.zeros(2, jnp.int32), jnp.array([True, False]), jnp.zeros(2, bool))
+    variables = {"params": params()}
+    _, state = tirex.TiRex(CFG).apply(variables, patches, None, roles)
+    with pytest.raises(UnsupportedError, match="all positions at once"):
+        tirex.TiRex(CFG).apply(variables, patches, state, roles)
+
+
 def test_series_of_a_batch_do_not_affect_each_other(rng):
     patches = jnp.asarray(rng.standard_normal((4, 3, P)), jnp.float32)
     target, known = jnp.array([True, False, True, True]), jnp.array([False, True, False, False])
@@ -394,7 +403,7 @@ def test_a_folder_of_the_older_format_is_explained(folder):
         ("act_func", "Softplus", "act_func of"),
         ("embedding_dim", 10**9, "at most 96, the largest size in the weights"),
         ("num_blocks", 4, "num_blocks of"),
-        ("quantiles", [0.1, 0.5, 0.8], "turn sign_flip off"),
+        ("quantiles", [0.1, 0.5, 0.8], "set sign_flip to False"),
         ("quantiles", "0.5", "a list of numbers between 0 and 1"),
         ("future_len", 20, "a multiple of patch_size=8"),
         ("output_patch_size", 4, "it must be input_patch_size"),

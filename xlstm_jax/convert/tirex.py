@@ -71,7 +71,7 @@ def load_tirex(source: str | Path) -> tuple[TiRexConfig, PyTree]:
         source: a folder with `config.json` and `model.safetensors`, or hf://ORG/NAME[@REVISION].
 
     Raises:
-        ConfigError: a field of the config is invalid or not supported, or there is no such model.
+        ConfigError: a field of the config is invalid or not supported, or the source is no model.
         WeightsError: a file is corrupt, or tensors do not match the config.
         NetworkError: the hub cannot be reached.
     """

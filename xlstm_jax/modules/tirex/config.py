@@ -82,7 +82,7 @@ class TiRexConfig:
         if self.sign_flip and not self.is_symmetric:
             raise ConfigError(
                 f"tirex.quantiles must have 1 - q for every q with sign_flip, got {quote(levels)}; "
-                "turn sign_flip off."
+                "set sign_flip to False."
             )
 
     @property

@@ -65,7 +65,7 @@ def forecast(
 def _with_future(
     cfg: TiRexConfig, values: Float[Array, "V T"], known: Float[Array, "V_future T_long"] | None
 ) -> Float[Array, "V_all T_all"]:
-    """All variates up to the longest horizon; what is not known there is missing."""
+    """All variates up to the longest horizon, where unknown values are missing."""
     length = values.shape[1] + cfg.future_len
     parts = [values] if known is None else [values, known]
     return jnp.concatenate(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from xlstm_jax import ops
 from xlstm_jax.cells import MLSTMState, SLSTMState
 from xlstm_jax.cells.logspace import exact_einsum, state_dtype
+from xlstm_jax.errors import UnsupportedError
 from xlstm_jax.modules.feedforward import ACTIVATIONS, FeedForward, LargeFeedForward
 from xlstm_jax.modules.initializers import small, zeros
 from xlstm_jax.modules.large import LargeMLSTMLayer
@@ -185,7 +186,15 @@ class TiRex(nn.Module):
                 and the backward direction have no effect and are skipped.
 
         Returns the hidden states, and the state after the last position.
+
+        Raises:
+            UnsupportedError: with a state, some variates are read backward.
         """
+        if state is not None and roles is not None and roles.is_known is not None:
+            raise UnsupportedError(
+                "roles.is_known must be None with a state, as covariates with a known future are "
+                "read backward, which needs all positions at once; pass no state."
+            )
         is_present = ~jnp.isnan(patches)
         inputs = [jnp.where(is_present, patches, 0), is_present.astype(patches.dtype)]
         x = self.embed(jnp.concatenate(inputs, axis=-1))

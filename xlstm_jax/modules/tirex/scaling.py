@@ -39,7 +39,7 @@ class Trend(NamedTuple):
 
     is_diff: Bool[Array, "V"]  # the network gets and predicts differences
     previous: Float[Array, "V"]  # the last value; NaN if it is missing
-    level: Float[Array, "V"]  # the last value that is not missing; 0 if there is none
+    level: Float[Array, "V"]  # the last value that is not missing; 0 before the first
 
 
 def masked_mean(x: Float[Array, "V T"], mask: Bool[Array, "V T"]) -> Float[Array, "V 1"]:

@@ -69,7 +69,7 @@ def roles(
 
 
 def fix_length(values: Float[Array, "V T"], length: int, *, pad: bool) -> Float[Array, "V T2"]:
-    """The last `length` values, after missing ones if there are fewer."""
+    """The last `length` values; `pad` puts missing ones before a shorter series."""
     missing = max(0, length - values.shape[1]) if pad else 0
     padded = jnp.pad(values, ((0, 0), (missing, 0)), constant_values=jnp.nan)
     return padded[:, -length:]
