@@ -26,7 +26,11 @@ class TiRexBlockConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TiRexConfig:
-    """Sizes and numerics; the defaults have the published numbers of parameters (38.4M + 44.1M)."""
+    """Sizes and numerics.
+
+    The defaults have the published numbers of parameters, 38.4M for one variate and 44.1M more for
+    several; the order of the blocks is not published.
+    """
 
     dim: int = 512  # D
     blocks: tuple[TiRexBlockConfig, ...] = 6 * (
