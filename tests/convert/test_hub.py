@@ -10,6 +10,7 @@ import jax
 import pytest
 from huggingface_hub import constants, utils
 
+from tests import golden_files
 from tests.convert import hub_server
 from tests.convert.baselines import random_params
 from tests.convert.test_round_trip import assert_same_trees, init, model
@@ -377,3 +378,13 @@ def test_the_environment_of_the_client_is_honored(tmp_path):
     assert list((tmp_path / "home").rglob("model.safetensors"))
     offline = generate(HF_HUB_OFFLINE="1")
     assert (offline.returncode, offline.stdout) == (0, granted.stdout)
+
+
+def test_tirex_is_loaded_from_the_hub(server):
+    folder = golden_files.FOLDER / "tirex2_tiny"
+    publish(server, folder)
+    cfg, params = convert.load_tirex(ADDRESS)
+    expected_cfg, expected = convert.load_tirex(folder)
+    assert cfg == expected_cfg
+    assert_same_trees(params, expected)
+    assert server.downloaded() == files_of(folder).keys()

@@ -80,6 +80,7 @@ PAPER: dict[str, dict[str, Run]] = {
     "distillation": {},
     "forecaster": {},
     "recurrent_policy": {},
+    "tirex": {},
     # Their parameters are not published; the numbers are ours.
     "parity": {"": Run(86_082, 100_000, 1e-3, (256, 39))},
     "formal_languages": {"": Run(86_082, 100_000, 1e-2, (256, 39))},

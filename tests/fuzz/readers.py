@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.numpy
 
 from experiments.char_lm import SMOKE
+from tests import golden_files
 from tests.convert.baselines import OTHERS
 from tests.fuzz import mutate
 from xlstm_jax import convert, data
@@ -333,6 +334,13 @@ def change_yaml(contents: bytes, rng: Random) -> bytes:
     return mutate.mutate_json({name: json.loads(value) for name, value in pairs}, rng)
 
 
+def tirex_folder(folder: Path) -> bytes:
+    """A checkpoint of TiRex-2."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(golden_files.FOLDER / "tirex2_tiny" / name, folder / name)
+    return installed("config.json", (folder / "config.json").read_bytes(), folder)
+
+
 def token_ids(folder: Path) -> bytes:
     """The default special tokens."""
     del folder
@@ -527,6 +535,7 @@ READERS: dict[str, Reader] = {
         200, file_reader(hf_folder(FIRST_SHARD), change_header, loaded(convert.load_hf))
     ),
     "config.yaml": Reader(250, file_reader(yaml_folder, change_yaml, loaded(convert.load_large))),
+    "config.json of TiRex-2": Reader(40, file_reader(tirex_folder, as_json, convert.load_tirex)),
     "special_tokens.json": Reader(200, file_reader(token_ids, as_json, special_tokens)),
     "first-generation model": Reader(80, v1_model),
     "text file": Reader(150, file_reader(text_file, change_text, read_text)),

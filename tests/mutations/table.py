@@ -166,5 +166,40 @@ TRAINING = (
     ),
 )
 
+GOLDEN_TIREX = "tests/convert/test_tirex.py -k results_are"
+
+FORECASTS = (
+    Mutation(
+        "xlstm_jax/convert/tirex.py",
+        '    ("fgate", "input_gate", "headwise"),\n    ("igate", "forget_gate", "headwise"),\n',
+        '    ("igate", "input_gate", "headwise"),\n    ("fgate", "forget_gate", "headwise"),\n',
+        GOLDEN_TIREX,
+    ),
+    Mutation(
+        "xlstm_jax/modules/tirex/network.py",
+        "        is_visible = same_group & (roles.is_target[:, None] | ~roles.is_target[None])\n",
+        "        is_visible = same_group\n",
+        "tests/convert/test_tirex.py -k do_not_see_targets",
+    ),
+    Mutation(
+        "xlstm_jax/modules/tirex/network.py",
+        "            backward, _ = cell(jnp.flip(u, axis=1), None)\n",
+        "            backward, _ = cell(jnp.flip(u, axis=1), state)\n",
+        GOLDEN_TIREX,
+    ),
+    Mutation(
+        "xlstm_jax/modules/tirex/scaling.py",
+        "    return diffs if previous is not None else diffs.at[:, 0].set(0)\n",
+        "    return diffs\n",
+        GOLDEN_TIREX,
+    ),
+    Mutation(
+        "xlstm_jax/modules/tirex/stream.py",
+        "        return StreamState(cells, hidden[:, -1:], state.scale, x.trend)\n",
+        "        return StreamState(cells, hidden[:, -1:], state.scale, state.trend)\n",
+        "tests/convert/test_tirex.py -k any_number_of_patches",
+    ),
+)
+
 READER: tuple[Mutation, ...] = (*data.SHARDING, *data.DATA, *training.STEPS, *training.MODELS)
-MUTATIONS: tuple[Mutation, ...] = (*CELLS, *OPS, *KERNELS, *TRAINING, *READER)
+MUTATIONS: tuple[Mutation, ...] = (*CELLS, *OPS, *KERNELS, *TRAINING, *FORECASTS, *READER)

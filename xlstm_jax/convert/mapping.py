@@ -106,7 +106,7 @@ def load(
     stored = stored_tensors(
         {name: target.torch_shape for name, target in table.items()}, joined, cfg.num_blocks
     )
-    _check_shapes(
+    check_shapes(
         "tensors",
         {name: tensor.shape for name, tensor in stored.items()},
         source.shapes,
@@ -206,10 +206,10 @@ def check_params(cfg: LMConfig, params: PyTree) -> None:
         raise WeightsError(
             "params must not contain the collection 'params'; pass variables['params']."
         )
-    _check_shapes("params", expected, actual, "pass the config that they were made with", {})
+    check_shapes("params", expected, actual, "pass the config that they were made with", {})
 
 
-def _check_shapes(
+def check_shapes(
     what: str,
     expected: Mapping[str, Shape],
     actual: Mapping[str, Shape],
