@@ -236,9 +236,12 @@ def test_status_of_an_unfinished_run_says_whether_it_goes_on(make_run, tmp_path)
     for folder in (run, started):
         with lock.hold(folder):
             assert status(folder) == "training"
-    resumed = "\n".join(json.dumps(train_record(step)) for step in (10, 20, 30))
+    resumed = "".join(json.dumps(train_record(step)) + "\n" for step in (10, 20, 30))
     (run / "metrics.jsonl").write_text(resumed)
     assert status(run) == "stopped"
+    again = json.dumps(train_record(40, skipped_in_a_row=8)) + "\n"
+    (run / "metrics.jsonl").write_text(resumed + again)
+    assert status(run) == "diverged"
 
 
 def test_page_is_small_for_any_number_and_length_of_runs(make_run, tmp_path, monkeypatch):
