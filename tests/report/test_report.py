@@ -80,8 +80,9 @@ def test_summary_has_the_final_values(make_run, make_page):
     assert values["parameters"] == "1,234" and values["tokens/s"] == "128"
 
 
-def test_lowest_validation_loss_is_marked(make_run, make_page):
+def test_lowest_validation_loss_of_several_runs_is_marked(make_run, make_page):
     runs = [make_run(name, [eval_record(100, loss)]) for name, loss in (("a", 2.0), ("b", 1.5))]
+    assert "<strong>" not in make_page(runs[0])
     text = make_page(*runs)
     assert "<strong>1.5000</strong>" in text and "<strong>2.0000</strong>" not in text
 
