@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import record
 from experiments.benchmarks import measure
 from xlstm_jax import cpu, flops
 from xlstm_jax.config import ConfigError, load_config, to_dict
@@ -40,8 +41,6 @@ from xlstm_jax.modules import LM, LMConfig
 from xlstm_jax.ops.cross_entropy import CrossEntropy
 from xlstm_jax.train import ExperimentConfig, TrainConfig, checkpoint, fit, rundir
 from xlstm_jax.typing import Array, Float, PyTree
-
-RESULTS = pathlib.Path(__file__).parent / "results"
 
 CPU = ExperimentConfig(
     name="distillation",
@@ -77,7 +76,7 @@ class Arguments(measure.Arguments):
     """What to run, and where."""
 
     size: Literal["smoke", "cpu"] = "cpu"
-    out: pathlib.Path | None = RESULTS / "distillation.json"  # the plot is written next to it
+    out: pathlib.Path | None = record.RESULTS / "distillation.json"  # the plot is next to it
     runs: pathlib.Path = pathlib.Path("runs/distillation")
     teacher: pathlib.Path | None = None  # a run; None: train one
 
@@ -88,8 +87,7 @@ def config(size: str = "cpu") -> ExperimentConfig:
     Raises:
         ConfigError: `size` is unknown.
     """
-    if size not in SIZES:
-        raise ConfigError(f"size={size!r} is unknown; use one of: {', '.join(SIZES)}.")
+    record.check_size(size, SIZES)
     return SIZES[size]
 
 
@@ -299,9 +297,7 @@ def main(args: Arguments) -> int:
     measure.write(args.out, result)
     if args.out is not None:
         plot(result, args.out.with_suffix(".png"))
-    for expectation, holds in result["outcome"].items():
-        print("yes" if holds else "NO ", "", expectation)
-    return 0 if args.size == "smoke" or all(result["outcome"].values()) else 1
+    return record.print_outcome(args.size, result["outcome"])
 
 
 def outcome(result: dict[str, Any]) -> dict[str, bool]:
@@ -324,11 +320,7 @@ def outcome(result: dict[str, Any]) -> dict[str, bool]:
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     """Plots validation loss and agreement with the teacher of every student."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # needs no display
-    import matplotlib.pyplot as plt
-
+    plt = record.pyplot()
     labels = {"scratch": "tokens,\nnew weights", "inherited": "tokens,\ninherited weights"}
     labels |= {"hidden": "hidden\nstates", "sparse_kl": "hidden states,\nthen sparse KL"}
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained")

@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from experiments import record
 from experiments.benchmarks import measure
 from xlstm_jax import convert, cpu
 from xlstm_jax.config import ConfigError, to_dict
@@ -38,7 +39,6 @@ from xlstm_jax.data.train_tokenizer import train_bpe
 from xlstm_jax.modules import LM, LargeConfig, LMConfig
 from xlstm_jax.train import ExperimentConfig, LoraConfig, TrainConfig, eval_params, fit
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 PEER = pathlib.Path(__file__).with_name("fine_tuning_peer.py")
 PACKAGES = (*measure.PACKAGES, "safetensors", "tokenizers")
 VOCAB_SIZE = 1024
@@ -98,7 +98,7 @@ class Arguments(measure.Arguments):
     """What to run, and where."""
 
     size: Literal["smoke", "cpu"] = "cpu"
-    out: pathlib.Path | None = RESULTS / "fine_tuning.json"  # the plot is written next to it
+    out: pathlib.Path | None = record.RESULTS / "fine_tuning.json"  # the plot is written next to it
     runs: pathlib.Path = pathlib.Path("runs/fine_tuning")  # emptied first
     base: pathlib.Path | None = None  # folder of transformers with its tokenizer; None: train one
     peer: str | None = None  # interpreter with torch, transformers and peft; None: not compared
@@ -110,8 +110,7 @@ def config(size: str = "cpu") -> ExperimentConfig:
     Raises:
         ConfigError: `size` is unknown.
     """
-    if size not in SIZES:
-        raise ConfigError(f"size={size!r} is unknown; use one of: {', '.join(SIZES)}.")
+    record.check_size(size, SIZES)
     return SIZES[size]
 
 
@@ -308,9 +307,7 @@ def main(args: Arguments) -> int:
     measure.write(args.out, result)
     if args.out is not None:
         plot(result, args.out.with_suffix(".png"))
-    for expectation, holds in result["outcome"].items():
-        print({True: "yes", False: "NO ", None: "not measured"}[holds], "", expectation)
-    return 0 if args.size == "smoke" or False not in result["outcome"].values() else 1
+    return record.print_outcome(args.size, result["outcome"])
 
 
 def outcome(result: dict[str, Any]) -> dict[str, bool | None]:
@@ -334,11 +331,7 @@ def outcome(result: dict[str, Any]) -> dict[str, bool | None]:
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     """Plots the loss of answers over steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # needs no display
-    import matplotlib.pyplot as plt
-
+    plt = record.pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     labels = {"full": "all parameters", "lora": f"LoRA, rank {LORA.rank}"}
     for color, (kind, label) in zip(("C0", "C3"), labels.items(), strict=True):

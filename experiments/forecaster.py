@@ -141,12 +141,12 @@ def moments(values: Array, visible: Array) -> tuple[jax.Array, jax.Array]:
     return mean, jnp.sqrt(square) + 1e-3 * jnp.abs(mean) + 1e-6
 
 
-def pinball(forecast: Array, values: Array, weights: Array, scale: Array) -> jax.Array:
+def pinball(quantiles: Array, values: Array, weights: Array, scale: Array) -> jax.Array:
     """Mean over quantiles and weighted values of the quantile loss, times 2, in units of `scale`.
 
     For the median alone it is the mean absolute error.
     """
-    error = (values[..., None] - forecast) / scale[..., None]
+    error = (values[..., None] - quantiles) / scale[..., None]
     q = jnp.asarray(QUANTILES, jnp.float32)[None, None]
     loss = 2 * jnp.maximum(q * error, (q - 1) * error).mean(axis=-1)
     return (weights * loss).sum() / weights.sum()
@@ -159,10 +159,10 @@ def train(cfg: Config, cell: str) -> tuple[Any, Any]:
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
 
     def loss_fn(variables: Any, series: Series, visible: jax.Array) -> jax.Array:
-        forecast = model.apply(variables, series.values, visible)
+        quantiles = model.apply(variables, series.values, visible)
         _, scale = moments(series.values, visible)
         observed = series.observed[:, PATCH:].astype(jnp.float32)
-        return pinball(forecast, series.values[:, PATCH:], observed, scale)
+        return pinball(quantiles, series.values[:, PATCH:], observed, scale)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def train_step(variables: Any, opt_state: Any, series: Series, visible: jax.Array):
@@ -205,14 +205,14 @@ def seasonal_naive(series: Series, cfg: Config) -> np.ndarray:
     return (last[:, phase, None] + spread[:, None]).astype(np.float32)
 
 
-def measure(forecast: np.ndarray, series: Series, cfg: Config) -> dict[str, float]:
+def measure(quantiles: np.ndarray, series: Series, cfg: Config) -> dict[str, float]:
     """Pinball loss of the horizon in units of the context's deviation, and interval coverage."""
     start = PATCH * cfg.context
     context = series.observed & (np.arange(cfg.length) < start)[None]
     _, scale = moments(jnp.asarray(series.values), jnp.asarray(context))
     target, observed = series.values[:, start:], series.observed[:, start:]
-    loss = pinball(forecast, target, observed.astype(np.float32), scale)
-    inside = (target >= forecast[..., 0]) & (target <= forecast[..., -1])
+    loss = pinball(quantiles, target, observed.astype(np.float32), scale)
+    inside = (target >= quantiles[..., 0]) & (target <= quantiles[..., -1])
     return {"pinball": round(float(loss), 4), "coverage": round(float(inside[observed].mean()), 4)}
 
 

@@ -44,7 +44,7 @@ from xlstm_jax.evaluate.results import label_of
 from xlstm_jax.flops import count_params
 from xlstm_jax.modules import LM, LargeConfig, LMConfig
 from xlstm_jax.modules.baselines.options import AttentionConfig, LSTMConfig
-from xlstm_jax.train import ExperimentConfig, TrainConfig
+from xlstm_jax.train import ExperimentConfig
 from xlstm_jax.train.checkpoint import restore_params
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -68,24 +68,13 @@ CPU = ExperimentConfig(
     name="xLSTM[1:0]",
     model=LMConfig(vocab_size=VOCAB_SIZE["cpu"], dim=96, **MODELS["xLSTM[1:0]"]),
     data=DataConfig(source="stdlib", seq_len=128, batch_size=16),
-    train=TrainConfig(
-        steps=300,
-        lr=3e-3,
-        warmup_steps=0.1,
-        grad_clip=1.0,
-        eval_every=100,
-        eval_batches=16,
-        checkpoint_every=100,
-        watch="none",
-    ),
+    train=dataclasses.replace(comparison.CPU.train, eval_every=100),
 )
 SMOKE = dataclasses.replace(
     CPU,
     model=dataclasses.replace(CPU.model, dim=32, vocab_size=VOCAB_SIZE["smoke"]),
     data=dataclasses.replace(CPU.data, source="grammar", seq_len=32, batch_size=4),
-    train=dataclasses.replace(
-        CPU.train, steps=10, eval_every=5, eval_batches=2, log_every=5, checkpoint_every=0
-    ),
+    train=comparison.SMOKE.train,
 )
 PAPER = dataclasses.replace(
     CPU,

@@ -1,7 +1,7 @@
 """The record of an experiment: what was run where, its outcome, one JSON file and one plot."""
 
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from experiments.benchmarks import measure
@@ -41,19 +41,27 @@ def save(
 ) -> int:
     """Writes the record and, next to it, its plot, and prints which expectations hold.
 
-    `record["outcome"]` maps each expectation, in words, to whether it holds.
-
-    Returns the exit code: 0 if all hold, else 1; 0 at the size smoke, whose runs are too short.
+    `record["outcome"]` maps each expectation, in words, to whether it holds. Returns the exit code.
     """
     measure.write(path, record)
     written = str(path)
     if plot is not None:
         plot(record, path.with_suffix(".png"))
         written += f" and {path.with_suffix('.png').name}"
-    for expectation, holds in record["outcome"].items():
-        print(f"{'yes' if holds else 'NO '}  {expectation}")
+    code = print_outcome(record["size"], record["outcome"])
     print(written)
-    return 0 if record["size"] == "smoke" or all(record["outcome"].values()) else 1
+    return code
+
+
+def print_outcome(size: str, outcome: Mapping[str, bool | None]) -> int:
+    """Prints which expectations hold; None is one that was not measured.
+
+    Returns the exit code: 1 if one does not hold, else 0; 0 at the size smoke, whose runs are too
+    short.
+    """
+    for expectation, holds in outcome.items():
+        print({True: "yes", False: "NO ", None: "not measured"}[holds], "", expectation)
+    return 0 if size == "smoke" or False not in outcome.values() else 1
 
 
 def print_loss(step: int, loss: Any) -> None:

@@ -9,22 +9,21 @@ the test frames, at least 0.15 more than the forward stack of the same blocks.
 """
 
 import dataclasses
-import functools
 import pathlib
 from typing import Literal
 
 import numpy as np
 
 from experiments import record
+from experiments.applications import training
 from xlstm_jax import cpu
 from xlstm_jax.data import Batch
 from xlstm_jax.modules import LMConfig, MLSTMConfig
-from xlstm_jax.train import TrainConfig
 
 NUM_CLASSES, SEGMENT = 4, (3, 8)  # classes, and the shortest and longest segment
 FRAME_DIM = NUM_CLASSES + 1  # one number per class, and the mark
 MIN_LEN, MAX_LEN, NOISE = 16, 32, 0.1
-BATCH_SIZE, NUM_TEST = 64, 512
+NUM_TEST = 512
 BLOCKS = LMConfig(vocab_size=1, dim=32, pattern="m", mlstm=MLSTMConfig(num_heads=2))
 STEPS = {"smoke": 10, "cpu": 250}
 
@@ -56,22 +55,11 @@ def signals(seed: int, count: int) -> Batch:
 def accuracy(size: str, *, bidirectional: bool) -> float:
     """Trains one model; returns the share of test frames that it classifies correctly."""
     from xlstm_jax.modules.heads import PositionHead
-    from xlstm_jax.train.grid import evaluate_grid, train_grid
     from xlstm_jax.train.head_losses import position_classification_loss
 
-    def batches(first: int, count: int) -> Batch:
-        parts = [signals(1 + step, BATCH_SIZE) for step in range(first, first + count)]
-        return Batch(*map(np.stack, zip(*parts, strict=True)))
-
     model = PositionHead(BLOCKS, NUM_CLASSES, in_dim=FRAME_DIM, bidirectional=bidirectional)
-    steps = STEPS[size]
-    cfg = TrainConfig(steps=steps, warmup_steps=0.1, grad_clip=1.0, log_every=min(steps, 100))
-    loss_fn = functools.partial(position_classification_loss, model)
-    grid = train_grid(
-        model, cfg, batches, seeds=(0,), lrs=(5e-3,), loss_fn=loss_fn, report=record.print_loss
-    )
-    sums = evaluate_grid(model, grid.params, [signals(0, NUM_TEST)], cfg, loss_fn)
-    return float(sums.correct_sum[0] / sums.weight_sum[0])
+    loss = position_classification_loss
+    return training.accuracy(model, loss, signals, STEPS[size], NUM_TEST)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,24 +9,23 @@ alternating directions. The accuracy with one direction is measured for comparis
 """
 
 import dataclasses
-import functools
 import pathlib
 from typing import Literal
 
 import numpy as np
 
 from experiments import record
+from experiments.applications import training
 from xlstm_jax import cpu
 from xlstm_jax.data import Batch
 from xlstm_jax.data.lra.labeled import labeled_batch
 from xlstm_jax.modules import LMConfig, MLSTMConfig
-from xlstm_jax.train import TrainConfig
 
 WIDTH, PATCH, SQUARE, NOISE = 16, 4, 3, 0.1  # pixels of an image, a patch, a square; noise
 NUM_PATCHES = (WIDTH // PATCH) ** 2
 NUM_CLASSES = 4
 PATCH_DIM = PATCH**2 + 2  # pixels and the position of the patch
-BATCH_SIZE, NUM_TEST = 64, 1024
+NUM_TEST = 1024
 BLOCKS = LMConfig(vocab_size=1, dim=32, pattern="mm", mlstm=MLSTMConfig(num_heads=2))
 STEPS = {"smoke": 10, "cpu": 400}
 FORWARD = tuple(range(NUM_PATCHES))
@@ -73,22 +72,10 @@ def make_batch(seed: int, count: int) -> Batch:
 def accuracy(size: str, orders: tuple[tuple[int, ...], ...]) -> float:
     """Trains one model; returns the share of test images that it classifies correctly."""
     from xlstm_jax.modules.heads import Classifier
-    from xlstm_jax.train.grid import evaluate_grid, train_grid
     from xlstm_jax.train.head_losses import classification_loss
 
-    def batches(first: int, count: int) -> Batch:
-        parts = [make_batch(1 + step, BATCH_SIZE) for step in range(first, first + count)]
-        return Batch(*map(np.stack, zip(*parts, strict=True)))
-
     model = Classifier(BLOCKS, NUM_CLASSES, in_dim=PATCH_DIM, orders=orders)
-    steps = STEPS[size]
-    cfg = TrainConfig(steps=steps, warmup_steps=0.1, grad_clip=1.0, log_every=min(steps, 100))
-    loss_fn = functools.partial(classification_loss, model)
-    grid = train_grid(
-        model, cfg, batches, seeds=(0,), lrs=(5e-3,), loss_fn=loss_fn, report=record.print_loss
-    )
-    sums = evaluate_grid(model, grid.params, [make_batch(0, NUM_TEST)], cfg, loss_fn)
-    return float(sums.correct_sum[0] / sums.weight_sum[0])
+    return training.accuracy(model, classification_loss, make_batch, STEPS[size], NUM_TEST)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

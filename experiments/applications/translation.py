@@ -15,15 +15,15 @@ from typing import Any, Literal
 import numpy as np
 
 from experiments import record
+from experiments.applications import training
 from xlstm_jax import cpu
 from xlstm_jax.data import Batch
 from xlstm_jax.modules import LM, LMConfig, MLSTMConfig
-from xlstm_jax.train import TrainConfig
 
 NUM_SYMBOLS, MIN_LEN, MAX_LEN = 16, 3, 8
 PAD, SEPARATOR, END, FIRST = 0, 1, 2, 3  # symbols of the source start at FIRST
 VOCAB_SIZE = FIRST + 2 * NUM_SYMBOLS
-BATCH_SIZE, NUM_TEST = 64, 256
+NUM_TEST = 256
 BLOCKS = LMConfig(vocab_size=VOCAB_SIZE, dim=32, pattern="mm", mlstm=MLSTMConfig(num_heads=2))
 STEPS = {"smoke": 10, "cpu": 400}
 WORDS = np.random.default_rng(0).permutation(NUM_SYMBOLS)  # of the symbols, in the other alphabet
@@ -84,20 +84,13 @@ class Options:
 def main(options: Options) -> int:
     """Runs the application; returns 0 if the expectation holds (smoke: always), else 1."""
     cpu.prepare()
-    from xlstm_jax.train.grid import train_grid
 
-    def batches(first: int, count: int) -> Batch:
-        parts = [
-            make_batch(sources(2 + step, BATCH_SIZE), options.task)
-            for step in range(first, first + count)
-        ]
-        return Batch(*map(np.stack, zip(*parts, strict=True)))
+    def random_batch(seed: int, count: int) -> Batch:
+        return make_batch(sources(1 + seed, count), options.task)
 
-    model = LM(BLOCKS)
-    steps = STEPS[options.size]
-    cfg = TrainConfig(steps=steps, warmup_steps=0.1, grad_clip=1.0, log_every=min(steps, 100))
+    model, steps = LM(BLOCKS), STEPS[options.size]
     result = record.start("applications/translation", options.size)
-    grid = train_grid(model, cfg, batches, seeds=(0,), lrs=(5e-3,), report=record.print_loss)
+    grid = training.train(model, random_batch, steps)
     exact = exact_translations(model, grid.member(0), options.task)
     print(f"{exact:.3f} of {NUM_TEST} test sources without an error")
     result |= {"task": options.task, "steps": steps, "exact": exact}

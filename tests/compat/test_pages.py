@@ -19,4 +19,4 @@ def test_code_blocks_run_and_print_the_stated_output(page, capsys, monkeypatch):
     for block in blocks:
         exec(compile(block, f"{page}.md", "exec"), names)
     lines = [line for line in capsys.readouterr().out.splitlines() if "pinball loss" not in line]
-    assert lines == re.findall(r"^print\(.*\)  # (.+)$", "\n".join(blocks), re.M)
+    assert lines == re.findall(r"^print\(.*\)  # (?:-> )?(.+)$", "\n".join(blocks), re.M)

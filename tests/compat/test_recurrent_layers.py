@@ -168,12 +168,37 @@ def test_layers_without_bias_have_none(cls):
     np.testing.assert_array_equal(y, 0)
 
 
+def initial(cls, width=F):
+    """The initial parameters of a layer of one cell."""
+    init = jax.jit(cls(F, width, num_heads=2).init)
+    return init(jax.random.key(0), inputs())["params"]["l0"]
+
+
 @pytest.mark.parametrize("cls", CLASSES[1:])
 def test_forget_gates_start_open(cls):
-    init = jax.jit(cls(F, F, num_heads=2).init)
-    params = init(jax.random.key(0), inputs())["params"]["l0"]
+    params = initial(cls)
     bias = params["bias"][:, 1] if cls is compat.SLSTM else params["forget_gate"]["bias"]
     assert bias.min() == 3 and bias.max() == 6
+
+
+def test_initial_weights_of_an_lstm_are_uniform_as_in_pytorch():
+    for leaf in jax.tree.leaves(initial(compat.LSTM, 16)):
+        assert 0.22 < abs(leaf).max() <= 1 / np.sqrt(16) and abs(leaf.mean()) < 0.05
+
+
+def test_an_slstm_starts_without_recurrence_and_gates_of_an_mlstm_without_inputs():
+    assert not initial(compat.SLSTM)["recurrent_kernel"].any()
+    params = initial(compat.MLSTM)
+    for name in ("input_gate", "forget_gate", "output_gate"):
+        assert not params[name]["kernel"].any(), name
+    assert not params["input_gate"]["bias"].any() and not params["output_gate"]["bias"].any()
+
+
+@every_cell
+def test_initial_states_are_zeros_in_float32(cls):
+    for layer in (make(cls), make(cls, "concat")):
+        leaves = jax.tree.leaves(layer.init_state(B, jnp.bfloat16))
+        assert leaves and all(leaf.dtype == jnp.float32 and not leaf.any() for leaf in leaves)
 
 
 # Padding.
@@ -390,6 +415,7 @@ def test_nnx_modules_have_the_same_outputs():
 
 BAD_FIELDS = {
     "num_layers must be an integer of at least 1, got 0": dict(num_layers=0),
+    "num_layers must be an integer of at least 1, got 1.5": dict(num_layers=1.5),
     "num_heads must divide hidden_size=4, got 3; use 1": dict(num_heads=3),
     "dropout must be a probability, from 0 to 1, got 1.5; use 0.0": dict(dropout=1.5),
     "reverse must be False with bidirectional=True": dict(bidirectional=True, reverse=True),
@@ -397,7 +423,7 @@ BAD_FIELDS = {
 
 
 @pytest.mark.parametrize("message", BAD_FIELDS)
-def test_invalid_sizes_are_rejected(message):
+def test_invalid_sizes_are_rejected(message, unchecked_types):
     with pytest.raises(ArgumentError, match=message):
         compat.LSTM(F, F, **BAD_FIELDS[message])
 

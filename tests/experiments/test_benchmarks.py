@@ -112,7 +112,7 @@ def test_plain_loop_runs_without_a_peer_and_reduces_the_loss(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_second_start_compiles_less(tmp_path):
+def test_both_starts_have_the_same_phases(tmp_path):
     out = tmp_path / "start_time.json"
     assert start_time.main(start_time.Arguments(out=out)) == 0
     result = json.loads(out.read_text())

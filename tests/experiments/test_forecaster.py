@@ -102,6 +102,17 @@ def test_forecasts_scale_with_the_series(model):
     np.testing.assert_allclose(other, 8 * quantiles, rtol=1e-3, atol=1e-3 * abs(other).max())
 
 
+def test_training_improves_the_forecast():
+    model, trained = fc.train(CFG, "LSTM")
+    series = fc.draw_series(0, 64, CFG.length)
+    first = jax.jit(model.init)(jax.random.key(0), *fc.draw_series(1, 8, CFG.length))
+    losses = [
+        fc.measure(fc.forecast(model, variables, series, CFG), series, CFG)["pinball"]
+        for variables in (trained, first)
+    ]
+    assert losses[0] < losses[1]
+
+
 def test_the_baseline_repeats_the_last_observed_value_of_each_phase():
     t = np.arange(CFG.length) - START
     values = (t % fc.PERIOD + 100 * (t // fc.PERIOD)).astype(np.float32)[None]

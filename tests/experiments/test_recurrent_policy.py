@@ -61,6 +61,28 @@ def test_returns_stop_at_the_end_of_a_maze():
     np.testing.assert_allclose(totals, [[2.0, 2.0, 12.0, 16.0]])
 
 
+def test_gradients_favor_rewarded_actions_and_move_values_to_their_targets():
+    policy = rl.Policy("feed-forward")
+    agents = rl.new_agents(policy, KEY, 3)
+    x = jnp.zeros((3, 1, rl.OBSERVATION_DIM))
+    variables = policy.init(jax.random.key(1), x, agents.state, agents.reset[:, None])
+    _, rollout = rl.act(policy, variables, agents, KEY, 8, greedy=False)
+    target = jnp.full(rollout.reward.shape, 5.0)  # above every value: all actions were good
+    grads = jax.grad(rl.loss_fn)(variables, policy, agents.state, rollout, target)
+
+    def log_p_and_values(variables):
+        logits, values, _ = policy.apply(variables, rollout.x, agents.state, rollout.reset)
+        log_p = jax.nn.log_softmax(logits)
+        return jnp.take_along_axis(log_p, rollout.action[..., None], axis=-1).mean(), values
+
+    log_p, values = log_p_and_values(variables)
+    # Only the squared error of the critic reaches it, not the advantage.
+    expected = [(values - target).mean()]
+    np.testing.assert_allclose(grads["params"]["critic"]["bias"], expected, rtol=1e-5)
+    after = jax.tree.map(lambda leaf, gradient: leaf - 0.01 * gradient, variables, grads)
+    assert log_p_and_values(after)[0] > log_p
+
+
 @pytest.mark.parametrize("cell", ["sLSTM", pytest.param("mLSTM", marks=pytest.mark.slow)])
 def test_single_steps_equal_the_full_sequence_across_mazes(cell):
     policy, count = rl.Policy(cell), 3

@@ -162,6 +162,7 @@ def test_the_class_of_an_image_is_the_position_of_its_dark_square():
         assert label == 2 * vertical + ((y if vertical else x) > 0)
     parts = image_scans.patches(pixels)
     np.testing.assert_array_equal(parts[0, 5, :16].reshape(4, 4), pixels[0, 4:8, 4:8])
+    np.testing.assert_allclose(parts[0, 6, 16:], [-1 / 3, 1 / 3], rtol=1e-6)  # y and x
 
 
 # All of them.

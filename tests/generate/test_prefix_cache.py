@@ -6,7 +6,7 @@ import chex
 import jax
 import pytest
 
-from tests.generate.conversations import BYTES, LETTERS, model_and_variables
+from tests.generate.conversations import BYTES, LETTERS, initialized, model_and_variables
 from xlstm_jax.errors import ArgumentError
 from xlstm_jax.generate import PrefixCache, Session, generate, prefill
 from xlstm_jax.generate.prefix_cache import state_bytes
@@ -87,6 +87,14 @@ def test_sessions_with_a_cache_are_bit_identical(widths):
         assert tokens == results[0][0]
         chex.assert_trees_all_equal(state, results[0][1])
     assert [read for *_, read in results] == [40, 40, 4]
+
+
+def test_copies_share_the_cache_of_unprepared_parameters():
+    session = Session(*initialized(), BYTES, cache=PrefixCache(10**9))
+    (copy,) = session.fork(1)
+    session.append(TEXT)
+    copy.append(TEXT)
+    chex.assert_trees_all_equal(copy._point.state, session._point.state)
 
 
 def test_the_least_recently_used_states_are_dropped():

@@ -166,8 +166,10 @@ def test_a_stop_token_ends_a_session_until_more_is_appended():
         assert session.ended and session.tokens == [*b"the end", *answer.strip("c").encode(), 99]
         with pytest.raises(ArgumentError, match="session ended with a stop token .* append text"):
             session.generate()
-        session.append("no")
+        num_bytes = session.num_bytes
+        session.append("n")
         assert not session.ended
+        assert session.num_bytes == num_bytes  # its last token is unread: the state is the same
 
 
 def test_ids_that_pad_the_vocabulary_have_no_text():

@@ -106,7 +106,10 @@ STRICT = {
     "nan": pltpu.InterpretParams(uninitialized_memory="nan"),
     "races": pltpu.InterpretParams(detect_races=True, random_seed=7),
 }
-"""Interpreters of Pallas that fill uninitialized memory with NaN, or detect races."""
+"""Interpreters of Pallas that fill uninitialized memory with NaN, or detect races.
+
+A race raises an error with jax 0.12; jax 0.10 prints "RACE DETECTED", which tests look for.
+"""
 
 
 def run(kernels: Kernels, case: Case, **options):

@@ -83,7 +83,8 @@ def assert_packed_match(actual, expected, atol=1e-4):
         packing.PackedGates(*np.moveaxis(np.asarray(x, np.float64), 2, 0))
         for x in (actual, expected)
     )
-    for name in ("read", "write", "normalizer", "decay", "segment"):
+    np.testing.assert_array_equal(actual.segment, expected.segment)
+    for name in ("read", "write", "normalizer", "decay"):
         close(getattr(actual, name), getattr(expected, name), atol)
     weights = []
     for x in (actual, expected):

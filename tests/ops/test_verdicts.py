@@ -1,12 +1,15 @@
 """`xlstm-jax check` detects wrong implementations, and "auto" never selects one that failed."""
 
 import dataclasses
+import functools
 import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import pallas_kernels
 from pallas_kernels import common
 from pallas_kernels.hardware import ARCHITECTURES
 from xlstm_jax.cli import check as command
@@ -83,6 +86,7 @@ def test_wrong_implementation_fails_and_auto_does_not_select_it(
     assert chosen() == "parallel"
     reason = verdicts.refusal("mlstm", "chunkwise")
     assert reason is not None and "failed `xlstm-jax check` on this device (1 x 24" in reason
+    assert ("error inf of" in reason) == (wrong == "NaN")
     # By name it still runs.
     assert chosen("chunkwise") == "chunkwise"
 
@@ -96,6 +100,15 @@ def test_verdicts_do_not_apply_to_other_versions(folder, monkeypatch):
     assert verdicts.refusal("mlstm", "chunkwise") is None
     verdicts.record({"mlstm": {"chunkwise": PASSED}})
     assert len(json.loads((folder / verdicts.FILE).read_text())) == 2
+
+
+def test_verdicts_do_not_apply_to_other_kernels(tmp_path, monkeypatch):
+    digests = []
+    monkeypatch.setattr(pallas_kernels, "__path__", [str(tmp_path)])
+    for text in ("a = 1", "a = 2"):
+        (tmp_path / "kernel.py").write_text(text)
+        digests.append(verdicts.describe()["kernels"])
+    assert digests[0] != digests[1]
 
 
 def test_verdicts_do_not_apply_to_a_target_of_ahead_of_time_compilation(folder):
@@ -126,10 +139,13 @@ def test_fastest_is_the_one_that_is_faster_in_every_workload():
     assert {name: x["fastest"] for name, x in result.items()} == dict.fromkeys("abc", False)
     result = device_check.verdicts([one for one in outcomes if one.implementation != "c"])["mlstm"]
     assert result["a"]["fastest"] and not result["b"]["fastest"]
-    # A wrong implementation is not compared.
-    wrong = [one._replace(error=1.0) if one.implementation == "c" else one for one in outcomes]
+    # A wrong implementation is not compared, however fast it is.
+    wrong = [
+        one._replace(error=1.0, milliseconds=0.5) if one.implementation == "c" else one
+        for one in outcomes
+    ]
     result = device_check.verdicts(wrong)["mlstm"]
-    assert result["a"]["fastest"] and not result["c"]["passed"]
+    assert result["a"]["fastest"] and not result["c"]["passed"] and not result["c"]["fastest"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
@@ -146,6 +162,27 @@ def test_json_has_device_and_outcomes(folder, small, unchecked_types, capsys):
     assert {one["implementation"] for one in result["outcomes"]} == {"chunkwise", "parallel"}
     assert all(one["passed"] and one["error"] < 1e-4 for one in result["outcomes"])
     assert not folder.exists()
+
+
+def test_h_the_state_and_all_gradients_are_compared(unchecked_types):
+    with_state, without = (
+        jax.jit(functools.partial(device_check._evaluate, workload, "recurrent"))(
+            *device_check._arguments(workload)
+        )
+        for workload in (SMALL, SMALL._replace(with_state=False))
+    )
+    assert with_state.keys() == {"h", "C", "n", *(f"gradient {i}" for i in range(5))}
+    for name in ("h", "C", "n"):
+        np.testing.assert_array_equal(with_state[name], without[name])
+    # The loss depends on the state only if the workload says so.
+    assert jnp.abs(with_state["gradient 1"] - without["gradient 1"]).max() > 0.01
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_every_sequence_is_reset(platform):
+    for workload in device_check.workloads(platform):
+        _, reset, _ = device_check._arguments(workload)
+        assert reset[:, 1:].any(axis=1).all(), workload
 
 
 def test_every_platform_has_padded_and_full_tiles_in_both_dtypes():

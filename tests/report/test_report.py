@@ -80,8 +80,9 @@ def test_summary_has_the_final_values(make_run, make_page):
     assert values["parameters"] == "1,234" and values["tokens/s"] == "128"
 
 
-def test_lowest_validation_loss_is_marked(make_run, make_page):
+def test_lowest_validation_loss_of_several_runs_is_marked(make_run, make_page):
     runs = [make_run(name, [eval_record(100, loss)]) for name, loss in (("a", 2.0), ("b", 1.5))]
+    assert "<strong>" not in make_page(runs[0])
     text = make_page(*runs)
     assert "<strong>1.5000</strong>" in text and "<strong>2.0000</strong>" not in text
 
@@ -236,9 +237,12 @@ def test_status_of_an_unfinished_run_says_whether_it_goes_on(make_run, tmp_path)
     for folder in (run, started):
         with lock.hold(folder):
             assert status(folder) == "training"
-    resumed = "\n".join(json.dumps(train_record(step)) for step in (10, 20, 30))
+    resumed = "".join(json.dumps(train_record(step)) + "\n" for step in (10, 20, 30))
     (run / "metrics.jsonl").write_text(resumed)
     assert status(run) == "stopped"
+    again = json.dumps(train_record(40, skipped_in_a_row=8)) + "\n"
+    (run / "metrics.jsonl").write_text(resumed + again)
+    assert status(run) == "diverged"
 
 
 def test_page_is_small_for_any_number_and_length_of_runs(make_run, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 
 from tests.scaling.test_surface import FIXED
 from xlstm_jax.errors import ArgumentError, ConfigError
-from xlstm_jax.scaling import Analysis, Condition, fit_table, from_records, holdout, store
+from xlstm_jax.scaling import Analysis, Condition, fit_table, fitting, from_records, holdout, store
 from xlstm_jax.scaling.fitting import fit_budgets, fit_group, fit_laws
 
 BUDGETS = (1e18, 3e18, 1e19, 3e19)
@@ -36,7 +36,8 @@ NO_SURFACE = Analysis(surface=(Condition(column="model", values=("none",)),))
 
 def test_budgets_and_laws_of_a_group():
     fit = fit_group({}, from_records(make_records()), NO_SURFACE)
-    assert [b.num_runs for b in fit.budgets] == [8] * 4 and fit.flags == () or fit.surface is None
+    assert [b.num_runs for b in fit.budgets] == [8] * 4
+    assert fit.surface is None and fit.flags == ()
     assert fit.laws is not None and fit.laws.labels == tuple(b.label for b in fit.budgets)
     np.testing.assert_allclose(fit.laws.params.exponent, FIXED.size_exponent, rtol=1e-3)
     for budget in fit.budgets:
@@ -82,13 +83,36 @@ def test_holdout_with_too_few_budgets_is_refused_with_their_names():
 def test_holdout_budget_is_predicted():
     largest = holdout(from_records(make_records()), NO_SURFACE)
     assert largest.run_errors is None and largest.label == pytest.approx(3e19)
+    measured = fit_budgets(from_records(make_records()), NO_SURFACE, [])[-1]
+    assert largest.num_params_measured == measured.params.x_opt
+    assert largest.tokens_measured == measured.tokens.x_opt
+    assert largest.loss_measured == measured.params.loss_opt
     np.testing.assert_allclose(largest.num_params, largest.num_params_measured, rtol=0.01)
+    np.testing.assert_allclose(largest.tokens, largest.tokens_measured, rtol=0.01)
     np.testing.assert_allclose(largest.loss, largest.loss_measured, rtol=0.02)
     # The prediction does not change with the losses of the holdout, the measured value does.
     changed = [record | {"val_loss": 1 + record["val_loss"]} for record in make_records()[-8:]]
     other = holdout(from_records([*make_records()[:-8], *changed]), NO_SURFACE)
     np.testing.assert_allclose((other.num_params, other.loss), (largest.num_params, largest.loss))
     np.testing.assert_allclose(other.loss_measured, largest.loss_measured + 1)
+
+
+def test_surface_gets_the_settings_and_few_starts_at_the_best_objective_are_flagged(monkeypatch):
+    calls = []
+
+    def fit_loss_surface(*columns, **options):
+        calls.append(options)
+        return FIXED._replace(num_at_best=len(calls) + 1, num_starts=7)
+
+    monkeypatch.setattr(fitting, "fit_loss_surface", fit_loss_surface)
+    cfg = Analysis(free_gamma=False, delta=0.01, starts=7, bootstraps=5, seed=3)
+    flags = []
+    surface, errors = fitting.fit_surface(from_records(make_records()), cfg, flags)
+    assert surface is not None and errors is not None and errors.rms < 1e-12
+    assert calls == [dict(free_gamma=False, delta=0.01, starts=7, bootstraps=5, seed=3)]
+    assert len(flags) == 1 and "only 2 of 7 starts reached the best objective" in flags[0]
+    fitting.fit_surface(from_records(make_records()), cfg, flags, bootstraps=0)
+    assert calls[1]["bootstraps"] == 0 and len(flags) == 1
 
 
 def test_conventions_are_checked_before_any_fit():
@@ -103,7 +127,8 @@ def test_saved_fits_are_read_in_full_precision(tmp_path):
     assert [fit.group["model"] for fit in fits.groups] == ["llama", "xlstm"]
     assert fits.versions.keys() >= {"xlstm-jax", "jax"} and fits.num_rows == 64
     store.save(fits, tmp_path / "fit.json")
-    assert str(store.load(tmp_path / "fit.json")) == str(fits)
+    with np.printoptions(floatmode="unique"):  # otherwise arrays are printed with eight digits
+        assert str(store.load(tmp_path / "fit.json")) == str(fits)
     with pytest.raises(ConfigError, match="does not exist; write it with `xlstm-jax fit"):
         store.load(tmp_path / "other.json")
     (tmp_path / "other.json").write_text('{"groups": 3}')

@@ -11,7 +11,7 @@ import pytest
 from tests.scaling.sweeps import sweep
 from xlstm_jax.errors import ArgumentError, UnsupportedError
 from xlstm_jax.scaling import Grids, Shape, collect, grids, plan, run, runs
-from xlstm_jax.train import lock
+from xlstm_jax.train import LoraConfig, lock
 from xlstm_jax.train.grid import train_members
 
 RATES = (3e-3, 1e-3)
@@ -137,6 +137,29 @@ def test_runs_of_other_shapes_or_data_are_other_grids(tmp_path, monkeypatch, unc
     run(plan(sweep(**SWEEP | {"train": averaged}, families=FAMILIES)), tmp_path / "ema",
         launcher=Grids())  # fmt: skip
     assert groups == [1] * 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(lora=LoraConfig(rank=2)),
+        dict(init_from="run"),
+        dict(ema_decay=0.9),
+        dict(carry_state=True),
+        dict(batch_ramp=((0, 0.5), (5, 1.0))),
+        dict(optimizer="schedule_free_adamw", cooldown_steps=0),
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_runs_with_parts_that_grids_lack_are_alone(changes, tmp_path):
+    data = dataclasses.replace(SPECS[0].cfg.data, packing="stream")  # carry_state needs it
+    plain = dataclasses.replace(SPECS[0].cfg, data=data)
+    own = {name: value for name, value in changes.items() if name in ("lora", "init_from")}
+    of_train = {name: value for name, value in changes.items() if name not in own}
+    other = dataclasses.replace(plain, train=dataclasses.replace(plain.train, **of_train), **own)
+    for name, cfg, is_alone in (("plain", plain, False), ("other", other, True)):
+        runs.prepare(tmp_path / name, SPECS[0]._replace(cfg=cfg))
+        assert (grids._group_of(tmp_path / name) == name) == is_alone
 
 
 def test_failures_are_recorded_in_every_run(tmp_path, monkeypatch, unchecked_types):

@@ -10,8 +10,13 @@ from xlstm_jax.config import load_config
 from xlstm_jax.errors import ArgumentError
 from xlstm_jax.flops import train_flops
 from xlstm_jax.modules import presets
-from xlstm_jax.scaling import fit_table, from_records, predict
-from xlstm_jax.scaling.prediction import architectures, find_group, flops_per_token_of
+from xlstm_jax.scaling import fit_power_law, fit_table, from_records, predict
+from xlstm_jax.scaling.prediction import (
+    _law_interval,
+    architectures,
+    find_group,
+    flops_per_token_of,
+)
 from xlstm_jax.train.config import ExperimentConfig
 
 
@@ -39,8 +44,23 @@ def test_laws_predict_the_optimum_within_their_interval(fits):
         (result.tokens_interval, tokens),
     ):
         assert interval is not None and interval.low < value < interval.high
+    assert fit.laws is not None and len(fit.budgets) == 4
+    assert result.num_params_interval is not None
+    half = 2.920 * fit.laws.params.log_stderr(1e20)  # 95 % quantile of Student's t, 2 degrees
+    expected = result.num_params * np.exp([-half, half])
+    np.testing.assert_allclose(result.num_params_interval, expected, rtol=1e-6)
     np.testing.assert_allclose(result.loss, loss, rtol=0.05)
     np.testing.assert_allclose(result.extrapolation, 1e20 / 3e19)
+
+
+@pytest.mark.parametrize("num_points, t", [(12, 1.812), (13, 1.796), (32, 1.697), (1002, 1.646)])
+def test_intervals_of_many_points_use_the_quantiles_of_students_t(num_points, t, rng):
+    flops = np.geomspace(1e18, 1e20, num_points)
+    law = fit_power_law(flops**0.5 * np.exp(0.01 * rng.standard_normal(num_points)), flops)
+    interval = _law_interval(1.0, law, 1e21)
+    assert interval is not None
+    # Beyond ten degrees of freedom the quantile is a series, whose error is below 1 %.
+    np.testing.assert_allclose(np.log(interval.high), t * law.log_stderr(1e21), rtol=0.01)
 
 
 def test_chosen_preset_is_the_nearest_and_uses_the_budget(fits):
@@ -65,6 +85,11 @@ def test_surface_predicts_at_the_exact_flops_of_the_family(fits):
     result = predict(fit, 1e20, seq_len=512, family="llama")
     interval = result.num_params_interval
     assert interval is not None and interval.low < result.num_params < interval.high
+    resampled = FIXED._replace(samples=samples).resampled()
+    optima = [surface.optimum(1e20, flops_per_token=exact) for surface in resampled]
+    sizes = np.array([optimum.num_params for optimum in optima])
+    # Of 30 samples, 5 % are below and above.
+    assert (sizes < interval.low).sum() == (sizes > interval.high).sum() == 2
 
 
 @pytest.mark.parametrize("family", ["xlstm", "llama"])

@@ -55,9 +55,13 @@ def test_parabolas_equal_the_published_ones():
 
 
 def test_power_laws_equal_the_published_ones():
-    for entry in read("published_powerlaws.csv"):
-        if (entry["model"], entry["context_length"]) not in LOGGED:
-            continue
+    logged = [
+        entry
+        for entry in read("published_powerlaws.csv")
+        if (entry["model"], entry["context_length"]) in LOGGED
+    ]
+    assert logged
+    for entry in logged:
         labels = (6e18, 1e19, 3e19, 1e20)[: int(entry["num_points"])]
         runs = [budget(entry["model"], entry["context_length"], label) for label in labels]
         x_opt = [fit_isoflop(r[entry["x"]], r["val_loss"]).x_opt for r in runs]

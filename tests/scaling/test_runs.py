@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from tests.scaling.sweeps import sweep
+from xlstm_jax.cli import exit_codes
 from xlstm_jax.config import ConfigError
 from xlstm_jax.errors import ArgumentError
 from xlstm_jax.scaling import Local, collect, plan, run, runs, status
@@ -22,7 +23,7 @@ class Fit:
     """Stands for `train.fit`: notes its calls; `errors` of run names are raised."""
 
     def __init__(self):
-        self.calls, self.errors, self.unfinished = [], {}, set()
+        self.calls, self.errors, self.unfinished, self.unevaluated = [], {}, set(), set()
 
     def __call__(self, cfg, run_dir, *, flops_per_step):
         self.calls.append(cfg.name)
@@ -32,6 +33,8 @@ class Fit:
         (run_dir / "metrics.jsonl").write_text(json.dumps(record) + "\n")
         finished = cfg.name not in self.unfinished
         evaluation = {"step": cfg.train.steps, "valid_loss": 3.0 + 1e-6 * cfg.model.dim}
+        if cfg.name in self.unevaluated:
+            evaluation = None
         return FitResult(state=None, step=0, finished=finished, evaluation=evaluation)
 
 
@@ -99,6 +102,40 @@ def test_signal_stops_the_sweep(tmp_path, fit, monkeypatch):
     monkeypatch.setattr(status.checkpoint, "latest_step", lambda folder: 5)
     run(SPECS, tmp_path)
     assert fit.calls == [spec.cfg.name for spec in SPECS[:2]]
+
+
+def test_run_without_its_last_evaluation_is_not_finished(tmp_path, fit):
+    fit.unevaluated = {SPECS[0].cfg.name}
+    assert states(run(SPECS[:2], tmp_path)) == ["planned", "finished"]
+
+
+def test_time_of_a_run_is_the_sum_over_its_intervals(tmp_path):
+    records = [
+        {"step": 10, "loss": 3.0, "step_time": 0.5},
+        {"step": 10, "valid_loss": 3.0},
+        {"step": 30, "loss": 2.0, "step_time": 0.25},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    runs.record_result(tmp_path, SPECS[0].record(), 2.5)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["train_seconds"], result["train_loss"], result["val_loss"]) == (10.0, 2.0, 2.5)
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (MemoryError(), 4),
+        (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), 4),
+        (RuntimeError("INTERNAL"), 1),
+    ],
+)
+def test_exhausted_memory_is_a_failure_of_the_machine(error, code):
+    assert runs.exit_code(error) == code
+
+
+def test_exit_codes_are_those_of_commands():
+    for name in ("BAD_ARGUMENT", "DIVERGED", "MACHINE_FAILED"):
+        assert getattr(runs, name) == getattr(exit_codes, name), name
 
 
 def test_run_of_another_process_is_left_alone(tmp_path, fit):

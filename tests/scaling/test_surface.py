@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from xlstm_jax.errors import ArgumentError
-from xlstm_jax.scaling import LossSurface, fit_loss_surface, parabola_bias
+from xlstm_jax.scaling import LossSurface, fit_isoflop, fit_loss_surface, parabola_bias, surface_fit
 from xlstm_jax.scaling.minimize import huber
 from xlstm_jax.scaling.surface_fit import residuals_free
 
@@ -34,6 +34,15 @@ def test_surface_is_recovered_and_missing_losses_are_counted():
     np.testing.assert_allclose(fit(SIZES, TOKENS), FREE(SIZES, TOKENS), rtol=1e-6)
     np.testing.assert_allclose(fit[:6], FREE[:6], rtol=1e-3, atol=1e-3)
     assert jnp.ones(()).dtype == jnp.float32
+
+
+def test_some_starts_are_spread_over_the_grid():
+    first, second = (
+        surface_fit._starts(40, np.random.default_rng(seed), free_gamma=True) for seed in (0, 1)
+    )
+    assert not np.array_equal(first, second) and len(np.unique(first, axis=0)) == 40
+    for column, values in zip(first.T, surface_fit.GRID.values(), strict=True):
+        assert set(column) == set(values)
 
 
 def test_mean_warns_and_has_the_same_optimum_at_a_scaled_tolerance():
@@ -104,6 +113,10 @@ def test_parabola_is_biased_by_wide_grids_of_asymmetric_losses():
     asymmetric = FIXED._replace(alpha=0.6, beta=0.3)
     assert abs(bias(symmetric, 10)) < 1e-9
     assert abs(bias(asymmetric, 1.1)) < 1e-3 < 0.05 < abs(bias(asymmetric, 10))
+    size = asymmetric.optimum(1e20).num_params
+    sizes = size * np.geomspace(0.1, 10, 15)
+    parabola = fit_isoflop(sizes, asymmetric(sizes, 1e20 / (6 * sizes)))
+    assert bias(asymmetric, 10) == pytest.approx(np.log10(parabola.x_opt / size), rel=1e-6)
 
 
 def test_surface_does_not_overflow():

@@ -66,7 +66,7 @@ def test_json_has_runs_and_results(paths, diverging, capsys):
     assert main(["sweep", file, "--size", "smoke", "--out", str(out), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [one["state"] for one in result["runs"]] == ["finished"] * 4
-    assert [record["val_loss"] for record in result["rows"]] == [2.0] * 4
+    assert [record["val_loss"] for record in result["records"]] == [2.0] * 4
 
 
 def test_dry_run_prints_the_plan_and_trains_nothing(paths, monkeypatch, capsys):

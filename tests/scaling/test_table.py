@@ -154,6 +154,8 @@ def test_budgets_are_labels_a_column_or_clusters():
     runs = from_records(records)
     labels = Analysis(budgets=(6e18, 1e19, 3e19)).budget_of(runs)
     np.testing.assert_array_equal(labels, [6e18] * 3 + [1e19] * 3 + [np.nan])
+    labels = Analysis(budgets=(6e18, 1.15e19)).budget_of(runs)  # 13, 11 and 9 % below
+    np.testing.assert_array_equal(labels, [6e18] * 3 + [np.nan] * 2 + [1.15e19, np.nan])
     assert np.isnan(Analysis().budget_of(runs)).all()
     labels = Analysis(budget_column="").budget_of(runs)
     assert len(set(labels[:3])) == len(set(labels[3:6])) == 1 and np.isnan(labels[6])

@@ -141,9 +141,7 @@ class _Recurrent(nn.Module):
     dropout: float = 0.0  # of the output of each layer but the last
     bidirectional: bool = False  # the same as Bidirectional(layer, "concat")
     num_heads: int = 1  # H; recurrent weights, or the matrix memory, are within a head
-    reverse: bool = (
-        False  # from the last valid position to the first; y stays at the positions of x
-    )
+    reverse: bool = False  # from the last valid position to the first; y has the positions of x
     implementation: str = "auto"  # of the op
 
     def __post_init__(self):

@@ -1,7 +1,7 @@
 """Analysis files: which runs of a table are fitted, and how. The code has no rules of a study."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,14 @@ class Condition:
         return result
 
 
+def all_hold(conditions: Sequence[Condition], runs: Runs) -> Bool[np.ndarray, "n"]:
+    """Whether each run satisfies all conditions; every run does if there are none."""
+    result = np.ones(len(runs), bool)
+    for condition in conditions:
+        result &= condition.holds(runs)
+    return result
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
     """Runs for which all conditions hold."""
@@ -59,7 +67,7 @@ class Rule:
 
     def holds(self, runs: Runs) -> Bool[np.ndarray, "n"]:
         """Whether each run satisfies all conditions."""
-        return np.all([condition.holds(runs) for condition in self.conditions], axis=0)
+        return all_hold(self.conditions, runs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,8 +115,7 @@ class Analysis:
             ConfigError: ids are not unique, a run has a copy, or no run is left.
         """
         count = len(runs)
-        for condition in self.keep:
-            runs = runs.select(condition.holds(runs))
+        runs = runs.select(all_hold(self.keep, runs))
         for rule in self.drop:
             dropped = rule.holds(runs)
             runs = runs.select(~dropped, f"dropped {dropped.sum()} runs: {rule.reason}")

@@ -10,7 +10,7 @@ from xlstm_jax import __version__
 from xlstm_jax.config import to_dict
 from xlstm_jax.errors import ArgumentError
 from xlstm_jax.scaling import table
-from xlstm_jax.scaling.analysis import Analysis
+from xlstm_jax.scaling.analysis import Analysis, all_hold
 from xlstm_jax.scaling.checks import Errors, prediction_errors
 from xlstm_jax.scaling.laws import Line, PowerLaw, fit_fixed_ratio, fit_power_law
 from xlstm_jax.scaling.parabolas import Parabola, fit_isoflop
@@ -142,17 +142,11 @@ def fit_group(group: dict[str, str], runs: Runs, analysis: Analysis) -> GroupFit
     )
 
 
-def _where(runs: Runs, conditions) -> Runs:
-    for condition in conditions:
-        runs = runs.select(condition.holds(runs))
-    return runs
-
-
 def fit_budgets(
     runs: Runs, analysis: Analysis, flags: list[str], surface: LossSurface | None = None
 ) -> tuple[Budget, ...]:
     """The parabolas of each budget, by increasing FLOPs; appends what is not usable to `flags`."""
-    runs = _where(runs, analysis.isoflop)
+    runs = runs.select(all_hold(analysis.isoflop, runs))
     labels = analysis.budget_of(runs)
     budgets = []
     for label in sorted(set(labels[~np.isnan(labels)])):
@@ -200,7 +194,7 @@ def fit_surface(
     runs: Runs, analysis: Analysis, flags: list[str], *, bootstraps: int | None = None
 ) -> tuple[LossSurface | None, Errors | None]:
     """The loss surface and its errors; None and a flag if there are too few runs."""
-    runs = _where(runs, analysis.surface)
+    runs = runs.select(all_hold(analysis.surface, runs))
     if not len(runs):  # the analysis selects none of this group
         return None, None
     columns = [runs[name] for name in table.REQUIRED]
@@ -260,9 +254,7 @@ def holdout(runs: Runs, analysis: Analysis | None = None) -> Holdout:
     last = used[-1]
     laws = fit_laws(smaller, analysis, [])
     assert laws is not None
-    is_holdout = analysis.budget_of(runs) == last.label
-    for condition in analysis.isoflop:
-        is_holdout &= condition.holds(runs)
+    is_holdout = (analysis.budget_of(runs) == last.label) & all_hold(analysis.isoflop, runs)
     surface, _ = fit_surface(runs.select(~is_holdout), analysis, [], bootstraps=0)
     last_runs = runs.select(is_holdout)
     sizes, tokens, loss = (last_runs[name] for name in table.REQUIRED)

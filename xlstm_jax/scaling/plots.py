@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xlstm_jax.scaling.analysis import Analysis
+from xlstm_jax.scaling.analysis import Analysis, all_hold
 from xlstm_jax.scaling.fitting import Fits, GroupFit
 from xlstm_jax.scaling.table import Runs
 
@@ -60,12 +60,7 @@ def write(fits: Fits, runs: Runs, analysis: Analysis, folder: Path) -> list[Path
                     paths += _save(_panels(members, panel), folder, name, theme)
             paths += _save(_single(groups, pareto), folder, "pareto", theme)
             if with_laws:
-                paths += _save(
-                    _single(with_laws, allocation),
-                    folder,
-                    "allocation",
-                    theme,
-                )
+                paths += _save(_single(with_laws, allocation), folder, "allocation", theme)
     return paths
 
 
@@ -204,12 +199,9 @@ def _groups(fits: Fits, runs: Runs, analysis: Analysis) -> list[Group]:
     split = analysis.split(analysis.select(runs))
     groups = []
     for fit, members in zip(fits.groups, split.values(), strict=True):
-        labels = analysis.budget_of(members)
-        for condition in analysis.isoflop:
-            labels = np.where(condition.holds(members), labels, np.nan)
-        is_fitted = np.ones(len(members), bool)
-        for condition in analysis.surface:
-            is_fitted &= condition.holds(members)
+        is_isoflop = all_hold(analysis.isoflop, members)
+        labels = np.where(is_isoflop, analysis.budget_of(members), np.nan)
+        is_fitted = all_hold(analysis.surface, members)
         name = ", ".join(fit.group.values()) or "all runs"
         groups.append(Group(name, fit, members, labels, is_fitted))
     return groups

@@ -68,11 +68,9 @@ def _decode(hint: Any, value: Any) -> Any:
         return tuple(_decode(item, x) for item, x in zip(items, value, strict=True))
     if origin is dict:
         return {name: _decode(arguments[1], item) for name, item in value.items()}
-    if isinstance(hint, type) and hasattr(
-        hint, "array_type"
-    ):  # of jaxtyping: `samples` may be empty
+    if isinstance(hint, type) and hasattr(hint, "array_type"):  # of jaxtyping
         array = np.array(value, np.float64)
-        return array if array.size else np.zeros((0, 6))
+        return array if array.size else np.zeros((0, 6))  # `LossSurface.samples` may be empty
     if hint is float:
         return math.nan if value is None else float(value)
     return value

@@ -20,7 +20,7 @@ from xlstm_jax.ops.cpu import materialize
 from xlstm_jax.ops.gradient import times_unit
 from xlstm_jax.ops.mlstm.arguments import Options
 from xlstm_jax.ops.mlstm.products import product
-from xlstm_jax.typing import Array, Float
+from xlstm_jax.typing import Array, ArrayLike, Float, Int
 
 GATE_CHUNK = 256
 """Positions per chunk in the two-level sum of log gates: within chunks, then over chunks."""
@@ -57,11 +57,13 @@ def summarize(
     return Summary(g, m, C, jnp.sum(keys, axis=2, dtype=dtype))
 
 
-def weights_at_end(gates: LogGates, options: Options, m_first=None):
-    """log weight `B H T` of every position in the state at the part's end; the part's g and m.
+def weights_at_end(
+    gates: LogGates, options: Options, m_first: Float[Array, "B H"] | None = None
+) -> tuple[Float[Array, "B H T"], Float[Array, "B H"], Float[Array, "B H"]]:
+    """Log weight of every position in the state at the part's end; the part's g and m.
 
-    Relative to m they are sums of negative numbers over later steps: within a chunk, then over
-    chunks.
+    Relative to m the log weights are sums of negative numbers over later steps: within a chunk,
+    then over chunks. `m_first` is as in `summarize`.
     """
     B, T, H = gates.log_i.shape
     chunks = pre.in_chunks(gates, min(GATE_CHUNK, T))
@@ -131,7 +133,7 @@ def apply_summary(state: MLSTMState, part: Summary) -> MLSTMState:
     return MLSTMState(C, n, m)
 
 
-def state_before(rank, parts: Summary, state: MLSTMState) -> MLSTMState:
+def state_before(rank: Int[ArrayLike, ""], parts: Summary, state: MLSTMState) -> MLSTMState:
     """The state after parts 0 .. rank - 1 that start from `state`.
 
     Each summary is weighted by the decay from its part to part `rank`.
