@@ -148,6 +148,13 @@ def test_json_has_device_and_outcomes(folder, small, unchecked_types, capsys):
     assert not folder.exists()
 
 
+def test_results_are_printed_also_if_they_cannot_be_stored(folder, small, unchecked_types, capsys):
+    folder.write_text("a file")
+    with pytest.raises(OSError):
+        command.run([])
+    assert "passed" in capsys.readouterr().out
+
+
 def test_every_platform_has_padded_and_full_tiles_in_both_dtypes():
     for platform in ("cpu", "gpu", "tpu"):
         workloads = device_check.workloads(platform)
