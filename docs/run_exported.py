@@ -1,4 +1,4 @@
-"""Continues a text greedily with a model that `xlstm-jax export` wrote; needs only JAX.
+"""Continues a text greedily with a model that `xlstm-jax export` wrote; needs JAX and flatbuffers.
 The tokenizer is bytes, or a tokenizer.json, for which it needs the package `tokenizers`."""
 
 import argparse

@@ -1,7 +1,9 @@
 """Round trips: loaded weights are saved unchanged, and saved weights load again."""
 
+import errno
 import json
 import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -245,3 +247,13 @@ def test_missing_cap_is_saved_as_a_cap_without_effect(tmp_path, key):
 def test_use_cache_is_set_only_for_widths_that_transformers_supports(dim, fits):
     cfg = model(dim=dim)
     assert hf.config_of(cfg)["use_cache"] is fits
+
+
+def test_a_folder_that_cannot_be_written_is_named_in_the_error(tmp_path, params, monkeypatch):
+    def mkdtemp(prefix, dir):
+        raise PermissionError(errno.EACCES, "Permission denied", f"{dir}/{prefix}x")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    with pytest.raises(PermissionError) as error:
+        convert.save_hf(tmp_path / "folder", model(), params)
+    assert error.value.filename == str(tmp_path / "folder")

@@ -185,6 +185,13 @@ def test_every_sequence_is_reset(platform):
         assert reset[:, 1:].any(axis=1).all(), workload
 
 
+def test_results_are_printed_also_if_they_cannot_be_stored(folder, small, unchecked_types, capsys):
+    folder.write_text("a file")
+    with pytest.raises(OSError):
+        command.run([])
+    assert "passed" in capsys.readouterr().out
+
+
 def test_every_platform_has_padded_and_full_tiles_in_both_dtypes():
     for platform in ("cpu", "gpu", "tpu"):
         workloads = device_check.workloads(platform)

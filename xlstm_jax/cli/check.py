@@ -33,13 +33,17 @@ def run(argv: list[str]) -> int:
             outcomes.append(one)
             console.write(f"{one.workload.op} {one.implementation}: {_describe(one)}\n")
     results = device_check.verdicts(outcomes)
-    path = verdicts.record(results) if args.record else None
     if args.json:
         records = [one._asdict() | {"passed": one.passed} for one in outcomes]
         device = verdicts.describe()
         console.print_json({"device": device, "outcomes": records, "verdicts": results})
     else:
-        _show(outcomes, path)
+        _show(outcomes)
+    # After the output: if the folder is not writable, the result is lost otherwise.
+    path = verdicts.record(results) if args.record else None
+    if not args.json:
+        fields = {name: verdicts.describe()[name] for name in ("device", "driver")}
+        console.print_fields(fields | ({"stored in": quote_path(path)} if path else {}))
     return DONE if all(one.passed for one in outcomes) else MACHINE_FAILED
 
 
@@ -50,7 +54,7 @@ def _describe(one: device_check.Outcome) -> str:
     return f"{one.workload.label}: {verdict}, error {one.error:.1e} of {one.of}"
 
 
-def _show(outcomes: list[device_check.Outcome], path) -> None:
+def _show(outcomes: list[device_check.Outcome]) -> None:
     header = ["op", "sizes", "implementation", "error", "ms, both directions", "verdict"]
     lines = [
         [
@@ -65,6 +69,3 @@ def _show(outcomes: list[device_check.Outcome], path) -> None:
     ]
     console.write("\n")
     console.print_table(header, lines)
-    known = verdicts.describe()
-    fields = {name: known[name] for name in ("device", "driver")}
-    console.print_fields(fields | ({"stored in": quote_path(path)} if path else {}))

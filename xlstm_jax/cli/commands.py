@@ -29,7 +29,7 @@ COMMANDS = {
     "train": "train CONFIG.py: train a model, or resume a run",
     "evaluate": "evaluate MODEL...: measure perplexity and tasks, and compare models",
     "generate": "generate MODEL --prompt TEXT: continue a text",
-    "export": "export MODEL FILE: prefill and decode as one file that needs only JAX",
+    "export": "export MODEL FILE: prefill and decode as one file that runs without this library",
     "convert": "convert hf-to-run FOLDER RUN, run-to-hf RUN FOLDER: weights in and out, or hf://",
     "data": "data prepare IN OUT, data train-tokenizer IN OUT, data inspect OUT: tokens of text",
     "sweep": "sweep PLAN.py: train the unfinished runs of a sweep, collect their results",

@@ -22,7 +22,7 @@ FilePath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export(options.ModelCommand):
-    """Writes the programs and weights of a trained model as one file, which needs only JAX."""
+    """Writes programs and weights of a trained model as one file that runs without this library."""
 
     model: options.ModelSource  # a run, a folder of transformers, or hf://ORG/NAME[@REVISION]
     file: FilePath  # to write

@@ -268,7 +268,11 @@ def write(
     check_writable(folder, files)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Next to the target, hence on the same file system: os.replace below is atomic.
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        error.filename = str(folder)  # not the name of the draft, which the caller does not know
+        raise
     draft.chmod(0o755)  # mkdtemp makes folders private to the owner
     try:
         _write_shards(draft, tensors, STORAGE_DTYPES[dtype], max_shard_bytes)

@@ -1,7 +1,7 @@
 """Export of a trained model: prefill and decode as programs of `jax.export`, in one file.
 
-The file needs only JAX: `docs/run_exported.py` runs it without this library. It is a
-safetensors file (see `container`) with these arrays:
+The file needs only JAX and flatbuffers: `docs/run_exported.py` runs it without this library. It is
+a safetensors file (see `container`) with these arrays:
 
     weights/PATH       parameters as `prepare_params` returns them, which are fast to decode with
     programs/prefill   bytes of a serialized program

@@ -186,6 +186,17 @@ def test_binary_data_are_read_only_if_a_pattern_asks_for_them(tmp_path):
     assert read(tmp_path) == [TEXT + b"\0"]
 
 
+def test_binary_data_are_refused_also_with_few_nul_bytes(tmp_path, rng):
+    data = rng.bytes(1 << 16).replace(b"\0", b"\1")  # like weights, pictures or encrypted files
+    (tmp_path / "books.txt").write_bytes(data)
+    with pytest.raises(ConfigError, match=r"books\.txt must be text, but it contains control char"):
+        read(tmp_path)
+    assert read(tmp_path, "*.txt") == [data]
+    for text in ("größer, 大きい, больше\n".encode(), b"\x1b[1mbold\x1b[0m, b\bb\ttab\f\r\n"):
+        (tmp_path / "books.txt").write_bytes(text)
+        assert read(tmp_path) == [text]
+
+
 RECORD = b'{"text": "words"}\n'
 
 

@@ -128,7 +128,7 @@ def test_skipped_files_and_an_absent_valid_are_logged_once(tmp_path, caplog):
     valid = sum(split_by_content(f"{name}\n".encode()) == "valid" for name in names[:100])
     assert messages == [
         ": 1 files (1 .png) are not text and are skipped",
-        ": 2 files name no split and are skipped: LICENSE.md, a.txt",
+        ": 2 of 102 files name no split and are skipped: LICENSE.md, a.txt",
         f" names no split 'valid': it is {valid} of the 100 documents of 'train'",
     ]
 

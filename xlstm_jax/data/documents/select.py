@@ -194,7 +194,8 @@ def _names_to_splits(source: str, names: list[str]) -> dict[str, Split] | None:
         why = "name no split and are skipped"
     if ignored:
         examples = ", ".join(map(quote_path, ignored[:3]))
-        warn_once(f"data.source={quote(source)}: {len(ignored)} files {why}: {examples}")
+        count = f"{len(ignored)} of {len(names)} files"
+        warn_once(f"data.source={quote(source)}: {count} {why}: {examples}")
     return named
 
 

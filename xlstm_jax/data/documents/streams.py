@@ -60,6 +60,9 @@ _ARCHIVES = {
     "compressed twice with zstd": (0, _CODECS[".zst"].magic),
 }
 
+# Control characters without those of text: backspace, tab, line ends, form feed, terminal escape.
+_CONTROL = bytes({*range(32), 127} - {*b"\b\t\n\v\f\r\x1b"})
+
 
 def is_compressed(path: str) -> bool:
     """Whether a file is decompressed: by its suffix or its first bytes."""
@@ -143,14 +146,27 @@ def read_text_blocks(path: str, *, any_bytes: bool = False) -> Iterator[bytes]:
     for kind, (offset, magic) in _ARCHIVES.items():
         if head.startswith(magic, offset):
             raise ConfigError(f"{quote_path(path)} must be text, but it is {kind}; unpack it.")
-    if not any_bytes and head.count(0) * 100 > len(head):  # single ones occur in crawled text
+    if not any_bytes and (unlike_text := _unlike_text(head)):
         raise ConfigError(
-            f"{quote_path(path)} must be text, but it contains NUL bytes; convert UTF-16 to UTF-8, "
-            "or read binary data as it is with "
+            f"{quote_path(path)} must be text, but it contains {unlike_text}; convert UTF-16 to "
+            "UTF-8, or read binary data as it is with "
             f"data.pattern={quote('*' + PurePath(path).suffix)}."
         )
     yield first
     yield from blocks
+
+
+def _unlike_text(head: bytes) -> str | None:
+    """What the first bytes of a file have too many of to be text; None if they are text.
+
+    Single ones occur in crawled text. Compressed data, pictures and weights have about 11 % of
+    control characters, but as few as 0.4 % of NUL bytes.
+    """
+    if head.count(0) * 100 > len(head):
+        return "NUL bytes"
+    if (len(head) - len(head.translate(None, _CONTROL))) * 20 > len(head):
+        return "control characters"
+    return None
 
 
 @contextlib.contextmanager
