@@ -126,6 +126,8 @@ ERRORS = {
     "train LONG": "aaa: file name too long; pass a path",
     "evaluate LONG": "aaa does not exist; pass the folder of a run",
     "generate LONG --prompt a": "aaa does not exist; pass the folder of a run",
+    "generate empty --prompt a": "empty has no config.json; pass the folder of a run or of a model",
+    "evaluate empty": "empty has no config.json; pass the folder of a run or of a model",
     "generate file --prompt a": "file is a file; pass the folder of a run or of a model",
     "describe LONG": "preset 'aaa",
     "describe NUL": "arguments must have no NUL characters",
@@ -146,6 +148,7 @@ ERRORS = {
 @pytest.mark.parametrize("line", ERRORS)
 def test_bad_arguments_give_a_one_line_error(workdir, capsys, line):
     (workdir / "file").write_text("no folder")
+    (workdir / "empty").mkdir()
     cfg = dataclasses.replace(SMOKE, train=dataclasses.replace(SMOKE.train, lr=0.5))
     (workdir / "other").mkdir()
     (workdir / "other" / "config.json").write_text(json.dumps(config.to_dict(cfg)))

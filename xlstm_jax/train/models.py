@@ -53,8 +53,9 @@ def load(
     if hub.is_address(source):
         _check_applies(source, step, ema=ema)  # before a download
     path = remote.find(source)
-    if not os.path.isdir(path):
-        is_other = "is a file" if os.path.exists(path) else "does not exist"
+    if not any(os.path.exists(path / name) for name in rundir.MARKS):
+        is_folder = "has no config.json" if os.path.isdir(path) else "is a file"
+        is_other = is_folder if os.path.exists(path) else "does not exist"
         raise ConfigError(
             f"{quote_path(path)} {is_other}; pass the folder of a run or of a model of "
             "transformers, or hf://ORG/NAME."

@@ -65,6 +65,10 @@ def expand(run_dir: str | Path) -> Path:
         ) from error
 
 
+MARKS = (checkpoint.FOLDER, RUN, CONFIG)
+"""A folder with none of these is neither a run nor a model of transformers."""
+
+
 def is_run(path: Path) -> bool:
     """Whether a folder is a run, complete or not, rather than one of other weights."""
     # Functions of `os.path`, which are False for a path that is too long.
