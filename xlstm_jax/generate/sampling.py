@@ -126,7 +126,7 @@ class Sampler:
             if value is not None and not 1 / MAX_FACTOR <= value <= MAX_FACTOR:
                 raise ConfigError(
                     f"{name} must be from {1 / MAX_FACTOR} to {MAX_FACTOR}, got {value}; leave it "
-                    "out to disable it, or use `greedy` for the limit of temperature 0."
+                    "out to disable it; the limit of temperature 0 is `greedy`, or --temperature 0."
                 )
         for token in self.never:
             check_range("never", token, "at least 0", "list token ids")
