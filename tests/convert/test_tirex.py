@@ -241,7 +241,7 @@ def test_a_state_has_no_backward_direction(rng):
     patches = jnp.asarray(rng.standard_normal((2, 1, P)), jnp.float32)
     roles = tirex.Roles(jnp.zeros(2, jnp.int32), jnp.array([True, False]), jnp.zeros(2, bool))
     variables = {"params": params()}
-    _, state = tirex.TiRex(CFG).apply(variables, patches, None, roles)
+    _, state = jax.eval_shape(tirex.TiRex(CFG).apply, variables, patches, None, roles)
     with pytest.raises(UnsupportedError, match="all positions at once"):
         tirex.TiRex(CFG).apply(variables, patches, state, roles)
 
@@ -290,6 +290,7 @@ def test_forecasts_can_be_mapped_and_compiled(golden):
     close(second, 2 * first + 1)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_where_values_are_missing_constant_or_binary(golden):
     x = arrays(golden)
     targets = jnp.stack([x["targets"][0, :40], jnp.full(40, jnp.nan), jnp.full(40, 2.0)])
