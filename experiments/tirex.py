@@ -210,6 +210,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
         axis.plot(future, median, color="C0", label="median")
         axis.fill_between(future, low, high, color="C0", alpha=0.2, lw=0)
         axis.set_title(f"{example['name']}, {result['weights']} weights")
+        axis.set_xlabel("time step")
     axes[0, 0].legend(frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
