@@ -6,10 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from tests import golden_files
 from tests.convert import published
+from tests.convert.files import rewrite
 from tests.golden_files import FOLDER
 from xlstm_jax import convert
 from xlstm_jax.config import ConfigError
@@ -28,13 +28,6 @@ def shards(tmp_path):
     """A copy of a checkpoint in four files, to be corrupted."""
     source = FOLDER / "hf_tiny_sharded"
     return shutil.copytree(source, tmp_path / "sharded", copy_function=shutil.copyfile)
-
-
-def rewrite(folder, change):
-    file = folder / "model.safetensors"
-    tensors = safetensors.numpy.load_file(file)
-    change(tensors)
-    safetensors.numpy.save_file(tensors, file)
 
 
 def edit(folder, **changes):

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from tests import golden_files
+from tests.convert.files import rewrite
 from xlstm_jax import convert
 from xlstm_jax.convert import WeightsError, mapping
 from xlstm_jax.convert.fields import Fields, read_config
@@ -137,7 +137,7 @@ def begin(targets, past):
     return tirex.start(CFG, params(), targets[:, : 3 * P], past=past[:, : 3 * P], pad_context=False)
 
 
-def close(actual, expected, tolerance=1e-5):
+def assert_close(actual, expected, tolerance=1e-5):
     """Asserts equality relative to the maximum of each array."""
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         a, b = (np.asarray(x, np.float64) for x in (a, b))
@@ -149,16 +149,16 @@ def test_a_forecast_after_the_start_is_that_of_the_context(golden):
     x = arrays(golden)
     state = tirex.start(CFG, params(), x["targets"], past=x["past"])
     expected = golden.arrays["output64/past_only"]
-    close(tirex.predict(CFG, params(), state, CFG.future_len), expected)
+    assert_close(tirex.predict(CFG, params(), state, CFG.future_len), expected)
     # The width of the forecast of differences, here of the first target, depends on the horizon.
-    close(tirex.predict(CFG, params(), state, P)[1], expected[1, :, :P])
+    assert_close(tirex.predict(CFG, params(), state, P)[1], expected[1, :, :P])
 
 
 def test_a_streamed_forecast_is_that_of_all_values_at_once(stream):
     targets, past, state = stream
     state = tirex.append(CFG, params(), state, targets[:, 3 * P :], past=past[:, 3 * P :])
     at_once = tirex.forecast(CFG, params(), targets, HORIZON, past=past, pad_context=False)
-    close(tirex.predict(CFG, params(), state, HORIZON), at_once)
+    assert_close(tirex.predict(CFG, params(), state, HORIZON), at_once)
 
 
 def test_values_can_be_appended_in_any_number_of_patches(golden):
@@ -171,7 +171,7 @@ def test_values_can_be_appended_in_any_number_of_patches(golden):
     for first in range(3 * P, 6 * P, P):
         patch = slice(first, first + P)
         state = tirex.append(CFG, params(), state, targets[:, patch], past=past[:, patch])
-    close(state._replace(trend=None), at_once._replace(trend=None))
+    assert_close(state._replace(trend=None), at_once._replace(trend=None))
     for a, b in zip(state.trend, at_once.trend, strict=True):
         np.testing.assert_array_equal(a, b)
     median = tirex.predict(CFG, params(), state, HORIZON)[0, 2]
@@ -234,7 +234,7 @@ def test_past_covariates_are_read_forward_only(rng):
     before, after = (hidden(x, roles) for x in (patches, patches.at[3, 4].add(1)))
     changed = (before != after).any(axis=2)
     assert changed[:, 4].all() and not changed[:, :4].any()
-    close(before, hidden(patches, roles._replace(is_known=None)))
+    assert_close(before, hidden(patches, roles._replace(is_known=None)))
 
 
 def test_a_state_has_no_backward_direction(rng):
@@ -251,8 +251,8 @@ def test_series_of_a_batch_do_not_affect_each_other(rng):
     target, known = jnp.array([True, False, True, True]), jnp.array([False, True, False, False])
     roles = tirex.Roles(jnp.array([7, 7, 2, 5]), target, known)
     together = hidden(patches, roles)
-    close(together[:2], hidden(patches[:2], jax.tree.map(lambda leaf: leaf[:2], roles)))
-    close(together[2:], hidden(patches[2:], None))  # alone: no variate mixer
+    assert_close(together[:2], hidden(patches[:2], jax.tree.map(lambda leaf: leaf[:2], roles)))
+    assert_close(together[2:], hidden(patches[2:], None))  # alone: no variate mixer
 
 
 def test_scale_and_trend_ignore_missing_values(rng):
@@ -286,8 +286,8 @@ def test_forecasts_can_be_mapped_and_compiled(golden):
         return jax.vmap(lambda x: one(x, HORIZON))(x)
 
     first, second = forecast(jnp.stack([x, 2 * x + 1]))
-    close(first, golden.arrays["output64/short"])
-    close(second, 2 * first + 1)
+    assert_close(first, golden.arrays["output64/short"])
+    assert_close(second, 2 * first + 1)
 
 
 @pytest.mark.slow
@@ -320,13 +320,6 @@ def test_random_parameters_have_the_names_and_shapes_of_loaded_ones(key):
 def folder(tmp_path):
     """A copy of the checkpoint, to be changed."""
     return shutil.copytree(FOLDER, tmp_path / "tirex", copy_function=shutil.copyfile)
-
-
-def rewrite(folder, change):
-    file = folder / "model.safetensors"
-    tensors = safetensors.numpy.load_file(file)
-    change(tensors)
-    safetensors.numpy.save_file(tensors, file)
 
 
 def edit(folder, path, value):
